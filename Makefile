@@ -1,0 +1,69 @@
+# make demo       prunes a small real model and prints one table (no GPU needed)
+# make test       compiles every kernel, checks what ptxas said about it, runs all tests
+# make test-gpu   the tests that need a GPU, alone
+# make bench      measures on the GPU and appends to bench/records
+# make clean      removes what was built here (not the virtual environment)
+#
+# Set-up happens by itself, once: in the active virtual environment when there is one, in .venv
+# otherwise. A torch that is already there is kept; else TORCH_SPEC is installed, for example
+#   make test TORCH_SPEC=torch==2.13.0       make demo PYTHON=python3.12 VENV=/path/to/env
+
+PYTHON ?= python3
+VENV ?= $(or $(VIRTUAL_ENV),.venv)
+TORCH_SPEC ?= torch>=2.8
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+BUILD_REQUIRES := $(shell sed -n '/^requires = /{s/.*\[//;s/\].*//;s/,//g;p;}' pyproject.toml)
+SOURCES := setup.py pyproject.toml CMakeLists.txt sparsekern/__init__.py \
+  $(shell find csrc -type f ! -name '*.md')
+
+# Everything but the sources that decides what set-up installs; a change of it repeats the set-up.
+SETTINGS := $(abspath $(VENV)) $(shell command -v nvcc) $(CUDA_HOME) $(CUDA_PATH) \
+  $(wildcard $(VENV)/lib/python*/site-packages/nvidia/*/bin/nvcc) \
+  $(SPARSEKERN_NO_CUDA) $(SPARSEKERN_CUDA_ARCHS) $(SPARSEKERN_WERROR)
+STAMPS := build/stamps
+$(shell mkdir -p $(STAMPS); echo '$(SETTINGS)' | cmp -s - $(STAMPS)/settings \
+  || echo '$(SETTINGS)' > $(STAMPS)/settings)
+
+.PHONY: demo test test-gpu bench setup setup-test kernels clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMPS)/hf
+	$(PY) -m sparsekern.demo
+
+test: $(STAMPS)/test kernels
+	$(PY) -m pytest -q
+
+test-gpu: $(STAMPS)/test
+	$(PY) -m pytest -q -m gpu
+
+bench: $(STAMPS)/bench
+	$(PY) -m bench
+
+setup: $(STAMPS)/hf
+setup-test: $(STAMPS)/test
+
+# The gate on every kernel's registers, spills and wgmma notes; the logs come from the build.
+kernels: $(STAMPS)/test
+	@if $(PY) -c "import sys; from sparsekern import _native; sys.exit(not _native.available())"; \
+	then $(PY) csrc/ptxas_log.py check build/ptxas csrc/kernels; \
+	else $(PY) -c "from sparsekern import _native; print('kernels not checked:', _native.reason())"; \
+	fi
+
+$(VENV)/pyvenv.cfg:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and alone: which build of it (CPU, CUDA) is the user's choice.
+$(STAMPS)/tools: $(VENV)/pyvenv.cfg $(STAMPS)/settings
+	$(PY) -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH_SPEC)"
+	$(PIP) install -q $(BUILD_REQUIRES)
+	@touch $@
+
+# Without isolation the compiled objects are reused, so a repeated set-up takes seconds.
+$(STAMPS)/hf $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/tools $(SOURCES)
+	$(PIP) install -q --no-build-isolation -e ".[$(@F)]"
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info sparsekern/_C.*.so

@@ -1,0 +1,228 @@
+// bindings.cpp — the pybind11 module sparsekern._C: plain pointers, sizes and a stream in; nothing
+// that knows of torch.
+//
+// Three parts: introspection of the build and of the device, the exceptions, and the table of ops
+// at the end. An op here does nothing but turn integers into pointers, call a launcher (launch.h)
+// and raise its Status. Python owns shapes, dtypes, allocation and dispatch; typed surface:
+// sparsekern/_C.pyi.
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include "build_lists.h"  // written by CMakeLists.txt
+#include "configs.h"
+#include "launch.h"
+#include "status.h"
+
+namespace py = pybind11;
+
+namespace sparsekern {
+namespace {
+
+// Raises the Python exception that belongs to a Status; returns when it is ok.
+void raise_if_error(const Status& status) {
+  PyObject* exception = nullptr;
+  switch (status.kind) {
+    case StatusKind::ok: return;
+    case StatusKind::value: exception = PyExc_ValueError; break;
+    case StatusKind::type: exception = PyExc_TypeError; break;
+    case StatusKind::unsupported: exception = PyExc_NotImplementedError; break;
+    case StatusKind::runtime: exception = PyExc_RuntimeError; break;
+  }
+  PyErr_SetString(exception, status.message.c_str());
+  throw py::error_already_set();
+}
+
+// "a;b;c" -> ["a", "b", "c"]
+py::list split(const std::string& text) {
+  py::list parts;
+  std::string part;
+  for (const char c : text + ";") {
+    if (c != ';') {
+      part += c;
+    } else if (!part.empty()) {
+      parts.append(part);
+      part.clear();
+    }
+  }
+  return parts;
+}
+
+// What this module was built from and with. The macros come from CMakeLists.txt.
+py::dict build_info() {
+  py::dict info;
+  info["version"] = SPARSEKERN_VERSION;
+  info["nvcc"] = SPARSEKERN_NVCC_VERSION;
+  info["cudart"] = CUDART_VERSION;
+  info["archs"] = split(SPARSEKERN_ARCHS);
+  info["flags"] = split(SPARSEKERN_NVCC_FLAGS);
+  info["kernels"] = split(SPARSEKERN_KERNELS);
+  return info;
+}
+
+// GPUs that this process can use; 0 without a driver or a device. Any other failure is raised.
+int device_count() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver ||
+      error == cudaErrorStubLibrary) {
+    (void)cudaGetLastError();
+    return 0;
+  }
+  raise_if_error(cuda_status("sparsekern._C.device_count", "cudaGetDeviceCount", error));
+  return count;
+}
+
+Status query_device(int device, py::dict& info) {
+  constexpr const char* op = "sparsekern._C.device_info";
+  const int count = device_count();
+  SK_CHECK_REL(op, device, >=, 0, "Pass the index of a GPU.");
+  SK_CHECK_REL(op, device, <, count, "Pass the index of a GPU that this process can see.");
+  cudaDeviceProp properties;
+  SK_CUDA(op, cudaGetDeviceProperties(&properties, device));
+  int driver = 0, runtime = 0;
+  SK_CUDA(op, cudaDriverGetVersion(&driver));
+  SK_CUDA(op, cudaRuntimeGetVersion(&runtime));
+  info["name"] = std::string(properties.name);
+  info["capability"] = py::make_tuple(properties.major, properties.minor);
+  info["multiprocessors"] = properties.multiProcessorCount;
+  info["memory_bytes"] = properties.totalGlobalMem;
+  info["l2_bytes"] = properties.l2CacheSize;
+  info["shared_bytes_per_block"] = properties.sharedMemPerBlockOptin;
+  info["registers_per_multiprocessor"] = properties.regsPerMultiprocessor;
+  info["cuda_driver"] = driver;
+  info["cuda_runtime"] = runtime;
+  return {};
+}
+
+py::dict device_info(int device) {
+  py::dict info;
+  raise_if_error(query_device(device, info));
+  return info;
+}
+
+void bind_introspection(py::module_& m) {
+  m.def("build_info", &build_info,
+        "What the module was built from: version, nvcc, archs, flags, kernels.");
+  m.def("device_count", &device_count, "Number of usable GPUs; 0 without a driver.");
+  m.def("device_info", &device_info, py::arg("device"), "Name, capability and sizes of one GPU.");
+}
+
+// ---- ops: all arguments positional, no defaults, so that a call costs little ---------------------
+
+using Address = std::uintptr_t;  // of device memory, or of a stream; 0 is null
+
+const void* in(Address address) { return reinterpret_cast<const void*>(address); }
+void* out(Address address) { return reinterpret_cast<void*>(address); }
+cudaStream_t as_stream(Address address) { return reinterpret_cast<cudaStream_t>(address); }
+
+// A thread that torch started (autograd, a user's) may have no current context yet, and encoding a
+// tensor map needs one. cudaGetDevice answers for torch's choice of device, because both runtimes
+// look at the driver's current context.
+void bind_thread(const char* op) {
+  static thread_local bool bound = false;
+  if (bound) return;
+  int device = 0;
+  raise_if_error(cuda_status(op, "cudaGetDevice", cudaGetDevice(&device)));
+  raise_if_error(cuda_status(op, "cudaSetDevice", cudaSetDevice(device)));
+  bound = true;
+}
+
+void pack(Address values, Address metadata, Address packed_values, Address packed_metadata,
+          int out_features, int in_features, Address stream) {
+  bind_thread("sparsekern.pack");
+  raise_if_error(launch_pack(in(values), in(metadata), out(packed_values), out(packed_metadata),
+                             out_features, in_features, as_stream(stream)));
+}
+
+LinearProblem linear_problem(Address x, Address values, Address metadata, Address bias,
+                             Address residual, Address y, int tokens, int out_features,
+                             int in_features, std::int64_t x_stride, std::int64_t y_stride,
+                             std::int64_t residual_stride, int dtype, int activation) {
+  bind_thread("sparsekern.linear");
+  return {in(x),
+          in(values),
+          in(metadata),
+          in(bias),
+          in(residual),
+          out(y),
+          tokens,
+          out_features,
+          in_features,
+          x_stride,
+          y_stride,
+          residual_stride,
+          static_cast<DType>(dtype),
+          static_cast<Activation>(activation)};
+}
+
+void decode(Address x, Address values, Address metadata, Address bias, Address residual, Address y,
+            int tokens, int out_features, int in_features, std::int64_t x_stride,
+            std::int64_t y_stride, std::int64_t residual_stride, int dtype, int activation,
+            int split, Address stream) {
+  raise_if_error(launch_decode(
+      linear_problem(x, values, metadata, bias, residual, y, tokens, out_features, in_features,
+                     x_stride, y_stride, residual_stride, dtype, activation),
+      split, as_stream(stream)));
+}
+
+void decode_gated(Address x, Address gate_values, Address gate_metadata, Address up_values,
+                  Address up_metadata, Address y, int tokens, int out_features, int in_features,
+                  std::int64_t x_stride, std::int64_t y_stride, int dtype, int split,
+                  Address stream) {
+  const GatedProblem problem = {
+      linear_problem(x, gate_values, gate_metadata, 0, 0, y, tokens, out_features, in_features,
+                     x_stride, y_stride, 0, dtype, static_cast<int>(Activation::kNone)),
+      in(up_values), in(up_metadata)};
+  raise_if_error(launch_decode_gated(problem, split, as_stream(stream)));
+}
+
+void prefill(Address x, Address values, Address metadata, Address bias, Address residual, Address y,
+             int tokens, int out_features, int in_features, std::int64_t x_stride,
+             std::int64_t y_stride, std::int64_t residual_stride, int dtype, int activation,
+             int config, Address stream) {
+  raise_if_error(launch_prefill(
+      linear_problem(x, values, metadata, bias, residual, y, tokens, out_features, in_features,
+                     x_stride, y_stride, residual_stride, dtype, activation),
+      config, as_stream(stream)));
+}
+
+// SK_PREFILL_CONFIGS in the words of Python: [{index, rows, tokens, cluster_rows, cluster_tokens}].
+py::list prefill_configs() {
+  py::list configs;
+  const auto add = [&configs](int index, int panels, int tokens, int cluster_m, int cluster_n) {
+    py::dict config;
+    config["index"] = index;
+    config["rows"] = 128 * panels;
+    config["tokens"] = tokens;
+    config["cluster_rows"] = cluster_m;
+    config["cluster_tokens"] = cluster_n;
+    configs.append(config);
+  };
+#define SK_ADD(index, panels, tokens, cluster_m, cluster_n) \
+  add(index, panels, tokens, cluster_m, cluster_n);
+  SK_PREFILL_CONFIGS(SK_ADD)
+#undef SK_ADD
+  return configs;
+}
+
+void bind_ops(py::module_& m) {
+  m.def("prefill_configs", &prefill_configs, "The tiles that `prefill` can use.");
+  m.def("pack", &pack, "launch_pack");
+  m.def("decode", &decode, "launch_decode: up to 64 tokens");
+  m.def("decode_gated", &decode_gated, "launch_decode_gated: up to 32 tokens");
+  m.def("prefill", &prefill, "launch_prefill");
+}
+
+}  // namespace
+}  // namespace sparsekern
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() =
+      "CUDA kernels of sparsekern. Plain pointers and a stream; nothing is checked for being on "
+      "the right device.";
+  sparsekern::bind_introspection(m);
+  sparsekern::bind_ops(m);
+}

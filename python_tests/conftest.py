@@ -1,0 +1,53 @@
+"""What every test shares: settings of the process, seeds, and the device a test runs on.
+
+Markers (declared in pyproject.toml): `gpu` for tests that need a CUDA GPU, skipped with a reason
+elsewhere; `slow` for tests of more than 30 seconds on one core.
+"""
+
+import os
+import random
+
+# Before torch is imported. Tests neither reach the network nor fight over cores.
+os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+NO_GPU = "" if torch.cuda.is_available() else "no CUDA GPU that torch can use"
+
+settings.register_profile(
+    "sparsekern",
+    deadline=None,  # the first call of a torch op can take a second
+    derandomize=True,
+    max_examples=50,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("sparsekern")
+
+
+def pytest_collection_modifyitems(items):
+    """Skips tests marked `gpu` where there is no GPU, with the reason in the summary."""
+    if not NO_GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """torch.device of the test: it runs once on the CPU and once, marked `gpu`, on the GPU."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """The same random numbers in every test, whichever others ran before it."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,105 @@
+"""The typed surface of the CUDA module (csrc/bindings.cpp). Pointers and streams are integers.
+
+The ops (csrc/launch.h) take positional arguments alone; pointers are to memory of the current
+device, 0 is null, strides count elements. dtype: 0 float16, 1 bfloat16. activation: 0 none, 1 relu,
+2 gelu, 3 silu. Nothing is allocated and nothing waits for the GPU.
+"""
+
+from typing import TypedDict
+
+class BuildInfo(TypedDict):
+    version: str  # of the package that it was built with
+    nvcc: str
+    cudart: int  # CUDART_VERSION, e.g. 13000
+    archs: list[str]
+    flags: list[str]
+    kernels: list[str]  # stems of csrc/kernels/*.cu
+
+class DeviceInfo(TypedDict):
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    memory_bytes: int
+    l2_bytes: int
+    shared_bytes_per_block: int
+    registers_per_multiprocessor: int
+    cuda_driver: int  # e.g. 13000
+    cuda_runtime: int
+
+def build_info() -> BuildInfo: ...
+def device_count() -> int: ...
+def device_info(device: int) -> DeviceInfo: ...
+
+class PrefillConfig(TypedDict):
+    index: int  # what `prefill` takes as config
+    rows: int  # out_features of a tile
+    tokens: int  # tokens of a tile
+    cluster_rows: int  # tiles of a cluster along out_features
+    cluster_tokens: int  # and along tokens
+
+def prefill_configs() -> list[PrefillConfig]: ...
+def pack(
+    values: int,
+    metadata: int,
+    packed_values: int,
+    packed_metadata: int,
+    out_features: int,
+    in_features: int,
+    stream: int,
+    /,
+) -> None: ...
+def decode(
+    x: int,
+    values: int,
+    metadata: int,
+    bias: int,
+    residual: int,
+    y: int,
+    tokens: int,  # at most 64
+    out_features: int,
+    in_features: int,
+    x_stride: int,
+    y_stride: int,
+    residual_stride: int,
+    dtype: int,
+    activation: int,
+    split: int,  # of in_features over 1, 2, 4 or 8 thread blocks; 0 chooses
+    stream: int,
+    /,
+) -> None: ...
+def decode_gated(
+    x: int,
+    gate_values: int,
+    gate_metadata: int,
+    up_values: int,
+    up_metadata: int,
+    y: int,
+    tokens: int,  # at most 32
+    out_features: int,
+    in_features: int,
+    x_stride: int,
+    y_stride: int,
+    dtype: int,
+    split: int,
+    stream: int,
+    /,
+) -> None: ...
+def prefill(
+    x: int,
+    values: int,
+    metadata: int,
+    bias: int,
+    residual: int,
+    y: int,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    x_stride: int,
+    y_stride: int,
+    residual_stride: int,
+    dtype: int,
+    activation: int,
+    config: int,  # index of one of prefill_configs()
+    stream: int,
+    /,
+) -> None: ...
