@@ -1,0 +1,75 @@
+"""The specification: every op in float64 and a few lines, with no thought of speed.
+
+Tests, docstrings and fake kernels point here. Layout words: w is [out_features, in_features],
+in_features a multiple of 4; a *group* is 4 consecutive columns of a row; *values* are the two
+stored elements of each group in column order; *metadata* has one nibble idx0 | idx1 << 2 per group,
+the lower group in the low nibble of its byte, and 0x4 in the unused nibble of an odd row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = {
+    None: lambda y: y,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "silu": torch.nn.functional.silu,
+}
+
+
+def nm_mask(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:
+    """True for the n largest of every m consecutive scores; of equal ones the lower column."""
+    groups = scores.double().reshape(-1, m)
+    order = groups.sort(dim=1, descending=True, stable=True).indices
+    return torch.zeros_like(groups, dtype=torch.bool).scatter(1, order[:, :n], True).view_as(scores)
+
+
+def stored_slots(nonzero: list[int]) -> tuple[int, int]:
+    """The two columns stored for a group, given its non-zero columns (at most two, ascending).
+
+    Free slots follow compressed-tensors 0.14.0, whose files are then byte for byte the same.
+    """
+    if len(nonzero) == 2:
+        return nonzero[0], nonzero[1]
+    return {(): (2, 3), (0,): (0, 2), (1,): (1, 3), (2,): (2, 3), (3,): (2, 3)}[tuple(nonzero)]
+
+
+def compress(w: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """w * mask -> values [out, in/2] float64 and metadata uint8 [out, ceil(in/8)]; -0.0 -> +0.0."""
+    dense = w.double() if mask is None else torch.where(mask, w.double(), 0.0)
+    out_features, in_features = w.shape
+    values = torch.zeros(out_features, in_features // 2, dtype=torch.float64)
+    metadata = torch.full((out_features, (in_features + 7) // 8), 0x44, dtype=torch.uint8)
+    for row in range(out_features):
+        for group in range(in_features // 4):
+            four = dense[row, 4 * group : 4 * group + 4].tolist()
+            slots = stored_slots([column for column in range(4) if four[column] != 0])
+            for slot, column in enumerate(slots):
+                values[row, 2 * group + slot] = four[column] + 0.0
+            shift = 4 * (group % 2)
+            byte = int(metadata[row, group // 2]) & ~(0xF << shift)
+            metadata[row, group // 2] = byte | (slots[0] | slots[1] << 2) << shift
+    return values, metadata
+
+
+def decompress(values: Tensor, metadata: Tensor, in_features: int) -> Tensor:
+    """values + metadata -> dense [out, in] float64, by indexing."""
+    out_features, groups = values.shape[0], in_features // 4
+    nibbles = torch.stack((metadata & 0xF, metadata >> 4), dim=2).long()
+    nibbles = nibbles.reshape(out_features, -1)[:, :groups]
+    dense = torch.zeros(out_features, groups, 4, dtype=torch.float64, device=values.device)
+    pairs = values.double().reshape(out_features, groups, 2)
+    dense.scatter_(2, torch.stack((nibbles & 3, nibbles >> 2), dim=2), pairs)
+    return dense.reshape(out_features, in_features)
+
+
+def linear(
+    x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """activation(x @ w.T + bias) in float64: x [..., in], dense w [out, in], bias [out]."""
+    y = x.double() @ w.double().T
+    if bias is not None:
+        y = y + bias.double()
+    return ACTIVATIONS[activation](y)
