@@ -1,0 +1,16 @@
+"""Pruners as pure functions on tensors: weights and statistics in, a mask and repaired weights out.
+
+Nothing here walks a module, moves a tensor or prints. A mask is bool [out_features, in_features],
+True = kept; every rule is deterministic and ties go to the lower column, on any device.
+
+    masks.py       nm_mask, magnitude_mask, wanda_mask
+    hessian.py     Hessian (running calibration statistics), relative_error
+    sparsegpt.py   sparsegpt, SparseGPTReport
+"""
+
+from .hessian import Hessian, relative_error
+from .masks import magnitude_mask, nm_mask, wanda_mask
+from .sparsegpt import SparseGPTReport, sparsegpt
+
+__all__ = ["Hessian", "SparseGPTReport", "magnitude_mask", "nm_mask", "relative_error", "sparsegpt",
+           "wanda_mask"]

@@ -1,0 +1,178 @@
+"""Calibration statistics of one linear layer, and the error they assign to a pruned weight.
+
+Hessian keeps the running H = 2/n Σ xᵀx that SparseGPT inverts, from which Wanda's norms and the
+reconstruction error ‖(W − W')X‖² follow. All products are true float32: TF32, bf16 matmul and
+autocast are off inside and the caller's settings are put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..errors import check
+
+# A CPU matmul of this many columns runs at full speed, so that half of the symmetric product can be
+# skipped. A GPU needs larger ones to fill its SMs.
+_CPU_COLUMNS = 256
+_GPU_COLUMNS = 2048
+
+
+@contextlib.contextmanager
+def exact_float32(device: torch.device | str) -> Iterator[None]:
+    """Run float32 matmuls on `device` in float32: no TF32, no bf16, no autocast, no autograd.
+
+    torch has two sets of switches for this. Mixing them is an error in torch, so each is only
+    touched where it is not exact already, and every value is restored on the way out.
+    """
+    matmuls = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    knobs = [matmul for matmul in matmuls if hasattr(matmul, "fp32_precision")]
+    before = [knob.fp32_precision for knob in knobs]
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # only the newer switches were used, and the older cannot express them
+        legacy = "highest"
+    if legacy != "highest":
+        torch.set_float32_matmul_precision("highest")
+    for knob in knobs:
+        if knob.fp32_precision not in ("none", "ieee"):
+            knob.fp32_precision = "ieee"
+    try:
+        with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
+            yield
+    finally:
+        if legacy != "highest":
+            torch.set_float32_matmul_precision(legacy)
+        for knob, precision in zip(knobs, before):
+            if knob.fp32_precision != precision:
+                knob.fp32_precision = "none"  # inherit, where that gives the value that was seen
+                if knob.fp32_precision != precision:
+                    knob.fp32_precision = precision
+
+
+class Hessian:
+    """Running H = 2/n Σ xᵀx over the inputs x of a linear layer, in float32; n counts sequences.
+
+    One Hessian serves every layer that reads the same input (q, k and v of an attention block).
+
+    Args:
+        in_features: width of the layer's input.
+        device: where H is kept and updated.
+    Attributes:
+        samples: sequences added so far.
+    Source: Frantar and Alistarh 2023, "SparseGPT" (arXiv:2301.00774), add_batch of its code.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        check(isinstance(in_features, int) and in_features >= 1, "sparsekern.prune.Hessian",
+              "in_features >= 1", repr(in_features))
+        self.in_features = in_features
+        self.device = torch.device(device)
+        self.samples = 0
+        self._h = torch.zeros(in_features, in_features, dtype=torch.float32, device=self.device)
+        self._symmetric = True
+        self._columns = _CPU_COLUMNS if self.device.type == "cpu" else _GPU_COLUMNS
+
+    def add(self, x: Tensor) -> None:
+        """Add inputs: H ← n/(n+b)·H + (√(2/(n+b))·x)ᵀ(√(2/(n+b))·x).
+
+        Args:
+            x: [..., tokens, in_features] or [in_features], any float dtype and device; never
+                modified. Every dimension before the tokens counts sequences: b is their product,
+                and 1 for [tokens, in_features]. An input without elements changes nothing.
+        Raises:
+            ValueError: x.shape[-1] != in_features.   TypeError: x is not floating point.
+        """
+        op = "sparsekern.prune.Hessian.add"
+        check(x.dim() >= 1 and x.shape[-1] == self.in_features, op,
+              f"x.shape[-1] == {self.in_features}", f"x of shape {list(x.shape)}",
+              "Hook the input of the layer this Hessian was made for.")
+        check(x.is_floating_point(), op, "a floating-point x", str(x.dtype), exc=TypeError)
+        if x.numel() == 0:
+            return
+        batch = math.prod(x.shape[:-2])
+        keep = self.samples / (self.samples + batch)
+        self.samples += batch
+        with exact_float32(self.device):
+            x = x.detach().to(device=self.device, dtype=torch.float32)
+            x = x.reshape(-1, self.in_features) * math.sqrt(2 / self.samples)
+            # Only the blocks on and above the diagonal: H is symmetric, `matrix` mirrors them.
+            for i in range(0, self.in_features, self._columns):
+                self._h[i:i + self._columns, i:].addmm_(x[:, i:i + self._columns].t(), x[:, i:],
+                                                        beta=keep)
+        self._symmetric = self.in_features <= self._columns
+
+    @property
+    def matrix(self) -> Tensor:
+        """H, float32 [in_features, in_features]. The live tensor: clone it before changing it."""
+        if not self._symmetric:
+            for i in range(self._columns, self.in_features, self._columns):
+                self._h[i:i + self._columns, :i] = self._h[:i, i:i + self._columns].t()
+            self._symmetric = True
+        return self._h
+
+    @property
+    def act_norm(self) -> Tensor:
+        """Wanda's running ‖x_j‖₂ = √(Σ x_j² / n), float32 [in_features]."""
+        return (self._h.diagonal() / 2).sqrt()
+
+    def __repr__(self) -> str:
+        return (f"Hessian(in_features={self.in_features}, samples={self.samples}, "
+                f"device='{self.device}')")
+
+
+def as_matrix(op: str, hessian: Hessian | Tensor, w: Tensor) -> Tensor:
+    """Return the float32 [in_features, in_features] matrix of a Hessian or tensor, checked for w.
+
+    Raises:
+        ValueError: no inputs were added, another shape or device than w needs, NaN or Inf.
+    """
+    if isinstance(hessian, Hessian):
+        check(hessian.samples > 0, op, "a Hessian with calibration inputs", "one with none",
+              "Call hessian.add(x) with the layer's inputs first.")
+        hessian = hessian.matrix
+    in_features = w.shape[1]
+    check(tuple(hessian.shape) == (in_features, in_features), op,
+          f"a Hessian of shape [{in_features}, {in_features}] for w of shape {list(w.shape)}",
+          f"shape {list(hessian.shape)}", "Use the inputs of this layer.")
+    check(hessian.device == w.device, op, f"the Hessian on {w.device} like w",
+          f"{hessian.device}", "Move one of them.")
+    h = hessian.detach().float()
+    finite = h.isfinite().all(dim=0)
+    if not bool(finite.all()):
+        column = int((~finite).nonzero()[0])
+        check(False, op, "a finite Hessian", f"NaN or Inf in column {column}",
+              "The calibration inputs held NaN or Inf, or overflowed float32.")
+    return h
+
+
+def relative_error(w: Tensor, w_pruned: Tensor, hessian: Hessian | Tensor) -> float:
+    """‖(W − W')X‖²_F / ‖WX‖²_F over the calibration inputs X, from H alone: tr(DHDᵀ) / tr(WHWᵀ).
+
+    Args:
+        w, w_pruned: [out_features, in_features] floating point, same device.
+        hessian: Hessian or its matrix (undamped), same device.
+    Returns:
+        float >= 0; 0 when both are zero, inf when WX = 0 but W'X is not.
+    Raises:
+        ValueError: shapes or devices that differ; an empty or non-finite Hessian.
+    """
+    op = "sparsekern.prune.relative_error"
+    check(w.dim() == 2 and w.shape == w_pruned.shape, op,
+          "w and w_pruned of one shape [out_features, in_features]",
+          f"{list(w.shape)} and {list(w_pruned.shape)}")
+    h = as_matrix(op, hessian, w)
+    with exact_float32(w.device):
+        # A ratio: the scale of H drops out, so bring it to 1 where float32 has its full precision.
+        h = h / h.diagonal().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+        w = w.detach().float()
+        difference = w - w_pruned.detach().float()
+        energies = [((d @ h) * d).sum(dtype=torch.float64) for d in (difference, w)]
+        error, energy = (max(value, 0.0) for value in torch.stack(energies).tolist())
+    if energy == 0.0:
+        return 0.0 if error == 0.0 else math.inf
+    return error / energy

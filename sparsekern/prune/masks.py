@@ -1,0 +1,132 @@
+"""N:M masks from scores: of each m consecutive columns of a row, keep the n highest.
+
+A mask must be the same on every device and in every run, because a checkpoint is compared by its
+bytes. Sorting and topk leave the order of equal scores open, so the rank of a column is counted
+from pairwise comparisons, where equal means the lower column goes first and -0.0 equals 0.0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import check
+
+
+def check_pattern(op: str, n: int, m: int, in_features: int) -> None:
+    """Raise ValueError unless 1 <= n < m and in_features is a multiple of m."""
+    check(isinstance(n, int) and isinstance(m, int) and 1 <= n < m, op,
+          "a pattern (n, m) of integers with 1 <= n < m", f"({n!r}, {m!r})", "2:4 is n=2, m=4.")
+    check(in_features % m == 0, op, f"in_features % {m} == 0 for pattern {n}:{m}",
+          f"in_features = {in_features}", "Skip this layer, or pad its input dimension.")
+
+
+def check_no_nan(op: str, name: str, tensor: Tensor) -> None:
+    """Raise ValueError that names the first NaN of `tensor` by row and column."""
+    nan = tensor.isnan()
+    if not bool(nan.any()):
+        return
+    *row, column = nan.nonzero()[0].tolist()
+    row = row[0] if len(row) == 1 else tuple(row)
+    check(False, op, f"{name} without NaN",
+          f"NaN at row {row}, column {column} ({int(nan.sum())} of {nan.numel()} elements)",
+          "Find where it comes from: a NaN has no rank.")
+
+
+def rank_mask(scores: Tensor, n: int) -> Tensor:
+    """Keep the n highest of dim 0; no checks, no host synchronisation.
+
+    Column i goes before column j > i when scores[i] >= scores[j], so a tie goes to the lower one.
+
+    Args:
+        scores: [m, ...] any comparable dtype, without NaN.
+        n: how many of the m are kept.
+    Returns:
+        bool [m, ...], contiguous.
+    """
+    m = scores.shape[0]
+    count_dtype = torch.int8 if m < 128 else torch.int32
+    # beaten[j] starts at the number of lower columns; each comparison then corrects both columns.
+    beaten = torch.arange(m, dtype=count_dtype, device=scores.device)
+    beaten = beaten.view(m, *[1] * (scores.dim() - 1)).expand(scores.shape).contiguous()
+    for distance in range(1, m):
+        first = (scores[:-distance] >= scores[distance:]).view(torch.int8)
+        beaten[:-distance].add_(first)
+        beaten[distance:].sub_(first)
+    return beaten >= m - n
+
+
+def nm_mask(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:
+    """Keep the n highest scores of each aligned group of m columns.
+
+    Args:
+        scores: [..., in_features] real, higher = more worth keeping. Infinities are ordered as
+            usual. Any strides; never modified.
+        n, m: kept columns and group width, 1 <= n < m.
+    Returns:
+        bool [..., in_features], True = kept, exactly n in each group. Bit for bit the same on CPU
+        and GPU: ties go to the lower column, -0.0 equals 0.0.
+    Raises:
+        ValueError: in_features not a multiple of m, a pattern without 1 <= n < m, NaN (the message
+            names its row and column).
+        TypeError: complex scores.
+    """
+    return _nm_mask("sparsekern.prune.nm_mask", "scores", scores, n, m)
+
+
+def magnitude_mask(w: Tensor, n: int = 2, m: int = 4) -> Tensor:
+    """Keep the n largest |w| of each aligned group of m columns.
+
+    Args:
+        w: [..., in_features] real weight, any dtype; never modified.
+        n, m: as in nm_mask.
+    Returns:
+        bool [..., in_features], True = kept; deterministic as in nm_mask.
+    Raises:
+        ValueError, TypeError: as nm_mask.
+    """
+    op = "sparsekern.prune.magnitude_mask"
+    check(not w.is_complex(), op, "a real weight", str(w.dtype), exc=TypeError)
+    # 8-bit types have no usable abs (int8 wraps at -128, float8 lacks it); float32 holds them.
+    w = w.detach()
+    return _nm_mask(op, "w", (w.float() if w.element_size() == 1 else w).abs(), n, m)
+
+
+def wanda_mask(w: Tensor, act_norm: Tensor, n: int = 2, m: int = 4) -> Tensor:
+    """Keep the n largest |w_ij| * ‖x_j‖₂ of each aligned group of m columns.
+
+    Args:
+        w: [..., in_features] real weight; never modified.
+        act_norm: [in_features] norm of each input feature over the calibration set, not negative
+            (Hessian.act_norm), same device as w.
+        n, m: as in nm_mask.
+    Returns:
+        bool [..., in_features], True = kept. The score is one float32 product, so CPU and GPU agree
+        bit for bit.
+    Raises:
+        ValueError: act_norm of another length, device or sign; NaN in a score; the rest as nm_mask.
+    Source: Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models".
+    """
+    op = "sparsekern.prune.wanda_mask"
+    check(not w.is_complex(), op, "a real weight", str(w.dtype), exc=TypeError)
+    check(w.dim() >= 1 and tuple(act_norm.shape) == (w.shape[-1],), op,
+          f"act_norm of shape [in_features] for w of shape {list(w.shape)}",
+          f"shape {list(act_norm.shape)}", "Pass Hessian.act_norm of the same layer.")
+    check(act_norm.device == w.device, op, f"act_norm on {w.device} like w",
+          f"{act_norm.device}", "Move one of them.")
+    check(not bool((act_norm < 0).any()), op, "act_norm >= 0", "a negative norm",
+          "Pass norms, not means.")
+    scores = w.detach().float().abs() * act_norm.detach().float()
+    return _nm_mask(op, "|w| * act_norm", scores, n, m)
+
+
+def _nm_mask(op: str, name: str, scores: Tensor, n: int, m: int) -> Tensor:
+    check(not scores.is_complex(), op, f"real {name}", str(scores.dtype), exc=TypeError)
+    check(scores.dim() >= 1, op, f"{name} of shape [..., in_features]", "a scalar")
+    check_pattern(op, n, m, scores.shape[-1])
+    scores = scores.detach()
+    if scores.is_floating_point() and scores.element_size() == 1:
+        scores = scores.float()
+    check_no_nan(op, name, scores)
+    groups = scores.unflatten(-1, (scores.shape[-1] // m, m)).movedim(-1, 0)
+    return rank_mask(groups, n).movedim(0, -1).reshape(scores.shape)

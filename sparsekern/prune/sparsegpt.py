@@ -1,0 +1,309 @@
+"""SparseGPT: prune a weight to N:M and repair the kept weights against the calibration Hessian.
+
+Three steps, each a function: inverse_factor (H → upper Cholesky factor of H⁻¹, with damping that
+grows when it must), a column sweep that chooses the mask lazily on compensated weights and spreads
+the error of each pruned weight over the columns to its right, and the report. The sweep has two
+implementations: torch operations on any device, and a Triton kernel for 2:4 on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..errors import check
+from .hessian import Hessian, as_matrix, exact_float32, relative_error
+from .masks import check_no_nan, check_pattern, rank_mask
+
+_OP = "sparsekern.prune.sparsegpt"
+_WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Up to this many rows a CPU thread alone sweeps a block faster than several that synchronise.
+_ONE_THREAD_ROWS = 8192
+
+
+@dataclasses.dataclass
+class SparseGPTReport:
+    """What one sparsegpt call did. Plain values: dataclasses.asdict of it goes into JSON.
+
+    Attributes:
+        damp: multiple of mean(diag H) that was added to the diagonal.
+        dtype: "float32" or "float64", in which H was inverted.
+        attempts: [(damp, dtype, outcome), ...]; the last outcome is "ok", the others tell why not.
+        dead_columns: input features that were zero in all of the calibration.
+        loss: Σ ((w − q) / d)² / 2, the published sum over the pruned weights.
+        relative_error: ‖(W − W')X‖² / ‖WX‖² of the returned w', from the undamped H.
+        seconds: wall time of the call.
+        backend: "torch" or "triton", which ran the column sweep.
+    """
+
+    damp: float
+    dtype: str
+    attempts: list
+    dead_columns: int
+    loss: float
+    relative_error: float
+    seconds: float
+    backend: str
+
+
+def sparsegpt(
+    w: Tensor,
+    hessian: Hessian | Tensor,
+    *,
+    pattern: tuple[int, int] = (2, 4),
+    mask: Tensor | None = None,
+    score: Callable[[Tensor, Tensor], Tensor] | None = None,
+    blocksize: int = 128,
+    damp: float = 0.01,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, SparseGPTReport]:
+    """Prune w to an N:M pattern and update the kept weights to minimise ‖(W − W')X‖².
+
+    The published algorithm in float32: dead columns, H + damp·mean(diag H)·I, upper Cholesky factor
+    U of its inverse; then column by column, e = (w_i − q_i)/U_ii and w_j −= e·U_ij for j > i, where
+    the mask of each m columns is chosen when the sweep reaches them, by w_j²/U_jj² of the weights
+    compensated so far.
+
+    Args:
+        w: [out_features, in_features] float16 | bfloat16 | float32 | float64; never modified.
+        hessian: Hessian of the layer's inputs or its matrix [in_features, in_features], same
+            device; never modified.
+        pattern: (n, m): n of each m consecutive columns are kept.
+        mask: bool [out_features, in_features], True = kept. Given, only the weight update runs, for
+            any mask; pattern is not looked at.
+        score: callable(w_block [out_features, m], hinv_diag_block [m]) -> scores [out_features, m],
+            higher = kept, in place of w_block² / hinv_diag_block². It sees the compensated float32
+            weights of one group and the matching entries of diag(U).
+        blocksize: columns between two updates of the whole remainder; a multiple of m. It changes
+            the result by rounding only.
+        damp: first multiple of mean(diag H) to try. When the factorisation fails it grows tenfold
+            (from 0 it goes to 0.01) up to 1, then the same steps run in float64.
+        backend: None picks; "torch" or "triton" insists.
+    Returns:
+        (w', mask, SparseGPTReport): w' of w's dtype with zeros where mask is False; bool mask.
+        Ties go to the lower column. Both are contiguous new tensors.
+    Raises:
+        ValueError: shapes, devices, pattern or blocksize that do not fit; NaN or Inf in w or H.
+        TypeError: a w or mask of another dtype.
+        RuntimeError: H cannot be inverted at any step, or w' is not finite in w's dtype.
+        NotImplementedError: backend="triton" where that kernel cannot run.
+    Source: Frantar and Alistarh 2023, "SparseGPT" (arXiv:2301.00774), fasterprune of its code.
+    """
+    start = time.perf_counter()
+    n, m = _check_arguments(w, pattern, mask, score, blocksize, damp)
+    h = as_matrix(_OP, hessian, w).clone()
+    backend = _pick_backend(backend, w, (n, m), mask, score, blocksize)
+    with exact_float32(w.device):
+        dead = h.diagonal() == 0
+        h.diagonal().masked_fill_(dead, 1.0)
+        u, attempts = inverse_factor(h, damp)
+        del h
+        d = u.diagonal()
+        # Rows of U over their diagonal: the sweep then multiplies them by w − q instead of e.
+        # LAPACK's factors are column-major; the sweeps read rows.
+        v = (u / d[:, None]).float().contiguous()
+        # 1/d² up to the common factor that no ranking sees, so that it cannot overflow.
+        weight = (d.max() / d).square().float()
+        # Transposed, a column of w is contiguous.
+        wt = torch.empty(w.shape[1], w.shape[0], dtype=torch.float32, device=w.device)
+        wt.copy_(w.detach().t())
+        wt.masked_fill_(dead[:, None], 0.0)
+        keep = torch.empty(wt.shape, dtype=torch.bool, device=w.device)
+        if mask is not None:
+            keep.copy_(mask.t())
+        if backend == "triton":
+            from ..triton_kernels.sparsegpt import sweep_block
+        else:
+            sweep_block = _sweep_block_torch(n, m, mask is None, score, d.float())
+        loss = _sweep(wt, keep, v, weight, blocksize, sweep_block)
+        pruned = torch.empty(w.shape, dtype=w.dtype, device=w.device).copy_(wt.t())
+        loss = 0.5 * float(loss) / float(d.max()) ** 2
+    check(bool(pruned.isfinite().all()), _OP, f"updated weights that are finite in {w.dtype}",
+          "NaN or Inf", "Raise damp, or prune in float32.", exc=RuntimeError)
+    error = relative_error(w, pruned, hessian)
+    used_damp, used_dtype, _ = attempts[-1]
+    report = SparseGPTReport(used_damp, used_dtype, attempts, int(dead.sum()), loss, error,
+                             time.perf_counter() - start, backend)
+    return pruned, keep.t().contiguous(), report
+
+
+def inverse_factor(h: Tensor, damp: float) -> tuple[Tensor, list]:
+    """Upper Cholesky factor U of (H + damp·mean(diag H)·I)⁻¹ = UᵀU, with a retry ladder.
+
+    Args:
+        h: float32 [in_features, in_features], finite, no zero on the diagonal; never modified.
+        damp: first damping; see damping_steps.
+    Returns:
+        (U, attempts): U float32 or float64, finite, positive diagonal; attempts as in the report.
+    Raises:
+        RuntimeError: every step failed in float32 and in float64; the message lists them.
+    """
+    attempts = []
+    for dtype in (torch.float32, torch.float64):
+        name = str(dtype).removeprefix("torch.")
+        exact = h.to(dtype)
+        for step in damping_steps(damp):
+            u, outcome = _inverse_factor_once(exact, step)
+            attempts.append((step, name, outcome))
+            if u is not None:
+                return u, attempts
+    tried = "; ".join(f"damp {step:g} in {name}: {outcome}" for step, name, outcome in attempts)
+    check(False, _OP, "a Hessian that is positive definite after damping", f"failures: {tried}",
+          "Add calibration inputs, or check that H is a sum of x xᵀ.", exc=RuntimeError)
+
+
+def damping_steps(damp: float) -> list[float]:
+    """The dampings tried in turn: damp, then ten times more each, at least 0.01, at most 1."""
+    steps = [float(damp)]
+    while steps[-1] < 1.0:
+        steps.append(min(max(10 * steps[-1], 0.01), 1.0))
+    return steps
+
+
+def _inverse_factor_once(h: Tensor, damp: float) -> tuple[Tensor | None, str]:
+    """(U, "ok"), or (None, what failed)."""
+    damped = h.clone()
+    diagonal = damped.diagonal()
+    diagonal.add_(damp * diagonal.mean())
+    lower, info = torch.linalg.cholesky_ex(damped)
+    if int(info) != 0:
+        return None, f"Cholesky of H stopped at column {int(info) - 1}"
+    upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if int(info) != 0:
+        return None, f"Cholesky of the inverse stopped at column {int(info) - 1}"
+    if not bool(upper.isfinite().all()):
+        return None, "the factor is not finite"
+    return upper, "ok"
+
+
+def _sweep(wt: Tensor, keep: Tensor, v: Tensor, weight: Tensor, blocksize: int,
+           sweep_block: Callable) -> Tensor:
+    """Prune wt [in_features, out_features] in place, a block at a time; fill keep.
+
+    Returns:
+        float64 scalar tensor: Σ (w − q)² · weight.
+    """
+    loss = torch.zeros((), dtype=torch.float64, device=wt.device)
+    for i in range(0, wt.shape[0], blocksize):
+        j = min(i + blocksize, wt.shape[0])
+        removed = torch.empty_like(wt[i:j])
+        with _few_threads(wt):
+            sweep_block(wt[i:j], keep[i:j], removed, v[i:j, i:j], weight[i:j], i)
+        loss += (removed.square().sum(dim=1) * weight[i:j]).sum(dtype=torch.float64)
+        if j < wt.shape[0]:
+            wt[j:].addmm_(v[i:j, j:].t(), removed, alpha=-1)
+    return loss
+
+
+@contextlib.contextmanager
+def _few_threads(wt: Tensor) -> Iterator[None]:
+    """One thread for the small operations of a block sweep on the CPU, where two only wait."""
+    threads = torch.get_num_threads()
+    if wt.is_cuda or threads == 1 or wt.shape[1] > _ONE_THREAD_ROWS:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _sweep_block_torch(n: int, m: int, choose: bool, score: Callable | None,
+                       d: Tensor) -> Callable:
+    """Build the torch sweep of one block; it is the oracle of the Triton kernel.
+
+    The sweep looks left: a group of columns collects the errors of all columns before it in the
+    block with one matmul, just before its mask is chosen. The sums are the published ones.
+    """
+    width = m if choose else 4
+
+    def sweep_block(block, keep, removed, v, weight, offset):
+        vt = v.t().contiguous()
+        for i in range(0, block.shape[0], width):
+            j = min(i + width, block.shape[0])
+            group, errors = block[i:j], removed[i:j]
+            if i > 0:
+                group.addmm_(vt[i:j, :i], removed[:i], alpha=-1)
+            if choose:
+                if score is None:
+                    scores = group.square().mul_(weight[i:j, None])
+                else:
+                    scores = _custom_scores(score, group, d[offset + i:offset + j])
+                keep[i:j] = rank_mask(scores, n)
+            dropped = ~keep[i:j]
+            columns = zip(group.unbind(), dropped.float().unbind(), errors.unbind())
+            for c, (column, factor, error) in enumerate(columns):
+                if c > 0:
+                    column.addmv_(errors[:c].t(), vt[i + c, i:i + c], alpha=-1)
+                torch.mul(column, factor, out=error)
+            group.masked_fill_(dropped, 0.0)
+
+    return sweep_block
+
+
+def _custom_scores(score: Callable, group: Tensor, hinv_diag: Tensor) -> Tensor:
+    scores = score(group.t().clone(), hinv_diag.clone())
+    expected = (group.shape[1], group.shape[0])
+    got = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+    check(got == expected, _OP, f"score(w_block, hinv_diag_block) to return shape {expected}", got)
+    check_no_nan(_OP, "score(w_block, hinv_diag_block)", scores)
+    return scores.t()
+
+
+def _pick_backend(backend: str | None, w: Tensor, pattern: tuple[int, int], mask: Tensor | None,
+                  score: Callable | None, blocksize: int) -> str:
+    check(backend in (None, "torch", "triton"), _OP, "backend None, 'torch' or 'triton'",
+          repr(backend))
+    if backend == "torch" or (backend is None and not w.is_cuda):
+        return "torch"
+    reason = None
+    if pattern != (2, 4) or mask is not None or score is not None:
+        reason = "its kernel is for pattern (2, 4) without mask= and score="
+    else:
+        try:
+            from ..triton_kernels import sparsegpt as kernel
+        except ImportError as error:
+            reason = f"Triton cannot be imported: {error}"
+        else:
+            reason = kernel.refusal(w, blocksize)
+    check(backend is None or reason is None, _OP, "a case that backend='triton' can run", reason,
+          "Leave backend=None.", exc=NotImplementedError)
+    return "torch" if reason else "triton"
+
+
+def _check_arguments(w: Tensor, pattern: tuple[int, int], mask: Tensor | None,
+                     score: Callable | None, blocksize: int, damp: float) -> tuple[int, int]:
+    check(w.dim() == 2, _OP, "w of shape [out_features, in_features]", f"shape {list(w.shape)}",
+          "Reshape it; Conv1D weights are transposed.")
+    check(w.dtype in _WEIGHT_DTYPES, _OP, "w in float16, bfloat16, float32 or float64",
+          str(w.dtype), exc=TypeError)
+    check(w.shape[1] >= 1, _OP, "in_features >= 1", "0")
+    check(isinstance(blocksize, int) and blocksize >= 1, _OP, "blocksize >= 1", repr(blocksize))
+    check(isinstance(damp, (int, float)) and math.isfinite(damp) and damp >= 0, _OP,
+          "a finite damp >= 0", repr(damp))
+    check(mask is None or score is None, _OP, "mask= or score=, not both", "both",
+          "A given mask leaves nothing to score.")
+    check(isinstance(pattern, (tuple, list)) and len(pattern) == 2, _OP, "pattern=(n, m)",
+          repr(pattern))
+    n, m = pattern
+    if mask is None:
+        check_pattern(_OP, n, m, w.shape[1])
+        check(blocksize % m == 0, _OP, f"blocksize % {m} == 0 for pattern {n}:{m}",
+              f"blocksize = {blocksize}", "A group must not straddle two blocks.")
+    else:
+        check(mask.dtype == torch.bool, _OP, "a bool mask", str(mask.dtype), exc=TypeError)
+        check(mask.shape == w.shape, _OP, f"a mask of w's shape {list(w.shape)}",
+              f"{list(mask.shape)}")
+        check(mask.device == w.device, _OP, f"the mask on {w.device} like w", f"{mask.device}")
+    finite = w.isfinite()
+    if not bool(finite.all()):
+        row, column = (~finite).nonzero()[0].tolist()
+        check(False, _OP, "a finite w", f"{w[row, column].item()} at row {row}, column {column}")
+    return n, m
