@@ -1,0 +1,29 @@
+"""A prune_model run for test_resume.py to kill: it stops inside block 2, says so through a file,
+and waits."""
+
+import sys
+import time
+from pathlib import Path
+
+from driver_models import build, tokens
+
+from sparsekern.driver import prune_model
+
+folder, family, compress = sys.argv[1:]
+model = build(family, layers=4)
+block = next(m for name, m in model.named_modules() if name.endswith(("layers.2", "h.2")))
+calls = []
+
+
+def wait(module, args):
+    calls.append(len(args))
+    if (
+        len(calls) == 5
+    ):  # after the probe and three captures: the first calibration batch of block 2
+        Path(folder, "inside-block-2").touch()
+        time.sleep(300)
+
+
+block.register_forward_pre_hook(wait)
+options = {"device": "cpu", "batch_size": 2, "progress": False, "resume": folder, "skip": ()}
+prune_model(model, "sparsegpt", tokens(), compress=compress == "True", **options)

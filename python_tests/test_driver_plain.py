@@ -1,0 +1,130 @@
+"""prune_model on plain nn.Module trees: calibrated as a whole, and what cannot be replaced."""
+
+import copy
+
+import pytest
+import torch
+from driver_models import build, hessian64, hook_inputs, plain, record_hessians, run_prune
+from torch import nn
+
+from sparsekern import models, prune
+from sparsekern.driver import prune_model
+from sparsekern.linear import SparseLinear
+
+
+class Residual(nn.Module):
+    """Blocks joined by code outside of them: not a chain."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+class Chain(Residual):
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("cls, propagates", [(Residual, False), (Chain, True)])
+def test_module_lists_that_are_not_a_chain_are_calibrated_as_a_whole(cls, propagates):
+    torch.manual_seed(0)
+    model = cls()
+    dense = copy.deepcopy(model)
+    x = torch.randn(4, 10, 16)
+    seen = record_hessians(model, calibration=x)
+    (inputs,) = hook_inputs(dense, [dense.blocks[2][0]], lambda: dense(x))
+    matrix = next(h for w, h in seen if torch.equal(w, dense.blocks[2][0].weight))
+    assert torch.allclose(matrix.double(), hessian64(inputs), rtol=1e-4) == (not propagates)
+
+
+# ------------------------------------------------------------------------------- plain module trees
+
+
+@pytest.mark.parametrize("form", ["tensor", "list", "dicts", "tuples", "generator"])
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_plain_modules(method, form):
+    x = torch.randn(12, 5, 16, generator=torch.Generator().manual_seed(0))
+    calibration = {
+        "tensor": x,
+        "list": list(x.split(4)),
+        "dicts": [{"x": part, "scale": 2.0} for part in x.split(4)],
+        "tuples": [(part, 2.0) for part in x.split(4)],
+        "generator": (part for part in x.split(4)),
+    }[form]
+    model = plain()
+    report = run_prune(model, method, calibration)
+    kinds = {name: type(module) for name, module in model.named_children()}
+    assert kinds == dict.fromkeys(("up", "gate", "down"), SparseLinear) | dict.fromkeys(
+        ("narrow", "unused"), nn.Linear
+    )
+    assert report["narrow"].reason == "in_features 6 is not a multiple of 4"
+    assert report["unused"].reason == "never called on the calibration data"
+    assert all(0 < row.relative_error < 1 for row in report.pruned)
+    assert model(x).shape == x.shape
+
+
+def test_true_sequential_on_a_plain_tree():
+    x = torch.randn(6, 5, 16, generator=torch.Generator().manual_seed(0))
+    model, dense = plain(), plain()
+    seen = record_hessians(model, calibration=x, true_sequential=True)
+    for layer in (dense.up, dense.gate):
+        models.write_weight(
+            layer, layer.weight.detach() * prune.magnitude_mask(layer.weight.detach())
+        )
+    (inputs,) = hook_inputs(dense, [dense.down], lambda: dense(x))
+    matrix = next(h for w, h in seen if torch.equal(w, dense.down.weight))
+    torch.testing.assert_close(matrix.double(), hessian64(inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_magnitude_needs_no_calibration():
+    model = build("llama")
+    report = prune_model(model, "magnitude", device="cpu", progress=False)
+    assert len(report.pruned) == 14 and report.calibration is None
+    assert all(row.relative_error is None for row in report.pruned)
+    other = build("llama")
+    run_prune(other, "magnitude")
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            assert torch.equal(
+                module.weight.to_dense(), other.get_submodule(name).weight.to_dense()
+            )
+
+
+def test_a_module_registered_twice_is_replaced_twice():
+    shared = nn.Linear(8, 8)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    report = prune_model(model, "magnitude", progress=False, device="cpu")
+    assert len(report.layers) == 1
+    assert isinstance(model[0], SparseLinear) and model[0] is model[2]
+
+
+def test_modules_that_read_the_weight_of_their_child_keep_it():
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    report = prune_model(model, "magnitude", progress=False, device="cpu")
+    assert not report.pruned and all(
+        "reads the weight itself" in row.reason for row in report.layers
+    )
+    assert model(torch.randn(2, 3, 16)).shape == (2, 3, 16)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_what_cannot_be_replaced_is_skipped_with_the_reason():
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+    model = nn.Sequential(Scaled(8, 8), parametrized, nn.Linear(8, 8).double(), nn.Linear(8, 8))
+    report = prune_model(model, "magnitude", progress=False, device="cpu")
+    reasons = [row.reason for row in report.layers]
+    assert reasons[0] == "Scaled has its own forward"
+    assert reasons[1] == "weight is parametrized"
+    assert reasons[2].startswith("dtype float64")
+    assert reasons[3] is None

@@ -1,0 +1,106 @@
+"""perplexity: the published protocol, against its definition written out in float64."""
+
+import math
+
+import pytest
+import torch
+from driver_models import VOCABULARY, build, tokens
+from torch import nn
+
+from sparsekern.evaluate import perplexity
+
+WINDOW = 12
+
+
+def by_definition(model, ids, window):
+    """exp(mean over windows of (1 / (window − 1)) Σ −log p(next token)), in float64."""
+    means = []
+    for start in range(0, len(ids) - window + 1, window):
+        part = ids[start : start + window]
+        with torch.no_grad():
+            logits = model(part[None]).logits[0].double()
+        logs = logits.log_softmax(-1)
+        means.append(-sum(float(logs[i, part[i + 1]]) for i in range(window - 1)) / (window - 1))
+    return math.exp(sum(means) / len(means))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("length", [WINDOW, 5 * WINDOW, 5 * WINDOW + 7])
+def test_protocol(family, length):
+    model = build(family)
+    ids = tokens(1, length)[0]
+    expected = by_definition(model, ids, WINDOW)
+    for batch_size in (1, 3, 8):
+        assert perplexity(model, ids, WINDOW, batch_size) == pytest.approx(expected, rel=1e-5)
+    assert perplexity(model, ids[None], window=WINDOW) == pytest.approx(expected, rel=1e-5)
+    assert perplexity(model, ids.tolist(), WINDOW) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_remainder_is_dropped_and_windows_do_not_overlap():
+    model = build("llama")
+    ids = tokens(1, 3 * WINDOW)[0]
+    longer = torch.cat([ids, tokens(1, WINDOW - 1, seed=7)[0]])
+    assert perplexity(model, longer, WINDOW) == perplexity(model, ids, WINDOW)
+    swapped = torch.cat([ids[WINDOW : 2 * WINDOW], ids[:WINDOW], ids[2 * WINDOW :]])
+    assert perplexity(model, swapped, WINDOW) == pytest.approx(
+        perplexity(model, ids, WINDOW), rel=1e-9
+    )
+
+
+class Fixed(nn.Module):
+    """Logits that do not depend on the input, in a given dtype, without `.logits`."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits_of_all = nn.Parameter(logits)
+
+    def forward(self, ids):
+        return self.logits_of_all.expand(*ids.shape, -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_uniform_logits_give_the_size_of_the_vocabulary(dtype):
+    """float32 cross-entropy even for bfloat16 logits; 2000 tokens go through more than one
+    chunk."""
+    model = Fixed(torch.zeros(50, dtype=dtype))
+    assert perplexity(model, torch.arange(4000) % 50, window=2000) == pytest.approx(50.0, rel=1e-6)
+
+
+def test_impossible_and_undefined_tokens():
+    logits = torch.zeros(8)
+    logits[3] = -math.inf
+    assert perplexity(Fixed(logits), torch.tensor([1, 2, 3, 4]), window=4) == math.inf
+    assert math.isnan(
+        perplexity(Fixed(torch.full((8,), math.nan)), torch.tensor([1, 2, 3, 4]), window=4)
+    )
+    assert (
+        perplexity(Fixed(torch.tensor([0.0, 5000.0])), torch.tensor([0, 0, 0, 0]), window=4)
+        == math.inf
+    )
+
+
+def test_flags_are_restored():
+    model = build("llama").train()
+    model.model.layers[0].eval()
+    perplexity(model, tokens(1, WINDOW)[0], WINDOW)
+    assert model.training and not model.model.layers[0].training and torch.is_grad_enabled()
+    with pytest.raises(RuntimeError):
+        perplexity(nn.Linear(3, 3), tokens(1, WINDOW)[0], WINDOW)
+
+
+@pytest.mark.parametrize(
+    "ids, options, error, text",
+    [
+        (torch.arange(11), {}, ValueError, "at least one window of 12 tokens, got 11 tokens"),
+        (torch.zeros(0, dtype=torch.long), {}, ValueError, "got 0 tokens"),
+        (torch.zeros(2, 24, dtype=torch.long), {}, ValueError, r"got \[2, 24\]"),
+        (torch.zeros(24), {}, TypeError, "integer token_ids, got torch.float32"),
+        (torch.full((24,), VOCABULARY), {}, ValueError, r"0\.\.63, got 64\.\.64"),
+        (torch.full((24,), -100), {}, ValueError, r"got -100\.\.-100"),
+        (torch.arange(24), {"window": 1}, ValueError, "window >= 2, got 1"),
+        (torch.arange(24), {"batch_size": 0}, ValueError, "batch_size >= 1, got 0"),
+    ],
+)
+def test_input_that_does_not_fit(ids, options, error, text):
+    with pytest.raises(error, match=text):
+        perplexity(build("llama"), ids, **{"window": WINDOW, **options})

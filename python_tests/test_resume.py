@@ -1,0 +1,200 @@
+"""prune_model killed and resumed: the result is that of an uninterrupted run, and only the same run
+may continue."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from driver_models import build, tokens
+
+import sparsekern
+from sparsekern.driver import prune_model
+from sparsekern.errors import FormatError
+from sparsekern.layerwise import prune_group
+
+HERE = Path(__file__).parent
+
+
+def run(model, folder=None, **kwargs):
+    kwargs = {
+        "device": "cpu",
+        "batch_size": 2,
+        "progress": False,
+        "resume": folder,
+        "skip": (),
+        **kwargs,
+    }
+    return prune_model(
+        model, kwargs.pop("method", "sparsegpt"), kwargs.pop("calibration", tokens()), **kwargs
+    )
+
+
+def assert_same_state(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        assert value.dtype == b[key].dtype and torch.equal(value, b[key]), key
+
+
+def stage_files(folder):
+    return sorted(path.name for path in Path(folder).iterdir() if path.suffix == ".safetensors")
+
+
+@pytest.mark.parametrize("family, compress", [("llama", True), ("gpt2", False)])
+def test_killed_in_mid_run_and_resumed(family, compress, tmp_path):
+    """A real process, killed with SIGKILL while block 2 of 4 is being calibrated, loses that block
+    only."""
+    path = [str(HERE), str(Path(sparsekern.__path__[0]).parent), *sys.path]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    command = [sys.executable, str(HERE / "resume_child.py"), str(tmp_path), family, str(compress)]
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "inside-block-2").exists():
+            assert child.poll() is None, child.stderr.read()
+            assert time.monotonic() < deadline, "the child never reached block 2"
+            time.sleep(0.05)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stderr.close()
+    assert child.returncode == -signal.SIGKILL
+    assert stage_files(tmp_path) == ["block-00000.safetensors", "block-00001.safetensors"]
+    resumed, straight = build(family, layers=4), build(family, layers=4)
+    report = run(resumed, tmp_path, compress=compress)
+    expected = run(straight, compress=compress)
+    assert report.resumed == 2 and expected.resumed == 0
+    assert_same_state(resumed, straight)
+    assert len(report.layers) == len(expected.layers)
+    for a, b in zip(report.layers, expected.layers):
+        assert (a.name, a.relative_error, a.damp, a.shape) == (
+            b.name,
+            b.relative_error,
+            b.damp,
+            b.shape,
+        )
+
+
+def test_a_finished_run_is_only_loaded(tmp_path, monkeypatch):
+    first, again = build("llama"), build("llama")
+    run(first, tmp_path)
+    assert stage_files(tmp_path) == [
+        "block-00000.safetensors",
+        "block-00001.safetensors",
+        "head.safetensors",
+    ]
+    monkeypatch.setattr("sparsekern.driver.prune_group", lambda *args: pytest.fail("pruned again"))
+    report = run(again, tmp_path)
+    assert report.resumed == 3
+    assert_same_state(first, again)
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "magnitude", "calibration": None}, {"true_sequential": True}]
+)
+def test_interrupted_inside_a_process(options, tmp_path, monkeypatch):
+    """The same without a kill: an exception in the second block, for other kinds of run."""
+    seen = []
+
+    def interrupt(layers, hessian, arguments):
+        if layers[0].block == 1:
+            seen.append(layers[0].name)
+            raise KeyboardInterrupt
+        return prune_group(layers, hessian, arguments)
+
+    monkeypatch.setattr("sparsekern.driver.prune_group", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(build("llama"), tmp_path, **options)
+    assert len(seen) == 1
+    monkeypatch.undo()
+    resumed, straight = build("llama"), build("llama")
+    assert run(resumed, tmp_path, **options).resumed == 1
+    run(straight, **options)
+    assert_same_state(resumed, straight)
+
+
+def other_method(w, hessian):
+    return w.abs()
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (dict(calibration=tokens(seed=5)), "calibration: .*sha256"),
+        (dict(method="wanda"), "method: 'wanda' here, 'sparsegpt' there"),
+        (dict(method=other_method), "method: 'test_resume.other_method' here"),
+        (dict(damp=0.1), "damp: 0.1 here, 0.01 there"),
+        (dict(skip=("lm_head",)), r"skip: \['lm_head'\] here, \[\] there"),
+        (dict(compress=False), "compress: False here, True there"),
+        (dict(batch_size=3), r"batch_size: \[3\] here, \[2\] there"),
+        (dict(true_sequential=True), "true_sequential: True here"),
+        (
+            dict(masks={"lm_head": torch.zeros(64, 32, dtype=torch.bool)}),
+            "masks: '[0-9a-f]{64}' here, None there",
+        ),
+    ],
+)
+def test_another_run_may_not_continue(change, text, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "one-finished-run"
+    if not folder.exists():
+        run(build("llama"), folder)
+    model = build("llama")
+    with pytest.raises(ValueError, match=f"expected the run that .*{text}.*another directory"):
+        run(model, folder, **change)
+    assert_same_state(model, build("llama"))
+
+
+def test_another_model_may_not_continue(tmp_path):
+    run(build("llama"), tmp_path)
+    with pytest.raises(ValueError, match="weights: "):
+        run(build("llama", seed=1), tmp_path)
+    pruned = build("llama")
+    run(pruned, skip=("lm_head", 1))
+    with pytest.raises(ValueError, match="weights: "):
+        run(pruned, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "bitmask", "no reports"])
+def test_damaged_files_are_named(damage, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    run(build("llama"), tmp_path)
+    file = tmp_path / "block-00001.safetensors"
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "garbage":
+        file.write_bytes(b"\xff" * 64)
+    else:
+        tensors = load_file(file)
+        if damage == "bitmask":
+            tensors["model.layers.1.mlp.up_proj.bitmask"][0, 0] = 0xFF
+        metadata = {"reports": json.dumps([{"name": "model.layers.1.mlp.up_proj"}])}
+        if damage == "bitmask":
+            from safetensors import safe_open
+
+            metadata = safe_open(file, "pt").metadata()
+        save_file(tensors, file, metadata)
+    with pytest.raises(FormatError, match="block-00001.safetensors is damaged .*Delete it"):
+        run(build("llama"), tmp_path)
+    file.unlink()
+    model, straight = build("llama"), build("llama")
+    assert run(model, tmp_path).resumed == 1
+    run(straight)
+    assert_same_state(model, straight)
+
+
+def test_damaged_manifest(tmp_path):
+    run(build("llama"), tmp_path)
+    (tmp_path / "manifest.json").write_text('{"schema"')
+    with pytest.raises(FormatError, match="manifest.json to hold JSON"):
+        run(build("llama"), tmp_path)

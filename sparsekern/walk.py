@@ -1,0 +1,284 @@
+"""The block-by-block walk: the decoder blocks of a model run one at a time, each on the outputs of
+the pruned block before it.
+
+One pass runs everything except the blocks: each block is replaced by a stub that records the call
+(masks, position embeddings, every keyword) and hands its input on. What the stubs recorded is
+enough to call block i alone on any hidden states, so afterwards only one block at a time has to be
+on the accelerator:
+
+    embeddings ─► [stub 0] ─► [stub 1] ─► ...      once: calls recorded, inputs of block 0 kept
+    hidden ─► block 0 (Hessians) ─► prune ─► block 0 again ─► hidden of block 1 ─► block 1 ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .calibration import Batch, move
+from .errors import check
+from .models import Layer
+
+OP = "sparsekern.prune_model"
+# Share of the free accelerator memory that the hidden states may take before they are kept on the
+# host.
+RESIDENT_SHARE = 0.4
+# Distinct tensors of one shape that a recorded one is compared with (cos, sin, global and local
+# masks, ...).
+SHARED_CANDIDATES = 8
+
+
+class StopForward(Exception):
+    """Raised inside a forward once everything needed has been seen."""
+
+
+class Hidden:
+    """Stands for the hidden states in a recorded call."""
+
+
+HIDDEN = Hidden()
+
+
+def split_hidden(args: tuple, kwargs: dict) -> tuple[torch.Tensor, tuple, dict]:
+    """The hidden states of a block's call, and the call with HIDDEN in their place: the first
+    positional argument, or the keyword `hidden_states`."""
+    if args and isinstance(args[0], torch.Tensor):
+        return args[0], (HIDDEN, *args[1:]), kwargs
+    hidden = kwargs.get("hidden_states")
+    check(
+        isinstance(hidden, torch.Tensor),
+        OP,
+        "decoder blocks that take the hidden states first or as hidden_states=",
+        f"positional {[type(a).__name__ for a in args]}, keywords {sorted(kwargs)}",
+        "Prune the blocks one by one as plain modules.",
+    )
+    return hidden, args, {**kwargs, "hidden_states": HIDDEN}
+
+
+def first_tensor(output) -> Any:
+    """The hidden states in a block's output: the output itself or the first element of a tuple or
+    list."""
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def call_block(block: nn.Module, call: tuple[tuple, dict], hidden: torch.Tensor) -> torch.Tensor:
+    """Run one block alone on `hidden`, with the rest of the call as recorded."""
+    args, kwargs = move(call, hidden.device)
+    args = tuple(hidden if a is HIDDEN else a for a in args)
+    kwargs = {k: hidden if v is HIDDEN else v for k, v in kwargs.items()}
+    return first_tensor(block(*args, **kwargs))
+
+
+@contextlib.contextmanager
+def stubbed(blocks: list[nn.Module], make: Callable[[int], Callable]) -> Iterator[None]:
+    """Replace the forward of block i by make(i) for the duration; attributes and hooks of the
+    blocks stay."""
+    before = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for i, block in enumerate(blocks):
+            block.forward = make(i)
+        yield
+    finally:
+        for block, own in zip(blocks, before):
+            block.__dict__.pop("forward", None)
+            if own is not None:
+                block.forward = own
+
+
+@dataclass
+class Probe:
+    """What one short forward of the untouched model shows.
+
+    chained: block i+1 receives exactly what block i returned, for all i, each called once, in
+        order.
+    returns_tuple: per block, whether it returns a tuple.
+    before, after: names of the Linear layers outside the blocks that run before the first and after
+    the last block.
+    """
+
+    chained: bool  # also False when a Linear outside the blocks runs between two of them
+    returns_tuple: list[bool]
+    before: list[str]
+    after: list[str]
+
+
+def probe(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    outside: list[Layer],
+    batch: Batch,
+    device: torch.device,
+) -> Probe:
+    """Run `batch` once and watch the blocks and the Linear layers outside them."""
+    order: list[int] = []
+    inputs: dict[int, Any] = {}
+    outputs: dict[int, Any] = {}
+    seen = Probe(True, [], [], [])
+    between: list[str] = []
+    handles = []
+
+    def watch_block(index: int):
+        def hook(module, args, kwargs, output):
+            order.append(index)
+            inputs[index] = args[0] if args else kwargs.get("hidden_states")
+            outputs[index] = output
+
+        handles.append(blocks[index].register_forward_hook(hook, with_kwargs=True))
+
+    def watch_layer(layer: Layer):
+        def hook(module, args):
+            place = (
+                seen.before if not order else seen.after if len(order) == len(blocks) else between
+            )
+            place.append(layer.name)
+
+        handles.append(layer.module.register_forward_pre_hook(hook))
+
+    try:
+        for index in range(len(blocks)):
+            watch_block(index)
+        for layer in outside:
+            watch_layer(layer)
+        batch.run(model, device)
+    finally:
+        for handle in handles:
+            handle.remove()
+    seen.chained = order == list(range(len(blocks))) and not between
+    if seen.chained:
+        pairs = zip(range(len(blocks) - 1), range(1, len(blocks)))
+        seen.chained = all(inputs[j] is first_tensor(outputs[i]) for i, j in pairs)
+        seen.chained &= all(isinstance(first_tensor(out), torch.Tensor) for out in outputs.values())
+        seen.returns_tuple = [isinstance(outputs[i], tuple) for i in range(len(blocks))]
+    return seen
+
+
+class Walk:
+    """The hidden states of all batches on their way through the blocks.
+
+    Args:
+        model, blocks: blocks as found by models.find_blocks.
+        batches: calibration.      shown: result of `probe`.
+        device: where blocks run.  home: where the rest of the model is.
+        offload: True keeps the hidden states on the host, False on `device`, None decides by free
+            memory.
+    """
+
+    def __init__(self, model, blocks, batches, shown: Probe, device, home, offload: bool | None):
+        self.model, self.blocks, self.batches, self.shown = model, blocks, batches, shown
+        self.device, self.home = device, home
+        self.offload = offload
+        self.calls: list[list[tuple[tuple, dict]]] = []
+        self.hidden: list[torch.Tensor] = []
+
+    def capture(self) -> Iterator[None]:
+        """Record the call of every block for every batch, and the inputs of block 0; yields after
+        each batch."""
+        shared = _SharedTensors(self.device)
+        for batch in self.batches:
+            inputs, calls = [], []
+
+            def record(index, hidden, call, inputs=inputs, calls=calls):
+                inputs.append(hidden)
+                calls.append(shared(call))
+                return hidden
+
+            self._run_stubbed(batch, record)
+            shared.by_id.clear()
+            if self.offload is None:
+                self.offload = self._too_large(inputs[0])
+            self.calls.append(calls)
+            self.hidden.append(self._keep(inputs[0]))
+            yield
+
+    def block(self, index: int, keep: bool) -> Iterator[None]:
+        """Run block `index` batch by batch, yielding after each; keep=True: the outputs become the
+        hidden states."""
+        for i, calls in enumerate(self.calls):
+            output = call_block(self.blocks[index], calls[index], self.hidden[i].to(self.device))
+            if keep:
+                self.hidden[i] = self._keep(output)
+            yield
+
+    def stem(self) -> Iterator[None]:
+        """Run what comes before the blocks, batch by batch."""
+        for batch in self.batches:
+            self._run_stubbed(batch, lambda index, hidden, call: hidden, stop_at=0)
+            yield
+
+    def head(self) -> Iterator[None]:
+        """Run what comes after the blocks on the hidden states, which have to be the outputs of the
+        last block."""
+        for batch, last in zip(self.batches, self.hidden):
+            self._run_stubbed(
+                batch, lambda index, hidden, call, last=last: last.to(hidden.device), stop_at=None
+            )
+            yield
+
+    def _run_stubbed(self, batch: Batch, visit: Callable, stop_at: int | None = -1) -> None:
+        """Run the model with stubs for blocks. Stub i calls visit(i, hidden, call) and returns what
+        that returns; the forward ends in stub `stop_at` (-1: the last), or with the model for
+        None."""
+        stop = len(self.blocks) - 1 if stop_at == -1 else stop_at
+
+        def make(index):
+            def forward(*args, **kwargs):
+                hidden, *call = split_hidden(args, kwargs)
+                hidden = visit(index, hidden, tuple(call))
+                if index == stop:
+                    raise StopForward
+                return (hidden,) if self.shown.returns_tuple[index] else hidden
+
+            return forward
+
+        with stubbed(self.blocks, make), contextlib.suppress(StopForward):
+            batch.run(self.model, self.home)
+
+    def _keep(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.to("cpu" if self.offload else self.device)
+
+    def _too_large(self, hidden: torch.Tensor) -> bool:
+        if self.device.type != "cuda":
+            return False
+        tokens = sum(batch.tokens for batch in self.batches)
+        free = torch.cuda.mem_get_info(self.device)[0]
+        return tokens * hidden.element_size() * hidden.shape[-1] > RESIDENT_SHARE * free
+
+
+class _SharedTensors:
+    """Maps a recorded call to the same call with equal tensors replaced by one object, on `device`.
+
+    Every block of every batch receives the same masks and position embeddings; one copy of each is
+    kept.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.by_id: dict[
+            int, tuple[torch.Tensor, torch.Tensor]
+        ] = {}  # holds the source, so that no id is reused
+        self.by_shape: dict[tuple, list[torch.Tensor]] = {}
+
+    def __call__(self, value):
+        if isinstance(value, torch.Tensor):
+            return self._one(value)
+        if type(value) in (tuple, list):
+            return type(value)(self(v) for v in value)
+        return {k: self(v) for k, v in value.items()} if type(value) is dict else value
+
+    def _one(self, tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) in self.by_id:
+            return self.by_id[id(tensor)][1]
+        moved = tensor.to(self.device)
+        known = self.by_shape.setdefault((moved.shape, moved.dtype), [])
+        kept = next((k for k in known if torch.equal(k, moved)), None)
+        if kept is None:
+            kept = moved
+            if len(known) < SHARED_CANDIDATES:
+                known.append(moved)
+        self.by_id[id(tensor)] = (tensor, kept)
+        return kept
