@@ -1,0 +1,382 @@
+"""Models survive a folder: same logits bit for bit, streamed, atomic, known to Transformers."""
+
+import json
+import os
+import subprocess
+import sys
+
+import checkpoint_cases as cases
+import pytest
+import torch
+from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsekern.checkpoint import (
+    export_dense,
+    from_pretrained,
+    load_into,
+    save_pretrained,
+    verify_checkpoint,
+)
+from sparsekern.errors import FormatError
+from sparsekern.linear import SparseLinear
+
+TOKENS = torch.arange(24).view(2, 12)
+MODELS = [cases.llama, cases.gpt2, cases.opt, cases.gemma2]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS.to(next(model.parameters()).device)).logits
+
+
+def stored(folder):
+    """{name: (tensor, file)} of all tensors in a folder."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as handle:
+            found.update({name: (handle.get_tensor(name), path.name) for name in handle.keys()})
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("build", MODELS)
+def test_same_logits_after_save_and_load(tmp_path, build, dtype):
+    model = cases.sparsify(build(dtype))
+    save_pretrained(model, tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert not loaded.training
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    assert {name: type(module) for name, module in loaded.named_modules()} == kinds
+    assert any(kind is SparseLinear for kind in kinds.values())
+    assert verify_checkpoint(tmp_path).ok
+
+
+# Prints whether the logits agree, and by how many KiB loading and then building a dense model raise
+# the peak of resident memory (VmHWM, which unlike ru_maxrss does not count the parent process).
+MEASURE_LOADING = """
+import sys, torch, transformers
+from sparsekern.checkpoint import from_pretrained
+def kib(field):
+    return int(open("/proc/self/status").read().split(field + ":")[1].split()[0])
+folder = sys.argv[1]
+from_pretrained(folder + "/small")
+before = kib("VmRSS")
+model = from_pretrained(folder + "/large")
+sparse = kib("VmHWM") - before
+with torch.no_grad():
+    logits = model(torch.arange(24).view(2, 12)).logits
+same = torch.equal(logits, torch.load(folder + "/logits.pt"))
+before = kib("VmRSS")
+dense = transformers.LlamaForCausalLM(model.config)
+print(same, sparse, kib("VmHWM") - before)
+"""
+
+
+def test_same_logits_in_a_new_process_and_less_memory_than_dense(tmp_path):
+    """The peak of loading stays below 0.75 of the dense weights; building them dense exceeds it."""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("needs /proc to measure resident memory")
+    model = cases.sparsify(cases.llama(hidden=1024, intermediate=2816, tied=False))
+    save_pretrained(model, tmp_path / "large")
+    save_pretrained(cases.sparsify(cases.llama()), tmp_path / "small")
+    torch.save(logits(model), tmp_path / "logits.pt")
+    command = [sys.executable, "-c", MEASURE_LOADING, str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    same, sparse, dense = run.stdout.split()
+    layers = [m for m in model.modules() if isinstance(m, SparseLinear)]
+    bound = 0.75 * sum(2 * m.values.nbytes for m in layers) / 1024
+    assert same == "True"
+    assert int(sparse) < bound < int(dense), f"KiB: {sparse} sparse, {dense} dense, limit {bound}"
+
+
+class _Shapes(TorchDispatchMode):
+    """Records the shape of every floating-point tensor that any op makes outside meta."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                if tensor.is_floating_point():
+                    self.seen.add(tuple(tensor.shape))
+        return out
+
+
+def test_no_dense_weight_is_ever_allocated(tmp_path):
+    model = cases.sparsify(cases.llama())
+    save_pretrained(model, tmp_path)
+    shapes = {
+        (m.out_features, m.in_features) for m in model.modules() if isinstance(m, SparseLinear)
+    }
+    with _Shapes() as loading:
+        loaded = from_pretrained(tmp_path)
+    assert not shapes & loading.seen
+    with _Shapes() as control:
+        next(m for m in loaded.modules() if isinstance(m, SparseLinear)).weight.to_dense()
+    assert shapes & control.seen
+
+
+@pytest.mark.gpu
+def test_load_straight_to_the_gpu(tmp_path):
+    model = cases.sparsify(cases.llama(torch.bfloat16))
+    save_pretrained(model, tmp_path)
+    loaded = from_pretrained(tmp_path, device="cuda")
+    tensors = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
+    assert {tensor.device.type for tensor in tensors.values()} == {"cuda"}
+    save_pretrained(loaded, tmp_path / "again")
+    first, second = stored(tmp_path), stored(tmp_path / "again")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name][0], second[name][0]) for name in first)
+    reference = model.to("cuda")
+    assert torch.equal(logits(loaded), logits(reference))
+
+
+def test_dtype_casts_weights_but_not_rotary_buffers(tmp_path):
+    save_pretrained(cases.sparsify(cases.llama()), tmp_path)
+    loaded = from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.model.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
+    assert loaded.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
+    save_pretrained(cases.sparsify(cases.llama()), tmp_path)
+    assert "model.embed_tokens.weight" in stored(tmp_path)
+    assert "lm_head.weight" not in stored(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_compressed_head_of_a_tied_model_is_untied(tmp_path):
+    model = cases.sparsify(cases.llama(), keep=())
+    save_pretrained(model, tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert isinstance(loaded.lm_head, SparseLinear)
+    assert not json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"]
+    assert torch.equal(logits(loaded), logits(model))
+    assert verify_checkpoint(tmp_path).ok
+
+
+def test_partly_pruned_model_lists_dense_layers(tmp_path):
+    model = cases.sparsify(cases.llama(), keep=("lm_head", "q_proj", "0.mlp.up_proj"))
+    save_pretrained(model, tmp_path)
+    entry = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert entry["sparsity_config"]["ignore"] == [
+        "lm_head",
+        "model.layers.0.mlp.up_proj",
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+    ]
+    assert entry["sparsity_config"]["targets"] == ["Linear"]
+    assert entry["quant_method"] == "compressed-tensors"
+    assert 0 < entry["sparsity_config"]["global_sparsity"] < 0.5
+    loaded = from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.config.to_dict().get("quantization_config") is None
+    assert verify_checkpoint(tmp_path).ok
+
+
+def test_transformers_recognises_the_folder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(words), unk_token="[UNK]"
+    )
+    model = cases.sparsify(cases.llama(torch.bfloat16))
+    model.generation_config.max_new_tokens = 17
+    save_pretrained(model, tmp_path, tokenizer=tokenizer)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is transformers.LlamaConfig
+    assert config.architectures == ["LlamaForCausalLM"]
+    assert config.quantization_config["sparsity_config"]["format"] == "sparse-24-bitmask"
+    assert "bfloat16" in (tmp_path / "config.json").read_text()
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert from_pretrained(tmp_path).generation_config.max_new_tokens == 17
+
+
+def test_without_transformers_the_error_says_so(tmp_path, monkeypatch):
+    save_pretrained(cases.sparsify(cases.llama()), tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"transformers.*pip install 'sparsekern\[hf\]'"):
+        from_pretrained(tmp_path)
+
+
+# ---- shards and atomic writes ------------------------------------------------------------------
+
+
+def test_shards_hold_whole_layers_and_respect_the_limit(tmp_path):
+    limit = 9000
+    model = cases.sparsify(cases.llama())
+    save_pretrained(model, tmp_path, max_shard_size=limit)
+    tensors = stored(tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file for name, (_, file) in tensors.items()}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t, _ in tensors.values())
+    files = set(index["weight_map"].values())
+    assert len(files) > 3
+    for file in files:
+        assert sum(t.nbytes for t, f in tensors.values() if f == file) <= limit
+    for name, (_, file) in tensors.items():
+        if name.endswith(".compressed"):
+            layer = name.removesuffix("compressed")
+            assert tensors[layer + "bitmask"][1] == tensors[layer + "shape"][1] == file
+    assert torch.equal(logits(from_pretrained(tmp_path)), logits(model))
+
+
+def test_files_have_the_permissions_of_new_files(tmp_path):
+    save_pretrained(cases.sparsify(cases.llama()), tmp_path / "folder")
+    (tmp_path / "new").write_text("")
+    modes = {path.stat().st_mode for path in (tmp_path / "folder").iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode}
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
+    class Broken:
+        def save_pretrained(self, folder):
+            raise OSError("disk full")
+
+    old = cases.sparsify(cases.llama())
+    save_pretrained(old, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(OSError, match="disk full"):
+        save_pretrained(cases.sparsify(cases.llama()), tmp_path, tokenizer=Broken())
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_interrupted_rename_is_no_checkpoint(tmp_path, monkeypatch):
+    save_pretrained(cases.sparsify(cases.llama()), tmp_path)
+    replace, done = os.replace, []
+
+    def interrupted(source, target):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_pretrained(cases.sparsify(cases.llama()), tmp_path, max_shard_size=9000)
+    monkeypatch.undo()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    with pytest.raises(FormatError):
+        from_pretrained(tmp_path)
+
+
+def test_saving_again_removes_shards_of_the_old_checkpoint_only(tmp_path):
+    save_pretrained(cases.sparsify(cases.llama()), tmp_path, max_shard_size=9000)
+    (tmp_path / "model_notes.safetensors").write_bytes(b"not ours")
+    model = cases.sparsify(cases.llama())
+    save_pretrained(model, tmp_path)
+    names = sorted(path.name for path in tmp_path.glob("model*"))
+    assert names == ["model.safetensors", "model_notes.safetensors"]
+    assert torch.equal(logits(from_pretrained(tmp_path)), logits(model))
+
+
+def test_pruned_layers_take_9_of_16_of_the_bytes(tmp_path):
+    model = cases.sparsify(cases.llama(torch.bfloat16, hidden=256, intermediate=512))
+    save_pretrained(model, tmp_path)
+    report = verify_checkpoint(tmp_path)
+    assert len(report.layers) == 14
+    dense = sum(2 * m.values.nbytes for m in model.modules() if isinstance(m, SparseLinear))
+    assert report.dense_nbytes == dense
+    parts = (".compressed", ".bitmask", ".shape")
+    layers = [t.nbytes for name, (t, _) in stored(tmp_path).items() if name.endswith(parts)]
+    assert sum(layers) == report.nbytes <= 0.5626 * dense
+
+
+def test_buffers_that_no_file_holds_are_warned_about(tmp_path, recwarn):
+    save_pretrained(cases.sparsify(cases.llama(torch.bfloat16)), tmp_path / "kept")
+    assert not [w for w in recwarn if "rotary" in str(w.message)]
+    with pytest.warns(UserWarning, match="model.rotary_emb.inv_freq"):
+        save_pretrained(cases.sparsify(cases.llama()).to(torch.bfloat16), tmp_path / "cast")
+
+
+# ---- plain modules -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_load_into_a_plain_module(tmp_path, on_meta):
+    model = cases.plain_folder(tmp_path)
+    x = torch.randn(3, 12, dtype=torch.bfloat16)
+    fresh = cases.Plain()
+    if on_meta:
+        for module in fresh.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(parameter.to("meta")))
+        fresh.head.weight = fresh.table.weight
+    fresh.steps.zero_()
+    assert load_into(fresh, tmp_path) is fresh
+    assert isinstance(fresh.first, SparseLinear) and fresh.again is fresh.first
+    assert fresh.head.weight is fresh.table.weight
+    assert fresh.steps.item() == 3
+    with torch.no_grad():
+        assert torch.equal(fresh(x), model(x))
+    assert verify_checkpoint(tmp_path).ok
+    with pytest.raises(FormatError, match="load_into"):
+        from_pretrained(tmp_path)
+
+
+def test_load_into_a_compressed_module_again(tmp_path):
+    model = cases.plain_folder(tmp_path)
+    target = cases.sparsify(cases.with_dtype(cases.Plain(), torch.bfloat16), keep=("head",))
+    load_into(target, tmp_path)
+    assert torch.equal(target.second.weight.values, model.second.weight.values)
+
+
+def test_parameters_that_are_views_of_one_storage(tmp_path):
+    def build():
+        both = torch.arange(12.0).view(2, 6)
+        return torch.nn.ParameterDict({"a": both[0], "b": both[1], "all": both})
+
+    model = build()
+    save_pretrained(model, tmp_path)
+    loaded = load_into(build().to("meta"), tmp_path)
+    assert all(torch.equal(loaded[name], model[name]) for name in ("a", "b", "all"))
+
+
+def test_saving_a_module_on_meta_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="meta"):
+        save_pretrained(cases.Plain().to("meta"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- export ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_export_dense_is_exact_and_ordinary(tmp_path, build):
+    transformers = pytest.importorskip("transformers")
+    model = cases.sparsify(build(torch.bfloat16))
+    save_pretrained(model, tmp_path / "sparse", max_shard_size=9000)
+    (tmp_path / "sparse" / "tokenizer.json").write_text("{}")
+    export_dense(tmp_path / "sparse", tmp_path / "dense", max_shard_size=20000)
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert "quantization_config" not in config and "sparsekern" not in config
+    assert (tmp_path / "dense" / "tokenizer.json").is_file()
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 1
+    cls = getattr(transformers, config["architectures"][0])
+    dense = cls.from_pretrained(tmp_path / "dense", dtype="auto")
+    weights = dict(dense.named_parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            weight = weights[name + ".weight"]
+            weight = weight.t() if build is cases.gpt2 else weight
+            assert torch.equal(weight, module.weight.to_dense())
+    assert torch.equal(logits(dense.eval()), logits(model))
+    assert torch.equal(logits(from_pretrained(tmp_path / "dense")), logits(model))
+    assert verify_checkpoint(tmp_path / "dense").ok
+
+
+def test_export_dense_refuses_its_own_folder(tmp_path):
+    save_pretrained(cases.sparsify(cases.llama()), tmp_path)
+    with pytest.raises(ValueError, match="another folder"):
+        export_dense(tmp_path, tmp_path / "x" / "..")

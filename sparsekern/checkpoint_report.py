@@ -1,0 +1,201 @@
+"""verify_checkpoint: every rule of the format on every layer of a folder, reported, not raised."""
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .checkpoint_format import (
+    HEADER_RULES,
+    check_headers,
+    compressed_layers,
+    join,
+    layer_shape,
+    read_compression_config,
+    read_sparse24,
+)
+from .checkpoint_load import plan
+from .errors import FormatError
+from .safetensors_io import CONFIG_FILE, OP, TensorFiles, listed, read_json, require
+from .skeleton import build_skeleton, linear_shape
+
+
+@dataclass
+class LayerResult:
+    """One compressed layer: `problems` maps each broken rule to its message; `negative_zeros` is
+    a note, no problem.
+    """
+
+    name: str
+    file: str
+    shape: tuple = ()
+    dtype: str = ""
+    zero_values: int = 0  # kept slots that hold zero: groups with fewer than two non-zeros
+    negative_zeros: int = 0
+    problems: dict = field(default_factory=dict)
+
+    @property
+    def ok(self):
+        return not self.problems
+
+
+@dataclass
+class CheckpointReport:
+    """Result of verify_checkpoint.
+
+    Attributes:
+        directory: the folder. layers: a LayerResult for each compressed layer. dense: names of
+            two-dimensional weights that are stored dense. problems: {rule: message} of the folder
+            as a whole. nbytes / dense_nbytes: bytes of the compressed layers' weights in the
+            files, and what they would take dense in the same dtype.
+    """
+
+    directory: str
+    layers: list = field(default_factory=list)
+    dense: list = field(default_factory=list)
+    problems: dict = field(default_factory=dict)
+    nbytes: int = 0
+    dense_nbytes: int = 0
+
+    @property
+    def ok(self):
+        """True when no rule is broken, in the folder or in any layer."""
+        return not self.problems and all(layer.ok for layer in self.layers)
+
+    def table(self):
+        """The report as text: one line per layer, the broken rules below it, a summary."""
+        width = max([len(layer.name) for layer in self.layers] + [5])
+        lines = [f"{'layer':<{width}}  {'shape':>14}  {'dtype':<8}  {'zeros kept':>10}  result"]
+        for layer in self.layers:
+            shape = "x".join(map(str, layer.shape)) or "?"
+            result = "ok" if layer.ok else f"FAILED ({', '.join(layer.problems)})"
+            note = f", {layer.negative_zeros} negative zeros" if layer.negative_zeros else ""
+            lines.append(
+                f"{layer.name:<{width}}  {shape:>14}  {layer.dtype:<8}  "
+                f"{layer.zero_values:>10}  {result}{note}"
+            )
+            lines += [f"    {rule}: {text}" for rule, text in layer.problems.items()]
+        lines += [f"folder: {rule}: {text}" for rule, text in self.problems.items()]
+        size = (
+            f", {self.nbytes} bytes = {self.nbytes / self.dense_nbytes:.4f} x dense"
+            if self.dense_nbytes
+            else ""
+        )
+        lines.append(
+            f"{'ok' if self.ok else 'FAILED'}: {len(self.layers)} compressed layers{size}, "
+            f"{len(self.dense)} dense two-dimensional weights"
+        )
+        return "\n".join(lines)
+
+
+def verify_checkpoint(directory, device="cpu"):
+    """Check a model folder against every rule of sparse-24-bitmask; reads one layer at a time.
+
+    Folder rules: files (headers, index), config (the entry that announces the format), ignore (it
+    lists the dense linear layers, no others), tree (the tensors are those of the model that
+    config.json describes; needs transformers). Layer rules: tensors, dtypes, shapes, shape (what
+    the shape tensor says), bitmask (two bits in every nibble, padding zero), finite (no NaN, Inf).
+
+    Returns:
+        CheckpointReport. Damage is reported, not raised.
+    """
+    folder = Path(directory)
+    report = CheckpointReport(str(folder))
+    try:
+        files = TensorFiles(folder)
+    except FormatError as error:
+        report.problems["files"] = str(error)
+        return report
+    names = compressed_layers(files)
+    try:
+        _, sparsity = read_compression_config(folder)
+        require(
+            not names or sparsity.get("format"),
+            f"{OP}: {CONFIG_FILE}",
+            "quantization_config.sparsity_config for compressed layers",
+            "none",
+            "Other readers would not recognise them.",
+        )
+        wrong = sorted(
+            set(names) & {name for name in sparsity.get("ignore") or () if isinstance(name, str)}
+        )
+        if wrong:
+            report.problems["ignore"] = (
+                f"{CONFIG_FILE} lists compressed layers as dense: {', '.join(wrong[:12])}"
+            )
+    except FormatError as error:
+        report.problems["config"] = str(error)
+    for name in names:
+        layer = _verify_layer(files, name, device)
+        report.layers.append(layer)
+        if layer.shape:
+            values = files.info[join(name, "compressed")]
+            report.nbytes += sum(
+                files.info[join(name, part)].nbytes for part in ("compressed", "bitmask", "shape")
+            )
+            report.dense_nbytes += layer.shape[0] * layer.shape[1] * values.dtype.itemsize
+    if not report.problems and all(layer.ok for layer in report.layers):
+        _verify_tree(report, files, sparsity)
+    report.dense = [
+        name
+        for name, info in files.info.items()
+        if name.endswith("weight") and len(info.shape) == 2
+    ]
+    return report
+
+
+def _verify_tree(report, files, sparsity):
+    """Rules that compare the folder with the model that its config describes."""
+    config = read_json(files.folder / CONFIG_FILE)
+    if "model_type" not in config or importlib.util.find_spec("transformers") is None:
+        return
+    try:
+        model = build_skeleton(files.folder, files.info)
+        plan(model, files, check_headers(files))
+    except FormatError as error:
+        report.problems["tree"] = str(error)
+        return
+    ignored = sparsity.get("ignore") or ()
+    forgotten = [
+        name
+        for name, module in model.named_modules()
+        if report.layers and linear_shape(module) is not None
+        if join(name, "weight") in files.info and name not in ignored
+    ]
+    if forgotten and not any(str(entry).startswith("re:") for entry in ignored):
+        report.problems["ignore"] = (
+            f"{CONFIG_FILE} says nothing of these layers being dense: {listed(forgotten)}"
+        )
+
+
+def _verify_layer(files, name, device):
+    first = next(
+        join(name, part) for part in ("compressed", "bitmask") if join(name, part) in files.info
+    )
+    layer = LayerResult(name, files.file_of[first])
+    for rule, rule_check in HEADER_RULES:
+        try:
+            rule_check(files, name)
+        except FormatError as error:
+            layer.problems[rule] = str(error)
+            return layer  # later rules presume the earlier ones
+    layer.shape = layer_shape(files, name)
+    layer.dtype = str(files.info[join(name, "compressed")].dtype).removeprefix("torch.")
+    values = files.read(join(name, "compressed"), device=device)[0]
+    zero = values == 0
+    layer.zero_values = int(zero.sum())
+    layer.negative_zeros = int((zero & torch.signbit(values)).sum())
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        row, slot = (~finite).nonzero()[0].tolist()
+        layer.problems["finite"] = (
+            f"{files.where(join(name, 'compressed'))}: expected finite values, got "
+            f"{int((~finite).sum())} NaN or Inf, first at row {row}, columns {4 * (slot // 2)}.."
+            f"{4 * (slot // 2) + 3}."
+        )
+    try:
+        read_sparse24(files, name, device)
+    except FormatError as error:
+        layer.problems["bitmask"] = str(error)
+    return layer
