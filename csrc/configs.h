@@ -1,0 +1,32 @@
+// configs.h: the one list of prefill tiles. It makes the instantiations, the dispatch, the tests' parameters and the sweep.
+//
+// X(index, panels per consumer, BLOCK_N tokens, cluster along out_features, cluster along tokens)
+// BLOCK_M = 128 * panels. A cluster of CM x CN shares x among its CM rows and the weights among its CN columns.
+#pragma once
+
+#define SK_PREFILL_CONFIGS(X)                                        \
+  X(0, 2, 192, 1, 1)  /* 256 x 192: most FLOPs per byte            */ \
+  X(1, 2, 192, 2, 1)                                                  \
+  X(2, 2, 192, 1, 2)                                                  \
+  X(3, 2, 192, 2, 2)                                                  \
+  X(4, 2, 192, 4, 1)                                                  \
+  X(5, 2, 128, 1, 1)  /* 256 x 128: fills the chip at fewer tokens */ \
+  X(6, 2, 128, 2, 1)                                                  \
+  X(7, 2, 128, 1, 2)                                                  \
+  X(8, 2, 128, 2, 2)                                                  \
+  X(9, 2, 64, 1, 1)   /* 256 x 64                                  */ \
+  X(10, 2, 64, 2, 1)                                                  \
+  X(11, 1, 256, 1, 1) /* 128 x 256: few out_features               */ \
+  X(12, 1, 256, 2, 1)                                                 \
+  X(13, 1, 256, 4, 1)                                                 \
+  X(14, 1, 128, 1, 1) /* 128 x 128                                 */ \
+  X(15, 1, 128, 2, 1)                                                 \
+  X(16, 2, 96, 1, 1)                                                  \
+  X(17, 2, 160, 1, 1)                                                 \
+  X(18, 2, 160, 2, 1)
+
+namespace sparsekern {
+#define SK_COUNT(...) +1
+constexpr int kPrefillConfigs = 0 SK_PREFILL_CONFIGS(SK_COUNT);
+#undef SK_COUNT
+}  // namespace sparsekern

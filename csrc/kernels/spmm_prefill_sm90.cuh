@@ -1,0 +1,472 @@
+// spmm_prefill_sm90.cuh: D[M,N] = A[M,K] · B[K,N] for many tokens, A 2:4-sparse. Hopper: copy engine + wgmma.sp.
+//
+//   M = out_features   N = tokens   K = in_features (dense count)      specification: sparsekern/reference.py, linear
+//
+// Operands       memory                                   moved by
+//   values       tile64 (layout/tile64.cuh)               bulk copy; multicast over the cluster's token tiles
+//   metadata     tile64                                   bulk copy; then one LDS.32 per thread, tile and 64 of K
+//   x = Bᵀ       [N, K] row-major                         tensor copy, 128-byte swizzle; multicast over the cluster's rows
+//   y = Dᵀ       [N, M] row-major                         stmatrix.trans to smem, then 16-byte stores
+//
+// Tile: BLOCK_M x BLOCK_N x 64, BLOCK_M = 256 or 128 rows for two consumer warpgroups. BLOCK_M is as large as the
+// accumulators allow, because B is the fat operand: it is not compressed and every 64 rows read it from smem once more.
+//
+// Roles (288 threads)                                         registers
+//   warpgroups 0, 1   consumers: half of the rows each        240
+//   warp 8            producer: one elected lane               40
+//
+// Barriers      filled by                      released by                               arrivals
+//   full[s]     copy engines of the cluster    -                                         1 (own producer announces)
+//   empty[s]    -                              both consumers of every CTA that this     2 * (CM + CN - 1)
+//                                              CTA's copies reach
+//
+// Timeline of a consumer: issue stage s - commit - wait full[s+1], load its metadata - wait until stage s-1 is done -
+// release it. One group is always in flight, and the metadata is there when the next one may be issued. Metadata
+// registers rotate through three sets, since a register that an in-flight wgmma reads must not be written (ptxas would
+// serialise: C7513).
+#pragma once
+#include "../layout/tile64.cuh"
+#include "../ptx/cluster.cuh"
+#include "../ptx/mbarrier.cuh"
+#include "../ptx/mma_sp.cuh"
+#include "../ptx/tma.cuh"
+#include "../ptx/wgmma_sp.cuh"
+#include "epilogue.cuh"
+
+namespace sparsekern::prefill {
+
+constexpr int kConsumers = 2;  // warpgroups
+constexpr int kThreads = kConsumers * 128 + 32;
+constexpr int kSmemCapacity = 227 * 1024;
+constexpr int kRoundedTokens = 32;  // tokens per step of the epilogue when it stages rounded values ...
+constexpr int kSumTokens = 16;      // ... and when it stages float32 sums
+constexpr int kLaunchRegisters = 224, kConsumerRegisters = 240, kProducerRegisters = 40;
+
+// kPanels: m64 tiles per consumer. kTokens: BLOCK_N.
+template <class T_, int kPanels_, int kTokens_>
+struct Config {
+  using T = T_;
+  static constexpr int kPanels = kPanels_;
+  static constexpr int kTilePanels = kPanels * kConsumers;
+  static constexpr int kRows = kTilePanels * tile64::kRows;  // BLOCK_M
+  static constexpr int kTokens = kTokens_;                   // BLOCK_N
+  static constexpr int kXBytes = kTokens * 128;
+  static constexpr int kValueBytes = kTilePanels * tile64::kValueBytes;
+  static constexpr int kMetadataBytes = kTilePanels * tile64::kMetadataBytes;
+  static constexpr int kStageBytes = kXBytes + kValueBytes + kMetadataBytes;
+  static constexpr int kConsumerRows = kPanels * tile64::kRows;
+  static constexpr int kRoundedPitch = kConsumerRows * 2;     // bytes between tokens in the staging buffer
+  static constexpr int kSumPitch = (kConsumerRows + 4) * 4;   // +4 words spread the banks
+  static constexpr int kOutBytes = kSumTokens * kSumPitch;    // per consumer; covers both forms
+  static constexpr int kFit = (kSmemCapacity - 128 - kConsumers * kOutBytes) / kStageBytes;
+  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  static constexpr int kSmemBytes = kStages * kStageBytes + kConsumers * kOutBytes + 2 * kStages * 8 + (kStages + kConsumers) * 16;
+  static_assert(kRoundedTokens * kRoundedPitch <= kOutBytes);
+  static_assert(kStages >= 3 && kSmemBytes <= kSmemCapacity && kTokens % kRoundedTokens == 0);
+};
+
+// CTAs of a cluster form a CM x CN grid: same column = same tokens (share x), same row = same weights (share A).
+struct ClusterShape {
+  int m, n;
+};
+
+template <class T>
+struct Params {
+  const uint8_t* values;
+  const uint8_t* metadata;
+  OutputSegment<T> out;
+  tile64::Extent extent;
+  int tokens;
+  ClusterShape cluster;
+  int clusters;                 // in the grid
+  int tile_rows, tile_columns;  // cluster tiles along M and N
+  int group_m;                  // rows of cluster tiles that are walked together, so that L2 serves the rereads
+};
+
+template <class Cfg>
+struct Smem {
+  uint32_t base;
+
+  __device__ __forceinline__ explicit Smem(const void* raw) : base(ptx::smem_address(raw)) {
+    if (base % 1024 != 0) __trap();  // the swizzled tiles need it; there is no static shared memory before us
+  }
+  __device__ __forceinline__ uint32_t x(int stage) const { return base + stage * Cfg::kStageBytes; }
+  __device__ __forceinline__ uint32_t values(int stage) const { return x(stage) + Cfg::kXBytes; }
+  __device__ __forceinline__ uint32_t metadata(int stage) const {
+    return values(stage) + Cfg::kValueBytes;
+  }
+  __device__ __forceinline__ uint32_t out(int consumer) const {
+    return base + Cfg::kStages * Cfg::kStageBytes + consumer * Cfg::kOutBytes;
+  }
+  __device__ __forceinline__ uint32_t full(int stage) const {
+    return base + Cfg::kStages * Cfg::kStageBytes + kConsumers * Cfg::kOutBytes + stage * 8;
+  }
+  __device__ __forceinline__ uint32_t empty(int stage) const {
+    return full(stage) + Cfg::kStages * 8;
+  }
+  // Where a tile is: {m, n, index} for each stage, written by the producer; {m, n, index, ring state} for a consumer in
+  // its epilogue. The accumulators leave no registers to keep these in.
+  __device__ __forceinline__ uint32_t tile(int stage) const {
+    return full(0) + 2 * Cfg::kStages * 8 + stage * 16;
+  }
+  __device__ __forceinline__ uint32_t progress(int consumer) const { return tile(Cfg::kStages + consumer); }
+};
+
+struct TilePosition {
+  int m, n;  // CTA tile
+};
+
+// Cluster tile `index` -> this CTA's tile. Groups of group_m cluster rows; inside a group rows fastest, then tokens.
+template <class T>
+__device__ __forceinline__ TilePosition tile_position(const Params<T>& p, int index) {
+  const int rank = ptx::cluster_cta_rank();
+  const int group = index / (p.group_m * p.tile_columns), within = index % (p.group_m * p.tile_columns);
+  const int first = group * p.group_m;
+  const int height = p.tile_rows - first < p.group_m ? p.tile_rows - first : p.group_m;
+  return {(first + within % height) * p.cluster.m + rank % p.cluster.m,
+          within / height * p.cluster.n + rank / p.cluster.m};
+}
+
+// Position in the ring of stages; the parity flips at each turn. Both in one register: the consumers have none to spare.
+template <int kStages>
+struct RingPosition {
+  uint32_t state = 0;  // 2 * stage + parity
+  __device__ __forceinline__ int stage() const { return state / 2; }
+  __device__ __forceinline__ int previous_stage() const { return state < 2 ? kStages - 1 : state / 2 - 1; }
+  __device__ __forceinline__ uint32_t parity() const { return state % 2; }
+  __device__ __forceinline__ void advance() {
+    state += 2;
+    if (state >= 2 * kStages) state = (state - 2 * kStages) ^ 1;
+  }
+};
+
+// --- producer -------------------------------------------------------------------------------------------------------
+
+// The panels of A that this CTA fetches for a tile: `available` from the weight, the rest (rows that do not exist) filled
+// with copies of the first, so that no stage ever holds uninitialised metadata.
+struct WeightSlice {
+  const uint8_t* values;
+  const uint8_t* metadata;
+  int panels_in_superpanel, available;
+
+  template <class T>
+  static __device__ __forceinline__ WeightSlice of(const Params<T>& p, int first_panel, int count) {
+    const int last = p.extent.panels - 1;
+    const int panel = first_panel < last ? first_panel : last;
+    const int left = last + 1 - first_panel;
+    const int superpanel = panel / tile64::kPanelsPerSuperpanel;
+    const size_t tile = p.extent.first_tile(superpanel, 0) + panel % tile64::kPanelsPerSuperpanel;
+    return {p.values + tile * tile64::kValueBytes, p.metadata + tile * tile64::kMetadataBytes,
+            p.extent.panels_in(superpanel), left < 1 ? 1 : left < count ? left : count};
+  }
+  __device__ __forceinline__ void next_k_tile() {
+    values += panels_in_superpanel * tile64::kValueBytes;
+    metadata += panels_in_superpanel * tile64::kMetadataBytes;
+  }
+};
+
+// `count` panels of one kind of bytes -> smem, in this CTA or in all of `mask`.
+template <int kPanelBytes>
+__device__ __forceinline__ void copy_panels(uint32_t smem, const uint8_t* from, int available, int count,
+                                            uint32_t full, uint16_t mask) {
+  const auto copy = [&](uint32_t to, int bytes) {
+    if (mask == 0) ptx::bulk_copy(to, from, bytes, full, ptx::L2Hint::kEvictNormal);
+    else ptx::bulk_copy_multicast(to, from, bytes, full, mask, ptx::L2Hint::kEvictNormal);
+  };
+  copy(smem, available * kPanelBytes);
+  for (int i = available; i < count; ++i) copy(smem + i * kPanelBytes, kPanelBytes);
+}
+
+template <class Cfg>
+__device__ __forceinline__ void produce(const CUtensorMap* x_map, const Params<typename Cfg::T>& p,
+                                        const Smem<Cfg>& smem, int index,
+                                        RingPosition<Cfg::kStages>& ring) {
+  const int rank = ptx::cluster_cta_rank(), cluster_m = rank % p.cluster.m, cluster_n = rank / p.cluster.m;
+  uint16_t weight_mask = 0;  // every CTA of my row of the cluster; 0: only me
+  for (int n = 0; n < p.cluster.n && p.cluster.n > 1; ++n) weight_mask |= 1u << (n * p.cluster.m + cluster_m);
+  const uint16_t x_mask = ((1u << p.cluster.m) - 1) << (cluster_n * p.cluster.m);
+  const TilePosition tile = tile_position(p, index);
+  const int panel_share = Cfg::kTilePanels / p.cluster.n, x_share = Cfg::kTokens / p.cluster.m;
+  const int first_panel = cluster_n * panel_share;
+  const int x_row = tile.n * Cfg::kTokens + cluster_m * x_share;
+  WeightSlice weights = WeightSlice::of(p, tile.m * Cfg::kTilePanels + first_panel, panel_share);
+#pragma unroll 1
+  for (int k_tile = 0; k_tile < p.extent.k_tiles; ++k_tile) {
+    const uint32_t full = smem.full(ring.stage());
+    ptx::mbarrier_wait(smem.empty(ring.stage()), ring.parity() ^ 1);
+    ptx::store_shared_int4(smem.tile(ring.stage()), {tile.m, tile.n, index, 0});
+    ptx::mbarrier_arrive_expect_bytes(full, Cfg::kStageBytes);
+    const uint32_t x_slice = smem.x(ring.stage()) + cluster_m * x_share * 128;
+    const int x_column = k_tile * tile64::kDenseK;
+    if (p.cluster.m == 1)
+      ptx::tensor_copy(x_slice, x_map, x_column, x_row, full, ptx::L2Hint::kEvictNormal);
+    else
+      ptx::tensor_copy_multicast(x_slice, x_map, x_column, x_row, full, x_mask, ptx::L2Hint::kEvictNormal);
+    copy_panels<tile64::kValueBytes>(smem.values(ring.stage()) + first_panel * tile64::kValueBytes,
+                                     weights.values, weights.available, panel_share, full, weight_mask);
+    copy_panels<tile64::kMetadataBytes>(smem.metadata(ring.stage()) + first_panel * tile64::kMetadataBytes,
+                                        weights.metadata, weights.available, panel_share, full, weight_mask);
+    weights.next_k_tile();
+    ring.advance();
+  }
+}
+
+// --- consumers ------------------------------------------------------------------------------------------------------
+
+// Matrix descriptors (PTX ISA, "Shared memory matrix layout"): address, LBO, SBO in units of 16 bytes, swizzle mode.
+__device__ __forceinline__ uint64_t weight_descriptor(uint32_t smem) {  // no swizzle
+  return static_cast<uint64_t>((smem & 0x3FFFF) >> 4) |
+         (static_cast<uint64_t>(tile64::kChunkStride >> 4) << 16) |
+         (static_cast<uint64_t>(tile64::kRowGroupStride >> 4) << 32);
+}
+__device__ __forceinline__ uint64_t x_descriptor(uint32_t smem) {  // 128-byte swizzle, 8 rows = 1024 bytes
+  return static_cast<uint64_t>((smem & 0x3FFFF) >> 4) | (1ull << 16) | ((1024ull >> 4) << 32) |
+         (1ull << 62);
+}
+constexpr int kWeightStep = 2 * tile64::kChunkStride >> 4;  // one k32 step of A, in descriptor units
+constexpr int kXStep = 64 >> 4;                             // one k32 step of B
+
+template <class Cfg>
+using Accumulators = float[Cfg::kPanels][Cfg::kTokens / 2];
+
+// Who must learn that this consumer has finished with a stage: lane j of the warpgroup tells peer j.
+struct Release {
+  uint32_t empty_base;  // shared::cluster address of the peer's first empty barrier; 0 for lanes without a peer
+
+  template <class Cfg>
+  static __device__ __forceinline__ Release of(const Smem<Cfg>& smem, ClusterShape cluster) {
+    const int rank = ptx::cluster_cta_rank(), cluster_m = rank % cluster.m, cluster_n = rank / cluster.m;
+    const int lane = threadIdx.x % 128;
+    int peer = cluster_n * cluster.m + lane;                      // my column of the cluster
+    if (lane >= cluster.m) {                                      // then my row, without myself
+      const int n = lane - cluster.m;
+      peer = (n < cluster_n ? n : n + 1) * cluster.m + cluster_m;
+    }
+    const bool active = lane < cluster.m + cluster.n - 1;
+    return {active ? ptx::map_to_cta(smem.empty(0), peer) : 0};
+  }
+  __device__ __forceinline__ void operator()(int stage) const {
+    if (empty_base != 0) ptx::mbarrier_arrive_cluster(empty_base + stage * 8);
+  }
+};
+
+template <class Cfg>
+struct Consumer {
+  using Metadata = uint32_t[Cfg::kPanels];
+
+  const Smem<Cfg> smem;
+  const Release release;
+  const int consumer;                 // 0 or 1
+  RingPosition<Cfg::kStages> ring{};  // the stage whose metadata is loaded next
+
+  __device__ __forceinline__ void load(Metadata& metadata) {
+    ptx::mbarrier_wait(smem.full(ring.stage()), ring.parity());
+    const uint32_t word = smem.metadata(ring.stage()) + consumer * Cfg::kPanels * tile64::kMetadataBytes +
+                          threadIdx.x % 128 * 4;
+#pragma unroll
+    for (int m = 0; m < Cfg::kPanels; ++m)
+      metadata[m] = ptx::load_shared_u32(word + m * tile64::kMetadataBytes);
+    ring.advance();
+  }
+
+  // Issues the loaded stage into d, loads the next one's metadata while that runs, then waits for and releases the
+  // stage before.
+  __device__ __forceinline__ void step(Accumulators<Cfg>& d, const Metadata& metadata, Metadata& next, int k_tile,
+                                       int k_tiles) {
+    using Wgmma = ptx::WgmmaSp<typename Cfg::T, Cfg::kTokens>;
+    const int stage = ring.previous_stage();
+    const uint64_t a = weight_descriptor(smem.values(stage) + consumer * Cfg::kPanels * tile64::kValueBytes);
+    const uint64_t b = x_descriptor(smem.x(stage));
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int m = 0; m < Cfg::kPanels; ++m) {
+      const uint64_t a_panel = a + m * (tile64::kValueBytes >> 4);
+      Wgmma::template run<0>(d[m], a_panel, b, metadata[m], k_tile > 0);
+      Wgmma::template run<1>(d[m], a_panel + kWeightStep, b + kXStep, metadata[m], 1);
+    }
+    ptx::wgmma_commit();
+    if (k_tile + 1 < k_tiles) load(next);
+    ptx::wgmma_wait<1>();
+    if (k_tile > 0) release(stage == 0 ? Cfg::kStages - 1 : stage - 1);
+  }
+
+  // A whole tile. Where it is goes to smem.progress before the last stage is given back.
+  __device__ __forceinline__ void multiply(Accumulators<Cfg>& d, int k_tiles) {
+    Metadata first, second, third;
+    load(first);
+    int k_tile = 0;
+    while (true) {
+      step(d, first, second, k_tile, k_tiles);
+      if (++k_tile == k_tiles) break;
+      step(d, second, third, k_tile, k_tiles);
+      if (++k_tile == k_tiles) break;
+      step(d, third, first, k_tile, k_tiles);
+      if (++k_tile == k_tiles) break;
+    }
+    ptx::wgmma_wait<0>();
+    const int last = ring.previous_stage();
+    const int4 tile = ptx::load_shared_int4(smem.tile(last));
+    if (threadIdx.x % 128 == 0)
+      ptx::store_shared_int4(smem.progress(consumer), {tile.x, tile.y, tile.z, static_cast<int>(ring.state)});
+    ptx::named_barrier_sync(1 + consumer, 128);  // lanes that release must not outrun lanes that still read
+    release(last);
+  }
+};
+
+// --- epilogue -------------------------------------------------------------------------------------------------------
+
+// Two ways from the accumulators of one consumer to y. Bias alone and 16-byte aligned rows: add, round, transpose through
+// smem with stmatrix, 32 tokens at a time. Everything else: stage float32 sums, 16 tokens at a time, and finish rows of 8
+// from there, so that the long code for activations and odd edges exists once and not once per accumulator.
+
+struct TileOrigin {
+  int row, token;
+
+  template <class Cfg>
+  static __device__ __forceinline__ TileOrigin of(const Smem<Cfg>& smem, int consumer) {
+    const int4 tile = ptx::load_shared_int4(smem.progress(consumer));
+    return {tile.x * Cfg::kRows + consumer * Cfg::kConsumerRows, tile.y * Cfg::kTokens};
+  }
+};
+
+template <class Cfg>
+__device__ __forceinline__ void store_rounded(const Accumulators<Cfg>& d, const Params<typename Cfg::T>& p,
+                                              const Smem<Cfg>& shared, int consumer) {
+  using T = typename Cfg::T;
+  const uint32_t smem = shared.out(consumer);
+  const auto [first_row, first_token] = TileOrigin::of(shared, consumer);
+  constexpr int kPieces = Cfg::kConsumerRows / 8;  // 16-byte pieces of one token's rows
+  const int thread = threadIdx.x % 128, warp_idx = thread / 32, lane_idx = thread % 32;
+  const int matrix = lane_idx / 8, line = lane_idx % 8;
+  float bias[Cfg::kPanels][2];
+#pragma unroll
+  for (int m = 0; m < Cfg::kPanels; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = first_row + m * 64 + warp_idx * 16 + h * 8 + lane_idx / 4;
+      bias[m][h] = p.out.bias && row < p.out.out_features ? to_float(p.out.bias[row]) : 0.0f;
+    }
+  }
+  // This thread's pieces: one 16-byte piece of every kStride-th token.
+  constexpr int kStride = 128 / kPieces;
+  const int piece = thread % kPieces, row = first_row + piece * 8;
+  T* to = p.out.y + static_cast<int64_t>(first_token + thread / kPieces) * p.out.y_stride + row;
+  const int left = row < p.out.out_features ? p.tokens - first_token - thread / kPieces : 0;
+#pragma unroll
+  for (int part = 0; part < Cfg::kTokens / kRoundedTokens; ++part) {
+    if (first_token + part * kRoundedTokens >= p.tokens) break;
+#pragma unroll
+    for (int m = 0; m < Cfg::kPanels; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float* v = &d[m][(part * 4 + half * 2) * 4];
+        const int token = half * 16 + matrix / 2 * 8 + line, column = m * 8 + warp_idx * 2 + matrix % 2;
+        ptx::stmatrix_x4_transposed(smem + token * Cfg::kRoundedPitch + ((column ^ line) * 16),
+                                    pack_pair<T>(v[0] + bias[m][0], v[1] + bias[m][0]),
+                                    pack_pair<T>(v[2] + bias[m][1], v[3] + bias[m][1]),
+                                    pack_pair<T>(v[4] + bias[m][0], v[5] + bias[m][0]),
+                                    pack_pair<T>(v[6] + bias[m][1], v[7] + bias[m][1]));
+      }
+    }
+    ptx::named_barrier_sync(1 + consumer, 128);
+#pragma unroll
+    for (int i = 0; i < kRoundedTokens / kStride; ++i) {
+      const int token = i * kStride + thread / kPieces;
+      const uint4 v = ptx::load_shared_u128(smem + token * Cfg::kRoundedPitch + ((piece ^ (token % 8)) * 16));
+      if (part * kRoundedTokens + i * kStride < left) *reinterpret_cast<uint4*>(to) = v;
+      to += kStride * p.out.y_stride;
+    }
+    ptx::named_barrier_sync(1 + consumer, 128);
+  }
+}
+
+template <class Cfg>
+__device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d, const Params<typename Cfg::T>& p,
+                                                const Smem<Cfg>& shared, int consumer) {
+  const uint32_t smem = shared.out(consumer);
+  const auto [first_row, first_token] = TileOrigin::of(shared, consumer);
+  constexpr int kPieces = Cfg::kConsumerRows / 8;
+  const int thread = threadIdx.x % 128, warp_idx = thread / 32, lane_idx = thread % 32;
+  const uint32_t lane_smem = smem + lane_idx % 4 * 2 * Cfg::kSumPitch + (warp_idx * 16 + lane_idx / 4) * 4;
+#pragma unroll 1
+  for (int part = 0; part < Cfg::kTokens / kSumTokens; ++part) {
+    if (first_token + part * kSumTokens >= p.tokens) break;
+#pragma unroll
+    for (int q = 0; q < Cfg::kTokens / kSumTokens; ++q) {
+      if (q != part) continue;
+#pragma unroll
+      for (int m = 0; m < Cfg::kPanels; ++m) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          ptx::store_shared_f32(lane_smem + (i / 4 * 8 + i % 2) * Cfg::kSumPitch + (m * 64 + i / 2 % 2 * 8) * 4,
+                                d[m][q * 8 + i]);
+      }
+    }
+    ptx::named_barrier_sync(1 + consumer, 128);
+#pragma unroll 1
+    for (int i = thread; i < kSumTokens * kPieces; i += 128) {
+      const int token = i / kPieces, row = i % kPieces * 8, global_token = first_token + part * kSumTokens + token;
+      if (global_token < p.tokens) {
+        float v[8];
+        ptx::load_shared_f32x8(v, smem + token * Cfg::kSumPitch + row * 4);
+        p.out.template store<8>(v, global_token, first_row + row);
+      }
+    }
+    ptx::named_barrier_sync(1 + consumer, 128);
+  }
+}
+
+template <class Cfg>
+__device__ __forceinline__ void store_tile(const Accumulators<Cfg>& d, const Params<typename Cfg::T>& p,
+                                           const Smem<Cfg>& smem, int consumer) {
+  if (p.out.activation == Activation::kNone && !p.out.residual && p.out.aligned && p.out.out_features % 8 == 0)
+    store_rounded<Cfg>(d, p, smem, consumer);
+  else
+    store_activated<Cfg>(d, p, smem, consumer);
+}
+
+// --- kernel ---------------------------------------------------------------------------------------------------------
+
+template <class Cfg>
+__global__ void __maxnreg__(kLaunchRegisters)
+    spmm_prefill_sm90_kernel(const __grid_constant__ CUtensorMap x_map,
+                             const __grid_constant__ Params<typename Cfg::T> p) {
+  extern __shared__ __align__(1024) uint8_t raw_smem[];
+  const Smem<Cfg> smem(raw_smem);
+  const int warpgroup_idx = threadIdx.x / 128;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < Cfg::kStages; ++s) {
+      ptx::mbarrier_init(smem.full(s), 1);
+      ptx::mbarrier_init(smem.empty(s), kConsumers * (p.cluster.m + p.cluster.n - 1));
+    }
+    ptx::mbarrier_init_fence();
+    ptx::prefetch_tensor_map(&x_map);
+  }
+  ptx::cluster_sync();
+
+  const int tiles = p.tile_rows * p.tile_columns;
+  if (warpgroup_idx == kConsumers) {
+    ptx::give_up_registers<kProducerRegisters>();
+    if (threadIdx.x == kConsumers * 128) {
+      RingPosition<Cfg::kStages> ring;
+#pragma unroll 1
+      for (int index = ptx::cluster_idx(); index < tiles; index += p.clusters)
+        produce<Cfg>(&x_map, p, smem, index, ring);
+    }
+  } else {
+    ptx::take_registers<kConsumerRegisters>();
+    const Release release = Release::of<Cfg>(smem, p.cluster);
+    Consumer<Cfg> consumer{smem, release, warpgroup_idx};
+    int4 progress;
+    do {  // the grid has no more clusters than there are tiles
+      Accumulators<Cfg> d;
+      consumer.multiply(d, p.extent.k_tiles);
+      store_tile<Cfg>(d, p, smem, warpgroup_idx);
+      progress = ptx::load_shared_int4(smem.progress(warpgroup_idx));
+      consumer.ring.state = progress.w;
+    } while (progress.z + p.clusters < tiles);
+  }
+  ptx::cluster_sync();  // nobody leaves while a peer may still write to it or arrive on its barriers
+}
+
+}  // namespace sparsekern::prefill

@@ -1,0 +1,49 @@
+// launch.h: what the host side may call. Torch-free: plain pointers, sizes, strides in elements, a stream.
+//
+// GEMM letters: D[M,N] = A[M,K] · B[K,N] with A the 2:4-sparse weight, because the hardware sparsifies only A. For a
+// linear layer y[tokens, out] = x[tokens, in] · W[out, in]^T that means M = out_features, N = tokens, K = in_features
+// (always the dense count). No launcher allocates or synchronises; each returns a Status.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "status.h"
+
+namespace sparsekern {
+
+enum class DType : int { kFloat16 = 0, kBFloat16 = 1 };
+enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3 };
+
+// y = activation(x · Wᵀ + bias) + residual, accumulated in float32 and rounded once.
+struct LinearProblem {
+  const void* x;         // [tokens, in_features], row stride x_stride
+  const void* values;    // packed "tile64" (layout/tile64.cuh)
+  const void* metadata;  // packed "tile64"
+  const void* bias;      // [out_features] or null
+  const void* residual;  // [tokens, out_features], row stride residual_stride, or null
+  void* y;               // [tokens, out_features], row stride y_stride
+  int tokens, out_features, in_features;
+  int64_t x_stride, y_stride, residual_stride;  // in elements
+  DType dtype;
+  Activation activation;
+};
+
+// silu(x · Gᵀ) * (x · Uᵀ): both halves of a gated MLP in one launch. G and U have the same shape.
+struct GatedProblem {
+  LinearProblem gate;        // bias, residual and activation unused; y is the output
+  const void* up_values;
+  const void* up_metadata;
+};
+
+Status launch_pack(const void* values, const void* metadata, void* packed_values,
+                   void* packed_metadata, int out_features, int in_features, cudaStream_t stream);
+
+// split: CTAs that share the K of one row block (1, 2, 4 or 8); 0 chooses.
+Status launch_decode(const LinearProblem& problem, int split, cudaStream_t stream);
+Status launch_decode_gated(const GatedProblem& problem, int split, cudaStream_t stream);
+// config: index into SK_PREFILL_CONFIGS (configs.h).
+Status launch_prefill(const LinearProblem& problem, int config, cudaStream_t stream);
+
+}  // namespace sparsekern
