@@ -8,6 +8,7 @@
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -182,11 +183,29 @@ void decode_gated(Address x, Address gate_values, Address gate_metadata, Address
 void prefill(Address x, Address values, Address metadata, Address bias, Address residual, Address y,
              int tokens, int out_features, int in_features, std::int64_t x_stride,
              std::int64_t y_stride, std::int64_t residual_stride, int dtype, int activation,
-             int config, Address stream) {
+             int config, Address workspace, Address stream) {
   raise_if_error(launch_prefill(
       linear_problem(x, values, metadata, bias, residual, y, tokens, out_features, in_features,
                      x_stride, y_stride, residual_stride, dtype, activation),
-      config, as_stream(stream)));
+      config, out(workspace), as_stream(stream)));
+}
+
+std::size_t workspace_bytes() {
+  bind_thread("sparsekern.linear");
+  std::size_t bytes = 0;
+  raise_if_error(prefill_workspace_bytes(bytes));
+  return bytes;
+}
+
+// 0 when the stream is not being captured into a CUDA graph; else a number of this one capture.
+unsigned long long capture_id(Address stream) {
+  constexpr const char* op = "sparsekern.linear";
+  bind_thread(op);
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  raise_if_error(cuda_status(op, "cudaStreamGetCaptureInfo",
+                             cudaStreamGetCaptureInfo(as_stream(stream), &capture, &id)));
+  return capture == cudaStreamCaptureStatusActive ? id : 0;
 }
 
 // SK_PREFILL_CONFIGS in the words of Python: [{index, rows, tokens, cluster_rows, cluster_tokens}].
@@ -214,6 +233,8 @@ void bind_ops(py::module_& m) {
   m.def("decode", &decode, "launch_decode: up to 64 tokens");
   m.def("decode_gated", &decode_gated, "launch_decode_gated: up to 32 tokens");
   m.def("prefill", &prefill, "launch_prefill");
+  m.def("prefill_workspace_bytes", &workspace_bytes, "Size of the workspace on the current device.");
+  m.def("capture_id", &capture_id, "0, or a number of the stream's current graph capture.");
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// configs.h: the one list of prefill tiles. It makes the instantiations, the dispatch, the tests' parameters and the sweep.
+// configs.h: the one list of kernel configurations. It makes the instantiations, the dispatch, the tests' parameters and
+// the sweep.
 //
 // X(index, panels per consumer, BLOCK_N tokens, cluster along out_features, cluster along tokens)
 // BLOCK_M = 128 * panels. A cluster of CM x CN shares x among its CM rows and the weights among its CN columns.
@@ -25,8 +26,21 @@
   X(17, 2, 160, 1, 1)                                                 \
   X(18, 2, 160, 2, 1)
 
+// The decode kernel's row blocks and splits of K. Index 0 stands for the automatic choice.
+// X(index, row panels of 64 per CTA, CTAs that share the K of a row block)
+#define SK_DECODE_CONFIGS(X) \
+  X(1, 4, 1)                 \
+  X(2, 4, 2)                 \
+  X(3, 4, 4)                 \
+  X(4, 4, 8)                 \
+  X(5, 2, 1)                 \
+  X(6, 2, 2)                 \
+  X(7, 2, 4)                 \
+  X(8, 2, 8)
+
 namespace sparsekern {
 #define SK_COUNT(...) +1
 constexpr int kPrefillConfigs = 0 SK_PREFILL_CONFIGS(SK_COUNT);
+constexpr int kDecodeConfigs = 0 SK_DECODE_CONFIGS(SK_COUNT);
 #undef SK_COUNT
 }  // namespace sparsekern

@@ -40,10 +40,13 @@ struct GatedProblem {
 Status launch_pack(const void* values, const void* metadata, void* packed_values,
                    void* packed_metadata, int out_features, int in_features, cudaStream_t stream);
 
-// split: CTAs that share the K of one row block (1, 2, 4 or 8); 0 chooses.
-Status launch_decode(const LinearProblem& problem, int split, cudaStream_t stream);
-Status launch_decode_gated(const GatedProblem& problem, int split, cudaStream_t stream);
-// config: index into SK_PREFILL_CONFIGS (configs.h).
-Status launch_prefill(const LinearProblem& problem, int config, cudaStream_t stream);
+// For 1 to 64 tokens (gated: 32). config: index into SK_DECODE_CONFIGS (configs.h), 0 chooses. The weights are read before
+// the kernel's predecessor in the stream has finished (programmatic dependent launch): they must not come from it.
+Status launch_decode(const LinearProblem& problem, int config, cudaStream_t stream);
+Status launch_decode_gated(const GatedProblem& problem, int config, cudaStream_t stream);
+// config: index into SK_PREFILL_CONFIGS (configs.h). workspace: prefill_workspace_bytes, zeroed once when allocated, not
+// shared by launches that may overlap; null: tiles are never cut along K, which is slower when there are few.
+Status launch_prefill(const LinearProblem& problem, int config, void* workspace, cudaStream_t stream);
+Status prefill_workspace_bytes(size_t& bytes);
 
 }  // namespace sparsekern

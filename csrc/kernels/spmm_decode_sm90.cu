@@ -1,6 +1,7 @@
-// spmm_decode_sm90.cu: host side of the decode kernel: choose the token tile and the split of K, launch.
+// spmm_decode_sm90.cu: host side of the decode kernel: choose the token tile, row block and split of K, launch.
 #include "spmm_decode_sm90.cuh"
 
+#include "../configs.h"
 #include "../tensor_map.h"
 
 namespace sparsekern {
@@ -55,11 +56,12 @@ Status launch(const LinearProblem& p, const void* up_values, const void* up_meta
   params.metadata[1] = static_cast<const uint8_t*>(up_metadata);
   params.out = output_segment<typename Cfg::T>(p);
   params.extent = tile64::Extent::of(p.out_features, p.in_features);
+  params.row_blocks = tile64::ceil_div(params.extent.panels, Cfg::kPanels);
   params.tokens = p.tokens;
   int resident = 0;
   SK_RETURN_IF_ERROR((resident_clusters<Cfg, kRanks>(resident)));
-  const bool persistent = kRanks == 1 && resident < params.extent.superpanels;
-  const int clusters = persistent ? resident : params.extent.superpanels;
+  const bool persistent = kRanks == 1 && resident < params.row_blocks;
+  const int clusters = persistent ? resident : params.row_blocks;
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config =
       launch_config(clusters * kRanks, Cfg::kSmemBytes, stream, attributes, kRanks);
@@ -67,59 +69,62 @@ Status launch(const LinearProblem& p, const void* up_values, const void* up_meta
   return launch_status(kOp, "spmm_decode_sm90_kernel", config.gridDim, config.blockDim, Cfg::kSmemBytes);
 }
 
-// Enough CTAs to keep the memory busy (more tokens: also the tensor cores), and no more: each split adds a reduction.
-// Measured: NOTES.md, decode.
-int choose_split(const tile64::Extent& extent, int tokens) {
-  constexpr int kEnough = 32, kMost = 96;
-  if (tokens <= 16 && extent.superpanels >= kEnough) return 1;
+// Row blocks and split of K that keep the memory busy (with more tokens: also the tensor cores), and no more CTAs than
+// that: each split adds a reduction. Measured: NOTES.md, decode. Returns an index into SK_DECODE_CONFIGS.
+int choose_config(const tile64::Extent& extent, int tokens) {
+  constexpr int kMost = 96;
+  const int panels = extent.superpanels <= 8 || (extent.superpanels >= 32 && extent.superpanels <= 40) ? 2 : 4;
+  const int row_blocks = tile64::ceil_div(extent.panels, panels);
   int split = 1;
-  while (split < 8 && extent.superpanels * split * 2 <= kMost && extent.k_tiles >= 4 * split) split *= 2;
-  return split;
+  while (split < 8 && row_blocks * split * 2 <= kMost && extent.k_tiles >= 4 * split) split *= 2;
+  int config = 0;
+#define SK_MATCH(index, of_panels, of_split) \
+  if (of_panels == panels && of_split == split) config = index;
+  SK_DECODE_CONFIGS(SK_MATCH)
+#undef SK_MATCH
+  return config;
 }
 
-template <class Cfg>
-Status launch_split(const LinearProblem& p, const void* up_values, const void* up_metadata, int split,
+template <class T, int kTokenTiles, int kWeights>
+Status launch_index(const LinearProblem& p, const void* up_values, const void* up_metadata, int config,
                     cudaStream_t stream) {
-  if (split == 0) split = choose_split(tile64::Extent::of(p.out_features, p.in_features), p.tokens);
-  switch (split) {
-    case 1: return launch<Cfg, 1>(p, up_values, up_metadata, stream);
-    case 2: return launch<Cfg, 2>(p, up_values, up_metadata, stream);
-    case 4: return launch<Cfg, 4>(p, up_values, up_metadata, stream);
-    case 8: return launch<Cfg, 8>(p, up_values, up_metadata, stream);
+  if (config == 0) config = choose_config(tile64::Extent::of(p.out_features, p.in_features), p.tokens);
+  switch (config) {
+#define SK_CASE(index, panels, split)                                                                  \
+  case index:                                                                                          \
+    return launch<decode::Config<T, kTokenTiles, kWeights, panels>, split>(p, up_values, up_metadata, stream);
+    SK_DECODE_CONFIGS(SK_CASE)
+#undef SK_CASE
   }
-  return make_status(StatusKind::value, kOp, ": expected split in 0 (automatic), 1, 2, 4, 8, got ", split,
-                     ". Pass 0.");
+  return make_status(StatusKind::value, kOp, ": expected config 0 (automatic) to ", kDecodeConfigs, ", got ", config,
+                     ". See sparsekern._C.decode_configs().");
 }
 
 template <class T, int kWeights>
 Status launch_for_tokens(const LinearProblem& p, const void* up_values, const void* up_metadata,
-                         int split, cudaStream_t stream) {
+                         int config, cudaStream_t stream) {
   constexpr int kMaxTokens = kWeights == 1 ? 64 : 32;
   SK_CHECK_REL(kOp, p.tokens, <=, kMaxTokens, "Use the prefill kernel.");
   if (p.tokens == 0) return {};
-  if (p.tokens <= 8)
-    return launch_split<decode::Config<T, 1, kWeights>>(p, up_values, up_metadata, split, stream);
-  if (p.tokens <= 16)
-    return launch_split<decode::Config<T, 2, kWeights>>(p, up_values, up_metadata, split, stream);
-  if (p.tokens <= 32)
-    return launch_split<decode::Config<T, 4, kWeights>>(p, up_values, up_metadata, split, stream);
-  if constexpr (kWeights == 1)
-    return launch_split<decode::Config<T, 8, kWeights>>(p, up_values, up_metadata, split, stream);
+  if (p.tokens <= 8) return launch_index<T, 1, kWeights>(p, up_values, up_metadata, config, stream);
+  if (p.tokens <= 16) return launch_index<T, 2, kWeights>(p, up_values, up_metadata, config, stream);
+  if (p.tokens <= 32) return launch_index<T, 4, kWeights>(p, up_values, up_metadata, config, stream);
+  if constexpr (kWeights == 1) return launch_index<T, 8, 1>(p, up_values, up_metadata, config, stream);
   return {};
 }
 
 }  // namespace
 
-Status launch_decode(const LinearProblem& p, int split, cudaStream_t stream) {
+Status launch_decode(const LinearProblem& p, int config, cudaStream_t stream) {
   return p.dtype == DType::kBFloat16
-             ? launch_for_tokens<__nv_bfloat16, 1>(p, nullptr, nullptr, split, stream)
-             : launch_for_tokens<__half, 1>(p, nullptr, nullptr, split, stream);
+             ? launch_for_tokens<__nv_bfloat16, 1>(p, nullptr, nullptr, config, stream)
+             : launch_for_tokens<__half, 1>(p, nullptr, nullptr, config, stream);
 }
 
-Status launch_decode_gated(const GatedProblem& g, int split, cudaStream_t stream) {
+Status launch_decode_gated(const GatedProblem& g, int config, cudaStream_t stream) {
   return g.gate.dtype == DType::kBFloat16
-             ? launch_for_tokens<__nv_bfloat16, 2>(g.gate, g.up_values, g.up_metadata, split, stream)
-             : launch_for_tokens<__half, 2>(g.gate, g.up_values, g.up_metadata, split, stream);
+             ? launch_for_tokens<__nv_bfloat16, 2>(g.gate, g.up_values, g.up_metadata, config, stream)
+             : launch_for_tokens<__half, 2>(g.gate, g.up_values, g.up_metadata, config, stream);
 }
 
 }  // namespace sparsekern

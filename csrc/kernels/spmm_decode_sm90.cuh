@@ -5,23 +5,23 @@
 // At these N the weights are the only traffic that counts: 9/16 of the dense bytes, each read once. So the kernel is a
 // copy loop with a little arithmetic in its shadow:
 //
-//   one CTA      = one superpanel of 256 rows and one slice of K
+//   one CTA      = one row block of 256 rows (a superpanel) or 128, and one slice of K
 //   one stage    = 64 dense columns: [x tile | 16 KiB values | 2 KiB metadata], a tensor copy and two bulk copies
-//   one cluster  = the 1, 2, 4 or 8 CTAs that share a superpanel; each takes 1/C of K, partial sums meet in shared memory
+//   one cluster  = the 1, 2, 4 or 8 CTAs that share a row block; each takes 1/C of K, partial sums meet in shared memory
 //
-// Few superpanels (a 4096-row weight has 16) would leave most SMs idle, hence the split of K; the reduction reads the
-// neighbours' shared memory in rank order, so the result does not depend on timing. Up to 190 KiB per SM are in flight.
+// Few row blocks (a 4096-row weight has 16) would leave most SMs idle, hence the split of K; the reduction adds in a fixed
+// order, so the result does not depend on timing. Up to 190 KiB per SM are in flight.
 //
 // Roles (288 threads)
-//   warps 0-7   consumers: warp w owns rows 32w..32w+31 of the superpanel (two m16 tiles) and all tokens
+//   warps 0-7   consumers: warp w owns an eighth of the rows (two m16 tiles or one) and all tokens
 //   warp 8      producer: one lane issues the copies
 //
 // Barriers      filled by                      released by         arrivals
 //   full[s]     copy engine, by byte count     -                   1 (producer announces the bytes)
 //   empty[s]    -                              consumer warps      8
 //
-// Per stage and warp: 4 ldmatrix of A, 2 of metadata (one word serves both k-steps), 2 per 8 tokens of B, 4 mma.sp per 8
-// tokens. The gated form streams two weights, gate and up, and writes silu(gate) * up.
+// Per stage and warp (256 rows): 4 ldmatrix of A, 2 words of metadata (each serves both k-steps), 2 ldmatrix of B and 4
+// mma.sp per 8 tokens. The gated form streams two weights, gate and up, and writes silu(gate) * up.
 //
 // Programmatic dependent launch: weights are constants, so their copies start before the previous kernel of the stream
 // has finished; x, residual and y are touched only after it has.
@@ -41,19 +41,23 @@ constexpr int kThreads = kConsumerThreads + 32;
 constexpr int kConsumerBarrier = 1;
 constexpr int kSmemCapacity = 227 * 1024;
 
-// kTokenTiles: tokens in units of 8. kWeights: 1, or 2 for the gated form.
-template <class T_, int kTokenTiles_, int kWeights_>
+// kTokenTiles: tokens in units of 8. kWeights: 1, or 2 for the gated form. kPanels: row panels of a row block, 4 or 2.
+template <class T_, int kTokenTiles_, int kWeights_, int kPanels_>
 struct Config {
   using T = T_;
+  static constexpr int kPanels = kPanels_;
+  static constexpr int kRows = kPanels * tile64::kRows;
+  static constexpr int kWarpRows = kRows / kConsumerWarps;  // 32 or 16
+  static constexpr int kWarpTiles = kWarpRows / 16;
   static constexpr int kTokenTiles = kTokenTiles_;
   static constexpr int kWeights = kWeights_;
   static constexpr int kTokens = kTokenTiles * 8;
   static constexpr int kXBytes = kTokens * 128;
-  static constexpr int kValueBytes = tile64::kPanelsPerSuperpanel * tile64::kValueBytes;
-  static constexpr int kMetadataBytes = tile64::kPanelsPerSuperpanel * tile64::kMetadataBytes;
+  static constexpr int kValueBytes = kPanels * tile64::kValueBytes;
+  static constexpr int kMetadataBytes = kPanels * tile64::kMetadataBytes;
   static constexpr int kWeightBytes = kValueBytes + kMetadataBytes;
   static constexpr int kStageBytes = kXBytes + kWeights * kWeightBytes;
-  static constexpr int kSumPitch = tile64::kSuperpanelRows + 4;  // words; +4 spreads the banks
+  static constexpr int kSumPitch = kRows + 4;  // words; +4 spreads the banks
   static constexpr int kSumBytes = kWeights * kTokens * kSumPitch * 4;
   static constexpr int kFit = (kSmemCapacity - 256 - kSumBytes) / kStageBytes;
   static constexpr int kStages = kFit < 12 ? kFit : 12;
@@ -67,8 +71,15 @@ struct Params {
   const uint8_t* metadata[2];
   OutputSegment<T> out;
   tile64::Extent extent;
+  int row_blocks;
   int tokens;
 };
+
+template <class Cfg>
+__device__ __forceinline__ int panels_in(const tile64::Extent& extent, int row_block) {
+  const int left = extent.panels - row_block * Cfg::kPanels;
+  return left < Cfg::kPanels ? left : Cfg::kPanels;
+}
 
 // Shared memory as byte addresses: stages first (1024-byte aligned for the swizzle), then sums, then barriers.
 template <class Cfg>
@@ -109,14 +120,16 @@ struct RingPosition {
   }
 };
 
-struct KRange {
-  int begin, end;
-};
+// The column tiles of one CTA: first, first + step, ... The CTAs of a cluster interleave, so that together they read
+// memory in order.
+struct KTiles {
+  int first, step, count;
 
-__device__ __forceinline__ KRange k_slice(int k_tiles, int rank, int ranks) {
-  return {static_cast<int>(static_cast<int64_t>(k_tiles) * rank / ranks),
-          static_cast<int>(static_cast<int64_t>(k_tiles) * (rank + 1) / ranks)};
-}
+  static __device__ __forceinline__ KTiles of(int k_tiles, int rank, int ranks) {
+    return {rank, ranks, (k_tiles - rank + ranks - 1) / ranks};
+  }
+  __device__ __forceinline__ int at(int i) const { return first + i * step; }
+};
 
 template <class Cfg>
 struct Producer {
@@ -125,12 +138,14 @@ struct Producer {
   const Smem<Cfg>& smem;
   RingPosition<Cfg::kStages> ring = {};
 
-  __device__ __forceinline__ void copy_weights(int stage, int superpanel, int k_tile) const {
-    const int panels = p.extent.panels_in(superpanel);
+  __device__ __forceinline__ void copy_weights(int stage, int row_block, int k_tile) const {
+    constexpr int kBlocksPerSuperpanel = tile64::kPanelsPerSuperpanel / Cfg::kPanels;
+    const int panels = panels_in<Cfg>(p.extent, row_block);
     const uint32_t value_bytes = panels * tile64::kValueBytes, metadata_bytes = panels * tile64::kMetadataBytes;
     const uint32_t full = smem.full(stage);
     ptx::mbarrier_arrive_expect_bytes(full, Cfg::kXBytes + Cfg::kWeights * (value_bytes + metadata_bytes));
-    const size_t tile = p.extent.first_tile(superpanel, k_tile);
+    const size_t tile = p.extent.first_tile(row_block / kBlocksPerSuperpanel, k_tile) +
+                        row_block % kBlocksPerSuperpanel * Cfg::kPanels;
 #pragma unroll
     for (int w = 0; w < Cfg::kWeights; ++w) {
       ptx::bulk_copy(smem.values(stage, w), p.values[w] + tile * tile64::kValueBytes, value_bytes, full,
@@ -143,54 +158,55 @@ struct Producer {
     ptx::tensor_copy(smem.x(stage), x_map, k_tile * tile64::kDenseK, 0, smem.full(stage), ptx::L2Hint::kEvictLast);
   }
   // The first turn of the ring: weights at once, x when the kernel that made it has finished. Returns the tiles issued.
-  __device__ __forceinline__ int first_turn(int superpanel, KRange k) {
-    const int count = k.end - k.begin < Cfg::kStages ? k.end - k.begin : Cfg::kStages;
-    for (int i = 0; i < count; ++i) copy_weights(i, superpanel, k.begin + i);
+  __device__ __forceinline__ int first_turn(int row_block, KTiles k) {
+    const int count = k.count < Cfg::kStages ? k.count : Cfg::kStages;
+    for (int i = 0; i < count; ++i) copy_weights(i, row_block, k.at(i));
     ptx::wait_for_predecessor();
     for (int i = 0; i < count; ++i) {
-      copy_x(i, k.begin + i);
+      copy_x(i, k.at(i));
       ring.advance();
     }
     return count;
   }
-  __device__ __forceinline__ void run(int superpanel, KRange k) {
-    for (int k_tile = k.begin; k_tile < k.end; ++k_tile) {
+  __device__ __forceinline__ void run(int row_block, KTiles k, int begin) {
+    for (int i = begin; i < k.count; ++i) {
       ptx::mbarrier_wait(smem.empty(ring.stage), ring.parity ^ 1);
-      copy_weights(ring.stage, superpanel, k_tile);
-      copy_x(ring.stage, k_tile);
+      copy_weights(ring.stage, row_block, k.at(i));
+      copy_x(ring.stage, k.at(i));
       ring.advance();
     }
   }
 };
 
 template <class Cfg>
-using Accumulators = float[Cfg::kWeights][2][Cfg::kTokenTiles][4];
+using Accumulators = float[Cfg::kWeights][Cfg::kWarpTiles][Cfg::kTokenTiles][4];
 
-// One stage for one warp: two m16 tiles of each weight times all tokens, two k-steps.
+// One stage for one warp: its m16 tiles of each weight times all tokens, two k-steps.
 template <class Cfg>
 __device__ __forceinline__ void multiply_stage(Accumulators<Cfg>& d, const Smem<Cfg>& smem,
                                                int stage, int warp_idx, int lane_idx) {
-  const int panel = warp_idx / 2, half = warp_idx % 2;
+  const int panel = warp_idx * Cfg::kWarpRows / tile64::kRows;
+  const int first_m16 = warp_idx * Cfg::kWarpRows % tile64::kRows / 16;
   const int row_in_matrix = lane_idx % 8, matrix = lane_idx / 8;
   const uint32_t a_lane = panel * tile64::kValueBytes + (matrix / 2) * tile64::kChunkStride +
-                          (half * 4 + matrix % 2) * tile64::kRowGroupStride + row_in_matrix * 16;
-  const uint32_t metadata_lane = panel * tile64::kMetadataBytes + half * 256 + lane_idx * 4;
+                          (first_m16 * 2 + matrix % 2) * tile64::kRowGroupStride + row_in_matrix * 16;
+  const uint32_t metadata_lane = panel * tile64::kMetadataBytes + first_m16 * 128 + lane_idx * 4;
   const uint32_t b_lane = smem.x(stage) + row_in_matrix * 128;
 
-  uint32_t metadata[Cfg::kWeights][2];
+  uint32_t metadata[Cfg::kWeights][Cfg::kWarpTiles];
 #pragma unroll
   for (int w = 0; w < Cfg::kWeights; ++w) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < Cfg::kWarpTiles; ++i)
       metadata[w][i] = ptx::load_shared_u32(smem.metadata(stage, w) + metadata_lane + i * 128);
   }
 #pragma unroll
   for (int step = 0; step < 2; ++step) {
-    uint32_t a[Cfg::kWeights][2][4];
+    uint32_t a[Cfg::kWeights][Cfg::kWarpTiles][4];
 #pragma unroll
     for (int w = 0; w < Cfg::kWeights; ++w) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
+      for (int i = 0; i < Cfg::kWarpTiles; ++i)
         ptx::ldmatrix_x4(a[w][i], smem.values(stage, w) + a_lane + step * 2 * tile64::kChunkStride +
                                       i * 2 * tile64::kRowGroupStride);
     }
@@ -201,7 +217,7 @@ __device__ __forceinline__ void multiply_stage(Accumulators<Cfg>& d, const Smem<
 #pragma unroll
       for (int w = 0; w < Cfg::kWeights; ++w) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < Cfg::kWarpTiles; ++i) {
           if (step == 0) ptx::mma_sp<typename Cfg::T, 0>(d[w][i][n], a[w][i], b, metadata[w][i]);
           else ptx::mma_sp<typename Cfg::T, 1>(d[w][i][n], a[w][i], b, metadata[w][i]);
         }
@@ -218,13 +234,13 @@ __device__ __forceinline__ void write_sums(const Accumulators<Cfg>& d, const Sme
 #pragma unroll
   for (int w = 0; w < Cfg::kWeights; ++w) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < Cfg::kWarpTiles; ++i) {
 #pragma unroll
       for (int n = 0; n < Cfg::kTokenTiles; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int token = n * 8 + 2 * t + e % 2;
-          const int row = warp_idx * 32 + i * 16 + g + 8 * (e / 2);
+          const int row = warp_idx * Cfg::kWarpRows + i * 16 + g + 8 * (e / 2);
           const uint32_t address =
               smem.sums() + ((w * Cfg::kTokens + token) * Cfg::kSumPitch + row) * 4;
           ptx::store_shared_f32(address, d[w][i][n][e]);
@@ -253,9 +269,9 @@ __device__ __forceinline__ void reduce_segment(float (&v)[4], const Smem<Cfg>& s
 
 // Each CTA of the cluster finishes its share of the (token, 4 rows) segments.
 template <class Cfg, int kRanks>
-__device__ __forceinline__ void store_outputs(const Params<typename Cfg::T>& p, const Smem<Cfg>& smem, int superpanel,
+__device__ __forceinline__ void store_outputs(const Params<typename Cfg::T>& p, const Smem<Cfg>& smem, int row_block,
                                               int rank) {
-  constexpr int kSegments = tile64::kSuperpanelRows / 4;
+  constexpr int kSegments = Cfg::kRows / 4;
   const int total = p.tokens * kSegments;
   const int begin = total * rank / kRanks, end = total * (rank + 1) / kRanks;
 #pragma unroll 1
@@ -269,11 +285,11 @@ __device__ __forceinline__ void store_outputs(const Params<typename Cfg::T>& p, 
 #pragma unroll
       for (int i = 0; i < 4; ++i) v[i] = activate(v[i], Activation::kSilu) * up[i];
     }
-    p.out.template store<4>(v, token, superpanel * tile64::kSuperpanelRows + row);
+    p.out.template store<4>(v, token, row_block * Cfg::kRows + row);
   }
 }
 
-// kRanks: CTAs of a cluster. With more than one, a cluster has one superpanel (see the launcher).
+// kRanks: CTAs of a cluster. With more than one, a cluster has one row block (see the launcher).
 template <class Cfg, int kRanks>
 __global__ void __launch_bounds__(kThreads, 1)
     spmm_decode_sm90_kernel(const __grid_constant__ CUtensorMap x_map,
@@ -282,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Smem<Cfg> smem(raw_smem);
   const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
   const int rank = blockIdx.x % kRanks, first = blockIdx.x / kRanks, step = gridDim.x / kRanks;
-  const KRange k = k_slice(p.extent.k_tiles, rank, kRanks);
+  const KTiles k = KTiles::of(p.extent.k_tiles, rank, kRanks);
 
   if (threadIdx.x == kConsumerThreads) {
     for (int s = 0; s < Cfg::kStages; ++s) {
@@ -299,9 +315,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (lane_idx == 0) {
       Producer<Cfg> producer{&x_map, p, smem};
       const int issued = producer.first_turn(first, k);
-      producer.run(first, {k.begin + issued, k.end});
-      for (int superpanel = first + step; superpanel < p.extent.superpanels; superpanel += step)
-        producer.run(superpanel, k);
+      producer.run(first, k, issued);
+      for (int row_block = first + step; row_block < p.row_blocks; row_block += step)
+        producer.run(row_block, k, 0);
     }
     __syncwarp();
     if constexpr (kRanks > 1) {  // the two barriers of the consumers below
@@ -315,10 +331,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     else ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
   };
   RingPosition<Cfg::kStages> ring;
-  for (int superpanel = first; superpanel < p.extent.superpanels; superpanel += step) {
+  for (int row_block = first; row_block < p.row_blocks; row_block += step) {
     Accumulators<Cfg> d = {};
-    const bool has_rows = warp_idx / 2 < p.extent.panels_in(superpanel);
-    for (int k_tile = k.begin; k_tile < k.end; ++k_tile) {
+    const bool has_rows = warp_idx * Cfg::kWarpRows / tile64::kRows < panels_in<Cfg>(p.extent, row_block);
+    for (int i = 0; i < k.count; ++i) {
       ptx::mbarrier_wait(smem.full(ring.stage), ring.parity);
       if (has_rows) multiply_stage<Cfg>(d, smem, ring.stage, warp_idx, lane_idx);
       __syncwarp();
@@ -328,8 +344,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     write_sums<Cfg>(d, smem, warp_idx, lane_idx);
     sync();  // all sums are there
     ptx::wait_for_predecessor();
-    store_outputs<Cfg, kRanks>(p, smem, superpanel, rank);
-    sync();  // all sums have been read: the next superpanel may overwrite them, a neighbour may leave
+    store_outputs<Cfg, kRanks>(p, smem, row_block, rank);
+    sync();  // all sums have been read: the next row block may overwrite them, a neighbour may leave
   }
 }
 

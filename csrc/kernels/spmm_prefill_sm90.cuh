@@ -11,14 +11,18 @@
 // Tile: BLOCK_M x BLOCK_N x 64, BLOCK_M = 256 or 128 rows for two consumer warpgroups. BLOCK_M is as large as the
 // accumulators allow, because B is the fat operand: it is not compressed and every 64 rows read it from smem once more.
 //
-// Roles (288 threads)                                         registers
-//   warpgroups 0, 1   consumers: half of the rows each        240
-//   warp 8            producer: one elected lane               40
+// Roles (384 threads)                                                     registers
+//   warpgroups 0, 1   consumers: half of the rows each                    240
+//   warps 8, 9        producers: one lane copies x, one the weights        24    (warps 10, 11 idle)
 //
 // Barriers      filled by                      released by                               arrivals
-//   full[s]     copy engines of the cluster    -                                         1 (own producer announces)
+//   full[s]     copy engines of the cluster    -                                         2 (own producers announce)
 //   empty[s]    -                              both consumers of every CTA that this     2 * (CM + CN - 1)
 //                                              CTA's copies reach
+//
+// Work: a persistent grid walks the tiles; the last, partly filled wave is cut along K so that every CTA has a share of it
+// (few tokens: that wave is all there is). The CTAs that share a tile exchange float32 sums through global memory and each
+// finishes the token blocks that it owns, adding the others in a fixed order.
 //
 // Timeline of a consumer: issue stage s - commit - wait full[s+1], load its metadata - wait until stage s-1 is done -
 // release it. One group is always in flight, and the metadata is there when the next one may be issued. Metadata
@@ -36,11 +40,12 @@
 namespace sparsekern::prefill {
 
 constexpr int kConsumers = 2;  // warpgroups
-constexpr int kThreads = kConsumers * 128 + 32;
+constexpr int kProducers = 2;  // warps
+constexpr int kThreads = (kConsumers + 1) * 128;
 constexpr int kSmemCapacity = 227 * 1024;
 constexpr int kRoundedTokens = 32;  // tokens per step of the epilogue when it stages rounded values ...
 constexpr int kSumTokens = 16;      // ... and when it stages float32 sums
-constexpr int kLaunchRegisters = 224, kConsumerRegisters = 240, kProducerRegisters = 40;
+constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
 
 // kPanels: m64 tiles per consumer. kTokens: BLOCK_N.
 template <class T_, int kPanels_, int kTokens_>
@@ -80,6 +85,10 @@ struct Params {
   ClusterShape cluster;
   int clusters;                 // in the grid
   int tile_rows, tile_columns;  // cluster tiles along M and N
+  int whole_tiles, splits;      // cluster tiles done whole; parts of K that each of the rest is cut into
+  float4* partials;             // [CTA tile of the rest][split][token block][consumer][kPanels * 4][128]
+  uint32_t* counters;           // [CTA tile of the rest][consumer][2]: arrived, done; zero between launches
+  uint16_t row_mask;            // CTAs of the cluster's first row; shifted by a CTA's place in its column
   int group_m;                  // rows of cluster tiles that are walked together, so that L2 serves the rereads
 };
 
@@ -104,13 +113,31 @@ struct Smem {
   __device__ __forceinline__ uint32_t empty(int stage) const {
     return full(stage) + Cfg::kStages * 8;
   }
-  // Where a tile is: {m, n, index} for each stage, written by the producer; {m, n, index, ring state} for a consumer in
-  // its epilogue. The accumulators leave no registers to keep these in.
+  // Where the work is: {tile m, tile n, item, column tiles} for each stage, written by the producer of x; {tile m, tile n,
+  // item, ring state} for a consumer in its epilogue. The accumulators leave no registers to keep these in.
   __device__ __forceinline__ uint32_t tile(int stage) const {
     return full(0) + 2 * Cfg::kStages * 8 + stage * 16;
   }
   __device__ __forceinline__ uint32_t progress(int consumer) const { return tile(Cfg::kStages + consumer); }
 };
+
+// One item of work: a cluster tile, or one part of its K.
+struct WorkItem {
+  int tile, split, k_begin, k_end;
+};
+
+template <class T>
+__device__ __forceinline__ int work_items(const Params<T>& p) {
+  return p.whole_tiles + (p.tile_rows * p.tile_columns - p.whole_tiles) * p.splits;
+}
+
+template <class T>
+__device__ __forceinline__ WorkItem work_item(const Params<T>& p, int index) {
+  const int rest = index - p.whole_tiles, k_tiles = p.extent.k_tiles;
+  if (rest < 0) return {index, 0, 0, k_tiles};
+  const int split = rest % p.splits;
+  return {p.whole_tiles + rest / p.splits, split, k_tiles * split / p.splits, k_tiles * (split + 1) / p.splits};
+}
 
 struct TilePosition {
   int m, n;  // CTA tile
@@ -142,71 +169,65 @@ struct RingPosition {
 
 // --- producer -------------------------------------------------------------------------------------------------------
 
-// The panels of A that this CTA fetches for a tile: `available` from the weight, the rest (rows that do not exist) filled
-// with copies of the first, so that no stage ever holds uninitialised metadata.
-struct WeightSlice {
-  const uint8_t* values;
-  const uint8_t* metadata;
-  int panels_in_superpanel, available;
-
-  template <class T>
-  static __device__ __forceinline__ WeightSlice of(const Params<T>& p, int first_panel, int count) {
-    const int last = p.extent.panels - 1;
-    const int panel = first_panel < last ? first_panel : last;
-    const int left = last + 1 - first_panel;
-    const int superpanel = panel / tile64::kPanelsPerSuperpanel;
-    const size_t tile = p.extent.first_tile(superpanel, 0) + panel % tile64::kPanelsPerSuperpanel;
-    return {p.values + tile * tile64::kValueBytes, p.metadata + tile * tile64::kMetadataBytes,
-            p.extent.panels_in(superpanel), left < 1 ? 1 : left < count ? left : count};
+template <class Cfg>
+__device__ __forceinline__ void produce_x(const CUtensorMap* x_map, const Params<typename Cfg::T>& p,
+                                          const Smem<Cfg>& smem, int index, RingPosition<Cfg::kStages>& ring) {
+  const int rank = ptx::cluster_cta_rank(), cluster_m = rank % p.cluster.m;
+  const uint16_t mask = ((1u << p.cluster.m) - 1) << (rank - cluster_m);  // every CTA of my column of the cluster
+  const int share = Cfg::kTokens / p.cluster.m;
+  const WorkItem item = work_item(p, index);
+  const TilePosition tile = tile_position(p, item.tile);
+  const int row = tile.n * Cfg::kTokens + cluster_m * share;
+#pragma unroll 1
+  for (int k_tile = item.k_begin; k_tile < item.k_end; ++k_tile) {
+    const uint32_t full = smem.full(ring.stage()), slice = smem.x(ring.stage()) + cluster_m * share * 128;
+    ptx::mbarrier_wait(smem.empty(ring.stage()), ring.parity() ^ 1);
+    ptx::store_shared_int4(smem.tile(ring.stage()), {tile.m, tile.n, index, item.k_end - item.k_begin});
+    ptx::mbarrier_arrive_expect_bytes(full, Cfg::kXBytes);
+    if (p.cluster.m == 1)
+      ptx::tensor_copy(slice, x_map, k_tile * tile64::kDenseK, row, full, ptx::L2Hint::kEvictNormal);
+    else
+      ptx::tensor_copy_multicast(slice, x_map, k_tile * tile64::kDenseK, row, full, mask, ptx::L2Hint::kEvictNormal);
+    ring.advance();
   }
-  __device__ __forceinline__ void next_k_tile() {
-    values += panels_in_superpanel * tile64::kValueBytes;
-    metadata += panels_in_superpanel * tile64::kMetadataBytes;
-  }
-};
-
-// `count` panels of one kind of bytes -> smem, in this CTA or in all of `mask`.
-template <int kPanelBytes>
-__device__ __forceinline__ void copy_panels(uint32_t smem, const uint8_t* from, int available, int count,
-                                            uint32_t full, uint16_t mask) {
-  const auto copy = [&](uint32_t to, int bytes) {
-    if (mask == 0) ptx::bulk_copy(to, from, bytes, full, ptx::L2Hint::kEvictNormal);
-    else ptx::bulk_copy_multicast(to, from, bytes, full, mask, ptx::L2Hint::kEvictNormal);
-  };
-  copy(smem, available * kPanelBytes);
-  for (int i = available; i < count; ++i) copy(smem + i * kPanelBytes, kPanelBytes);
 }
 
+// This CTA's share of the tile's panels. Panels that the weight does not have are filled with copies of the first, so that
+// no stage ever holds uninitialised metadata.
 template <class Cfg>
-__device__ __forceinline__ void produce(const CUtensorMap* x_map, const Params<typename Cfg::T>& p,
-                                        const Smem<Cfg>& smem, int index,
-                                        RingPosition<Cfg::kStages>& ring) {
-  const int rank = ptx::cluster_cta_rank(), cluster_m = rank % p.cluster.m, cluster_n = rank / p.cluster.m;
-  uint16_t weight_mask = 0;  // every CTA of my row of the cluster; 0: only me
-  for (int n = 0; n < p.cluster.n && p.cluster.n > 1; ++n) weight_mask |= 1u << (n * p.cluster.m + cluster_m);
-  const uint16_t x_mask = ((1u << p.cluster.m) - 1) << (cluster_n * p.cluster.m);
-  const TilePosition tile = tile_position(p, index);
-  const int panel_share = Cfg::kTilePanels / p.cluster.n, x_share = Cfg::kTokens / p.cluster.m;
-  const int first_panel = cluster_n * panel_share;
-  const int x_row = tile.n * Cfg::kTokens + cluster_m * x_share;
-  WeightSlice weights = WeightSlice::of(p, tile.m * Cfg::kTilePanels + first_panel, panel_share);
+__device__ __forceinline__ void produce_weights(const Params<typename Cfg::T>& p, const Smem<Cfg>& smem, int index,
+                                                RingPosition<Cfg::kStages>& ring) {
+  const int rank = ptx::cluster_cta_rank(), cluster_n = rank / p.cluster.m;
+  const int share = Cfg::kTilePanels / p.cluster.n, last = p.extent.panels - 1;
+  const WorkItem item = work_item(p, index);
+  const int wanted = tile_position(p, item.tile).m * Cfg::kTilePanels + cluster_n * share;
+  const int panel = wanted < last ? wanted : last;
+  const int available = wanted + share - 1 <= last ? share : last - panel + 1;
+  const int superpanel = panel / tile64::kPanelsPerSuperpanel, step = p.extent.panels_in(superpanel);
+  uint32_t tile = p.extent.first_tile(superpanel, item.k_begin) + panel % tile64::kPanelsPerSuperpanel;
 #pragma unroll 1
-  for (int k_tile = 0; k_tile < p.extent.k_tiles; ++k_tile) {
+  for (int k_tile = item.k_begin; k_tile < item.k_end; ++k_tile, tile += step) {
     const uint32_t full = smem.full(ring.stage());
     ptx::mbarrier_wait(smem.empty(ring.stage()), ring.parity() ^ 1);
-    ptx::store_shared_int4(smem.tile(ring.stage()), {tile.m, tile.n, index, 0});
-    ptx::mbarrier_arrive_expect_bytes(full, Cfg::kStageBytes);
-    const uint32_t x_slice = smem.x(ring.stage()) + cluster_m * x_share * 128;
-    const int x_column = k_tile * tile64::kDenseK;
-    if (p.cluster.m == 1)
-      ptx::tensor_copy(x_slice, x_map, x_column, x_row, full, ptx::L2Hint::kEvictNormal);
-    else
-      ptx::tensor_copy_multicast(x_slice, x_map, x_column, x_row, full, x_mask, ptx::L2Hint::kEvictNormal);
-    copy_panels<tile64::kValueBytes>(smem.values(ring.stage()) + first_panel * tile64::kValueBytes,
-                                     weights.values, weights.available, panel_share, full, weight_mask);
-    copy_panels<tile64::kMetadataBytes>(smem.metadata(ring.stage()) + first_panel * tile64::kMetadataBytes,
-                                        weights.metadata, weights.available, panel_share, full, weight_mask);
-    weights.next_k_tile();
+    ptx::mbarrier_arrive_expect_bytes(full, Cfg::kValueBytes + Cfg::kMetadataBytes);
+#pragma unroll 1
+    for (int i = 0, count = available; i < share; i += count, count = 1) {
+      const int slot = cluster_n * share + i;
+      const uint32_t values = smem.values(ring.stage()) + slot * tile64::kValueBytes;
+      const uint32_t metadata = smem.metadata(ring.stage()) + slot * tile64::kMetadataBytes;
+      const uint8_t* from_values = p.values + static_cast<size_t>(tile) * tile64::kValueBytes;
+      const uint8_t* from_metadata = p.metadata + static_cast<size_t>(tile) * tile64::kMetadataBytes;
+      if (p.cluster.n == 1) {
+        ptx::bulk_copy(values, from_values, count * tile64::kValueBytes, full, ptx::L2Hint::kEvictNormal);
+        ptx::bulk_copy(metadata, from_metadata, count * tile64::kMetadataBytes, full, ptx::L2Hint::kEvictNormal);
+      } else {
+        const uint16_t mask = p.row_mask << (rank - cluster_n * p.cluster.m);  // every CTA of my row of the cluster
+        ptx::bulk_copy_multicast(values, from_values, count * tile64::kValueBytes, full, mask,
+                                 ptx::L2Hint::kEvictNormal);
+        ptx::bulk_copy_multicast(metadata, from_metadata, count * tile64::kMetadataBytes, full, mask,
+                                 ptx::L2Hint::kEvictNormal);
+      }
+    }
     ring.advance();
   }
 }
@@ -290,10 +311,11 @@ struct Consumer {
     if (k_tile > 0) release(stage == 0 ? Cfg::kStages - 1 : stage - 1);
   }
 
-  // A whole tile. Where it is goes to smem.progress before the last stage is given back.
-  __device__ __forceinline__ void multiply(Accumulators<Cfg>& d, int k_tiles) {
+  // One item of work. Where it is goes to smem.progress before the last stage is given back.
+  __device__ __forceinline__ void multiply(Accumulators<Cfg>& d) {
     Metadata first, second, third;
     load(first);
+    const int k_tiles = ptx::load_shared_int4(smem.tile(ring.previous_stage())).w;
     int k_tile = 0;
     while (true) {
       step(d, first, second, k_tile, k_tiles);
@@ -305,9 +327,11 @@ struct Consumer {
     }
     ptx::wgmma_wait<0>();
     const int last = ring.previous_stage();
-    const int4 tile = ptx::load_shared_int4(smem.tile(last));
-    if (threadIdx.x % 128 == 0)
-      ptx::store_shared_int4(smem.progress(consumer), {tile.x, tile.y, tile.z, static_cast<int>(ring.state)});
+    if (threadIdx.x % 128 == 0) {
+      int4 at = ptx::load_shared_int4(smem.tile(last));
+      at.w = static_cast<int>(ring.state);
+      ptx::store_shared_int4(smem.progress(consumer), at);
+    }
     ptx::named_barrier_sync(1 + consumer, 128);  // lanes that release must not outrun lanes that still read
     release(last);
   }
@@ -319,22 +343,82 @@ struct Consumer {
 // smem with stmatrix, 32 tokens at a time. Everything else: stage float32 sums, 16 tokens at a time, and finish rows of 8
 // from there, so that the long code for activations and odd edges exists once and not once per accumulator.
 
-struct TileOrigin {
-  int row, token;
+// What a consumer has accumulated: rows and tokens of y, and which blocks of 32 tokens it finishes: all of them, or every
+// `splits`-th of a tile whose K is shared.
+struct Finished {
+  int row, token, split, splits;
 
   template <class Cfg>
-  static __device__ __forceinline__ TileOrigin of(const Smem<Cfg>& smem, int consumer) {
-    const int4 tile = ptx::load_shared_int4(smem.progress(consumer));
-    return {tile.x * Cfg::kRows + consumer * Cfg::kConsumerRows, tile.y * Cfg::kTokens};
+  static __device__ __forceinline__ Finished of(const Params<typename Cfg::T>& p, const Smem<Cfg>& smem, int consumer) {
+    const int4 at = ptx::load_shared_int4(smem.progress(consumer));
+    const int rest = at.z - p.whole_tiles;
+    return {at.x * Cfg::kRows + consumer * Cfg::kConsumerRows, at.y * Cfg::kTokens, rest < 0 ? 0 : rest % p.splits,
+            rest < 0 ? 1 : p.splits};
   }
+  __device__ __forceinline__ bool owns(int block) const { return block % splits == split; }
 };
+
+// Adds up a tile whose K is shared: writes the blocks that others own, waits for theirs, adds those of its own blocks,
+// starting with the next split: a fixed order.
+template <class Cfg>
+__device__ __forceinline__ void exchange_sums(Accumulators<Cfg>& d, const Params<typename Cfg::T>& p,
+                                              const Smem<Cfg>& smem, int consumer) {
+  constexpr int kBlocks = Cfg::kTokens / kRoundedTokens, kVectors = Cfg::kPanels * 4;
+  const int rest = ptx::load_shared_int4(smem.progress(consumer)).z - p.whole_tiles;
+  const int split = rest % p.splits, thread = threadIdx.x % 128;
+  const int cta_tile = rest / p.splits * p.cluster.m * p.cluster.n + ptx::cluster_cta_rank();
+  const auto partial = [&](int of_split, int block) {
+    return p.partials + (((static_cast<size_t>(cta_tile) * p.splits + of_split) * kBlocks + block) * kConsumers +
+                         consumer) * kVectors * 128 + thread;
+  };
+  uint32_t* counter = p.counters + (cta_tile * kConsumers + consumer) * 2;
+  int owner = 0;
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block, owner = owner + 1 == p.splits ? 0 : owner + 1) {
+    if (owner == split) continue;
+    float4* to = partial(split, block);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const float* from = &d[v / 4][block * 16 + v % 4 * 4];
+      __stcg(to + v * 128, make_float4(from[0], from[1], from[2], from[3]));
+    }
+  }
+  __threadfence();
+  ptx::named_barrier_sync(1 + consumer, 128);
+  if (thread == 0) {
+    atomicAdd(counter, 1u);
+    while (ptx::load_acquire(counter) != static_cast<uint32_t>(p.splits)) {
+    }
+  }
+  ptx::named_barrier_sync(1 + consumer, 128);
+  owner = 0;
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block, owner = owner + 1 == p.splits ? 0 : owner + 1) {
+    if (owner != split) continue;
+#pragma unroll 1
+    for (int i = 1; i < p.splits; ++i) {
+      const float4* from = partial((split + i) % p.splits, block);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const float4 add = __ldcg(from + v * 128);
+        float* to = &d[v / 4][block * 16 + v % 4 * 4];
+        to[0] += add.x, to[1] += add.y, to[2] += add.z, to[3] += add.w;
+      }
+    }
+  }
+  ptx::named_barrier_sync(1 + consumer, 128);
+  if (thread == 0 && atomicAdd(counter + 1, 1u) == static_cast<uint32_t>(p.splits - 1)) {
+    counter[0] = 0;  // the last to leave; the next launch finds zeros
+    counter[1] = 0;
+  }
+}
 
 template <class Cfg>
 __device__ __forceinline__ void store_rounded(const Accumulators<Cfg>& d, const Params<typename Cfg::T>& p,
                                               const Smem<Cfg>& shared, int consumer) {
   using T = typename Cfg::T;
   const uint32_t smem = shared.out(consumer);
-  const auto [first_row, first_token] = TileOrigin::of(shared, consumer);
+  const Finished at = Finished::of<Cfg>(p, shared, consumer);
   constexpr int kPieces = Cfg::kConsumerRows / 8;  // 16-byte pieces of one token's rows
   const int thread = threadIdx.x % 128, warp_idx = thread / 32, lane_idx = thread % 32;
   const int matrix = lane_idx / 8, line = lane_idx % 8;
@@ -343,18 +427,19 @@ __device__ __forceinline__ void store_rounded(const Accumulators<Cfg>& d, const 
   for (int m = 0; m < Cfg::kPanels; ++m) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = first_row + m * 64 + warp_idx * 16 + h * 8 + lane_idx / 4;
+      const int row = at.row + m * 64 + warp_idx * 16 + h * 8 + lane_idx / 4;
       bias[m][h] = p.out.bias && row < p.out.out_features ? to_float(p.out.bias[row]) : 0.0f;
     }
   }
   // This thread's pieces: one 16-byte piece of every kStride-th token.
   constexpr int kStride = 128 / kPieces;
-  const int piece = thread % kPieces, row = first_row + piece * 8;
-  T* to = p.out.y + static_cast<int64_t>(first_token + thread / kPieces) * p.out.y_stride + row;
-  const int left = row < p.out.out_features ? p.tokens - first_token - thread / kPieces : 0;
+  const int piece = thread % kPieces, row = at.row + piece * 8;
+  T* to = p.out.y + static_cast<int64_t>(at.token + thread / kPieces) * p.out.y_stride + row;
+  const int left = row < p.out.out_features ? p.tokens - at.token - thread / kPieces : 0;
 #pragma unroll
   for (int part = 0; part < Cfg::kTokens / kRoundedTokens; ++part) {
-    if (first_token + part * kRoundedTokens >= p.tokens) break;
+    if (at.token + part * kRoundedTokens >= p.tokens) break;
+    if (!at.owns(part)) continue;
 #pragma unroll
     for (int m = 0; m < Cfg::kPanels; ++m) {
 #pragma unroll
@@ -373,8 +458,8 @@ __device__ __forceinline__ void store_rounded(const Accumulators<Cfg>& d, const 
     for (int i = 0; i < kRoundedTokens / kStride; ++i) {
       const int token = i * kStride + thread / kPieces;
       const uint4 v = ptx::load_shared_u128(smem + token * Cfg::kRoundedPitch + ((piece ^ (token % 8)) * 16));
-      if (part * kRoundedTokens + i * kStride < left) *reinterpret_cast<uint4*>(to) = v;
-      to += kStride * p.out.y_stride;
+      const int distance = part * kRoundedTokens + i * kStride;
+      if (distance < left) *reinterpret_cast<uint4*>(to + distance * p.out.y_stride) = v;
     }
     ptx::named_barrier_sync(1 + consumer, 128);
   }
@@ -384,13 +469,14 @@ template <class Cfg>
 __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d, const Params<typename Cfg::T>& p,
                                                 const Smem<Cfg>& shared, int consumer) {
   const uint32_t smem = shared.out(consumer);
-  const auto [first_row, first_token] = TileOrigin::of(shared, consumer);
+  const Finished at = Finished::of<Cfg>(p, shared, consumer);
   constexpr int kPieces = Cfg::kConsumerRows / 8;
   const int thread = threadIdx.x % 128, warp_idx = thread / 32, lane_idx = thread % 32;
   const uint32_t lane_smem = smem + lane_idx % 4 * 2 * Cfg::kSumPitch + (warp_idx * 16 + lane_idx / 4) * 4;
 #pragma unroll 1
   for (int part = 0; part < Cfg::kTokens / kSumTokens; ++part) {
-    if (first_token + part * kSumTokens >= p.tokens) break;
+    if (at.token + part * kSumTokens >= p.tokens) break;
+    if (!at.owns(part * kSumTokens / kRoundedTokens)) continue;
 #pragma unroll
     for (int q = 0; q < Cfg::kTokens / kSumTokens; ++q) {
       if (q != part) continue;
@@ -405,11 +491,11 @@ __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d, cons
     ptx::named_barrier_sync(1 + consumer, 128);
 #pragma unroll 1
     for (int i = thread; i < kSumTokens * kPieces; i += 128) {
-      const int token = i / kPieces, row = i % kPieces * 8, global_token = first_token + part * kSumTokens + token;
+      const int token = i / kPieces, row = i % kPieces * 8, global_token = at.token + part * kSumTokens + token;
       if (global_token < p.tokens) {
         float v[8];
         ptx::load_shared_f32x8(v, smem + token * Cfg::kSumPitch + row * 4);
-        p.out.template store<8>(v, global_token, first_row + row);
+        p.out.template store<8>(v, global_token, at.row + row);
       }
     }
     ptx::named_barrier_sync(1 + consumer, 128);
@@ -417,8 +503,10 @@ __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d, cons
 }
 
 template <class Cfg>
-__device__ __forceinline__ void store_tile(const Accumulators<Cfg>& d, const Params<typename Cfg::T>& p,
+__device__ __forceinline__ void store_tile(Accumulators<Cfg>& d, const Params<typename Cfg::T>& p,
                                            const Smem<Cfg>& smem, int consumer) {
+  if (p.splits > 1 && ptx::load_shared_int4(smem.progress(consumer)).z >= p.whole_tiles)
+    exchange_sums<Cfg>(d, p, smem, consumer);
   if (p.out.activation == Activation::kNone && !p.out.residual && p.out.aligned && p.out.out_features % 8 == 0)
     store_rounded<Cfg>(d, p, smem, consumer);
   else
@@ -428,7 +516,7 @@ __device__ __forceinline__ void store_tile(const Accumulators<Cfg>& d, const Par
 // --- kernel ---------------------------------------------------------------------------------------------------------
 
 template <class Cfg>
-__global__ void __maxnreg__(kLaunchRegisters)
+__global__ void __launch_bounds__(kThreads, 1)
     spmm_prefill_sm90_kernel(const __grid_constant__ CUtensorMap x_map,
                              const __grid_constant__ Params<typename Cfg::T> p) {
   extern __shared__ __align__(1024) uint8_t raw_smem[];
@@ -436,7 +524,7 @@ __global__ void __maxnreg__(kLaunchRegisters)
   const int warpgroup_idx = threadIdx.x / 128;
   if (threadIdx.x == 0) {
     for (int s = 0; s < Cfg::kStages; ++s) {
-      ptx::mbarrier_init(smem.full(s), 1);
+      ptx::mbarrier_init(smem.full(s), kProducers);
       ptx::mbarrier_init(smem.empty(s), kConsumers * (p.cluster.m + p.cluster.n - 1));
     }
     ptx::mbarrier_init_fence();
@@ -444,27 +532,30 @@ __global__ void __maxnreg__(kLaunchRegisters)
   }
   ptx::cluster_sync();
 
-  const int tiles = p.tile_rows * p.tile_columns;
   if (warpgroup_idx == kConsumers) {
     ptx::give_up_registers<kProducerRegisters>();
+    RingPosition<Cfg::kStages> ring;
     if (threadIdx.x == kConsumers * 128) {
-      RingPosition<Cfg::kStages> ring;
 #pragma unroll 1
-      for (int index = ptx::cluster_idx(); index < tiles; index += p.clusters)
-        produce<Cfg>(&x_map, p, smem, index, ring);
+      for (int index = ptx::cluster_idx(); index < work_items(p); index += p.clusters)
+        produce_x<Cfg>(&x_map, p, smem, index, ring);
+    } else if (threadIdx.x == kConsumers * 128 + 32) {
+#pragma unroll 1
+      for (int index = ptx::cluster_idx(); index < work_items(p); index += p.clusters)
+        produce_weights<Cfg>(p, smem, index, ring);
     }
   } else {
     ptx::take_registers<kConsumerRegisters>();
     const Release release = Release::of<Cfg>(smem, p.cluster);
     Consumer<Cfg> consumer{smem, release, warpgroup_idx};
     int4 progress;
-    do {  // the grid has no more clusters than there are tiles
+    do {  // the grid has no more clusters than there are items
       Accumulators<Cfg> d;
-      consumer.multiply(d, p.extent.k_tiles);
+      consumer.multiply(d);
       store_tile<Cfg>(d, p, smem, warpgroup_idx);
       progress = ptx::load_shared_int4(smem.progress(warpgroup_idx));
       consumer.ring.state = progress.w;
-    } while (progress.z + p.clusters < tiles);
+    } while (progress.z + p.clusters < work_items(p));
   }
   ptx::cluster_sync();  // nobody leaves while a peer may still write to it or arrive on its barriers
 }

@@ -46,6 +46,12 @@ __device__ __forceinline__ float4 load_cluster_float4(uint32_t address) {
   return v;
 }
 
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* gmem) {
+  uint32_t v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(gmem) : "memory");
+  return v;
+}
+
 // Barrier over a subset of a CTA's warps (ids 1..15; 0 is __syncthreads).
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
