@@ -111,7 +111,7 @@ void bind_introspection(py::module_& m) {
   m.def("device_info", &device_info, py::arg("device"), "Name, capability and sizes of one GPU.");
 }
 
-// ---- ops: all arguments positional, no defaults, so that a call costs little ---------------------
+// ---- ops: all arguments positional, no defaults, so that a call costs little --------------------
 
 using Address = std::uintptr_t;  // of device memory, or of a stream; 0 is null
 
@@ -162,22 +162,22 @@ LinearProblem linear_problem(Address x, Address values, Address metadata, Addres
 void decode(Address x, Address values, Address metadata, Address bias, Address residual, Address y,
             int tokens, int out_features, int in_features, std::int64_t x_stride,
             std::int64_t y_stride, std::int64_t residual_stride, int dtype, int activation,
-            int split, Address stream) {
+            int config, Address stream) {
   raise_if_error(launch_decode(
       linear_problem(x, values, metadata, bias, residual, y, tokens, out_features, in_features,
                      x_stride, y_stride, residual_stride, dtype, activation),
-      split, as_stream(stream)));
+      config, as_stream(stream)));
 }
 
 void decode_gated(Address x, Address gate_values, Address gate_metadata, Address up_values,
                   Address up_metadata, Address y, int tokens, int out_features, int in_features,
-                  std::int64_t x_stride, std::int64_t y_stride, int dtype, int split,
+                  std::int64_t x_stride, std::int64_t y_stride, int dtype, int config,
                   Address stream) {
   const GatedProblem problem = {
       linear_problem(x, gate_values, gate_metadata, 0, 0, y, tokens, out_features, in_features,
                      x_stride, y_stride, 0, dtype, static_cast<int>(Activation::kNone)),
       in(up_values), in(up_metadata)};
-  raise_if_error(launch_decode_gated(problem, split, as_stream(stream)));
+  raise_if_error(launch_decode_gated(problem, config, as_stream(stream)));
 }
 
 void prefill(Address x, Address values, Address metadata, Address bias, Address residual, Address y,
@@ -227,13 +227,30 @@ py::list prefill_configs() {
   return configs;
 }
 
+// SK_DECODE_CONFIGS likewise: [{index, rows, split}].
+py::list decode_configs() {
+  py::list configs;
+  const auto add = [&configs](int index, int panels, int split) {
+    py::dict config;
+    config["index"] = index;
+    config["rows"] = 64 * panels;
+    config["split"] = split;
+    configs.append(config);
+  };
+#define SK_ADD(index, panels, split) add(index, panels, split);
+  SK_DECODE_CONFIGS(SK_ADD)
+#undef SK_ADD
+  return configs;
+}
+
 void bind_ops(py::module_& m) {
+  m.def("decode_configs", &decode_configs, "What `decode` can use; config 0 chooses among them.");
   m.def("prefill_configs", &prefill_configs, "The tiles that `prefill` can use.");
   m.def("pack", &pack, "launch_pack");
   m.def("decode", &decode, "launch_decode: up to 64 tokens");
   m.def("decode_gated", &decode_gated, "launch_decode_gated: up to 32 tokens");
   m.def("prefill", &prefill, "launch_prefill");
-  m.def("prefill_workspace_bytes", &workspace_bytes, "Size of the workspace on the current device.");
+  m.def("prefill_workspace_bytes", &workspace_bytes, "Its workspace on the current device.");
   m.def("capture_id", &capture_id, "0, or a number of the stream's current graph capture.");
 }
 

@@ -40,6 +40,9 @@ struct GatedProblem {
 Status launch_pack(const void* values, const void* metadata, void* packed_values,
                    void* packed_metadata, int out_features, int in_features, cudaStream_t stream);
 
+// The readable kernel of spmm_naive_sm90.cu; any number of tokens.
+Status launch_naive(const LinearProblem& problem, cudaStream_t stream);
+
 // For 1 to 64 tokens (gated: 32). config: index into SK_DECODE_CONFIGS (configs.h), 0 chooses. The weights are read before
 // the kernel's predecessor in the stream has finished (programmatic dependent launch): they must not come from it.
 Status launch_decode(const LinearProblem& problem, int config, cudaStream_t stream);

@@ -37,6 +37,12 @@ class PrefillConfig(TypedDict):
     cluster_rows: int  # tiles of a cluster along out_features
     cluster_tokens: int  # and along tokens
 
+class DecodeConfig(TypedDict):
+    index: int  # what `decode` takes as config
+    rows: int  # out_features of a thread block
+    split: int  # thread blocks that share the in_features of those rows
+
+def decode_configs() -> list[DecodeConfig]: ...
 def prefill_configs() -> list[PrefillConfig]: ...
 def pack(
     values: int,
@@ -63,7 +69,7 @@ def decode(
     residual_stride: int,
     dtype: int,
     activation: int,
-    split: int,  # of in_features over 1, 2, 4 or 8 thread blocks; 0 chooses
+    config: int,  # index of one of decode_configs(); 0 chooses
     stream: int,
     /,
 ) -> None: ...
@@ -80,7 +86,7 @@ def decode_gated(
     x_stride: int,
     y_stride: int,
     dtype: int,
-    split: int,
+    config: int,
     stream: int,
     /,
 ) -> None: ...
@@ -100,6 +106,9 @@ def prefill(
     dtype: int,
     activation: int,
     config: int,  # index of one of prefill_configs()
+    workspace: int,  # zeroed once, of one stream alone; 0: do without
     stream: int,
     /,
 ) -> None: ...
+def prefill_workspace_bytes() -> int: ...
+def capture_id(stream: int, /) -> int: ...  # 0: the stream is not being captured

@@ -73,3 +73,8 @@ def linear(
     if bias is not None:
         y = y + bias.double()
     return ACTIVATIONS[activation](y)
+
+
+def gated_linear(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """silu(x @ gate.T) * (x @ up.T) in float64: x [..., in], dense gate and up [out, in]."""
+    return linear(x, gate, activation="silu") * linear(x, up)

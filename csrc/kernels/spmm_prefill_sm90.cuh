@@ -234,19 +234,6 @@ __device__ __forceinline__ void produce_weights(const Params<typename Cfg::T>& p
 
 // --- consumers ------------------------------------------------------------------------------------------------------
 
-// Matrix descriptors (PTX ISA, "Shared memory matrix layout"): address, LBO, SBO in units of 16 bytes, swizzle mode.
-__device__ __forceinline__ uint64_t weight_descriptor(uint32_t smem) {  // no swizzle
-  return static_cast<uint64_t>((smem & 0x3FFFF) >> 4) |
-         (static_cast<uint64_t>(tile64::kChunkStride >> 4) << 16) |
-         (static_cast<uint64_t>(tile64::kRowGroupStride >> 4) << 32);
-}
-__device__ __forceinline__ uint64_t x_descriptor(uint32_t smem) {  // 128-byte swizzle, 8 rows = 1024 bytes
-  return static_cast<uint64_t>((smem & 0x3FFFF) >> 4) | (1ull << 16) | ((1024ull >> 4) << 32) |
-         (1ull << 62);
-}
-constexpr int kWeightStep = 2 * tile64::kChunkStride >> 4;  // one k32 step of A, in descriptor units
-constexpr int kXStep = 64 >> 4;                             // one k32 step of B
-
 template <class Cfg>
 using Accumulators = float[Cfg::kPanels][Cfg::kTokens / 2];
 
@@ -296,14 +283,14 @@ struct Consumer {
                                        int k_tiles) {
     using Wgmma = ptx::WgmmaSp<typename Cfg::T, Cfg::kTokens>;
     const int stage = ring.previous_stage();
-    const uint64_t a = weight_descriptor(smem.values(stage) + consumer * Cfg::kPanels * tile64::kValueBytes);
-    const uint64_t b = x_descriptor(smem.x(stage));
+    const uint64_t a = tile64::weight_descriptor(smem.values(stage) + consumer * Cfg::kPanels * tile64::kValueBytes);
+    const uint64_t b = tile64::x_descriptor(smem.x(stage));
     ptx::wgmma_fence();
 #pragma unroll
     for (int m = 0; m < Cfg::kPanels; ++m) {
       const uint64_t a_panel = a + m * (tile64::kValueBytes >> 4);
       Wgmma::template run<0>(d[m], a_panel, b, metadata[m], k_tile > 0);
-      Wgmma::template run<1>(d[m], a_panel + kWeightStep, b + kXStep, metadata[m], 1);
+      Wgmma::template run<1>(d[m], a_panel + tile64::kWeightStep, b + tile64::kXStep, metadata[m], 1);
     }
     ptx::wgmma_commit();
     if (k_tile + 1 < k_tiles) load(next);

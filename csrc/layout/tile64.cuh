@@ -69,4 +69,15 @@ constexpr __host__ __device__ int value_offset(int row, int c) {
   return (c / 8) * kChunkStride + (row / 8) * kRowGroupStride + (row % 8) * 16 + (c % 8) * 2;
 }
 
+// Matrix descriptors for wgmma (PTX ISA, "Matrix descriptor format"): address, LBO, SBO in units of 16 bytes, swizzle mode.
+__device__ __forceinline__ uint64_t weight_descriptor(uint32_t smem) {  // the compressed tile, no swizzle
+  return static_cast<uint64_t>((smem & 0x3FFFF) >> 4) | (static_cast<uint64_t>(kChunkStride >> 4) << 16) |
+         (static_cast<uint64_t>(kRowGroupStride >> 4) << 32);
+}
+__device__ __forceinline__ uint64_t x_descriptor(uint32_t smem) {  // 64 columns of x: 128-byte swizzle, 8 rows = 1024 bytes
+  return static_cast<uint64_t>((smem & 0x3FFFF) >> 4) | (1ull << 16) | ((1024ull >> 4) << 32) | (1ull << 62);
+}
+constexpr int kWeightStep = 2 * kChunkStride >> 4;  // from one k32 step to the next, in descriptor units
+constexpr int kXStep = 64 >> 4;
+
 }  // namespace sparsekern::tile64

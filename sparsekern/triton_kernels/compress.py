@@ -198,7 +198,7 @@ def compress(
         unless it is 0; reading it waits for the kernel.
     """
     if launch is None:
-        launch = Launch(block_pairs=512 if mode == "scores" else 1024)
+        launch = Launch(512) if mode == "scores" else Launch(1024, num_warps=8)
     out_features, in_features = w.shape
     values = w.new_empty(out_features, in_features // 2)
     metadata = w.new_empty(out_features, (in_features + 7) // 8, dtype=torch.uint8)

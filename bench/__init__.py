@@ -1,0 +1,1 @@
+"""Measurements of sparsekern: protocol in README.md, results in records/*.jsonl."""

@@ -1,0 +1,103 @@
+"""What one eager call costs the host: SparseLinear against nn.Linear, module by module.
+
+A sample is the host's time for a batch of calls, divided by their number; the GPU's queue is
+drained before each batch and the batch fits in it, so nothing in the sample waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+from sparsekern import SparseLinear, decompress, ops, prune_compress
+
+from . import timing
+from .layers import check_bounded
+from .options import Run, parser, watchdog
+
+CALLS = 64  # of one batch: far below the length of a stream's queue
+CASES = ((4096, 4096, 1), (4096, 4096, 256))  # out_features, in_features, tokens
+HANG_S = 120.0
+
+
+def make_parser():
+    result = parser("overhead", "Host time of one eager call of a layer.", budget=30)
+    result.add_argument("--dtype", default="bfloat16")
+    result.add_argument("--shape", action="append", metavar="OUTxINxTOKENS",
+                        help="default: " + ", ".join("x".join(map(str, case)) for case in CASES))
+    return result
+
+
+def main(path, arguments=()) -> int:
+    args = make_parser().parse_args(list(arguments))
+    run = Run(path, args)
+    cases = [tuple(int(n) for n in text.split("x")) for text in args.shape or ()] or CASES
+    with watchdog(HANG_S + args.budget), torch.inference_mode():
+        for case in cases:
+            measure(run, *case, getattr(torch, args.dtype))
+    run.close()
+    return 0
+
+
+def measure(run: Run, out_features: int, in_features: int, tokens: int, dtype) -> None:
+    """Times and records one problem."""
+    providers, backend = layers(out_features, in_features, tokens, dtype, run.device)
+    rounds, seconds = (20, 0.5) if run.quick else (200, 5.0)
+    rule = timing.StopRule(0.01, min_rounds=rounds, budget_s=seconds)
+    samplers = {name: host_sampler(call, run.device) for name, call in providers.items()}
+    samples, _ = timing.sample_rounds(samplers, rule)
+    case = f"{out_features}x{in_features}, {tokens} tokens, {str(dtype).removeprefix('torch.')}"
+    for name, taken in samples.items():
+        metrics = {
+            f"us_p{int(100 * q)}": round(timing.quantile(taken, q), 3) for q in (0.2, 0.5, 0.8)
+        }
+        run.add(op="eager_call", backend=name, check="bounded", case=case, kernel=backend,
+                metrics=metrics)  # fmt: skip
+        run.say(f"{case}: {name} {metrics['us_p50']} us per call")
+
+
+def layers(out_features, in_features, tokens, dtype, device):
+    """({name: call}, the backend that computes), every output checked."""
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
+    weight.normal_(0, in_features**-0.5, generator=generator)
+    x = torch.empty(tokens, in_features, dtype=dtype, device=device).normal_(generator=generator)
+    w24 = prune_compress(weight)
+    pruned = decompress(w24)
+    linear = nn.Linear(in_features, out_features, bias=False, dtype=dtype, device=device)
+    linear.weight.data = pruned
+    sparse = SparseLinear.from_sparse24(w24)
+    w24 = sparse.weight  # in the layout that the module prefers
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    calls = {
+        "nn.Linear": lambda: linear(x),
+        "SparseLinear": lambda: sparse(x),
+        "sparsekern.linear": lambda: ops.linear(x, w24),
+    }
+    explanation = ops.explain(x, w24)
+    if explanation.backend == "cuda":
+        from sparsekern import cuda_backend
+
+        calls["cuda_backend.linear"] = lambda: cuda_backend.linear(x, w24, None, None)
+    for name, call in calls.items():
+        check_bounded(name, call(), x, pruned, 2.0**-5, ours=False)
+    return calls, f"{explanation.backend} {explanation.config}"
+
+
+def host_sampler(call: timing.Call, device) -> timing.Sampler:
+    """Microseconds of the host's time per call, over a batch of CALLS."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for _ in range(CALLS):
+        call()
+
+    def sample() -> float:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        return (time.perf_counter() - start) * 1e6 / CALLS
+
+    return sample

@@ -1,0 +1,139 @@
+"""Every config of the native kernels on every shape, and how far the one picked is from the best.
+
+Up to 64 tokens the configs are the splits of the decode kernel and, from 32 tokens, all prefill
+tiles too: where the two cross is a measurement. Above, all prefill tiles.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+from torch import Tensor
+
+from . import timing
+from .layers import Layer, WrongResult, check_exact
+from .options import Run, watchdog
+
+SPLITS = (1, 2, 4, 8)
+DECODE_LIMIT = 64  # tokens that the decode kernel takes
+PREFILL_FROM = 32  # tokens from which prefill tiles are timed beside it
+HANG_S = 180.0
+MARGIN_S = 6.0
+_DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/launch.h
+
+
+def configs(tokens: int) -> dict[str, tuple]:
+    """{name as cuda_backend.config gives it: (native function, its last argument)}."""
+    from sparsekern import _native
+    from sparsekern.heuristics import Tile
+
+    native = _native.module()
+    found = {}
+    if tokens <= DECODE_LIMIT:
+        found = {f"decode split {split}": (native.decode, split) for split in SPLITS}
+    if tokens >= PREFILL_FROM:
+        for c in native.prefill_configs():
+            tile = Tile(c["rows"], c["tokens"], c["cluster_rows"], c["cluster_tokens"])
+            found[f"prefill {tile}"] = (native.prefill, c["index"])
+    return found
+
+
+def launch(run, variant: int, x: Tensor, w24) -> Tensor:
+    """y = x · Wᵀ by one native function with one variant; x contiguous."""
+    tokens, (out_features, in_features) = x.shape[0], w24.shape
+    y = x.new_empty(tokens, out_features)
+    run(
+        x.data_ptr(), w24.values.data_ptr(), w24.metadata.data_ptr(), 0, 0, y.data_ptr(), tokens,
+        out_features, in_features, in_features, out_features, 0, _DTYPES[x.dtype], 0, variant,
+        torch.cuda.current_stream().cuda_stream,
+    )  # fmt: skip
+    return y
+
+
+def run_jobs(run: Run, jobs, failures: list[str]) -> list[dict]:
+    """Measures what the time allows; returns one dict per cell, see `judge`."""
+    judged = []
+    for dtype, shape, _, tokens_list in jobs:
+        layer = None
+        for tokens in tokens_list:
+            if run.left < MARGIN_S:
+                run.say(f"no time for {shape}, {tokens} tokens")
+                continue
+            try:
+                with watchdog(HANG_S):
+                    layer = layer or Layer(shape, dtype, run.device, ("cuda",))
+                    cell = _cell(run, layer, tokens, failures)
+            except RuntimeError as error:
+                failures.append(f"{shape} {tokens} tokens: {error}")
+                run.say(failures[-1])
+                if "CUDA error" in str(error):  # the context is gone
+                    return judged
+                continue
+            if cell:
+                judged.append(cell)
+    return judged
+
+
+def _cell(run: Run, layer: Layer, tokens: int, failures: list[str]) -> dict | None:
+    from sparsekern import cuda_backend
+
+    x = layer.inputs(tokens)
+    integers = layer.inputs(tokens, integers=True)
+    weights = [layer.packed, *(layer.packed.clone() for _ in range(layer.copies - 1))]
+    torch.cuda.synchronize()
+    providers = {}
+    for name, (function, variant) in configs(tokens).items():
+        try:
+            layer.check_variant(lambda x, w: launch(function, variant, x, w), name, integers)
+        except (WrongResult, ValueError, NotImplementedError) as error:
+            failures.append(f"{layer.shape} {tokens} tokens {name}: {error}")
+            run.say(failures[-1])
+            continue
+        providers[name] = [
+            lambda w=w, f=function, v=variant: launch(f, v, x, w) for w in weights
+        ]
+    if not providers:
+        return None
+    rule = timing.StopRule(0.01, min_rounds=3 if run.quick else 5, min_s=0.2, budget_s=2.5)
+    times = timing.compare(providers, run.timer, rule, warm_s=0.02)
+    picked = cuda_backend.config(x, layer.packed)
+    for name, timed in times.items():
+        run.add(
+            op="linear_config", backend=name, check="exact", picked=name == picked, tokens=tokens,
+            out_features=layer.shape.out_features, in_features=layer.shape.in_features,
+            dtype=str(layer.dtype).removeprefix("torch."), **timed.row(),
+        )  # fmt: skip
+    cell = judge(str(layer.shape), tokens, picked, {n: t.median for n, t in times.items()})
+    run.say(describe(cell))
+    return cell
+
+
+def judge(shape: str, tokens: int, picked: str, us: dict[str, float]) -> dict:
+    """{"shape", "tokens", "picked", "us", "best", "gap"}: gap = time of the pick / best - 1."""
+    best = min(us, key=us.get)
+    gap = us[picked] / us[best] - 1 if picked in us else None
+    return dict(shape=shape, tokens=tokens, picked=picked, us=us, best=best, gap=gap)
+
+
+def describe(cell: dict) -> str:
+    order = sorted(cell["us"], key=cell["us"].get)[:3]
+    fastest = ", ".join(f"{name} {cell['us'][name]:.1f}" for name in order)
+    gap = "was not timed" if cell["gap"] is None else f"+{cell['gap']:.1%}"
+    return f"{cell['shape']}, {cell['tokens']} tokens: {fastest} us; picked {cell['picked']}: {gap}"
+
+
+def summary(judged: list[dict]) -> list[str]:
+    """Mean and worst gap, the five largest, and how often each config was the best."""
+    known = sorted((c for c in judged if c["gap"] is not None), key=lambda c: -c["gap"])
+    if not known:
+        return ["no cell where the picked config was timed"]
+    mean = statistics.fmean(cell["gap"] for cell in known)
+    lines = [f"picked config: {mean:.2%} from the best on average, {known[0]['gap']:.2%} at worst"]
+    lines += [f"  {describe(cell)}" for cell in known[:5] if cell["gap"] > 0]
+    wins: dict[str, int] = {}
+    for cell in judged:
+        wins[cell["best"]] = wins.get(cell["best"], 0) + 1
+    ranking = sorted(wins.items(), key=lambda item: -item[1])
+    lines.append("best most often: " + ", ".join(f"{name} ({n})" for name, n in ranking))
+    return lines

@@ -1,0 +1,208 @@
+"""The README's results tables, made from bench/records: `python -m bench.table [--check]`.
+
+Everything between `<!-- results:begin -->` and `<!-- results:end -->` in README.md is replaced by
+what the records say; `--check` changes nothing and fails when the README differs. So no number
+there is typed by hand, and shapes where the dense layer wins stand beside the others.
+
+Linear layers become, for each GPU: first the list of all cells where a peer is faster; then for
+each dtype a table for few tokens (decode) and one for many (prefill), with the ratios to cuBLAS and
+cuSPARSELt (results.py). Other records with "us" become one table per op and GPU: a row per shape, a
+column per backend with the median in microseconds and, where the same campaign timed the backend
+"dense", the speed-up over it. Records with "metrics" become one table per op and GPU: a row per
+case and backend. Of several campaigns for the same row the newest is shown. Records of changed
+sources (dirty) are left out, and so are sweeps (HIDDEN).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from . import record, results
+
+README = record.ROOT / "README.md"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+NOTHING = "No measurements are recorded yet."
+
+# In this order; ops that are not here follow, under their own name.
+TITLES = {
+    "linear": "Linear layers",
+    "decode_model": "Decoding a whole model",
+    "prune_model": "Pruning",
+    "checkpoint": "Checkpoints",
+    "compress": "Compression",
+    "eager_call": "Host time of one eager call",
+    "linear_peer": "What could not be compared",
+    "bandwidth": "Memory bandwidth of the machine",
+}
+HIDDEN = ("linear_config",)  # one record per config: for csrc/NOTES.md, not for the README
+DECODE_TOKENS = 64  # up to here a cell stands in the decode table
+MAX_LOSSES = 30  # rows of the list of losses, the worst first; the rest is counted
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the first column is aligned left, all others right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Four significant digits, without exponent."""
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:.0f}"
+    return f"{value:.4g}"
+
+
+def newest(records: list[dict], key) -> dict:
+    """Groups records by `key`, keeping those of the newest campaign of each group.
+
+    A campaign is one run: its records carry the same "campaign", or are alone without it.
+    """
+    groups: dict = {}
+    for entry in records:  # oldest first
+        campaign = entry.get("campaign", entry["id"])
+        group = groups.get(key(entry))
+        if group is None or group[0] != campaign:
+            groups[key(entry)] = group = (campaign, {})
+        group[1][entry["backend"]] = entry
+    return groups
+
+
+def timing_table(records: list[dict]) -> str:
+    """Rows of shapes, columns of backends. All records have "us" and the same op and GPU."""
+
+    def shape(entry):
+        return tuple(entry.get(n, 0) for n in ("out_features", "in_features", "tokens", "dtype"))
+
+    groups = newest(records, lambda entry: tuple(str(part) for part in shape(entry)))
+    groups = dict(sorted(groups.items(), key=lambda item: _numeric(item[0])))
+    backends = {name: None for _, found in groups.values() for name in found}
+    order = sorted(backends, key=lambda name: (name != "dense", name))
+    rows = []
+    for (out_features, in_features, tokens, dtype), (campaign, found) in groups.items():
+        dense = found.get("dense")
+        row = [f"{out_features} x {in_features}", tokens, dtype]
+        for name in order:
+            if name not in found:
+                row.append("")
+                continue
+            cell = number(found[name]["us"]["p50"])
+            if dense is not None and name != "dense":
+                cell += f" ({dense['us']['p50'] / found[name]['us']['p50']:.2f}x)"
+            row.append(cell)
+        rows.append([*row, str(campaign)])
+    return markdown(["out x in", "tokens", "dtype", *(f"{b} us" for b in order), "campaign"], rows)
+
+
+def metrics_table(records: list[dict]) -> str:
+    """Rows of cases and backends, columns of metrics. All records have the same op and GPU."""
+    groups = newest(records, lambda entry: (entry.get("case", ""), entry["backend"]))
+    entries = [
+        (case, backend, found[backend], campaign)
+        for (case, backend), (campaign, found) in sorted(groups.items())
+    ]
+    names = list(dict.fromkeys(name for _, _, entry, _ in entries for name in entry["metrics"]))
+    rows = []
+    for case, backend, entry, campaign in entries:
+        values = (entry["metrics"].get(name) for name in names)
+        cells = ("" if v is None else v if isinstance(v, str) else number(v) for v in values)
+        rows.append([case, backend, *cells, str(campaign)])
+    return markdown(["case", "backend", *names, "campaign"], rows)
+
+
+def linear_tables(records: list[dict]) -> str:
+    """Losses, then decode and prefill by dtype. All records have op "linear" and the same GPU."""
+    found = results.cells(records)
+    parts = [losses_table(found)]
+    for dtype in dict.fromkeys(cell.dtype for cell in found):
+        cells = [cell for cell in found if cell.dtype == dtype]
+        few = [cell for cell in cells if cell.tokens <= DECODE_TOKENS]
+        many = [cell for cell in cells if cell.tokens > DECODE_TOKENS]
+        kinds = (
+            (few, "decode", "time of cuBLAS / cuSPARSELt over ours", results.OURS),
+            (few, "decode, Triton kernel", "the same for the portable kernel", "triton"),
+            (many, "prefill", "the same, and (dense-equivalent TFLOPS)", results.OURS),
+        )
+        for members, name, text, ours in kinds:
+            timed = [cell for cell in members if cell.us(ours) is not None]
+            if timed:
+                lines = markdown(*results.grid(timed, members is many, ours))
+                parts.append(f"{name}, {dtype}: {text}\n\n{lines}")
+    campaigns = ", ".join(sorted({cell.campaign for cell in found}))
+    return "\n\n".join([*parts, f"Medians of campaigns {campaigns}; \"-\": not timed."])
+
+
+def losses_table(found: list[results.Cell]) -> str:
+    """Where we lose: every cell in which a peer is faster, the worst first."""
+    lost = results.losses(found)
+    total = sum(map(results.compared, found))
+    if not lost:
+        return f"Where we lose: in none of {total} comparisons."
+    rows = [
+        [cell.shape, str(cell.tokens), cell.dtype, results.PEERS[peer], f"{ratio:.3f}"]
+        for cell, peer, ratio in lost[:MAX_LOSSES]
+    ]
+    more = f", the worst {MAX_LOSSES} of them" if len(lost) > MAX_LOSSES else ""
+    lines = markdown(["out x in", "tokens", "dtype", "faster", "its time / ours"], rows)
+    return f"Where we lose: in {len(lost)} of {total} comparisons{more}\n\n{lines}"
+
+
+def render(records: list[dict]) -> str:
+    """The text between the markers for these records."""
+    clean = [e for e in records if e["dirty"] is False and e["op"] not in HIDDEN]
+    tables: dict = {}
+    for entry in clean:
+        kind = "us" if "us" in entry else "metrics"
+        tables.setdefault((entry["op"], entry.get("gpu") or "CPU", kind), []).append(entry)
+    if not tables:
+        return NOTHING
+    order = list(TITLES)
+    parts = []
+    for key in sorted(tables, key=lambda k: (order.index(k[0]) if k[0] in order else 99, *k)):
+        (op, gpu, kind), entries = key, tables[key]
+        if op == "linear" and kind == "us":
+            table = linear_tables(entries)
+        else:
+            table = timing_table(entries) if kind == "us" else metrics_table(entries)
+        sources = sorted({str(entry.get("git"))[:10] for entry in entries})
+        versions = sorted({f"torch {entry.get('torch')}" for entry in entries})
+        title = f"**{TITLES.get(op, op)}**, {gpu}, {', '.join(versions)}, git {', '.join(sources)}"
+        parts.append(f"{title}\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def replace(readme: str, text: str) -> str:
+    """README text with `text` between the markers.
+
+    Raises:
+        ValueError: the markers are not there exactly once, in order.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in rest or END in before + after:
+        raise ValueError(f"bench.table: expected one {BEGIN} and one {END} after it in the README.")
+    return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def _numeric(key: tuple[str, ...]) -> tuple:
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in key)
+
+
+def main(arguments: list[str], readme: Path = README, records: list[dict] | None = None) -> int:
+    if arguments not in ([], ["--check"]):
+        print("usage: python -m bench.table [--check]", file=sys.stderr)
+        return 2
+    present = readme.read_text(encoding="utf-8")
+    wanted = replace(present, render(record.read() if records is None else records))
+    if wanted == present:
+        return 0
+    if arguments:
+        print(f"{readme.name} differs from bench/records. Run: python -m bench.table")
+        return 1
+    readme.write_text(wanted, encoding="utf-8")
+    print(f"{readme.name}: tables rewritten")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

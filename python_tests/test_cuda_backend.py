@@ -1,0 +1,101 @@
+"""The host side of the CUDA backend that needs no GPU: refusals, names, workspaces."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from linear_cases import random_weight
+
+from sparsekern import cuda_backend
+from sparsekern.heuristics import RATES, Tile
+from sparsekern.pack import pack
+from sparsekern.sparse24 import compress
+
+
+@pytest.fixture
+def native(monkeypatch):
+    """A native module of which only the questions are answered, and tensors on the CPU."""
+    module = SimpleNamespace(
+        capture=0,
+        capture_id=lambda stream: module.capture,
+        prefill_workspace_bytes=lambda: 64,
+        prefill_configs=lambda: [
+            dict(zip(("rows", "tokens", "cluster_rows", "cluster_tokens"), tile), index=i)
+            for i, tile in enumerate(RATES)
+        ],
+        decode="decode",
+        prefill="prefill",
+    )
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda size, dtype, device: zeros(size, dtype=dtype))
+    monkeypatch.setattr(cuda_backend._native, "module", lambda: module)
+    monkeypatch.setattr(cuda_backend, "_workspaces", {})
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda i: SimpleNamespace(multi_processor_count=132)
+    )
+    cuda_backend._tiles.cache_clear()
+    cuda_backend._plan.cache_clear()
+    yield module
+    cuda_backend._tiles.cache_clear()
+    cuda_backend._plan.cache_clear()
+
+
+def test_why_not():
+    w24 = compress(random_weight(8, 16, torch.bfloat16))
+    x = torch.ones(1, 16, dtype=torch.bfloat16)
+    assert "needs layout 'tile64'" in cuda_backend.why_not(x, w24)
+    assert "needs x on a GPU, got cpu" in cuda_backend.why_not(x, pack(w24))
+    assert cuda_backend.supported(x, w24) == (False, cuda_backend.why_not(x, w24))
+    assert not cuda_backend.gated_supported(x, w24, w24)
+
+
+def test_packs_nothing_on_the_cpu_and_no_float32():
+    assert not cuda_backend.packs(torch.device("cpu"), torch.bfloat16)
+    assert not cuda_backend.packs(torch.device("cuda", 0), torch.float32)
+
+
+def test_the_hand_over_from_decode_to_prefill(native):
+    w24 = SimpleNamespace(shape=(28672, 4096))
+    assert cuda_backend._plan(64, 28672, 0) == ("decode", 0)
+    kernel, index = cuda_backend._plan(65, 28672, 0)
+    assert kernel == "prefill" and 0 <= index < len(RATES)
+
+    def name(tokens):
+        return cuda_backend.config(torch.empty(tokens, 4096, device="meta"), w24)
+
+    assert [name(t) for t in (1, 8, 9, 64)] == [f"decode up to {n} tokens" for n in (8, 8, 16, 64)]
+    tile = list(RATES)[cuda_backend._plan(8192, 28672, 0)[1]]
+    assert name(8192) == f"prefill {tile}" and isinstance(tile, Tile)
+
+
+def test_workspaces_belong_to_a_stream_or_to_a_capture(native):
+    first = cuda_backend._workspace(0, 7)
+    assert cuda_backend._workspace(0, 7) == first
+    others = [cuda_backend._workspace(0, 8), cuda_backend._workspace(1, 7)]
+    native.capture = 1
+    others.append(cuda_backend._workspace(0, 7))
+    assert cuda_backend._workspace(0, 7) == others[-1], "one for the whole capture"
+    held = list(cuda_backend._workspaces.values())  # so that no address comes back
+    native.capture = 2
+    others.append(cuda_backend._workspace(0, 7))
+    assert len({first, *others}) == 5 and len(held) == 4
+    native.capture = 0
+    assert cuda_backend._workspace(0, 7) == first
+
+
+def test_rows_that_need_no_copy():
+    x = torch.arange(64.0).to(torch.bfloat16).view(4, 16)
+    for rows in (x, x[:, :8], x[::2], x[1:2, :4], x.view(2, 2, 16)):
+        tokens, columns = rows.numel() // rows.shape[-1], rows.shape[-1]
+        same, stride = cuda_backend._aligned_rows(rows, tokens, columns)
+        assert same.data_ptr() == rows.data_ptr() and stride % 8 == 0 and stride >= columns
+
+
+def test_rows_that_are_copied():
+    x = torch.arange(64.0).to(torch.bfloat16).view(4, 16)
+    cases = (x[:, 1:9], x.t(), x[:, :8:2], x[:1].expand(4, 16), x.view(16, 4), x[:1, 1:5])
+    for rows in cases:
+        copy, stride = cuda_backend._aligned_rows(rows, *rows.shape)
+        assert copy.data_ptr() != rows.data_ptr() and copy.data_ptr() % 16 == 0
+        assert stride == copy.stride(0) and stride % 8 == 0
+        assert torch.equal(copy, rows)

@@ -1,0 +1,365 @@
+"""The CUDA kernels for weights in layout "tile64": numbers, memory, streams, graphs, devices."""
+
+import threading
+import time
+
+import pytest
+import torch
+from cuda_cases import BF16, DEVICE, F16, Problem, assert_exact, call, guarded, same_bits, variants
+from linear_cases import assert_within, error_bound, random_input, random_weight
+
+import sparsekern as sk
+from sparsekern import _native, cuda_backend, heuristics, reference
+from sparsekern.linear import SparseLinear
+from sparsekern.pack import pack
+from sparsekern.sparse24 import compress
+
+pytestmark = pytest.mark.gpu
+
+DECODE_TOKENS = (0, 1, 7, 8, 9, 16, 17, 33, 64)
+PREFILL_TOKENS = (*DECODE_TOKENS, 65, 100, 128, 500, 1000)
+
+# (out_features, in_features), with what each is there for.
+SHAPES = (
+    (1, 64),  # one row of one tile
+    (7, 4),  # less than a core matrix, one group
+    (64, 64),  # one whole tile
+    (65, 68),  # one row and one group past it
+    (200, 132),  # a superpanel of four panels, the last ragged
+    (320, 576),  # a last superpanel of one panel; more steps than stages
+    (520, 1032),  # a tail of 8 columns, deep in the ring
+    (1100, 200),  # more rows than a cluster of four tiles
+)
+
+
+@pytest.fixture(autouse=True)
+def needs_hopper():
+    if reason := cuda_backend.refusal(torch.cuda.current_device()):
+        pytest.skip(reason)
+
+
+def layer(out_features=320, in_features=576, dtype=BF16, bias=True, seed=0):
+    w24 = compress(random_weight(out_features, in_features, dtype, seed, integers=True))
+    vector = random_input((out_features,), dtype, seed=5, integers=True) if bias else None
+    return SparseLinear.from_sparse24(w24, vector).to(DEVICE).requires_grad_(False)
+
+
+def integers(*shape, dtype=BF16, seed=1):
+    return random_input(shape, dtype, seed=seed, integers=True).to(DEVICE)
+
+
+def dense(module, x, activation=None):
+    """The layer in float64, rounded once."""
+    w = module.weight.to_dense()
+    return reference.linear(x, w, module.bias, activation).to(x.dtype)
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_exact_on_small_integers_in_every_variant(shape, dtype):
+    p = Problem(max(PREFILL_TOKENS), *shape, dtype)
+    for kernel, variant in variants():
+        for tokens in DECODE_TOKENS if kernel == "decode" else PREFILL_TOKENS:
+            assert_exact(kernel, variant, p, tokens, p.product)
+            if kernel == "prefill":
+                assert_exact(kernel, variant, p, tokens, p.product, cut_k=False)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_exact_with_more_row_blocks_than_multiprocessors(dtype):
+    """Decode walks several superpanels per thread block then."""
+    p = Problem(100, 256 * 300 + 70, 192, dtype)
+    for kernel, variant in variants():
+        for tokens in (1, 16, 40, 60) if kernel == "decode" else (100,):
+            assert_exact(kernel, variant, p, tokens, p.product)
+
+
+@pytest.mark.parametrize("out_features", [320, 323], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_epilogue_in_every_variant(dtype, out_features):
+    p = Problem(130, out_features, 132, dtype)
+    with_bias = p.product + p.bias.double()
+    for kernel, variant in variants():
+        tokens = 60 if kernel == "decode" else 130
+        run = (kernel, variant, p, tokens)
+        assert_exact(*run, with_bias, bias=p.bias)
+        assert_exact(*run, p.product + p.residual.double(), residual=p.residual)
+        assert_exact(*run, p.product.relu(), activation="relu")
+        everything = dict(bias=p.bias, residual=p.residual, activation="relu")
+        assert_exact(*run, with_bias.relu() + p.residual.double(), **everything)
+        assert_exact(*run, with_bias.relu() + p.residual.double(), **everything, cut_k=False)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu", "silu"])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_random_within_bound_in_every_variant(dtype, activation):
+    p = Problem(130, 323, 1032, dtype, integers=False)
+    x, w, bias = p.x.cpu(), p.w.cpu(), p.bias.cpu()
+    y64 = reference.linear(x, w, bias, activation)
+    bound = error_bound(x, w, bias, y64, dtype)
+    for kernel, variant in variants():
+        tokens = 60 if kernel == "decode" else 130
+        _, y = guarded(tokens, p.out_features, dtype)
+        call(kernel, variant, p, tokens, y, bias=p.bias, activation=activation)
+        assert_within(y, y64[:tokens], bound[:tokens])
+
+
+def test_infinite_and_nan_tokens_stay_alone():
+    module = layer(bias=False)
+    for tokens in (8, 100):
+        x = integers(tokens, 576)
+        expected = module(x)
+        x[3] = float("nan")
+        y = module(x)
+        others = torch.arange(tokens, device=DEVICE) != 3
+        assert y[3].isnan().all() and torch.equal(y[others], expected[others])
+
+
+def test_bitwise_identical_over_100_runs():
+    p = Problem(500, 1100, 1032, BF16, integers=False)
+    for kernel, variant in variants():
+        tokens = 64 if kernel == "decode" else 500
+        first = torch.full((tokens, p.out_features), float("nan"), dtype=BF16, device=DEVICE)
+        call(kernel, variant, p, tokens, first)
+        differences = torch.zeros((), dtype=torch.int64, device=DEVICE)
+        y = torch.empty_like(first)
+        for _ in range(100):
+            y.fill_(float("nan"))
+            call(kernel, variant, p, tokens, y)
+            differences += (y.view(torch.int16) != first.view(torch.int16)).sum()
+        assert not first.isnan().any() and differences.item() == 0, (kernel, variant)
+
+
+# ---- the public function -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("tokens", [0, 1, 5, 64, 65, 300])
+def test_module_is_exact_and_says_what_ran(tokens, dtype):
+    module, x = layer(dtype=dtype), integers(tokens, 576, dtype=dtype)
+    assert torch.equal(module(x), dense(module, x))
+    told = sk.explain(x, module.weight)
+    assert (told.backend, told.layout) == ("cuda", "tile64")
+    assert told.config.startswith("decode up to " if tokens <= 64 else "prefill ")
+
+
+def test_forced_backends():
+    module, x = layer(), integers(4, 576)
+    plain = module.weight.rowmajor()
+    assert torch.equal(sk.linear(x, module.weight, module.bias, backend="cuda"), module(x))
+    assert torch.equal(sk.linear(x, plain, module.bias, backend="triton"), module(x))
+    with pytest.raises(NotImplementedError, match="needs layout 'tile64'.*got 'rowmajor'"):
+        sk.linear(x, plain, backend="cuda")
+    with pytest.raises(NotImplementedError, match="needs layout 'rowmajor', got 'tile64'"):
+        sk.linear(x, module.weight, backend="triton")
+
+
+@pytest.mark.parametrize("in_features", [576, 68], ids=["aligned", "rows to be copied"])
+@pytest.mark.parametrize("tokens", [1, 6, 90])
+def test_strided_x(tokens, in_features):
+    module = layer(70, in_features)
+    wide = integers(tokens, 3 * in_features)
+    views = {
+        "columns": wide[:, in_features : 2 * in_features],
+        "odd address": wide[:, 3 : in_features + 3],
+        "every other column": wide[:, : 2 * in_features : 2],
+        "every other row": integers(2 * tokens, in_features)[::2],
+        "transposed": integers(in_features, tokens).t(),
+        "one row for all": wide[:1, :in_features].expand(tokens, in_features),
+        "three dimensions": integers(tokens, 2, in_features),
+        "permuted": integers(2, tokens, in_features).transpose(0, 1),
+        "vector": wide[0, :in_features],
+        "vector at an odd address": wide[0, 1 : in_features + 1],
+    }
+    for name, x in views.items():
+        y = module(x)
+        assert y.is_contiguous() and torch.equal(y, dense(module, x)), name
+
+
+def test_strided_residual_and_bias():
+    module, x = layer(bias=False), integers(6, 576)
+    bias = integers(640)[::2]
+    expected = reference.linear(x, module.weight.to_dense(), bias)
+    wide = integers(6, 700, seed=7)
+    for residual in (wide[:, :320], wide[:, 3:323], wide[:, :640:2], wide[:1, :320].expand(6, 320)):
+        y = cuda_backend.linear(x, module.weight, bias, None, residual)
+        assert torch.equal(y, (expected + residual.double()).to(BF16))
+
+
+@pytest.mark.parametrize("tokens, out_features, in_features", [(0, 8, 8), (3, 0, 8), (3, 8, 0)])
+def test_empty_sides(tokens, out_features, in_features):
+    bias = torch.arange(out_features, device=DEVICE).to(BF16) - 4
+    w24 = pack(compress(torch.zeros(out_features, in_features, device=DEVICE, dtype=BF16)))
+    y = sk.linear(torch.ones(tokens, in_features, device=DEVICE, dtype=BF16), w24, bias, "relu")
+    assert torch.equal(y, bias.relu().expand(tokens, out_features))
+
+
+def test_gradient_for_x():
+    module = layer(64, 128, bias=False)
+    x = integers(5, 128).requires_grad_()
+    y = module(x)
+    y.backward(torch.ones_like(y))
+    assert torch.equal(x.grad, module.weight.to_dense().double().sum(0).expand(5, 128).to(BF16))
+
+
+def test_an_output_of_more_than_2_31_elements():
+    tokens, out_features = 131_200, 16_400
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free memory")
+    module, x = layer(out_features, 64, bias=False), integers(tokens, 64)
+    y = module(x)
+    assert y.numel() > 2**31
+    for part in (slice(0, 2), slice(65_500, 65_502), slice(tokens - 2, tokens)):
+        assert torch.equal(y[part], dense(module, x[part]))
+
+
+# ---- streams, graphs, devices, threads -----------------------------------------------------------
+
+
+def test_a_chain_of_layers_reads_finished_inputs():
+    """Decode launches overlap; each must wait for its x, which the one before it writes."""
+    chain = [layer(512, 512, bias=False, seed=seed) for seed in range(4)]
+    x = expected = integers(3, 512)
+    for module in chain:
+        expected = module(expected)
+        torch.cuda.synchronize()
+    for _ in range(50):
+        y = x
+        for module in chain:
+            y = module(y)
+        assert same_bits(y, expected)
+
+
+@pytest.mark.parametrize("tokens", [4, 100])
+def test_graph_capture_and_replay_with_new_data(tokens):
+    first, second = layer(320, 576), layer(128, 320, seed=1)
+    x = integers(tokens, 576)
+    second(first(x))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = second(first(x))
+    for seed in (2, 3):
+        x.copy_(integers(tokens, 576, seed=seed))
+        graph.replay()
+        assert same_bits(y, second(first(x)))
+
+
+@pytest.mark.parametrize("tokens", [4, 100])
+def test_on_another_stream(tokens):
+    module, stream = layer(), torch.cuda.Stream()
+    x = torch.zeros(tokens, 576, device=DEVICE, dtype=BF16)
+    new = integers(tokens, 576)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)  # x is still zero when a launch on the wrong stream would run
+        x.copy_(new)
+        y = module(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(y, dense(module, new))
+
+
+def test_overlapping_launches_have_their_own_workspaces():
+    """Two streams, and two graphs replayed on two streams, at the same time."""
+    module, x = layer(320, 2048), integers(100, 2048)
+    expected = dense(module, x)
+    streams, graphs, outputs = [torch.cuda.Stream() for _ in range(2)], [], []
+    for _ in range(2):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            outputs.append([module(x) for _ in range(20)])
+    eager = [[], []]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        for i in range(2):
+            with torch.cuda.stream(streams[i]):
+                graphs[i].replay()
+                eager[i] += [module(x) for _ in range(3)]
+    torch.cuda.synchronize()
+    for y in (*outputs[0], *outputs[1], *eager[0], *eager[1]):
+        assert torch.equal(y, expected)
+
+
+def test_in_a_new_thread():
+    module, x, results = layer(), integers(4, 576), []
+
+    def work():
+        results.append(module(x))
+        torch.cuda.synchronize()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(results) == 1 and torch.equal(results[0], dense(module, x))
+
+
+@pytest.mark.parametrize("tokens", [4, 100])
+def test_on_a_device_that_is_not_the_current_one(tokens):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    module = layer().to("cuda:1")
+    x = integers(tokens, 576).to("cuda:1")
+    assert torch.cuda.current_device() == 0
+    y = module(x)
+    assert y.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
+    assert torch.equal(y, dense(module, x))
+    with torch.cuda.device(1):
+        assert torch.equal(module(x), y)
+
+
+def test_compile_fullgraph():
+    module = layer()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for tokens in (4, 100):
+        x = integers(tokens, 576)
+        assert torch.equal(compiled(x), module(x))
+
+
+# ---- native arguments ----------------------------------------------------------------------------
+
+
+def test_refusals_of_the_native_module():
+    p = Problem(100, 64, 64, BF16)
+    _, y = guarded(100, 64, BF16)
+    for kernel, variant, tokens, pattern in (
+        ("decode", -1, 8, "config 0 .*got -1"),
+        ("decode", 1 + len(_native.module().decode_configs()), 8, "config 0 "),
+        ("decode", 0, 65, "p.tokens <= kMaxTokens .*got 65"),
+        ("prefill", -1, 100, "config index .*got -1"),
+        ("prefill", len(_native.module().prefill_configs()), 100, "config index"),
+    ):
+        with pytest.raises(ValueError, match=pattern):
+            call(kernel, variant, p, tokens, y)
+    p.x = p.x[:, 4:]
+    p.in_features -= 4
+    with pytest.raises(ValueError, match="multiple of 16"):
+        call("decode", 0, p, 8, y)
+
+
+def test_configs_are_tiles_of_the_heuristic():
+    assert set(heuristics.RATES) <= set(cuda_backend._tiles())
+
+
+# ---- the cost of a call --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_eager_overhead(tokens, record_property, capsys):
+    """Host time of a call while the GPU keeps up. Reported; it fails only at ten times the goal."""
+    module, x = layer(64, 64), integers(tokens, 64)
+    times = []
+    with torch.inference_mode():
+        for _ in range(30):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(100):
+                module(x)
+            times.append((time.perf_counter() - start) / 100 * 1e6)
+    torch.cuda.synchronize()
+    median = sorted(times)[len(times) // 2]
+    record_property("host_us_per_call", median)
+    with capsys.disabled():
+        print(f"\nSparseLinear.forward, {tokens} tokens: {median:.1f} us of host time a call")
+    assert median < 120

@@ -1,0 +1,100 @@
+"""sparsekern doctor: says what is there and why something is not, and never fails."""
+
+import json
+
+import torch
+
+from sparsekern import _native, cli, doctor, triton_kernels
+
+
+def findings():
+    return {(finding.section, finding.name): finding for finding in doctor.diagnose()}
+
+
+def test_it_lists_every_part(capsys):
+    found = findings()
+    assert list(dict.fromkeys(section for section, _ in found)) == [
+        "software",
+        "GPU",
+        "kernels",
+        "libraries",
+        "sparse linear layers",
+    ]
+    assert torch.__version__ in found["software", "torch"].text
+    assert found["kernels", "sparsekern._C"].present == _native.available()
+    assert found["kernels", "Triton"].present == triton_kernels.available()
+    assert cli.main(["doctor"]) == 0
+    output = capsys.readouterr().out
+    for finding in found.values():
+        assert (
+            f"{'+' if finding.present else '-'} {finding.name}" in output and finding.text in output
+        )
+
+
+def test_json(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {"section", "name", "text", "present"} == set(rows[0])
+    assert [row["name"] for row in rows] == [finding.name for finding in doctor.diagnose()]
+
+
+def test_what_will_run_is_what_the_dispatch_says(device):
+    from sparsekern import compress, explain
+
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    size = doctor.PROBE_FEATURES
+    weight = compress(torch.zeros(size, size, dtype=dtype, device=device))
+    for tokens in doctor.PROBE_TOKENS:
+        name = f"{device.type}, {str(dtype).removeprefix('torch.')}, {tokens} tokens"
+        x = torch.zeros(tokens, size, dtype=dtype, device=device)
+        assert findings()["sparse linear layers", name].text == str(explain(x, weight))
+
+
+def test_absent_parts_are_reported_with_a_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(_native, "available", lambda: False)
+    monkeypatch.setattr(_native, "reason", lambda: "no module here")
+    monkeypatch.setattr(triton_kernels, "available", lambda: False)
+    monkeypatch.setattr(triton_kernels, "reason", lambda: "no triton here")
+    monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
+    monkeypatch.setattr(doctor, "_nvidia_folders", list)
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = findings()
+    assert found["kernels", "sparsekern._C"].text == "no module here"
+    assert found["kernels", "Triton"].text == "no triton here"
+    for key in (
+        ("software", "no-such-package"),
+        ("libraries", "nvcc"),
+        ("libraries", "cuSPARSELt"),
+    ):
+        assert not found[key].present
+
+
+def test_a_built_module_nvcc_and_cusparselt_are_shown(monkeypatch, tmp_path):
+    info = {
+        "version": "1",
+        "nvcc": "13.1",
+        "cudart": 13010,
+        "archs": ["80", "90a"],
+        "kernels": ["spmm_sm80"],
+    }
+    module = type("Module", (), {"build_info": staticmethod(lambda: info)})
+    monkeypatch.setattr(_native, "available", lambda: True)
+    monkeypatch.setattr(_native, "module", lambda: module)
+    nvcc, library = (
+        tmp_path / "cu13" / "bin" / "nvcc",
+        tmp_path / "cusparselt" / "lib" / "libcusparseLt.so.0",
+    )
+    for path in (nvcc, library):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
+        path.chmod(0o755)
+    monkeypatch.setattr(doctor, "_nvidia_folders", lambda: [tmp_path])
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", "")
+    found = findings()
+    assert found["kernels", "sparsekern._C"].text == "built with nvcc 13.1 for 80, 90a: spmm_sm80"
+    assert found["libraries", "nvcc"].text == str(nvcc)
+    assert found["libraries", "cuSPARSELt"].text.endswith(str(library))

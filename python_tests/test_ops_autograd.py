@@ -1,0 +1,256 @@
+"""sparsekern.linear under autograd, torch.compile, fake tensors, autocast and CUDA graphs."""
+
+import math
+
+import pytest
+import torch
+from linear_cases import ACTIVATIONS, random_input, random_weight
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsekern import ops, reference
+from sparsekern.ops import linear
+from sparsekern.sparse24 import compress
+
+
+def op_arguments(x, w24, bias, activation, backend=None):
+    sizes = tuple(w24.shape)
+    return (x, w24.values, w24.metadata, *sizes, bias, activation, w24.layout, backend)
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+def dense_linear(x, w, bias, activation):
+    return reference.ACTIVATIONS[activation](torch.nn.functional.linear(x, w, bias))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradients_match_dense_float64(activation, with_bias, device):
+    w = random_weight(12, 40, torch.float32)
+    inputs = [random_input((2, 3, 40), torch.float32)]
+    if with_bias:
+        inputs.append(random_input((12,), torch.float32, seed=2))
+    direction = random_input((2, 3, 12), torch.float32, seed=3)
+
+    ours = [t.to(device).requires_grad_() for t in inputs]
+    bias = ours[1] if with_bias else None
+    y = linear(ours[0], compress(w.to(device)), bias, activation)
+    grads = torch.autograd.grad(y, ours, direction.to(device))
+
+    exact = [t.double().requires_grad_() for t in inputs]
+    bias = exact[1] if with_bias else None
+    y64 = dense_linear(exact[0], w.double(), bias, activation)
+    expected = torch.autograd.grad(y64, exact, direction.double())
+    assert len(grads) == len(expected) == 1 + with_bias
+    for ours_grad, grad64 in zip(grads, expected):
+        assert ours_grad.dtype == torch.float32
+        torch.testing.assert_close(ours_grad.double().cpu(), grad64, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_second_derivative_matches_dense_float64(activation, device):
+    w = random_weight(6, 16, torch.float32)
+
+    def second(x, y):
+        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), x)[0]
+
+    x = random_input((3, 16), torch.float32).to(device).requires_grad_()
+    ours = second(x, linear(x, compress(w.to(device)), None, activation))
+    x64 = x.detach().cpu().double().requires_grad_()
+    expected = second(x64, dense_linear(x64, w.double(), None, activation))
+    torch.testing.assert_close(ours.double().cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_in_16_bit(dtype, device):
+    """Integers and relu, whose slope is exact: the gradients are exact but for one rounding."""
+    w = random_weight(12, 40, dtype, integers=True)
+    x = random_input((7, 40), dtype, integers=True).to(device).requires_grad_()
+    bias = random_input((12,), dtype, seed=2, integers=True).to(device).requires_grad_()
+    direction = random_input((7, 12), dtype, seed=3, integers=True)
+    y = linear(x, compress(w.to(device)), bias, "relu")
+    grads = torch.autograd.grad(y, (x, bias), direction.to(device))
+    z = reference.linear(x.detach().cpu(), w, bias.detach().cpu())
+    dz = direction.double() * (z > 0)
+    assert torch.equal(grads[0].cpu(), (dz @ w.double()).to(dtype))
+    assert torch.equal(grads[1].cpu(), dz.sum(0).to(dtype))
+
+
+def test_gradient_of_the_bias_alone_and_of_a_vector(device):
+    w24 = compress(random_weight(6, 16, torch.float32).to(device))
+    bias = torch.zeros(6, device=device, requires_grad=True)
+    x = torch.ones(16, device=device)
+    linear(x, w24, bias).sum().backward()
+    assert torch.equal(bias.grad, torch.ones(6, device=device))
+    assert x.grad is None and w24.values.grad is None
+
+
+def test_gradients_of_zero_tokens(device):
+    w24 = compress(random_weight(6, 16, torch.float32).to(device))
+    x = torch.zeros(0, 16, device=device, requires_grad=True)
+    bias = torch.zeros(6, device=device, requires_grad=True)
+    linear(x, w24, bias, "gelu").sum().backward()
+    assert x.grad.shape == (0, 16)
+    assert torch.equal(bias.grad, torch.zeros(6, device=device))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+def test_activation_slopes_against_differences(activation):
+    z = torch.linspace(-6, 6, 101, dtype=torch.float64) + 0.013  # no point at relu's corner
+    function, step = reference.ACTIVATIONS[activation], 1e-6
+    slope = (function(z + step) - function(z - step)) / (2 * step)
+    torch.testing.assert_close(ops._activation_slope(z, activation), slope, rtol=0, atol=1e-8)
+    assert math.isclose(ops._activation_slope(torch.zeros(1), "relu").item(), 0.0)
+
+
+# ---- registration --------------------------------------------------------------------------------
+
+
+class SeenOps(TorchDispatchMode):
+    """Records the sparsekern ops that pass through the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "sparsekern":
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_eager_path_bypasses_the_op_unless_a_gradient_is_wanted():
+    w24 = compress(random_weight(6, 16, torch.float32))
+    bias = torch.zeros(6, requires_grad=True)
+    x = torch.ones(2, 16)
+    with SeenOps() as seen, torch.no_grad():
+        direct = linear(x, w24, bias)
+    assert seen.names == []
+    with SeenOps() as seen:
+        through_op = linear(x, w24, bias)
+    assert seen.names == ["sparsekern::linear"]
+    assert torch.equal(direct, through_op)
+    assert through_op.requires_grad and not direct.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_opcheck(dtype, activation, device):
+    w24 = compress(random_weight(6, 16, dtype).to(device))
+    x = random_input((2, 3, 16), dtype).to(device)
+    bias = random_input((6,), dtype).to(device)
+    # The gradients that AOTAutograd computes round where eager does, but not always in one order.
+    tolerance = {} if dtype == torch.float32 else dict(atol=2e-2, rtol=2e-2)
+    for wanted in (False, True):
+        x, bias = x.detach().requires_grad_(wanted), bias.detach().requires_grad_(wanted)
+        torch.library.opcheck(
+            torch.ops.sparsekern.linear.default, op_arguments(x, w24, bias, activation), **tolerance
+        )
+        grad = random_input((2, 3, 6), dtype).to(device).requires_grad_(wanted)
+        arguments = (grad, w24.values, w24.metadata, *w24.shape, w24.layout)
+        torch.library.opcheck(
+            torch.ops.sparsekern.linear_input_grad.default, arguments, **tolerance
+        )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(dynamic, device):
+    w24 = compress(random_weight(8, 16, torch.float32).to(device))
+
+    def block(x, bias):
+        return linear(torch.tanh(x), w24, bias, "gelu").sum(-1)
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for tokens in (3, 5):
+        results = []
+        for function in (block, compiled):
+            x = random_input((2, tokens, 16), torch.float32).to(device).requires_grad_()
+            bias = torch.ones(8, device=device, requires_grad=True)
+            y = function(x, bias)
+            results.append((y, *torch.autograd.grad(y.sum(), (x, bias))))
+        for eager, traced in zip(*results):
+            torch.testing.assert_close(traced, eager)
+
+
+def test_compile_without_gradients_uses_one_op():
+    w24 = compress(random_weight(8, 16, torch.float32))
+    graphs = []
+
+    def record(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    x = random_input((3, 16), torch.float32)
+    with torch.no_grad():
+        expected = linear(x, w24, None, "relu")
+        function = torch.compile(
+            lambda x: linear(x, w24, None, "relu"), backend=record, fullgraph=True
+        )
+        assert torch.equal(function(x), expected)
+    targets = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert len(graphs) == 1 and sum("sparsekern" in target for target in targets) == 1
+
+
+def test_fake_kernel_refuses_what_the_eager_path_refuses():
+    w24 = compress(torch.zeros(4, 16))
+    meta = w24.to("meta")
+    narrow, half = torch.ones(2, 12, device="meta"), torch.ones(2, 16, device="meta").half()
+    for bad in (narrow, half):
+        with pytest.raises((ValueError, TypeError), match="sparsekern.linear: expected"):
+            torch.ops.sparsekern.linear(*op_arguments(bad, meta, None, None))
+
+
+def test_meta_tensors():
+    w24 = compress(random_weight(8, 16, torch.bfloat16)).to("meta")
+    y = linear(torch.empty(2, 3, 16, dtype=torch.bfloat16, device="meta"), w24)
+    assert y.is_meta and y.shape == (2, 3, 8) and y.dtype == torch.bfloat16
+
+
+def test_autocast_follows_the_weight(device):
+    w = random_weight(8, 16, torch.bfloat16, integers=True)
+    x = random_input((3, 16), torch.float32, integers=True)
+    bias = torch.ones(8)
+    with torch.autocast(device_type=device.type, dtype=torch.bfloat16):
+        y = linear(x.to(device), compress(w.to(device)), bias.to(device))
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y.cpu(), reference.linear(x, w, bias).to(torch.bfloat16))
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_on_new_data():
+    w24 = compress(random_weight(96, 256, torch.bfloat16).cuda())
+    x = torch.zeros(4, 256, dtype=torch.bfloat16, device="cuda")
+    linear(x, w24, None, "silu")  # compiles outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear(x, w24, None, "silu")
+    for seed in (1, 2):
+        x.copy_(random_input((4, 256), torch.bfloat16, seed=seed))
+        graph.replay()
+        assert torch.equal(y, linear(x, w24, None, "silu"))
+        assert y.abs().sum() > 0
+
+
+@pytest.mark.gpu
+def test_inductor_on_gpu():
+    w24 = compress(random_weight(96, 256, torch.bfloat16).cuda())
+    x = random_input((4, 256), torch.bfloat16).cuda()
+    compiled = torch.compile(lambda x: linear(x, w24, None, "silu"), fullgraph=True)
+    assert torch.equal(compiled(x), linear(x, w24, None, "silu"))
+
+
+@pytest.mark.gpu
+def test_runs_on_the_current_stream():
+    w24 = compress(random_weight(96, 256, torch.float32).cuda())
+    x = random_input((64, 256), torch.float32).cuda()
+    expected = linear(x, w24)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        late = x * 2
+        y = linear(late, w24)
+    stream.synchronize()
+    assert torch.equal(y, expected * 2)

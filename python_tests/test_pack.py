@@ -1,0 +1,126 @@
+"""Layout "tile64": packing against a slow transcription of the drawing, and the way back."""
+
+import pytest
+import torch
+from linear_cases import random_weight
+
+from sparsekern import _native, pack as packing
+from sparsekern.pack import pack, unpack
+from sparsekern.sparse24 import Sparse24, compress, decompress, verify
+
+F16, BF16 = torch.float16, torch.bfloat16
+
+# (out_features, in_features), with what each is there for.
+SHAPES = (
+    (1, 4),  # one group in one tile
+    (64, 64),  # one whole tile
+    (65, 68),  # one row and one group past the tile
+    (70, 84),  # an odd number of groups: half a byte of padding in the row-major metadata
+    (256, 64),  # one whole superpanel
+    (257, 128),  # a last superpanel of one panel
+    (448, 72),  # a last superpanel of three panels
+    (600, 200),  # several of everything, all ragged
+)
+EMPTY = ((0, 8), (8, 0), (0, 0), (300, 0))
+
+
+def same(ours, theirs):
+    assert tuple(ours.shape) == tuple(theirs.shape) and ours.layout == theirs.layout
+    assert torch.equal(ours.values.cpu(), theirs.values.cpu())
+    assert torch.equal(ours.metadata.cpu(), theirs.metadata.cpu())
+
+
+def weight(shape, dtype=BF16):
+    return compress(random_weight(*shape, dtype))
+
+
+def transcription(w24):
+    """Values and metadata of "tile64", element by element as csrc/layout/tile64.cuh draws them."""
+    out_features, in_features = w24.shape
+    panels, k_tiles = -(-out_features // 64), -(-in_features // 64)
+
+    def tile(panel, k_tile):
+        superpanel = panel // 4
+        panels_in_superpanel = min(4, panels - 4 * superpanel)
+        return 4 * superpanel * k_tiles + k_tile * panels_in_superpanel + panel % 4
+
+    values = torch.zeros(panels * k_tiles * 2048, dtype=w24.dtype)
+    for row in range(out_features):
+        for column in range(in_features // 2):
+            r, c = row % 64, column % 32
+            byte = c // 8 * 1024 + r // 8 * 128 + r % 8 * 16 + c % 8 * 2
+            values[tile(row // 64, column // 32) * 2048 + byte // 2] = w24.values[row, column]
+
+    def nibble(row, group):
+        if row >= out_features or group >= in_features // 4:
+            return 0x4
+        return int(w24.metadata[row, group // 2]) >> 4 * (group % 2) & 0xF
+
+    metadata = bytearray()
+    order = sorted((tile(p, k), p, k) for p in range(panels) for k in range(k_tiles))
+    for _, panel, k_tile in order:
+        for warp in range(4):
+            for lane in range(32):
+                g, t = lane // 4, lane % 4
+                word = 0
+                for half in range(2):
+                    row = 64 * panel + 16 * warp + g + 8 * half
+                    for i in range(4):
+                        group = 16 * k_tile + 4 * t + i
+                        word |= nibble(row, group) << 16 * half + 4 * i
+                metadata += word.to_bytes(4, "little")
+    shape = (panels * k_tiles, 2048), (panels * k_tiles, 512)
+    packed = torch.frombuffer(metadata, dtype=torch.uint8).view(shape[1])
+    return Sparse24(values.view(shape[0]), packed, w24.shape, "tile64")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pack_is_the_drawing(shape, device):
+    w24 = weight(shape)
+    same(pack(w24.to(device)), transcription(w24))
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
+def test_unpack_is_the_inverse(shape, dtype, device):
+    w24 = weight(shape, dtype).to(device)
+    packed = pack(w24)
+    tiles = -(-shape[0] // 64) * -(-shape[1] // 64)
+    assert packed.layout == "tile64" and packed.device.type == device.type
+    assert packed.values.shape == (tiles, 2048) and packed.metadata.shape == (tiles, 512)
+    same(unpack(packed), w24)
+    same(packed.rowmajor(), w24)
+    assert pack(packed) is packed and unpack(w24) is w24
+
+
+def test_bytes():
+    assert pack(weight((512, 256))).nbytes == 512 * 256 * 2 * 9 // 16
+
+
+def test_a_packed_weight_is_still_a_weight():
+    w24 = weight((70, 84))
+    packed = pack(w24)
+    verify(packed)
+    assert torch.equal(decompress(packed), decompress(w24))
+    assert torch.equal(packed.bitmask(), w24.bitmask())
+    assert torch.equal(packed.mask(), w24.mask())
+    same(unpack(packed.to(F16)), w24.to(F16))
+    same(unpack(packed.clone()), w24)
+
+
+def test_pack_wants_16_bits(device):
+    with pytest.raises(TypeError, match="pack: .*float16 or bfloat16, got torch.float32"):
+        pack(weight((8, 8), torch.float32).to(device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_the_kernel_packs_as_torch_does(dtype, monkeypatch):
+    if not _native.available():
+        pytest.skip(_native.reason())
+    for shape in SHAPES + EMPTY + ((1000, 4096), (4096, 1032)):
+        w24 = weight(shape, dtype).to("cuda")
+        by_kernel = pack(w24)
+        with monkeypatch.context() as patch:
+            patch.setattr(packing._native, "available", lambda: False)
+            same(by_kernel, pack(w24))

@@ -1,0 +1,262 @@
+"""The Triton kernel of sparsekern.linear: on a GPU, in Triton's interpreter, compiled for sm_90.
+
+Without a GPU the kernel's arithmetic still runs: this file, executed with TRITON_INTERPRET=1,
+computes every case of INTERPRETED on the CPU and prints what differs. bfloat16 is left to the GPU,
+because the interpreter of Triton 3.6 multiplies the bit patterns of bfloat16 operands.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from linear_cases import (
+    ACTIVATIONS,
+    DTYPES,
+    SHAPES,
+    assert_within,
+    error_bound,
+    random_input,
+    random_weight,
+)
+
+from sparsekern import reference
+from sparsekern.ops import linear
+from sparsekern.sparse24 import compress
+
+pytest.importorskip("triton", reason="needs Triton")
+
+# (tokens, out_features, in_features, activation, bias). 1024 columns and few rows: split over
+# in_features, with tiles that do not divide evenly among the splits at 1156.
+INTERPRETED = [(*shape, "relu", True) for shape in SHAPES]
+INTERPRETED += [
+    (1, 64, 1024, None, False),
+    (2, 9, 1156, "relu", True),
+    (5, 6, 20, "gelu", True),
+    (5, 6, 20, "silu", False),
+    (0, 6, 20, None, True),
+    (4, 6, 0, "relu", True),
+]
+
+
+def problem(case, dtype, integers):
+    tokens, out_features, in_features, activation, with_bias = case
+    w = random_weight(out_features, in_features, dtype, integers=integers)
+    x = random_input((tokens, in_features), dtype, integers=integers)
+    bias = random_input((out_features,), dtype, seed=2, integers=integers) if with_bias else None
+    return x, w, bias, activation
+
+
+def check(case, dtype, device, config=None):
+    """Exact on integers (None and relu), within the bound on random data; x has gaps in it."""
+    from sparsekern.triton_kernels import linear as kernels
+
+    for integers in (True, False):
+        x, w, bias, activation = problem(case, dtype, integers)
+        w24 = compress(w).to(device)
+        padded = torch.full((x.shape[0], x.shape[1] + 3), float("nan"), dtype=dtype)
+        padded[:, : x.shape[1]] = x
+        on_device = None if bias is None else bias.to(device)
+        y = kernels.linear(
+            padded.to(device)[:, : x.shape[1]], w24.values, w24.metadata, w.shape[1],
+            on_device, activation, config,
+        )  # fmt: skip
+        y64 = reference.linear(x, w, bias, activation)
+        assert y.dtype == dtype and y.is_contiguous()
+        if integers and activation in (None, "relu"):
+            assert torch.equal(y.cpu(), y64.to(dtype)), f"{case} {dtype} {config}"
+        else:
+            assert_within(y, y64, error_bound(x, w, bias, y64, dtype))
+
+
+# ---- without a GPU -------------------------------------------------------------------------------
+
+
+def run_interpreted():
+    """Executed in the child: {case: error or None}."""
+    import triton.runtime.interpreter as interpreter
+
+    # NumPy 2.4 refuses int() of the one-element arrays that stand for scalars in Triton 3.6.
+    patch_tensor = getattr(interpreter, "_patch_lang_tensor", None)
+
+    def patch_tensor_and_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    if patch_tensor is not None:
+        interpreter._patch_lang_tensor = patch_tensor_and_index
+    results = {}
+    for case in INTERPRETED:
+        dtype = torch.float32 if case[3] == "silu" or case[0] == 33 else torch.float16
+        try:
+            check(case, dtype, "cpu")
+            results[f"{dtype} {case}"] = None
+        except Exception as error:
+            results[f"{dtype} {case}"] = f"{type(error).__name__}: {error}"[:500]
+    return results
+
+
+def test_kernel_in_the_interpreter():
+    folder = os.path.dirname(os.path.abspath(__file__))
+    path = os.pathsep.join([os.path.dirname(folder), *filter(None, sys.path)])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    child = subprocess.run(
+        [sys.executable, __file__], env=environment, cwd=folder, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
+    results = json.loads(child.stdout.splitlines()[-1])
+    assert len(results) == len(INTERPRETED)
+    assert {case: error for case, error in results.items() if error is not None} == {}
+
+
+def compile_for_hopper(kernel, constants, types, options):
+    """What Triton makes of a kernel for sm_90, with the hints that the sizes of models give it.
+
+    Sizes are int32 and, but for tokens and out_features, multiples of 16; pointers are aligned.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, divisible = {}, {}
+    for index, argument in enumerate(kernel.arg_names):
+        signature[argument] = "constexpr" if argument in constants else types.get(argument, "i32")
+        if argument not in constants and argument not in ("tokens", "out_features"):
+            divisible[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, divisible)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 4096])
+def test_compiles_for_hopper_without_spills(dtype, tokens, tmp_path, monkeypatch):
+    """16 bit must reach the tensor cores, float32 must stay off TF32, and no register may spill."""
+    from sparsekern.triton_kernels import linear as kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    config = kernels.pick_config(tokens, 4096, 4096, dtype)
+    pointer = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
+    out = "*fp32" if config.split_in > 1 else pointer
+    types = {"x_ptr": pointer, "values_ptr": pointer, "metadata_ptr": "*u8", "bias_ptr": pointer}
+    constants = {
+        "HAS_BIAS": True, "ACTIVATION": "gelu", "SPLIT_IN": config.split_in,
+        "BLOCK_OUT": config.block_out, "BLOCK_IN": config.block_in,
+        "BLOCK_TOKENS": config.block_tokens,
+    }  # fmt: skip
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = compile_for_hopper(
+        kernels.sparse_linear_kernel, constants, {**types, "out_ptr": out}, options
+    )
+    ptx = compiled.asm["ptx"]
+    products = set(re.findall(r"(?:wgmma\.mma_async|mma)\.sync\.\S*?(tf32|bf16|f16)\.", ptx))
+    expected = {torch.float32: set(), torch.float16: {"f16"}, torch.bfloat16: {"bf16"}}[dtype]
+    assert products == expected
+    assert dtype != torch.float32 or "fma.rn.f32" in ptx
+    assert stack_bytes(compiled.asm["cubin"], tmp_path) == 0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_reduction_compiles_for_hopper(bias, tmp_path, monkeypatch):
+    from sparsekern.triton_kernels import linear as kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {"HAS_BIAS": bias, "ACTIVATION": "silu", "SPLIT_IN": 8, "BLOCK": 1024}
+    constants |= {} if bias else {"bias_ptr": None}
+    types = {"partial_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    compiled = compile_for_hopper(kernels.split_reduce_kernel, constants, types, {"num_warps": 4})
+    assert stack_bytes(compiled.asm["cubin"], tmp_path) == 0
+
+
+def stack_bytes(cubin, folder):
+    """Bytes of stack per thread, where spilled registers live, read from the compiled kernel."""
+    from triton import knobs
+
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage", file]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (stack,) = re.findall(r"Function \w+_kernel:\s+REG:\d+ STACK:(\d+)", usage)
+    return int(stack)
+
+
+def test_split_keeps_whole_tiles_and_covers_every_column():
+    from sparsekern.triton_kernels.linear import pick_config
+
+    splits = set()
+    for dtype in DTYPES:
+        for tokens in (1, 16, 17, 64, 65, 1000):
+            for out_features in (1, 64, 4096, 28672):
+                for in_features in (4, 128, 1024, 4100, 14336):
+                    config = pick_config(tokens, out_features, in_features, dtype)
+                    length = -(-in_features // config.split_in)
+                    assert config.split_in == 1 or length >= 2 * config.block_in
+                    assert min(config.block_out, config.block_in, config.block_tokens) >= 16
+                    splits.add(config.split_in)
+    assert splits == {1, 2, 4, 8}
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", INTERPRETED, ids=str)
+def test_kernel_on_gpu(case, dtype):
+    check(case, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 7, 16, 40, 64, 300])
+def test_larger_shapes_on_gpu(tokens, dtype):
+    for activation in ACTIVATIONS:
+        check((tokens, 1000, 2052, activation, True), dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("split_in", [1, 2, 8])
+def test_every_split_is_exact_and_deterministic(split_in):
+    from sparsekern.triton_kernels import linear as kernels
+
+    config = kernels.LinearConfig(64, 128, 16, split_in, 4, 3)
+    check((3, 100, 2052, "relu", True), torch.bfloat16, "cuda", config)
+    x, w, bias, activation = problem((3, 100, 2052, "silu", True), torch.bfloat16, False)
+    w24 = compress(w).to("cuda")
+    arguments = (x.cuda(), w24.values, w24.metadata, 2052, bias.cuda(), activation, config)
+    first = kernels.linear(*arguments)
+    assert all(torch.equal(first, kernels.linear(*arguments)) for _ in range(5))
+
+
+@pytest.mark.gpu
+def test_outputs_are_written_completely_and_nowhere_else():
+    """Into the middle of a block of NaN: the result fills its place, the guards stay NaN."""
+    from sparsekern.triton_kernels import linear as kernels
+
+    x, w, _, _ = problem((5, 70, 260, None, False), torch.bfloat16, True)
+    w24 = compress(w).to("cuda")
+    expected = kernels.linear(x.cuda(), w24.values, w24.metadata, 260)
+    guard = torch.full((3, 5, 70), float("nan"), dtype=torch.bfloat16, device="cuda")
+    kernels.sparse_linear_kernel[(2, 1)](
+        x.cuda(), w24.values, w24.metadata, None, guard[1], 5, 70, 260, 260,
+        w24.values.stride(0), w24.metadata.stride(0), 320,
+        HAS_BIAS=False, ACTIVATION=None, SPLIT_IN=1, BLOCK_OUT=64, BLOCK_IN=64, BLOCK_TOKENS=16,
+    )  # fmt: skip
+    assert torch.equal(guard[1], expected)
+    assert guard[0].isnan().all() and guard[2].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_agrees_with_the_cpu_backend(dtype):
+    """The same problem on both backends, through the public function, integers bit for bit."""
+    x, w, bias, activation = problem((33, 129, 132, "relu", True), dtype, True)
+    w24 = compress(w)
+    on_gpu = linear(x.cuda(), w24.cuda(), bias.cuda(), activation, backend="triton")
+    assert torch.equal(on_gpu.cpu(), linear(x, w24, bias, activation))
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_interpreted()))

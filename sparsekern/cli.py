@@ -1,0 +1,259 @@
+"""The command line: sparsekern prune | eval | verify | export | bench | doctor | demo.
+
+Every command is a few lines around the public Python API. An error is one line on stderr and exit
+code 2 (--debug shows the traceback); `verify` exits with 1 when a folder breaks a rule; everything
+else exits with 0.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .cli_parser import make_parser
+from .errors import check
+from .loading import folder_bytes, load_model
+
+
+def main(argv=None):
+    """Entry point; returns the exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        print("sparsekern: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        expected = isinstance(error, (ValueError, OSError, ImportError, NotImplementedError))
+        print(
+            f"error: {text}"
+            if expected
+            else f"error: {type(error).__name__}: {text} (--debug shows where)",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def build_parser():
+    """The argument parser; parse_args(...).run is the function of the command."""
+    return make_parser(
+        {
+            "prune": run_prune,
+            "eval": run_eval,
+            "verify": run_verify,
+            "export": run_export,
+            "bench": run_bench,
+            "doctor": run_doctor,
+            "demo": run_demo,
+        }
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# commands
+
+
+def run_prune(args):
+    """Load, prune, save; prints the report's table and where everything went."""
+    import sparsekern as sk
+
+    out = _new_folder(args.out)
+    check(
+        args.samples > 0 and args.window > 1,
+        "sparsekern prune",
+        "--samples > 0 and --window > 1",
+        f"{args.samples} and {args.window}",
+    )
+    device = _device(args.device)
+    model, tokenizer = load_model(args.model, "cpu", _dtype(args.dtype))
+    calibration = _calibration(args, model, tokenizer)
+    report = sk.prune_model(
+        model,
+        args.method,
+        calibration,
+        skip=_skip_rules(args.skip),
+        device=device,
+        batch_size=args.batch_size,
+        true_sequential=args.true_sequential,
+        damp=args.damp,
+        resume=args.resume,
+        progress=not args.quiet,
+    )
+    sk.save_pretrained(model, out, tokenizer=tokenizer)
+    report.save(out / "prune_report.json")
+    print(report.summary() if args.quiet else report.table())
+    print(f"saved    {out} ({folder_bytes(out)} bytes of weights), prune_report.json beside them")
+
+
+def run_eval(args):
+    """Perplexity, with everything that is needed to compare it."""
+    import sparsekern as sk
+
+    from . import texts
+
+    device = _device(args.device)
+    model, tokenizer = load_model(args.model, device, _dtype(args.dtype))
+    rows = texts.read_rows(args.text, "test")
+    as_rows = args.join == "rows" or (args.join is None and args.text != "builtin")
+    text = texts.join_rows(rows) if as_rows else "".join(rows)
+    ids = texts.tokenize(_needed(tokenizer, args.model), text)
+    start = time.perf_counter()
+    value = sk.perplexity(
+        model, ids, window=args.window, batch_size=args.batch_size, progress=not args.quiet
+    )
+    joined = "rows joined with a blank line" if as_rows else "as it is"
+    for name, content in (
+        ("model", args.model),
+        ("text", f"{args.text}, {joined}"),
+        ("tokenizer", f"{type(tokenizer).__name__}, {len(tokenizer)} entries"),
+        ("tokens", ids.numel()),
+        ("window", f"{args.window}, {ids.numel() // args.window} windows without overlap"),
+        ("dtype", str(next(model.parameters()).dtype).removeprefix("torch.")),
+        ("device", device),
+        ("seconds", f"{time.perf_counter() - start:.1f}"),
+        ("perplexity", f"{value:.4f}"),
+    ):
+        print(f"{name:<11}{content}")
+
+
+def run_verify(args):
+    """Exit code 0 when every rule holds, 1 otherwise."""
+    from .checkpoint import verify_checkpoint
+
+    if not Path(args.directory).is_dir():
+        raise FileNotFoundError(f"sparsekern verify: no folder at {args.directory}.")
+    report = verify_checkpoint(args.directory)
+    print(report.table())
+    return 0 if report.ok else 1
+
+
+def run_export(args):
+    from .checkpoint import export_dense
+
+    out = _new_folder(args.out)
+    export_dense(args.directory, out)
+    print(f"saved    {out} ({folder_bytes(out)} bytes of weights, dense)")
+
+
+def run_bench(args):
+    """One row per shape and number of tokens."""
+    from .layer_bench import bench_shape, table
+
+    device = _device(args.device)
+    dtype = _dtype(args.dtype) or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    shapes = dict.fromkeys(args.shape or linear_shapes(load_model(args.model, "cpu")[0]))
+    print(f"{_device_name(device)}, torch {torch.__version__}")
+    print(
+        table(
+            [
+                bench_shape(*shape, tokens, dtype=dtype, device=device)
+                for shape in shapes
+                for tokens in args.tokens
+            ]
+        )
+    )
+
+
+def run_doctor(args):
+    from . import doctor
+
+    return doctor.main(json_output=args.json)
+
+
+def run_demo(args):
+    from . import demo
+
+    demo.run(gguf=args.gguf, cache=args.cache, out=args.out, device=_device(args.device))
+
+
+# ------------------------------------------------------------------------------------------------
+# shared parts
+
+
+def _needed(tokenizer, path):
+    if tokenizer is None:
+        raise FileNotFoundError(
+            f"sparsekern: no tokenizer files in {path}. Copy tokenizer.json and "
+            "tokenizer_config.json of the model there."
+        )
+    return tokenizer
+
+
+def _calibration(args, model, tokenizer):
+    """Windows by the published protocol, int64 [samples, window]; None for magnitude."""
+    if args.method == "magnitude":
+        return None
+    from . import texts
+
+    ids = texts.tokenize(
+        _needed(tokenizer, args.model), "".join(texts.read_rows(args.calibration, "train"))
+    )
+    print(
+        f"calibration: {args.samples} windows of {args.window} tokens from {args.calibration} "
+        f"({ids.numel()} tokens), seed {args.seed}"
+    )
+    return texts.calibration_windows(ids, args.samples, args.window, args.seed)
+
+
+def linear_shapes(model):
+    """Each (out_features, in_features) once, of all linear layers that 2:4 fits, in model order."""
+    from .linear import SparseLinear
+    from .models import dense_weight, is_linear
+
+    shapes = [
+        (m.out_features, m.in_features)
+        if isinstance(m, SparseLinear)
+        else tuple(dense_weight(m).shape)
+        for m in model.modules()
+        if isinstance(m, SparseLinear) or is_linear(m)
+    ]
+    return list(dict.fromkeys(shape for shape in shapes if shape[1] % 4 == 0))
+
+
+def _skip_rules(rules):
+    return ("lm_head",) if rules is None else tuple(rules)
+
+
+def _new_folder(path):
+    """The folder as a Path; ValueError when something is in it, before any work is done for it."""
+    folder = Path(path)
+    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    check(empty, "sparsekern", "--out to be a new or empty folder", path, "Choose another name.")
+    return folder
+
+
+def _device(name):
+    """The device as a string; ValueError for one that this process does not have."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    known = kind in ("cpu", "cuda") and (not index or (kind == "cuda" and index.isdigit()))
+    check(known, "sparsekern", "--device cpu, cuda or cuda:N", name)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    check(
+        kind == "cpu" or int(index or 0) < count,
+        "sparsekern",
+        "a CUDA device that torch can see",
+        f"{name} with {count} of them",
+        "Run: sparsekern doctor.",
+    )
+    return name
+
+
+def _device_name(device):
+    return (
+        torch.cuda.get_device_name(device)
+        if device.startswith("cuda")
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+
+
+def _dtype(name):
+    return None if name is None else getattr(torch, name)

@@ -1,0 +1,167 @@
+"""What the commands take: names, options, defaults and help texts. What they do is in cli.py."""
+
+from __future__ import annotations
+
+import argparse
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def make_parser(runs):
+    """The argument parser.
+
+    Args:
+        runs: command name -> function(args) that carries it out; it becomes `run` of the parsed
+            arguments.
+    """
+    from . import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="sparsekern", description="2:4 sparse models: prune, evaluate, store, run."
+    )
+    parser.add_argument("--version", action="version", version=f"sparsekern {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, text):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(run=runs[name])
+        return sub
+
+    model_help = "folder with config.json and safetensors files (dense or pruned), or a .gguf file"
+    device_help = "cpu, cuda or cuda:N (default: cuda if there is one)"
+
+    sub = command("prune", "Prune a model to 2:4 and save it compressed.")
+    sub.add_argument("model", metavar="MODEL", help=model_help)
+    sub.add_argument(
+        "--out", required=True, metavar="DIR", help="folder to write; must be new or empty"
+    )
+    sub.add_argument("--method", choices=("sparsegpt", "wanda", "magnitude"), default="sparsegpt")
+    sub.add_argument(
+        "--calibration",
+        default="builtin",
+        metavar="FILE|hf:NAME|builtin",
+        help="calibration text (default: builtin, the Python language reference)",
+    )
+    sub.add_argument("--samples", type=int, default=128, help="calibration windows (default 128)")
+    sub.add_argument("--window", type=int, default=2048, help="tokens per window (default 2048)")
+    sub.add_argument("--seed", type=int, default=0, help="of the random window starts (default 0)")
+    sub.add_argument(
+        "--skip",
+        action="append",
+        metavar="RULE",
+        help="layers to leave dense: name, glob, re:..., class, block:3 or block:20-29; may be "
+        "repeated (default: lm_head)",
+    )
+    sub.add_argument(
+        "--true-sequential", action="store_true", help="prune inside a block in order of execution"
+    )
+    sub.add_argument(
+        "--damp", type=float, default=0.01, help="of the SparseGPT Hessian (default 0.01)"
+    )
+    sub.add_argument(
+        "--batch-size", type=int, help="calibration windows per forward (default: by tokens)"
+    )
+    sub.add_argument("--device", help=device_help)
+    sub.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights (default: as stored; bfloat16 for GGUF)"
+    )
+    sub.add_argument(
+        "--resume", metavar="DIR", help="store each finished block here, and go on from it"
+    )
+    sub.add_argument("--quiet", action="store_true", help="no progress bar, no table")
+
+    sub = command(
+        "eval",
+        "Perplexity by the WikiText protocol: one tokenisation, windows side by side.",
+    )
+    sub.add_argument("model", metavar="MODEL", help=model_help)
+    sub.add_argument(
+        "--text",
+        default="builtin",
+        metavar="FILE|hf:NAME|builtin",
+        help="text to score (default: builtin, held-out part of the Python language reference)",
+    )
+    sub.add_argument(
+        "--join",
+        choices=("rows", "none"),
+        help="rows: lines are rows, joined with a blank line as for WikiText; "
+        "none: the text as it is (default: rows, none for builtin)",
+    )
+    sub.add_argument("--window", type=int, default=2048, help="tokens per window (default 2048)")
+    sub.add_argument("--batch-size", type=int, default=1, help="windows per forward (default 1)")
+    sub.add_argument("--device", help=device_help)
+    sub.add_argument(
+        "--dtype", choices=DTYPES, help="of weights and activations (default: as stored)"
+    )
+    sub.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    sub = command("verify", "Check a folder against every rule of the format, layer by layer.")
+    sub.add_argument("directory", metavar="DIR")
+
+    sub = command("export", "Write a pruned folder in another form.")
+    sub.add_argument("directory", metavar="DIR")
+    sub.add_argument(
+        "--to",
+        choices=("dense",),
+        required=True,
+        help="dense: ordinary weights that hold the zeros",
+    )
+    sub.add_argument(
+        "--out", required=True, metavar="DIR", help="folder to write; must be new or empty"
+    )
+
+    sub = command("bench", "Time sparse against dense layers, losses included.")
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "model", nargs="?", metavar="MODEL", help=f"{model_help}: all shapes of its linear layers"
+    )
+    what.add_argument(
+        "--shape", action="append", type=_shape, metavar="OUTxIN", help="one shape; may be repeated"
+    )
+    sub.add_argument(
+        "--tokens", type=_counts, default=[1, 16, 256], metavar="N,N,...", help="default 1,16,256"
+    )
+    sub.add_argument("--device", help=device_help)
+    sub.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+
+    sub = command("doctor", "Show GPU, kernels and libraries, and what will run.")
+    sub.add_argument("--json", action="store_true", help="the same as JSON")
+
+    sub = command(
+        "demo",
+        "A real model end to end: dense, magnitude, Wanda and SparseGPT in one table.",
+    )
+    sub.add_argument(
+        "--gguf",
+        metavar="FILE",
+        help="another Llama-architecture .gguf file (default: SmolLM2-135M-Instruct)",
+    )
+    sub.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="where the model file is kept (default: the user's cache folder)",
+    )
+    sub.add_argument(
+        "--out", metavar="DIR", help="keep the checkpoints here (default: a temporary folder)"
+    )
+    sub.add_argument("--device", help=device_help)
+    return parser
+
+
+def _shape(text):
+    """The shape in a text such as "4096x14336": (4096, 14336)."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"expected OUTxIN such as 4096x14336, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def _counts(text):
+    """The numbers in a text such as "1,16,256": [1, 16, 256]."""
+    parts = text.split(",")
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"expected positive numbers such as 1,16,256, got {text!r}"
+        )
+    return [int(part) for part in parts]

@@ -1,0 +1,229 @@
+"""The CUDA backend of sparsekern.linear: the native kernels for Hopper, on weights in "tile64".
+
+    up to 64 tokens   decode: streams the weights once       csrc/kernels/spmm_decode_sm90.cuh
+    more              prefill: wgmma.sp                      csrc/kernels/spmm_prefill_sm90.cuh
+
+The same functions as every backend module, plus `packs`, by which SparseLinear decides on its
+layout, and the gated pair of a gated MLP. Which variant of a kernel runs is heuristics.py's choice.
+
+A call at one token takes a few microseconds on the GPU, so this path is written for little work on
+the host: no object is built, what depends on shapes alone is cached, and torch is asked through its
+raw functions.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from sparsekern import _native, heuristics
+from sparsekern.cpu_backend import activate
+from sparsekern.heuristics import Tile
+
+LAYOUT = "tile64"
+_DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/launch.h
+_ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "silu": 3}  # Activation in csrc/launch.h
+_AUTOMATIC = 0  # config of the decode kernel: it chooses
+_RUNS = "the layout is 'tile64' and the GPU has compute capability 9.x"
+
+# A torch without CUDA lacks these two, and has no tensor that would get here.
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+# ---- what can run --------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=None)
+def refusal(index):
+    """Why the kernels cannot run on GPU `index`; empty when they can."""
+    if not _native.available():
+        return _native.reason()
+    major, minor = torch.cuda.get_device_capability(index)
+    if major != 9:
+        return f"backend 'cuda' needs compute capability 9.x, cuda:{index} has {major}.{minor}"
+    return ""
+
+
+def packs(device, dtype):
+    """True where weights of this dtype are best kept in layout "tile64", because kernels run it."""
+    if device.type != "cuda" or dtype not in _DTYPES:
+        return False
+    return not refusal(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def why_not(x, w24):
+    """Why this backend cannot compute linear(x, w24), as text; empty when it can."""
+    if w24.layout != LAYOUT:
+        return f"backend 'cuda' needs layout 'tile64' (SparseLinear), got {w24.layout!r}"
+    if not x.is_cuda:
+        return f"backend 'cuda' needs x on a GPU, got {x.device}"
+    if x.dtype not in _DTYPES:
+        return f"backend 'cuda' needs float16 or bfloat16, got {x.dtype}"
+    return refusal(x.get_device())
+
+
+def supported(x, w24):
+    """(True, why) for x on a Hopper GPU and a weight in layout "tile64"."""
+    reason = why_not(x, w24)
+    return not reason, reason or _RUNS
+
+
+# ---- what to run ---------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=None)
+def _tiles():
+    """{Tile: config index} of the native module."""
+    return {
+        Tile(c["rows"], c["tokens"], c["cluster_rows"], c["cluster_tokens"]): c["index"]
+        for c in _native.module().prefill_configs()
+    }
+
+
+def _prefill_tile(tokens, out_features, index):
+    multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
+    return heuristics.prefill_tile(tokens, out_features, multiprocessors, tuple(_tiles()))
+
+
+@lru_cache(maxsize=4096)
+def _plan(tokens, out_features, index):
+    """(native function, its variant) for a problem on GPU `index`."""
+    native = _native.module()
+    if tokens <= heuristics.DECODE_TOKENS:
+        return native.decode, _AUTOMATIC
+    return native.prefill, _tiles()[_prefill_tile(tokens, out_features, index)]
+
+
+# {(GPU, stream, captured): (number of the capture or 0, tensor)} for the prefill kernel.
+_workspaces = {}
+
+
+def _workspace(index, stream):
+    """Address of the workspace for the next prefill launch on this stream of the current GPU.
+
+    Launches that may overlap must not share one: so each stream has its own, and so has each graph
+    capture, because a graph may be replayed on any stream. A captured one lives in the graph's
+    memory pool, and every replay clears it first.
+    """
+    native = _native.module()
+    capture = native.capture_id(stream)
+    known = _workspaces.get((index, stream, capture > 0))
+    if known is None or known[0] != capture:
+        size = native.prefill_workspace_bytes()
+        known = capture, torch.zeros(size, dtype=torch.uint8, device=index)
+        _workspaces[index, stream, capture > 0] = known
+    return known[1].data_ptr()
+
+
+def config(x, w24):
+    """What sparsekern.explain shows: "decode up to 8 tokens", "prefill 256x192 cluster 2x1"."""
+    tokens = x.shape[0]
+    if tokens <= heuristics.DECODE_TOKENS:
+        most = next(most for most in (8, 16, 32, 64) if tokens <= most)
+        return f"decode up to {most} tokens"
+    return f"prefill {_prefill_tile(tokens, w24.shape[0], x.get_device())}"
+
+
+# ---- running it ----------------------------------------------------------------------------------
+
+
+def linear(x, w24, bias, activation, residual=None):
+    """y = activation(x · Wᵀ + bias) + residual, summed in float32 and rounded once.
+
+    Args:
+        x: [..., in_features] on a Hopper GPU, any strides. It is copied when its rows are not
+            16-byte aligned and contiguous, as with in_features % 8 == 4.
+        w24: in layout "tile64". Its tensors must be complete: the decode kernel reads them before
+            the work queued ahead of it has finished (see pack.pack).
+        residual: [..., out_features], dtype and device of x, any strides, or None.
+    Returns:
+        [..., out_features], new and contiguous.
+    """
+    index = x.get_device()
+    if index != _current_device():
+        with torch.cuda.device(index):
+            return linear(x, w24, bias, activation, residual)
+    out_features, in_features = w24.shape
+    y = _output(x, out_features)
+    tokens = x.numel() // in_features if in_features else 0
+    if not (tokens and out_features):
+        return _degenerate(y, bias, activation, residual)
+    rows, x_stride = _aligned_rows(x, tokens, in_features)
+    bias_address = residual_address = residual_stride = 0
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_address = bias.data_ptr()
+    if residual is not None:
+        residual = residual.reshape(tokens, out_features)
+        if residual.stride(1) != 1:
+            residual = residual.contiguous()
+        residual_address, residual_stride = residual.data_ptr(), residual.stride(0)
+    run, variant = _plan(tokens, out_features, index)
+    stream = _current_stream(index)
+    tail = (stream,) if tokens <= heuristics.DECODE_TOKENS else (_workspace(index, stream), stream)
+    run(
+        rows.data_ptr(), w24.values.data_ptr(), w24.metadata.data_ptr(), bias_address,
+        residual_address, y.data_ptr(), tokens, out_features, in_features, x_stride, out_features,
+        residual_stride, _DTYPES[x.dtype], _ACTIVATIONS[activation], variant, *tail,
+    )  # fmt: skip
+    return y
+
+
+def gated_supported(x, gate24, up24):
+    """True when one launch can compute gated_linear: few tokens, both weights in "tile64"."""
+    return (
+        up24.layout == LAYOUT
+        and not why_not(x, gate24)
+        and x.numel() <= heuristics.GATED_TOKENS * gate24.shape[1]
+    )
+
+
+def gated_linear(x, gate24, up24):
+    """silu(x · Gᵀ) · (x · Uᵀ) in one launch, rounded once; x as in `linear`, at most 32 tokens."""
+    index = x.get_device()
+    if index != _current_device():
+        with torch.cuda.device(index):
+            return gated_linear(x, gate24, up24)
+    out_features, in_features = gate24.shape
+    y = _output(x, out_features)
+    tokens = x.numel() // in_features if in_features else 0
+    if not (tokens and out_features):
+        return y.zero_()
+    rows, x_stride = _aligned_rows(x, tokens, in_features)
+    _native.module().decode_gated(
+        rows.data_ptr(), gate24.values.data_ptr(), gate24.metadata.data_ptr(),
+        up24.values.data_ptr(), up24.metadata.data_ptr(), y.data_ptr(), tokens, out_features,
+        in_features, x_stride, out_features, _DTYPES[x.dtype],
+        _AUTOMATIC, _current_stream(index),
+    )  # fmt: skip
+    return y
+
+
+def _output(x, out_features):
+    """An uninitialised [..., out_features] for x [..., in_features]."""
+    return x.new_empty(*x.shape[:-1], out_features)  # torch parses numbers faster than a tuple
+
+
+def _aligned_rows(x, tokens, in_features):
+    """Rows that the copy engine can fetch, and their stride in elements: x itself, or a copy."""
+    padded = -(-in_features // 8) * 8
+    if x.is_contiguous():
+        stride, step = in_features, 1
+    else:
+        x = x.reshape(tokens, in_features)
+        stride, step = x.stride()
+    if tokens == 1:
+        stride = padded  # never taken: any valid one will do
+    if step == 1 and stride % 8 == 0 and stride >= in_features and x.data_ptr() % 16 == 0:
+        return x, stride
+    rows = x.new_empty((tokens, padded))[:, :in_features]
+    return rows.copy_(x.reshape(tokens, in_features)), padded
+
+
+def _degenerate(y, bias, activation, residual):
+    """The result of an empty sum: activation(bias) + residual in every row."""
+    total = torch.zeros(y.shape, device=y.device) if bias is None else bias.float().expand(y.shape)
+    total = activate(total, activation)
+    return y.copy_(total if residual is None else total + residual)

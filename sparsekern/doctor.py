@@ -1,0 +1,195 @@
+"""What this machine has, and what sparsekern will run on it.
+
+`diagnose()` returns findings, one per line of `sparsekern doctor`. Nothing here fails: an absent
+part is a finding with the reason. The last section asks the dispatch itself (`sparsekern.explain`)
+instead of repeating its rules.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("numpy", "safetensors", "transformers", "tokenizers", "gguf", "triton")
+PROBE_FEATURES = 4096  # in_features and out_features of the layer that "what will run" asks about
+PROBE_TOKENS = (1, 64, 4096)
+
+
+@dataclass
+class Finding:
+    """One line: section ("software", "GPU", ...), name, text, and whether the part is there."""
+
+    section: str
+    name: str
+    text: str
+    present: bool = True
+
+
+def diagnose():
+    """All findings, in the order in which they are printed.
+
+    Returns:
+        list of Finding: software, GPU, kernels, libraries, what will run.
+    """
+    return [*_software(), *_gpus(), *_kernels(), *_libraries(), *_what_will_run()]
+
+
+def table(findings):
+    """The findings as text, one section after the other; absent parts are marked with "-"."""
+    width = max(len(finding.name) for finding in findings)
+    lines, section = [], None
+    for finding in findings:
+        if finding.section != section:
+            section = finding.section
+            lines += ([""] if lines else []) + [section]
+        mark = "+" if finding.present else "-"
+        lines.append(f"  {mark} {finding.name:<{width}}  {finding.text}")
+    return "\n".join(lines)
+
+
+def _software():
+    from . import __version__
+
+    yield Finding("software", "sparsekern", __version__)
+    yield Finding(
+        "software",
+        "python",
+        f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+    )
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    yield Finding(
+        "software", "torch", f"{torch.__version__} ({cuda}, {torch.get_num_threads()} CPU threads)"
+    )
+    for name in PACKAGES:
+        try:
+            yield Finding("software", name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding("software", name, "not installed", present=False)
+
+
+def _gpus():
+    if not torch.cuda.is_available():
+        why = (
+            "torch sees no CUDA device"
+            if torch.version.cuda
+            else "this torch was built without CUDA"
+        )
+        yield Finding("GPU", "none", f"{why}; everything runs on the CPU", present=False)
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield Finding(
+            "GPU",
+            f"cuda:{index}",
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{properties.multi_processor_count} multiprocessors, "
+            f"{properties.total_memory / 2**30:.1f} GiB",
+        )
+
+
+def _kernels():
+    from . import _native, triton_kernels
+
+    if _native.available():
+        info = _native.module().build_info()
+        kernels = ", ".join(info["kernels"]) or "no kernels"
+        yield Finding(
+            "kernels",
+            "sparsekern._C",
+            f"built with nvcc {info['nvcc']} for {', '.join(info['archs'])}: {kernels}",
+        )
+    else:
+        yield Finding("kernels", "sparsekern._C", _native.reason(), present=False)
+    usable = triton_kernels.available()
+    yield Finding(
+        "kernels", "Triton", "usable" if usable else triton_kernels.reason(), present=usable
+    )
+
+
+def _libraries():
+    nvcc = _find_nvcc()
+    yield Finding(
+        "libraries",
+        "nvcc",
+        nvcc or "not in CUDA_HOME, on PATH or in the nvidia wheels",
+        present=bool(nvcc),
+    )
+    path = find_cusparselt()
+    if path is None:
+        yield Finding("libraries", "cuSPARSELt", "not found beside torch", present=False)
+    else:
+        yield Finding("libraries", "cuSPARSELt", f"{_cusparselt_version()}, {path}")
+
+
+def find_cusparselt():
+    """Path of the libcusparseLt that torch's wheels brought, or None."""
+    for folder in _nvidia_folders():
+        for path in sorted(folder.glob("*/lib/libcusparseLt.so*")):
+            return str(path)
+    return None
+
+
+def _cusparselt_version():
+    """What torch's own binding says: a version, or that it cannot use the library here."""
+    backend = getattr(torch.backends, "cusparselt", None)
+    version = backend.version() if backend is not None and backend.is_available() else None
+    return f"version {version}" if version else "present, not usable by torch here"
+
+
+def _nvidia_folders():
+    """Folders of the `nvidia` namespace package, where CUDA wheels are installed."""
+    spec = importlib.util.find_spec("nvidia")
+    return [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+
+
+def _find_nvcc():
+    """Path of nvcc, in the order in which setup.py looks for it."""
+    homes = [os.environ.get(variable) for variable in ("CUDA_HOME", "CUDA_PATH")]
+    found = [Path(home) / "bin" / "nvcc" for home in homes if home]
+    found += [Path(place) for place in [shutil.which("nvcc")] if place]
+    found += [
+        path
+        for folder in _nvidia_folders()
+        for path in sorted(folder.glob("*/bin/nvcc"), reverse=True)
+    ]
+    return next((str(path) for path in found if os.access(path, os.X_OK)), None)
+
+
+def _what_will_run():
+    from .ops import explain
+    from .sparse24 import Sparse24
+
+    devices = [("cpu", torch.float32)] + [("cuda", torch.bfloat16)] * torch.cuda.is_available()
+    for device, dtype in devices:
+        shape = (PROBE_FEATURES, PROBE_FEATURES)
+        values = torch.empty(shape[0], shape[1] // 2, dtype=dtype, device=device)
+        metadata = torch.empty(shape[0], shape[1] // 8, dtype=torch.uint8, device=device)
+        weight = Sparse24(values, metadata, shape)
+        for tokens in PROBE_TOKENS:
+            x = torch.empty(tokens, shape[1], dtype=dtype, device=device)
+            name = f"{device}, {str(dtype).removeprefix('torch.')}, {tokens} tokens"
+            try:
+                yield Finding("sparse linear layers", name, str(explain(x, weight)))
+            except (NotImplementedError, RuntimeError) as error:
+                yield Finding("sparse linear layers", name, str(error), present=False)
+
+
+def main(json_output=False):
+    """Print the findings; returns the exit code 0, because an absent part is no error."""
+    findings = list(diagnose())
+    if json_output:
+        import json
+
+        json.dump([vars(finding) for finding in findings], sys.stdout, indent=1)
+        print()
+    else:
+        print(table(findings))
+    return 0

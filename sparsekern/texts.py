@@ -1,0 +1,185 @@
+"""Text for calibration and evaluation: where it comes from, how it becomes token ids and windows.
+
+Three kinds of source, written the same way on the command line and in Python:
+    path/to/file.txt            a UTF-8 file
+    hf:NAME[:CONFIG[:SPLIT]]    a Hugging Face data set, read with the `datasets` package;
+                                hf:wikitext2 and hf:c4 are short names
+    builtin                     the Python language reference inside `pydoc_data`, which every full
+                                Python has; its calibration and held-out parts share no paragraph
+
+The two protocols are those of the published 2:4 numbers: `calibration_windows` draws windows at
+random starts from one tokenisation of the whole text, and `join_rows` is how WikiText-2 is put
+together before it is tokenised once and cut into non-overlapping windows (SparseGPT and Wanda
+evaluation code; the perplexity itself is in evaluate.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .errors import check
+
+HELD_OUT_EVERY = 5  # every fifth topic of the sorted list is held out
+# short name -> (data set, configuration, {split: data file} where only one file is wanted)
+HF_NAMES = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None),
+    "c4": (
+        "allenai/c4",
+        None,
+        {
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "test": "en/c4-validation.00000-of-00008.json.gz",
+        },
+    ),
+}
+
+
+def read_rows(source, split):
+    """Rows of text of a source.
+
+    Args:
+        source: a file path, "hf:NAME[:CONFIG[:SPLIT]]" or "builtin" (module docstring).
+        split: "train" for calibration, "test" for evaluation; a file has none and ignores it.
+    Returns:
+        list of str. A file gives its lines with their ends, as "\\n" whatever they were:
+        "".join(rows) is its text.
+    Raises:
+        FileNotFoundError, ValueError (not UTF-8, no text), ModuleNotFoundError (`datasets` is
+        needed and absent).
+    """
+    check(
+        split in ("train", "test"),
+        "sparsekern.read_rows",
+        "split in ('train', 'test')",
+        repr(split),
+    )
+    if source == "builtin":
+        calibration, held_out = language_reference()
+        rows = calibration if split == "train" else held_out
+    elif str(source).startswith("hf:"):
+        rows = _hf_rows(source[3:], split)
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"sparsekern.read_rows: no text file at {path}. "
+                "Give a UTF-8 file, hf:NAME or builtin."
+            )
+        try:
+            text = path.read_bytes().decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"sparsekern.read_rows: expected UTF-8 text in {path}, got byte "
+                f"0x{error.object[error.start]:02x} at {error.start}. Convert the file."
+            ) from error
+        *whole, last = text.split("\n")  # splitlines() would also split at form feeds
+        rows = [row + "\n" for row in whole] + [last] * bool(last)
+    check(any(row.strip() for row in rows), "sparsekern.read_rows", "text", f"none in {source}")
+    return rows
+
+
+def join_rows(rows):
+    """One string from WikiText rows: blank rows become empty, "\\n\\n" goes between rows."""
+    return "\n\n".join(row if row.strip() else "" for row in rows)
+
+
+def tokenize(tokenizer, text):
+    """Token ids of a whole text in one call, int64 [tokens].
+
+    Special tokens appear only where the tokenizer adds them by itself.
+    """
+    ids = tokenizer(text, verbose=False)["input_ids"]  # quiet: longer than the model's window
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def calibration_windows(token_ids, samples=128, window=2048, seed=0):
+    """Windows at random starts: rows token_ids[s : s + window], s from randint(0, tokens - window).
+
+    Args:
+        token_ids: int64 [tokens], one tokenisation of the whole text.
+        samples, window: how many windows, and tokens in each.
+        seed: of a private torch.Generator on the CPU: the same windows on every machine.
+    Returns:
+        int64 [samples, window].
+    Raises:
+        ValueError: the text has no more tokens than one window, or a count is not positive.
+    """
+    op = "sparsekern.calibration_windows"
+    check(samples > 0 and window > 0, op, "positive samples and window", f"{samples} and {window}")
+    check(
+        token_ids.dim() == 1 and token_ids.numel() > window,
+        op,
+        f"more than {window} tokens in one row",
+        list(token_ids.shape),
+        "Give a longer text or a smaller window.",
+    )
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, token_ids.numel() - window, (samples,), generator=generator)
+    return torch.stack([token_ids[start : start + window] for start in starts.tolist()])
+
+
+def language_reference():
+    """The Python language reference from `pydoc_data.topics`, split into calibration and held-out
+    paragraphs.
+
+    Topics are split first, every fifth being held out. Some text is printed under several topics,
+    so a paragraph that any held-out topic contains is then dropped from the calibration part.
+
+    Returns:
+        (calibration, held_out): lists of paragraphs, each ending in a blank line.
+    Raises:
+        ModuleNotFoundError: this Python was installed without pydoc_data.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "sparsekern.language_reference: this Python has no pydoc_data.topics (a minimal "
+            "installation). Give a text file instead."
+        ) from error
+    names = sorted(topics)
+    held_out_names = names[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+    held_out = _paragraphs(topics, held_out_names)
+    seen = {" ".join(paragraph.split()) for paragraph in held_out}
+    rest = _paragraphs(topics, sorted(set(names) - set(held_out_names)))
+    return [p for p in rest if " ".join(p.split()) not in seen], held_out
+
+
+def _paragraphs(topics, names):
+    """Paragraphs of the named topics in order, each once, with the blank line that follows it."""
+    paragraphs = (
+        part.strip("\n") + "\n\n" for name in names for part in topics[name].split("\n\n")
+    )
+    return list(dict.fromkeys(paragraph for paragraph in paragraphs if paragraph.strip()))
+
+
+def _hf_rows(name, split):
+    """Rows of the "text" column of a Hugging Face data set, given as NAME[:CONFIG[:SPLIT]]."""
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "sparsekern.read_rows: hf: sources need the package 'datasets'. "
+            "Run: pip install datasets, or give a text file."
+        ) from error
+    if name in HF_NAMES:
+        repository, config, files = HF_NAMES[name]
+        data = datasets.load_dataset(
+            repository,
+            config,
+            split=split,
+            **({"data_files": {split: files[split]}} if files else {}),
+        )
+    else:
+        repository, config, wanted = (name.split(":") + ["", ""])[:3]
+        data = datasets.load_dataset(repository, config or None, split=wanted or split)
+    check(
+        "text" in data.column_names,
+        "sparsekern.read_rows",
+        f"a column 'text' in {name}",
+        data.column_names,
+        "Save the text to a file and give that.",
+    )
+    return list(data["text"])

@@ -1,0 +1,246 @@
+"""Sparse linear layer in Triton: y[tokens, out] = activation(x[tokens, in] · W[out, in]ᵀ + bias).
+
+W is a row-major Sparse24. Each program reads a tile of values and metadata (9/16 of the dense bytes
+in 16 bit), rebuilds the dense [BLOCK_OUT, BLOCK_IN] tile in registers and multiplies it with
+tl.dot. The weights tile is the left operand because the tensor cores want at least 64 rows there
+and as few as 8 columns on the right: a single token then costs one padded column block of 16, not a
+padded row block of 64. This kernel exists so that every shape, dtype and number of tokens works on
+every GPU that Triton supports; it does dense arithmetic and saves memory traffic alone.
+
+    operand     shape                dtype              memory
+    x           [tokens, in]         fp32|fp16|bf16     unit stride along in, any along tokens
+    values      [out, in/2]          dtype of x         row-major, two survivors per group of 4
+    metadata    [out, ceil(in/8)]    uint8              nibble idx0 | idx1 << 2, low nibble first
+    bias        [out]                dtype of x         optional
+    out         [tokens, out]        dtype of x         row-major
+
+With few tokens and few rows the grid would not fill the GPU: in_features is then divided among
+SPLIT_IN programs, which write float32 partial sums that a second kernel adds in ascending order.
+The config depends on shapes and dtype alone, so results are reproducible from run to run and from
+GPU to GPU.
+
+Specification: sparsekern/reference.py:linear. Launched by sparsekern/ops.py.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+
+class LinearConfig(NamedTuple):
+    """Tile sizes of one launch; `str()` is the name that sparsekern.explain shows."""
+
+    block_out: int
+    block_in: int
+    block_tokens: int
+    split_in: int
+    num_warps: int
+    num_stages: int
+
+    def __str__(self):
+        tile = f"out{self.block_out}_in{self.block_in}_tokens{self.block_tokens}"
+        return f"{tile}_split{self.split_in}_w{self.num_warps}_s{self.num_stages}"
+
+
+# Two programs for each of an H100's 132 multiprocessors. A constant, not the device's own count, so
+# that the order of summation does not change with the GPU.
+_PROGRAMS_WANTED = 264
+_MAX_SPLIT_IN = 8
+
+
+def pick_config(tokens, out_features, in_features, dtype):
+    """The tile sizes for one problem: a pure function of shapes and dtype."""
+    if dtype == torch.float32:
+        # input_precision="ieee" runs on the FMA units, all operands in registers: small tiles.
+        block_out, block_in, block_tokens, num_warps, num_stages = 64, 32, 32, 4, 2
+        if tokens <= 16:
+            block_tokens = 16
+    elif tokens <= 64:
+        block_tokens = max(16, triton.next_power_of_2(tokens))
+        block_out, block_in, num_warps, num_stages = 64, 128 if tokens <= 32 else 64, 4, 3
+    else:
+        block_out, block_in, block_tokens, num_warps, num_stages = 128, 64, 128, 8, 3
+    programs = triton.cdiv(out_features, block_out) * triton.cdiv(tokens, block_tokens)
+    split_in = 1
+    # Each program keeps at least two tiles along in_features, or the reduction would dominate.
+    while (
+        split_in < _MAX_SPLIT_IN
+        and programs * split_in < _PROGRAMS_WANTED
+        and in_features >= 4 * split_in * block_in
+    ):
+        split_in *= 2
+    return LinearConfig(block_out, block_in, block_tokens, split_in, num_warps, num_stages)
+
+
+@triton.jit
+def _finish(acc, bias, ACTIVATION: tl.constexpr):
+    """activation(acc + bias) in float32; the caller rounds."""
+    acc += bias
+    if ACTIVATION == "relu":
+        acc = tl.where(acc < 0, 0.0, acc)  # keeps NaN, as torch does
+    elif ACTIVATION == "gelu":
+        acc = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))
+    elif ACTIVATION == "silu":
+        acc = acc / (1.0 + tl.exp(-acc))
+    return acc
+
+
+@triton.jit
+def _decompress_tile(values, metadata, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr):
+    """[BLOCK_OUT, BLOCK_IN/2] values, [BLOCK_OUT, BLOCK_IN/8] bytes -> [BLOCK_OUT, BLOCK_IN]."""
+    nibbles = tl.join(metadata & 0xF, metadata >> 4).reshape(BLOCK_OUT, BLOCK_IN // 4)
+    first, second = tl.split(values.reshape(BLOCK_OUT, BLOCK_IN // 4, 2))
+    first_idx = nibbles & 3
+    second_idx = nibbles >> 2
+    zero = tl.zeros_like(first)
+    column0 = tl.where(first_idx == 0, first, tl.where(second_idx == 0, second, zero))
+    column1 = tl.where(first_idx == 1, first, tl.where(second_idx == 1, second, zero))
+    column2 = tl.where(first_idx == 2, first, tl.where(second_idx == 2, second, zero))
+    column3 = tl.where(first_idx == 3, first, tl.where(second_idx == 3, second, zero))
+    # join appends an axis, the last one fastest: [.., i, j] holds column 2i + j.
+    columns = tl.join(tl.join(column0, column2), tl.join(column1, column3))
+    return columns.reshape(BLOCK_OUT, BLOCK_IN)
+
+
+# `tokens` changes from call to call: specialising on it would only compile the same code again.
+@triton.jit(do_not_specialize=["tokens"])
+def sparse_linear_kernel(
+    x_ptr, values_ptr, metadata_ptr, bias_ptr, out_ptr,
+    tokens, out_features, in_features,
+    stride_x, stride_values, stride_metadata, split_length,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """One [BLOCK_OUT, BLOCK_TOKENS] tile of yᵀ over split_length columns of W.
+
+    SPLIT_IN == 1: out is y [tokens, out] in its own dtype. Otherwise out is float32
+    [SPLIT_IN, tokens, out], without bias and activation. split_length is a multiple of BLOCK_IN.
+    """
+    pid = tl.program_id(0)
+    split_idx = tl.program_id(1)
+
+    # Programs that run together share rows of W: token tiles vary fastest, within bands of 8 tiles.
+    tiles_out = tl.cdiv(out_features, BLOCK_OUT)
+    tiles_tokens = tl.cdiv(tokens, BLOCK_TOKENS)
+    band_idx = pid // (8 * tiles_out)
+    band_tokens = tl.minimum(tiles_tokens - band_idx * 8, 8)
+    in_band = pid - band_idx * 8 * tiles_out
+    out_tile = in_band // band_tokens
+    token_tile = band_idx * 8 + in_band % band_tokens
+
+    rows = out_tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    token_idx = token_tile * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    row_ok = rows < out_features
+    token_ok = token_idx < tokens
+    # 64-bit row offsets: out · in passes 2^31 in large models.
+    values_row = values_ptr + rows.to(tl.int64)[:, None] * stride_values
+    metadata_row = metadata_ptr + rows.to(tl.int64)[:, None] * stride_metadata
+    x_row = x_ptr + token_idx.to(tl.int64)[None, :] * stride_x
+
+    acc = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), dtype=tl.float32)
+    start = split_idx * split_length
+    stop = tl.minimum(start + split_length, in_features)
+    for k in range(start, stop, BLOCK_IN):
+        value_idx = k // 2 + tl.arange(0, BLOCK_IN // 2)
+        byte_idx = k // 8 + tl.arange(0, BLOCK_IN // 8)
+        column = k + tl.arange(0, BLOCK_IN)
+        values = tl.load(
+            values_row + value_idx[None, :],
+            mask=row_ok[:, None] & (value_idx < in_features // 2)[None, :],
+            other=0.0,
+        )
+        metadata = tl.load(
+            metadata_row + byte_idx[None, :],
+            mask=row_ok[:, None] & (byte_idx * 8 < in_features)[None, :],
+            other=0,
+        )
+        x = tl.load(
+            x_row + column[:, None],
+            mask=token_ok[None, :] & (column < in_features)[:, None],
+            other=0.0,
+        )
+        dense = _decompress_tile(values, metadata, BLOCK_OUT, BLOCK_IN)
+        acc = tl.dot(dense, x, acc, input_precision="ieee")
+
+    if SPLIT_IN == 1:
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)
+            acc = _finish(acc, bias[:, None], ACTIVATION)
+        else:
+            acc = _finish(acc, 0.0, ACTIVATION)
+    else:
+        out_ptr += split_idx.to(tl.int64) * tokens * out_features
+    out_tile_ptr = out_ptr + token_idx.to(tl.int64)[:, None] * out_features + rows[None, :]
+    y = tl.trans(acc).to(out_ptr.dtype.element_ty)
+    tl.store(out_tile_ptr, y, mask=token_ok[:, None] & row_ok[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def split_reduce_kernel(
+    partial_ptr, bias_ptr, out_ptr, tokens, out_features,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT_IN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y = activation(partial[0] + partial[1] + .. + bias): one fixed order, one rounding."""
+    size = tl.cast(tokens, tl.int64) * out_features
+    idx = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = idx < size
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    for split_idx in tl.static_range(SPLIT_IN):
+        acc += tl.load(partial_ptr + split_idx * size + idx, mask=ok, other=0.0)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + idx % out_features, mask=ok, other=0.0).to(tl.float32)
+        acc = _finish(acc, bias, ACTIVATION)
+    else:
+        acc = _finish(acc, 0.0, ACTIVATION)
+    tl.store(out_ptr + idx, acc.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+def linear(x, values, metadata, in_features, bias=None, activation=None, config=None):
+    """Launches the kernels on x's device: y = activation(x · Wᵀ + bias), one rounding to x.dtype.
+
+    Args:
+        x: [tokens, in_features] float32 | float16 | bfloat16. Copied if its last stride is not 1.
+        values: [out_features, in_features / 2], dtype of x, contiguous.
+        metadata: uint8 [out_features, ceil(in_features / 8)], contiguous.
+        in_features: dense count, a multiple of 4.
+        bias: [out_features], dtype of x, contiguous, or None.
+        activation: None | "relu" | "gelu" (exact) | "silu".
+        config: LinearConfig; None means pick_config.
+    Returns:
+        [tokens, out_features], dtype of x, contiguous.
+    Notes:
+        Arguments are not checked here; sparsekern.linear does. float32 runs in IEEE precision,
+        never TF32.
+    """
+    tokens, out_features = x.shape[0], values.shape[0]
+    out = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    config = config or pick_config(tokens, out_features, in_features, x.dtype)
+    split_length = triton.cdiv(in_features, config.split_in)
+    split_length = triton.cdiv(split_length, config.block_in) * config.block_in
+    target = out
+    if config.split_in > 1:
+        shape = (config.split_in, tokens, out_features)
+        target = torch.empty(shape, dtype=torch.float32, device=x.device)
+    tiles = triton.cdiv(out_features, config.block_out) * triton.cdiv(tokens, config.block_tokens)
+    flags = {"HAS_BIAS": bias is not None, "ACTIVATION": activation, "SPLIT_IN": config.split_in}
+    with torch.cuda.device_of(x):
+        sparse_linear_kernel[(tiles, config.split_in)](
+            x, values, metadata, bias, target,
+            tokens, out_features, in_features,
+            x.stride(0), values.stride(0), metadata.stride(0), split_length,
+            **flags,
+            BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in, BLOCK_TOKENS=config.block_tokens,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        if config.split_in > 1:
+            block = 1024
+            split_reduce_kernel[(triton.cdiv(out.numel(), block),)](
+                target, bias, out, tokens, out_features, **flags, BLOCK=block, num_warps=4
+            )
+    return out
