@@ -1,21 +1,23 @@
 """Every config of the native kernels on every shape, and how far the one picked is from the best.
 
-Up to 64 tokens the configs are the splits of the decode kernel and, from 32 tokens, all prefill
-tiles too: where the two cross is a measurement. Above, all prefill tiles.
+Up to 64 tokens: the row blocks and splits of the decode kernel, and its own choice among them; from
+32 tokens all prefill tiles too, so that where the two cross is a measurement. Above, all prefill
+tiles.
 """
 
 from __future__ import annotations
 
 import statistics
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import timing
-from .layers import Layer, WrongResult, check_exact
+from .layers import Layer, WrongResult
 from .options import Run, watchdog
 
-SPLITS = (1, 2, 4, 8)
+AUTOMATIC = "decode automatic"  # config 0
 DECODE_LIMIT = 64  # tokens that the decode kernel takes
 PREFILL_FROM = 32  # tokens from which prefill tiles are timed beside it
 HANG_S = 180.0
@@ -23,29 +25,41 @@ MARGIN_S = 6.0
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/launch.h
 
 
-def configs(tokens: int) -> dict[str, tuple]:
-    """{name as cuda_backend.config gives it: (native function, its last argument)}."""
+def configs(tokens: int) -> dict[str, tuple[str, int]]:
+    """{name: (native function, index of its config)}; prefill as cuda_backend.config names it."""
     from sparsekern import _native
     from sparsekern.heuristics import Tile
 
-    native = _native.module()
-    found = {}
+    native, found = _native.module(), {}
     if tokens <= DECODE_LIMIT:
-        found = {f"decode split {split}": (native.decode, split) for split in SPLITS}
+        found[AUTOMATIC] = ("decode", 0)
+        for c in native.decode_configs():
+            found[f"decode {c['rows']} rows split {c['split']}"] = ("decode", c["index"])
     if tokens >= PREFILL_FROM:
         for c in native.prefill_configs():
             tile = Tile(c["rows"], c["tokens"], c["cluster_rows"], c["cluster_tokens"])
-            found[f"prefill {tile}"] = (native.prefill, c["index"])
+            found[f"prefill {tile}"] = ("prefill", c["index"])
     return found
 
 
-def launch(run, variant: int, x: Tensor, w24) -> Tensor:
-    """y = x · Wᵀ by one native function with one variant; x contiguous."""
+def workspace(device) -> Tensor:
+    """What the prefill kernel wants: zeros, for launches that follow each other on one stream."""
+    from sparsekern import _native
+
+    size = _native.module().prefill_workspace_bytes()
+    return torch.zeros(size, dtype=torch.uint8, device=device)
+
+
+def launch(space: Tensor, kind: str, index: int, x: Tensor, w24) -> Tensor:
+    """y = x · Wᵀ by one native function with one config; x contiguous."""
+    from sparsekern import _native
+
     tokens, (out_features, in_features) = x.shape[0], w24.shape
     y = x.new_empty(tokens, out_features)
-    run(
+    tail = (space.data_ptr(),) if kind == "prefill" else ()
+    getattr(_native.module(), kind)(
         x.data_ptr(), w24.values.data_ptr(), w24.metadata.data_ptr(), 0, 0, y.data_ptr(), tokens,
-        out_features, in_features, in_features, out_features, 0, _DTYPES[x.dtype], 0, variant,
+        out_features, in_features, in_features, out_features, 0, _DTYPES[x.dtype], 0, index, *tail,
         torch.cuda.current_stream().cuda_stream,
     )  # fmt: skip
     return y
@@ -82,22 +96,21 @@ def _cell(run: Run, layer: Layer, tokens: int, failures: list[str]) -> dict | No
     integers = layer.inputs(tokens, integers=True)
     weights = [layer.packed, *(layer.packed.clone() for _ in range(layer.copies - 1))]
     torch.cuda.synchronize()
-    providers = {}
-    for name, (function, variant) in configs(tokens).items():
+    providers, known, space = {}, None, workspace(x.device)
+    for name, (kind, index) in configs(tokens).items():
+        call = partial(launch, space, kind, index)
         try:
-            layer.check_variant(lambda x, w: launch(function, variant, x, w), name, integers)
+            known = layer.check_variant(call, name, integers, known)
         except (WrongResult, ValueError, NotImplementedError) as error:
             failures.append(f"{layer.shape} {tokens} tokens {name}: {error}")
             run.say(failures[-1])
             continue
-        providers[name] = [
-            lambda w=w, f=function, v=variant: launch(f, v, x, w) for w in weights
-        ]
+        providers[name] = [partial(call, x, w) for w in weights]
     if not providers:
         return None
     rule = timing.StopRule(0.01, min_rounds=3 if run.quick else 5, min_s=0.2, budget_s=2.5)
     times = timing.compare(providers, run.timer, rule, warm_s=0.02)
-    picked = cuda_backend.config(x, layer.packed)
+    picked = AUTOMATIC if tokens <= DECODE_LIMIT else cuda_backend.config(x, layer.packed)
     for name, timed in times.items():
         run.add(
             op="linear_config", backend=name, check="exact", picked=name == picked, tokens=tokens,

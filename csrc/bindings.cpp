@@ -190,6 +190,16 @@ void prefill(Address x, Address values, Address metadata, Address bias, Address 
       config, out(workspace), as_stream(stream)));
 }
 
+void naive(Address x, Address values, Address metadata, Address bias, Address residual, Address y,
+           int tokens, int out_features, int in_features, std::int64_t x_stride,
+           std::int64_t y_stride, std::int64_t residual_stride, int dtype, int activation,
+           Address stream) {
+  raise_if_error(launch_naive(
+      linear_problem(x, values, metadata, bias, residual, y, tokens, out_features, in_features,
+                     x_stride, y_stride, residual_stride, dtype, activation),
+      as_stream(stream)));
+}
+
 std::size_t workspace_bytes() {
   bind_thread("sparsekern.linear");
   std::size_t bytes = 0;
@@ -250,6 +260,7 @@ void bind_ops(py::module_& m) {
   m.def("decode", &decode, "launch_decode: up to 64 tokens");
   m.def("decode_gated", &decode_gated, "launch_decode_gated: up to 32 tokens");
   m.def("prefill", &prefill, "launch_prefill");
+  m.def("naive", &naive, "launch_naive: the readable kernel, for tests");
   m.def("prefill_workspace_bytes", &workspace_bytes, "Its workspace on the current device.");
   m.def("capture_id", &capture_id, "0, or a number of the stream's current graph capture.");
 }

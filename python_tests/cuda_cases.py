@@ -44,11 +44,14 @@ class Problem:
 
 
 def variants():
-    """Every (kernel, config index): decode's automatic choice and its configs, each tile."""
+    """Every (kernel, config index): decode's automatic choice and its configs, each tile.
+
+    The naive kernel has no configs.
+    """
     native = _native.module()
     decode = [("decode", config["index"]) for config in native.decode_configs()]
     tiles = [("prefill", config["index"]) for config in native.prefill_configs()]
-    return [("decode", 0), *decode, *tiles]
+    return [("decode", 0), *decode, *tiles, ("naive", None)]
 
 
 def guarded(tokens, out_features, dtype):
@@ -75,15 +78,15 @@ def call(kernel, variant, p, tokens, y, bias=None, residual=None, activation=Non
 
     cut_k=False keeps the workspace from prefill, which then never cuts a tile along in_features.
     """
-    addresses = [stream()]
+    tail = [] if kernel == "naive" else [variant]
     if kernel == "prefill":
-        addresses.insert(0, workspace().data_ptr() if cut_k else 0)
+        tail.append(workspace().data_ptr() if cut_k else 0)
     getattr(_native.module(), kernel)(
         p.x.data_ptr(), p.w24.values.data_ptr(), p.w24.metadata.data_ptr(),
         0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(),
         y.data_ptr(), tokens, p.out_features, p.in_features, p.x.stride(0), y.stride(0),
         0 if residual is None else residual.stride(0), DTYPE_CODES[p.dtype],
-        ACTIVATION_CODES[activation], variant, *addresses,
+        ACTIVATION_CODES[activation], *tail, stream(),
     )  # fmt: skip
 
 
@@ -105,5 +108,6 @@ def assert_exact(kernel, variant, p, tokens, y64, **options):
     got, wanted = (t[tuple(wrong[0].tolist())].item() for t in (buffer, expected))
     raise AssertionError(
         f"{kernel} {variant} {options}, {p.dtype}, {tokens} tokens, "
-        f"{p.out_features} x {p.in_features}: {len(wrong)} wrong; the first at token {token}, row {row}: got {got}, expected {wanted}"
+        f"{p.out_features} x {p.in_features}: {len(wrong)} wrong; "
+        f"the first at token {token}, row {row}: got {got}, expected {wanted}"
     )

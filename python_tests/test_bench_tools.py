@@ -369,21 +369,67 @@ def test_linear_with_all_providers(tmp_path, capsys, stand_ins, monkeypatch):
 
 
 def test_sweep_times_every_config_and_drops_a_wrong_one(tmp_path, capsys, stand_ins, monkeypatch):
-    def launch(function, variant, x, w24):
-        y = layers.ops.linear(x, w24.rowmajor(), backend="cpu")
-        return y + 1 if variant == 4 else y
+    from sparsekern import cuda_backend
 
-    found = {f"decode split {split}": (None, split) for split in (1, 2, 4)}
-    monkeypatch.setattr(sweep, "configs", lambda tokens: found)
+    class Native:
+        """The three functions that the sweep calls; config 3 of decode is wrong."""
+
+        decode_configs = staticmethod(lambda: [
+            {"index": i, "rows": 256, "split": split} for i, split in ((1, 1), (2, 2), (3, 4))])
+        prefill_configs = staticmethod(lambda: [
+            {"index": 0, "rows": 256, "tokens": 192, "cluster_rows": 2, "cluster_tokens": 1}])
+        prefill_workspace_bytes = staticmethod(lambda: 16)
+
+    def launch(space, kind, index, x, w24):
+        assert space.numel() == 16 and kind == ("decode" if len(x) <= 64 else "prefill")
+        y = layers.ops.linear(x, w24.rowmajor(), backend="cpu")
+        return y + 1 if index == 3 else y
+
+    monkeypatch.setattr(layers._native, "module", lambda: Native)
+    monkeypatch.setattr(cuda_backend, "config", lambda x, w24: "prefill 256x192 cluster 2x1")
     monkeypatch.setattr(sweep, "launch", launch)
     path = tmp_path / "r.jsonl"
-    arguments = [*LINEAR, "--dtype", "bfloat16", "--sweep"]
+    arguments = [*LINEAR[:-1], "3,65", "--dtype", "bfloat16", "--sweep"]
     assert bench_linear.main(path, arguments) == 1
     names = [(e["tokens"], e["backend"], e["picked"]) for e in lines_of(path)]
-    assert names == [(3, "decode split 1", False), (3, "decode split 2", True),
-                     (8, "decode split 1", False), (8, "decode split 2", True)]  # fmt: skip
+    assert names == [
+        (3, "decode automatic", True), (3, "decode 256 rows split 1", False),
+        (3, "decode 256 rows split 2", False), (65, "prefill 256x192 cluster 2x1", True),
+    ]  # fmt: skip
     out = capsys.readouterr().out
-    assert "picked config: " in out and "FAILED 64x128 3 tokens decode split 4: bench: " in out
+    assert "picked config: " in out
+    assert "FAILED 64x128 3 tokens decode 256 rows split 4: bench: " in out
+    assert set(sweep.configs(32)) == {n for _, n, _ in names} | {"decode 256 rows split 4"}
+
+
+def test_sweep_passes_what_the_module_takes(monkeypatch):
+    """The stub file says how many arguments decode and prefill have, and in which order."""
+    import inspect
+
+    stub = (ROOT / "sparsekern" / "_C.pyi").read_text()
+    declared = {}
+    exec(stub.replace("from typing import TypedDict", "TypedDict = object"), declared)
+    calls = {}
+
+    class Native:
+        decode = staticmethod(lambda *a: calls.update(decode=a))
+        prefill = staticmethod(lambda *a: calls.update(prefill=a))
+
+    stream = type("Stream", (), {"cuda_stream": 77})
+    monkeypatch.setattr(layers._native, "module", lambda: Native)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    weight = layers.prune_compress(torch.randn(64, 128).to(torch.bfloat16))
+    x, space = torch.randn(3, 128).to(torch.bfloat16), torch.zeros(16, dtype=torch.uint8)
+    for kind in ("decode", "prefill"):
+        y = sweep.launch(space, kind, 5, x, weight)
+        bound = inspect.signature(declared[kind]).bind(*calls[kind]).arguments
+        wanted = dict(x=x.data_ptr(), values=weight.values.data_ptr(), bias=0, residual=0,
+                      metadata=weight.metadata.data_ptr(), y=y.data_ptr(), tokens=3,
+                      out_features=64, in_features=128, x_stride=128, y_stride=64,
+                      residual_stride=0, dtype=1, activation=0, config=5, stream=77)  # fmt: skip
+        if kind == "prefill":
+            wanted["workspace"] = space.data_ptr()
+        assert bound == wanted
 
 
 def test_linear_stops_when_the_gpu_context_is_lost(tmp_path, capsys, stand_ins, monkeypatch):

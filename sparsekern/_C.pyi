@@ -110,5 +110,23 @@ def prefill(
     stream: int,
     /,
 ) -> None: ...
+def naive(
+    x: int,
+    values: int,
+    metadata: int,
+    bias: int,
+    residual: int,
+    y: int,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    x_stride: int,
+    y_stride: int,
+    residual_stride: int,
+    dtype: int,
+    activation: int,
+    stream: int,
+    /,
+) -> None: ...  # the readable kernel, for tests
 def prefill_workspace_bytes() -> int: ...
 def capture_id(stream: int, /) -> int: ...  # 0: the stream is not being captured

@@ -1,8 +1,8 @@
 """Layout "tile64": the packed form of a 2:4 weight that the CUDA kernels read, and the way back.
 
 One copy on the device serves decode and prefill. This file is the layout's specification (the
-drawing is in csrc/layout/tile64.cuh): tiles of 64 rows x 64 dense columns, grouped in superpanels of
-4 row panels,
+drawing is in csrc/layout/tile64.cuh): tiles of 64 rows x 64 dense columns, grouped in superpanels
+of 4 row panels,
 
     for superpanel: for k_tile: for panel in superpanel: tile
 
