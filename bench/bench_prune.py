@@ -100,7 +100,7 @@ class Problem:
         source = args.gguf or args.model
         self.model, tokenizer = load_model(source, "cpu", torch.float32)
         train = texts.tokenize(tokenizer, "".join(texts.read_rows(args.calibration, "train")))
-        test = texts.tokenize(tokenizer, texts.join_rows(held_out_rows(args.eval)))
+        test = texts.tokenize(tokenizer, texts.join_rows(texts.read_rows(args.eval, "test")))
         self.calibration = texts.calibration_windows(train, args.samples, args.window, args.seed)
         windows = test.numel() // args.window
         self.test = test[: 8 * args.window] if run.quick else test
@@ -182,18 +182,6 @@ class Problem:
         run.add(op="checkpoint", backend=method, check="exact", case=self.case, metrics=metrics)
         run.say(f"saved and loaded: {metrics}")
         return 0
-
-
-def held_out_rows(source: str) -> list[str]:
-    """Rows of the text, a file's with the line ends that it has.
-
-    WikiText-2 circulates with "\\n" and with "\\r\\n". The line end is a token of every row, and
-    with it the perplexity differs by 5 %: the number belongs to the bytes of the file.
-    """
-    if not Path(source).is_file():
-        return texts.read_rows(source, "test")
-    *whole, last = Path(source).read_bytes().decode("utf-8").split("\n")
-    return [row + "\n" for row in whole] + [last] * bool(last)
 
 
 def logits_in_new_process(folder: Path, file: Path, device: str) -> None:

@@ -131,6 +131,13 @@ void bind_thread(const char* op) {
   bound = true;
 }
 
+void prune_compress(Address w, Address values, Address metadata, Address bad_chunks,
+                    std::int64_t elements, int dtype, Address stream) {
+  raise_if_error(launch_prune_compress(in(w), out(values), out(metadata),
+                                       static_cast<int*>(out(bad_chunks)), elements,
+                                       static_cast<DType>(dtype), as_stream(stream)));
+}
+
 void pack(Address values, Address metadata, Address packed_values, Address packed_metadata,
           int out_features, int in_features, Address stream) {
   bind_thread("sparsekern.pack");
@@ -255,7 +262,9 @@ py::list decode_configs() {
 
 void bind_ops(py::module_& m) {
   m.def("decode_configs", &decode_configs, "What `decode` can use; config 0 chooses among them.");
+  m.def("decode_config", &decode_config, "The index that config 0 stands for.");
   m.def("prefill_configs", &prefill_configs, "The tiles that `prefill` can use.");
+  m.def("prune_compress", &prune_compress, "launch_prune_compress");
   m.def("pack", &pack, "launch_pack");
   m.def("decode", &decode, "launch_decode: up to 64 tokens");
   m.def("decode_gated", &decode_gated, "launch_decode_gated: up to 32 tokens");

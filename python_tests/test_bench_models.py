@@ -69,13 +69,6 @@ def test_prune_fails_when_the_loaded_model_differs(tmp_path, files, monkeypatch)
     assert [entry["op"] for entry in lines_of(path)] == ["prune_model"]
 
 
-def test_held_out_text_keeps_its_line_ends(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_bytes(b" = A = \r\n\r\n one\x0c\nlast")
-    assert bench_prune.held_out_rows(str(path)) == [" = A = \r\n", "\r\n", " one\x0c\n", "last"]
-    assert bench_prune.held_out_rows("builtin") == bench_prune.texts.read_rows("builtin", "test")
-
-
 def test_prune_needs_a_model(tmp_path, capsys):
     assert bench_prune.main(tmp_path / "r.jsonl", ["--device", "cpu"]) == 0
     assert "give --gguf FILE or --model DIR" in capsys.readouterr().out

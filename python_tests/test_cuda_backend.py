@@ -7,7 +7,7 @@ import torch
 from linear_cases import random_weight
 
 from sparsekern import cuda_backend
-from sparsekern.heuristics import RATES, Tile
+from sparsekern.heuristics import TIMES, Tile
 from sparsekern.pack import pack
 from sparsekern.sparse24 import compress
 
@@ -21,8 +21,10 @@ def native(monkeypatch):
         prefill_workspace_bytes=lambda: 64,
         prefill_configs=lambda: [
             dict(zip(("rows", "tokens", "cluster_rows", "cluster_tokens"), tile), index=i)
-            for i, tile in enumerate(RATES)
+            for i, tile in enumerate(TIMES)
         ],
+        decode_configs=lambda: [{"index": i, "rows": 64 * i, "split": 2 * i} for i in (1, 2)],
+        decode_config=lambda out_features, in_features: 2 if in_features > 4096 else 1,
         decode="decode",
         prefill="prefill",
     )
@@ -55,17 +57,20 @@ def test_packs_nothing_on_the_cpu_and_no_float32():
 
 
 def test_the_hand_over_from_decode_to_prefill(native):
-    w24 = SimpleNamespace(shape=(28672, 4096))
-    assert cuda_backend._plan(64, 28672, 0) == ("decode", 0)
-    kernel, index = cuda_backend._plan(65, 28672, 0)
-    assert kernel == "prefill" and 0 <= index < len(RATES)
+    assert cuda_backend._plan(64, 28672, 4096, 0) == ("decode", 0)
+    kernel, index = cuda_backend._plan(65, 28672, 4096, 0)
+    assert kernel == "prefill" and 0 <= index < len(TIMES)
 
-    def name(tokens):
-        return cuda_backend.config(torch.empty(tokens, 4096, device="meta"), w24)
 
-    assert [name(t) for t in (1, 8, 9, 64)] == [f"decode up to {n} tokens" for n in (8, 8, 16, 64)]
-    tile = list(RATES)[cuda_backend._plan(8192, 28672, 0)[1]]
-    assert name(8192) == f"prefill {tile}" and isinstance(tile, Tile)
+def test_explain_names_the_rows_and_the_split_or_the_tile(native):
+    def name(tokens, out_features, in_features):
+        w24 = SimpleNamespace(shape=(out_features, in_features))
+        return cuda_backend.config(torch.empty(tokens, in_features, device="meta"), w24)
+
+    assert name(1, 28672, 4096) == "decode 64 rows, split 2"
+    assert name(64, 28672, 8192) == "decode 128 rows, split 4"
+    tile = list(TIMES)[cuda_backend._plan(8192, 4096, 14336, 0)[1]]
+    assert name(8192, 4096, 14336) == f"prefill {tile}" and isinstance(tile, Tile)
 
 
 def test_workspaces_belong_to_a_stream_or_to_a_capture(native):

@@ -5,6 +5,7 @@ import torch
 from linear_cases import random_weight
 
 from sparsekern import _native, pack as packing
+from sparsekern.errors import FormatError
 from sparsekern.pack import pack, unpack
 from sparsekern.sparse24 import Sparse24, compress, decompress, verify
 
@@ -106,6 +107,22 @@ def test_a_packed_weight_is_still_a_weight():
     assert torch.equal(packed.mask(), w24.mask())
     same(unpack(packed.to(F16)), w24.to(F16))
     same(unpack(packed.clone()), w24)
+
+
+def test_the_tensors_must_have_the_size_of_the_layout():
+    packed = pack(weight((70, 84)))
+    values, metadata = packed.values, packed.metadata
+    same(Sparse24(values, metadata, (70, 84), "tile64"), packed)
+    wrong = (
+        (values[:3], metadata, (70, 84), r"values of shape \[4, 2048\], got \[3, 2048\]"),
+        (values.view(2, 4096), metadata, (70, 84), r"values of shape \[4, 2048\]"),
+        (values, metadata.view(8, 256), (70, 84), r"metadata of shape \[4, 512\], got \[8, 256\]"),
+        (values, metadata, (129, 84), r"values of shape \[6, 2048\]"),
+        (values, metadata, (70, 64), r"values of shape \[2, 2048\]"),
+    )
+    for *tensors, shape, expected in wrong:
+        with pytest.raises(FormatError, match=expected):
+            Sparse24(*tensors, shape, "tile64")
 
 
 def test_pack_wants_16_bits(device):

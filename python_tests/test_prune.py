@@ -17,13 +17,13 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees
 
 
 def brute_force_mask(scores, n, m):
-    """Per group, Python's stable sort of the columns by falling score."""
+    """Per group, a stable sort of the columns by rising score, of which the first are pruned."""
     mask = torch.zeros(scores.shape, dtype=torch.bool)
     for row in range(scores.shape[0]):
         values = scores[row].tolist()
         for start in range(0, len(values), m):
-            order = sorted(range(start, start + m), key=lambda j: -values[j])
-            mask[row, order[:n]] = True
+            order = sorted(range(start, start + m), key=lambda j: values[j])
+            mask[row, order[m - n:]] = True
     return mask
 
 
@@ -44,31 +44,34 @@ def test_nm_mask_is_a_stable_sort(n, m, dtype):
 
 
 def test_24_keeps_the_best_of_the_six_pairs_for_every_order_and_tie():
-    """All 4^4 groups over four levels: the kept sum is the best, the pair the first such one."""
+    """All 4^4 groups over four levels: the kept sum is the best, the pair the last such one."""
     groups = torch.tensor(list(itertools.product([0.0, 1.0, 2.0, 3.0], repeat=4)))
     mask = nm_mask(groups)
     pairs = list(itertools.combinations(range(4), 2))
     seen = set()
     for group, kept in zip(groups.tolist(), mask.tolist()):
-        best = max(pairs, key=lambda pair: group[pair[0]] + group[pair[1]])  # max: first of equals
+        best = max(reversed(pairs), key=lambda pair: group[pair[0]] + group[pair[1]])
         assert [j for j in range(4) if kept[j]] == list(best)
         seen.add(best)
     assert seen == set(pairs)
 
 
-def test_ties_go_to_the_lower_column_and_minus_zero_is_zero():
-    assert nm_mask(torch.zeros(1, 8)).tolist() == [[True, True, False, False] * 2]
-    assert nm_mask(torch.tensor([[-0.0, 0.0, -0.0, 0.0]])).tolist() == [[True, True, False, False]]
-    assert nm_mask(torch.tensor([[0.0, 7.0, 7.0, 7.0]])).tolist() == [[False, True, True, False]]
-    assert magnitude_mask(torch.tensor([[1.0, -3.0, 3.0, -3.0]])).tolist() == [
+def test_ties_go_to_the_higher_column_and_minus_zero_is_zero():
+    """As in the published code on CUDA: topk(largest=False) prunes the lower column first."""
+    assert nm_mask(torch.zeros(1, 8)).tolist() == [[False, False, True, True] * 2]
+    assert nm_mask(torch.tensor([[0.0, -0.0, 0.0, -0.0]])).tolist() == [[False, False, True, True]]
+    assert nm_mask(torch.tensor([[7.0, 7.0, 7.0, 0.0]])).tolist() == [[False, True, True, False]]
+    assert magnitude_mask(torch.tensor([[-3.0, 3.0, -3.0, 1.0]])).tolist() == [
         [False, True, True, False]]
+    assert wanda_mask(torch.tensor([[2.0, -1.0, 2.0, 1.0]]),
+                      torch.tensor([1.0, 2.0, 1.0, 2.0])).tolist() == [[False, False, True, True]]
 
 
 def test_masks_of_integer_and_8_bit_weights():
     scores = torch.tensor([[3, -128, 127, 5], [0, 0, 0, 1]], dtype=torch.int8)
-    assert nm_mask(scores).tolist() == [[False, False, True, True], [True, False, False, True]]
+    assert nm_mask(scores).tolist() == [[False, False, True, True]] * 2
     assert magnitude_mask(scores).tolist() == [[False, True, True, False],
-                                               [True, False, False, True]]
+                                               [False, False, True, True]]
     eighth = torch.tensor([[0.5, -2.0, 1.0, -0.25]])
     assert torch.equal(magnitude_mask(eighth.to(torch.float8_e4m3fn)), magnitude_mask(eighth))
 

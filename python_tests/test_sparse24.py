@@ -40,11 +40,11 @@ def nibbles(w24: Sparse24) -> torch.Tensor:
 
 
 def brute_force_mask(scores: torch.Tensor) -> torch.Tensor:
-    """The best of the six patterns of each group: higher scores first, then lower columns."""
+    """The best of the six patterns of each group: higher scores first, then higher columns."""
     mask = torch.zeros(scores.shape, dtype=torch.bool)
     for row, group in itertools.product(range(scores.shape[0]), range(scores.shape[1] // 4)):
         four = scores[row, 4 * group : 4 * group + 4].tolist()
-        best = max(PATTERNS, key=lambda p: sorted(((four[c], -c) for c in p), reverse=True))
+        best = max(PATTERNS, key=lambda p: sorted(((four[c], c) for c in p), reverse=True))
         mask[row, [4 * group + column for column in best]] = True
     return mask
 
@@ -163,11 +163,11 @@ def test_prune_compress_of_random_weights(device, dtype):
         assert w24.device.type == device.type
 
 
-def test_ties_keep_the_lower_column(device):
+def test_ties_keep_the_higher_column(device):
     w = torch.tensor([[1.0, -1.0, 1.0, -1.0, 2.0, 3.0, 2.0, 2.0]], device=device)
-    assert prune_compress(w).values.tolist() == [[1.0, -1.0, 2.0, 3.0]]
-    assert prune_compress(w).metadata.tolist() == [[0x44]]
-    assert prune_compress(w, torch.zeros_like(w)).metadata.tolist() == [[0x44]]
+    assert prune_compress(w).values.tolist() == [[1.0, -1.0, 3.0, 2.0]]
+    assert prune_compress(w).metadata.tolist() == [[0xDE]]
+    assert prune_compress(w, torch.zeros_like(w)).metadata.tolist() == [[0xEE]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -380,7 +380,8 @@ def test_hostile_pickle_is_refused(field, value):
 
 def test_rowmajor_of_a_packed_weight_asks_pack(monkeypatch):
     expected = prune_compress(torch.randn(4, 12))
-    tiles = Sparse24(torch.zeros(64, 32), torch.zeros(64, 8, dtype=torch.uint8), (4, 12), "tile64")
+    metadata = torch.zeros(1, 512, dtype=torch.uint8)
+    tiles = Sparse24(torch.zeros(1, 2048), metadata, (4, 12), "tile64")
     pack = types.ModuleType("sparsekern.pack")
     pack.unpack = lambda w24: expected if w24 is tiles else None
     monkeypatch.setitem(sys.modules, "sparsekern.pack", pack)
@@ -470,5 +471,5 @@ def test_reference_linear_by_hand():
 
 def test_reference_nm_mask_of_other_patterns():
     scores = torch.tensor([[3.0, 1.0, 3.0, 2.0, 5.0, 4.0, 0.0, 0.0]])
-    assert reference.nm_mask(scores, 1, 4).int().tolist() == [[1, 0, 0, 0, 1, 0, 0, 0]]
+    assert reference.nm_mask(scores, 1, 4).int().tolist() == [[0, 0, 1, 0, 1, 0, 0, 0]]
     assert reference.nm_mask(scores, 4, 8).int().tolist() == [[1, 0, 1, 0, 1, 1, 0, 0]]

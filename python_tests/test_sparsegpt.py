@@ -45,7 +45,7 @@ def transcribe(w, h, n=2, m=4, damp=0.01, mask=None):
         for j in range(columns):
             if mask is None and j % m == 0:
                 saliency = [(w[r, k] / u[k, k]) ** 2 for k in range(j, j + m)]
-                for k in sorted(range(m), key=lambda k: -saliency[k])[:n]:
+                for k in sorted(range(m), key=lambda k: saliency[k])[m - n:]:
                     kept[r, j + k] = True
             if not kept[r, j]:
                 error = w[r, j] / u[j, j]
@@ -188,19 +188,29 @@ def test_dead_columns_are_pruned_and_counted():
     expected, expected_mask, _ = transcribe(w, hessian.matrix)
     assert_same_pruning(pruned, mask, expected, expected_mask)
     assert_pattern(mask, 2, 4)
-    # More dead columns in a group than pruned ones: ties go to the lower columns, as ever.
+    # More dead columns in a group than pruned ones: ties go to the higher columns, as ever.
     alive = torch.zeros(256, 256)
-    alive[2, 2] = 1.0
+    alive[1, 1] = 1.0
     mask = sparsegpt(w, alive)[1]
-    assert mask[:, :8].tolist() == [[True, False, True, False, True, True, False, False]] * 12
+    assert mask[:, :8].tolist() == [[False, True, False, True, False, False, True, True]] * 12
 
 
-def test_ties_go_to_the_lower_column():
-    pruned, mask, _ = sparsegpt(torch.ones(3, 8), torch.eye(8))
-    assert mask.tolist() == [[True, True, False, False] * 2] * 3
+def check_ties(device, backend):
+    """With H = I the mask is that of the magnitudes, and of equal ones the higher column."""
+    eye = torch.eye(8, device=device)
+    pruned, mask, _ = sparsegpt(torch.ones(3, 8, device=device), eye, backend=backend)
+    assert mask.tolist() == [[False, False, True, True] * 2] * 3
     assert torch.equal(pruned, mask.float())
-    zeros = sparsegpt(torch.full((3, 8), -0.0), torch.eye(8))
+    zeros = sparsegpt(torch.full((3, 8), -0.0, device=device), eye, backend=backend)
     assert torch.equal(zeros[1], mask) and zeros[2].relative_error == 0.0
+    levels = torch.tensor([-2.0, -1.0, 0.0, 1.0], device=device)
+    w = torch.cartesian_prod(*[levels] * 4).view(128, 8)  # every group over the four levels
+    pruned, mask, _ = sparsegpt(w, eye, backend=backend)
+    assert torch.equal(mask, magnitude_mask(w)) and torch.equal(pruned, w * mask)
+
+
+def test_ties_go_to_the_higher_column():
+    check_ties("cpu", "torch")
 
 
 def test_non_contiguous_weight_and_gradients():
@@ -355,10 +365,7 @@ def compare_triton_with_torch(device):
         assert_same_pruning(pruned, mask, expected, expected_mask)
         assert abs(report.loss - oracle.loss) <= 1e-3 * oracle.loss
         assert abs(report.relative_error / oracle.relative_error - 1) <= 1e-3
-    pruned, mask, _ = sparsegpt(torch.ones(3, 8, device=device), torch.eye(8, device=device),
-                                backend="triton")
-    assert mask.tolist() == [[True, True, False, False] * 2] * 3
-    assert torch.equal(pruned, mask.float())
+    check_ties(device, "triton")
 
 
 def test_triton_kernel_through_the_interpreter():

@@ -43,7 +43,18 @@ class DecodeConfig(TypedDict):
     split: int  # thread blocks that share the in_features of those rows
 
 def decode_configs() -> list[DecodeConfig]: ...
+def decode_config(out_features: int, in_features: int, /) -> int: ...  # what config 0 chooses
 def prefill_configs() -> list[PrefillConfig]: ...
+def prune_compress(
+    w: int,
+    values: int,
+    metadata: int,
+    bad_chunks: int,  # int32, zeroed by the caller
+    elements: int,  # out_features * in_features
+    dtype: int,  # 0 float16, 1 bfloat16
+    stream: int,
+    /,
+) -> None: ...
 def pack(
     values: int,
     metadata: int,

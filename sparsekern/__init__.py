@@ -10,7 +10,7 @@ The map of the code is in README.md; `reference.py` is the specification of ever
 __version__ = "0.1.0"
 
 from sparsekern import prune
-from sparsekern.checkpoint import from_pretrained, save_pretrained
+from sparsekern.checkpoint import from_pretrained, load_into, save_pretrained
 from sparsekern.driver import prune_model
 from sparsekern.errors import FormatError
 from sparsekern.evaluate import perplexity
@@ -33,6 +33,7 @@ __all__ = [
     "from_pretrained",
     "gated_linear",
     "linear",
+    "load_into",
     "perplexity",
     "prune",
     "prune_compress",

@@ -6,9 +6,10 @@ stored (values [out, in/2], ascending columns) with one nibble idx0 | idx1 << 2 
 with an odd number of groups). What is stored is a function of the dense weight alone: a group with
 fewer than two non-zeros fills its free slots from SLOT_TABLE, whichever mask led to it.
 
-CUDA tensors go to triton_kernels/compress.py, all others (and CUDA without Triton) through the
-torch code below; both give the same bits. Elements are handled as integers of their own width:
-magnitudes order like bits without the sign, and no float mode (flush to zero, say) can lose one.
+CUDA tensors go to triton_kernels/compress.py (magnitude pruning of 16-bit weights to
+cuda_compress.py), all others, and CUDA without Triton, through the torch code below; all give the
+same bits. Elements are handled as integers of their own width: magnitudes order like bits without
+the sign, and no float mode (flush to zero, say) can lose one. Of equal scores the higher column is kept, as in the published code: prune/masks.py has the reason.
 
 Specification: reference.py.
 """
@@ -21,7 +22,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from sparsekern import triton_kernels
+from sparsekern import cuda_compress, triton_kernels
 from sparsekern.errors import check, message
 
 # Bit pattern of +infinity; the keys are the dtypes that weights and scores may have.
@@ -46,7 +47,7 @@ BLOCK_ELEMENTS_GPU = 1 << 25
 
 
 def mask24(scores: Tensor) -> Tensor:
-    """True for the two largest of every four consecutive scores; of equal ones the lower column.
+    """True for the two largest of every four consecutive scores; of equal ones the higher column.
 
     Args:
         scores: [out, in] floating point, in % 4 == 0; infinities are allowed.
@@ -115,6 +116,11 @@ def prune_compress_dense(w: Tensor, scores: Tensor | None = None) -> tuple[Tenso
         _check_companion(scores, w, op, "scores")
         _check_floating(scores, op)
         scores = scores.detach().contiguous()
+    if scores is None and cuda_compress.supported(w):
+        values, metadata, bad = cuda_compress.prune_compress(w)
+        if int(bad):
+            _raise_unfit(op, w, None, None, pruned=True)
+        return values, metadata
     if _triton(w) and (scores is None or scores.dtype in INFINITY_BITS):
         from sparsekern.triton_kernels import compress as kernels
 
@@ -174,8 +180,8 @@ def pack_nibbles(nibbles: Tensor, padding: int) -> Tensor:
 def _best_two(keys: Tensor) -> Tensor:
     """mask24 without checks: who wins at least two of the three comparisons inside its group."""
     k0, k1, k2, k3 = keys.view(keys.shape[0], -1, 4).unbind(2)
-    c01, c02, c03 = k0 >= k1, k0 >= k2, k0 >= k3
-    c12, c13, c23 = k1 >= k2, k1 >= k3, k2 >= k3
+    c01, c02, c03 = k0 > k1, k0 > k2, k0 > k3
+    c12, c13, c23 = k1 > k2, k1 > k3, k2 > k3
     flags = (
         _majority(c01, c02, c03),
         _majority(~c01, c12, c13),

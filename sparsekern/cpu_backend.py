@@ -4,9 +4,7 @@ Same two functions as every backend module: supported(x, w24) and linear(x, w24,
 The dense weight never exists as a whole, neither in the forward pass nor in the gradient for x.
 
 16-bit inputs are multiplied in float32: the products are exact, bias and activation come before the
-one rounding, and speed does not hang on the processor having fast 16-bit matmuls. One thread of a
-Zen CPU with AVX512-BF16 took 10.8 ns per weight for 512 tokens in float32, 5.2 in bfloat16 and 44.6
-in float16.
+one rounding, and speed does not hang on the processor having fast matmuls of this 16-bit kind.
 """
 
 import torch

@@ -82,18 +82,19 @@ def _tiles():
     }
 
 
-def _prefill_tile(tokens, out_features, index):
+def _prefill_tile(tokens, out_features, in_features, index):
     multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
-    return heuristics.prefill_tile(tokens, out_features, multiprocessors, tuple(_tiles()))
+    problem = tokens, out_features, in_features, multiprocessors
+    return heuristics.prefill_tile(*problem, tuple(_tiles()))
 
 
 @lru_cache(maxsize=4096)
-def _plan(tokens, out_features, index):
+def _plan(tokens, out_features, in_features, index):
     """(native function, its variant) for a problem on GPU `index`."""
     native = _native.module()
     if tokens <= heuristics.DECODE_TOKENS:
         return native.decode, _AUTOMATIC
-    return native.prefill, _tiles()[_prefill_tile(tokens, out_features, index)]
+    return native.prefill, _tiles()[_prefill_tile(tokens, out_features, in_features, index)]
 
 
 # {(GPU, stream, captured): (number of the capture or 0, tensor)} for the prefill kernel.
@@ -118,12 +119,14 @@ def _workspace(index, stream):
 
 
 def config(x, w24):
-    """What sparsekern.explain shows: "decode up to 8 tokens", "prefill 256x192 cluster 2x1"."""
+    """What sparsekern.explain shows: "decode 256 rows, split 4", "prefill 256x192 cluster 2x1"."""
     tokens = x.shape[0]
     if tokens <= heuristics.DECODE_TOKENS:
-        most = next(most for most in (8, 16, 32, 64) if tokens <= most)
-        return f"decode up to {most} tokens"
-    return f"prefill {_prefill_tile(tokens, w24.shape[0], x.get_device())}"
+        native = _native.module()
+        index = native.decode_config(*w24.shape)
+        chosen = next(c for c in native.decode_configs() if c["index"] == index)
+        return f"decode {chosen['rows']} rows, split {chosen['split']}"
+    return f"prefill {_prefill_tile(tokens, *w24.shape, x.get_device())}"
 
 
 # ---- running it ----------------------------------------------------------------------------------
@@ -160,7 +163,7 @@ def linear(x, w24, bias, activation, residual=None):
         if residual.stride(1) != 1:
             residual = residual.contiguous()
         residual_address, residual_stride = residual.data_ptr(), residual.stride(0)
-    run, variant = _plan(tokens, out_features, index)
+    run, variant = _plan(tokens, out_features, in_features, index)
     stream = _current_stream(index)
     tail = (stream,) if tokens <= heuristics.DECODE_TOKENS else (_workspace(index, stream), stream)
     run(

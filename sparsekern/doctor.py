@@ -2,7 +2,7 @@
 
 `diagnose()` returns findings, one per line of `sparsekern doctor`. Nothing here fails: an absent
 part is a finding with the reason. The last section asks the dispatch itself (`sparsekern.explain`)
-instead of repeating its rules.
+about the weight of a SparseLinear, in whatever layout that has here, instead of repeating rules.
 """
 
 from __future__ import annotations
@@ -164,22 +164,24 @@ def _find_nvcc():
 
 
 def _what_will_run():
-    from .ops import explain
-    from .sparse24 import Sparse24
-
     devices = [("cpu", torch.float32)] + [("cuda", torch.bfloat16)] * torch.cuda.is_available()
     for device, dtype in devices:
-        shape = (PROBE_FEATURES, PROBE_FEATURES)
-        values = torch.empty(shape[0], shape[1] // 2, dtype=dtype, device=device)
-        metadata = torch.empty(shape[0], shape[1] // 8, dtype=torch.uint8, device=device)
-        weight = Sparse24(values, metadata, shape)
         for tokens in PROBE_TOKENS:
-            x = torch.empty(tokens, shape[1], dtype=dtype, device=device)
             name = f"{device}, {str(dtype).removeprefix('torch.')}, {tokens} tokens"
             try:
-                yield Finding("sparse linear layers", name, str(explain(x, weight)))
+                text = _explained(tokens, dtype, device)
+                yield Finding("sparse linear layers", name, text)
             except (NotImplementedError, RuntimeError) as error:
                 yield Finding("sparse linear layers", name, str(error), present=False)
+
+
+def _explained(tokens, dtype, device):
+    from .linear import SparseLinear
+    from .ops import explain
+
+    features = PROBE_FEATURES
+    weight = SparseLinear(features, features, bias=False, dtype=dtype, device=device).weight
+    return str(explain(torch.empty(tokens, features, dtype=dtype, device=device), weight))
 
 
 def main(json_output=False):

@@ -20,10 +20,14 @@ ACTIVATIONS = {
 
 
 def nm_mask(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:
-    """True for the n largest of every m consecutive scores; of equal ones the lower column."""
+    """True for the n largest of every m consecutive scores; of equal ones the higher column.
+
+    The tie rule is that of the published SparseGPT and Wanda code on CUDA, see prune/masks.py.
+    """
     groups = scores.double().reshape(-1, m)
-    order = groups.sort(dim=1, descending=True, stable=True).indices
-    return torch.zeros_like(groups, dtype=torch.bool).scatter(1, order[:, :n], True).view_as(scores)
+    rising = groups.sort(dim=1, stable=True).indices  # of equal scores the lower column comes first
+    kept = torch.zeros_like(groups, dtype=torch.bool).scatter(1, rising[:, m - n :], True)
+    return kept.view_as(scores)
 
 
 def stored_slots(nonzero: list[int]) -> tuple[int, int]:

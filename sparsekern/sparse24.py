@@ -46,8 +46,10 @@ class Sparse24:
     """A 2:4-sparse weight [out_features, in_features]: values, metadata, shape and layout.
 
     Args:
-        values: layout "rowmajor": [out, in/2] float32 | float16 | bfloat16.
-        metadata: layout "rowmajor": uint8 [out, ceil(in/8)], on the same device.
+        values: float32 | float16 | bfloat16; layout "rowmajor": [out, in/2], layout "tile64":
+            [ceil(out/64) * ceil(in/64), 2048].
+        metadata: uint8, on the same device; layout "rowmajor": [out, ceil(in/8)], layout "tile64":
+            [ceil(out/64) * ceil(in/64), 512].
         shape: (out_features, in_features), counted dense; in_features % 4 == 0.
         layout: "rowmajor" | "tile64".
     Raises:
@@ -75,10 +77,14 @@ class Sparse24:
         _check(metadata.dtype == torch.uint8, op, "metadata of dtype uint8", metadata.dtype)
         together = metadata.device == values.device
         _check(together, op, f"metadata on {values.device}", metadata.device)
+        out_features, in_features = self.shape
         if layout == "rowmajor":
-            out_features, in_features = self.shape
             _check_shape(op, "values", values, [out_features, in_features // 2])
             _check_shape(op, "metadata", metadata, [out_features, (in_features + 7) // 8])
+        else:
+            tiles = -(-out_features // 64) * -(-in_features // 64)
+            _check_shape(op, "values", values, [tiles, 2048])
+            _check_shape(op, "metadata", metadata, [tiles, 512])
         self.values = values.contiguous()
         self.metadata = metadata.contiguous()
         self.layout = layout
@@ -230,7 +236,7 @@ def prune_compress(w: Tensor, scores: Tensor | None = None) -> Sparse24:
 
     Args:
         w: [out_features, in_features] float32 | float16 | bfloat16, in_features % 4 == 0.
-        scores: floating point, shape and device of w; default |w|. Of equal scores the lower
+        scores: floating point, shape and device of w; default |w|. Of equal scores the higher
             column is kept.
     Raises:
         ValueError: shape; NaN or Inf in w, NaN in scores, with the place.   TypeError: dtype.

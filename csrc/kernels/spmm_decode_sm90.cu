@@ -1,82 +1,24 @@
-// spmm_decode_sm90.cu: host side of the decode kernel: choose the token tile, row block and split of K, launch.
-#include "spmm_decode_sm90.cuh"
-
-#include "../configs.h"
-#include "../tensor_map.h"
+// spmm_decode_sm90.cu: entry points of the decode kernel, which configuration it uses when none is asked for, and the kernel
+// itself for bfloat16 and one weight. The other forms are compiled in files of their own.
+#include "spmm_decode_launch_sm90.cuh"
 
 namespace sparsekern {
-namespace {
+namespace decode {
 
-constexpr const char* kOp = "sparsekern.linear (decode)";
-
-cudaLaunchConfig_t launch_config(int ctas, int smem_bytes, cudaStream_t stream, cudaLaunchAttribute (&attributes)[2],
-                                 int ranks) {
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(ctas);
-  config.blockDim = dim3(decode::kThreads);
-  config.dynamicSmemBytes = smem_bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return config;
-}
-
-// How many clusters the current device can hold at once; asked once per kernel and device.
-template <class Cfg, int kRanks>
-Status resident_clusters(int& count) {
-  constexpr int kDevices = 64;
-  static int cache[kDevices] = {};
-  int device = 0;
-  SK_CUDA(kOp, cudaGetDevice(&device));
-  SK_CHECK_REL(kOp, device, <, kDevices, "Use a lower device index.");
-  if (cache[device] == 0) {
-    const auto kernel = decode::spmm_decode_sm90_kernel<Cfg, kRanks>;
-    SK_CUDA(kOp, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Cfg::kSmemBytes));
-    cudaLaunchAttribute attributes[2];
-    cudaLaunchConfig_t config = launch_config(kRanks * 1024, Cfg::kSmemBytes, nullptr, attributes, kRanks);
-    config.numAttrs = 1;
-    SK_CUDA(kOp, cudaOccupancyMaxActiveClusters(&cache[device], kernel, &config));
-  }
-  count = cache[device];
-  return {};
-}
-
-template <class Cfg, int kRanks>
-Status launch(const LinearProblem& p, const void* up_values, const void* up_metadata, cudaStream_t stream) {
-  CUtensorMap x_map;
-  SK_RETURN_IF_ERROR(make_activation_map(kOp, x_map, p, Cfg::kTokens));
-  decode::Params<typename Cfg::T> params = {};
-  params.values[0] = static_cast<const uint8_t*>(p.values);
-  params.values[1] = static_cast<const uint8_t*>(up_values);
-  params.metadata[0] = static_cast<const uint8_t*>(p.metadata);
-  params.metadata[1] = static_cast<const uint8_t*>(up_metadata);
-  params.out = output_segment<typename Cfg::T>(p);
-  params.extent = tile64::Extent::of(p.out_features, p.in_features);
-  params.row_blocks = tile64::ceil_div(params.extent.panels, Cfg::kPanels);
-  params.tokens = p.tokens;
-  int resident = 0;
-  SK_RETURN_IF_ERROR((resident_clusters<Cfg, kRanks>(resident)));
-  const bool persistent = kRanks == 1 && resident < params.row_blocks;
-  const int clusters = persistent ? resident : params.row_blocks;
-  cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t config =
-      launch_config(clusters * kRanks, Cfg::kSmemBytes, stream, attributes, kRanks);
-  (void)cudaLaunchKernelEx(&config, decode::spmm_decode_sm90_kernel<Cfg, kRanks>, x_map, params);
-  return launch_status(kOp, "spmm_decode_sm90_kernel", config.gridDim, config.blockDim, Cfg::kSmemBytes);
-}
+#define SK_EXTERN(T, weights)                                                                                          \
+  extern template Status launch_for_tokens<T, weights>(const LinearProblem&, const void*, const void*, int, cudaStream_t);
+SK_EXTERN(__nv_bfloat16, 2)
+SK_EXTERN(__half, 1)
+SK_EXTERN(__half, 2)
+#undef SK_EXTERN
 
 // Row blocks and split of K that keep the memory busy (with more tokens: also the tensor cores), and no more CTAs than
 // that: each split adds a reduction. Measured: NOTES.md, decode. Returns an index into SK_DECODE_CONFIGS.
-int choose_config(const tile64::Extent& extent, int tokens) {
-  constexpr int kMost = 96;
-  const int panels = extent.superpanels <= 8 || (extent.superpanels >= 32 && extent.superpanels <= 40) ? 2 : 4;
-  const int row_blocks = tile64::ceil_div(extent.panels, panels);
+inline int choose_config(const tile64::Extent& extent) {
+  constexpr int kMost = 96, kFew = 66;
   int split = 1;
-  while (split < 8 && row_blocks * split * 2 <= kMost && extent.k_tiles >= 4 * split) split *= 2;
+  while (split < 8 && extent.superpanels * split * 2 <= kMost && extent.k_tiles >= 4 * split) split *= 2;
+  const int panels = split == 2 && extent.superpanels * split <= kFew ? 2 : 4;
   int config = 0;
 #define SK_MATCH(index, of_panels, of_split) \
   if (of_panels == panels && of_split == split) config = index;
@@ -85,46 +27,24 @@ int choose_config(const tile64::Extent& extent, int tokens) {
   return config;
 }
 
-template <class T, int kTokenTiles, int kWeights>
-Status launch_index(const LinearProblem& p, const void* up_values, const void* up_metadata, int config,
-                    cudaStream_t stream) {
-  if (config == 0) config = choose_config(tile64::Extent::of(p.out_features, p.in_features), p.tokens);
-  switch (config) {
-#define SK_CASE(index, panels, split)                                                                  \
-  case index:                                                                                          \
-    return launch<decode::Config<T, kTokenTiles, kWeights, panels>, split>(p, up_values, up_metadata, stream);
-    SK_DECODE_CONFIGS(SK_CASE)
-#undef SK_CASE
-  }
-  return make_status(StatusKind::value, kOp, ": expected config 0 (automatic) to ", kDecodeConfigs, ", got ", config,
-                     ". See sparsekern._C.decode_configs().");
-}
+}  // namespace decode
 
-template <class T, int kWeights>
-Status launch_for_tokens(const LinearProblem& p, const void* up_values, const void* up_metadata,
-                         int config, cudaStream_t stream) {
-  constexpr int kMaxTokens = kWeights == 1 ? 64 : 32;
-  SK_CHECK_REL(kOp, p.tokens, <=, kMaxTokens, "Use the prefill kernel.");
-  if (p.tokens == 0) return {};
-  if (p.tokens <= 8) return launch_index<T, 1, kWeights>(p, up_values, up_metadata, config, stream);
-  if (p.tokens <= 16) return launch_index<T, 2, kWeights>(p, up_values, up_metadata, config, stream);
-  if (p.tokens <= 32) return launch_index<T, 4, kWeights>(p, up_values, up_metadata, config, stream);
-  if constexpr (kWeights == 1) return launch_index<T, 8, 1>(p, up_values, up_metadata, config, stream);
-  return {};
+int decode_config(int out_features, int in_features) {
+  return decode::choose_config(tile64::Extent::of(out_features, in_features));
 }
-
-}  // namespace
 
 Status launch_decode(const LinearProblem& p, int config, cudaStream_t stream) {
+  if (config == 0) config = decode_config(p.out_features, p.in_features);
   return p.dtype == DType::kBFloat16
-             ? launch_for_tokens<__nv_bfloat16, 1>(p, nullptr, nullptr, config, stream)
-             : launch_for_tokens<__half, 1>(p, nullptr, nullptr, config, stream);
+             ? decode::launch_for_tokens<__nv_bfloat16, 1>(p, nullptr, nullptr, config, stream)
+             : decode::launch_for_tokens<__half, 1>(p, nullptr, nullptr, config, stream);
 }
 
 Status launch_decode_gated(const GatedProblem& g, int config, cudaStream_t stream) {
+  if (config == 0) config = decode_config(g.gate.out_features, g.gate.in_features);
   return g.gate.dtype == DType::kBFloat16
-             ? launch_for_tokens<__nv_bfloat16, 2>(g.gate, g.up_values, g.up_metadata, config, stream)
-             : launch_for_tokens<__half, 2>(g.gate, g.up_values, g.up_metadata, config, stream);
+             ? decode::launch_for_tokens<__nv_bfloat16, 2>(g.gate, g.up_values, g.up_metadata, config, stream)
+             : decode::launch_for_tokens<__half, 2>(g.gate, g.up_values, g.up_metadata, config, stream);
 }
 
 }  // namespace sparsekern

@@ -1,7 +1,7 @@
 """Pruners as pure functions on tensors: weights and statistics in, a mask and repaired weights out.
 
 Nothing here walks a module, moves a tensor or prints. A mask is bool [out_features, in_features],
-True = kept; every rule is deterministic and ties go to the lower column, on any device.
+True = kept; every rule is deterministic and keeps the higher column of a tie, on any device.
 
     masks.py       nm_mask, magnitude_mask, wanda_mask
     hessian.py     Hessian (running calibration statistics), relative_error

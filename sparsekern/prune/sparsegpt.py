@@ -87,7 +87,7 @@ def sparsegpt(
         backend: None picks; "torch" or "triton" insists.
     Returns:
         (w', mask, SparseGPTReport): w' of w's dtype with zeros where mask is False; bool mask.
-        Ties go to the lower column. Both are contiguous new tensors.
+        Of equal scores the higher column is kept, as published. Both are contiguous new tensors.
     Raises:
         ValueError: shapes, devices, pattern or blocksize that do not fit; NaN or Inf in w or H.
         TypeError: a w or mask of another dtype.

@@ -149,28 +149,28 @@ def _majority_not(x, y, z):
 
 @triton.jit
 def _two_largest(d01, d02, d03, d12, d13, d23):
-    """Four flags, two of them set, from d_ij < 0 where "j beats i", i < j: who loses at most once.
+    """Four flags, two of them set, from d_ij < 0 where "i beats j", i < j: who wins at least twice.
 
     The sign bits are combined as integers (one three-input logic instruction for each majority):
     the same logic on booleans exhausts the predicate registers and costs twice the instructions.
     """
-    k0 = _majority(d01, d02, d03) >= 0
-    k1 = _majority_not(d01, d12, d13) >= 0
-    k2 = _majority_not(d23, d02, d12) < 0
-    k3 = _majority(d03, d13, d23) < 0
+    k0 = _majority(d01, d02, d03) < 0
+    k1 = _majority_not(d01, d12, d13) < 0
+    k2 = _majority_not(d23, d02, d12) >= 0
+    k3 = _majority(d03, d13, d23) >= 0
     return k0, k1, k2, k3
 
 
 @triton.jit
 def _best(k0, k1, k2, k3):
-    """Flags of the two largest keys; of equal keys the lower column is kept."""
+    """Flags of the two largest keys; of equal keys the higher column is kept."""
     return _two_largest(
-        -(k0 < k1).to(tl.int32),
-        -(k0 < k2).to(tl.int32),
-        -(k0 < k3).to(tl.int32),
-        -(k1 < k2).to(tl.int32),
-        -(k1 < k3).to(tl.int32),
-        -(k2 < k3).to(tl.int32),
+        -(k0 > k1).to(tl.int32),
+        -(k0 > k2).to(tl.int32),
+        -(k0 > k3).to(tl.int32),
+        -(k1 > k2).to(tl.int32),
+        -(k1 > k3).to(tl.int32),
+        -(k2 > k3).to(tl.int32),
     )
 
 
@@ -178,15 +178,12 @@ def _best(k0, k1, k2, k3):
 def survivors(a0, a1, a2, a3):
     """Flags of the two slots stored for magnitudes a >= 0 (integers).
 
-    Non-zeros: the larger one is kept, of equal ones the lower column. Zeros fill the free slots as
-    compression.SLOT_TABLE says: the higher column wins (max(a, 1) makes a zero on the left lose),
-    except that column 2 beats column 3 when column 1 is zero.
+    The larger one is kept, of equal ones the higher column. Zeros so fill the free slots as
+    compression.SLOT_TABLE says, but for one exception: where columns 1, 2 and 3 are all zero,
+    column 2 beats column 3. There max(a2, 1 - a1) is 1; elsewhere it decides like a2.
     """
-    b3 = tl.maximum(a3, 1)
-    b2 = tl.maximum(a2, 1)
-    d01 = a0 - tl.maximum(a1, 1)
-    d23 = a2 - tl.maximum(a3, tl.minimum(a1, 1))
-    return _two_largest(d01, a0 - b2, a0 - b3, a1 - b2, a1 - b3, d23)
+    d23 = a3 - tl.maximum(a2, 1 - a1)
+    return _two_largest(a1 - a0, a2 - a0, a3 - a0, a2 - a1, a3 - a1, d23)
 
 
 @triton.jit

@@ -58,17 +58,17 @@ def _sweep_kernel(block_ptr, v_ptr, weight_ptr, removed_ptr, keep_ptr, out_featu
         w2 = _column(tile, cols, g + 2)
         w3 = _column(tile, cols, g + 3)
 
-        # Mask: b_ij = column i goes before column j > i; a tie goes to the lower column.
+        # Mask: b_ij = column i goes before column j > i; a tie goes to the higher column.
         s0 = w0 * w0 * tl.load(weight_ptr + g)
         s1 = w1 * w1 * tl.load(weight_ptr + g + 1)
         s2 = w2 * w2 * tl.load(weight_ptr + g + 2)
         s3 = w3 * w3 * tl.load(weight_ptr + g + 3)
-        b01 = (s0 >= s1).to(tl.int32)
-        b02 = (s0 >= s2).to(tl.int32)
-        b03 = (s0 >= s3).to(tl.int32)
-        b12 = (s1 >= s2).to(tl.int32)
-        b13 = (s1 >= s3).to(tl.int32)
-        b23 = (s2 >= s3).to(tl.int32)
+        b01 = (s0 > s1).to(tl.int32)
+        b02 = (s0 > s2).to(tl.int32)
+        b03 = (s0 > s3).to(tl.int32)
+        b12 = (s1 > s2).to(tl.int32)
+        b13 = (s1 > s3).to(tl.int32)
+        b23 = (s2 > s3).to(tl.int32)
         keep0 = b01 + b02 + b03 >= 2
         keep1 = (1 - b01) + b12 + b13 >= 2
         keep2 = (1 - b02) + (1 - b12) + b23 >= 2
