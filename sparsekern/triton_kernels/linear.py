@@ -54,9 +54,9 @@ def pick_config(tokens, out_features, in_features, dtype):
     """The tile sizes for one problem: a pure function of shapes and dtype."""
     if dtype == torch.float32:
         # input_precision="ieee" runs on the FMA units, all operands in registers: small tiles.
-        block_out, block_in, block_tokens, num_warps, num_stages = 64, 32, 32, 4, 2
+        block_out, block_in, block_tokens, num_warps, num_stages = 64, 32, 32, 8, 2
         if tokens <= 16:
-            block_tokens = 16
+            block_tokens, num_warps = 16, 4
     elif tokens <= 64:
         block_tokens = max(16, triton.next_power_of_2(tokens))
         block_out, block_in, num_warps, num_stages = 64, 128 if tokens <= 32 else 64, 4, 3
