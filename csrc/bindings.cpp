@@ -26,11 +26,20 @@ namespace {
 void raise_if_error(const Status& status) {
   PyObject* exception = nullptr;
   switch (status.kind) {
-    case StatusKind::ok: return;
-    case StatusKind::value: exception = PyExc_ValueError; break;
-    case StatusKind::type: exception = PyExc_TypeError; break;
-    case StatusKind::unsupported: exception = PyExc_NotImplementedError; break;
-    case StatusKind::runtime: exception = PyExc_RuntimeError; break;
+    case StatusKind::ok:
+      return;
+    case StatusKind::value:
+      exception = PyExc_ValueError;
+      break;
+    case StatusKind::type:
+      exception = PyExc_TypeError;
+      break;
+    case StatusKind::unsupported:
+      exception = PyExc_NotImplementedError;
+      break;
+    case StatusKind::runtime:
+      exception = PyExc_RuntimeError;
+      break;
   }
   PyErr_SetString(exception, status.message.c_str());
   throw py::error_already_set();

@@ -1,21 +1,22 @@
-// configs.h: the one list of kernel configurations. It makes the instantiations, the dispatch, the tests' parameters and
-// the sweep.
+// configs.h: the one list of kernel configurations. It makes the instantiations, the dispatch, the
+// tests' parameters and the sweep.
 //
 // X(index, panels per consumer, BLOCK_N tokens, cluster along out_features, cluster along tokens)
-// BLOCK_M = 128 * panels. A cluster of CM x CN shares x among its CM rows and the weights among its CN columns.
+// BLOCK_M = 128 * panels. A cluster of CM x CN shares x among its CM rows and the weights among its
+// CN columns.
 #pragma once
 
-#define SK_PREFILL_CONFIGS(X)                                        \
-  X(0, 2, 192, 1, 1)  /* 256 x 192: most FLOPs per byte            */ \
+#define SK_PREFILL_CONFIGS(X)                                         \
+  X(0, 2, 192, 1, 1) /* 256 x 192: most FLOPs per byte            */  \
   X(1, 2, 192, 2, 1)                                                  \
   X(2, 2, 192, 1, 2)                                                  \
   X(3, 2, 192, 2, 2)                                                  \
   X(4, 2, 192, 4, 1)                                                  \
-  X(5, 2, 128, 1, 1)  /* 256 x 128: fills the chip at fewer tokens */ \
+  X(5, 2, 128, 1, 1) /* 256 x 128: fills the chip at fewer tokens */  \
   X(6, 2, 128, 2, 1)                                                  \
   X(7, 2, 128, 1, 2)                                                  \
   X(8, 2, 128, 2, 2)                                                  \
-  X(9, 2, 64, 1, 1)   /* 256 x 64                                  */ \
+  X(9, 2, 64, 1, 1) /* 256 x 64                                  */   \
   X(10, 2, 64, 2, 1)                                                  \
   X(11, 1, 256, 1, 1) /* 128 x 256: few out_features               */ \
   X(12, 1, 256, 2, 1)                                                 \

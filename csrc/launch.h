@@ -1,8 +1,10 @@
-// launch.h: what the host side may call. Torch-free: plain pointers, sizes, strides in elements, a stream.
+// launch.h: what the host side may call. Torch-free: plain pointers, sizes, strides in elements, a
+// stream.
 //
-// GEMM letters: D[M,N] = A[M,K] · B[K,N] with A the 2:4-sparse weight, because the hardware sparsifies only A. For a
-// linear layer y[tokens, out] = x[tokens, in] · W[out, in]^T that means M = out_features, N = tokens, K = in_features
-// (always the dense count). No launcher allocates or synchronises; each returns a Status.
+// GEMM letters: D[M,N] = A[M,K] · B[K,N] with A the 2:4-sparse weight, because the hardware
+// sparsifies only A. For a linear layer y[tokens, out] = x[tokens, in] · W[out, in]^T that means M
+// = out_features, N = tokens, K = in_features (always the dense count). No launcher allocates or
+// synchronises; each returns a Status.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -32,7 +34,7 @@ struct LinearProblem {
 
 // silu(x · Gᵀ) * (x · Uᵀ): both halves of a gated MLP in one launch. G and U have the same shape.
 struct GatedProblem {
-  LinearProblem gate;        // bias, residual and activation unused; y is the output
+  LinearProblem gate;  // bias, residual and activation unused; y is the output
   const void* up_values;
   const void* up_metadata;
 };
@@ -40,22 +42,25 @@ struct GatedProblem {
 Status launch_pack(const void* values, const void* metadata, void* packed_values,
                    void* packed_metadata, int out_features, int in_features, cudaStream_t stream);
 
-// Row-major values [out, in/2] and metadata [out, in/8] of a contiguous 16-bit w, pruned by magnitude. `bad_chunks` counts
-// what holds NaN or Inf; the caller zeroes it.
-Status launch_prune_compress(const void* w, void* values, void* metadata, int* bad_chunks, int64_t elements, DType dtype,
-                             cudaStream_t stream);
+// Row-major values [out, in/2] and metadata [out, in/8] of a contiguous 16-bit w, pruned by
+// magnitude. `bad_chunks` counts what holds NaN or Inf; the caller zeroes it.
+Status launch_prune_compress(const void* w, void* values, void* metadata, int* bad_chunks,
+                             int64_t elements, DType dtype, cudaStream_t stream);
 
 // The readable kernel of spmm_naive_sm90.cu; any number of tokens.
 Status launch_naive(const LinearProblem& problem, cudaStream_t stream);
 
-// For 1 to 64 tokens (gated: 32). config: index into SK_DECODE_CONFIGS (configs.h), 0 chooses. The weights are read before
-// the kernel's predecessor in the stream has finished (programmatic dependent launch): they must not come from it.
+// For 1 to 64 tokens (gated: 32). config: index into SK_DECODE_CONFIGS (configs.h), 0 chooses. The
+// weights are read before the kernel's predecessor in the stream has finished (programmatic
+// dependent launch): they must not come from it.
 Status launch_decode(const LinearProblem& problem, int config, cudaStream_t stream);
 int decode_config(int out_features, int in_features);  // what 0 would choose
 Status launch_decode_gated(const GatedProblem& problem, int config, cudaStream_t stream);
-// config: index into SK_PREFILL_CONFIGS (configs.h). workspace: prefill_workspace_bytes, zeroed once when allocated, not
-// shared by launches that may overlap; null: tiles are never cut along K, which is slower when there are few.
-Status launch_prefill(const LinearProblem& problem, int config, void* workspace, cudaStream_t stream);
+// config: index into SK_PREFILL_CONFIGS (configs.h). workspace: prefill_workspace_bytes, zeroed
+// once when allocated, not shared by launches that may overlap; null: tiles are never cut along K,
+// which is slower when there are few.
+Status launch_prefill(const LinearProblem& problem, int config, void* workspace,
+                      cudaStream_t stream);
 Status prefill_workspace_bytes(size_t& bytes);
 
 }  // namespace sparsekern

@@ -1,4 +1,5 @@
-// epilogue.cuh: what happens to an accumulator before it is rounded: bias, activation, residual. All in float32.
+// epilogue.cuh: what happens to an accumulator before it is rounded: bias, activation, residual.
+// All in float32.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -12,10 +13,14 @@ namespace sparsekern {
 
 __device__ __forceinline__ float activate(float v, Activation activation) {
   switch (activation) {
-    case Activation::kRelu: return fmaxf(v, 0.0f);
-    case Activation::kGelu: return 0.5f * v * (1.0f + erff(v * 0.70710678f));
-    case Activation::kSilu: return v / (1.0f + __expf(-v));
-    default: return v;
+    case Activation::kRelu:
+      return fmaxf(v, 0.0f);
+    case Activation::kGelu:
+      return 0.5f * v * (1.0f + erff(v * 0.70710678f));
+    case Activation::kSilu:
+      return v / (1.0f + __expf(-v));
+    default:
+      return v;
   }
 }
 
@@ -70,8 +75,9 @@ struct PackedWords<8> {
   using Type = uint4;
 };
 
-// Where a finished row segment goes: 4 or 8 consecutive out_features of one token. `aligned` says that every pointer and
-// stride allows 16-byte accesses; otherwise, and in the last columns, elements go one by one.
+// Where a finished row segment goes: 4 or 8 consecutive out_features of one token. `aligned` says
+// that every pointer and stride allows 16-byte accesses; otherwise, and in the last columns,
+// elements go one by one.
 template <class T>
 struct OutputSegment {
   T* y;
@@ -113,7 +119,8 @@ struct OutputSegment {
 
  private:
   template <int kCount>
-  static __device__ __forceinline__ void accumulate(float (&v)[kCount], typename PackedWords<kCount>::Type packed) {
+  static __device__ __forceinline__ void accumulate(float (&v)[kCount],
+                                                    typename PackedWords<kCount>::Type packed) {
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {
       const float2 pair = unpack_pair<T>(reinterpret_cast<const uint32_t*>(&packed)[i]);
@@ -131,8 +138,14 @@ template <class T>
 OutputSegment<T> output_segment(const LinearProblem& p) {
   const bool aligned = is_aligned16(p.y, p.y_stride) && is_aligned16(p.bias, 8) &&
                        is_aligned16(p.residual, p.residual_stride);
-  return {static_cast<T*>(p.y), static_cast<const T*>(p.bias), static_cast<const T*>(p.residual),
-          p.y_stride, p.residual_stride, p.out_features, p.activation, aligned};
+  return {static_cast<T*>(p.y),
+          static_cast<const T*>(p.bias),
+          static_cast<const T*>(p.residual),
+          p.y_stride,
+          p.residual_stride,
+          p.out_features,
+          p.activation,
+          aligned};
 }
 
 }  // namespace sparsekern

@@ -1,7 +1,9 @@
-// pack.cu: row-major 2:4 weight -> "tile64" (layout/tile64.cuh). A permutation, done once at load, at memory speed.
+// pack.cu: row-major 2:4 weight -> "tile64" (layout/tile64.cuh). A permutation, done once at load,
+// at memory speed.
 //
-// One block per tile. A warp moves 8 rows x 64 bytes of values: reads are 64-byte row pieces, writes four whole core
-// matrices. Rows and columns that the weight lacks become zero values and the nibble 0x4.
+// One block per tile. A warp moves 8 rows x 64 bytes of values: reads are 64-byte row pieces,
+// writes four whole core matrices. Rows and columns that the weight lacks become zero values and
+// the nibble 0x4.
 #include <cstdint>
 
 #include "../launch.h"
@@ -22,7 +24,8 @@ struct PackParams {
   int out_features, in_features;
 };
 
-// Eight kept values of one row, zero where the weight ends. Vector load when every row is 16-byte aligned.
+// Eight kept values of one row, zero where the weight ends. Vector load when every row is 16-byte
+// aligned.
 __device__ __forceinline__ uint4 load_values(const PackParams& p, int row, int column) {
   const int kept = p.in_features / 2;
   if (row >= p.out_features || column >= kept) return {0, 0, 0, 0};
@@ -56,7 +59,8 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const PackParams p) {
       load_values(p, panel * tile64::kRows + row, k_tile * tile64::kKeptK + chunk * 8);
   if (threadIdx.x < tile64::kMetadataBytes / 4) {
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const int first_row = panel * tile64::kRows + warp * 16 + g, byte = k_tile * (tile64::kDenseK / 8) + t * 2;
+    const int first_row = panel * tile64::kRows + warp * 16 + g,
+              byte = k_tile * (tile64::kDenseK / 8) + t * 2;
     reinterpret_cast<uint32_t*>(p.packed_metadata + tile * tile64::kMetadataBytes)[threadIdx.x] =
         load_metadata(p, first_row, byte) | load_metadata(p, first_row + 8, byte) << 16;
   }

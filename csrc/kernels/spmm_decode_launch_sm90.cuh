@@ -1,5 +1,6 @@
-// spmm_decode_launch_sm90.cuh: host side of the decode kernel: occupancy, launch, and the choice of the token tile. Templates
-// over dtype and number of weights; spmm_decode*_sm90.cu instantiate them, so that they compile in parallel.
+// spmm_decode_launch_sm90.cuh: host side of the decode kernel: occupancy, launch, and the choice of
+// the token tile. Templates over dtype and number of weights; spmm_decode*_sm90.cu instantiate
+// them, so that they compile in parallel.
 #pragma once
 #include "spmm_decode_sm90.cuh"
 
@@ -10,8 +11,8 @@ namespace sparsekern::decode {
 
 constexpr const char* kOp = "sparsekern.linear (decode)";
 
-inline cudaLaunchConfig_t launch_config(int ctas, int smem_bytes, cudaStream_t stream, cudaLaunchAttribute (&attributes)[2],
-                                 int ranks) {
+inline cudaLaunchConfig_t launch_config(int ctas, int smem_bytes, cudaStream_t stream,
+                                        cudaLaunchAttribute (&attributes)[2], int ranks) {
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -36,9 +37,11 @@ Status resident_clusters(int& count) {
   SK_CHECK_REL(kOp, device, <, kDevices, "Use a lower device index.");
   if (cache[device] == 0) {
     const auto kernel = spmm_decode_sm90_kernel<Cfg, kRanks>;
-    SK_CUDA(kOp, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Cfg::kSmemBytes));
+    SK_CUDA(kOp, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      Cfg::kSmemBytes));
     cudaLaunchAttribute attributes[2];
-    cudaLaunchConfig_t config = launch_config(kRanks * 1024, Cfg::kSmemBytes, nullptr, attributes, kRanks);
+    cudaLaunchConfig_t config =
+        launch_config(kRanks * 1024, Cfg::kSmemBytes, nullptr, attributes, kRanks);
     config.numAttrs = 1;
     SK_CUDA(kOp, cudaOccupancyMaxActiveClusters(&cache[device], kernel, &config));
   }
@@ -47,7 +50,8 @@ Status resident_clusters(int& count) {
 }
 
 template <class Cfg, int kRanks>
-Status launch(const LinearProblem& p, const void* up_values, const void* up_metadata, cudaStream_t stream) {
+Status launch(const LinearProblem& p, const void* up_values, const void* up_metadata,
+              cudaStream_t stream) {
   CUtensorMap x_map;
   SK_RETURN_IF_ERROR(make_activation_map(kOp, x_map, p, Cfg::kTokens));
   Params<typename Cfg::T> params = {};
@@ -67,21 +71,23 @@ Status launch(const LinearProblem& p, const void* up_values, const void* up_meta
   const cudaLaunchConfig_t config =
       launch_config(clusters * kRanks, Cfg::kSmemBytes, stream, attributes, kRanks);
   (void)cudaLaunchKernelEx(&config, spmm_decode_sm90_kernel<Cfg, kRanks>, x_map, params);
-  return launch_status(kOp, "spmm_decode_sm90_kernel", config.gridDim, config.blockDim, Cfg::kSmemBytes);
+  return launch_status(kOp, "spmm_decode_sm90_kernel", config.gridDim, config.blockDim,
+                       Cfg::kSmemBytes);
 }
 
 template <class T, int kTokenTiles, int kWeights>
-Status launch_index(const LinearProblem& p, const void* up_values, const void* up_metadata, int config,
-                    cudaStream_t stream) {
+Status launch_index(const LinearProblem& p, const void* up_values, const void* up_metadata,
+                    int config, cudaStream_t stream) {
   switch (config) {
-#define SK_CASE(index, panels, split)                                                                  \
-  case index:                                                                                          \
-    return launch<Config<T, kTokenTiles, kWeights, panels>, split>(p, up_values, up_metadata, stream);
+#define SK_CASE(index, panels, split)                                                         \
+  case index:                                                                                 \
+    return launch<Config<T, kTokenTiles, kWeights, panels>, split>(p, up_values, up_metadata, \
+                                                                   stream);
     SK_DECODE_CONFIGS(SK_CASE)
 #undef SK_CASE
   }
-  return make_status(StatusKind::value, kOp, ": expected config 0 (automatic) to ", kDecodeConfigs, ", got ", config,
-                     ". See sparsekern._C.decode_configs().");
+  return make_status(StatusKind::value, kOp, ": expected config 0 (automatic) to ", kDecodeConfigs,
+                     ", got ", config, ". See sparsekern._C.decode_configs().");
 }
 
 template <class T, int kWeights>
@@ -91,9 +97,12 @@ Status launch_for_tokens(const LinearProblem& p, const void* up_values, const vo
   SK_CHECK_REL(kOp, p.tokens, <=, kMaxTokens, "Use the prefill kernel.");
   if (p.tokens == 0) return {};
   if (p.tokens <= 8) return launch_index<T, 1, kWeights>(p, up_values, up_metadata, config, stream);
-  if (p.tokens <= 16) return launch_index<T, 2, kWeights>(p, up_values, up_metadata, config, stream);
-  if (p.tokens <= 32) return launch_index<T, 4, kWeights>(p, up_values, up_metadata, config, stream);
-  if constexpr (kWeights == 1) return launch_index<T, 8, 1>(p, up_values, up_metadata, config, stream);
+  if (p.tokens <= 16)
+    return launch_index<T, 2, kWeights>(p, up_values, up_metadata, config, stream);
+  if (p.tokens <= 32)
+    return launch_index<T, 4, kWeights>(p, up_values, up_metadata, config, stream);
+  if constexpr (kWeights == 1)
+    return launch_index<T, 8, 1>(p, up_values, up_metadata, config, stream);
   return {};
 }
 

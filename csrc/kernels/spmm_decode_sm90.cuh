@@ -1,16 +1,20 @@
-// spmm_decode_sm90.cuh: D[M,N] = A[M,K] · B[K,N] for 1 to 64 tokens, A 2:4-sparse. Hopper: copy engine + mma.sp.
+// spmm_decode_sm90.cuh: D[M,N] = A[M,K] · B[K,N] for 1 to 64 tokens, A 2:4-sparse. Hopper: copy
+// engine + mma.sp.
 //
-//   M = out_features   N = tokens   K = in_features (dense count)      specification: sparsekern/reference.py, linear
+//   M = out_features   N = tokens   K = in_features (dense count)
+//   Specification: sparsekern/reference.py, linear
 //
-// At these N the weights are the only traffic that counts: 9/16 of the dense bytes, each read once. So the kernel is a
-// copy loop with a little arithmetic in its shadow:
+// At these N the weights are the only traffic that counts: 9/16 of the dense bytes, each read once.
+// So the kernel is a copy loop with a little arithmetic in its shadow:
 //
 //   one CTA      = one row block of 256 rows (a superpanel) or 128, and one slice of K
-//   one stage    = 64 dense columns: [x tile | 16 KiB values | 2 KiB metadata], a tensor copy and two bulk copies
-//   one cluster  = the 1, 2, 4 or 8 CTAs that share a row block; each takes 1/C of K, partial sums meet in shared memory
+//   one stage    = 64 dense columns: [x tile | 16 KiB values | 2 KiB metadata], three copies
+//   one cluster  = the 1, 2, 4 or 8 CTAs that share a row block; each takes 1/C of K, partial sums
+//                  meet in shared memory
 //
-// Few row blocks (a 4096-row weight has 16) would leave most SMs idle, hence the split of K; the reduction adds in a fixed
-// order, so the result does not depend on timing. Up to 190 KiB per SM are in flight.
+// Few row blocks (a 4096-row weight has 16) would leave most SMs idle, hence the split of K; the
+// reduction adds in a fixed order, so the result does not depend on timing. Up to 190 KiB per SM
+// are in flight.
 //
 // Roles (288 threads)
 //   warps 0-7   consumers: warp w owns an eighth of the rows (two m16 tiles or one) and all tokens
@@ -20,11 +24,12 @@
 //   full[s]     copy engine, by byte count     -                   1 (producer announces the bytes)
 //   empty[s]    -                              consumer warps      8
 //
-// Per stage and warp (256 rows): 4 ldmatrix of A, 2 words of metadata (each serves both k-steps), 2 ldmatrix of B and 4
-// mma.sp per 8 tokens. The gated form streams two weights, gate and up, and writes silu(gate) * up.
+// Per stage and warp (256 rows): 4 ldmatrix of A, 2 words of metadata (each serves both k-steps), 2
+// ldmatrix of B and 4 mma.sp per 8 tokens. The gated form streams two weights, gate and up, and
+// writes silu(gate) * up.
 //
-// Programmatic dependent launch: weights are constants, so their copies start before the previous kernel of the stream
-// has finished; x, residual and y are touched only after it has.
+// Programmatic dependent launch: weights are constants, so their copies start before the previous
+// kernel of the stream has finished; x, residual and y are touched only after it has.
 #pragma once
 #include "../layout/tile64.cuh"
 #include "../ptx/cluster.cuh"
@@ -41,7 +46,8 @@ constexpr int kThreads = kConsumerThreads + 32;
 constexpr int kConsumerBarrier = 1;
 constexpr int kSmemCapacity = 227 * 1024;
 
-// kTokenTiles: tokens in units of 8. kWeights: 1, or 2 for the gated form. kPanels: row panels of a row block, 4 or 2.
+// kTokenTiles: tokens in units of 8. kWeights: 1, or 2 for the gated form. kPanels: row panels of a
+// row block, 4 or 2.
 template <class T_, int kTokenTiles_, int kWeights_, int kPanels_>
 struct Config {
   using T = T_;
@@ -81,13 +87,14 @@ __device__ __forceinline__ int panels_in(const tile64::Extent& extent, int row_b
   return left < Cfg::kPanels ? left : Cfg::kPanels;
 }
 
-// Shared memory as byte addresses: stages first (1024-byte aligned for the swizzle), then sums, then barriers.
+// Shared memory as byte addresses: stages first (1024-byte aligned for the swizzle), then sums,
+// then barriers.
 template <class Cfg>
 struct Smem {
   uint32_t base;
 
   __device__ __forceinline__ explicit Smem(const void* raw) : base(ptx::smem_address(raw)) {
-    if (base % 1024 != 0) __trap();  // the swizzled tiles need it; there is no static shared memory before us
+    if (base % 1024 != 0) __trap();  // the swizzle needs it; no static shared memory comes before
   }
   __device__ __forceinline__ uint32_t x(int stage) const { return base + stage * Cfg::kStageBytes; }
   __device__ __forceinline__ uint32_t values(int stage, int weight) const {
@@ -120,8 +127,8 @@ struct RingPosition {
   }
 };
 
-// The column tiles of one CTA: first, first + step, ... The CTAs of a cluster interleave, so that together they read
-// memory in order.
+// The column tiles of one CTA: first, first + step, ... The CTAs of a cluster interleave, so that
+// together they read memory in order.
 struct KTiles {
   int first, step, count;
 
@@ -141,23 +148,27 @@ struct Producer {
   __device__ __forceinline__ void copy_weights(int stage, int row_block, int k_tile) const {
     constexpr int kBlocksPerSuperpanel = tile64::kPanelsPerSuperpanel / Cfg::kPanels;
     const int panels = panels_in<Cfg>(p.extent, row_block);
-    const uint32_t value_bytes = panels * tile64::kValueBytes, metadata_bytes = panels * tile64::kMetadataBytes;
+    const uint32_t value_bytes = panels * tile64::kValueBytes,
+                   metadata_bytes = panels * tile64::kMetadataBytes;
     const uint32_t full = smem.full(stage);
-    ptx::mbarrier_arrive_expect_bytes(full, Cfg::kXBytes + Cfg::kWeights * (value_bytes + metadata_bytes));
+    ptx::mbarrier_arrive_expect_bytes(
+        full, Cfg::kXBytes + Cfg::kWeights * (value_bytes + metadata_bytes));
     const size_t tile = p.extent.first_tile(row_block / kBlocksPerSuperpanel, k_tile) +
                         row_block % kBlocksPerSuperpanel * Cfg::kPanels;
 #pragma unroll
     for (int w = 0; w < Cfg::kWeights; ++w) {
-      ptx::bulk_copy(smem.values(stage, w), p.values[w] + tile * tile64::kValueBytes, value_bytes, full,
-                     ptx::L2Hint::kEvictFirst);
-      ptx::bulk_copy(smem.metadata(stage, w), p.metadata[w] + tile * tile64::kMetadataBytes, metadata_bytes,
+      ptx::bulk_copy(smem.values(stage, w), p.values[w] + tile * tile64::kValueBytes, value_bytes,
                      full, ptx::L2Hint::kEvictFirst);
+      ptx::bulk_copy(smem.metadata(stage, w), p.metadata[w] + tile * tile64::kMetadataBytes,
+                     metadata_bytes, full, ptx::L2Hint::kEvictFirst);
     }
   }
   __device__ __forceinline__ void copy_x(int stage, int k_tile) const {
-    ptx::tensor_copy(smem.x(stage), x_map, k_tile * tile64::kDenseK, 0, smem.full(stage), ptx::L2Hint::kEvictLast);
+    ptx::tensor_copy(smem.x(stage), x_map, k_tile * tile64::kDenseK, 0, smem.full(stage),
+                     ptx::L2Hint::kEvictLast);
   }
-  // The first turn of the ring: weights at once, x when the kernel that made it has finished. Returns the tiles issued.
+  // The first turn of the ring: weights at once, x when the kernel that made it has finished.
+  // Returns the tiles issued.
   __device__ __forceinline__ int first_turn(int row_block, KTiles k) {
     const int count = k.count < Cfg::kStages ? k.count : Cfg::kStages;
     for (int i = 0; i < count; ++i) copy_weights(i, row_block, k.at(i));
@@ -189,7 +200,8 @@ __device__ __forceinline__ void multiply_stage(Accumulators<Cfg>& d, const Smem<
   const int first_m16 = warp_idx * Cfg::kWarpRows % tile64::kRows / 16;
   const int row_in_matrix = lane_idx % 8, matrix = lane_idx / 8;
   const uint32_t a_lane = panel * tile64::kValueBytes + (matrix / 2) * tile64::kChunkStride +
-                          (first_m16 * 2 + matrix % 2) * tile64::kRowGroupStride + row_in_matrix * 16;
+                          (first_m16 * 2 + matrix % 2) * tile64::kRowGroupStride +
+                          row_in_matrix * 16;
   const uint32_t metadata_lane = panel * tile64::kMetadataBytes + first_m16 * 128 + lane_idx * 4;
   const uint32_t b_lane = smem.x(stage) + row_in_matrix * 128;
 
@@ -250,12 +262,13 @@ __device__ __forceinline__ void write_sums(const Accumulators<Cfg>& d, const Sme
   }
 }
 
-// Sum of 4 consecutive rows of one token over the CTAs of the cluster, starting with this one: a fixed order, since an
-// output always belongs to the same CTA, and not the same neighbour for everybody at once. All loads first: a
-// neighbour's shared memory is far away. Lanes read consecutive 16-byte pieces.
+// Sum of 4 consecutive rows of one token over the CTAs of the cluster, starting with this one: a
+// fixed order, since an output always belongs to the same CTA, and not the same neighbour for
+// everybody at once. All loads first: a neighbour's shared memory is far away. Lanes read
+// consecutive 16-byte pieces.
 template <class Cfg, int kRanks>
-__device__ __forceinline__ void reduce_segment(float (&v)[4], const Smem<Cfg>& smem, int weight, int token, int row,
-                                               int rank) {
+__device__ __forceinline__ void reduce_segment(float (&v)[4], const Smem<Cfg>& smem, int weight,
+                                               int token, int row, int rank) {
   const uint32_t local = smem.sums() + ((weight * Cfg::kTokens + token) * Cfg::kSumPitch + row) * 4;
   float4 part[kRanks];
 #pragma unroll
@@ -264,13 +277,14 @@ __device__ __forceinline__ void reduce_segment(float (&v)[4], const Smem<Cfg>& s
 #pragma unroll
   for (int i = 0; i < 4; ++i) v[i] = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kRanks; ++i) v[0] += part[i].x, v[1] += part[i].y, v[2] += part[i].z, v[3] += part[i].w;
+  for (int i = 0; i < kRanks; ++i)
+    v[0] += part[i].x, v[1] += part[i].y, v[2] += part[i].z, v[3] += part[i].w;
 }
 
 // Each CTA of the cluster finishes its share of the (token, 4 rows) segments.
 template <class Cfg, int kRanks>
-__device__ __forceinline__ void store_outputs(const Params<typename Cfg::T>& p, const Smem<Cfg>& smem, int row_block,
-                                              int rank) {
+__device__ __forceinline__ void store_outputs(const Params<typename Cfg::T>& p,
+                                              const Smem<Cfg>& smem, int row_block, int rank) {
   constexpr int kSegments = Cfg::kRows / 4;
   const int total = p.tokens * kSegments;
   const int begin = total * rank / kRanks, end = total * (rank + 1) / kRanks;
@@ -333,7 +347,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   RingPosition<Cfg::kStages> ring;
   for (int row_block = first; row_block < p.row_blocks; row_block += step) {
     Accumulators<Cfg> d = {};
-    const bool has_rows = warp_idx * Cfg::kWarpRows / tile64::kRows < panels_in<Cfg>(p.extent, row_block);
+    const bool has_rows =
+        warp_idx * Cfg::kWarpRows / tile64::kRows < panels_in<Cfg>(p.extent, row_block);
     for (int i = 0; i < k.count; ++i) {
       ptx::mbarrier_wait(smem.full(ring.stage), ring.parity);
       if (has_rows) multiply_stage<Cfg>(d, smem, ring.stage, warp_idx, lane_idx);
@@ -345,7 +360,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     sync();  // all sums are there
     ptx::wait_for_predecessor();
     store_outputs<Cfg, kRanks>(p, smem, row_block, rank);
-    sync();  // all sums have been read: the next row block may overwrite them, a neighbour may leave
+    sync();  // all sums have been read: they may be overwritten, a neighbour may leave
   }
 }
 

@@ -1,10 +1,13 @@
-// spmm_naive_sm90.cu: the shortest wgmma.sp kernel that is right: the text to read first, and the oracle on the device.
+// spmm_naive_sm90.cu: the shortest wgmma.sp kernel that is right: the text to read first, and the
+// oracle on the device.
 //
-//   D[M,N] = A[M,K] · B[K,N], A 2:4-sparse.   M = out_features   N = tokens   K = in_features (dense count)
+//   D[M,N] = A[M,K] · B[K,N], A 2:4-sparse.
+//   M = out_features   N = tokens   K = in_features (dense count)
 //
-// One warpgroup computes 64 rows x 64 tokens. It walks along K in tiles of 64: copy a tile of the packed weight and a tile
-// of x to shared memory with ordinary loads and stores, issue two wgmma.sp (32 of K each), wait, repeat. No pipeline, no
-// copy engine, no cluster, no split of K. What the fast kernels change is only when and by whom the tiles are copied.
+// One warpgroup computes 64 rows x 64 tokens. It walks along K in tiles of 64: copy a tile of the
+// packed weight and a tile of x to shared memory with ordinary loads and stores, issue two wgmma.sp
+// (32 of K each), wait, repeat. No pipeline, no copy engine, no cluster, no split of K. What the
+// fast kernels change is only when and by whom the tiles are copied.
 #include "../layout/tile64.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/wgmma_sp.cuh"
@@ -28,7 +31,8 @@ struct NaiveParams {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) spmm_naive_sm90_kernel(const NaiveParams<T> p) {
-  __shared__ __align__(1024) uint8_t x_tile[kTokens * 128];  // token rows of 128 bytes, 16-byte chunks XORed with token % 8
+  __shared__ __align__(1024) uint8_t
+      x_tile[kTokens * 128];  // token rows of 128 bytes, 16-byte chunks XORed with token % 8
   __shared__ __align__(1024) uint8_t values[tile64::kValueBytes];
   const int panel = blockIdx.x, first_token = blockIdx.y * kTokens;
 
@@ -48,20 +52,23 @@ __global__ void __launch_bounds__(kThreads) spmm_naive_sm90_kernel(const NaivePa
     }
     const uint32_t metadata =
         reinterpret_cast<const uint32_t*>(p.metadata + tile * tile64::kMetadataBytes)[threadIdx.x];
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads smem through the async proxy
+    asm volatile("fence.proxy.async.shared::cta;" ::
+                     : "memory");  // wgmma reads smem through the async proxy
     __syncthreads();
 
     const uint64_t a = tile64::weight_descriptor(ptx::smem_address(values));
     const uint64_t b = tile64::x_descriptor(ptx::smem_address(x_tile));
     ptx::wgmma_fence();
     ptx::WgmmaSp<T, kTokens>::template run<0>(d, a, b, metadata, k_tile > 0);
-    ptx::WgmmaSp<T, kTokens>::template run<1>(d, a + tile64::kWeightStep, b + tile64::kXStep, metadata, 1);
+    ptx::WgmmaSp<T, kTokens>::template run<1>(d, a + tile64::kWeightStep, b + tile64::kXStep,
+                                              metadata, 1);
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     __syncthreads();  // before the tiles are overwritten
   }
 
-  // PTX ISA, "Register fragments for wgmma": d[i] is row 16w + g + 8 ((i / 2) % 2), column 8 (i / 4) + 2t + i % 2.
+  // PTX ISA, "Register fragments for wgmma": d[i] is row 16w + g + 8 ((i / 2) % 2), column 8 (i /
+  // 4) + 2t + i % 2.
   const int warp_idx = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll  // d must be indexed by constants
   for (int i = 0; i < kTokens / 2; ++i) {
@@ -86,7 +93,8 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
                                  p.in_features};
   const dim3 grid(params.extent.panels, tile64::ceil_div(p.tokens, kTokens));
   spmm_naive_sm90_kernel<T><<<grid, kThreads, 0, stream>>>(params);
-  return launch_status("sparsekern.linear (naive)", "spmm_naive_sm90_kernel", grid, dim3(kThreads), 0);
+  return launch_status("sparsekern.linear (naive)", "spmm_naive_sm90_kernel", grid, dim3(kThreads),
+                       0);
 }
 
 }  // namespace

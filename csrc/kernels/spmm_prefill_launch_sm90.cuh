@@ -1,5 +1,6 @@
-// spmm_prefill_launch_sm90.cuh: host side of the prefill kernel: occupancy, the cut of the last wave, the launch, the list of
-// tiles. Templates over the dtype; spmm_prefill*_sm90.cu instantiate them, so that they compile in parallel.
+// spmm_prefill_launch_sm90.cuh: host side of the prefill kernel: occupancy, the cut of the last
+// wave, the launch, the list of tiles. Templates over the dtype; spmm_prefill*_sm90.cu instantiate
+// them, so that they compile in parallel.
 #pragma once
 #include "spmm_prefill_sm90.cuh"
 
@@ -8,10 +9,10 @@
 
 namespace sparsekern::prefill {
 
-
 constexpr const char* kOp = "sparsekern.linear (prefill)";
 
-// Persistent grid: as many clusters as can be resident, asked once per kernel, cluster size and device.
+// Persistent grid: as many clusters as can be resident, asked once per kernel, cluster size and
+// device.
 template <class Cfg>
 Status resident_clusters(int cluster_ctas, int& count) {
   constexpr int kDevices = 64, kSizes = 5;
@@ -23,7 +24,8 @@ Status resident_clusters(int cluster_ctas, int& count) {
   int& cached = cache[device][cluster_ctas];
   if (cached == 0) {
     const auto kernel = spmm_prefill_sm90_kernel<Cfg>;
-    SK_CUDA(kOp, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Cfg::kSmemBytes));
+    SK_CUDA(kOp, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      Cfg::kSmemBytes));
     cudaLaunchConfig_t launch = {};
     launch.gridDim = dim3(cluster_ctas * 1024);
     launch.blockDim = dim3(kThreads);
@@ -39,8 +41,8 @@ Status resident_clusters(int cluster_ctas, int& count) {
   return {};
 }
 
-// Into how many parts of K to cut each tile of the last wave: as many as there are clusters for, as long as each part
-// keeps a few column tiles and every CTA of the tile has a token block to finish.
+// Into how many parts of K to cut each tile of the last wave: as many as there are clusters for, as
+// long as each part keeps a few column tiles and every CTA of the tile has a token block to finish.
 inline int choose_splits(int rest, int resident, int k_tiles, int token_blocks) {
   constexpr int kFewestTiles = 4;
   int splits = rest == 0 ? 1 : resident / rest;
@@ -51,7 +53,8 @@ inline int choose_splits(int rest, int resident, int k_tiles, int token_blocks) 
 
 // Counters first, then the partial sums of at most one tile per SM.
 constexpr size_t kCounterBytes = 16384;
-constexpr size_t kTileBytes = 256 * 192 * sizeof(float);  // the largest BLOCK_M * BLOCK_N of configs.h
+constexpr size_t kTileBytes =
+    256 * 192 * sizeof(float);  // the largest BLOCK_M * BLOCK_N of configs.h
 
 template <class T, int kPanels, int kTokens>
 Status launch(const LinearProblem& p, ClusterShape cluster, void* workspace, cudaStream_t stream) {
@@ -77,7 +80,9 @@ Status launch(const LinearProblem& p, ClusterShape cluster, void* workspace, cud
   const int64_t tiles = static_cast<int64_t>(params.tile_rows) * params.tile_columns;
   SK_CHECK_REL(kOp, tiles, <, int64_t{1} << 31, "Split the tokens.");
   const int rest = static_cast<int>(tiles % resident);
-  params.splits = workspace ? choose_splits(rest, resident, params.extent.k_tiles, kTokens / kRoundedTokens) : 1;
+  params.splits =
+      workspace ? choose_splits(rest, resident, params.extent.k_tiles, kTokens / kRoundedTokens)
+                : 1;
   params.whole_tiles = static_cast<int>(tiles) - (params.splits > 1 ? rest : 0);
   const int64_t items = params.whole_tiles + (tiles - params.whole_tiles) * params.splits;
   params.clusters = items < resident ? static_cast<int>(items) : resident;
@@ -95,19 +100,21 @@ Status launch(const LinearProblem& p, ClusterShape cluster, void* workspace, cud
   config.attrs = attribute;
   config.numAttrs = 1;
   (void)cudaLaunchKernelEx(&config, spmm_prefill_sm90_kernel<Cfg>, x_map, params);
-  return launch_status(kOp, "spmm_prefill_sm90_kernel", config.gridDim, config.blockDim, Cfg::kSmemBytes);
+  return launch_status(kOp, "spmm_prefill_sm90_kernel", config.gridDim, config.blockDim,
+                       Cfg::kSmemBytes);
 }
 
 template <class T>
 Status launch_config(const LinearProblem& p, int config, void* workspace, cudaStream_t stream) {
   switch (config) {
 #define SK_CASE(index, panels, tokens, cluster_m, cluster_n) \
-  case index: return launch<T, panels, tokens>(p, {cluster_m, cluster_n}, workspace, stream);
+  case index:                                                \
+    return launch<T, panels, tokens>(p, {cluster_m, cluster_n}, workspace, stream);
     SK_PREFILL_CONFIGS(SK_CASE)
 #undef SK_CASE
   }
-  return make_status(StatusKind::value, kOp, ": expected a config index below ", kPrefillConfigs, ", got ", config,
-                     ". See sparsekern._C.prefill_configs().");
+  return make_status(StatusKind::value, kOp, ": expected a config index below ", kPrefillConfigs,
+                     ", got ", config, ". See sparsekern._C.prefill_configs().");
 }
 
 }  // namespace sparsekern::prefill

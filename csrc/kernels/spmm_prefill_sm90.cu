@@ -1,4 +1,5 @@
-// spmm_prefill_sm90.cu: entry points of the prefill kernel, and the kernel for bfloat16; float16 has a file of its own.
+// spmm_prefill_sm90.cu: entry points of the prefill kernel, and the kernel for bfloat16; float16
+// has a file of its own.
 #include "spmm_prefill_launch_sm90.cuh"
 
 namespace sparsekern {
@@ -10,15 +11,17 @@ extern template Status launch_config<__half>(const LinearProblem&, int, void*, c
 
 Status launch_prefill(const LinearProblem& p, int config, void* workspace, cudaStream_t stream) {
   if (p.tokens == 0) return {};
-  return p.dtype == DType::kBFloat16 ? prefill::launch_config<__nv_bfloat16>(p, config, workspace, stream)
-                                     : prefill::launch_config<__half>(p, config, workspace, stream);
+  return p.dtype == DType::kBFloat16
+             ? prefill::launch_config<__nv_bfloat16>(p, config, workspace, stream)
+             : prefill::launch_config<__half>(p, config, workspace, stream);
 }
 
 Status prefill_workspace_bytes(size_t& bytes) {
   int device = 0, sms = 0;
   SK_CUDA(prefill::kOp, cudaGetDevice(&device));
   SK_CUDA(prefill::kOp, cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-  SK_CHECK_REL(prefill::kOp, sms * prefill::kConsumers * 2 * sizeof(uint32_t), <=, prefill::kCounterBytes, "Raise kCounterBytes.");
+  SK_CHECK_REL(prefill::kOp, sms * prefill::kConsumers * 2 * sizeof(uint32_t), <=,
+               prefill::kCounterBytes, "Raise kCounterBytes.");
   bytes = prefill::kCounterBytes + sms * prefill::kTileBytes;
   return {};
 }

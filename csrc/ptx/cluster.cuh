@@ -1,5 +1,5 @@
-// cluster.cuh: thread-block clusters: ranks, barriers, and shared memory of a neighbour (PTX ISA, "barrier.cluster",
-// "mapa", "ld.shared::cluster"; sm_90).
+// cluster.cuh: thread-block clusters: ranks, barriers, and shared memory of a neighbour (PTX ISA,
+// "barrier.cluster", "mapa", "ld.shared::cluster"; sm_90).
 #pragma once
 #include <cstdint>
 
@@ -57,9 +57,10 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Programmatic dependent launch (PTX ISA, "griddepcontrol"): a kernel launched with that attribute may start before its
-// predecessor in the stream has finished. Whatever the predecessor may have written, or may still read, is touched only
-// after wait_for_predecessor; let_successor_start says that the next such kernel may begin to fill freed SMs.
+// Programmatic dependent launch (PTX ISA, "griddepcontrol"): a kernel launched with that attribute
+// may start before its predecessor in the stream has finished. Whatever the predecessor may have
+// written, or may still read, is touched only after wait_for_predecessor; let_successor_start says
+// that the next such kernel may begin to fill freed SMs.
 __device__ __forceinline__ void wait_for_predecessor() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }

@@ -1,9 +1,11 @@
-// mbarrier.cuh: shared-memory barriers that count both threads and bytes (PTX ISA, "mbarrier"; sm_90).
+// mbarrier.cuh: shared-memory barriers that count both threads and bytes (PTX ISA, "mbarrier";
+// sm_90).
 //
-// A pipeline stage has two of them: `full` (the producer arrives once and announces the bytes that the copy engine
-// will deliver) and `empty` (the consumers arrive when they have finished reading). Waiting is by phase parity: a
-// fresh barrier has phase 0, so the first wait on `full` uses parity 0 and the first wait on `empty` uses parity 1,
-// which passes at once because "the phase before the first" counts as complete.
+// A pipeline stage has two of them: `full` (the producer arrives once and announces the bytes that
+// the copy engine will deliver) and `empty` (the consumers arrive when they have finished reading).
+// Waiting is by phase parity: a fresh barrier has phase 0, so the first wait on `full` uses parity
+// 0 and the first wait on `empty` uses parity 1, which passes at once because "the phase before the
+// first" counts as complete.
 #pragma once
 #include <cstdint>
 
@@ -31,13 +33,15 @@ __device__ __forceinline__ void mbarrier_arrive_expect_bytes(uint32_t barrier, u
                : "memory");
 }
 
-// Arrives on a barrier of any CTA of the cluster; `barrier` is a shared::cluster address (see map_to_cta). For "I have
-// finished reading": it publishes no writes. The form with .release.cluster would cost a MEMBAR.ALL.GPU per call.
+// Arrives on a barrier of any CTA of the cluster; `barrier` is a shared::cluster address (see
+// map_to_cta). For "I have finished reading": it publishes no writes. The form with
+// .release.cluster would cost a MEMBAR.ALL.GPU per call.
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Spins until the phase with the given parity is complete (try_wait sleeps in hardware between polls).
+// Spins until the phase with the given parity is complete (try_wait sleeps in hardware between
+// polls).
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -45,7 +49,8 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       "WAIT:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra WAIT;\n"
-      "}" ::"r"(barrier), "r"(parity)
+      "}" ::"r"(barrier),
+      "r"(parity)
       : "memory");
 }
 

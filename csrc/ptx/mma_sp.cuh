@@ -1,12 +1,15 @@
-// mma_sp.cuh: one warp's sparse tensor-core product, D[16,8] += A[16,32] · B[32,8], A 2:4-sparse along K
-// (PTX ISA, "mma.sp::ordered_metadata.m16n8k32"; sm_80 and later), with the matrix loads that feed it.
+// mma_sp.cuh: one warp's sparse tensor-core product, D[16,8] += A[16,32] · B[32,8], A 2:4-sparse
+// along K (PTX ISA, "mma.sp::ordered_metadata.m16n8k32"; sm_80 and later), with the matrix loads
+// that feed it.
 //
 // With g = lane / 4 and t = lane % 4 a lane holds
-//   a[0..3]  compressed A: rows g, g+8, g, g+8; columns 2t..2t+1 of the 16 kept ones for a[0], a[1], 8+2t.. for a[2], a[3]
+//   a[0..3]  compressed A: rows g, g+8, g, g+8; of the 16 kept columns 2t, 2t+1 for a[0], a[1] and
+//            8+2t, 9+2t for a[2], a[3]
 //   b[r]     B rows (dense k) 8r+2t, 8r+2t+1 of column g
 //   d[0..3]  (row g, columns 2t, 2t+1), (row g+8, same)
-// Metadata: the lanes with t / 2 == kSelector supply it. Word of lane (g, t): low half row g, high half row g+8, four
-// nibbles each for dense k 16·(t%2) .. +15. So one register per lane serves two k-steps: selector 0, then selector 1.
+// Metadata: the lanes with t / 2 == kSelector supply it. Word of lane (g, t): low half row g, high
+// half row g+8, four nibbles each for dense k 16·(t%2) .. +15. So one register per lane serves two
+// k-steps: selector 0, then selector 1.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -16,12 +19,12 @@
 
 namespace sparsekern::ptx {
 
-#define SK_MMA_SP(TYPE)                                                                        \
-  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE     \
+#define SK_MMA_SP(TYPE)                                                                          \
+  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE       \
                ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, " \
-               "%12, %13;"                                                                     \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]),  \
+               "%12, %13;"                                                                       \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                  \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]),    \
                  "r"(b[3]), "r"(metadata), "n"(kSelector))
 
 template <class T, int kSelector>
@@ -43,8 +46,9 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
                : "memory");
 }
 
-// Stores four 8x8 matrices transposed: what a lane holds as (row g, columns 2t, 2t+1) lands in column g of the
-// destination. This turns an accumulator fragment [out_features, tokens] into rows of y [tokens, out_features].
+// Stores four 8x8 matrices transposed: what a lane holds as (row g, columns 2t, 2t+1) lands in
+// column g of the destination. This turns an accumulator fragment [out_features, tokens] into rows
+// of y [tokens, out_features].
 __device__ __forceinline__ void stmatrix_x4_transposed(uint32_t smem, uint32_t r0, uint32_t r1,
                                                        uint32_t r2, uint32_t r3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem),
@@ -72,7 +76,8 @@ __device__ __forceinline__ void store_shared_f32(uint32_t smem, float v) {
 }
 
 __device__ __forceinline__ void store_shared_int4(uint32_t smem, int4 v) {
-  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
                : "memory");
 }
 

@@ -1,10 +1,13 @@
-// tma.cuh: the asynchronous copy engine (PTX ISA, "cp.async.bulk" and "cp.async.bulk.tensor"; sm_90).
+// tma.cuh: the asynchronous copy engine (PTX ISA, "cp.async.bulk" and "cp.async.bulk.tensor";
+// sm_90).
 //
 // Two kinds of copy, both issued by one thread and completing on an mbarrier by byte count:
-//   bulk_copy    contiguous bytes, 16-byte aligned: the packed weights, which lie in gmem as smem wants them
-//   tensor_copy  a box of a 2-D tensor described by a CUtensorMap: activations, swizzled, out-of-bounds read as zero
-// The *_multicast forms deliver the same bytes to the same offset in every CTA of `cta_mask`, and signal the barrier at
-// the same offset in each of them.
+//   bulk_copy    contiguous bytes, 16-byte aligned: the packed weights, which lie in gmem as smem
+//                wants them
+//   tensor_copy  a box of a 2-D tensor described by a CUtensorMap: activations, swizzled;
+//                out-of-bounds reads as zero
+// The *_multicast forms deliver the same bytes to the same offset in every CTA of `cta_mask`, and
+// signal the barrier at the same offset in each of them.
 #pragma once
 #include <cuda.h>
 
@@ -12,18 +15,18 @@
 
 namespace sparsekern::ptx {
 
-enum class L2Hint : uint64_t {           // cache-policy words as CUTLASS and the driver use them
+enum class L2Hint : uint64_t {  // cache-policy words as CUTLASS and the driver use them
   kEvictNormal = 0x1000000000000000ull,
-  kEvictFirst = 0x12F0000000000000ull,   // streamed once: packed weights in decode
-  kEvictLast = 0x14F0000000000000ull,    // reread by every CTA: activations
+  kEvictFirst = 0x12F0000000000000ull,  // streamed once: packed weights in decode
+  kEvictLast = 0x14F0000000000000ull,   // reread by every CTA: activations
 };
 
 __device__ __forceinline__ void bulk_copy(uint32_t smem, const void* gmem, uint32_t bytes,
                                           uint32_t barrier, L2Hint hint) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1], %2, [%3], %4;" ::"r"(smem), "l"(gmem), "r"(bytes), "r"(barrier),
-      "l"(static_cast<uint64_t>(hint))
+      "[%0], [%1], %2, [%3], %4;" ::"r"(smem),
+      "l"(gmem), "r"(bytes), "r"(barrier), "l"(static_cast<uint64_t>(hint))
       : "memory");
 }
 
@@ -32,8 +35,8 @@ __device__ __forceinline__ void bulk_copy_multicast(uint32_t smem, const void* g
                                                     L2Hint hint) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      ".L2::cache_hint [%0], [%1], %2, [%3], %4, %5;" ::"r"(smem), "l"(gmem), "r"(bytes),
-      "r"(barrier), "h"(cta_mask), "l"(static_cast<uint64_t>(hint))
+      ".L2::cache_hint [%0], [%1], %2, [%3], %4, %5;" ::"r"(smem),
+      "l"(gmem), "r"(bytes), "r"(barrier), "h"(cta_mask), "l"(static_cast<uint64_t>(hint))
       : "memory");
 }
 
@@ -42,8 +45,8 @@ __device__ __forceinline__ void tensor_copy(uint32_t smem, const CUtensorMap* ma
                                             uint32_t barrier, L2Hint hint) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(smem), "l"(map), "r"(x), "r"(y), "r"(barrier),
-      "l"(static_cast<uint64_t>(hint))
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(smem),
+      "l"(map), "r"(x), "r"(y), "r"(barrier), "l"(static_cast<uint64_t>(hint))
       : "memory");
 }
 
