@@ -279,6 +279,7 @@ void bind_ops(py::module_& m) {
   m.def("decode_gated", &decode_gated, "launch_decode_gated: up to 32 tokens");
   m.def("prefill", &prefill, "launch_prefill");
   m.def("naive", &naive, "launch_naive: the readable kernel, for tests");
+  m.attr("PREFILL_COUNTER_BYTES") = kPrefillCounterBytes;
   m.def("prefill_workspace_bytes", &workspace_bytes, "Its workspace on the current device.");
   m.def("capture_id", &capture_id, "0, or a number of the stream's current graph capture.");
 }

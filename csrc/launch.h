@@ -56,9 +56,10 @@ Status launch_naive(const LinearProblem& problem, cudaStream_t stream);
 Status launch_decode(const LinearProblem& problem, int config, cudaStream_t stream);
 int decode_config(int out_features, int in_features);  // what 0 would choose
 Status launch_decode_gated(const GatedProblem& problem, int config, cudaStream_t stream);
-// config: index into SK_PREFILL_CONFIGS (configs.h). workspace: prefill_workspace_bytes, zeroed
-// once when allocated, not shared by launches that may overlap; null: tiles are never cut along K,
-// which is slower when there are few.
+// config: index into SK_PREFILL_CONFIGS (configs.h). workspace: prefill_workspace_bytes, of which the
+// first kPrefillCounterBytes are zero before the first launch (each leaves them so), not shared by
+// launches that may overlap; null: tiles are never cut along K, which is slower when there are few.
+constexpr size_t kPrefillCounterBytes = 16384;
 Status launch_prefill(const LinearProblem& problem, int config, void* workspace,
                       cudaStream_t stream);
 Status prefill_workspace_bytes(size_t& bytes);

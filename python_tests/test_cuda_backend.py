@@ -19,6 +19,7 @@ def native(monkeypatch):
         capture=0,
         capture_id=lambda stream: module.capture,
         prefill_workspace_bytes=lambda: 64,
+        PREFILL_COUNTER_BYTES=16,
         prefill_configs=lambda: [
             dict(zip(("rows", "tokens", "cluster_rows", "cluster_tokens"), tile), index=i)
             for i, tile in enumerate(TIMES)
@@ -28,8 +29,14 @@ def native(monkeypatch):
         decode="decode",
         prefill="prefill",
     )
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda size, dtype, device: zeros(size, dtype=dtype))
+    empty = torch.empty
+
+    def used_memory(*size, device=None, **options):
+        """Memory of "GPU" 0, 1, ... on the CPU, with something in it."""
+        tensor = empty(*size, **options)
+        return tensor.fill_(7) if isinstance(device, int) else tensor
+
+    monkeypatch.setattr(torch, "empty", used_memory)
     monkeypatch.setattr(cuda_backend._native, "module", lambda: module)
     monkeypatch.setattr(cuda_backend, "_workspaces", {})
     monkeypatch.setattr(
@@ -71,6 +78,12 @@ def test_explain_names_the_rows_and_the_split_or_the_tile(native):
     assert name(64, 28672, 8192) == "decode 128 rows, split 4"
     tile = list(TIMES)[cuda_backend._plan(8192, 4096, 14336, 0)[1]]
     assert name(8192, 4096, 14336) == f"prefill {tile}" and isinstance(tile, Tile)
+
+
+def test_a_workspace_begins_with_cleared_counters(native):
+    cuda_backend._workspace(0, 7)
+    ((_, space),) = cuda_backend._workspaces.values()
+    assert space.tolist() == [0] * 16 + [7] * 48
 
 
 def test_workspaces_belong_to_a_stream_or_to_a_capture(native):

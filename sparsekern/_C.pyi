@@ -139,5 +139,7 @@ def naive(
     stream: int,
     /,
 ) -> None: ...  # the readable kernel, for tests
+PREFILL_COUNTER_BYTES: int  # the beginning of the workspace that must be zero
+
 def prefill_workspace_bytes() -> int: ...
 def capture_id(stream: int, /) -> int: ...  # 0: the stream is not being captured

@@ -106,14 +106,16 @@ def _workspace(index, stream):
 
     Launches that may overlap must not share one: so each stream has its own, and so has each graph
     capture, because a graph may be replayed on any stream. A captured one lives in the graph's
-    memory pool, and every replay clears it first.
+    memory pool, and every replay clears its counters first.
     """
     native = _native.module()
     capture = native.capture_id(stream)
     known = _workspaces.get((index, stream, capture > 0))
     if known is None or known[0] != capture:
         size = native.prefill_workspace_bytes()
-        known = capture, torch.zeros(size, dtype=torch.uint8, device=index)
+        space = torch.empty(size, dtype=torch.uint8, device=index)
+        space[: native.PREFILL_COUNTER_BYTES].zero_()
+        known = capture, space
         _workspaces[index, stream, capture > 0] = known
     return known[1].data_ptr()
 

@@ -51,10 +51,9 @@ inline int choose_splits(int rest, int resident, int k_tiles, int token_blocks) 
   return splits < 1 ? 1 : splits;
 }
 
-// Counters first, then the partial sums of at most one tile per SM.
-constexpr size_t kCounterBytes = 16384;
-constexpr size_t kTileBytes =
-    256 * 192 * sizeof(float);  // the largest BLOCK_M * BLOCK_N of configs.h
+// The workspace: counters, then the partial sums of at most one tile per SM. The largest tile of
+// configs.h has BLOCK_M * BLOCK_N = 256 * 192.
+constexpr size_t kTileBytes = 256 * 192 * sizeof(float);
 
 template <class T, int kPanels, int kTokens>
 Status launch(const LinearProblem& p, ClusterShape cluster, void* workspace, cudaStream_t stream) {
@@ -87,7 +86,7 @@ Status launch(const LinearProblem& p, ClusterShape cluster, void* workspace, cud
   const int64_t items = params.whole_tiles + (tiles - params.whole_tiles) * params.splits;
   params.clusters = items < resident ? static_cast<int>(items) : resident;
   params.counters = static_cast<uint32_t*>(workspace);
-  params.partials = reinterpret_cast<float4*>(static_cast<uint8_t*>(workspace) + kCounterBytes);
+  params.partials = reinterpret_cast<float4*>(static_cast<uint8_t*>(workspace) + kPrefillCounterBytes);
 
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(params.clusters * cluster_ctas);

@@ -21,8 +21,8 @@ Status prefill_workspace_bytes(size_t& bytes) {
   SK_CUDA(prefill::kOp, cudaGetDevice(&device));
   SK_CUDA(prefill::kOp, cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
   SK_CHECK_REL(prefill::kOp, sms * prefill::kConsumers * 2 * sizeof(uint32_t), <=,
-               prefill::kCounterBytes, "Raise kCounterBytes.");
-  bytes = prefill::kCounterBytes + sms * prefill::kTileBytes;
+               kPrefillCounterBytes, "Raise kPrefillCounterBytes.");
+  bytes = kPrefillCounterBytes + sms * prefill::kTileBytes;
   return {};
 }
 
