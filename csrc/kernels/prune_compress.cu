@@ -16,35 +16,54 @@ namespace {
 
 constexpr int kThreads = 256, kChunks = 4;
 constexpr int kChunkElements = 8;
-constexpr uint32_t kMagnitude = 0x7FFF;
+constexpr uint32_t kMagnitudes = 0x7FFF7FFF;  // of two elements in a word
+constexpr uint32_t kTops = 0x80008000;        // bit 15 of both halves
 
-// Nibble for each set of kept non-zero columns (bit c = column c), 4 bits each:
-// compression.SLOT_TABLE.
-constexpr uint64_t kNibbles = 0x000E0DCE098E4D8Eull;
+// What to do with a group, by which columns are kept and not zero. Index: bit 0 column 2, bit 1
+// column 3, bit 2 column 0, bit 3 column 1. Bits 16..19: the nibble, as in compression.SLOT_TABLE;
+// bits 0..15: the byte selector that moves both survivors into one word.
+__constant__ uint32_t kGroups[16] = {0xE7654, 0xE7654, 0xE7654, 0xE7654, 0x85410, 0x85410,
+                                     0xC7610, 0x01010, 0xD7632, 0x95432, 0xD7632, 0x01010,
+                                     0x43210, 0x01010, 0x01010, 0x01010};
 
-// One group: elements 0, 1 in `low`, 2, 3 in `high`. Returns the nibble, and the two survivors in
-// `pair`. An element is kept when it beats two others; of equal magnitudes the higher column wins.
+// One group: elements 0, 1 in `low`, 2, 3 in `high`. An element is kept when it beats two others;
+// of equal magnitudes the higher column wins. Two elements at a time, in the halves of a word:
+// (b | 0x8000) - a has bit 15 clear exactly when a > b, and two of three is LOP3's majority.
+// `groups` is kGroups. Returns the nibble, and the two survivors in `pair`, zeros as +0.0; `bad`
+// collects magnitudes of at least infinity in its bits 15 and 31.
 __device__ __forceinline__ uint32_t keep_two(uint32_t low, uint32_t high, uint32_t infinity,
-                                             uint32_t& pair, bool& bad) {
-  const uint32_t a0 = low & kMagnitude, a1 = low >> 16 & kMagnitude;
-  const uint32_t a2 = high & kMagnitude, a3 = high >> 16 & kMagnitude;
-  const int b01 = a0 > a1, b02 = a0 > a2, b03 = a0 > a3, b12 = a1 > a2, b13 = a1 > a3,
-            b23 = a2 > a3;
-  const uint32_t kept =
-      (b01 + b02 + b03 >= 2 && a0 != 0 ? 1 : 0) | (1 - b01 + b12 + b13 >= 2 && a1 != 0 ? 2 : 0) |
-      (2 - b02 - b12 + b23 >= 2 && a2 != 0 ? 4 : 0) | (3 - b03 - b13 - b23 >= 2 && a3 != 0 ? 8 : 0);
-  bad |= a0 >= infinity || a1 >= infinity || a2 >= infinity || a3 >= infinity;
-  const uint32_t nibble = static_cast<uint32_t>(kNibbles >> 4 * kept) & 0xF;
-  // The bytes 2 i, 2 i + 1 of both survivors; a free slot holds a zero, which is stored as +0.0.
-  pair = __byte_perm(low, high, 0x1010 + 0x22 * (nibble & 3) + 0x2200 * (nibble >> 2));
-  if ((pair & kMagnitude) == 0) pair &= 0xFFFF0000;
-  if ((pair >> 16 & kMagnitude) == 0) pair &= 0x0000FFFF;
-  return nibble;
+                                             const uint32_t* groups, uint32_t& pair,
+                                             uint32_t& bad) {
+  const auto majority = [](uint32_t x, uint32_t y, uint32_t z) {
+    return (x & y) | (x & z) | (y & z);
+  };
+  const uint32_t a01 = low & kMagnitudes, a23 = high & kMagnitudes;
+  const uint32_t a32 = __byte_perm(a23, 0, 0x1032);
+  const uint32_t a02 = __byte_perm(a01, a23, 0x5410), a13 = __byte_perm(a01, a23, 0x7632);
+  const uint32_t n02_n13 = (a23 | kTops) - a01;  // bit 15: not a0 > a2; bit 31: not a1 > a3
+  const uint32_t n03_n12 = (a32 | kTops) - a01;
+  const uint32_t n01_n23 = (a13 | kTops) - a02;
+  const uint32_t b01_n01 = __byte_perm(n01_n23, 0, 0x1010) ^ 0x8000;
+  const uint32_t b23_n23 = __byte_perm(n01_n23, 0, 0x3232) ^ 0x8000;
+  const uint32_t n12_n03 = __byte_perm(n03_n12, 0, 0x1032);
+  // x + 0x7FFF has bit 15 set exactly when x is not zero.
+  const uint32_t keep01 = majority(b01_n01, ~n02_n13, ~n03_n12) & (a01 + kMagnitudes) & kTops;
+  const uint32_t keep23 = majority(b23_n23, n02_n13, n12_n03) & (a23 + kMagnitudes) & kTops;
+  const uint32_t keep = (keep01 | keep23 >> 2) >> 13;  // bits 0, 2 and 16, 18
+  const uint32_t group = groups[(keep | keep >> 15) & 0xF];
+  pair = __byte_perm(low, high, group);
+  const uint32_t zeros = ~((pair & kMagnitudes) + kMagnitudes) & kTops;
+  pair &= ~zeros;  // only the sign of a zero can be set
+  bad |= (a01 + 0x80008000 - infinity) | (a23 + 0x80008000 - infinity);
+  return group >> 16;
 }
 
 __global__ void __launch_bounds__(kThreads)
     prune_compress_kernel(const uint4* w, uint2* values, uint8_t* metadata, int* bad_chunks,
                           size_t chunks, uint32_t infinity) {
+  __shared__ uint32_t groups[16];  // lanes look up different entries: one bank each
+  if (threadIdx.x < 16) groups[threadIdx.x] = kGroups[threadIdx.x];
+  __syncthreads();
   const size_t first = static_cast<size_t>(blockIdx.x) * kThreads * kChunks + threadIdx.x;
   uint4 chunk[kChunks];
 #pragma unroll
@@ -55,13 +74,13 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kChunks; ++i) {
     const size_t at = first + i * kThreads;
     if (at >= chunks) break;
-    bool bad = false;
+    uint32_t bad = 0;
     uint2 kept;
-    const uint32_t low = keep_two(chunk[i].x, chunk[i].y, infinity, kept.x, bad);
-    const uint32_t high = keep_two(chunk[i].z, chunk[i].w, infinity, kept.y, bad);
+    const uint32_t low = keep_two(chunk[i].x, chunk[i].y, infinity, groups, kept.x, bad);
+    const uint32_t high = keep_two(chunk[i].z, chunk[i].w, infinity, groups, kept.y, bad);
     values[at] = kept;
     metadata[at] = static_cast<uint8_t>(low | high << 4);
-    if (bad) atomicAdd(bad_chunks, 1);
+    if (bad & kTops) atomicAdd(bad_chunks, 1);
   }
 }
 
@@ -80,7 +99,7 @@ Status launch_prune_compress(const void* w, void* values, void* metadata, int* b
   const dim3 grid(static_cast<unsigned>(blocks));
   prune_compress_kernel<<<grid, kThreads, 0, stream>>>(
       static_cast<const uint4*>(w), static_cast<uint2*>(values), static_cast<uint8_t*>(metadata),
-      bad_chunks, chunks, dtype == DType::kBFloat16 ? 0x7F80 : 0x7C00);
+      bad_chunks, chunks, dtype == DType::kBFloat16 ? 0x7F807F80 : 0x7C007C00);
   return launch_status(kOp, "prune_compress_kernel", grid, dim3(kThreads), 0);
 }
 
