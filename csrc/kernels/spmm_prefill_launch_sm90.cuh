@@ -86,7 +86,8 @@ Status launch(const LinearProblem& p, ClusterShape cluster, void* workspace, cud
   const int64_t items = params.whole_tiles + (tiles - params.whole_tiles) * params.splits;
   params.clusters = items < resident ? static_cast<int>(items) : resident;
   params.counters = static_cast<uint32_t*>(workspace);
-  params.partials = reinterpret_cast<float4*>(static_cast<uint8_t*>(workspace) + kPrefillCounterBytes);
+  params.partials =
+      reinterpret_cast<float4*>(static_cast<uint8_t*>(workspace) + kPrefillCounterBytes);
 
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(params.clusters * cluster_ctas);

@@ -1,0 +1,196 @@
+// spmm_prefill_epilogue_sm90.cuh: from the accumulators of one consumer warpgroup to y; first, where
+// the K of a tile is shared, the exchange of sums with the other clusters.
+#pragma once
+#include "../ptx/mma_sp.cuh"
+#include "spmm_prefill_plan_sm90.cuh"
+
+namespace sparsekern::prefill {
+
+// What a consumer has accumulated: rows and tokens of y, and which blocks of 32 tokens it finishes:
+// all of them, or every `splits`-th of a tile whose K is shared.
+struct Finished {
+  int row, token, split, splits;
+
+  template <class Cfg>
+  static __device__ __forceinline__ Finished of(const Params<typename Cfg::T>& p,
+                                                const Smem<Cfg>& smem, int consumer) {
+    const int4 at = ptx::load_shared_int4(smem.progress(consumer));
+    const int rest = at.z - p.whole_tiles;
+    return {at.x * Cfg::kRows + consumer * Cfg::kConsumerRows, at.y * Cfg::kTokens,
+            rest < 0 ? 0 : rest % p.splits, rest < 0 ? 1 : p.splits};
+  }
+  __device__ __forceinline__ bool owns(int block) const { return block % splits == split; }
+};
+
+// Adds up a tile whose K is shared: writes the blocks that others own, waits for theirs, adds those
+// of its own blocks, starting with the next split: a fixed order.
+template <class Cfg>
+__device__ __forceinline__ void exchange_sums(Accumulators<Cfg>& d,
+                                              const Params<typename Cfg::T>& p,
+                                              const Smem<Cfg>& smem, int consumer) {
+  constexpr int kBlocks = Cfg::kTokens / kRoundedTokens, kVectors = Cfg::kPanels * 4;
+  const int rest = ptx::load_shared_int4(smem.progress(consumer)).z - p.whole_tiles;
+  const int split = rest % p.splits, thread = threadIdx.x % 128;
+  const int cta_tile = rest / p.splits * p.cluster.m * p.cluster.n + ptx::cluster_cta_rank();
+  const auto partial = [&](int of_split, int block) {
+    return p.partials +
+           (((static_cast<size_t>(cta_tile) * p.splits + of_split) * kBlocks + block) * kConsumers +
+            consumer) *
+               kVectors * 128 +
+           thread;
+  };
+  uint32_t* counter = p.counters + (cta_tile * kConsumers + consumer) * 2;
+  int owner = 0;
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block, owner = owner + 1 == p.splits ? 0 : owner + 1) {
+    if (owner == split) continue;
+    float4* to = partial(split, block);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const float* from = &d[v / 4][block * 16 + v % 4 * 4];
+      __stcg(to + v * 128, make_float4(from[0], from[1], from[2], from[3]));
+    }
+  }
+  __threadfence();
+  ptx::named_barrier_sync(1 + consumer, 128);
+  if (thread == 0) {
+    atomicAdd(counter, 1u);
+    while (ptx::load_acquire(counter) != static_cast<uint32_t>(p.splits)) {
+    }
+  }
+  ptx::named_barrier_sync(1 + consumer, 128);
+  owner = 0;
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block, owner = owner + 1 == p.splits ? 0 : owner + 1) {
+    if (owner != split) continue;
+#pragma unroll 1
+    for (int i = 1; i < p.splits; ++i) {
+      const float4* from = partial((split + i) % p.splits, block);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const float4 add = __ldcg(from + v * 128);
+        float* to = &d[v / 4][block * 16 + v % 4 * 4];
+        to[0] += add.x, to[1] += add.y, to[2] += add.z, to[3] += add.w;
+      }
+    }
+  }
+  ptx::named_barrier_sync(1 + consumer, 128);
+  if (thread == 0 && atomicAdd(counter + 1, 1u) == static_cast<uint32_t>(p.splits - 1)) {
+    counter[0] = 0;  // the last to leave; the next launch finds zeros
+    counter[1] = 0;
+  }
+}
+
+// Two ways from the accumulators of one consumer to y. Bias alone and 16-byte aligned rows: add,
+// round, transpose through smem with stmatrix, 32 tokens at a time. Everything else: stage float32
+// sums, 16 tokens at a time, and finish rows of 8 from there, so that the long code for activations
+// and odd edges exists once and not once per accumulator.
+
+template <class Cfg>
+__device__ __forceinline__ void store_rounded(const Accumulators<Cfg>& d,
+                                              const Params<typename Cfg::T>& p,
+                                              const Smem<Cfg>& shared, int consumer) {
+  using T = typename Cfg::T;
+  const uint32_t smem = shared.out(consumer);
+  const Finished at = Finished::of<Cfg>(p, shared, consumer);
+  constexpr int kPieces = Cfg::kConsumerRows / 8;  // 16-byte pieces of one token's rows
+  const int thread = threadIdx.x % 128, warp_idx = thread / 32, lane_idx = thread % 32;
+  const int matrix = lane_idx / 8, line = lane_idx % 8;
+  float bias[Cfg::kPanels][2];
+#pragma unroll
+  for (int m = 0; m < Cfg::kPanels; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = at.row + m * 64 + warp_idx * 16 + h * 8 + lane_idx / 4;
+      bias[m][h] = p.out.bias && row < p.out.out_features ? to_float(p.out.bias[row]) : 0.0f;
+    }
+  }
+  // This thread's pieces: one 16-byte piece of every kStride-th token.
+  constexpr int kStride = 128 / kPieces;
+  const int piece = thread % kPieces, row = at.row + piece * 8;
+  T* to = p.out.y + static_cast<int64_t>(at.token + thread / kPieces) * p.out.y_stride + row;
+  const int left = row < p.out.out_features ? p.tokens - at.token - thread / kPieces : 0;
+#pragma unroll
+  for (int part = 0; part < Cfg::kTokens / kRoundedTokens; ++part) {
+    if (at.token + part * kRoundedTokens >= p.tokens) break;
+    if (!at.owns(part)) continue;
+#pragma unroll
+    for (int m = 0; m < Cfg::kPanels; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float* v = &d[m][(part * 4 + half * 2) * 4];
+        const int token = half * 16 + matrix / 2 * 8 + line,
+                  column = m * 8 + warp_idx * 2 + matrix % 2;
+        ptx::stmatrix_x4_transposed(smem + token * Cfg::kRoundedPitch + ((column ^ line) * 16),
+                                    pack_pair<T>(v[0] + bias[m][0], v[1] + bias[m][0]),
+                                    pack_pair<T>(v[2] + bias[m][1], v[3] + bias[m][1]),
+                                    pack_pair<T>(v[4] + bias[m][0], v[5] + bias[m][0]),
+                                    pack_pair<T>(v[6] + bias[m][1], v[7] + bias[m][1]));
+      }
+    }
+    ptx::named_barrier_sync(1 + consumer, 128);
+#pragma unroll
+    for (int i = 0; i < kRoundedTokens / kStride; ++i) {
+      const int token = i * kStride + thread / kPieces;
+      const uint4 v =
+          ptx::load_shared_u128(smem + token * Cfg::kRoundedPitch + ((piece ^ (token % 8)) * 16));
+      const int distance = part * kRoundedTokens + i * kStride;
+      if (distance < left) *reinterpret_cast<uint4*>(to + distance * p.out.y_stride) = v;
+    }
+    ptx::named_barrier_sync(1 + consumer, 128);
+  }
+}
+
+template <class Cfg>
+__device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
+                                                const Params<typename Cfg::T>& p,
+                                                const Smem<Cfg>& shared, int consumer) {
+  const uint32_t smem = shared.out(consumer);
+  const Finished at = Finished::of<Cfg>(p, shared, consumer);
+  constexpr int kPieces = Cfg::kConsumerRows / 8;
+  const int thread = threadIdx.x % 128, warp_idx = thread / 32, lane_idx = thread % 32;
+  const uint32_t lane_smem =
+      smem + lane_idx % 4 * 2 * Cfg::kSumPitch + (warp_idx * 16 + lane_idx / 4) * 4;
+#pragma unroll 1
+  for (int part = 0; part < Cfg::kTokens / kSumTokens; ++part) {
+    if (at.token + part * kSumTokens >= p.tokens) break;
+    if (!at.owns(part * kSumTokens / kRoundedTokens)) continue;
+#pragma unroll
+    for (int q = 0; q < Cfg::kTokens / kSumTokens; ++q) {
+      if (q != part) continue;
+#pragma unroll
+      for (int m = 0; m < Cfg::kPanels; ++m) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          ptx::store_shared_f32(
+              lane_smem + (i / 4 * 8 + i % 2) * Cfg::kSumPitch + (m * 64 + i / 2 % 2 * 8) * 4,
+              d[m][q * 8 + i]);
+      }
+    }
+    ptx::named_barrier_sync(1 + consumer, 128);
+#pragma unroll 1
+    for (int i = thread; i < kSumTokens * kPieces; i += 128) {
+      const int token = i / kPieces, row = i % kPieces * 8,
+                global_token = at.token + part * kSumTokens + token;
+      if (global_token < p.tokens) {
+        float v[8];
+        ptx::load_shared_f32x8(v, smem + token * Cfg::kSumPitch + row * 4);
+        p.out.template store<8>(v, global_token, at.row + row);
+      }
+    }
+    ptx::named_barrier_sync(1 + consumer, 128);
+  }
+}
+
+template <class Cfg>
+__device__ __forceinline__ void store_tile(Accumulators<Cfg>& d, const Params<typename Cfg::T>& p,
+                                           const Smem<Cfg>& smem, int consumer) {
+  if (p.splits > 1 && ptx::load_shared_int4(smem.progress(consumer)).z >= p.whole_tiles)
+    exchange_sums<Cfg>(d, p, smem, consumer);
+  if (p.out.activation == Activation::kNone && !p.out.residual && p.out.aligned &&
+      p.out.out_features % 8 == 0)
+    store_rounded<Cfg>(d, p, smem, consumer);
+  else store_activated<Cfg>(d, p, smem, consumer);
+}
+
+}  // namespace sparsekern::prefill

@@ -1,0 +1,155 @@
+// spmm_prefill_plan_sm90.cuh: what the prefill kernel's roles agree on: the tile and its stages, the
+// parameters, the map of shared memory, which work a cluster does, the ring of stages.
+#pragma once
+#include "../layout/tile64.cuh"
+#include "../ptx/cluster.cuh"
+#include "../ptx/mbarrier.cuh"
+#include "epilogue.cuh"
+
+namespace sparsekern::prefill {
+
+constexpr int kConsumers = 2;  // warpgroups
+constexpr int kProducers = 2;  // warps
+constexpr int kThreads = (kConsumers + 1) * 128;
+constexpr int kSmemCapacity = 227 * 1024;
+constexpr int kRoundedTokens =
+    32;                         // tokens per step of the epilogue when it stages rounded values ...
+constexpr int kSumTokens = 16;  // ... and when it stages float32 sums
+constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
+
+// kPanels: m64 tiles per consumer. kTokens: BLOCK_N.
+template <class T_, int kPanels_, int kTokens_>
+struct Config {
+  using T = T_;
+  static constexpr int kPanels = kPanels_;
+  static constexpr int kTilePanels = kPanels * kConsumers;
+  static constexpr int kRows = kTilePanels * tile64::kRows;  // BLOCK_M
+  static constexpr int kTokens = kTokens_;                   // BLOCK_N
+  static constexpr int kXBytes = kTokens * 128;
+  static constexpr int kValueBytes = kTilePanels * tile64::kValueBytes;
+  static constexpr int kMetadataBytes = kTilePanels * tile64::kMetadataBytes;
+  static constexpr int kStageBytes = kXBytes + kValueBytes + kMetadataBytes;
+  static constexpr int kConsumerRows = kPanels * tile64::kRows;
+  static constexpr int kRoundedPitch = kConsumerRows * 2;    // bytes between staged tokens
+  static constexpr int kSumPitch = (kConsumerRows + 4) * 4;  // +4 words spread the banks
+  static constexpr int kOutBytes = kSumTokens * kSumPitch;   // per consumer; covers both forms
+  static constexpr int kFit = (kSmemCapacity - 128 - kConsumers * kOutBytes) / kStageBytes;
+  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  static constexpr int kSmemBytes = kStages * kStageBytes + kConsumers * kOutBytes +
+                                    2 * kStages * 8 + (kStages + kConsumers) * 16;
+  static_assert(kRoundedTokens * kRoundedPitch <= kOutBytes);
+  static_assert(kStages >= 3 && kSmemBytes <= kSmemCapacity && kTokens % kRoundedTokens == 0);
+};
+
+// CTAs of a cluster form a CM x CN grid: same column = same tokens (share x), same row = same
+// weights (share A).
+struct ClusterShape {
+  int m, n;
+};
+
+template <class T>
+struct Params {
+  const uint8_t* values;
+  const uint8_t* metadata;
+  OutputSegment<T> out;
+  tile64::Extent extent;
+  int tokens;
+  ClusterShape cluster;
+  int clusters;                 // in the grid
+  int tile_rows, tile_columns;  // cluster tiles along M and N
+  int whole_tiles;              // cluster tiles that one cluster does alone
+  int splits;                   // parts of K that each of the others is cut into
+  float4* partials;    // [CTA tile of the rest][split][token block][consumer][kPanels * 4][128]
+  uint32_t* counters;  // [CTA tile of the rest][consumer][2]: arrived, done; zero between launches
+  uint16_t row_mask;   // CTAs of the cluster's first row; shifted by a CTA's place in its column
+  int group_m;         // rows of cluster tiles that are walked together, for L2
+};
+
+template <class Cfg>
+struct Smem {
+  uint32_t base;
+
+  __device__ __forceinline__ explicit Smem(const void* raw) : base(ptx::smem_address(raw)) {
+    if (base % 1024 != 0) __trap();  // the swizzle needs it; no static shared memory comes before
+  }
+  __device__ __forceinline__ uint32_t x(int stage) const { return base + stage * Cfg::kStageBytes; }
+  __device__ __forceinline__ uint32_t values(int stage) const { return x(stage) + Cfg::kXBytes; }
+  __device__ __forceinline__ uint32_t metadata(int stage) const {
+    return values(stage) + Cfg::kValueBytes;
+  }
+  __device__ __forceinline__ uint32_t out(int consumer) const {
+    return base + Cfg::kStages * Cfg::kStageBytes + consumer * Cfg::kOutBytes;
+  }
+  __device__ __forceinline__ uint32_t full(int stage) const {
+    return base + Cfg::kStages * Cfg::kStageBytes + kConsumers * Cfg::kOutBytes + stage * 8;
+  }
+  __device__ __forceinline__ uint32_t empty(int stage) const {
+    return full(stage) + Cfg::kStages * 8;
+  }
+  // Where the work is: {tile m, tile n, item, column tiles} for each stage, written by the producer
+  // of x; {tile m, tile n, item, ring state} for a consumer in its epilogue. The accumulators leave
+  // no registers to keep these in.
+  __device__ __forceinline__ uint32_t tile(int stage) const {
+    return full(0) + 2 * Cfg::kStages * 8 + stage * 16;
+  }
+  __device__ __forceinline__ uint32_t progress(int consumer) const {
+    return tile(Cfg::kStages + consumer);
+  }
+};
+
+// One item of work: a cluster tile, or one part of its K.
+struct WorkItem {
+  int tile, split, k_begin, k_end;
+};
+
+template <class T>
+__device__ __forceinline__ int work_items(const Params<T>& p) {
+  return p.whole_tiles + (p.tile_rows * p.tile_columns - p.whole_tiles) * p.splits;
+}
+
+template <class T>
+__device__ __forceinline__ WorkItem work_item(const Params<T>& p, int index) {
+  const int rest = index - p.whole_tiles, k_tiles = p.extent.k_tiles;
+  if (rest < 0) return {index, 0, 0, k_tiles};
+  const int split = rest % p.splits;
+  return {p.whole_tiles + rest / p.splits, split, k_tiles * split / p.splits,
+          k_tiles * (split + 1) / p.splits};
+}
+
+struct TilePosition {
+  int m, n;  // CTA tile
+};
+
+// Cluster tile `index` -> this CTA's tile. Groups of group_m cluster rows; inside a group rows
+// fastest, then tokens.
+template <class T>
+__device__ __forceinline__ TilePosition tile_position(const Params<T>& p, int index) {
+  const int rank = ptx::cluster_cta_rank();
+  const int group = index / (p.group_m * p.tile_columns),
+            within = index % (p.group_m * p.tile_columns);
+  const int first = group * p.group_m;
+  const int height = p.tile_rows - first < p.group_m ? p.tile_rows - first : p.group_m;
+  return {(first + within % height) * p.cluster.m + rank % p.cluster.m,
+          within / height * p.cluster.n + rank / p.cluster.m};
+}
+
+// Position in the ring of stages; the parity flips at each turn. Both in one register: the
+// consumers have none to spare.
+template <int kStages>
+struct RingPosition {
+  uint32_t state = 0;  // 2 * stage + parity
+  __device__ __forceinline__ int stage() const { return state / 2; }
+  __device__ __forceinline__ int previous_stage() const {
+    return state < 2 ? kStages - 1 : state / 2 - 1;
+  }
+  __device__ __forceinline__ uint32_t parity() const { return state % 2; }
+  __device__ __forceinline__ void advance() {
+    state += 2;
+    if (state >= 2 * kStages) state = (state - 2 * kStages) ^ 1;
+  }
+};
+
+template <class Cfg>
+using Accumulators = float[Cfg::kPanels][Cfg::kTokens / 2];
+
+}  // namespace sparsekern::prefill
