@@ -45,6 +45,8 @@ Status resident_clusters(int& count) {
     config.numAttrs = 1;
     SK_CUDA(kOp, cudaOccupancyMaxActiveClusters(&cache[device], kernel, &config));
   }
+  SK_CHECK_REL(kOp, cache[device], >, 0,
+               "Use a GPU whose SMs hold a whole cluster (not a MIG slice).");
   count = cache[device];
   return {};
 }

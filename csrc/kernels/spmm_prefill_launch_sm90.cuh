@@ -37,6 +37,7 @@ Status resident_clusters(int cluster_ctas, int& count) {
     launch.numAttrs = 1;
     SK_CUDA(kOp, cudaOccupancyMaxActiveClusters(&cached, kernel, &launch));
   }
+  SK_CHECK_REL(kOp, cached, >, 0, "Use a GPU whose SMs hold a whole cluster (not a MIG slice).");
   count = cached;
   return {};
 }
