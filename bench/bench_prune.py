@@ -3,9 +3,9 @@
     python -m bench prune --gguf SmolLM2-135M-Instruct.Q4_1.gguf --calibration c4.txt \\
         --eval wiki.test.raw --methods dense,magnitude,wanda,sparsegpt
 
-The model is read as the command line reads it (GGUF rounded to bfloat16, then float32), calibrated
-on windows at random starts of one tokenisation (texts.calibration_windows), pruned by prune_model
-with its defaults, and evaluated on the rows of the text joined with a blank line, in windows side
+The model is read as the command line reads it (GGUF rounded to bfloat16) and pruned in --dtype,
+calibrated on windows at random starts of one tokenisation (texts.calibration_windows), pruned by prune_model
+with its defaults, and evaluated in float32 on the rows of the text joined with a blank line, in windows side
 by side. `seconds` is the whole call of prune_model: moving blocks, the calibration forwards,
 Hessians, masks, compression; not loading the model, not tokenising.
 
@@ -55,6 +55,8 @@ def make_parser():
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--damp", type=float, default=0.01)
     result.add_argument("--blocksize", type=int, default=128)
+    result.add_argument("--refine", type=int, default=0, help="as in prune_model")
+    result.add_argument("--dtype", default="bfloat16", help="of the model while it is pruned")
     result.add_argument("--true-sequential", action="store_true")
     result.add_argument("--batch-size", type=int, help="calibration windows per forward")
     result.add_argument(
@@ -98,7 +100,8 @@ class Problem:
     def __init__(self, run: Run, args):
         self.run, self.args = run, args
         source = args.gguf or args.model
-        self.model, tokenizer = load_model(source, "cpu", torch.float32)
+        dtype = getattr(torch, args.dtype)
+        self.model, tokenizer = load_model(source, "cpu", dtype)
         train = texts.tokenize(tokenizer, "".join(texts.read_rows(args.calibration, "train")))
         test = texts.tokenize(tokenizer, texts.join_rows(texts.read_rows(args.eval, "test")))
         self.calibration = texts.calibration_windows(train, args.samples, args.window, args.seed)
@@ -110,7 +113,7 @@ class Problem:
         self.settings = {
             "calibration": Path(args.calibration).name, "samples": args.samples,
             "calibration_tokens": train.numel(), "eval_tokens": test.numel(),
-            "window": args.window, "damp": args.damp, "blocksize": args.blocksize,
+            "window": args.window, "damp": args.damp, "blocksize": args.blocksize, "refine": args.refine,
             "true_sequential": args.true_sequential, "eval_weights": args.eval_weights,
         }  # fmt: skip
         run.say(f"{self.case}: {train.numel()} calibration tokens, {test.numel()} of evaluation")
@@ -139,12 +142,13 @@ class Problem:
             self.report = report
             run.say(report.summary())
         model = dense_twin(self.pruned) if args.eval_weights == "dense" else self.pruned
+        model = cast_weights(copy.deepcopy(model), torch.float32)
         value = sparsekern.perplexity(model, self.test, window=args.window)
         if not value < float("inf"):
             raise RuntimeError(f"bench prune: expected a finite perplexity, got {value}.")
         metrics = {"perplexity": round(value, 4), **metrics}
         run.add(op="prune_model", backend=method, check=check, case=self.case, seed=args.seed,
-                dtype="float32", settings=self.settings, details=details, metrics=metrics)
+                dtype=args.dtype, settings=self.settings, details=details, metrics=metrics)
         run.say(f"{method}: perplexity {value:.4f}")
         return True
 
@@ -157,7 +161,8 @@ class Problem:
         report = sparsekern.prune_model(
             self.pruned, method, None if method == "magnitude" else self.calibration,
             device=self.run.device, batch_size=args.batch_size, damp=args.damp,
-            blocksize=args.blocksize, true_sequential=args.true_sequential, progress=False,
+            blocksize=args.blocksize, refine=args.refine, true_sequential=args.true_sequential,
+            progress=False,
         )  # fmt: skip
         return report, torch.cuda.max_memory_allocated() if on_gpu else 0
 

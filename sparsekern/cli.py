@@ -83,6 +83,7 @@ def run_prune(args):
         batch_size=args.batch_size,
         true_sequential=args.true_sequential,
         damp=args.damp,
+        refine=args.refine,
         resume=args.resume,
         progress=not args.quiet,
     )

@@ -60,6 +60,10 @@ def make_parser(runs):
         "--damp", type=float, default=0.01, help="of the SparseGPT Hessian (default 0.01)"
     )
     sub.add_argument(
+        "--refine", type=int, default=0, metavar="STEPS",
+        help="then move the kept weights towards the least-squares fit (default 0: as published)",
+    )  # fmt: skip
+    sub.add_argument(
         "--batch-size", type=int, help="calibration windows per forward (default: by tokens)"
     )
     sub.add_argument("--device", help=device_help)

@@ -53,6 +53,7 @@ def prune_model(
     true_sequential: bool = False,
     damp: float = 0.01,
     blocksize: int = 128,
+    refine: int = 0,
     on_error: str = "raise",
     offload_activations: bool | str = "auto",
     resume=None,
@@ -83,6 +84,8 @@ def prune_model(
         true_sequential: prune the layers of a block in order of execution, each group on the
             outputs of the groups before. Slower: one more forward of the block per group.
         damp, blocksize: as in prune.sparsegpt.
+        refine: steps of prune.refine after each layer's own method: the kept weights move towards
+            the least-squares fit under the mask. 0 leaves the published methods as they are.
         on_error: "raise" or "skip" (leave the layer dense, reason in the report): NaN or Inf in a
             weight or its inputs, or a Hessian that cannot be inverted. Layers that no method could
             prune (in_features, dtype, tied weights, never called) are always skipped with the
@@ -108,7 +111,7 @@ def prune_model(
     (arXiv:2306.11695).
     """
     start = time.perf_counter()
-    options = Options(method, tuple(pattern), masks, damp, blocksize, on_error)
+    options = Options(method, tuple(pattern), masks, damp, blocksize, refine, on_error)
     check_options(options, compress, calibration, offload_activations)
     selection = select(model, skip, options, compress)
     run = _Run(model, options, selection, compress, device, true_sequential)

@@ -33,6 +33,7 @@ class Options:
     masks: dict[str, torch.Tensor] | None = None
     damp: float = 0.01
     blocksize: int = 128
+    refine: int = 0
     on_error: str = "raise"
 
     @property
@@ -142,6 +143,7 @@ def _prune_by_mask(layer: Layer, hessian: prune.Hessian | None, options: Options
         mask = prune.nm_mask(scores.to(weight.device), n, m)
     pruned = weight.masked_fill(~mask, 0)
     if hessian is not None:
+        pruned = _refined(weight, pruned, mask, hessian, options)
         report.relative_error = prune.relative_error(weight, pruned, hessian)
     report.seconds = time.perf_counter() - start
     return Pruned(layer, report, pruned, mask)
@@ -166,11 +168,12 @@ def _sparsegpt(layers: list[Layer], hessian: prune.Hessian, options: Options) ->
         if len(layers) > 1:
             return [p for layer in layers for p in _sparsegpt([layer], hessian, options)]
         return [_failed(layers[0], options, str(error))]
+    pruned = _refined(stacked, pruned, kept, hessian, options)
     rows = [w.shape[0] for w in weights]
     outcome = []
     for layer, weight, new, keep in zip(layers, weights, pruned.split(rows), kept.split(rows)):
         report = new_report(layer, options)
-        alone = len(layers) == 1
+        alone = len(layers) == 1 and not options.refine
         report.relative_error = (
             result.relative_error if alone else prune.relative_error(weight, new, hessian)
         )
@@ -180,6 +183,14 @@ def _sparsegpt(layers: list[Layer], hessian: prune.Hessian, options: Options) ->
     for p, count in zip(outcome, rows):
         p.report.seconds = seconds * count / sum(rows)
     return outcome
+
+
+def _refined(weight, pruned, mask, hessian: prune.Hessian, options: Options) -> torch.Tensor:
+    """`pruned` after options.refine steps towards the best weights under its mask."""
+    if not options.refine:
+        return pruned
+    knobs = {"steps": options.refine, "damp": options.damp}
+    return prune.refine(weight, pruned, mask, hessian, **knobs)
 
 
 def _note(result: prune.SparseGPTReport, given: list) -> str | None:

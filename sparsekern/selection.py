@@ -47,6 +47,10 @@ def check_options(options: Options, compress: bool, calibration, offload) -> Non
     _expect(right, "pattern (n, m) with 0 < n < m", pattern, "2:4 is (2, 4).")
     remedy = "Pass compress=False for other patterns."
     _expect(not compress or pattern == (2, 4), "pattern (2, 4) with compress=True", pattern, remedy)
+    steps = options.refine
+    _expect(isinstance(steps, int) and steps >= 0, "refine >= 0, a number of steps", repr(steps))
+    remedy = "Pass token ids [samples, tokens] as calibration=, or refine=0."
+    _expect(not steps or calibration is not None, "calibration for refine", None, remedy)
     on_error = options.on_error
     _expect(on_error in ("raise", "skip"), 'on_error "raise" or "skip"', repr(on_error))
     _expect(
@@ -117,6 +121,8 @@ def describe(skip, options: Options, compress: bool, true_sequential: bool) -> d
     }
     if options.method == "sparsegpt":
         described |= {"damp": options.damp, "blocksize": options.blocksize}
+    if options.refine:
+        described |= {"refine": options.refine, "damp": options.damp}
     return described
 
 
