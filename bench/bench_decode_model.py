@@ -5,7 +5,8 @@
 Random bf16 weights, one decode step at a full static cache, captured in a CUDA graph
 (decode_model.py says what runs). Dense and sparse steps take turns in one process. Before timing,
 the sparse model's logits are compared with those of the same weights decompressed and multiplied
-by torch, and a replay of the graph with the eager step, bit for bit.
+by torch, and a replay of each graph with its eager step (cuBLAS may take another algorithm inside a
+capture, so the same bits are not asked for; the records say whether they were the same).
 
 Peak memory is that of building the model and running the largest batch, each model alone.
 """
@@ -59,7 +60,7 @@ class Bench:
     def __init__(self, run: Run, args, product):
         self.run, self.args, self.product = run, args, product
         self.dtype = getattr(torch, args.dtype)
-        self.base, self.models = {}, {}
+        self.base, self.models, self.same_bits = {}, {}, {}
         self.gated = decode_model.gated_layer()
         for name in ("dense", "sparse"):
             with watchdog(HANG_S):
@@ -155,14 +156,15 @@ class Bench:
                 op="decode_model", backend=name, check="finite" if name == "dense" else "bounded",
                 case=f"{args.preset}, {args.layers} layers, batch {batch}, context {args.context}",
                 dtype=args.dtype, converged=converged[name], during=during,
-                details={"logits_distance": distances.get(name), "samples": len(samples[name])},
+                details={"logits_distance": distances.get(name), "samples": len(samples[name]),
+                         "graph_repeats_bits": self.same_bits.get(name)},
                 metrics=metrics,
             )  # fmt: skip
             run.say(f"batch {batch}, {name}: {metrics['tokens_s']} tokens/s, "
                     f"{metrics['ms_per_step']} ms, {metrics['speedup']}x")  # fmt: skip
 
     def _sampler(self, name: str, step):
-        """Samples of the captured step; RuntimeError when a replay differs from the eager step."""
+        """Samples of the captured step; RuntimeError when a replay is far from the eager step."""
         if self.run.device.type != "cuda":
             return timing.wall_sampler([step])
         wanted, kept = step().clone(), {}
@@ -172,9 +174,12 @@ class Bench:
 
         sample = timing.graph_sampler([keep])
         sample()
-        if not torch.equal(kept["logits"], wanted):
+        got = kept["logits"]
+        self.same_bits[name] = torch.equal(got, wanted)
+        distance = float((got.double() - wanted.double()).norm() / wanted.double().norm())
+        if not distance <= LOGITS_DISTANCE:
             raise RuntimeError(
-                f"bench.decode_model: expected the graph of {name} to repeat the eager step bit "
-                "for bit, got other logits."
+                f"bench.decode_model: expected the graph of {name} to repeat the eager step within "
+                f"{LOGITS_DISTANCE}, got a distance of {distance:.3g}."
             )
         return sample

@@ -55,7 +55,7 @@ def make_parser():
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--damp", type=float, default=0.01)
     result.add_argument("--blocksize", type=int, default=128)
-    result.add_argument("--refine", type=int, default=0, help="as in prune_model")
+    result.add_argument("--refine", type=int, help="as in prune_model")
     result.add_argument("--dtype", default="bfloat16", help="of the model while it is pruned")
     result.add_argument("--true-sequential", action="store_true")
     result.add_argument("--batch-size", type=int, help="calibration windows per forward")
@@ -113,7 +113,7 @@ class Problem:
         self.settings = {
             "calibration": Path(args.calibration).name, "samples": args.samples,
             "calibration_tokens": train.numel(), "eval_tokens": test.numel(),
-            "window": args.window, "damp": args.damp, "blocksize": args.blocksize, "refine": args.refine,
+            "window": args.window, "damp": args.damp, "blocksize": args.blocksize, "batch_size": args.batch_size,
             "true_sequential": args.true_sequential, "eval_weights": args.eval_weights,
         }  # fmt: skip
         run.say(f"{self.case}: {train.numel()} calibration tokens, {test.numel()} of evaluation")
@@ -138,6 +138,7 @@ class Problem:
             details = {
                 "phases": {name: round(seconds, 2) for name, seconds in report.phases.items()},
                 "worst_layer": worst, "notes": sum(row.note is not None for row in report.pruned),
+                "refine": report.options.get("refine", 0),
             }  # fmt: skip
             self.report = report
             run.say(report.summary())

@@ -60,8 +60,9 @@ def make_parser(runs):
         "--damp", type=float, default=0.01, help="of the SparseGPT Hessian (default 0.01)"
     )
     sub.add_argument(
-        "--refine", type=int, default=0, metavar="STEPS",
-        help="then move the kept weights towards the least-squares fit (default 0: as published)",
+        "--refine", type=int, metavar="STEPS",
+        help="then move the kept weights towards the least-squares fit (default: 16 with "
+        "sparsegpt, else 0; 0 is the published method)",
     )  # fmt: skip
     sub.add_argument(
         "--batch-size", type=int, help="calibration windows per forward (default: by tokens)"

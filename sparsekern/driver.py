@@ -53,7 +53,7 @@ def prune_model(
     true_sequential: bool = False,
     damp: float = 0.01,
     blocksize: int = 128,
-    refine: int = 0,
+    refine: int | None = None,
     on_error: str = "raise",
     offload_activations: bool | str = "auto",
     resume=None,
@@ -85,7 +85,8 @@ def prune_model(
             outputs of the groups before. Slower: one more forward of the block per group.
         damp, blocksize: as in prune.sparsegpt.
         refine: steps of prune.refine after each layer's own method: the kept weights move towards
-            the least-squares fit under the mask. 0 leaves the published methods as they are.
+            the least-squares fit under the mask. None: 16 with "sparsegpt", else 0. With 0 the
+            method is the published one.
         on_error: "raise" or "skip" (leave the layer dense, reason in the report): NaN or Inf in a
             weight or its inputs, or a Hessian that cannot be inverted. Layers that no method could
             prune (in_features, dtype, tied weights, never called) are always skipped with the

@@ -21,6 +21,9 @@ from .report import LayerReport
 
 OP = "sparsekern.prune_model"
 METHODS = ("sparsegpt", "wanda", "magnitude")
+# Steps of prune.refine after SparseGPT. Most of the gain comes early: on SmolLM2-135M 0, 8, 32 and
+# 128 steps gave WikiText-2 perplexities of 96.3, 82.8, 79.1 and 82.2.
+REFINE_STEPS = 16
 
 
 @dataclass
@@ -33,8 +36,12 @@ class Options:
     masks: dict[str, torch.Tensor] | None = None
     damp: float = 0.01
     blocksize: int = 128
-    refine: int = 0
+    refine: int | None = None
     on_error: str = "raise"
+
+    def __post_init__(self):
+        if self.refine is None:
+            self.refine = REFINE_STEPS if self.method == "sparsegpt" else 0
 
     @property
     def name(self) -> str:
