@@ -1,0 +1,423 @@
+"""The cuSPARSELt backend of sparsekern.linear: NVIDIA's 2:4 library, on weights in "cusparselt".
+
+    weight   Sparse24 in layout "cusparselt": values = the library's opaque blob, viewed in the
+             weight's dtype [blob bytes / 2]; metadata = uint8 [0]. Made at load by `pack`, never
+             saved; `unpack` recovers the row-major weight by multiplying with the identity.
+    library  loaded at run time, see `candidates`; versions 0.6 to 0.10 (csrc/cusparselt.h)
+    call     shapes and addresses -> id of a cached plan -> one call of the binding
+
+It is a choice of the user (SparseLinear(packed="cusparselt"), or `pack`): nothing prefers it by
+default. The library's own algorithm is used unless `search` has found a better one; a search result
+is stored in the user's cache folder (json_store.py), per GPU and version.
+
+Rules of the library that show: out_features and in_features are multiples of 16, tokens are padded
+to a multiple of 8 here. It fuses bias and relu; "gelu" and "silu" are applied here to the rounded
+pre-activation, so with these two the result is rounded twice.
+
+Source: cusparseLt.h of 0.6.3 to 0.8.1; NVIDIA's cuSPARSELt documentation.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from sparsekern import _native, json_store
+from sparsekern.cpu_backend import activate
+from sparsekern.errors import check, message
+from sparsekern.sparse24 import Sparse24, compress, decompress
+
+LAYOUT = "cusparselt"
+VARIABLE = "SPARSEKERN_CUSPARSELT"  # path of the library, before every other place
+SYSTEM_NAMES = ("libcusparseLt.so.0", "libcusparseLt.so")  # for the system's own search
+
+DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/launch.h
+_SPARSE_MULTIPLE, _DENSE_MULTIPLE, _ALIGNMENT = 16, 8, 16  # as in csrc/cusparselt.h
+_UNPACK_ELEMENTS = 2**25  # of the dense slices that unpack has in memory at a time
+_RUNS = "the layout is 'cusparselt' and the library takes this problem"
+
+# A torch without CUDA lacks these two.
+current_device = getattr(torch._C, "_cuda_getDevice", None)
+current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+# ---- the library ---------------------------------------------------------------------------------
+
+
+class Library(NamedTuple):
+    version: tuple  # (major, minor, patch)
+    path: str
+
+    @property
+    def name(self):
+        return "cuSPARSELt " + ".".join(map(str, self.version))
+
+
+def candidates():
+    """Where the library is looked for, in order: $SPARSEKERN_CUSPARSELT alone if it is set; else
+    the pip wheels (nvidia-cusparselt-cu12, -cu13), torch's own folder, LD_LIBRARY_PATH and system.
+    """
+    if chosen := os.environ.get(VARIABLE):
+        return [chosen]
+    folders = []
+    for package, below in (("nvidia", "*/lib"), ("cusparselt", "lib"), ("torch", "lib")):
+        spec = importlib.util.find_spec(package)
+        for place in (spec.submodule_search_locations or ()) if spec else ():
+            folders += sorted(Path(place).glob(below))
+    found = [path for folder in folders for path in sorted(folder.glob("libcusparseLt.so*"))]
+    return [str(path) for path in found] + list(SYSTEM_NAMES)
+
+
+@lru_cache(maxsize=None)
+def library():
+    """(Library, "") after loading the first candidate that works, or (None, why there is none)."""
+    if not _native.available():
+        return None, _native.reason()
+    native, refusals = _native.module(), []
+    for path in candidates():
+        try:
+            version = native.cusparselt_load(path)
+        except NotImplementedError as error:
+            refusals.append(str(error))
+            continue
+        atexit.register(native.cusparselt_unload)  # while the CUDA driver is still there
+        return Library(version, path), ""
+    return None, refusals[0]
+
+
+class Refusal(NamedTuple):
+    """A combination that is known to fail: versions from first to last on one kind of GPU."""
+
+    first: tuple
+    last: tuple
+    capability: tuple
+    dtype: torch.dtype
+    reason: str
+
+
+_POISONS = "which poisons the CUDA context of the whole process. Use bfloat16 or another version"
+REFUSALS = (
+    # Measured on an H100: every shape tried; 0.10.0 works there, bfloat16 works with both.
+    Refusal((0, 8, 0), (0, 8, 0), (9, 0), torch.float16,
+            f"its float16 kernels die with 'illegal instruction' on this GPU, {_POISONS}"),
+    # Reported for an H100 by github.com/bcacdwk/vllmbench (README, 15.1); not measured here.
+    Refusal((0, 8, 1), (0, 8, 1), (9, 0), torch.float16,
+            f"its float16 kernels are reported to die with 'illegal instruction' on this GPU, "
+            f"{_POISONS}"),
+)  # fmt: skip
+
+
+def _capability(index):
+    """(major, minor) of GPU `index`; None for the CPU (-1)."""
+    return torch.cuda.get_device_capability(index) if index >= 0 else None
+
+
+@lru_cache(maxsize=None)
+def refusal(index, dtype):
+    """Why the library cannot be used for this dtype on GPU `index`; empty when it can."""
+    if dtype not in DTYPES:
+        return f"backend 'cusparselt' needs float16 or bfloat16, got {dtype}"
+    capability = _capability(index)
+    if capability is None:
+        return "backend 'cusparselt' needs x and the weight on a GPU, got the CPU"
+    if capability < (8, 0):
+        got = ".".join(map(str, capability))
+        return f"backend 'cusparselt' needs compute capability 8.0 or newer, cuda:{index} has {got}"
+    found, why = library()
+    if found is None:
+        return f"backend 'cusparselt' needs the library: {why}"
+    for rule in REFUSALS:
+        if (capability, dtype) == (rule.capability, rule.dtype):
+            if rule.first <= found.version <= rule.last:
+                return f"backend 'cusparselt' refuses {dtype} with {found.name}: {rule.reason}"
+    return ""
+
+
+def shape_refusal(out_features, in_features):
+    """Why the library does not take a weight of this shape; empty when it does."""
+    small = min(out_features, in_features) < _SPARSE_MULTIPLE
+    if not small and out_features % _SPARSE_MULTIPLE == in_features % _SPARSE_MULTIPLE == 0:
+        return ""
+    return (
+        "backend 'cusparselt' needs out_features and in_features that are multiples of "
+        f"{_SPARSE_MULTIPLE}, got {out_features} and {in_features}"
+    )
+
+
+def packs(device):
+    """True where packed="cusparselt" means this layout: on a GPU. Elsewhere weights stay row-major,
+    so that a module can be moved to the CPU, saved and loaded there."""
+    return device.type == "cuda"
+
+
+def why_not(x, w24):
+    """Why this backend cannot compute linear(x, w24), as text; empty when it can."""
+    if w24.layout != LAYOUT:
+        return (
+            f"backend 'cusparselt' needs layout 'cusparselt', got {w24.layout!r}; make one with "
+            "SparseLinear(packed='cusparselt') or cusparselt_backend.pack(weight)"
+        )
+    return refusal(x.get_device(), x.dtype)
+
+
+def supported(x, w24):
+    """(True, why) for x on a GPU, a weight in layout "cusparselt", and no refusal."""
+    reason = why_not(x, w24)
+    return not reason, reason or _RUNS
+
+
+# ---- the algorithm of a problem ------------------------------------------------------------------
+
+
+class Algorithm(NamedTuple):
+    """As the library counts them; the fields are those of csrc/cusparselt.h: Problem."""
+
+    algorithm: int = -1  # the library's choice
+    split_k: int = 1
+    split_k_mode: int = 0
+
+    def __str__(self):
+        if self.algorithm < 0:
+            return "default algorithm"
+        split = f", split_k {self.split_k}" if self.split_k != 1 else ""
+        mode = f" mode {self.split_k_mode}" if self.split_k_mode else ""
+        return f"algorithm {self.algorithm}{split}{mode}"
+
+
+_DEFAULT = Algorithm()
+_searched = {}  # {key: Algorithm} found by this process, before what the file says
+
+
+def store_path():
+    """The user's file of search results."""
+    return json_store.cache_folder() / "cusparselt.json"
+
+
+@lru_cache(maxsize=None)
+def _stored():
+    return json_store.load(store_path())
+
+
+@lru_cache(maxsize=None)
+def _gpu_name(index):
+    return torch.cuda.get_device_name(index) if index >= 0 else "cpu"
+
+
+def algorithm_key(index, dtype, out_features, in_features, tokens):
+    """The key of a search result: "NVIDIA H100|0.8.1|bfloat16|4096x14336|16"; tokens padded."""
+    version = ".".join(map(str, library()[0].version))
+    name = str(dtype).removeprefix("torch.")
+    return f"{_gpu_name(index)}|{version}|{name}|{out_features}x{in_features}|{tokens}"
+
+
+def algorithm_for(index, dtype, out_features, in_features, tokens):
+    """The Algorithm that `search` found for this problem, here or in the user's file, or the
+    library's default."""
+    key = algorithm_key(index, dtype, out_features, in_features, tokens)
+    if key in _searched:
+        return _searched[key]
+    entry = _stored().get(key)
+    fields = [entry.get(name) for name in Algorithm._fields] if isinstance(entry, dict) else []
+    if len(fields) == 3 and all(type(value) is int for value in fields):
+        return Algorithm(*fields)
+    return _DEFAULT
+
+
+def remember(key, algorithm, us, store=True):
+    """Makes `algorithm` the one of a problem: for this process and, with store, for the user."""
+    _searched[key] = algorithm
+    _plans.clear()
+    if store:
+        entry = {**algorithm._asdict(), "us": round(us, 2)}
+        json_store.update(store_path(), lambda entries: entries.update({key: entry}))
+
+
+def config(x, w24):
+    """What sparsekern.explain shows: "cuSPARSELt 0.8.1, algorithm 12, split_k 4 mode 1"."""
+    tokens = padded_tokens(x.numel() // w24.shape[1])
+    chosen = algorithm_for(x.get_device(), x.dtype, *w24.shape, tokens)
+    return f"{library()[0].name}, {chosen}"
+
+
+# ---- running it ----------------------------------------------------------------------------------
+
+# {what a plan depends on: (id, workspace bytes)}. The native cache owns the plans; an id that has
+# left it is noticed by the call.
+_plans = {}
+
+
+def padded_tokens(tokens):
+    return -(-tokens // _DENSE_MULTIPLE) * _DENSE_MULTIPLE
+
+
+def _make_plan(key):
+    index, dtype, out_features, tokens, in_features, x_stride, bias, relu = key
+    algorithm = algorithm_for(index, dtype, out_features, in_features, tokens)
+    native = _native.module()
+    plan = native.cusparselt_plan(
+        index, DTYPES[dtype], out_features, tokens, in_features, x_stride, out_features, bias,
+        relu, *algorithm,
+    )[:2]  # fmt: skip
+    if len(_plans) >= native.CUSPARSELT_MAX_PLANS:
+        _plans.clear()
+    _plans[key] = plan
+    return plan
+
+
+def linear(x, w24, bias, activation):
+    """y = activation(x · Wᵀ + bias), summed in float32; rounded once, with "gelu" and "silu" twice.
+
+    Args:
+        x: [..., in_features] on a GPU, any strides. It is copied when tokens are not a multiple of
+            8, or its rows are not contiguous and 16-byte aligned.
+        w24: in layout "cusparselt".
+    Returns:
+        [..., out_features], new and contiguous.
+    Notes:
+        The library stores the bias' address in its plan: a bias that stays where it is, such as a
+        layer's, costs nothing; a new one at every call costs a plan whenever its address is new.
+    """
+    index = x.get_device()
+    if index != current_device():
+        with torch.cuda.device(index):
+            return linear(x, w24, bias, activation)
+    out_features, in_features = w24.shape
+    shape = x.shape
+    tokens = x.numel() // in_features
+    if not tokens:
+        return x.new_empty(*shape[:-1], out_features)
+    padded = padded_tokens(tokens)
+    if padded == tokens:
+        y = x.new_empty(*shape[:-1], out_features)
+    else:
+        y = x.new_empty(padded, out_features)
+    rows, stride = _rows(x, tokens, padded, in_features)
+    bias_address = 0
+    if bias is not None:
+        bias = _aligned(bias)
+        bias_address = bias.data_ptr()
+    key = (
+        index, x.dtype, out_features, padded, in_features, stride, bias_address,
+        activation == "relu",
+    )  # fmt: skip
+    _multiply(key, rows, w24, y, current_stream(index))
+    if padded != tokens:
+        y = y[:tokens].view(*shape[:-1], out_features)
+    if activation is None or activation == "relu":
+        return y
+    return activate(y.float(), activation).to(y.dtype)
+
+
+def _multiply(key, rows, w24, y, stream):
+    matmul = _native.module().cusparselt_matmul
+    while True:
+        plan, workspace_bytes = _plans.get(key) or _make_plan(key)
+        workspace = address = 0
+        if workspace_bytes:  # a tensor, so that streams and captured graphs never share one
+            workspace = rows.new_empty(workspace_bytes, dtype=torch.uint8)
+            address = workspace.data_ptr()
+        if matmul(plan, w24.values.data_ptr(), rows.data_ptr(), y.data_ptr(), address, stream):
+            return
+        _plans.pop(key, None)  # it has left the native cache
+
+
+def _rows(x, tokens, padded, in_features):
+    """(rows as the library takes them, their stride in elements): x itself, or a padded copy."""
+    if padded == tokens and x.data_ptr() % _ALIGNMENT == 0:
+        if x.is_contiguous():
+            return x, in_features
+        if x.dim() == 2:
+            stride, step = x.stride()
+            if step == 1 and stride >= in_features and stride % _DENSE_MULTIPLE == 0:
+                return x, stride
+    rows = x.new_empty(padded, in_features)
+    rows[:tokens].copy_(x.reshape(tokens, in_features))
+    rows[tokens:].zero_()
+    return rows, in_features
+
+
+def _aligned(bias):
+    bias = bias.contiguous()
+    return bias if bias.data_ptr() % _ALIGNMENT == 0 else bias.clone()
+
+
+# ---- the weight ----------------------------------------------------------------------------------
+
+
+def pack(w24):
+    """The same weight in layout "cusparselt"; w24 itself when it has it already.
+
+    Args:
+        w24: Sparse24 float16 | bfloat16 on a GPU, both sizes multiples of 16.
+    Returns:
+        Sparse24 with one new tensor, of about 0.56 of the dense bytes. It has been multiplied with
+        the identity and compared: what it stands for is w24, bit for bit.
+    Raises:
+        TypeError: dtype.   ValueError: shape.   NotImplementedError: no library, or a combination
+        that it or this module refuses; the message says why.   RuntimeError: the library fails, or
+        gives back another weight.
+    Notes:
+        Needs the dense weight for a moment, twice.
+    """
+    if w24.layout == LAYOUT:
+        return w24
+    op = "sparsekern.cusparselt_backend.pack"
+    remedy = "Use packed=None for this layer."
+    check(w24.dtype in DTYPES, op, "a weight of dtype float16 or bfloat16", w24.dtype,
+          "Call weight.to(torch.bfloat16).", TypeError)  # fmt: skip
+    why = shape_refusal(*w24.shape)
+    check(not why, op, "a weight that the library takes", why, remedy)
+    index, code = w24.values.get_device(), DTYPES[w24.dtype]
+    why = refusal(index, w24.dtype)
+    check(not why, op, "a usable cuSPARSELt", why, remedy, NotImplementedError)
+    native = _native.module()
+    with torch.cuda.device(index):
+        dense = decompress(w24)
+        blob_bytes, buffer_bytes = native.cusparselt_compressed_bytes(index, code, *w24.shape)
+        values = dense.new_empty(-(-blob_bytes // dense.element_size()))
+        buffer = dense.new_empty(max(1, buffer_bytes), dtype=torch.uint8)
+        native.cusparselt_compress(
+            index, code, *w24.shape, dense.data_ptr(), values.data_ptr(), buffer.data_ptr(),
+            current_stream(index),
+        )  # fmt: skip
+        metadata = w24.metadata.new_empty(0)
+        packed = Sparse24(values, metadata, w24.shape, LAYOUT)
+        for start, columns in _dense_columns(packed):
+            if not torch.equal(columns, dense[:, start : start + columns.shape[1]]):
+                got = f"another one from {library()[0].name}, from column {start} on"
+                raise RuntimeError(message(op, "the weight back from its blob", got, remedy))
+    return packed
+
+
+def unpack(w24):
+    """The weight in layout "rowmajor", bit for bit as `compress` makes it from the dense one.
+
+    By multiplying with the identity: each sum has one product that is not zero, so it is exact. In
+    slices of columns, so that no dense copy exists as a whole.
+    """
+    out_features, in_features = w24.shape
+    values = w24.values.new_empty(out_features, in_features // 2)
+    metadata = w24.metadata.new_empty(out_features, in_features // 8)
+    for start, columns in _dense_columns(w24):
+        part, stop = compress(columns), start + columns.shape[1]
+        values[:, start // 2 : stop // 2] = part.values
+        metadata[:, start // 8 : stop // 8] = part.metadata
+    return Sparse24(values, metadata, w24.shape)
+
+
+def _dense_columns(w24):
+    """Yields (start, W[:, start:stop]) over the columns of a weight in layout "cusparselt"."""
+    out_features, in_features = w24.shape
+    size = _UNPACK_ELEMENTS // (out_features + in_features)
+    size = max(1, size // _SPARSE_MULTIPLE) * _SPARSE_MULTIPLE
+    for start in range(0, in_features, size):
+        count = min(size, in_features - start)
+        identity = w24.values.new_zeros(count, in_features)
+        identity.diagonal(start).fill_(1)
+        yield start, linear(identity, w24, None, None).t()
