@@ -285,7 +285,7 @@ void bind_ops(py::module_& m) {
   m.def("capture_id", &capture_id, "0, or a number of the stream's current graph capture.");
 }
 
-// ---- cuSPARSELt (cusparselt.h) -------------------------------------------------------------------
+// ---- cuSPARSELt (cusparselt.h) ------------------------------------------------------------------
 
 // Where there is no GPU the library itself says so, in its own words.
 void bind_thread_if_possible() {
@@ -310,9 +310,8 @@ py::tuple cusparselt_compressed_bytes(int device, int dtype, std::int64_t out_fe
   return py::make_tuple(blob, buffer);
 }
 
-void cusparselt_compress(int device, int dtype, std::int64_t out_features,
-                         std::int64_t in_features, Address dense, Address blob, Address buffer,
-                         Address stream) {
+void cusparselt_compress(int device, int dtype, std::int64_t out_features, std::int64_t in_features,
+                         Address dense, Address blob, Address buffer, Address stream) {
   bind_thread_if_possible();
   raise_if_error(cusparselt::compress(device, static_cast<DType>(dtype), out_features, in_features,
                                       in(dense), out(blob), out(buffer), as_stream(stream)));
@@ -323,10 +322,10 @@ py::tuple cusparselt_plan(int device, int dtype, std::int64_t out_features, std:
                           Address bias, bool relu, int algorithm, int split_k, int split_k_mode) {
   bind_thread_if_possible();
   cusparselt::PlanInfo info;
-  raise_if_error(cusparselt::plan({device, static_cast<DType>(dtype), out_features, tokens,
-                                   in_features, x_stride, y_stride, in(bias), relu, algorithm,
-                                   split_k, split_k_mode},
-                                  info));
+  raise_if_error(
+      cusparselt::plan({device, static_cast<DType>(dtype), out_features, tokens, in_features,
+                        x_stride, y_stride, in(bias), relu, algorithm, split_k, split_k_mode},
+                       info));
   return py::make_tuple(info.id, info.workspace_bytes, info.algorithms);
 }
 
@@ -334,8 +333,8 @@ bool cusparselt_matmul(std::uint64_t id, Address blob, Address x, Address y, Add
                        Address stream) {
   bind_thread_if_possible();
   bool known = false;
-  raise_if_error(cusparselt::matmul(id, in(blob), in(x), out(y), out(workspace),
-                                    as_stream(stream), known));
+  raise_if_error(
+      cusparselt::matmul(id, in(blob), in(x), out(y), out(workspace), as_stream(stream), known));
   return known;
 }
 

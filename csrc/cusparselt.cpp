@@ -32,38 +32,37 @@ constexpr const char* kOp = "sparsekern.cusparselt";
 using Code = int;  // cusparseStatus_t; 0 is success
 
 // X(name without "cusparseLt", parameters)
-#define SK_CSLT_REQUIRED(X)                                                                       \
-  X(GetProperty, (libraryPropertyType, int*))                                                     \
-  X(Init, (void* handle))                                                                         \
-  X(Destroy, (const void* handle))                                                                \
-  X(StructuredDescriptorInit, (const void* handle, void* matrix, std::int64_t rows,               \
-                               std::int64_t columns, std::int64_t stride, std::uint32_t alignment, \
-                               cudaDataType type, int order, int sparsity))                       \
-  X(DenseDescriptorInit,                                                                          \
-    (const void* handle, void* matrix, std::int64_t rows, std::int64_t columns,                   \
-     std::int64_t stride, std::uint32_t alignment, cudaDataType type, int order))                 \
-  X(MatDescriptorDestroy, (const void* matrix))                                                   \
-  X(MatmulDescriptorInit,                                                                         \
-    (const void* handle, void* matmul, int operation_a, int operation_b, const void* a,           \
-     const void* b, const void* c, const void* d, int compute_type))                              \
-  X(MatmulDescSetAttribute,                                                                       \
-    (const void* handle, void* matmul, int attribute, const void* data, std::size_t bytes))       \
-  X(MatmulAlgSelectionInit,                                                                       \
-    (const void* handle, void* selection, const void* matmul, int algorithm))                     \
-  X(MatmulAlgSetAttribute,                                                                        \
-    (const void* handle, void* selection, int attribute, const void* data, std::size_t bytes))    \
-  X(MatmulAlgGetAttribute,                                                                        \
-    (const void* handle, const void* selection, int attribute, void* data, std::size_t bytes))    \
-  X(MatmulPlanInit,                                                                               \
-    (const void* handle, void* plan, const void* matmul, const void* selection))                  \
-  X(MatmulPlanDestroy, (const void* plan))                                                        \
-  X(MatmulGetWorkspace, (const void* handle, const void* plan, std::size_t* bytes))               \
-  X(Matmul, (const void* handle, const void* plan, const void* alpha, const void* a,              \
-             const void* b, const void* beta, const void* c, void* d, void* workspace,            \
-             cudaStream_t* streams, std::int32_t stream_count))                                   \
-  X(SpMMACompressedSize2,                                                                         \
-    (const void* handle, const void* matrix, std::size_t* blob, std::size_t* buffer))             \
-  X(SpMMACompress2, (const void* handle, const void* matrix, int is_sparse_a, int operation,      \
+#define SK_CSLT_REQUIRED(X)                                                                      \
+  X(GetProperty, (libraryPropertyType, int*))                                                    \
+  X(Init, (void* handle))                                                                        \
+  X(Destroy, (const void* handle))                                                               \
+  X(StructuredDescriptorInit,                                                                    \
+    (const void* handle, void* matrix, std::int64_t rows, std::int64_t columns,                  \
+     std::int64_t stride, std::uint32_t alignment, cudaDataType type, int order, int sparsity))  \
+  X(DenseDescriptorInit,                                                                         \
+    (const void* handle, void* matrix, std::int64_t rows, std::int64_t columns,                  \
+     std::int64_t stride, std::uint32_t alignment, cudaDataType type, int order))                \
+  X(MatDescriptorDestroy, (const void* matrix))                                                  \
+  X(MatmulDescriptorInit,                                                                        \
+    (const void* handle, void* matmul, int operation_a, int operation_b, const void* a,          \
+     const void* b, const void* c, const void* d, int compute_type))                             \
+  X(MatmulDescSetAttribute,                                                                      \
+    (const void* handle, void* matmul, int attribute, const void* data, std::size_t bytes))      \
+  X(MatmulAlgSelectionInit,                                                                      \
+    (const void* handle, void* selection, const void* matmul, int algorithm))                    \
+  X(MatmulAlgSetAttribute,                                                                       \
+    (const void* handle, void* selection, int attribute, const void* data, std::size_t bytes))   \
+  X(MatmulAlgGetAttribute,                                                                       \
+    (const void* handle, const void* selection, int attribute, void* data, std::size_t bytes))   \
+  X(MatmulPlanInit, (const void* handle, void* plan, const void* matmul, const void* selection)) \
+  X(MatmulPlanDestroy, (const void* plan))                                                       \
+  X(MatmulGetWorkspace, (const void* handle, const void* plan, std::size_t* bytes))              \
+  X(Matmul, (const void* handle, const void* plan, const void* alpha, const void* a,             \
+             const void* b, const void* beta, const void* c, void* d, void* workspace,           \
+             cudaStream_t* streams, std::int32_t stream_count))                                  \
+  X(SpMMACompressedSize2,                                                                        \
+    (const void* handle, const void* matrix, std::size_t* blob, std::size_t* buffer))            \
+  X(SpMMACompress2, (const void* handle, const void* matrix, int is_sparse_a, int operation,     \
                      const void* dense, void* blob, void* buffer, cudaStream_t stream))
 #define SK_CSLT_OPTIONAL(X) X(MatmulAlgSelectionDestroy, (const void* selection))
 
@@ -83,11 +82,9 @@ constexpr int kAttributeRelu = 0, kAttributeBiasPointer = 8;
 constexpr int kAlgorithmDefault = 0;
 constexpr int kAttributeId = 0, kAttributeMaxId = 1, kAttributeSplitK = 3, kAttributeSplitKMode = 4;
 
-cudaDataType data_type(DType dtype) {
-  return dtype == DType::kFloat16 ? CUDA_R_16F : CUDA_R_16BF;
-}
+cudaDataType data_type(DType dtype) { return dtype == DType::kFloat16 ? CUDA_R_16F : CUDA_R_16BF; }
 
-// ---- errors in words -----------------------------------------------------------------------------
+// ---- errors in words ----------------------------------------------------------------------------
 
 constexpr const char* kSeeLog = "Set CUSPARSELT_LOG_LEVEL=5 to see the library's reason.";
 
@@ -128,7 +125,7 @@ Status code_status(const char* function, Code code) {
 #define SK_CSLT(functions, name, ...) \
   SK_RETURN_IF_ERROR(code_status("cusparseLt" #name, (functions).name(__VA_ARGS__)))
 
-// ---- owners ----------------------------------------------------------------------------------------
+// ---- owners -------------------------------------------------------------------------------------
 
 // A loaded library. Its file is never closed: kernels of it may still be running.
 struct Library {
@@ -176,8 +173,12 @@ using Key = std::tuple<int, int, std::int64_t, std::int64_t, std::int64_t, std::
                        std::int64_t, const void*, bool, int, int, int>;
 
 Key key_of(const Problem& p) {
-  return {p.device, static_cast<int>(p.dtype), p.m, p.n, p.k, p.x_stride, p.y_stride, p.bias,
-          p.relu, p.algorithm, p.split_k, p.split_k_mode};
+  return {p.device,   static_cast<int>(p.dtype),
+          p.m,        p.n,
+          p.k,        p.x_stride,
+          p.y_stride, p.bias,
+          p.relu,     p.algorithm,
+          p.split_k,  p.split_k_mode};
 }
 
 // Members are destroyed from the last to the first: plans, then handles, then the library.
@@ -226,7 +227,7 @@ Status handle_of(int device, Library& library, const void*& handle) {
   return {};
 }
 
-// ---- loading ---------------------------------------------------------------------------------------
+// ---- loading ------------------------------------------------------------------------------------
 
 Status find_functions(Library& library) {
   const auto find = [&library](const char* name) { return dlsym(library.file, name); };
@@ -235,9 +236,9 @@ Status find_functions(Library& library) {
   SK_CSLT_REQUIRED(SK_FIND)
   SK_CSLT_OPTIONAL(SK_FIND)
 #undef SK_FIND
-#define SK_REQUIRE(name, parameters)                                                          \
-  if (library.functions.name == nullptr)                                                      \
-    return make_status(StatusKind::unsupported, kOp, ": expected cusparseLt" #name " in ",    \
+#define SK_REQUIRE(name, parameters)                                                       \
+  if (library.functions.name == nullptr)                                                   \
+    return make_status(StatusKind::unsupported, kOp, ": expected cusparseLt" #name " in ", \
                        library.path, ", got a library without it. Install nvidia-cusparselt.");
   SK_CSLT_REQUIRED(SK_REQUIRE)
 #undef SK_REQUIRE
@@ -257,7 +258,7 @@ Status find_version(Library& library) {
   return {};
 }
 
-// ---- plans -----------------------------------------------------------------------------------------
+// ---- plans --------------------------------------------------------------------------------------
 
 Status init_weight(const Library& library, const void* handle, DType dtype, std::int64_t m,
                    std::int64_t k, Object& weight) {
@@ -349,7 +350,7 @@ Code run(const Functions& functions, const Plan& plan, const void* blob, const v
 
 }  // namespace
 
-// ---- the interface ---------------------------------------------------------------------------------
+// ---- the interface ------------------------------------------------------------------------------
 
 Status load(const std::string& path, Version& version) {
   auto library = std::make_unique<Library>();

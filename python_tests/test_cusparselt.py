@@ -26,6 +26,7 @@ from linear_cases import assert_within, error_bound, random_input, random_weight
 
 from sparsekern import SparseLinear, _native, explain, json_store, linear, ops, reference
 from sparsekern import cusparselt_backend as backend
+from sparsekern import cusparselt_library as vendor
 from sparsekern.cusparselt_backend import Algorithm
 from sparsekern.cusparselt_search import search
 from sparsekern.pack import pack as pack_tile64
@@ -58,7 +59,7 @@ def build_fake(minor, patch):
 
 def forget():
     """Everything that the backend remembers about a library and its user."""
-    for cached in (backend.library, backend.refusal, backend._stored, backend._gpu_name):
+    for cached in (vendor.library, vendor.refusal, backend._stored, backend._gpu_name):
         cached.cache_clear()
     backend._plans.clear()
     backend._searched.clear()
@@ -77,7 +78,7 @@ class Fake:
         self.copies += 1  # each with its own counters
         path = self.folder / f"libcusparseLt-0.{minor}.{patch}-{self.copies}.so"
         shutil.copy(build_fake(minor, patch), path)
-        self.monkeypatch.setenv(backend.VARIABLE, str(path))
+        self.monkeypatch.setenv(vendor.VARIABLE, str(path))
         self.symbols = ctypes.CDLL(str(path))
         return self
 
@@ -92,7 +93,7 @@ class Fake:
 def cpu_as_gpu(monkeypatch, tmp_path):
     """The CPU passes for a GPU of compute capability 9.0; nobody's cache file is touched."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(backend, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(vendor, "_capability", lambda index: (9, 0))
     monkeypatch.setattr(backend, "current_device", lambda: -1)
     monkeypatch.setattr(backend, "current_stream", lambda index: 0)
     monkeypatch.setattr(backend, "packs", lambda device: device.type == "cpu")
@@ -128,7 +129,7 @@ def test_versions_0_6_to_0_10_compute(fake, minor, patch):
     w, w24 = weight()
     x = random_input((8, 48), BF16, integers=True)
     assert torch.equal(linear(x, backend.pack(w24)), expected(x, w))
-    assert backend.library()[0].version == (0, minor, patch)
+    assert vendor.library()[0].version == (0, minor, patch)
     assert (fake.inits, fake.handles) == (1, 1) and fake.plans > 0 and fake.matrices > 0
     forget()
     assert (fake.handles, fake.plans, fake.matrices, fake.selections) == (0, 0, 0, 0)
@@ -138,7 +139,7 @@ def test_versions_0_6_to_0_10_compute(fake, minor, patch):
 @pytest.mark.parametrize("minor", [5, 11])
 def test_other_versions_are_refused(fake, minor):
     fake.use(minor, 2)
-    why = backend.refusal(-1, BF16)
+    why = vendor.refusal(-1, BF16)
     assert f"expected version 0.6 to 0.10, got 0.{minor}.2 in " in why
     with pytest.raises(NotImplementedError, match=rf"a usable cuSPARSELt, got .*0\.{minor}\.2"):
         backend.pack(weight()[1])
@@ -149,31 +150,31 @@ def test_other_versions_are_refused(fake, minor):
 @pytest.mark.parametrize("patch", [0, 1])
 def test_float16_on_hopper_is_refused_where_it_dies(fake, monkeypatch, patch):
     fake.use(8, patch)
-    assert backend.refusal(-1, BF16) == ""
-    why = backend.refusal(-1, torch.float16)
+    assert vendor.refusal(-1, BF16) == ""
+    why = vendor.refusal(-1, torch.float16)
     assert f"cuSPARSELt 0.8.{patch}" in why and "illegal instruction" in why and "bfloat16" in why
     with pytest.raises(NotImplementedError, match="illegal instruction.*packed=None"):
         backend.pack(compress(random_weight(32, 32, torch.float16)))
     assert fake.inits == 0, "refused before the library is asked for anything"
-    monkeypatch.setattr(backend, "_capability", lambda index: (8, 0))
-    backend.refusal.cache_clear()
-    assert backend.refusal(-1, torch.float16) == "", "the fault is one of Hopper"
+    monkeypatch.setattr(vendor, "_capability", lambda index: (8, 0))
+    vendor.refusal.cache_clear()
+    assert vendor.refusal(-1, torch.float16) == "", "the fault is one of Hopper"
     fake.use(10, 0)
-    monkeypatch.setattr(backend, "_capability", lambda index: (9, 0))
-    assert backend.refusal(-1, torch.float16) == "", "0.10 works"
+    monkeypatch.setattr(vendor, "_capability", lambda index: (9, 0))
+    assert vendor.refusal(-1, torch.float16) == "", "0.10 works"
 
 
 @needs_fake
 def test_refusals_in_words(fake, monkeypatch):
     w24 = backend.pack(weight()[1])
     assert backend.supported(torch.zeros(8, 48, dtype=BF16), w24) == (True, backend._RUNS)
-    assert "float16 or bfloat16, got torch.float32" in backend.refusal(-1, torch.float32)
-    monkeypatch.setattr(backend, "_capability", lambda index: (7, 5))
-    backend.refusal.cache_clear()
-    assert "8.0 or newer, cuda:-1 has 7.5" in backend.refusal(-1, BF16)
+    assert "float16 or bfloat16, got torch.float32" in vendor.refusal(-1, torch.float32)
+    monkeypatch.setattr(vendor, "_capability", lambda index: (7, 5))
+    vendor.refusal.cache_clear()
+    assert "8.0 or newer, cuda:-1 has 7.5" in vendor.refusal(-1, BF16)
     monkeypatch.undo()
-    backend.refusal.cache_clear()
-    assert "on a GPU, got the CPU" in backend.refusal(-1, BF16)
+    vendor.refusal.cache_clear()
+    assert "on a GPU, got the CPU" in vendor.refusal(-1, BF16)
 
 
 @needs_module
@@ -181,27 +182,27 @@ def test_an_absent_or_strange_library_is_a_reason(cpu_as_gpu, monkeypatch, tmp_p
     absent, text, other = tmp_path / "no.so", tmp_path / "text.so", None
     text.write_text("not a library")
     for path, why in ((absent, "No such file"), (text, "invalid ELF header|too short")):
-        monkeypatch.setenv(backend.VARIABLE, str(path))
+        monkeypatch.setenv(vendor.VARIABLE, str(path))
         forget()
-        assert backend.candidates() == [str(path)]
+        assert vendor.candidates() == [str(path)]
         with pytest.raises(NotImplementedError, match=f"expected a library at {path}.*({why})"):
             backend.pack(weight()[1])
     other = next(iter(Path(torch.__file__).parent.glob("lib/libc10.so")), None)
     if other is not None:
-        monkeypatch.setenv(backend.VARIABLE, str(other))
+        monkeypatch.setenv(vendor.VARIABLE, str(other))
         forget()
-        assert "expected cusparseLtGetProperty in" in backend.refusal(-1, BF16)
+        assert "expected cusparseLtGetProperty in" in vendor.refusal(-1, BF16)
 
 
 def test_without_the_native_module_its_absence_is_the_reason(cpu_as_gpu, monkeypatch):
     monkeypatch.setattr(_native, "available", lambda: False)
     monkeypatch.setattr(_native, "reason", lambda: "no module here")
-    assert backend.library() == (None, "no module here")
-    assert "no module here" in backend.refusal(-1, BF16)
+    assert vendor.library() == (None, "no module here")
+    assert "no module here" in vendor.refusal(-1, BF16)
 
 
 def test_candidates_find_wheels_and_the_system(monkeypatch, tmp_path):
-    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    monkeypatch.delenv(vendor.VARIABLE, raising=False)
     wheel = tmp_path / "nvidia" / "cusparselt" / "lib" / "libcusparseLt.so.0"
     old_wheel = tmp_path / "cusparselt" / "lib" / "libcusparseLt.so.0"
     for path in (wheel, old_wheel):
@@ -213,8 +214,8 @@ def test_candidates_find_wheels_and_the_system(monkeypatch, tmp_path):
         places = [str(folders[name])] if name in folders else []
         return type("Spec", (), {"submodule_search_locations": places})
 
-    monkeypatch.setattr(backend.importlib.util, "find_spec", find_spec)
-    assert backend.candidates() == [str(wheel), str(old_wheel), *backend.SYSTEM_NAMES]
+    monkeypatch.setattr(vendor.importlib.util, "find_spec", find_spec)
+    assert vendor.candidates() == [str(wheel), str(old_wheel), *vendor.SYSTEM_NAMES]
 
 
 # ---- computing -----------------------------------------------------------------------------------
@@ -359,7 +360,8 @@ def test_errors_name_the_function_the_status_and_a_remedy(fake):
     )
     for code, kind, words in cases:
         fake.fail_next_matmul(code)
-        with pytest.raises(kind, match=rf"^sparsekern\.cusparselt: cusparseLtMatmul failed: {words}"):
+        form = rf"^sparsekern\.cusparselt: cusparseLtMatmul failed: {words}"
+        with pytest.raises(kind, match=form):
             linear(x, w24)
     assert torch.equal(linear(x, w24), torch.zeros(8, 32, dtype=BF16))
     plan = _native.module().cusparselt_plan
@@ -409,13 +411,13 @@ def test_everything_is_destroyed_when_python_ends(tmp_path):
         "count = lambda name: ctypes.c_int.in_dll(fake, 'fake_' + name).value\n"
         "names = 'handles', 'plans', 'matrices', 'selections'\n"
         "atexit.register(lambda: print('end', *map(count, names)))\n"
-        "from sparsekern import compress, cusparselt_backend as backend\n"
-        "backend._capability = lambda index: (9, 0)\n"
+        "from sparsekern import compress, cusparselt_library, cusparselt_backend as backend\n"
+        "cusparselt_library._capability = lambda index: (9, 0)\n"
         "backend.current_device, backend.current_stream = (lambda: -1), (lambda index: 0)\n"
         "w24 = backend.pack(compress(torch.zeros(32, 32, dtype=torch.bfloat16)))\n"
         "print('alive', *map(count, names))\n"
     )
-    environment = {**os.environ, backend.VARIABLE: str(library)}
+    environment = {**os.environ, vendor.VARIABLE: str(library)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=HERE.parent,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -319,7 +319,7 @@ def test_constructor_rejects(values, metadata, shape, text):
 
 
 def test_unknown_layout():
-    with pytest.raises(FormatError, match=r"\('rowmajor', 'tile64'\), got 'colmajor'"):
+    with pytest.raises(FormatError, match=r"\('rowmajor', 'tile64', 'cusparselt'\), got 'colmajor'"):
         Sparse24(VALUES, METADATA, (4, 12), "colmajor")
 
 

@@ -23,6 +23,7 @@ import torch
 from sparsekern import _native
 from sparsekern import cusparselt_backend as backend
 from sparsekern.cusparselt_backend import LAYOUT, Algorithm
+from sparsekern.cusparselt_library import DTYPES, refusal
 from sparsekern.errors import check
 from sparsekern.sparse24 import decompress, prune_compress
 
@@ -74,7 +75,7 @@ def search(w24, tokens, *, store=True):
           "Call cusparselt_backend.pack(weight).")  # fmt: skip
     check(tokens >= 1, op, "tokens >= 1", tokens)
     index, tokens = w24.values.get_device(), backend.padded_tokens(tokens)
-    why = backend.refusal(index, w24.dtype)
+    why = refusal(index, w24.dtype)
     check(not why, op, "a usable cuSPARSELt", why, "Use another layout.", NotImplementedError)
     with torch.cuda.device(index), torch.no_grad():
         problem = _Problem(w24, tokens, index)
@@ -193,7 +194,7 @@ class _Problem:
         out_features, in_features = self.w24.shape
         bias = self.bias.data_ptr() if fused else 0
         return self.native.cusparselt_plan(
-            self.index, backend.DTYPES[self.w24.dtype], out_features, self.tokens, in_features,
+            self.index, DTYPES[self.w24.dtype], out_features, self.tokens, in_features,
             in_features, out_features, bias, fused, *algorithm,
         )  # fmt: skip
 

@@ -148,7 +148,7 @@ class SparseLinear(nn.Module):
 
     @property
     def packed(self):
-        """None | True | False | "cusparselt": the weight's layout, see above. It can be assigned."""
+        """None | True | False | "cusparselt": decides the weight's layout. It can be assigned."""
         return self._packed
 
     @packed.setter

@@ -12,7 +12,8 @@ any number of dimensions, which saves two views). Backends:
 The weight's layout, the device and the shapes choose the backend; nothing global does. In eager
 mode, when no gradient is wanted, the backend is called directly, because the custom-op boundary
 costs more than a small kernel, and a weight in "tile64" or "cusparselt" goes straight to its own
-backend; otherwise (autograd, torch.compile, fake and meta tensors) the call goes through torch.ops.sparsekern.linear.
+backend; otherwise (autograd, torch.compile, fake and meta tensors) the call goes through
+torch.ops.sparsekern.linear.
 """
 
 import functools

@@ -13,8 +13,8 @@ sparse-24-bitmask with the 4-bit masks replaced by the indices that tensor cores
 and `from_bitmask()` convert. -0.0 counts as zero and is stored as +0.0.
 
 Layout "tile64" holds the same two tensors padded and permuted for the GPU kernels (pack.py). Layout
-"cusparselt" holds the vendor library's opaque blob on a GPU (cusparselt_backend.py); whatever leaves
-that GPU or dtype, is copied or pickled, becomes row-major.
+"cusparselt" holds the vendor library's opaque blob on a GPU (cusparselt_backend.py); what changes
+its dtype or GPU, is copied or pickled, becomes row-major.
 
 Source: PTX ISA, "Sparse matrix storage"; Mishra et al. 2021 (arXiv:2104.08378) for the 2:4 format.
 """
