@@ -76,8 +76,8 @@ Status compress(int device, DType dtype, std::int64_t m, std::int64_t k, const v
 // The plan of a problem: from the cache, or built now. A full cache is emptied first.
 Status plan(const Problem& problem, PlanInfo& info);
 
-// y = x · Wᵀ + bias, with relu where the plan has it. `known` is false, and nothing happens, when the
-// plan has left the cache: call `plan` again.
+// y = x · Wᵀ + bias, with relu where the plan has it. `known` is false, and nothing happens, when
+// the plan has left the cache: call `plan` again.
 Status matmul(std::uint64_t id, const void* blob, const void* x, void* y, void* workspace,
               cudaStream_t stream, bool& known);
 

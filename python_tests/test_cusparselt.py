@@ -268,6 +268,18 @@ def test_shapes_and_strides_of_x(fake):
 
 
 @needs_fake
+def test_a_bias_that_is_not_contiguous_or_not_aligned(fake):
+    w, w24 = weight(32, 48)
+    w24 = backend.pack(w24)
+    x = random_input((8, 48), BF16, integers=True)
+    numbers = random_input((80,), BF16, seed=2, integers=True)
+    aligned = numbers[:32]
+    assert torch.equal(linear(x, w24, aligned), expected(x, w, aligned))
+    for bias in (numbers[:64:2], numbers[1:33]):  # the first at the address of `aligned`
+        assert torch.equal(linear(x, w24, bias), expected(x, w, bias))
+
+
+@needs_fake
 def test_gradients_flow_through_a_packed_weight(fake):
     w, w24 = weight(32, 48)
     x = random_input((8, 48), BF16, integers=True).requires_grad_()

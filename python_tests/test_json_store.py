@@ -1,4 +1,4 @@
-"""json_store: entries survive concurrent writers, and a file that cannot be used costs a warning."""
+"""json_store: entries survive concurrent writers; a file that cannot be used costs one warning."""
 
 import json
 import multiprocessing

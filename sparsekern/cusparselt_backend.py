@@ -146,8 +146,8 @@ def config(x, w24):
 
 # ---- running it ----------------------------------------------------------------------------------
 
-# {what a plan depends on: (id, workspace bytes)}. The native cache owns the plans; an id that has
-# left it is noticed by the call.
+# {what a call depends on: (id of the plan, workspace bytes, sizes of y)}. The native cache owns the
+# plans; an id that has left it is noticed by the call.
 _plans = {}
 
 
@@ -155,26 +155,12 @@ def padded_tokens(tokens):
     return -(-tokens // _DENSE_MULTIPLE) * _DENSE_MULTIPLE
 
 
-def _make_plan(key):
-    index, dtype, out_features, tokens, in_features, x_stride, bias, relu = key
-    algorithm = algorithm_for(index, dtype, out_features, in_features, tokens)
-    native = _native.module()
-    plan = native.cusparselt_plan(
-        index, DTYPES[dtype], out_features, tokens, in_features, x_stride, out_features, bias,
-        relu, *algorithm,
-    )[:2]  # fmt: skip
-    if len(_plans) >= native.CUSPARSELT_MAX_PLANS:
-        _plans.clear()
-    _plans[key] = plan
-    return plan
-
-
 def linear(x, w24, bias, activation):
     """y = activation(x · Wᵀ + bias), summed in float32; rounded once, with "gelu" and "silu" twice.
 
     Args:
         x: [..., in_features] on a GPU, any strides. It is copied when tokens are not a multiple of
-            8, or its rows are not contiguous and 16-byte aligned.
+            8, or its rows are not 16-byte aligned and evenly spaced.
         w24: in layout "cusparselt".
     Returns:
         [..., out_features], new and contiguous.
@@ -186,64 +172,76 @@ def linear(x, w24, bias, activation):
     if index != current_device():
         with torch.cuda.device(index):
             return linear(x, w24, bias, activation)
-    out_features, in_features = w24.shape
-    shape = x.shape
-    tokens = x.numel() // in_features
-    if not tokens:
-        return x.new_empty(*shape[:-1], out_features)
-    padded = padded_tokens(tokens)
-    if padded == tokens:
-        y = x.new_empty(*shape[:-1], out_features)
-    else:
-        y = x.new_empty(padded, out_features)
-    rows, stride = _rows(x, tokens, padded, in_features)
     bias_address = 0
     if bias is not None:
-        bias = _aligned(bias)
+        if bias.data_ptr() % _ALIGNMENT or not bias.is_contiguous():
+            bias = bias.clone(memory_format=torch.contiguous_format)
         bias_address = bias.data_ptr()
-    key = (
-        index, x.dtype, out_features, padded, in_features, stride, bias_address,
-        activation == "relu",
-    )  # fmt: skip
-    _multiply(key, rows, w24, y, current_stream(index))
-    if padded != tokens:
-        y = y[:tokens].view(*shape[:-1], out_features)
+    address = x.data_ptr()
+    if address % _ALIGNMENT:
+        return _linear_of_a_copy(x, w24, bias, activation)
+    key = (index, x.dtype, x.shape, x.stride(), w24.shape, bias_address, activation)
+    known = _plans.get(key)
+    if known is None:
+        if not _fits(x):
+            return _linear_of_a_copy(x, w24, bias, activation)
+        known = _make_plan(*key)
+        _plans[key] = known
+    plan, workspace_bytes, sizes = known
+    y = x.new_empty(*sizes)
+    workspace = 0
+    if workspace_bytes:  # a tensor, so that streams and captured graphs never share one
+        buffer = x.new_empty(workspace_bytes, dtype=torch.uint8)
+        workspace = buffer.data_ptr()
+    if not _native.module().cusparselt_matmul(
+        plan, w24.values.data_ptr(), address, y.data_ptr(), workspace, current_stream(index)
+    ):
+        _plans.pop(key, None)  # it has left the native cache
+        return linear(x, w24, bias, activation)
     if activation is None or activation == "relu":
         return y
     return activate(y.float(), activation).to(y.dtype)
 
 
-def _multiply(key, rows, w24, y, stream):
-    matmul = _native.module().cusparselt_matmul
-    while True:
-        plan, workspace_bytes = _plans.get(key) or _make_plan(key)
-        workspace = address = 0
-        if workspace_bytes:  # a tensor, so that streams and captured graphs never share one
-            workspace = rows.new_empty(workspace_bytes, dtype=torch.uint8)
-            address = workspace.data_ptr()
-        if matmul(plan, w24.values.data_ptr(), rows.data_ptr(), y.data_ptr(), address, stream):
-            return
-        _plans.pop(key, None)  # it has left the native cache
+def _fits(x):
+    """True when the library takes x as it is; its address has been checked."""
+    in_features = x.shape[-1]
+    tokens = x.numel() // in_features
+    if not tokens or tokens % _DENSE_MULTIPLE:
+        return False
+    if x.is_contiguous():
+        return True
+    if x.dim() != 2:
+        return False
+    stride, step = x.stride()
+    return step == 1 and stride >= in_features and stride % _DENSE_MULTIPLE == 0
 
 
-def _rows(x, tokens, padded, in_features):
-    """(rows as the library takes them, their stride in elements): x itself, or a padded copy."""
-    if padded == tokens and x.data_ptr() % _ALIGNMENT == 0:
-        if x.is_contiguous():
-            return x, in_features
-        if x.dim() == 2:
-            stride, step = x.stride()
-            if step == 1 and stride >= in_features and stride % _DENSE_MULTIPLE == 0:
-                return x, stride
-    rows = x.new_empty(padded, in_features)
+def _linear_of_a_copy(x, w24, bias, activation):
+    out_features, in_features = w24.shape
+    tokens = x.numel() // in_features
+    if not tokens:
+        return x.new_empty(*x.shape[:-1], out_features)
+    rows = x.new_empty(padded_tokens(tokens), in_features)
     rows[:tokens].copy_(x.reshape(tokens, in_features))
     rows[tokens:].zero_()
-    return rows, in_features
+    y = linear(rows, w24, bias, activation)
+    return y[:tokens].view(*x.shape[:-1], out_features)
 
 
-def _aligned(bias):
-    bias = bias.contiguous()
-    return bias if bias.data_ptr() % _ALIGNMENT == 0 else bias.clone()
+def _make_plan(index, dtype, shape, strides, weight_shape, bias_address, activation):
+    out_features, in_features = weight_shape
+    tokens = shape.numel() // in_features
+    x_stride = strides[0] if len(shape) == 2 else in_features
+    algorithm = algorithm_for(index, dtype, out_features, in_features, tokens)
+    native = _native.module()
+    plan, workspace_bytes, _ = native.cusparselt_plan(
+        index, DTYPES[dtype], out_features, tokens, in_features, x_stride, out_features,
+        bias_address, activation == "relu", *algorithm,
+    )  # fmt: skip
+    if len(_plans) >= native.CUSPARSELT_MAX_PLANS:
+        _plans.clear()
+    return plan, workspace_bytes, (*shape[:-1], out_features)
 
 
 # ---- the weight ----------------------------------------------------------------------------------

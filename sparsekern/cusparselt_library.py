@@ -59,7 +59,7 @@ def library():
     for path in candidates():
         try:
             version = native.cusparselt_load(path)
-        except NotImplementedError as error:
+        except (RuntimeError, ValueError) as error:
             refusals.append(str(error))
             continue
         atexit.register(native.cusparselt_unload)  # while the CUDA driver is still there

@@ -65,7 +65,8 @@ def search(w24, tokens, *, store=True):
         SearchResult.
     Raises:
         ValueError: another layout, or no tokens.   NotImplementedError: the library refuses this
-        dtype or GPU.   RuntimeError: no candidate is right, or a kernel dies.
+        dtype or GPU.   RuntimeError: no candidate is right, or a kernel dies.   OSError: the file
+        cannot be written; the result is used by this process all the same.
     Notes:
         Takes seconds, and for a moment the memory of a second weight and of the dense one in
         float32. A kernel that dies takes the CUDA context with it: search in a process of its own.
