@@ -1,4 +1,5 @@
-"""What one eager call costs the host: SparseLinear against nn.Linear, module by module.
+"""What one eager call costs the host: SparseLinear against nn.Linear, module by module; and the
+cuSPARSELt backend against the library's bare C function and against torch's own use of it.
 
 A sample is the host's time for a batch of calls, divided by their number; the GPU's queue is
 drained before each batch and the batch fits in it, so nothing in the sample waits for the GPU.
@@ -11,9 +12,11 @@ import time
 import torch
 from torch import nn
 
-from sparsekern import SparseLinear, decompress, ops, prune_compress
+from sparsekern import (
+    SparseLinear, _native, cusparselt_backend, cusparselt_library, decompress, ops, prune_compress,
+)
 
-from . import timing
+from . import cusparselt, timing
 from .layers import check_bounded
 from .options import Run, parser, watchdog
 
@@ -44,18 +47,81 @@ def main(path, arguments=()) -> int:
 def measure(run: Run, out_features: int, in_features: int, tokens: int, dtype) -> None:
     """Times and records one problem."""
     providers, backend = layers(out_features, in_features, tokens, dtype, run.device)
+    samplers = {name: host_sampler(call, run.device) for name, call in providers.items()}
+    kernels = dict.fromkeys(samplers, backend)
+    for name, (sampler, kernel) in vendor(out_features, in_features, tokens, dtype, run).items():
+        samplers[name], kernels[name] = sampler, kernel
     rounds, seconds = (20, 0.5) if run.quick else (200, 5.0)
     rule = timing.StopRule(0.01, min_rounds=rounds, budget_s=seconds)
-    samplers = {name: host_sampler(call, run.device) for name, call in providers.items()}
     samples, _ = timing.sample_rounds(samplers, rule)
     case = f"{out_features}x{in_features}, {tokens} tokens, {str(dtype).removeprefix('torch.')}"
     for name, taken in samples.items():
         metrics = {
             f"us_p{int(100 * q)}": round(timing.quantile(taken, q), 3) for q in (0.2, 0.5, 0.8)
         }
-        run.add(op="eager_call", backend=name, check="bounded", case=case, kernel=backend,
+        run.add(op="eager_call", backend=name, check="bounded", case=case, kernel=kernels[name],
                 metrics=metrics)  # fmt: skip
         run.say(f"{case}: {name} {metrics['us_p50']} us per call")
+
+
+def vendor(out_features, in_features, tokens, dtype, run: Run) -> dict:
+    """{name: (sampler, what computes)} of cuSPARSELt, every output checked; the same plan and
+    algorithm (the default) for all but torch, which makes its own. Tokens are padded beforehand.
+
+        C function          cusparseLtMatmul alone, many times from C++, plan cached
+        binding             the same through the native module
+        cusparselt_backend  and the output allocated, the plan looked up
+        sparsekern.linear   and the arguments checked
+        torch               torch._cslt_sparse_mm
+    """
+    index = run.device.index or 0 if run.device.type == "cuda" else -1
+    if why := cusparselt_library.refusal(index, dtype):
+        run.say(f"without cuSPARSELt: {why}")
+        return {}
+    generator = torch.Generator(run.device).manual_seed(0)
+    weight = torch.empty(out_features, in_features, dtype=dtype, device=run.device)
+    rowmajor = prune_compress(weight.normal_(0, in_features**-0.5, generator=generator))
+    x = torch.empty(tokens, in_features, dtype=dtype, device=run.device)
+    x = cusparselt.padded(x.normal_(generator=generator))
+    w24, pruned = cusparselt_backend.pack(rowmajor), decompress(rowmajor)
+    y = x.new_empty(x.shape[0], out_features)
+    native, stream = _native.module(), torch.cuda.current_stream().cuda_stream
+    plan, workspace_bytes, _ = native.cusparselt_plan(
+        index, cusparselt_library.DTYPES[dtype], out_features, x.shape[0], in_features,
+        in_features, out_features, 0, False, *cusparselt_backend.Algorithm(),
+    )
+    workspace = x.new_empty(workspace_bytes, dtype=torch.uint8)
+    arguments = (
+        plan, w24.values.data_ptr(), x.data_ptr(), y.data_ptr(), workspace.data_ptr(), stream,
+    )
+
+    def bare() -> float:
+        torch.cuda.synchronize()
+        return native.cusparselt_time_matmul(*arguments, CALLS) * 1e6 / CALLS
+
+    def binding():
+        native.cusparselt_matmul(*arguments)
+        return y
+
+    calls = {
+        "cuSPARSELt binding": binding,
+        "cusparselt_backend.linear": lambda: cusparselt_backend.linear(x, w24, None, None),
+        "sparsekern.linear, cuSPARSELt": lambda: ops.linear(x, w24, backend="cusparselt"),
+    }
+    config = cusparselt_backend.config(x, w24)
+    kernels = dict.fromkeys(["cuSPARSELt C function", *calls], config)
+    if not cusparselt.available():
+        blob = cusparselt.compress(pruned)
+        calls["torch._cslt_sparse_mm"] = lambda: cusparselt.linear(
+            blob, x, cusparselt.Algorithm(0)
+        )
+        kernels["torch._cslt_sparse_mm"] = f"cuSPARSELt {torch.backends.cusparselt.version()}"
+    for name, call in calls.items():
+        y.fill_(float("nan"))
+        check_bounded(name, call(), x, pruned, 2.0**-5, ours=False)
+    samplers = {name: host_sampler(call, run.device) for name, call in calls.items()}
+    samplers = {"cuSPARSELt C function": bare, **samplers}
+    return {name: (sampler, kernels[name]) for name, sampler in samplers.items()}
 
 
 def layers(out_features, in_features, tokens, dtype, device):

@@ -1,8 +1,8 @@
 // bindings.cpp — the pybind11 module sparsekern._C: plain pointers, sizes and a stream in; nothing
 // that knows of torch.
 //
-// Three parts: introspection of the build and of the device, the exceptions, and the table of ops
-// at the end. An op here does nothing but turn integers into pointers, call a launcher (launch.h)
+// Four parts: introspection of the build and of the device, the exceptions, the table of ops, and
+// cuSPARSELt. An op here does nothing but turn integers into pointers, call a launcher (launch.h)
 // and raise its Status. Python owns shapes, dtypes, allocation and dispatch; typed surface:
 // sparsekern/_C.pyi.
 #include <cuda_runtime_api.h>
@@ -14,6 +14,7 @@
 
 #include "build_lists.h"  // written by CMakeLists.txt
 #include "configs.h"
+#include "cusparselt.h"
 #include "launch.h"
 #include "status.h"
 
@@ -284,6 +285,78 @@ void bind_ops(py::module_& m) {
   m.def("capture_id", &capture_id, "0, or a number of the stream's current graph capture.");
 }
 
+// ---- cuSPARSELt (cusparselt.h) ------------------------------------------------------------------
+
+// Where there is no GPU the library itself says so, in its own words.
+void bind_thread_if_possible() {
+  static thread_local bool done = false;
+  if (done) return;
+  if (device_count() > 0) bind_thread("sparsekern.cusparselt");
+  done = true;
+}
+
+py::tuple cusparselt_load(const std::string& path) {
+  cusparselt::Version version;
+  raise_if_error(cusparselt::load(path, version));
+  return py::make_tuple(version.major, version.minor, version.patch);
+}
+
+py::tuple cusparselt_compressed_bytes(int device, int dtype, std::int64_t out_features,
+                                      std::int64_t in_features) {
+  bind_thread_if_possible();
+  std::size_t blob = 0, buffer = 0;
+  raise_if_error(cusparselt::compressed_bytes(device, static_cast<DType>(dtype), out_features,
+                                              in_features, blob, buffer));
+  return py::make_tuple(blob, buffer);
+}
+
+void cusparselt_compress(int device, int dtype, std::int64_t out_features, std::int64_t in_features,
+                         Address dense, Address blob, Address buffer, Address stream) {
+  bind_thread_if_possible();
+  raise_if_error(cusparselt::compress(device, static_cast<DType>(dtype), out_features, in_features,
+                                      in(dense), out(blob), out(buffer), as_stream(stream)));
+}
+
+py::tuple cusparselt_plan(int device, int dtype, std::int64_t out_features, std::int64_t tokens,
+                          std::int64_t in_features, std::int64_t x_stride, std::int64_t y_stride,
+                          Address bias, bool relu, int algorithm, int split_k, int split_k_mode) {
+  bind_thread_if_possible();
+  cusparselt::PlanInfo info;
+  raise_if_error(
+      cusparselt::plan({device, static_cast<DType>(dtype), out_features, tokens, in_features,
+                        x_stride, y_stride, in(bias), relu, algorithm, split_k, split_k_mode},
+                       info));
+  return py::make_tuple(info.id, info.workspace_bytes, info.algorithms);
+}
+
+bool cusparselt_matmul(std::uint64_t id, Address blob, Address x, Address y, Address workspace,
+                       Address stream) {
+  bind_thread_if_possible();
+  bool known = false;
+  raise_if_error(
+      cusparselt::matmul(id, in(blob), in(x), out(y), out(workspace), as_stream(stream), known));
+  return known;
+}
+
+double cusparselt_time_matmul(std::uint64_t id, Address blob, Address x, Address y,
+                              Address workspace, Address stream, int calls) {
+  double seconds = 0;
+  raise_if_error(cusparselt::time_matmul(id, in(blob), in(x), out(y), out(workspace),
+                                         as_stream(stream), calls, seconds));
+  return seconds;
+}
+
+void bind_cusparselt(py::module_& m) {
+  m.attr("CUSPARSELT_MAX_PLANS") = cusparselt::kMaxPlans;
+  m.def("cusparselt_load", &cusparselt_load, "Its version (major, minor, patch).");
+  m.def("cusparselt_unload", &cusparselt::unload, "Destroys plans and handles.");
+  m.def("cusparselt_compressed_bytes", &cusparselt_compressed_bytes, "(blob, buffer) bytes.");
+  m.def("cusparselt_compress", &cusparselt_compress, "A dense 2:4 weight into its blob.");
+  m.def("cusparselt_plan", &cusparselt_plan, "(id, workspace bytes, number of algorithms).");
+  m.def("cusparselt_matmul", &cusparselt_matmul, "False: the plan has left the cache.");
+  m.def("cusparselt_time_matmul", &cusparselt_time_matmul, "Host seconds of so many bare calls.");
+}
+
 }  // namespace
 }  // namespace sparsekern
 
@@ -293,4 +366,5 @@ PYBIND11_MODULE(_C, m) {
       "the right device.";
   sparsekern::bind_introspection(m);
   sparsekern::bind_ops(m);
+  sparsekern::bind_cusparselt(m);
 }

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from sparsekern import _native, cli, doctor, triton_kernels
+from sparsekern import _native, cli, cusparselt_library, doctor, triton_kernels
 
 
 def findings():
@@ -57,6 +57,7 @@ def test_absent_parts_are_reported_with_a_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(triton_kernels, "reason", lambda: "no triton here")
     monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
     monkeypatch.setattr(doctor, "_nvidia_folders", list)
+    monkeypatch.setattr(cusparselt_library, "library", lambda: (None, "no library here"))
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -69,6 +70,7 @@ def test_absent_parts_are_reported_with_a_reason(monkeypatch, tmp_path):
         ("libraries", "cuSPARSELt"),
     ):
         assert not found[key].present
+    assert found["libraries", "cuSPARSELt"].text == "no library here"
 
 
 def test_a_built_module_nvcc_and_cusparselt_are_shown(monkeypatch, tmp_path):
@@ -82,14 +84,17 @@ def test_a_built_module_nvcc_and_cusparselt_are_shown(monkeypatch, tmp_path):
     module = type("Module", (), {"build_info": staticmethod(lambda: info)})
     monkeypatch.setattr(_native, "available", lambda: True)
     monkeypatch.setattr(_native, "module", lambda: module)
-    nvcc, library = (
-        tmp_path / "cu13" / "bin" / "nvcc",
-        tmp_path / "cusparselt" / "lib" / "libcusparseLt.so.0",
-    )
-    for path in (nvcc, library):
-        path.parent.mkdir(parents=True)
-        path.write_bytes(b"")
-        path.chmod(0o755)
+    nvcc = tmp_path / "cu13" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_bytes(b"")
+    nvcc.chmod(0o755)
+    library = cusparselt_library.Library((0, 8, 0), "/lib/libcusparseLt.so.0")
+    monkeypatch.setattr(cusparselt_library, "library", lambda: (library, ""))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(cusparselt_library, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(doctor, "_gpus", list)
+    monkeypatch.setattr(doctor, "_what_will_run", list)
+    cusparselt_library.refusal.cache_clear()
     monkeypatch.setattr(doctor, "_nvidia_folders", lambda: [tmp_path])
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(variable, raising=False)
@@ -97,4 +102,7 @@ def test_a_built_module_nvcc_and_cusparselt_are_shown(monkeypatch, tmp_path):
     found = findings()
     assert found["kernels", "sparsekern._C"].text == "built with nvcc 13.1 for 80, 90a: spmm_sm80"
     assert found["libraries", "nvcc"].text == str(nvcc)
-    assert found["libraries", "cuSPARSELt"].text.endswith(str(library))
+    text = found["libraries", "cuSPARSELt"].text
+    assert text.startswith("0.8.0, /lib/libcusparseLt.so.0; backend 'cusparselt' refuses")
+    assert "torch.float16" in text and "bfloat16 or" in text
+    cusparselt_library.refusal.cache_clear()

@@ -176,11 +176,16 @@ ERRORS = {
         r"activation in None, 'relu', 'gelu', 'silu', got 'tanh'",
     ),
     "backend name": (
-        dict(backend="tpu"), ValueError, r"backend in 'cuda', 'triton', 'cpu', got 'tpu'",
+        dict(backend="tpu"), ValueError,
+        r"backend in 'cuda', 'triton', 'cpu', 'cusparselt', got 'tpu'",
     ),
     "triton on cpu": (
         dict(backend="triton"), NotImplementedError,
         r"backend 'triton' can run, got .*(on a GPU, got cpu|no CUDA device|triton)",
+    ),
+    "cusparselt without its layout": (
+        dict(backend="cusparselt"), NotImplementedError,
+        r"needs layout 'cusparselt', got 'rowmajor'; make one with SparseLinear\(packed=",
     ),
     "cuda on cpu": (
         dict(backend="cuda"), NotImplementedError,

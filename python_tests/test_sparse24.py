@@ -319,7 +319,8 @@ def test_constructor_rejects(values, metadata, shape, text):
 
 
 def test_unknown_layout():
-    with pytest.raises(FormatError, match=r"\('rowmajor', 'tile64'\), got 'colmajor'"):
+    layouts = r"\('rowmajor', 'tile64', 'cusparselt'\)"
+    with pytest.raises(FormatError, match=f"{layouts}, got 'colmajor'"):
         Sparse24(VALUES, METADATA, (4, 12), "colmajor")
 
 

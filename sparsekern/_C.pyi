@@ -143,3 +143,45 @@ PREFILL_COUNTER_BYTES: int  # the beginning of the workspace that must be zero
 
 def prefill_workspace_bytes() -> int: ...
 def capture_id(stream: int, /) -> int: ...  # 0: the stream is not being captured
+
+# cuSPARSELt (csrc/cusparselt.h). device: index of the GPU; the calls need it to be current.
+
+CUSPARSELT_MAX_PLANS: int  # a full cache is emptied
+
+def cusparselt_load(path: str, /) -> tuple[int, int, int]: ...  # version
+def cusparselt_unload() -> None: ...
+def cusparselt_compressed_bytes(
+    device: int, dtype: int, out_features: int, in_features: int, /
+) -> tuple[int, int]: ...  # of the blob, and of the buffer of cusparselt_compress
+def cusparselt_compress(
+    device: int,
+    dtype: int,
+    out_features: int,
+    in_features: int,
+    dense: int,
+    blob: int,
+    buffer: int,
+    stream: int,
+    /,
+) -> None: ...
+def cusparselt_plan(
+    device: int,
+    dtype: int,
+    out_features: int,
+    tokens: int,
+    in_features: int,
+    x_stride: int,
+    y_stride: int,
+    bias: int,
+    relu: bool,
+    algorithm: int,  # -1: the library's choice; then the next two do not count
+    split_k: int,
+    split_k_mode: int,
+    /,
+) -> tuple[int, int, int]: ...  # id, workspace bytes, number of algorithms
+def cusparselt_matmul(
+    plan: int, blob: int, x: int, y: int, workspace: int, stream: int, /
+) -> bool: ...  # False: the plan has left the cache
+def cusparselt_time_matmul(
+    plan: int, blob: int, x: int, y: int, workspace: int, stream: int, calls: int, /
+) -> float: ...  # host seconds of so many bare calls

@@ -122,26 +122,22 @@ def _libraries():
         nvcc or "not in CUDA_HOME, on PATH or in the nvidia wheels",
         present=bool(nvcc),
     )
-    path = find_cusparselt()
-    if path is None:
-        yield Finding("libraries", "cuSPARSELt", "not found beside torch", present=False)
-    else:
-        yield Finding("libraries", "cuSPARSELt", f"{_cusparselt_version()}, {path}")
+    yield _cusparselt()
 
 
-def find_cusparselt():
-    """Path of the libcusparseLt that torch's wheels brought, or None."""
-    for folder in _nvidia_folders():
-        for path in sorted(folder.glob("*/lib/libcusparseLt.so*")):
-            return str(path)
-    return None
+def _cusparselt():
+    from . import cusparselt_library
 
-
-def _cusparselt_version():
-    """What torch's own binding says: a version, or that it cannot use the library here."""
-    backend = getattr(torch.backends, "cusparselt", None)
-    version = backend.version() if backend is not None and backend.is_available() else None
-    return f"version {version}" if version else "present, not usable by torch here"
+    found, why = cusparselt_library.library()
+    if found is None:
+        return Finding("libraries", "cuSPARSELt", why, present=False)
+    text = f"{found.name.split()[1]}, {found.path}"
+    refused = [
+        cusparselt_library.refusal(index, dtype)
+        for index in range(torch.cuda.device_count())
+        for dtype in cusparselt_library.DTYPES
+    ]
+    return Finding("libraries", "cuSPARSELt", "; ".join([text, *filter(None, refused)]))
 
 
 def _nvidia_folders():

@@ -3,7 +3,8 @@
 The module owns a Sparse24 (as two buffers, so that .to(), deepcopy and pickle work as for any
 module) and a bias; shapes, dtypes and backends are the business of ops.py. What it writes to a
 state_dict is the published sparse-24-bitmask form, whatever layout the buffers have on the device
-("tile64" where a GPU has the CUDA kernels, see pack.py, "rowmajor" elsewhere):
+("tile64" where a GPU has the CUDA kernels, see pack.py, "cusparselt" on request, "rowmajor"
+elsewhere):
 
     compressed   [out_features, in_features / 2]          float32 | float16 | bfloat16
     bitmask      [out_features, ceil(in_features / 8)]    uint8, bit b of byte j = column 8j + b
@@ -14,7 +15,7 @@ state_dict is the published sparse-24-bitmask form, whatever layout the buffers 
 import torch
 from torch import Tensor, nn
 
-from sparsekern import cuda_backend, ops
+from sparsekern import cuda_backend, cusparselt_backend, ops
 from sparsekern.errors import FormatError, message
 from sparsekern.pack import LAYOUT as PACKED
 from sparsekern.pack import pack, wait_for_weight
@@ -40,11 +41,14 @@ class SparseLinear(nn.Module):
             or for a weight to be assigned.
         packed: None keeps the weight in layout "tile64" on a GPU that has CUDA kernels for it and
             in "rowmajor" elsewhere, and changes it as the module moves. False always means
-            "rowmajor"; True always "tile64", on the CPU too, where it is only slower. The attribute
-            `packed` can be assigned.
+            "rowmajor"; True always "tile64", on the CPU too, where it is only slower. "cusparselt"
+            keeps the vendor library's blob on a GPU (cusparselt_backend.py) and "rowmajor"
+            elsewhere. The attribute `packed` can be assigned.
     Raises:
-        ValueError: in_features is not a multiple of 4, or a size is negative.
-        TypeError: another dtype; packed=True with float32.
+        ValueError: in_features is not a multiple of 4, a size is negative, or packed is none of
+            these; packed="cusparselt" with a shape that the library does not take.
+        TypeError: another dtype; packed=True or "cusparselt" with float32.
+        NotImplementedError: packed="cusparselt" where there is no usable library; it says why.
     """
 
     def __init__(
@@ -67,7 +71,7 @@ class SparseLinear(nn.Module):
             metadata[:, -1] = _ZERO_GROUP_AND_PADDING
         self.register_buffer("values", values, persistent=False)
         self.register_buffer("metadata", metadata, persistent=False)
-        self._layout, self._packed = "rowmajor", packed
+        self._layout, self._packed = "rowmajor", _checked_packed(packed)
         self._arrange()
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if zeros is None else nn.Parameter(zeros)
@@ -85,12 +89,12 @@ class SparseLinear(nn.Module):
             packed: see SparseLinear.
         Raises:
             TypeError: w24 is no Sparse24, the bias has another dtype, or packed=True with float32.
-            ValueError: the bias has another shape or device.
+            ValueError: the bias has another shape or device.   And what `packed` raises.
         """
         _check_weight(w24)
         out_features, in_features = w24.shape
         module = cls(in_features, out_features, bias=False, dtype=w24.dtype, device="meta")
-        module._packed = packed
+        module._packed = _checked_packed(packed)
         module.weight = w24
         if bias is not None:
             module.bias = _bias_parameter(bias, w24)
@@ -144,15 +148,15 @@ class SparseLinear(nn.Module):
 
     @property
     def packed(self):
-        """None | True | False: when the weight is in layout "tile64". It can be assigned."""
+        """None | True | False | "cusparselt": decides the weight's layout. It can be assigned."""
         return self._packed
 
     @packed.setter
     def packed(self, packed):
-        previous, self._packed = self._packed, packed
+        previous, self._packed = self._packed, _checked_packed(packed)
         try:
             self._arrange()
-        except TypeError:
+        except Exception:
             self._packed = previous
             raise
 
@@ -162,12 +166,25 @@ class SparseLinear(nn.Module):
         wanted = self._packed
         if wanted is None:
             wanted = cuda_backend.packs(w24.device, w24.dtype) and 0 not in w24.shape
-        w24 = pack(w24) if wanted else w24.rowmajor()
+        if wanted == cusparselt_backend.LAYOUT:
+            w24 = self._for_cusparselt(w24)
+        else:
+            w24 = pack(w24) if wanted else w24.rowmajor()
+        self._hold(w24)
+        if w24.layout == PACKED:
+            wait_for_weight(w24.values)
+
+    @staticmethod
+    def _for_cusparselt(w24):
+        if cusparselt_backend.packs(w24.device):
+            return cusparselt_backend.pack(w24)
+        return w24.rowmajor()
+
+    def _hold(self, w24):
+        """Makes w24 the weight, in the layout that it has."""
         self._buffers["values"], self._buffers["metadata"] = w24.values, w24.metadata
         self._layout = w24.layout
         self._view = self._make_view()
-        if w24.layout == PACKED:
-            wait_for_weight(w24.values)
 
     def _make_view(self):
         # Without __init__, whose checks these tensors have passed, some of them on meta or in a
@@ -185,6 +202,8 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """.to() and its kin; values that a narrower dtype rounds to -0.0 become +0.0."""
+        if self._layout == cusparselt_backend.LAYOUT:
+            self._hold(self.weight.rowmajor())  # a blob holds no numbers that fn could convert
         dtype = self.values.dtype
         super()._apply(fn, recurse)
         if self.values.dtype != dtype:
@@ -193,7 +212,13 @@ class SparseLinear(nn.Module):
         return self
 
     def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key != "_view"}
+        """For copies and pickles; a blob of cuSPARSELt is never part of them."""
+        state = {key: value for key, value in self.__dict__.items() if key != "_view"}
+        if self._layout == cusparselt_backend.LAYOUT:
+            w24 = self.weight.rowmajor()
+            state["_buffers"] = {**self._buffers, "values": w24.values, "metadata": w24.metadata}
+            state["_layout"] = w24.layout
+        return state
 
     def __setstate__(self, state):
         """For copies and pickles; torch.load(map_location=...) may have moved the buffers."""
@@ -286,6 +311,13 @@ class SparseLinear(nn.Module):
 def _is_conv1d(module):
     """transformers.pytorch_utils.Conv1D, told by name: transformers is an optional dependency."""
     return any(base.__name__ == "Conv1D" for base in type(module).__mro__)
+
+
+def _checked_packed(packed):
+    if packed is None or packed is True or packed is False or packed == cusparselt_backend.LAYOUT:
+        return packed
+    expected = "packed in None, True, False, 'cusparselt'"
+    raise ValueError(message(_OP, expected, repr(packed), "Leave it None."))
 
 
 def _check_weight(w24):

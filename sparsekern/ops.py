@@ -1,17 +1,19 @@
 """The sparse linear op: checks, shape folding, choice of backend, registration, autograd.
 
 One call goes linear.py -> ops.py -> backend. This file owns what is common to every backend; a
-backend sees a checked, two-dimensional x and returns [tokens, out_features] (cuda: any number of
-dimensions, which saves it two views). Backends:
+backend sees a checked, two-dimensional x and returns [tokens, out_features] (cuda and cusparselt:
+any number of dimensions, which saves two views). Backends:
 
-    cuda    sparsekern/cuda_backend.py, when the native module was built (sparsekern/_native.py)
-    triton  sparsekern/triton_kernels/linear.py
-    cpu     sparsekern/cpu_backend.py
+    cuda        sparsekern/cuda_backend.py, with the native module (sparsekern/_native.py)
+    triton      sparsekern/triton_kernels/linear.py
+    cpu         sparsekern/cpu_backend.py
+    cusparselt  sparsekern/cusparselt_backend.py, for weights that were packed for it
 
 The weight's layout, the device and the shapes choose the backend; nothing global does. In eager
 mode, when no gradient is wanted, the backend is called directly, because the custom-op boundary
-costs more than a small kernel, and a weight in "tile64" goes straight to its own backend; otherwise
-(autograd, torch.compile, fake and meta tensors) the call goes through torch.ops.sparsekern.linear.
+costs more than a small kernel, and a weight in "tile64" or "cusparselt" goes straight to its own
+backend; otherwise (autograd, torch.compile, fake and meta tensors) the call goes through
+torch.ops.sparsekern.linear.
 """
 
 import functools
@@ -23,7 +25,7 @@ from typing import Callable, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from sparsekern import _native, cpu_backend, cuda_backend, triton_kernels
+from sparsekern import _native, cpu_backend, cuda_backend, cusparselt_backend, triton_kernels
 from sparsekern.errors import message
 from sparsekern.sparse24 import Sparse24, decompress
 
@@ -79,9 +81,22 @@ def _load_cuda():
     return Backend("cuda", cuda_backend.supported, cuda_backend.linear, cuda_backend.config)
 
 
+def _load_cusparselt():
+    module = cusparselt_backend
+    return Backend("cusparselt", module.supported, module.linear, module.config)
+
+
 # A loader returns a Backend, or the reason why there is none. To add one: a loader and a name.
-_LOADERS = {"cuda": _load_cuda, "triton": _load_triton, "cpu": _load_cpu}
-_PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_LOADERS = {
+    "cuda": _load_cuda, "triton": _load_triton, "cpu": _load_cpu, "cusparselt": _load_cusparselt,
+}  # fmt: skip
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton", "cusparselt")}
+# {layout: (backend, its module)} of the layouts that one backend alone computes with.
+_OWNERS = {
+    cuda_backend.LAYOUT: ("cuda", cuda_backend),
+    cusparselt_backend.LAYOUT: ("cusparselt", cusparselt_backend),
+}
+_NO_OWNER = (None, None)
 
 
 @functools.lru_cache(maxsize=None)
@@ -120,7 +135,10 @@ def select_backend(x, w24, backend=None):
             raise NotImplementedError(message(_OP, expected, reason, "Leave backend=None."))
         return chosen, f"requested; {reason}"
     refusals = []
-    for name in _PREFERENCE.get(x.device.type, ()):
+    owner, _ = _OWNERS.get(w24.layout, _NO_OWNER)
+    # As _compute: the layout's own backend comes first.
+    names = sorted(_PREFERENCE.get(x.device.type, ()), key=lambda name: name != owner)
+    for name in names:
         chosen, reason = _try(name, x, w24)
         if chosen is not None:
             return chosen, "; ".join([reason, *refusals]) if refusals else reason
@@ -190,8 +208,9 @@ def fold(x):
 
 
 def _compute(x, w24, bias, activation, backend):
-    if backend is None and not cuda_backend.why_not(x, w24):  # its own choice, without a detour
-        return cuda_backend.linear(x, w24, bias, activation)
+    owner, module = _OWNERS.get(w24.layout, _NO_OWNER)
+    if owner and backend in (None, owner) and not module.why_not(x, w24):  # without a detour
+        return module.linear(x, w24, bias, activation)
     folded = fold(x)
     chosen, _ = select_backend(folded, w24, backend)
     y = chosen.linear(folded, w24, bias, activation)
@@ -326,7 +345,7 @@ def linear(x, w24, bias=None, activation=None, *, backend=None):
         w24: Sparse24 of shape [out_features, in_features], dtype and device of x.
         bias: [out_features], dtype and device of x, or None.
         activation: None | "relu" | "gelu" (exact, with erf) | "silu".
-        backend: None chooses; "cpu", "triton" or "cuda" forces one. See `explain`.
+        backend: None chooses; "cpu", "triton", "cuda" or "cusparselt" forces one. See `explain`.
     Returns:
         [..., out_features], dtype of x, contiguous. No aliasing with inputs.
     Raises:

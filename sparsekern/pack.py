@@ -63,6 +63,7 @@ def pack(w24: Sparse24) -> Sparse24:
     """
     if w24.layout == LAYOUT:
         return w24
+    w24 = w24.rowmajor()
     op = "sparsekern.pack"
     check(packable(w24), op, "a weight of dtype float16 or bfloat16", w24.dtype,
           "Call weight.to(torch.bfloat16).", TypeError)  # fmt: skip

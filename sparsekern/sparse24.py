@@ -12,7 +12,9 @@ the unused last nibble of a row with in_features % 8 == 4 is 0x4. This is compre
 sparse-24-bitmask with the 4-bit masks replaced by the indices that tensor cores read; `bitmask()`
 and `from_bitmask()` convert. -0.0 counts as zero and is stored as +0.0.
 
-Layout "tile64" holds the same two tensors padded and permuted for the GPU kernels (pack.py).
+Layout "tile64" holds the same two tensors padded and permuted for the GPU kernels (pack.py). Layout
+"cusparselt" holds the vendor library's opaque blob on a GPU (cusparselt_backend.py); what changes
+its dtype or GPU, is copied or pickled, becomes row-major.
 
 Source: PTX ISA, "Sparse matrix storage"; Mishra et al. 2021 (arXiv:2104.08378) for the 2:4 format.
 """
@@ -28,7 +30,7 @@ from torch import Tensor
 from sparsekern import compression
 from sparsekern.errors import FormatError, check, message
 
-LAYOUTS = ("rowmajor", "tile64")
+LAYOUTS = ("rowmajor", "tile64", "cusparselt")
 DTYPES = tuple(compression.INFINITY_BITS)
 
 # The two encodings against each other; 0 marks what the other has no nibble for.
@@ -47,11 +49,11 @@ class Sparse24:
 
     Args:
         values: float32 | float16 | bfloat16; layout "rowmajor": [out, in/2], layout "tile64":
-            [ceil(out/64) * ceil(in/64), 2048].
+            [ceil(out/64) * ceil(in/64), 2048], layout "cusparselt": [any], not numbers.
         metadata: uint8, on the same device; layout "rowmajor": [out, ceil(in/8)], layout "tile64":
-            [ceil(out/64) * ceil(in/64), 512].
+            [ceil(out/64) * ceil(in/64), 512], layout "cusparselt": [0].
         shape: (out_features, in_features), counted dense; in_features % 4 == 0.
-        layout: "rowmajor" | "tile64".
+        layout: "rowmajor" | "tile64" | "cusparselt".
     Raises:
         FormatError: a shape, dtype, device or layout that does not fit. The contents are not read
             (that would wait for the GPU): use `verify` for data from outside.
@@ -81,6 +83,9 @@ class Sparse24:
         if layout == "rowmajor":
             _check_shape(op, "values", values, [out_features, in_features // 2])
             _check_shape(op, "metadata", metadata, [out_features, (in_features + 7) // 8])
+        elif layout == "cusparselt":
+            _check_shape(op, "values", values, [values.numel()])
+            _check_shape(op, "metadata", metadata, [0])
         else:
             tiles = -(-out_features // 64) * -(-in_features // 64)
             _check_shape(op, "values", values, [tiles, 2048])
@@ -142,7 +147,13 @@ class Sparse24:
         """Like Tensor.to: device and/or dtype of the values. The kept slots stay as they are.
 
         Values that a narrower dtype rounds to zero become +0.0; `verify` finds any that overflow.
+        A weight in layout "cusparselt" becomes row-major where anything changes.
         """
+        if self.layout == "cusparselt":
+            target = self.values[:0].to(*args, **kwargs)
+            if (target.dtype, target.device) == (self.dtype, self.device):
+                return self.clone() if kwargs.get("copy") else self
+            return self.rowmajor().to(*args, **kwargs)
         values = self.values.to(*args, **kwargs)
         if values.dtype != self.dtype:
             values = values.masked_fill(values == 0, 0)
@@ -167,6 +178,10 @@ class Sparse24:
         """The same weight in layout "rowmajor"; self when it has it already."""
         if self.layout == "rowmajor":
             return self
+        if self.layout == "cusparselt":
+            from sparsekern import cusparselt_backend
+
+            return cusparselt_backend.unpack(self)
         from sparsekern import pack
 
         return pack.unpack(self)
@@ -194,6 +209,11 @@ class Sparse24:
         got = set(state) if isinstance(state, dict) else type(state).__name__
         _check(got == names, op, f"a pickled state of {sorted(names)}", got)
         self.__init__(**state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy, deepcopy and pickle: the blob of layout "cusparselt" is of one GPU and version,
+        so the row-major weight stands for it."""
+        return self.rowmajor().__dict__ if self.layout == "cusparselt" else self.__dict__
 
     def __repr__(self) -> str:
         out_features, in_features = self.shape

@@ -1,0 +1,129 @@
+"""Where NVIDIA's cuSPARSELt is found and loaded, and what is refused with it, with the reason.
+
+It is loaded at run time (csrc/cusparselt.h), once per process, when the first weight is packed for
+it or the doctor asks; its absence is a sentence, never an error. Used by cusparselt_backend.py.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from sparsekern import _native
+
+VARIABLE = "SPARSEKERN_CUSPARSELT"  # path of the library, before every other place
+SYSTEM_NAMES = ("libcusparseLt.so.0", "libcusparseLt.so")  # for the system's own search
+DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/launch.h
+SPARSE_MULTIPLE = 16  # of a weight's sizes, as in csrc/cusparselt.h
+
+
+# ---- the library ---------------------------------------------------------------------------------
+
+
+class Library(NamedTuple):
+    version: tuple  # (major, minor, patch)
+    path: str
+
+    @property
+    def name(self):
+        return "cuSPARSELt " + ".".join(map(str, self.version))
+
+
+def candidates():
+    """Where the library is looked for, in order: $SPARSEKERN_CUSPARSELT alone if it is set; else
+    the pip wheels (nvidia-cusparselt-cu12, -cu13), torch's own folder, LD_LIBRARY_PATH and system.
+    """
+    if chosen := os.environ.get(VARIABLE):
+        return [chosen]
+    folders = []
+    for package, below in (("nvidia", "*/lib"), ("cusparselt", "lib"), ("torch", "lib")):
+        spec = importlib.util.find_spec(package)
+        for place in (spec.submodule_search_locations or ()) if spec else ():
+            folders += sorted(Path(place).glob(below))
+    found = [path for folder in folders for path in sorted(folder.glob("libcusparseLt.so*"))]
+    return [str(path) for path in found] + list(SYSTEM_NAMES)
+
+
+@lru_cache(maxsize=None)
+def library():
+    """(Library, "") after loading the first candidate that works, or (None, why there is none)."""
+    if not _native.available():
+        return None, _native.reason()
+    native, refusals = _native.module(), []
+    for path in candidates():
+        try:
+            version = native.cusparselt_load(path)
+        except (RuntimeError, ValueError) as error:
+            refusals.append(str(error))
+            continue
+        atexit.register(native.cusparselt_unload)  # while the CUDA driver is still there
+        return Library(version, path), ""
+    return None, refusals[0]
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+class Refusal(NamedTuple):
+    """A combination that is known to fail: versions from first to last on one kind of GPU."""
+
+    first: tuple
+    last: tuple
+    capability: tuple
+    dtype: torch.dtype
+    reason: str
+
+
+_POISONS = "which poisons the CUDA context of the whole process. Use bfloat16 or another version"
+REFUSALS = (
+    # Measured on an H100: every shape tried; 0.10.0 works there, bfloat16 works with both.
+    Refusal((0, 8, 0), (0, 8, 0), (9, 0), torch.float16,
+            f"its float16 kernels die with 'illegal instruction' on this GPU, {_POISONS}"),
+    # Reported for an H100 by github.com/bcacdwk/vllmbench (README, 15.1); not measured here.
+    Refusal((0, 8, 1), (0, 8, 1), (9, 0), torch.float16,
+            f"its float16 kernels are reported to die with 'illegal instruction' on this GPU, "
+            f"{_POISONS}"),
+)  # fmt: skip
+
+
+def _capability(index):
+    """(major, minor) of GPU `index`; None for the CPU (-1)."""
+    return torch.cuda.get_device_capability(index) if index >= 0 else None
+
+
+@lru_cache(maxsize=None)
+def refusal(index, dtype):
+    """Why the library cannot be used for this dtype on GPU `index`; empty when it can."""
+    if dtype not in DTYPES:
+        return f"backend 'cusparselt' needs float16 or bfloat16, got {dtype}"
+    capability = _capability(index)
+    if capability is None:
+        return "backend 'cusparselt' needs x and the weight on a GPU, got the CPU"
+    if capability < (8, 0):
+        got = ".".join(map(str, capability))
+        return f"backend 'cusparselt' needs compute capability 8.0 or newer, cuda:{index} has {got}"
+    found, why = library()
+    if found is None:
+        return f"backend 'cusparselt' needs the library: {why}"
+    for rule in REFUSALS:
+        if (capability, dtype) == (rule.capability, rule.dtype):
+            if rule.first <= found.version <= rule.last:
+                return f"backend 'cusparselt' refuses {dtype} with {found.name}: {rule.reason}"
+    return ""
+
+
+def shape_refusal(out_features, in_features):
+    """Why the library does not take a weight of this shape; empty when it does."""
+    small = min(out_features, in_features) < SPARSE_MULTIPLE
+    if not small and out_features % SPARSE_MULTIPLE == in_features % SPARSE_MULTIPLE == 0:
+        return ""
+    return (
+        "backend 'cusparselt' needs out_features and in_features that are multiples of "
+        f"{SPARSE_MULTIPLE}, got {out_features} and {in_features}"
+    )
