@@ -178,8 +178,9 @@ class LayerCell:
     def __init__(self, layer: Layer, tokens: int):
         self.layer, self.tokens = layer, tokens
         out_features, in_features = layer.shape
-        size, options = (tokens, in_features), dict(dtype=layer.dtype, device=layer.device)
-        self.x = torch.empty(size, **options).normal_(generator=layer.generator)
+        options = dict(dtype=layer.dtype, device=layer.device)
+        padded = torch.empty(tokens, -(-in_features // 8) * 8, **options)  # rows need no copy
+        self.x = padded.normal_(generator=layer.generator)[:, :in_features]
         self.y = torch.empty(tokens, out_features, **options)
         self.expected = self.exact_x = None
 
