@@ -1,5 +1,5 @@
-"""prune_model(keep_dense="if-slower"): what is measured, which layers stay dense, and what a resumed
-run does."""
+"""prune_model(keep_dense="if-slower"): what is measured, which layers stay dense, and what a
+resumed run does."""
 
 import json
 import warnings

@@ -2,12 +2,15 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sparsekern import cli, cuda_backend, layer_bench, tuner, tuning
-from sparsekern.tuner import Cell, tune_cell
+from sparsekern.heuristics import TIMES, Tile
+from sparsekern.sparse24 import decompress
+from sparsekern.tuner import tune_cell
 
 GPU = "Test GPU, 132 multiprocessors"
 
@@ -255,6 +258,84 @@ def test_copies_beyond_the_cache():
     assert layer_bench.copies_beyond_cache(size // 4 + 1, size // 2) == 2
     assert layer_bench.copies_beyond_cache(1) == layer_bench.MAX_COPIES
     assert layer_bench.copies_beyond_cache(size // 4, 3 * size) == 1
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """A GPU of which the CPU computes everything: two decode configs, three tiles, one of them not
+    in the model of heuristics.py."""
+    tiles = [*list(TIMES)[:2], Tile(64, 32, 1, 1)]
+    native = SimpleNamespace(
+        prefill_workspace_bytes=lambda: 16,
+        decode_config=lambda out_features, in_features: 2,
+        decode_configs=lambda: [{"index": i, "rows": 128, "split": i} for i in (1, 2)],
+        prefill_configs=lambda: [
+            dict(zip(("rows", "tokens", "cluster_rows", "cluster_tokens"), tile), index=i)
+            for i, tile in enumerate(tiles)
+        ],
+    )
+    launched = []
+
+    def launcher(name, x, w24, y, workspace):
+        def launch():
+            launched.append((name, len(x)))
+            y.copy_(x.float() @ decompress(w24.rowmajor()).float().t())
+
+        return launch
+
+    properties = SimpleNamespace(name="Test GPU", multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(cuda_backend._native, "module", lambda: native)
+    monkeypatch.setattr(cuda_backend, "launcher", launcher)
+    for cached in (cuda_backend._tiles, cuda_backend.variants):
+        cached.cache_clear()
+    yield launched
+    for cached in (cuda_backend._tiles, cuda_backend.variants):
+        cached.cache_clear()
+
+
+def test_candidates_start_with_the_choice_of_the_heuristics(stand_in):
+    layer = tuner.Layer(96, 68, torch.bfloat16, torch.device("cpu"))
+    decode = ["decode 128 rows, split 2", "decode 128 rows, split 1"]
+    known = [f"prefill {tile}" for tile in list(TIMES)[:2]]
+    unknown = f"prefill {Tile(64, 32, 1, 1)}"
+    few, many = layer.names(64), layer.names(65)
+    assert few[:2] == decode and sorted(few[2:4]) == sorted(known) and few[4:] == [unknown]
+    assert many[0] == cuda_backend.heuristic(65, 96, 68, None)
+    assert sorted(many[:2]) == sorted(known) and many[2:] == [unknown]
+
+
+def test_a_layer_runs_checks_and_times_every_variant(stand_in, monkeypatch):
+    monkeypatch.setattr(layer_bench, "CACHE_BYTES", 50_000)
+    layer = tuner.Layer(96, 68, torch.bfloat16, torch.device("cpu"))
+    assert len(layer.weights) == 3, "two panels of two column tiles: 18432 bytes each"
+    layer.warm_up()
+    warmed = {tokens for name, tokens in stand_in if name == "decode 128 rows, split 1"}
+    assert warmed == {1, 9, 17, 33}, "one of each form of the decode kernel"
+    assert {name for name, _ in stand_in} == set(cuda_backend.variants())
+    for tokens in (3, 100):
+        cell = layer.cell(tokens)
+        assert [cell.wrong(name) for name in layer.names(tokens)] == [""] * (5 if tokens == 3 else 3)
+        assert cell.x.shape == (tokens, 68) and cell.x.stride() == (72, 1)
+        graphs = []
+        monkeypatch.setattr(tuner, "graph_sampler", lambda *arguments: graphs.append(arguments))
+        cell.sampler(layer.names(tokens)[0])
+        ((calls, passes),) = graphs
+        assert passes == 34 and len(calls) == 3 if tokens == 3 else len(calls) == 1
+        assert calls[0]() is None and stand_in[-1] == (layer.names(tokens)[0], tokens)
+
+
+def test_a_layer_sees_a_wrong_element(stand_in, monkeypatch):
+    layer = tuner.Layer(96, 68, torch.float16, torch.device("cpu"))
+    right = cuda_backend.launcher
+
+    def launcher(name, x, w24, y, workspace):
+        run = right(name, x, w24, y, workspace)
+        return lambda: (run(), y[-1, -1:].add_(1))
+
+    monkeypatch.setattr(cuda_backend, "launcher", launcher)
+    assert layer.cell(3).wrong("decode 128 rows, split 1") == "1 of 288 elements are wrong"
 
 
 # ---- the command ---------------------------------------------------------------------------------

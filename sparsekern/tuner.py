@@ -32,12 +32,13 @@ from sparsekern.sparse24 import decompress, prune_compress
 OP = "sparsekern tune"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
-# (out_features, in_features) of Llama-3: q+k+v, o, gate+up, down, then gate or up alone, k or v.
+# (out_features, in_features) of Llama-3 1B, 3B, 8B and 70B, one line each: q+k+v, o, gate+up, down,
+# then gate or up alone, k or v alone.
 SHAPES = (
-    *((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (8192, 2048), (512, 2048)),  # 1B
-    *((5120, 3072), (3072, 3072), (16384, 3072), (3072, 8192), (8192, 3072), (1024, 3072)),  # 3B
-    *((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (14336, 4096), (1024, 4096)),  # 8B
-    *((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672), (28672, 8192), (1024, 8192)),  # 70B
+    *((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (8192, 2048), (512, 2048)),
+    *((5120, 3072), (3072, 3072), (16384, 3072), (3072, 8192), (8192, 3072), (1024, 3072)),
+    *((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (14336, 4096), (1024, 4096)),
+    *((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672), (28672, 8192), (1024, 8192)),
 )
 KEEP = 1.3  # a variant slower than this times the best is not sampled again
 FINALISTS = 6
@@ -143,7 +144,7 @@ class Layer:
         return torch.empty_like(like).random_(0, 5, generator=self.generator).sub_(2)
 
     def names(self, tokens: int) -> list[str]:
-        """The variants that can run, in the order in which to try them; heuristics' choice first."""
+        """The variants that can run, in the order to try them: heuristics' choice first."""
         index = self.device.index
         chosen = cuda_backend.heuristic(tokens, *self.shape, index)
         multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count

@@ -111,9 +111,8 @@ def store(
 
 def summary(gpu: str) -> str:
     """One line for `sparsekern doctor`: which tables know this GPU."""
-    parts = [
-        f"{source}: {sum(map(len, table.values()))} shapes" for source, table in _tables(gpu) if table
-    ]
+    counts = {source: sum(map(len, table.values())) for source, table in _tables(gpu)}
+    parts = [f"{source}: {count} shapes" for source, count in counts.items() if count]
     if not parts:
         return "none for this GPU: heuristics decide (sparsekern tune makes one)"
     return f"{'; '.join(parts)}; heuristics decide for others"
@@ -147,12 +146,13 @@ def _load(path: Path, gpu: str) -> dict:
 
 def _parse(entry) -> dict:
     """An entry of a file in the form of `_tables`. Raises ValueError."""
+
+    def cells(row):
+        return {_numbers(count, 1)[0]: _cell(cell) for count, cell in row.items()}
+
     try:
         return {
-            dtype: {
-                _numbers(shape, 2): {_numbers(count, 1)[0]: _cell(cell) for count, cell in row.items()}
-                for shape, row in shapes.items()
-            }
+            dtype: {_numbers(shape, 2): cells(row) for shape, row in shapes.items()}
             for dtype, shapes in entry.items()
         }
     except AttributeError as error:  # no dict where one belongs
@@ -162,7 +162,8 @@ def _parse(entry) -> dict:
 def _numbers(text: str, count: int) -> tuple[int, ...]:
     parts = text.split("x")
     if len(parts) != count or not all(part.isdecimal() and int(part) for part in parts):
-        raise ValueError(f"expected {'OUTxIN' if count == 2 else 'a number of tokens'}, got {text!r}")
+        expected = "OUTxIN" if count == 2 else "a number of tokens"
+        raise ValueError(f"expected {expected}, got {text!r}")
     return tuple(map(int, parts))
 
 
