@@ -316,13 +316,14 @@ def test_a_layer_runs_checks_and_times_every_variant(stand_in, monkeypatch):
     assert {name for name, _ in stand_in} == set(cuda_backend.variants())
     for tokens in (3, 100):
         cell = layer.cell(tokens)
-        assert [cell.wrong(name) for name in layer.names(tokens)] == [""] * (5 if tokens == 3 else 3)
+        wrong = [cell.wrong(name) for name in layer.names(tokens)]
+        assert wrong == [""] * (5 if tokens == 3 else 3)
         assert cell.x.shape == (tokens, 68) and cell.x.stride() == (72, 1)
         graphs = []
         monkeypatch.setattr(tuner, "graph_sampler", lambda *arguments: graphs.append(arguments))
         cell.sampler(layer.names(tokens)[0])
         ((calls, passes),) = graphs
-        assert passes == 34 and len(calls) == 3 if tokens == 3 else len(calls) == 1
+        assert len(calls) == (3 if tokens == 3 else 1) and passes == (34 if tokens == 3 else 100)
         assert calls[0]() is None and stand_in[-1] == (layer.names(tokens)[0], tokens)
 
 
@@ -420,7 +421,7 @@ def test_every_variant_is_checked_and_a_wrong_kernel_is_seen(hopper):
         cell = layer.cell(tokens)
         names = layer.names(tokens)
         assert names[0] == cuda_backend.heuristic(tokens, 320, 576, 0)
-        assert len(names) == 27 if tokens <= 64 else 19
+        assert len(names) == (27 if tokens <= 64 else 19)
         assert {cell.wrong(name) for name in names} == {""}
         right = cuda_backend.launcher
 
