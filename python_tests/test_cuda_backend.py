@@ -86,10 +86,9 @@ def test_packs_nothing_on_the_cpu_and_no_float32():
 
 
 def test_without_a_table_heuristics_choose(native):
-    run, config, decodes = cuda_backend._plan(64, 28672, 4096, BF16, 0)
-    assert (run, config, decodes) == (native.decode, 1, True)
-    run, config, decodes = cuda_backend._plan(65, 28672, 4096, BF16, 0)
-    assert run is native.prefill and 0 <= config < len(TIMES) and not decodes
+    assert cuda_backend._plan(64, 28672, 4096, BF16, 0) == (native.decode, 1, False)
+    run, config, cuts_k = cuda_backend._plan(65, 28672, 4096, BF16, 0)
+    assert run is native.prefill and 0 <= config < len(TIMES) and cuts_k
     name, why, us = explained(64, 28672, 4096)
     assert name == "decode 64 rows, split 2" and us is None
     assert why == "variant by heuristics, no tuned table knows this problem"
@@ -106,8 +105,8 @@ def test_a_tuned_table_decides_what_runs(native, tmp_path):
     last = list(TIMES)[-1]
     cells = {16: ("decode 128 rows, split 4", 3.25), 64: (f"prefill {last}", 7.0)}
     tune(tmp_path / "shipped" / "gpu.json", cells)
-    assert cuda_backend._plan(16, 4096, 4096, BF16, 0) == (native.decode, 2, True)
-    assert cuda_backend._plan(64, 4096, 4096, BF16, 0) == (native.prefill, len(TIMES) - 1, False)
+    assert cuda_backend._plan(16, 4096, 4096, BF16, 0) == (native.decode, 2, False)
+    assert cuda_backend._plan(64, 4096, 4096, BF16, 0) == (native.prefill, len(TIMES) - 1, True)
     name, why, us = explained(16, 4096, 4096)
     assert (name, us) == ("decode 128 rows, split 4", 3.25) and "the shipped tuned table" in why
     name, why, us = explained(40, 4096, 4096)
@@ -137,7 +136,7 @@ def test_a_config_is_found_by_its_meaning_wherever_it_stands_in_the_list(native,
         {"index": 1, "rows": 128, "split": 4}, {"index": 2, "rows": 64, "split": 2}
     ]  # fmt: skip
     forget()
-    assert cuda_backend._plan(8, 4096, 4096, BF16, 0) == (native.decode, 1, True)
+    assert cuda_backend._plan(8, 4096, 4096, BF16, 0) == (native.decode, 1, False)
 
 
 def test_explain_tells_the_expected_time(native, tmp_path, monkeypatch):

@@ -134,7 +134,7 @@ def choose(tokens, out_features, in_features, dtype, index):
 
 @lru_cache(maxsize=4096)
 def _plan(tokens, out_features, in_features, dtype, index):
-    """(native function, its config, whether it is the decode kernel) for a problem on GPU `index`.
+    """(native function, its config, whether it takes a workspace) for a problem on GPU `index`.
 
     Raises:
         ValueError: a size beyond what the kernels can count.
@@ -144,7 +144,7 @@ def _plan(tokens, out_features, in_features, dtype, index):
         expected = f"tokens, out_features and in_features up to {_MOST}"
         raise ValueError(message("sparsekern.linear", expected, largest, "Split x."))
     kernel, config = variants()[choose(tokens, out_features, in_features, dtype, index).variant]
-    return getattr(_native.module(), kernel), config, kernel == "decode"
+    return getattr(_native.module(), kernel), config, kernel == "prefill"
 
 
 def forget_plans():
@@ -226,9 +226,9 @@ def linear(x, w24, bias, activation, residual=None):
             residual = residual.contiguous()
         residual_address, residual_stride = residual.data_ptr(), residual.stride(0)
     dtype = _DTYPES[x.dtype]
-    run, variant, decodes = _plan(tokens, out_features, in_features, dtype, index)
+    run, variant, cuts_k = _plan(tokens, out_features, in_features, dtype, index)
     stream = _current_stream(index)
-    tail = (stream,) if decodes else (_workspace(index, stream), stream)
+    tail = (_workspace(index, stream), stream) if cuts_k else (stream,)
     run(
         rows.data_ptr(), w24.values.data_ptr(), w24.metadata.data_ptr(), bias_address,
         residual_address, y.data_ptr(), tokens, out_features, in_features, x_stride, out_features,
