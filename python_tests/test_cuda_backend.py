@@ -140,7 +140,6 @@ def test_a_config_is_found_by_its_meaning_wherever_it_stands_in_the_list(native,
 
 
 def test_explain_tells_the_expected_time(native, tmp_path, monkeypatch):
-    monkeypatch.setattr(cuda_backend, "refusal", lambda index: "")
     monkeypatch.setattr(cuda_backend, "why_not", lambda x, w24: "")
     monkeypatch.setattr(ops, "_load", lambda name: ops._LOADERS["cuda"]())
     monkeypatch.setattr(ops._native, "available", lambda: True)
