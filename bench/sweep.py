@@ -1,8 +1,7 @@
 """Every config of the native kernels on every shape, and how far the one picked is from the best.
 
-Up to 64 tokens: the row blocks and splits of the decode kernel, and its own choice among them; from
-32 tokens all prefill tiles too, so that where the two cross is a measurement. Above, all prefill
-tiles.
+Up to 64 tokens: the row blocks and splits of the decode kernel; from 32 tokens all prefill tiles
+too, so that where the two cross is a measurement. Above, all prefill tiles.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from . import timing
 from .layers import Layer, WrongResult
 from .options import Run, watchdog
 
-AUTOMATIC = "decode automatic"  # config 0
 DECODE_LIMIT = 64  # tokens that the decode kernel takes
 PREFILL_FROM = 32  # tokens from which prefill tiles are timed beside it
 HANG_S = 180.0
@@ -26,20 +24,14 @@ _DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/launch.h
 
 
 def configs(tokens: int) -> dict[str, tuple[str, int]]:
-    """{name: (native function, index of its config)}; prefill as cuda_backend.config names it."""
-    from sparsekern import _native
-    from sparsekern.heuristics import Tile
+    """{name: (native function, index of its config)}, named as cuda_backend.config does."""
+    from sparsekern import cuda_backend
 
-    native, found = _native.module(), {}
-    if tokens <= DECODE_LIMIT:
-        found[AUTOMATIC] = ("decode", 0)
-        for c in native.decode_configs():
-            found[f"decode {c['rows']} rows split {c['split']}"] = ("decode", c["index"])
-    if tokens >= PREFILL_FROM:
-        for c in native.prefill_configs():
-            tile = Tile(c["rows"], c["tokens"], c["cluster_rows"], c["cluster_tokens"])
-            found[f"prefill {tile}"] = ("prefill", c["index"])
-    return found
+    return {
+        name: (kernel, index)
+        for name, (kernel, index) in cuda_backend.variants().items()
+        if (tokens <= DECODE_LIMIT if kernel == "decode" else tokens >= PREFILL_FROM)
+    }
 
 
 def workspace(device) -> Tensor:
@@ -110,7 +102,7 @@ def _cell(run: Run, layer: Layer, tokens: int, failures: list[str]) -> dict | No
         return None
     rule = timing.StopRule(0.01, min_rounds=3 if run.quick else 5, min_s=0.2, budget_s=2.5)
     times = timing.compare(providers, run.timer, rule, warm_s=0.02)
-    picked = AUTOMATIC if tokens <= DECODE_LIMIT else cuda_backend.config(x, layer.packed)
+    picked = cuda_backend.config(x, layer.packed)
     for name, timed in times.items():
         run.add(
             op="linear_config", backend=name, check="exact", picked=name == picked, tokens=tokens,

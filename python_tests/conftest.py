@@ -6,11 +6,16 @@ elsewhere; `slow` for tests of more than 30 seconds on one core.
 
 import os
 import random
+import tempfile
 
 # Before torch is imported. Tests neither reach the network nor fight over cores.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# What the user tuned on this machine must not decide what is tested.
+_cache = tempfile.TemporaryDirectory(prefix="sparsekern-cache-")
+os.environ["SPARSEKERN_CACHE"] = _cache.name
 
 import numpy  # noqa: E402
 import pytest  # noqa: E402

@@ -368,7 +368,9 @@ def test_linear_with_all_providers(tmp_path, capsys, stand_ins, monkeypatch):
     assert "bfloat16, tokens 1-16:" in out and "x cuSPARSELt in the geometric mean of 2" in out
 
 
-def test_sweep_times_every_config_and_drops_a_wrong_one(tmp_path, capsys, stand_ins, monkeypatch):
+def test_sweep_times_every_config_and_drops_a_wrong_one(
+    tmp_path, capsys, stand_ins, monkeypatch, request
+):
     from sparsekern import cuda_backend
 
     class Native:
@@ -386,20 +388,24 @@ def test_sweep_times_every_config_and_drops_a_wrong_one(tmp_path, capsys, stand_
         return y + 1 if index == 3 else y
 
     monkeypatch.setattr(layers._native, "module", lambda: Native)
-    monkeypatch.setattr(cuda_backend, "config", lambda x, w24: "prefill 256x192 cluster 2x1")
+    picks = {3: "decode 256 rows, split 1", 65: "prefill 256x192 cluster 2x1"}
+    monkeypatch.setattr(cuda_backend, "config", lambda x, w24: picks[len(x)])
+    for cached in (cuda_backend._tiles, cuda_backend.variants):
+        cached.cache_clear()
+        request.addfinalizer(cached.cache_clear)
     monkeypatch.setattr(sweep, "launch", launch)
     path = tmp_path / "r.jsonl"
     arguments = [*LINEAR[:-1], "3,65", "--dtype", "bfloat16", "--sweep"]
     assert bench_linear.main(path, arguments) == 1
     names = [(e["tokens"], e["backend"], e["picked"]) for e in lines_of(path)]
     assert names == [
-        (3, "decode automatic", True), (3, "decode 256 rows split 1", False),
-        (3, "decode 256 rows split 2", False), (65, "prefill 256x192 cluster 2x1", True),
+        (3, "decode 256 rows, split 1", True), (3, "decode 256 rows, split 2", False),
+        (65, "prefill 256x192 cluster 2x1", True),
     ]  # fmt: skip
     out = capsys.readouterr().out
     assert "picked config: " in out
-    assert "FAILED 64x128 3 tokens decode 256 rows split 4: bench: " in out
-    assert set(sweep.configs(32)) == {n for _, n, _ in names} | {"decode 256 rows split 4"}
+    assert "FAILED 64x128 3 tokens decode 256 rows, split 4: bench: " in out
+    assert set(sweep.configs(32)) == {n for _, n, _ in names} | {"decode 256 rows, split 4"}
 
 
 def test_sweep_passes_what_the_module_takes(monkeypatch):

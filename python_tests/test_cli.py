@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 import gguf_cases as cases  # noqa: E402
 
 import sparsekern as sk  # noqa: E402
-from sparsekern import cli, demo, texts  # noqa: E402
+from sparsekern import cli, demo, layer_bench, texts  # noqa: E402
 from sparsekern.gguf_model import load_gguf  # noqa: E402
 
 LAYERS = 14  # linear layers in the two blocks of a tiny_llama
@@ -204,13 +204,68 @@ def test_bench(places, call):
     for row in rows:
         dense, sparse, ratio = map(float, row[3:6])
         assert dense > 0 and abs(ratio - dense / sparse) < 0.05 * ratio + 0.01
-    assert cli.linear_shapes(sk.from_pretrained(places / "sparse")) == [
-        (64, 64),
-        (32, 64),
-        (96, 64),
-        (64, 96),
-        (len(cases.vocabulary()), 64),
-    ]
+        assert row[6] == "cpu" and row[9] in ("slower", "even", "faster") and len(row) == 10
+    assert [row[7:9] for row in rows[::2]] == [["8192", "4352"]] * 2
+
+
+def test_bench_of_a_model_counts_its_layers(places, call, monkeypatch):
+    """Dense and sparse folders have the same layers; lm_head, which prune skips, is left out."""
+
+    def bench_shape(out_features, in_features, tokens, *, dtype, device):
+        sparse_us = 20.0 if in_features == 96 else 5.0
+        size = out_features * in_features
+        return layer_bench.BenchRow(
+            out_features, in_features, tokens, "float32", 10.0, sparse_us, "cpu", 4 * size, 2 * size
+        )
+
+    monkeypatch.setattr(layer_bench, "bench_shape", bench_shape)
+    counts = {(64, 64): 4, (32, 64): 4, (96, 64): 4, (64, 96): 2}
+    for folder in ("dense", "sparse"):
+        assert layer_bench.count_shapes(sk.from_pretrained(places / folder)) == counts
+        code, output, _ = call("bench", places / folder, "--tokens", "1,8", "--device", "cpu")
+        lines = output.splitlines()
+        rows = [line.split() for line in lines[2:10]]
+        assert code == 0 and [row[0] for row in rows[::2]] == ["64x64", "32x64", "96x64", "64x96"]
+        assert [row[9:] for row in rows[::2]] == [["faster", "4"]] * 3 + [["slower", "2"]]
+        size = 4 * (4 * 64 * 64 + 4 * 32 * 64 + 4 * 96 * 64 + 2 * 64 * 96)
+        assert lines[10:12] == [
+            f"all 14 layers, {tokens} tokens: dense 140.0 us, 2:4 100.0 us (1.40, faster); "
+            f"weights {size} -> {size // 2} bytes (0.5000); 2:4 loses at 64x96"
+            for tokens in (1, 8)
+        ]
+
+
+def test_bench_and_prune_agree_on_the_layers():
+    """What bench counts is what prune_model reports as pruned: tied and odd layers are left out."""
+    from driver_models import plain
+
+    model = plain()
+    model.tied = torch.nn.Linear(16, 32)
+    model.tied.weight = model.up.weight
+    counts = layer_bench.count_shapes(model)
+    report = sk.prune_model(model, "magnitude", progress=False, device="cpu")
+    assert sum(counts.values()) == len(report.pruned)
+    assert counts == {(32, 16): 1, (16, 32): 1, (16, 16): 1}
+
+
+def test_prune_keeps_dense_what_gets_slower(places, tmp_path, call, monkeypatch):
+    asked = []
+
+    def bench_shape(out_features, in_features, tokens, *, dtype, device):
+        asked.append(tokens)
+        return layer_bench.BenchRow(
+            out_features, in_features, tokens, "float32", 10.0, in_features / 8, "cpu", 4, 2
+        )
+
+    monkeypatch.setattr(layer_bench, "bench_shape", bench_shape)
+    arguments = ["prune", places / "dense", "--method", "magnitude", "--device", "cpu"]
+    arguments += ["--keep-dense", "if-slower", "--keep-dense-tokens", "2,32"]
+    code, output, error = call(*arguments, "--out", tmp_path / "out")
+    assert code == 0, error
+    assert output.count("kept dense: 2:4 is 1.20x slower at tokens 2, 32") == 2
+    assert set(asked) == {2, 32} and "12 layers pruned" in output
+    model = sk.from_pretrained(tmp_path / "out")
+    assert not isinstance(model.model.layers[1].mlp.down_proj, sk.SparseLinear)
 
 
 def test_bench_does_not_time_a_wrong_result(call, monkeypatch):
@@ -324,6 +379,8 @@ ERRORS = [
     (["export", "{r}/absent", "--to", "dense", "--out", "{r}/new"], "absent"),
     (["export", "{r}/sparse", "--to", "dense", "--out", "{r}/dense"], "new or empty folder"),
     (["bench", "--shape", "8x6", "--device", "cpu"], "6"),
+    (["bench", "{r}/absent"], "no model at"),
+    (["tune", "--device", "cpu"], "a GPU with the CUDA kernels, got device cpu"),
     (["demo", "--gguf", "{r}/absent.gguf"], "no file at"),
 ]
 

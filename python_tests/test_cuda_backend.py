@@ -1,20 +1,25 @@
-"""The host side of the CUDA backend that needs no GPU: refusals, names, workspaces."""
+"""The host side of the CUDA backend that needs no GPU: refusals, choices, names, workspaces."""
 
+import inspect
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from linear_cases import random_weight
 
-from sparsekern import cuda_backend
+from sparsekern import cuda_backend, ops, tuning
 from sparsekern.heuristics import TIMES, Tile
 from sparsekern.pack import pack
 from sparsekern.sparse24 import compress
 
+GPU = "Test GPU, 132 multiprocessors"
+F16, BF16 = 0, 1  # DType in csrc/launch.h
+
 
 @pytest.fixture
-def native(monkeypatch):
-    """A native module of which only the questions are answered, and tensors on the CPU."""
+def native(monkeypatch, tmp_path):
+    """A native module of which only the questions are answered, tensors on the CPU, no tables."""
     module = SimpleNamespace(
         capture=0,
         capture_id=lambda stream: module.capture,
@@ -26,8 +31,9 @@ def native(monkeypatch):
         ],
         decode_configs=lambda: [{"index": i, "rows": 64 * i, "split": 2 * i} for i in (1, 2)],
         decode_config=lambda out_features, in_features: 2 if in_features > 4096 else 1,
-        decode="decode",
-        prefill="prefill",
+        decode=lambda *arguments: module.calls.append(("decode", arguments)),
+        prefill=lambda *arguments: module.calls.append(("prefill", arguments)),
+        calls=[],
     )
     empty = torch.empty
 
@@ -39,14 +45,30 @@ def native(monkeypatch):
     monkeypatch.setattr(torch, "empty", used_memory)
     monkeypatch.setattr(cuda_backend._native, "module", lambda: module)
     monkeypatch.setattr(cuda_backend, "_workspaces", {})
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda i: SimpleNamespace(multi_processor_count=132)
-    )
-    cuda_backend._tiles.cache_clear()
-    cuda_backend._plan.cache_clear()
+    properties = SimpleNamespace(name="Test GPU", multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setenv("SPARSEKERN_CACHE", str(tmp_path / "user"))
+    monkeypatch.setattr(tuning, "TABLES", tmp_path / "shipped")
+    forget()
     yield module
+    forget()
+
+
+def forget():
     cuda_backend._tiles.cache_clear()
-    cuda_backend._plan.cache_clear()
+    cuda_backend.variants.cache_clear()
+    cuda_backend.forget_plans()
+
+
+def tune(path, cells, dtype="bfloat16", shape=(4096, 4096)):
+    tuning.store(path, GPU, dtype, shape, cells)
+    cuda_backend.forget_plans()
+
+
+def explained(tokens, out_features, in_features, dtype=torch.bfloat16):
+    w24 = SimpleNamespace(shape=(out_features, in_features))
+    x = torch.empty(tokens, in_features, device="meta", dtype=dtype)
+    return cuda_backend.config(x, w24), *cuda_backend.origin(x, w24)
 
 
 def test_why_not():
@@ -63,21 +85,101 @@ def test_packs_nothing_on_the_cpu_and_no_float32():
     assert not cuda_backend.packs(torch.device("cuda", 0), torch.float32)
 
 
-def test_the_hand_over_from_decode_to_prefill(native):
-    assert cuda_backend._plan(64, 28672, 4096, 0) == ("decode", 0)
-    kernel, index = cuda_backend._plan(65, 28672, 4096, 0)
-    assert kernel == "prefill" and 0 <= index < len(TIMES)
+def test_without_a_table_heuristics_choose(native):
+    assert cuda_backend._plan(64, 28672, 4096, BF16, 0) == (native.decode, 1, False)
+    run, config, cuts_k = cuda_backend._plan(65, 28672, 4096, BF16, 0)
+    assert run is native.prefill and 0 <= config < len(TIMES) and cuts_k
+    name, why, us = explained(64, 28672, 4096)
+    assert name == "decode 64 rows, split 2" and us is None
+    assert why == "variant by heuristics, no tuned table knows this problem"
 
 
 def test_explain_names_the_rows_and_the_split_or_the_tile(native):
-    def name(tokens, out_features, in_features):
-        w24 = SimpleNamespace(shape=(out_features, in_features))
-        return cuda_backend.config(torch.empty(tokens, in_features, device="meta"), w24)
+    assert explained(1, 28672, 4096)[0] == "decode 64 rows, split 2"
+    assert explained(64, 28672, 8192)[0] == "decode 128 rows, split 4"
+    tile = list(TIMES)[cuda_backend._plan(8192, 4096, 14336, BF16, 0)[1]]
+    assert explained(8192, 4096, 14336)[0] == f"prefill {tile}" and isinstance(tile, Tile)
 
-    assert name(1, 28672, 4096) == "decode 64 rows, split 2"
-    assert name(64, 28672, 8192) == "decode 128 rows, split 4"
-    tile = list(TIMES)[cuda_backend._plan(8192, 4096, 14336, 0)[1]]
-    assert name(8192, 4096, 14336) == f"prefill {tile}" and isinstance(tile, Tile)
+
+def test_a_tuned_table_decides_what_runs(native, tmp_path):
+    last = list(TIMES)[-1]
+    cells = {16: ("decode 128 rows, split 4", 3.25), 64: (f"prefill {last}", 7.0)}
+    tune(tmp_path / "shipped" / "gpu.json", cells)
+    assert cuda_backend._plan(16, 4096, 4096, BF16, 0) == (native.decode, 2, False)
+    assert cuda_backend._plan(64, 4096, 4096, BF16, 0) == (native.prefill, len(TIMES) - 1, True)
+    name, why, us = explained(16, 4096, 4096)
+    assert (name, us) == ("decode 128 rows, split 4", 3.25) and "the shipped tuned table" in why
+    name, why, us = explained(40, 4096, 4096)
+    assert (name, us) == (f"prefill {last}", None) and "shipped tuned table at 64 tokens" in why
+    for other in ((16, 4096, 8192, BF16, 0), (16, 4096, 4096, F16, 0)):
+        assert "heuristics" in cuda_backend.choose(*other).why
+
+
+def test_your_own_table_comes_before_the_shipped_one(native, tmp_path):
+    tune(tmp_path / "shipped" / "gpu.json", {8: ("decode 128 rows, split 4", 3.0)})
+    assert cuda_backend._plan(8, 4096, 4096, BF16, 0)[1] == 2
+    tune(tuning.user_path(), {8: ("decode 64 rows, split 2", 2.0)})
+    assert cuda_backend._plan(8, 4096, 4096, BF16, 0)[1] == 1
+    assert "your tuned table" in explained(8, 4096, 4096)[1]
+
+
+def test_a_variant_that_this_build_lacks_is_ignored(native, tmp_path):
+    tune(tmp_path / "shipped" / "gpu.json", {8: ("decode 128 rows, split 4", 3.0)})
+    tune(tuning.user_path(), {8: ("decode 512 rows, split 16", 1.0)})
+    name, why, _ = explained(8, 4096, 4096)
+    assert name == "decode 128 rows, split 4" and "shipped" in why
+
+
+def test_a_config_is_found_by_its_meaning_wherever_it_stands_in_the_list(native, tmp_path):
+    tune(tmp_path / "shipped" / "gpu.json", {8: ("decode 128 rows, split 4", 3.0)})
+    native.decode_configs = lambda: [
+        {"index": 1, "rows": 128, "split": 4}, {"index": 2, "rows": 64, "split": 2}
+    ]  # fmt: skip
+    forget()
+    assert cuda_backend._plan(8, 4096, 4096, BF16, 0) == (native.decode, 1, False)
+
+
+def test_explain_tells_the_expected_time(native, tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_backend, "why_not", lambda x, w24: "")
+    monkeypatch.setattr(ops, "_load", lambda name: ops._LOADERS["cuda"]())
+    monkeypatch.setattr(ops._native, "available", lambda: True)
+    monkeypatch.setitem(ops._PREFERENCE, "cpu", ("cuda",))
+    w24 = pack(compress(random_weight(64, 64, torch.bfloat16)))
+    x = torch.ones(8, 64, dtype=torch.bfloat16)
+    before = ops.explain(x, w24)
+    assert before.expected_us is None and "heuristics" in before.reason
+    tune(tuning.user_path(), {8: ("decode 128 rows, split 4", 3.5)}, shape=(64, 64))
+    told = ops.explain(x, w24)
+    assert (told.config, told.expected_us) == ("decode 128 rows, split 4", 3.5)
+    assert str(told).endswith("variant from your tuned table; expected 3.5 us")
+
+
+def test_sizes_that_the_kernels_cannot_count_are_refused(native):
+    cuda_backend._plan(2**31 - 1024, 8, 8, BF16, 0)
+    with pytest.raises(ValueError, match=r"up to 2147482624, got 2147482625\. Split x"):
+        cuda_backend._plan(2**31 - 1023, 8, 8, BF16, 0)
+
+
+def test_a_launcher_passes_what_the_module_takes(native, monkeypatch):
+    """The stub file says how many arguments decode and prefill have, and in which order."""
+    stub = Path(cuda_backend.__file__).with_name("_C.pyi").read_text()
+    declared = {}
+    exec(stub.replace("from typing import TypedDict", "TypedDict = object"), declared)
+    monkeypatch.setattr(cuda_backend, "_current_stream", lambda index: 77)
+    w24 = pack(compress(random_weight(64, 128, torch.bfloat16)))
+    x, y = torch.ones(3, 128, dtype=torch.bfloat16), torch.ones(3, 64, dtype=torch.bfloat16)
+    space = torch.zeros(64, dtype=torch.uint8)
+    for name, index in (("decode 128 rows, split 4", 2), (f"prefill {list(TIMES)[1]}", 1)):
+        cuda_backend.launcher(name, x, w24, y, space)()
+        kernel, arguments = native.calls.pop()
+        bound = inspect.signature(declared[kernel]).bind(*arguments).arguments
+        wanted = dict(x=x.data_ptr(), values=w24.values.data_ptr(), bias=0, residual=0,
+                      metadata=w24.metadata.data_ptr(), y=y.data_ptr(), tokens=3, out_features=64,
+                      in_features=128, x_stride=128, y_stride=64, residual_stride=0, dtype=1,
+                      activation=0, config=index, stream=77)  # fmt: skip
+        if kernel == "prefill":
+            wanted["workspace"] = space.data_ptr()
+        assert name.startswith(kernel) and bound == wanted
 
 
 def test_a_workspace_begins_with_cleared_counters(native):

@@ -197,6 +197,48 @@ def test_empty_sides(tokens, out_features, in_features):
     assert torch.equal(y, bias.relu().expand(tokens, out_features))
 
 
+@pytest.mark.parametrize("leading", [(), (1,), (2, 3), (2, 1, 3), (4, 40), (0,), (2, 0)], ids=str)
+def test_leading_dimensions(leading):
+    module, x = layer(), integers(*leading, 576)
+    y = module(x)
+    assert y.shape == (*leading, 320) and y.is_contiguous() and torch.equal(y, dense(module, x))
+
+
+@pytest.mark.parametrize("tokens", [3, 40], ids=["decode", "prefill"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_gradients_of_a_strided_batch(dtype, activation, tokens):
+    """x is a transposed 3-D view that wants a gradient, as does the bias."""
+    module = layer(96, 132, dtype=dtype, bias=False)
+    start = integers(tokens, 2, 132, dtype=dtype).requires_grad_()
+    bias = integers(96, dtype=dtype, seed=5).requires_grad_()
+    direction = integers(2, tokens, 96, dtype=dtype, seed=6)
+    y = sk.linear(start.transpose(0, 1), module.weight, bias, activation)
+    grads = torch.autograd.grad(y, (start, bias), direction)
+    exact = [t.detach().double().requires_grad_() for t in (start, bias)]
+    w = module.weight.to_dense().double()
+    z = torch.nn.functional.linear(exact[0].transpose(0, 1), w, exact[1])
+    y64 = z.relu() if activation else z
+    expected = torch.autograd.grad(y64, exact, direction.double())
+    assert torch.equal(y, y64.to(dtype))
+    for grad, grad64 in zip(grads, expected):
+        assert torch.equal(grad, grad64.to(dtype))
+
+
+@pytest.mark.parametrize("tokens", [0, 4, 100])
+def test_dtypes_of_bias_and_x(tokens):
+    """Both have to be the weight's; under autocast they are cast."""
+    module = layer(bias=False)
+    x, bias = integers(tokens, 576), integers(320, seed=5)
+    with pytest.raises(TypeError, match=r"bias\.dtype == x\.dtype .*got torch\.float32"):
+        sk.linear(x, module.weight, bias.float())
+    with pytest.raises(TypeError, match=r"x\.dtype == weight\.dtype .*got torch\.float16"):
+        sk.linear(x.half(), module.weight, bias)
+    with torch.autocast("cuda", dtype=BF16):
+        y = sk.linear(x.float(), module.weight, bias.float())
+    assert y.dtype == BF16 and torch.equal(y, sk.linear(x, module.weight, bias))
+
+
 def test_gradient_for_x():
     module = layer(64, 128, bias=False)
     x = integers(5, 128).requires_grad_()
@@ -205,14 +247,52 @@ def test_gradient_for_x():
     assert torch.equal(x.grad, module.weight.to_dense().double().sum(0).expand(5, 128).to(BF16))
 
 
-def test_an_output_of_more_than_2_31_elements():
+def test_an_output_of_more_than_2_31_elements_in_every_tile():
     tokens, out_features = 131_200, 16_400
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
         pytest.skip("needs 12 GiB of free memory")
     module, x = layer(out_features, 64, bias=False), integers(tokens, 64)
+    parts = [slice(0, 2), slice(65_500, 65_502), slice(130_940, 130_942), slice(tokens - 2, tokens)]
+    expected = [dense(module, x[part]) for part in parts]
     y = module(x)
     assert y.numel() > 2**31
-    for part in (slice(0, 2), slice(65_500, 65_502), slice(tokens - 2, tokens)):
+    space = torch.zeros(
+        _native.module().prefill_workspace_bytes(), dtype=torch.uint8, device=DEVICE
+    )
+    names = [name for name in cuda_backend.variants() if name.startswith("prefill ")]
+    for name in ["as chosen", *names]:
+        if name != "as chosen":
+            y.fill_(float("nan"))
+            cuda_backend.launcher(name, x, module.weight, y, space)()
+        for part, rows in zip(parts, expected):
+            assert torch.equal(y[part], rows), (name, part)
+        assert not any(rows.isnan().any() for rows in y.split(2**15)), name
+
+
+def test_a_residual_and_a_bias_of_an_output_of_more_than_2_31_elements():
+    tokens, out_features = 131_200, 16_400
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of free memory")
+    module, x = layer(out_features, 64, bias=False), integers(tokens, 64)
+    bias = integers(out_features, seed=5)
+    residual = torch.empty(tokens, out_features, dtype=BF16, device=DEVICE).random_(0, 9).sub_(4)
+    y = cuda_backend.linear(x, module.weight, bias, "relu", residual)
+    w = module.weight.to_dense()
+    for part in (slice(0, 2), slice(130_940, 130_942), slice(tokens - 2, tokens)):
+        y64 = reference.linear(x[part], w, bias, "relu") + residual[part].double()
+        assert torch.equal(y[part], y64.to(BF16))
+
+
+@pytest.mark.parametrize("in_features", [32_768, 32_772], ids=["as it is", "copied"])
+def test_an_x_of_more_than_2_31_elements(in_features):
+    tokens = 66_000
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of free memory")
+    module = layer(72, in_features, bias=False)
+    x = torch.empty(tokens, in_features, dtype=BF16, device=DEVICE).random_(0, 3).sub_(1)
+    assert x.numel() > 2**31
+    y = module(x)
+    for part in (slice(0, 2), slice(65_530, 65_540), slice(tokens - 2, tokens)):
         assert torch.equal(y[part], dense(module, x[part]))
 
 
@@ -307,6 +387,27 @@ def test_on_a_device_that_is_not_the_current_one(tokens):
     assert torch.equal(y, dense(module, x))
     with torch.cuda.device(1):
         assert torch.equal(module(x), y)
+
+
+def test_two_gpus_in_turn_each_on_its_own_stream():
+    """Plans, workspaces and tables belong to a GPU; nothing leaks to the current one."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    devices = [torch.device("cuda", i) for i in range(2)]
+    modules = [layer(320, 2048).to(device) for device in devices]
+    streams = [torch.cuda.Stream(device) for device in devices]
+    for tokens in (4, 100, 4, 100):
+        inputs = [integers(tokens, 2048).to(device) for device in devices]
+        expected = [dense(module, x) for module, x in zip(modules, inputs)]
+        for device in devices:
+            torch.cuda.synchronize(device)
+        results = []
+        for module, x, stream in zip(modules, inputs, streams):
+            with torch.cuda.stream(stream):
+                results.append(module(x))
+        for y, wanted, stream in zip(results, expected, streams):
+            stream.synchronize()
+            assert y.device == wanted.device and torch.equal(y, wanted)
 
 
 def test_compile_fullgraph():

@@ -31,6 +31,24 @@ def test_it_lists_every_part(capsys):
         )
 
 
+def test_the_tables_that_choose_the_kernels(monkeypatch):
+    from sparsekern import cuda_backend, tuning
+
+    if not torch.cuda.is_available():
+        absent = findings()["kernels", "tuned tables"]
+        assert not absent.present and str(tuning.user_path()) in absent.text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(cuda_backend, "refusal", lambda index: "too old" if index else "")
+    monkeypatch.setattr(tuning, "gpu_name", lambda index: f"GPU {index}")
+    tuning.store(tuning.user_path(), "GPU 0", "bfloat16", (64, 64), {1: ("decode a", 1.0)})
+    (found,) = doctor._tuned_tables()
+    assert (found.name, found.present) == ("tuned tables, cuda:0", True)
+    assert found.text == "yours: 1 shapes; heuristics decide for others"
+    tuning.user_path().unlink()
+    tuning.forget()
+
+
 def test_json(capsys):
     assert cli.main(["doctor", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)

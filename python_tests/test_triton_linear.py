@@ -249,6 +249,30 @@ def test_outputs_are_written_completely_and_nowhere_else():
 
 
 @pytest.mark.gpu
+def test_an_output_of_more_than_2_31_elements():
+    tokens, out_features = 131_200, 16_400
+    if torch.cuda.mem_get_info()[0] < 8 * 2**30:
+        pytest.skip("needs 8 GiB of free memory")
+    x, w, _, _ = problem((300, out_features, 64, None, False), torch.bfloat16, True)
+    x, w24 = x.cuda().repeat(438, 1)[:tokens], compress(w).to("cuda")
+    y = linear(x, w24, backend="triton")
+    assert y.numel() > 2**31
+    for part in (slice(0, 2), slice(130_940, 130_942), slice(tokens - 2, tokens)):
+        y64 = x[part].cpu().double() @ w.double().t()
+        assert torch.equal(y[part].cpu(), y64.to(torch.bfloat16))
+
+
+@pytest.mark.gpu
+def test_on_a_device_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x, w, _, _ = problem((5, 70, 260, None, False), torch.bfloat16, True)
+    y = linear(x.to("cuda:1"), compress(w).to("cuda:1"), backend="triton")
+    assert y.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
+    assert torch.equal(y.cpu(), linear(x, compress(w)))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_agrees_with_the_cpu_backend(dtype):
     """The same problem on both backends, through the public function, integers bit for bit."""

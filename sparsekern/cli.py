@@ -1,4 +1,5 @@
-"""The command line: sparsekern prune | eval | verify | export | bench | doctor | demo.
+"""The command line: sparsekern prune | eval | verify | export | bench | tune | doctor
+| demo.
 
 Every command is a few lines around the public Python API. An error is one line on stderr and exit
 code 2 (--debug shows the traceback); `verify` exits with 1 when a folder breaks a rule; everything
@@ -7,6 +8,7 @@ else exits with 0.
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from pathlib import Path
@@ -50,6 +52,7 @@ def build_parser():
             "verify": run_verify,
             "export": run_export,
             "bench": run_bench,
+            "tune": run_tune,
             "doctor": run_doctor,
             "demo": run_demo,
         }
@@ -84,6 +87,8 @@ def run_prune(args):
         true_sequential=args.true_sequential,
         damp=args.damp,
         refine=args.refine,
+        keep_dense=args.keep_dense,
+        keep_dense_tokens=tuple(args.keep_dense_tokens),
         resume=args.resume,
         progress=not args.quiet,
     )
@@ -144,22 +149,32 @@ def run_export(args):
 
 
 def run_bench(args):
-    """One row per shape and number of tokens."""
+    """One row per shape and number of tokens; for a model also the sum over its layers."""
     from .layer_bench import bench_shape, table
 
     device = _device(args.device)
     dtype = _dtype(args.dtype) or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-    shapes = dict.fromkeys(args.shape or linear_shapes(load_model(args.model, "cpu")[0]))
+    counts = None if args.shape else _counted_shapes(args.model)
+    shapes = dict.fromkeys(args.shape or counts)
     print(f"{_device_name(device)}, torch {torch.__version__}")
-    print(
-        table(
-            [
-                bench_shape(*shape, tokens, dtype=dtype, device=device)
-                for shape in shapes
-                for tokens in args.tokens
-            ]
-        )
-    )
+    rows = [
+        bench_shape(*shape, tokens, dtype=dtype, device=device)
+        for shape in shapes
+        for tokens in args.tokens
+    ]
+    print(table(rows, counts))
+
+
+def run_tune(args):
+    """One line per cell; the table file is written after each shape."""
+    from . import tuner
+
+    device = _device(args.device)
+    shapes = args.shapes or (list(_counted_shapes(args.model)) if args.model else tuner.SHAPES)
+    budget = float("inf") if args.budget is None else args.budget
+    say = functools.partial(print, flush=True)
+    tokens = args.tokens or tuner.TOKENS
+    tuner.tune(shapes, tokens, args.dtype, device, args.out, budget, say)
 
 
 def run_doctor(args):
@@ -203,19 +218,13 @@ def _calibration(args, model, tokenizer):
     return texts.calibration_windows(ids, args.samples, args.window, args.seed)
 
 
-def linear_shapes(model):
-    """Each (out_features, in_features) once, of all linear layers that 2:4 fits, in model order."""
-    from .linear import SparseLinear
-    from .models import dense_weight, is_linear
+def _counted_shapes(path):
+    """{(out_features, in_features): layers} of a model's layers; ValueError when 2:4 fits none."""
+    from .layer_bench import count_shapes
 
-    shapes = [
-        (m.out_features, m.in_features)
-        if isinstance(m, SparseLinear)
-        else tuple(dense_weight(m).shape)
-        for m in model.modules()
-        if isinstance(m, SparseLinear) or is_linear(m)
-    ]
-    return list(dict.fromkeys(shape for shape in shapes if shape[1] % 4 == 0))
+    counts = count_shapes(load_model(path, "cpu")[0])
+    check(counts, "sparsekern", "a model with linear layers that 2:4 fits", f"none in {path}")
+    return counts
 
 
 def _skip_rules(rules):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 DTYPES = ("float32", "float16", "bfloat16")
+SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
 def make_parser(runs):
@@ -72,6 +73,18 @@ def make_parser(runs):
         "--dtype", choices=DTYPES, help="of the weights (default: as stored; bfloat16 for GGUF)"
     )
     sub.add_argument(
+        "--keep-dense",
+        choices=("if-slower",),
+        help="measure each layer shape here, and leave dense what 2:4 makes slower",
+    )
+    sub.add_argument(
+        "--keep-dense-tokens",
+        type=_counts,
+        default=[1, 16, 256],
+        metavar="N,N,...",
+        help="numbers of tokens to measure for it (default 1,16,256)",
+    )
+    sub.add_argument(
         "--resume", metavar="DIR", help="store each finished block here, and go on from it"
     )
     sub.add_argument("--quiet", action="store_true", help="no progress bar, no table")
@@ -119,7 +132,10 @@ def make_parser(runs):
     sub = command("bench", "Time sparse against dense layers, losses included.")
     what = sub.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "model", nargs="?", metavar="MODEL", help=f"{model_help}: all shapes of its linear layers"
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help=f"{model_help}: all shapes of the layers that prune converts, and their sum",
     )
     what.add_argument(
         "--shape", action="append", type=_shape, metavar="OUTxIN", help="one shape; may be repeated"
@@ -129,6 +145,37 @@ def make_parser(runs):
     )
     sub.add_argument("--device", help=device_help)
     sub.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+
+    sub = command(
+        "tune",
+        "Measure every variant of the CUDA kernels, and remember the fastest for later calls.",
+    )
+    what = sub.add_mutually_exclusive_group()
+    what.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help=f"{model_help}: its layer shapes (default: those of Llama-3 1B, 3B, 8B and 70B)",
+    )
+    what.add_argument("--shapes", type=_shapes, metavar="OUTxIN,...", help="these shapes")
+    sub.add_argument(
+        "--tokens", type=_counts, metavar="N,N,...", help="default: 18 numbers from 1 to 8192"
+    )
+    sub.add_argument(
+        "--dtype",
+        type=_tunable_dtypes,
+        default=["bfloat16"],
+        metavar="bf16,fp16",
+        help="one or both (default: bf16)",
+    )
+    sub.add_argument(
+        "--out",
+        metavar="FILE",
+        help="table to add to (default: your own, tuning.json in SPARSEKERN_CACHE or the user's "
+        "cache folder)",
+    )
+    sub.add_argument("--budget", type=float, metavar="SECONDS", help="begin nothing after them")
+    sub.add_argument("--device", help="cuda or cuda:N (default: cuda)")
 
     sub = command("doctor", "Show GPU, kernels and libraries, and what will run.")
     sub.add_argument("--json", action="store_true", help="the same as JSON")
@@ -160,6 +207,20 @@ def _shape(text):
     if len(parts) != 2 or not all(part.isdigit() for part in parts):
         raise argparse.ArgumentTypeError(f"expected OUTxIN such as 4096x14336, got {text!r}")
     return int(parts[0]), int(parts[1])
+
+
+def _shapes(text):
+    """The shapes in a text such as "4096x4096,8192x1024"."""
+    return [_shape(part) for part in text.split(",")]
+
+
+def _tunable_dtypes(text):
+    """The dtypes in a text such as "bf16,float16": ["bfloat16", "float16"]."""
+    names = [SHORT_DTYPES.get(part, part) for part in text.split(",")]
+    for name in names:
+        if name not in SHORT_DTYPES.values():
+            raise argparse.ArgumentTypeError(f"expected bf16, fp16 or both, got {name!r}")
+    return list(dict.fromkeys(names))
 
 
 def _counts(text):

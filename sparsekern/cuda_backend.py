@@ -1,10 +1,11 @@
 """The CUDA backend of sparsekern.linear: the native kernels for Hopper, on weights in "tile64".
 
     up to 64 tokens   decode: streams the weights once       csrc/kernels/spmm_decode_sm90.cuh
-    more              prefill: wgmma.sp                      csrc/kernels/spmm_prefill_sm90.cuh
+    any number        prefill: wgmma.sp                      csrc/kernels/spmm_prefill_sm90.cuh
 
 The same functions as every backend module, plus `packs`, by which SparseLinear decides on its
-layout, and the gated pair of a gated MLP. Which variant of a kernel runs is heuristics.py's choice.
+layout, and the gated pair of a gated MLP. Which kernel runs, and which variant of it, is in the
+tuned tables of tuning.py; where they know nothing, heuristics.py chooses.
 
 A call at one token takes a few microseconds on the GPU, so this path is written for little work on
 the host: no object is built, what depends on shapes alone is cached, and torch is asked through its
@@ -14,17 +15,21 @@ raw functions.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
-from sparsekern import _native, heuristics
+from sparsekern import _native, heuristics, tuning
 from sparsekern.cpu_backend import activate
+from sparsekern.errors import message
 from sparsekern.heuristics import Tile
 
 LAYOUT = "tile64"
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/launch.h
 _ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "silu": 3}  # Activation in csrc/launch.h
+_DTYPE_NAMES = {0: "float16", 1: "bfloat16"}
 _AUTOMATIC = 0  # config of the decode kernel: it chooses
+_MOST = 2**31 - 1024  # of any size: the kernels count in 32 bits, and up to the end of a tile
 _RUNS = "the layout is 'tile64' and the GPU has compute capability 9.x"
 
 # A torch without CUDA lacks these two, and has no tensor that would get here.
@@ -82,19 +87,70 @@ def _tiles():
     }
 
 
-def _prefill_tile(tokens, out_features, in_features, index):
+@lru_cache(maxsize=None)
+def variants():
+    """{name: (native function, its config)} of everything that the module was built with.
+
+    The names are what `sparsekern.explain` shows and what tuned tables hold.
+    """
+    decode = {
+        f"decode {c['rows']} rows, split {c['split']}": ("decode", c["index"])
+        for c in _native.module().decode_configs()
+    }
+    return decode | {f"prefill {tile}": ("prefill", index) for tile, index in _tiles().items()}
+
+
+class Choice(NamedTuple):
+    """What runs a problem, and why; us is its time where a table has measured just this."""
+
+    variant: str  # a key of variants()
+    why: str
+    us: float | None = None
+
+
+def heuristic(tokens, out_features, in_features, index):
+    """The name of the variant that heuristics choose on GPU `index`."""
+    if tokens <= heuristics.DECODE_TOKENS:
+        chosen = "decode", _native.module().decode_config(out_features, in_features)
+        return next(name for name, variant in variants().items() if variant == chosen)
     multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
     problem = tokens, out_features, in_features, multiprocessors
-    return heuristics.prefill_tile(*problem, tuple(_tiles()))
+    return f"prefill {heuristics.prefill_tile(*problem, tuple(_tiles()))}"
+
+
+def choose(tokens, out_features, in_features, dtype, index):
+    """The Choice for a problem on GPU `index`; dtype as in csrc/launch.h."""
+    gpu, known = tuning.gpu_name(index), variants()
+    problem = _DTYPE_NAMES[dtype], out_features, in_features, tokens
+    tuned = tuning.lookup(gpu, *problem, known)
+    if tuned is None:
+        name = heuristic(tokens, out_features, in_features, index)
+        return Choice(name, "variant by heuristics, no tuned table knows this problem")
+    which = "your tuned table" if tuned.source == tuning.YOURS else "the shipped tuned table"
+    exact = tuned.tokens == tokens
+    why = f"variant from {which}" if exact else f"variant from {which} at {tuned.tokens} tokens"
+    return Choice(tuned.variant, why, tuned.us if exact else None)
 
 
 @lru_cache(maxsize=4096)
-def _plan(tokens, out_features, in_features, index):
-    """(native function, its variant) for a problem on GPU `index`."""
-    native = _native.module()
-    if tokens <= heuristics.DECODE_TOKENS:
-        return native.decode, _AUTOMATIC
-    return native.prefill, _tiles()[_prefill_tile(tokens, out_features, in_features, index)]
+def _plan(tokens, out_features, in_features, dtype, index):
+    """(native function, its config, whether it takes a workspace) for a problem on GPU `index`.
+
+    Raises:
+        ValueError: a size beyond what the kernels can count.
+    """
+    largest = max(tokens, out_features, in_features)
+    if largest > _MOST:
+        expected = f"tokens, out_features and in_features up to {_MOST}"
+        raise ValueError(message("sparsekern.linear", expected, largest, "Split x."))
+    kernel, config = variants()[choose(tokens, out_features, in_features, dtype, index).variant]
+    return getattr(_native.module(), kernel), config, kernel == "prefill"
+
+
+def forget_plans():
+    """Choose anew for every problem, from the tables as they are now."""
+    tuning.forget()
+    _plan.cache_clear()
 
 
 # {(GPU, stream, captured): (number of the capture or 0, tensor)} for the prefill kernel.
@@ -120,15 +176,19 @@ def _workspace(index, stream):
     return known[1].data_ptr()
 
 
+def _choice(x, w24):
+    return choose(x.shape[0], *w24.shape, _DTYPES[x.dtype], x.get_device())
+
+
 def config(x, w24):
     """What sparsekern.explain shows: "decode 256 rows, split 4", "prefill 256x192 cluster 2x1"."""
-    tokens = x.shape[0]
-    if tokens <= heuristics.DECODE_TOKENS:
-        native = _native.module()
-        index = native.decode_config(*w24.shape)
-        chosen = next(c for c in native.decode_configs() if c["index"] == index)
-        return f"decode {chosen['rows']} rows, split {chosen['split']}"
-    return f"prefill {_prefill_tile(tokens, *w24.shape, x.get_device())}"
+    return _choice(x, w24).variant
+
+
+def origin(x, w24):
+    """(why this config, its measured time in us or None), for sparsekern.explain."""
+    chosen = _choice(x, w24)
+    return chosen.why, chosen.us
 
 
 # ---- running it ----------------------------------------------------------------------------------
@@ -165,15 +225,43 @@ def linear(x, w24, bias, activation, residual=None):
         if residual.stride(1) != 1:
             residual = residual.contiguous()
         residual_address, residual_stride = residual.data_ptr(), residual.stride(0)
-    run, variant = _plan(tokens, out_features, in_features, index)
+    dtype = _DTYPES[x.dtype]
+    run, variant, cuts_k = _plan(tokens, out_features, in_features, dtype, index)
     stream = _current_stream(index)
-    tail = (stream,) if tokens <= heuristics.DECODE_TOKENS else (_workspace(index, stream), stream)
+    tail = (_workspace(index, stream), stream) if cuts_k else (stream,)
     run(
         rows.data_ptr(), w24.values.data_ptr(), w24.metadata.data_ptr(), bias_address,
         residual_address, y.data_ptr(), tokens, out_features, in_features, x_stride, out_features,
-        residual_stride, _DTYPES[x.dtype], _ACTIVATIONS[activation], variant, *tail,
+        residual_stride, dtype, _ACTIVATIONS[activation], variant, *tail,
     )  # fmt: skip
     return y
+
+
+def launcher(variant, x, w24, y, workspace):
+    """A function without arguments that computes y = x · Wᵀ by one variant, on the current stream.
+
+    For measuring: nothing is checked or allocated in a call, so a CUDA graph can hold many.
+
+    Args:
+        variant: a key of `variants`.
+        x: [tokens, in_features], y: [tokens, out_features], both contiguous, on the current GPU.
+        workspace: uint8 [prefill_workspace_bytes], zero, for launches that follow each other.
+    """
+    kernel, index = variants()[variant]
+    run, device = getattr(_native.module(), kernel), x.get_device()
+    tokens, (out_features, in_features) = x.shape[0], w24.shape
+    rows, x_stride = _aligned_rows(x, tokens, in_features)
+    tail = (workspace.data_ptr(),) if kernel == "prefill" else ()
+    arguments = (
+        rows.data_ptr(), w24.values.data_ptr(), w24.metadata.data_ptr(), 0, 0, y.data_ptr(), tokens,
+        out_features, in_features, x_stride, out_features, 0, _DTYPES[x.dtype], 0, index, *tail,
+    )  # fmt: skip
+    keep = rows, w24, y, workspace
+
+    def launch(keep=keep):
+        run(*arguments, _current_stream(device))
+
+    return launch
 
 
 def gated_supported(x, gate24, up24):

@@ -112,6 +112,21 @@ def _kernels():
     yield Finding(
         "kernels", "Triton", "usable" if usable else triton_kernels.reason(), present=usable
     )
+    yield from _tuned_tables()
+
+
+def _tuned_tables():
+    """Which table chooses among the CUDA kernels, for each GPU that runs them."""
+    from . import cuda_backend, tuning
+
+    found = False
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if not cuda_backend.refusal(index):
+            found, text = True, tuning.summary(tuning.gpu_name(index))
+            yield Finding("kernels", f"tuned tables, cuda:{index}", text)
+    if not found:
+        text = f"no GPU here runs the CUDA kernels; yours would be {tuning.user_path()}"
+        yield Finding("kernels", "tuned tables", text, present=False)
 
 
 def _libraries():

@@ -15,6 +15,7 @@ on those. Then each Linear is replaced by a SparseLinear and its dense weight is
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from . import keep_dense as dense_rule
 from . import models
 from .calibration import HessianCollector, SharingChanged, digest, make_batches
 from .layerwise import Options, Pruned, new_report, prune_group
@@ -56,6 +58,8 @@ def prune_model(
     refine: int | None = None,
     on_error: str = "raise",
     offload_activations: bool | str = "auto",
+    keep_dense: str | None = None,
+    keep_dense_tokens: tuple[int, ...] = dense_rule.TOKENS,
     resume=None,
     progress: bool = True,
 ) -> PruneReport:
@@ -93,6 +97,10 @@ def prune_model(
             reason.
         offload_activations: True keeps the hidden states of the calibration on the host, False on
             `device`, "auto" decides by free memory.
+        keep_dense: "if-slower" measures every distinct layer shape on `device`, dense and 2:4, and
+            leaves those dense whose time, summed over keep_dense_tokens, is longer with 2:4. They
+            are in the report with the times. On a CPU that is every layer, with a warning.
+        keep_dense_tokens: numbers of tokens per call that matter to you.
         resume: a directory. Each finished block is stored there; the same call on a freshly loaded
             model continues after the last of them, with the same result as an uninterrupted run.
         progress: show a progress bar with the time left.
@@ -114,14 +122,19 @@ def prune_model(
     start = time.perf_counter()
     options = Options(method, tuple(pattern), masks, damp, blocksize, refine, on_error)
     check_options(options, compress, calibration, offload_activations)
+    timed_tokens = dense_rule.check_arguments(keep_dense, keep_dense_tokens, compress)
     selection = select(model, skip, options, compress)
     run = _Run(model, options, selection, compress, device, true_sequential)
     run.report.options = describe(skip, options, compress, true_sequential)
+    if keep_dense:
+        run.report.options |= {"keep_dense": keep_dense, "keep_dense_tokens": list(timed_tokens)}
     if calibration is not None:
         run.batches = make_batches(calibration, model, batch_size, run.device)
     offload = None if offload_activations == "auto" else bool(offload_activations)
     with run.evaluation_mode(), torch.inference_mode(False), torch.no_grad():
         run.open_resume(resume)
+        if keep_dense:
+            run.leave_slow_layers_dense(timed_tokens)
         run.execute(run.plan(offload), progress)
     run.report.seconds = time.perf_counter() - start
     return run.report
@@ -229,6 +242,14 @@ class _Run:
                 **self.report.options,
             }
             self.resume = ResumeDir(path, manifest)
+
+    def leave_slow_layers_dense(self, tokens: tuple[int, ...]) -> None:
+        """Give layers that 2:4 makes slower their reason; a resumed run takes the stored times."""
+        layers = self.selection.active
+        with self._phase("layer times"):
+            measure = functools.partial(dense_rule.measure, layers, tokens, self.device)
+            times = self.resume.remember("layer_times", measure) if self.resume else measure()
+        dense_rule.decide(layers, times, tokens, self.device)
 
     # ------------------------------------------------------------------------------------ execution
 

@@ -1,4 +1,5 @@
-"""Time SparseLinear against dense torch on one layer shape: what `sparsekern bench` prints.
+"""Time SparseLinear against dense torch on layer shapes: what `sparsekern bench` prints, and what
+`prune_model(keep_dense="if-slower")` decides by.
 
 Both sides compute the same product (the dense weight holds the zeros), the sparse result is checked
 against the dense one before anything is timed, and a shape where sparse loses is a row like any
@@ -13,16 +14,20 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from . import models
+from . import skip as skip_rules
 from .errors import check
 
 CACHE_BYTES = 128 * 2**20  # more than the L2 of an H100 (50 MiB) or the L3 of a desktop CPU
-MAX_COPIES = 64
+MAX_COPIES = 256
 REPEATS = 15
 MAX_SECONDS = 5.0  # per measurement
+EVEN = 0.02  # times that differ by less are called even
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # of the largest |y|
 
 
@@ -37,11 +42,56 @@ class BenchRow:
     dense_us: float
     sparse_us: float
     backend: str
+    dense_bytes: int
+    sparse_bytes: int
 
     @property
     def speedup(self):
         """dense time / sparse time: below 1 the sparse layer is slower."""
         return self.dense_us / self.sparse_us
+
+    @property
+    def verdict(self):
+        """"faster", "slower" or "even": what 2:4 makes of the layer's time."""
+        return _verdict(self.dense_us, self.sparse_us)
+
+
+def count_shapes(model):
+    """{(out_features, in_features): layers}, in model order, of the layers that `sparsekern prune`
+    would convert without options, and of those that are SparseLinear already.
+
+    Left out are the output embedding, tied weights, in_features that 2:4 does not fit, and the
+    rest of what prune_model reports as skipped.
+    """
+    from .linear import SparseLinear
+
+    layers = models.find_layers(model, (2, 4), True)
+    names = [layer.name for layer in layers]
+    outputs = models.output_layer_names(model)
+    skipped = skip_rules.resolve((skip_rules.DEFAULT_RULE,), names, model, {}, 0, outputs)
+    found = {
+        id(layer.module): layer.shape
+        for layer in layers
+        if layer.reason is None and layer.name not in skipped
+    }
+    counts: dict[tuple[int, int], int] = {}
+    for module in model.modules():
+        shape = found.get(id(module))
+        if isinstance(module, SparseLinear):
+            shape = module.out_features, module.in_features
+        if shape is not None:
+            counts[shape] = counts.get(shape, 0) + 1
+    return counts
+
+
+def copies_beyond_cache(weight_bytes, other_bytes=0):
+    """How many copies of a weight to rotate among, so that each is gone from the cache when its
+    turn comes.
+
+    other_bytes: what every call touches beside its weight.
+    """
+    wanted = -(-(CACHE_BYTES - other_bytes) // max(1, weight_bytes))
+    return max(1, min(MAX_COPIES, wanted))
 
 
 def bench_shape(out_features, in_features, tokens, *, dtype, device):
@@ -74,7 +124,7 @@ def bench_shape(out_features, in_features, tokens, *, dtype, device):
     x = torch.randn(tokens, in_features, generator=generator, device=device).to(dtype)
     mask = magnitude_mask(weight)
     dense, sparse = weight * mask, compress(weight, mask)
-    copies = max(1, min(MAX_COPIES, -(-CACHE_BYTES // max(1, sparse.nbytes))))
+    copies = copies_beyond_cache(sparse.nbytes)
     weights = [dense.clone() for _ in range(copies)]
     layers = [SparseLinear.from_sparse24(sparse.clone()) for _ in range(copies)]
     measure = _graph_us if torch.device(device).type == "cuda" else _cpu_us
@@ -88,6 +138,8 @@ def bench_shape(out_features, in_features, tokens, *, dtype, device):
             measure([lambda w=w: torch.nn.functional.linear(x, w) for w in weights]),
             measure([lambda layer=layer: layer(x) for layer in layers]),
             explain(x, layers[0].weight).backend,
+            dense.nbytes,
+            layers[0].weight.nbytes,
         )
 
 
@@ -124,26 +176,58 @@ def _graph_us(calls):
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(REPEATS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    sample, times, begin = graph_sampler(calls), [], time.perf_counter()
+    while len(times) < REPEATS and time.perf_counter() - begin < MAX_SECONDS:
+        times.append(sample())
     return statistics.median(times)
 
 
-def table(rows):
-    """The rows as text, with a note on what the columns are."""
-    head = ("out x in", "tokens", "dtype", "dense us", "sparse us", "dense/sparse", "backend")
+def graph_sampler(calls: Sequence[Callable], passes: int = 1) -> Callable[[], float]:
+    """Captures `passes` times all calls in one CUDA graph.
+
+    Args:
+        calls: work for the current stream that does not wait for the GPU; its kernels must have
+            been launched before, because loading one cannot be captured.
+    Returns:
+        A function that replays the graph once and returns microseconds per call.
+    """
+    # Not torch.cuda.graph: that collects garbage first, which takes longer than a measurement.
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        try:
+            for _ in range(passes):
+                for call in calls:
+                    call()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def replay():
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3
+
+    first = replay()  # uploads the graph, which a millisecond of work does not notice
+    kept = [first] if first > 1000 else []
+    return lambda: (kept.pop() if kept else replay()) / (passes * len(calls))
+
+
+def table(rows: Sequence[BenchRow], counts: Mapping[tuple[int, int], int] | None = None) -> str:
+    """The rows as text, with notes on what the columns are and where 2:4 loses.
+
+    Args:
+        counts: (out_features, in_features) -> how many layers of a model have it; adds the column
+            and, for each number of tokens, the sum over all layers.
+    """
+    head = (
+        *("out x in", "tokens", "dtype", "dense us", "sparse us", "dense/sparse", "backend"),
+        *("dense bytes", "sparse bytes", "2:4 is", "layers"),
+    )
     cells = [head] + [
         (
             f"{row.out_features}x{row.in_features}",
@@ -153,14 +237,49 @@ def table(rows):
             f"{row.sparse_us:.1f}",
             f"{row.speedup:.2f}",
             row.backend,
+            str(row.dense_bytes),
+            str(row.sparse_bytes),
+            row.verdict,
+            str((counts or {}).get((row.out_features, row.in_features), "")),
         )
         for row in rows
     ]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+    if counts is None:
+        cells = [line[:-1] for line in cells]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells]
+    if counts is not None:
+        lines += totals(rows, counts)
     slower = sum(row.speedup < 1 for row in rows)
     lines.append(
         "medians; weights rotated among copies larger than the cache; "
         f"sparse is slower in {slower} of {len(rows)} rows"
     )
     return "\n".join(lines)
+
+
+def totals(rows: Sequence[BenchRow], counts: Mapping[tuple[int, int], int]) -> list[str]:
+    """One line per number of tokens: time and bytes of all layers, dense and sparse."""
+    lines = []
+    for tokens in dict.fromkeys(row.tokens for row in rows):
+        own = [
+            (row, counts[row.out_features, row.in_features]) for row in rows if row.tokens == tokens
+        ]
+        dense, sparse, dense_bytes, sparse_bytes = (
+            sum(getattr(row, key) * count for row, count in own)
+            for key in ("dense_us", "sparse_us", "dense_bytes", "sparse_bytes")
+        )
+        losing = [f"{row.out_features}x{row.in_features}" for row, _ in own if row.speedup < 1]
+        lines.append(
+            f"all {sum(count for _, count in own)} layers, {tokens} tokens: dense {dense:.1f} us, "
+            f"2:4 {sparse:.1f} us ({dense / sparse:.2f}, {_verdict(dense, sparse)}); "
+            f"weights {dense_bytes} -> {sparse_bytes} bytes ({sparse_bytes / dense_bytes:.4f}); "
+            f"2:4 loses at {', '.join(losing) or 'no shape'}"
+        )
+    return lines
+
+
+def _verdict(dense_us, sparse_us):
+    if abs(dense_us / sparse_us - 1) < EVEN:
+        return "even"
+    return "faster" if sparse_us < dense_us else "slower"

@@ -41,12 +41,16 @@ _is_compiling = torch.compiler.is_compiling
 
 class Backend(NamedTuple):
     """supported(x, w24) -> (bool, reason), linear(x, w24, bias, activation) -> y and
-    config(x, w24) -> name, for checked arguments and x [tokens, in_features]."""
+    config(x, w24) -> name, for checked arguments and x [tokens, in_features].
+
+    origin(x, w24) -> (why this config, its expected time in us or None), where there is a choice.
+    """
 
     name: str
     supported: Callable
     linear: Callable
     config: Callable
+    origin: Optional[Callable] = None
 
 
 def _load_cpu():
@@ -78,7 +82,13 @@ def _load_triton():
 def _load_cuda():
     if not _native.available():
         return _native.reason()
-    return Backend("cuda", cuda_backend.supported, cuda_backend.linear, cuda_backend.config)
+    return Backend(
+        "cuda",
+        cuda_backend.supported,
+        cuda_backend.linear,
+        cuda_backend.config,
+        cuda_backend.origin,
+    )
 
 
 def _load_cusparselt():
@@ -379,15 +389,20 @@ def linear(x, w24, bias=None, activation=None, *, backend=None):
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `linear` does with a problem: the backend, its config, the weight's layout, and why."""
+    """What `linear` does with a problem: the backend, its config, the weight's layout, and why.
+
+    expected_us: the time on the GPU that a tuned table has for just this problem, else None.
+    """
 
     backend: str
     config: str
     layout: str
     reason: str
+    expected_us: Optional[float] = None
 
     def __str__(self):
-        return f"{self.backend} ({self.config}, layout {self.layout}): {self.reason}"
+        text = f"{self.backend} ({self.config}, layout {self.layout}): {self.reason}"
+        return text if self.expected_us is None else f"{text}; expected {self.expected_us:g} us"
 
 
 def explain(x, w24, *, backend=None):
@@ -395,10 +410,12 @@ def explain(x, w24, *, backend=None):
 
     Args, Raises: as `linear`.
     Returns:
-        Explanation(backend, config, layout, reason), all strings.
+        Explanation(backend, config, layout, reason, expected_us): strings, and a time or None.
     """
     check_types(_OP, x, w24)
     check_linear(_OP, x, w24.values, w24.shape, None, None)
     folded = fold(x)
     chosen, reason = select_backend(folded, w24, backend)
-    return Explanation(chosen.name, str(chosen.config(folded, w24)), w24.layout, reason)
+    why, us = chosen.origin(folded, w24) if chosen.origin else ("", None)
+    reason = f"{reason}; {why}" if why else reason
+    return Explanation(chosen.name, str(chosen.config(folded, w24)), w24.layout, reason, us)

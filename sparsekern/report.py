@@ -58,7 +58,7 @@ class PruneReport:
         calibration: {"samples", "tokens", "sha256"}, None without calibration.
         layers: one LayerReport per Linear, in the order of the model.
         seconds: wall time of the call.
-        phases: the same by phase: capture, hessian, prune, forward.
+        phases: the same by phase: layer times (keep_dense), capture, hessian, prune, forward.
         resumed: stages that were loaded instead of computed.
     """
 

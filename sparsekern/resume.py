@@ -1,6 +1,7 @@
 """Finished stages on disk, so that an interrupted `prune_model` continues where it stopped.
 
     DIR/manifest.json              what was asked: calibration hash, method, options, fingerprint
+    DIR/layer_times.json           what was measured for keep_dense
     DIR/block-00003.safetensors    the pruned layers of one stage; their LayerReports as metadata
 
 A compressed layer is stored as NAME.compressed and NAME.bitmask (the tensors of a checkpoint), a
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -42,7 +44,7 @@ class ResumeDir:
         manifest = json.loads(json.dumps({"schema": SCHEMA, **manifest}))
         file = os.path.join(self.path, "manifest.json")
         if os.path.exists(file):
-            stored = self._read_manifest(file)
+            stored = self._read_json(file)
             keys = [k for k in {**stored, **manifest} if stored.get(k) != manifest.get(k)]
             differences = "; ".join(
                 f"{k}: {manifest.get(k)!r} here, {stored.get(k)!r} there" for k in keys
@@ -52,7 +54,20 @@ class ResumeDir:
         else:
             write_atomic(file, json.dumps(manifest, indent=1).encode())
 
-    def _read_manifest(self, file: str) -> dict:
+    def remember(self, name: str, make: Callable[[], dict]) -> dict:
+        """What an earlier run stored under this name, or make(), which is then stored.
+
+        Raises:
+            FormatError: the stored file cannot be read.
+        """
+        file = os.path.join(self.path, f"{name}.json")
+        if os.path.exists(file):
+            return self._read_json(file)
+        made = make()
+        write_atomic(file, json.dumps(made, indent=1).encode())
+        return made
+
+    def _read_json(self, file: str) -> dict:
         try:
             with open(file, encoding="utf-8") as stream:
                 stored = json.load(stream)

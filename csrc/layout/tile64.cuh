@@ -47,7 +47,8 @@ constexpr int kChunkStride = kRows / 8 * kCoreMatrixBytes;  // LBO: 1024
 constexpr int kPanelsPerSuperpanel = 4;
 constexpr int kSuperpanelRows = kPanelsPerSuperpanel * kRows;  // 256
 
-constexpr __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+// Of non-negative numbers; no sum, so that it does not overflow near 2^31.
+constexpr __host__ __device__ int ceil_div(int a, int b) { return a / b + (a % b != 0); }
 
 // Extent of a packed weight, in tiles.
 struct Extent {

@@ -1,0 +1,446 @@
+"""sparsekern tune: which variant wins a cell, what is stored, and on a GPU the real thing."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sparsekern import cli, cuda_backend, layer_bench, tuner, tuning
+from sparsekern.heuristics import TIMES, Tile
+from sparsekern.sparse24 import decompress
+from sparsekern.tuner import tune_cell
+
+GPU = "Test GPU, 132 multiprocessors"
+
+
+class Clock:
+    """Seconds that pass only while a fake variant runs."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Fakes:
+    """Variants by name: us per call, one after the other; the last one stays."""
+
+    def __init__(self, clock=None, wrong=(), **us):
+        self.us, self.clock, self.bad = us, clock, set(wrong)
+        self.samples = dict.fromkeys(us, 0)
+        self.checked = []
+
+    def sampler(self, name):
+        def sample():
+            times = self.us[name] if isinstance(self.us[name], list) else [self.us[name]]
+            value = times[min(self.samples[name], len(times) - 1)]
+            self.samples[name] += 1
+            if self.clock:
+                self.clock.now += value * 1e-6
+            return value
+
+        return sample
+
+    def wrong(self, name):
+        self.checked.append(name)
+        return "3 of 9 elements are wrong" if name in self.bad else ""
+
+    def run(self, clock=None):
+        return tune_cell(8, list(self.us), self.sampler, self.wrong, clock or (lambda: 0.0))
+
+
+# ---- one cell ------------------------------------------------------------------------------------
+
+
+def test_the_fastest_wins_and_the_gap_of_the_heuristics_is_told():
+    cell = Fakes(h=4.0, a=5.0, b=3.2).run()
+    assert (cell.best, cell.us, cell.heuristic, cell.heuristic_us) == ("b", 3.2, "h", 4.0)
+    assert cell.gap == pytest.approx(0.25)
+    assert str(cell) == "8 tokens: b 3.20 us; heuristics: h, 25.0% slower"
+
+
+def test_the_choice_of_the_heuristics_may_be_the_best():
+    cell = Fakes(h=3.0, a=5.0).run()
+    assert cell.best == cell.heuristic == "h" and cell.gap == 0
+    assert str(cell) == "8 tokens: h 3.00 us; heuristics: the same"
+
+
+def test_a_wrong_result_is_refused_and_reported():
+    fakes = Fakes(h=4.0, a=3.0, b=3.5, wrong=["a"])
+    cell = fakes.run()
+    assert cell.best == "b" and cell.refused == {"a": "3 of 9 elements are wrong"}
+    assert fakes.checked == ["a", "b"], "nothing may win unchecked"
+    assert str(cell).endswith("REFUSED a: 3 of 9 elements are wrong")
+
+
+def test_nothing_wins_when_everything_is_wrong():
+    assert Fakes(h=4.0, a=3.0, wrong=["h", "a"]).run() is None
+
+
+def test_slow_variants_are_sampled_once():
+    fakes = Fakes(h=4.0, a=3.0, b=3.8, c=3.95)
+    fakes.run()
+    many = 1 + tuner.ROUNDS
+    assert fakes.samples == {"h": many, "a": many, "b": many, "c": 1}, "1.3 x the best is 3.9"
+
+
+def test_only_a_few_are_sampled_to_the_end():
+    us = {f"v{i}": 10.0 + 0.1 * i for i in range(12)}
+    fakes = Fakes(h=100.0, **us)
+    fakes.run()
+    often = [name for name, count in fakes.samples.items() if count > 1]
+    assert often == ["h", *list(us)[: tuner.FINALISTS]]
+
+
+def test_the_median_decides_not_a_lucky_sample():
+    cell = Fakes(h=[3.0], a=[3.1, 1.0, 3.5]).run()
+    assert cell.best == "h"
+
+
+def test_repeats_adapt_to_the_time_of_a_call():
+    clock = Clock()
+    fakes = Fakes(clock, h=7000.0, a=7100.0)
+    fakes.run(clock)
+    assert fakes.samples == {"h": 1 + 5, "a": 1 + 5}, "0.06 s are over after 5 rounds of 14.1 ms"
+    clock = Clock()
+    fakes = Fakes(clock, h=60_000.0, a=60_000.0)
+    fakes.run(clock)
+    assert fakes.samples == {"h": 1 + tuner.MIN_ROUNDS, "a": 1 + tuner.MIN_ROUNDS}
+
+
+def test_screening_stops_when_its_time_is_used_up():
+    clock = Clock()
+    fakes = Fakes(clock, h=30_000.0, a=30_000.0, b=30_000.0, c=1.0)
+    cell = fakes.run(clock)
+    assert fakes.samples["c"] == 0 and fakes.samples["b"] > 0 and cell.best != "c"
+
+
+# ---- all cells -----------------------------------------------------------------------------------
+
+
+class FakeLayer:
+    """Two variants: "decode a" is the faster one up to 8 tokens. No GPU is asked."""
+
+    made = []
+
+    def __init__(self, out_features, in_features, dtype, device):
+        self.shape = out_features, in_features
+        FakeLayer.made.append((self.shape, dtype))
+
+    def warm_up(self):
+        pass
+
+    def names(self, tokens):
+        return ["decode a", "decode b"]
+
+    def cell(self, tokens):
+        fast = {"decode a": 2.0, "decode b": 3.0}
+        slow = {"decode a": 3.0, "decode b": 2.0}
+        return Fakes(**(fast if tokens <= 8 else slow))
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSEKERN_CACHE", str(tmp_path / "user"))
+    monkeypatch.setattr(tuning, "gpu_name", lambda index: GPU)
+    monkeypatch.setattr(cuda_backend, "refusal", lambda index: "")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    monkeypatch.setattr(FakeLayer, "made", [])
+    tuning.forget()
+    yield tmp_path
+    tuning.forget()
+
+
+def run(shapes, tokens, dtypes=("bfloat16",), **options):
+    said = []
+    cells = tuner.tune(
+        shapes, tokens, dtypes, "cuda:0", make_layer=FakeLayer, say=said.append, **options
+    )
+    return cells, said
+
+
+def test_every_cell_gets_a_line_and_an_entry(fake_gpu):
+    cells, said = run([(64, 64), (8, 16)], [16, 1], ["bfloat16", "float16"])
+    assert len(cells) == 8 and len(said) == 10
+    assert said[0] == f"{GPU}: 8 cells, into {fake_gpu / 'user' / 'tuning.json'}"
+    assert said[1] == "bfloat16 64x64, 1 tokens: decode a 2.00 us; heuristics: the same"
+    assert said[2] == (
+        "bfloat16 64x64, 16 tokens: decode b 2.00 us; heuristics: decode a, 50.0% slower"
+    )
+    assert said[-1].startswith("8 cells tuned in ")
+    assert said[-1].endswith("; heuristics were 25.0% slower on average, 50.0% at worst")
+    known = {"decode a", "decode b"}
+    assert tuning.lookup(GPU, "float16", 8, 16, 16, known) == ("decode b", 2.0, 16, "yours")
+    assert [dtype for _, dtype in FakeLayer.made] == [torch.bfloat16] * 2 + [torch.float16] * 2
+
+
+def test_another_file(fake_gpu):
+    run([(64, 64)], [1], path=fake_gpu / "table.json")
+    assert not tuning.user_path().exists()
+    entries = json.loads((fake_gpu / "table.json").read_text())["entries"]
+    assert entries == {GPU: {"bfloat16": {"64x64": {"1": ["decode a", 2.0]}}}}
+
+
+def test_an_interruption_loses_at_most_the_present_shape(fake_gpu):
+    class Interrupted(FakeLayer):
+        def cell(self, tokens):
+            if self.shape == (8, 16) and tokens == 4:
+                raise KeyboardInterrupt
+            return super().cell(tokens)
+
+    with pytest.raises(KeyboardInterrupt):
+        tuner.tune(
+            [(64, 64), (8, 16)], [1, 4], ["bfloat16"], "cuda:0", make_layer=Interrupted,
+            say=lambda text: None,
+        )  # fmt: skip
+    entries = json.loads(tuning.user_path().read_text())["entries"]
+    assert list(entries[GPU]["bfloat16"]) == ["64x64"]
+
+
+def test_the_budget_stops_between_cells_and_says_what_is_missing(fake_gpu):
+    times = iter([0.0, 0.0, 0.0, 5.0, 11.0, 11.0, 11.0])
+    cells, said = run([(64, 64), (8, 16)], [1, 2, 4], budget=10, clock=lambda: next(times))
+    assert [cell.tokens for cell in cells] == [1, 2]
+    assert said[-1].startswith("2 cells tuned in 11 s") and said[-1].endswith(
+        "; 4 cells not reached in the budget"
+    )
+    entries = json.loads(tuning.user_path().read_text())["entries"]
+    assert list(entries[GPU]["bfloat16"]["64x64"]) == ["1", "2"]
+
+
+def test_a_cell_without_a_correct_variant_is_said_and_not_stored(fake_gpu, monkeypatch):
+    cell = Fakes(**{"decode a": 1.0}, wrong=["decode a"])
+    monkeypatch.setattr(FakeLayer, "cell", lambda self, tokens: cell)
+    monkeypatch.setattr(FakeLayer, "names", lambda self, n: ["decode a"])
+    cells, said = run([(64, 64)], [1])
+    assert cells == [] and "1 tokens: NO CORRECT VARIANT" in said[1]
+    assert not tuning.user_path().exists()
+
+
+def test_later_calls_use_the_new_table(fake_gpu):
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_backend, "forget_plans", lambda: calls.append(1))
+        run([(64, 64)], [1])
+    assert calls == [1]
+
+
+def test_refusals():
+    with pytest.raises(NotImplementedError, match="a GPU with the CUDA kernels, got device cpu"):
+        tuner.tune([(64, 64)], [1], ["bfloat16"], "cpu")
+
+
+def test_sizes_are_checked(fake_gpu):
+    for shapes, tokens in (([(64, 6)], [1]), ([(0, 64)], [1]), ([(64, 64)], [0])):
+        with pytest.raises(ValueError, match="in_features a multiple of 4"):
+            run(shapes, tokens)
+    assert FakeLayer.made == []
+
+
+def test_default_shapes_and_tokens():
+    assert len(set(tuner.SHAPES)) == len(tuner.SHAPES) == 24
+    assert all(in_features % 64 == 0 for _, in_features in tuner.SHAPES)
+    assert (28672, 4096) in tuner.SHAPES and (8192, 28672) in tuner.SHAPES
+    reached = [tuning.deciding_tokens(set(tuner.TOKENS), n) for n in range(1, 8193)]
+    assert None not in reached, "between two counts the higher one always decides"
+
+
+# ---- the pieces ----------------------------------------------------------------------------------
+
+
+def test_copies_beyond_the_cache():
+    size = layer_bench.CACHE_BYTES
+    assert layer_bench.copies_beyond_cache(size) == 1
+    assert layer_bench.copies_beyond_cache(size // 4) == 4
+    assert layer_bench.copies_beyond_cache(size // 4 + 1, size // 2) == 2
+    assert layer_bench.copies_beyond_cache(1) == layer_bench.MAX_COPIES
+    assert layer_bench.copies_beyond_cache(size // 4, 3 * size) == 1
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """A GPU of which the CPU computes everything: two decode configs, three tiles, one of them not
+    in the model of heuristics.py."""
+    tiles = [*list(TIMES)[:2], Tile(64, 32, 1, 1)]
+    native = SimpleNamespace(
+        prefill_workspace_bytes=lambda: 16,
+        decode_config=lambda out_features, in_features: 2,
+        decode_configs=lambda: [{"index": i, "rows": 128, "split": i} for i in (1, 2)],
+        prefill_configs=lambda: [
+            dict(zip(("rows", "tokens", "cluster_rows", "cluster_tokens"), tile), index=i)
+            for i, tile in enumerate(tiles)
+        ],
+    )
+    launched = []
+
+    def launcher(name, x, w24, y, workspace):
+        def launch():
+            launched.append((name, len(x)))
+            y.copy_(x.float() @ decompress(w24.rowmajor()).float().t())
+
+        return launch
+
+    properties = SimpleNamespace(name="Test GPU", multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(cuda_backend._native, "module", lambda: native)
+    monkeypatch.setattr(cuda_backend, "launcher", launcher)
+    for cached in (cuda_backend._tiles, cuda_backend.variants):
+        cached.cache_clear()
+    yield launched
+    for cached in (cuda_backend._tiles, cuda_backend.variants):
+        cached.cache_clear()
+
+
+def test_candidates_start_with_the_choice_of_the_heuristics(stand_in):
+    layer = tuner.Layer(96, 68, torch.bfloat16, torch.device("cpu"))
+    decode = ["decode 128 rows, split 2", "decode 128 rows, split 1"]
+    known = [f"prefill {tile}" for tile in list(TIMES)[:2]]
+    unknown = f"prefill {Tile(64, 32, 1, 1)}"
+    few, many = layer.names(64), layer.names(65)
+    assert few[:2] == decode and sorted(few[2:4]) == sorted(known) and few[4:] == [unknown]
+    assert many[0] == cuda_backend.heuristic(65, 96, 68, None)
+    assert sorted(many[:2]) == sorted(known) and many[2:] == [unknown]
+
+
+def test_a_layer_runs_checks_and_times_every_variant(stand_in, monkeypatch):
+    monkeypatch.setattr(layer_bench, "CACHE_BYTES", 50_000)
+    layer = tuner.Layer(96, 68, torch.bfloat16, torch.device("cpu"))
+    assert len(layer.weights) == 3, "two panels of two column tiles: 18432 bytes each"
+    layer.warm_up()
+    warmed = {tokens for name, tokens in stand_in if name == "decode 128 rows, split 1"}
+    assert warmed == {1, 9, 17, 33}, "one of each form of the decode kernel"
+    assert {name for name, _ in stand_in} == set(cuda_backend.variants())
+    for tokens in (3, 100):
+        cell = layer.cell(tokens)
+        wrong = [cell.wrong(name) for name in layer.names(tokens)]
+        assert wrong == [""] * (5 if tokens == 3 else 3)
+        assert cell.x.shape == (tokens, 68) and cell.x.stride() == (72, 1)
+        graphs = []
+        monkeypatch.setattr(tuner, "graph_sampler", lambda *arguments: graphs.append(arguments))
+        cell.sampler(layer.names(tokens)[0])
+        ((calls, passes),) = graphs
+        assert len(calls) == (3 if tokens == 3 else 1) and passes == (34 if tokens == 3 else 100)
+        assert calls[0]() is None and stand_in[-1] == (layer.names(tokens)[0], tokens)
+
+
+def test_a_layer_sees_a_wrong_element(stand_in, monkeypatch):
+    layer = tuner.Layer(96, 68, torch.float16, torch.device("cpu"))
+    right = cuda_backend.launcher
+
+    def launcher(name, x, w24, y, workspace):
+        run = right(name, x, w24, y, workspace)
+        return lambda: (run(), y[-1, -1:].add_(1))
+
+    monkeypatch.setattr(cuda_backend, "launcher", launcher)
+    assert layer.cell(3).wrong("decode 128 rows, split 1") == "1 of 288 elements are wrong"
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What `tuner.tune` was called with."""
+    calls = []
+    monkeypatch.setattr(tuner, "tune", lambda *arguments: calls.append(arguments[:6]))
+    monkeypatch.setattr(cli, "_device", lambda name: name or "cuda")
+    return calls
+
+
+def test_command_defaults(asked):
+    assert cli.main(["tune"]) == 0
+    assert asked == [(tuner.SHAPES, tuner.TOKENS, ["bfloat16"], "cuda", None, math.inf)]
+
+
+def test_command_options(asked):
+    arguments = "tune --shapes 64x128,8X16 --tokens 1,16 --dtype fp16,bf16,float16 --out t.json"
+    assert cli.main([*arguments.split(), "--budget", "90", "--device", "cuda:1"]) == 0
+    shapes = [(64, 128), (8, 16)]
+    assert asked == [(shapes, [1, 16], ["float16", "bfloat16"], "cuda:1", "t.json", 90.0)]
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["--shapes", "64x128,8"], "expected OUTxIN such as 4096x14336, got '8'"),
+        (["--dtype", "fp32"], "expected bf16, fp16 or both, got 'fp32'"),
+        (["--tokens", "0"], "got '0'"),
+        (["model", "--shapes", "8x8"], "not allowed with"),
+    ],
+)
+def test_command_usage_errors(arguments, text, capsys):
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["tune", *arguments])
+    assert raised.value.code == 2 and text in capsys.readouterr().err
+
+
+def test_command_without_a_gpu(capsys):
+    assert cli.main(["tune", "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: sparsekern tune: expected a GPU with the CUDA kernels")
+    assert error.count("\n") == 1
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hopper(monkeypatch, tmp_path):
+    if reason := cuda_backend.refusal(torch.cuda.current_device()):
+        pytest.skip(reason)
+    monkeypatch.setenv("SPARSEKERN_CACHE", str(tmp_path))
+    cuda_backend.forget_plans()
+    yield tmp_path
+    cuda_backend.forget_plans()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_tuned_cells_are_what_runs_next(hopper, dtype):
+    import sparsekern as sk
+
+    cells = tuner.tune([(320, 580), (2048, 2048)], [1, 33, 64, 100], [dtype], "cuda")
+    assert len(cells) == 8 and not any(cell.refused for cell in cells)
+    assert all(0 < cell.us < 1000 and cell.gap >= 0 for cell in cells)
+    layer = sk.SparseLinear(2048, 2048, bias=False, dtype=tuner.DTYPES[dtype], device="cuda")
+    for cell in cells[4:]:
+        x = torch.ones(cell.tokens, 2048, dtype=tuner.DTYPES[dtype], device="cuda")
+        told = sk.explain(x, layer.weight)
+        assert told.config == cell.best and told.expected_us == pytest.approx(cell.us, abs=1e-3)
+        assert "your tuned table" in told.reason
+
+
+@pytest.mark.gpu
+def test_every_variant_is_checked_and_a_wrong_kernel_is_seen(hopper):
+    layer = tuner.Layer(320, 576, torch.bfloat16, torch.device("cuda", 0))
+    for tokens in (1, 33, 100):
+        cell = layer.cell(tokens)
+        names = layer.names(tokens)
+        assert names[0] == cuda_backend.heuristic(tokens, 320, 576, 0)
+        assert len(names) == (27 if tokens <= 64 else 19)
+        assert {cell.wrong(name) for name in names} == {""}
+        right = cuda_backend.launcher
+
+        def launcher(name, x, w24, y, workspace):
+            run = right(name, x, w24, y, workspace)
+            return lambda: (run(), y[-1, -1:].add_(64))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda_backend, "launcher", launcher)
+            assert cell.wrong(names[0]) == f"1 of {320 * tokens} elements are wrong"
+
+
+@pytest.mark.gpu
+def test_graph_sampler_counts_calls(hopper):
+    x = torch.randn(2048, 2048, device="cuda")
+    y = torch.empty_like(x)
+    call = lambda: torch.add(x, 1, out=y)  # noqa: E731
+    call()
+    one, four = layer_bench.graph_sampler([call], 8), layer_bench.graph_sampler([call] * 4, 2)
+    times = [min(sample() for _ in range(20)) for sample in (one, four)]
+    assert 0 < times[0] < 1000 and times[1] == pytest.approx(times[0], rel=0.5)
+    assert torch.equal(y, x + 1)

@@ -1,0 +1,230 @@
+"""Tuned tables: which tuned number of tokens decides, damaged files, unknown names, writers."""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+import sparsekern
+from sparsekern import tuning
+
+GPU = "Test GPU, 132 multiprocessors"
+ROOT = Path(sparsekern.__file__).parent.parent
+KNOWN = {"decode a", "decode b", "prefill a"}
+
+
+@pytest.fixture(autouse=True)
+def places(monkeypatch, tmp_path):
+    """No tables but those that a test writes."""
+    monkeypatch.setenv("SPARSEKERN_CACHE", str(tmp_path / "user"))
+    monkeypatch.setattr(tuning, "TABLES", tmp_path / "shipped")
+    tuning.forget()
+    yield tmp_path
+    tuning.forget()
+
+
+def lookup(tokens, dtype="bfloat16", shape=(64, 128), known=KNOWN):
+    return tuning.lookup(GPU, dtype, *shape, tokens, known)
+
+
+def store(cells, path=None, dtype="bfloat16", shape=(64, 128)):
+    tuning.store(path or tuning.user_path(), GPU, dtype, shape, cells)
+
+
+# ---- which number of tokens decides --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tokens, decides",
+    [
+        (1, 1), (2, 2), (3, 4), (4, 4), (5, None), (8, 16), (16, 16), (17, None), (31, None),
+        (32, 64), (64, 64), (65, 100), (100, 100), (101, None), (127, None), (128, 256),
+        (256, 256), (257, None),
+    ],
+)  # fmt: skip
+def test_the_next_higher_count_decides_down_to_half_of_it(tokens, decides):
+    assert tuning.deciding_tokens({1, 2, 4, 16, 64, 100, 256}, tokens) == decides
+
+
+def test_a_count_above_the_decode_limit_decides_nothing_below_it():
+    """At 100 tokens the decode kernels took no part, so 100 cannot decide for 60."""
+    assert tuning.deciding_tokens({100}, 64) is None and tuning.deciding_tokens({100}, 65) == 100
+
+
+def test_no_tuned_count_decides_nothing():
+    assert tuning.deciding_tokens({}, 1) is None
+
+
+# ---- lookup --------------------------------------------------------------------------------------
+
+
+def test_lookup_tells_variant_time_count_and_source(places):
+    store({16: ("decode a", 3.5)}, places / "shipped" / "any-name.json")
+    assert lookup(16) == ("decode a", 3.5, 16, tuning.SHIPPED)
+    assert lookup(9) == ("decode a", 3.5, 16, tuning.SHIPPED)
+    assert lookup(7) is None and lookup(16, dtype="float16") is None
+    assert lookup(16, shape=(128, 64)) is None
+    assert tuning.lookup("Another GPU", "bfloat16", 64, 128, 16, KNOWN) is None
+
+
+def test_yours_first_and_shipped_where_yours_says_nothing(places):
+    store({1: ("decode a", 1.0), 16: ("decode a", 3.0)}, places / "shipped" / "a.json")
+    store({16: ("decode b", 2.0)})
+    assert lookup(16) == ("decode b", 2.0, 16, tuning.YOURS)
+    assert lookup(1) == ("decode a", 1.0, 1, tuning.SHIPPED)
+
+
+def test_several_shipped_files_are_one_table(places):
+    store({1: ("decode a", 1.0)}, places / "shipped" / "a.json")
+    store({1: ("decode b", 1.0)}, places / "shipped" / "b.json", shape=(8, 8))
+    assert lookup(1).variant == "decode a" and lookup(1, shape=(8, 8)).variant == "decode b"
+
+
+def test_an_unknown_variant_is_as_good_as_no_cell():
+    store({8: ("decode of the future", 1.0), 16: ("decode a", 3.0)})
+    assert lookup(8) == ("decode a", 3.0, 16, tuning.YOURS)
+    assert lookup(8, known={"decode b"}) is None
+
+
+def test_stored_cells_add_up_and_the_file_can_be_read():
+    store({8: ("decode a", 1.23456)})
+    store({8: ("decode b", 1.0), 128: ("prefill a", 9.0)})
+    store({8: ("decode a", 2.0)}, dtype="float16")
+    assert json.loads(tuning.user_path().read_text())["entries"] == {
+        GPU: {
+            "bfloat16": {"64x128": {"8": ["decode b", 1.0], "128": ["prefill a", 9.0]}},
+            "float16": {"64x128": {"8": ["decode a", 2.0]}},
+        }
+    }
+
+
+def test_where_your_table_is(monkeypatch, tmp_path):
+    assert tuning.user_path() == tmp_path / "user" / "tuning.json"
+    monkeypatch.delenv("SPARSEKERN_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert tuning.user_path() == tmp_path / "xdg" / "sparsekern" / "tuning.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tuning.user_path() == tmp_path / ".cache" / "sparsekern" / "tuning.json"
+
+
+def test_summary(places):
+    assert tuning.summary(GPU).startswith("none for this GPU: heuristics decide")
+    store({1: ("decode a", 1.0)}, places / "shipped" / "a.json")
+    assert tuning.summary(GPU) == "shipped: 1 shapes; heuristics decide for others"
+    store({1: ("decode a", 1.0)}, shape=(8, 8))
+    store({1: ("decode a", 1.0)}, shape=(8, 16))
+    assert tuning.summary(GPU).startswith("yours: 2 shapes; shipped: 1 shapes")
+
+
+# ---- damage --------------------------------------------------------------------------------------
+
+
+def entry(**changes):
+    cells = {"8": ["decode a", 1.0]}
+    return {"version": 1, "entries": {GPU: {"bfloat16": {"64x128": cells}}}} | changes
+
+
+DAMAGED = {
+    "half a file": json.dumps(entry())[:40],
+    "no JSON": "\x00\xff",
+    "a list": "[]",
+    "another version": json.dumps(entry(version=99)),
+    "no dict for the GPU": json.dumps(entry(entries={GPU: [1]})),
+    "no dict for a dtype": json.dumps(entry(entries={GPU: {"bfloat16": 3}})),
+    "a shape": json.dumps(entry(entries={GPU: {"bfloat16": {"64": {"8": ["decode a", 1.0]}}}})),
+    "tokens": json.dumps(entry(entries={GPU: {"bfloat16": {"8x8": {"-8": ["decode a", 1.0]}}}})),
+    "a cell": json.dumps(entry(entries={GPU: {"bfloat16": {"8x8": {"8": ["decode a"]}}}})),
+    "a time": json.dumps(entry(entries={GPU: {"bfloat16": {"8x8": {"8": ["decode a", "1"]}}}})),
+    "no time": json.dumps(entry(entries={GPU: {"bfloat16": {"8x8": {"8": ["decode a", 0]}}}})),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_file_is_ignored_with_one_warning(damage, places):
+    store({8: ("decode b", 1.0)}, places / "shipped" / "a.json")
+    tuning.user_path().parent.mkdir()
+    tuning.user_path().write_text(DAMAGED[damage], encoding="latin-1")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert lookup(8).source == tuning.SHIPPED and lookup(9) is None
+    assert len(caught) == 1, [str(warning.message) for warning in caught]
+    assert str(tuning.user_path()) in str(caught[0].message) and "ignored" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_tuning_again_replaces_a_damaged_file(damage):
+    tuning.user_path().parent.mkdir()
+    tuning.user_path().write_text(DAMAGED[damage], encoding="latin-1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        store({8: ("decode a", 1.0)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lookup(8).variant == "decode a"
+
+
+def test_the_rest_of_a_file_survives_a_damaged_entry():
+    store({8: ("decode a", 1.0)})
+    content = json.loads(tuning.user_path().read_text())
+    content["entries"]["Another GPU"] = ["damaged"]
+    tuning.user_path().write_text(json.dumps(content))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lookup(8).variant == "decode a"
+
+
+# ---- writers -------------------------------------------------------------------------------------
+
+WRITER = """
+import sys
+from sparsekern import tuning
+for i in range(10):
+    number = 10 * int(sys.argv[1]) + i + 1
+    tuning.store(sys.argv[2], "GPU", "bfloat16", (8 * number, 16), {number: ("decode a", 1.0)})
+    tuning.store(sys.argv[2], "GPU", "bfloat16", (8, 8), {number: ("decode a", 1.0)})
+"""
+
+
+def test_writers_in_several_processes_lose_nothing(tmp_path):
+    path = tmp_path / "tuning.json"
+    children = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(i), str(path)], cwd=ROOT)
+        for i in range(3)
+    ]
+    assert [child.wait(timeout=120) for child in children] == [0, 0, 0]
+    shapes = json.loads(path.read_text())["entries"]["GPU"]["bfloat16"]
+    assert len(shapes) == 31 and len(shapes["8x8"]) == 30
+
+
+# ---- what is shipped -----------------------------------------------------------------------------
+
+
+def test_shipped_tables_are_whole_and_name_variants_of_the_source(monkeypatch):
+    """Every cell of every shipped file, if there is one, names a line of csrc/configs.h."""
+    import re
+
+    from sparsekern.heuristics import Tile
+
+    source = (ROOT / "csrc" / "configs.h").read_text()
+    names = {
+        f"prefill {Tile(128 * int(panels), *map(int, rest))}"
+        for panels, *rest in re.findall(r"X\(\d+, (\d+), (\d+), (\d+), (\d+)\)", source)
+    }
+    names |= {
+        f"decode {64 * int(panels)} rows, split {split}"
+        for panels, split in re.findall(r"X\(\d+, (\d+), (\d+)\)", source)
+    }
+    assert len(names) == 27
+    for path in (ROOT / "sparsekern" / "tables").glob("*.json"):
+        content = json.loads(path.read_text())
+        assert content["version"] == tuning.VERSION and content["entries"]
+        for table in content["entries"].values():
+            for shapes in tuning._parse(table).values():
+                for cells in shapes.values():
+                    for tokens, (name, _) in cells.items():
+                        assert name in names, (path.name, name)
+                        assert tokens <= 64 or name.startswith("prefill")

@@ -1,0 +1,81 @@
+"""Which layers are worth pruning: `prune_model(keep_dense="if-slower")`.
+
+Every distinct (shape, dtype) among the layers to prune is measured once, dense against 2:4, at the
+given numbers of tokens (layer_bench.bench_shape). A layer stays dense where the sum of its sparse
+times is the longer one. Times differ from run to run, so a resumed run takes the stored ones.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .errors import check
+from .models import Layer
+
+OP = "sparsekern.prune_model"
+IF_SLOWER = "if-slower"
+TOKENS = (1, 16, 256)
+
+
+def check_arguments(keep_dense, tokens, compress: bool) -> tuple[int, ...]:
+    """The numbers of tokens as a tuple. Raises ValueError."""
+    expected = f'keep_dense None or "{IF_SLOWER}"'
+    check(keep_dense in (None, IF_SLOWER), OP, expected, repr(keep_dense))
+    remedy = "Zeros in a dense weight change no time: leave keep_dense out."
+    check(not keep_dense or compress, OP, "compress=True with keep_dense", compress, remedy)
+    good = isinstance(tokens, Sequence) and len(tokens) > 0
+    good = good and all(type(count) is int and count > 0 for count in tokens)
+    check(good, OP, "keep_dense_tokens, positive ints", repr(tokens), "Pass such as (1, 16, 256).")
+    return tuple(tokens)
+
+
+def key(layer: Layer) -> str:
+    """What is measured once for all layers that share it: "4096x14336 bfloat16"."""
+    dtype = str(layer.module.weight.dtype).removeprefix("torch.")
+    return f"{layer.shape[0]}x{layer.shape[1]} {dtype}"
+
+
+def measure(
+    layers: Sequence[Layer], tokens: Sequence[int], device, bench: Callable | None = None
+) -> dict[str, list[float]]:
+    """{key: [dense us, sparse us]}, both summed over the numbers of tokens, JSON-able.
+
+    Args:
+        device: where the layers are to run.
+        bench: stands in for layer_bench.bench_shape.
+    """
+    if bench is None:
+        from .layer_bench import bench_shape as bench
+    times: dict[str, list[float]] = {}
+    for layer in layers:
+        if key(layer) not in times:
+            dtype = layer.module.weight.dtype
+            rows = [bench(*layer.shape, n, dtype=dtype, device=str(device)) for n in tokens]
+            times[key(layer)] = [
+                sum(row.dense_us for row in rows), sum(row.sparse_us for row in rows)
+            ]  # fmt: skip
+    return times
+
+
+def decide(
+    layers: Sequence[Layer], times: dict[str, list[float]], tokens: Sequence[int], device
+) -> None:
+    """Gives the layers that 2:4 makes slower the reason to stay dense. Warns when none is left."""
+    slow = []
+    for layer in layers:
+        dense, sparse = times[key(layer)]
+        if sparse > dense:
+            layer.reason = (
+                f"kept dense: 2:4 is {sparse / dense:.2f}x slower at tokens "
+                f"{', '.join(map(str, tokens))} ({sparse:.1f} us, dense {dense:.1f} us)"
+            )
+            slow.append(layer)
+    if slow and len(slow) == len(layers):
+        why = "" if torch.device(device).type != "cpu" else (
+            " (on a CPU every call of a sparse layer decompresses its weight)"
+        )  # fmt: skip
+        text = f"nothing is pruned: on {device} 2:4 is slower for every layer{why}"
+        warnings.warn(f'{OP}(keep_dense="{IF_SLOWER}"): {text}.', stacklevel=4)

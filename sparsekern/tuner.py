@@ -1,0 +1,315 @@
+"""Measures every variant of the CUDA kernels on every problem: what `sparsekern tune` does.
+
+A cell is a shape, a dtype and a number of tokens. In each cell
+
+    1. every variant gets one short sample, the one that heuristics choose first, then in order of
+       their predictions, until the screening time is used up;
+    2. those within KEEP of the fastest are sampled in turns, and the medians are ranked;
+    3. the fastest one whose result on small whole numbers equals the dense product, bit for bit,
+       wins. A wrong one is refused and reported.
+
+A sample is one replay of a CUDA graph of calls whose weights rotate among copies, so that no call
+finds its weight in the cache. Cells are stored after each shape (tuning.store).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from sparsekern import _native, cuda_backend, heuristics, tuning
+from sparsekern.errors import message
+from sparsekern.layer_bench import copies_beyond_cache, graph_sampler
+from sparsekern.pack import pack
+from sparsekern.sparse24 import decompress, prune_compress
+
+OP = "sparsekern tune"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
+# (out_features, in_features) of Llama-3 1B, 3B, 8B and 70B, one line each: q+k+v, o, gate+up, down,
+# then gate or up alone, k or v alone.
+SHAPES = (
+    *((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (8192, 2048), (512, 2048)),
+    *((5120, 3072), (3072, 3072), (16384, 3072), (3072, 8192), (8192, 3072), (1024, 3072)),
+    *((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (14336, 4096), (1024, 4096)),
+    *((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672), (28672, 8192), (1024, 8192)),
+)
+KEEP = 1.3  # a variant slower than this times the best is not sampled again
+FINALISTS = 6
+SCREEN_S, FINAL_S = 0.07, 0.06  # per cell
+MIN_ROUNDS, ROUNDS = 3, 15
+
+# For the length of a graph alone: what no GPU of today exceeds.
+BYTES_PER_US, FLOPS_PER_US, LEAST_US = 4.0e6, 1.5e9, 2.0
+SAMPLE_US = 200.0  # a replay should last so long: events resolve 0.5 us
+
+
+@dataclass
+class Cell:
+    """The outcome of one cell; us are medians per call.
+
+    refused: {variant: why}, those that were fast and wrong.
+    """
+
+    tokens: int
+    best: str
+    us: float
+    heuristic: str
+    heuristic_us: float
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def gap(self) -> float:
+        """How much slower the heuristic's variant is: 0.05 for 5 %."""
+        return self.heuristic_us / self.us - 1
+
+    def __str__(self) -> str:
+        text = f"{self.tokens} tokens: {self.best} {self.us:.2f} us; heuristics: "
+        same = self.best == self.heuristic
+        text += "the same" if same else f"{self.heuristic}, {self.gap:.1%} slower"
+        return text + "".join(f"; REFUSED {name}: {why}" for name, why in self.refused.items())
+
+
+def tune_cell(
+    tokens: int,
+    candidates: Sequence[str],
+    sampler: Callable[[str], Callable[[], float]],
+    wrong: Callable[[str], str],
+    clock: Callable[[], float] = time.perf_counter,
+) -> Cell | None:
+    """Find the fastest correct variant of one cell.
+
+    Args:
+        candidates: names, that of the heuristics first, then the most promising ones.
+        sampler: name -> function that takes one sample, in us per call.
+        wrong: name -> why its result is wrong, or "".
+        clock: seconds.
+    Returns:
+        Cell; None when every variant that was sampled to the end is wrong.
+    """
+    begin, samplers, first = clock(), {}, {}
+    for name in candidates:
+        if first and clock() - begin > SCREEN_S:
+            break
+        samplers[name] = sampler(name)
+        first[name] = samplers[name]()
+    ranked = sorted(first, key=first.get)
+    limit = KEEP * first[ranked[0]]
+    finalists = [name for name in ranked if first[name] <= limit][:FINALISTS]
+    finalists = list(dict.fromkeys([*finalists, candidates[0]]))
+    samples: dict[str, list[float]] = {name: [] for name in finalists}
+    begin = clock()
+    for taken in range(ROUNDS):
+        if taken >= MIN_ROUNDS and clock() - begin > FINAL_S:
+            break
+        finalists.reverse()  # nobody always follows the same neighbour
+        for name in finalists:
+            samples[name].append(samplers[name]())
+    us = {name: statistics.median(values) for name, values in samples.items()}
+    refused = {}
+    for name in sorted(us, key=us.get):
+        why = wrong(name)
+        if not why:
+            heuristic = candidates[0]
+            return Cell(tokens, name, us[name], heuristic, us[heuristic], refused)
+        refused[name] = why
+    return None
+
+
+class Layer:
+    """One shape and dtype on a GPU: weights for timing, weights of whole numbers for the check."""
+
+    def __init__(self, out_features, in_features, dtype, device):
+        self.shape, self.dtype, self.device = (out_features, in_features), dtype, device
+        self.generator = torch.Generator(device).manual_seed(0)
+        weight = torch.empty(self.shape, dtype=dtype, device=device)
+        weight.normal_(0, in_features**-0.5, generator=self.generator)
+        self.weights = [pack(prune_compress(weight))]
+        count = copies_beyond_cache(self.weights[0].nbytes)
+        self.weights += [self.weights[0].clone() for _ in range(count - 1)]
+        rows = prune_compress(self._integers(weight))
+        self.exact, self.exact_dense = pack(rows), decompress(rows)
+        size = _native.module().prefill_workspace_bytes()
+        self.workspace = torch.zeros(size, dtype=torch.uint8, device=device)
+        torch.cuda.synchronize(device)  # kernels may read weights before queued work has ended
+
+    def _integers(self, like):
+        """A tensor like `like` of whole numbers from -2 to 2: every sum is exact in float32."""
+        return torch.empty_like(like).random_(0, 5, generator=self.generator).sub_(2)
+
+    def names(self, tokens: int) -> list[str]:
+        """The variants that can run, in the order to try them: heuristics' choice first."""
+        index = self.device.index
+        chosen = cuda_backend.heuristic(tokens, *self.shape, index)
+        multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
+
+        def predicted(name):
+            tile = next((t for t in heuristics.TIMES if name == f"prefill {t}"), None)
+            if tile is None:
+                return math.inf
+            return heuristics.predicted_us(tile, tokens, *self.shape, multiprocessors)
+
+        names = {name: kernel for name, (kernel, _) in cuda_backend.variants().items()}
+        decode = [name for name in names if names[name] == "decode"]
+        prefill = sorted((name for name in names if names[name] == "prefill"), key=predicted)
+        few = decode if tokens <= heuristics.DECODE_TOKENS else []
+        return list(dict.fromkeys([chosen, *few, *prefill]))
+
+    def warm_up(self) -> None:
+        """Run each variant once: the first launch of a kernel loads it, which a capture forbids."""
+        for tokens in (1, 9, 17, 33, 65):  # one of each form of the decode kernel, and beyond
+            cell = self.cell(tokens)
+            for name in self.names(tokens):
+                cell.launcher(name, self.weights[0])()
+        torch.cuda.synchronize(self.device)
+
+    def cell(self, tokens: int) -> LayerCell:
+        return LayerCell(self, tokens)
+
+
+class LayerCell:
+    """A layer at one number of tokens: `sampler` and `wrong` as `tune_cell` wants them."""
+
+    def __init__(self, layer: Layer, tokens: int):
+        self.layer, self.tokens = layer, tokens
+        out_features, in_features = layer.shape
+        options = dict(dtype=layer.dtype, device=layer.device)
+        padded = torch.empty(tokens, -(-in_features // 8) * 8, **options)  # rows need no copy
+        self.x = padded.normal_(generator=layer.generator)[:, :in_features]
+        self.y = torch.empty(tokens, out_features, **options)
+        self.expected = self.exact_x = None
+
+    def launcher(self, name, weight, x=None):
+        x = self.x if x is None else x
+        return cuda_backend.launcher(name, x, weight, self.y, self.layer.workspace)
+
+    def sampler(self, name: str) -> Callable[[], float]:
+        out_features, in_features = self.layer.shape
+        weight_bytes = self.layer.weights[0].nbytes
+        used = copies_beyond_cache(weight_bytes, self.x.nbytes + self.y.nbytes)
+        weights = self.layer.weights[:used]
+        at_least = max(
+            weight_bytes / BYTES_PER_US,
+            2 * self.tokens * out_features * in_features / FLOPS_PER_US,
+            LEAST_US,
+        )
+        passes = max(1, math.ceil(SAMPLE_US / (at_least * len(weights))))
+        return graph_sampler([self.launcher(name, weight) for weight in weights], passes)
+
+    def wrong(self, name: str) -> str:
+        layer = self.layer
+        if self.expected is None:
+            self.exact_x = layer._integers(self.x)
+            with _full_precision_sums():
+                self.expected = torch.nn.functional.linear(self.exact_x, layer.exact_dense)
+        self.y.fill_(float("nan"))
+        self.launcher(name, layer.exact, self.exact_x)()
+        if torch.equal(self.y, self.expected):
+            return ""
+        count = int((self.y != self.expected).sum())
+        return f"{count} of {self.y.numel()} elements are wrong"
+
+
+@contextlib.contextmanager
+def _full_precision_sums():
+    """cuBLAS adds partial sums in float32, so that those of whole numbers are exact."""
+    flags = torch.backends.cuda.matmul
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("fp16", "bf16")]
+    before = [getattr(flags, name) for name in names]
+    try:
+        for name in names:
+            setattr(flags, name, False)
+        yield
+    finally:
+        for name, value in zip(names, before):
+            setattr(flags, name, value)
+
+
+def tune(
+    shapes: Iterable[tuple[int, int]],
+    tokens: Sequence[int],
+    dtypes: Sequence[str],
+    device,
+    path=None,
+    budget: float = math.inf,
+    say: Callable[[str], None] = print,
+    make_layer: Callable = Layer,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Cell]:
+    """Measure all cells and store the winners; returns them.
+
+    Args:
+        shapes: (out_features, in_features), in_features a multiple of 4.
+        tokens: numbers of tokens. dtypes: "float16", "bfloat16".
+        device: a GPU that has the CUDA kernels.
+        path: of the table file; None: the user's own.
+        budget: seconds; no cell is begun after them.
+        say: gets one line per cell.
+    Raises:
+        NotImplementedError: the device has no kernels to choose among.
+        ValueError: a size is not positive, or in_features is no multiple of 4.
+    """
+    device = torch.device(device)
+    index = torch.cuda.current_device() if _bare_cuda(device) else device.index
+    _check(shapes := list(shapes), tokens, device, index)
+    device = torch.device("cuda", index)
+    gpu, path = tuning.gpu_name(index), path or tuning.user_path()
+    begin, cells, count = clock(), [], len(dtypes) * len(shapes) * len(tokens)
+    say(f"{gpu}: {count} cells, into {path}")
+    untuned = 0
+    with torch.cuda.device(device):
+        for dtype in dtypes:
+            for shape in shapes:
+                if clock() - begin >= budget:
+                    untuned += len(tokens)
+                    continue
+                layer, found = make_layer(*shape, DTYPES[dtype], device), []
+                layer.warm_up()
+                for number in sorted(set(tokens)):
+                    if clock() - begin >= budget:
+                        untuned += 1
+                        continue
+                    at, what = layer.cell(number), f"{dtype} {shape[0]}x{shape[1]}"
+                    cell = tune_cell(number, layer.names(number), at.sampler, at.wrong)
+                    say(f"{what}, {cell or f'{number} tokens: NO CORRECT VARIANT'}")
+                    found += [cell] if cell else []
+                if found:
+                    chosen = {cell.tokens: (cell.best, cell.us) for cell in found}
+                    tuning.store(path, gpu, dtype, shape, chosen)
+                cells += found
+    cuda_backend.forget_plans()
+    say(summary(cells, untuned, clock() - begin))
+    return cells
+
+
+def summary(cells: Sequence[Cell], untuned: int, seconds: float) -> str:
+    """One line: cells, how far the heuristics were, what was refused or not reached."""
+    text = f"{len(cells)} cells tuned in {seconds:.0f} s"
+    if cells:
+        mean = statistics.fmean(cell.gap for cell in cells)
+        worst = max(cells, key=lambda cell: cell.gap).gap
+        text += f"; heuristics were {mean:.1%} slower on average, {worst:.1%} at worst"
+    if refused := sum(len(cell.refused) for cell in cells):
+        text += f"; {refused} wrong results refused"
+    return text + (f"; {untuned} cells not reached in the budget" if untuned else "")
+
+
+def _bare_cuda(device):
+    return device.type == "cuda" and device.index is None
+
+
+def _check(shapes, tokens, device, index):
+    remedy = "Other GPUs and the CPU have one kernel, and nothing to tune."
+    reason = f"device {device}" if device.type != "cuda" else cuda_backend.refusal(index)
+    if reason:
+        raise NotImplementedError(message(OP, "a GPU with the CUDA kernels", reason, remedy))
+    for out_features, in_features in shapes:
+        if min(out_features, in_features, *tokens) < 1 or in_features % 4:
+            got = f"{out_features}x{in_features}, tokens {list(tokens)}"
+            raise ValueError(message(OP, "positive sizes, in_features a multiple of 4", got))

@@ -1,0 +1,174 @@
+"""Tuned tables: which variant of a CUDA kernel was the fastest, as `sparsekern tune` measured it.
+
+Two places are looked at, in this order, and where neither knows the answer heuristics.py decides:
+
+    yours      tuning.json in $SPARSEKERN_CACHE, or in sparsekern below XDG_CACHE_HOME or ~/.cache
+    shipped    every .json file in sparsekern/tables
+
+Both have the form of json_store.py, one entry per GPU (name and number of multiprocessors):
+
+    {"NVIDIA H100 80GB HBM3, 132 multiprocessors":
+      {"bfloat16": {"4096x4096": {"16": ["decode 256 rows, split 4", 3.9], "128": [...]}}}}
+        dtype        out x in       tokens  variant                    microseconds
+
+A variant is stored by its meaning, the name that `sparsekern.explain` shows, never by its index. A
+name that this build does not have is ignored, and so is a damaged file, with a warning.
+
+Between two tuned numbers of tokens the next higher one decides: with the same variant fewer tokens
+never take longer, because tiles are padded, so its measured time is an upper bound. The bound is
+worth little far below, and says nothing where other kernels could have taken part, so it decides
+only (a) for at least half as many tokens and (b) on its own side of the decode kernel's limit.
+Above the highest tuned number nothing is known.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Container, NamedTuple
+
+import torch
+
+from sparsekern import json_store
+from sparsekern.heuristics import DECODE_TOKENS
+
+TABLES = Path(__file__).parent / "tables"
+YOURS, SHIPPED = "yours", "shipped"
+VERSION = 1  # raised when the meaning of an entry changes
+
+
+class Tuned(NamedTuple):
+    """What a table says about a problem."""
+
+    variant: str  # a key of cuda_backend.variants()
+    us: float  # its measured time at `tokens`
+    tokens: int  # the tuned number of tokens that decided
+    source: str  # YOURS or SHIPPED
+
+
+def gpu_name(index: int) -> str:
+    """What identifies GPU `index` in a table."""
+    properties = torch.cuda.get_device_properties(index)
+    return f"{properties.name}, {properties.multi_processor_count} multiprocessors"
+
+
+def user_path() -> Path:
+    """The file that holds the user's own tuning; it need not exist."""
+    folder = os.environ.get("SPARSEKERN_CACHE")
+    return (Path(folder) if folder else json_store.cache_folder()) / "tuning.json"
+
+
+def deciding_tokens(tuned: Container[int], tokens: int) -> int | None:
+    """Which of the tuned numbers of tokens decides for `tokens`; None when none may (see above)."""
+    above = min((count for count in tuned if count >= tokens), default=None)
+    if above is None or above > 2 * tokens or (above <= DECODE_TOKENS) != (tokens <= DECODE_TOKENS):
+        return None
+    return above
+
+
+def lookup(
+    gpu: str, dtype: str, out_features: int, in_features: int, tokens: int, known: Container[str]
+) -> Tuned | None:
+    """The tuned variant for a problem, or None: then heuristics decide.
+
+    Args:
+        gpu: from `gpu_name`.      dtype: "float16" or "bfloat16".
+        known: names of the variants that can run; others are ignored.
+    """
+    for source, table in _tables(gpu):
+        cells = table.get(dtype, {}).get((out_features, in_features), {})
+        cells = {count: cell for count, cell in cells.items() if cell[0] in known}
+        count = deciding_tokens(cells, tokens)
+        if count is not None:
+            return Tuned(*cells[count], count, source)
+    return None
+
+
+def store(
+    path, gpu: str, dtype: str, shape: tuple[int, int], cells: dict[int, tuple[str, float]]
+) -> None:
+    """Add measured cells of one shape to a table file; those of other token counts stay.
+
+    Args:
+        path: of the file; created when missing, safe under concurrent writers.
+        cells: {tokens: (variant, us)}.
+    """
+
+    def change(entries):
+        try:
+            _parse(entries.get(gpu, {}))
+        except ValueError:
+            entries[gpu] = {}  # `load` would ignore it
+        shapes = entries.setdefault(gpu, {}).setdefault(dtype, {})
+        row = shapes.setdefault(f"{shape[0]}x{shape[1]}", {})
+        row.update({str(count): [name, round(us, 3)] for count, (name, us) in cells.items()})
+
+    json_store.update(path, change, VERSION)
+    forget()
+
+
+def summary(gpu: str) -> str:
+    """One line for `sparsekern doctor`: which tables know this GPU."""
+    counts = {source: sum(map(len, table.values())) for source, table in _tables(gpu)}
+    parts = [f"{source}: {count} shapes" for source, count in counts.items() if count]
+    if not parts:
+        return "none for this GPU: heuristics decide (sparsekern tune makes one)"
+    return f"{'; '.join(parts)}; heuristics decide for others"
+
+
+def forget() -> None:
+    """Read the files again at the next lookup."""
+    _tables.cache_clear()
+
+
+@lru_cache(maxsize=None)
+def _tables(gpu: str) -> tuple:
+    """((YOURS, table), (SHIPPED, table)): {dtype: {(out, in): {tokens: (variant, us)}}}."""
+    shipped: dict = {}
+    for path in sorted(TABLES.glob("*.json")):
+        for dtype, shapes in _load(path, gpu).items():
+            shipped.setdefault(dtype, {}).update(shapes)
+    return (YOURS, _load(user_path(), gpu)), (SHIPPED, shipped)
+
+
+def _load(path: Path, gpu: str) -> dict:
+    """The part of a file that is about this GPU; {} with a warning when it is damaged."""
+    entry = json_store.load(path, VERSION).get(gpu, {})
+    try:
+        return _parse(entry)
+    except ValueError as error:
+        text = f"sparsekern: {path} is ignored for {gpu!r}: {error}. Run: sparsekern tune"
+        warnings.warn(text, UserWarning, stacklevel=2)
+        return {}
+
+
+def _parse(entry) -> dict:
+    """An entry of a file in the form of `_tables`. Raises ValueError."""
+
+    def cells(row):
+        return {_numbers(count, 1)[0]: _cell(cell) for count, cell in row.items()}
+
+    try:
+        return {
+            dtype: {_numbers(shape, 2): cells(row) for shape, row in shapes.items()}
+            for dtype, shapes in entry.items()
+        }
+    except AttributeError as error:  # no dict where one belongs
+        raise ValueError(f"expected dtype, shape, tokens, [variant, us]: {error}") from error
+
+
+def _numbers(text: str, count: int) -> tuple[int, ...]:
+    parts = text.split("x")
+    if len(parts) != count or not all(part.isdecimal() and int(part) for part in parts):
+        expected = "OUTxIN" if count == 2 else "a number of tokens"
+        raise ValueError(f"expected {expected}, got {text!r}")
+    return tuple(map(int, parts))
+
+
+def _cell(cell) -> tuple[str, float]:
+    good = isinstance(cell, list) and list(map(type, cell)) in ([str, float], [str, int])
+    if not good or not cell[1] > 0:
+        raise ValueError(f"expected [variant, microseconds], got {cell!r}")
+    return cell[0], float(cell[1])
