@@ -4,9 +4,10 @@ One call goes linear.py -> ops.py -> backend. This file owns what is common to e
 backend sees a checked, two-dimensional x and returns [tokens, out_features] (cuda: any number of
 dimensions, which saves it two views). Backends:
 
-    cuda    sparsekern/cuda_backend.py, when the native module was built (sparsekern/_native.py)
-    triton  sparsekern/triton_kernels/linear.py
-    cpu     sparsekern/cpu_backend.py
+    cuda      sparsekern/cuda_backend.py, when the native module was built (sparsekern/_native.py)
+    cuda-mma  the same with one kernel for every GPU, which is never preferred on Hopper
+    triton    sparsekern/triton_kernels/linear.py
+    cpu       sparsekern/cpu_backend.py
 
 The weight's layout, the device and the shapes choose the backend; nothing global does. In eager
 mode, when no gradient is wanted, the backend is called directly, because the custom-op boundary
@@ -79,8 +80,20 @@ def _load_cuda():
     return Backend("cuda", cuda_backend.supported, cuda_backend.linear, cuda_backend.config)
 
 
+def _load_cuda_mma():
+    if not _native.available():
+        return _native.reason()
+    run = cuda_backend.mma_linear
+    return Backend("cuda-mma", cuda_backend.supported, run, cuda_backend.mma_config)
+
+
 # A loader returns a Backend, or the reason why there is none. To add one: a loader and a name.
-_LOADERS = {"cuda": _load_cuda, "triton": _load_triton, "cpu": _load_cpu}
+_LOADERS = {
+    "cuda": _load_cuda,
+    "cuda-mma": _load_cuda_mma,
+    "triton": _load_triton,
+    "cpu": _load_cpu,
+}
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
@@ -326,7 +339,7 @@ def linear(x, w24, bias=None, activation=None, *, backend=None):
         w24: Sparse24 of shape [out_features, in_features], dtype and device of x.
         bias: [out_features], dtype and device of x, or None.
         activation: None | "relu" | "gelu" (exact, with erf) | "silu".
-        backend: None chooses; "cpu", "triton" or "cuda" forces one. See `explain`.
+        backend: None chooses; "cpu", "triton", "cuda" or "cuda-mma" forces one. See `explain`.
     Returns:
         [..., out_features], dtype of x, contiguous. No aliasing with inputs.
     Raises:
