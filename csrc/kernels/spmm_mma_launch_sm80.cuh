@@ -28,17 +28,7 @@ Status allow_shared_memory() {
 
 template <class Cfg>
 Status launch(const LinearProblem& p, cudaStream_t stream) {
-  Params<typename Cfg::T> params = {};
-  params.x = static_cast<const uint8_t*>(p.x);
-  params.values = static_cast<const uint8_t*>(p.values);
-  params.metadata = static_cast<const uint8_t*>(p.metadata);
-  params.out = output_segment<typename Cfg::T>(p);
-  params.extent = tile64::Extent::of(p.out_features, p.in_features);
-  params.x_stride = p.x_stride * 2;
-  params.tokens = p.tokens;
-  params.in_features = p.in_features;
-  params.row_blocks = tile64::ceil_div(p.out_features, Cfg::kRows);
-  params.token_blocks = tile64::ceil_div(p.tokens, Cfg::kTokens);
+  const Params<typename Cfg::T> params = make_params<Cfg>(p);
   const int64_t blocks = static_cast<int64_t>(params.row_blocks) * params.token_blocks;
   SK_CHECK_REL(kOp, blocks, <, int64_t{1} << 31, "Split the tokens.");
   SK_RETURN_IF_ERROR(allow_shared_memory<Cfg>());

@@ -103,6 +103,20 @@ struct Params {
   int row_blocks, token_blocks;
 };
 
+template <class Cfg>
+Params<typename Cfg::T> make_params(const LinearProblem& p) {
+  return {static_cast<const uint8_t*>(p.x),
+          static_cast<const uint8_t*>(p.values),
+          static_cast<const uint8_t*>(p.metadata),
+          output_segment<typename Cfg::T>(p),
+          tile64::Extent::of(p.out_features, p.in_features),
+          p.x_stride * 2,
+          p.tokens,
+          p.in_features,
+          tile64::ceil_div(p.out_features, Cfg::kRows),
+          tile64::ceil_div(p.tokens, Cfg::kTokens)};
+}
+
 // Which outputs a block computes. Eight row blocks at a time, through all tokens: the blocks that
 // run at once share both weights and x in L2.
 struct BlockTile {
