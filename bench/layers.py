@@ -116,8 +116,8 @@ class Layer:
 
     def _make(self, name: str, weight: Tensor, pruned: Tensor) -> Provider:
         makers = {
-            "cuda": self._cuda, "cuda-mma": self._cuda, "triton": self._ops, "cpu": self._ops, "dense": self._dense,
-            "cusparselt": self._cusparselt,
+            "cuda": self._cuda, "cuda-mma": self._cuda, "triton": self._ops, "cpu": self._ops,
+            "dense": self._dense, "cusparselt": self._cusparselt,
         }  # fmt: skip
         if name not in makers:
             raise ValueError(f"bench: expected a provider in {sorted(makers)}, got {name!r}.")

@@ -45,7 +45,7 @@ class Problem:
 
 
 def mma_variants():
-    """Every (kernel, config index) of the mma.sp kernel, which runs on every GPU we have code for."""
+    """Every (kernel, config index) of the mma.sp kernel, which runs on every GPU from 8.0."""
     return [("mma", config["index"]) for config in _native.module().mma_configs()]
 
 

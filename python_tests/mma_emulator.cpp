@@ -1,6 +1,7 @@
 // mma_emulator.cpp: runs the source of csrc/kernels/spmm_mma_sm80.cuh on the CPU, block by block,
-// for test_mma_emulated.py. The kernel is compiled as it is; what a GPU would bring is defined here:
-// threads, barriers, shared memory and the instructions of csrc/ptx, by the words of the PTX ISA.
+// for test_mma_emulated.py. The kernel is compiled as it is; what a GPU would bring is defined
+// here: threads, barriers, shared memory and the instructions of csrc/ptx, by the words of the PTX
+// ISA.
 //
 // Each CUDA thread is a ucontext fiber that runs until a barrier or a warp instruction that not all
 // have reached. Two freedoms of the hardware are settings, so that a missing wait shows: a cp.async
@@ -131,7 +132,7 @@ bool run_block(int threads, int smem_bytes, std::function<void()> kernel) {
 
 }  // namespace emulator
 
-// ---- what the kernel's source uses of CUDA -------------------------------------------------------
+// ---- what the kernel's source uses of CUDA ------------------------------------------------------
 
 struct ThreadIdx {
   struct {
@@ -157,7 +158,7 @@ float __int_as_float(int bits) {
 using std::max;
 using std::min;
 
-// ---- csrc/ptx ------------------------------------------------------------------------------------
+// ---- csrc/ptx -----------------------------------------------------------------------------------
 
 namespace sparsekern::ptx {
 
@@ -249,7 +250,7 @@ void store_shared_f32(uint32_t smem, float v) {
 
 }  // namespace sparsekern::ptx
 
-// ---- the kernel: its own includes of csrc/ptx find empty files -----------------------------------
+// ---- the kernel: its own includes of csrc/ptx find empty files ----------------------------------
 
 #include "configs.h"
 #include "kernels/spmm_mma_sm80.cuh"

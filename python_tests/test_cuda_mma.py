@@ -88,7 +88,7 @@ def test_every_pattern_alone_in_every_config():
 
 @pytest.mark.parametrize("row_padding", [0, 8, 16, 3], ids="padding {}".format)
 def test_strided_outputs_and_residuals(row_padding):
-    """Strides that keep 16-byte alignment, and one that does not, with rows that are and are not."""
+    """Strides that keep 16-byte alignment and one that does not; out_features likewise."""
     for out_features in (64, 76, 203):
         p = Problem(70, out_features, 132, BF16)
         wide = integers(70, out_features + row_padding, seed=4)

@@ -176,7 +176,8 @@ ERRORS = {
         r"activation in None, 'relu', 'gelu', 'silu', got 'tanh'",
     ),
     "backend name": (
-        dict(backend="tpu"), ValueError, r"backend in 'cuda', 'cuda-mma', 'triton', 'cpu', got 'tpu'",
+        dict(backend="tpu"), ValueError,
+        r"backend in 'cuda', 'cuda-mma', 'triton', 'cpu', got 'tpu'",
     ),
     "triton on cpu": (
         dict(backend="triton"), NotImplementedError,

@@ -180,8 +180,8 @@ def _workspace(index, stream):
 
 
 def config(x, w24):
-    """What sparsekern.explain shows: "decode 256 rows, split 4", "prefill 256x192 cluster 2x1",
-    or as `mma_config`."""
+    """What sparsekern.explain shows: "decode 256 rows, split 4", "prefill 256x192 cluster 2x1" or
+    what `mma_config` says."""
     if _capability(x.get_device())[0] != 9:
         return mma_config(x, w24)
     tokens = x.shape[0]
@@ -205,8 +205,8 @@ def linear(x, w24, bias, activation, residual=None, plan=_plan):
     """y = activation(x · Wᵀ + bias) + residual, summed in float32 and rounded once.
 
     Args:
-        x: [..., in_features] on a GPU of 8.0 or newer, any strides. It is copied when its rows are not
-            16-byte aligned and contiguous, as with in_features % 8 == 4.
+        x: [..., in_features] on a GPU of 8.0 or newer, any strides. It is copied when its rows are
+            not 16-byte aligned and contiguous, as with in_features % 8 == 4.
         w24: in layout "tile64". Its tensors must be complete: the decode kernel reads them before
             the work queued ahead of it has finished (see pack.pack).
         residual: [..., out_features], dtype and device of x, any strides, or None.
