@@ -1,6 +1,7 @@
 # make demo       prunes a small real model and prints one table (no GPU needed)
 # make test       compiles every kernel, checks what ptxas said about it, runs all tests
 # make test-gpu   the tests that need a GPU, alone
+# make bench-mma  every tile of the mma.sp kernel, the one for Ampere and Ada, on two layers
 # make bench      measures on the GPU and appends to bench/records
 # make clean      removes what was built here (not the virtual environment)
 #
@@ -26,7 +27,7 @@ STAMPS := build/stamps
 $(shell mkdir -p $(STAMPS); echo '$(SETTINGS)' | cmp -s - $(STAMPS)/settings \
   || echo '$(SETTINGS)' > $(STAMPS)/settings)
 
-.PHONY: demo test test-gpu bench setup setup-test kernels clean
+.PHONY: demo test test-gpu bench bench-mma setup setup-test kernels clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/hf
@@ -40,6 +41,10 @@ test-gpu: $(STAMPS)/test
 
 bench: $(STAMPS)/bench
 	$(PY) -m bench
+
+bench-mma: $(STAMPS)/bench
+	$(PY) -m bench linear --sweep mma --dtype bfloat16 --shapes 4096x4096,28672x4096
+	$(PY) -m bench linear --providers cuda-mma,dense --dtype bfloat16 --shapes 4096x4096,28672x4096
 
 setup: $(STAMPS)/hf
 setup-test: $(STAMPS)/test

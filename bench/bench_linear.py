@@ -3,6 +3,7 @@
     python -m bench linear                          everything, both dtypes
     python -m bench linear --kind decode --dtype bfloat16 --budget 240
     python -m bench linear --kind prefill --sweep   every config of the kernels, and the one picked
+    python -m bench linear --sweep mma              the same of the mma.sp kernel, also on Hopper
 
 Every cell (shape, tokens, dtype) is checked, then all providers are timed against each other in one
 process; its records are written at once, so a run that is cut off loses one cell. A wrong result is
@@ -31,10 +32,12 @@ def make_parser():
     result.add_argument("--shapes", help="8b, 70b, 1b or OUTxIN, comma-separated")
     result.add_argument("--tokens", help="numbers of tokens, comma-separated")
     result.add_argument(
-        "--providers", default="cuda,dense,cusparselt", help="also: triton (and cpu for dry runs)"
+        "--providers", default="cuda,dense,cusparselt",
+        help="also: cuda-mma, triton (and cpu for dry runs)",
     )
-    result.add_argument("--sweep", action="store_true",
-                        help="time every config of the kernels and judge the one that is picked")
+    result.add_argument("--sweep", nargs="?", const="picked", choices=("picked", "mma"),
+                        help="time every config of the kernels and judge the one that is picked; "
+                        "mma: those of the mma.sp kernel, whatever the GPU")
     return result
 
 
@@ -51,7 +54,7 @@ def main(path, arguments=()) -> int:
     ]
     failures: list[str] = []
     if args.sweep:
-        lines = sweep.summary(sweep.run_jobs(run, jobs, failures))
+        lines = sweep.summary(sweep.run_jobs(run, jobs, failures, args.sweep == "mma"))
     else:
         with Monitor() as monitor:
             read = bandwidths(run)["read_tb_s"]

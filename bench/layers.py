@@ -1,6 +1,7 @@
 """One linear layer as every provider takes it, ready to be called, checked, and timed.
 
     cuda        sparsekern's native kernels, weight packed (sparsekern/cuda_backend.py)
+    cuda-mma    the same, by the mma.sp kernel on every GPU
     triton      sparsekern's Triton kernel, weight row-major
     dense       torch, that is cuBLAS, on the weight before it was pruned: what the user has today
     cusparselt  the vendor's library on the pruned weight, algorithm searched (cusparselt.py)
@@ -27,7 +28,8 @@ from sparsekern.pack import pack
 from . import cusparselt, timing
 from .shapes import Shape
 
-OURS = ("cuda", "triton", "cpu")
+PACKED = ("cuda", "cuda-mma")
+OURS = (*PACKED, "triton", "cpu")
 ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 # Of the root mean square of the output, beside the final rounding. Float32 sums of 10^4 products in
 # tensor cores, which truncate, stay far below the first; one lost product is above it. Peers may
@@ -55,6 +57,15 @@ class Provider:
     bytes: int
     prepare: Callable[[Tensor], Tensor] = lambda x: x
     config: Callable[[Tensor], str] = lambda x: ""
+
+
+def packed_linear(name: str) -> tuple[Callable, Callable]:
+    """(linear, config) of one of PACKED."""
+    from sparsekern import cuda_backend
+
+    if name == "cuda":
+        return cuda_backend.linear, cuda_backend.config
+    return cuda_backend.mma_linear, cuda_backend.mma_config
 
 
 @dataclass
@@ -105,27 +116,26 @@ class Layer:
 
     def _make(self, name: str, weight: Tensor, pruned: Tensor) -> Provider:
         makers = {
-            "cuda": self._cuda, "triton": self._ops, "cpu": self._ops, "dense": self._dense,
-            "cusparselt": self._cusparselt,
+            "cuda": self._cuda, "cuda-mma": self._cuda, "triton": self._ops, "cpu": self._ops,
+            "dense": self._dense, "cusparselt": self._cusparselt,
         }  # fmt: skip
         if name not in makers:
             raise ValueError(f"bench: expected a provider in {sorted(makers)}, got {name!r}.")
         return makers[name](name, weight, pruned)
 
     def _cuda(self, name, weight, pruned) -> Provider:
-        from sparsekern import cuda_backend
-
         if not _native.available():
             raise RuntimeError(f"bench: {_native.reason()}.")
         first = pack(self.w24)
         weights = [first, *(first.clone() for _ in range(self.copies - 1))]
         self.packed = first
+        linear, config_of = packed_linear(name)
         torch.cuda.synchronize()  # the kernel may read weights before queued work has ended
 
         def call(x, copy):
-            return cuda_backend.linear(x, weights[copy], None, None)
+            return linear(x, weights[copy], None, None)
 
-        config = lambda x: cuda_backend.config(x, first)  # noqa: E731
+        config = lambda x: config_of(x, first)  # noqa: E731
         return Provider(name, call, pruned, first.nbytes, config=config)
 
     def _ops(self, name, weight, pruned) -> Provider:
@@ -177,7 +187,7 @@ class Layer:
         row = prune_compress(weight)
         self._integer_weight = decompress(row)
         self._integer_rows = row
-        self._integer_packed = pack(row) if "cuda" in self.providers else None
+        self._integer_packed = pack(row) if set(PACKED) & set(self.providers) else None
 
     def check(self, name: str, x: Tensor) -> str:
         """Checks one provider for this number of tokens; returns what a record says of it.
@@ -193,10 +203,9 @@ class Layer:
         if not ours:
             return "bounded"
         x = self.inputs(tokens, integers=True)
-        if name == "cuda":
-            from sparsekern import cuda_backend
-
-            self.check_variant(lambda x, w24: cuda_backend.linear(x, w24, None, None), name, x)
+        if name in PACKED:
+            linear, _ = packed_linear(name)
+            self.check_variant(lambda x, w24: linear(x, w24, None, None), name, x)
         else:
             self.check_variant(lambda x, w24: ops.linear(x, w24, backend=name), name, x)
         return "exact+bounded"

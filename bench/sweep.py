@@ -1,7 +1,8 @@
 """Every config of the native kernels on every shape, and how far the one picked is from the best.
 
 Up to 64 tokens: the row blocks and splits of the decode kernel; from 32 tokens all prefill tiles
-too, so that where the two cross is a measurement. Above, all prefill tiles.
+too, so that where the two cross is a measurement. Above, all prefill tiles. On other GPUs than
+Hopper, and when asked for, the tiles of the mma.sp kernel instead.
 """
 
 from __future__ import annotations
@@ -23,15 +24,14 @@ MARGIN_S = 6.0
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/launch.h
 
 
-def configs(tokens: int) -> dict[str, tuple[str, int]]:
+def configs(tokens: int, mma: bool = False) -> dict[str, tuple[str, int]]:
     """{name: (native function, index of its config)}, named as cuda_backend.config does."""
     from sparsekern import cuda_backend
 
-    return {
-        name: (kernel, index)
-        for name, (kernel, index) in cuda_backend.variants().items()
-        if (tokens <= DECODE_LIMIT if kernel == "decode" else tokens >= PREFILL_FROM)
-    }
+    wanted = {"mma"} if mma else {"decode"} if tokens <= DECODE_LIMIT else set()
+    if not mma and tokens >= PREFILL_FROM:
+        wanted.add("prefill")
+    return {name: of for name, of in cuda_backend.variants().items() if of[0] in wanted}
 
 
 def workspace(device) -> Tensor:
@@ -57,8 +57,12 @@ def launch(space: Tensor, kind: str, index: int, x: Tensor, w24) -> Tensor:
     return y
 
 
-def run_jobs(run: Run, jobs, failures: list[str]) -> list[dict]:
-    """Measures what the time allows; returns one dict per cell, see `judge`."""
+def run_jobs(run: Run, jobs, failures: list[str], mma: bool = False) -> list[dict]:
+    """Measures what the time allows; returns one dict per cell, see `judge`.
+
+    Args:
+        mma: the configs of the mma.sp kernel also where the GPU has faster kernels.
+    """
     judged = []
     for dtype, shape, _, tokens_list in jobs:
         layer = None
@@ -69,7 +73,7 @@ def run_jobs(run: Run, jobs, failures: list[str]) -> list[dict]:
             try:
                 with watchdog(HANG_S):
                     layer = layer or Layer(shape, dtype, run.device, ("cuda",))
-                    cell = _cell(run, layer, tokens, failures)
+                    cell = _cell(run, layer, tokens, failures, mma)
             except RuntimeError as error:
                 failures.append(f"{shape} {tokens} tokens: {error}")
                 run.say(failures[-1])
@@ -81,15 +85,17 @@ def run_jobs(run: Run, jobs, failures: list[str]) -> list[dict]:
     return judged
 
 
-def _cell(run: Run, layer: Layer, tokens: int, failures: list[str]) -> dict | None:
+def _cell(run: Run, layer: Layer, tokens: int, failures: list[str], mma: bool) -> dict | None:
     from sparsekern import cuda_backend
 
     x = layer.inputs(tokens)
     integers = layer.inputs(tokens, integers=True)
     weights = [layer.packed, *(layer.packed.clone() for _ in range(layer.copies - 1))]
     torch.cuda.synchronize()
+    picked = (cuda_backend.mma_config if mma else cuda_backend.config)(x, layer.packed)
+    mma = picked.startswith("mma ")
     providers, known, space = {}, None, workspace(x.device)
-    for name, (kind, index) in configs(tokens).items():
+    for name, (kind, index) in configs(tokens, mma).items():
         call = partial(launch, space, kind, index)
         try:
             known = layer.check_variant(call, name, integers, known)
@@ -102,7 +108,6 @@ def _cell(run: Run, layer: Layer, tokens: int, failures: list[str]) -> dict | No
         return None
     rule = timing.StopRule(0.01, min_rounds=3 if run.quick else 5, min_s=0.2, budget_s=2.5)
     times = timing.compare(providers, run.timer, rule, warm_s=0.02)
-    picked = cuda_backend.config(x, layer.packed)
     for name, timed in times.items():
         run.add(
             op="linear_config", backend=name, check="exact", picked=name == picked, tokens=tokens,

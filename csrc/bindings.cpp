@@ -207,6 +207,16 @@ void prefill(Address x, Address values, Address metadata, Address bias, Address 
       config, out(workspace), as_stream(stream)));
 }
 
+void mma(Address x, Address values, Address metadata, Address bias, Address residual, Address y,
+         int tokens, int out_features, int in_features, std::int64_t x_stride,
+         std::int64_t y_stride, std::int64_t residual_stride, int dtype, int activation, int config,
+         Address stream) {
+  raise_if_error(launch_mma(
+      linear_problem(x, values, metadata, bias, residual, y, tokens, out_features, in_features,
+                     x_stride, y_stride, residual_stride, dtype, activation),
+      config, as_stream(stream)));
+}
+
 void naive(Address x, Address values, Address metadata, Address bias, Address residual, Address y,
            int tokens, int out_features, int in_features, std::int64_t x_stride,
            std::int64_t y_stride, std::int64_t residual_stride, int dtype, int activation,
@@ -270,15 +280,39 @@ py::list decode_configs() {
   return configs;
 }
 
+// SK_MMA_CONFIGS likewise: [{index, rows, tokens, warps_rows, warps_tokens, split, stages}].
+py::list mma_configs() {
+  py::list configs;
+  const auto add = [&configs](int index, int rows, int tokens, int warps_m, int warps_n,
+                              int warps_k, int stages) {
+    py::dict config;
+    config["index"] = index;
+    config["rows"] = rows;
+    config["tokens"] = tokens;
+    config["warps_rows"] = warps_m;
+    config["warps_tokens"] = warps_n;
+    config["split"] = warps_k;
+    config["stages"] = stages;
+    configs.append(config);
+  };
+#define SK_ADD(index, rows, tokens, warps_m, warps_n, warps_k, stages) \
+  add(index, rows, tokens, warps_m, warps_n, warps_k, stages);
+  SK_MMA_CONFIGS(SK_ADD)
+#undef SK_ADD
+  return configs;
+}
+
 void bind_ops(py::module_& m) {
   m.def("decode_configs", &decode_configs, "What `decode` can use; config 0 chooses among them.");
   m.def("decode_config", &decode_config, "The index that config 0 stands for.");
   m.def("prefill_configs", &prefill_configs, "The tiles that `prefill` can use.");
+  m.def("mma_configs", &mma_configs, "The tiles that `mma` can use.");
   m.def("prune_compress", &prune_compress, "launch_prune_compress");
   m.def("pack", &pack, "launch_pack");
   m.def("decode", &decode, "launch_decode: up to 64 tokens");
   m.def("decode_gated", &decode_gated, "launch_decode_gated: up to 32 tokens");
   m.def("prefill", &prefill, "launch_prefill");
+  m.def("mma", &mma, "launch_mma: compute capability 8.0 and later");
   m.def("naive", &naive, "launch_naive: the readable kernel, for tests");
   m.attr("PREFILL_COUNTER_BYTES") = kPrefillCounterBytes;
   m.def("prefill_workspace_bytes", &workspace_bytes, "Its workspace on the current device.");

@@ -64,4 +64,8 @@ Status launch_prefill(const LinearProblem& problem, int config, void* workspace,
                       cudaStream_t stream);
 Status prefill_workspace_bytes(size_t& bytes);
 
+// Compute capability 8.0 and later, any number of tokens. config: index into SK_MMA_CONFIGS
+// (configs.h).
+Status launch_mma(const LinearProblem& problem, int config, cudaStream_t stream);
+
 }  // namespace sparsekern

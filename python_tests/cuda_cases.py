@@ -6,10 +6,11 @@ full of NaN, so that a missing or a stray store shows.
 
 import functools
 
+import pytest
 import torch
 from linear_cases import random_input, random_weight
 
-from sparsekern import _native
+from sparsekern import _native, cuda_backend
 from sparsekern.pack import pack
 from sparsekern.sparse24 import compress
 
@@ -43,15 +44,28 @@ class Problem:
         return padded.to(DEVICE)[:, :in_features]
 
 
-def variants():
-    """Every (kernel, config index): decode's automatic choice and its configs, each tile.
+def mma_variants():
+    """Every (kernel, config index) of the mma.sp kernel, which runs on every GPU from 8.0."""
+    return [("mma", config["index"]) for config in _native.module().mma_configs()]
 
-    The naive kernel has no configs.
+
+def variants():
+    """Every (kernel, config index) for this GPU; on Hopper the kernels that only it runs, too.
+
+    Decode has an automatic choice and configs, prefill tiles; the naive kernel has no configs.
     """
+    if cuda_backend.hopper_refusal(torch.cuda.current_device()):
+        return mma_variants()
     native = _native.module()
     decode = [("decode", config["index"]) for config in native.decode_configs()]
     tiles = [("prefill", config["index"]) for config in native.prefill_configs()]
-    return [("decode", 0), *decode, *tiles, ("naive", None)]
+    return [("decode", 0), *decode, *tiles, ("naive", None), *mma_variants()]
+
+
+def needs_hopper():
+    """Skips the test on other GPUs."""
+    if reason := cuda_backend.hopper_refusal(torch.cuda.current_device()):
+        pytest.skip(reason)
 
 
 def guarded(tokens, out_features, dtype):

@@ -7,7 +7,7 @@ result is an error, too: exit code 1.
 import sys
 
 import torch
-from cuda_cases import BF16, F16, Problem, call, guarded, variants
+from cuda_cases import BF16, F16, Problem, call, guarded, variants  # those of this GPU
 from linear_cases import random_weight
 
 import sparsekern as sk

@@ -374,23 +374,27 @@ def test_sweep_times_every_config_and_drops_a_wrong_one(
     from sparsekern import cuda_backend
 
     class Native:
-        """The three functions that the sweep calls; config 3 of decode is wrong."""
+        """The functions that the sweep calls; config 3 of decode is wrong."""
 
         decode_configs = staticmethod(lambda: [
             {"index": i, "rows": 256, "split": split} for i, split in ((1, 1), (2, 2), (3, 4))])
         prefill_configs = staticmethod(lambda: [
             {"index": 0, "rows": 256, "tokens": 192, "cluster_rows": 2, "cluster_tokens": 1}])
+        mma_configs = staticmethod(lambda: [
+            {"index": 0, "rows": 64, "tokens": 8, "warps_rows": 2, "warps_tokens": 1, "split": 4,
+             "stages": 4}])
         prefill_workspace_bytes = staticmethod(lambda: 16)
 
     def launch(space, kind, index, x, w24):
-        assert space.numel() == 16 and kind == ("decode" if len(x) <= 64 else "prefill")
+        assert space.numel() == 16
+        assert kind in ("mma", "decode" if len(x) <= 64 else "prefill")
         y = layers.ops.linear(x, w24.rowmajor(), backend="cpu")
         return y + 1 if index == 3 else y
 
     monkeypatch.setattr(layers._native, "module", lambda: Native)
     picks = {3: "decode 256 rows, split 1", 65: "prefill 256x192 cluster 2x1"}
     monkeypatch.setattr(cuda_backend, "config", lambda x, w24: picks[len(x)])
-    for cached in (cuda_backend._tiles, cuda_backend.variants):
+    for cached in (cuda_backend._tiles, cuda_backend._mma_tiles, cuda_backend.variants):
         cached.cache_clear()
         request.addfinalizer(cached.cache_clear)
     monkeypatch.setattr(sweep, "launch", launch)
@@ -406,10 +410,14 @@ def test_sweep_times_every_config_and_drops_a_wrong_one(
     assert "picked config: " in out
     assert "FAILED 64x128 3 tokens decode 256 rows, split 4: bench: " in out
     assert set(sweep.configs(32)) == {n for _, n, _ in names} | {"decode 256 rows, split 4"}
+    monkeypatch.setattr(cuda_backend, "mma_config", lambda x, w24: "mma 64x8, 2x1x4 warps")
+    assert bench_linear.main(tmp_path / "mma.jsonl", [*arguments, "mma"]) == 0
+    names = [(e["tokens"], e["backend"], e["picked"]) for e in lines_of(tmp_path / "mma.jsonl")]
+    assert names == [(tokens, "mma 64x8, 2x1x4 warps", True) for tokens in (3, 65)]
 
 
 def test_sweep_passes_what_the_module_takes(monkeypatch):
-    """The stub file says how many arguments decode and prefill have, and in which order."""
+    """The stub file says how many arguments the kernels have, and in which order."""
     import inspect
 
     stub = (ROOT / "sparsekern" / "_C.pyi").read_text()
@@ -420,13 +428,14 @@ def test_sweep_passes_what_the_module_takes(monkeypatch):
     class Native:
         decode = staticmethod(lambda *a: calls.update(decode=a))
         prefill = staticmethod(lambda *a: calls.update(prefill=a))
+        mma = staticmethod(lambda *a: calls.update(mma=a))
 
     stream = type("Stream", (), {"cuda_stream": 77})
     monkeypatch.setattr(layers._native, "module", lambda: Native)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     weight = layers.prune_compress(torch.randn(64, 128).to(torch.bfloat16))
     x, space = torch.randn(3, 128).to(torch.bfloat16), torch.zeros(16, dtype=torch.uint8)
-    for kind in ("decode", "prefill"):
+    for kind in ("decode", "prefill", "mma"):
         y = sweep.launch(space, kind, 5, x, weight)
         bound = inspect.signature(declared[kind]).bind(*calls[kind]).arguments
         wanted = dict(x=x.data_ptr(), values=weight.values.data_ptr(), bias=0, residual=0,

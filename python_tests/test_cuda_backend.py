@@ -9,7 +9,7 @@ import torch
 from linear_cases import random_weight
 
 from sparsekern import cuda_backend, ops, tuning
-from sparsekern.heuristics import TIMES, Tile
+from sparsekern.heuristics import TIMES, MmaTile, Tile
 from sparsekern.pack import pack
 from sparsekern.sparse24 import compress
 
@@ -17,10 +17,18 @@ GPU = "Test GPU, 132 multiprocessors"
 F16, BF16 = 0, 1  # DType in csrc/launch.h
 
 
+CACHED = ("_tiles", "variants", "_plan", "_mma_tiles", "_mma_plan", "refusal")
+MMA_TILES = (MmaTile(128, 128, 2, 4, 1, 3), MmaTile(64, 8, 2, 1, 4, 4))
+
+
 @pytest.fixture
 def native(monkeypatch, tmp_path):
-    """A native module of which only the questions are answered, tensors on the CPU, no tables."""
+    """A native module of which only the questions are answered, tensors on the CPU, no tables, and
+    GPUs that are Hopper until the test changes `capability`."""
     module = SimpleNamespace(
+        capability=(9, 0),
+        build_info=lambda: {"archs": module.archs},
+        archs=["80", "89", "90a"],
         capture=0,
         capture_id=lambda stream: module.capture,
         prefill_workspace_bytes=lambda: 64,
@@ -31,8 +39,12 @@ def native(monkeypatch, tmp_path):
         ],
         decode_configs=lambda: [{"index": i, "rows": 64 * i, "split": 2 * i} for i in (1, 2)],
         decode_config=lambda out_features, in_features: 2 if in_features > 4096 else 1,
+        mma_configs=lambda: [
+            dict(zip(MmaTile._fields, tile), index=i) for i, tile in enumerate(MMA_TILES)
+        ],
         decode=lambda *arguments: module.calls.append(("decode", arguments)),
         prefill=lambda *arguments: module.calls.append(("prefill", arguments)),
+        mma=lambda *arguments: module.calls.append(("mma", arguments)),
         calls=[],
     )
     empty = torch.empty
@@ -44,6 +56,8 @@ def native(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch, "empty", used_memory)
     monkeypatch.setattr(cuda_backend._native, "module", lambda: module)
+    monkeypatch.setattr(cuda_backend._native, "available", lambda: True)
+    monkeypatch.setattr(cuda_backend, "_capability", lambda index: module.capability)
     monkeypatch.setattr(cuda_backend, "_workspaces", {})
     properties = SimpleNamespace(name="Test GPU", multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
@@ -55,9 +69,9 @@ def native(monkeypatch, tmp_path):
 
 
 def forget():
-    cuda_backend._tiles.cache_clear()
-    cuda_backend.variants.cache_clear()
-    cuda_backend.forget_plans()
+    for name in CACHED:
+        getattr(cuda_backend, name).cache_clear()
+    tuning.forget()
 
 
 def tune(path, cells, dtype="bfloat16", shape=(4096, 4096)):
@@ -83,6 +97,69 @@ def test_why_not():
 def test_packs_nothing_on_the_cpu_and_no_float32():
     assert not cuda_backend.packs(torch.device("cpu"), torch.bfloat16)
     assert not cuda_backend.packs(torch.device("cuda", 0), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "capability, archs, runs",
+    [
+        ((8, 0), ["80", "89", "90a"], True),
+        ((8, 6), ["80", "89", "90a"], True),  # code for 8.0
+        ((8, 9), ["80", "90a"], True),
+        ((12, 0), ["80", "89", "90a"], True),  # PTX for 8.9
+        ((8, 0), ["86"], False),
+        ((8, 6), ["90a"], False),
+        ((12, 0), ["80", "100a"], True),  # PTX for 8.0
+        ((8, 0), ["80", "89"], True),  # the PTX is too new, the machine code is not
+    ],
+)
+def test_gpus_that_the_module_has_code_for(native, capability, archs, runs):
+    assert cuda_backend.has_code(capability, archs) == runs
+    native.capability, native.archs = capability, archs
+    assert bool(cuda_backend.refusal(0)) != runs
+
+
+def test_refusals_name_the_gpu_and_what_is_missing(native):
+    native.capability = (7, 5)
+    assert "needs compute capability 8.0 or newer, cuda:1 has 7.5" in cuda_backend.refusal(1)
+    native.capability, native.archs = (8, 6), ["90a"]
+    assert "was built for 90a, cuda:0 has 8.6" in cuda_backend.refusal(0)
+    assert "needs compute capability 9.x, cuda:0 has 8.6" in cuda_backend.hopper_refusal(0)
+    native.capability, native.archs = (9, 0), ["90a"]
+    assert cuda_backend.refusal(2) == cuda_backend.hopper_refusal(2) == ""
+
+
+def test_other_gpus_than_hopper_run_mma_at_every_number_of_tokens(native):
+    w24 = SimpleNamespace(shape=(4096, 4096))
+    for capability in ((8, 0), (8, 6), (8, 9), (12, 0)):
+        native.capability = capability
+        cuda_backend._plan.cache_clear()
+        cuda_backend._mma_plan.cache_clear()
+        for tokens, index in ((1, 1), (8, 1), (4096, 0)):
+            assert cuda_backend._plan(tokens, 4096, 4096, BF16, 0) == (
+                native.mma, index, False,
+            )  # fmt: skip
+            x = torch.empty(tokens, 4096, device="meta", dtype=torch.bfloat16)
+            assert cuda_backend.config(x, w24) == f"mma {MMA_TILES[index]}"
+    native.capability = (9, 0)
+    cuda_backend._plan.cache_clear()
+    assert cuda_backend._plan(1, 4096, 4096, BF16, 0) == (native.decode, 1, False)
+    on_request = cuda_backend._mma_plan(1, 4096, 4096, BF16, 0)
+    assert on_request == (native.mma, 1, False), "on Hopper, too"
+    assert cuda_backend.mma_config(x, w24) == f"mma {MMA_TILES[0]}"
+
+
+def test_tuned_tables_choose_among_what_the_gpu_runs(native, tmp_path):
+    """An entry for a Hopper kernel is nothing for another GPU, and the other way round."""
+    both = {8: ("decode 128 rows, split 4", 3.0)}, {8: (f"mma {MMA_TILES[0]}", 3.0)}
+    for capability, cells, used in (
+        ((9, 0), both[0], True), ((9, 0), both[1], False), ((8, 9), both[0], False),
+        ((8, 9), both[1], True),
+    ):  # fmt: skip
+        native.capability = capability
+        tune(tmp_path / "shipped" / "gpu.json", cells)
+        chosen = cuda_backend.choose(8, 4096, 4096, BF16, 0)
+        assert ("shipped tuned table" in chosen.why) == used
+        assert not used or chosen.variant == cells[8][0]
 
 
 def test_without_a_table_heuristics_choose(native):
@@ -169,7 +246,9 @@ def test_a_launcher_passes_what_the_module_takes(native, monkeypatch):
     w24 = pack(compress(random_weight(64, 128, torch.bfloat16)))
     x, y = torch.ones(3, 128, dtype=torch.bfloat16), torch.ones(3, 64, dtype=torch.bfloat16)
     space = torch.zeros(64, dtype=torch.uint8)
-    for name, index in (("decode 128 rows, split 4", 2), (f"prefill {list(TIMES)[1]}", 1)):
+    for name, index in (
+        ("decode 128 rows, split 4", 2), (f"prefill {list(TIMES)[1]}", 1), (f"mma {MMA_TILES[1]}", 1)
+    ):  # fmt: skip
         cuda_backend.launcher(name, x, w24, y, space)()
         kernel, arguments = native.calls.pop()
         bound = inspect.signature(declared[kernel]).bind(*arguments).arguments

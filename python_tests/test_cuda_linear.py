@@ -5,7 +5,18 @@ import time
 
 import pytest
 import torch
-from cuda_cases import BF16, DEVICE, F16, Problem, assert_exact, call, guarded, same_bits, variants
+from cuda_cases import (
+    BF16,
+    DEVICE,
+    F16,
+    Problem,
+    assert_exact,
+    call,
+    guarded,
+    needs_hopper,
+    same_bits,
+    variants,
+)
 from linear_cases import assert_within, error_bound, random_input, random_weight
 
 import sparsekern as sk
@@ -33,7 +44,7 @@ SHAPES = (
 
 
 @pytest.fixture(autouse=True)
-def needs_hopper():
+def needs_kernels():
     if reason := cuda_backend.refusal(torch.cuda.current_device()):
         pytest.skip(reason)
 
@@ -143,7 +154,9 @@ def test_module_is_exact_and_says_what_ran(tokens, dtype):
     assert torch.equal(module(x), dense(module, x))
     told = sk.explain(x, module.weight)
     assert (told.backend, told.layout) == ("cuda", "tile64")
-    assert told.config.startswith("decode " if tokens <= 64 else "prefill ")
+    on_hopper = not cuda_backend.hopper_refusal(torch.cuda.current_device())
+    kernel = ("decode " if tokens <= 64 else "prefill ") if on_hopper else "mma "
+    assert told.config.startswith(kernel)
 
 
 def test_forced_backends():
@@ -422,6 +435,7 @@ def test_compile_fullgraph():
 
 
 def test_refusals_of_the_native_module():
+    needs_hopper()
     p = Problem(100, 64, 64, BF16)
     _, y = guarded(100, 64, BF16)
     for kernel, variant, tokens, pattern in (

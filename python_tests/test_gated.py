@@ -98,7 +98,7 @@ def test_errors():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])
 def test_fused_on_hopper(dtype, monkeypatch):
-    if reason := cuda_backend.refusal(torch.cuda.current_device()):
+    if reason := cuda_backend.hopper_refusal(torch.cuda.current_device()):
         pytest.skip(reason)
     fused = []
     run = cuda_backend.gated_linear
@@ -119,7 +119,7 @@ def test_fused_on_hopper(dtype, monkeypatch):
 
 @pytest.mark.gpu
 def test_fused_in_a_cuda_graph():
-    if reason := cuda_backend.refusal(torch.cuda.current_device()):
+    if reason := cuda_backend.hopper_refusal(torch.cuda.current_device()):
         pytest.skip(reason)
     x, gate, up = problem(2, 70, 84, BF16)
     gate24, up24, x = pack(compress(gate).cuda()), pack(compress(up).cuda()), x.cuda()

@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 
 from sparsekern import heuristics
-from sparsekern.heuristics import TIMES, Tile, predicted_us, prefill_tile
+from sparsekern.heuristics import (
+    CONSUMER,
+    DATA_CENTER,
+    TIMES,
+    MmaTile,
+    Tile,
+    mma_clocks,
+    mma_rates,
+    mma_tile,
+    predicted_us,
+    prefill_tile,
+)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "csrc" / "configs.h"
 H100 = 132  # multiprocessors
@@ -104,3 +115,63 @@ def test_tiles_that_are_not_compiled_are_left_out():
     assert prefill_tile(4096, 28672, 4096, H100, (only, Tile(1, 1, 1, 1))) == only
     with pytest.raises(ValueError):
         prefill_tile(4096, 28672, 4096, H100, (Tile(1, 1, 1, 1),))
+
+
+# ---- the mma.sp kernel ---------------------------------------------------------------------------
+
+
+def mma_tiles_of_the_source():
+    """The entries of SK_MMA_CONFIGS: X(index, then the fields of MmaTile)."""
+    found = re.findall(r"X\((\d+)" + r", (\d+)" * 6 + r"\)", CONFIGS.read_text())
+    assert [int(entry[0]) for entry in found] == list(range(len(found))) and found
+    return tuple(MmaTile(*map(int, entry[1:])) for entry in found)
+
+
+def test_mma_tiles_fit_the_shared_memory_of_every_gpu():
+    for tile in mma_tiles_of_the_source():
+        assert tile.stages * tile.split * (72 * tile.rows + 128 * tile.tokens) <= 99 * 1024
+
+
+def test_mma_names_and_rates():
+    assert str(MmaTile(64, 8, 2, 1, 4, 4)) == "64x8, 2x1x4 warps"
+    assert mma_rates((8, 0)) == mma_rates((9, 0)) == DATA_CENTER
+    assert mma_rates((8, 6)) == mma_rates((8, 9)) == mma_rates((12, 0)) == CONSUMER
+
+
+def test_mma_estimate_by_hand():
+    """64x64, 4 x 8 x 2 mma.sp per stage of one column tile: on a consumer chip 512 clocks."""
+    tile = MmaTile(64, 64, 2, 2, 1, 4)
+
+    def clocks(tokens, out_features, rates=CONSUMER, sms=10):
+        return mma_clocks(tile, tokens, out_features, 1024, sms, rates)
+
+    block = 1500 + 64 * 64 / 8
+    # L2 at 16 bytes a clock: 4608 + 8192 bytes, 800 clocks; one token needs 4608 + 128.
+    assert clocks(64, 640) == 16 * (800 + 60) + block
+    assert clocks(1, 640) == 16 * (512 + 60) + block
+    assert clocks(65, 640) == 2 * clocks(64, 640), "two waves"
+    # With L2 out of the way: 2 * 4608 + 2 * 8192 bytes of fragments and the stage's own 12800.
+    fast = CONSUMER._replace(l2=1000, mma=0)
+    assert clocks(64, 640, fast) == 16 * (38400 / 128 + 60) + block
+    # A ring of two has one stage in flight: its latency counts.
+    ring = mma_clocks(tile._replace(stages=2), 64, 640, 1024, 10, fast)
+    assert ring == 16 * (800 + 60) + block
+
+
+def test_mma_tiles_grow_with_the_tokens():
+    tiles = mma_tiles_of_the_source()
+    for multiprocessors, rates in ((108, DATA_CENTER), (82, CONSUMER), (128, CONSUMER)):
+        for shape in ((4096, 4096), (28672, 4096), (4096, 14336)):
+            one = mma_tile(1, *shape, multiprocessors, rates, tiles)
+            many = mma_tile(8192, *shape, multiprocessors, rates, tiles)
+            assert one.tokens == 8 and one.split == 4
+            assert many.rows * many.tokens >= 128 * 128 and many.split == 1
+            for tokens in (1, 16, 100, 1024):
+                picked = mma_tile(tokens, *shape, multiprocessors, rates, tiles)
+                problem = tokens, *shape, multiprocessors, rates
+                assert all(mma_clocks(picked, *problem) <= mma_clocks(t, *problem) for t in tiles)
+
+
+def test_mma_tiles_that_are_not_compiled_are_left_out():
+    only = MmaTile(128, 128, 2, 4, 1, 3)
+    assert mma_tile(1, 4096, 4096, 108, DATA_CENTER, (only,)) == only

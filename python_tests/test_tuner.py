@@ -269,6 +269,7 @@ def stand_in(monkeypatch, tmp_path):
         prefill_workspace_bytes=lambda: 16,
         decode_config=lambda out_features, in_features: 2,
         decode_configs=lambda: [{"index": i, "rows": 128, "split": i} for i in (1, 2)],
+        mma_configs=lambda: [],
         prefill_configs=lambda: [
             dict(zip(("rows", "tokens", "cluster_rows", "cluster_tokens"), tile), index=i)
             for i, tile in enumerate(tiles)
@@ -288,10 +289,11 @@ def stand_in(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(cuda_backend._native, "module", lambda: native)
     monkeypatch.setattr(cuda_backend, "launcher", launcher)
-    for cached in (cuda_backend._tiles, cuda_backend.variants):
+    monkeypatch.setattr(cuda_backend, "_capability", lambda index: (9, 0))
+    for cached in (cuda_backend._tiles, cuda_backend._mma_tiles, cuda_backend.variants):
         cached.cache_clear()
     yield launched
-    for cached in (cuda_backend._tiles, cuda_backend.variants):
+    for cached in (cuda_backend._tiles, cuda_backend._mma_tiles, cuda_backend.variants):
         cached.cache_clear()
 
 

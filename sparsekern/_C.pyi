@@ -42,9 +42,19 @@ class DecodeConfig(TypedDict):
     rows: int  # out_features of a thread block
     split: int  # thread blocks that share the in_features of those rows
 
+class MmaConfig(TypedDict):
+    index: int  # what `mma` takes as config
+    rows: int  # out_features of a thread block
+    tokens: int  # tokens of a thread block
+    warps_rows: int  # its warps along out_features
+    warps_tokens: int  # along tokens
+    split: int  # along in_features, whose sums it adds at the end
+    stages: int  # parts of the ring in shared memory; each holds 64 * split in_features
+
 def decode_configs() -> list[DecodeConfig]: ...
 def decode_config(out_features: int, in_features: int, /) -> int: ...  # what config 0 chooses
 def prefill_configs() -> list[PrefillConfig]: ...
+def mma_configs() -> list[MmaConfig]: ...
 def prune_compress(
     w: int,
     values: int,
@@ -121,6 +131,25 @@ def prefill(
     stream: int,
     /,
 ) -> None: ...
+def mma(
+    x: int,
+    values: int,
+    metadata: int,
+    bias: int,
+    residual: int,
+    y: int,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    x_stride: int,
+    y_stride: int,
+    residual_stride: int,
+    dtype: int,
+    activation: int,
+    config: int,  # index of one of mma_configs()
+    stream: int,
+    /,
+) -> None: ...  # compute capability 8.0 and later
 def naive(
     x: int,
     values: int,

@@ -1,7 +1,10 @@
-"""The CUDA backend of sparsekern.linear: the native kernels for Hopper, on weights in "tile64".
+"""The CUDA backend of sparsekern.linear: the native kernels, on weights in "tile64".
 
-    up to 64 tokens   decode: streams the weights once       csrc/kernels/spmm_decode_sm90.cuh
-    any number        prefill: wgmma.sp                      csrc/kernels/spmm_prefill_sm90.cuh
+    Hopper, up to 64 tokens   decode: streams the weights once   csrc/kernels/spmm_decode_sm90.cuh
+    Hopper, any number        prefill: wgmma.sp                  csrc/kernels/spmm_prefill_sm90.cuh
+    Ampere, Ada, newer GPUs   mma: mma.sp, any number            csrc/kernels/spmm_mma_sm80.cuh
+
+The last one runs on Hopper, too, when asked for as backend "cuda-mma" (`mma_linear`).
 
 The same functions as every backend module, plus `packs`, by which SparseLinear decides on its
 layout, and the gated pair of a gated MLP. Which kernel runs, and which variant of it, is in the
@@ -22,7 +25,7 @@ import torch
 from sparsekern import _native, heuristics, tuning
 from sparsekern.cpu_backend import activate
 from sparsekern.errors import message
-from sparsekern.heuristics import Tile
+from sparsekern.heuristics import MmaTile, Tile
 
 LAYOUT = "tile64"
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/launch.h
@@ -30,7 +33,7 @@ _ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "silu": 3}  # Activation in csrc/
 _DTYPE_NAMES = {0: "float16", 1: "bfloat16"}
 _AUTOMATIC = 0  # config of the decode kernel: it chooses
 _MOST = 2**31 - 1024  # of any size: the kernels count in 32 bits, and up to the end of a tile
-_RUNS = "the layout is 'tile64' and the GPU has compute capability 9.x"
+_RUNS = "the layout is 'tile64' and the GPU has compute capability 8.0 or newer"
 
 # A torch without CUDA lacks these two, and has no tensor that would get here.
 _current_device = getattr(torch._C, "_cuda_getDevice", None)
@@ -41,14 +44,45 @@ _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 @lru_cache(maxsize=None)
+def _capability(index):
+    return torch.cuda.get_device_capability(index)
+
+
+@lru_cache(maxsize=None)
 def refusal(index):
     """Why the kernels cannot run on GPU `index`; empty when they can."""
     if not _native.available():
         return _native.reason()
-    major, minor = torch.cuda.get_device_capability(index)
-    if major != 9:
-        return f"backend 'cuda' needs compute capability 9.x, cuda:{index} has {major}.{minor}"
+    capability = _capability(index)
+    gpu = "{}.{}".format(*capability)
+    if capability < (8, 0):
+        return f"backend 'cuda' needs compute capability 8.0 or newer, cuda:{index} has {gpu}"
+    archs = _native.module().build_info()["archs"]
+    if capability[0] != 9 and not has_code(capability, archs):
+        return (
+            f"the CUDA module was built for {', '.join(archs)}, cuda:{index} has {gpu}; "
+            "install sparsekern again without SPARSEKERN_CUDA_ARCHS"
+        )
     return ""
+
+
+def has_code(capability, archs):
+    """True when a module built for `archs` ("80", "90a", ...) holds code for such a GPU.
+
+    Machine code runs on the same major and no lower minor version; of the last arch without a
+    suffix there is PTX, too, which newer GPUs compile (see CMakeLists.txt).
+    """
+    plain = [divmod(int(arch), 10) for arch in archs if arch.isdigit()]
+    native = any(arch[0] == capability[0] and arch <= capability for arch in plain)
+    return native or (bool(plain) and plain[-1] <= capability)
+
+
+def hopper_refusal(index):
+    """The same for the kernels that need Hopper: decode, prefill and the gated pair."""
+    major, minor = _capability(index)
+    if major == 9:
+        return refusal(index)
+    return f"the kernel needs compute capability 9.x, cuda:{index} has {major}.{minor}"
 
 
 def packs(device, dtype):
@@ -70,7 +104,7 @@ def why_not(x, w24):
 
 
 def supported(x, w24):
-    """(True, why) for x on a Hopper GPU and a weight in layout "tile64"."""
+    """(True, why) for x on a GPU of 8.0 or newer and a weight in layout "tile64"."""
     reason = why_not(x, w24)
     return not reason, reason or _RUNS
 
@@ -97,7 +131,14 @@ def variants():
         f"decode {c['rows']} rows, split {c['split']}": ("decode", c["index"])
         for c in _native.module().decode_configs()
     }
-    return decode | {f"prefill {tile}": ("prefill", index) for tile, index in _tiles().items()}
+    prefill = {f"prefill {tile}": ("prefill", index) for tile, index in _tiles().items()}
+    return decode | prefill | {f"mma {t}": ("mma", index) for t, index in _mma_tiles().items()}
+
+
+def runnable(index):
+    """The variants that GPU `index` chooses among: decode and prefill on Hopper, elsewhere mma."""
+    hopper = _capability(index)[0] == 9
+    return {name: of for name, of in variants().items() if (of[0] != "mma") == hopper}
 
 
 class Choice(NamedTuple):
@@ -110,6 +151,8 @@ class Choice(NamedTuple):
 
 def heuristic(tokens, out_features, in_features, index):
     """The name of the variant that heuristics choose on GPU `index`."""
+    if _capability(index)[0] != 9:
+        return f"mma {_mma_tile(tokens, out_features, in_features, index)}"
     if tokens <= heuristics.DECODE_TOKENS:
         chosen = "decode", _native.module().decode_config(out_features, in_features)
         return next(name for name, variant in variants().items() if variant == chosen)
@@ -120,7 +163,7 @@ def heuristic(tokens, out_features, in_features, index):
 
 def choose(tokens, out_features, in_features, dtype, index):
     """The Choice for a problem on GPU `index`; dtype as in csrc/launch.h."""
-    gpu, known = tuning.gpu_name(index), variants()
+    gpu, known = tuning.gpu_name(index), runnable(index)
     problem = _DTYPE_NAMES[dtype], out_features, in_features, tokens
     tuned = tuning.lookup(gpu, *problem, known)
     if tuned is None:
@@ -132,19 +175,43 @@ def choose(tokens, out_features, in_features, dtype, index):
     return Choice(tuned.variant, why, tuned.us if exact else None)
 
 
+@lru_cache(maxsize=None)
+def _mma_tiles():
+    """{MmaTile: config index} of the native module."""
+    return {
+        MmaTile(*(c[field] for field in MmaTile._fields)): c["index"]
+        for c in _native.module().mma_configs()
+    }
+
+
+def _mma_tile(tokens, out_features, in_features, index):
+    multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
+    problem = tokens, out_features, in_features, multiprocessors
+    rates = heuristics.mma_rates(_capability(index))
+    return heuristics.mma_tile(*problem, rates, tuple(_mma_tiles()))
+
+
+@lru_cache(maxsize=4096)
+def _mma_plan(tokens, out_features, in_features, dtype, index):
+    """As `_plan`, with the mma.sp kernel and its tile by heuristics, whatever the GPU."""
+    _check_sizes(tokens, out_features, in_features)
+    tile = _mma_tile(tokens, out_features, in_features, index)
+    return _native.module().mma, _mma_tiles()[tile], False
+
+
 @lru_cache(maxsize=4096)
 def _plan(tokens, out_features, in_features, dtype, index):
-    """(native function, its config, whether it takes a workspace) for a problem on GPU `index`.
-
-    Raises:
-        ValueError: a size beyond what the kernels can count.
-    """
-    largest = max(tokens, out_features, in_features)
-    if largest > _MOST:
-        expected = f"tokens, out_features and in_features up to {_MOST}"
-        raise ValueError(message("sparsekern.linear", expected, largest, "Split x."))
+    """(native function, its config, whether it takes a workspace) for a problem on GPU `index`."""
+    _check_sizes(tokens, out_features, in_features)
     kernel, config = variants()[choose(tokens, out_features, in_features, dtype, index).variant]
     return getattr(_native.module(), kernel), config, kernel == "prefill"
+
+
+def _check_sizes(*sizes):
+    """ValueError for a number of tokens or features that the kernels cannot count."""
+    if max(sizes) > _MOST:
+        expected = f"tokens, out_features and in_features up to {_MOST}"
+        raise ValueError(message("sparsekern.linear", expected, max(sizes), "Split x."))
 
 
 def forget_plans():
@@ -191,25 +258,31 @@ def origin(x, w24):
     return chosen.why, chosen.us
 
 
+def mma_config(x, w24):
+    """The config of the mma.sp kernel in words: "mma 64x8, 2x1x4 warps"."""
+    return f"mma {_mma_tile(x.shape[0], *w24.shape, x.get_device())}"
+
+
 # ---- running it ----------------------------------------------------------------------------------
 
 
-def linear(x, w24, bias, activation, residual=None):
+def linear(x, w24, bias, activation, residual=None, plan=_plan):
     """y = activation(x · Wᵀ + bias) + residual, summed in float32 and rounded once.
 
     Args:
-        x: [..., in_features] on a Hopper GPU, any strides. It is copied when its rows are not
-            16-byte aligned and contiguous, as with in_features % 8 == 4.
+        x: [..., in_features] on a GPU of 8.0 or newer, any strides. It is copied when its rows are
+            not 16-byte aligned and contiguous, as with in_features % 8 == 4.
         w24: in layout "tile64". Its tensors must be complete: the decode kernel reads them before
             the work queued ahead of it has finished (see pack.pack).
         residual: [..., out_features], dtype and device of x, any strides, or None.
+        plan: chooses the kernel and its variant.
     Returns:
         [..., out_features], new and contiguous.
     """
     index = x.get_device()
     if index != _current_device():
         with torch.cuda.device(index):
-            return linear(x, w24, bias, activation, residual)
+            return linear(x, w24, bias, activation, residual, plan)
     out_features, in_features = w24.shape
     y = _output(x, out_features)
     tokens = x.numel() // in_features if in_features else 0
@@ -226,7 +299,7 @@ def linear(x, w24, bias, activation, residual=None):
             residual = residual.contiguous()
         residual_address, residual_stride = residual.data_ptr(), residual.stride(0)
     dtype = _DTYPES[x.dtype]
-    run, variant, cuts_k = _plan(tokens, out_features, in_features, dtype, index)
+    run, variant, cuts_k = plan(tokens, out_features, in_features, dtype, index)
     stream = _current_stream(index)
     tail = (_workspace(index, stream), stream) if cuts_k else (stream,)
     run(
@@ -264,11 +337,17 @@ def launcher(variant, x, w24, y, workspace):
     return launch
 
 
+def mma_linear(x, w24, bias, activation):
+    """`linear` by the mma.sp kernel, whatever the GPU."""
+    return linear(x, w24, bias, activation, plan=_mma_plan)
+
+
 def gated_supported(x, gate24, up24):
-    """True when one launch can compute gated_linear: few tokens, both weights in "tile64"."""
+    """True when one launch can compute gated_linear: Hopper, few tokens, both weights "tile64"."""
     return (
         up24.layout == LAYOUT
         and not why_not(x, gate24)
+        and not hopper_refusal(x.get_device())
         and x.numel() <= heuristics.GATED_TOKENS * gate24.shape[1]
     )
 
@@ -300,7 +379,7 @@ def _output(x, out_features):
 
 
 def _aligned_rows(x, tokens, in_features):
-    """Rows that the copy engine can fetch, and their stride in elements: x itself, or a copy."""
+    """Rows that the kernels can fetch, and their stride in elements: x itself, or a copy."""
     padded = -(-in_features // 8) * 8
     if x.is_contiguous():
         stride, step = in_features, 1

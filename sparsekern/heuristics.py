@@ -1,6 +1,6 @@
 """Which CUDA kernel computes a linear layer, and with which tile. Pure Python: no torch, no GPU.
 
-Up to 64 tokens the decode kernel, which chooses its row blocks itself (decode_config in
+On Hopper: up to 64 tokens the decode kernel, which chooses its row blocks itself (decode_config in
 csrc/kernels/spmm_decode_sm90.cu). Above, the prefill kernel with the tile whose predicted time is
 the shortest: a large tile moves fewer bytes per product, a small one leaves fewer multiprocessors
 idle and less of the last tiles outside the output.
@@ -22,6 +22,9 @@ The coefficients are fitted to times on an H100 (bf16, five shapes, 64 to 8192 t
 problems above 64 tokens the pick is 1.9 % slower than the best tile on average and 7.7 % at worst.
 That is the fitting set: of other problems, and of other GPUs, it says nothing. A tile that was
 timed only at few or only at many tokens is chosen only there, because a fit says little outside.
+
+On other GPUs the mma.sp kernel computes every number of tokens: `mma_tile`, at the end of this
+file. Its model is an estimate from the data sheets and is fitted to nothing.
 """
 
 from __future__ import annotations
@@ -131,3 +134,84 @@ def prefill_tile(
         tile for tile, of in TIMES.items() if tile in tiles and of.above < tokens <= of.up_to
     ]
     return min(known, key=lambda tile: predicted_us(tile, *problem))
+
+
+# ---- the mma.sp kernel ---------------------------------------------------------------------------
+
+
+class MmaTile(NamedTuple):
+    """One entry of SK_MMA_CONFIGS in csrc/configs.h."""
+
+    rows: int  # out_features
+    tokens: int
+    warps_rows: int  # warps of a thread block along out_features
+    warps_tokens: int  # along tokens
+    split: int  # along in_features
+    stages: int  # of 64 * split in_features
+
+    def __str__(self) -> str:
+        warps = f"{self.warps_rows}x{self.warps_tokens}x{self.split}"
+        return f"{self.rows}x{self.tokens}, {warps} warps"
+
+
+class Rates(NamedTuple):
+    """What limits a multiprocessor, in clocks and bytes per clock."""
+
+    mma: float  # clocks of the tensor cores for one mma.sp, 16 x 8 outputs and 32 in_features
+    l2: float  # bytes that one multiprocessor gets from L2 while all of them read
+
+
+# 2:4 bfloat16 with float32 sums: 624 TFLOPS of an A100 are 2 clocks, 142 of an RTX 3090 and 330 of
+# a 4090 are 8. Professional cards of the same capability take 4.
+DATA_CENTER, CONSUMER = Rates(2, 40), Rates(8, 16)
+SHARED = 128  # bytes of shared memory per clock
+LATENCY = 800  # clocks from a copy's start to its arrival
+BARRIER = 60  # clocks of a stage in which nothing else proceeds
+START = 1500  # clocks of a thread block before its first product
+
+
+def mma_rates(capability: tuple[int, int]) -> Rates:
+    """Rates by compute capability. An H100 has those of an A100 here: unmeasured, like the rest."""
+    return DATA_CENTER if capability in ((8, 0), (9, 0)) else CONSUMER
+
+
+def mma_clocks(
+    tile: MmaTile, tokens: int, out_features: int, in_features: int, multiprocessors: int,
+    rates: Rates = DATA_CENTER,
+) -> float:  # fmt: skip
+    """Estimated clocks of one layer with this tile of the mma.sp kernel.
+
+        clocks = waves * (stages * (max(tensor, shared, l2, latency) + BARRIER) + START + epilogue)
+
+    per thread block, as if it had its multiprocessor to itself; blocks that share one share its
+    rates, so a wave is one block per multiprocessor. The time to read the weights from memory is
+    left out: it is the same for every tile.
+
+    Source: data sheets and csrc/NOTES.md, mma.sp. Nothing here is measured.
+    """
+    rows, wide, warps_rows, warps_tokens, split, ring = tile
+    weight_bytes = split * rows * 72  # of a stage: values and metadata
+    x_bytes = split * 128  # of a stage and token
+    tensor = rows / 16 * wide / 8 * 2 * split * rates.mma
+    fragments = rows * 72 * warps_tokens * split + wide * 128 * warps_rows * split
+    shared = (fragments + weight_bytes + x_bytes * wide) / SHARED
+    l2 = (weight_bytes + x_bytes * min(tokens, wide)) / rates.l2
+    stage = max(tensor, shared, l2, LATENCY / (ring - 1)) + BARRIER
+    epilogue = rows * wide / 8  # 4 bytes to shared memory and back, 2 to the output
+    blocks = -(-out_features // rows) * -(-tokens // wide)
+    stages = -(-in_features // (STAGE * split))
+    return -(-blocks // multiprocessors) * (stages * stage + START + epilogue)
+
+
+@lru_cache(maxsize=4096)
+def mma_tile(
+    tokens: int, out_features: int, in_features: int, multiprocessors: int, rates: Rates,
+    tiles: tuple[MmaTile, ...],
+) -> MmaTile:  # fmt: skip
+    """The one of `tiles` with the fewest estimated clocks (`mma_clocks`); of equal ones the first.
+
+    Raises:
+        ValueError: no tiles.
+    """
+    problem = tokens, out_features, in_features, multiprocessors, rates
+    return min(tiles, key=lambda tile: mma_clocks(tile, *problem))

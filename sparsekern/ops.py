@@ -5,6 +5,7 @@ backend sees a checked, two-dimensional x and returns [tokens, out_features] (cu
 any number of dimensions, which saves two views). Backends:
 
     cuda        sparsekern/cuda_backend.py, with the native module (sparsekern/_native.py)
+    cuda-mma    the same with one kernel for every GPU, which is never preferred on Hopper
     triton      sparsekern/triton_kernels/linear.py
     cpu         sparsekern/cpu_backend.py
     cusparselt  sparsekern/cusparselt_backend.py, for weights that were packed for it
@@ -96,10 +97,21 @@ def _load_cusparselt():
     return Backend("cusparselt", module.supported, module.linear, module.config)
 
 
+def _load_cuda_mma():
+    if not _native.available():
+        return _native.reason()
+    run = cuda_backend.mma_linear
+    return Backend("cuda-mma", cuda_backend.supported, run, cuda_backend.mma_config)
+
+
 # A loader returns a Backend, or the reason why there is none. To add one: a loader and a name.
 _LOADERS = {
-    "cuda": _load_cuda, "triton": _load_triton, "cpu": _load_cpu, "cusparselt": _load_cusparselt,
-}  # fmt: skip
+    "cuda": _load_cuda,
+    "cuda-mma": _load_cuda_mma,
+    "triton": _load_triton,
+    "cpu": _load_cpu,
+    "cusparselt": _load_cusparselt,
+}
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton", "cusparselt")}
 # {layout: (backend, its module)} of the layouts that one backend alone computes with.
 _OWNERS = {
@@ -355,7 +367,8 @@ def linear(x, w24, bias=None, activation=None, *, backend=None):
         w24: Sparse24 of shape [out_features, in_features], dtype and device of x.
         bias: [out_features], dtype and device of x, or None.
         activation: None | "relu" | "gelu" (exact, with erf) | "silu".
-        backend: None chooses; "cpu", "triton", "cuda" or "cusparselt" forces one. See `explain`.
+        backend: None chooses; "cpu", "triton", "cuda", "cuda-mma" or "cusparselt" forces one. See
+            `explain`.
     Returns:
         [..., out_features], dtype of x, contiguous. No aliasing with inputs.
     Raises:

@@ -155,11 +155,11 @@ class Layer:
                 return math.inf
             return heuristics.predicted_us(tile, tokens, *self.shape, multiprocessors)
 
-        names = {name: kernel for name, (kernel, _) in cuda_backend.variants().items()}
+        names = {name: kernel for name, (kernel, _) in cuda_backend.runnable(index).items()}
         decode = [name for name in names if names[name] == "decode"]
-        prefill = sorted((name for name in names if names[name] == "prefill"), key=predicted)
+        tiles = sorted((name for name in names if names[name] != "decode"), key=predicted)
         few = decode if tokens <= heuristics.DECODE_TOKENS else []
-        return list(dict.fromkeys([chosen, *few, *prefill]))
+        return list(dict.fromkeys([chosen, *few, *tiles]))
 
     def warm_up(self) -> None:
         """Run each variant once: the first launch of a kernel loads it, which a capture forbids."""
@@ -305,7 +305,7 @@ def _bare_cuda(device):
 
 
 def _check(shapes, tokens, device, index):
-    remedy = "Other GPUs and the CPU have one kernel, and nothing to tune."
+    remedy = "Elsewhere there is one kernel, and nothing to tune."
     reason = f"device {device}" if device.type != "cuda" else cuda_backend.refusal(index)
     if reason:
         raise NotImplementedError(message(OP, "a GPU with the CUDA kernels", reason, remedy))

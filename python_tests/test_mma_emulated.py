@@ -1,0 +1,174 @@
+"""The mma.sp kernel without a GPU: its source, run by mma_emulator.cpp, against float64.
+
+For the machines that compile the kernel for Ampere and Ada and have neither. What this proves is
+the arithmetic of addresses, fragments, metadata, edges and the order of copies and barriers, for
+every config; what it cannot prove is that the hardware does what the PTX ISA says.
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from linear_cases import PAIRS, random_input, random_weight
+
+from sparsekern.pack import pack
+from sparsekern.sparse24 import compress
+
+ROOT = Path(__file__).resolve().parent.parent
+F16, BF16 = torch.float16, torch.bfloat16
+GUARD = 8  # elements around y that must stay NaN
+CONFIGS = [
+    tuple(map(int, entry))
+    for entry in re.findall(
+        r"X\((\d+), (\d+), (\d+), \d+, \d+, (\d+), (\d+)\)", (ROOT / "csrc/configs.h").read_text()
+    )
+]  # (index, rows, tokens, split, stages)
+assert len(CONFIGS) >= 14
+FEW = CONFIGS[-1::-6]
+
+
+def cuda_include():
+    """The folder of cuda_runtime.h that belongs to nvcc; None without one."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    done = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
+    top = re.search(r"TOP=(\S+)", done.stderr)
+    include = Path(top.group(1)) / "include" if top else None
+    return include if include and (include / "cuda_runtime.h").exists() else None
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """Compiles the emulator with the kernel's source; edited by (old, new), with FEW alone."""
+    include, compiler = cuda_include(), shutil.which("g++")
+    if include is None or compiler is None:
+        pytest.skip("needs g++ and the headers of an nvcc on PATH")
+    built = {}
+
+    def make(*edit):
+        if edit not in built:
+            folder = tmp_path_factory.mktemp("emulator")
+            shutil.copytree(ROOT / "csrc", folder / "csrc")
+            for header in (folder / "csrc" / "ptx").iterdir():
+                header.write_text("")  # the emulator has its own
+            kernel = folder / "csrc" / "kernels" / "spmm_mma_sm80.cuh"
+            if edit:
+                assert edit[0] in kernel.read_text()
+                kernel.write_text(kernel.read_text().replace(*edit))
+                configs = folder / "csrc" / "configs.h"
+                other = r"X\((?!" + "|".join(f"{entry[0]}," for entry in FEW) + r")\d+(, \d+){6}\)"
+                configs.write_text(re.sub(other, "", configs.read_text()))
+            library = folder / "emulator.so"
+            subprocess.run(
+                [compiler, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{include}",
+                 f"-I{folder / 'csrc'}", str(Path(__file__).with_name("mma_emulator.cpp")),
+                 "-o", str(library)], check=True,
+            )  # fmt: skip
+            built[edit] = ctypes.CDLL(str(library)).emulate
+            built[edit].restype = ctypes.c_char_p
+        return built[edit]
+
+    return make
+
+
+def aligned_rows(x):
+    """x with a row stride that is a multiple of 8, on a 16-byte address, its padding NaN."""
+    tokens, in_features = x.shape
+    stride = -(-in_features // 8) * 8 + 8
+    memory = torch.full((tokens * stride + 8,), float("nan"), dtype=x.dtype)
+    start = -memory.data_ptr() % 16 // 2
+    rows = memory[start : start + tokens * stride].view(tokens, stride)[:, :in_features]
+    return rows.copy_(x)
+
+
+def wrong(emulate, config, w, x, bias=None, residual=None, relu=False, late=True, falling=False):
+    """What is wrong with y = relu(x · wᵀ + bias) + residual, in words; empty when it is exact."""
+    (tokens, in_features), out_features = x.shape, w.shape[0]
+    w24, x = pack(compress(w)), aligned_rows(x)
+    y64 = x.double() @ w.double().t()
+    y64 = y64 if bias is None else y64 + bias.double()
+    y64 = y64.relu() if relu else y64
+    y64 = y64 if residual is None else y64 + residual.double()
+    shape = (tokens + 2 * GUARD, -(-out_features // 8) * 8 + 2 * GUARD)
+    buffer = torch.full(shape, float("nan"), dtype=w.dtype)
+    expected = buffer.clone()
+    inside = slice(GUARD, GUARD + tokens), slice(GUARD, GUARD + out_features)
+    expected[inside] = y64.to(w.dtype)
+    addresses = [
+        ctypes.c_void_p(0 if t is None else t.data_ptr())
+        for t in (x, w24.values, w24.metadata, bias, residual, buffer[inside])
+    ]
+    strides = x.stride(0), shape[1], 0 if residual is None else residual.stride(0)
+    broken = emulate(
+        *addresses, tokens, out_features, in_features, *map(ctypes.c_int64, strides),
+        int(w.dtype == BF16), int(relu), config, int(late), int(falling),
+    )  # fmt: skip
+    if broken:
+        return f"config {config}: expected {broken.decode()}"
+    differ = (buffer.view(torch.int16) != expected.view(torch.int16)).nonzero().tolist()
+    return f"config {config}: {len(differ)} wrong, first {differ[0]}" if differ else ""
+
+
+def problem(tokens, out_features, in_features, dtype=BF16):
+    w = random_weight(out_features, in_features, dtype, integers=True)
+    return w, random_input((tokens, in_features), dtype, integers=True)
+
+
+@pytest.mark.parametrize("config, rows, tokens, split, stages", CONFIGS)
+def test_exact_at_the_edges(build, config, rows, tokens, split, stages):
+    """Less and more than a tile, a stage and a ring; both landing times and thread orders."""
+    emulate, stage = build(), 64 * split
+    few = min(tokens, 40)
+    for case, freedoms in (
+        ((1, 7, 4), dict(late=True)),
+        ((few + 1, 65, stage + 68), dict(late=True, falling=True)),
+        ((min(tokens + 1, 70), rows + 1, stage - 4), dict(late=False)),
+        ((few - 1, 33, stage * (stages + 2) - 60), dict(late=True)),
+        ((few - 1, 33, stage * (stages + 2) - 60), dict(late=False, falling=True)),
+    ):
+        assert not wrong(emulate, config, *problem(*case), **freedoms)
+
+
+@pytest.mark.parametrize("config", [entry[0] for entry in CONFIGS])
+def test_epilogue(build, config):
+    """Aligned rows and others; the float16 instruction; more than one superpanel."""
+    for out_features in (264, 197):
+        w, x = problem(35, out_features, 132, F16)
+        bias = random_input((out_features,), F16, seed=2, integers=True)
+        residual = random_input((35, out_features), F16, seed=3, integers=True)
+        assert not wrong(build(), config, w, x, bias, residual, relu=True)
+
+
+@pytest.mark.parametrize("config", [entry[0] for entry in CONFIGS])
+def test_every_pattern_alone(build, config):
+    w = torch.zeros(66, 132, dtype=BF16)
+    for row in range(66):
+        first, second = PAIRS[row % 6].tolist()
+        w[row, first::4], w[row, second::4] = 1 + row % 5, -2 - row % 3
+    assert not wrong(build(), config, w, torch.eye(132, dtype=BF16))
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("cp_async_wait<Cfg::kStages - 2>", "cp_async_wait<Cfg::kStages - 1>"),
+        ("filled = stage;", "filled = smem;"),
+        ("j * kTokenStep < tokens_left", "true"),
+        ("(row % Cfg::kPanelRows + matrix % 2 * 8", "(row % Cfg::kPanelRows + matrix / 2 * 8"),
+    ],
+)
+def test_the_emulator_sees_mistakes(build, old, new):
+    def found(emulate):
+        return any(
+            wrong(emulate, config, *problem(tokens - 3, 65, 64 * split * (stages + 2)), late=late)
+            for config, _, tokens, split, stages in FEW
+            for late in (True, False)
+        )
+
+    assert found(build(old, new))
+    assert not found(build("#pragma once", "#pragma once")), "without the edit all is right"
