@@ -42,6 +42,7 @@ SHAPES = (
 )
 KEEP = 1.3  # a variant slower than this times the best is not sampled again
 FINALISTS = 6
+MMA_TOKENS = 128  # beyond, mma.sp is not tried where there is wgmma.sp
 SCREEN_S, FINAL_S = 0.07, 0.06  # per cell
 MIN_ROUNDS, ROUNDS = 3, 15
 
@@ -157,9 +158,11 @@ class Layer:
 
         names = {name: kernel for name, (kernel, _) in cuda_backend.runnable(index).items()}
         decode = [name for name in names if names[name] == "decode"]
-        tiles = sorted((name for name in names if names[name] != "decode"), key=predicted)
+        mma = [name for name in names if names[name] == "mma"]
+        prefill = sorted((name for name in names if names[name] == "prefill"), key=predicted)
         few = decode if tokens <= heuristics.DECODE_TOKENS else []
-        return list(dict.fromkeys([chosen, *few, *tiles]))
+        few += mma if tokens <= MMA_TOKENS or not prefill else []
+        return list(dict.fromkeys([chosen, *few, *prefill]))
 
     def warm_up(self) -> None:
         """Run each variant once: the first launch of a kernel loads it, which a capture forbids."""

@@ -2,6 +2,7 @@
 // the K of a tile is shared, the exchange of sums with the other clusters.
 #pragma once
 #include "../ptx/mma_sp.cuh"
+#include "../ptx/tma.cuh"
 #include "spmm_prefill_plan_sm90.cuh"
 
 namespace sparsekern::prefill {
@@ -82,18 +83,17 @@ __device__ __forceinline__ void exchange_sums(Accumulators<Cfg>& d,
 }
 
 // Two ways from the accumulators of one consumer to y. Bias alone and 16-byte aligned rows: add,
-// round, transpose through smem with stmatrix, 32 tokens at a time. Everything else: stage float32
-// sums, 16 tokens at a time, and finish rows of 8 from there, so that the long code for activations
-// and odd edges exists once and not once per accumulator.
+// round, transpose through smem with stmatrix, 32 tokens at a time, and leave the rest to the copy
+// engine, which clips at the ends of y. Everything else: stage float32 sums, 16 tokens at a time, and
+// finish rows of 8 from there, so that the long code for activations and odd edges exists once and
+// not once per accumulator.
 
 template <class Cfg>
-__device__ __forceinline__ void store_rounded(const Accumulators<Cfg>& d,
+__device__ __forceinline__ void store_rounded(const Accumulators<Cfg>& d, const CUtensorMap* y_map,
                                               const Params<typename Cfg::T>& p,
                                               const Smem<Cfg>& shared, int consumer) {
   using T = typename Cfg::T;
-  const uint32_t smem = shared.out(consumer);
   const Finished at = Finished::of<Cfg>(p, shared, consumer);
-  constexpr int kPieces = Cfg::kConsumerRows / 8;  // 16-byte pieces of one token's rows
   const int thread = threadIdx.x % 128, warp_idx = thread / 32, lane_idx = thread % 32;
   const int matrix = lane_idx / 8, line = lane_idx % 8;
   float bias[Cfg::kPanels][2];
@@ -105,39 +105,40 @@ __device__ __forceinline__ void store_rounded(const Accumulators<Cfg>& d,
       bias[m][h] = p.out.bias && row < p.out.out_features ? to_float(p.out.bias[row]) : 0.0f;
     }
   }
-  // This thread's pieces: one 16-byte piece of every kStride-th token.
-  constexpr int kStride = 128 / kPieces;
-  const int piece = thread % kPieces, row = at.row + piece * 8;
-  T* to = p.out.y + static_cast<int64_t>(at.token + thread / kPieces) * p.out.y_stride + row;
-  const int left = row < p.out.out_features ? p.tokens - at.token - thread / kPieces : 0;
+  if (thread == 0) ptx::tensor_store_wait_read<0>();  // the tile before; long done
+  uint32_t slot = 0;
 #pragma unroll
   for (int part = 0; part < Cfg::kTokens / kRoundedTokens; ++part) {
     if (at.token + part * kRoundedTokens >= p.tokens) break;
     if (!at.owns(part)) continue;
+    if (thread == 0) ptx::tensor_store_wait_read<kSlots - 1>();
+    ptx::named_barrier_sync(1 + consumer, 128);  // the slot has been read
+    const uint32_t boxes = shared.out(consumer) + slot * Cfg::kPanels * Cfg::kBoxBytes;
+    slot = slot + 1 == kSlots ? 0 : slot + 1;
+    // Box m: 64 rows of 32 tokens; a token's 8 pieces of 16 bytes in the order of a 128-byte swizzle.
 #pragma unroll
     for (int m = 0; m < Cfg::kPanels; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float* v = &d[m][(part * 4 + half * 2) * 4];
-        const int token = half * 16 + matrix / 2 * 8 + line,
-                  column = m * 8 + warp_idx * 2 + matrix % 2;
-        ptx::stmatrix_x4_transposed(smem + token * Cfg::kRoundedPitch + ((column ^ line) * 16),
-                                    pack_pair<T>(v[0] + bias[m][0], v[1] + bias[m][0]),
-                                    pack_pair<T>(v[2] + bias[m][1], v[3] + bias[m][1]),
-                                    pack_pair<T>(v[4] + bias[m][0], v[5] + bias[m][0]),
-                                    pack_pair<T>(v[6] + bias[m][1], v[7] + bias[m][1]));
+        const int token = half * 16 + matrix / 2 * 8 + line, piece = warp_idx * 2 + matrix % 2;
+        ptx::stmatrix_x4_transposed(
+            boxes + m * Cfg::kBoxBytes + token * 128 + ((piece ^ line) * 16),
+            pack_pair<T>(v[0] + bias[m][0], v[1] + bias[m][0]),
+            pack_pair<T>(v[2] + bias[m][1], v[3] + bias[m][1]),
+            pack_pair<T>(v[4] + bias[m][0], v[5] + bias[m][0]),
+            pack_pair<T>(v[6] + bias[m][1], v[7] + bias[m][1]));
       }
     }
-    ptx::named_barrier_sync(1 + consumer, 128);
+    ptx::fence_before_tensor_store();
+    ptx::named_barrier_sync(1 + consumer, 128);  // the slot has been written
+    if (thread == 0) {
 #pragma unroll
-    for (int i = 0; i < kRoundedTokens / kStride; ++i) {
-      const int token = i * kStride + thread / kPieces;
-      const uint4 v =
-          ptx::load_shared_u128(smem + token * Cfg::kRoundedPitch + ((piece ^ (token % 8)) * 16));
-      const int distance = part * kRoundedTokens + i * kStride;
-      if (distance < left) *reinterpret_cast<uint4*>(to + distance * p.out.y_stride) = v;
+      for (int m = 0; m < Cfg::kPanels; ++m)
+        ptx::tensor_store(y_map, at.row + m * 64, at.token + part * kRoundedTokens,
+                          boxes + m * Cfg::kBoxBytes, ptx::L2Hint::kEvictFirst);
+      ptx::tensor_store_commit();
     }
-    ptx::named_barrier_sync(1 + consumer, 128);
   }
 }
 
@@ -183,13 +184,12 @@ __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
 }
 
 template <class Cfg>
-__device__ __forceinline__ void store_tile(Accumulators<Cfg>& d, const Params<typename Cfg::T>& p,
-                                           const Smem<Cfg>& smem, int consumer) {
+__device__ __forceinline__ void store_tile(Accumulators<Cfg>& d, const CUtensorMap* y_map,
+                                           const Params<typename Cfg::T>& p, const Smem<Cfg>& smem,
+                                           int consumer) {
   if (p.splits > 1 && ptx::load_shared_int4(smem.progress(consumer)).z >= p.whole_tiles)
     exchange_sums<Cfg>(d, p, smem, consumer);
-  if (p.out.activation == Activation::kNone && !p.out.residual && p.out.aligned &&
-      p.out.out_features % 8 == 0)
-    store_rounded<Cfg>(d, p, smem, consumer);
+  if (p.whole_boxes) store_rounded<Cfg>(d, y_map, p, smem, consumer);
   else store_activated<Cfg>(d, p, smem, consumer);
 }
 

@@ -52,6 +52,9 @@ inline int choose_splits(int rest, int resident, int k_tiles, int token_blocks) 
   return splits < 1 ? 1 : splits;
 }
 
+// With fewer waves of tiles the clusters do not drift apart enough to be kept in step.
+constexpr int kWavesToDrift = 3;
+
 // The workspace: counters, then the partial sums of at most one tile per SM. The largest tile of
 // configs.h has BLOCK_M * BLOCK_N = 256 * 192.
 constexpr size_t kTileBytes = 256 * 192 * sizeof(float);
@@ -62,10 +65,14 @@ Status launch(const LinearProblem& p, ClusterShape cluster, void* workspace, cud
   static_assert(Cfg::kRows * kTokens * sizeof(float) <= kTileBytes);
   CUtensorMap x_map;
   SK_RETURN_IF_ERROR(make_activation_map(kOp, x_map, p, kTokens / cluster.m));
+  CUtensorMap y_map = x_map;
   Params<T> params = {};
   params.values = static_cast<const uint8_t*>(p.values);
   params.metadata = static_cast<const uint8_t*>(p.metadata);
   params.out = output_segment<T>(p);
+  params.whole_boxes =
+      p.activation == Activation::kNone && p.residual == nullptr && params.out.aligned;
+  if (params.whole_boxes) SK_RETURN_IF_ERROR(make_output_map(kOp, y_map, p, kRoundedTokens));
   params.extent = tile64::Extent::of(p.out_features, p.in_features);
   params.tokens = p.tokens;
   params.cluster = cluster;
@@ -89,18 +96,23 @@ Status launch(const LinearProblem& p, ClusterShape cluster, void* workspace, cud
   params.counters = static_cast<uint32_t*>(workspace);
   params.partials =
       reinterpret_cast<float4*>(static_cast<uint8_t*>(workspace) + kPrefillCounterBytes);
+  if (workspace && items > kWavesToDrift * params.clusters)
+    params.in_step = params.counters + kPrefillCounterBytes / sizeof(uint32_t) - 2;
 
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(params.clusters * cluster_ctas);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = Cfg::kSmemBytes;
   config.stream = stream;
-  cudaLaunchAttribute attribute[1];
-  attribute[0].id = cudaLaunchAttributeClusterDimension;
-  attribute[0].val.clusterDim = {static_cast<unsigned>(cluster_ctas), 1, 1};
-  config.attrs = attribute;
-  config.numAttrs = 1;
-  (void)cudaLaunchKernelEx(&config, spmm_prefill_sm90_kernel<Cfg>, x_map, params);
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster_ctas), 1, 1};
+  // Clusters that wait for each other must all be resident, whatever else runs on the GPU.
+  attributes[1].id = cudaLaunchAttributeCooperative;
+  attributes[1].val.cooperative = 1;
+  config.attrs = attributes;
+  config.numAttrs = params.splits > 1 || params.in_step ? 2 : 1;
+  (void)cudaLaunchKernelEx(&config, spmm_prefill_sm90_kernel<Cfg>, x_map, y_map, params);
   return launch_status(kOp, "spmm_prefill_sm90_kernel", config.gridDim, config.blockDim,
                        Cfg::kSmemBytes);
 }

@@ -14,7 +14,8 @@ constexpr int kThreads = (kConsumers + 1) * 128;
 constexpr int kSmemCapacity = 227 * 1024;
 constexpr int kRoundedTokens =
     32;                         // tokens per step of the epilogue when it stages rounded values ...
-constexpr int kSumTokens = 16;  // ... and when it stages float32 sums
+constexpr int kSlots = 3;       // ... and steps whose copies to y may be under way
+constexpr int kSumTokens = 16;  // tokens per step when it stages float32 sums
 constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
 
 // kPanels: m64 tiles per consumer. kTokens: BLOCK_N.
@@ -30,14 +31,15 @@ struct Config {
   static constexpr int kMetadataBytes = kTilePanels * tile64::kMetadataBytes;
   static constexpr int kStageBytes = kXBytes + kValueBytes + kMetadataBytes;
   static constexpr int kConsumerRows = kPanels * tile64::kRows;
-  static constexpr int kRoundedPitch = kConsumerRows * 2;    // bytes between staged tokens
-  static constexpr int kSumPitch = (kConsumerRows + 4) * 4;  // +4 words spread the banks
-  static constexpr int kOutBytes = kSumTokens * kSumPitch;   // per consumer; covers both forms
+  static constexpr int kBoxBytes = kRoundedTokens * tile64::kRows * 2;  // 32 tokens x 64 rows
+  static constexpr int kSumPitch = (kConsumerRows + 4) * 4;             // +4 words spread the banks
+  static constexpr int kOutBytes = kSlots * kPanels * kBoxBytes;  // per consumer; covers both forms
   static constexpr int kFit = (kSmemCapacity - 128 - kConsumers * kOutBytes) / kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kSmemBytes = kStages * kStageBytes + kConsumers * kOutBytes +
                                     2 * kStages * 8 + (kStages + kConsumers) * 16;
-  static_assert(kRoundedTokens * kRoundedPitch <= kOutBytes);
+  static_assert(kSumTokens * kSumPitch <= kOutBytes);
+  static_assert(kStageBytes % 1024 == 0 && kBoxBytes % 1024 == 0);  // swizzled boxes
   static_assert(kStages >= 3 && kSmemBytes <= kSmemCapacity && kTokens % kRoundedTokens == 0);
 };
 
@@ -59,6 +61,8 @@ struct Params {
   int tile_rows, tile_columns;  // cluster tiles along M and N
   int whole_tiles;              // cluster tiles that one cluster does alone
   int splits;                   // parts of K that each of the others is cut into
+  bool whole_boxes;             // y takes boxes of rounded values from the copy engine
+  uint32_t* in_step;            // clusters that began an item, that ended; null: nobody waits
   float4* partials;    // [CTA tile of the rest][split][token block][consumer][kPanels * 4][128]
   uint32_t* counters;  // [CTA tile of the rest][consumer][2]: arrived, done; zero between launches
   uint16_t row_mask;   // CTAs of the cluster's first row; shifted by a CTA's place in its column

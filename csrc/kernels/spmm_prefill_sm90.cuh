@@ -9,7 +9,8 @@
 //   values       tile64 (layout/tile64.cuh)  bulk copy; multicast over the cluster's token tiles
 //   metadata     tile64                      bulk copy; one LDS.32 per thread, tile and 64 of K
 //   x = Bᵀ       [N, K] row-major            tensor copy, swizzled; multicast over its rows
-//   y = Dᵀ       [N, M] row-major            stmatrix.trans to smem, then 16-byte stores
+//   y = Dᵀ       [N, M] row-major            stmatrix.trans to smem, tensor copy; both consumers go
+//                                            on with the next tile while it drains
 //
 // Tile: BLOCK_M x BLOCK_N x 64, BLOCK_M = 256 or 128 rows for two consumer warpgroups. BLOCK_M is
 // as large as the accumulators allow, because B is the fat operand: it is not compressed and every
@@ -24,8 +25,9 @@
 //   empty[s]    -                              both consumers of every CTA     2 * (CM + CN - 1)
 //                                              that this CTA's copies reach
 //
-// Work: a persistent grid walks the tiles; the last, partly filled wave is cut along K so that
-// every CTA has a share of it (few tokens: that wave is all there is). The CTAs that share a tile
+// Work: a persistent grid walks the tiles in step: no cluster begins its wave n before every cluster
+// has begun its wave n - 1, or what they read together would no longer meet in L2. The last, partly
+// filled wave is cut along K so that every CTA has a share of it (few tokens: it is all there is). The CTAs that share a tile
 // exchange float32 sums through global memory and each finishes the token blocks that it owns,
 // adding the others in a fixed order.
 //
@@ -117,6 +119,23 @@ __device__ __forceinline__ void produce_weights(const Params<typename Cfg::T>& p
     }
     ring.advance();
   }
+}
+
+// Called by one thread of each cluster before its wave-th item. All clusters are resident (the
+// launch is cooperative), so the wait ends.
+template <class T>
+__device__ __forceinline__ void keep_in_step(const Params<T>& p, int wave) {
+  atomicAdd(p.in_step, 1u);
+  const uint32_t begun = static_cast<uint32_t>(wave) * p.clusters;
+  while (*reinterpret_cast<volatile uint32_t*>(p.in_step) < begun) __nanosleep(100);
+}
+
+// The last cluster to leave puts the counters back to zero for the next launch.
+template <class T>
+__device__ __forceinline__ void leave(const Params<T>& p) {
+  if (atomicAdd(p.in_step + 1, 1u) != static_cast<uint32_t>(p.clusters - 1)) return;
+  p.in_step[0] = 0;
+  p.in_step[1] = 0;
 }
 
 // --- consumers ---
@@ -217,6 +236,7 @@ struct Consumer {
 template <class Cfg>
 __global__ void __launch_bounds__(kThreads, 1)
     spmm_prefill_sm90_kernel(const __grid_constant__ CUtensorMap x_map,
+                             const __grid_constant__ CUtensorMap y_map,
                              const __grid_constant__ Params<typename Cfg::T> p) {
   extern __shared__ __align__(1024) uint8_t raw_smem[];
   const Smem<Cfg> smem(raw_smem);
@@ -235,9 +255,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::give_up_registers<kProducerRegisters>();
     RingPosition<Cfg::kStages> ring;
     if (threadIdx.x == kConsumers * 128) {
+      const bool paces = p.in_step && ptx::cluster_cta_rank() == 0;
 #pragma unroll 1
-      for (int index = ptx::cluster_idx(); index < work_items(p); index += p.clusters)
+      for (int index = ptx::cluster_idx(), wave = 0; index < work_items(p);
+           index += p.clusters, ++wave) {
+        if (paces) keep_in_step(p, wave);
         produce_x<Cfg>(&x_map, p, smem, index, ring);
+      }
+      if (paces) leave(p);
     } else if (threadIdx.x == kConsumers * 128 + 32) {
 #pragma unroll 1
       for (int index = ptx::cluster_idx(); index < work_items(p); index += p.clusters)
@@ -251,10 +276,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     do {  // the grid has no more clusters than there are items
       Accumulators<Cfg> d;
       consumer.multiply(d);
-      store_tile<Cfg>(d, p, smem, warpgroup_idx);
+      store_tile<Cfg>(d, &y_map, p, smem, warpgroup_idx);
       progress = ptx::load_shared_int4(smem.progress(warpgroup_idx));
       consumer.ring.state = progress.w;
     } while (progress.z + p.clusters < work_items(p));
+    ptx::tensor_store_wait<0>();
   }
   ptx::
       cluster_sync();  // nobody leaves while a peer may still write to it or arrive on its barriers

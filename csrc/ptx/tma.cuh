@@ -60,6 +60,34 @@ __device__ __forceinline__ void tensor_copy_multicast(uint32_t smem, const CUten
       : "memory");
 }
 
+// The way back: a box from smem, written through the async proxy, to the tensor at (x, y); what lies
+// outside the tensor is left out. The copies of one thread complete in groups.
+__device__ __forceinline__ void tensor_store(const CUtensorMap* map, int x, int y, uint32_t smem,
+                                             L2Hint hint) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%1, %2}], [%3], "
+      "%4;" ::"l"(map),
+      "r"(x), "r"(y), "r"(smem), "l"(static_cast<uint64_t>(hint))
+      : "memory");
+}
+// By every thread that wrote to the box, before the barrier that precedes the store.
+__device__ __forceinline__ void fence_before_tensor_store() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void tensor_store_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Until at most kPending groups of this thread still read smem ...
+template <int kPending>
+__device__ __forceinline__ void tensor_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+// ... or are not complete.
+template <int kPending>
+__device__ __forceinline__ void tensor_store_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
