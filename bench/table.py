@@ -96,7 +96,7 @@ def timing_table(records: list[dict]) -> str:
 
 def metrics_table(records: list[dict]) -> str:
     """Rows of cases and backends, columns of metrics. All records have the same op and GPU."""
-    groups = newest(records, lambda entry: (entry.get("case", ""), entry["backend"]))
+    groups = newest(records, lambda entry: (_case(entry), entry["backend"]))
     entries = [
         (case, backend, found[backend], campaign)
         for (case, backend), (campaign, found) in sorted(groups.items())
@@ -108,6 +108,16 @@ def metrics_table(records: list[dict]) -> str:
         cells = ("" if v is None else v if isinstance(v, str) else number(v) for v in values)
         rows.append([case, backend, *cells, str(campaign)])
     return markdown(["case", "backend", *names, "campaign"], rows)
+
+
+def _case(entry: dict) -> str:
+    """The case; of a pruning also the dtype, the steps of refinement and the batch size."""
+    case, details = entry.get("case", ""), entry.get("details") or {}
+    if entry["op"] == "prune_model" and "refine" in details:
+        case += f", {entry['dtype']}, refine {details['refine']}"
+        if batch := entry["settings"].get("batch_size"):
+            case += f", batch size {batch}"
+    return case
 
 
 def linear_tables(records: list[dict]) -> str:

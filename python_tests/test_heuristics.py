@@ -48,14 +48,14 @@ def test_resident_clusters():
 @pytest.mark.parametrize(
     "tokens, out_features, in_features, expected",
     [
-        (8192, 8192, 8192, Tile(256, 192, 1, 1)),
-        (8192, 4096, 14336, Tile(256, 192, 1, 1)),
-        (512, 28672, 4096, Tile(256, 128, 1, 1)),
+        (4096, 57344, 8192, Tile(256, 192, 2, 1)),
+        (4096, 28672, 4096, Tile(256, 192, 2, 1)),
+        (256, 4096, 14336, Tile(256, 128, 1, 1)),
         (128, 4096, 4096, Tile(128, 128, 1, 1)),
     ],
 )
 def test_known_picks(tokens, out_features, in_features, expected):
-    """Problems of the fitting set at which this tile was the fastest measured."""
+    """Problems at which this tile was the fastest measured."""
     assert prefill_tile(tokens, out_features, in_features, H100) == expected
 
 
@@ -100,6 +100,22 @@ def test_prediction_by_hand():
     # A part has four stages or more: 10 stages make two, 3 stages one.
     assert us(192, 256, 640) == 5 * stage + item + exchange / 2 + constant
     assert us(192, 256, 130) == 3 * stage + item + constant
+
+
+def test_long_launches_prefer_256_rows_in_clusters_of_two():
+    """Three tiles per cluster and more: a factor for every other tile."""
+    for tile, factor in (
+        (Tile(256, 192, 1, 1), heuristics.LONG), (Tile(256, 192, 4, 1), heuristics.LONG),
+        (Tile(128, 256, 2, 1), heuristics.LONG), (Tile(256, 192, 2, 1), 1.0),
+    ):  # fmt: skip
+        stage, item, _, constant, *_ = TIMES[tile]
+        size = tile.cluster_rows * tile.cluster_tokens
+        resident = heuristics.resident_clusters(size, H100)
+        for waves in (2, 3):
+            problem = tile.tokens * waves, tile.rows * tile.cluster_rows * resident, 4096, H100
+            expected = waves * (64 * stage + item) + constant
+            expected *= factor if waves == 3 else 1
+            assert predicted_us(tile, *problem) == pytest.approx(expected)
 
 
 def test_clusters_count_as_one():

@@ -23,6 +23,11 @@ problems above 64 tokens the pick is 1.9 % slower than the best tile on average 
 That is the fitting set: of other problems, and of other GPUs, it says nothing. A tile that was
 timed only at few or only at many tokens is chosen only there, because a fit says little outside.
 
+Those were short bursts. A launch of several waves runs at the power limit and drifts apart, and
+there 256 rows in clusters of 2 x 1 keep their time while the others lose (57344 x 8192 at 4096
+tokens: 1.02 of the prediction against 1.17 to 1.4; csrc/NOTES.md). LONG stands for that loss. It is
+a correction from few measurements; a tuned table replaces all of this.
+
 On other GPUs the mma.sp kernel computes every number of tokens: `mma_tile`, at the end of this
 file. Its model is an estimate from the data sheets and is fitted to nothing.
 """
@@ -66,6 +71,7 @@ class Times(NamedTuple):
 
 
 FEW = 512
+LONG, LONG_WAVES = 1.06, 3  # factor on the time of other tiles, from this many tiles per cluster on
 
 # Tiles of configs.h that are not here are never chosen.
 TIMES = {
@@ -111,7 +117,9 @@ def predicted_us(
         items += 1
     exchanged = (splits - 1) / splits
     times = TIMES[tile]
-    return times.stage * busiest + times.item * items + times.exchange * exchanged + times.constant
+    us = times.stage * busiest + times.item * items + times.exchange * exchanged + times.constant
+    steady = (tile.rows, tile.cluster_rows, tile.cluster_tokens) == (256, 2, 1)
+    return us * LONG if items >= LONG_WAVES and not steady else us
 
 
 @lru_cache(maxsize=4096)
