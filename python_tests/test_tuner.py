@@ -48,8 +48,9 @@ class Fakes:
         self.checked.append(name)
         return "3 of 9 elements are wrong" if name in self.bad else ""
 
-    def run(self, clock=None):
-        return tune_cell(8, list(self.us), self.sampler, self.wrong, clock or (lambda: 0.0))
+    def run(self, clock=None, **options):
+        clock = clock or (lambda: 0.0)
+        return tune_cell(8, list(self.us), self.sampler, self.wrong, clock, **options)
 
 
 # ---- one cell ------------------------------------------------------------------------------------
@@ -109,6 +110,18 @@ def test_repeats_adapt_to_the_time_of_a_call():
     fakes = Fakes(clock, h=60_000.0, a=60_000.0)
     fakes.run(clock)
     assert fakes.samples == {"h": 1 + tuner.MIN_ROUNDS, "a": 1 + tuner.MIN_ROUNDS}
+
+
+def test_in_bursts_the_later_half_decides():
+    """A variant that is fast until the GPU reaches its power limit does not win."""
+    us = {"h": 4000.0, "a": [3000.0] * 8 + [5000.0]}
+    clock = Clock()
+    fakes = Fakes(clock, **us)
+    cell = fakes.run(clock, burst_s=0.06)
+    assert cell.best == "h" and cell.heuristic_us == 4000.0
+    assert 1 + 2 * 10 <= fakes.samples["a"] <= 1 + 2 * 20, "two turns of 60 ms"
+    clock = Clock()
+    assert Fakes(clock, **us).run(clock).best == "a", "in turns of one sample it would"
 
 
 def test_screening_stops_when_its_time_is_used_up():

@@ -4,7 +4,9 @@ A cell is a shape, a dtype and a number of tokens. In each cell
 
     1. every variant gets one short sample, the one that heuristics choose first, then in order of
        their predictions, until the screening time is used up;
-    2. those within KEEP of the fastest are sampled in turns, and the medians are ranked;
+    2. those within KEEP of the fastest are sampled in turns, and the medians are ranked. From
+       BURST_TOKENS on a turn lasts BURST_S, and its first half does not count: such launches run at
+       the power limit, where a variant that draws less gets a higher clock, but only after a while;
     3. the fastest one whose result on small whole numbers equals the dense product, bit for bit,
        wins. A wrong one is refused and reported.
 
@@ -45,6 +47,7 @@ FINALISTS = 6
 MMA_TOKENS = 128  # beyond, mma.sp is not tried where there is wgmma.sp
 SCREEN_S, FINAL_S = 0.07, 0.06  # per cell
 MIN_ROUNDS, ROUNDS = 3, 15
+BURST_TOKENS, BURST_S, BURST_ROUNDS = 1024, 0.06, 2
 
 # For the length of a graph alone: what no GPU of today exceeds.
 BYTES_PER_US, FLOPS_PER_US, LEAST_US = 4.0e6, 1.5e9, 2.0
@@ -83,6 +86,7 @@ def tune_cell(
     sampler: Callable[[str], Callable[[], float]],
     wrong: Callable[[str], str],
     clock: Callable[[], float] = time.perf_counter,
+    burst_s: float = 0.0,
 ) -> Cell | None:
     """Find the fastest correct variant of one cell.
 
@@ -91,6 +95,7 @@ def tune_cell(
         sampler: name -> function that takes one sample, in us per call.
         wrong: name -> why its result is wrong, or "".
         clock: seconds.
+        burst_s: how long a turn of the final lasts; 0: one sample.
     Returns:
         Cell; None when every variant that was sampled to the end is wrong.
     """
@@ -106,12 +111,12 @@ def tune_cell(
     finalists = list(dict.fromkeys([*finalists, candidates[0]]))
     samples: dict[str, list[float]] = {name: [] for name in finalists}
     begin = clock()
-    for taken in range(ROUNDS):
+    for taken in range(BURST_ROUNDS if burst_s else ROUNDS):
         if taken >= MIN_ROUNDS and clock() - begin > FINAL_S:
             break
         finalists.reverse()  # nobody always follows the same neighbour
         for name in finalists:
-            samples[name].append(samplers[name]())
+            samples[name] += _turn(samplers[name], burst_s, clock)
     us = {name: statistics.median(values) for name, values in samples.items()}
     refused = {}
     for name in sorted(us, key=us.get):
@@ -121,6 +126,14 @@ def tune_cell(
             return Cell(tokens, name, us[name], heuristic, us[heuristic], refused)
         refused[name] = why
     return None
+
+
+def _turn(sample: Callable[[], float], burst_s: float, clock: Callable[[], float]) -> list[float]:
+    """Samples for burst_s, at least one; the later half of them."""
+    begin, taken = clock(), [sample()]
+    while clock() - begin < burst_s:
+        taken.append(sample())
+    return taken[len(taken) // 2 :]
 
 
 class Layer:
@@ -279,7 +292,9 @@ def tune(
                         untuned += 1
                         continue
                     at, what = layer.cell(number), f"{dtype} {shape[0]}x{shape[1]}"
-                    cell = tune_cell(number, layer.names(number), at.sampler, at.wrong)
+                    burst_s = BURST_S if number >= BURST_TOKENS else 0.0
+                    names = layer.names(number)
+                    cell = tune_cell(number, names, at.sampler, at.wrong, burst_s=burst_s)
                     say(f"{what}, {cell or f'{number} tokens: NO CORRECT VARIANT'}")
                     found += [cell] if cell else []
                 if found:
