@@ -17,6 +17,7 @@ raw functions.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -284,11 +285,13 @@ def linear(x, w24, bias, activation, residual=None, plan=_plan):
         with torch.cuda.device(index):
             return linear(x, w24, bias, activation, residual, plan)
     out_features, in_features = w24.shape
-    y = _output(x, out_features)
-    tokens = x.numel() // in_features if in_features else 0
-    if not (tokens and out_features):
+    y, tokens = _output(x, out_features)
+    if not (tokens and out_features and in_features):
         return _degenerate(y, bias, activation, residual)
-    rows, x_stride = _aligned_rows(x, tokens, in_features)
+    address, x_stride = x.data_ptr(), in_features
+    if address % 16 or in_features % 8 or not x.is_contiguous():
+        x, x_stride = _aligned_rows(x, tokens, in_features)
+        address = x.data_ptr()
     bias_address = residual_address = residual_stride = 0
     if bias is not None:
         bias = bias.contiguous()
@@ -303,7 +306,7 @@ def linear(x, w24, bias, activation, residual=None, plan=_plan):
     stream = _current_stream(index)
     tail = (_workspace(index, stream), stream) if cuts_k else (stream,)
     run(
-        rows.data_ptr(), w24.values.data_ptr(), w24.metadata.data_ptr(), bias_address,
+        address, w24.values.data_ptr(), w24.metadata.data_ptr(), bias_address,
         residual_address, y.data_ptr(), tokens, out_features, in_features, x_stride, out_features,
         residual_stride, dtype, _ACTIVATIONS[activation], variant, *tail,
     )  # fmt: skip
@@ -359,9 +362,8 @@ def gated_linear(x, gate24, up24):
         with torch.cuda.device(index):
             return gated_linear(x, gate24, up24)
     out_features, in_features = gate24.shape
-    y = _output(x, out_features)
-    tokens = x.numel() // in_features if in_features else 0
-    if not (tokens and out_features):
+    y, tokens = _output(x, out_features)
+    if not (tokens and out_features and in_features):
         return y.zero_()
     rows, x_stride = _aligned_rows(x, tokens, in_features)
     _native.module().decode_gated(
@@ -374,8 +376,16 @@ def gated_linear(x, gate24, up24):
 
 
 def _output(x, out_features):
-    """An uninitialised [..., out_features] for x [..., in_features]."""
-    return x.new_empty(*x.shape[:-1], out_features)  # torch parses numbers faster than a tuple
+    """(an uninitialised [..., out_features] for x [..., in_features], the number of tokens).
+
+    torch parses numbers faster than a tuple, and cutting a shape costs as much as a small tensor.
+    """
+    shape = x.shape
+    if len(shape) == 2:
+        return x.new_empty(shape[0], out_features), shape[0]
+    if len(shape) == 3:
+        return x.new_empty(shape[0], shape[1], out_features), shape[0] * shape[1]
+    return x.new_empty(*shape[:-1], out_features), math.prod(shape[:-1])
 
 
 def _aligned_rows(x, tokens, in_features):

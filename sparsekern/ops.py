@@ -187,7 +187,7 @@ def check_linear(op, x, values, shape, bias, activation):
     if values.dtype not in _DTYPES:
         expected = "weight.dtype in float32, float16, bfloat16"
         raise TypeError(message(op, expected, values.dtype, "Call weight.to(torch.bfloat16)."))
-    if dtype != values.dtype:
+    if dtype is not values.dtype:
         expected = f"x.dtype == weight.dtype ({values.dtype})"
         raise TypeError(message(op, expected, dtype, "Call x.to(weight.dtype)."))
     if device != values.device:
