@@ -1,7 +1,7 @@
 """The README's results tables, made from bench/records: `python -m bench.table [--check]`.
 
-Everything between `<!-- results:begin -->` and `<!-- results:end -->` in README.md is replaced by
-what the records say; `--check` changes nothing and fails when the README differs. So no number
+Everything between `<!-- results:begin -->` and `<!-- results:end -->` in README.md, and between the
+markers of headline.py, is replaced by what the records say; `--check` changes nothing and fails when the README differs. So no number
 there is typed by hand, and shapes where the dense layer wins stand beside the others.
 
 Linear layers become, for each GPU: first the list of all cells where a peer is faster; then for
@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from . import record, results
+from . import headline, record, results
 
 README = record.ROOT / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -181,16 +181,16 @@ def render(records: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
-def replace(readme: str, text: str) -> str:
-    """README text with `text` between the markers.
+def replace(readme: str, text: str, first: str = BEGIN, last: str = END) -> str:
+    """README text with `text` between the markers `first` and `last`.
 
     Raises:
         ValueError: the markers are not there exactly once, in order.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end) or BEGIN in rest or END in before + after:
-        raise ValueError(f"bench.table: expected one {BEGIN} and one {END} after it in the README.")
+    before, begin, rest = readme.partition(first)
+    _, end, after = rest.partition(last)
+    if not (begin and end) or first in rest or last in before + after:
+        raise ValueError(f"bench.table: expected one {first} and one {last} after it in the README.")
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 
@@ -203,7 +203,10 @@ def main(arguments: list[str], readme: Path = README, records: list[dict] | None
         print("usage: python -m bench.table [--check]", file=sys.stderr)
         return 2
     present = readme.read_text(encoding="utf-8")
-    wanted = replace(present, render(record.read() if records is None else records))
+    records = record.read() if records is None else records
+    wanted = replace(present, render(records))
+    if headline.BEGIN in present:
+        wanted = replace(wanted, headline.render(records), headline.BEGIN, headline.END)
     if wanted == present:
         return 0
     if arguments:

@@ -21,6 +21,7 @@ from bench import (  # noqa: E402
     bench_linear,
     bench_overhead,
     cusparselt,
+    headline,
     layers,
     monitor,
     options,
@@ -197,6 +198,24 @@ def test_linear_tables_begin_with_what_is_lost():
         "| 8192x8192 | 1.70 / - (1374) |", "",
         'Medians of campaigns c1; "-": not timed.',
     ]  # fmt: skip
+
+
+def test_headline_gives_means_and_extremes_of_one_gpu():
+    models = [
+        {**ENV, "id": f"m{case}{name}", "op": "decode_model", "backend": name, "campaign": "c1",
+         "case": f"8b, 2 layers, batch {case}, context 64",
+         "metrics": {"tokens_s": tokens_s, "speedup": tokens_s / 100, "weights_gb": 10.0}}
+        for case in (8, 1) for name, tokens_s in (("dense", 100.0), ("sparse", 140.0), ("s2", 151.0))
+    ]  # fmt: skip
+    other = [{**entry, "gpu": "GPU Y", "id": f"y{entry['id']}"} for entry in RECORDS[:2]]
+    text = headline.render([*other, *RECORDS, *models])
+    assert "one GPU X in bfloat16" in text and "GPU Y" not in text
+    assert "| 1 to 1 tokens | 1.60 (1.60 to 1.60) | 2.20 (2.20 to 2.20) |" in text
+    assert "| 17 to 64 tokens | 0.80 (0.80 to 0.80) | 1.10 (1.10 to 1.10) |" in text
+    mean = (0.99 * 1.1) ** 0.5
+    assert f"| 65 to 1024 tokens | 1.55 (1.50 to 1.60) | {mean:.2f} (0.99 to 1.10) |" in text
+    assert "batch 1, context 64):\n151 instead of 100 tokens/s, 1.51 times" in text
+    assert headline.render([{**entry, "dirty": True} for entry in RECORDS]) == ""
 
 
 def test_losses_table_without_losses_and_with_many(monkeypatch):
