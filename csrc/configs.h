@@ -25,7 +25,10 @@
   X(15, 1, 128, 2, 1)                                                 \
   X(16, 2, 96, 1, 1)                                                  \
   X(17, 2, 160, 1, 1)                                                 \
-  X(18, 2, 160, 2, 1)
+  X(18, 2, 160, 2, 1)                                                 \
+  X(19, 2, 192, 4, 2) /* eight share: fewest bytes from L2         */ \
+  X(20, 2, 192, 2, 4)                                                 \
+  X(21, 2, 128, 4, 2)
 
 // The decode kernel's row blocks and splits of K. Index 0 stands for the automatic choice.
 // X(index, row panels of 64 per CTA, CTAs that share the K of a row block)

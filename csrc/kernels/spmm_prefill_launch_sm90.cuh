@@ -15,7 +15,7 @@ constexpr const char* kOp = "sparsekern.linear (prefill)";
 // device.
 template <class Cfg>
 Status resident_clusters(int cluster_ctas, int& count) {
-  constexpr int kDevices = 64, kSizes = 5;
+  constexpr int kDevices = 64, kSizes = 9;  // clusters of up to 8
   static int cache[kDevices][kSizes] = {};
   int device = 0;
   SK_CUDA(kOp, cudaGetDevice(&device));
