@@ -35,6 +35,9 @@ def make_parser():
         "--providers", default="cuda,dense,cusparselt",
         help="also: cuda-mma, triton (and cpu for dry runs)",
     )
+    result.add_argument("--seconds", type=float, metavar="S",
+                        help="of timing per cell, for large grids (default: until the medians are "
+                        "known to 0.5 %%, 0.1 to 2.4 s)")  # fmt: skip
     result.add_argument("--sweep", nargs="?", const="picked", choices=("picked", "mma"),
                         help="time every config of the kernels and judge the one that is picked; "
                         "mma: those of the mma.sp kernel, whatever the GPU")
@@ -59,7 +62,7 @@ def main(path, arguments=()) -> int:
         with Monitor() as monitor:
             read = bandwidths(run)["read_tb_s"]
             names = {dtype: _providers(run, dtype, args.providers.split(",")) for dtype in dtypes}
-            skipped = _grid(run, monitor, jobs, names, failures)
+            skipped = _grid(run, monitor, jobs, names, failures, args.seconds)
         lines = results.summary(results.cells(run.records), read)
         if skipped:
             lines.append(f"not measured: {', '.join(skipped)}")
@@ -88,7 +91,9 @@ def _providers(run: Run, dtype, names) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _grid(run: Run, monitor: Monitor, jobs, names, failures: list[str]) -> list[str]:
+def _grid(
+    run: Run, monitor: Monitor, jobs, names, failures: list[str], seconds: float | None
+) -> list[str]:
     """Measures all cells for which there is time; returns the names of the others."""
     skipped: list[str] = []
     dead = False
@@ -96,7 +101,7 @@ def _grid(run: Run, monitor: Monitor, jobs, names, failures: list[str]) -> list[
         case = dict(op="linear", out_features=shape.out_features, in_features=shape.in_features,
                     dtype=_name(dtype))  # fmt: skip
         wanted = [n for n in tokens_list if not run.has(**case, tokens=n)]
-        layer = None
+        layer, rule = None, stop_rule(kind, run.quick, seconds)
         for tokens in wanted:
             what = f"{shape} {kind} {_name(dtype)} {tokens} tokens"
             if dead or run.left < MARGIN_S:
@@ -105,7 +110,7 @@ def _grid(run: Run, monitor: Monitor, jobs, names, failures: list[str]) -> list[
             try:
                 with watchdog(HANG_S):
                     layer = layer or Layer(shape, dtype, run.device, names[dtype])
-                    _cell(run, monitor, layer, {**case, "tokens": tokens}, kind, failures)
+                    _cell(run, monitor, layer, {**case, "tokens": tokens}, rule, failures)
             except (RuntimeError, NotImplementedError) as error:
                 failures.append(f"{what}: {error}")
                 run.say(failures[-1])
@@ -113,7 +118,9 @@ def _grid(run: Run, monitor: Monitor, jobs, names, failures: list[str]) -> list[
     return skipped
 
 
-def _cell(run: Run, monitor: Monitor, layer: Layer, case: dict, kind: str, failures) -> None:
+def _cell(
+    run: Run, monitor: Monitor, layer: Layer, case: dict, rule: timing.StopRule, failures
+) -> None:
     tokens = case["tokens"]
     x = layer.inputs(tokens)
     checks = {}
@@ -128,7 +135,7 @@ def _cell(run: Run, monitor: Monitor, layer: Layer, case: dict, kind: str, failu
     monitor.clear()
     times = timing.compare(
         {name: layer.calls(name, x) for name in checks},
-        run.timer, stop_rule(kind, run.quick), warm_s=0.1 if kind == "prefill" else 0.05,
+        run.timer, rule, warm_s=rule.min_s / 8 if tokens > 64 else min(0.05, rule.min_s / 2),
     )  # fmt: skip
     during = monitor.medians()
     traffic = x.nbytes + tokens * layer.shape.out_features * x.element_size()
@@ -144,8 +151,10 @@ def _cell(run: Run, monitor: Monitor, layer: Layer, case: dict, kind: str, failu
     run.say(f"{cell}: {text} us, ratios {results.ratio_cell(cell, True)}; {state}")
 
 
-def stop_rule(kind: str, quick: bool) -> timing.StopRule:
+def stop_rule(kind: str, quick: bool, seconds: float | None = None) -> timing.StopRule:
     """Decode needs precision; prefill also time, until the power limit holds the clocks."""
+    if seconds is not None:
+        return timing.StopRule(0.005, min_rounds=3, min_s=seconds, budget_s=seconds)
     if kind == "decode":
         return timing.StopRule(0.005, min_rounds=10 if quick else 30, min_s=0.1, budget_s=1.0)
     seconds = 0.3 if quick else 0.8

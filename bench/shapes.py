@@ -29,6 +29,12 @@ SHAPES = (
     Shape("70b", "o", 8192, 8192),
     Shape("70b", "gate+up", 57344, 8192),
     Shape("70b", "down", 8192, 28672),
+    Shape("3b", "qkv", 5120, 3072),
+    Shape("3b", "o", 3072, 3072),
+    Shape("3b", "gate+up", 16384, 3072),
+    Shape("3b", "down", 3072, 8192),
+    Shape("1b", "qkv", 3072, 2048),
+    Shape("1b", "gate+up", 16384, 2048),
     Shape("1b", "q, o", 2048, 2048),
     Shape("1b", "gate, up", 8192, 2048),
     Shape("1b", "down", 2048, 8192),
@@ -44,8 +50,8 @@ def select(names: str | None, kind: str, quick: bool = False) -> list[Shape]:
     """Shapes by name: "8b,70b" (models) or "4096x4096,100x64" (any sizes, also others).
 
     Args:
-        names: comma-separated; None for all of this kind (the 1B model only decodes), or for
-            QUICK_SHAPES with `quick`.
+        names: comma-separated; None for 8b and 70b, and 1b if it decodes, or for QUICK_SHAPES with
+            `quick`.
         kind: "decode" or "prefill".
     Raises:
         ValueError: neither a model nor OUTxIN.

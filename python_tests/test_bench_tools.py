@@ -42,7 +42,8 @@ ENV = {"schema": 1, "time": "2026-01-01T00:00:00Z", "git": "a" * 40, "dirty": Fa
 def test_select_shapes():
     assert [str(s) for s in shapes.select("8b", "decode")] == [
         "6144x4096", "4096x4096", "28672x4096", "4096x14336"]  # fmt: skip
-    assert len(shapes.select(None, "decode")) == 11 and len(shapes.select(None, "prefill")) == 8
+    assert len(shapes.select(None, "decode")) == 13 and len(shapes.select(None, "prefill")) == 8
+    assert [s.layer for s in shapes.select("3b", "prefill")] == ["qkv", "o", "gate+up", "down"]
     assert [str(s) for s in shapes.select(None, "decode", True)] == list(shapes.QUICK_SHAPES)
     found = shapes.select("4096x4096,100x64,8b", "prefill")
     assert [str(s) for s in found][:2] == ["4096x4096", "100x64"] and len(found) == 5
@@ -108,6 +109,12 @@ def test_monitor_reads_what_nvidia_smi_prints():
                                     "power_draw_w": 450.5, "temperature_c": 61}  # fmt: skip
         reader.clear()
         assert reader.medians() == {}
+
+
+def test_a_large_grid_gets_the_seconds_that_are_asked_for():
+    default, quick = (bench_linear.stop_rule("prefill", flag) for flag in (False, True))
+    asked = bench_linear.stop_rule("prefill", False, 0.05)
+    assert asked.min_s == asked.budget_s == 0.05 < quick.min_s < default.min_s
 
 
 # ---- results and tables --------------------------------------------------------------------------
