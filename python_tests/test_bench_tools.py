@@ -48,7 +48,7 @@ def test_select_shapes():
     found = shapes.select("4096x4096,100x64,8b", "prefill")
     assert [str(s) for s in found][:2] == ["4096x4096", "100x64"] and len(found) == 5
     assert found[0].model == "8b" and found[1].model == ""
-    with pytest.raises(ValueError, match="8b, 70b, 1b or OUTxIN, got '7b'"):
+    with pytest.raises(ValueError, match="8b, 70b, 3b, 1b or OUTxIN, got '7b'"):
         shapes.select("7b", "decode")
 
 
