@@ -1,6 +1,7 @@
 """prune.refine against the exact least-squares fit in float64, and its place in prune_model."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -54,6 +55,15 @@ def test_every_step_lowers_the_error_and_keeps_the_mask():
         values.append(objective(w, got, hessian.matrix, 0.01))
     assert all(after < before for before, after in zip(values, values[1:]))
     assert torch.equal(refine(w, pruned, mask, hessian, steps=0), pruned)
+
+
+def test_rows_are_solved_in_parts(monkeypatch):
+    w, hessian = make_layer(10, 32)
+    mask = magnitude_mask(w)
+    whole = refine(w, w * mask, mask, hessian, steps=8)
+    module = sys.modules["sparsekern.prune.refine"]
+    monkeypatch.setattr(module, "_ELEMENTS", 3 * 32)
+    torch.testing.assert_close(refine(w, w * mask, mask, hessian, steps=8), whole)
 
 
 def test_inputs_that_were_always_zero_keep_their_weights():

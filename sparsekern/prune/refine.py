@@ -18,6 +18,7 @@ from .hessian import Hessian, as_matrix, exact_float32
 from .masks import check_no_nan
 
 _OP = "sparsekern.prune.refine"
+_ELEMENTS = 2**26  # of the rows that are solved at a time: six float32 matrices of that size
 
 
 def refine(
@@ -64,20 +65,30 @@ def refine(
         free = mask & (h.diagonal() > 0)
         a = h.clone()
         a.diagonal().add_(damp)
-        inverse_diagonal = a.diagonal().clamp(min=torch.finfo(torch.float32).tiny).reciprocal()
-        x = pruned.detach().float() * mask
-        r = ((w.detach().float() - x) @ a).mul_(free)
-        z = r * inverse_diagonal
-        p, rz = z.clone(), (r * z).sum(dim=1)
-        for _ in range(steps):
-            q = (p @ a).mul_(free)
-            alpha = _ratio(rz, (p * q).sum(dim=1))
-            x.addcmul_(alpha[:, None], p)
-            r.addcmul_(alpha[:, None], q, value=-1)
-            torch.mul(r, inverse_diagonal, out=z)
-            previous, rz = rz, (r * z).sum(dim=1)
-            p.mul_(_ratio(rz, previous)[:, None]).add_(z)
-        return x.to(pruned.dtype)
+        result = torch.empty(shape, dtype=pruned.dtype, device=w.device)
+        rows = max(1, _ELEMENTS // max(1, shape[1]))
+        for i in range(0, shape[0], rows):
+            part = slice(i, i + rows)
+            x = pruned[part].detach().float() * mask[part]
+            result[part] = _solve(w[part].detach().float(), x, free[part], a, steps)
+        return result
+
+
+def _solve(w: Tensor, x: Tensor, free: Tensor, a: Tensor, steps: int) -> Tensor:
+    """x, moved in place towards the minimum of tr((w − x) a (w − x)ᵀ) over the free weights."""
+    inverse_diagonal = a.diagonal().clamp(min=torch.finfo(torch.float32).tiny).reciprocal()
+    r = ((w - x) @ a).mul_(free)
+    z = r * inverse_diagonal
+    p, rz = z.clone(), (r * z).sum(dim=1)
+    for _ in range(steps):
+        q = (p @ a).mul_(free)
+        alpha = _ratio(rz, (p * q).sum(dim=1))
+        x.addcmul_(alpha[:, None], p)
+        r.addcmul_(alpha[:, None], q, value=-1)
+        torch.mul(r, inverse_diagonal, out=z)
+        previous, rz = rz, (r * z).sum(dim=1)
+        p.mul_(_ratio(rz, previous)[:, None]).add_(z)
+    return x
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
