@@ -245,20 +245,23 @@ unsigned long long capture_id(Address stream) {
   return capture == cudaStreamCaptureStatusActive ? id : 0;
 }
 
-// SK_PREFILL_CONFIGS in the words of Python: [{index, rows, tokens, cluster_rows, cluster_tokens}].
+// SK_PREFILL_CONFIGS in the words of Python: [{index, rows, tokens, cluster_rows, cluster_tokens,
+// streamed}].
 py::list prefill_configs() {
   py::list configs;
-  const auto add = [&configs](int index, int panels, int tokens, int cluster_m, int cluster_n) {
+  const auto add = [&configs](int index, int panels, int tokens, int cluster_m, int cluster_n,
+                              bool streamed) {
     py::dict config;
     config["index"] = index;
     config["rows"] = 128 * panels;
     config["tokens"] = tokens;
     config["cluster_rows"] = cluster_m;
     config["cluster_tokens"] = cluster_n;
+    config["streamed"] = streamed;
     configs.append(config);
   };
-#define SK_ADD(index, panels, tokens, cluster_m, cluster_n) \
-  add(index, panels, tokens, cluster_m, cluster_n);
+#define SK_ADD(index, panels, tokens, cluster_m, cluster_n, streamed) \
+  add(index, panels, tokens, cluster_m, cluster_n, streamed);
   SK_PREFILL_CONFIGS(SK_ADD)
 #undef SK_ADD
   return configs;

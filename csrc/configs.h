@@ -1,34 +1,44 @@
 // configs.h: the one list of kernel configurations. It makes the instantiations, the dispatch, the
 // tests' parameters and the sweep.
 //
-// X(index, panels per consumer, BLOCK_N tokens, cluster along out_features, cluster along tokens)
+// X(index, panels per consumer, BLOCK_N tokens, cluster along out_features, cluster along tokens,
+//   streamed)
 // BLOCK_M = 128 * panels. A cluster of CM x CN shares x among its CM rows and the weights among its
-// CN columns.
+// CN columns. Streamed: the tiles of the last, partly filled wave are laid end to end along K, and
+// every cluster takes an equal piece of that; otherwise each tile is cut into equal parts, if there
+// are clusters for two parts or more.
 #pragma once
 
-#define SK_PREFILL_CONFIGS(X)                                         \
-  X(0, 2, 192, 1, 1) /* 256 x 192: most FLOPs per byte            */  \
-  X(1, 2, 192, 2, 1)                                                  \
-  X(2, 2, 192, 1, 2)                                                  \
-  X(3, 2, 192, 2, 2)                                                  \
-  X(4, 2, 192, 4, 1)                                                  \
-  X(5, 2, 128, 1, 1) /* 256 x 128: fills the chip at fewer tokens */  \
-  X(6, 2, 128, 2, 1)                                                  \
-  X(7, 2, 128, 1, 2)                                                  \
-  X(8, 2, 128, 2, 2)                                                  \
-  X(9, 2, 64, 1, 1) /* 256 x 64                                  */   \
-  X(10, 2, 64, 2, 1)                                                  \
-  X(11, 1, 256, 1, 1) /* 128 x 256: few out_features               */ \
-  X(12, 1, 256, 2, 1)                                                 \
-  X(13, 1, 256, 4, 1)                                                 \
-  X(14, 1, 128, 1, 1) /* 128 x 128                                 */ \
-  X(15, 1, 128, 2, 1)                                                 \
-  X(16, 2, 96, 1, 1)                                                  \
-  X(17, 2, 160, 1, 1)                                                 \
-  X(18, 2, 160, 2, 1)                                                 \
-  X(19, 2, 192, 4, 2) /* eight share: fewest bytes from L2         */ \
-  X(20, 2, 192, 2, 4)                                                 \
-  X(21, 2, 128, 4, 2)
+#define SK_PREFILL_CONFIGS(X)                                           \
+  X(0, 2, 192, 1, 1, 0) /* 256 x 192: most FLOPs per byte */            \
+  X(1, 2, 192, 2, 1, 0)                                                 \
+  X(2, 2, 192, 1, 2, 0)                                                 \
+  X(3, 2, 192, 2, 2, 0)                                                 \
+  X(4, 2, 192, 4, 1, 0)                                                 \
+  X(5, 2, 128, 1, 1, 0) /* 256 x 128: fills the chip at fewer tokens */ \
+  X(6, 2, 128, 2, 1, 0)                                                 \
+  X(7, 2, 128, 1, 2, 0)                                                 \
+  X(8, 2, 128, 2, 2, 0)                                                 \
+  X(9, 2, 64, 1, 1, 0) /* 256 x 64 */                                   \
+  X(10, 2, 64, 2, 1, 0)                                                 \
+  X(11, 1, 256, 1, 1, 0) /* 128 x 256: few out_features */              \
+  X(12, 1, 256, 2, 1, 0)                                                \
+  X(13, 1, 256, 4, 1, 0)                                                \
+  X(14, 1, 128, 1, 1, 0) /* 128 x 128 */                                \
+  X(15, 1, 128, 2, 1, 0)                                                \
+  X(16, 2, 96, 1, 1, 0)                                                 \
+  X(17, 2, 160, 1, 1, 0)                                                \
+  X(18, 2, 160, 2, 1, 0)                                                \
+  X(19, 2, 192, 4, 2, 0) /* eight share: fewest bytes from L2 */        \
+  X(20, 2, 192, 2, 4, 0)                                                \
+  X(21, 2, 128, 4, 2, 0)                                                \
+  X(22, 2, 192, 1, 1, 1)                                                \
+  X(23, 2, 192, 2, 1, 1)                                                \
+  X(24, 2, 128, 1, 1, 1)                                                \
+  X(25, 2, 128, 2, 1, 1)                                                \
+  X(26, 1, 128, 1, 1, 1)                                                \
+  X(27, 2, 96, 1, 1, 1)                                                 \
+  X(28, 2, 64, 1, 1, 1)
 
 // The decode kernel's row blocks and splits of K. Index 0 stands for the automatic choice.
 // X(index, row panels of 64 per CTA, CTAs that share the K of a row block)

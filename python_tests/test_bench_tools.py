@@ -405,7 +405,8 @@ def test_sweep_times_every_config_and_drops_a_wrong_one(
         decode_configs = staticmethod(lambda: [
             {"index": i, "rows": 256, "split": split} for i, split in ((1, 1), (2, 2), (3, 4))])
         prefill_configs = staticmethod(lambda: [
-            {"index": 0, "rows": 256, "tokens": 192, "cluster_rows": 2, "cluster_tokens": 1}])
+            {"index": 0, "rows": 256, "tokens": 192, "cluster_rows": 2, "cluster_tokens": 1,
+             "streamed": False}])
         mma_configs = staticmethod(lambda: [
             {"index": 0, "rows": 64, "tokens": 8, "warps_rows": 2, "warps_tokens": 1, "split": 4,
              "stages": 4}])

@@ -34,7 +34,7 @@ def native(monkeypatch, tmp_path):
         prefill_workspace_bytes=lambda: 64,
         PREFILL_COUNTER_BYTES=16,
         prefill_configs=lambda: [
-            dict(zip(("rows", "tokens", "cluster_rows", "cluster_tokens"), tile), index=i)
+            tile._asdict() | {"index": i}
             for i, tile in enumerate(TIMES)
         ],
         decode_configs=lambda: [{"index": i, "rows": 64 * i, "split": 2 * i} for i in (1, 2)],

@@ -24,11 +24,12 @@ H100 = 132  # multiprocessors
 
 
 def tiles_of_the_source():
-    """The entries of SK_PREFILL_CONFIGS: X(index, panels, tokens, cluster rows, cluster tokens)."""
-    found = re.findall(r"X\((\d+), (\d+), (\d+), (\d+), (\d+)\)", CONFIGS.read_text())
+    """The entries of SK_PREFILL_CONFIGS: X(index, panels, tokens, cluster rows, cluster tokens,
+    streamed)."""
+    found = re.findall(r"X\((\d+), (\d+), (\d+), (\d+), (\d+), ([01])\)", CONFIGS.read_text())
     rows = [tuple(map(int, entry)) for entry in found]
     assert [row[0] for row in rows] == list(range(len(rows))), "indices count up from 0"
-    return [Tile(128 * panels, *rest) for _, panels, *rest in rows]
+    return [Tile(128 * panels, *rest, bool(last)) for _, panels, *rest, last in rows]
 
 
 def test_every_tile_is_compiled():
@@ -38,6 +39,7 @@ def test_every_tile_is_compiled():
 
 def test_names():
     assert str(Tile(256, 192, 2, 1)) == "256x192 cluster 2x1"
+    assert str(Tile(256, 192, 2, 1, True)) == "256x192 cluster 2x1, streamed"
 
 
 def test_resident_clusters():

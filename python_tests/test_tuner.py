@@ -284,7 +284,7 @@ def stand_in(monkeypatch, tmp_path):
         decode_configs=lambda: [{"index": i, "rows": 128, "split": i} for i in (1, 2)],
         mma_configs=lambda: [],
         prefill_configs=lambda: [
-            dict(zip(("rows", "tokens", "cluster_rows", "cluster_tokens"), tile), index=i)
+            tile._asdict() | {"index": i}
             for i, tile in enumerate(tiles)
         ],
     )

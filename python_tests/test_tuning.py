@@ -207,18 +207,22 @@ def test_shipped_tables_are_whole_and_name_variants_of_the_source(monkeypatch):
     """Every cell of every shipped file, if there is one, names a line of csrc/configs.h."""
     import re
 
-    from sparsekern.heuristics import Tile
+    from sparsekern.heuristics import MmaTile, Tile
 
     source = (ROOT / "csrc" / "configs.h").read_text()
+    entries = [
+        tuple(map(int, numbers.split(", "))) for numbers in re.findall(r"X\(([\d, ]+)\)", source)
+    ]
     names = {
-        f"prefill {Tile(128 * int(panels), *map(int, rest))}"
-        for panels, *rest in re.findall(r"X\(\d+, (\d+), (\d+), (\d+), (\d+)\)", source)
+        f"prefill {Tile(128 * panels, *rest, bool(streamed))}"
+        for _, panels, *rest, streamed in (entry for entry in entries if len(entry) == 6)
     }
+    names |= {f"mma {MmaTile(*entry[1:])}" for entry in entries if len(entry) == 7}
     names |= {
         f"decode {64 * int(panels)} rows, split {split}"
-        for panels, split in re.findall(r"X\(\d+, (\d+), (\d+)\)", source)
+        for _, panels, split in (entry for entry in entries if len(entry) == 3)
     }
-    assert len(names) == 27
+    assert len(names) == len(entries) > 40
     for path in (ROOT / "sparsekern" / "tables").glob("*.json"):
         content = json.loads(path.read_text())
         assert content["version"] == tuning.VERSION and content["entries"]
@@ -227,4 +231,4 @@ def test_shipped_tables_are_whole_and_name_variants_of_the_source(monkeypatch):
                 for cells in shapes.values():
                     for tokens, (name, _) in cells.items():
                         assert name in names, (path.name, name)
-                        assert tokens <= 64 or name.startswith("prefill")
+                        assert tokens <= 64 or not name.startswith("decode")

@@ -36,6 +36,7 @@ class PrefillConfig(TypedDict):
     tokens: int  # tokens of a tile
     cluster_rows: int  # tiles of a cluster along out_features
     cluster_tokens: int  # and along tokens
+    streamed: bool  # the last wave is shared evenly along in_features
 
 class DecodeConfig(TypedDict):
     index: int  # what `decode` takes as config

@@ -117,7 +117,7 @@ def supported(x, w24):
 def _tiles():
     """{Tile: config index} of the native module."""
     return {
-        Tile(c["rows"], c["tokens"], c["cluster_rows"], c["cluster_tokens"]): c["index"]
+        Tile(*(c[field] for field in Tile._fields)): c["index"]
         for c in _native.module().prefill_configs()
     }
 

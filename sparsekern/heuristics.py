@@ -53,10 +53,12 @@ class Tile(NamedTuple):
     tokens: int
     cluster_rows: int
     cluster_tokens: int
+    streamed: bool = False  # how the last wave is shared: see SK_PREFILL_CONFIGS
 
     def __str__(self) -> str:
         cluster = f"{self.cluster_rows}x{self.cluster_tokens}"
-        return f"{self.rows}x{self.tokens} cluster {cluster}"
+        text = f"{self.rows}x{self.tokens} cluster {cluster}"
+        return f"{text}, streamed" if self.streamed else text
 
 
 class Times(NamedTuple):

@@ -82,6 +82,65 @@ __device__ __forceinline__ void exchange_sums(Accumulators<Cfg>& d,
   }
 }
 
+// The same for a tile of a streamed rest. Returns false when another cluster finishes the tile; this
+// one has then given away its sums.
+template <class Cfg>
+__device__ __forceinline__ bool gather_streamed(Accumulators<Cfg>& d,
+                                                const Params<typename Cfg::T>& p,
+                                                const Smem<Cfg>& smem, int consumer) {
+  constexpr int kBlocks = Cfg::kTokens / kRoundedTokens, kVectors = Cfg::kPanels * 4;
+  const int index = ptx::load_shared_int4(smem.progress(consumer)).z, thread = threadIdx.x % 128;
+  const int cluster = (index - p.whole_tiles) % p.clusters;
+  const int ctas = p.cluster.m * p.cluster.n, rank = ptx::cluster_cta_rank();
+  const WorkItem item = work_item<Cfg>(p, index);
+  const int tile = item.tile - p.whole_tiles;
+  const auto partial = [&](int of_cluster, int block) {
+    return p.partials +
+           ((static_cast<size_t>(of_cluster * ctas + rank) * kBlocks + block) * kConsumers +
+            consumer) *
+               kVectors * 128 +
+           thread;
+  };
+  uint32_t* counter = p.counters + ((tile * ctas + rank) * kConsumers + consumer) * 2;
+  if (item.k_end < p.extent.k_tiles) {
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      float4* to = partial(cluster, block);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const float* from = &d[v / 4][block * 16 + v % 4 * 4];
+        __stcg(to + v * 128, make_float4(from[0], from[1], from[2], from[3]));
+      }
+    }
+    __threadfence();
+    ptx::named_barrier_sync(1 + consumer, 128);
+    if (thread == 0) atomicAdd(counter, 1u);
+    return false;
+  }
+  const int first = cluster_of_unit(p, tile * p.extent.k_tiles);
+  if (first == cluster) return true;
+  if (thread == 0) {
+    while (ptx::load_acquire(counter) != static_cast<uint32_t>(cluster - first)) {
+    }
+    counter[0] = 0;  // nobody else counts on it; the next launch finds zero
+  }
+  ptx::named_barrier_sync(1 + consumer, 128);
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll 1
+    for (int other = first; other < cluster; ++other) {
+      const float4* from = partial(other, block);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const float4 add = __ldcg(from + v * 128);
+        float* to = &d[v / 4][block * 16 + v % 4 * 4];
+        to[0] += add.x, to[1] += add.y, to[2] += add.z, to[3] += add.w;
+      }
+    }
+  }
+  return true;
+}
+
 // Two ways from the accumulators of one consumer to y. Bias alone and 16-byte aligned rows: add,
 // round, transpose through smem with stmatrix, 32 tokens at a time, and leave the rest to the copy
 // engine, which clips at the ends of y. Everything else: stage float32 sums, 16 tokens at a time, and
@@ -187,8 +246,12 @@ template <class Cfg>
 __device__ __forceinline__ void store_tile(Accumulators<Cfg>& d, const CUtensorMap* y_map,
                                            const Params<typename Cfg::T>& p, const Smem<Cfg>& smem,
                                            int consumer) {
-  if (p.splits > 1 && ptx::load_shared_int4(smem.progress(consumer)).z >= p.whole_tiles)
-    exchange_sums<Cfg>(d, p, smem, consumer);
+  const bool rest = ptx::load_shared_int4(smem.progress(consumer)).z >= p.whole_tiles;
+  if constexpr (Cfg::kStreamed) {
+    if (rest && !gather_streamed<Cfg>(d, p, smem, consumer)) return;
+  } else {
+    if (p.splits > 1 && rest) exchange_sums<Cfg>(d, p, smem, consumer);
+  }
   if (p.whole_boxes) store_rounded<Cfg>(d, y_map, p, smem, consumer);
   else store_activated<Cfg>(d, p, smem, consumer);
 }

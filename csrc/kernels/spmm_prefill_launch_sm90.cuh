@@ -52,6 +52,16 @@ inline int choose_splits(int rest, int resident, int k_tiles, int token_blocks) 
   return splits < 1 ? 1 : splits;
 }
 
+// The column tiles of all tiles of the last wave, when streaming them gives every cluster a few; 0
+// when there is nothing to share out, or so much that products of it would not fit 32 bits.
+inline int choose_stream(int rest, int resident, int k_tiles) {
+  constexpr int kFewestTiles = 4;
+  const int64_t units = static_cast<int64_t>(rest) * k_tiles;
+  const bool fits = (units + 1) * (resident + 1) < int64_t{1} << 31;
+  return fits && units >= static_cast<int64_t>(kFewestTiles) * resident ? static_cast<int>(units)
+                                                                        : 0;
+}
+
 // With fewer waves of tiles the clusters do not drift apart enough to be kept in step.
 constexpr int kWavesToDrift = 3;
 
@@ -59,9 +69,9 @@ constexpr int kWavesToDrift = 3;
 // configs.h has BLOCK_M * BLOCK_N = 256 * 192.
 constexpr size_t kTileBytes = 256 * 192 * sizeof(float);
 
-template <class T, int kPanels, int kTokens>
+template <class T, int kPanels, int kTokens, bool kStreamed>
 Status launch(const LinearProblem& p, ClusterShape cluster, void* workspace, cudaStream_t stream) {
-  using Cfg = Config<T, kPanels, kTokens>;
+  using Cfg = Config<T, kPanels, kTokens, kStreamed>;
   static_assert(Cfg::kRows * kTokens * sizeof(float) <= kTileBytes);
   CUtensorMap x_map;
   SK_RETURN_IF_ERROR(make_activation_map(kOp, x_map, p, kTokens / cluster.m));
@@ -87,11 +97,22 @@ Status launch(const LinearProblem& p, ClusterShape cluster, void* workspace, cud
   const int64_t tiles = static_cast<int64_t>(params.tile_rows) * params.tile_columns;
   SK_CHECK_REL(kOp, tiles, <, int64_t{1} << 31, "Split the tokens.");
   const int rest = static_cast<int>(tiles % resident);
-  params.splits =
-      workspace ? choose_splits(rest, resident, params.extent.k_tiles, kTokens / kRoundedTokens)
-                : 1;
-  params.whole_tiles = static_cast<int>(tiles) - (params.splits > 1 ? rest : 0);
-  const int64_t items = params.whole_tiles + (tiles - params.whole_tiles) * params.splits;
+  int64_t rest_items = 0;
+  if constexpr (kStreamed) {
+    params.stream_units = workspace ? choose_stream(rest, resident, params.extent.k_tiles) : 0;
+    if (params.stream_units == 0)
+      return launch<T, kPanels, kTokens, false>(p, cluster, workspace, stream);
+    params.splits = 1;
+    rest_items = int64_t{2} * resident;
+  } else {
+    params.splits =
+        workspace ? choose_splits(rest, resident, params.extent.k_tiles, kTokens / kRoundedTokens)
+                  : 1;
+    if (params.splits > 1) rest_items = int64_t{rest} * params.splits;
+  }
+  const bool shared = rest_items > 0;
+  params.whole_tiles = static_cast<int>(tiles) - (shared ? rest : 0);
+  const int64_t items = params.whole_tiles + rest_items;
   params.clusters = items < resident ? static_cast<int>(items) : resident;
   params.counters = static_cast<uint32_t*>(workspace);
   params.partials =
@@ -111,7 +132,7 @@ Status launch(const LinearProblem& p, ClusterShape cluster, void* workspace, cud
   attributes[1].id = cudaLaunchAttributeCooperative;
   attributes[1].val.cooperative = 1;
   config.attrs = attributes;
-  config.numAttrs = params.splits > 1 || params.in_step ? 2 : 1;
+  config.numAttrs = shared || params.in_step ? 2 : 1;
   (void)cudaLaunchKernelEx(&config, spmm_prefill_sm90_kernel<Cfg>, x_map, y_map, params);
   return launch_status(kOp, "spmm_prefill_sm90_kernel", config.gridDim, config.blockDim,
                        Cfg::kSmemBytes);
@@ -120,9 +141,9 @@ Status launch(const LinearProblem& p, ClusterShape cluster, void* workspace, cud
 template <class T>
 Status launch_config(const LinearProblem& p, int config, void* workspace, cudaStream_t stream) {
   switch (config) {
-#define SK_CASE(index, panels, tokens, cluster_m, cluster_n) \
-  case index:                                                \
-    return launch<T, panels, tokens>(p, {cluster_m, cluster_n}, workspace, stream);
+#define SK_CASE(index, panels, tokens, cluster_m, cluster_n, streamed) \
+  case index:                                                          \
+    return launch<T, panels, tokens, streamed>(p, {cluster_m, cluster_n}, workspace, stream);
     SK_PREFILL_CONFIGS(SK_CASE)
 #undef SK_CASE
   }

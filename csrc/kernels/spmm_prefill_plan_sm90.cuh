@@ -18,10 +18,11 @@ constexpr int kSlots = 3;       // ... and steps whose copies to y may be under 
 constexpr int kSumTokens = 16;  // tokens per step when it stages float32 sums
 constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
 
-// kPanels: m64 tiles per consumer. kTokens: BLOCK_N.
-template <class T_, int kPanels_, int kTokens_>
+// kPanels: m64 tiles per consumer. kTokens: BLOCK_N. kStreamed: the last wave is streamed (below).
+template <class T_, int kPanels_, int kTokens_, bool kStreamed_>
 struct Config {
   using T = T_;
+  static constexpr bool kStreamed = kStreamed_;
   static constexpr int kPanels = kPanels_;
   static constexpr int kTilePanels = kPanels * kConsumers;
   static constexpr int kRows = kTilePanels * tile64::kRows;  // BLOCK_M
@@ -61,6 +62,7 @@ struct Params {
   int tile_rows, tile_columns;  // cluster tiles along M and N
   int whole_tiles;              // cluster tiles that one cluster does alone
   int splits;                   // parts of K that each of the others is cut into
+  int stream_units;             // column tiles of all of the others, when they are streamed
   bool whole_boxes;             // y takes boxes of rounded values from the copy engine
   uint32_t* in_step;            // clusters that began an item, that ended; null: nobody waits
   float4* partials;    // [CTA tile of the rest][split][token block][consumer][kPanels * 4][128]
@@ -106,18 +108,62 @@ struct WorkItem {
   int tile, split, k_begin, k_end;
 };
 
-template <class T>
-__device__ __forceinline__ int work_items(const Params<T>& p) {
+template <class Cfg>
+__host__ __device__ __forceinline__ int work_items(const Params<typename Cfg::T>& p) {
+  if constexpr (Cfg::kStreamed) return p.whole_tiles + 2 * p.clusters;
   return p.whole_tiles + (p.tile_rows * p.tile_columns - p.whole_tiles) * p.splits;
 }
 
+// A streamed rest (stream-K): its tiles' column tiles lie end to end, and cluster c takes those from
+// first_unit(c) to first_unit(c + 1). A piece is at most one tile long, so it meets one tile or two.
+//
+//   tile      |       t        |      t + 1     |
+//   cluster   |   c - 1   |     c     |   c + 1 |
+//   of c                  | 2nd | 1st |
+//
+// The cluster with the end of a tile finishes it; the others give it their sums. Each cluster first
+// does what others finish, so nobody waits for somebody who waits.
 template <class T>
-__device__ __forceinline__ WorkItem work_item(const Params<T>& p, int index) {
+__host__ __device__ __forceinline__ int first_unit(const Params<T>& p, int cluster) {
+  return cluster * p.stream_units / p.clusters;
+}
+template <class T>
+__host__ __device__ __forceinline__ int cluster_of_unit(const Params<T>& p, int unit) {
+  return ((unit + 1) * p.clusters - 1) / p.stream_units;
+}
+
+// Its first (0) or second (1) item; the second is empty when the piece lies in one tile.
+template <class T>
+__host__ __device__ __forceinline__ WorkItem streamed_item(const Params<T>& p, int cluster,
+                                                           int which) {
+  const int k_tiles = p.extent.k_tiles;
+  const int begin = first_unit(p, cluster), end = first_unit(p, cluster + 1);
+  const int tile = begin / k_tiles, start = tile * k_tiles;
+  if (end <= start + k_tiles)
+    return {p.whole_tiles + tile, 0, begin - start, which ? begin - start : end - start};
+  if (which) return {p.whole_tiles + tile, 0, begin - start, k_tiles};
+  return {p.whole_tiles + tile + 1, 0, 0, end - start - k_tiles};
+}
+
+template <class Cfg>
+__host__ __device__ __forceinline__ WorkItem work_item(const Params<typename Cfg::T>& p,
+                                                       int index) {
   const int rest = index - p.whole_tiles, k_tiles = p.extent.k_tiles;
   if (rest < 0) return {index, 0, 0, k_tiles};
+  if constexpr (Cfg::kStreamed) return streamed_item(p, rest % p.clusters, rest / p.clusters);
   const int split = rest % p.splits;
   return {p.whole_tiles + rest / p.splits, split, k_tiles * split / p.splits,
           k_tiles * (split + 1) / p.splits};
+}
+
+// Whether a cluster has another item after this one.
+template <class Cfg>
+__host__ __device__ __forceinline__ bool has_next(const Params<typename Cfg::T>& p, int index) {
+  const int next = index + p.clusters;
+  if (next >= work_items<Cfg>(p)) return false;
+  if (!Cfg::kStreamed || next < p.whole_tiles + p.clusters) return true;
+  const WorkItem item = work_item<Cfg>(p, next);
+  return item.k_begin < item.k_end;
 }
 
 struct TilePosition {

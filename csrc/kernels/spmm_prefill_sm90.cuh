@@ -27,9 +27,11 @@
 //
 // Work: a persistent grid walks the tiles in step: no cluster begins its wave n before every cluster
 // has begun its wave n - 1, or what they read together would no longer meet in L2. The last, partly
-// filled wave is cut along K so that every CTA has a share of it (few tokens: it is all there is). The CTAs that share a tile
-// exchange float32 sums through global memory and each finishes the token blocks that it owns,
-// adding the others in a fixed order.
+// filled wave (few tokens: it is all there is) is shared out along K. Either its tiles are cut into
+// equal parts, as many as there are clusters for; the CTAs that share a tile exchange float32 sums
+// through global memory and each finishes the token blocks that it owns. Or, streamed, every cluster
+// takes an equal piece of all of it, and the one with the end of a tile finishes that. Both add in a
+// fixed order.
 //
 // Timeline of a consumer: issue stage s - commit - wait full[s+1], load its metadata - wait until
 // stage s-1 is done - release it. One group is always in flight, and the metadata is there when the
@@ -53,7 +55,7 @@ __device__ __forceinline__ void produce_x(const CUtensorMap* x_map,
   const uint16_t mask = ((1u << p.cluster.m) - 1)
                         << (rank - cluster_m);  // every CTA of my column of the cluster
   const int share = Cfg::kTokens / p.cluster.m;
-  const WorkItem item = work_item(p, index);
+  const WorkItem item = work_item<Cfg>(p, index);
   const TilePosition tile = tile_position(p, item.tile);
   const int row = tile.n * Cfg::kTokens + cluster_m * share;
 #pragma unroll 1
@@ -82,7 +84,7 @@ __device__ __forceinline__ void produce_weights(const Params<typename Cfg::T>& p
                                                 RingPosition<Cfg::kStages>& ring) {
   const int rank = ptx::cluster_cta_rank(), cluster_n = rank / p.cluster.m;
   const int share = Cfg::kTilePanels / p.cluster.n, last = p.extent.panels - 1;
-  const WorkItem item = work_item(p, index);
+  const WorkItem item = work_item<Cfg>(p, index);
   const int wanted = tile_position(p, item.tile).m * Cfg::kTilePanels + cluster_n * share;
   const int panel = wanted < last ? wanted : last;
   const int available = wanted + share - 1 <= last ? share : last - panel + 1;
@@ -257,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == kConsumers * 128) {
       const bool paces = p.in_step && ptx::cluster_cta_rank() == 0;
 #pragma unroll 1
-      for (int index = ptx::cluster_idx(), wave = 0; index < work_items(p);
+      for (int index = ptx::cluster_idx(), wave = 0; index < work_items<Cfg>(p);
            index += p.clusters, ++wave) {
         if (paces) keep_in_step(p, wave);
         produce_x<Cfg>(&x_map, p, smem, index, ring);
@@ -265,7 +267,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (paces) leave(p);
     } else if (threadIdx.x == kConsumers * 128 + 32) {
 #pragma unroll 1
-      for (int index = ptx::cluster_idx(); index < work_items(p); index += p.clusters)
+      for (int index = ptx::cluster_idx(); index < work_items<Cfg>(p); index += p.clusters)
         produce_weights<Cfg>(p, smem, index, ring);
     }
   } else {
@@ -279,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       store_tile<Cfg>(d, &y_map, p, smem, warpgroup_idx);
       progress = ptx::load_shared_int4(smem.progress(warpgroup_idx));
       consumer.ring.state = progress.w;
-    } while (progress.z + p.clusters < work_items(p));
+    } while (has_next<Cfg>(p, progress.z));
     ptx::tensor_store_wait<0>();
   }
   ptx::
