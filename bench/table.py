@@ -115,6 +115,8 @@ def _case(entry: dict) -> str:
     case, details = entry.get("case", ""), entry.get("details") or {}
     if entry["op"] == "prune_model" and "refine" in details:
         case += f", {entry['dtype']}, refine {details['refine']}"
+        if share := details.get("match_dense"):
+            case += f", match_dense {share}"
         if batch := entry["settings"].get("batch_size"):
             case += f", batch size {batch}"
     return case

@@ -196,7 +196,8 @@ class HessianCollector:
     q, k and v (or gate and up) receive the same tensor object. They form a group: the first of
     them, the leader, adds the input, the others only check that it is the leader's. Call
     `end_batch` after each batch; when a group turns out not to hold, SharingChanged is raised and
-    the caller starts again with share=False.
+    the caller starts again with share=False. Inputs that pass while `watches_dense` is set are
+    the dense model's: each goes into the Hessian with the input of the same call that follows.
 
     Args:
         layers: layers to watch.
@@ -216,6 +217,9 @@ class HessianCollector:
             tuple[int, int], tuple[torch.Tensor, str]
         ] = {}  # holds the tensors, so that no id is reused
         self._first_batch = True
+        # Inputs of the dense model in this batch, by layer, in order of the calls.
+        self._dense: dict[str, list[torch.Tensor]] = {}
+        self.watches_dense = False  # what runs now is the dense model
         self._handles: list = []
 
     def __enter__(self) -> HessianCollector:
@@ -244,11 +248,15 @@ class HessianCollector:
                 raise SharingChanged(name)
         self._seen.clear()
         self._calls.clear()
+        self._dense.clear()
         self._first_batch = False
 
     def _make_hook(self, name: str):
         def hook(module, args, kwargs):
             x = args[0] if args else kwargs["input"]
+            if self.watches_dense:
+                self._dense.setdefault(name, []).append(x)
+                return
             key = (id(x), x._version)
             self._calls[name] = self._calls.get(name, 0) + 1
             if self.share and name not in self._leader and self._first_batch and key in self._seen:
@@ -264,7 +272,8 @@ class HessianCollector:
                 return
             if name not in self.hessians:
                 self.hessians[name] = Hessian(x.shape[-1], self.device)
-            self.hessians[name].add(x.to(self.device))
+            dense = self._dense[name].pop(0) if name in self._dense else None
+            self.hessians[name].add(x.to(self.device), dense)
             self._seen.setdefault(key, (x, name))
 
         return hook

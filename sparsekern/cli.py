@@ -87,6 +87,7 @@ def run_prune(args):
         true_sequential=args.true_sequential,
         damp=args.damp,
         refine=args.refine,
+        match_dense=args.match_dense,
         keep_dense=args.keep_dense,
         keep_dense_tokens=tuple(args.keep_dense_tokens),
         resume=args.resume,

@@ -27,6 +27,7 @@ from torch import nn
 from . import keep_dense as dense_rule
 from . import models
 from .calibration import HessianCollector, SharingChanged, digest, make_batches
+from .errors import check
 from .layerwise import Options, Pruned, new_report, prune_group
 from .linear import SparseLinear
 from .models import Layer
@@ -56,6 +57,7 @@ def prune_model(
     damp: float = 0.01,
     blocksize: int = 128,
     refine: int | None = None,
+    match_dense: float = 0.0,
     on_error: str = "raise",
     offload_activations: bool | str = "auto",
     keep_dense: str | None = None,
@@ -91,6 +93,9 @@ def prune_model(
         refine: steps of prune.refine after each layer's own method: the kept weights move towards
             the least-squares fit under the mask. None: 16 with "sparsegpt", else 0. With 0 the
             method is the published one.
+        match_dense: with "sparsegpt", the share (0 to 1) of prune.retarget that is applied before
+            it: layers then make up for what pruning has changed in their inputs. Costs one more
+            forward per block and a second set of hidden states. 0 is the published method.
         on_error: "raise" or "skip" (leave the layer dense, reason in the report): NaN or Inf in a
             weight or its inputs, or a Hessian that cannot be inverted. Layers that no method could
             prune (in_features, dtype, tied weights, never called) are always skipped with the
@@ -120,8 +125,10 @@ def prune_model(
     (arXiv:2306.11695).
     """
     start = time.perf_counter()
-    options = Options(method, tuple(pattern), masks, damp, blocksize, refine, on_error)
-    check_options(options, compress, calibration, offload_activations)
+    options = Options(
+        method, tuple(pattern), masks, damp, blocksize, refine, match_dense, on_error
+    )  # fmt: skip
+    check_options(options, true_sequential, compress, calibration, offload_activations)
     timed_tokens = dense_rule.check_arguments(keep_dense, keep_dense_tokens, compress)
     selection = select(model, skip, options, compress)
     run = _Run(model, options, selection, compress, device, true_sequential)
@@ -147,6 +154,7 @@ class _Stage:
     key: file name for resume.      module: what has to be on the device.      layers: to prune.
     forwards: run all batches through the stage, yielding after each; None without calibration.
     advance: the same, producing the next stage's inputs; None if no stage follows from it.
+    dense: the same for the dense model's inputs, which it walks on; None where nobody asks.
     """
 
     key: str
@@ -154,6 +162,7 @@ class _Stage:
     layers: list[Layer]
     forwards: Callable[[], Iterator[None]] | None = None
     advance: Callable[[], Iterator[None]] | None = None
+    dense: Callable[[], Iterator[None]] | None = None
 
 
 @dataclass
@@ -197,11 +206,15 @@ class _Run:
         if blocks:
             shown = probe(model, blocks, outside, self.batches[0].probe(), self.home)
         if shown is None or not shown.chained:
+            expected = "a model that is a chain of decoder blocks, for match_dense"
+            got = f"{type(model).__name__}, which is calibrated as a whole"
+            check(not self.options.match_dense, OP, expected, got, "Leave match_dense out.")
             if blocks and models.is_transformers(model):
                 text = "the decoder blocks are no chain; every layer is calibrated in one pass"
                 warnings.warn(f"{OP}: {text}, on the unpruned model.", stacklevel=3)
             return [_Stage("whole", model, active, self._whole_forwards)]
         walk = Walk(model, blocks, self.batches, shown, self.device, self.home, offload)
+        walk.sets = 2 if self.options.match_dense else 1
         before = [layer for layer in outside if layer.name in shown.before]
         after = [layer for layer in outside if layer.name in shown.after]
         for layer in outside:
@@ -213,6 +226,8 @@ class _Run:
                 "forwards": lambda i=i: walk.block(i, False),
                 "advance": lambda i=i: walk.block(i, True),
             }
+            if self.options.match_dense:
+                forwards["dense"] = lambda i=i: walk.dense_block(i)
             stages.append(_Stage(key, blocks[i], by_block[i], **forwards))
         return [*stages, _Stage("head", None, after, walk.head)]
 
@@ -263,6 +278,10 @@ class _Run:
         with tqdm(total=count, desc=self.options.name, unit="block", disable=not progress) as bar:
             for i, stage in enumerate(stages):
                 with _on_device(stage.module, self.device):
+                    if stage.dense and (stage.key in done or not stage.layers) and i < last_needed:
+                        with self._phase("forward"):
+                            for _ in stage.dense():
+                                pass
                     finish = self._load_stage if stage.key in done else self._prune_stage
                     results = finish(stage)
                     if stage.advance is not None and i < last_needed:
@@ -351,11 +370,22 @@ class _Run:
 
     def _forward_with_hooks(self, stage, layers, share: bool, first_batch_only: bool):
         with HessianCollector(layers, self.device, share) as collector:
-            for _ in stage.forwards():
+            batches = stage.forwards()
+            for _ in self._beside_dense(stage, collector, batches) if stage.dense else batches:
                 collector.end_batch()
                 if first_batch_only:
                     break
         return collector.groups(), collector.hessians
+
+    @staticmethod
+    def _beside_dense(stage: _Stage, collector: HessianCollector, batches: Iterator) -> Iterator:
+        """Each batch of the dense model's inputs, then the same of the pruned model's."""
+        collector.watches_dense = True
+        for _ in stage.dense():
+            collector.watches_dense = False
+            next(batches)
+            yield
+            collector.watches_dense = True
 
     def _write(self, pruned: Pruned, results: dict) -> None:
         """Put a pruned weight into its Linear and keep what replaces it later."""

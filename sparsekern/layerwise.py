@@ -37,6 +37,7 @@ class Options:
     damp: float = 0.01
     blocksize: int = 128
     refine: int | None = None
+    match_dense: float = 0.0
     on_error: str = "raise"
 
     def __post_init__(self):
@@ -166,6 +167,9 @@ def _sparsegpt(layers: list[Layer], hessian: prune.Hessian, options: Options) ->
     mask = torch.cat(given) if given else None
     knobs = {"pattern": options.pattern, "blocksize": options.blocksize, "damp": options.damp}
     try:
+        if options.match_dense and hessian.drift is not None:
+            share = {"share": options.match_dense, "damp": options.damp}
+            stacked = prune.retarget(stacked, hessian, **share)
         pruned, kept, result = prune.sparsegpt(stacked, hessian, mask=mask, **knobs)
     except RuntimeError as error:
         # The pruner's own failures only: running out of memory or a lost device is not a property
@@ -180,7 +184,7 @@ def _sparsegpt(layers: list[Layer], hessian: prune.Hessian, options: Options) ->
     outcome = []
     for layer, weight, new, keep in zip(layers, weights, pruned.split(rows), kept.split(rows)):
         report = new_report(layer, options)
-        alone = len(layers) == 1 and not options.refine
+        alone = len(layers) == 1 and not options.refine and not options.match_dense
         report.relative_error = (
             result.relative_error if alone else prune.relative_error(weight, new, hessian)
         )

@@ -34,7 +34,9 @@ class Selection:
         return [layer for layer in self.layers if layer.reason is None]
 
 
-def check_options(options: Options, compress: bool, calibration, offload) -> None:
+def check_options(
+    options: Options, true_sequential: bool, compress: bool, calibration, offload
+) -> None:
     """Check the arguments that do not depend on the model. Raises ValueError."""
     method, pattern = options.method, options.pattern
     known = callable(method) or method in METHODS
@@ -51,6 +53,12 @@ def check_options(options: Options, compress: bool, calibration, offload) -> Non
     _expect(isinstance(steps, int) and steps >= 0, "refine >= 0, a number of steps", repr(steps))
     remedy = "Pass token ids [samples, tokens] as calibration=, or refine=0."
     _expect(not steps or calibration is not None, "calibration for refine", None, remedy)
+    share = options.match_dense
+    good = isinstance(share, (int, float)) and 0 <= share <= 1
+    _expect(good, "match_dense, a share from 0 to 1", repr(share))
+    remedy = "Leave match_dense out."
+    _expect(not share or method == "sparsegpt", "sparsegpt with match_dense", method, remedy)
+    _expect(not (share and true_sequential), "match_dense or true_sequential", "both", remedy)
     on_error = options.on_error
     _expect(on_error in ("raise", "skip"), 'on_error "raise" or "skip"', repr(on_error))
     _expect(
@@ -121,6 +129,8 @@ def describe(skip, options: Options, compress: bool, true_sequential: bool) -> d
     }
     if options.method == "sparsegpt":
         described |= {"damp": options.damp, "blocksize": options.blocksize}
+    if options.match_dense:
+        described["match_dense"] = options.match_dense
     if options.refine:
         described |= {"refine": options.refine, "damp": options.damp}
     return described

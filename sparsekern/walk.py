@@ -174,6 +174,11 @@ class Walk:
         self.offload = offload
         self.calls: list[list[tuple[tuple, dict]]] = []
         self.hidden: list[torch.Tensor] = []
+        self.sets = 1  # of hidden states that will be kept
+        # The dense model's, when somebody walks them: inputs of block `_dense_block`, its outputs.
+        self._dense: list[torch.Tensor] = []
+        self._dense_outputs: list[torch.Tensor] = []
+        self._dense_block = -1
 
     def capture(self) -> Iterator[None]:
         """Record the call of every block for every batch, and the inputs of block 0; yields after
@@ -202,6 +207,18 @@ class Walk:
             output = call_block(self.blocks[index], calls[index], self.hidden[i].to(self.device))
             if keep:
                 self.hidden[i] = self._keep(output)
+            yield
+
+    def dense_block(self, index: int) -> Iterator[None]:
+        """Run block `index`, not pruned yet, on the dense model's hidden states, batch by batch,
+        yielding after each. To be called for every block, once or more, in order."""
+        if index != self._dense_block:
+            self._dense = list(self.hidden) if index == 0 else self._dense_outputs
+            self._dense_outputs = list(self._dense)
+            self._dense_block = index
+        for i, calls in enumerate(self.calls):
+            output = call_block(self.blocks[index], calls[index], self._dense[i].to(self.device))
+            self._dense_outputs[i] = self._keep(output)
             yield
 
     def stem(self) -> Iterator[None]:
@@ -246,7 +263,8 @@ class Walk:
             return False
         tokens = sum(batch.tokens for batch in self.batches)
         free = torch.cuda.mem_get_info(self.device)[0]
-        return tokens * hidden.element_size() * hidden.shape[-1] > RESIDENT_SHARE * free
+        size = self.sets * tokens * hidden.element_size() * hidden.shape[-1]
+        return size > RESIDENT_SHARE * free
 
 
 class _SharedTensors:

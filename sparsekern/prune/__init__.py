@@ -6,13 +6,15 @@ True = kept; every rule is deterministic and keeps the higher column of a tie, o
     masks.py       nm_mask, magnitude_mask, wanda_mask
     hessian.py     Hessian (running calibration statistics), relative_error
     sparsegpt.py   sparsegpt, SparseGPTReport
+    retarget.py    retarget (aim at the dense model's outputs)
     refine.py      refine (least squares for the weights that a mask keeps)
 """
 
 from .hessian import Hessian, relative_error
 from .masks import magnitude_mask, nm_mask, wanda_mask
 from .refine import refine
+from .retarget import retarget
 from .sparsegpt import SparseGPTReport, sparsegpt
 
 __all__ = ["Hessian", "SparseGPTReport", "magnitude_mask", "nm_mask", "refine", "relative_error",
-           "sparsegpt", "wanda_mask"]
+           "retarget", "sparsegpt", "wanda_mask"]

@@ -74,16 +74,19 @@ class Hessian:
         self.device = torch.device(device)
         self.samples = 0
         self._h = torch.zeros(in_features, in_features, dtype=torch.float32, device=self.device)
+        self._drift: Tensor | None = None
         self._symmetric = True
         self._columns = _CPU_COLUMNS if self.device.type == "cpu" else _GPU_COLUMNS
 
-    def add(self, x: Tensor) -> None:
-        """Add inputs: H ← n/(n+b)·H + (√(2/(n+b))·x)ᵀ(√(2/(n+b))·x).
+    def add(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """Add inputs: H ← n/(n+b)·H + (√(2/(n+b))·x)ᵀ(√(2/(n+b))·x), and `drift` likewise.
 
         Args:
             x: [..., tokens, in_features] or [in_features], any float dtype and device; never
                 modified. Every dimension before the tokens counts sequences: b is their product,
                 and 1 for [tokens, in_features]. An input without elements changes nothing.
+            dense: what the dense model feeds the layer where this one feeds x; same shape. Given
+                with every input or with none.
         Raises:
             ValueError: x.shape[-1] != in_features.   TypeError: x is not floating point.
         """
@@ -92,19 +95,37 @@ class Hessian:
               f"x.shape[-1] == {self.in_features}", f"x of shape {list(x.shape)}",
               "Hook the input of the layer this Hessian was made for.")
         check(x.is_floating_point(), op, "a floating-point x", str(x.dtype), exc=TypeError)
+        check(dense is None or dense.shape == x.shape, op, f"dense of x's shape {list(x.shape)}",
+              f"{None if dense is None else list(dense.shape)}",
+              "A layer that gets other tokens in the pruned model cannot be matched.")
         if x.numel() == 0:
             return
+        expected = "dense with every input, or with none"
+        check(self.samples == 0 or (dense is None) == (self._drift is None), op, expected, "both")
         batch = math.prod(x.shape[:-2])
         keep = self.samples / (self.samples + batch)
         self.samples += batch
         with exact_float32(self.device):
-            x = x.detach().to(device=self.device, dtype=torch.float32)
-            x = x.reshape(-1, self.in_features) * math.sqrt(2 / self.samples)
+            factor = math.sqrt(2 / self.samples)
+            x = self._rows(x) * factor
+            if dense is not None:
+                if self._drift is None:
+                    self._drift = torch.zeros_like(self._h)
+                self._drift.addmm_((self._rows(dense) * factor - x).t(), x, beta=keep)
             # Only the blocks on and above the diagonal: H is symmetric, `matrix` mirrors them.
             for i in range(0, self.in_features, self._columns):
                 self._h[i:i + self._columns, i:].addmm_(x[:, i:i + self._columns].t(), x[:, i:],
                                                         beta=keep)
         self._symmetric = self.in_features <= self._columns
+
+    def _rows(self, x: Tensor) -> Tensor:
+        x = x.detach().to(device=self.device, dtype=torch.float32)
+        return x.reshape(-1, self.in_features)
+
+    @property
+    def drift(self) -> Tensor | None:
+        """G = 2/n Σ (x_dense − x)ᵀ x, float32 [in_features, in_features]; None without `dense`."""
+        return self._drift
 
     @property
     def matrix(self) -> Tensor:

@@ -1,0 +1,62 @@
+"""Aim a layer at what the dense model computes: the weight that best maps the pruned model's inputs
+to the dense model's outputs.
+
+Pruned block by block, a layer sees inputs that the blocks before it have already changed. The best
+weight for those inputs is no longer W; it can make up for part of the change. SparseGPT then prunes
+that weight. The whole correction also fits the noise of a finite calibration text, so only a share
+of it is taken.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import check
+from .hessian import Hessian, as_matrix, exact_float32
+from .sparsegpt import damping_steps
+
+_OP = "sparsekern.prune.retarget"
+
+
+def retarget(w: Tensor, hessian: Hessian, *, share: float = 0.25, damp: float = 0.01) -> Tensor:
+    """W + share · W G (H + λI)⁻¹, with H = 2/n Σ xᵀx and G = 2/n Σ (x_dense − x)ᵀ x.
+
+    With share = 1 this minimises ‖x W'ᵀ − x_dense Wᵀ‖² + λ‖W' − W‖² over all W'.
+
+    Args:
+        w: [out_features, in_features] floating point, on the Hessian's device; never modified.
+        hessian: whose inputs were added together with the dense model's (Hessian.add(x, dense)).
+        share: of the correction, from 0 to 1.
+        damp: λ as a multiple of mean(diag H); grows as in `sparsegpt` when H + λI is not positive
+            definite.
+    Returns:
+        [out_features, in_features] of w's dtype, new.
+    Raises:
+        ValueError: share or damp that do not fit; a Hessian without dense inputs.
+        RuntimeError: no damping makes H + λI positive definite.
+    Source: the normal equations; that calibration against the dense model helps layer-wise
+    compression: Li et al. 2025, "GPTAQ" (arXiv:2504.02692).
+    """
+    check(0 <= share <= 1, _OP, "share from 0 to 1", repr(share))
+    check(math.isfinite(damp) and damp >= 0, _OP, "a finite damp >= 0", repr(damp))
+    h = as_matrix(_OP, hessian, w)
+    drift = hessian.drift
+    check(drift is not None, _OP, "a Hessian with dense inputs", "one without",
+          "Call hessian.add(x, dense) for every input.")
+    with exact_float32(w.device):
+        scale = h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        h = h / scale
+        target = w.detach().float()
+        correction = target @ (drift / scale)
+        for step in damping_steps(damp):
+            damped = h.clone()
+            damped.diagonal().add_(step)
+            lower, info = torch.linalg.cholesky_ex(damped)
+            if int(info) == 0:
+                solved = torch.cholesky_solve(correction.t(), lower).t()
+                return (target + share * solved).to(w.dtype)
+    check(False, _OP, "a Hessian that is positive definite after damping", f"damp up to {step:g}",
+          "Add calibration inputs.", exc=RuntimeError)
