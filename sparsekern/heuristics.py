@@ -20,13 +20,14 @@ others.
 
 The coefficients are fitted to times on an H100 (bf16, five shapes, 64 to 8192 tokens). On the 30
 problems above 64 tokens the pick is 1.9 % slower than the best tile on average and 7.7 % at worst.
-That is the fitting set: of other problems, and of other GPUs, it says nothing. A tile that was
+That is the fitting set, without LONG: of other problems, and of other GPUs, it says nothing. A tile that was
 timed only at few or only at many tokens is chosen only there, because a fit says little outside.
 
-Those were short bursts. A launch of several waves runs at the power limit and drifts apart, and
-there 256 rows in clusters of 2 x 1 keep their time while the others lose (57344 x 8192 at 4096
-tokens: 1.02 of the prediction against 1.17 to 1.4; csrc/NOTES.md). LONG stands for that loss. It is
-a correction from few measurements; a tuned table replaces all of this.
+Those were short bursts. A launch of several waves runs at the power limit, and there 256 rows in
+clusters of 2 x 1 keep their time while the others lose: 57344 x 8192 at 4096 tokens took 1.02 to
+1.04 of the prediction with them and 1.14 to 1.25 with others (csrc/NOTES.md). LONG stands for that
+loss. It rests on this one problem, and the picks that it changes were not timed again; a tuned
+table replaces all of this.
 
 On other GPUs the mma.sp kernel computes every number of tokens: `mma_tile`, at the end of this
 file. Its model is an estimate from the data sheets and is fitted to nothing.

@@ -105,7 +105,7 @@ struct Smem {
 
 // One item of work: a cluster tile, or one part of its K.
 struct WorkItem {
-  int tile, split, k_begin, k_end;
+  int tile, k_begin, k_end;
 };
 
 template <class Cfg>
@@ -140,19 +140,19 @@ __host__ __device__ __forceinline__ WorkItem streamed_item(const Params<T>& p, i
   const int begin = first_unit(p, cluster), end = first_unit(p, cluster + 1);
   const int tile = begin / k_tiles, start = tile * k_tiles;
   if (end <= start + k_tiles)
-    return {p.whole_tiles + tile, 0, begin - start, which ? begin - start : end - start};
-  if (which) return {p.whole_tiles + tile, 0, begin - start, k_tiles};
-  return {p.whole_tiles + tile + 1, 0, 0, end - start - k_tiles};
+    return {p.whole_tiles + tile, begin - start, which ? begin - start : end - start};
+  if (which) return {p.whole_tiles + tile, begin - start, k_tiles};
+  return {p.whole_tiles + tile + 1, 0, end - start - k_tiles};
 }
 
 template <class Cfg>
 __host__ __device__ __forceinline__ WorkItem work_item(const Params<typename Cfg::T>& p,
                                                        int index) {
   const int rest = index - p.whole_tiles, k_tiles = p.extent.k_tiles;
-  if (rest < 0) return {index, 0, 0, k_tiles};
+  if (rest < 0) return {index, 0, k_tiles};
   if constexpr (Cfg::kStreamed) return streamed_item(p, rest % p.clusters, rest / p.clusters);
   const int split = rest % p.splits;
-  return {p.whole_tiles + rest / p.splits, split, k_tiles * split / p.splits,
+  return {p.whole_tiles + rest / p.splits, k_tiles * split / p.splits,
           k_tiles * (split + 1) / p.splits};
 }
 

@@ -26,7 +26,7 @@
 //                                              that this CTA's copies reach
 //
 // Work: a persistent grid walks the tiles in step: no cluster begins its wave n before every cluster
-// has begun its wave n - 1, or what they read together would no longer meet in L2. The last, partly
+// has begun its wave n - 1, so that what they read together can meet in L2. The last, partly
 // filled wave (few tokens: it is all there is) is shared out along K. Either its tiles are cut into
 // equal parts, as many as there are clusters for; the CTAs that share a tile exchange float32 sums
 // through global memory and each finishes the token blocks that it owns. Or, streamed, every cluster
