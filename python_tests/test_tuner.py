@@ -126,7 +126,7 @@ def test_in_bursts_the_later_half_decides():
 
 def test_screening_stops_when_its_time_is_used_up():
     clock = Clock()
-    fakes = Fakes(clock, h=30_000.0, a=30_000.0, b=30_000.0, c=1.0)
+    fakes = Fakes(clock, h=150_000.0, a=150_000.0, b=150_000.0, c=1.0)
     cell = fakes.run(clock)
     assert fakes.samples["c"] == 0 and fakes.samples["b"] > 0 and cell.best != "c"
 
@@ -186,7 +186,9 @@ def test_every_cell_gets_a_line_and_an_entry(fake_gpu):
     assert said[-1].startswith("8 cells tuned in ")
     assert said[-1].endswith("; heuristics were 25.0% slower on average, 50.0% at worst")
     known = {"decode a", "decode b"}
-    assert tuning.lookup(GPU, "float16", 8, 16, 16, known) == ("decode b", 2.0, 16, "yours")
+    assert tuning.lookup(GPU, "float16", 8, 16, 16, known) == (
+        "decode b", 2.0, 16, "yours", "float16",
+    )  # fmt: skip
     assert [dtype for _, dtype in FakeLayer.made] == [torch.bfloat16] * 2 + [torch.float16] * 2
 
 

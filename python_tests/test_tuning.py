@@ -54,6 +54,12 @@ def test_a_count_above_the_decode_limit_decides_nothing_below_it():
     assert tuning.deciding_tokens({100}, 64) is None and tuning.deciding_tokens({100}, 65) == 100
 
 
+def test_above_all_counts_a_large_one_decides():
+    assert tuning.deciding_tokens({1, 4096, 8192}, 9000) == 8192
+    assert tuning.deciding_tokens({1, 4096}, 10**6) == 4096
+    assert tuning.deciding_tokens({1, 2048}, 2049) is None
+
+
 def test_no_tuned_count_decides_nothing():
     assert tuning.deciding_tokens({}, 1) is None
 
@@ -63,18 +69,24 @@ def test_no_tuned_count_decides_nothing():
 
 def test_lookup_tells_variant_time_count_and_source(places):
     store({16: ("decode a", 3.5)}, places / "shipped" / "any-name.json")
-    assert lookup(16) == ("decode a", 3.5, 16, tuning.SHIPPED)
-    assert lookup(9) == ("decode a", 3.5, 16, tuning.SHIPPED)
-    assert lookup(7) is None and lookup(16, dtype="float16") is None
-    assert lookup(16, shape=(128, 64)) is None
+    expected = ("decode a", 3.5, 16, tuning.SHIPPED, "bfloat16")
+    assert lookup(16) == lookup(9) == expected
+    assert lookup(7) is None and lookup(16, shape=(128, 64)) is None
     assert tuning.lookup("Another GPU", "bfloat16", 64, 128, 16, KNOWN) is None
 
 
 def test_yours_first_and_shipped_where_yours_says_nothing(places):
     store({1: ("decode a", 1.0), 16: ("decode a", 3.0)}, places / "shipped" / "a.json")
     store({16: ("decode b", 2.0)})
-    assert lookup(16) == ("decode b", 2.0, 16, tuning.YOURS)
-    assert lookup(1) == ("decode a", 1.0, 1, tuning.SHIPPED)
+    assert lookup(16) == ("decode b", 2.0, 16, tuning.YOURS, "bfloat16")
+    assert lookup(1) == ("decode a", 1.0, 1, tuning.SHIPPED, "bfloat16")
+
+
+def test_a_dtype_that_was_not_tuned_takes_the_other_16_bit_one(places):
+    store({1: ("decode a", 1.0), 16: ("decode a", 3.0)})
+    store({16: ("decode b", 2.0)}, places / "shipped" / "a.json", dtype="float16")
+    assert lookup(16, dtype="float16") == ("decode b", 2.0, 16, tuning.SHIPPED, "float16")
+    assert lookup(1, dtype="float16") == ("decode a", 1.0, 1, tuning.YOURS, "bfloat16")
 
 
 def test_several_shipped_files_are_one_table(places):
@@ -85,7 +97,7 @@ def test_several_shipped_files_are_one_table(places):
 
 def test_an_unknown_variant_is_as_good_as_no_cell():
     store({8: ("decode of the future", 1.0), 16: ("decode a", 3.0)})
-    assert lookup(8) == ("decode a", 3.0, 16, tuning.YOURS)
+    assert lookup(8) == ("decode a", 3.0, 16, tuning.YOURS, "bfloat16")
     assert lookup(8, known={"decode b"}) is None
 
 

@@ -171,8 +171,9 @@ def choose(tokens, out_features, in_features, dtype, index):
         name = heuristic(tokens, out_features, in_features, index)
         return Choice(name, "variant by heuristics, no tuned table knows this problem")
     which = "your tuned table" if tuned.source == tuning.YOURS else "the shipped tuned table"
-    exact = tuned.tokens == tokens
-    why = f"variant from {which}" if exact else f"variant from {which} at {tuned.tokens} tokens"
+    why, exact = f"variant from {which}", (tuned.dtype, tuned.tokens) == (problem[0], tokens)
+    why += "" if tuned.tokens == tokens else f" at {tuned.tokens} tokens"
+    why += "" if tuned.dtype == problem[0] else f", measured in {tuned.dtype}"
     return Choice(tuned.variant, why, tuned.us if exact else None)
 
 

@@ -45,7 +45,7 @@ SHAPES = (
 KEEP = 1.3  # a variant slower than this times the best is not sampled again
 FINALISTS = 6
 MMA_TOKENS = 128  # beyond, mma.sp is not tried where there is wgmma.sp
-SCREEN_S, FINAL_S = 0.07, 0.06  # per cell
+SCREEN_S, FINAL_S = 0.4, 0.06  # per cell
 MIN_ROUNDS, ROUNDS = 3, 15
 BURST_TOKENS, BURST_S, BURST_ROUNDS = 1024, 0.06, 2
 
@@ -59,6 +59,7 @@ class Cell:
     """The outcome of one cell; us are medians per call.
 
     refused: {variant: why}, those that were fast and wrong.
+    times: {variant: us} of all that were sampled; of those that left early it is one sample.
     """
 
     tokens: int
@@ -67,6 +68,7 @@ class Cell:
     heuristic: str
     heuristic_us: float
     refused: dict[str, str] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
 
     @property
     def gap(self) -> float:
@@ -123,7 +125,8 @@ def tune_cell(
         why = wrong(name)
         if not why:
             heuristic = candidates[0]
-            return Cell(tokens, name, us[name], heuristic, us[heuristic], refused)
+            times = {**first, **us}
+            return Cell(tokens, name, us[name], heuristic, us[heuristic], refused, times)
         refused[name] = why
     return None
 

@@ -18,7 +18,11 @@ Between two tuned numbers of tokens the next higher one decides: with the same v
 never take longer, because tiles are padded, so its measured time is an upper bound. The bound is
 worth little far below, and says nothing where other kernels could have taken part, so it decides
 only (a) for at least half as many tokens and (b) on its own side of the decode kernel's limit.
-Above the highest tuned number nothing is known.
+Above the highest tuned number that one decides when it is MANY at least: then all multiprocessors
+have several tiles, and the best tile hardly changes any more.
+
+float16 and bfloat16 move the same bytes through the same instructions, so where one of them was
+not tuned, the cells of the other decide.
 """
 
 from __future__ import annotations
@@ -37,6 +41,8 @@ from sparsekern.heuristics import DECODE_TOKENS
 TABLES = Path(__file__).parent / "tables"
 YOURS, SHIPPED = "yours", "shipped"
 VERSION = 1  # raised when the meaning of an entry changes
+MANY = 4096  # tokens
+_SIBLINGS = {"float16": "bfloat16", "bfloat16": "float16"}
 
 
 class Tuned(NamedTuple):
@@ -46,6 +52,7 @@ class Tuned(NamedTuple):
     us: float  # its measured time at `tokens`
     tokens: int  # the tuned number of tokens that decided
     source: str  # YOURS or SHIPPED
+    dtype: str  # the one that was measured
 
 
 def gpu_name(index: int) -> str:
@@ -63,7 +70,9 @@ def user_path() -> Path:
 def deciding_tokens(tuned: Container[int], tokens: int) -> int | None:
     """Which of the tuned numbers of tokens decides for `tokens`; None when none may (see above)."""
     above = min((count for count in tuned if count >= tokens), default=None)
-    if above is None or above > 2 * tokens or (above <= DECODE_TOKENS) != (tokens <= DECODE_TOKENS):
+    if above is None:
+        return max((count for count in tuned if count >= MANY), default=None)
+    if above > 2 * tokens or (above <= DECODE_TOKENS) != (tokens <= DECODE_TOKENS):
         return None
     return above
 
@@ -77,12 +86,13 @@ def lookup(
         gpu: from `gpu_name`.      dtype: "float16" or "bfloat16".
         known: names of the variants that can run; others are ignored.
     """
-    for source, table in _tables(gpu):
-        cells = table.get(dtype, {}).get((out_features, in_features), {})
-        cells = {count: cell for count, cell in cells.items() if cell[0] in known}
-        count = deciding_tokens(cells, tokens)
-        if count is not None:
-            return Tuned(*cells[count], count, source)
+    for name in (dtype, _SIBLINGS[dtype]):
+        for source, table in _tables(gpu):
+            cells = table.get(name, {}).get((out_features, in_features), {})
+            cells = {count: cell for count, cell in cells.items() if cell[0] in known}
+            count = deciding_tokens(cells, tokens)
+            if count is not None:
+                return Tuned(*cells[count], count, source, name)
     return None
 
 
