@@ -122,7 +122,7 @@ void bind_introspection(py::module_& m) {
   m.def("device_info", &device_info, py::arg("device"), "Name, capability and sizes of one GPU.");
 }
 
-// ---- ops: integers alone, all positional, bound by fastcall.h so that a call costs little --------
+// ---- ops: integers alone, all positional, bound by fastcall.h so that a call costs little -------
 
 using Address = std::uintptr_t;  // of device memory, or of a stream; 0 is null
 

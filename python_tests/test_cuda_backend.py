@@ -285,15 +285,15 @@ def test_linear_passes_what_the_module_takes(on_cpu, declared, leading, dtype):
     y = cuda_backend.linear(x, w24, bias, "gelu")
     assert (y.shape, y.dtype, y.is_contiguous()) == ((*leading, 64), dtype, True)
     ((kernel, arguments),) = on_cpu.calls
-    bound = declared[kernel].bind(*arguments).arguments
+    bound, bfloat16 = declared[kernel].bind(*arguments).arguments, dtype is torch.bfloat16
     assert kernel == ("prefill" if tokens > 64 else "decode")
     assert bound.pop("workspace", 0) == (cuda_backend._workspace(-1, 77) if tokens > 64 else 0)
-    assert bound.pop("config") == cuda_backend._plan(tokens, 64, 128, dtype is torch.bfloat16, -1)[1]
+    assert bound.pop("config") == cuda_backend._plan(tokens, 64, 128, bfloat16, -1)[1]
     assert bound == dict(
         x=x.data_ptr(), values=w24.values.data_ptr(), metadata=w24.metadata.data_ptr(),
         bias=bias.data_ptr(), residual=0, y=y.data_ptr(), tokens=tokens, out_features=64,
         in_features=128, x_stride=128, y_stride=64, residual_stride=0,
-        dtype=int(dtype is torch.bfloat16), activation=2, stream=77,
+        dtype=int(bfloat16), activation=2, stream=77,
     )  # fmt: skip
 
 

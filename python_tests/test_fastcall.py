@@ -1,6 +1,6 @@
 """csrc/fastcall.h: what C++ is given, what Python gets back, and what is refused.
 
-On a probe module (fastcall_probe.cpp), where every value can be seen, and then on the module itself.
+On a probe module (fastcall_probe.cpp), where every value can be seen, then on the module itself.
 """
 
 import importlib.util

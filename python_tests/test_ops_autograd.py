@@ -141,7 +141,7 @@ class Subclass(torch.Tensor):
 
 
 def test_inference_with_a_packed_weight_goes_straight_to_its_backend(monkeypatch):
-    """And nothing else does: what must be seen, or is asked for, or is refused, takes the long way."""
+    """And nothing else does: what must be seen, or asks for a backend, takes the long way."""
     calls, refusal = [], ""
     monkeypatch.setattr(ops.cuda_backend, "why_not", lambda x, w24: refusal)
     monkeypatch.setattr(ops.cuda_backend, "linear", lambda *arguments: calls.append(arguments))
