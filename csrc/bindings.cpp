@@ -15,6 +15,7 @@
 #include "build_lists.h"  // written by CMakeLists.txt
 #include "configs.h"
 #include "cusparselt.h"
+#include "fastcall.h"
 #include "launch.h"
 #include "status.h"
 
@@ -121,7 +122,7 @@ void bind_introspection(py::module_& m) {
   m.def("device_info", &device_info, py::arg("device"), "Name, capability and sizes of one GPU.");
 }
 
-// ---- ops: all arguments positional, no defaults, so that a call costs little --------------------
+// ---- ops: integers alone, all positional, bound by fastcall.h so that a call costs little -------
 
 using Address = std::uintptr_t;  // of device memory, or of a stream; 0 is null
 
@@ -310,16 +311,17 @@ void bind_ops(py::module_& m) {
   m.def("decode_config", &decode_config, "The index that config 0 stands for.");
   m.def("prefill_configs", &prefill_configs, "The tiles that `prefill` can use.");
   m.def("mma_configs", &mma_configs, "The tiles that `mma` can use.");
-  m.def("prune_compress", &prune_compress, "launch_prune_compress");
-  m.def("pack", &pack, "launch_pack");
-  m.def("decode", &decode, "launch_decode: up to 64 tokens");
-  m.def("decode_gated", &decode_gated, "launch_decode_gated: up to 32 tokens");
-  m.def("prefill", &prefill, "launch_prefill");
-  m.def("mma", &mma, "launch_mma: compute capability 8.0 and later");
-  m.def("naive", &naive, "launch_naive: the readable kernel, for tests");
+  fastcall::def<&prune_compress>(m, "prune_compress", "launch_prune_compress");
+  fastcall::def<&pack>(m, "pack", "launch_pack");
+  fastcall::def<&decode>(m, "decode", "launch_decode: up to 64 tokens");
+  fastcall::def<&decode_gated>(m, "decode_gated", "launch_decode_gated: up to 32 tokens");
+  fastcall::def<&prefill>(m, "prefill", "launch_prefill");
+  fastcall::def<&mma>(m, "mma", "launch_mma: compute capability 8.0 and later");
+  fastcall::def<&naive>(m, "naive", "launch_naive: the readable kernel, for tests");
   m.attr("PREFILL_COUNTER_BYTES") = kPrefillCounterBytes;
   m.def("prefill_workspace_bytes", &workspace_bytes, "Its workspace on the current device.");
-  m.def("capture_id", &capture_id, "0, or a number of the stream's current graph capture.");
+  fastcall::def<&capture_id>(m, "capture_id",
+                             "0, or a number of the stream's current graph capture.");
 }
 
 // ---- cuSPARSELt (cusparselt.h) ------------------------------------------------------------------
@@ -390,7 +392,7 @@ void bind_cusparselt(py::module_& m) {
   m.def("cusparselt_compressed_bytes", &cusparselt_compressed_bytes, "(blob, buffer) bytes.");
   m.def("cusparselt_compress", &cusparselt_compress, "A dense 2:4 weight into its blob.");
   m.def("cusparselt_plan", &cusparselt_plan, "(id, workspace bytes, number of algorithms).");
-  m.def("cusparselt_matmul", &cusparselt_matmul, "False: the plan has left the cache.");
+  fastcall::def<&cusparselt_matmul>(m, "cusparselt_matmul", "False: the plan has left the cache.");
   m.def("cusparselt_time_matmul", &cusparselt_time_matmul, "Host seconds of so many bare calls.");
 }
 

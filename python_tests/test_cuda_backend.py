@@ -239,11 +239,16 @@ def test_sizes_that_the_kernels_cannot_count_are_refused(native):
         cuda_backend._plan(2**31 - 1023, 8, 8, BF16, 0)
 
 
-def test_a_launcher_passes_what_the_module_takes(native, monkeypatch):
-    """The stub file says how many arguments decode and prefill have, and in which order."""
+@pytest.fixture
+def declared():
+    """{kernel: Signature} by the stub file, which says how many arguments, and in which order."""
     stub = Path(cuda_backend.__file__).with_name("_C.pyi").read_text()
-    declared = {}
-    exec(stub.replace("from typing import TypedDict", "TypedDict = object"), declared)
+    functions = {}
+    exec(stub.replace("from typing import TypedDict", "TypedDict = object"), functions)
+    return {name: inspect.signature(functions[name]) for name in ("decode", "prefill", "mma")}
+
+
+def test_a_launcher_passes_what_the_module_takes(native, declared, monkeypatch):
     monkeypatch.setattr(cuda_backend, "_current_stream", lambda index: 77)
     w24 = pack(compress(random_weight(64, 128, torch.bfloat16)))
     x, y = torch.ones(3, 128, dtype=torch.bfloat16), torch.ones(3, 64, dtype=torch.bfloat16)
@@ -253,7 +258,7 @@ def test_a_launcher_passes_what_the_module_takes(native, monkeypatch):
     ):  # fmt: skip
         cuda_backend.launcher(name, x, w24, y, space)()
         kernel, arguments = native.calls.pop()
-        bound = inspect.signature(declared[kernel]).bind(*arguments).arguments
+        bound = declared[kernel].bind(*arguments).arguments
         wanted = dict(x=x.data_ptr(), values=w24.values.data_ptr(), bias=0, residual=0,
                       metadata=w24.metadata.data_ptr(), y=y.data_ptr(), tokens=3, out_features=64,
                       in_features=128, x_stride=128, y_stride=64, residual_stride=0, dtype=1,
@@ -261,6 +266,65 @@ def test_a_launcher_passes_what_the_module_takes(native, monkeypatch):
         if kernel == "prefill":
             wanted["workspace"] = space.data_ptr()
         assert name.startswith(kernel) and bound == wanted
+
+
+@pytest.fixture
+def on_cpu(native, monkeypatch):
+    """`native`, and tensors on the CPU count as those of GPU -1, which is current."""
+    monkeypatch.setattr(cuda_backend, "_current_device", lambda: -1)
+    monkeypatch.setattr(cuda_backend, "_current_stream", lambda index: 77)
+    allocate = torch._C._dynamo.guards._empty_strided_cpu
+    monkeypatch.setattr(cuda_backend, "_empty_strided", allocate)
+    return native
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("leading", [(3,), (), (1,), (5, 40), (2, 3, 4)], ids=str)
+def test_linear_passes_what_the_module_takes(on_cpu, declared, leading, dtype):
+    w24 = pack(compress(random_weight(64, 128, dtype)))
+    x, bias = torch.ones(*leading, 128, dtype=dtype), torch.ones(64, dtype=dtype)
+    tokens = x.numel() // 128
+    y = cuda_backend.linear(x, w24, bias, "gelu")
+    assert (y.shape, y.dtype, y.is_contiguous()) == ((*leading, 64), dtype, True)
+    ((kernel, arguments),) = on_cpu.calls
+    bound, bfloat16 = declared[kernel].bind(*arguments).arguments, dtype is torch.bfloat16
+    assert kernel == ("prefill" if tokens > 64 else "decode")
+    assert bound.pop("workspace", 0) == (cuda_backend._workspace(-1, 77) if tokens > 64 else 0)
+    assert bound.pop("config") == cuda_backend._plan(tokens, 64, 128, bfloat16, -1)[1]
+    assert bound == dict(
+        x=x.data_ptr(), values=w24.values.data_ptr(), metadata=w24.metadata.data_ptr(),
+        bias=bias.data_ptr(), residual=0, y=y.data_ptr(), tokens=tokens, out_features=64,
+        in_features=128, x_stride=128, y_stride=64, residual_stride=0,
+        dtype=int(bfloat16), activation=2, stream=77,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 1, 2)], ids=str)
+def test_zero_tokens_launch_nothing(on_cpu, leading):
+    w24 = pack(compress(random_weight(64, 128, torch.bfloat16)))
+    y = cuda_backend.linear(torch.ones(*leading, 128, dtype=torch.bfloat16), w24, None, None)
+    assert (y.shape, y.dtype, on_cpu.calls) == ((*leading, 64), torch.bfloat16, [])
+
+
+def test_outputs_are_those_of_the_mode(on_cpu):
+    """Memory taken past the dispatcher is an inference tensor where torch's own would be one."""
+    w24 = pack(compress(random_weight(64, 128, torch.bfloat16)))
+    for leading in ((2,), (2, 3)):
+        x = torch.ones(*leading, 128, dtype=torch.bfloat16)
+        for mode, inference in ((torch.inference_mode, True), (torch.no_grad, False)):
+            with mode():
+                y = cuda_backend.linear(x, w24, None, None)
+            assert y.is_inference() == inference and not y.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(3, 64), (2, 3, 64), (0, 64)], ids=str)
+def test_memory_past_the_dispatcher_is_as_torch_gives_it(size):
+    strides = torch.empty(size, device="meta").stride()
+    for allocate in (cuda_backend._empty_strided, cuda_backend._empty_strided_dispatched):
+        tensor = allocate(size, strides, torch.bfloat16)
+        assert (tensor.shape, tensor.stride(), tensor.dtype) == (size, strides, torch.bfloat16)
+        assert tensor.get_device() == torch.cuda.current_device() and type(tensor) is torch.Tensor
 
 
 def test_a_workspace_begins_with_cleared_counters(native):

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsekern import ops, reference
 from sparsekern.ops import linear
+from sparsekern.pack import pack
 from sparsekern.sparse24 import compress
 
 
@@ -133,6 +134,45 @@ def test_eager_path_bypasses_the_op_unless_a_gradient_is_wanted():
     assert seen.names == ["sparsekern::linear"]
     assert torch.equal(direct, through_op)
     assert through_op.requires_grad and not direct.requires_grad
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_inference_with_a_packed_weight_goes_straight_to_its_backend(monkeypatch):
+    """And nothing else does: what must be seen, or asks for a backend, takes the long way."""
+    calls, refusal = [], ""
+    monkeypatch.setattr(ops.cuda_backend, "why_not", lambda x, w24: refusal)
+    monkeypatch.setattr(ops.cuda_backend, "linear", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(ops, "needs_custom_op", lambda x, bias: False)
+    monkeypatch.setattr(ops, "_compute", lambda *arguments: "long way")
+    w24 = pack(compress(random_weight(64, 64, torch.bfloat16)))
+    bias = torch.zeros(64, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.ones(2, 64, dtype=torch.bfloat16)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            linear(x, w24, bias, "silu")
+            assert calls.pop() == (x, w24, bias, "silu")
+            assert linear(x, w24, backend="cuda") == "long way"
+            assert linear(x.as_subclass(Subclass), w24) == "long way"
+            with pytest.raises(ValueError, match="in_features"):
+                linear(x[:, :4], w24)
+            with pytest.raises(TypeError, match="x.dtype == weight.dtype"):
+                linear(x.half(), w24)
+            with pytest.raises(TypeError, match="bias.dtype == x.dtype"):
+                linear(x, w24, bias.half())
+            with pytest.raises(ValueError, match="activation in"):
+                linear(x, w24, None, "tanh")
+    assert linear(x, w24) == "long way"  # gradients are enabled, although none is wanted
+    with torch.no_grad():
+        assert linear(x, w24.rowmajor()) == "long way"
+        with monkeypatch.context() as compiling:
+            compiling.setattr(ops, "_is_compiling", lambda: True)
+            assert linear(x, w24) == "long way"
+        refusal = "not here"
+        assert linear(x, w24) == "long way"
+    assert not calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -53,6 +53,7 @@ def reason() -> str:
     return _load()[1]
 
 
+@cache
 def module() -> ModuleType:
     """The module sparsekern._C.
 

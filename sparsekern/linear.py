@@ -196,9 +196,12 @@ class SparseLinear(nn.Module):
 
     def forward(self, x):
         """x [..., in_features] -> [..., out_features]; see sparsekern.linear."""
-        parameters = self._parameters  # self.bias would first search the wrong places, in 0.5 µs
+        view, buffers, parameters = self._view, self._buffers, self._parameters
+        if view.values is not buffers["values"] or view.metadata is not buffers["metadata"]:
+            view = self.weight  # which says what this means; asking it always would be a call more
+        # self.bias would first search the wrong places, in 0.5 µs.
         bias = parameters["bias"] if "bias" in parameters else self.bias
-        return ops.linear(x, self.weight, bias)
+        return ops.linear(x, view, bias)
 
     def _apply(self, fn, recurse=True):
         """.to() and its kin; values that a narrower dtype rounds to -0.0 become +0.0."""

@@ -31,10 +31,11 @@ from sparsekern.errors import message
 from sparsekern.sparse24 import Sparse24, decompress
 
 _OP = "sparsekern.linear"
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the likeliest first, for the search
 _ACTIVATIONS = (None, "relu", "gelu", "silu")
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
 
 
 # ---- the table of backends -----------------------------------------------------------------------
@@ -180,15 +181,16 @@ def check_linear(op, x, values, shape, bias, activation):
     """
     out_features, in_features = shape
     x_shape, dtype, device = x.shape, x.dtype, x.device
+    weight_dtype = values.dtype
     if not x_shape or x_shape[-1] != in_features:
         expected = f"x.shape[-1] == weight.in_features ({in_features})"
         remedy = "Pad x, or pass the weight compressed for it."
         raise ValueError(message(op, expected, f"x of shape {list(x_shape)}", remedy))
-    if values.dtype not in _DTYPES:
+    if weight_dtype not in _DTYPES:
         expected = "weight.dtype in float32, float16, bfloat16"
-        raise TypeError(message(op, expected, values.dtype, "Call weight.to(torch.bfloat16)."))
-    if dtype is not values.dtype:
-        expected = f"x.dtype == weight.dtype ({values.dtype})"
+        raise TypeError(message(op, expected, weight_dtype, "Call weight.to(torch.bfloat16)."))
+    if dtype is not weight_dtype:
+        expected = f"x.dtype == weight.dtype ({weight_dtype})"
         raise TypeError(message(op, expected, dtype, "Call x.to(weight.dtype)."))
     if device != values.device:
         expected = f"x on the weight's device ({values.device})"
@@ -352,8 +354,9 @@ def needs_custom_op(x, bias):
     """True where the call must be seen: gradients, tracing, tensors without data."""
     if _is_compiling() or type(x) not in _PLAIN_TYPES or x.is_meta:
         return True
-    wants_grad = x.requires_grad or (bias is not None and bias.requires_grad)
-    return wants_grad and torch.is_grad_enabled()
+    if not _is_grad_enabled():  # first, because then no tensor is asked
+        return False
+    return x.requires_grad or (bias is not None and bias.requires_grad)
 
 
 def linear(x, w24, bias=None, activation=None, *, backend=None):
@@ -385,14 +388,27 @@ def linear(x, w24, bias=None, activation=None, *, backend=None):
         Whether an infinite or NaN x reaches a row that has pruned its column (0 · Inf) is left to
         the backend.
     """
-    check_types(_OP, x, w24)
-    if x.dtype != w24.values.dtype and autocast(x):
+    if type(x) is not Tensor or type(w24) is not Sparse24:
+        check_types(_OP, x, w24)
+    values = w24.values
+    if x.dtype is not values.dtype and autocast(x):
         x = x.to(w24.dtype)
         bias = None if bias is None else bias.to(w24.dtype)
-    check_linear(_OP, x, w24.values, w24.shape, bias, activation)
+    check_linear(_OP, x, values, w24.shape, bias, activation)
+    # Inference with a plain tensor and a packed weight is what has to be quick on the host. It ends
+    # as below, with fewer questions: why_not refuses what is on no GPU, tensors without data, too.
+    if (
+        w24.layout == cuda_backend.LAYOUT
+        and backend is None
+        and type(x) is Tensor
+        and not _is_compiling()
+        and not _is_grad_enabled()
+        and not cuda_backend.why_not(x, w24)
+    ):
+        return cuda_backend.linear(x, w24, bias, activation)
     if needs_custom_op(x, bias):
         return torch.ops.sparsekern.linear(
-            x, w24.values, w24.metadata, *w24.shape, bias, activation, w24.layout, backend
+            x, values, w24.metadata, *w24.shape, bias, activation, w24.layout, backend
         )
     return _compute(x, w24, bias, activation, backend)
 
