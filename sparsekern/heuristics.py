@@ -150,7 +150,8 @@ class Work(NamedTuple):
 # average and 10.9 % at worst (4096x14336, 1 token); in the 132 of the 8B and 70B models from 96
 # tokens on it is 0.62 % and 7.2 %. Shapes that were left out of the fit: 1.0 % and 14.8 %. The
 # prefill kernel of that day computed whole tiles, and so was fitted with SHORT_TAILS off. A variant
-# that is not here is never chosen: no cell misses it.
+# that is not here is never chosen: no cell misses it. On another GPU the counts follow from its
+# multiprocessors, and these coefficients, its rates above all, are a guess.
 TIMES: dict[Variant, Times] = {
     RowBlocks(256, 4): Times(0.186, 0.247, 0, 3.07, 0.622, 3.25, 0, 1.1),
     RowBlocks(256, 8): Times(0.185, 0.207, 0, 3.09, 1.11, 3.84, 0, 0.851),
