@@ -1,8 +1,9 @@
 """Every config of the native kernels on every shape, and how far the one picked is from the best.
 
 Up to 64 tokens: the row blocks and splits of the decode kernel; from 32 tokens all prefill tiles
-too, so that where the two cross is a measurement. Above, all prefill tiles. On other GPUs than
-Hopper, and when asked for, the tiles of the mma.sp kernel instead.
+too, so that where the two cross is a measurement. Above, all prefill tiles. Where the heuristics
+pick the mma.sp kernel, its tiles as well; on other GPUs than Hopper, and when asked for, these
+alone.
 """
 
 from __future__ import annotations
@@ -93,9 +94,12 @@ def _cell(run: Run, layer: Layer, tokens: int, failures: list[str], mma: bool) -
     weights = [layer.packed, *(layer.packed.clone() for _ in range(layer.copies - 1))]
     torch.cuda.synchronize()
     picked = (cuda_backend.mma_config if mma else cuda_backend.config)(x, layer.packed)
-    mma = picked.startswith("mma ")
+    wanted = configs(tokens, mma)
+    if picked.startswith("mma ") and not mma:
+        hopper = not cuda_backend.hopper_refusal(x.get_device())
+        wanted = (wanted if hopper else {}) | configs(tokens, mma=True)
     providers, known, space = {}, None, workspace(x.device)
-    for name, (kind, index) in configs(tokens, mma).items():
+    for name, (kind, index) in wanted.items():
         call = partial(launch, space, kind, index)
         try:
             known = layer.check_variant(call, name, integers, known)

@@ -441,6 +441,13 @@ def test_sweep_times_every_config_and_drops_a_wrong_one(
     assert bench_linear.main(tmp_path / "mma.jsonl", [*arguments, "mma"]) == 0
     names = [(e["tokens"], e["backend"], e["picked"]) for e in lines_of(tmp_path / "mma.jsonl")]
     assert names == [(tokens, "mma 64x8, 2x1x4 warps", True) for tokens in (3, 65)]
+    picks[3] = "mma 64x8, 2x1x4 warps"  # by heuristics: beside decode on Hopper, elsewhere alone
+    for refusal, decode in (("", 2), ("no Hopper", 0)):
+        monkeypatch.setattr(cuda_backend, "hopper_refusal", lambda index, text=refusal: text)
+        path = tmp_path / f"picked {decode}.jsonl"
+        bench_linear.main(path, [*LINEAR[:-1], "3", "--dtype", "bfloat16", "--sweep"])
+        found = [(e["backend"].split()[0], e["picked"]) for e in lines_of(path)]
+        assert found == [("decode", False)] * decode + [("mma", True)]
 
 
 def test_sweep_passes_what_the_module_takes(monkeypatch):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from linear_cases import random_weight
 
-from sparsekern import cuda_backend, ops, tuning
-from sparsekern.heuristics import TIMES, MmaTile, Tile
+from sparsekern import cuda_backend, heuristics, ops, tuning
+from sparsekern.heuristics import TIMES, MmaTile, RowBlocks, Tile
 from sparsekern.pack import pack
 from sparsekern.sparse24 import compress
 
@@ -18,6 +18,10 @@ F16, BF16 = 0, 1  # DType in csrc/launch.h
 
 
 CACHED = ("_tiles", "variants", "_plan", "_mma_tiles", "_mma_plan", "refusal")
+TILES = [variant for variant in TIMES if isinstance(variant, Tile)]
+# Two that tests name, then those that heuristics know.
+BLOCKS = [RowBlocks(64, 2), RowBlocks(128, 4)]
+BLOCKS += [v for v in TIMES if isinstance(v, RowBlocks) and v not in BLOCKS]
 MMA_TILES = (MmaTile(128, 128, 2, 4, 1, 3), MmaTile(64, 8, 2, 1, 4, 4))
 
 
@@ -35,10 +39,9 @@ def native(monkeypatch, tmp_path):
         PREFILL_COUNTER_BYTES=16,
         prefill_configs=lambda: [
             tile._asdict() | {"index": i}
-            for i, tile in enumerate(TIMES)
+            for i, tile in enumerate(TILES)
         ],
-        decode_configs=lambda: [{"index": i, "rows": 64 * i, "split": 2 * i} for i in (1, 2)],
-        decode_config=lambda out_features, in_features: 2 if in_features > 4096 else 1,
+        decode_configs=lambda: [b._asdict() | {"index": i} for i, b in enumerate(BLOCKS, 1)],
         mma_configs=lambda: [
             dict(zip(MmaTile._fields, tile), index=i) for i, tile in enumerate(MMA_TILES)
         ],
@@ -142,7 +145,7 @@ def test_other_gpus_than_hopper_run_mma_at_every_number_of_tokens(native):
             assert cuda_backend.config(x, w24) == f"mma {MMA_TILES[index]}"
     native.capability = (9, 0)
     cuda_backend._plan.cache_clear()
-    assert cuda_backend._plan(1, 4096, 4096, BF16, 0) == (native.decode, 1, False)
+    assert cuda_backend._plan(1, 4096, 4096, BF16, 0)[0] is native.decode
     on_request = cuda_backend._mma_plan(1, 4096, 4096, BF16, 0)
     assert on_request == (native.mma, 1, False), "on Hopper, too"
     assert cuda_backend.mma_config(x, w24) == f"mma {MMA_TILES[0]}"
@@ -163,27 +166,32 @@ def test_tuned_tables_choose_among_what_the_gpu_runs(native, tmp_path):
 
 
 def test_without_a_table_heuristics_choose(native):
-    assert cuda_backend._plan(64, 28672, 4096, BF16, 0) == (native.decode, 1, False)
-    run, config, cuts_k = cuda_backend._plan(65, 28672, 4096, BF16, 0)
-    assert run is native.prefill and 0 <= config < len(TIMES) and cuts_k
-    name, why, us = explained(64, 28672, 4096)
-    assert name == "decode 64 rows, split 2" and us is None
-    assert why == "variant by heuristics, no tuned table knows this problem"
+    for tokens, kernel in ((1, "decode"), (8192, "prefill")):
+        run, config, cuts_k = cuda_backend._plan(tokens, 28672, 4096, BF16, 0)
+        known = [*BLOCKS, *TILES, *(tile for tile in MMA_TILES if tile in TIMES)]
+        chosen = heuristics.fastest(tokens, 28672, 4096, 132, tuple(known))
+        assert run is getattr(native, kernel) and cuts_k == (kernel == "prefill")
+        name, why, us = explained(tokens, 28672, 4096)
+        assert name == heuristics.name(chosen) and us is None
+        assert cuda_backend.variants()[name] == (kernel, config)
+        assert why == "variant by heuristics, no tuned table knows this problem"
 
 
-def test_explain_names_the_rows_and_the_split_or_the_tile(native):
-    assert explained(1, 28672, 4096)[0] == "decode 64 rows, split 2"
-    assert explained(64, 28672, 8192)[0] == "decode 128 rows, split 4"
-    tile = list(TIMES)[cuda_backend._plan(8192, 4096, 14336, BF16, 0)[1]]
-    assert explained(8192, 4096, 14336)[0] == f"prefill {tile}" and isinstance(tile, Tile)
+def test_heuristics_may_choose_mma_on_hopper(native, monkeypatch):
+    """32x16: the fastest at 64 tokens of a weight with few rows."""
+    tile = MmaTile(32, 16, 1, 1, 4, 5)
+    configs = [tile._asdict() | {"index": 7}]
+    monkeypatch.setattr(native, "mma_configs", lambda: configs)
+    assert cuda_backend._plan(64, 512, 2048, BF16, 0) == (native.mma, 7, False)
+    assert explained(64, 512, 2048)[0] == "mma 32x16, 1x1x4 warps"
 
 
 def test_a_tuned_table_decides_what_runs(native, tmp_path):
-    last = list(TIMES)[-1]
+    last = TILES[-1]
     cells = {16: ("decode 128 rows, split 4", 3.25), 64: (f"prefill {last}", 7.0)}
     tune(tmp_path / "shipped" / "gpu.json", cells)
     assert cuda_backend._plan(16, 4096, 4096, BF16, 0) == (native.decode, 2, False)
-    assert cuda_backend._plan(64, 4096, 4096, BF16, 0) == (native.prefill, len(TIMES) - 1, True)
+    assert cuda_backend._plan(64, 4096, 4096, BF16, 0) == (native.prefill, len(TILES) - 1, True)
     name, why, us = explained(16, 4096, 4096)
     assert (name, us) == ("decode 128 rows, split 4", 3.25) and "the shipped tuned table" in why
     name, why, us = explained(40, 4096, 4096)
@@ -254,7 +262,7 @@ def test_a_launcher_passes_what_the_module_takes(native, declared, monkeypatch):
     x, y = torch.ones(3, 128, dtype=torch.bfloat16), torch.ones(3, 64, dtype=torch.bfloat16)
     space = torch.zeros(64, dtype=torch.uint8)
     for name, index in (
-        ("decode 128 rows, split 4", 2), (f"prefill {list(TIMES)[1]}", 1), (f"mma {MMA_TILES[1]}", 1)
+        ("decode 128 rows, split 4", 2), (f"prefill {TILES[1]}", 1), (f"mma {MMA_TILES[1]}", 1)
     ):  # fmt: skip
         cuda_backend.launcher(name, x, w24, y, space)()
         kernel, arguments = native.calls.pop()

@@ -1,5 +1,6 @@
 """Which kernel variant is chosen: pure arithmetic, no GPU."""
 
+import math
 import re
 from pathlib import Path
 
@@ -11,12 +12,17 @@ from sparsekern.heuristics import (
     DATA_CENTER,
     TIMES,
     MmaTile,
+    RowBlocks,
     Tile,
+    Times,
+    Work,
+    considered,
+    fastest,
     mma_clocks,
     mma_rates,
     mma_tile,
     predicted_us,
-    prefill_tile,
+    work,
 )
 
 CONFIGS = Path(__file__).resolve().parent.parent / "csrc" / "configs.h"
@@ -32,110 +38,216 @@ def tiles_of_the_source():
     return [Tile(128 * panels, *rest, bool(last)) for _, panels, *rest, last in rows]
 
 
-def test_every_tile_is_compiled():
-    assert set(TIMES) <= set(tiles_of_the_source())
-    assert all(time.stage > 0 and min(time) >= 0 for time in TIMES.values())
+def blocks_of_the_source():
+    """The entries of SK_DECODE_CONFIGS: X(index, panels, split)."""
+    found = re.findall(r"X\((\d+), (\d+), (\d+)\)", CONFIGS.read_text())
+    assert [int(entry[0]) for entry in found] == list(range(1, 1 + len(found))) and found
+    return [RowBlocks(64 * int(panels), int(split)) for _, panels, split in found]
+
+
+def test_every_variant_is_compiled():
+    built = [*tiles_of_the_source(), *blocks_of_the_source(), *mma_tiles_of_the_source()]
+    assert set(TIMES) <= set(built)
+    assert all(times.stage > 0 and times.rate > 0 and min(times) >= 0 for times in TIMES.values())
 
 
 def test_names():
     assert str(Tile(256, 192, 2, 1)) == "256x192 cluster 2x1"
     assert str(Tile(256, 192, 2, 1, True)) == "256x192 cluster 2x1, streamed"
+    assert heuristics.name(Tile(256, 192, 2, 1)) == "prefill 256x192 cluster 2x1"
+    assert heuristics.name(RowBlocks(128, 4)) == "decode 128 rows, split 4"
+    assert heuristics.name(MmaTile(64, 8, 2, 1, 4, 4)) == "mma 64x8, 2x1x4 warps"
 
 
 def test_resident_clusters():
-    assert [heuristics.resident_clusters(size, H100) for size in (1, 2, 4)] == [132, 66, 31]
+    found = [heuristics.resident_clusters(size, H100) for size in (1, 2, 4, 8)]
+    assert found == [132, 66, 31, 15]
     assert heuristics.resident_clusters(4, 4) == 1
+
+
+# ---- the choice ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "tokens, out_features, in_features, expected",
     [
-        (4096, 57344, 8192, Tile(256, 192, 2, 1)),
-        (4096, 28672, 4096, Tile(256, 192, 2, 1)),
-        (256, 4096, 14336, Tile(256, 128, 1, 1)),
-        (128, 4096, 4096, Tile(128, 128, 1, 1)),
+        (4096, 57344, 8192, "prefill 256x192 cluster 2x1"),
+        (4096, 28672, 4096, "prefill 256x192 cluster"),
+        (128, 4096, 4096, "prefill 128x128 cluster"),
+        (1, 28672, 4096, "decode 128 rows, split 1"),
+        (1, 4096, 4096, "decode 256 rows, split 4"),
+        (96, 1024, 4096, "mma 32x"),
     ],
 )
 def test_known_picks(tokens, out_features, in_features, expected):
-    """Problems at which this tile was the fastest measured."""
-    assert prefill_tile(tokens, out_features, in_features, H100) == expected
-
-
-def test_a_tile_is_chosen_only_at_token_counts_at_which_it_was_timed():
-    alone = Tile(256, 128, 1, 1)
-    for tile, expected in (
-        (Tile(256, 160, 2, 1), {100: alone, 512: alone, 513: Tile(256, 160, 2, 1)}),
-        (Tile(128, 128, 1, 1), {100: Tile(128, 128, 1, 1), 513: alone, 8192: alone}),
-    ):
-        for tokens, pick in expected.items():  # a small problem is cut up: both tiles beat `alone`
-            assert prefill_tile(tokens, 256, 4096, H100, (alone, tile)) == pick
+    """Problems at which this variant, or one of these, was the fastest measured."""
+    chosen = heuristics.name(fastest(tokens, out_features, in_features, H100))
+    assert chosen.startswith(expected)
 
 
 def test_the_choice_is_the_fastest_prediction():
-    for tokens in (65, 128, 500, 1024, 4096):
-        for out_features, in_features in ((64, 64), (4096, 14336), (28672, 4096)):
-            problem = tokens, out_features, in_features, H100
-            allowed = [t for t, of in TIMES.items() if of.above < tokens <= of.up_to]
-            fastest = min(predicted_us(tile, *problem) for tile in allowed)
-            chosen = prefill_tile(*problem)
-            assert chosen in allowed and predicted_us(chosen, *problem) == fastest
+    for tokens in (1, 31, 32, 65, 128, 500, 1024, 4096):
+        for shape in ((64, 64), (4096, 14336), (28672, 4096)):
+            problem = tokens, *shape, H100
+            allowed = [v for v in TIMES if considered(v, tokens, *shape)]
+            chosen = fastest(*problem)
+            assert chosen in allowed
+            assert all(predicted_us(chosen, *problem) <= predicted_us(v, *problem) for v in allowed)
 
 
-def test_prediction_by_hand():
+def test_what_is_considered():
+    tile, blocks, mma = Tile(256, 128, 1, 1), RowBlocks(256, 4), MmaTile(32, 16, 1, 1, 4, 5)
+    large = 2**12, 2**13
+    for tokens, of in (
+        (1, {blocks, mma}), (31, {blocks, mma}), (32, {tile, blocks, mma}),
+        (64, {tile, blocks, mma}), (65, {tile, mma}), (128, {tile, mma}), (129, {tile}),
+    ):  # fmt: skip
+        assert {v for v in (tile, blocks, mma) if considered(v, tokens, *large)} == of
+    assert considered(mma, 2**12, 2**10, 2**10), "little to compute"
+    assert not considered(mma, 2**12 + 1, 2**10, 2**10)
+
+
+def test_variants_that_are_not_compiled_are_left_out():
+    only = next(variant for variant in TIMES if isinstance(variant, Tile))
+    assert fastest(4096, 28672, 4096, H100, (only, Tile(1, 1, 1, 1))) == only
+    with pytest.raises(ValueError):
+        fastest(4096, 28672, 4096, H100, (Tile(1, 1, 1, 1),))
+    with pytest.raises(ValueError):
+        fastest(1, 28672, 4096, H100, (only,))
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+
+def test_time_of_some_work_by_hand():
+    """Three limits of 16, 16 and 0 us are 16 * 2^(1/4) together; the rest is added."""
+    times = Times(2.0, 1.0, 0.5, 3.0, 5.0, 7.0, 11.0, 13.0)
+    of = Work(stages=6, extras=4, totals=32, megabytes=0, items=1, exchanges=2, crowds=3)
+    assert heuristics.us(times, of) == pytest.approx(16 * 2**0.25 + 5 + 14 + 33 + 13)
+    memory = Work(0, 0, 0, 30, 0, 0, 0)
+    assert heuristics.us(times, memory) == pytest.approx(10 + 13)
+    assert predicted_us(first := next(iter(TIMES)), 1, 512, 2048, H100) == pytest.approx(
+        heuristics.us(TIMES[first], work(first, 1, 512, 2048, H100))
+    )
+
+
+def test_megabytes():
+    """70 x 100 weights are stored as 128 x 128, 9/8 bytes each; x and y as they are."""
+    expected = (128 * 128 * 9 / 8 + 2 * 3 * (70 + 100)) / 1e6
+    for variant in (Tile(256, 128, 1, 1), RowBlocks(256, 4), MmaTile(32, 16, 1, 1, 4, 5)):
+        assert work(variant, 3, 70, 100, H100).megabytes == pytest.approx(expected)
+
+
+def prefill(tile, tokens, out_features, in_features=4096, short_tails=False):
+    return work(tile, tokens, out_features, in_features, H100, short_tails)
+
+
+def test_prefill_work_by_hand():
     """256x192, a cluster of one: 132 tiles at once; 4096 in_features are 64 stages."""
     tile = Tile(256, 192, 1, 1)
-    stage, item, exchange, constant, *_ = TIMES[tile]
 
-    def us(tokens, out_features, in_features=4096):
-        return pytest.approx(predicted_us(tile, tokens, out_features, in_features, H100))
+    def counts(*problem):
+        of = prefill(tile, *problem)
+        return of.stages, of.items, of.exchanges, of.crowds
 
     # One full wave, and two.
-    assert us(192, 256 * 132) == 64 * stage + item + constant
-    assert us(384, 256 * 132) == 2 * (64 * stage + item) + constant
-    # One token or one row more is one more row of tiles, or one more tile; parts outside count.
-    assert us(193, 256 * 66) == us(384, 256 * 66)
+    assert counts(192, 256 * 132) == (64, 1, 0, 0)
+    assert counts(384, 256 * 132) == (128, 2, 0, 0)
+    # One token or one row more is one more row of tiles, or one more tile.
+    assert counts(193, 256 * 66) == counts(384, 256 * 66) == (64, 1, 0, 0)
     # 133 tiles: the last is cut into 192 / 32 = 6 parts of 11 stages, which exchange 5/6.
-    assert us(192, 256 * 132 + 1) == (64 + 11) * stage + 2 * item + exchange * 5 / 6 + constant
+    assert counts(192, 256 * 132 + 1) == (64 + 11, 2, 5 / 6, 5 / 132)
     # 40 tiles leave room for 3 parts each, 100 for one.
-    assert us(192, 256 * 40) == 22 * stage + item + exchange * 2 / 3 + constant
-    assert us(192, 256 * 100) == 64 * stage + item + constant
+    assert counts(192, 256 * 40) == (22, 1, 2 / 3, pytest.approx(80 / 132))
+    assert counts(192, 256 * 100) == (64, 1, 0, 0)
     # A part has four stages or more: 10 stages make two, 3 stages one.
-    assert us(192, 256, 640) == 5 * stage + item + exchange / 2 + constant
-    assert us(192, 256, 130) == 3 * stage + item + constant
+    assert counts(192, 256, 640) == (5, 1, 1 / 2, 1 / 132)
+    assert counts(192, 256, 130) == (3, 1, 0, 0)
 
 
-def test_long_launches_prefer_256_rows_in_clusters_of_two():
-    """Three tiles per cluster and more: a factor for every other tile."""
-    for tile, factor in (
-        (Tile(256, 192, 1, 1), heuristics.LONG), (Tile(256, 192, 4, 1), heuristics.LONG),
-        (Tile(128, 256, 2, 1), heuristics.LONG), (Tile(256, 192, 2, 1), 1.0),
-    ):  # fmt: skip
-        stage, item, _, constant, *_ = TIMES[tile]
-        size = tile.cluster_rows * tile.cluster_tokens
-        resident = heuristics.resident_clusters(size, H100)
-        for waves in (2, 3):
-            problem = tile.tokens * waves, tile.rows * tile.cluster_rows * resident, 4096, H100
-            expected = waves * (64 * stage + item) + constant
-            expected *= factor if waves == 3 else 1
-            assert predicted_us(tile, *problem) == pytest.approx(expected)
+def test_a_streamed_wave_is_shared_out_equally():
+    tile = Tile(256, 192, 1, 1, True)
+    of = prefill(tile, 192, 256 * (132 + 33))
+    assert (of.stages, of.items, of.exchanges, of.crowds) == (64 + 16, 2, 1, 4)
+    # Fewer than four stages for each cluster: cut into parts as without streaming.
+    assert prefill(tile, 192, 256 * 8) == prefill(tile._replace(streamed=False), 192, 256 * 8)
 
 
 def test_clusters_count_as_one():
     """Clusters of 2 x 1: 512 rows each, 66 at once."""
-    tile = Tile(256, 192, 2, 1)
-    stage, item, _, constant, *_ = TIMES[tile]
-    expected = 64 * stage + item + constant
-    assert predicted_us(tile, 192, 512 * 66, 4096, H100) == pytest.approx(expected)
+    assert prefill(Tile(256, 192, 2, 1), 192, 512 * 66).stages == 64
+    of = prefill(Tile(256, 192, 2, 1), 192, 512 * 22)
+    assert (of.stages, of.exchanges, of.crowds) == (22, 2 / 3, 2 / 3 * 66 * 2 / 132)
 
 
-def test_tiles_that_are_not_compiled_are_left_out():
-    only = Tile(256, 128, 1, 1)
-    assert prefill_tile(4096, 28672, 4096, H100, (only, Tile(1, 1, 1, 1))) == only
-    with pytest.raises(ValueError):
-        prefill_tile(4096, 28672, 4096, H100, (Tile(1, 1, 1, 1),))
+def test_power_counts_in_sustained_work():
+    """1024 tokens are 8 columns: 8 tiles of 132 multiprocessors, 64 stages each."""
+    tile = Tile(256, 128, 1, 1)
+    assert prefill(tile, 1023, 256).totals == 0
+    assert prefill(tile, 1024, 256).totals == pytest.approx(8 * 64 / 132)
 
 
-# ---- the mma.sp kernel ---------------------------------------------------------------------------
+def test_missing_tokens_are_extra():
+    tile = Tile(256, 128, 1, 1)
+    assert prefill(tile, 128, 256 * 132).extras == 0
+    assert prefill(tile, 96, 256 * 132).extras == 64 / 4
+    assert prefill(tile, 128 + 96, 256 * 66).extras == 64 / 8, "half of the tiles are such"
+
+
+def test_a_short_tail_is_cheaper():
+    """A tail of up to 64 tokens takes 96 clocks for the 160 of 128, up to 128 of 224 for 192."""
+    tile, wide = Tile(256, 128, 1, 1), Tile(256, 192, 1, 1)
+    assert heuristics.tail(tile, 64, True) == (96 / 160, 0.0)
+    assert heuristics.tail(tile, 1, True) == (96 / 160, 63 / 64)
+    assert heuristics.tail(tile, 65, True) == (1.0, pytest.approx(63 / 128))
+    assert heuristics.tail(wide, 192 + 100, True) == (160 / 224, pytest.approx(28 / 128))
+    assert heuristics.tail(wide, 100, False) == (1.0, pytest.approx(92 / 192))
+    # The tile of a cluster that has tokens decides for the others.
+    assert heuristics.tail(Tile(256, 128, 1, 2), 64, True) == (96 / 160, 0.5)
+    assert heuristics.tail(Tile(256, 128, 1, 2), 128 + 1, True)[0] == 1.0
+    # Alone, all of the work is that; in one wave with whole tiles these decide; in many, the mean.
+    assert prefill(tile, 64, 256 * 132, short_tails=True).stages == pytest.approx(64 * 96 / 160)
+    assert prefill(tile, 192, 256 * 66, short_tails=True).stages == 64
+    many = prefill(tile, 192, 256 * 132, short_tails=True).stages
+    assert many == pytest.approx(128 * (1 + 96 / 160) / 2)
+    assert prefill(tile, 192, 256 * 132).stages == 128
+
+
+def test_decode_work_by_hand():
+    """4096x4096: 16 blocks of 256 rows, 64 stages. 31 clusters of 4 and 66 of 2 run at once."""
+    of = work(RowBlocks(256, 4), 1, 4096, 4096, H100)
+    assert (of.stages, of.extras, of.items, of.exchanges) == (16, 2, 1, 1 / 8)
+    assert of.totals == pytest.approx(16 * 64 / 8 / 132)
+    for tokens, wide in ((8, 1 / 8), (9, 1 / 4), (32, 1 / 2), (33, 1), (64, 1)):
+        assert work(RowBlocks(256, 4), tokens, 4096, 4096, H100).extras == 16 * wide
+    assert work(RowBlocks(128, 4), 1, 4096, 4096, H100).stages == 2 * 16, "32 clusters: two waves"
+    assert work(RowBlocks(128, 2), 1, 4096, 4096, H100).stages == 32
+
+
+def test_mma_work_by_hand():
+    """32x32 with 4 places along K: 76.8 KB of shared memory, three blocks on a multiprocessor."""
+    tile = MmaTile(32, 32, 1, 1, 4, 3)
+    of = work(tile, 64, 32 * 132, 4096, H100)  # 264 blocks of 16 stages
+    assert (of.stages, of.extras, of.items) == (16, 32, 1)
+    assert of.totals == pytest.approx(264 * 16 * 4 * (32 * 72 + 32 * 128) / 1e6)
+    assert work(tile, 1, 32 * 132, 4096, H100).totals == pytest.approx(
+        132 * 16 * 4 * (32 * 72 + 128) / 1e6
+    )
+    assert work(tile, 64, 32 * 132 * 2, 4096, H100).items == 2
+
+
+@pytest.mark.parametrize("variant", TIMES, ids=heuristics.name)
+def test_predictions_are_times(variant):
+    """Positive, finite, and no shorter for more in_features or many more rows."""
+    tokens = 64
+    for shape in ((8, 8), (512, 2048), (57344, 8192)):
+        assert 0 < predicted_us(variant, tokens, *shape, H100) < 1e5
+    small = predicted_us(variant, tokens, 4096, 4096, H100)
+    assert small <= predicted_us(variant, tokens, 4096, 8192, H100)
+    assert small < predicted_us(variant, tokens, 65536, 4096, H100) < math.inf
+
+
+# ---- the mma.sp kernel on other GPUs -------------------------------------------------------------
 
 
 def mma_tiles_of_the_source():

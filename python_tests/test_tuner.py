@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparsekern import cli, cuda_backend, layer_bench, tuner, tuning
-from sparsekern.heuristics import TIMES, Tile
+from sparsekern import cli, cuda_backend, heuristics, layer_bench, tuner, tuning
+from sparsekern.heuristics import TIMES, RowBlocks, Tile
 from sparsekern.sparse24 import decompress
 from sparsekern.tuner import tune_cell
 
 GPU = "Test GPU, 132 multiprocessors"
+TILES = [variant for variant in TIMES if isinstance(variant, Tile)]
+BLOCKS = [variant for variant in TIMES if isinstance(variant, RowBlocks)]
 
 
 class Clock:
@@ -192,6 +194,20 @@ def test_every_cell_gets_a_line_and_an_entry(fake_gpu):
     assert [dtype for _, dtype in FakeLayer.made] == [torch.bfloat16] * 2 + [torch.float16] * 2
 
 
+def test_the_log_has_all_times_and_is_added_to(fake_gpu):
+    log = fake_gpu / "cells.jsonl"
+    run([(64, 64)], [1, 16], log=log)
+    run([(8, 16)], [1], ["float16"], log=log)
+    first, second, third = map(json.loads, log.read_text().splitlines())
+    assert first == {
+        "shape": [64, 64], "tokens": 1, "best": "decode a", "us": 2.0, "h": "decode a", "hus": 2.0,
+        "refused": {}, "times": {"decode a": 2.0, "decode b": 3.0}, "gpu": GPU,
+        "dtype": "bfloat16",
+    }  # fmt: skip
+    assert (second["tokens"], second["best"], second["hus"]) == (16, "decode b", 3.0)
+    assert (third["shape"], third["dtype"]) == ([8, 16], "float16")
+
+
 def test_another_file(fake_gpu):
     run([(64, 64)], [1], path=fake_gpu / "table.json")
     assert not tuning.user_path().exists()
@@ -277,13 +293,12 @@ def test_copies_beyond_the_cache():
 
 @pytest.fixture
 def stand_in(monkeypatch, tmp_path):
-    """A GPU of which the CPU computes everything: two decode configs, three tiles, one of them not
+    """A GPU of which the CPU computes everything: two decode configs, three tiles, one of each not
     in the model of heuristics.py."""
-    tiles = [*list(TIMES)[:2], Tile(64, 32, 1, 1)]
+    tiles, blocks = [*TILES[:2], Tile(64, 32, 1, 1)], [BLOCKS[0], RowBlocks(64, 3)]
     native = SimpleNamespace(
         prefill_workspace_bytes=lambda: 16,
-        decode_config=lambda out_features, in_features: 2,
-        decode_configs=lambda: [{"index": i, "rows": 128, "split": i} for i in (1, 2)],
+        decode_configs=lambda: [b._asdict() | {"index": i} for i, b in enumerate(blocks, 1)],
         mma_configs=lambda: [],
         prefill_configs=lambda: [
             tile._asdict() | {"index": i}
@@ -314,13 +329,26 @@ def stand_in(monkeypatch, tmp_path):
 
 def test_candidates_start_with_the_choice_of_the_heuristics(stand_in):
     layer = tuner.Layer(96, 68, torch.bfloat16, torch.device("cpu"))
-    decode = ["decode 128 rows, split 2", "decode 128 rows, split 1"]
-    known = [f"prefill {tile}" for tile in list(TIMES)[:2]]
-    unknown = f"prefill {Tile(64, 32, 1, 1)}"
+    decode, tiles = f"decode {BLOCKS[0]}", [f"prefill {tile}" for tile in TILES[:2]]
+    unknown = ["decode 64 rows, split 3", f"prefill {Tile(64, 32, 1, 1)}"]
     few, many = layer.names(64), layer.names(65)
-    assert few[:2] == decode and sorted(few[2:4]) == sorted(known) and few[4:] == [unknown]
+    assert few[0] == cuda_backend.heuristic(64, 96, 68, None)
+    assert sorted(few[:3]) == sorted([decode, *tiles]) and few[3:] == unknown
     assert many[0] == cuda_backend.heuristic(65, 96, 68, None)
-    assert sorted(many[:2]) == sorted(known) and many[2:] == [unknown]
+    assert sorted(many[:2]) == sorted(tiles) and many[2:] == unknown[1:]
+
+
+def test_mma_is_a_candidate_where_it_may_be_chosen(stand_in, monkeypatch):
+    everything = {f"{kernel} a": (kernel, 0) for kernel in ("decode", "prefill", "mma")}
+    monkeypatch.setattr(cuda_backend, "runnable", lambda index: everything)
+    monkeypatch.setattr(cuda_backend, "heuristic", lambda *problem: "prefill a")
+    layer = tuner.Layer(96, 68, torch.bfloat16, torch.device("cpu"))
+    assert "mma a" in layer.names(1000), "little to compute"
+    layer.shape = 8192, 8192
+    few, many = heuristics.MMA_TOKENS, heuristics.MMA_TOKENS + 1
+    assert "mma a" in layer.names(few) and layer.names(many) == ["prefill a"]
+    del everything["prefill a"]
+    assert "mma a" in layer.names(many), "there is nothing else"
 
 
 def test_a_layer_runs_checks_and_times_every_variant(stand_in, monkeypatch):
@@ -328,7 +356,7 @@ def test_a_layer_runs_checks_and_times_every_variant(stand_in, monkeypatch):
     layer = tuner.Layer(96, 68, torch.bfloat16, torch.device("cpu"))
     assert len(layer.weights) == 3, "two panels of two column tiles: 18432 bytes each"
     layer.warm_up()
-    warmed = {tokens for name, tokens in stand_in if name == "decode 128 rows, split 1"}
+    warmed = {tokens for name, tokens in stand_in if name == f"decode {BLOCKS[0]}"}
     assert warmed == {1, 9, 17, 33}, "one of each form of the decode kernel"
     assert {name for name, _ in stand_in} == set(cuda_backend.variants())
     for tokens in (3, 100):
@@ -363,21 +391,21 @@ def test_a_layer_sees_a_wrong_element(stand_in, monkeypatch):
 def asked(monkeypatch):
     """What `tuner.tune` was called with."""
     calls = []
-    monkeypatch.setattr(tuner, "tune", lambda *arguments: calls.append(arguments[:6]))
+    monkeypatch.setattr(tuner, "tune", lambda *a, log: calls.append((*a[:6], log)))
     monkeypatch.setattr(cli, "_device", lambda name: name or "cuda")
     return calls
 
 
 def test_command_defaults(asked):
     assert cli.main(["tune"]) == 0
-    assert asked == [(tuner.SHAPES, tuner.TOKENS, ["bfloat16"], "cuda", None, math.inf)]
+    assert asked == [(tuner.SHAPES, tuner.TOKENS, ["bfloat16"], "cuda", None, math.inf, None)]
 
 
 def test_command_options(asked):
     arguments = "tune --shapes 64x128,8X16 --tokens 1,16 --dtype fp16,bf16,float16 --out t.json"
-    assert cli.main([*arguments.split(), "--budget", "90", "--device", "cuda:1"]) == 0
+    assert cli.main([*arguments.split(), "--budget", "90", "--device", "cuda:1", "--log", "l"]) == 0
     shapes = [(64, 128), (8, 16)]
-    assert asked == [(shapes, [1, 16], ["float16", "bfloat16"], "cuda:1", "t.json", 90.0)]
+    assert asked == [(shapes, [1, 16], ["float16", "bfloat16"], "cuda:1", "t.json", 90.0, "l")]
 
 
 @pytest.mark.parametrize(

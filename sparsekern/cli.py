@@ -175,7 +175,7 @@ def run_tune(args):
     budget = float("inf") if args.budget is None else args.budget
     say = functools.partial(print, flush=True)
     tokens = args.tokens or tuner.TOKENS
-    tuner.tune(shapes, tokens, args.dtype, device, args.out, budget, say)
+    tuner.tune(shapes, tokens, args.dtype, device, args.out, budget, say, log=args.log)
 
 
 def run_doctor(args):

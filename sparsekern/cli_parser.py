@@ -180,6 +180,11 @@ def make_parser(runs):
         "cache folder)",
     )
     sub.add_argument("--budget", type=float, metavar="SECONDS", help="begin nothing after them")
+    sub.add_argument(
+        "--log",
+        metavar="FILE",
+        help="append all times, one line of JSON per cell, for python -m bench.fit",
+    )
     sub.add_argument("--device", help="cuda or cuda:N (default: cuda)")
 
     sub = command("doctor", "Show GPU, kernels and libraries, and what will run.")

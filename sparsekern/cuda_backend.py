@@ -4,7 +4,8 @@
     Hopper, any number        prefill: wgmma.sp                  csrc/kernels/spmm_prefill_sm90.cuh
     Ampere, Ada, newer GPUs   mma: mma.sp, any number            csrc/kernels/spmm_mma_sm80.cuh
 
-The last one runs on Hopper, too, when asked for as backend "cuda-mma" (`mma_linear`).
+The last one runs on Hopper, too: where it is the fastest, for few tokens, and when asked for as
+backend "cuda-mma" (`mma_linear`).
 
 The same functions as every backend module, plus `packs`, by which SparseLinear decides on its
 layout, and the gated pair of a gated MLP. Which kernel runs, and which variant of it, is in the
@@ -26,7 +27,7 @@ import torch
 from sparsekern import _native, heuristics, tuning
 from sparsekern.cpu_backend import activate
 from sparsekern.errors import message
-from sparsekern.heuristics import MmaTile, Tile
+from sparsekern.heuristics import MmaTile, RowBlocks, Tile
 
 LAYOUT = "tile64"
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/launch.h
@@ -133,18 +134,23 @@ def _tiles():
     }
 
 
+def _built():
+    """{variant as in heuristics.py: (native function, its config)} of the native module."""
+    decode = {
+        RowBlocks(*(c[field] for field in RowBlocks._fields)): ("decode", c["index"])
+        for c in _native.module().decode_configs()
+    }
+    prefill = {tile: ("prefill", index) for tile, index in _tiles().items()}
+    return decode | prefill | {tile: ("mma", index) for tile, index in _mma_tiles().items()}
+
+
 @lru_cache(maxsize=None)
 def variants():
     """{name: (native function, its config)} of everything that the module was built with.
 
     The names are what `sparsekern.explain` shows and what tuned tables hold.
     """
-    decode = {
-        f"decode {c['rows']} rows, split {c['split']}": ("decode", c["index"])
-        for c in _native.module().decode_configs()
-    }
-    prefill = {f"prefill {tile}": ("prefill", index) for tile, index in _tiles().items()}
-    return decode | prefill | {f"mma {t}": ("mma", index) for t, index in _mma_tiles().items()}
+    return {heuristics.name(variant): of for variant, of in _built().items()}
 
 
 def runnable(index):
@@ -165,12 +171,9 @@ def heuristic(tokens, out_features, in_features, index):
     """The name of the variant that heuristics choose on GPU `index`."""
     if _capability(index)[0] != 9:
         return f"mma {_mma_tile(tokens, out_features, in_features, index)}"
-    if tokens <= heuristics.DECODE_TOKENS:
-        chosen = "decode", _native.module().decode_config(out_features, in_features)
-        return next(name for name, variant in variants().items() if variant == chosen)
     multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
     problem = tokens, out_features, in_features, multiprocessors
-    return f"prefill {heuristics.prefill_tile(*problem, tuple(_tiles()))}"
+    return heuristics.name(heuristics.fastest(*problem, tuple(_built())))
 
 
 def choose(tokens, out_features, in_features, dtype, index):

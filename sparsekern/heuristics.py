@@ -1,33 +1,54 @@
 """Which CUDA kernel computes a linear layer, and with which tile. Pure Python: no torch, no GPU.
 
-On Hopper: up to 64 tokens the decode kernel, which chooses its row blocks itself (decode_config in
-csrc/kernels/spmm_decode_sm90.cu). Above, the prefill kernel with the tile whose predicted time is
-the shortest: a large tile moves fewer bytes per product, a small one leaves fewer multiprocessors
-idle and less of the last tiles outside the output.
+On Hopper `fastest` predicts the time of every variant of TIMES and takes the shortest: the decode
+kernel up to 64 tokens, the mma.sp kernel up to 128 or where there is little to compute, the prefill
+kernel from 32 tokens on (`considered`). One formula serves all three:
 
-    out_features                        a cluster of 2 x 1 tiles shares the rows of x that its tiles
-    +-------+-------+-------+           both need; a cluster of 1 x 2 shares the weights
-    | tile  | tile  | tile  |
-    +-------+-------+-------+ tokens    us = stage * S + item * I + exchange * X + constant
-    | tile  | tile  | tile  |           with the four coefficients of the tile in TIMES
-    +-------+-------+-------+
+    us = smooth_max(stage * stages + extra * extras, total * totals, megabytes / rate)
+         + item * items + exchange * exchanges + crowd * crowds + constant
 
-What the busiest cluster does: it computes I tiles one after the other, in S stages of 64
-in_features. When the last wave does not fill the GPU, each of its tiles is cut along in_features
-into as many parts as there are clusters for (choose_splits in spmm_prefill_launch_sm90.cuh, same
-folder); then S counts one part, and X is the share of its sums that a cluster exchanges with the
-others.
+    smooth_max(a, b, c) = (a^4 + b^4 + c^4)^(1/4)
 
-The coefficients are fitted to times on an H100 (bf16, five shapes, 64 to 8192 tokens). On the 30
-problems above 64 tokens the pick is 1.9 % slower than the best tile on average and 7.7 % at worst.
-That is the fitting set, without LONG: of other problems, and of other GPUs, it says nothing. A tile that was
-timed only at few or only at many tokens is chosen only there, because a fit says little outside.
+The products, first, are what can be the limit of the main loop: the busiest cluster of thread
+blocks, which computes its stages one after the other; something that all blocks share; the memory,
+which delivers weights, x and y once. The others are added because nothing hides them. The
+coefficients, on the left of each product, are those of the variant in TIMES. The counts, on the
+right, follow from the problem and the number of multiprocessors (Work; of 64 in_features a stage):
 
-Those were short bursts. A launch of several waves runs at the power limit, and there 256 rows in
-clusters of 2 x 1 keep their time while the others lose: 57344 x 8192 at 4096 tokens took 1.02 to
-1.04 of the prediction with them and 1.14 to 1.25 with others (csrc/NOTES.md). LONG stands for that
-loss. It rests on this one problem, and the picks that it changes were not timed again; a tuned
-table replaces all of this.
+                 prefill (prefill_work)     decode (decode_work)       mma.sp (mma_work)
+    stages       of the busiest cluster     of the busiest cluster     of a multiprocessor's blocks,
+                                                                       those at once counted once
+    extras       the same, times the        the same, times tokens     all of a multiprocessor's
+                 share of a tile's tokens   / 64, rounded up to the    blocks
+                 that are not there         kernel's 8, 16, 32, 64
+    totals       all stages / multi-        extras of all clusters     megabytes from L2
+                 processors, but only in    / multiprocessors
+                 sustained work: power
+    megabytes    weights (9/16 of the dense ones) + x + y
+    items        tiles of a cluster         row blocks of a cluster    blocks of a multiprocessor,
+                                                                       those at once counted once
+    exchanges    share of its sums that     items, times tokens        0
+                 a cluster gives away       as in extras
+    crowds       the same, of all clusters  0                          0
+                 per multiprocessor
+
+How many clusters run at once decides the first count (`resident_clusters`). The prefill kernel cuts
+the tiles of a last, partly filled wave along in_features into as many parts as there are clusters
+for, or streams them: every cluster takes an equal piece (choose_splits, choose_stream in
+csrc/kernels/spmm_prefill_launch_sm90.cuh). In a streamed wave one cluster adds up all pieces of a
+tile; their number stands for crowds there.
+
+Power: a GPU that multiplies for long lowers its clock until it draws what it may. Then the time
+follows the energy, which idle multiprocessors do not use: all stages count, not those of the
+busiest cluster, and each variant pays for the bytes that it moves per product. SUSTAINED_TOKENS
+says from when on, which is where the measurements began to be made in bursts (tuner.BURST_TOKENS).
+
+A tile at the end of the tokens may have fewer of them than it could. With SHORT_TAILS it computes
+the next multiple of 64, at (that + 32) / (tile.tokens + 32) of the time: wgmma.sp takes N + 32
+clocks for N tokens when both operands come from shared memory (csrc/NOTES.md, Prefill).
+
+Units: microseconds; megabytes are 1e6 bytes, so rate is in megabytes per microsecond, TB/s.
+Where TIMES comes from: see there. `python -m bench fit` makes it (bench/fit.py).
 
 On other GPUs the mma.sp kernel computes every number of tokens: `mma_tile`, at the end of this
 file. Its model is an estimate from the data sheets and is fitted to nothing.
@@ -35,20 +56,38 @@ file. Its model is an estimate from the data sheets and is fitted to nothing.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import NamedTuple
 
 DECODE_TOKENS = 64  # the most that the decode kernel takes
 GATED_TOKENS = 32  # the same for its gated form, which holds two sums per output
+# On Hopper the mma.sp kernel is considered up to so many tokens, or tokens * out * in.
+MMA_TOKENS, MMA_PRODUCTS = 128, 2**32
+PREFILL_TOKENS = 32  # the fewest at which the prefill kernel is
 
-# As in the kernel: in_features of a stage, the fewest stages in a part of a tile, and the fewest
-# tokens that a part finishes.
-STAGE, STAGES_OF_PART, TOKENS_OF_PART = 64, 4, 32
+# As in the kernels: in_features of a stage, the fewest stages in a part of a tile, the fewest
+# tokens that a part finishes, and rows of a tile of tile64.
+STAGE, STAGES_OF_PART, TOKENS_OF_PART, PANEL = 64, 4, 32, 64
+
+SMOOTH = 4  # exponent of the smooth maximum
+SUSTAINED_TOKENS = 1024
+SHORT_TAILS = True  # tail tiles of the prefill kernel compute only the tokens that there are
+TAIL = 64  # rounded up to a multiple of this
+SM_BYTES, BLOCK_BYTES = 228 * 1024, 1024  # shared memory of a multiprocessor; the system's, a block
+
+
+class RowBlocks(NamedTuple):
+    """One entry of SK_DECODE_CONFIGS in csrc/configs.h."""
+
+    rows: int  # out_features of a row block
+    split: int  # thread blocks, a cluster, that share its in_features
+
+    def __str__(self) -> str:
+        return f"{self.rows} rows, split {self.split}"
 
 
 class Tile(NamedTuple):
-    """One entry of csrc/configs.h: the tile of a thread block, and the cluster in tiles."""
+    """One entry of SK_PREFILL_CONFIGS: the tile of a thread block, and the cluster in tiles."""
 
     rows: int  # out_features
     tokens: int
@@ -62,96 +101,8 @@ class Tile(NamedTuple):
         return f"{text}, streamed" if self.streamed else text
 
 
-class Times(NamedTuple):
-    """What a tile costs, in us (see the top of the file), and at how many tokens that is known."""
-
-    stage: float
-    item: float
-    exchange: float
-    constant: float
-    above: int = 0  # tokens
-    up_to: float = math.inf  # tokens
-
-
-FEW = 512
-LONG, LONG_WAVES = 1.06, 3  # factor on the time of other tiles, from this many tiles per cluster on
-
-# Tiles of configs.h that are not here are never chosen.
-TIMES = {
-    Tile(256, 192, 1, 1): Times(0.656, 7.5, 17.1, 3.1),
-    Tile(256, 192, 2, 1): Times(0.676, 5.1, 19.5, 3.1),
-    Tile(256, 192, 2, 2): Times(0.692, 5.3, 11.7, 0.0, above=FEW),
-    Tile(256, 192, 4, 1): Times(0.648, 6.8, 11.1, 0.0, above=FEW),
-    Tile(256, 160, 2, 1): Times(0.643, 2.8, 8.6, 0.0, above=FEW),
-    Tile(256, 128, 1, 1): Times(0.486, 3.5, 9.4, 8.0),
-    Tile(256, 128, 2, 1): Times(0.500, 3.2, 14.0, 5.0),
-    Tile(256, 128, 1, 2): Times(0.515, 2.4, 12.0, 6.2),
-    Tile(256, 96, 1, 1): Times(0.365, 10.3, 6.6, 2.2, up_to=FEW),
-    Tile(256, 64, 1, 1): Times(0.328, 6.2, 3.1, 6.4, up_to=FEW),
-    Tile(256, 64, 2, 1): Times(0.310, 5.6, 0.2, 8.2, up_to=FEW),
-    Tile(128, 256, 2, 1): Times(0.526, 1.3, 20.0, 5.5),
-    Tile(128, 128, 1, 1): Times(0.346, 0.0, 10.7, 6.6, up_to=FEW),
-}
-
-
-def resident_clusters(size: int, multiprocessors: int) -> int:
-    """Clusters of `size` thread blocks, one block per multiprocessor, that run at once.
-
-    A cluster lies inside a GPC, whose 16 or 18 multiprocessors 4 does not always divide: on an
-    H100 (132) 33 clusters of 4 are not resident at once, 31 are.
-    """
-    return max(1, multiprocessors // size - 2 * (size > 2))
-
-
-def predicted_us(
-    tile: Tile, tokens: int, out_features: int, in_features: int, multiprocessors: int
-) -> float:
-    """The modelled time of one layer with this tile, one of TIMES; see the top of the file."""
-    stages = -(-in_features // STAGE)
-    tiles = -(-out_features // (tile.rows * tile.cluster_rows))
-    tiles *= -(-tokens // (tile.tokens * tile.cluster_tokens))
-    resident = resident_clusters(tile.cluster_rows * tile.cluster_tokens, multiprocessors)
-    items, rest = divmod(tiles, resident)
-    busiest, splits = items * stages, 1
-    if rest:
-        most = min(resident // rest, tile.tokens // TOKENS_OF_PART, stages // STAGES_OF_PART)
-        splits = max(1, most)
-        busiest += -(-stages // splits)
-        items += 1
-    exchanged = (splits - 1) / splits
-    times = TIMES[tile]
-    us = times.stage * busiest + times.item * items + times.exchange * exchanged + times.constant
-    steady = (tile.rows, tile.cluster_rows, tile.cluster_tokens) == (256, 2, 1)
-    return us * LONG if items >= LONG_WAVES and not steady else us
-
-
-@lru_cache(maxsize=4096)
-def prefill_tile(
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    multiprocessors: int,
-    tiles: tuple[Tile, ...] = tuple(TIMES),
-) -> Tile:
-    """The tile with the shortest predicted time for this problem; of equal ones the first in TIMES.
-
-    Args:
-        tiles: those that the native module was built with; unknown ones are left out.
-    Raises:
-        ValueError: none of them is in TIMES for so many tokens.
-    """
-    problem = tokens, out_features, in_features, multiprocessors
-    known = [
-        tile for tile, of in TIMES.items() if tile in tiles and of.above < tokens <= of.up_to
-    ]
-    return min(known, key=lambda tile: predicted_us(tile, *problem))
-
-
-# ---- the mma.sp kernel ---------------------------------------------------------------------------
-
-
 class MmaTile(NamedTuple):
-    """One entry of SK_MMA_CONFIGS in csrc/configs.h."""
+    """One entry of SK_MMA_CONFIGS."""
 
     rows: int  # out_features
     tokens: int
@@ -163,6 +114,247 @@ class MmaTile(NamedTuple):
     def __str__(self) -> str:
         warps = f"{self.warps_rows}x{self.warps_tokens}x{self.split}"
         return f"{self.rows}x{self.tokens}, {warps} warps"
+
+
+Variant = RowBlocks | Tile | MmaTile
+
+
+class Times(NamedTuple):
+    """What a variant costs: the coefficients at the top of the file."""
+
+    stage: float
+    extra: float
+    total: float
+    rate: float
+    item: float
+    exchange: float
+    crowd: float
+    constant: float
+
+
+class Work(NamedTuple):
+    """What a variant does for a problem: the counts at the top of the file."""
+
+    stages: float
+    extras: float
+    totals: float
+    megabytes: float
+    items: float
+    exchanges: float
+    crowds: float
+
+
+# Made by `python -m bench.fit` from one `sparsekern tune` on an H100 SXM (132 multiprocessors,
+# 700 W, bfloat16): the 24 shapes of Llama-3 1B, 3B, 8B and 70B (tuner.SHAPES), 18 numbers of tokens
+# from 1 to 8192. In these 432 cells the pick is 0.69 % slower than the fastest of all variants on
+# average and 10.9 % at worst (4096x14336, 1 token); in the 132 of the 8B and 70B models from 96
+# tokens on it is 0.62 % and 7.2 %. Shapes that were left out of the fit: 1.0 % and 14.8 %. The
+# prefill kernel of that day computed whole tiles, and so was fitted with SHORT_TAILS off. A variant
+# that is not here is never chosen: no cell misses it. On another GPU the counts follow from its
+# multiprocessors, and these coefficients, its rates above all, are a guess.
+TIMES: dict[Variant, Times] = {
+    RowBlocks(256, 4): Times(0.186, 0.247, 0, 3.07, 0.622, 3.25, 0, 1.1),
+    RowBlocks(256, 8): Times(0.185, 0.207, 0, 3.09, 1.11, 3.84, 0, 0.851),
+    RowBlocks(128, 1): Times(0.112, 0.195, 0.00191, 3.15, 1.18, 2.58, 0, 0),
+    RowBlocks(128, 2): Times(0.118, 0.197, 0, 3.17, 1.62, 2.7, 0, 0.565),
+    RowBlocks(128, 8): Times(0.223, 0.0365, 0.572, 3.56, 1.98, 2.56, 0, 0),
+    Tile(256, 192, 1, 1): Times(0.69, 0, 0.613, 2.82, 2.5, 8.15, 9.44, 1.43),
+    Tile(256, 192, 2, 1): Times(0.687, 0, 0.555, 2.79, 2.7, 7.56, 9.66, 1.76),
+    Tile(256, 128, 1, 1): Times(0.477, 0.0963, 0.447, 2.87, 1.88, 5.98, 4.91, 1.96),
+    Tile(256, 128, 2, 1): Times(0.478, 0.0354, 0.429, 2.76, 2.01, 6.56, 3.92, 1.47),
+    Tile(256, 128, 1, 2): Times(0.467, 0.081, 0.453, 2.67, 1.66, 7.87, 2.19, 2.29),
+    Tile(256, 128, 2, 2): Times(0.462, 0.00241, 0.431, 2.67, 1.52, 5.35, 5.53, 1.83),
+    Tile(256, 64, 1, 1): Times(0.306, 0.0335, 0.227, 2.91, 2.58, 4.28, 2.96, 1.78),
+    Tile(256, 64, 2, 1): Times(0.307, 0.00119, 0.2, 2.8, 1.92, 4.72, 1.56, 2.4),
+    Tile(128, 128, 1, 1): Times(0.286, 0.275, 0.347, 2.98, 1.48, 3.39, 3.21, 3.1),
+    Tile(128, 128, 2, 1): Times(0.288, 0.147, 0.22, 2.94, 1.24, 3.84, 2.15, 3.35),
+    Tile(256, 96, 1, 1): Times(0.406, 0.0413, 0.322, 2.87, 2.02, 4.21, 5.09, 1.86),
+    Tile(256, 160, 2, 1): Times(0.618, 0, 0.422, 2.79, 2.22, 6.77, 7.8, 1.02),
+    Tile(256, 192, 4, 2): Times(0.67, 0, 0.513, 2.42, 2.88, 7.99, 9.44, 0.374),
+    MmaTile(64, 32, 2, 1, 2, 5): Times(0.173, 0.133, 0.0338, 3.19, 2.35, 0, 0, 0.735),
+    MmaTile(32, 32, 1, 1, 4, 3): Times(0.347, 0.121, 0.0614, 3.11, 1.91, 0, 0, 0.912),
+    MmaTile(32, 16, 1, 1, 4, 5): Times(0.162, 0.0818, 0.0754, 3.07, 1.07, 0, 0, 1.41),
+    MmaTile(32, 8, 1, 1, 4, 6): Times(0.141, 0.0605, 0.0789, 3.05, 0.846, 0, 0, 1.58),
+}
+
+
+def name(variant: Variant) -> str:
+    """What `sparsekern.explain` calls it: the kernel, then the variant."""
+    kernel = {RowBlocks: "decode", Tile: "prefill", MmaTile: "mma"}[type(variant)]
+    return f"{kernel} {variant}"
+
+
+def considered(variant: Variant, tokens: int, out_features: int, in_features: int) -> bool:
+    """True when the variant may be chosen for this problem on Hopper."""
+    if isinstance(variant, Tile):
+        return tokens >= PREFILL_TOKENS
+    if isinstance(variant, RowBlocks):
+        return tokens <= DECODE_TOKENS
+    return mma_considered(tokens, out_features, in_features)
+
+
+def mma_considered(tokens: int, out_features: int, in_features: int) -> bool:
+    """`considered` for every tile of the mma.sp kernel."""
+    return tokens <= MMA_TOKENS or tokens * out_features * in_features <= MMA_PRODUCTS
+
+
+def resident_clusters(size: int, multiprocessors: int) -> int:
+    """Clusters of `size` thread blocks, one block per multiprocessor, that run at once.
+
+    A cluster lies inside a GPC, whose 16 or 18 multiprocessors 4 and 8 do not always divide: on an
+    H100 (132) there are 33 times 4, and 31 clusters of 4 resident at once; of 8, 16 and 15.
+    """
+    return max(1, multiprocessors // size - {4: 2, 8: 1}.get(size, 0))
+
+
+def work(
+    variant: Variant,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    multiprocessors: int,
+    short_tails: bool = SHORT_TAILS,
+) -> Work:
+    """What this variant does for one layer."""
+    problem = tokens, out_features, in_features, multiprocessors
+    if isinstance(variant, Tile):
+        return prefill_work(variant, *problem, short_tails)
+    return (decode_work if isinstance(variant, RowBlocks) else mma_work)(variant, *problem)
+
+
+def us(times: Times, of: Work) -> float:
+    """The time of this work: the formula at the top of the file."""
+    busiest = times.stage * of.stages + times.extra * of.extras
+    shared, memory = times.total * of.totals, of.megabytes / times.rate
+    loop = (busiest**SMOOTH + shared**SMOOTH + memory**SMOOTH) ** (1 / SMOOTH)
+    rest = times.item * of.items + times.exchange * of.exchanges + times.crowd * of.crowds
+    return loop + rest + times.constant
+
+
+def predicted_us(
+    variant: Variant, tokens: int, out_features: int, in_features: int, multiprocessors: int
+) -> float:
+    """The modelled time of one layer with this variant, one of TIMES."""
+    return us(TIMES[variant], work(variant, tokens, out_features, in_features, multiprocessors))
+
+
+@lru_cache(maxsize=4096)
+def fastest(
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    multiprocessors: int,
+    variants: tuple[Variant, ...] = tuple(TIMES),
+) -> Variant:
+    """The variant for a problem on Hopper: the shortest predicted time; of equal ones the first.
+
+    Args:
+        variants: those that the native module was built with; what TIMES lacks is left out.
+    Raises:
+        ValueError: none of them is in TIMES and takes so many tokens.
+    """
+    problem = tokens, out_features, in_features, multiprocessors
+    known = [v for v in TIMES if v in variants and considered(v, tokens, out_features, in_features)]
+    return min(known, key=lambda variant: predicted_us(variant, *problem))
+
+
+def _megabytes(tokens, out_features, in_features):
+    weights = -(-out_features // PANEL) * PANEL * -(-in_features // STAGE) * STAGE * 9 / 8
+    return (weights + 2 * tokens * (out_features + in_features)) / 1e6
+
+
+def tail(tile: Tile, tokens: int, short: bool) -> tuple[float, float]:
+    """Of the last column of cluster tiles: (its time as a share of a whole one, the share of the
+    tokens it computes that are not there)."""
+    width = tile.tokens * tile.cluster_tokens
+    left = (tokens - 1) % width + 1
+    computed = tile.tokens
+    if short:  # the fullest tile of the cluster decides: the others get their weights with it
+        computed = min(computed, -(-left // TAIL) * TAIL)
+    absent = max(0.0, 1 - left / (computed * tile.cluster_tokens))
+    return (computed + 32) / (tile.tokens + 32), absent
+
+
+def prefill_work(
+    tile: Tile, tokens: int, out_features: int, in_features: int, multiprocessors: int,
+    short_tails: bool = SHORT_TAILS,
+) -> Work:  # fmt: skip
+    """What the prefill kernel does with this tile; see the top of the file."""
+    stages = -(-in_features // STAGE)
+    size = tile.cluster_rows * tile.cluster_tokens
+    columns = -(-tokens // (tile.tokens * tile.cluster_tokens))
+    tiles = -(-out_features // (tile.rows * tile.cluster_rows)) * columns
+    resident = resident_clusters(size, multiprocessors)
+    of_tail, absent = tail(tile, tokens, short_tails)
+    mean = 1 - (1 - of_tail) / columns  # of the time of a whole tile
+    slowest = mean if columns == 1 else 1.0  # where each cluster has one tile or a part of one
+
+    waves, rest = divmod(tiles, resident)
+    busiest = waves * stages * (mean if waves > 1 else slowest)
+    items, exchanges, crowds = waves, 0.0, 0.0
+    if rest and tile.streamed and rest * stages >= STAGES_OF_PART * resident:
+        busiest += rest * stages / resident * slowest
+        items, exchanges, crowds = items + 1, 1.0, resident / rest
+    elif rest:
+        most = min(resident // rest, tile.tokens // TOKENS_OF_PART, stages // STAGES_OF_PART)
+        splits = max(1, most)
+        busiest += -(-stages // splits) * slowest
+        items, exchanges = items + 1, (splits - 1) / splits
+        crowds = exchanges * rest * splits * size / multiprocessors
+    sustained = tokens >= SUSTAINED_TOKENS
+    return Work(
+        stages=busiest,
+        extras=busiest * absent / columns,
+        totals=tiles * stages * size / multiprocessors * mean if sustained else 0.0,
+        megabytes=_megabytes(tokens, out_features, in_features),
+        items=items,
+        exchanges=exchanges,
+        crowds=crowds,
+    )
+
+
+def decode_work(
+    blocks: RowBlocks, tokens: int, out_features: int, in_features: int, multiprocessors: int
+) -> Work:
+    """What the decode kernel does with these row blocks."""
+    stages, rows = -(-in_features // STAGE), -(-out_features // blocks.rows)
+    wide = next(wide for wide in (8, 16, 32, 64) if tokens <= wide or wide == DECODE_TOKENS) / 64
+    waves = -(-rows // resident_clusters(blocks.split, multiprocessors))
+    busiest = waves * -(-stages // blocks.split)
+    return Work(
+        stages=busiest,
+        extras=busiest * wide,
+        totals=rows * stages * wide / multiprocessors,
+        megabytes=_megabytes(tokens, out_features, in_features),
+        items=waves,
+        exchanges=waves * wide,
+        crowds=0.0,
+    )
+
+
+def mma_work(
+    tile: MmaTile, tokens: int, out_features: int, in_features: int, multiprocessors: int
+) -> Work:
+    """What the mma.sp kernel does with this tile on Hopper, where shared memory alone limits how
+    many blocks of a small tile a multiprocessor holds."""
+    stages = -(-in_features // (STAGE * tile.split))
+    blocks = -(-out_features // tile.rows) * -(-tokens // tile.tokens)
+    weight_bytes, x_bytes = tile.split * tile.rows * 72, tile.split * 128  # x: of a token
+    ring = tile.stages * (weight_bytes + x_bytes * tile.tokens)
+    waves = -(-blocks // (multiprocessors * max(1, SM_BYTES // (ring + BLOCK_BYTES))))
+    read = blocks * stages * (weight_bytes + x_bytes * min(tokens, tile.tokens))
+    return Work(
+        stages=waves * stages,
+        extras=-(-blocks // multiprocessors) * stages,
+        totals=read / 1e6,
+        megabytes=_megabytes(tokens, out_features, in_features),
+        items=waves,
+        exchanges=0.0,
+        crowds=0.0,
+    )
+
+
+# ---- the mma.sp kernel on other GPUs -------------------------------------------------------------
 
 
 class Rates(NamedTuple):

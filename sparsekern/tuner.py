@@ -17,6 +17,7 @@ finds its weight in the cache. Cells are stored after each shape (tuning.store).
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import statistics
 import time
@@ -44,10 +45,9 @@ SHAPES = (
 )
 KEEP = 1.3  # a variant slower than this times the best is not sampled again
 FINALISTS = 6
-MMA_TOKENS = 128  # beyond, mma.sp is not tried where there is wgmma.sp
 SCREEN_S, FINAL_S = 0.4, 0.06  # per cell
 MIN_ROUNDS, ROUNDS = 3, 15
-BURST_TOKENS, BURST_S, BURST_ROUNDS = 1024, 0.06, 2
+BURST_TOKENS, BURST_S, BURST_ROUNDS = heuristics.SUSTAINED_TOKENS, 0.08, 2
 
 # For the length of a graph alone: what no GPU of today exceeds.
 BYTES_PER_US, FLOPS_PER_US, LEAST_US = 4.0e6, 1.5e9, 2.0
@@ -166,19 +166,19 @@ class Layer:
         chosen = cuda_backend.heuristic(tokens, *self.shape, index)
         multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
 
-        def predicted(name):
-            tile = next((t for t in heuristics.TIMES if name == f"prefill {t}"), None)
-            if tile is None:
-                return math.inf
-            return heuristics.predicted_us(tile, tokens, *self.shape, multiprocessors)
+        known = {heuristics.name(variant): variant for variant in heuristics.TIMES}
 
-        names = {name: kernel for name, (kernel, _) in cuda_backend.runnable(index).items()}
-        decode = [name for name in names if names[name] == "decode"]
-        mma = [name for name in names if names[name] == "mma"]
-        prefill = sorted((name for name in names if names[name] == "prefill"), key=predicted)
-        few = decode if tokens <= heuristics.DECODE_TOKENS else []
-        few += mma if tokens <= MMA_TOKENS or not prefill else []
-        return list(dict.fromkeys([chosen, *few, *prefill]))
+        def predicted(name):
+            if name not in known:
+                return math.inf
+            return heuristics.predicted_us(known[name], tokens, *self.shape, multiprocessors)
+
+        kernels = {name: kernel for name, (kernel, _) in cuda_backend.runnable(index).items()}
+        decode = tokens <= heuristics.DECODE_TOKENS
+        mma = heuristics.mma_considered(tokens, *self.shape) or "prefill" not in kernels.values()
+        wanted = {"prefill": True, "decode": decode, "mma": mma}
+        names = [name for name, kernel in kernels.items() if wanted[kernel]]
+        return list(dict.fromkeys([chosen, *sorted(names, key=predicted)]))
 
     def warm_up(self) -> None:
         """Run each variant once: the first launch of a kernel loads it, which a capture forbids."""
@@ -260,6 +260,7 @@ def tune(
     say: Callable[[str], None] = print,
     make_layer: Callable = Layer,
     clock: Callable[[], float] = time.perf_counter,
+    log=None,
 ) -> list[Cell]:
     """Measure all cells and store the winners; returns them.
 
@@ -270,6 +271,7 @@ def tune(
         path: of the table file; None: the user's own.
         budget: seconds; no cell is begun after them.
         say: gets one line per cell.
+        log: file to which a line of JSON per cell is added (`logged`), for `python -m bench.fit`.
     Raises:
         NotImplementedError: the device has no kernels to choose among.
         ValueError: a size is not positive, or in_features is no multiple of 4.
@@ -300,6 +302,9 @@ def tune(
                     cell = tune_cell(number, names, at.sampler, at.wrong, burst_s=burst_s)
                     say(f"{what}, {cell or f'{number} tokens: NO CORRECT VARIANT'}")
                     found += [cell] if cell else []
+                    if cell and log:
+                        with open(log, "a") as file:
+                            file.write(json.dumps(logged(cell, shape, dtype, gpu)) + "\n")
                 if found:
                     chosen = {cell.tokens: (cell.best, cell.us) for cell in found}
                     tuning.store(path, gpu, dtype, shape, chosen)
@@ -307,6 +312,14 @@ def tune(
     cuda_backend.forget_plans()
     say(summary(cells, untuned, clock() - begin))
     return cells
+
+
+def logged(cell: Cell, shape: tuple[int, int], dtype: str, gpu: str) -> dict:
+    """What the log says of a cell: all its times, names as in cuda_backend.variants."""
+    return dict(
+        shape=list(shape), tokens=cell.tokens, best=cell.best, us=cell.us, h=cell.heuristic,
+        hus=cell.heuristic_us, refused=cell.refused, times=cell.times, gpu=gpu, dtype=dtype,
+    )  # fmt: skip
 
 
 def summary(cells: Sequence[Cell], untuned: int, seconds: float) -> str:

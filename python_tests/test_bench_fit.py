@@ -1,0 +1,182 @@
+"""bench/fit.py: a table is found again from the times that it makes; the gaps of its picks."""
+
+import json
+import math
+
+import numpy
+import pytest
+
+from bench import fit
+from sparsekern import heuristics
+from sparsekern.heuristics import MmaTile, RowBlocks, Tile, Times
+
+SMS = 132
+TRUE = {
+    RowBlocks(256, 4): Times(0.2, 0.25, 0, 3.0, 0.6, 3.2, 0, 1.1),
+    Tile(256, 192, 2, 1): Times(0.69, 0.1, 0.55, 2.8, 2.7, 7.5, 9.6, 1.8),
+    Tile(256, 128, 1, 1): Times(0.48, 0.1, 0.45, 2.9, 1.9, 6.0, 4.9, 2.0),
+    Tile(128, 128, 1, 1): Times(0.29, 0.28, 0.35, 3.0, 1.5, 3.4, 3.2, 3.1),
+    MmaTile(32, 16, 1, 1, 4, 5): Times(0.16, 0.08, 0.075, 3.1, 1.1, 0, 0, 1.4),
+}
+SHAPES = ((512, 2048), (2048, 8192), (4096, 4096), (10240, 8192), (28672, 4096))
+TOKENS = (1, 16, 48, 96, 192, 256, 1024, 4096)
+
+
+def line(shape, tokens, table=TRUE, noise=lambda: 1.0, **more):
+    """What `sparsekern tune --log` would write of a cell."""
+    times = {
+        heuristics.name(variant): noise()
+        * heuristics.us(of, heuristics.work(variant, tokens, *shape, SMS, True))
+        for variant, of in table.items()
+        if not isinstance(variant, RowBlocks) or tokens <= 64
+    }
+    best = min(times, key=times.get)
+    us = times[best]
+    return dict(shape=list(shape), tokens=tokens, best=best, us=us, h=best, hus=us, refused={},
+                times=times, gpu="G", dtype="bfloat16") | more  # fmt: skip
+
+
+def write(path, lines):
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    return str(path)
+
+
+@pytest.fixture
+def cells(tmp_path):
+    lines = [line(shape, tokens) for shape in SHAPES for tokens in TOKENS]
+    return write(tmp_path / "cells.jsonl", lines)
+
+
+def test_names_are_those_of_the_kernels():
+    named = fit.variants()
+    assert all(heuristics.name(variant) == name for name, variant in named.items())
+    assert set(TRUE) | set(heuristics.TIMES) <= set(named.values())
+
+
+def test_a_known_table_is_found_again(cells):
+    """Its times, to within a per cent: single coefficients may stand in for each other."""
+    read = fit.read([cells])
+    table = fit.fit_all(read, SMS, True)
+    assert set(table) == set(TRUE)
+    for cell in read:
+        for variant, us in cell.times.items():
+            if cell.offers(variant):
+                of = heuristics.work(variant, cell.tokens, *cell.shape, SMS, True)
+                assert heuristics.us(table[variant], of) == pytest.approx(us, rel=0.02)
+    found = fit.gaps(read, fit.fit_table(read, SMS, True), SMS, True)
+    assert len(found) == len(read) and max(gap.share for gap in found) < 0.01
+
+
+def test_some_wild_samples_change_little(tmp_path):
+    random = numpy.random.default_rng(0)
+
+    def noise():
+        return 3.0 if random.random() < 0.05 else math.exp(random.normal(0, 0.01))
+
+    path = write(tmp_path / "n.jsonl", [line(s, t, noise=noise) for s in SHAPES for t in TOKENS])
+    table = fit.fit_all(fit.read([path]), SMS, True)
+    for variant, of in table.items():
+        work = heuristics.work(variant, 48, 4096, 4096, SMS, True)
+        expected = heuristics.us(TRUE[variant], work)
+        assert heuristics.us(of, work) == pytest.approx(expected, rel=0.05)
+
+
+def test_counts_that_are_always_zero_get_no_coefficient(cells):
+    table = fit.fit_all(fit.read([cells]), SMS, True)
+    assert table[MmaTile(32, 16, 1, 1, 4, 5)][5:7] == (0, 0)
+    assert table[RowBlocks(256, 4)].crowd == 0
+
+
+def test_a_slow_variant_is_left_out(tmp_path):
+    """10 % slower than another one everywhere: not close enough to be fitted. 2 %: not needed."""
+    for factor, fitted in ((1.1, False), (1.02, True)):
+        tile, slow = Tile(256, 128, 1, 1), Tile(256, 128, 2, 2)
+        lines = [line(shape, tokens) for shape in SHAPES for tokens in TOKENS]
+        for entry in lines:
+            us = entry["times"][heuristics.name(tile)]
+            entry["times"][heuristics.name(slow)] = factor * us
+        read = fit.read([write(tmp_path / "slow.jsonl", lines)])
+        assert (slow in fit.that_matter(read)) == fitted
+        assert slow not in fit.fit_table(read, SMS, True)
+
+
+def test_variants_that_are_picked_wrongly_are_left_out(cells):
+    """A table that believes in a tile twice as fast as it is does better without it."""
+    read = fit.read([cells])
+    wrong = Tile(128, 128, 1, 1)
+    table = TRUE | {wrong: Times(*(value / 2 for value in TRUE[wrong]))._replace(rate=6.0)}
+    kept = fit.needed(table, read, SMS, True)
+    worst = [max(gap.share for gap in fit.gaps(read, t, SMS, True)) for t in (table, kept)]
+    assert wrong not in kept and worst[1] < worst[0]
+    assert set(fit.needed(TRUE, read, SMS, True)) <= set(TRUE)
+
+
+def test_gaps_are_those_of_the_picks(cells):
+    read = fit.read([cells])
+    only = {Tile(256, 192, 2, 1): TRUE[Tile(256, 192, 2, 1)]}
+    found = fit.gaps(read, only, SMS, True)
+    assert all(gap.cell.tokens >= heuristics.PREFILL_TOKENS for gap in found)
+    for gap in found:
+        assert gap.picked in only
+        assert gap.share == pytest.approx(gap.cell.times[gap.picked] / gap.cell.best - 1)
+    text = fit.summary(found, worst=2).splitlines()
+    assert text[0].startswith(f"all cells, {len(found)}: mean ") and len(text) == 4
+    assert text[1].startswith("Llama-3 8B and 70B from 96 tokens, 15: mean ")
+    assert "prefill 256x192 cluster 2x1 instead of " in text[2]
+
+
+def test_the_later_of_two_lines_counts_and_wrong_results_do_not(tmp_path):
+    once, again = line((512, 2048), 16), line((512, 2048), 16)
+    name = heuristics.name(RowBlocks(256, 4))
+    again["times"] = {name: 2.5, "prefill of another build": 1.0, "mma 32x16, 1x1x4 warps": 1.5}
+    again["refused"] = {"mma 32x16, 1x1x4 warps": "3 of 9 elements are wrong"}
+    other = line((512, 2048), 16, dtype="float16")
+    paths = [write(tmp_path / "a.jsonl", [once, other]), write(tmp_path / "b.jsonl", [again])]
+    first, second = fit.read(paths)
+    assert first.times == {RowBlocks(256, 4): 2.5} and first.best == 2.5
+    assert len(second.times) == len(other["times"])
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"shape": [1, 2]}', '{"times": {}, "tokens": 1}'])
+def test_a_line_that_is_no_cell_is_named(tmp_path, text):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(line((512, 2048), 1)) + "\n" + text + "\n")
+    with pytest.raises(ValueError, match=r"bad\.jsonl:2: not a cell of `sparsekern tune --log`"):
+        fit.read([path])
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no cell"):
+        fit.read([write(tmp_path / "none.jsonl", [])])
+
+
+def test_what_is_printed_is_python_and_the_table(cells, capsys):
+    assert fit.main([cells]) == 0
+    printed = capsys.readouterr().out
+    source, gaps = printed.split("\n\n")
+    scope = vars(heuristics) | {}
+    exec(source, scope)
+    table = fit.fit_table(fit.read([cells]), SMS, True)
+    assert scope["TIMES"] == table and list(scope["TIMES"]) == list(table)
+    assert gaps.startswith("all cells, 40: mean 0.")
+
+
+def test_check_fits_nothing_and_tells_the_gaps_of_heuristics(cells, capsys):
+    assert fit.main([cells, "--check"]) == 0
+    read = fit.read([cells])
+    found = fit.gaps(read, heuristics.TIMES, SMS, heuristics.SHORT_TAILS)
+    assert capsys.readouterr().out.strip() == fit.summary(found)
+
+
+def test_cross_fits_without_the_shape(cells, capsys, monkeypatch):
+    fitted = []
+
+    def fit_table(of, multiprocessors, short_tails):
+        fitted.append({cell.shape for cell in of})
+        assert (multiprocessors, short_tails) == (114, False)
+        return TRUE
+
+    monkeypatch.setattr(fit, "fit_table", fit_table)
+    assert fit.main([cells, "--cross", "--multiprocessors", "114", "--long-tails"]) == 0
+    assert fitted == [set(SHAPES), *(set(SHAPES) - {shape} for shape in sorted(SHAPES))]
+    assert "Shapes left out of the fit:\nall cells, 40: mean " in capsys.readouterr().out
