@@ -337,7 +337,7 @@ def test_memory_past_the_dispatcher_is_as_torch_gives_it(size):
 
 def test_a_workspace_begins_with_cleared_counters(native):
     cuda_backend._workspace(0, 7)
-    ((_, space),) = cuda_backend._workspaces.values()
+    ((_, _, space),) = cuda_backend._workspaces.values()
     assert space.tolist() == [0] * 16 + [7] * 48
 
 

@@ -236,7 +236,7 @@ def forget_plans():
     _plan.cache_clear()
 
 
-# {(GPU, stream, captured): (number of the capture or 0, tensor)} for the prefill kernel.
+# {(GPU, stream, captured): (number of the capture or 0, address, tensor)} for the prefill kernel.
 _workspaces = {}
 
 
@@ -254,9 +254,9 @@ def _workspace(index, stream):
         size = native.prefill_workspace_bytes()
         space = torch.empty(size, dtype=torch.uint8, device=index)
         space[: native.PREFILL_COUNTER_BYTES].zero_()
-        known = capture, space
+        known = capture, space.data_ptr(), space
         _workspaces[index, stream, capture > 0] = known
-    return known[1].data_ptr()
+    return known[1]
 
 
 def _choice(x, w24):
