@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from . import results
 
-RANGES = ((1, 16), (17, 64), (65, 10**9))
+RANGES = ((1, 16), (17, 64), (65, 512), (513, 10**9))
 DTYPE = "bfloat16"
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 
@@ -30,7 +30,9 @@ def render(records: list[dict]) -> str:
     ]
     for first, last in RANGES:
         cells = [cell for cell in found if first <= cell.tokens <= last]
-        most = max((cell.tokens for cell in cells), default=last)
+        if not cells:
+            continue
+        most = max(cell.tokens for cell in cells)
         ratios = [_ratios(cells, peer) for peer in results.PEERS]
         lines.append(f"| {first} to {most} tokens | {ratios[0]} | {ratios[1]} |")
     lines += ["", _decoding(mine)]
