@@ -1,7 +1,8 @@
 """Runs every kernel of the native module once or twice: what test_sanitizer.py watches.
 
 Data is made and checked on the CPU, so that little but our kernels runs under the tool. A wrong
-result is an error, too: exit code 1.
+result is an error, too: exit code 1. With the argument "few" it runs the first problem in bfloat16
+alone: racecheck, which follows every access to shared memory, takes minutes for that.
 """
 
 import sys
@@ -18,10 +19,10 @@ from sparsekern.sparse24 import compress
 SHAPES = ((60, 325, 900), (9, 64, 64), (200, 1100, 132))
 
 
-def main():
+def main(few):
     wrong = []
-    for dtype in (BF16, F16):
-        for shape in SHAPES:
+    for dtype in (BF16,) if few else (BF16, F16):
+        for shape in SHAPES[:1] if few else SHAPES:
             p = Problem(*shape, dtype)
             expected = (p.product + p.bias.double() + p.residual.double()).cpu().to(dtype)
             for kernel, variant in variants():
@@ -41,4 +42,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:] == ["few"]))

@@ -6,7 +6,9 @@ from linear_cases import random_weight
 
 from sparsekern import _native, pack as packing
 from sparsekern.errors import FormatError
-from sparsekern.pack import pack, unpack
+from sparsekern.linear import SparseLinear
+from sparsekern.pack import pack, packed_shape, unpack
+from sparsekern.prune import magnitude_mask
 from sparsekern.sparse24 import Sparse24, compress, decompress, verify
 
 F16, BF16 = torch.float16, torch.bfloat16
@@ -141,3 +143,42 @@ def test_the_kernel_packs_as_torch_does(dtype, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(packing._native, "available", lambda: False)
             same(by_kernel, pack(w24))
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+# (out_features, in_features) of the linear layers of a block.
+BLOCKS = {
+    "SmolLM2-135M": ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576),
+                     (576, 1536)),
+    "Llama-3-8B": ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096),
+                   (14336, 4096), (4096, 14336)),
+}  # fmt: skip
+
+
+def packed_bytes(out_features, in_features):
+    panels, k_tiles = packed_shape(out_features, in_features)
+    return panels * k_tiles * (2048 * 2 + 512)
+
+
+@pytest.mark.parametrize("model", BLOCKS)
+def test_packed_blocks_take_little_more_than_9_16_of_the_dense_bytes(model):
+    dense = sum(2 * out_features * in_features for out_features, in_features in BLOCKS[model])
+    assert sum(packed_bytes(*shape) for shape in BLOCKS[model]) <= 0.57 * dense
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_converted_block_holds_its_weights_once(packed):
+    """All tensors that the modules hold, and that is what is counted above."""
+    held = dense = 0
+    for shape in BLOCKS["SmolLM2-135M"]:
+        linear = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=torch.bfloat16)
+        weight = linear.weight.detach()
+        module = SparseLinear.from_linear(linear, magnitude_mask(weight))
+        module.packed = packed
+        tensors = [*module.parameters(), *module.buffers()]
+        assert module.weight.values is module.values, "a view, not another copy"
+        bytes_held = sum(tensor.nbytes for tensor in tensors)
+        assert not packed or bytes_held == packed_bytes(*shape)
+        held, dense = held + bytes_held, dense + weight.nbytes
+    assert held <= 0.57 * dense
