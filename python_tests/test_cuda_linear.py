@@ -144,6 +144,33 @@ def test_bitwise_identical_over_100_runs():
         assert not first.isnan().any() and differences.item() == 0, (kernel, variant)
 
 
+def test_a_launch_reads_what_the_one_before_it_wrote():
+    """Launches in a row, each on the output of the last, in two buffers that take turns: kernels that
+    start early must wait with both. The weight permutes columns, so that all stays exact."""
+    size, steps = 2048, 12
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    w = torch.zeros(size, size, dtype=BF16)
+    w[torch.arange(size), order] = 1
+    w24 = pack(compress(w).to(DEVICE))
+    twice = order[order]
+    expected_order = torch.arange(size)
+    for _ in range(steps):
+        expected_order = expected_order[twice]
+    bytes_needed = _native.module().prefill_workspace_bytes()
+    space = torch.zeros(bytes_needed, dtype=torch.uint8, device=DEVICE)
+    for name, (kernel, _) in cuda_backend.runnable(torch.cuda.current_device()).items():
+        for tokens in (16,) if kernel == "decode" else (16, 300):
+            start = integers(tokens, size)
+            here, there = start.clone(), torch.full_like(start, float("nan"))
+            forth = cuda_backend.launcher(name, here, w24, there, space)
+            back = cuda_backend.launcher(name, there, w24, here, space)
+            torch.cuda.synchronize()
+            for _ in range(steps):
+                forth()
+                back()
+            assert torch.equal(here, start[:, expected_order.to(DEVICE)]), (name, tokens)
+
+
 # ---- the public function -------------------------------------------------------------------------
 
 
