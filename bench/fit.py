@@ -67,8 +67,8 @@ class Cell:
         """True when the variant was sampled here and may be chosen."""
         return variant in self.times and heuristics.considered(variant, self.tokens, *self.shape)
 
-    def work(self, variant: Variant, multiprocessors: int, short_tails: bool) -> Work:
-        return heuristics.work(variant, self.tokens, *self.shape, multiprocessors, short_tails)
+    def work(self, variant: Variant, multiprocessors: int) -> Work:
+        return heuristics.work(variant, self.tokens, *self.shape, multiprocessors)
 
 
 @dataclass(frozen=True)
@@ -187,16 +187,14 @@ def fit_variant(of: Work, us: numpy.ndarray, weights: numpy.ndarray) -> Times:
     return Times(*(0.0 if value <= 1.01 * LOWEST else value for value in numpy.exp(logs).tolist()))
 
 
-def fit_all(
-    cells: Sequence[Cell], multiprocessors: int, short_tails: bool
-) -> dict[Variant, Times]:
+def fit_all(cells: Sequence[Cell], multiprocessors: int) -> dict[Variant, Times]:
     """Coefficients of each variant that matters, from the cells in which it was sampled."""
     table = {}
     for variant in that_matter(cells):
         of = [cell for cell in cells if cell.offers(variant)]
         if len(of) < len(Times._fields):
             continue
-        counts = [cell.work(variant, multiprocessors, short_tails) for cell in of]
+        counts = [cell.work(variant, multiprocessors) for cell in of]
         us = numpy.array([cell.times[variant] for cell in of])
         slower = us / numpy.array([cell.best for cell in of]) - 1
         weights = 1 / (1 + (slower / NEAR) ** 2)
@@ -204,16 +202,14 @@ def fit_all(
     return table
 
 
-def fit_table(
-    cells: Sequence[Cell], multiprocessors: int, short_tails: bool
-) -> dict[Variant, Times]:
+def fit_table(cells: Sequence[Cell], multiprocessors: int) -> dict[Variant, Times]:
     """The table TIMES for these cells: `fit_all`, then `needed`."""
-    table = fit_all(cells, multiprocessors, short_tails)
-    return needed(table, cells, multiprocessors, short_tails)
+    table = fit_all(cells, multiprocessors)
+    return needed(table, cells, multiprocessors)
 
 
 def needed(
-    table: dict[Variant, Times], cells: Sequence[Cell], multiprocessors: int, short_tails: bool
+    table: dict[Variant, Times], cells: Sequence[Cell], multiprocessors: int
 ) -> dict[Variant, Times]:
     """The table without the variants that are not missed, one after the other.
 
@@ -228,7 +224,7 @@ def needed(
         for j, variant in enumerate(names):
             if cell.offers(variant):
                 taken[i, j] = cell.times[variant] / cell.best - 1
-                of = cell.work(variant, multiprocessors, short_tails)
+                of = cell.work(variant, multiprocessors)
                 predicted[i, j] = heuristics.us(table[variant], of)
 
     def cost(kept):
@@ -256,13 +252,13 @@ def rounded(times: Times) -> Times:
 
 
 def gaps(
-    cells: Iterable[Cell], table: dict[Variant, Times], multiprocessors: int, short_tails: bool
+    cells: Iterable[Cell], table: dict[Variant, Times], multiprocessors: int
 ) -> list[Gap]:
     """What the table picks in each cell, among the variants that were sampled there."""
     found = []
     for cell in cells:
         predicted = {
-            variant: heuristics.us(times, cell.work(variant, multiprocessors, short_tails))
+            variant: heuristics.us(times, cell.work(variant, multiprocessors))
             for variant, times in table.items()
             if cell.offers(variant)
         }
@@ -272,14 +268,14 @@ def gaps(
     return found
 
 
-def cross(cells: Sequence[Cell], multiprocessors: int, short_tails: bool) -> list[Gap]:
+def cross(cells: Sequence[Cell], multiprocessors: int) -> list[Gap]:
     """The gaps of each shape by a table fitted to the other shapes."""
     found = []
     for shape in sorted({cell.shape for cell in cells}):
         others = [cell for cell in cells if cell.shape != shape]
-        table = fit_table(others, multiprocessors, short_tails)
+        table = fit_table(others, multiprocessors)
         own = [cell for cell in cells if cell.shape == shape]
-        found += gaps(own, table, multiprocessors, short_tails)
+        found += gaps(own, table, multiprocessors)
     return found
 
 
@@ -318,21 +314,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.fit", description=__doc__.split("\n")[0])
     parser.add_argument("cells", nargs="+", metavar="CELLS.jsonl", help="of sparsekern tune --log")
     parser.add_argument("--multiprocessors", type=int, default=132, help="of the GPU (default 132)")
-    parser.add_argument("--long-tails", action="store_true",
-                        help="the kernel that was measured computes whole tiles")  # fmt: skip
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="fit nothing: gaps of heuristics.py")
     what.add_argument("--cross", action="store_true", help="also gaps of shapes left out of a fit")
     args = parser.parse_args(arguments)
-    cells, short_tails = read(args.cells), not args.long_tails
+    cells = read(args.cells)
     table = heuristics.TIMES
     if not args.check:
-        table = fit_table(cells, args.multiprocessors, short_tails)
+        table = fit_table(cells, args.multiprocessors)
         print(source(table), end="\n\n")
-    print(summary(gaps(cells, table, args.multiprocessors, short_tails)))
+    print(summary(gaps(cells, table, args.multiprocessors)))
     if args.cross:
         print("\nShapes left out of the fit:")
-        print(summary(cross(cells, args.multiprocessors, short_tails)))
+        print(summary(cross(cells, args.multiprocessors)))
     return 0
 
 

@@ -26,7 +26,7 @@ def line(shape, tokens, table=TRUE, noise=lambda: 1.0, **more):
     """What `sparsekern tune --log` would write of a cell."""
     times = {
         heuristics.name(variant): noise()
-        * heuristics.us(of, heuristics.work(variant, tokens, *shape, SMS, True))
+        * heuristics.us(of, heuristics.work(variant, tokens, *shape, SMS))
         for variant, of in table.items()
         if not isinstance(variant, RowBlocks) or tokens <= 64
     }
@@ -56,14 +56,14 @@ def test_names_are_those_of_the_kernels():
 def test_a_known_table_is_found_again(cells):
     """Its times, to within a per cent: single coefficients may stand in for each other."""
     read = fit.read([cells])
-    table = fit.fit_all(read, SMS, True)
+    table = fit.fit_all(read, SMS)
     assert set(table) == set(TRUE)
     for cell in read:
         for variant, us in cell.times.items():
             if cell.offers(variant):
-                of = heuristics.work(variant, cell.tokens, *cell.shape, SMS, True)
+                of = heuristics.work(variant, cell.tokens, *cell.shape, SMS)
                 assert heuristics.us(table[variant], of) == pytest.approx(us, rel=0.02)
-    found = fit.gaps(read, fit.fit_table(read, SMS, True), SMS, True)
+    found = fit.gaps(read, fit.fit_table(read, SMS), SMS)
     assert len(found) == len(read) and max(gap.share for gap in found) < 0.01
 
 
@@ -74,15 +74,15 @@ def test_some_wild_samples_change_little(tmp_path):
         return 3.0 if random.random() < 0.05 else math.exp(random.normal(0, 0.01))
 
     path = write(tmp_path / "n.jsonl", [line(s, t, noise=noise) for s in SHAPES for t in TOKENS])
-    table = fit.fit_all(fit.read([path]), SMS, True)
+    table = fit.fit_all(fit.read([path]), SMS)
     for variant, of in table.items():
-        work = heuristics.work(variant, 48, 4096, 4096, SMS, True)
+        work = heuristics.work(variant, 48, 4096, 4096, SMS)
         expected = heuristics.us(TRUE[variant], work)
         assert heuristics.us(of, work) == pytest.approx(expected, rel=0.05)
 
 
 def test_counts_that_are_always_zero_get_no_coefficient(cells):
-    table = fit.fit_all(fit.read([cells]), SMS, True)
+    table = fit.fit_all(fit.read([cells]), SMS)
     assert table[MmaTile(32, 16, 1, 1, 4, 5)][5:7] == (0, 0)
     assert table[RowBlocks(256, 4)].crowd == 0
 
@@ -97,7 +97,7 @@ def test_a_slow_variant_is_left_out(tmp_path):
             entry["times"][heuristics.name(slow)] = factor * us
         read = fit.read([write(tmp_path / "slow.jsonl", lines)])
         assert (slow in fit.that_matter(read)) == fitted
-        assert slow not in fit.fit_table(read, SMS, True)
+        assert slow not in fit.fit_table(read, SMS)
 
 
 def test_variants_that_are_picked_wrongly_are_left_out(cells):
@@ -105,16 +105,16 @@ def test_variants_that_are_picked_wrongly_are_left_out(cells):
     read = fit.read([cells])
     wrong = Tile(128, 128, 1, 1)
     table = TRUE | {wrong: Times(*(value / 2 for value in TRUE[wrong]))._replace(rate=6.0)}
-    kept = fit.needed(table, read, SMS, True)
-    worst = [max(gap.share for gap in fit.gaps(read, t, SMS, True)) for t in (table, kept)]
+    kept = fit.needed(table, read, SMS)
+    worst = [max(gap.share for gap in fit.gaps(read, t, SMS)) for t in (table, kept)]
     assert wrong not in kept and worst[1] < worst[0]
-    assert set(fit.needed(TRUE, read, SMS, True)) <= set(TRUE)
+    assert set(fit.needed(TRUE, read, SMS)) <= set(TRUE)
 
 
 def test_gaps_are_those_of_the_picks(cells):
     read = fit.read([cells])
     only = {Tile(256, 192, 2, 1): TRUE[Tile(256, 192, 2, 1)]}
-    found = fit.gaps(read, only, SMS, True)
+    found = fit.gaps(read, only, SMS)
     assert all(gap.cell.tokens >= heuristics.PREFILL_TOKENS for gap in found)
     for gap in found:
         assert gap.picked in only
@@ -156,7 +156,7 @@ def test_what_is_printed_is_python_and_the_table(cells, capsys):
     source, gaps = printed.split("\n\n")
     scope = vars(heuristics) | {}
     exec(source, scope)
-    table = fit.fit_table(fit.read([cells]), SMS, True)
+    table = fit.fit_table(fit.read([cells]), SMS)
     assert scope["TIMES"] == table and list(scope["TIMES"]) == list(table)
     assert gaps.startswith("all cells, 40: mean 0.")
 
@@ -164,19 +164,19 @@ def test_what_is_printed_is_python_and_the_table(cells, capsys):
 def test_check_fits_nothing_and_tells_the_gaps_of_heuristics(cells, capsys):
     assert fit.main([cells, "--check"]) == 0
     read = fit.read([cells])
-    found = fit.gaps(read, heuristics.TIMES, SMS, heuristics.SHORT_TAILS)
+    found = fit.gaps(read, heuristics.TIMES, SMS)
     assert capsys.readouterr().out.strip() == fit.summary(found)
 
 
 def test_cross_fits_without_the_shape(cells, capsys, monkeypatch):
     fitted = []
 
-    def fit_table(of, multiprocessors, short_tails):
+    def fit_table(of, multiprocessors):
         fitted.append({cell.shape for cell in of})
-        assert (multiprocessors, short_tails) == (114, False)
+        assert multiprocessors == 114
         return TRUE
 
     monkeypatch.setattr(fit, "fit_table", fit_table)
-    assert fit.main([cells, "--cross", "--multiprocessors", "114", "--long-tails"]) == 0
+    assert fit.main([cells, "--cross", "--multiprocessors", "114"]) == 0
     assert fitted == [set(SHAPES), *(set(SHAPES) - {shape} for shape in sorted(SHAPES))]
     assert "Shapes left out of the fit:\nall cells, 40: mean " in capsys.readouterr().out

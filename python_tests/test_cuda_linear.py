@@ -145,8 +145,8 @@ def test_bitwise_identical_over_100_runs():
 
 
 def test_a_launch_reads_what_the_one_before_it_wrote():
-    """Launches in a row, each on the output of the last, in two buffers that take turns: kernels that
-    start early must wait with both. The weight permutes columns, so that all stays exact."""
+    """Launches in a row, each on the output of the last, in two buffers that take turns: kernels
+    that start early must wait with both. The weight permutes columns, so that all stays exact."""
     size, steps = 2048, 12
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
     w = torch.zeros(size, size, dtype=BF16)

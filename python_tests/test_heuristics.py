@@ -138,8 +138,8 @@ def test_megabytes():
         assert work(variant, 3, 70, 100, H100).megabytes == pytest.approx(expected)
 
 
-def prefill(tile, tokens, out_features, in_features=4096, short_tails=False):
-    return work(tile, tokens, out_features, in_features, H100, short_tails)
+def prefill(tile, tokens, out_features, in_features=4096):
+    return work(tile, tokens, out_features, in_features, H100)
 
 
 def test_prefill_work_by_hand():
@@ -192,25 +192,6 @@ def test_missing_tokens_are_extra():
     assert prefill(tile, 128, 256 * 132).extras == 0
     assert prefill(tile, 96, 256 * 132).extras == 64 / 4
     assert prefill(tile, 128 + 96, 256 * 66).extras == 64 / 8, "half of the tiles are such"
-
-
-def test_a_short_tail_is_cheaper():
-    """A tail of up to 64 tokens takes 96 clocks for the 160 of 128, up to 128 of 224 for 192."""
-    tile, wide = Tile(256, 128, 1, 1), Tile(256, 192, 1, 1)
-    assert heuristics.tail(tile, 64, True) == (96 / 160, 0.0)
-    assert heuristics.tail(tile, 1, True) == (96 / 160, 63 / 64)
-    assert heuristics.tail(tile, 65, True) == (1.0, pytest.approx(63 / 128))
-    assert heuristics.tail(wide, 192 + 100, True) == (160 / 224, pytest.approx(28 / 128))
-    assert heuristics.tail(wide, 100, False) == (1.0, pytest.approx(92 / 192))
-    # The tile of a cluster that has tokens decides for the others.
-    assert heuristics.tail(Tile(256, 128, 1, 2), 64, True) == (96 / 160, 0.5)
-    assert heuristics.tail(Tile(256, 128, 1, 2), 128 + 1, True)[0] == 1.0
-    # Alone, all of the work is that; in one wave with whole tiles these decide; in many, the mean.
-    assert prefill(tile, 64, 256 * 132, short_tails=True).stages == pytest.approx(64 * 96 / 160)
-    assert prefill(tile, 192, 256 * 66, short_tails=True).stages == 64
-    many = prefill(tile, 192, 256 * 132, short_tails=True).stages
-    assert many == pytest.approx(128 * (1 + 96 / 160) / 2)
-    assert prefill(tile, 192, 256 * 132).stages == 128
 
 
 def test_decode_work_by_hand():

@@ -43,12 +43,8 @@ follows the energy, which idle multiprocessors do not use: all stages count, not
 busiest cluster, and each variant pays for the bytes that it moves per product. SUSTAINED_TOKENS
 says from when on, which is where the measurements began to be made in bursts (tuner.BURST_TOKENS).
 
-A tile at the end of the tokens may have fewer of them than it could. With SHORT_TAILS it computes
-the next multiple of 64, at (that + 32) / (tile.tokens + 32) of the time: wgmma.sp takes N + 32
-clocks for N tokens when both operands come from shared memory (csrc/NOTES.md, Prefill).
-
 Units: microseconds; megabytes are 1e6 bytes, so rate is in megabytes per microsecond, TB/s.
-Where TIMES comes from: see there. `python -m bench fit` makes it (bench/fit.py).
+Where TIMES comes from: see there. `python -m bench.fit` makes it.
 
 On other GPUs the mma.sp kernel computes every number of tokens: `mma_tile`, at the end of this
 file. Its model is an estimate from the data sheets and is fitted to nothing.
@@ -71,8 +67,6 @@ STAGE, STAGES_OF_PART, TOKENS_OF_PART, PANEL = 64, 4, 32, 64
 
 SMOOTH = 4  # exponent of the smooth maximum
 SUSTAINED_TOKENS = 1024
-SHORT_TAILS = True  # tail tiles of the prefill kernel compute only the tokens that there are
-TAIL = 64  # rounded up to a multiple of this
 SM_BYTES, BLOCK_BYTES = 228 * 1024, 1024  # shared memory of a multiprocessor; the system's, a block
 
 
@@ -148,9 +142,8 @@ class Work(NamedTuple):
 # 700 W, bfloat16): the 24 shapes of Llama-3 1B, 3B, 8B and 70B (tuner.SHAPES), 18 numbers of tokens
 # from 1 to 8192. In these 432 cells the pick is 0.69 % slower than the fastest of all variants on
 # average and 10.9 % at worst (4096x14336, 1 token); in the 132 of the 8B and 70B models from 96
-# tokens on it is 0.62 % and 7.2 %. Shapes that were left out of the fit: 1.0 % and 14.8 %. The
-# prefill kernel of that day computed whole tiles, and so was fitted with SHORT_TAILS off. A variant
-# that is not here is never chosen: no cell misses it. On another GPU the counts follow from its
+# tokens on it is 0.62 % and 7.2 %. Shapes that were left out of the fit: 1.0 % and 14.8 %. A
+# variant that is not here is never chosen: no cell misses it. On another GPU the counts follow from its
 # multiprocessors, and these coefficients, its rates above all, are a guess.
 TIMES: dict[Variant, Times] = {
     RowBlocks(256, 4): Times(0.186, 0.247, 0, 3.07, 0.622, 3.25, 0, 1.1),
@@ -213,12 +206,11 @@ def work(
     out_features: int,
     in_features: int,
     multiprocessors: int,
-    short_tails: bool = SHORT_TAILS,
 ) -> Work:
     """What this variant does for one layer."""
     problem = tokens, out_features, in_features, multiprocessors
     if isinstance(variant, Tile):
-        return prefill_work(variant, *problem, short_tails)
+        return prefill_work(variant, *problem)
     return (decode_work if isinstance(variant, RowBlocks) else mma_work)(variant, *problem)
 
 
@@ -263,49 +255,34 @@ def _megabytes(tokens, out_features, in_features):
     return (weights + 2 * tokens * (out_features + in_features)) / 1e6
 
 
-def tail(tile: Tile, tokens: int, short: bool) -> tuple[float, float]:
-    """Of the last column of cluster tiles: (its time as a share of a whole one, the share of the
-    tokens it computes that are not there)."""
-    width = tile.tokens * tile.cluster_tokens
-    left = (tokens - 1) % width + 1
-    computed = tile.tokens
-    if short:  # the fullest tile of the cluster decides: the others get their weights with it
-        computed = min(computed, -(-left // TAIL) * TAIL)
-    absent = max(0.0, 1 - left / (computed * tile.cluster_tokens))
-    return (computed + 32) / (tile.tokens + 32), absent
-
-
 def prefill_work(
-    tile: Tile, tokens: int, out_features: int, in_features: int, multiprocessors: int,
-    short_tails: bool = SHORT_TAILS,
-) -> Work:  # fmt: skip
+    tile: Tile, tokens: int, out_features: int, in_features: int, multiprocessors: int
+) -> Work:
     """What the prefill kernel does with this tile; see the top of the file."""
     stages = -(-in_features // STAGE)
     size = tile.cluster_rows * tile.cluster_tokens
     columns = -(-tokens // (tile.tokens * tile.cluster_tokens))
     tiles = -(-out_features // (tile.rows * tile.cluster_rows)) * columns
     resident = resident_clusters(size, multiprocessors)
-    of_tail, absent = tail(tile, tokens, short_tails)
-    mean = 1 - (1 - of_tail) / columns  # of the time of a whole tile
-    slowest = mean if columns == 1 else 1.0  # where each cluster has one tile or a part of one
+    absent = 1 - tokens / (columns * tile.tokens * tile.cluster_tokens)  # of all columns
 
     waves, rest = divmod(tiles, resident)
-    busiest = waves * stages * (mean if waves > 1 else slowest)
+    busiest = waves * stages
     items, exchanges, crowds = waves, 0.0, 0.0
     if rest and tile.streamed and rest * stages >= STAGES_OF_PART * resident:
-        busiest += rest * stages / resident * slowest
+        busiest += rest * stages / resident
         items, exchanges, crowds = items + 1, 1.0, resident / rest
     elif rest:
         most = min(resident // rest, tile.tokens // TOKENS_OF_PART, stages // STAGES_OF_PART)
         splits = max(1, most)
-        busiest += -(-stages // splits) * slowest
+        busiest += -(-stages // splits)
         items, exchanges = items + 1, (splits - 1) / splits
         crowds = exchanges * rest * splits * size / multiprocessors
     sustained = tokens >= SUSTAINED_TOKENS
     return Work(
         stages=busiest,
-        extras=busiest * absent / columns,
-        totals=tiles * stages * size / multiprocessors * mean if sustained else 0.0,
+        extras=busiest * absent,
+        totals=tiles * stages * size / multiprocessors if sustained else 0.0,
         megabytes=_megabytes(tokens, out_features, in_features),
         items=items,
         exchanges=exchanges,
