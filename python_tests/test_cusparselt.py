@@ -96,6 +96,10 @@ def cpu_as_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(vendor, "_capability", lambda index: (9, 0))
     monkeypatch.setattr(backend, "current_device", lambda: -1)
     monkeypatch.setattr(backend, "current_stream", lambda index: 0)
+    monkeypatch.setattr(backend, "empty_strided", torch._C._dynamo.guards._empty_strided_cpu)
+    monkeypatch.setattr(backend, "_workspaces", {})
+    if _native.available():
+        monkeypatch.setattr(_native.module(), "capture_id", lambda stream: 0)
     monkeypatch.setattr(backend, "packs", lambda device: device.type == "cpu")
     monkeypatch.setitem(ops._PREFERENCE, "cpu", ("cpu", "cusparselt"))
     forget()
@@ -426,6 +430,7 @@ def test_everything_is_destroyed_when_python_ends(tmp_path):
         "from sparsekern import compress, cusparselt_library, cusparselt_backend as backend\n"
         "cusparselt_library._capability = lambda index: (9, 0)\n"
         "backend.current_device, backend.current_stream = (lambda: -1), (lambda index: 0)\n"
+        "backend.empty_strided = torch._C._dynamo.guards._empty_strided_cpu\n"
         "w24 = backend.pack(compress(torch.zeros(32, 32, dtype=torch.bfloat16)))\n"
         "print('alive', *map(count, names))\n"
     )
