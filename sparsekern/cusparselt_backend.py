@@ -4,7 +4,8 @@
              weight's dtype [blob bytes / 2]; metadata = uint8 [0]. Made at load by `pack`, never
              saved; `unpack` recovers the row-major weight by multiplying with the identity.
     library  loaded at run time, versions 0.6 to 0.10; refusals and why: cusparselt_library.py
-    call     shapes and addresses -> id of a cached plan -> one call of the binding
+    call     shapes and addresses -> id of a cached plan -> one call of the binding; for calls like
+             one before, ops.linear takes this way at once (linear_again)
 
 It is a choice of the user (SparseLinear(packed="cusparselt"), or `pack`): nothing prefers it by
 default. The library's own algorithm is used unless `search` has found a better one; a search result
@@ -39,7 +40,7 @@ from sparsekern.sparse24 import Sparse24, compress, decompress
 from sparsekern.torch_raw import current_device, current_stream, empty_strided
 
 LAYOUT = "cusparselt"
-_DENSE_MULTIPLE, _ALIGNMENT, _MAX_PLANS = 8, 16, 2048  # as in csrc/cusparselt.h
+_DENSE_MULTIPLE, _ALIGNMENT = 8, 16  # as in csrc/cusparselt.h
 _KEPT_BYTES = 2**25  # of a workspace that is kept for later calls
 _UNPACK_ELEMENTS = 2**25  # of the dense slices that unpack has in memory at a time
 _RUNS = "the layout is 'cusparselt' and the library takes this problem"
@@ -151,7 +152,7 @@ def config(x, w24):
 _plans = {}
 _COPIED = ()
 
-# {(GPU, stream): what `_workspace` returns}
+# {(GPU, stream): tensor}: what is lent to the native module
 _workspaces = {}
 
 
@@ -215,7 +216,7 @@ def linear_again(x, w24, bias, activation, checked=False):
         if not checked:
             return None
         known = _make_plan(*key) if _fits(x) else _COPIED
-        if len(_plans) >= _MAX_PLANS:
+        if len(_plans) >= _native.module().CUSPARSELT_MAX_PLANS:
             _plans.clear()
         _plans[key] = known
     if not checked and current_device() != index:  # not before: only a known one is on a GPU
@@ -225,37 +226,36 @@ def linear_again(x, w24, bias, activation, checked=False):
         return _linear_of_a_copy(x, w24, bias, activation)
     plan, workspace_bytes, sizes, y_strides, native = known
     y = empty_strided(sizes, y_strides, dtype)
-    stream = current_stream(index)
-    workspace = 0
-    if workspace_bytes:
-        held = _workspace(native, index, stream, workspace_bytes, not checked)
-        workspace = held[1]
-    if not native.cusparselt_matmul(
-        plan, values.data_ptr(), address, y.data_ptr(), workspace, stream
-    ):
-        _plans.pop(key, None)  # it has left the native cache
-        return linear_again(x, w24, bias, activation, True)
+    blob, y_address, stream = values.data_ptr(), y.data_ptr(), current_stream(index)
+    missing = native.cusparselt_matmul(plan, blob, address, y_address, 0, stream)
+    if missing:
+        if missing == native.CUSPARSELT_NO_WORKSPACE:
+            missing = _matmul_with_workspace(
+                native, index, workspace_bytes, not checked, plan, blob, address, y_address, stream
+            )
+        if missing:
+            _plans.pop(key, None)  # the plan has left the native cache
+            return linear_again(x, w24, bias, activation, True)
     if activation is None or activation == "relu":
         return y
     return activate(y.float(), activation).to(dtype)
 
 
-def _workspace(native, index, stream, size, keep):
-    """(bytes, address, tensor): memory for the next launch on this stream of the current GPU.
+def _matmul_with_workspace(native, index, size, lend, plan, blob, x, y, stream):
+    """The native call with memory of its own, where it found none that was lent for its stream.
 
-    Launches that may overlap must not share one, so each stream has its own. It is new for every
-    call that a graph captures, because a graph may be replayed on any stream, and for every call
-    inside of the custom op: torch.compile counts the tensors in the memory pool of its graphs. The
-    caller holds it until it has launched: should another thread replace it by a larger one, its
-    memory could go to work that is queued before this launch.
+    Calls that may overlap must not share a workspace, so each stream has its own. What a graph
+    captures gets new memory in every call, from the pool of the graph, because a graph may be
+    replayed on any stream. Within the custom op nothing is lent: torch.compile counts the tensors
+    that stay in its pool.
     """
-    held = _workspaces.get((index, stream)) if keep else None
-    if held is None or held[0] < size or native.capture_id(stream):
-        tensor = empty_strided((size,), (1,), torch.uint8)
-        held = size, tensor.data_ptr(), tensor
-        if keep and size <= _KEPT_BYTES and not native.capture_id(stream):
-            _workspaces[index, stream] = held
-    return held
+    space = empty_strided((size,), (1,), torch.uint8)
+    address = space.data_ptr()
+    missing = native.cusparselt_matmul(plan, blob, x, y, address, stream)
+    if lend and size <= _KEPT_BYTES and not native.capture_id(stream):
+        native.cusparselt_lend_workspace(index, stream, address, size)
+        _workspaces[index, stream] = space
+    return missing
 
 
 def _fits(x):

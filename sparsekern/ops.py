@@ -36,6 +36,7 @@ _TILE64, _CUSPARSELT = cuda_backend.LAYOUT, cusparselt_backend.LAYOUT
 _ACTIVATIONS = (None, "relu", "gelu", "silu")
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _is_compiling = torch.compiler.is_compiling
+_is_traced = torch.compiler.is_dynamo_compiling  # quicker; other tracers bring tensors of their own
 _is_grad_enabled = torch.is_grad_enabled
 
 
@@ -399,7 +400,7 @@ def linear(x, w24, bias=None, activation=None, *, backend=None):
         and (backend is None or backend == _CUSPARSELT)
         and (activation is None or activation in _ACTIVATIONS)
         and type(x) is Tensor
-        and not _is_compiling()
+        and not _is_traced()
         and not _is_grad_enabled()
     ):
         y = cusparselt_backend.linear_again(x, w24, bias, activation)

@@ -1,4 +1,4 @@
-"""Torch's raw functions for the current GPU and its memory: what an eager call asks in every launch.
+"""Torch's raw functions for the current GPU and its memory, which every eager call needs.
 
 The public ones build objects (torch.cuda.Stream) or go through the dispatcher, and cost more than
 the rest of a small call. None of these is a public function of torch; a torch without CUDA lacks
