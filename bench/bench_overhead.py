@@ -72,6 +72,7 @@ def vendor(out_features, in_features, tokens, dtype, run: Run) -> dict:
         binding             the same through the native module
         cusparselt_backend  and the output allocated, the plan looked up
         sparsekern.linear   and the arguments checked
+        SparseLinear        and the module
         torch               torch._cslt_sparse_mm
     """
     index = run.device.index or 0 if run.device.type == "cuda" else -1
@@ -91,6 +92,7 @@ def vendor(out_features, in_features, tokens, dtype, run: Run) -> dict:
         in_features, out_features, 0, False, *cusparselt_backend.Algorithm(),
     )
     workspace = x.new_empty(workspace_bytes, dtype=torch.uint8)
+    module = SparseLinear.from_sparse24(w24, packed="cusparselt")
     arguments = (
         plan, w24.values.data_ptr(), x.data_ptr(), y.data_ptr(), workspace.data_ptr(), stream,
     )
@@ -107,6 +109,7 @@ def vendor(out_features, in_features, tokens, dtype, run: Run) -> dict:
         "cuSPARSELt binding": binding,
         "cusparselt_backend.linear": lambda: cusparselt_backend.linear(x, w24, None, None),
         "sparsekern.linear, cuSPARSELt": lambda: ops.linear(x, w24, backend="cusparselt"),
+        "SparseLinear, cuSPARSELt": lambda: module(x),
     }
     config = cusparselt_backend.config(x, w24)
     kernels = dict.fromkeys(["cuSPARSELt C function", *calls], config)

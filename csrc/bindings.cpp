@@ -368,13 +368,17 @@ py::tuple cusparselt_plan(int device, int dtype, std::int64_t out_features, std:
   return py::make_tuple(info.id, info.workspace_bytes, info.algorithms);
 }
 
-bool cusparselt_matmul(std::uint64_t id, Address blob, Address x, Address y, Address workspace,
-                       Address stream) {
+void cusparselt_lend_workspace(int device, Address stream, Address workspace, std::size_t bytes) {
+  cusparselt::lend_workspace(device, as_stream(stream), out(workspace), bytes);
+}
+
+int cusparselt_matmul(std::uint64_t id, Address blob, Address x, Address y, Address workspace,
+                      Address stream) {
   bind_thread_if_possible();
-  bool known = false;
+  cusparselt::Outcome outcome = cusparselt::Outcome::kDone;
   raise_if_error(
-      cusparselt::matmul(id, in(blob), in(x), out(y), out(workspace), as_stream(stream), known));
-  return known;
+      cusparselt::matmul(id, in(blob), in(x), out(y), out(workspace), as_stream(stream), outcome));
+  return static_cast<int>(outcome);
 }
 
 double cusparselt_time_matmul(std::uint64_t id, Address blob, Address x, Address y,
@@ -392,7 +396,11 @@ void bind_cusparselt(py::module_& m) {
   m.def("cusparselt_compressed_bytes", &cusparselt_compressed_bytes, "(blob, buffer) bytes.");
   m.def("cusparselt_compress", &cusparselt_compress, "A dense 2:4 weight into its blob.");
   m.def("cusparselt_plan", &cusparselt_plan, "(id, workspace bytes, number of algorithms).");
-  fastcall::def<&cusparselt_matmul>(m, "cusparselt_matmul", "False: the plan has left the cache.");
+  m.attr("CUSPARSELT_UNKNOWN_PLAN") = static_cast<int>(cusparselt::Outcome::kUnknownPlan);
+  m.attr("CUSPARSELT_NO_WORKSPACE") = static_cast<int>(cusparselt::Outcome::kNoWorkspace);
+  fastcall::def<&cusparselt_lend_workspace>(m, "cusparselt_lend_workspace",
+                                            "Memory for later calls on a stream.");
+  fastcall::def<&cusparselt_matmul>(m, "cusparselt_matmul", "0: done; else what is missing.");
   m.def("cusparselt_time_matmul", &cusparselt_time_matmul, "Host seconds of so many bare calls.");
 }
 

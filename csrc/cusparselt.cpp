@@ -164,6 +164,7 @@ struct Plan {
   explicit Plan(std::size_t bytes)
       : weight(bytes), x(bytes), y(bytes), matmul(bytes), selection(bytes), plan(bytes) {}
 
+  int device = 0;
   const void* handle = nullptr;
   Object weight, x, y, matmul, selection, plan;
   PlanInfo info;
@@ -181,6 +182,12 @@ Key key_of(const Problem& p) {
           p.split_k,  p.split_k_mode};
 }
 
+// Memory of Python's, see lend_workspace.
+struct Workspace {
+  void* address = nullptr;
+  std::size_t bytes = 0;
+};
+
 // Members are destroyed from the last to the first: plans, then handles, then the library.
 struct State {
   std::unique_ptr<Library> library;
@@ -188,6 +195,7 @@ struct State {
   std::unordered_map<std::uint64_t, std::unique_ptr<Plan>> plans;
   std::map<Key, std::uint64_t> ids;
   std::uint64_t last_id = 0;
+  std::map<std::pair<int, cudaStream_t>, Workspace> lent;  // by device and stream
 
   void forget_plans() {
     ids.clear();
@@ -317,6 +325,7 @@ Status build_plan(Library& library, const Problem& problem, std::unique_ptr<Plan
   const Functions& functions = library.functions;
   const auto& [m, n, k] = std::tie(problem.m, problem.n, problem.k);
   auto plan = std::make_unique<Plan>(library.object_bytes);
+  plan->device = problem.device;
   SK_RETURN_IF_ERROR(handle_of(problem.device, library, plan->handle));
   const void* handle = plan->handle;
   SK_CHECK_REL(kOp, n, >, 0, "Handle zero tokens before.");
@@ -348,6 +357,16 @@ Code run(const Functions& functions, const Plan& plan, const void* blob, const v
                           &stream, 1);
 }
 
+// What was lent for this stream; null where that is too small, or a graph captures the stream.
+void* lent_workspace(int device, cudaStream_t stream, std::size_t bytes) {
+  const auto found = state().lent.find({device, stream});
+  if (found == state().lent.end() || found->second.bytes < bytes) return nullptr;
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(stream, &capture) != cudaSuccess)
+    (void)cudaGetLastError();  // the launch will say what is wrong with the stream
+  return capture == cudaStreamCaptureStatusNone ? found->second.address : nullptr;
+}
+
 }  // namespace
 
 // ---- the interface ------------------------------------------------------------------------------
@@ -372,6 +391,7 @@ Status load(const std::string& path, Version& version) {
 void unload() {
   const std::lock_guard<std::mutex> guard(lock);
   state().forget_plans();
+  state().lent.clear();
   state().handles.clear();
   state().library.reset();
 }
@@ -424,15 +444,27 @@ Status plan(const Problem& problem, PlanInfo& info) {
   return {};
 }
 
+void lend_workspace(int device, cudaStream_t stream, void* workspace, std::size_t bytes) {
+  const std::lock_guard<std::mutex> guard(lock);
+  state().lent[{device, stream}] = {workspace, bytes};
+}
+
 Status matmul(std::uint64_t id, const void* blob, const void* x, void* y, void* workspace,
-              cudaStream_t stream, bool& known) {
+              cudaStream_t stream, Outcome& outcome) {
   const std::lock_guard<std::mutex> guard(lock);
   const auto found = state().plans.find(id);
-  known = found != state().plans.end();
-  if (!known) return {};
+  outcome = Outcome::kUnknownPlan;
+  if (found == state().plans.end()) return {};
+  const Plan& plan = *found->second;
+  if (workspace == nullptr && plan.info.workspace_bytes > 0) {
+    workspace = lent_workspace(plan.device, stream, plan.info.workspace_bytes);
+    outcome = Outcome::kNoWorkspace;
+    if (workspace == nullptr) return {};
+  }
+  outcome = Outcome::kDone;
   const Functions& functions = state().library->functions;
   return code_status("cusparseLtMatmul",
-                     run(functions, *found->second, blob, x, y, workspace, stream));
+                     run(functions, plan, blob, x, y, workspace, stream));
 }
 
 Status time_matmul(std::uint64_t id, const void* blob, const void* x, void* y, void* workspace,

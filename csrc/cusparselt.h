@@ -10,7 +10,8 @@
 //   plan      Problem -> id                                   built once, then found in the cache
 //   matmul    id and addresses                                every call
 //
-// Nothing here allocates memory of a GPU or waits for one: Python passes blobs and workspaces. The
+// Nothing here allocates memory of a GPU or waits for one: Python passes blobs and workspaces, or
+// lends a workspace for all calls on a stream, which saves looking for it in every call. The
 // library's documents do not promise thread safety, so one lock guards everything in this file. The
 // library works on the current GPU of the calling thread; `device` only tells its handles apart.
 #pragma once
@@ -76,10 +77,21 @@ Status compress(int device, DType dtype, std::int64_t m, std::int64_t k, const v
 // The plan of a problem: from the cache, or built now. A full cache is emptied first.
 Status plan(const Problem& problem, PlanInfo& info);
 
-// y = x · Wᵀ + bias, with relu where the plan has it. `known` is false, and nothing happens, when
-// the plan has left the cache: call `plan` again.
+// Memory that later calls on this stream of this device may use as their workspace. It stays alive
+// until other memory replaces it here, or until `unload`.
+void lend_workspace(int device, cudaStream_t stream, void* workspace, std::size_t bytes);
+
+// What `matmul` did. Nothing, unless kDone.
+enum class Outcome : int {
+  kDone = 0,
+  kUnknownPlan = 1,  // it has left the cache: call `plan` again
+  kNoWorkspace = 2,  // null, and none that is large enough was lent; or a graph captures the stream,
+                     // which may be replayed on any other: pass one of this call alone
+};
+
+// y = x · Wᵀ + bias, with relu where the plan has it. workspace: null takes the lent one.
 Status matmul(std::uint64_t id, const void* blob, const void* x, void* y, void* workspace,
-              cudaStream_t stream, bool& known);
+              cudaStream_t stream, Outcome& outcome);
 
 // The same matmul `calls` times, bare, and the seconds of the host for all of them: what one call
 // of the C function costs, for bench/bench_overhead.py.

@@ -13,6 +13,7 @@ from linear_cases import assert_within, error_bound, random_input, random_weight
 from sparsekern import SparseLinear, explain, linear, reference
 from sparsekern import cusparselt_backend as backend
 from sparsekern import cusparselt_library as vendor
+from sparsekern.cusparselt_backend import Algorithm
 from sparsekern.cusparselt_search import search
 from sparsekern.sparse24 import compress, decompress
 
@@ -60,6 +61,61 @@ def check_linear(dtype=BF16):
     y = linear(x, packed, bias)
     assert_within(y, y64, error_bound(x.cpu(), w.cpu(), bias.cpu(), y64, dtype))
     assert torch.equal(y, linear(x, packed, bias)), "the same bits again"
+
+
+def check_again():
+    """Calls like one before, which skip the checks; on two streams and in a graph, with an
+    algorithm that needs a workspace where the library has one."""
+    w, _, packed = problem(2048, 8192)
+    x = rows(16, 8192)
+    bias = rows(1, 2048, seed=2)[0]
+    key = backend.algorithm_key(0, BF16, 2048, 8192, 16)
+    splits = [Algorithm(number, 4, mode) for mode in (2, 1) for number in range(8)]
+    with torch.inference_mode():
+        for algorithm in (*splits, Algorithm()):
+            backend.remember(key, algorithm, 1.0, store=False)
+            try:
+                right = torch.equal(linear(x, packed), exact(x, w)) and torch.equal(
+                    linear(x, packed, bias, "relu"), exact(x, w, bias, "relu")
+                )
+            except (NotImplementedError, ValueError, RuntimeError):
+                continue
+            if right and (algorithm == Algorithm() or next(iter(backend._plans.values()))[1]):
+                break
+        print(f"{algorithm}, workspace {next(iter(backend._plans.values()))[1]} bytes")
+        xs = [rows(16, 8192, seed=seed) for seed in range(4)]
+        streams = [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
+        torch.cuda.synchronize()
+        got = []
+        for turn in range(60):
+            with torch.cuda.stream(streams[turn % 3]):
+                got.append(linear(xs[turn % 4], packed, bias if turn % 2 else None, "relu"))
+        torch.cuda.synchronize()
+        for turn, y in enumerate(got):
+            right = exact(xs[turn % 4], w, bias if turn % 2 else None, "relu")
+            assert torch.equal(y, right), f"turn {turn}"
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=streams[1]):  # a stream that has a workspace
+            captured = [linear(one, packed) for one in xs]
+        for turn in range(20):  # replays on one stream beside calls on another
+            with torch.cuda.stream(streams[2]):
+                graph.replay()
+            with torch.cuda.stream(streams[1]):
+                y = linear(xs[turn % 4], packed)
+            torch.cuda.synchronize()
+            assert torch.equal(y, exact(xs[turn % 4], w))
+            assert all(torch.equal(y, exact(one, w)) for one, y in zip(xs, captured))
+        for bad in (x.cpu(), x.half()):
+            try:
+                linear(bad, packed)
+            except (TypeError, ValueError) as error:
+                assert "weight" in str(error)
+            else:
+                raise AssertionError("not refused")
+        for tokens in TOKENS:
+            one = rows(tokens, 8192)
+            for _ in range(2):
+                assert torch.equal(linear(one, packed), exact(one, w)), tokens
 
 
 def check_module():
@@ -136,6 +192,7 @@ def check_float16():
 
 CASES = {
     "linear": check_linear,
+    "again": check_again,
     "module": check_module,
     "graph": check_graph,
     "search": check_search,

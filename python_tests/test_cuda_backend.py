@@ -8,7 +8,7 @@ import pytest
 import torch
 from linear_cases import random_weight
 
-from sparsekern import cuda_backend, heuristics, ops, tuning
+from sparsekern import cuda_backend, heuristics, ops, torch_raw, tuning
 from sparsekern.heuristics import TIMES, MmaTile, RowBlocks, Tile
 from sparsekern.pack import pack
 from sparsekern.sparse24 import compress
@@ -329,7 +329,7 @@ def test_outputs_are_those_of_the_mode(on_cpu):
 @pytest.mark.parametrize("size", [(3, 64), (2, 3, 64), (0, 64)], ids=str)
 def test_memory_past_the_dispatcher_is_as_torch_gives_it(size):
     strides = torch.empty(size, device="meta").stride()
-    for allocate in (cuda_backend._empty_strided, cuda_backend._empty_strided_dispatched):
+    for allocate in (torch_raw.empty_strided, torch_raw.empty_strided_dispatched):
         tensor = allocate(size, strides, torch.bfloat16)
         assert (tensor.shape, tensor.stride(), tensor.dtype) == (size, strides, torch.bfloat16)
         assert tensor.get_device() == torch.cuda.current_device() and type(tensor) is torch.Tensor

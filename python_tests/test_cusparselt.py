@@ -96,6 +96,10 @@ def cpu_as_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(vendor, "_capability", lambda index: (9, 0))
     monkeypatch.setattr(backend, "current_device", lambda: -1)
     monkeypatch.setattr(backend, "current_stream", lambda index: 0)
+    monkeypatch.setattr(backend, "empty_strided", torch._C._dynamo.guards._empty_strided_cpu)
+    monkeypatch.setattr(backend, "_workspaces", {})
+    if _native.available():
+        monkeypatch.setattr(_native.module(), "capture_id", lambda stream: 0)
     monkeypatch.setattr(backend, "packs", lambda device: device.type == "cpu")
     monkeypatch.setitem(ops._PREFERENCE, "cpu", ("cpu", "cusparselt"))
     forget()
@@ -355,7 +359,218 @@ def test_a_full_cache_is_emptied_and_stale_plans_are_noticed(fake):
     assert fake.plans_built <= built + 1
     stale = next(iter(backend._plans.values()))[0]
     forget()
-    assert native.cusparselt_matmul(stale, 0, 0, 0, 0, 0) is False
+    assert native.cusparselt_matmul(stale, 0, 0, 0, 0, 0) == native.CUSPARSELT_UNKNOWN_PLAN
+
+
+# ---- calls that are quick on the host ------------------------------------------------------------
+
+
+@pytest.fixture
+def unasked(monkeypatch):
+    """While it is set, a call that is checked, or asks whether it can run, fails."""
+
+    def fail(*arguments):
+        raise AssertionError("the detour")
+
+    def forbid():
+        monkeypatch.setattr(ops, "check_linear", fail)
+        monkeypatch.setattr(ops, "_compute", fail)
+
+    return forbid
+
+
+@needs_fake
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_a_call_like_one_before_takes_one_look_up(fake, unasked, activation):
+    w, w24 = weight(32, 48)
+    w24 = backend.pack(w24)
+    base = random_input((6, 4, 56), BF16, integers=True)
+    bias = random_input((32,), BF16, seed=2, integers=True)
+    plain = base[..., :48].contiguous()
+    misaligned = base.flatten()[1 : 1 + 8 * 48].view(8, 48)
+    cases = (
+        plain, plain[0], plain[0, 0], plain[:2], plain[None], base[:, 0, :48], base[..., :48],
+        misaligned, plain[:0], base.view(24, 56)[:, :48],
+    )  # fmt: skip
+    with torch.no_grad():
+        first = [linear(x, w24, bias, activation) for x in cases]
+        built = fake.plans_built
+        unasked()
+        for x, y in zip(cases, first):
+            for backend_name in (None, "cusparselt"):
+                again = linear(x, w24, bias, activation, backend=backend_name)
+                assert torch.equal(again, y)
+                assert not x.numel() or again.data_ptr() not in (x.data_ptr(), y.data_ptr())
+                assert again.shape == (*x.shape[:-1], 32) and again.stride() == y.stride()
+                assert again.is_contiguous() and again.dtype == BF16
+            if activation != "silu":
+                assert torch.equal(y, expected(x, w, bias, activation)), x.shape
+        assert fake.plans_built == built
+        with pytest.raises(AssertionError, match="the detour"):
+            linear(torch.zeros(40, 48, dtype=BF16), w24)
+
+
+@needs_fake
+def test_a_known_call_with_other_arguments_is_checked(fake):
+    """Each differs from a known call in one thing that no shape and no address tells."""
+    w, w24 = weight(32, 48)
+    w24 = backend.pack(w24)
+    x, bias = torch.zeros(8, 48, dtype=BF16), torch.zeros(64, dtype=BF16)[:32]
+    wanting = Sparse24(w24.values.clone().requires_grad_(), w24.metadata, w24.shape, "cusparselt")
+    half = Sparse24(w24.values.view(torch.float16), w24.metadata, w24.shape, "cusparselt")
+    cases = (
+        ((x, wanting, bias), ValueError, "a frozen weight"),
+        ((x, half, bias), TypeError, "x.dtype == weight.dtype"),
+        ((x.half(), w24, bias), TypeError, "x.dtype == weight.dtype"),
+        ((x[:, :32].contiguous(), w24, bias), ValueError, "x.shape\\[-1\\] == weight.in_features"),
+        ((x, w24, bias.view(torch.float16)), TypeError, "bias.dtype == x.dtype"),
+        ((x, w24, bias[:16]), ValueError, "bias of shape"),
+        ((x, w24, bias[None]), ValueError, "bias of shape"),
+        ((x, w24, bias, "tanh"), ValueError, "activation in None"),
+        ((x, w24, bias, ["relu"]), ValueError, "activation in None"),
+        ((x.tolist(), w24, bias), TypeError, "x of type Tensor"),
+    )
+    with torch.no_grad():
+        for _ in range(2):
+            linear(x, w24, bias)
+        for arguments, kind, words in cases:
+            with pytest.raises(kind, match=words):
+                linear(*arguments)
+        with pytest.raises(ValueError, match="backend in 'cuda'"):
+            linear(x, w24, bias, backend="tpu")
+        assert linear(x, w24, bias).is_inference() is False
+    strided = torch.arange(64, dtype=BF16)[::2]
+    known = torch.zeros(64, dtype=BF16)
+    known[::2] = strided
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(linear(x, w24, known[:32]), known[:32].expand(8, 32))
+        assert torch.equal(linear(x, w24, known[::2]), strided.expand(8, 32)), "same address"
+    with torch.inference_mode():
+        assert linear(x, w24, bias).is_inference()
+
+
+@needs_fake
+def test_gradients_flow_where_the_call_is_known(fake):
+    w, w24 = weight(32, 48)
+    w24, x = backend.pack(w24), random_input((8, 48), BF16, integers=True)
+    with torch.no_grad():
+        for _ in range(2):
+            linear(x, w24)
+    x.requires_grad_()
+    linear(x, w24).sum().backward()
+    assert torch.equal(x.grad, w.sum(0).expand(8, 48).to(BF16))
+
+
+@needs_fake
+def test_a_known_call_whose_plan_is_gone_makes_a_new_one(fake):
+    w, w24 = weight(16, 16)
+    w24, x = backend.pack(w24), random_input((8, 16), BF16, integers=True)
+    native = _native.module()
+    with torch.no_grad():
+        linear(x, w24)
+        for stride in range(16, 16 + 8 * native.CUSPARSELT_MAX_PLANS, 8):
+            native.cusparselt_plan(-1, 1, 16, 8, 16, stride, 16, 0, False, -1, 1, 0)
+        built = fake.plans_built
+        for _ in range(2):
+            assert torch.equal(linear(x, w24), expected(x, w))
+        assert fake.plans_built == built + 1
+
+
+@needs_fake
+def test_a_call_on_another_gpu_than_the_current_one_switches(fake, monkeypatch):
+    w, w24 = weight(32, 48)
+    w24, x = backend.pack(w24), random_input((8, 48), BF16, integers=True)
+    current, switched = [-1], []
+
+    class Switch:
+        def __init__(self, index):
+            switched.append(index)
+
+        def __enter__(self):
+            current.append(switched[-1])
+
+        def __exit__(self, *_):
+            current.pop()
+
+    monkeypatch.setattr(backend, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", Switch)
+    with torch.no_grad():
+        linear(x, w24)
+        assert switched == []
+        current[0] = 1
+        assert torch.equal(linear(x, w24), expected(x, w)) and switched == [-1]
+
+
+@needs_module
+def test_a_weight_that_is_on_no_gpu_is_refused_in_words():
+    """With no stand-ins: the quick path must not ask torch for a GPU that it may not have."""
+    w24 = Sparse24(torch.zeros(864, dtype=BF16), torch.empty(0, dtype=torch.uint8), (32, 48),
+                   "cusparselt")  # fmt: skip
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="on a GPU, got the CPU"):
+        linear(torch.zeros(8, 48, dtype=BF16), w24, backend="cusparselt")
+
+
+@pytest.fixture
+def splitting(fake):
+    """(x, w, w24) of a problem whose algorithm takes a workspace of 64 bytes."""
+    w, w24 = weight(32, 48)
+    packed, x = backend.pack(w24), random_input((8, 48), BF16, integers=True)
+    key = backend.algorithm_key(-1, BF16, 32, 48, 8)
+    backend.remember(key, Algorithm(0, 2, 1), 1.0, store=False)
+    return x, w, packed
+
+
+@needs_fake
+def test_a_workspace_is_lent_per_stream_and_never_captured(fake, splitting, monkeypatch):
+    x, w, w24 = splitting
+    stream, capture = [0], [0]
+    monkeypatch.setattr(backend, "current_stream", lambda index: stream[0])
+    monkeypatch.setattr(_native.module(), "capture_id", lambda stream: capture[0])
+    lent = backend._workspaces
+    with torch.no_grad():
+        linear(x, w24)
+        assert lent == {}, "inside the general path"
+        capture[0] = 7
+        assert torch.equal(linear(x, w24), expected(x, w))
+        assert lent == {}, "while a graph is captured"
+        capture[0] = 0
+        linear(x, w24)
+        first = lent[-1, 0]
+        assert first.numel() == 64 and first.tolist() == [0x77] * 64
+        first.zero_()
+        assert torch.equal(linear(x, w24), expected(x, w))
+        assert lent == {(-1, 0): first} and first.tolist() == [0x77] * 64, "used again"
+        stream[0] = 8
+        linear(x, w24)
+        assert lent.keys() == {(-1, 0), (-1, 8)} and lent[-1, 0] is first
+        assert lent[-1, 8].data_ptr() != first.data_ptr()
+
+
+@needs_fake
+def test_workspaces_that_are_too_small_are_replaced_and_large_ones_not_kept(
+    fake, splitting, monkeypatch
+):
+    x, w, w24 = splitting
+    native, small = _native.module(), torch.zeros(63, dtype=torch.uint8)
+    y = torch.empty(8, 32, dtype=BF16)
+    with torch.no_grad():
+        linear(x, w24)
+        plan = next(known[0] for known in backend._plans.values() if known and known[1])
+        addresses = plan, w24.values.data_ptr(), x.data_ptr(), y.data_ptr()
+        assert native.cusparselt_matmul(*addresses, 0, 5) == native.CUSPARSELT_NO_WORKSPACE
+        native.cusparselt_lend_workspace(-1, 5, small.data_ptr(), 63)
+        assert native.cusparselt_matmul(*addresses, 0, 5) == native.CUSPARSELT_NO_WORKSPACE
+        native.cusparselt_lend_workspace(0, 5, small.data_ptr(), 64)
+        assert native.cusparselt_matmul(*addresses, 0, 5) == native.CUSPARSELT_NO_WORKSPACE
+        monkeypatch.setattr(backend, "current_stream", lambda index: 5)
+        monkeypatch.setattr(backend, "_KEPT_BYTES", 63)
+        assert torch.equal(linear(x, w24), expected(x, w)) and backend._workspaces == {}
+        monkeypatch.setattr(backend, "_KEPT_BYTES", 64)
+        assert torch.equal(linear(x, w24), expected(x, w))
+        assert list(backend._workspaces) == [(-1, 5)]
+        assert native.cusparselt_matmul(*addresses, 0, 5) == 0
+        assert small.tolist() == [0] * 63
 
 
 @needs_fake
@@ -409,7 +624,7 @@ def test_calls_without_a_library():
     ):
         with pytest.raises(RuntimeError, match="expected a loaded library, got none. Call load"):
             call()
-    assert native.cusparselt_matmul(1, 0, 0, 0, 0, 0) is False
+    assert native.cusparselt_matmul(1, 0, 0, 0, 0, 0) == native.CUSPARSELT_UNKNOWN_PLAN
 
 
 @needs_fake
@@ -426,6 +641,7 @@ def test_everything_is_destroyed_when_python_ends(tmp_path):
         "from sparsekern import compress, cusparselt_library, cusparselt_backend as backend\n"
         "cusparselt_library._capability = lambda index: (9, 0)\n"
         "backend.current_device, backend.current_stream = (lambda: -1), (lambda index: 0)\n"
+        "backend.empty_strided = torch._C._dynamo.guards._empty_strided_cpu\n"
         "w24 = backend.pack(compress(torch.zeros(32, 32, dtype=torch.bfloat16)))\n"
         "print('alive', *map(count, names))\n"
     )
@@ -668,7 +884,7 @@ def run_child(*arguments):
 
 @pytest.mark.gpu
 @needs_module
-@pytest.mark.parametrize("case", ["linear", "module", "graph", "search", "float16"])
+@pytest.mark.parametrize("case", ["linear", "again", "module", "graph", "search", "float16"])
 def test_the_real_library(case, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     gc.collect()

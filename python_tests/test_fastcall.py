@@ -17,7 +17,7 @@ from sparsekern import _native
 
 ROOT = Path(__file__).resolve().parent.parent
 BOUND = ("prune_compress", "pack", "decode", "decode_gated", "prefill", "mma", "naive",
-         "capture_id", "cusparselt_matmul")  # fmt: skip
+         "capture_id", "cusparselt_matmul", "cusparselt_lend_workspace")  # fmt: skip
 LINEAR = ("decode", "prefill", "mma")
 
 
@@ -156,7 +156,8 @@ def test_ops_take_as_many_integers_as_the_stub_file_says(native, declared, name)
         arguments[position] = 0.5
         with pytest.raises(TypeError, match=f"{name}: expected argument {position + 1} as .*0.5"):
             op(*arguments)
-        sizes = ("tokens", "out_features", "in_features", "dtype", "activation", "config")
+        sizes = ("tokens", "out_features", "in_features", "dtype", "activation", "config",
+                 "device")  # fmt: skip
         bits = 32 if parameter in sizes else 64
         arguments[position] = 2**bits
         with pytest.raises(TypeError, match=f"argument {position + 1} as .* of {bits} bits"):
@@ -173,5 +174,6 @@ def test_a_status_becomes_an_exception(native, declared, name):
         getattr(native, name)(*arguments)
 
 
-def test_an_unknown_plan_of_cusparselt_is_false(native):
-    assert native.cusparselt_matmul(2**64 - 1, 0, 0, 0, 0, 0) is False
+def test_an_unknown_plan_of_cusparselt_is_told(native):
+    missing = native.cusparselt_matmul(2**64 - 1, 0, 0, 0, 0, 0)
+    assert missing == native.CUSPARSELT_UNKNOWN_PLAN

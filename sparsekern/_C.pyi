@@ -211,7 +211,14 @@ def cusparselt_plan(
 ) -> tuple[int, int, int]: ...  # id, workspace bytes, number of algorithms
 def cusparselt_matmul(
     plan: int, blob: int, x: int, y: int, workspace: int, stream: int, /
-) -> bool: ...  # False: the plan has left the cache
+) -> int: ...  # 0, or one of these two, and nothing was done; workspace 0: the lent one
+
+CUSPARSELT_UNKNOWN_PLAN: int  # it has left the cache
+CUSPARSELT_NO_WORKSPACE: int  # none that is large enough was lent, or a graph captures the stream
+
+def cusparselt_lend_workspace(
+    device: int, stream: int, workspace: int, bytes: int, /
+) -> None: ...  # for later calls on this stream; the caller keeps it alive
 def cusparselt_time_matmul(
     plan: int, blob: int, x: int, y: int, workspace: int, stream: int, calls: int, /
 ) -> float: ...  # host seconds of so many bare calls

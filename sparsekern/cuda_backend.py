@@ -28,6 +28,9 @@ from sparsekern import _native, heuristics, tuning
 from sparsekern.cpu_backend import activate
 from sparsekern.errors import message
 from sparsekern.heuristics import MmaTile, RowBlocks, Tile
+from sparsekern.torch_raw import current_device as _current_device
+from sparsekern.torch_raw import current_stream as _current_stream
+from sparsekern.torch_raw import empty_strided as _empty_strided
 
 LAYOUT = "tile64"
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/launch.h
@@ -36,21 +39,6 @@ _DTYPE_NAMES = {0: "float16", 1: "bfloat16"}
 _AUTOMATIC = 0  # config of the decode kernel: it chooses
 _MOST = 2**31 - 1024  # of any size: the kernels count in 32 bits, and up to the end of a tile
 _RUNS = "the layout is 'tile64' and the GPU has compute capability 8.0 or newer"
-
-# A torch without CUDA lacks these two, and has no tensor that would get here.
-_current_device = getattr(torch._C, "_cuda_getDevice", None)
-_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-
-
-def _empty_strided_dispatched(size, strides, dtype):
-    return torch.empty_strided(size, strides, dtype=dtype, device="cuda")
-
-
-# Memory of the current GPU as torch.compile's generated code takes it: from the same allocator, but
-# without the dispatcher, in about half the time of x.new_empty. It is no public function of torch.
-_empty_strided = getattr(
-    torch._C._dynamo.guards, "_empty_strided_cuda", _empty_strided_dispatched
-)
 
 
 # ---- what can run --------------------------------------------------------------------------------

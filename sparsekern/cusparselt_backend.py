@@ -4,7 +4,8 @@
              weight's dtype [blob bytes / 2]; metadata = uint8 [0]. Made at load by `pack`, never
              saved; `unpack` recovers the row-major weight by multiplying with the identity.
     library  loaded at run time, versions 0.6 to 0.10; refusals and why: cusparselt_library.py
-    call     shapes and addresses -> id of a cached plan -> one call of the binding
+    call     shapes and addresses -> id of a cached plan -> one call of the binding; for calls like
+             one before, ops.linear takes this way at once (linear_again)
 
 It is a choice of the user (SparseLinear(packed="cusparselt"), or `pack`): nothing prefers it by
 default. The library's own algorithm is used unless `search` has found a better one; a search result
@@ -19,6 +20,7 @@ Source: cusparseLt.h of 0.6.3 to 0.8.1; NVIDIA's cuSPARSELt documentation.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -35,15 +37,13 @@ from sparsekern.cusparselt_library import (
 )
 from sparsekern.errors import check, message
 from sparsekern.sparse24 import Sparse24, compress, decompress
+from sparsekern.torch_raw import current_device, current_stream, empty_strided
 
 LAYOUT = "cusparselt"
 _DENSE_MULTIPLE, _ALIGNMENT = 8, 16  # as in csrc/cusparselt.h
+_KEPT_BYTES = 2**25  # of a workspace that is kept for later calls
 _UNPACK_ELEMENTS = 2**25  # of the dense slices that unpack has in memory at a time
 _RUNS = "the layout is 'cusparselt' and the library takes this problem"
-
-# A torch without CUDA lacks these two.
-current_device = getattr(torch._C, "_cuda_getDevice", None)
-current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 # ---- what can run --------------------------------------------------------------------------------
@@ -146,9 +146,14 @@ def config(x, w24):
 
 # ---- running it ----------------------------------------------------------------------------------
 
-# {what a call depends on: (id of the plan, workspace bytes, sizes of y)}. The native cache owns the
-# plans; an id that has left it is noticed by the call.
+# {what a call depends on: (id of the plan, workspace bytes, sizes and strides of y, native module)
+# or _COPIED where x must be copied first}. The native cache owns the plans; an id that has left it
+# is noticed by the call.
 _plans = {}
+_COPIED = ()
+
+# {(GPU, stream): tensor}: what is lent to the native module
+_workspaces = {}
 
 
 def padded_tokens(tokens):
@@ -172,39 +177,89 @@ def linear(x, w24, bias, activation):
     if index != current_device():
         with torch.cuda.device(index):
             return linear(x, w24, bias, activation)
+    if bias is not None and (bias.data_ptr() % _ALIGNMENT or not bias.is_contiguous()):
+        bias = bias.clone(memory_format=torch.contiguous_format)
+    return linear_again(x, w24, bias, activation, True)
+
+
+def linear_again(x, w24, bias, activation, checked=False):
+    """`linear` without the checks, for a call like one before; None, and nothing done, for others.
+
+    So that a call is quick on the host: one look-up finds the plan, and stands for `why_not` and
+    for those checks of ops.check_linear that the earlier call has passed. The others are here.
+
+    Args:
+        x, w24, bias: as in `linear`, not checked; w24 in layout "cusparselt".
+        activation: checked.
+        checked: all are, x is on the current GPU, and the bias is aligned and contiguous. Then
+            the plan is made where there is none, and the result is never None.
+    """
+    values, dtype, index = w24.values, x.dtype, x.get_device()
+    if not checked and (
+        values.dtype is not dtype or values.get_device() != index or values.requires_grad
+    ):
+        return None
     bias_address = 0
     if bias is not None:
-        if bias.data_ptr() % _ALIGNMENT or not bias.is_contiguous():
-            bias = bias.clone(memory_format=torch.contiguous_format)
+        if not checked and (
+            bias.dtype is not dtype
+            or bias.get_device() != index
+            or bias.shape != (w24.shape[0],)
+            or not bias.is_contiguous()
+        ):
+            return None
         bias_address = bias.data_ptr()
-    address = x.data_ptr()
-    if address % _ALIGNMENT:
-        return _linear_of_a_copy(x, w24, bias, activation)
-    key = (index, x.dtype, x.shape, x.stride(), w24.shape, bias_address, activation)
+    strides = None if x.is_contiguous() else x.stride()
+    key = x.shape, strides, dtype, index, w24.shape, bias_address, activation
     known = _plans.get(key)
     if known is None:
-        if not _fits(x):
-            return _linear_of_a_copy(x, w24, bias, activation)
-        known = _make_plan(*key)
+        if not checked:
+            return None
+        known = _make_plan(*key) if _fits(x) else _COPIED
+        if len(_plans) >= _native.module().CUSPARSELT_MAX_PLANS:
+            _plans.clear()
         _plans[key] = known
-    plan, workspace_bytes, sizes = known
-    y = x.new_empty(*sizes)
-    workspace = 0
-    if workspace_bytes:  # a tensor, so that streams and captured graphs never share one
-        buffer = x.new_empty(workspace_bytes, dtype=torch.uint8)
-        workspace = buffer.data_ptr()
-    if not _native.module().cusparselt_matmul(
-        plan, w24.values.data_ptr(), address, y.data_ptr(), workspace, current_stream(index)
-    ):
-        _plans.pop(key, None)  # it has left the native cache
-        return linear(x, w24, bias, activation)
+    if not checked and current_device() != index:  # not before: only a known one is on a GPU
+        return None
+    address = x.data_ptr()
+    if known is _COPIED or address % _ALIGNMENT:
+        return _linear_of_a_copy(x, w24, bias, activation)
+    plan, workspace_bytes, sizes, y_strides, native = known
+    y = empty_strided(sizes, y_strides, dtype)
+    blob, y_address, stream = values.data_ptr(), y.data_ptr(), current_stream(index)
+    missing = native.cusparselt_matmul(plan, blob, address, y_address, 0, stream)
+    if missing:
+        if missing == native.CUSPARSELT_NO_WORKSPACE:
+            missing = _matmul_with_workspace(
+                native, index, workspace_bytes, not checked, plan, blob, address, y_address, stream
+            )
+        if missing:
+            _plans.pop(key, None)  # the plan has left the native cache
+            return linear_again(x, w24, bias, activation, True)
     if activation is None or activation == "relu":
         return y
-    return activate(y.float(), activation).to(y.dtype)
+    return activate(y.float(), activation).to(dtype)
+
+
+def _matmul_with_workspace(native, index, size, lend, plan, blob, x, y, stream):
+    """The native call with memory of its own, where it found none that was lent for its stream.
+
+    Calls that may overlap must not share a workspace, so each stream has its own. What a graph
+    captures gets new memory in every call, from the pool of the graph, because a graph may be
+    replayed on any stream. Within the custom op nothing is lent: torch.compile counts the tensors
+    that stay in its pool.
+    """
+    space = empty_strided((size,), (1,), torch.uint8)
+    address = space.data_ptr()
+    missing = native.cusparselt_matmul(plan, blob, x, y, address, stream)
+    if lend and size <= _KEPT_BYTES and not native.capture_id(stream):
+        native.cusparselt_lend_workspace(index, stream, address, size)
+        _workspaces[index, stream] = space
+    return missing
 
 
 def _fits(x):
-    """True when the library takes x as it is; its address has been checked."""
+    """True when the library takes x as it is; its address is another matter."""
     in_features = x.shape[-1]
     tokens = x.numel() // in_features
     if not tokens or tokens % _DENSE_MULTIPLE:
@@ -218,30 +273,31 @@ def _fits(x):
 
 
 def _linear_of_a_copy(x, w24, bias, activation):
+    """`linear` of rows that fit. What is in those that only fill them up reaches no other row."""
     out_features, in_features = w24.shape
     tokens = x.numel() // in_features
     if not tokens:
         return x.new_empty(*x.shape[:-1], out_features)
-    rows = x.new_empty(padded_tokens(tokens), in_features)
-    rows[:tokens].copy_(x.reshape(tokens, in_features))
-    rows[tokens:].zero_()
-    y = linear(rows, w24, bias, activation)
-    return y[:tokens].view(*x.shape[:-1], out_features)
+    rows = empty_strided((padded_tokens(tokens), in_features), (in_features, 1), x.dtype)
+    folded = x.dim() == 2
+    rows.narrow(0, 0, tokens).copy_(x if folded else x.reshape(tokens, in_features))
+    y = linear_again(rows, w24, bias, activation, True).narrow(0, 0, tokens)
+    return y if folded else y.view(*x.shape[:-1], out_features)
 
 
-def _make_plan(index, dtype, shape, strides, weight_shape, bias_address, activation):
+def _make_plan(shape, strides, dtype, index, weight_shape, bias_address, activation):
     out_features, in_features = weight_shape
     tokens = shape.numel() // in_features
-    x_stride = strides[0] if len(shape) == 2 else in_features
     algorithm = algorithm_for(index, dtype, out_features, in_features, tokens)
     native = _native.module()
     plan, workspace_bytes, _ = native.cusparselt_plan(
-        index, DTYPES[dtype], out_features, tokens, in_features, x_stride, out_features,
-        bias_address, activation == "relu", *algorithm,
+        index, DTYPES[dtype], out_features, tokens, in_features,
+        strides[0] if strides else in_features, out_features, bias_address, activation == "relu",
+        *algorithm,
     )  # fmt: skip
-    if len(_plans) >= native.CUSPARSELT_MAX_PLANS:
-        _plans.clear()
-    return plan, workspace_bytes, (*shape[:-1], out_features)
+    sizes = (*shape[:-1], out_features)
+    y_strides = tuple(math.prod(sizes[place + 1 :]) for place in range(len(sizes)))
+    return plan, workspace_bytes, sizes, y_strides, native
 
 
 # ---- the weight ----------------------------------------------------------------------------------

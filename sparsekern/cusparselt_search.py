@@ -204,11 +204,11 @@ class _Problem:
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=x.device)
 
         def call():
-            known = self.native.cusparselt_matmul(
+            missing = self.native.cusparselt_matmul(
                 plan, w24.values.data_ptr(), x.data_ptr(), y.data_ptr(), workspace.data_ptr(),
                 backend.current_stream(self.index),
             )  # fmt: skip
-            if not known:
+            if missing:
                 raise RuntimeError("sparsekern.cusparselt: the plan has left the cache")
 
         return call

@@ -32,9 +32,11 @@ from sparsekern.sparse24 import Sparse24, decompress
 
 _OP = "sparsekern.linear"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the likeliest first, for the search
+_TILE64, _CUSPARSELT = cuda_backend.LAYOUT, cusparselt_backend.LAYOUT
 _ACTIVATIONS = (None, "relu", "gelu", "silu")
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _is_compiling = torch.compiler.is_compiling
+_is_traced = torch.compiler.is_dynamo_compiling  # quicker; other tracers bring tensors of their own
 _is_grad_enabled = torch.is_grad_enabled
 
 
@@ -390,15 +392,27 @@ def linear(x, w24, bias=None, activation=None, *, backend=None):
     """
     if type(x) is not Tensor or type(w24) is not Sparse24:
         check_types(_OP, x, w24)
-    values = w24.values
+    values, layout = w24.values, w24.layout
+    # Inference with a plain tensor and a packed weight is what has to be quick on the host. Here it
+    # ends as below, with fewer questions.
+    if (
+        layout == _CUSPARSELT
+        and (backend is None or backend == _CUSPARSELT)
+        and (activation is None or activation in _ACTIVATIONS)
+        and type(x) is Tensor
+        and not _is_traced()
+        and not _is_grad_enabled()
+    ):
+        y = cusparselt_backend.linear_again(x, w24, bias, activation)
+        if y is not None:
+            return y
     if x.dtype is not values.dtype and autocast(x):
         x = x.to(w24.dtype)
         bias = None if bias is None else bias.to(w24.dtype)
     check_linear(_OP, x, values, w24.shape, bias, activation)
-    # Inference with a plain tensor and a packed weight is what has to be quick on the host. It ends
-    # as below, with fewer questions: why_not refuses what is on no GPU, tensors without data, too.
+    # Likewise: why_not refuses what is on no GPU, tensors without data, too.
     if (
-        w24.layout == cuda_backend.LAYOUT
+        layout == _TILE64
         and backend is None
         and type(x) is Tensor
         and not _is_compiling()
@@ -408,7 +422,7 @@ def linear(x, w24, bias=None, activation=None, *, backend=None):
         return cuda_backend.linear(x, w24, bias, activation)
     if needs_custom_op(x, bias):
         return torch.ops.sparsekern.linear(
-            x, values, w24.metadata, *w24.shape, bias, activation, w24.layout, backend
+            x, values, w24.metadata, *w24.shape, bias, activation, layout, backend
         )
     return _compute(x, w24, bias, activation, backend)
 

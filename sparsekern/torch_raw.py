@@ -1,0 +1,20 @@
+"""Torch's raw functions for the current GPU and its memory, which every eager call needs.
+
+The public ones build objects (torch.cuda.Stream) or go through the dispatcher, and cost more than
+the rest of a small call. None of these is a public function of torch; a torch without CUDA lacks
+them, and has no tensor that would get to them. Used by cuda_backend.py and cusparselt_backend.py.
+"""
+
+import torch
+
+current_device = getattr(torch._C, "_cuda_getDevice", None)  # () -> index
+current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # (index) -> address
+
+
+def empty_strided_dispatched(size, strides, dtype):
+    return torch.empty_strided(size, strides, dtype=dtype, device="cuda")
+
+
+# Memory of the current GPU as torch.compile's generated code takes it: from the same allocator, but
+# without the dispatcher, in about half the time of x.new_empty. Size and strides must be tuples.
+empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", empty_strided_dispatched)
