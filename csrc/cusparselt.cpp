@@ -463,8 +463,7 @@ Status matmul(std::uint64_t id, const void* blob, const void* x, void* y, void* 
   }
   outcome = Outcome::kDone;
   const Functions& functions = state().library->functions;
-  return code_status("cusparseLtMatmul",
-                     run(functions, plan, blob, x, y, workspace, stream));
+  return code_status("cusparseLtMatmul", run(functions, plan, blob, x, y, workspace, stream));
 }
 
 Status time_matmul(std::uint64_t id, const void* blob, const void* x, void* y, void* workspace,

@@ -85,8 +85,9 @@ void lend_workspace(int device, cudaStream_t stream, void* workspace, std::size_
 enum class Outcome : int {
   kDone = 0,
   kUnknownPlan = 1,  // it has left the cache: call `plan` again
-  kNoWorkspace = 2,  // null, and none that is large enough was lent; or a graph captures the stream,
-                     // which may be replayed on any other: pass one of this call alone
+  kNoWorkspace =
+      2,  // null, and none that is large enough was lent; or a graph captures the stream,
+          // which may be replayed on any other: pass one of this call alone
 };
 
 // y = x · Wᵀ + bias, with relu where the plan has it. workspace: null takes the lent one.
