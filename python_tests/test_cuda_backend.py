@@ -297,7 +297,7 @@ def test_linear_passes_what_the_module_takes(on_cpu, declared, leading, dtype):
     ((kernel, arguments),) = on_cpu.calls
     bound, bfloat16 = declared[kernel].bind(*arguments).arguments, dtype is torch.bfloat16
     assert kernel == ("prefill" if tokens > 64 else "decode")
-    assert bound.pop("workspace", 0) == (cuda_backend._workspace(-1, 77) if tokens > 64 else 0)
+    assert bound.pop("workspace", 0) == (cuda_backend._workspace(-1, 77)[1] if tokens > 64 else 0)
     assert bound.pop("config") == cuda_backend._plan(tokens, 64, 128, bfloat16, -1)[1]
     assert bound == dict(
         x=x.data_ptr(), values=w24.values.data_ptr(), metadata=w24.metadata.data_ptr(),
@@ -342,18 +342,32 @@ def test_a_workspace_begins_with_cleared_counters(native):
 
 
 def test_workspaces_belong_to_a_stream_or_to_a_capture(native):
-    first = cuda_backend._workspace(0, 7)
-    assert cuda_backend._workspace(0, 7) == first
-    others = [cuda_backend._workspace(0, 8), cuda_backend._workspace(1, 7)]
+    def address(index, stream):
+        return cuda_backend._workspace(index, stream)[1]
+
+    first = address(0, 7)
+    assert address(0, 7) == first
+    others = [address(0, 8), address(1, 7)]
     native.capture = 1
-    others.append(cuda_backend._workspace(0, 7))
-    assert cuda_backend._workspace(0, 7) == others[-1], "one for the whole capture"
+    others.append(address(0, 7))
+    assert address(0, 7) == others[-1], "one for the whole capture"
     held = list(cuda_backend._workspaces.values())  # so that no address comes back
     native.capture = 2
-    others.append(cuda_backend._workspace(0, 7))
+    others.append(address(0, 7))
     assert len({first, *others}) == 5 and len(held) == 4
     native.capture = 0
-    assert cuda_backend._workspace(0, 7) == first
+    assert address(0, 7) == first
+
+
+@pytest.mark.parametrize("capture", [0, 3])
+def test_within_an_op_every_call_has_a_workspace_of_its_own(native, capture):
+    native.capture = capture
+    with cuda_backend.nothing_kept():
+        spaces = [cuda_backend._workspace(0, 7) for _ in range(3)]
+    assert len({space[1] for space in spaces}) == 3 and not cuda_backend._workspaces
+    assert all(space[2].tolist() == [0] * 16 + [7] * 48 for space in spaces)
+    cuda_backend._workspace(0, 7)
+    assert len(cuda_backend._workspaces) == 1, "outside it is kept"
 
 
 def test_rows_that_need_no_copy():

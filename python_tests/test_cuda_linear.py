@@ -450,6 +450,18 @@ def test_two_gpus_in_turn_each_on_its_own_stream():
             assert y.device == wanted.device and torch.equal(y, wanted)
 
 
+@pytest.mark.parametrize("tokens", [4, 300])
+def test_compiled_with_cuda_graphs(tokens):
+    """torch owns the memory pool of these graphs, and refuses what stays allocated in it."""
+    module = layer(320, 4096)
+    compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)
+    with torch.inference_mode():
+        for seed in range(4):  # two warm-ups, the recording, a replay
+            x = integers(tokens, 4096, seed=seed)
+            torch.compiler.cudagraph_mark_step_begin()
+            assert torch.equal(compiled(x).clone(), dense(module, x))
+
+
 def test_compile_fullgraph():
     module = layer()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")

@@ -7,7 +7,7 @@ import torch
 from linear_cases import ACTIVATIONS, random_input, random_weight
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsekern import ops, reference
+from sparsekern import cuda_backend, gated, ops, reference
 from sparsekern.ops import linear
 from sparsekern.pack import pack
 from sparsekern.sparse24 import compress
@@ -212,6 +212,24 @@ def test_compile_fullgraph(dynamic, device):
             results.append((y, *torch.autograd.grad(y.sum(), (x, bias))))
         for eager, traced in zip(*results):
             torch.testing.assert_close(traced, eager)
+
+
+def test_within_the_registered_ops_no_memory_is_kept(monkeypatch):
+    seen = []
+    for module in (ops, gated):
+
+        def spied(*arguments, compute=module._compute):
+            seen.append(cuda_backend._keeping_nothing)
+            return compute(*arguments)
+
+        monkeypatch.setattr(module, "_compute", spied)
+    x, w24 = random_input((3, 16), torch.float32), compress(random_weight(8, 16, torch.float32))
+    torch.ops.sparsekern.linear(*op_arguments(x, w24, None, None))
+    weight = w24.values, w24.metadata
+    torch.ops.sparsekern.gated_linear(x, *weight, *weight, 8, 16, "rowmajor", "rowmajor")
+    linear(x, w24)
+    gated.gated_linear(x, w24, w24)
+    assert seen == [1, 1, 0, 0] and cuda_backend._keeping_nothing == 0
 
 
 def test_compile_without_gradients_uses_one_op():

@@ -18,6 +18,7 @@ raw functions.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from functools import lru_cache
 from typing import NamedTuple
@@ -226,25 +227,48 @@ def forget_plans():
 
 # {(GPU, stream, captured): (number of the capture or 0, address, tensor)} for the prefill kernel.
 _workspaces = {}
+_keeping_nothing = 0  # calls under way in `nothing_kept`
+
+
+@contextlib.contextmanager
+def nothing_kept():
+    """For calls within a registered op: no memory that they take stays allocated.
+
+    torch.compile(mode="reduce-overhead") records ops in CUDA graphs whose memory pool it owns, and
+    refuses tensors in it that it does not know.
+    """
+    global _keeping_nothing
+    _keeping_nothing += 1
+    try:
+        yield
+    finally:
+        _keeping_nothing -= 1
 
 
 def _workspace(index, stream):
-    """Address of the workspace for the next prefill launch on this stream of the current GPU.
+    """(number, address, tensor) of the workspace for the next prefill launch on this stream of the
+    current GPU. The caller holds it until the launch.
 
     Launches that may overlap must not share one: so each stream has its own, and so has each graph
     capture, because a graph may be replayed on any stream. A captured one lives in the graph's
     memory pool, and every replay clears its counters first.
     """
     native = _native.module()
+    if _keeping_nothing:
+        return _new_workspace(native, index, 0)
     capture = native.capture_id(stream)
     known = _workspaces.get((index, stream, capture > 0))
     if known is None or known[0] != capture:
-        size = native.prefill_workspace_bytes()
-        space = torch.empty(size, dtype=torch.uint8, device=index)
-        space[: native.PREFILL_COUNTER_BYTES].zero_()
-        known = capture, space.data_ptr(), space
+        known = _new_workspace(native, index, capture)
         _workspaces[index, stream, capture > 0] = known
-    return known[1]
+    return known
+
+
+def _new_workspace(native, index, number):
+    size = native.prefill_workspace_bytes()
+    space = torch.empty(size, dtype=torch.uint8, device=index)
+    space[: native.PREFILL_COUNTER_BYTES].zero_()
+    return number, space.data_ptr(), space
 
 
 def _choice(x, w24):
@@ -308,7 +332,8 @@ def linear(x, w24, bias, activation, residual=None, plan=_plan):
     code = _DTYPES[dtype]
     run, variant, cuts_k = plan(tokens, out_features, in_features, code, index)
     stream = _current_stream(index)
-    tail = (_workspace(index, stream), stream) if cuts_k else (stream,)
+    space = _workspace(index, stream) if cuts_k else None
+    tail = (space[1], stream) if cuts_k else (stream,)
     run(
         address, w24.values.data_ptr(), w24.metadata.data_ptr(), bias_address,
         residual_address, y.data_ptr(), tokens, out_features, in_features, x_stride, out_features,

@@ -81,7 +81,8 @@ def _gated_linear_op(
 ) -> Tensor:
     shape = (out_features, in_features)
     gate24 = Sparse24(gate_values, gate_metadata, shape, gate_layout)
-    return _compute(x, gate24, Sparse24(up_values, up_metadata, shape, up_layout))
+    with cuda_backend.nothing_kept():
+        return _compute(x, gate24, Sparse24(up_values, up_metadata, shape, up_layout))
 
 
 @_gated_linear_op.register_fake

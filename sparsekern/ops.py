@@ -256,7 +256,8 @@ def _linear_op(
     backend: Optional[str],
 ) -> Tensor:
     w24 = Sparse24(values, metadata, (out_features, in_features), layout)
-    return _compute(x, w24, bias, activation, backend)
+    with cuda_backend.nothing_kept():
+        return _compute(x, w24, bias, activation, backend)
 
 
 @_linear_op.register_fake
