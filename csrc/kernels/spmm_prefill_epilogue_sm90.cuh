@@ -23,6 +23,26 @@ struct Finished {
   __device__ __forceinline__ bool owns(int block) const { return block % splits == split; }
 };
 
+// A thread's sums of a block of 32 tokens, to and from memory: 128 threads side by side.
+template <class Cfg>
+__device__ __forceinline__ void write_block(const Accumulators<Cfg>& d, int block, float4* to) {
+#pragma unroll
+  for (int v = 0; v < Cfg::kPanels * 4; ++v) {
+    const float* from = &d[v / 4][block * 16 + v % 4 * 4];
+    __stcg(to + v * 128, make_float4(from[0], from[1], from[2], from[3]));
+  }
+}
+
+template <class Cfg>
+__device__ __forceinline__ void add_block(Accumulators<Cfg>& d, int block, const float4* from) {
+#pragma unroll
+  for (int v = 0; v < Cfg::kPanels * 4; ++v) {
+    const float4 add = __ldcg(from + v * 128);
+    float* to = &d[v / 4][block * 16 + v % 4 * 4];
+    to[0] += add.x, to[1] += add.y, to[2] += add.z, to[3] += add.w;
+  }
+}
+
 // Adds up a tile whose K is shared: writes the blocks that others own, waits for theirs, adds those
 // of its own blocks, starting with the next split: a fixed order.
 template <class Cfg>
@@ -45,12 +65,7 @@ __device__ __forceinline__ void exchange_sums(Accumulators<Cfg>& d,
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block, owner = owner + 1 == p.splits ? 0 : owner + 1) {
     if (owner == split) continue;
-    float4* to = partial(split, block);
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const float* from = &d[v / 4][block * 16 + v % 4 * 4];
-      __stcg(to + v * 128, make_float4(from[0], from[1], from[2], from[3]));
-    }
+    write_block<Cfg>(d, block, partial(split, block));
   }
   __threadfence();
   ptx::named_barrier_sync(1 + consumer, 128);
@@ -66,13 +81,7 @@ __device__ __forceinline__ void exchange_sums(Accumulators<Cfg>& d,
     if (owner != split) continue;
 #pragma unroll 1
     for (int i = 1; i < p.splits; ++i) {
-      const float4* from = partial((split + i) % p.splits, block);
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        const float4 add = __ldcg(from + v * 128);
-        float* to = &d[v / 4][block * 16 + v % 4 * 4];
-        to[0] += add.x, to[1] += add.y, to[2] += add.z, to[3] += add.w;
-      }
+      add_block<Cfg>(d, block, partial((split + i) % p.splits, block));
     }
   }
   ptx::named_barrier_sync(1 + consumer, 128);
@@ -105,12 +114,7 @@ __device__ __forceinline__ bool gather_streamed(Accumulators<Cfg>& d,
   if (item.k_end < p.extent.k_tiles) {
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
-      float4* to = partial(cluster, block);
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        const float* from = &d[v / 4][block * 16 + v % 4 * 4];
-        __stcg(to + v * 128, make_float4(from[0], from[1], from[2], from[3]));
-      }
+      write_block<Cfg>(d, block, partial(cluster, block));
     }
     __threadfence();
     ptx::named_barrier_sync(1 + consumer, 128);
@@ -129,13 +133,7 @@ __device__ __forceinline__ bool gather_streamed(Accumulators<Cfg>& d,
   for (int block = 0; block < kBlocks; ++block) {
 #pragma unroll 1
     for (int other = first; other < cluster; ++other) {
-      const float4* from = partial(other, block);
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        const float4 add = __ldcg(from + v * 128);
-        float* to = &d[v / 4][block * 16 + v % 4 * 4];
-        to[0] += add.x, to[1] += add.y, to[2] += add.z, to[3] += add.w;
-      }
+      add_block<Cfg>(d, block, partial(other, block));
     }
   }
   return true;
