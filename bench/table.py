@@ -1,8 +1,9 @@
 """The README's results tables, made from bench/records: `python -m bench.table [--check]`.
 
 Everything between `<!-- results:begin -->` and `<!-- results:end -->` in README.md, and between the
-markers of headline.py, is replaced by what the records say; `--check` changes nothing and fails when the README differs. So no number
-there is typed by hand, and shapes where the dense layer wins stand beside the others.
+markers of headline.py, is replaced by what the records say; `--check` changes nothing and fails
+when the README differs. So no number there is typed by hand, and shapes where the dense layer wins
+stand beside the others.
 
 Linear layers become, for each GPU: first the list of all cells where a peer is faster; then for
 each dtype a table for few tokens (decode) and one for many (prefill), with the ratios to cuBLAS and
@@ -196,7 +197,8 @@ def replace(readme: str, text: str, first: str = BEGIN, last: str = END) -> str:
     before, begin, rest = readme.partition(first)
     _, end, after = rest.partition(last)
     if not (begin and end) or first in rest or last in before + after:
-        raise ValueError(f"bench.table: expected one {first} and one {last} after it in the README.")
+        expected = f"one {first} and one {last} after it in the README"
+        raise ValueError(f"bench.table: expected {expected}.")
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 
