@@ -44,6 +44,7 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(kFiberStack);
   State state;
+  bool waited;                            // for the kernel before this one
   std::vector<Copy> open;                 // copies of the group that is not closed
   std::vector<std::vector<Copy>> groups;  // closed groups under way, oldest first
 };
@@ -54,7 +55,7 @@ std::vector<int> at_warp;  // lanes that have reached the warp instruction
 int at_barrier, current;
 ucontext_t scheduler;
 bool copies_land_late, falling_order;
-std::vector<std::pair<const uint8_t*, const uint8_t*>> readable;  // global memory
+std::vector<std::pair<const uint8_t*, const uint8_t*>> readable;  // global memory, x first
 std::string error;
 
 void require(bool condition, const char* rule) {
@@ -110,6 +111,7 @@ bool run_block(int threads, int smem_bytes, std::function<void()> kernel) {
   smem.assign(smem_bytes, 0xFF);
   for (Fiber& fiber : fibers) {
     fiber.state = State::kReady;
+    fiber.waited = false;
     fiber.open.clear();
     fiber.groups.clear();
     getcontext(&fiber.context);
@@ -174,10 +176,16 @@ void cp_async_16(uint32_t smem, const void* gmem, int bytes = 16) {
   for (const auto& [begin, end] : emulator::readable)
     inside |= from >= begin && from + bytes <= end;
   emulator::require(inside, "cp.async from inside x, the values or the metadata");
+  const auto& [x_begin, x_end] = emulator::readable[0];
+  emulator::require(from < x_begin || from >= x_end || emulator::fibers[emulator::current].waited,
+                    "x to be read after the kernel that made it");
   const Copy copy = {smem, gmem, bytes};
   if (!emulator::copies_land_late) emulator::land(copy);
   emulator::fibers[emulator::current].open.push_back(copy);
 }
+void wait_for_predecessor() { emulator::fibers[emulator::current].waited = true; }
+void let_successor_start() {}
+
 void cp_async_commit() {
   auto& fiber = emulator::fibers[emulator::current];
   fiber.groups.push_back(std::move(fiber.open));
@@ -243,7 +251,11 @@ void mma_sp(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint3
 uint32_t load_shared_u32(uint32_t smem) {
   return *static_cast<uint32_t*>(emulator::shared(smem, 4));
 }
-int4 load_shared_int4(uint32_t smem) { return *static_cast<int4*>(emulator::shared(smem, 16)); }
+// The last thing before a store to y, which the kernel before this one may still be reading.
+int4 load_shared_int4(uint32_t smem) {
+  emulator::require(emulator::fibers[emulator::current].waited, "y to be written after that, too");
+  return *static_cast<int4*>(emulator::shared(smem, 16));
+}
 void store_shared_f32(uint32_t smem, float v) {
   *static_cast<float*>(emulator::shared(smem, 4)) = v;
 }

@@ -159,6 +159,7 @@ def test_every_pattern_alone(build, config):
         ("cp_async_wait<Cfg::kStages - 2>", "cp_async_wait<Cfg::kStages - 1>"),
         ("filled = stage;", "filled = smem;"),
         ("j * kTokenStep < tokens_left", "true"),
+        ("ptx::wait_for_predecessor();", ""),
         ("(row % Cfg::kPanelRows + matrix % 2 * 8", "(row % Cfg::kPanelRows + matrix / 2 * 8"),
     ],
 )

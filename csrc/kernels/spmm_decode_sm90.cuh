@@ -33,6 +33,7 @@
 #pragma once
 #include "../layout/tile64.cuh"
 #include "../ptx/cluster.cuh"
+#include "../ptx/dependent_launch.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/mma_sp.cuh"
 #include "../ptx/tma.cuh"

@@ -10,19 +10,28 @@ namespace sparsekern::mma {
 
 constexpr const char* kOp = "sparsekern.linear (mma)";
 
-// Shared memory beyond 48 KiB must be asked for, once per kernel and device.
+// What is asked once per kernel and device: shared memory beyond 48 KiB must be allowed; a kernel
+// that was compiled for 9.0 or later waits for its predecessor where it must (dependent_launch.cuh).
+struct Prepared {
+  bool done, waits;
+};
+
 template <class Cfg>
-Status allow_shared_memory() {
+Status prepare(bool& waits) {
   constexpr int kDevices = 64;
-  static bool allowed[kDevices] = {};
+  static Prepared prepared[kDevices] = {};
+  const auto kernel = spmm_mma_sm80_kernel<Cfg>;
   int device = 0;
   SK_CUDA(kOp, cudaGetDevice(&device));
   SK_CHECK_REL(kOp, device, <, kDevices, "Use a lower device index.");
-  if (!allowed[device])
-    SK_CUDA(kOp,
-            cudaFuncSetAttribute(spmm_mma_sm80_kernel<Cfg>,
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, Cfg::kSmemBytes));
-  allowed[device] = true;
+  if (!prepared[device].done) {
+    SK_CUDA(kOp, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      Cfg::kSmemBytes));
+    cudaFuncAttributes attributes;
+    SK_CUDA(kOp, cudaFuncGetAttributes(&attributes, kernel));
+    prepared[device] = {true, attributes.ptxVersion >= 90};
+  }
+  waits = prepared[device].waits;
   return {};
 }
 
@@ -31,10 +40,21 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
   const Params<typename Cfg::T> params = make_params<Cfg>(p);
   const int64_t blocks = static_cast<int64_t>(params.row_blocks) * params.token_blocks;
   SK_CHECK_REL(kOp, blocks, <, int64_t{1} << 31, "Split the tokens.");
-  SK_RETURN_IF_ERROR(allow_shared_memory<Cfg>());
-  const dim3 grid(static_cast<unsigned>(blocks));
-  spmm_mma_sm80_kernel<Cfg><<<grid, Cfg::kThreads, Cfg::kSmemBytes, stream>>>(params);
-  return launch_status(kOp, "spmm_mma_sm80_kernel", grid, dim3(Cfg::kThreads), Cfg::kSmemBytes);
+  bool waits = false;
+  SK_RETURN_IF_ERROR(prepare<Cfg>(waits));
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(Cfg::kThreads);
+  config.dynamicSmemBytes = Cfg::kSmemBytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = waits ? 1 : 0;
+  (void)cudaLaunchKernelEx(&config, spmm_mma_sm80_kernel<Cfg>, params);
+  return launch_status(kOp, "spmm_mma_sm80_kernel", config.gridDim, config.blockDim,
+                       Cfg::kSmemBytes);
 }
 
 template <class T>

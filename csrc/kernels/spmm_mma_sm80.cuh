@@ -30,6 +30,7 @@
 #pragma once
 #include "../layout/tile64.cuh"
 #include "../ptx/cp_async.cuh"
+#include "../ptx/dependent_launch.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/mma_sp.cuh"
 #include "epilogue.cuh"
@@ -232,6 +233,16 @@ struct Copier {
                      metadata + tiles_to(metadata_k) * tile64::kMetadataBytes);
   }
 
+  // All pieces of a stage, in two steps.
+  __device__ __forceinline__ void copy_weights(uint32_t stage) const {
+#pragma unroll
+    for (int j = 0; j < kValues; ++j) copy_values(j, stage);
+    copy_metadata(stage);
+  }
+  __device__ __forceinline__ void copy_tokens(uint32_t stage) {
+#pragma unroll
+    for (int j = 0; j < kX; ++j) copy_x(j, stage);
+  }
   // Part `part` of `parts` of the pieces, to the stage at `stage` in shared memory.
   __device__ __forceinline__ void copy_part(int part, int parts, uint32_t stage) {
 #pragma unroll
@@ -320,8 +331,13 @@ __device__ __forceinline__ void main_loop(WarpTile<Cfg>& warp_tile, Copier<Cfg> 
                                           const FragmentOffsets<Cfg>& offsets, uint32_t smem,
                                           int stages) {
   constexpr int kMultiplications = 2 * Cfg::kTokenTiles;
-  for (int s = 0; s < Cfg::kStages - 1; ++s) {
-    if (s < stages) copier.copy_part(0, 1, smem + s * Cfg::kStageBytes);
+  // The first turn of the ring: weights at once, x when the kernel that made it has finished.
+  Copier<Cfg> ahead = copier;
+  for (int s = 0; s < Cfg::kStages - 1 && s < stages; ++s, ahead.next_stage())
+    ahead.copy_weights(smem + s * Cfg::kStageBytes);
+  ptx::wait_for_predecessor();
+  for (int s = 0; s < Cfg::kStages - 1; ++s, copier.next_stage()) {
+    if (s < stages) copier.copy_tokens(smem + s * Cfg::kStageBytes);
     ptx::cp_async_commit();
   }
   ptx::cp_async_wait<Cfg::kStages - 2>();
@@ -408,6 +424,7 @@ template <class Cfg>
 __global__ void __launch_bounds__(Cfg::kThreads)
     spmm_mma_sm80_kernel(const __grid_constant__ Params<typename Cfg::T> p) {
   extern __shared__ __align__(128) uint8_t raw_smem[];
+  ptx::let_successor_start();
   const uint32_t smem = ptx::smem_address(raw_smem);
   const BlockTile tile = BlockTile::of(blockIdx.x, p.row_blocks, p.token_blocks);
   const WarpPlace<Cfg> warp(threadIdx.x);

@@ -57,18 +57,6 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Programmatic dependent launch (PTX ISA, "griddepcontrol"): a kernel launched with that attribute
-// may start before its predecessor in the stream has finished. Whatever the predecessor may have
-// written, or may still read, is touched only after wait_for_predecessor; let_successor_start says
-// that the next such kernel may begin to fill freed SMs.
-__device__ __forceinline__ void wait_for_predecessor() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-__device__ __forceinline__ void let_successor_start() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
 template <int kRegisters>
 __device__ __forceinline__ void give_up_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
