@@ -62,9 +62,6 @@ inline int choose_stream(int rest, int resident, int k_tiles) {
                                                                         : 0;
 }
 
-// With fewer waves of tiles the clusters do not drift apart enough to be kept in step.
-constexpr int kWavesToDrift = 3;
-
 // The workspace: counters, then the partial sums of at most one tile per SM. The largest tile of
 // configs.h has BLOCK_M * BLOCK_N = 256 * 192.
 constexpr size_t kTileBytes = 256 * 192 * sizeof(float);
@@ -117,22 +114,22 @@ Status launch(const LinearProblem& p, ClusterShape cluster, void* workspace, cud
   params.counters = static_cast<uint32_t*>(workspace);
   params.partials =
       reinterpret_cast<float4*>(static_cast<uint8_t*>(workspace) + kPrefillCounterBytes);
-  if (workspace && items > kWavesToDrift * params.clusters)
-    params.in_step = params.counters + kPrefillCounterBytes / sizeof(uint32_t) - 2;
 
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(params.clusters * cluster_ctas);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = Cfg::kSmemBytes;
   config.stream = stream;
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {static_cast<unsigned>(cluster_ctas), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   // Clusters that wait for each other must all be resident, whatever else runs on the GPU.
-  attributes[1].id = cudaLaunchAttributeCooperative;
-  attributes[1].val.cooperative = 1;
+  attributes[2].id = cudaLaunchAttributeCooperative;
+  attributes[2].val.cooperative = 1;
   config.attrs = attributes;
-  config.numAttrs = shared || params.in_step ? 2 : 1;
+  config.numAttrs = shared ? 3 : 2;
   (void)cudaLaunchKernelEx(&config, spmm_prefill_sm90_kernel<Cfg>, x_map, y_map, params);
   return launch_status(kOp, "spmm_prefill_sm90_kernel", config.gridDim, config.blockDim,
                        Cfg::kSmemBytes);

@@ -64,7 +64,6 @@ struct Params {
   int splits;                   // parts of K that each of the others is cut into
   int stream_units;             // column tiles of all of the others, when they are streamed
   bool whole_boxes;             // y takes boxes of rounded values from the copy engine
-  uint32_t* in_step;            // clusters that began an item, that ended; null: nobody waits
   float4* partials;    // [CTA tile of the rest][split][token block][consumer][kPanels * 4][128]
   uint32_t* counters;  // [CTA tile of the rest][consumer][2]: arrived, done; zero between launches
   uint16_t row_mask;   // CTAs of the cluster's first row; shifted by a CTA's place in its column

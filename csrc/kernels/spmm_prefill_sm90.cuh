@@ -25,8 +25,10 @@
 //   empty[s]    -                              both consumers of every CTA     2 * (CM + CN - 1)
 //                                              that this CTA's copies reach
 //
-// Work: a persistent grid walks the tiles in step: no cluster begins its wave n before every cluster
-// has begun its wave n - 1, so that what they read together can meet in L2. The last, partly
+// Launches overlap (dependent_launch.cuh): weights are copied while the kernel before this one in the
+// stream ends, x when it has. The consumers need no wait of their own: x comes after one.
+//
+// Work: a persistent grid; the clusters are dealt the tiles in turn. The last, partly
 // filled wave (few tokens: it is all there is) is shared out along K. Either its tiles are cut into
 // equal parts, as many as there are clusters for; the CTAs that share a tile exchange float32 sums
 // through global memory and each finishes the token blocks that it owns. Or, streamed, every cluster
@@ -38,6 +40,7 @@
 // next one may be issued. Metadata registers rotate through three sets, since a register that an
 // in-flight wgmma reads must not be written (ptxas would serialise: C7513).
 #pragma once
+#include "../ptx/dependent_launch.cuh"
 #include "../ptx/tma.cuh"
 #include "../ptx/wgmma_sp.cuh"
 #include "spmm_prefill_epilogue_sm90.cuh"
@@ -121,23 +124,6 @@ __device__ __forceinline__ void produce_weights(const Params<typename Cfg::T>& p
     }
     ring.advance();
   }
-}
-
-// Called by one thread of each cluster before its wave-th item. All clusters are resident (the
-// launch is cooperative), so the wait ends.
-template <class T>
-__device__ __forceinline__ void keep_in_step(const Params<T>& p, int wave) {
-  atomicAdd(p.in_step, 1u);
-  const uint32_t begun = static_cast<uint32_t>(wave) * p.clusters;
-  while (*reinterpret_cast<volatile uint32_t*>(p.in_step) < begun) __nanosleep(100);
-}
-
-// The last cluster to leave puts the counters back to zero for the next launch.
-template <class T>
-__device__ __forceinline__ void leave(const Params<T>& p) {
-  if (atomicAdd(p.in_step + 1, 1u) != static_cast<uint32_t>(p.clusters - 1)) return;
-  p.in_step[0] = 0;
-  p.in_step[1] = 0;
 }
 
 // --- consumers ---
@@ -252,19 +238,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::prefetch_tensor_map(&x_map);
   }
   ptx::cluster_sync();
+  ptx::let_successor_start();
 
   if (warpgroup_idx == kConsumers) {
     ptx::give_up_registers<kProducerRegisters>();
     RingPosition<Cfg::kStages> ring;
     if (threadIdx.x == kConsumers * 128) {
-      const bool paces = p.in_step && ptx::cluster_cta_rank() == 0;
+      ptx::wait_for_predecessor();  // it made x; it may read y, and use the workspace
 #pragma unroll 1
-      for (int index = ptx::cluster_idx(), wave = 0; index < work_items<Cfg>(p);
-           index += p.clusters, ++wave) {
-        if (paces) keep_in_step(p, wave);
+      for (int index = ptx::cluster_idx(); index < work_items<Cfg>(p); index += p.clusters)
         produce_x<Cfg>(&x_map, p, smem, index, ring);
-      }
-      if (paces) leave(p);
     } else if (threadIdx.x == kConsumers * 128 + 32) {
 #pragma unroll 1
       for (int index = ptx::cluster_idx(); index < work_items<Cfg>(p); index += p.clusters)
