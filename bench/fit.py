@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy
 
 from sparsekern import heuristics
-from sparsekern.heuristics import MmaTile, RowBlocks, Tile, Times, Variant, Work
+from sparsekern.heuristics import MmaTile, RowBlocks, SplitTile, Tile, Times, Variant, Work
 
 CONFIGS = Path(__file__).resolve().parent.parent / "csrc" / "configs.h"
 NEAR = 0.15  # 15 % slower than the fastest: half the weight
@@ -101,6 +101,8 @@ def variants() -> dict[str, Variant]:
     for panels, *rest, streamed in entries("SK_PREFILL_CONFIGS"):
         found.append(Tile(2 * heuristics.PANEL * panels, *rest, bool(streamed)))
     found += [MmaTile(*numbers) for numbers in entries("SK_MMA_CONFIGS")]
+    for panels, tokens, split in entries("SK_SPLIT_CONFIGS"):
+        found.append(SplitTile(2 * heuristics.PANEL * panels, tokens, split))
     return {heuristics.name(variant): variant for variant in found}
 
 

@@ -31,7 +31,7 @@ def configs(tokens: int, mma: bool = False) -> dict[str, tuple[str, int]]:
 
     wanted = {"mma"} if mma else {"decode"} if tokens <= DECODE_LIMIT else set()
     if not mma and tokens >= PREFILL_FROM:
-        wanted.add("prefill")
+        wanted |= {"prefill", "split"}
     return {name: of for name, of in cuda_backend.variants().items() if of[0] in wanted}
 
 

@@ -218,6 +218,16 @@ void mma(Address x, Address values, Address metadata, Address bias, Address resi
       config, as_stream(stream)));
 }
 
+void split_k(Address x, Address values, Address metadata, Address bias, Address residual,
+             Address y, int tokens, int out_features, int in_features, std::int64_t x_stride,
+             std::int64_t y_stride, std::int64_t residual_stride, int dtype, int activation,
+             int config, Address stream) {
+  raise_if_error(launch_split(
+      linear_problem(x, values, metadata, bias, residual, y, tokens, out_features, in_features,
+                     x_stride, y_stride, residual_stride, dtype, activation),
+      config, as_stream(stream)));
+}
+
 void naive(Address x, Address values, Address metadata, Address bias, Address residual, Address y,
            int tokens, int out_features, int in_features, std::int64_t x_stride,
            std::int64_t y_stride, std::int64_t residual_stride, int dtype, int activation,
@@ -306,17 +316,36 @@ py::list mma_configs() {
   return configs;
 }
 
+// SK_SPLIT_CONFIGS likewise: [{index, rows, tokens, split}].
+py::list split_configs() {
+  py::list configs;
+  const auto add = [&configs](int index, int panels, int tokens, int split) {
+    py::dict config;
+    config["index"] = index;
+    config["rows"] = 128 * panels;
+    config["tokens"] = tokens;
+    config["split"] = split;
+    configs.append(config);
+  };
+#define SK_ADD(index, panels, tokens, split) add(index, panels, tokens, split);
+  SK_SPLIT_CONFIGS(SK_ADD)
+#undef SK_ADD
+  return configs;
+}
+
 void bind_ops(py::module_& m) {
   m.def("decode_configs", &decode_configs, "What `decode` can use; config 0 chooses among them.");
   m.def("decode_config", &decode_config, "The index that config 0 stands for.");
   m.def("prefill_configs", &prefill_configs, "The tiles that `prefill` can use.");
   m.def("mma_configs", &mma_configs, "The tiles that `mma` can use.");
+  m.def("split_configs", &split_configs, "The tiles that `split` can use.");
   fastcall::def<&prune_compress>(m, "prune_compress", "launch_prune_compress");
   fastcall::def<&pack>(m, "pack", "launch_pack");
   fastcall::def<&decode>(m, "decode", "launch_decode: up to 64 tokens");
   fastcall::def<&decode_gated>(m, "decode_gated", "launch_decode_gated: up to 32 tokens");
   fastcall::def<&prefill>(m, "prefill", "launch_prefill");
   fastcall::def<&mma>(m, "mma", "launch_mma: compute capability 8.0 and later");
+  fastcall::def<&split_k>(m, "split", "launch_split: for few tiles");
   fastcall::def<&naive>(m, "naive", "launch_naive: the readable kernel, for tests");
   m.attr("PREFILL_COUNTER_BYTES") = kPrefillCounterBytes;
   m.def("prefill_workspace_bytes", &workspace_bytes, "Its workspace on the current device.");

@@ -40,6 +40,22 @@
   X(27, 2, 96, 1, 1, 1)                                                 \
   X(28, 2, 64, 1, 1, 1)
 
+// The split kernel's tiles.
+// X(index, panels per consumer, BLOCK_N tokens, CTAs that share the K of a tile)
+#define SK_SPLIT_CONFIGS(X) \
+  X(0, 1, 64, 2)            \
+  X(1, 1, 64, 4)            \
+  X(2, 1, 64, 8)            \
+  X(3, 1, 128, 2)           \
+  X(4, 1, 128, 4)           \
+  X(5, 1, 128, 8)           \
+  X(6, 2, 64, 2)            \
+  X(7, 2, 64, 4)            \
+  X(8, 2, 64, 8)            \
+  X(9, 2, 128, 2)           \
+  X(10, 2, 128, 4)          \
+  X(11, 2, 128, 8)
+
 // The decode kernel's row blocks and splits of K. Index 0 stands for the automatic choice.
 // X(index, row panels of 64 per CTA, CTAs that share the K of a row block)
 #define SK_DECODE_CONFIGS(X) \
@@ -76,5 +92,6 @@ namespace sparsekern {
 constexpr int kPrefillConfigs = 0 SK_PREFILL_CONFIGS(SK_COUNT);
 constexpr int kDecodeConfigs = 0 SK_DECODE_CONFIGS(SK_COUNT);
 constexpr int kMmaConfigs = 0 SK_MMA_CONFIGS(SK_COUNT);
+constexpr int kSplitConfigs = 0 SK_SPLIT_CONFIGS(SK_COUNT);
 #undef SK_COUNT
 }  // namespace sparsekern

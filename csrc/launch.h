@@ -64,6 +64,10 @@ Status launch_prefill(const LinearProblem& problem, int config, void* workspace,
                       cudaStream_t stream);
 Status prefill_workspace_bytes(size_t& bytes);
 
+// For problems with few tiles. config: index into SK_SPLIT_CONFIGS (configs.h). It overlaps with its
+// predecessor as launch_decode does, and launch_prefill and launch_mma do, too.
+Status launch_split(const LinearProblem& problem, int config, cudaStream_t stream);
+
 // Compute capability 8.0 and later, any number of tokens. config: index into SK_MMA_CONFIGS
 // (configs.h).
 Status launch_mma(const LinearProblem& problem, int config, cudaStream_t stream);

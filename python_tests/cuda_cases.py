@@ -59,7 +59,8 @@ def variants():
     native = _native.module()
     decode = [("decode", config["index"]) for config in native.decode_configs()]
     tiles = [("prefill", config["index"]) for config in native.prefill_configs()]
-    return [("decode", 0), *decode, *tiles, ("naive", None), *mma_variants()]
+    split = [("split", config["index"]) for config in native.split_configs()]
+    return [("decode", 0), *decode, *tiles, *split, ("naive", None), *mma_variants()]
 
 
 def needs_hopper():

@@ -411,6 +411,7 @@ def test_sweep_times_every_config_and_drops_a_wrong_one(
         mma_configs = staticmethod(lambda: [
             {"index": 0, "rows": 64, "tokens": 8, "warps_rows": 2, "warps_tokens": 1, "split": 4,
              "stages": 4}])
+        split_configs = staticmethod(list)
         prefill_workspace_bytes = staticmethod(lambda: 16)
 
     def launch(space, kind, index, x, w24):

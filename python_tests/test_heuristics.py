@@ -13,6 +13,7 @@ from sparsekern.heuristics import (
     TIMES,
     MmaTile,
     RowBlocks,
+    SplitTile,
     Tile,
     Times,
     Work,
@@ -38,15 +39,29 @@ def tiles_of_the_source():
     return [Tile(128 * panels, *rest, bool(last)) for _, panels, *rest, last in rows]
 
 
+def entries(name):
+    """The entries X(index, a, b) or X(index, a, b, c) of this list, as rows of numbers."""
+    part = CONFIGS.read_text().partition(f"#define {name}(X)")[2].partition("\n\n")[0]
+    return [tuple(map(int, row.split(","))) for row in re.findall(r"X\(([\d, ]+)\)", part)]
+
+
 def blocks_of_the_source():
     """The entries of SK_DECODE_CONFIGS: X(index, panels, split)."""
-    found = re.findall(r"X\((\d+), (\d+), (\d+)\)", CONFIGS.read_text())
-    assert [int(entry[0]) for entry in found] == list(range(1, 1 + len(found))) and found
-    return [RowBlocks(64 * int(panels), int(split)) for _, panels, split in found]
+    found = entries("SK_DECODE_CONFIGS")
+    assert [entry[0] for entry in found] == list(range(1, 1 + len(found))) and found
+    return [RowBlocks(64 * panels, split) for _, panels, split in found]
+
+
+def splits_of_the_source():
+    """The entries of SK_SPLIT_CONFIGS: X(index, panels, tokens, split)."""
+    found = entries("SK_SPLIT_CONFIGS")
+    assert [entry[0] for entry in found] == list(range(len(found))) and found
+    return [SplitTile(128 * panels, tokens, split) for _, panels, tokens, split in found]
 
 
 def test_every_variant_is_compiled():
     built = [*tiles_of_the_source(), *blocks_of_the_source(), *mma_tiles_of_the_source()]
+    built += splits_of_the_source()
     assert set(TIMES) <= set(built)
     assert all(times.stage > 0 and times.rate > 0 and min(times) >= 0 for times in TIMES.values())
 
@@ -57,6 +72,21 @@ def test_names():
     assert heuristics.name(Tile(256, 192, 2, 1)) == "prefill 256x192 cluster 2x1"
     assert heuristics.name(RowBlocks(128, 4)) == "decode 128 rows, split 4"
     assert heuristics.name(MmaTile(64, 8, 2, 1, 4, 4)) == "mma 64x8, 2x1x4 warps"
+    assert heuristics.name(SplitTile(128, 64, 4)) == "split 128x64, 4 parts"
+
+
+def test_split_work_by_hand():
+    """128x128 with 4 parts, 33 clusters fit and 31 are resident; 2048 in_features are 32 stages."""
+    of = work(SplitTile(128, 128, 4), 192, 2048, 2048, H100)
+    assert (of.stages, of.items, of.exchanges, of.extras) == (16, 2, 1.5, 16 / 4), "32 tiles"
+    assert work(SplitTile(128, 128, 4), 128, 2048, 2048, H100).stages == 8
+
+
+def test_the_split_kernel_is_considered_for_small_problems():
+    tile = SplitTile(128, 128, 4)
+    assert heuristics.considered(tile, 256, 2048, 2048)
+    assert not heuristics.considered(tile, 31, 2048, 2048)
+    assert not heuristics.considered(tile, 4096, 8192, 8192)
 
 
 def test_resident_clusters():

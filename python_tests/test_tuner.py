@@ -300,6 +300,7 @@ def stand_in(monkeypatch, tmp_path):
         prefill_workspace_bytes=lambda: 16,
         decode_configs=lambda: [b._asdict() | {"index": i} for i, b in enumerate(blocks, 1)],
         mma_configs=lambda: [],
+        split_configs=lambda: [],
         prefill_configs=lambda: [
             tile._asdict() | {"index": i}
             for i, tile in enumerate(tiles)
@@ -338,15 +339,16 @@ def test_candidates_start_with_the_choice_of_the_heuristics(stand_in):
     assert sorted(many[:2]) == sorted(tiles) and many[2:] == unknown[1:]
 
 
-def test_mma_is_a_candidate_where_it_may_be_chosen(stand_in, monkeypatch):
-    everything = {f"{kernel} a": (kernel, 0) for kernel in ("decode", "prefill", "mma")}
+def test_other_kernels_are_candidates_where_they_may_be_chosen(stand_in, monkeypatch):
+    everything = {f"{kernel} a": (kernel, 0) for kernel in ("decode", "prefill", "mma", "split")}
     monkeypatch.setattr(cuda_backend, "runnable", lambda index: everything)
     monkeypatch.setattr(cuda_backend, "heuristic", lambda *problem: "prefill a")
     layer = tuner.Layer(96, 68, torch.bfloat16, torch.device("cpu"))
-    assert "mma a" in layer.names(1000), "little to compute"
+    assert {"mma a", "split a"} < set(layer.names(1000)), "little to compute"
     layer.shape = 8192, 8192
     few, many = heuristics.MMA_TOKENS, heuristics.MMA_TOKENS + 1
-    assert "mma a" in layer.names(few) and layer.names(many) == ["prefill a"]
+    assert "mma a" in layer.names(few) and layer.names(many) == ["prefill a", "split a"]
+    assert layer.names(2 * many) == ["prefill a"]
     del everything["prefill a"]
     assert "mma a" in layer.names(many), "there is nothing else"
 
@@ -467,7 +469,8 @@ def test_every_variant_is_checked_and_a_wrong_kernel_is_seen(hopper):
         names = layer.names(tokens)
         assert names[0] == cuda_backend.heuristic(tokens, 320, 576, 0)
         kernels = {name.split()[0] for name in names}
-        assert kernels == {"prefill", "mma"} | ({"decode"} if tokens <= 64 else set())
+        few, more = {"decode"} if tokens <= 64 else set(), {"split"} if tokens >= 32 else set()
+        assert kernels == {"prefill", "mma"} | few | more
         assert {cell.wrong(name) for name in names} == {""}
         right = cuda_backend.launcher
 

@@ -52,10 +52,17 @@ class MmaConfig(TypedDict):
     split: int  # along in_features, whose sums it adds at the end
     stages: int  # parts of the ring in shared memory; each holds 64 * split in_features
 
+class SplitConfig(TypedDict):
+    index: int  # what `split` takes as config
+    rows: int  # out_features of a tile
+    tokens: int  # tokens of a tile
+    split: int  # thread blocks, a cluster, that share the in_features of a tile
+
 def decode_configs() -> list[DecodeConfig]: ...
 def decode_config(out_features: int, in_features: int, /) -> int: ...  # what config 0 chooses
 def prefill_configs() -> list[PrefillConfig]: ...
 def mma_configs() -> list[MmaConfig]: ...
+def split_configs() -> list[SplitConfig]: ...
 def prune_compress(
     w: int,
     values: int,
@@ -151,6 +158,25 @@ def mma(
     stream: int,
     /,
 ) -> None: ...  # compute capability 8.0 and later
+def split(
+    x: int,
+    values: int,
+    metadata: int,
+    bias: int,
+    residual: int,
+    y: int,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    x_stride: int,
+    y_stride: int,
+    residual_stride: int,
+    dtype: int,
+    activation: int,
+    config: int,  # index of one of split_configs()
+    stream: int,
+    /,
+) -> None: ...
 def naive(
     x: int,
     values: int,

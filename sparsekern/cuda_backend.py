@@ -2,6 +2,7 @@
 
     Hopper, up to 64 tokens   decode: streams the weights once   csrc/kernels/spmm_decode_sm90.cuh
     Hopper, any number        prefill: wgmma.sp                  csrc/kernels/spmm_prefill_sm90.cuh
+    Hopper, few tiles         split: the same, K is shared       csrc/kernels/spmm_split_sm90.cuh
     Ampere, Ada, newer GPUs   mma: mma.sp, any number            csrc/kernels/spmm_mma_sm80.cuh
 
 The last one runs on Hopper, too: where it is the fastest, for few tokens, and when asked for as
@@ -28,7 +29,7 @@ import torch
 from sparsekern import _native, heuristics, tuning
 from sparsekern.cpu_backend import activate
 from sparsekern.errors import message
-from sparsekern.heuristics import MmaTile, RowBlocks, Tile
+from sparsekern.heuristics import MmaTile, RowBlocks, SplitTile, Tile
 from sparsekern.torch_raw import current_device as _current_device
 from sparsekern.torch_raw import current_stream as _current_stream
 from sparsekern.torch_raw import empty_strided as _empty_strided
@@ -130,7 +131,11 @@ def _built():
         for c in _native.module().decode_configs()
     }
     prefill = {tile: ("prefill", index) for tile, index in _tiles().items()}
-    return decode | prefill | {tile: ("mma", index) for tile, index in _mma_tiles().items()}
+    split = {
+        SplitTile(*(c[field] for field in SplitTile._fields)): ("split", c["index"])
+        for c in _native.module().split_configs()
+    }
+    return decode | prefill | split | {tile: ("mma", index) for tile, index in _mma_tiles().items()}
 
 
 @lru_cache(maxsize=None)

@@ -2,7 +2,8 @@
 
 On Hopper `fastest` predicts the time of every variant of TIMES and takes the shortest: the decode
 kernel up to 64 tokens, the mma.sp kernel up to 128 or where there is little to compute, the prefill
-kernel from 32 tokens on (`considered`). One formula serves all three:
+kernel from 32 tokens on, the split kernel from there up to some size (`considered`). One formula
+serves them all:
 
     us = smooth_max(stage * stages + extra * extras, total * totals, megabytes / rate)
          + item * items + exchange * exchanges + crowd * crowds + constant
@@ -32,6 +33,8 @@ right, follow from the problem and the number of multiprocessors (Work; of 64 in
     crowds       the same, of all clusters  0                          0
                  per multiprocessor
 
+The split kernel counts as a prefill kernel whose tiles are all cut (split_work).
+
 How many clusters run at once decides the first count (`resident_clusters`). The prefill kernel cuts
 the tiles of a last, partly filled wave along in_features into as many parts as there are clusters
 for, or streams them: every cluster takes an equal piece (choose_splits, choose_stream in
@@ -59,7 +62,8 @@ DECODE_TOKENS = 64  # the most that the decode kernel takes
 GATED_TOKENS = 32  # the same for its gated form, which holds two sums per output
 # On Hopper the mma.sp kernel is considered up to so many tokens, or tokens * out * in.
 MMA_TOKENS, MMA_PRODUCTS = 128, 2**32
-PREFILL_TOKENS = 32  # the fewest at which the prefill kernel is
+PREFILL_TOKENS = 32  # the fewest at which the prefill kernel is, and the split kernel
+SPLIT_PRODUCTS = 2**34  # the split kernel is considered up to so many tokens * out * in
 
 # As in the kernels: in_features of a stage, the fewest stages in a part of a tile, the fewest
 # tokens that a part finishes, and rows of a tile of tile64.
@@ -110,7 +114,18 @@ class MmaTile(NamedTuple):
         return f"{self.rows}x{self.tokens}, {warps} warps"
 
 
-Variant = RowBlocks | Tile | MmaTile
+class SplitTile(NamedTuple):
+    """One entry of SK_SPLIT_CONFIGS: a tile whose in_features a cluster shares."""
+
+    rows: int  # out_features
+    tokens: int
+    split: int  # thread blocks of the cluster
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.tokens}, {self.split} parts"
+
+
+Variant = RowBlocks | Tile | MmaTile | SplitTile
 
 
 class Times(NamedTuple):
@@ -173,7 +188,8 @@ TIMES: dict[Variant, Times] = {
 
 def name(variant: Variant) -> str:
     """What `sparsekern.explain` calls it: the kernel, then the variant."""
-    kernel = {RowBlocks: "decode", Tile: "prefill", MmaTile: "mma"}[type(variant)]
+    kernels = {RowBlocks: "decode", Tile: "prefill", MmaTile: "mma", SplitTile: "split"}
+    kernel = kernels[type(variant)]
     return f"{kernel} {variant}"
 
 
@@ -183,12 +199,19 @@ def considered(variant: Variant, tokens: int, out_features: int, in_features: in
         return tokens >= PREFILL_TOKENS
     if isinstance(variant, RowBlocks):
         return tokens <= DECODE_TOKENS
+    if isinstance(variant, SplitTile):
+        return split_considered(tokens, out_features, in_features)
     return mma_considered(tokens, out_features, in_features)
 
 
 def mma_considered(tokens: int, out_features: int, in_features: int) -> bool:
     """`considered` for every tile of the mma.sp kernel."""
     return tokens <= MMA_TOKENS or tokens * out_features * in_features <= MMA_PRODUCTS
+
+
+def split_considered(tokens: int, out_features: int, in_features: int) -> bool:
+    """`considered` for every tile of the split kernel."""
+    return tokens >= PREFILL_TOKENS and tokens * out_features * in_features <= SPLIT_PRODUCTS
 
 
 def resident_clusters(size: int, multiprocessors: int) -> int:
@@ -211,7 +234,8 @@ def work(
     problem = tokens, out_features, in_features, multiprocessors
     if isinstance(variant, Tile):
         return prefill_work(variant, *problem)
-    return (decode_work if isinstance(variant, RowBlocks) else mma_work)(variant, *problem)
+    other = {RowBlocks: decode_work, MmaTile: mma_work, SplitTile: split_work}
+    return other[type(variant)](variant, *problem)
 
 
 def us(times: Times, of: Work) -> float:
@@ -287,6 +311,25 @@ def prefill_work(
         items=items,
         exchanges=exchanges,
         crowds=crowds,
+    )
+
+
+def split_work(
+    tile: SplitTile, tokens: int, out_features: int, in_features: int, multiprocessors: int
+) -> Work:
+    """What the split kernel does with this tile: as the prefill kernel with one wave of parts."""
+    stages, columns = -(-in_features // STAGE), -(-tokens // tile.tokens)
+    tiles = -(-out_features // tile.rows) * columns
+    waves = -(-tiles // resident_clusters(tile.split, multiprocessors))
+    busiest = waves * -(-stages // tile.split)
+    return Work(
+        stages=busiest,
+        extras=busiest * (1 - tokens / (columns * tile.tokens)),
+        totals=0.0,
+        megabytes=_megabytes(tokens, out_features, in_features),
+        items=waves,
+        exchanges=waves * (tile.split - 1) / tile.split,
+        crowds=0.0,
     )
 
 

@@ -176,7 +176,8 @@ class Layer:
         kernels = {name: kernel for name, (kernel, _) in cuda_backend.runnable(index).items()}
         decode = tokens <= heuristics.DECODE_TOKENS
         mma = heuristics.mma_considered(tokens, *self.shape) or "prefill" not in kernels.values()
-        wanted = {"prefill": True, "decode": decode, "mma": mma}
+        split = heuristics.split_considered(tokens, *self.shape)
+        wanted = {"prefill": True, "decode": decode, "mma": mma, "split": split}
         names = [name for name, kernel in kernels.items() if wanted[kernel]]
         return list(dict.fromkeys([chosen, *sorted(names, key=predicted)]))
 

@@ -199,20 +199,20 @@ __device__ __forceinline__ void store_rounded(const Accumulators<Cfg>& d, const 
   }
 }
 
-template <class Cfg>
+// owns(part): whether this CTA stores that part of 16 tokens.
+template <class Cfg, class Owns>
 __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
-                                                const Params<typename Cfg::T>& p,
-                                                const Smem<Cfg>& shared, int consumer) {
-  const uint32_t smem = shared.out(consumer);
-  const Finished at = Finished::of<Cfg>(p, shared, consumer);
+                                                const OutputSegment<typename Cfg::T>& out,
+                                                int tokens, int first_row, int first_token,
+                                                uint32_t smem, int consumer, Owns owns) {
   constexpr int kPieces = Cfg::kConsumerRows / 8;
   const int thread = threadIdx.x % 128, warp_idx = thread / 32, lane_idx = thread % 32;
   const uint32_t lane_smem =
       smem + lane_idx % 4 * 2 * Cfg::kSumPitch + (warp_idx * 16 + lane_idx / 4) * 4;
 #pragma unroll 1
   for (int part = 0; part < Cfg::kTokens / kSumTokens; ++part) {
-    if (at.token + part * kSumTokens >= p.tokens) break;
-    if (!at.owns(part * kSumTokens / kRoundedTokens)) continue;
+    if (first_token + part * kSumTokens >= tokens) break;
+    if (!owns(part)) continue;
 #pragma unroll
     for (int q = 0; q < Cfg::kTokens / kSumTokens; ++q) {
       if (q != part) continue;
@@ -229,11 +229,11 @@ __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
 #pragma unroll 1
     for (int i = thread; i < kSumTokens * kPieces; i += 128) {
       const int token = i / kPieces, row = i % kPieces * 8,
-                global_token = at.token + part * kSumTokens + token;
-      if (global_token < p.tokens) {
+                global_token = first_token + part * kSumTokens + token;
+      if (global_token < tokens) {
         float v[8];
         ptx::load_shared_f32x8(v, smem + token * Cfg::kSumPitch + row * 4);
-        p.out.template store<8>(v, global_token, at.row + row);
+        out.template store<8>(v, global_token, first_row + row);
       }
     }
     ptx::named_barrier_sync(1 + consumer, 128);
@@ -250,8 +250,13 @@ __device__ __forceinline__ void store_tile(Accumulators<Cfg>& d, const CUtensorM
   } else {
     if (p.splits > 1 && rest) exchange_sums<Cfg>(d, p, smem, consumer);
   }
-  if (p.whole_boxes) store_rounded<Cfg>(d, y_map, p, smem, consumer);
-  else store_activated<Cfg>(d, p, smem, consumer);
+  if (p.whole_boxes) {
+    store_rounded<Cfg>(d, y_map, p, smem, consumer);
+  } else {
+    const Finished at = Finished::of<Cfg>(p, smem, consumer);
+    store_activated<Cfg>(d, p.out, p.tokens, at.row, at.token, smem.out(consumer), consumer,
+                         [&](int part) { return at.owns(part * kSumTokens / kRoundedTokens); });
+  }
 }
 
 }  // namespace sparsekern::prefill

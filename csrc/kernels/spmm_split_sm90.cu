@@ -1,0 +1,84 @@
+// spmm_split_sm90.cu: host side of the split kernel: the list of tiles, the launch.
+#include "spmm_split_sm90.cuh"
+
+#include "../configs.h"
+#include "../tensor_map.h"
+
+namespace sparsekern {
+namespace {
+
+constexpr const char* kOp = "sparsekern.linear (split)";
+
+// Shared memory beyond 48 KiB must be asked for, once per kernel and device.
+template <class Cfg>
+Status allow_shared_memory() {
+  constexpr int kDevices = 64;
+  static bool allowed[kDevices] = {};
+  int device = 0;
+  SK_CUDA(kOp, cudaGetDevice(&device));
+  SK_CHECK_REL(kOp, device, <, kDevices, "Use a lower device index.");
+  if (!allowed[device])
+    SK_CUDA(kOp, cudaFuncSetAttribute(split::spmm_split_sm90_kernel<Cfg>,
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      Cfg::kSmemBytes));
+  allowed[device] = true;
+  return {};
+}
+
+template <class T, int kPanels, int kTokens>
+Status launch(const LinearProblem& p, int splits, cudaStream_t stream) {
+  using Cfg = prefill::Config<T, kPanels, kTokens, false>;
+  CUtensorMap x_map;
+  SK_RETURN_IF_ERROR(make_activation_map(kOp, x_map, p, kTokens));
+  split::Params<T> params = {};
+  params.values = static_cast<const uint8_t*>(p.values);
+  params.metadata = static_cast<const uint8_t*>(p.metadata);
+  params.out = output_segment<T>(p);
+  params.extent = tile64::Extent::of(p.out_features, p.in_features);
+  params.tokens = p.tokens;
+  params.tile_rows = tile64::ceil_div(p.out_features, Cfg::kRows);
+  for (params.splits = splits; params.splits > params.extent.k_tiles;) params.splits /= 2;
+  const int64_t tiles =
+      static_cast<int64_t>(params.tile_rows) * tile64::ceil_div(p.tokens, kTokens);
+  SK_CHECK_REL(kOp, tiles * params.splits, <, int64_t{1} << 31, "Split the tokens.");
+  SK_RETURN_IF_ERROR(allow_shared_memory<Cfg>());
+
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(tiles * params.splits));
+  config.blockDim = dim3(split::kThreads);
+  config.dynamicSmemBytes = Cfg::kSmemBytes;
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(params.splits), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  (void)cudaLaunchKernelEx(&config, split::spmm_split_sm90_kernel<Cfg>, x_map, params);
+  return launch_status(kOp, "spmm_split_sm90_kernel", config.gridDim, config.blockDim,
+                       Cfg::kSmemBytes);
+}
+
+template <class T>
+Status launch_config(const LinearProblem& p, int config, cudaStream_t stream) {
+  switch (config) {
+#define SK_CASE(index, panels, tokens, splits) \
+  case index:                                  \
+    return launch<T, panels, tokens>(p, splits, stream);
+    SK_SPLIT_CONFIGS(SK_CASE)
+#undef SK_CASE
+  }
+  return make_status(StatusKind::value, kOp, ": expected a config index below ", kSplitConfigs,
+                     ", got ", config, ". See sparsekern._C.split_configs().");
+}
+
+}  // namespace
+
+Status launch_split(const LinearProblem& p, int config, cudaStream_t stream) {
+  if (p.tokens == 0) return {};
+  return p.dtype == DType::kBFloat16 ? launch_config<__nv_bfloat16>(p, config, stream)
+                                     : launch_config<__half>(p, config, stream);
+}
+
+}  // namespace sparsekern
