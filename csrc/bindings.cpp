@@ -218,8 +218,8 @@ void mma(Address x, Address values, Address metadata, Address bias, Address resi
       config, as_stream(stream)));
 }
 
-void split_k(Address x, Address values, Address metadata, Address bias, Address residual,
-             Address y, int tokens, int out_features, int in_features, std::int64_t x_stride,
+void split_k(Address x, Address values, Address metadata, Address bias, Address residual, Address y,
+             int tokens, int out_features, int in_features, std::int64_t x_stride,
              std::int64_t y_stride, std::int64_t residual_stride, int dtype, int activation,
              int config, Address stream) {
   raise_if_error(launch_split(

@@ -18,9 +18,9 @@ Status allow_shared_memory() {
   SK_CUDA(kOp, cudaGetDevice(&device));
   SK_CHECK_REL(kOp, device, <, kDevices, "Use a lower device index.");
   if (!allowed[device])
-    SK_CUDA(kOp, cudaFuncSetAttribute(split::spmm_split_sm90_kernel<Cfg>,
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      Cfg::kSmemBytes));
+    SK_CUDA(kOp,
+            cudaFuncSetAttribute(split::spmm_split_sm90_kernel<Cfg>,
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, Cfg::kSmemBytes));
   allowed[device] = true;
   return {};
 }

@@ -43,8 +43,7 @@ struct Part {
   template <class T>
   static __device__ __forceinline__ Part of(const Params<T>& p) {
     const int tile = ptx::cluster_idx(), rank = ptx::cluster_cta_rank(), k = p.extent.k_tiles;
-    return {tile % p.tile_rows, tile / p.tile_rows, k * rank / p.splits,
-            k * (rank + 1) / p.splits};
+    return {tile % p.tile_rows, tile / p.tile_rows, k * rank / p.splits, k * (rank + 1) / p.splits};
   }
 };
 
@@ -127,8 +126,8 @@ __device__ __forceinline__ void give_sums(const Accumulators<Cfg>& d, const Shar
         for (int half = 0; half < 2; ++half) {
           const float* v = &d[m][part * 8 + half * 4];
           ptx::store_shared_int4(sums.at(part, m, half),
-                                 {__float_as_int(v[0]), __float_as_int(v[1]),
-                                  __float_as_int(v[2]), __float_as_int(v[3])});
+                                 {__float_as_int(v[0]), __float_as_int(v[1]), __float_as_int(v[2]),
+                                  __float_as_int(v[3])});
         }
       }
     }
@@ -194,8 +193,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     ptx::take_registers<prefill::kConsumerRegisters>();
     const int rank = ptx::cluster_cta_rank();
-    const prefill::Release release{
-        threadIdx.x % 128 == 0 ? ptx::map_to_cta(smem.empty(0), rank) : 0};
+    const prefill::Release release{threadIdx.x % 128 == 0 ? ptx::map_to_cta(smem.empty(0), rank)
+                                                          : 0};
     prefill::Consumer<Cfg> consumer{smem, release, warpgroup_idx};
     Accumulators<Cfg> d;
     consumer.multiply(d);
