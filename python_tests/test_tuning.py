@@ -219,7 +219,7 @@ def test_shipped_tables_are_whole_and_name_variants_of_the_source(monkeypatch):
     """Every cell of every shipped file, if there is one, names a line of csrc/configs.h."""
     import re
 
-    from sparsekern.heuristics import MmaTile, Tile
+    from sparsekern.heuristics import MmaTile, SplitTile, Tile
 
     source = (ROOT / "csrc" / "configs.h").read_text()
     entries = [
@@ -233,6 +233,10 @@ def test_shipped_tables_are_whole_and_name_variants_of_the_source(monkeypatch):
     names |= {
         f"decode {64 * int(panels)} rows, split {split}"
         for _, panels, split in (entry for entry in entries if len(entry) == 3)
+    }
+    names |= {
+        f"split {SplitTile(128 * panels, tokens, split)}"
+        for _, panels, tokens, split in (entry for entry in entries if len(entry) == 4)
     }
     assert len(names) == len(entries) > 40
     for path in (ROOT / "sparsekern" / "tables").glob("*.json"):
