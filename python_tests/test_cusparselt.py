@@ -511,6 +511,9 @@ def test_a_weight_that_is_on_no_gpu_is_refused_in_words():
         linear(torch.zeros(8, 48, dtype=BF16), w24, backend="cusparselt")
 
 
+PER_THREAD = 2  # cudaStreamPerThread: a handle that is valid wherever a GPU is, and is not 0
+
+
 @pytest.fixture
 def splitting(fake):
     """(x, w, w24) of a problem whose algorithm takes a workspace of 64 bytes."""
@@ -541,10 +544,10 @@ def test_a_workspace_is_lent_per_stream_and_never_captured(fake, splitting, monk
         first.zero_()
         assert torch.equal(linear(x, w24), expected(x, w))
         assert lent == {(-1, 0): first} and first.tolist() == [0x77] * 64, "used again"
-        stream[0] = 8
+        stream[0] = PER_THREAD
         linear(x, w24)
-        assert lent.keys() == {(-1, 0), (-1, 8)} and lent[-1, 0] is first
-        assert lent[-1, 8].data_ptr() != first.data_ptr()
+        assert lent.keys() == {(-1, 0), (-1, PER_THREAD)} and lent[-1, 0] is first
+        assert lent[-1, PER_THREAD].data_ptr() != first.data_ptr()
 
 
 @needs_fake
@@ -558,18 +561,18 @@ def test_workspaces_that_are_too_small_are_replaced_and_large_ones_not_kept(
         linear(x, w24)
         plan = next(known[0] for known in backend._plans.values() if known and known[1])
         addresses = plan, w24.values.data_ptr(), x.data_ptr(), y.data_ptr()
-        assert native.cusparselt_matmul(*addresses, 0, 5) == native.CUSPARSELT_NO_WORKSPACE
-        native.cusparselt_lend_workspace(-1, 5, small.data_ptr(), 63)
-        assert native.cusparselt_matmul(*addresses, 0, 5) == native.CUSPARSELT_NO_WORKSPACE
-        native.cusparselt_lend_workspace(0, 5, small.data_ptr(), 64)
-        assert native.cusparselt_matmul(*addresses, 0, 5) == native.CUSPARSELT_NO_WORKSPACE
-        monkeypatch.setattr(backend, "current_stream", lambda index: 5)
+        assert native.cusparselt_matmul(*addresses, 0, PER_THREAD) == native.CUSPARSELT_NO_WORKSPACE
+        native.cusparselt_lend_workspace(-1, PER_THREAD, small.data_ptr(), 63)
+        assert native.cusparselt_matmul(*addresses, 0, PER_THREAD) == native.CUSPARSELT_NO_WORKSPACE
+        native.cusparselt_lend_workspace(0, PER_THREAD, small.data_ptr(), 64)
+        assert native.cusparselt_matmul(*addresses, 0, PER_THREAD) == native.CUSPARSELT_NO_WORKSPACE
+        monkeypatch.setattr(backend, "current_stream", lambda index: PER_THREAD)
         monkeypatch.setattr(backend, "_KEPT_BYTES", 63)
         assert torch.equal(linear(x, w24), expected(x, w)) and backend._workspaces == {}
         monkeypatch.setattr(backend, "_KEPT_BYTES", 64)
         assert torch.equal(linear(x, w24), expected(x, w))
-        assert list(backend._workspaces) == [(-1, 5)]
-        assert native.cusparselt_matmul(*addresses, 0, 5) == 0
+        assert list(backend._workspaces) == [(-1, PER_THREAD)]
+        assert native.cusparselt_matmul(*addresses, 0, PER_THREAD) == 0
         assert small.tolist() == [0] * 63
 
 
