@@ -145,23 +145,48 @@ __device__ __forceinline__ bool gather_streamed(Accumulators<Cfg>& d,
 // finish rows of 8 from there, so that the long code for activations and odd edges exists once and
 // not once per accumulator.
 
+// Rounds a warp's 16 rows of 16 tokens and leaves them in a box, [token][64 rows of a panel]; a
+// token's 8 pieces of 16 bytes are in the order of a 128-byte swizzle. v: 8 sums of a thread; low,
+// high: the bias of its rows.
+template <class T>
+__device__ __forceinline__ void stage_rounded(const float* v, float low, float high, uint32_t box) {
+  const int warp_idx = threadIdx.x % 128 / 32, lane_idx = threadIdx.x % 32;
+  const int matrix = lane_idx / 8, line = lane_idx % 8;
+  const int token = matrix / 2 * 8 + line, piece = warp_idx * 2 + matrix % 2;
+  ptx::stmatrix_x4_transposed(box + token * 128 + ((piece ^ line) * 16),
+                              pack_pair<T>(v[0] + low, v[1] + low),
+                              pack_pair<T>(v[2] + high, v[3] + high),
+                              pack_pair<T>(v[4] + low, v[5] + low),
+                              pack_pair<T>(v[6] + high, v[7] + high));
+}
+
+// The bias of a thread's rows: those of the upper and the lower half of its warp's 16.
+template <class Cfg>
+using RowBias = float[Cfg::kPanels][2];
+template <class Cfg>
+__device__ __forceinline__ void load_bias(RowBias<Cfg>& bias,
+                                          const OutputSegment<typename Cfg::T>& out,
+                                          int first_row) {
+  const int warp_idx = threadIdx.x % 128 / 32, lane_idx = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < Cfg::kPanels; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = first_row + m * 64 + warp_idx * 16 + h * 8 + lane_idx / 4;
+      bias[m][h] = out.bias && row < out.out_features ? to_float(out.bias[row]) : 0.0f;
+    }
+  }
+}
+
 template <class Cfg>
 __device__ __forceinline__ void store_rounded(const Accumulators<Cfg>& d, const CUtensorMap* y_map,
                                               const Params<typename Cfg::T>& p,
                                               const Smem<Cfg>& shared, int consumer) {
   using T = typename Cfg::T;
   const Finished at = Finished::of<Cfg>(p, shared, consumer);
-  const int thread = threadIdx.x % 128, warp_idx = thread / 32, lane_idx = thread % 32;
-  const int matrix = lane_idx / 8, line = lane_idx % 8;
-  float bias[Cfg::kPanels][2];
-#pragma unroll
-  for (int m = 0; m < Cfg::kPanels; ++m) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = at.row + m * 64 + warp_idx * 16 + h * 8 + lane_idx / 4;
-      bias[m][h] = p.out.bias && row < p.out.out_features ? to_float(p.out.bias[row]) : 0.0f;
-    }
-  }
+  const int thread = threadIdx.x % 128;
+  RowBias<Cfg> bias;
+  load_bias<Cfg>(bias, p.out, at.row);
   if (thread == 0) ptx::tensor_store_wait_read<0>();  // the tile before; long done
   uint32_t slot = 0;
 #pragma unroll
@@ -172,19 +197,13 @@ __device__ __forceinline__ void store_rounded(const Accumulators<Cfg>& d, const 
     ptx::named_barrier_sync(1 + consumer, 128);  // the slot has been read
     const uint32_t boxes = shared.out(consumer) + slot * Cfg::kPanels * Cfg::kBoxBytes;
     slot = slot + 1 == kSlots ? 0 : slot + 1;
-    // Box m: 64 rows of 32 tokens; a token's 8 pieces of 16 bytes in the order of a 128-byte swizzle.
+    // Box m: 64 rows of 32 tokens.
 #pragma unroll
     for (int m = 0; m < Cfg::kPanels; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float* v = &d[m][(part * 4 + half * 2) * 4];
-        const int token = half * 16 + matrix / 2 * 8 + line, piece = warp_idx * 2 + matrix % 2;
-        ptx::stmatrix_x4_transposed(
-            boxes + m * Cfg::kBoxBytes + token * 128 + ((piece ^ line) * 16),
-            pack_pair<T>(v[0] + bias[m][0], v[1] + bias[m][0]),
-            pack_pair<T>(v[2] + bias[m][1], v[3] + bias[m][1]),
-            pack_pair<T>(v[4] + bias[m][0], v[5] + bias[m][0]),
-            pack_pair<T>(v[6] + bias[m][1], v[7] + bias[m][1]));
+        stage_rounded<T>(&d[m][(part * 4 + half * 2) * 4], bias[m][0], bias[m][1],
+                         boxes + m * Cfg::kBoxBytes + half * 16 * 128);
       }
     }
     ptx::fence_before_tensor_store();

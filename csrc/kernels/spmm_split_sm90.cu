@@ -25,32 +25,38 @@ Status allow_shared_memory() {
   return {};
 }
 
-template <class T, int kPanels, int kTokens>
-Status launch(const LinearProblem& p, int splits, cudaStream_t stream) {
-  using Cfg = prefill::Config<T, kPanels, kTokens, false>;
+// Fewer splits than kSplits where K has not as many column tiles.
+template <class T, int kPanels, int kTokens, int kSplits>
+Status launch(const LinearProblem& p, cudaStream_t stream) {
+  using Cfg = split::Config<T, kPanels, kTokens, kSplits>;
+  const tile64::Extent extent = tile64::Extent::of(p.out_features, p.in_features);
+  if constexpr (kSplits > 1) {
+    if (extent.k_tiles < kSplits) return launch<T, kPanels, kTokens, kSplits / 2>(p, stream);
+  }
   CUtensorMap x_map;
   SK_RETURN_IF_ERROR(make_activation_map(kOp, x_map, p, kTokens));
   split::Params<T> params = {};
   params.values = static_cast<const uint8_t*>(p.values);
   params.metadata = static_cast<const uint8_t*>(p.metadata);
   params.out = output_segment<T>(p);
-  params.extent = tile64::Extent::of(p.out_features, p.in_features);
+  params.extent = extent;
   params.tokens = p.tokens;
   params.tile_rows = tile64::ceil_div(p.out_features, Cfg::kRows);
-  for (params.splits = splits; params.splits > params.extent.k_tiles;) params.splits /= 2;
+  params.only_round = p.activation == Activation::kNone && p.residual == nullptr &&
+                      params.out.aligned && p.out_features % 8 == 0;
   const int64_t tiles =
       static_cast<int64_t>(params.tile_rows) * tile64::ceil_div(p.tokens, kTokens);
-  SK_CHECK_REL(kOp, tiles * params.splits, <, int64_t{1} << 31, "Split the tokens.");
+  SK_CHECK_REL(kOp, tiles * kSplits, <, int64_t{1} << 31, "Split the tokens.");
   SK_RETURN_IF_ERROR(allow_shared_memory<Cfg>());
 
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(tiles * params.splits));
+  config.gridDim = dim3(static_cast<unsigned>(tiles * kSplits));
   config.blockDim = dim3(split::kThreads);
   config.dynamicSmemBytes = Cfg::kSmemBytes;
   config.stream = stream;
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(params.splits), 1, 1};
+  attributes[0].val.clusterDim = {kSplits, 1, 1};
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   config.attrs = attributes;
@@ -65,7 +71,7 @@ Status launch_config(const LinearProblem& p, int config, cudaStream_t stream) {
   switch (config) {
 #define SK_CASE(index, panels, tokens, splits) \
   case index:                                  \
-    return launch<T, panels, tokens>(p, splits, stream);
+    return launch<T, panels, tokens, splits>(p, stream);
     SK_SPLIT_CONFIGS(SK_CASE)
 #undef SK_CASE
   }

@@ -1,14 +1,16 @@
-// spmm_split_sm90.cuh: D[M,N] = A[M,K] · B[K,N], A 2:4-sparse, for problems with fewer tiles than the
-// GPU has SMs: the CTAs of a cluster share the K of one tile. Hopper: copy engine + wgmma.sp, as the
-// prefill kernel, whose stages, copies and main loop these are.
+// spmm_split_sm90.cuh: D[M,N] = A[M,K] · B[K,N], A 2:4-sparse, for problems that are over in a few
+// microseconds. Hopper: copy engine + wgmma.sp; the stages, the copies and the main loop are the
+// prefill kernel's.
 //
 //   M = out_features   N = tokens   K = in_features (dense count)
 //   Specification: sparsekern/reference.py, linear
 //
-// The prefill kernel also cuts tiles along K, but its CTAs meet in global memory: write, fence, count,
-// poll, read, some 4 us. In a cluster they meet in shared memory: sums that others finish go to the
-// ring of stages, which is empty then, a cluster barrier, and everybody adds up its own parts of 16
-// tokens, its own sums first and then those of the ranks after it: a fixed order.
+// There are fewer tiles than SMs, so the CTAs of a cluster share the K of a tile, and what follows the
+// main loop takes as long as that. The prefill kernel cuts tiles, too, but its CTAs meet in global
+// memory: write, fence, count, poll, read, some 4 us. Here each split finishes kTokens / kSplits
+// tokens of the tile. The others put their sums of these straight into its shared memory, in a place
+// of their own; one cluster barrier; it adds its own sums first and then those of the splits after
+// it: a fixed order.
 //
 // Roles (384 threads)                                             registers
 //   warpgroups 0, 1   consumers: half of the rows each            240
@@ -25,6 +27,30 @@ using prefill::kConsumers;
 using prefill::kSumTokens;
 using prefill::kThreads;
 
+// As the prefill kernel's, but what is on its way to y lies in the ring of stages, which is empty
+// then, and the received sums take its place beside the ring.
+template <class T_, int kPanels_, int kTokens_, int kSplits_>
+struct Config : prefill::Config<T_, kPanels_, kTokens_, false> {
+  using Base = prefill::Config<T_, kPanels_, kTokens_, false>;
+  static constexpr int kSplits = kSplits_;
+  static constexpr int kOwnTokens = kTokens_ / kSplits;  // that a split finishes
+  static constexpr int kOwnVectors = kOwnTokens / 8 * kPanels_;  // float4 of sums per thread
+  static constexpr int kConsumerSumBytes = kOwnVectors * 128 * 16;
+  static constexpr int kSumBytes = kConsumerSumBytes * kConsumers;  // from one other split
+  static constexpr int kReceivedBytes = (kSplits - 1) * kSumBytes;
+  static constexpr int kOutBytes = kReceivedBytes / kConsumers;  // where prefill::Smem puts them
+  static constexpr int kBoxBytes = kOwnTokens * 128;             // a panel's rows of these tokens
+  static constexpr int kStagingBytes = kPanels_ * kBoxBytes > kSumTokens * Base::kSumPitch
+                                           ? kPanels_ * kBoxBytes
+                                           : kSumTokens * Base::kSumPitch;
+  static constexpr int kFit = (prefill::kSmemCapacity - 256 - kReceivedBytes) / Base::kStageBytes;
+  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  static constexpr int kSmemBytes = kStages * Base::kStageBytes + kReceivedBytes + 2 * kStages * 8 +
+                                    (kStages + kConsumers) * 16;
+  static_assert(kOwnTokens % kSumTokens == 0 && kStages >= 3 && kBoxBytes % 1024 == 0);
+  static_assert(kConsumers * kStagingBytes <= kStages * Base::kStageBytes);
+};
+
 template <class T>
 struct Params {
   const uint8_t* values;
@@ -32,18 +58,19 @@ struct Params {
   OutputSegment<T> out;
   tile64::Extent extent;
   int tokens;
-  int tile_rows;  // tiles along M; the clusters go through them first
-  int splits;     // CTAs of a cluster
+  int tile_rows;    // tiles along M; the clusters go through them first
+  bool only_round;  // 16-byte pieces of y are sums plus bias, rounded
 };
 
 // The part of the work of one CTA.
 struct Part {
   int m, n, k_begin, k_end;  // tile, column tiles
 
-  template <class T>
-  static __device__ __forceinline__ Part of(const Params<T>& p) {
+  template <class Cfg>
+  static __device__ __forceinline__ Part of(const Params<typename Cfg::T>& p) {
     const int tile = ptx::cluster_idx(), rank = ptx::cluster_cta_rank(), k = p.extent.k_tiles;
-    return {tile % p.tile_rows, tile / p.tile_rows, k * rank / p.splits, k * (rank + 1) / p.splits};
+    return {tile % p.tile_rows, tile / p.tile_rows, k * rank / Cfg::kSplits,
+            k * (rank + 1) / Cfg::kSplits};
   }
 };
 
@@ -95,71 +122,102 @@ __device__ __forceinline__ void produce_weights(const Params<typename Cfg::T>& p
   }
 }
 
-// The sums of one consumer in shared memory: [part of 16 tokens][consumer][panel][half][thread], 16
-// bytes each. A thread holds the same rows and tokens in every CTA of the cluster.
+// --- after the main loop ---
+
+// Received sums: [split after the owner][consumer][8 tokens][panel][thread], 16 bytes each. A thread
+// has the same rows and tokens in every CTA of the cluster.
 template <class Cfg>
-struct SharedSums {
-  uint32_t base;
-
-  __device__ __forceinline__ SharedSums(const prefill::Smem<Cfg>& smem, int consumer)
-      : base(smem.base + (consumer * Cfg::kPanels * 2 * 128 + threadIdx.x % 128) * 16) {}
-  static constexpr int kPartBytes = kConsumers * Cfg::kPanels * 2 * 128 * 16;
-  static_assert(Cfg::kTokens / kSumTokens * kPartBytes <= Cfg::kStages * Cfg::kStageBytes);
-
-  __device__ __forceinline__ uint32_t at(int part, int m, int half) const {
-    return base + part * kPartBytes + (m * 2 + half) * 128 * 16;
-  }
-};
-
-// Leaves the sums that other ranks finish where they find them. `parts`: those that exist.
-template <class Cfg>
-__device__ __forceinline__ void give_sums(const Accumulators<Cfg>& d, const SharedSums<Cfg>& sums,
-                                          int parts, int rank, int splits) {
-  int owner = 0;
-#pragma unroll
-  for (int part = 0; part < Cfg::kTokens / kSumTokens; ++part) {
-    if (part >= parts) break;
-    if (owner != rank) {
-#pragma unroll
-      for (int m = 0; m < Cfg::kPanels; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float* v = &d[m][part * 8 + half * 4];
-          ptx::store_shared_int4(sums.at(part, m, half),
-                                 {__float_as_int(v[0]), __float_as_int(v[1]), __float_as_int(v[2]),
-                                  __float_as_int(v[3])});
-        }
-      }
-    }
-    owner = owner + 1 == splits ? 0 : owner + 1;
-  }
+__device__ __forceinline__ uint32_t received(const prefill::Smem<Cfg>& smem, int from_next) {
+  return smem.base + Cfg::kStages * Cfg::kStageBytes + from_next * Cfg::kSumBytes +
+         threadIdx.x / 128 * Cfg::kConsumerSumBytes + threadIdx.x % 128 * 16;
 }
 
 template <class Cfg>
-__device__ __forceinline__ void take_sums(Accumulators<Cfg>& d, const SharedSums<Cfg>& sums,
-                                          int parts, int rank, int splits) {
-#pragma unroll 1
-  for (int i = 1; i < splits; ++i) {
-    const int peer = rank + i < splits ? rank + i : rank + i - splits;
-    const uint32_t there = ptx::map_to_cta(sums.base, peer) - sums.base;
-    int owner = 0;
+__device__ __forceinline__ void give_sums(const Accumulators<Cfg>& d,
+                                          const prefill::Smem<Cfg>& smem, int rank) {
 #pragma unroll
-    for (int part = 0; part < Cfg::kTokens / kSumTokens; ++part) {
-      if (part >= parts) break;
-      if (owner == rank) {
+  for (int owner = 0; owner < Cfg::kSplits; ++owner) {
+    if (owner == rank) continue;
+    const int after = rank > owner ? rank - owner : rank - owner + Cfg::kSplits;
+    const uint32_t there = ptx::map_to_cta(received(smem, after - 1), owner);
 #pragma unroll
-        for (int m = 0; m < Cfg::kPanels; ++m) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const float4 add = ptx::load_cluster_float4(sums.at(part, m, half) + there);
-            float* v = &d[m][part * 8 + half * 4];
-            v[0] += add.x, v[1] += add.y, v[2] += add.z, v[3] += add.w;
-          }
-        }
-      }
-      owner = owner + 1 == splits ? 0 : owner + 1;
+    for (int v = 0; v < Cfg::kOwnVectors; ++v) {
+      const float* sums =
+          &d[v % Cfg::kPanels][(owner * Cfg::kOwnTokens / 8 + v / Cfg::kPanels) * 4];
+      ptx::store_cluster_float4(there + v * 128 * 16,
+                                make_float4(sums[0], sums[1], sums[2], sums[3]));
     }
   }
+}
+
+// kSplit: the rank of this CTA, as a constant, because accumulators cannot be indexed.
+template <class Cfg, int kSplit>
+__device__ __forceinline__ void take_sums(Accumulators<Cfg>& d, const prefill::Smem<Cfg>& smem) {
+#pragma unroll
+  for (int i = 0; i < Cfg::kSplits - 1; ++i) {
+#pragma unroll
+    for (int v = 0; v < Cfg::kOwnVectors; ++v) {
+      const float4 add = ptx::load_shared_float4(received(smem, i) + v * 128 * 16);
+      float* sums = &d[v % Cfg::kPanels][(kSplit * Cfg::kOwnTokens / 8 + v / Cfg::kPanels) * 4];
+      sums[0] += add.x, sums[1] += add.y, sums[2] += add.z, sums[3] += add.w;
+    }
+  }
+}
+
+// first_token: of the tile; the finished tokens begin kSplit * kOwnTokens later. Sums plus bias,
+// rounded, through boxes in shared memory, then 16 bytes per thread.
+template <class Cfg, int kSplit>
+__device__ __forceinline__ void store_rounded(const Accumulators<Cfg>& d,
+                                              const OutputSegment<typename Cfg::T>& out, int tokens,
+                                              int first_row, int first_token, uint32_t boxes,
+                                              int consumer) {
+  prefill::RowBias<Cfg> bias;
+  prefill::load_bias<Cfg>(bias, out, first_row);
+#pragma unroll
+  for (int m = 0; m < Cfg::kPanels; ++m) {
+#pragma unroll
+    for (int part = 0; part < Cfg::kOwnTokens / 16; ++part)
+      prefill::stage_rounded<typename Cfg::T>(
+          &d[m][(kSplit * Cfg::kOwnTokens / 16 + part) * 8], bias[m][0], bias[m][1],
+          boxes + m * Cfg::kBoxBytes + part * 16 * 128);
+  }
+  ptx::named_barrier_sync(1 + consumer, 128);
+  const int thread = threadIdx.x % 128, piece = thread % 8;
+#pragma unroll
+  for (int m = 0; m < Cfg::kPanels; ++m) {
+#pragma unroll
+    for (int part = 0; part < Cfg::kOwnTokens / 16; ++part) {
+      const int own = part * 16 + thread / 8;
+      const int token = first_token + kSplit * Cfg::kOwnTokens + own;
+      const int row = first_row + m * 64 + piece * 8;
+      if (token >= tokens || row >= out.out_features) continue;
+      const uint4 words = ptx::load_shared_u128(boxes + m * Cfg::kBoxBytes + own * 128 +
+                                                (piece ^ own % 8) * 16);
+      *reinterpret_cast<uint4*>(out.y + token * out.y_stride + row) = words;
+    }
+  }
+}
+
+template <class Cfg, int kSplit = 0>
+__device__ __forceinline__ void finish(Accumulators<Cfg>& d, const Params<typename Cfg::T>& p,
+                                       const prefill::Smem<Cfg>& smem, const Part& part, int rank,
+                                       int consumer) {
+  if constexpr (kSplit + 1 < Cfg::kSplits) {
+    if (rank != kSplit) {
+      finish<Cfg, kSplit + 1>(d, p, smem, part, rank, consumer);
+      return;
+    }
+  }
+  take_sums<Cfg, kSplit>(d, smem);
+  const int row = part.m * Cfg::kRows + consumer * Cfg::kConsumerRows,
+            token = part.n * Cfg::kTokens;
+  const uint32_t staging = smem.base + consumer * Cfg::kStagingBytes;
+  if (p.only_round)
+    store_rounded<Cfg, kSplit>(d, p.out, p.tokens, row, token, staging, consumer);
+  else
+    prefill::store_activated<Cfg>(d, p.out, p.tokens, row, token, staging, consumer, [](int i) {
+      return i / (Cfg::kOwnTokens / kSumTokens) == kSplit;
+    });
 }
 
 template <class Cfg>
@@ -177,9 +235,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::mbarrier_init_fence();
     ptx::prefetch_tensor_map(&x_map);
   }
+  ptx::cluster_arrive();  // whoever gives sums waits for this: the receiver must have started
   __syncthreads();
   ptx::let_successor_start();
-  const Part part = Part::of(p);
+  const Part part = Part::of<Cfg>(p);
 
   if (warpgroup_idx == kConsumers) {
     ptx::give_up_registers<prefill::kProducerRegisters>();
@@ -189,6 +248,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else if (threadIdx.x == kConsumers * 128 + 32) {
       produce_weights<Cfg>(p, part, smem);
     }
+    ptx::cluster_wait();
     ptx::cluster_sync();
   } else {
     ptx::take_registers<prefill::kConsumerRegisters>();
@@ -198,18 +258,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefill::Consumer<Cfg> consumer{smem, release, warpgroup_idx};
     Accumulators<Cfg> d;
     consumer.multiply(d);
-    ptx::named_barrier_sync(1 + kConsumers, kConsumers * 128);  // nobody reads the ring any more
-    const SharedSums<Cfg> sums(smem, warpgroup_idx);
-    const int token = part.n * Cfg::kTokens;
-    const int parts = tile64::ceil_div(p.tokens - token, kSumTokens);
-    give_sums<Cfg>(d, sums, parts, rank, p.splits);
-    ptx::cluster_sync();  // all sums are there
-    take_sums<Cfg>(d, sums, parts, rank, p.splits);
-    prefill::store_activated<Cfg>(
-        d, p.out, p.tokens, part.m * Cfg::kRows + warpgroup_idx * Cfg::kConsumerRows, token,
-        smem.out(warpgroup_idx), warpgroup_idx, [&](int i) { return i % p.splits == rank; });
+    ptx::cluster_wait();
+    give_sums<Cfg>(d, smem, rank);
+    ptx::cluster_sync();  // all sums have arrived; nobody reads the ring any more
+    finish<Cfg>(d, p, smem, part, rank, warpgroup_idx);
   }
-  ptx::cluster_sync();  // nobody leaves while a peer may still read its sums
 }
 
 }  // namespace sparsekern::split

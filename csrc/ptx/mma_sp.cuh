@@ -75,6 +75,15 @@ __device__ __forceinline__ void store_shared_f32(uint32_t smem, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(smem), "f"(v) : "memory");
 }
 
+__device__ __forceinline__ float4 load_shared_float4(uint32_t smem) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(smem)
+               : "memory");
+  return v;
+}
+
 __device__ __forceinline__ void store_shared_int4(uint32_t smem, int4 v) {
   asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)
