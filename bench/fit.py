@@ -101,8 +101,8 @@ def variants() -> dict[str, Variant]:
     for panels, *rest, streamed in entries("SK_PREFILL_CONFIGS"):
         found.append(Tile(2 * heuristics.PANEL * panels, *rest, bool(streamed)))
     found += [MmaTile(*numbers) for numbers in entries("SK_MMA_CONFIGS")]
-    for panels, tokens, split in entries("SK_SPLIT_CONFIGS"):
-        found.append(SplitTile(2 * heuristics.PANEL * panels, tokens, split))
+    for panels, *rest in entries("SK_SPLIT_CONFIGS"):
+        found.append(SplitTile(2 * heuristics.PANEL * panels, *rest))
     return {heuristics.name(variant): variant for variant in found}
 
 

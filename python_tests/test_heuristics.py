@@ -53,10 +53,10 @@ def blocks_of_the_source():
 
 
 def splits_of_the_source():
-    """The entries of SK_SPLIT_CONFIGS: X(index, panels, tokens, split)."""
+    """The entries of SK_SPLIT_CONFIGS: X(index, panels, tokens, split, per SM)."""
     found = entries("SK_SPLIT_CONFIGS")
     assert [entry[0] for entry in found] == list(range(len(found))) and found
-    return [SplitTile(128 * panels, tokens, split) for _, panels, tokens, split in found]
+    return [SplitTile(128 * panels, *rest) for _, panels, *rest in found]
 
 
 def test_every_variant_is_compiled():
@@ -73,6 +73,7 @@ def test_names():
     assert heuristics.name(RowBlocks(128, 4)) == "decode 128 rows, split 4"
     assert heuristics.name(MmaTile(64, 8, 2, 1, 4, 4)) == "mma 64x8, 2x1x4 warps"
     assert heuristics.name(SplitTile(128, 64, 4)) == "split 128x64, 4 parts"
+    assert heuristics.name(SplitTile(128, 64, 4, 2)) == "split 128x64, 4 parts, 2 per SM"
 
 
 def test_split_work_by_hand():
@@ -80,6 +81,7 @@ def test_split_work_by_hand():
     of = work(SplitTile(128, 128, 4), 192, 2048, 2048, H100)
     assert (of.stages, of.items, of.exchanges, of.extras) == (16, 2, 1.5, 16 / 4), "32 tiles"
     assert work(SplitTile(128, 128, 4), 128, 2048, 2048, H100).stages == 8
+    assert work(SplitTile(128, 128, 4, 2), 192, 2048, 2048, H100).stages == 8
 
 
 def test_the_split_kernel_is_considered_for_small_problems():
@@ -130,11 +132,11 @@ def test_what_is_considered():
     large = 2**12, 2**13
     for tokens, of in (
         (1, {blocks, mma}), (31, {blocks, mma}), (32, {tile, blocks, mma}),
-        (64, {tile, blocks, mma}), (65, {tile, mma}), (128, {tile, mma}), (129, {tile}),
+        (64, {tile, blocks, mma}), (65, {tile}),
     ):  # fmt: skip
         assert {v for v in (tile, blocks, mma) if considered(v, tokens, *large)} == of
-    assert considered(mma, 2**12, 2**10, 2**10), "little to compute"
-    assert not considered(mma, 2**12 + 1, 2**10, 2**10)
+    assert considered(mma, 2**10, 2**10, 2**10), "little to compute"
+    assert not considered(mma, 2**10 + 1, 2**10, 2**10)
 
 
 def test_variants_that_are_not_compiled_are_left_out():
@@ -211,10 +213,12 @@ def test_clusters_count_as_one():
 
 
 def test_power_counts_in_sustained_work():
-    """1024 tokens are 8 columns: 8 tiles of 132 multiprocessors, 64 stages each."""
+    """1024 tokens are 8 columns: 8 tiles among 132 multiprocessors."""
     tile = Tile(256, 128, 1, 1)
-    assert prefill(tile, 1023, 256).totals == 0
-    assert prefill(tile, 1024, 256).totals == pytest.approx(8 * 64 / 132)
+    in_features = heuristics.SUSTAINED_PRODUCTS // 1024 // 256
+    assert work(tile, 1023, 256, in_features, H100).totals == 0
+    totals = work(tile, 1024, 256, in_features, H100).totals
+    assert totals == pytest.approx(8 * in_features / 64 / 132)
 
 
 def test_missing_tokens_are_extra():

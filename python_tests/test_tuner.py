@@ -348,7 +348,7 @@ def test_other_kernels_are_candidates_where_they_may_be_chosen(stand_in, monkeyp
     layer.shape = 8192, 8192
     few, many = heuristics.MMA_TOKENS, heuristics.MMA_TOKENS + 1
     assert "mma a" in layer.names(few) and layer.names(many) == ["prefill a", "split a"]
-    assert layer.names(2 * many) == ["prefill a"]
+    assert layer.names(heuristics.SPLIT_PRODUCTS // 2**26 + 1) == ["prefill a"]
     del everything["prefill a"]
     assert "mma a" in layer.names(many), "there is nothing else"
 

@@ -235,8 +235,8 @@ def test_shipped_tables_are_whole_and_name_variants_of_the_source(monkeypatch):
         for _, panels, split in (entry for entry in entries if len(entry) == 3)
     }
     names |= {
-        f"split {SplitTile(128 * panels, tokens, split)}"
-        for _, panels, tokens, split in (entry for entry in entries if len(entry) == 4)
+        f"split {SplitTile(128 * panels, *rest)}"
+        for _, panels, *rest in (entry for entry in entries if len(entry) == 5)
     }
     assert len(names) == len(entries) > 40
     for path in (ROOT / "sparsekern" / "tables").glob("*.json"):

@@ -43,8 +43,8 @@ tile; their number stands for crowds there.
 
 Power: a GPU that multiplies for long lowers its clock until it draws what it may. Then the time
 follows the energy, which idle multiprocessors do not use: all stages count, not those of the
-busiest cluster, and each variant pays for the bytes that it moves per product. SUSTAINED_TOKENS
-says from when on, which is where the measurements began to be made in bursts (tuner.BURST_TOKENS).
+busiest cluster, and each variant pays for the bytes that it moves per product. SUSTAINED_PRODUCTS
+says from when on, which is where measurements begin to be made in bursts (tuner.py).
 
 Units: microseconds; megabytes are 1e6 bytes, so rate is in megabytes per microsecond, TB/s.
 Where TIMES comes from: see there. `python -m bench.fit` makes it.
@@ -61,16 +61,16 @@ from typing import NamedTuple
 DECODE_TOKENS = 64  # the most that the decode kernel takes
 GATED_TOKENS = 32  # the same for its gated form, which holds two sums per output
 # On Hopper the mma.sp kernel is considered up to so many tokens, or tokens * out * in.
-MMA_TOKENS, MMA_PRODUCTS = 128, 2**32
+MMA_TOKENS, MMA_PRODUCTS = 64, 2**30
 PREFILL_TOKENS = 32  # the fewest at which the prefill kernel is, and the split kernel
-SPLIT_PRODUCTS = 2**34  # the split kernel is considered up to so many tokens * out * in
+SPLIT_PRODUCTS = 2**36  # the split kernel is considered up to so many tokens * out * in
 
 # As in the kernels: in_features of a stage, the fewest stages in a part of a tile, the fewest
 # tokens that a part finishes, and rows of a tile of tile64.
 STAGE, STAGES_OF_PART, TOKENS_OF_PART, PANEL = 64, 4, 32, 64
 
 SMOOTH = 4  # exponent of the smooth maximum
-SUSTAINED_TOKENS = 1024
+SUSTAINED_PRODUCTS = 2**33  # tokens * out * in that draw all the power there is, one after another
 SM_BYTES, BLOCK_BYTES = 228 * 1024, 1024  # shared memory of a multiprocessor; the system's, a block
 
 
@@ -120,9 +120,11 @@ class SplitTile(NamedTuple):
     rows: int  # out_features
     tokens: int
     split: int  # thread blocks of the cluster
+    per_sm: int = 1  # thread blocks that fit a multiprocessor
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.tokens}, {self.split} parts"
+        text = f"{self.rows}x{self.tokens}, {self.split} parts"
+        return text if self.per_sm == 1 else f"{text}, {self.per_sm} per SM"
 
 
 Variant = RowBlocks | Tile | MmaTile | SplitTile
@@ -302,7 +304,7 @@ def prefill_work(
         busiest += -(-stages // splits)
         items, exchanges = items + 1, (splits - 1) / splits
         crowds = exchanges * rest * splits * size / multiprocessors
-    sustained = tokens >= SUSTAINED_TOKENS
+    sustained = tokens * out_features * in_features >= SUSTAINED_PRODUCTS
     return Work(
         stages=busiest,
         extras=busiest * absent,
@@ -317,10 +319,10 @@ def prefill_work(
 def split_work(
     tile: SplitTile, tokens: int, out_features: int, in_features: int, multiprocessors: int
 ) -> Work:
-    """What the split kernel does with this tile: as the prefill kernel with one wave of parts."""
+    """What the split kernel does with this tile: as the prefill kernel whose tiles are all cut."""
     stages, columns = -(-in_features // STAGE), -(-tokens // tile.tokens)
     tiles = -(-out_features // tile.rows) * columns
-    waves = -(-tiles // resident_clusters(tile.split, multiprocessors))
+    waves = -(-tiles // (tile.per_sm * resident_clusters(tile.split, multiprocessors)))
     busiest = waves * -(-stages // tile.split)
     return Work(
         stages=busiest,

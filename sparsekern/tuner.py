@@ -5,8 +5,9 @@ A cell is a shape, a dtype and a number of tokens. In each cell
     1. every variant gets one short sample, the one that heuristics choose first, then in order of
        their predictions, until the screening time is used up;
     2. those within KEEP of the fastest are sampled in turns, and the medians are ranked. From
-       BURST_TOKENS on a turn lasts BURST_S, and its first half does not count: such launches run at
-       the power limit, where a variant that draws less gets a higher clock, but only after a while;
+       heuristics.SUSTAINED_PRODUCTS on a turn lasts BURST_S, and its first half does not count:
+       such launches run at the power limit, where a variant that draws less gets a higher clock,
+       but only after a while;
     3. the fastest one whose result on small whole numbers equals the dense product, bit for bit,
        wins. A wrong one is refused and reported.
 
@@ -47,7 +48,7 @@ KEEP = 1.3  # a variant slower than this times the best is not sampled again
 FINALISTS = 6
 SCREEN_S, FINAL_S = 0.4, 0.06  # per cell
 MIN_ROUNDS, ROUNDS = 3, 15
-BURST_TOKENS, BURST_S, BURST_ROUNDS = heuristics.SUSTAINED_TOKENS, 0.08, 2
+BURST_S, BURST_ROUNDS = 0.08, 2
 
 # For the length of a graph alone: what no GPU of today exceeds.
 BYTES_PER_US, FLOPS_PER_US, LEAST_US = 4.0e6, 1.5e9, 2.0
@@ -298,7 +299,8 @@ def tune(
                         untuned += 1
                         continue
                     at, what = layer.cell(number), f"{dtype} {shape[0]}x{shape[1]}"
-                    burst_s = BURST_S if number >= BURST_TOKENS else 0.0
+                    products = number * shape[0] * shape[1]
+                    burst_s = BURST_S if products >= heuristics.SUSTAINED_PRODUCTS else 0.0
                     names = layer.names(number)
                     cell = tune_cell(number, names, at.sampler, at.wrong, burst_s=burst_s)
                     say(f"{what}, {cell or f'{number} tokens: NO CORRECT VARIANT'}")

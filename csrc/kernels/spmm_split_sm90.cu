@@ -26,12 +26,13 @@ Status allow_shared_memory() {
 }
 
 // Fewer splits than kSplits where K has not as many column tiles.
-template <class T, int kPanels, int kTokens, int kSplits>
+template <class T, int kPanels, int kTokens, int kSplits, int kCtasPerSm>
 Status launch(const LinearProblem& p, cudaStream_t stream) {
-  using Cfg = split::Config<T, kPanels, kTokens, kSplits>;
+  using Cfg = split::Config<T, kPanels, kTokens, kSplits, kCtasPerSm>;
   const tile64::Extent extent = tile64::Extent::of(p.out_features, p.in_features);
   if constexpr (kSplits > 1) {
-    if (extent.k_tiles < kSplits) return launch<T, kPanels, kTokens, kSplits / 2>(p, stream);
+    if (extent.k_tiles < kSplits)
+      return launch<T, kPanels, kTokens, kSplits / 2, kCtasPerSm>(p, stream);
   }
   CUtensorMap x_map;
   SK_RETURN_IF_ERROR(make_activation_map(kOp, x_map, p, kTokens));
@@ -69,9 +70,9 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
 template <class T>
 Status launch_config(const LinearProblem& p, int config, cudaStream_t stream) {
   switch (config) {
-#define SK_CASE(index, panels, tokens, splits) \
-  case index:                                  \
-    return launch<T, panels, tokens, splits>(p, stream);
+#define SK_CASE(index, panels, tokens, splits, ctas_per_sm) \
+  case index:                                               \
+    return launch<T, panels, tokens, splits, ctas_per_sm>(p, stream);
     SK_SPLIT_CONFIGS(SK_CASE)
 #undef SK_CASE
   }

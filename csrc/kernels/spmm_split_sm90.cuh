@@ -12,11 +12,12 @@
 // of their own; one cluster barrier; it adds its own sums first and then those of the splits after
 // it: a fixed order.
 //
-// Roles (384 threads)                                             registers
-//   warpgroups 0, 1   consumers: half of the rows each            240
-//   warps 8, 9        producers: one lane copies x, one weights    24    (10, 11 idle)
+// Roles (384 threads)                                             registers (two CTAs per SM)
+//   warpgroups 0, 1   consumers: half of the rows each            240 (104)
+//   warps 8, 9        producers: one lane copies x, one weights    24         (10, 11 idle)
 //
-// One tile per cluster, and no cluster waits for another. Launches overlap (dependent_launch.cuh).
+// One tile per cluster, and no cluster waits for another. Launches overlap (dependent_launch.cuh);
+// with two CTAs per SM the next one fills its rings with weights while this one ends.
 #pragma once
 #include "spmm_prefill_sm90.cuh"
 
@@ -29,10 +30,13 @@ using prefill::kThreads;
 
 // As the prefill kernel's, but what is on its way to y lies in the ring of stages, which is empty
 // then, and the received sums take its place beside the ring.
-template <class T_, int kPanels_, int kTokens_, int kSplits_>
+template <class T_, int kPanels_, int kTokens_, int kSplits_, int kCtasPerSm_>
 struct Config : prefill::Config<T_, kPanels_, kTokens_, false> {
   using Base = prefill::Config<T_, kPanels_, kTokens_, false>;
-  static constexpr int kSplits = kSplits_;
+  static constexpr int kSplits = kSplits_, kCtasPerSm = kCtasPerSm_;
+  static constexpr int kConsumerRegisters = kCtasPerSm == 1 ? prefill::kConsumerRegisters : 104;
+  static constexpr int kSmemCapacity =
+      kCtasPerSm == 1 ? prefill::kSmemCapacity : (228 / kCtasPerSm - 1) * 1024;
   static constexpr int kOwnTokens = kTokens_ / kSplits;  // that a split finishes
   static constexpr int kOwnVectors = kOwnTokens / 8 * kPanels_;  // float4 of sums per thread
   static constexpr int kConsumerSumBytes = kOwnVectors * 128 * 16;
@@ -43,7 +47,7 @@ struct Config : prefill::Config<T_, kPanels_, kTokens_, false> {
   static constexpr int kStagingBytes = kPanels_ * kBoxBytes > kSumTokens * Base::kSumPitch
                                            ? kPanels_ * kBoxBytes
                                            : kSumTokens * Base::kSumPitch;
-  static constexpr int kFit = (prefill::kSmemCapacity - 256 - kReceivedBytes) / Base::kStageBytes;
+  static constexpr int kFit = (kSmemCapacity - 256 - kReceivedBytes) / Base::kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kSmemBytes = kStages * Base::kStageBytes + kReceivedBytes + 2 * kStages * 8 +
                                     (kStages + kConsumers) * 16;
@@ -221,7 +225,7 @@ __device__ __forceinline__ void finish(Accumulators<Cfg>& d, const Params<typena
 }
 
 template <class Cfg>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, Cfg::kCtasPerSm)
     spmm_split_sm90_kernel(const __grid_constant__ CUtensorMap x_map,
                            const __grid_constant__ Params<typename Cfg::T> p) {
   extern __shared__ __align__(1024) uint8_t raw_smem[];
@@ -251,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::cluster_wait();
     ptx::cluster_sync();
   } else {
-    ptx::take_registers<prefill::kConsumerRegisters>();
+    ptx::take_registers<Cfg::kConsumerRegisters>();
     const int rank = ptx::cluster_cta_rank();
     const prefill::Release release{threadIdx.x % 128 == 0 ? ptx::map_to_cta(smem.empty(0), rank)
                                                           : 0};
