@@ -316,19 +316,18 @@ py::list mma_configs() {
   return configs;
 }
 
-// SK_SPLIT_CONFIGS likewise: [{index, rows, tokens, split, per_sm}].
+// SK_SPLIT_CONFIGS likewise: [{index, rows, tokens, split}].
 py::list split_configs() {
   py::list configs;
-  const auto add = [&configs](int index, int panels, int tokens, int split, int per_sm) {
+  const auto add = [&configs](int index, int panels, int tokens, int split) {
     py::dict config;
     config["index"] = index;
     config["rows"] = 128 * panels;
     config["tokens"] = tokens;
     config["split"] = split;
-    config["per_sm"] = per_sm;
     configs.append(config);
   };
-#define SK_ADD(index, panels, tokens, split, per_sm) add(index, panels, tokens, split, per_sm);
+#define SK_ADD(index, panels, tokens, split) add(index, panels, tokens, split);
   SK_SPLIT_CONFIGS(SK_ADD)
 #undef SK_ADD
   return configs;

@@ -41,22 +41,19 @@
   X(28, 2, 64, 1, 1, 1)
 
 // The split kernel's tiles.
-// X(index, panels per consumer, BLOCK_N tokens, CTAs that share the K of a tile, CTAs per SM)
+// X(index, panels per consumer, BLOCK_N tokens, CTAs that share the K of a tile)
 #define SK_SPLIT_CONFIGS(X) \
-  X(0, 1, 64, 1, 1)         \
-  X(1, 1, 64, 2, 1)         \
-  X(2, 1, 64, 4, 1)         \
-  X(3, 1, 64, 1, 2)         \
-  X(4, 1, 64, 2, 2)         \
-  X(5, 1, 64, 4, 2)         \
-  X(6, 1, 128, 1, 1)        \
-  X(7, 1, 128, 2, 1)        \
-  X(8, 1, 128, 4, 1)        \
-  X(9, 2, 64, 1, 1)         \
-  X(10, 2, 64, 2, 1)        \
-  X(11, 2, 64, 4, 1)        \
-  X(12, 2, 128, 1, 1)       \
-  X(13, 2, 128, 2, 1)
+  X(0, 1, 64, 1)            \
+  X(1, 1, 64, 2)            \
+  X(2, 1, 64, 4)            \
+  X(3, 1, 128, 1)           \
+  X(4, 1, 128, 2)           \
+  X(5, 1, 128, 4)           \
+  X(6, 2, 64, 1)            \
+  X(7, 2, 64, 2)            \
+  X(8, 2, 64, 4)            \
+  X(9, 2, 128, 1)           \
+  X(10, 2, 128, 2)
 
 // The decode kernel's row blocks and splits of K. Index 0 stands for the automatic choice.
 // X(index, row panels of 64 per CTA, CTAs that share the K of a row block)

@@ -45,7 +45,7 @@ def native(monkeypatch, tmp_path):
         mma_configs=lambda: [
             dict(zip(MmaTile._fields, tile), index=i) for i, tile in enumerate(MMA_TILES)
         ],
-        split_configs=lambda: [dict(index=0, rows=128, tokens=64, split=4, per_sm=1)],
+        split_configs=lambda: [dict(index=0, rows=128, tokens=64, split=4)],
         decode=lambda *arguments: module.calls.append(("decode", arguments)),
         prefill=lambda *arguments: module.calls.append(("prefill", arguments)),
         mma=lambda *arguments: module.calls.append(("mma", arguments)),

@@ -53,7 +53,7 @@ def blocks_of_the_source():
 
 
 def splits_of_the_source():
-    """The entries of SK_SPLIT_CONFIGS: X(index, panels, tokens, split, per SM)."""
+    """The entries of SK_SPLIT_CONFIGS: X(index, panels, tokens, split)."""
     found = entries("SK_SPLIT_CONFIGS")
     assert [entry[0] for entry in found] == list(range(len(found))) and found
     return [SplitTile(128 * panels, *rest) for _, panels, *rest in found]
@@ -73,7 +73,7 @@ def test_names():
     assert heuristics.name(RowBlocks(128, 4)) == "decode 128 rows, split 4"
     assert heuristics.name(MmaTile(64, 8, 2, 1, 4, 4)) == "mma 64x8, 2x1x4 warps"
     assert heuristics.name(SplitTile(128, 64, 4)) == "split 128x64, 4 parts"
-    assert heuristics.name(SplitTile(128, 64, 4, 2)) == "split 128x64, 4 parts, 2 per SM"
+    assert heuristics.name(SplitTile(128, 64, 1)) == "split 128x64, 1 part"
 
 
 def test_split_work_by_hand():
@@ -81,7 +81,6 @@ def test_split_work_by_hand():
     of = work(SplitTile(128, 128, 4), 192, 2048, 2048, H100)
     assert (of.stages, of.items, of.exchanges, of.extras) == (16, 2, 1.5, 16 / 4), "32 tiles"
     assert work(SplitTile(128, 128, 4), 128, 2048, 2048, H100).stages == 8
-    assert work(SplitTile(128, 128, 4, 2), 192, 2048, 2048, H100).stages == 8
 
 
 def test_the_split_kernel_is_considered_for_small_problems():

@@ -57,7 +57,6 @@ class SplitConfig(TypedDict):
     rows: int  # out_features of a tile
     tokens: int  # tokens of a tile
     split: int  # thread blocks, a cluster, that share the in_features of a tile
-    per_sm: int  # thread blocks that fit a multiprocessor
 
 def decode_configs() -> list[DecodeConfig]: ...
 def decode_config(out_features: int, in_features: int, /) -> int: ...  # what config 0 chooses

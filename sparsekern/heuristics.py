@@ -120,11 +120,10 @@ class SplitTile(NamedTuple):
     rows: int  # out_features
     tokens: int
     split: int  # thread blocks of the cluster
-    per_sm: int = 1  # thread blocks that fit a multiprocessor
 
     def __str__(self) -> str:
-        text = f"{self.rows}x{self.tokens}, {self.split} parts"
-        return text if self.per_sm == 1 else f"{text}, {self.per_sm} per SM"
+        parts = "1 part" if self.split == 1 else f"{self.split} parts"
+        return f"{self.rows}x{self.tokens}, {parts}"
 
 
 Variant = RowBlocks | Tile | MmaTile | SplitTile
@@ -322,7 +321,7 @@ def split_work(
     """What the split kernel does with this tile: as the prefill kernel whose tiles are all cut."""
     stages, columns = -(-in_features // STAGE), -(-tokens // tile.tokens)
     tiles = -(-out_features // tile.rows) * columns
-    waves = -(-tiles // (tile.per_sm * resident_clusters(tile.split, multiprocessors)))
+    waves = -(-tiles // resident_clusters(tile.split, multiprocessors))
     busiest = waves * -(-stages // tile.split)
     return Work(
         stages=busiest,

@@ -26,27 +26,28 @@ Status allow_shared_memory() {
 }
 
 // Fewer splits than kSplits where K has not as many column tiles.
-template <class T, int kPanels, int kTokens, int kSplits, int kCtasPerSm>
+template <class T, int kPanels, int kTokens, int kSplits>
 Status launch(const LinearProblem& p, cudaStream_t stream) {
-  using Cfg = split::Config<T, kPanels, kTokens, kSplits, kCtasPerSm>;
+  using Cfg = split::Config<T, kPanels, kTokens, kSplits>;
   const tile64::Extent extent = tile64::Extent::of(p.out_features, p.in_features);
   if constexpr (kSplits > 1) {
-    if (extent.k_tiles < kSplits)
-      return launch<T, kPanels, kTokens, kSplits / 2, kCtasPerSm>(p, stream);
+    if (extent.k_tiles < kSplits) return launch<T, kPanels, kTokens, kSplits / 2>(p, stream);
   }
   CUtensorMap x_map;
-  SK_RETURN_IF_ERROR(make_activation_map(kOp, x_map, p, kTokens));
+  const int columns = tile64::ceil_div(p.tokens, kTokens);
+  const int column_tokens = tile64::ceil_div(tile64::ceil_div(p.tokens, columns), 8) * 8;
+  SK_RETURN_IF_ERROR(make_activation_map(kOp, x_map, p, column_tokens));
   split::Params<T> params = {};
   params.values = static_cast<const uint8_t*>(p.values);
   params.metadata = static_cast<const uint8_t*>(p.metadata);
   params.out = output_segment<T>(p);
   params.extent = extent;
   params.tokens = p.tokens;
+  params.column_tokens = column_tokens;
   params.tile_rows = tile64::ceil_div(p.out_features, Cfg::kRows);
   params.only_round = p.activation == Activation::kNone && p.residual == nullptr &&
                       params.out.aligned && p.out_features % 8 == 0;
-  const int64_t tiles =
-      static_cast<int64_t>(params.tile_rows) * tile64::ceil_div(p.tokens, kTokens);
+  const int64_t tiles = static_cast<int64_t>(params.tile_rows) * columns;
   SK_CHECK_REL(kOp, tiles * kSplits, <, int64_t{1} << 31, "Split the tokens.");
   SK_RETURN_IF_ERROR(allow_shared_memory<Cfg>());
 
@@ -70,9 +71,9 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
 template <class T>
 Status launch_config(const LinearProblem& p, int config, cudaStream_t stream) {
   switch (config) {
-#define SK_CASE(index, panels, tokens, splits, ctas_per_sm) \
-  case index:                                               \
-    return launch<T, panels, tokens, splits, ctas_per_sm>(p, stream);
+#define SK_CASE(index, panels, tokens, splits) \
+  case index:                                  \
+    return launch<T, panels, tokens, splits>(p, stream);
     SK_SPLIT_CONFIGS(SK_CASE)
 #undef SK_CASE
   }

@@ -12,12 +12,15 @@
 // of their own; one cluster barrier; it adds its own sums first and then those of the splits after
 // it: a fixed order.
 //
-// Roles (384 threads)                                             registers (two CTAs per SM)
-//   warpgroups 0, 1   consumers: half of the rows each            240 (104)
-//   warps 8, 9        producers: one lane copies x, one weights    24         (10, 11 idle)
+// Columns of tiles are as wide as kTokens at most and equally wide: a box of x that has rows outside of
+// x is slower to fetch than a whole one. What the main loop finds in the rest of a stage belongs to
+// tokens that nobody stores.
 //
-// One tile per cluster, and no cluster waits for another. Launches overlap (dependent_launch.cuh);
-// with two CTAs per SM the next one fills its rings with weights while this one ends.
+// Roles (384 threads)                                             registers
+//   warpgroups 0, 1   consumers: half of the rows each            240
+//   warps 8, 9        producers: one lane copies x, one weights    24    (10, 11 idle)
+//
+// One tile per cluster, and no cluster waits for another. Launches overlap (dependent_launch.cuh).
 #pragma once
 #include "spmm_prefill_sm90.cuh"
 
@@ -30,13 +33,10 @@ using prefill::kThreads;
 
 // As the prefill kernel's, but what is on its way to y lies in the ring of stages, which is empty
 // then, and the received sums take its place beside the ring.
-template <class T_, int kPanels_, int kTokens_, int kSplits_, int kCtasPerSm_>
+template <class T_, int kPanels_, int kTokens_, int kSplits_>
 struct Config : prefill::Config<T_, kPanels_, kTokens_, false> {
   using Base = prefill::Config<T_, kPanels_, kTokens_, false>;
-  static constexpr int kSplits = kSplits_, kCtasPerSm = kCtasPerSm_;
-  static constexpr int kConsumerRegisters = kCtasPerSm == 1 ? prefill::kConsumerRegisters : 104;
-  static constexpr int kSmemCapacity =
-      kCtasPerSm == 1 ? prefill::kSmemCapacity : (228 / kCtasPerSm - 1) * 1024;
+  static constexpr int kSplits = kSplits_;
   static constexpr int kOwnTokens = kTokens_ / kSplits;  // that a split finishes
   static constexpr int kOwnVectors = kOwnTokens / 8 * kPanels_;  // float4 of sums per thread
   static constexpr int kConsumerSumBytes = kOwnVectors * 128 * 16;
@@ -47,7 +47,7 @@ struct Config : prefill::Config<T_, kPanels_, kTokens_, false> {
   static constexpr int kStagingBytes = kPanels_ * kBoxBytes > kSumTokens * Base::kSumPitch
                                            ? kPanels_ * kBoxBytes
                                            : kSumTokens * Base::kSumPitch;
-  static constexpr int kFit = (kSmemCapacity - 256 - kReceivedBytes) / Base::kStageBytes;
+  static constexpr int kFit = (prefill::kSmemCapacity - 256 - kReceivedBytes) / Base::kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kSmemBytes = kStages * Base::kStageBytes + kReceivedBytes + 2 * kStages * 8 +
                                     (kStages + kConsumers) * 16;
@@ -62,33 +62,41 @@ struct Params {
   OutputSegment<T> out;
   tile64::Extent extent;
   int tokens;
-  int tile_rows;    // tiles along M; the clusters go through them first
-  bool only_round;  // 16-byte pieces of y are sums plus bias, rounded
+  int column_tokens;  // of a column of tiles, up to kTokens; a multiple of 8
+  int tile_rows;      // tiles along M; the clusters go through them first
+  bool only_round;    // 16-byte pieces of y are sums plus bias, rounded
 };
 
 // The part of the work of one CTA.
 struct Part {
-  int m, n, k_begin, k_end;  // tile, column tiles
+  int m, n;              // tile
+  int token, token_end;  // those of the tile that exist
+  int k_begin, k_end;    // column tiles
 
   template <class Cfg>
   static __device__ __forceinline__ Part of(const Params<typename Cfg::T>& p) {
     const int tile = ptx::cluster_idx(), rank = ptx::cluster_cta_rank(), k = p.extent.k_tiles;
-    return {tile % p.tile_rows, tile / p.tile_rows, k * rank / Cfg::kSplits,
+    const int n = tile / p.tile_rows, token = n * p.column_tokens;
+    return {tile % p.tile_rows,
+            n,
+            token,
+            min(token + p.column_tokens, p.tokens),
+            k * rank / Cfg::kSplits,
             k * (rank + 1) / Cfg::kSplits};
   }
 };
 
 template <class Cfg>
-__device__ __forceinline__ void produce_x(const CUtensorMap* x_map, const Part& part,
-                                          const prefill::Smem<Cfg>& smem) {
+__device__ __forceinline__ void produce_x(const CUtensorMap* x_map, int column_tokens,
+                                          const Part& part, const prefill::Smem<Cfg>& smem) {
   prefill::RingPosition<Cfg::kStages> ring;
 #pragma unroll 1
   for (int k_tile = part.k_begin; k_tile < part.k_end; ++k_tile) {
     const int stage = ring.stage();
     ptx::mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
     ptx::store_shared_int4(smem.tile(stage), {part.m, part.n, 0, part.k_end - part.k_begin});
-    ptx::mbarrier_arrive_expect_bytes(smem.full(stage), Cfg::kXBytes);
-    ptx::tensor_copy(smem.x(stage), x_map, k_tile * tile64::kDenseK, part.n * Cfg::kTokens,
+    ptx::mbarrier_arrive_expect_bytes(smem.full(stage), column_tokens * 128);
+    ptx::tensor_copy(smem.x(stage), x_map, k_tile * tile64::kDenseK, part.token,
                      smem.full(stage), ptx::L2Hint::kEvictNormal);
     ring.advance();
   }
@@ -138,10 +146,10 @@ __device__ __forceinline__ uint32_t received(const prefill::Smem<Cfg>& smem, int
 
 template <class Cfg>
 __device__ __forceinline__ void give_sums(const Accumulators<Cfg>& d,
-                                          const prefill::Smem<Cfg>& smem, int rank) {
+                                          const prefill::Smem<Cfg>& smem, int rank, int tokens) {
 #pragma unroll
   for (int owner = 0; owner < Cfg::kSplits; ++owner) {
-    if (owner == rank) continue;
+    if (owner == rank || owner * Cfg::kOwnTokens >= tokens) continue;
     const int after = rank > owner ? rank - owner : rank - owner + Cfg::kSplits;
     const uint32_t there = ptx::map_to_cta(received(smem, after - 1), owner);
 #pragma unroll
@@ -172,9 +180,9 @@ __device__ __forceinline__ void take_sums(Accumulators<Cfg>& d, const prefill::S
 // rounded, through boxes in shared memory, then 16 bytes per thread.
 template <class Cfg, int kSplit>
 __device__ __forceinline__ void store_rounded(const Accumulators<Cfg>& d,
-                                              const OutputSegment<typename Cfg::T>& out, int tokens,
-                                              int first_row, int first_token, uint32_t boxes,
-                                              int consumer) {
+                                              const OutputSegment<typename Cfg::T>& out,
+                                              int token_end, int first_row, int first_token,
+                                              uint32_t boxes, int consumer) {
   prefill::RowBias<Cfg> bias;
   prefill::load_bias<Cfg>(bias, out, first_row);
 #pragma unroll
@@ -194,7 +202,7 @@ __device__ __forceinline__ void store_rounded(const Accumulators<Cfg>& d,
       const int own = part * 16 + thread / 8;
       const int token = first_token + kSplit * Cfg::kOwnTokens + own;
       const int row = first_row + m * 64 + piece * 8;
-      if (token >= tokens || row >= out.out_features) continue;
+      if (token >= token_end || row >= out.out_features) continue;
       const uint4 words = ptx::load_shared_u128(boxes + m * Cfg::kBoxBytes + own * 128 +
                                                 (piece ^ own % 8) * 16);
       *reinterpret_cast<uint4*>(out.y + token * out.y_stride + row) = words;
@@ -213,19 +221,18 @@ __device__ __forceinline__ void finish(Accumulators<Cfg>& d, const Params<typena
     }
   }
   take_sums<Cfg, kSplit>(d, smem);
-  const int row = part.m * Cfg::kRows + consumer * Cfg::kConsumerRows,
-            token = part.n * Cfg::kTokens;
+  const int row = part.m * Cfg::kRows + consumer * Cfg::kConsumerRows;
   const uint32_t staging = smem.base + consumer * Cfg::kStagingBytes;
   if (p.only_round)
-    store_rounded<Cfg, kSplit>(d, p.out, p.tokens, row, token, staging, consumer);
+    store_rounded<Cfg, kSplit>(d, p.out, part.token_end, row, part.token, staging, consumer);
   else
-    prefill::store_activated<Cfg>(d, p.out, p.tokens, row, token, staging, consumer, [](int i) {
-      return i / (Cfg::kOwnTokens / kSumTokens) == kSplit;
-    });
+    prefill::store_activated<Cfg>(
+        d, p.out, part.token_end, row, part.token, staging, consumer,
+        [](int i) { return i / (Cfg::kOwnTokens / kSumTokens) == kSplit; });
 }
 
 template <class Cfg>
-__global__ void __launch_bounds__(kThreads, Cfg::kCtasPerSm)
+__global__ void __launch_bounds__(kThreads, 1)
     spmm_split_sm90_kernel(const __grid_constant__ CUtensorMap x_map,
                            const __grid_constant__ Params<typename Cfg::T> p) {
   extern __shared__ __align__(1024) uint8_t raw_smem[];
@@ -248,14 +255,14 @@ __global__ void __launch_bounds__(kThreads, Cfg::kCtasPerSm)
     ptx::give_up_registers<prefill::kProducerRegisters>();
     if (threadIdx.x == kConsumers * 128) {
       ptx::wait_for_predecessor();  // it made x; it may read y
-      produce_x<Cfg>(&x_map, part, smem);
+      produce_x<Cfg>(&x_map, p.column_tokens, part, smem);
     } else if (threadIdx.x == kConsumers * 128 + 32) {
       produce_weights<Cfg>(p, part, smem);
     }
     ptx::cluster_wait();
     ptx::cluster_sync();
   } else {
-    ptx::take_registers<Cfg::kConsumerRegisters>();
+    ptx::take_registers<prefill::kConsumerRegisters>();
     const int rank = ptx::cluster_cta_rank();
     const prefill::Release release{threadIdx.x % 128 == 0 ? ptx::map_to_cta(smem.empty(0), rank)
                                                           : 0};
@@ -263,7 +270,7 @@ __global__ void __launch_bounds__(kThreads, Cfg::kCtasPerSm)
     Accumulators<Cfg> d;
     consumer.multiply(d);
     ptx::cluster_wait();
-    give_sums<Cfg>(d, smem, rank);
+    give_sums<Cfg>(d, smem, rank, part.token_end - part.token);
     ptx::cluster_sync();  // all sums have arrived; nobody reads the ring any more
     finish<Cfg>(d, p, smem, part, rank, warpgroup_idx);
   }
