@@ -22,7 +22,8 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt sparsekern/__init__.py \
 # Everything but the sources that decides what set-up installs; a change of it repeats the set-up.
 SETTINGS := $(abspath $(VENV)) $(shell command -v nvcc) $(CUDA_HOME) $(CUDA_PATH) \
   $(wildcard $(VENV)/lib/python*/site-packages/nvidia/*/bin/nvcc) \
-  $(SPARSEKERN_NO_CUDA) $(SPARSEKERN_CUDA_ARCHS) $(SPARSEKERN_WERROR)
+  $(SPARSEKERN_NO_CUDA) $(SPARSEKERN_CUDA_ARCHS) $(SPARSEKERN_WERROR) \
+  $(SPARSEKERN_RACECHECK)
 STAMPS := build/stamps
 $(shell mkdir -p $(STAMPS); echo '$(SETTINGS)' | cmp -s - $(STAMPS)/settings \
   || echo '$(SETTINGS)' > $(STAMPS)/settings)

@@ -6,6 +6,7 @@ the network. Environment variables:
     SPARSEKERN_NO_CUDA=1         leave the module out even though there is an nvcc
     SPARSEKERN_CUDA_ARCHS        architectures, default "80;89;90a"
     SPARSEKERN_WERROR=0          do not treat warnings as errors (for compilers newer than ours)
+    SPARSEKERN_RACECHECK=1       build what compute-sanitizer's racecheck can follow; slower
     CUDA_HOME, CUDA_PATH         where to look for nvcc first
     CMAKE_BUILD_PARALLEL_LEVEL   compile jobs; default: cores, but 2 GiB of free memory for each
 """
@@ -105,6 +106,7 @@ class CMakeBuild(build_ext):
             "SPARSEKERN_CUDA_ARCHS": ";".join(re.split(r"[\s,;]+", archs.strip())),
             "SPARSEKERN_PTXAS_DIR": ROOT / "build" / "ptxas",
             "SPARSEKERN_WERROR": "ON" if flag("SPARSEKERN_WERROR", "1") else "OFF",
+            "SPARSEKERN_RACECHECK": "ON" if flag("SPARSEKERN_RACECHECK", "0") else "OFF",
         }
         configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
         configure += [f"-D{name}={value}" for name, value in definitions.items()]

@@ -60,7 +60,8 @@ class Cell:
     """The outcome of one cell; us are medians per call.
 
     refused: {variant: why}, those that were fast and wrong.
-    times: {variant: us} of all that were sampled; of those that left early it is one sample.
+    times: {variant: us} of all that were sampled; of those that left early it is one sample, in
+        sustained work times how much slower than in theirs the others became.
     """
 
     tokens: int
@@ -121,12 +122,13 @@ def tune_cell(
         for name in finalists:
             samples[name] += _turn(samplers[name], burst_s, clock)
     us = {name: statistics.median(values) for name, values in samples.items()}
+    slower = statistics.median(us[name] / first[name] for name in us) if burst_s else 1.0
+    times = {name: slower * value for name, value in first.items()} | us
     refused = {}
     for name in sorted(us, key=us.get):
         why = wrong(name)
         if not why:
             heuristic = candidates[0]
-            times = {**first, **us}
             return Cell(tokens, name, us[name], heuristic, us[heuristic], refused, times)
         refused[name] = why
     return None

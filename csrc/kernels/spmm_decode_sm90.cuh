@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == kConsumerThreads) {
     for (int s = 0; s < Cfg::kStages; ++s) {
       ptx::mbarrier_init(smem.full(s), 1);
-      ptx::mbarrier_init(smem.empty(s), kConsumerWarps);
+      ptx::mbarrier_init(smem.empty(s), kConsumerWarps * ptx::kArrivalsPerWarp);
     }
     ptx::mbarrier_init_fence();
     ptx::prefetch_tensor_map(&x_map);
@@ -353,8 +353,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < k.count; ++i) {
       ptx::mbarrier_wait(smem.full(ring.stage), ring.parity);
       if (has_rows) multiply_stage<Cfg>(d, smem, ring.stage, warp_idx, lane_idx);
-      __syncwarp();
-      if (lane_idx == 0) ptx::mbarrier_arrive(smem.empty(ring.stage));
+      ptx::mbarrier_arrive_warp(smem.empty(ring.stage));
       ring.advance();
     }
     write_sums<Cfg>(d, smem, warp_idx, lane_idx);

@@ -153,11 +153,10 @@ __device__ __forceinline__ void stage_rounded(const float* v, float low, float h
   const int warp_idx = threadIdx.x % 128 / 32, lane_idx = threadIdx.x % 32;
   const int matrix = lane_idx / 8, line = lane_idx % 8;
   const int token = matrix / 2 * 8 + line, piece = warp_idx * 2 + matrix % 2;
-  ptx::stmatrix_x4_transposed(box + token * 128 + ((piece ^ line) * 16),
-                              pack_pair<T>(v[0] + low, v[1] + low),
-                              pack_pair<T>(v[2] + high, v[3] + high),
-                              pack_pair<T>(v[4] + low, v[5] + low),
-                              pack_pair<T>(v[6] + high, v[7] + high));
+  ptx::stmatrix_x4_transposed(
+      box + token * 128 + ((piece ^ line) * 16), pack_pair<T>(v[0] + low, v[1] + low),
+      pack_pair<T>(v[2] + high, v[3] + high), pack_pair<T>(v[4] + low, v[5] + low),
+      pack_pair<T>(v[6] + high, v[7] + high));
 }
 
 // The bias of a thread's rows: those of the upper and the lower half of its warp's 16.

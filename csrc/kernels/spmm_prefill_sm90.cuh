@@ -128,26 +128,37 @@ __device__ __forceinline__ void produce_weights(const Params<typename Cfg::T>& p
 
 // --- consumers ---
 
+// Arrivals that tell one CTA that one consumer has finished with a stage.
+constexpr int kReleases = ptx::kArrivalsPerWarp == 1 ? 1 : 128;
+
 // Who must learn that this consumer has finished with a stage: lane j tells peer j.
 struct Release {
-  // shared::cluster address of the peer's first empty barrier; 0 for lanes without a peer
-  uint32_t empty_base;
+  uint32_t empty;       // this CTA's first empty barrier
+  uint32_t peer_empty;  // shared::cluster address of peer j's; 0 for lanes without a peer
+  ClusterShape cluster;
 
   template <class Cfg>
   static __device__ __forceinline__ Release of(const Smem<Cfg>& smem, ClusterShape cluster) {
+    const int lane = threadIdx.x % 128;
+    const bool active = lane < cluster.m + cluster.n - 1;
+    return {smem.empty(0), active ? ptx::map_to_cta(smem.empty(0), peer(cluster, lane)) : 0,
+            cluster};
+  }
+  // My column of the cluster, then my row without myself.
+  static __device__ __forceinline__ int peer(ClusterShape cluster, int j) {
     const int rank = ptx::cluster_cta_rank(), cluster_m = rank % cluster.m,
               cluster_n = rank / cluster.m;
-    const int lane = threadIdx.x % 128;
-    int peer = cluster_n * cluster.m + lane;  // my column of the cluster
-    if (lane >= cluster.m) {                  // then my row, without myself
-      const int n = lane - cluster.m;
-      peer = (n < cluster_n ? n : n + 1) * cluster.m + cluster_m;
-    }
-    const bool active = lane < cluster.m + cluster.n - 1;
-    return {active ? ptx::map_to_cta(smem.empty(0), peer) : 0};
+    if (j < cluster.m) return cluster_n * cluster.m + j;
+    const int n = j - cluster.m;
+    return (n < cluster_n ? n : n + 1) * cluster.m + cluster_m;
   }
   __device__ __forceinline__ void operator()(int stage) const {
-    if (empty_base != 0) ptx::mbarrier_arrive_cluster(empty_base + stage * 8);
+    if constexpr (kReleases == 1) {
+      if (peer_empty != 0) ptx::mbarrier_arrive_cluster(peer_empty + stage * 8);
+    } else {
+      for (int j = 0; j < cluster.m + cluster.n - 1; ++j)
+        ptx::mbarrier_arrive_cluster(ptx::map_to_cta(empty, peer(cluster, j)) + stage * 8);
+    }
   }
 };
 
@@ -232,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < Cfg::kStages; ++s) {
       ptx::mbarrier_init(smem.full(s), kProducers);
-      ptx::mbarrier_init(smem.empty(s), kConsumers * (p.cluster.m + p.cluster.n - 1));
+      ptx::mbarrier_init(smem.empty(s), kConsumers * kReleases * (p.cluster.m + p.cluster.n - 1));
     }
     ptx::mbarrier_init_fence();
     ptx::prefetch_tensor_map(&x_map);

@@ -37,20 +37,20 @@ template <class T_, int kPanels_, int kTokens_, int kSplits_>
 struct Config : prefill::Config<T_, kPanels_, kTokens_, false> {
   using Base = prefill::Config<T_, kPanels_, kTokens_, false>;
   static constexpr int kSplits = kSplits_;
-  static constexpr int kOwnTokens = kTokens_ / kSplits;  // that a split finishes
+  static constexpr int kOwnTokens = kTokens_ / kSplits;          // that a split finishes
   static constexpr int kOwnVectors = kOwnTokens / 8 * kPanels_;  // float4 of sums per thread
   static constexpr int kConsumerSumBytes = kOwnVectors * 128 * 16;
   static constexpr int kSumBytes = kConsumerSumBytes * kConsumers;  // from one other split
   static constexpr int kReceivedBytes = (kSplits - 1) * kSumBytes;
   static constexpr int kOutBytes = kReceivedBytes / kConsumers;  // where prefill::Smem puts them
   static constexpr int kBoxBytes = kOwnTokens * 128;             // a panel's rows of these tokens
-  static constexpr int kStagingBytes = kPanels_ * kBoxBytes > kSumTokens * Base::kSumPitch
+  static constexpr int kStagingBytes = kPanels_ * kBoxBytes > kSumTokens* Base::kSumPitch
                                            ? kPanels_ * kBoxBytes
                                            : kSumTokens * Base::kSumPitch;
   static constexpr int kFit = (prefill::kSmemCapacity - 256 - kReceivedBytes) / Base::kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
-  static constexpr int kSmemBytes = kStages * Base::kStageBytes + kReceivedBytes + 2 * kStages * 8 +
-                                    (kStages + kConsumers) * 16;
+  static constexpr int kSmemBytes =
+      kStages * Base::kStageBytes + kReceivedBytes + 2 * kStages * 8 + (kStages + kConsumers) * 16;
   static_assert(kOwnTokens % kSumTokens == 0 && kStages >= 3 && kBoxBytes % 1024 == 0);
   static_assert(kConsumers * kStagingBytes <= kStages * Base::kStageBytes);
 };
@@ -96,8 +96,8 @@ __device__ __forceinline__ void produce_x(const CUtensorMap* x_map, int column_t
     ptx::mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
     ptx::store_shared_int4(smem.tile(stage), {part.m, part.n, 0, part.k_end - part.k_begin});
     ptx::mbarrier_arrive_expect_bytes(smem.full(stage), column_tokens * 128);
-    ptx::tensor_copy(smem.x(stage), x_map, k_tile * tile64::kDenseK, part.token,
-                     smem.full(stage), ptx::L2Hint::kEvictNormal);
+    ptx::tensor_copy(smem.x(stage), x_map, k_tile * tile64::kDenseK, part.token, smem.full(stage),
+                     ptx::L2Hint::kEvictNormal);
     ring.advance();
   }
 }
@@ -189,9 +189,9 @@ __device__ __forceinline__ void store_rounded(const Accumulators<Cfg>& d,
   for (int m = 0; m < Cfg::kPanels; ++m) {
 #pragma unroll
     for (int part = 0; part < Cfg::kOwnTokens / 16; ++part)
-      prefill::stage_rounded<typename Cfg::T>(
-          &d[m][(kSplit * Cfg::kOwnTokens / 16 + part) * 8], bias[m][0], bias[m][1],
-          boxes + m * Cfg::kBoxBytes + part * 16 * 128);
+      prefill::stage_rounded<typename Cfg::T>(&d[m][(kSplit * Cfg::kOwnTokens / 16 + part) * 8],
+                                              bias[m][0], bias[m][1],
+                                              boxes + m * Cfg::kBoxBytes + part * 16 * 128);
   }
   ptx::named_barrier_sync(1 + consumer, 128);
   const int thread = threadIdx.x % 128, piece = thread % 8;
@@ -203,8 +203,8 @@ __device__ __forceinline__ void store_rounded(const Accumulators<Cfg>& d,
       const int token = first_token + kSplit * Cfg::kOwnTokens + own;
       const int row = first_row + m * 64 + piece * 8;
       if (token >= token_end || row >= out.out_features) continue;
-      const uint4 words = ptx::load_shared_u128(boxes + m * Cfg::kBoxBytes + own * 128 +
-                                                (piece ^ own % 8) * 16);
+      const uint4 words =
+          ptx::load_shared_u128(boxes + m * Cfg::kBoxBytes + own * 128 + (piece ^ own % 8) * 16);
       *reinterpret_cast<uint4*>(out.y + token * out.y_stride + row) = words;
     }
   }
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < Cfg::kStages; ++s) {
       ptx::mbarrier_init(smem.full(s), prefill::kProducers);
-      ptx::mbarrier_init(smem.empty(s), kConsumers);
+      ptx::mbarrier_init(smem.empty(s), kConsumers * prefill::kReleases);
     }
     ptx::mbarrier_init_fence();
     ptx::prefetch_tensor_map(&x_map);
@@ -264,9 +264,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     ptx::take_registers<prefill::kConsumerRegisters>();
     const int rank = ptx::cluster_cta_rank();
-    const prefill::Release release{threadIdx.x % 128 == 0 ? ptx::map_to_cta(smem.empty(0), rank)
-                                                          : 0};
-    prefill::Consumer<Cfg> consumer{smem, release, warpgroup_idx};
+    prefill::Consumer<Cfg> consumer{smem, prefill::Release::of<Cfg>(smem, {1, 1}), warpgroup_idx};
     Accumulators<Cfg> d;
     consumer.multiply(d);
     ptx::cluster_wait();
