@@ -70,6 +70,7 @@ template <class T, int kPanels, int kTokens, bool kStreamed>
 Status launch(const LinearProblem& p, ClusterShape cluster, void* workspace, cudaStream_t stream) {
   using Cfg = Config<T, kPanels, kTokens, kStreamed>;
   static_assert(Cfg::kRows * kTokens * sizeof(float) <= kTileBytes);
+  static_assert(kTokens % kRoundedTokens == 0);
   CUtensorMap x_map;
   SK_RETURN_IF_ERROR(make_activation_map(kOp, x_map, p, kTokens / cluster.m));
   CUtensorMap y_map = x_map;

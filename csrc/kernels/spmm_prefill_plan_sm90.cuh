@@ -41,7 +41,7 @@ struct Config {
                                     2 * kStages * 8 + (kStages + kConsumers) * 16;
   static_assert(kSumTokens * kSumPitch <= kOutBytes);
   static_assert(kStageBytes % 1024 == 0 && kBoxBytes % 1024 == 0);  // swizzled boxes
-  static_assert(kStages >= 3 && kSmemBytes <= kSmemCapacity && kTokens % kRoundedTokens == 0);
+  static_assert(kStages >= 3 && kSmemBytes <= kSmemCapacity);
 };
 
 // CTAs of a cluster form a CM x CN grid: same column = same tokens (share x), same row = same

@@ -7,8 +7,8 @@
 //
 // There are fewer tiles than SMs, so the CTAs of a cluster share the K of a tile, and what follows the
 // main loop takes as long as that. The prefill kernel cuts tiles, too, but its CTAs meet in global
-// memory: write, fence, count, poll, read, some 4 us. Here each split finishes kTokens / kSplits
-// tokens of the tile. The others put their sums of these straight into its shared memory, in a place
+// memory: write, fence, count, poll, read, some 4 us. Here each split finishes kOwnTokens tokens of
+// the tile, the last fewer or none. The others put their sums of these straight into its shared memory, in a place
 // of their own; one cluster barrier; it adds its own sums first and then those of the splits after
 // it: a fixed order.
 //
@@ -37,7 +37,7 @@ template <class T_, int kPanels_, int kTokens_, int kSplits_>
 struct Config : prefill::Config<T_, kPanels_, kTokens_, false> {
   using Base = prefill::Config<T_, kPanels_, kTokens_, false>;
   static constexpr int kSplits = kSplits_;
-  static constexpr int kOwnTokens = kTokens_ / kSplits;          // that a split finishes
+  static constexpr int kOwnTokens = tile64::ceil_div(kTokens_ / kSumTokens, kSplits) * kSumTokens;
   static constexpr int kOwnVectors = kOwnTokens / 8 * kPanels_;  // float4 of sums per thread
   static constexpr int kConsumerSumBytes = kOwnVectors * 128 * 16;
   static constexpr int kSumBytes = kConsumerSumBytes * kConsumers;  // from one other split
@@ -51,7 +51,7 @@ struct Config : prefill::Config<T_, kPanels_, kTokens_, false> {
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kSmemBytes =
       kStages * Base::kStageBytes + kReceivedBytes + 2 * kStages * 8 + (kStages + kConsumers) * 16;
-  static_assert(kOwnTokens % kSumTokens == 0 && kStages >= 3 && kBoxBytes % 1024 == 0);
+  static_assert(kTokens_ % kSumTokens == 0 && kStages >= 3 && kBoxBytes % 1024 == 0);
   static_assert(kConsumers * kStagingBytes <= kStages * Base::kStageBytes);
 };
 
@@ -154,8 +154,9 @@ __device__ __forceinline__ void give_sums(const Accumulators<Cfg>& d,
     const uint32_t there = ptx::map_to_cta(received(smem, after - 1), owner);
 #pragma unroll
     for (int v = 0; v < Cfg::kOwnVectors; ++v) {
-      const float* sums =
-          &d[v % Cfg::kPanels][(owner * Cfg::kOwnTokens / 8 + v / Cfg::kPanels) * 4];
+      const int tokens8 = owner * Cfg::kOwnTokens / 8 + v / Cfg::kPanels;
+      if (tokens8 >= Cfg::kTokens / 8) break;
+      const float* sums = &d[v % Cfg::kPanels][tokens8 * 4];
       ptx::store_cluster_float4(there + v * 128 * 16,
                                 make_float4(sums[0], sums[1], sums[2], sums[3]));
     }
@@ -169,8 +170,10 @@ __device__ __forceinline__ void take_sums(Accumulators<Cfg>& d, const prefill::S
   for (int i = 0; i < Cfg::kSplits - 1; ++i) {
 #pragma unroll
     for (int v = 0; v < Cfg::kOwnVectors; ++v) {
+      const int tokens8 = kSplit * Cfg::kOwnTokens / 8 + v / Cfg::kPanels;
+      if (tokens8 >= Cfg::kTokens / 8) break;
       const float4 add = ptx::load_shared_float4(received(smem, i) + v * 128 * 16);
-      float* sums = &d[v % Cfg::kPanels][(kSplit * Cfg::kOwnTokens / 8 + v / Cfg::kPanels) * 4];
+      float* sums = &d[v % Cfg::kPanels][tokens8 * 4];
       sums[0] += add.x, sums[1] += add.y, sums[2] += add.z, sums[3] += add.w;
     }
   }
@@ -188,10 +191,12 @@ __device__ __forceinline__ void store_rounded(const Accumulators<Cfg>& d,
 #pragma unroll
   for (int m = 0; m < Cfg::kPanels; ++m) {
 #pragma unroll
-    for (int part = 0; part < Cfg::kOwnTokens / 16; ++part)
-      prefill::stage_rounded<typename Cfg::T>(&d[m][(kSplit * Cfg::kOwnTokens / 16 + part) * 8],
-                                              bias[m][0], bias[m][1],
+    for (int part = 0; part < Cfg::kOwnTokens / 16; ++part) {
+      const int tokens16 = kSplit * Cfg::kOwnTokens / 16 + part;
+      if (tokens16 >= Cfg::kTokens / 16) break;
+      prefill::stage_rounded<typename Cfg::T>(&d[m][tokens16 * 8], bias[m][0], bias[m][1],
                                               boxes + m * Cfg::kBoxBytes + part * 16 * 128);
+    }
   }
   ptx::named_barrier_sync(1 + consumer, 128);
   const int thread = threadIdx.x % 128, piece = thread % 8;
@@ -214,6 +219,7 @@ template <class Cfg, int kSplit = 0>
 __device__ __forceinline__ void finish(Accumulators<Cfg>& d, const Params<typename Cfg::T>& p,
                                        const prefill::Smem<Cfg>& smem, const Part& part, int rank,
                                        int consumer) {
+  if constexpr (kSplit * Cfg::kOwnTokens >= Cfg::kTokens) return;
   if constexpr (kSplit + 1 < Cfg::kSplits) {
     if (rank != kSplit) {
       finish<Cfg, kSplit + 1>(d, p, smem, part, rank, consumer);
