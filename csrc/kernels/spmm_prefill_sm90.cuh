@@ -12,7 +12,7 @@
 //   y = Dᵀ       [N, M] row-major            stmatrix.trans to smem, tensor copy; both consumers go
 //                                            on with the next tile while it drains
 //
-// Tile: BLOCK_M x BLOCK_N x 64, BLOCK_M = 256 or 128 rows for two consumer warpgroups. BLOCK_M is
+// Tile: BLOCK_M x BLOCK_N x 64, BLOCK_M = 256 rows for two consumer warpgroups. BLOCK_M is
 // as large as the accumulators allow, because B is the fat operand: it is not compressed and every
 // 64 rows read it from smem once more.
 //
