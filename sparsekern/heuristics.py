@@ -320,13 +320,15 @@ def split_work(
 ) -> Work:
     """What the split kernel does with this tile: as the prefill kernel whose tiles are all cut."""
     stages, columns = -(-in_features // STAGE), -(-tokens // tile.tokens)
+    wide = -(-tokens // (8 * columns)) * 8  # tokens of a column of tiles, which are equally wide
     tiles = -(-out_features // tile.rows) * columns
     waves = -(-tiles // resident_clusters(tile.split, multiprocessors))
     busiest = waves * -(-stages // tile.split)
+    read = tiles * stages * (72 * tile.rows + 128 * wide)
     return Work(
         stages=busiest,
-        extras=busiest * (1 - tokens / (columns * tile.tokens)),
-        totals=0.0,
+        extras=busiest * wide / tile.tokens,
+        totals=read / 1e6,
         megabytes=_megabytes(tokens, out_features, in_features),
         items=waves,
         exchanges=waves * (tile.split - 1) / tile.split,
