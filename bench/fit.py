@@ -16,7 +16,8 @@ The table is made in three steps:
 2. Variants that no cell needs are left out (`needed`).
 3. The coefficients that are left are moved together, so that the picks cost less (`refined`).
 
-A pick that is slower by `gap` costs gap + DREAD * gap^2, and cells of CLASSES count once per class.
+A pick that is slower by `gap` costs gap + DREAD * gap^2. A cell counts once for each of CLASSES
+that it is in.
 
 These gaps are of the data that was fitted. --cross tells those of data that was not: each shape's
 picks by a table fitted to the other shapes.
@@ -52,7 +53,7 @@ FASTEST = 3.35  # highest rate: what the data sheet of the H100 SXM says of its 
 STEPS, EASE = 60, 1e-4  # most steps of a fit; step of a numeric derivative
 # Of `refined`: how uncertain a prediction is taken to be, what staying close to the measured times
 # is worth, and the descent's steps and their length in logarithms of coefficients.
-DOUBT, HOLD, MOVES, STRIDE = 0.02, 1.0, 300, 0.01
+DOUBT, HOLD, MOVES, STRIDE = 0.015, 1.0, 300, 0.01
 # Classes of cells whose gaps are told apart: name, shapes or None for all, fewest tokens.
 LARGE = (
     *((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (14336, 4096), (1024, 4096)),
@@ -234,10 +235,12 @@ def fit_table(cells: Sequence[Cell], multiprocessors: int) -> dict[Variant, Time
 class _Grid:
     """All variants and cells at once: arrays [variant, cell], and the weight of each cell.
 
-    cost: of picking this variant here. Where it is not offered: infinite, with counts of 0.
+    cost: of picking this variant here. Where it is not offered: infinite, with counts of 0. Cells
+    that offer none of the variants are left out.
     """
 
     def __init__(self, variants, cells, multiprocessors):
+        cells = [cell for cell in cells if any(map(cell.offers, variants))]
         counts = numpy.zeros((len(Work._fields), len(variants), len(cells)))
         self.us = numpy.full(counts.shape[1:], numpy.inf)
         for i, variant in enumerate(variants):
@@ -270,7 +273,7 @@ def needed(
     names = list(table)
     grid = _Grid(names, cells, multiprocessors)
     predicted = grid.predicted(numpy.array(list(table.values())).T)
-    everything, each = frozenset(range(len(names))), numpy.arange(len(cells))
+    everything, each = frozenset(range(len(names))), numpy.arange(len(grid.weights))
 
     def cost(kept):
         order = numpy.array(sorted(kept))
