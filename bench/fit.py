@@ -6,12 +6,18 @@ and how much slower than the fastest variant its picks are in these cells. With 
 fitted: the gaps are those of the table that heuristics.py has.
 
 The model is heuristics.work (counts) and heuristics.us (their time), and nothing is modelled here.
-Each variant is fitted alone: least squares of log(predicted / measured) over its eight
-coefficients, which are positive, by damped Gauss-Newton steps on their logarithms. A time counts
-the less the slower it is than the fastest in its cell (NEAR), because far from the best no pick
-will fall, and an error far beyond TRUST counts little more than one of TRUST (log(1 + (e/TRUST)^2)
-in place of e^2), because most times are one sample. Variants that no cell needs are left out in
-the end (`needed`).
+The table is made in three steps:
+
+1. Each variant is fitted alone (`fit_variant`): least squares of log(predicted / measured) over its
+   eight coefficients, which are positive, by damped Gauss-Newton steps on their logarithms, from
+   several starts. A time counts the less the slower it is than the fastest in its cell (NEAR),
+   because far from the best no pick will fall, and an error far beyond TRUST counts little more
+   than one of TRUST (log(1 + (e/TRUST)^2) in place of e^2), because most times are one sample.
+2. Variants that no cell needs are left out (`needed`).
+3. The coefficients that are left are moved together, so that the picks cost less (`refined`).
+
+A pick that is slower by `gap` costs gap + DREAD * gap^2. A cell counts once for each of CLASSES
+that it is in.
 
 These gaps are of the data that was fitted. --cross tells those of data that was not: each shape's
 picks by a table fitted to the other shapes.
@@ -36,10 +42,18 @@ CONFIGS = Path(__file__).resolve().parent.parent / "csrc" / "configs.h"
 NEAR = 0.15  # 15 % slower than the fastest: half the weight
 TRUST = 0.05  # error from which on a sample is distrusted
 MATTERS, FEW_CELLS = 0.03, 3  # kept: within 3 % of the fastest in at least three cells
-DREAD, MISSED = 10, 1e-4  # see `needed`
-START = Times(0.3, 0.1, 0.1, 2.8, 2.0, 3.0, 2.0, 2.0)
+DREAD, MISSED = 20, 1e-4  # a gap of 5 % counts twice; see `needed`
+STARTS = (
+    Times(0.3, 0.1, 0.1, 2.8, 2.0, 3.0, 2.0, 2.0),
+    Times(0.3, 0.01, 0.01, 2.8, 1.0, 1.0, 1.0, 1.0),
+    Times(0.15, 0.3, 0.2, 2.8, 1.0, 1.0, 1.0, 1.0),
+)
 LOWEST, HIGHEST = 1e-3, 1e3  # of a coefficient
+FASTEST = 3.35  # highest rate: what the data sheet of the H100 SXM says of its memory, in TB/s
 STEPS, EASE = 60, 1e-4  # most steps of a fit; step of a numeric derivative
+# Of `refined`: how uncertain a prediction is taken to be, what staying close to the measured times
+# is worth, and the descent's steps and their length in logarithms of coefficients.
+DOUBT, HOLD, MOVES, STRIDE = 0.015, 1.0, 300, 0.01
 # Classes of cells whose gaps are told apart: name, shapes or None for all, fewest tokens.
 LARGE = (
     *((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (14336, 4096), (1024, 4096)),
@@ -149,11 +163,18 @@ def that_matter(cells: Sequence[Cell]) -> list[Variant]:
 
 
 def fit_variant(of: Work, us: numpy.ndarray, weights: numpy.ndarray) -> Times:
-    """The coefficients of one variant.
+    """The coefficients of one variant: the best of the fits from STARTS.
 
     Args:
         of: its counts, arrays of one entry per cell. us, weights: of the cells.
     """
+    fits = [_fit_from(start, of, us, weights) for start in STARTS]
+    logs = min(fits, key=lambda fit: fit[0])[1]
+    return Times(*(0.0 if value <= 1.01 * LOWEST else value for value in numpy.exp(logs).tolist()))
+
+
+def _fit_from(start, of, us, weights):
+    """(cost, logarithms of the coefficients) of the local optimum that is reached from here."""
     measured = numpy.log(us)
 
     def errors(logs):
@@ -164,7 +185,8 @@ def fit_variant(of: Work, us: numpy.ndarray, weights: numpy.ndarray) -> Times:
 
     used = numpy.array([True, *(numpy.any(count) for count in (of.extras, of.totals)), True,
                         *(numpy.any(count) for count in of[4:]), True])  # fmt: skip
-    logs = numpy.log(START)
+    highest = numpy.log(Times(*[HIGHEST] * len(start))._replace(rate=FASTEST))
+    logs = numpy.log(start)
     logs[~used] = numpy.log(LOWEST)
     error, damping = errors(logs), 1e-2
     for _ in range(STEPS):
@@ -178,7 +200,7 @@ def fit_variant(of: Work, us: numpy.ndarray, weights: numpy.ndarray) -> Times:
         for _ in range(8):
             eased = normal + damping * numpy.diag(numpy.diag(normal) + 1e-6)
             step = numpy.clip(numpy.linalg.solve(eased, down), -1, 1)
-            moved = numpy.clip(logs + step, numpy.log(LOWEST), numpy.log(HIGHEST))
+            moved = numpy.clip(logs + step, numpy.log(LOWEST), highest)
             trial = errors(moved)
             if cost(trial) < cost(error):
                 logs, error, damping = moved, trial, max(damping / 3, 1e-6)
@@ -186,7 +208,7 @@ def fit_variant(of: Work, us: numpy.ndarray, weights: numpy.ndarray) -> Times:
             damping *= 4
         else:
             break
-    return Times(*(0.0 if value <= 1.01 * LOWEST else value for value in numpy.exp(logs).tolist()))
+    return cost(error), logs
 
 
 def fit_all(cells: Sequence[Cell], multiprocessors: int) -> dict[Variant, Times]:
@@ -205,44 +227,124 @@ def fit_all(cells: Sequence[Cell], multiprocessors: int) -> dict[Variant, Times]
 
 
 def fit_table(cells: Sequence[Cell], multiprocessors: int) -> dict[Variant, Times]:
-    """The table TIMES for these cells: `fit_all`, then `needed`."""
-    table = fit_all(cells, multiprocessors)
-    return needed(table, cells, multiprocessors)
+    """The table TIMES for these cells: `fit_all`, `needed`, `refined`."""
+    table = needed(fit_all(cells, multiprocessors), cells, multiprocessors)
+    return refined(table, cells, multiprocessors)
+
+
+class _Grid:
+    """All variants and cells at once: arrays [variant, cell], and the weight of each cell.
+
+    cost: of picking this variant here. Where it is not offered: infinite, with counts of 0. Cells
+    that offer none of the variants are left out.
+    """
+
+    def __init__(self, variants, cells, multiprocessors):
+        cells = [cell for cell in cells if any(map(cell.offers, variants))]
+        counts = numpy.zeros((len(Work._fields), len(variants), len(cells)))
+        self.us = numpy.full(counts.shape[1:], numpy.inf)
+        for i, variant in enumerate(variants):
+            for j, cell in enumerate(cells):
+                if cell.offers(variant):
+                    counts[:, i, j] = cell.work(variant, multiprocessors)
+                    self.us[i, j] = cell.times[variant]
+        self.work, self.offered = Work(*counts), numpy.isfinite(self.us)
+        self.gaps = self.us / [cell.best for cell in cells] - 1
+        self.cost = self.gaps + DREAD * self.gaps**2
+        weights = [sum(_belongs(cell, shapes, fewest) for _, shapes, fewest in CLASSES)
+                   for cell in cells]  # fmt: skip
+        self.weights = numpy.array(weights, float) / sum(weights)
+
+    def predicted(self, coefficients: numpy.ndarray) -> numpy.ndarray:
+        """Logarithms of the times by these coefficients [coefficient, variant]."""
+        us = heuristics.us(Times(*coefficients[:, :, None]), self.work)
+        return numpy.log(us, where=self.offered, out=numpy.full(us.shape, numpy.inf))
 
 
 def needed(
     table: dict[Variant, Times], cells: Sequence[Cell], multiprocessors: int
 ) -> dict[Variant, Times]:
-    """The table without the variants that are not missed, one after the other.
+    """The table without the variants that are not missed.
 
-    That is measured by the mean over all cells of gap + DREAD * gap^2, in which a gap of 10 %
-    counts twice, and a variant that saves less than MISSED of it is left out. So is one that the
-    model picks wrongly so often that it costs more than it saves.
+    The cost of the picks, plus MISSED per variant, is made as small as adding or taking away one
+    variant can make it, or else exchanging one for another. A variant that the model picks wrongly
+    so often that it costs more than it saves is left out, too.
     """
     names = list(table)
-    taken = numpy.full((len(cells), len(names)), numpy.inf)
-    predicted = taken.copy()
-    for i, cell in enumerate(cells):
-        for j, variant in enumerate(names):
-            if cell.offers(variant):
-                taken[i, j] = cell.times[variant] / cell.best - 1
-                of = cell.work(variant, multiprocessors)
-                predicted[i, j] = heuristics.us(table[variant], of)
+    grid = _Grid(names, cells, multiprocessors)
+    predicted = grid.predicted(numpy.array(list(table.values())).T)
+    everything, each = frozenset(range(len(names))), numpy.arange(len(grid.weights))
 
     def cost(kept):
-        picked = numpy.array(kept)[numpy.argmin(predicted[:, kept], axis=1)]
-        gap = taken[numpy.arange(len(cells)), picked]
-        return numpy.mean(gap + DREAD * gap**2)
+        order = numpy.array(sorted(kept))
+        picked = order[numpy.argmin(predicted[order], axis=0)]
+        return grid.weights @ grid.cost[picked, each] + MISSED * len(order)
 
-    kept = list(range(len(names)))
-    now = cost(kept)
-    while len(kept) > 1:
-        least, out = min((cost([k for k in kept if k != out]), out) for out in kept)
-        if not least < now + MISSED:
-            break
-        kept.remove(out)
-        now = least
-    return {names[k]: table[names[k]] for k in kept}
+    def changes(kept):
+        one = [kept ^ {k} for k in everything]
+        yield [changed for changed in one if changed]
+        yield [kept - {out} | {into} for out in kept for into in everything - kept]
+
+    kept, now = everything, cost(everything)
+    while True:
+        for tried in changes(kept):
+            least = min(tried, key=cost, default=kept)
+            if cost(least) < now:
+                kept, now = least, cost(least)
+                break
+        else:
+            return {names[k]: table[names[k]] for k in sorted(kept)}
+
+
+def refined(
+    table: dict[Variant, Times], cells: Sequence[Cell], multiprocessors: int
+) -> dict[Variant, Times]:
+    """The table with its coefficients moved so that its picks cost less.
+
+    A pick is a step function of the coefficients. Its smooth stand-in picks variant v of a cell
+    with probability p_v proportional to predicted_v^(-1 / DOUBT): predictions closer than DOUBT are
+    nearly a draw, so a lead beyond that is what pays. The descent (Adam, of the logarithms) is on
+
+        mean over cells of sum_v p_v * cost_v   +   HOLD * TRUST^2 * mean of the fit's own costs
+
+    in which the second term holds the predictions at the measured times.
+    """
+    names, coefficients = list(table), numpy.array(list(table.values())).T
+    grid = _Grid(names, cells, multiprocessors)
+    near = numpy.where(grid.offered, 1 / (1 + (grid.gaps / NEAR) ** 2), 0)
+    near /= numpy.sum(near)
+    costs = numpy.where(grid.offered, grid.cost, 0)
+    measured = numpy.log(grid.us)
+    moving = coefficients > 0
+    logs = numpy.log(coefficients, where=moving, out=numpy.zeros(coefficients.shape))
+    highest = numpy.log(Times(*[HIGHEST] * len(coefficients))._replace(rate=FASTEST))[:, None]
+    mean, square = numpy.zeros(logs.shape), numpy.zeros(logs.shape)
+
+    def difference(a, b):
+        return numpy.subtract(a, b, where=grid.offered, out=numpy.zeros(a.shape))
+
+    def predicted(logs):
+        return grid.predicted(numpy.where(moving, numpy.exp(logs), 0))
+
+    for step in range(1, MOVES + 1):
+        now = predicted(logs)
+        chance = numpy.exp((numpy.min(now, axis=0) - now) / DOUBT)
+        chance /= numpy.sum(chance, axis=0)
+        expected = numpy.sum(chance * costs, axis=0)
+        error = difference(now, measured)
+        slope = grid.weights * chance * (expected - costs) / DOUBT
+        slope += HOLD * near * 2 * error / (1 + (error / TRUST) ** 2)
+        down = numpy.zeros(logs.shape)
+        for i in range(len(logs)):
+            moved = logs.copy()
+            moved[i] += EASE
+            down[i] = numpy.sum(slope * difference(predicted(moved), now), axis=1) / EASE
+        mean, square = 0.9 * mean + 0.1 * down, 0.99 * square + 0.01 * down**2
+        size = numpy.sqrt(square / (1 - 0.99**step)) + 1e-7
+        stride = STRIDE * min(1, 2 * (1 - step / MOVES))  # shorter and shorter in the end
+        logs = numpy.minimum(logs - stride * mean / (1 - 0.9**step) / size, highest)
+    final = numpy.where(moving, numpy.exp(logs), 0).T.tolist()
+    return {name: rounded(Times(*values)) for name, values in zip(names, final, strict=True)}
 
 
 def rounded(times: Times) -> Times:
@@ -285,16 +387,16 @@ def summary(found: Sequence[Gap], worst: int = 10) -> str:
     """Mean and worst of each class, then the worst cells."""
     lines = []
     for text, shapes, fewest in CLASSES:
-        shares = [
-            gap.share
-            for gap in found
-            if gap.cell.tokens >= fewest and (shapes is None or gap.cell.shape in shapes)
-        ]
+        shares = [gap.share for gap in found if _belongs(gap.cell, shapes, fewest)]
         if shares:
             mean = statistics.fmean(shares)
             lines.append(f"{text}, {len(shares)}: mean {mean:.2%}, worst {max(shares):.1%}")
     lines += [str(gap) for gap in sorted(found, key=lambda gap: -gap.share)[:worst]]
     return "\n".join(lines)
+
+
+def _belongs(cell, shapes, fewest):
+    return cell.tokens >= fewest and (shapes is None or cell.shape in shapes)
 
 
 def source(table: dict[Variant, Times]) -> str:

@@ -111,6 +111,31 @@ def test_variants_that_are_picked_wrongly_are_left_out(cells):
     assert set(fit.needed(TRUE, read, SMS)) <= set(TRUE)
 
 
+def test_needed_weighs_gaps_against_the_number_of_variants(cells, monkeypatch):
+    read = fit.read([cells])
+    monkeypatch.setattr(fit, "MISSED", 1e-9)
+    kept = fit.needed(TRUE, read, SMS)
+    assert max(gap.share for gap in fit.gaps(read, kept, SMS)) < 1e-6
+    monkeypatch.setattr(fit, "MISSED", 1e3)
+    fewest = fit.needed(TRUE, read, SMS)
+    assert len(fewest) == 2, "at that price: one for few tokens, one for many"
+    assert len(fit.gaps(read, fewest, SMS)) == len(read)
+
+
+def test_refined_picks_better_and_stays_near_the_times(cells):
+    """A tile that is believed 10 % faster than it is."""
+    read, wrong = fit.read([cells]), Tile(128, 128, 1, 1)
+    table = TRUE | {wrong: Times(*(value * 0.9 for value in TRUE[wrong]))._replace(rate=3.3)}
+    moved = fit.refined(table, read, SMS)
+    before, after = ([gap.share for gap in fit.gaps(read, t, SMS)] for t in (table, moved))
+    assert sum(after) < 0.2 * sum(before)
+    assert all(moved[v].rate <= fit.FASTEST for v in moved)
+    assert all((a == 0) == (b == 0) for v in table for a, b in zip(table[v], moved[v]))
+    for gap in fit.gaps(read, moved, SMS):
+        predicted = heuristics.us(moved[gap.picked], gap.cell.work(gap.picked, SMS))
+        assert predicted == pytest.approx(gap.cell.times[gap.picked], rel=0.1)
+
+
 def test_gaps_are_those_of_the_picks(cells):
     read = fit.read([cells])
     only = {Tile(256, 192, 2, 1): TRUE[Tile(256, 192, 2, 1)]}

@@ -79,8 +79,12 @@ def test_names():
 def test_split_work_by_hand():
     """128x128 with 4 parts, 33 clusters fit and 31 are resident; 2048 in_features are 32 stages."""
     of = work(SplitTile(128, 128, 4), 192, 2048, 2048, H100)
-    assert (of.stages, of.items, of.exchanges, of.extras) == (16, 2, 1.5, 16 / 4), "32 tiles"
+    assert (of.stages, of.items, of.exchanges) == (16, 2, 1.5), "32 tiles"
+    assert of.extras == 16 * 96 / 128, "two columns of 96 tokens"
+    assert of.totals == pytest.approx(32 * 32 * (128 * 72 + 96 * 128) / 1e6)
     assert work(SplitTile(128, 128, 4), 128, 2048, 2048, H100).stages == 8
+    three = work(SplitTile(128, 64, 1), 130, 2048, 2048, H100)
+    assert three.extras == 32 * 48 / 64, "three columns of 44 tokens, rounded up to 48"
 
 
 def test_the_split_kernel_is_considered_for_small_problems():
@@ -104,10 +108,10 @@ def test_resident_clusters():
     [
         (4096, 57344, 8192, "prefill 256x192 cluster 2x1"),
         (4096, 28672, 4096, "prefill 256x192 cluster"),
-        (128, 4096, 4096, "prefill 128x128 cluster"),
-        (1, 28672, 4096, "decode 128 rows, split 1"),
-        (1, 4096, 4096, "decode 256 rows, split 4"),
-        (96, 1024, 4096, "mma 32x"),
+        (128, 4096, 4096, "split 128x64, 2 parts"),
+        (1, 28672, 4096, "decode 256 rows, split 1"),
+        (1, 4096, 4096, "mma 32x8"),
+        (96, 1024, 4096, "split 128x64, 4 parts"),
     ],
 )
 def test_known_picks(tokens, out_features, in_features, expected):

@@ -33,7 +33,11 @@ right, follow from the problem and the number of multiprocessors (Work; of 64 in
     crowds       the same, of all clusters  0                          0
                  per multiprocessor
 
-The split kernel counts as a prefill kernel whose tiles are all cut (split_work).
+The split kernel counts as a prefill kernel whose tiles are all cut (split_work), with three
+differences. Extras are the stages times the share of a tile's tokens that are there, because only
+these are fetched. Totals are megabytes from L2, as in mma.sp, and not only in sustained work: with
+all multiprocessors at work a stage takes longer than with half of them. Crowds are 0: the sums that
+are given away stay in the cluster.
 
 How many clusters run at once decides the first count (`resident_clusters`). The prefill kernel cuts
 the tiles of a last, partly filled wave along in_features into as many parts as there are clusters
@@ -156,34 +160,39 @@ class Work(NamedTuple):
 
 # Made by `python -m bench.fit` from one `sparsekern tune` on an H100 SXM (132 multiprocessors,
 # 700 W, bfloat16): the 24 shapes of Llama-3 1B, 3B, 8B and 70B (tuner.SHAPES), 18 numbers of tokens
-# from 1 to 8192. In these 432 cells the pick is 0.69 % slower than the fastest of all variants on
-# average and 10.9 % at worst (4096x14336, 1 token); in the 132 of the 8B and 70B models from 96
-# tokens on it is 0.62 % and 7.2 %. Shapes that were left out of the fit: 1.0 % and 14.8 %. A
-# variant that is not here is never chosen: no cell misses it. On another GPU the counts follow from its
-# multiprocessors, and these coefficients, its rates above all, are a guess.
+# from 1 to 8192. In these 432 cells the pick is 0.62 % slower than the fastest of all variants on
+# average and 7.8 % at worst (16384x3072, 256 tokens); in the 132 of the 8B and 70B models from 96
+# tokens on it is 0.64 % and 6.3 %. Shapes that were left out of the fit: 1.4 % and 28.7 %, of the
+# 8B and 70B models 1.3 % and 14.3 %. The coefficients are made to pick well: the predicted time of
+# a pick is off by 4.7 % on average. A variant that is not here is never chosen: with it the picks
+# would gain less than what MISSED in bench/fit.py asks for. On another GPU the counts follow from
+# its multiprocessors, and these coefficients, its rates above all, are a guess.
 TIMES: dict[Variant, Times] = {
-    RowBlocks(256, 4): Times(0.186, 0.247, 0, 3.07, 0.622, 3.25, 0, 1.1),
-    RowBlocks(256, 8): Times(0.185, 0.207, 0, 3.09, 1.11, 3.84, 0, 0.851),
-    RowBlocks(128, 1): Times(0.112, 0.195, 0.00191, 3.15, 1.18, 2.58, 0, 0),
-    RowBlocks(128, 2): Times(0.118, 0.197, 0, 3.17, 1.62, 2.7, 0, 0.565),
-    RowBlocks(128, 8): Times(0.223, 0.0365, 0.572, 3.56, 1.98, 2.56, 0, 0),
-    Tile(256, 192, 1, 1): Times(0.69, 0, 0.613, 2.82, 2.5, 8.15, 9.44, 1.43),
-    Tile(256, 192, 2, 1): Times(0.687, 0, 0.555, 2.79, 2.7, 7.56, 9.66, 1.76),
-    Tile(256, 128, 1, 1): Times(0.477, 0.0963, 0.447, 2.87, 1.88, 5.98, 4.91, 1.96),
-    Tile(256, 128, 2, 1): Times(0.478, 0.0354, 0.429, 2.76, 2.01, 6.56, 3.92, 1.47),
-    Tile(256, 128, 1, 2): Times(0.467, 0.081, 0.453, 2.67, 1.66, 7.87, 2.19, 2.29),
-    Tile(256, 128, 2, 2): Times(0.462, 0.00241, 0.431, 2.67, 1.52, 5.35, 5.53, 1.83),
-    Tile(256, 64, 1, 1): Times(0.306, 0.0335, 0.227, 2.91, 2.58, 4.28, 2.96, 1.78),
-    Tile(256, 64, 2, 1): Times(0.307, 0.00119, 0.2, 2.8, 1.92, 4.72, 1.56, 2.4),
-    Tile(128, 128, 1, 1): Times(0.286, 0.275, 0.347, 2.98, 1.48, 3.39, 3.21, 3.1),
-    Tile(128, 128, 2, 1): Times(0.288, 0.147, 0.22, 2.94, 1.24, 3.84, 2.15, 3.35),
-    Tile(256, 96, 1, 1): Times(0.406, 0.0413, 0.322, 2.87, 2.02, 4.21, 5.09, 1.86),
-    Tile(256, 160, 2, 1): Times(0.618, 0, 0.422, 2.79, 2.22, 6.77, 7.8, 1.02),
-    Tile(256, 192, 4, 2): Times(0.67, 0, 0.513, 2.42, 2.88, 7.99, 9.44, 0.374),
-    MmaTile(64, 32, 2, 1, 2, 5): Times(0.173, 0.133, 0.0338, 3.19, 2.35, 0, 0, 0.735),
-    MmaTile(32, 32, 1, 1, 4, 3): Times(0.347, 0.121, 0.0614, 3.11, 1.91, 0, 0, 0.912),
-    MmaTile(32, 16, 1, 1, 4, 5): Times(0.162, 0.0818, 0.0754, 3.07, 1.07, 0, 0, 1.41),
-    MmaTile(32, 8, 1, 1, 4, 6): Times(0.141, 0.0605, 0.0789, 3.05, 0.846, 0, 0, 1.58),
+    RowBlocks(256, 1): Times(0.103, 0.399, 0.64, 3.35, 0, 2.56, 0, 2.34),
+    RowBlocks(256, 8): Times(0.323, 0.285, 0, 3.14, 1.04, 2.77, 0, 1.01),
+    RowBlocks(128, 2): Times(0.11, 0.261, 0, 3.15, 1.63, 1.59, 0, 1.21),
+    RowBlocks(128, 8): Times(0.141, 0.0163, 0.982, 3.31, 2.52, 1.31, 0, 0.024),
+    Tile(256, 192, 2, 1): Times(0.672, 0, 0.439, 3.31, 2.23, 5.16, 6.8, 7.34),
+    Tile(256, 192, 2, 2): Times(0.476, 0, 0.78, 3.09, 1.45, 6.86, 7.73, 7.45),
+    Tile(256, 128, 2, 1): Times(0.477, 0.317, 0.335, 3.19, 4.25, 3.26, 7.33, 0.999),
+    Tile(256, 64, 2, 1): Times(0.318, 0, 0.172, 3.08, 1.94, 4.39, 5.02, 3.04),
+    Tile(256, 96, 1, 1): Times(0.435, 0.0862, 0.356, 3.13, 1.6, 2.47, 7.83, 1.53),
+    Tile(256, 192, 4, 2): Times(0.55, 0, 0.685, 3.35, 2.61, 21.5, 20.4, 1.45),
+    Tile(256, 128, 4, 2): Times(0.463, 0, 0.389, 3.01, 0, 10.2, 7.7, 6.33),
+    Tile(256, 192, 2, 1, True): Times(0.73, 0, 0.0101, 2.56, 2.77, 17.2, 3.9, 0.241),
+    MmaTile(64, 32, 2, 1, 2, 5): Times(0.389, 0, 0.0851, 3.13, 1.73, 0, 0, 0),
+    MmaTile(64, 16, 2, 1, 4, 3): Times(0.612, 0.0326, 0.105, 3.35, 1.24, 0, 0, 0),
+    MmaTile(64, 8, 2, 1, 4, 4): Times(0.219, 0.172, 0.0877, 2.94, 1.16, 0, 0, 0),
+    MmaTile(32, 16, 1, 1, 4, 5): Times(0.313, 0.0548, 0.0502, 3.05, 0.827, 0, 0, 0.0442),
+    MmaTile(32, 8, 1, 1, 4, 6): Times(0.169, 0.0686, 0.11, 3.15, 0.588, 0, 0, 0.223),
+    SplitTile(128, 64, 1): Times(0.181, 0.0222, 0.0632, 3.01, 2.59, 0, 0, 0),
+    SplitTile(128, 64, 2): Times(0.228, 0, 0.112, 3.03, 1.28, 1.91, 0, 0),
+    SplitTile(128, 64, 4): Times(0.22, 0.00285, 0.135, 3.05, 1.51, 1.74, 0, 0),
+    SplitTile(128, 128, 1): Times(0.214, 0.0272, 0.102, 3.11, 1.79, 0, 0, 0),
+    SplitTile(128, 128, 2): Times(0.311, 0, 0.0771, 3.35, 1.61, 2.58, 0, 0),
+    SplitTile(128, 128, 4): Times(0.185, 0.132, 0.0846, 3.35, 1.77, 2.69, 0, 0),
+    SplitTile(256, 64, 1): Times(0.269, 0.00744, 0.105, 2.78, 2.82, 0, 0, 0),
+    SplitTile(256, 128, 2): Times(0.518, 0, 0.0885, 2.72, 3.15, 4.75, 0, 0),
 }
 
 
@@ -318,15 +327,17 @@ def prefill_work(
 def split_work(
     tile: SplitTile, tokens: int, out_features: int, in_features: int, multiprocessors: int
 ) -> Work:
-    """What the split kernel does with this tile: as the prefill kernel whose tiles are all cut."""
+    """What the split kernel does with this tile; see the top of the file."""
     stages, columns = -(-in_features // STAGE), -(-tokens // tile.tokens)
+    wide = -(-tokens // (8 * columns)) * 8  # tokens of a column of tiles, which are equally wide
     tiles = -(-out_features // tile.rows) * columns
     waves = -(-tiles // resident_clusters(tile.split, multiprocessors))
     busiest = waves * -(-stages // tile.split)
+    read = tiles * stages * (72 * tile.rows + 128 * wide)
     return Work(
         stages=busiest,
-        extras=busiest * (1 - tokens / (columns * tile.tokens)),
-        totals=0.0,
+        extras=busiest * wide / tile.tokens,
+        totals=read / 1e6,
         megabytes=_megabytes(tokens, out_features, in_features),
         items=waves,
         exchanges=waves * (tile.split - 1) / tile.split,
