@@ -15,7 +15,7 @@ TRUE = {
     RowBlocks(256, 4): Times(0.2, 0.25, 0, 3.0, 0.6, 3.2, 0, 1.1),
     Tile(256, 192, 2, 1): Times(0.69, 0.1, 0.55, 2.8, 2.7, 7.5, 9.6, 1.8),
     Tile(256, 128, 1, 1): Times(0.48, 0.1, 0.45, 2.9, 1.9, 6.0, 4.9, 2.0),
-    Tile(128, 128, 1, 1): Times(0.29, 0.28, 0.35, 3.0, 1.5, 3.4, 3.2, 3.1),
+    Tile(256, 96, 1, 1): Times(0.29, 0.28, 0.35, 3.0, 1.5, 3.4, 3.2, 3.1),
     MmaTile(32, 16, 1, 1, 4, 5): Times(0.16, 0.08, 0.075, 3.1, 1.1, 0, 0, 1.4),
 }
 SHAPES = ((512, 2048), (2048, 8192), (4096, 4096), (10240, 8192), (28672, 4096))
@@ -103,7 +103,7 @@ def test_a_slow_variant_is_left_out(tmp_path):
 def test_variants_that_are_picked_wrongly_are_left_out(cells):
     """A table that believes in a tile twice as fast as it is does better without it."""
     read = fit.read([cells])
-    wrong = Tile(128, 128, 1, 1)
+    wrong = Tile(256, 96, 1, 1)
     table = TRUE | {wrong: Times(*(value / 2 for value in TRUE[wrong]))._replace(rate=6.0)}
     kept = fit.needed(table, read, SMS)
     worst = [max(gap.share for gap in fit.gaps(read, t, SMS)) for t in (table, kept)]
@@ -124,7 +124,7 @@ def test_needed_weighs_gaps_against_the_number_of_variants(cells, monkeypatch):
 
 def test_refined_picks_better_and_stays_near_the_times(cells):
     """A tile that is believed 10 % faster than it is."""
-    read, wrong = fit.read([cells]), Tile(128, 128, 1, 1)
+    read, wrong = fit.read([cells]), Tile(256, 96, 1, 1)
     table = TRUE | {wrong: Times(*(value * 0.9 for value in TRUE[wrong]))._replace(rate=3.3)}
     moved = fit.refined(table, read, SMS)
     before, after = ([gap.share for gap in fit.gaps(read, t, SMS)] for t in (table, moved))
