@@ -5,16 +5,16 @@
 //   M = out_features   N = tokens   K = in_features (dense count)
 //   Specification: sparsekern/reference.py, linear
 //
-// There are fewer tiles than SMs, so the CTAs of a cluster share the K of a tile, and what follows the
-// main loop takes as long as that. The prefill kernel cuts tiles, too, but its CTAs meet in global
-// memory: write, fence, count, poll, read, some 4 us. Here each split finishes kOwnTokens tokens of
-// the tile, the last fewer or none. The others put their sums of these straight into its shared memory, in a place
-// of their own; one cluster barrier; it adds its own sums first and then those of the splits after
-// it: a fixed order.
+// Where there are fewer tiles than SMs the CTAs of a cluster share the K of a tile, and what follows
+// the main loop takes as long as that. The prefill kernel cuts tiles, too, but its CTAs meet in
+// global memory: write, fence, count, poll, read, some 4 us. Here each split finishes kOwnTokens
+// tokens of the tile, the last fewer or none. The others put their sums of these straight into its
+// shared memory, in a place of their own; one cluster barrier; it adds its own sums first and then
+// those of the splits after it: a fixed order.
 //
-// Columns of tiles are as wide as kTokens at most and equally wide: a box of x that has rows outside of
-// x is slower to fetch than a whole one. What the main loop finds in the rest of a stage belongs to
-// tokens that nobody stores.
+// Columns of tiles are as wide as kTokens at most and equally wide: a box of x that has rows outside
+// of x is slower to fetch than a whole one. What the main loop finds in the rest of a stage belongs
+// to tokens that nobody stores.
 //
 // Roles (384 threads)                                             registers
 //   warpgroups 0, 1   consumers: half of the rows each            240
