@@ -126,6 +126,16 @@ def test_in_bursts_the_later_half_decides():
     assert Fakes(clock, **us).run(clock).best == "a", "in turns of one sample it would"
 
 
+def test_in_bursts_the_first_samples_follow_one():
+    """What the limit does to the clock it has done before anybody is compared."""
+    clock = Clock()
+    fakes = Fakes(clock, h=[2000.0] * 20 + [4400.0], a=4500.0, b=6000.0)
+    fakes.run(clock, burst_s=0.06)
+    assert fakes.samples["h"] > 20 + 2 * 10, "three turns"
+    assert fakes.samples["a"] > 1, "4500 is within KEEP of 4400, not of 2000"
+    assert fakes.samples["b"] == 1
+
+
 def test_screening_stops_when_its_time_is_used_up():
     clock = Clock()
     fakes = Fakes(clock, h=150_000.0, a=150_000.0, b=150_000.0, c=1.0)

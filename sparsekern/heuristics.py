@@ -1,7 +1,7 @@
 """Which CUDA kernel computes a linear layer, and with which tile. Pure Python: no torch, no GPU.
 
 On Hopper `fastest` predicts the time of every variant of TIMES and takes the shortest: the decode
-kernel up to 64 tokens, the mma.sp kernel up to 128 or where there is little to compute, the prefill
+kernel up to 64 tokens, the mma.sp kernel, too, or where there is little to compute, the prefill
 kernel from 32 tokens on, the split kernel from there up to some size (`considered`). One formula
 serves them all:
 

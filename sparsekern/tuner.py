@@ -7,7 +7,7 @@ A cell is a shape, a dtype and a number of tokens. In each cell
     2. those within KEEP of the fastest are sampled in turns, and the medians are ranked. From
        heuristics.SUSTAINED_PRODUCTS on a turn lasts BURST_S, and its first half does not count:
        such launches run at the power limit, where a variant that draws less gets a higher clock,
-       but only after a while;
+       but only after a while. There the samples of step 1 follow such a turn, too;
     3. the fastest one whose result on small whole numbers equals the dense product, bit for bit,
        wins. A wrong one is refused and reported.
 
@@ -60,8 +60,7 @@ class Cell:
     """The outcome of one cell; us are medians per call.
 
     refused: {variant: why}, those that were fast and wrong.
-    times: {variant: us} of all that were sampled; of those that left early it is one sample, in
-        sustained work times how much slower than in theirs the others became.
+    times: {variant: us} of all that were sampled; of those that left early it is one sample.
     """
 
     tokens: int
@@ -105,10 +104,14 @@ def tune_cell(
     """
     begin, samplers, first = clock(), {}, {}
     for name in candidates:
-        if first and clock() - begin > SCREEN_S:
+        if samplers and clock() - begin > SCREEN_S:
             break
         samplers[name] = sampler(name)
-        first[name] = samplers[name]()
+        if not burst_s:
+            first[name] = samplers[name]()
+    if burst_s:
+        _turn(samplers[candidates[0]], burst_s, clock)
+        first = {name: sample() for name, sample in samplers.items()}
     ranked = sorted(first, key=first.get)
     limit = KEEP * first[ranked[0]]
     finalists = [name for name in ranked if first[name] <= limit][:FINALISTS]
@@ -122,13 +125,12 @@ def tune_cell(
         for name in finalists:
             samples[name] += _turn(samplers[name], burst_s, clock)
     us = {name: statistics.median(values) for name, values in samples.items()}
-    slower = statistics.median(us[name] / first[name] for name in us) if burst_s else 1.0
-    times = {name: slower * value for name, value in first.items()} | us
     refused = {}
     for name in sorted(us, key=us.get):
         why = wrong(name)
         if not why:
             heuristic = candidates[0]
+            times = first | us
             return Cell(tokens, name, us[name], heuristic, us[heuristic], refused, times)
         refused[name] = why
     return None
