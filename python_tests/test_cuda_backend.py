@@ -77,6 +77,7 @@ def native(monkeypatch, tmp_path):
 def forget():
     for name in CACHED:
         getattr(cuda_backend, name).cache_clear()
+    cuda_backend._known.clear()
     tuning.forget()
 
 
@@ -308,6 +309,77 @@ def test_linear_passes_what_the_module_takes(on_cpu, declared, leading, dtype):
         in_features=128, x_stride=128, y_stride=64, residual_stride=0,
         dtype=int(bfloat16), activation=2, stream=77,
     )  # fmt: skip
+
+
+@pytest.fixture
+def quick(on_cpu, monkeypatch):
+    """ops.linear on tensors that count as those of a GPU; `forbid()`: no call may be checked."""
+
+    def fail(*arguments):
+        raise AssertionError("the detour")
+
+    def forbid():
+        monkeypatch.setattr(ops, "check_linear", fail)
+        monkeypatch.setattr(ops, "_compute", fail)
+
+    monkeypatch.setattr(cuda_backend, "why_not", lambda x, w24: "")
+    on_cpu.forbid = forbid
+    with torch.no_grad():
+        yield on_cpu
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_a_call_like_one_before_takes_one_look_up(quick, declared, activation):
+    dtype = torch.bfloat16
+    w24 = pack(compress(random_weight(64, 128, dtype)))
+    bias = torch.ones(64, dtype=dtype)
+    shapes = (128,), (5, 128), (300, 128), (2, 3, 128), (2, 2, 2, 128)
+    inputs = [torch.ones(shape, dtype=dtype) for shape in shapes]
+    first = [ops.linear(x, w24, bias, activation) for x in inputs]
+    before, quick.calls[:] = list(quick.calls), []
+    quick.forbid()
+    other = pack(compress(random_weight(64, 128, dtype, seed=1)))
+    for x, y in zip(inputs, first):
+        again = ops.linear(x, other, bias, activation)
+        assert (again.shape, again.stride(), again.dtype) == (y.shape, y.stride(), dtype)
+        assert again.data_ptr() not in (x.data_ptr(), y.data_ptr())
+        ((kernel, then), (same, now)) = before.pop(0), quick.calls.pop()
+        bound, changed = (declared[kernel].bind(*a).arguments for a in (then, now))
+        assert kernel == same
+        for name, tensor in (("values", other.values), ("metadata", other.metadata), ("y", again)):
+            assert changed[name] == tensor.data_ptr()
+            bound[name] = changed[name]
+        assert changed == bound
+    ops.linear(inputs[0], w24, None, activation)
+    assert declared[kernel].bind(*quick.calls[-1][1]).arguments["bias"] == 0
+    cuda_backend.forget_plans()
+    with pytest.raises(AssertionError, match="the detour"):
+        ops.linear(inputs[0], w24, bias, activation)
+
+
+def test_a_known_call_with_other_arguments_is_checked(quick):
+    """Each differs from a known call in one thing that no shape tells."""
+    dtype = torch.bfloat16
+    w24 = pack(compress(random_weight(64, 128, dtype)))
+    x, bias = torch.ones(8, 128, dtype=dtype), torch.ones(65, dtype=dtype)
+    ops.linear(x, w24, bias[:64])
+    half = pack(compress(random_weight(64, 128, torch.float16)))
+    wanting = pack(compress(random_weight(64, 128, dtype)))
+    wanting.values.requires_grad_()
+    quick.forbid()
+    assert ops.linear(x, w24, bias[:64]).shape == (8, 64)
+    cases = (
+        (x.t().contiguous().t(), w24, bias[:64]),
+        (torch.ones(8 * 128 + 1, dtype=dtype)[1:].view(8, 128), w24, bias[:64]),
+        (x.half(), half, None), (x, half, bias[:64]), (x, wanting, bias[:64]), (x, w24, bias),
+        (x, w24, bias[:64].half()), (x, w24, torch.ones(128, dtype=dtype)[::2]),
+        (x, w24, bias[:64], "relu"), (x[:7], w24, bias[:64]),
+    )  # fmt: skip
+    for case in cases:
+        with pytest.raises(AssertionError, match="the detour"):
+            ops.linear(*case)
+    with torch.enable_grad(), pytest.raises(AssertionError, match="the detour"):
+        ops.linear(x, w24, bias[:64])
 
 
 @pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 1, 2)], ids=str)

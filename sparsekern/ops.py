@@ -32,7 +32,7 @@ from sparsekern.sparse24 import Sparse24, decompress
 
 _OP = "sparsekern.linear"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the likeliest first, for the search
-_TILE64, _CUSPARSELT = cuda_backend.LAYOUT, cusparselt_backend.LAYOUT
+_TILE64 = cuda_backend.LAYOUT
 _ACTIVATIONS = (None, "relu", "gelu", "silu")
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _is_compiling = torch.compiler.is_compiling
@@ -394,17 +394,18 @@ def linear(x, w24, bias=None, activation=None, *, backend=None):
     if type(x) is not Tensor or type(w24) is not Sparse24:
         check_types(_OP, x, w24)
     values, layout = w24.values, w24.layout
-    # Inference with a plain tensor and a packed weight is what has to be quick on the host. Here it
-    # ends as below, with fewer questions.
+    # Inference with a plain tensor and a packed weight is what has to be quick on the host. Here a
+    # call like one before ends as below, with fewer questions.
+    owner, module = _OWNERS.get(layout, _NO_OWNER)
     if (
-        layout == _CUSPARSELT
-        and (backend is None or backend == _CUSPARSELT)
+        module is not None
+        and (backend is None or backend == owner)
         and (activation is None or activation in _ACTIVATIONS)
         and type(x) is Tensor
         and not _is_traced()
         and not _is_grad_enabled()
     ):
-        y = cusparselt_backend.linear_again(x, w24, bias, activation)
+        y = module.linear_again(x, w24, bias, activation)
         if y is not None:
             return y
     if x.dtype is not values.dtype and autocast(x):
