@@ -373,22 +373,14 @@ def linear_again(x, w24, bias, activation):
     if known is None or index != _current_device() or not x.is_contiguous():
         return None
     values, address = w24.values, x.data_ptr()
-    if (
-        values.dtype is not dtype
-        or values.get_device() != index
-        or values.requires_grad
-        or address % 16
-    ):
+    if values.dtype is not dtype or values.get_device() != index or values.requires_grad:
         return None
     out_features, in_features = shape
+    if address % 16 or (bias is not None and bias.shape != (out_features,)):
+        return None
     bias_address = 0
     if bias is not None:
-        if (
-            bias.dtype is not dtype
-            or bias.get_device() != index
-            or bias.shape != (out_features,)
-            or not bias.is_contiguous()
-        ):
+        if bias.dtype is not dtype or bias.get_device() != index or not bias.is_contiguous():
             return None
         bias_address = bias.data_ptr()
     run, variant, cuts_k, tokens, sizes, strides, code = known

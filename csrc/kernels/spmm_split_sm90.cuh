@@ -53,6 +53,7 @@ struct Config : prefill::Config<T_, kPanels_, kTokens_, false> {
       kStages * Base::kStageBytes + kReceivedBytes + 2 * kStages * 8 + (kStages + kConsumers) * 16;
   static_assert(kTokens_ % kSumTokens == 0 && kStages >= 3 && kBoxBytes % 1024 == 0);
   static_assert(kConsumers * kStagingBytes <= kStages * Base::kStageBytes);
+  static_assert(kSmemBytes <= prefill::kSmemCapacity);
 };
 
 template <class T>
