@@ -357,6 +357,16 @@ def test_a_call_like_one_before_takes_one_look_up(quick, declared, activation):
         ops.linear(inputs[0], w24, bias, activation)
 
 
+def test_within_registered_ops_no_call_is_remembered(quick):
+    w24 = pack(compress(random_weight(64, 128, torch.bfloat16)))
+    x = torch.ones(8, 128, dtype=torch.bfloat16)
+    with cuda_backend.nothing_kept():
+        cuda_backend.linear(x, w24, None, None)
+    assert cuda_backend._known == {}
+    cuda_backend.linear(x, w24, None, None)
+    assert len(cuda_backend._known) == 1
+
+
 def test_a_known_call_with_other_arguments_is_checked(quick):
     """Each differs from a known call in one thing that no shape tells."""
     dtype = torch.bfloat16

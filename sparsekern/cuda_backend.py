@@ -342,7 +342,7 @@ def linear(x, w24, bias, activation, residual=None, plan=_plan):
         residual_address, residual_stride = residual.data_ptr(), residual.stride(0)
     code = _DTYPES[dtype]
     run, variant, cuts_k = plan(tokens, out_features, in_features, code, index)
-    if plan is _plan and not copied and residual is None:
+    if plan is _plan and not copied and residual is None and not _keeping_nothing:
         if len(_known) >= _KNOWN_CALLS:
             _known.clear()
         key = x.shape, dtype, index, w24.shape, activation
