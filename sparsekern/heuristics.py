@@ -158,10 +158,11 @@ class Work(NamedTuple):
     crowds: float
 
 
-# Made by `python -m bench.fit` from what `sparsekern tune` measured on an H100 SXM (132
-# multiprocessors, 700 W, bfloat16): the 24 shapes of Llama-3 1B, 3B, 8B and 70B (tuner.SHAPES), 18
-# numbers of tokens from 1 to 8192. In these 432 cells the pick is 0.80 % slower than the fastest of
-# all variants on average and 20.1 % at worst (2048x8192, 192 tokens); in the 132 of the 8B and 70B
+# Made by `python -m bench.fit` from what `sparsekern tune` measured in three runs on an H100 SXM
+# (132 multiprocessors, 700 W, bfloat16; without times of tiles that changed in between, and without
+# single samples that undercut the winner of sustained work): the 24 shapes of Llama-3 1B, 3B, 8B
+# and 70B (tuner.SHAPES), 18 numbers of tokens from 1 to 8192. In these 432 cells the pick is 0.80 %
+# slower than the fastest of all variants on average and 20.1 % at worst (2048x8192, 192 tokens); in the 132 of the 8B and 70B
 # models from 96 tokens on it is 0.55 % and 10.4 %, from 128 tokens on and without their k, v, gate
 # and up layers 0.36 % and 6.6 %. Shapes that were left out of a fit to slightly older times: 1.4 %
 # and 28.7 %. The coefficients are made to pick well, not to predict. A variant that is not here is
