@@ -162,13 +162,13 @@ class Work(NamedTuple):
 # (132 multiprocessors, 700 W, bfloat16; without times of tiles that changed in between, and without
 # single samples that undercut the winner of sustained work): the 24 shapes of Llama-3 1B, 3B, 8B
 # and 70B (tuner.SHAPES), 18 numbers of tokens from 1 to 8192. In these 432 cells the pick is 0.80 %
-# slower than the fastest of all variants on average and 20.1 % at worst (2048x8192, 192 tokens); in the 132 of the 8B and 70B
-# models from 96 tokens on it is 0.55 % and 10.4 %, from 128 tokens on and without their k, v, gate
-# and up layers 0.36 % and 6.6 %. Shapes that were left out of a fit to slightly older times: 1.4 %
-# and 28.7 %. The coefficients are made to pick well, not to predict. A variant that is not here is
-# never chosen: with it the picks would gain less than what MISSED in bench/fit.py asks for. On
-# another GPU the counts follow from its multiprocessors, and these coefficients, its rates above
-# all, are a guess.
+# slower than the fastest of all variants on average and 20.1 % at worst (2048x8192, 192 tokens); in
+# the 132 of the 8B and 70B models from 96 tokens on it is 0.55 % and 10.4 %, from 128 tokens on and
+# without their k, v, gate and up layers 0.36 % and 6.6 %. Shapes that were left out of a fit to
+# slightly older times: 1.4 % and 28.7 %. The coefficients are made to pick well, not to predict. A
+# variant that is not here is never chosen: with it the picks would gain less than what MISSED in
+# bench/fit.py asks for. On another GPU the counts follow from its multiprocessors, and these
+# coefficients, its rates above all, are a guess.
 TIMES: dict[Variant, Times] = {
     RowBlocks(256, 1): Times(0.138, 0.423, 1.06, 3.35, 0, 2.25, 0, 2.15),
     RowBlocks(256, 8): Times(0.324, 0.311, 0, 3.14, 1.03, 2.81, 0, 1.04),
