@@ -27,7 +27,12 @@
   X(14, 2, 128, 2, 1, 1)                                                \
   X(15, 2, 96, 1, 1, 0)                                                 \
   X(16, 2, 64, 1, 1, 0)                                                 \
-  X(17, 2, 64, 2, 1, 0)
+  X(17, 2, 64, 2, 1, 0)                                                 \
+  X(18, 2, 176, 2, 1, 0)                                                \
+  X(19, 2, 176, 1, 2, 0)                                                \
+  X(20, 2, 176, 2, 1, 1)                                                \
+  X(21, 2, 192, 3, 1, 0)                                                \
+  X(22, 2, 192, 3, 1, 1)
 
 // The split kernel's tiles.
 // X(index, panels per consumer, BLOCK_N tokens, CTAs that share the K of a tile)
