@@ -9,30 +9,25 @@
 // are clusters for two parts or more.
 #pragma once
 
-#define SK_PREFILL_CONFIGS(X)                                           \
-  X(0, 2, 192, 1, 1, 0) /* 256 x 192: most FLOPs per byte */            \
-  X(1, 2, 192, 2, 1, 0)                                                 \
-  X(2, 2, 192, 1, 2, 0)                                                 \
-  X(3, 2, 192, 2, 2, 0)                                                 \
-  X(4, 2, 192, 4, 1, 0)                                                 \
-  X(5, 2, 192, 4, 2, 0) /* eight share: fewest bytes from L2 */         \
-  X(6, 2, 192, 2, 1, 1)                                                 \
-  X(7, 2, 160, 1, 1, 0)                                                 \
-  X(8, 2, 160, 2, 1, 0)                                                 \
-  X(9, 2, 128, 1, 1, 0) /* 256 x 128: fills the chip at fewer tokens */ \
-  X(10, 2, 128, 2, 1, 0)                                                \
-  X(11, 2, 128, 1, 2, 0)                                                \
-  X(12, 2, 128, 2, 2, 0)                                                \
-  X(13, 2, 128, 4, 2, 0)                                                \
-  X(14, 2, 128, 2, 1, 1)                                                \
-  X(15, 2, 96, 1, 1, 0)                                                 \
-  X(16, 2, 64, 1, 1, 0)                                                 \
-  X(17, 2, 64, 2, 1, 0)                                                 \
-  X(18, 2, 176, 2, 1, 0)                                                \
-  X(19, 2, 176, 1, 2, 0)                                                \
-  X(20, 2, 176, 2, 1, 1)                                                \
-  X(21, 2, 192, 3, 1, 0)                                                \
-  X(22, 2, 192, 3, 1, 1)
+#define SK_PREFILL_CONFIGS(X)                                            \
+  X(0, 2, 192, 1, 1, 0) /* 256 x 192: most FLOPs per byte */             \
+  X(1, 2, 192, 2, 1, 0)                                                  \
+  X(2, 2, 192, 1, 2, 0)                                                  \
+  X(3, 2, 192, 2, 2, 0)                                                  \
+  X(4, 2, 192, 4, 1, 0)                                                  \
+  X(5, 2, 192, 4, 2, 0) /* eight share: fewest bytes from L2 */          \
+  X(6, 2, 192, 2, 1, 1)                                                  \
+  X(7, 2, 176, 1, 2, 0) /* 1024 tokens are 6 times 171 */                \
+  X(8, 2, 160, 1, 1, 0)                                                  \
+  X(9, 2, 160, 2, 1, 0)                                                  \
+  X(10, 2, 128, 1, 1, 0) /* 256 x 128: fills the chip at fewer tokens */ \
+  X(11, 2, 128, 2, 1, 0)                                                 \
+  X(12, 2, 128, 1, 2, 0)                                                 \
+  X(13, 2, 128, 2, 2, 0)                                                 \
+  X(14, 2, 128, 4, 2, 0)                                                 \
+  X(15, 2, 96, 1, 1, 0)                                                  \
+  X(16, 2, 64, 1, 1, 0)                                                  \
+  X(17, 2, 64, 2, 1, 0)
 
 // The split kernel's tiles.
 // X(index, panels per consumer, BLOCK_N tokens, CTAs that share the K of a tile)

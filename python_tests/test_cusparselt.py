@@ -34,6 +34,7 @@ from sparsekern.sparse24 import Sparse24, compress, decompress
 
 HERE = Path(__file__).resolve().parent
 COMPILER = shutil.which("cc") or shutil.which("gcc")
+FOLDER = tempfile.TemporaryDirectory(prefix="fake_cusparselt")  # as long as the process
 OBJECT_BYTES = {6: 13072, 7: 1024}  # of the opaque structures, by minor version; later ones 512
 BF16 = torch.bfloat16
 
@@ -46,8 +47,7 @@ needs_fake = pytest.mark.skipif(
 
 @functools.lru_cache(maxsize=None)
 def build_fake(minor, patch):
-    folder = Path(tempfile.mkdtemp(prefix="fake_cusparselt"))
-    library = folder / f"fake-0.{minor}.{patch}.so"
+    library = Path(FOLDER.name) / f"fake-0.{minor}.{patch}.so"
     size = OBJECT_BYTES.get(minor, 512)
     command = [COMPILER, "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror"]
     command += [f"-DMINOR={minor}", f"-DPATCH={patch}", f"-DOBJECT_BYTES={size}"]
