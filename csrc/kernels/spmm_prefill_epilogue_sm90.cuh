@@ -141,10 +141,10 @@ __device__ __forceinline__ bool gather_streamed(Accumulators<Cfg>& d,
 }
 
 // Two ways from the accumulators of one consumer to y. Bias alone and 16-byte aligned rows: add,
-// round, transpose through smem with stmatrix, a block of tokens at a time, and leave the rest to the copy
-// engine, which clips at the ends of y. Everything else: stage float32 sums, 16 tokens at a time, and
-// finish rows of 8 from there, so that the long code for activations and odd edges exists once and
-// not once per accumulator.
+// round, transpose through smem with stmatrix, a block of tokens at a time, and leave the rest to the
+// copy engine, which clips at the ends of y. Everything else: stage float32 sums, 16 tokens at a
+// time, and finish rows of 8 from there, so that the long code for activations and odd edges exists
+// once and not once per accumulator.
 
 // Rounds a warp's 16 rows of 16 tokens and leaves them in a box, [token][64 rows of a panel]; a
 // token's 8 pieces of 16 bytes are in the order of a 128-byte swizzle. v: 8 sums of a thread; low,
