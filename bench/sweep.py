@@ -86,18 +86,19 @@ def run_jobs(run: Run, jobs, failures: list[str], mma: bool = False) -> list[dic
     return judged
 
 
-def _cell(run: Run, layer: Layer, tokens: int, failures: list[str], mma: bool) -> dict | None:
-    from sparsekern import cuda_backend
+def checked(
+    run: Run, layer: Layer, x: Tensor, wanted: dict[str, tuple[str, int]], failures: list[str]
+) -> dict[str, list[timing.Call]]:
+    """{name: one call per copy of the weight} of the configs whose output is exact.
 
-    x = layer.inputs(tokens)
+    Args:
+        layer: with a provider of the native kernels.      wanted: as from `configs`.
+        failures: gets a line for each of the others.
+    """
+    tokens = x.shape[0]
     integers = layer.inputs(tokens, integers=True)
     weights = [layer.packed, *(layer.packed.clone() for _ in range(layer.copies - 1))]
     torch.cuda.synchronize()
-    picked = (cuda_backend.mma_config if mma else cuda_backend.config)(x, layer.packed)
-    wanted = configs(tokens, mma)
-    if picked.startswith("mma ") and not mma:
-        hopper = not cuda_backend.hopper_refusal(x.get_device())
-        wanted = (wanted if hopper else {}) | configs(tokens, mma=True)
     providers, known, space = {}, None, workspace(x.device)
     for name, (kind, index) in wanted.items():
         call = partial(launch, space, kind, index)
@@ -108,6 +109,19 @@ def _cell(run: Run, layer: Layer, tokens: int, failures: list[str], mma: bool) -
             run.say(failures[-1])
             continue
         providers[name] = [partial(call, x, w) for w in weights]
+    return providers
+
+
+def _cell(run: Run, layer: Layer, tokens: int, failures: list[str], mma: bool) -> dict | None:
+    from sparsekern import cuda_backend
+
+    x = layer.inputs(tokens)
+    picked = (cuda_backend.mma_config if mma else cuda_backend.config)(x, layer.packed)
+    wanted = configs(tokens, mma)
+    if picked.startswith("mma ") and not mma:
+        hopper = not cuda_backend.hopper_refusal(x.get_device())
+        wanted = (wanted if hopper else {}) | configs(tokens, mma=True)
+    providers = checked(run, layer, x, wanted, failures)
     if not providers:
         return None
     rule = timing.StopRule(0.01, min_rounds=3 if run.quick else 5, min_s=0.2, budget_s=2.5)

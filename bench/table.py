@@ -9,9 +9,9 @@ Linear layers become, for each GPU: first the list of all cells where a peer is 
 each dtype a table for few tokens (decode) and one for many (prefill), with the ratios to cuBLAS and
 cuSPARSELt (results.py). Other records with "us" become one table per op and GPU: a row per shape, a
 column per backend with the median in microseconds and, where the same campaign timed the backend
-"dense", the speed-up over it. Records with "metrics" become one table per op and GPU: a row per
-case and backend. Of several campaigns for the same row the newest is shown. Records of changed
-sources (dirty) are left out, and so are sweeps (HIDDEN).
+"dense" (or that of BASES), the speed-up over it. Records with "metrics" become one table per op and
+GPU: a row per case and backend. Of several campaigns for the same row the newest is shown. Records
+of changed sources (dirty) are left out, and so are sweeps (HIDDEN).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ NOTHING = "No measurements are recorded yet."
 # In this order; ops that are not here follow, under their own name.
 TITLES = {
     "linear": "Linear layers",
+    "mma_era": "mma.sp against dense mma.sync kernels on this GPU",
     "decode_model": "Decoding a whole model",
     "prune_model": "Pruning",
     "checkpoint": "Checkpoints",
@@ -36,6 +37,7 @@ TITLES = {
     "linear_peer": "What could not be compared",
     "bandwidth": "Memory bandwidth of the machine",
 }
+BASES = {"mma_era": "dense mma.sync"}  # the backend whose time is divided; others: "dense"
 HIDDEN = ("linear_config",)  # one record per config: for csrc/NOTES.md, not for the README
 DECODE_TOKENS = 64  # up to here a cell stands in the decode table
 MAX_LOSSES = 20  # to cuSPARSELt in the list, the worst first; the rest is counted
@@ -69,8 +71,12 @@ def newest(records: list[dict], key) -> dict:
     return groups
 
 
-def timing_table(records: list[dict]) -> str:
-    """Rows of shapes, columns of backends. All records have "us" and the same op and GPU."""
+def timing_table(records: list[dict], base: str = "dense") -> str:
+    """Rows of shapes, columns of backends. All records have "us" and the same op and GPU.
+
+    Args:
+        base: the backend that comes first; the others have their speed-up over it in parentheses.
+    """
 
     def shape(entry):
         return tuple(entry.get(n, 0) for n in ("out_features", "in_features", "tokens", "dtype"))
@@ -78,18 +84,18 @@ def timing_table(records: list[dict]) -> str:
     groups = newest(records, lambda entry: tuple(str(part) for part in shape(entry)))
     groups = dict(sorted(groups.items(), key=lambda item: _numeric(item[0])))
     backends = {name: None for _, found in groups.values() for name in found}
-    order = sorted(backends, key=lambda name: (name != "dense", name))
+    order = sorted(backends, key=lambda name: (name != base, name))
     rows = []
     for (out_features, in_features, tokens, dtype), (campaign, found) in groups.items():
-        dense = found.get("dense")
+        reference = found.get(base)
         row = [f"{out_features} x {in_features}", tokens, dtype]
         for name in order:
             if name not in found:
                 row.append("")
                 continue
             cell = number(found[name]["us"]["p50"])
-            if dense is not None and name != "dense":
-                cell += f" ({dense['us']['p50'] / found[name]['us']['p50']:.2f}x)"
+            if reference is not None and name != base:
+                cell += f" ({reference['us']['p50'] / found[name]['us']['p50']:.2f}x)"
             row.append(cell)
         rows.append([*row, str(campaign)])
     return markdown(["out x in", "tokens", "dtype", *(f"{b} us" for b in order), "campaign"], rows)
@@ -184,7 +190,8 @@ def render(records: list[dict]) -> str:
         if op == "linear" and kind == "us":
             table = linear_tables(entries)
         else:
-            table = timing_table(entries) if kind == "us" else metrics_table(entries)
+            base = BASES.get(op, "dense")
+            table = timing_table(entries, base) if kind == "us" else metrics_table(entries)
         sources = sorted({str(entry.get("git"))[:10] for entry in entries})
         versions = sorted({f"torch {entry.get('torch')}" for entry in entries})
         title = f"**{TITLES.get(op, op)}**, {gpu}, {', '.join(versions)}, git {', '.join(sources)}"

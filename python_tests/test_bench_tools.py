@@ -97,7 +97,8 @@ def test_options_go_to_one_benchmark(capsys):
     assert entry.main(["linear", "compress", "--quick"]) == 2
     assert entry.main(["--quick"]) == 2
     assert "options go to one benchmark" in capsys.readouterr().out
-    assert set(entry.names()) == {"compress", "decode_model", "linear", "overhead", "prune"}
+    names = {"compress", "decode_model", "dense_mma", "linear", "overhead", "prune"}
+    assert set(entry.names()) == names
 
 
 def test_monitor_reads_what_nvidia_smi_prints():
