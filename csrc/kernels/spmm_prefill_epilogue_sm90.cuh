@@ -7,7 +7,7 @@
 
 namespace sparsekern::prefill {
 
-// What a consumer has accumulated: rows and tokens of y, and which blocks of tokens it finishes:
+// What a consumer has accumulated: rows and tokens of y, and which blocks of 32 tokens it finishes:
 // all of them, or every `splits`-th of a tile whose K is shared.
 struct Finished {
   int row, token, split, splits;
@@ -23,13 +23,12 @@ struct Finished {
   __device__ __forceinline__ bool owns(int block) const { return block % splits == split; }
 };
 
-// A thread's sums of a block of tokens, to and from memory: 128 threads side by side.
+// A thread's sums of a block of 32 tokens, to and from memory: 128 threads side by side.
 template <class Cfg>
 __device__ __forceinline__ void write_block(const Accumulators<Cfg>& d, int block, float4* to) {
 #pragma unroll
-  for (int v = 0; v < Cfg::kBlockVectors; ++v) {
-    const float* from =
-        &d[v / Cfg::kBlockQuads][(block * Cfg::kBlockQuads + v % Cfg::kBlockQuads) * 4];
+  for (int v = 0; v < Cfg::kPanels * 4; ++v) {
+    const float* from = &d[v / 4][block * 16 + v % 4 * 4];
     __stcg(to + v * 128, make_float4(from[0], from[1], from[2], from[3]));
   }
 }
@@ -37,9 +36,9 @@ __device__ __forceinline__ void write_block(const Accumulators<Cfg>& d, int bloc
 template <class Cfg>
 __device__ __forceinline__ void add_block(Accumulators<Cfg>& d, int block, const float4* from) {
 #pragma unroll
-  for (int v = 0; v < Cfg::kBlockVectors; ++v) {
+  for (int v = 0; v < Cfg::kPanels * 4; ++v) {
     const float4 add = __ldcg(from + v * 128);
-    float* to = &d[v / Cfg::kBlockQuads][(block * Cfg::kBlockQuads + v % Cfg::kBlockQuads) * 4];
+    float* to = &d[v / 4][block * 16 + v % 4 * 4];
     to[0] += add.x, to[1] += add.y, to[2] += add.z, to[3] += add.w;
   }
 }
@@ -50,7 +49,7 @@ template <class Cfg>
 __device__ __forceinline__ void exchange_sums(Accumulators<Cfg>& d,
                                               const Params<typename Cfg::T>& p,
                                               const Smem<Cfg>& smem, int consumer) {
-  constexpr int kBlocks = Cfg::kBlocks, kVectors = Cfg::kBlockVectors;
+  constexpr int kBlocks = Cfg::kTokens / kRoundedTokens, kVectors = Cfg::kPanels * 4;
   const int rest = ptx::load_shared_int4(smem.progress(consumer)).z - p.whole_tiles;
   const int split = rest % p.splits, thread = threadIdx.x % 128;
   const int cta_tile = rest / p.splits * p.cluster.m * p.cluster.n + ptx::cluster_cta_rank();
@@ -98,7 +97,7 @@ template <class Cfg>
 __device__ __forceinline__ bool gather_streamed(Accumulators<Cfg>& d,
                                                 const Params<typename Cfg::T>& p,
                                                 const Smem<Cfg>& smem, int consumer) {
-  constexpr int kBlocks = Cfg::kBlocks, kVectors = Cfg::kBlockVectors;
+  constexpr int kBlocks = Cfg::kTokens / kRoundedTokens, kVectors = Cfg::kPanels * 4;
   const int index = ptx::load_shared_int4(smem.progress(consumer)).z, thread = threadIdx.x % 128;
   const int cluster = (index - p.whole_tiles) % p.clusters;
   const int ctas = p.cluster.m * p.cluster.n, rank = ptx::cluster_cta_rank();
@@ -141,10 +140,10 @@ __device__ __forceinline__ bool gather_streamed(Accumulators<Cfg>& d,
 }
 
 // Two ways from the accumulators of one consumer to y. Bias alone and 16-byte aligned rows: add,
-// round, transpose through smem with stmatrix, a block of tokens at a time, and leave the rest to the
-// copy engine, which clips at the ends of y. Everything else: stage float32 sums, 16 tokens at a
-// time, and finish rows of 8 from there, so that the long code for activations and odd edges exists
-// once and not once per accumulator.
+// round, transpose through smem with stmatrix, 32 tokens at a time, and leave the rest to the copy
+// engine, which clips at the ends of y. Everything else: stage float32 sums, 16 tokens at a time, and
+// finish rows of 8 from there, so that the long code for activations and odd edges exists once and
+// not once per accumulator.
 
 // Rounds a warp's 16 rows of 16 tokens and leaves them in a box, [token][64 rows of a panel]; a
 // token's 8 pieces of 16 bytes are in the order of a 128-byte swizzle. v: 8 sums of a thread; low,
@@ -190,19 +189,19 @@ __device__ __forceinline__ void store_rounded(const Accumulators<Cfg>& d, const 
   if (thread == 0) ptx::tensor_store_wait_read<0>();  // the tile before; long done
   uint32_t slot = 0;
 #pragma unroll
-  for (int part = 0; part < Cfg::kBlocks; ++part) {
-    if (at.token + part * Cfg::kBlockTokens >= p.tokens) break;
+  for (int part = 0; part < Cfg::kTokens / kRoundedTokens; ++part) {
+    if (at.token + part * kRoundedTokens >= p.tokens) break;
     if (!at.owns(part)) continue;
     if (thread == 0) ptx::tensor_store_wait_read<kSlots - 1>();
     ptx::named_barrier_sync(1 + consumer, 128);  // the slot has been read
     const uint32_t boxes = shared.out(consumer) + slot * Cfg::kPanels * Cfg::kBoxBytes;
     slot = slot + 1 == kSlots ? 0 : slot + 1;
-    // Box m: 64 rows of the block.
+    // Box m: 64 rows of 32 tokens.
 #pragma unroll
     for (int m = 0; m < Cfg::kPanels; ++m) {
 #pragma unroll
-      for (int half = 0; half < Cfg::kBlockTokens / 16; ++half) {
-        stage_rounded<T>(&d[m][(part * Cfg::kBlockQuads + half * 2) * 4], bias[m][0], bias[m][1],
+      for (int half = 0; half < 2; ++half) {
+        stage_rounded<T>(&d[m][(part * 4 + half * 2) * 4], bias[m][0], bias[m][1],
                          boxes + m * Cfg::kBoxBytes + half * 16 * 128);
       }
     }
@@ -211,7 +210,7 @@ __device__ __forceinline__ void store_rounded(const Accumulators<Cfg>& d, const 
     if (thread == 0) {
 #pragma unroll
       for (int m = 0; m < Cfg::kPanels; ++m)
-        ptx::tensor_store(y_map, at.row + m * 64, at.token + part * Cfg::kBlockTokens,
+        ptx::tensor_store(y_map, at.row + m * 64, at.token + part * kRoundedTokens,
                           boxes + m * Cfg::kBoxBytes, ptx::L2Hint::kEvictFirst);
       ptx::tensor_store_commit();
     }
@@ -274,7 +273,7 @@ __device__ __forceinline__ void store_tile(Accumulators<Cfg>& d, const CUtensorM
   } else {
     const Finished at = Finished::of<Cfg>(p, smem, consumer);
     store_activated<Cfg>(d, p.out, p.tokens, at.row, at.token, smem.out(consumer), consumer,
-                         [&](int part) { return at.owns(part * kSumTokens / Cfg::kBlockTokens); });
+                         [&](int part) { return at.owns(part * kSumTokens / kRoundedTokens); });
   }
 }
 

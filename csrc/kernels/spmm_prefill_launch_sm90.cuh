@@ -70,6 +70,7 @@ template <class T, int kPanels, int kTokens, bool kStreamed>
 Status launch(const LinearProblem& p, ClusterShape cluster, void* workspace, cudaStream_t stream) {
   using Cfg = Config<T, kPanels, kTokens, kStreamed>;
   static_assert(Cfg::kRows * kTokens * sizeof(float) <= kTileBytes);
+  static_assert(kTokens % kRoundedTokens == 0);
   CUtensorMap x_map;
   SK_RETURN_IF_ERROR(make_activation_map(kOp, x_map, p, kTokens / cluster.m));
   CUtensorMap y_map = x_map;
@@ -79,7 +80,7 @@ Status launch(const LinearProblem& p, ClusterShape cluster, void* workspace, cud
   params.out = output_segment<T>(p);
   params.whole_boxes =
       p.activation == Activation::kNone && p.residual == nullptr && params.out.aligned;
-  if (params.whole_boxes) SK_RETURN_IF_ERROR(make_output_map(kOp, y_map, p, Cfg::kBlockTokens));
+  if (params.whole_boxes) SK_RETURN_IF_ERROR(make_output_map(kOp, y_map, p, kRoundedTokens));
   params.extent = tile64::Extent::of(p.out_features, p.in_features);
   params.tokens = p.tokens;
   params.cluster = cluster;
@@ -103,7 +104,8 @@ Status launch(const LinearProblem& p, ClusterShape cluster, void* workspace, cud
     rest_items = int64_t{2} * resident;
   } else {
     params.splits =
-        workspace ? choose_splits(rest, resident, params.extent.k_tiles, Cfg::kBlocks) : 1;
+        workspace ? choose_splits(rest, resident, params.extent.k_tiles, kTokens / kRoundedTokens)
+                  : 1;
     if (params.splits > 1) rest_items = int64_t{rest} * params.splits;
   }
   const bool shared = rest_items > 0;

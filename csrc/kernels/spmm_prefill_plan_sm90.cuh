@@ -12,7 +12,9 @@ constexpr int kConsumers = 2;  // warpgroups
 constexpr int kProducers = 2;  // warps
 constexpr int kThreads = (kConsumers + 1) * 128;
 constexpr int kSmemCapacity = 227 * 1024;
-constexpr int kSlots = 3;       // steps of the epilogue whose copies to y may be under way
+constexpr int kRoundedTokens =
+    32;                         // tokens per step of the epilogue when it stages rounded values ...
+constexpr int kSlots = 3;       // ... and steps whose copies to y may be under way
 constexpr int kSumTokens = 16;  // tokens per step when it stages float32 sums
 constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
 
@@ -25,25 +27,19 @@ struct Config {
   static constexpr int kTilePanels = kPanels * kConsumers;
   static constexpr int kRows = kTilePanels * tile64::kRows;  // BLOCK_M
   static constexpr int kTokens = kTokens_;                   // BLOCK_N
-  // Tokens of a block: what the epilogue stages in one step when it stages rounded values, and the
-  // smallest part of a tile that another CTA may finish.
-  static constexpr int kBlockTokens = kTokens % 32 == 0 ? 32 : 16;
-  static constexpr int kBlocks = kTokens / kBlockTokens;
-  static constexpr int kBlockQuads = kBlockTokens / 8;         // float4 of a panel, per thread
-  static constexpr int kBlockVectors = kPanels * kBlockQuads;  // of all panels
   static constexpr int kXBytes = kTokens * 128;
   static constexpr int kValueBytes = kTilePanels * tile64::kValueBytes;
   static constexpr int kMetadataBytes = kTilePanels * tile64::kMetadataBytes;
   static constexpr int kStageBytes = kXBytes + kValueBytes + kMetadataBytes;
   static constexpr int kConsumerRows = kPanels * tile64::kRows;
-  static constexpr int kBoxBytes = kBlockTokens * tile64::kRows * 2;  // a block of 64 rows
-  static constexpr int kSumPitch = (kConsumerRows + 4) * 4;           // +4 words spread the banks
+  static constexpr int kBoxBytes = kRoundedTokens * tile64::kRows * 2;  // 32 tokens x 64 rows
+  static constexpr int kSumPitch = (kConsumerRows + 4) * 4;             // +4 words spread the banks
   static constexpr int kOutBytes = kSlots * kPanels * kBoxBytes;  // per consumer; covers both forms
   static constexpr int kFit = (kSmemCapacity - 128 - kConsumers * kOutBytes) / kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kSmemBytes = kStages * kStageBytes + kConsumers * kOutBytes +
                                     2 * kStages * 8 + (kStages + kConsumers) * 16;
-  static_assert(kTokens % kBlockTokens == 0 && kSumTokens * kSumPitch <= kOutBytes);
+  static_assert(kSumTokens * kSumPitch <= kOutBytes);
   static_assert(kStageBytes % 1024 == 0 && kBoxBytes % 1024 == 0);  // swizzled boxes
   static_assert(kStages >= 3 && kSmemBytes <= kSmemCapacity);
 };
@@ -68,7 +64,7 @@ struct Params {
   int splits;                   // parts of K that each of the others is cut into
   int stream_units;             // column tiles of all of the others, when they are streamed
   bool whole_boxes;             // y takes boxes of rounded values from the copy engine
-  float4* partials;    // [CTA tile of the rest][split][block][consumer][kBlockVectors][128]
+  float4* partials;    // [CTA tile of the rest][split][token block][consumer][kPanels * 4][128]
   uint32_t* counters;  // [CTA tile of the rest][consumer][2]: arrived, done; zero between launches
   uint16_t row_mask;   // CTAs of the cluster's first row; shifted by a CTA's place in its column
   int group_m;         // rows of cluster tiles that are walked together, for L2
