@@ -56,7 +56,7 @@ def make_parser():
     result.add_argument("--damp", type=float, default=0.01)
     result.add_argument("--blocksize", type=int, default=128)
     result.add_argument("--refine", type=int, help="as in prune_model")
-    result.add_argument("--match-dense", type=float, default=0.0, help="as in prune_model")
+    result.add_argument("--match-dense", type=float, help="as in prune_model")
     result.add_argument("--dtype", default="bfloat16", help="of the model while it is pruned")
     result.add_argument("--true-sequential", action="store_true")
     result.add_argument("--batch-size", type=int, help="calibration windows per forward")
@@ -165,7 +165,7 @@ class Problem:
             self.pruned, method, None if method == "magnitude" else self.calibration,
             device=self.run.device, batch_size=args.batch_size, damp=args.damp,
             blocksize=args.blocksize, refine=args.refine, true_sequential=args.true_sequential,
-            match_dense=args.match_dense if method == "sparsegpt" else 0.0, progress=False,
+            match_dense=args.match_dense if method == "sparsegpt" else None, progress=False,
         )  # fmt: skip
         return report, torch.cuda.max_memory_allocated() if on_gpu else 0
 

@@ -81,7 +81,7 @@ def test_prune_model_matches_the_dense_model(share):
     model, ids = build(), tokens()
     dense = copy.deepcopy(model)
     plain, matched = copy.deepcopy(model), copy.deepcopy(model)
-    run_prune(plain, calibration=ids)
+    run_prune(plain, calibration=ids, match_dense=0)
     report = run_prune(matched, calibration=ids, match_dense=share)
     assert report.options["match_dense"] == share
     first = [m.model.layers[0].mlp.up_proj.weight.to_dense() for m in (plain, matched)]
@@ -135,3 +135,14 @@ def test_a_model_without_a_chain_of_blocks_is_refused():
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
     with pytest.raises(ValueError, match="a chain of decoder blocks"):
         run_prune(model, calibration=[torch.randn(4, 8)], match_dense=0.5)
+
+
+def test_default_is_a_quarter_where_the_model_and_the_options_allow_it():
+    def matched(model, calibration, **options):
+        return run_prune(model, calibration=calibration, **options).options.get("match_dense", 0)
+
+    assert matched(build(), tokens()) == 0.25
+    assert matched(build(), tokens(), true_sequential=True) == 0
+    assert matched(build(), tokens(), method="wanda") == 0
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    assert matched(model, [torch.randn(64, 8)]) == 0

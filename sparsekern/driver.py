@@ -15,6 +15,7 @@ on those. Then each Linear is replaced by a SparseLinear and its dense weight is
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 import warnings
@@ -28,7 +29,7 @@ from . import keep_dense as dense_rule
 from . import models
 from .calibration import HessianCollector, SharingChanged, digest, make_batches
 from .errors import check
-from .layerwise import Options, Pruned, new_report, prune_group
+from .layerwise import MATCH_DENSE, Options, Pruned, new_report, prune_group
 from .linear import SparseLinear
 from .models import Layer
 from .report import LayerReport, PruneReport
@@ -57,7 +58,7 @@ def prune_model(
     damp: float = 0.01,
     blocksize: int = 128,
     refine: int | None = None,
-    match_dense: float = 0.0,
+    match_dense: float | None = None,
     on_error: str = "raise",
     offload_activations: bool | str = "auto",
     keep_dense: str | None = None,
@@ -95,7 +96,9 @@ def prune_model(
             method is the published one.
         match_dense: with "sparsegpt", the share (0 to 1) of prune.retarget that is applied before
             it: layers then make up for what pruning has changed in their inputs. Costs one more
-            forward per block and a second set of hidden states. 0 is the published method.
+            forward per block and a second set of hidden states. 0 is the published method. None:
+            0.25 with "sparsegpt" on a model that is a chain of decoder blocks, unless
+            true_sequential; else 0.
         on_error: "raise" or "skip" (leave the layer dense, reason in the report): NaN or Inf in a
             weight or its inputs, or a Hessian that cannot be inverted. Layers that no method could
             prune (in_features, dtype, tied weights, never called) are always skipped with the
@@ -125,13 +128,13 @@ def prune_model(
     (arXiv:2306.11695).
     """
     start = time.perf_counter()
-    options = Options(
-        method, tuple(pattern), masks, damp, blocksize, refine, match_dense, on_error
-    )  # fmt: skip
+    may_match = match_dense is None and method == "sparsegpt" and not true_sequential
+    share = MATCH_DENSE if may_match else match_dense or 0.0
+    options = Options(method, tuple(pattern), masks, damp, blocksize, refine, share, on_error)
     check_options(options, true_sequential, compress, calibration, offload_activations)
     timed_tokens = dense_rule.check_arguments(keep_dense, keep_dense_tokens, compress)
     selection = select(model, skip, options, compress)
-    run = _Run(model, options, selection, compress, device, true_sequential)
+    run = _Run(model, options, selection, compress, device, true_sequential, may_match)
     run.report.options = describe(skip, options, compress, true_sequential)
     if keep_dense:
         run.report.options |= {"keep_dense": keep_dense, "keep_dense_tokens": list(timed_tokens)}
@@ -175,6 +178,7 @@ class _Run:
     compress: bool
     device: torch.device | str | None
     true_sequential: bool
+    may_match: bool  # match_dense is the default: left out where the model does not allow it
     batches: list = field(default_factory=list)
     resume: ResumeDir | None = None
 
@@ -208,7 +212,10 @@ class _Run:
         if shown is None or not shown.chained:
             expected = "a model that is a chain of decoder blocks, for match_dense"
             got = f"{type(model).__name__}, which is calibrated as a whole"
-            check(not self.options.match_dense, OP, expected, got, "Leave match_dense out.")
+            asked = self.options.match_dense and not self.may_match
+            check(not asked, OP, expected, got, "Leave match_dense out.")
+            self.options = dataclasses.replace(self.options, match_dense=0.0)
+            self.report.options.pop("match_dense", None)
             if blocks and models.is_transformers(model):
                 text = "the decoder blocks are no chain; every layer is calibrated in one pass"
                 warnings.warn(f"{OP}: {text}, on the unpruned model.", stacklevel=3)
