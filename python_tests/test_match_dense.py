@@ -146,3 +146,33 @@ def test_default_is_a_quarter_where_the_model_and_the_options_allow_it():
     assert matched(build(), tokens(), method="wanda") == 0
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
     assert matched(model, [torch.randn(64, 8)]) == 0
+
+
+class Experts(torch.nn.Module):
+    """Two experts; each gets the tokens on its side of a plane."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(features, features) for _ in range(2))
+
+    def forward(self, x):
+        flat = x.reshape(-1, x.shape[-1])
+        y = torch.zeros_like(flat)
+        for expert, chosen in zip(self.experts, (flat[:, 0] > 0, flat[:, 0] <= 0)):
+            y[chosen] = expert(flat[chosen])
+        return y.view_as(x)
+
+
+def test_experts_are_left_out():
+    """Pruning changes who gets which token; a layer of all tokens is matched none the less."""
+    torch.manual_seed(0)
+    model = build(layers=3)
+    for block in model.model.layers:
+        block.mlp = Experts(32)
+    report = run_prune(model, calibration=tokens())
+    assert report.options["match_dense"] == 0.25
+    experts = [row for row in report.pruned if "experts" in row.name]
+    others = [row for row in report.pruned if "experts" not in row.name]
+    assert len(experts) == 6 and others
+    assert all("not matched to the dense model" in row.note for row in experts)
+    assert not any("not matched" in (row.note or "") for row in others)

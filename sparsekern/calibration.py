@@ -197,7 +197,9 @@ class HessianCollector:
     them, the leader, adds the input, the others only check that it is the leader's. Call
     `end_batch` after each batch; when a group turns out not to hold, SharingChanged is raised and
     the caller starts again with share=False. Inputs that pass while `watches_dense` is set are
-    the dense model's: each goes into the Hessian with the input of the same call that follows.
+    the dense model's: each goes into the Hessian with the input of the same call that follows. A
+    layer that gets only some of a batch's tokens (an expert) may get others in the dense model, so
+    its Hessian is made without.
 
     Args:
         layers: layers to watch.
@@ -219,6 +221,7 @@ class HessianCollector:
         self._first_batch = True
         # Inputs of the dense model in this batch, by layer, in order of the calls.
         self._dense: dict[str, list[torch.Tensor]] = {}
+        self._dense_rows = 0  # most tokens that a layer got there: those of the batch
         self.watches_dense = False  # what runs now is the dense model
         self._handles: list = []
 
@@ -249,6 +252,7 @@ class HessianCollector:
         self._seen.clear()
         self._calls.clear()
         self._dense.clear()
+        self._dense_rows = 0
         self._first_batch = False
 
     def _make_hook(self, name: str):
@@ -256,6 +260,7 @@ class HessianCollector:
             x = args[0] if args else kwargs["input"]
             if self.watches_dense:
                 self._dense.setdefault(name, []).append(x)
+                self._dense_rows = max(self._dense_rows, x.numel() // x.shape[-1])
                 return
             key = (id(x), x._version)
             self._calls[name] = self._calls.get(name, 0) + 1
@@ -272,8 +277,20 @@ class HessianCollector:
                 return
             if name not in self.hessians:
                 self.hessians[name] = Hessian(x.shape[-1], self.device)
-            dense = self._dense[name].pop(0) if name in self._dense else None
-            self.hessians[name].add(x.to(self.device), dense)
+            self.hessians[name].add(x.to(self.device), self._dense_of(name, x))
             self._seen.setdefault(key, (x, name))
 
         return hook
+
+    def _dense_of(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
+        """What the dense model fed the layer in this call; None without it, and from the first call
+        on that is not of all tokens of the batch."""
+        hessian = self.hessians[name]
+        if not self._dense_rows or hessian.unmatched:
+            return None
+        waiting = self._dense.get(name)
+        dense = waiting.pop(0) if waiting else None
+        if dense is None or dense.shape != x.shape or x.numel() != self._dense_rows * x.shape[-1]:
+            hessian.drop_dense()
+            return None
+        return dense

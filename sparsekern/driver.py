@@ -98,7 +98,8 @@ def prune_model(
             it: layers then make up for what pruning has changed in their inputs. Costs one more
             forward per block and a second set of hidden states. 0 is the published method. None:
             0.25 with "sparsegpt" on a model that is a chain of decoder blocks, unless
-            true_sequential; else 0.
+            true_sequential; else 0. Layers that get only some of the tokens, as experts do, are
+            left out.
         on_error: "raise" or "skip" (leave the layer dense, reason in the report): NaN or Inf in a
             weight or its inputs, or a Hessian that cannot be inverted. Layers that no method could
             prune (in_features, dtype, tied weights, never called) are always skipped with the

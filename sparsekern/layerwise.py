@@ -191,7 +191,7 @@ def _sparsegpt(layers: list[Layer], hessian: prune.Hessian, options: Options) ->
         report.relative_error = (
             result.relative_error if alone else prune.relative_error(weight, new, hessian)
         )
-        report.damp, report.note = result.damp, _note(result, given)
+        report.damp, report.note = result.damp, _note(result, given, hessian.unmatched)
         outcome.append(Pruned(layer, report, new, keep))
     seconds = time.perf_counter() - start
     for p, count in zip(outcome, rows):
@@ -207,8 +207,10 @@ def _refined(weight, pruned, mask, hessian: prune.Hessian, options: Options) -> 
     return prune.refine(weight, pruned, mask, hessian, **knobs)
 
 
-def _note(result: prune.SparseGPTReport, given: list) -> str | None:
+def _note(result: prune.SparseGPTReport, given: list, unmatched: bool) -> str | None:
     notes = ["mask given"] if given else []
+    if unmatched:
+        notes.append("not matched to the dense model: it gets only some of the tokens")
     failed = len(result.attempts) - 1
     if failed:
         notes.append(f"{failed} failed factorisations, then damp {result.damp:g} in {result.dtype}")

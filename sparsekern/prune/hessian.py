@@ -75,6 +75,7 @@ class Hessian:
         self.samples = 0
         self._h = torch.zeros(in_features, in_features, dtype=torch.float32, device=self.device)
         self._drift: Tensor | None = None
+        self.unmatched = False  # by drop_dense
         self._symmetric = True
         self._columns = _CPU_COLUMNS if self.device.type == "cpu" else _GPU_COLUMNS
 
@@ -121,6 +122,10 @@ class Hessian:
     def _rows(self, x: Tensor) -> Tensor:
         x = x.detach().to(device=self.device, dtype=torch.float32)
         return x.reshape(-1, self.in_features)
+
+    def drop_dense(self) -> None:
+        """Forget the dense model's inputs, and take none from now on; sets `unmatched`."""
+        self._drift, self.unmatched = None, True
 
     @property
     def drift(self) -> Tensor | None:
