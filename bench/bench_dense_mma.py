@@ -262,7 +262,7 @@ def best_peer(run: Run, peer: Peer, failures: list[str]):
         "cublaslt": peer.problem.library.version,
     }  # fmt: skip
     run.say(f"{tokens} tokens: mma.sync in algorithms {era} of {len(algorithms)}; "
-            f"{len(candidates)} configurations, {len(ranked)} different kernels")  # fmt: skip
+            f"{len(candidates)} configurations, {len(ranked)} kept")  # fmt: skip
     for refusal in peer.refusals[:3]:
         run.say(f"refused ({len(peer.refusals)} in all): {refusal}")
     calls = {}

@@ -9,7 +9,9 @@ from driver_models import build, hook_inputs, run_prune, tokens
 from test_sparsegpt import make_layer
 
 from sparsekern import prune
+from sparsekern.calibration import HessianCollector
 from sparsekern.layerwise import REFINE_STEPS
+from sparsekern.models import Layer
 
 
 def pair(samples=6, length=10, features=16):
@@ -176,3 +178,17 @@ def test_experts_are_left_out():
     assert len(experts) == 6 and others
     assert all("not matched to the dense model" in row.note for row in experts)
     assert not any("not matched" in (row.note or "") for row in others)
+
+
+def test_layers_that_work_on_heads_are_matched():
+    """Their inputs have several rows for each token."""
+    whole, heads = torch.nn.Linear(8, 8), torch.nn.Linear(4, 4)
+    layers = [Layer("whole", whole), Layer("heads", heads)]
+    x = torch.randn(2, 5, 8)
+    with HessianCollector(layers, torch.device("cpu")) as collector:
+        for watches, scale in ((True, 1.0), (False, 1.1)):
+            collector.watches_dense = watches
+            heads(whole(x * scale).view(2, 5, 2, 4))
+        collector.end_batch()
+    for hessian in collector.hessians.values():
+        assert hessian.drift is not None and not hessian.unmatched

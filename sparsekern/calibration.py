@@ -221,7 +221,7 @@ class HessianCollector:
         self._first_batch = True
         # Inputs of the dense model in this batch, by layer, in order of the calls.
         self._dense: dict[str, list[torch.Tensor]] = {}
-        self._dense_rows = 0  # most tokens that a layer got there: those of the batch
+        self._dense_rows = 0  # of the first layer that was called there: the batch's tokens
         self.watches_dense = False  # what runs now is the dense model
         self._handles: list = []
 
@@ -260,7 +260,7 @@ class HessianCollector:
             x = args[0] if args else kwargs["input"]
             if self.watches_dense:
                 self._dense.setdefault(name, []).append(x)
-                self._dense_rows = max(self._dense_rows, x.numel() // x.shape[-1])
+                self._dense_rows = self._dense_rows or x.numel() // x.shape[-1]
                 return
             key = (id(x), x._version)
             self._calls[name] = self._calls.get(name, 0) + 1
@@ -290,7 +290,8 @@ class HessianCollector:
             return None
         waiting = self._dense.get(name)
         dense = waiting.pop(0) if waiting else None
-        if dense is None or dense.shape != x.shape or x.numel() != self._dense_rows * x.shape[-1]:
+        rows = x.numel() // x.shape[-1]  # a multiple of the tokens where a layer works on heads
+        if dense is None or dense.shape != x.shape or not rows or rows % self._dense_rows:
             hessian.drop_dense()
             return None
         return dense

@@ -64,6 +64,7 @@ class Hessian:
         device: where H is kept and updated.
     Attributes:
         samples: sequences added so far.
+        unmatched: True after `drop_dense`.
     Source: Frantar and Alistarh 2023, "SparseGPT" (arXiv:2301.00774), add_batch of its code.
     """
 
@@ -75,7 +76,7 @@ class Hessian:
         self.samples = 0
         self._h = torch.zeros(in_features, in_features, dtype=torch.float32, device=self.device)
         self._drift: Tensor | None = None
-        self.unmatched = False  # by drop_dense
+        self.unmatched = False
         self._symmetric = True
         self._columns = _CPU_COLUMNS if self.device.type == "cpu" else _GPU_COLUMNS
 
@@ -124,7 +125,7 @@ class Hessian:
         return x.reshape(-1, self.in_features)
 
     def drop_dense(self) -> None:
-        """Forget the dense model's inputs, and take none from now on; sets `unmatched`."""
+        """Forget what the dense model fed the layer: later inputs come without."""
         self._drift, self.unmatched = None, True
 
     @property
