@@ -27,7 +27,9 @@
   X(14, 2, 128, 2, 1, 1)                                                \
   X(15, 2, 96, 1, 1, 0)                                                 \
   X(16, 2, 64, 1, 1, 0)                                                 \
-  X(17, 2, 64, 2, 1, 0)
+  X(17, 2, 64, 2, 1, 0)                                                 \
+  X(18, 2, 208, 2, 1, 0) /* five columns are 1024 tokens, nearly */     \
+  X(19, 2, 208, 1, 2, 0)
 
 // The split kernel's tiles.
 // X(index, panels per consumer, BLOCK_N tokens, CTAs that share the K of a tile)

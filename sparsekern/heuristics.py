@@ -158,49 +158,50 @@ class Work(NamedTuple):
     crowds: float
 
 
-# Made by `python -m bench.fit` from what `sparsekern tune` measured in three runs on an H100 SXM
-# (132 multiprocessors, 700 W, bfloat16; without times of tiles that changed in between, and without
-# single samples that undercut the winner of sustained work): the 24 shapes of Llama-3 1B, 3B, 8B
-# and 70B (tuner.SHAPES), 18 numbers of tokens from 1 to 8192. In these 432 cells the pick is 0.80 %
-# slower than the fastest of all variants on average and 20.1 % at worst (2048x8192, 192 tokens); in
-# the 132 of the 8B and 70B models from 96 tokens on it is 0.55 % and 10.4 %, from 128 tokens on and
-# without their k, v, gate and up layers 0.36 % and 6.6 %. Shapes that were left out of a fit to
-# slightly older times: 1.4 % and 28.7 %. The coefficients are made to pick well, not to predict. A
-# variant that is not here is never chosen: with it the picks would gain less than what MISSED in
-# bench/fit.py asks for. On another GPU the counts follow from its multiprocessors, and these
-# coefficients, its rates above all, are a guess: in the same cells of an H200 `tune` found its picks
-# 2.4 % slower than the winners on average, 33.6 % at worst.
+# Made by `python -m bench.fit` from what `sparsekern tune` measured on an H100 SXM (132
+# multiprocessors, 700 W, bfloat16): the 24 shapes of Llama-3 1B, 3B, 8B and 70B (tuner.SHAPES), 18
+# numbers of tokens from 1 to 8192; those from 96 on in one run of today's kernels, the others in runs
+# before them. In these 432 cells the pick is 0.59 % slower than the fastest of all variants on
+# average and 9.8 % at worst (3072x2048, 96 tokens); in the 132 of the 8B and 70B models from 96 tokens
+# on it is 0.43 % and 6.1 %, from 128 tokens on and without their k, v, gate and up layers 0.58 % and
+# 6.1 %. Shapes that were left out of a fit to older times: 1.4 % and 28.7 %. The coefficients are made
+# to pick well, not to predict. A variant that is not here is never chosen: with it the picks would
+# gain less than what MISSED in bench/fit.py asks for. On another GPU the counts follow from its
+# multiprocessors, and these coefficients, its rates above all, are a guess: in the same cells of an
+# H200 `tune` found the picks of older coefficients 2.4 % slower than the winners on average, 33.6 % at
+# worst.
 TIMES: dict[Variant, Times] = {
-    RowBlocks(256, 1): Times(0.138, 0.423, 1.06, 3.35, 0, 2.25, 0, 2.15),
-    RowBlocks(256, 8): Times(0.324, 0.311, 0, 3.14, 1.03, 2.81, 0, 1.04),
-    RowBlocks(128, 2): Times(0.124, 0.222, 0, 3.15, 1.61, 1.68, 0, 1.22),
-    RowBlocks(128, 8): Times(0.147, 0.0037, 1.06, 3.32, 2.55, 1.16, 0, 0.0127),
-    Tile(256, 192, 2, 1): Times(0.651, 0, 0.454, 2.73, 2.26, 12.4, 9.43, 1.83),
-    Tile(256, 192, 2, 2): Times(0.563, 0, 0.752, 2.62, 0.938, 6.77, 8.4, 5.49),
-    Tile(256, 192, 4, 2): Times(0.617, 0, 0.597, 3.35, 1.13, 18.2, 21.4, 0.973),
-    Tile(256, 192, 2, 1, True): Times(0.695, 0, 0.0104, 1.59, 6.16, 7.99, 3.32, 1.11),
-    Tile(256, 128, 1, 1): Times(0.535, 0.15, 0.445, 3.35, 2.17, 2.08, 18.8, 0.907),
-    Tile(256, 128, 1, 2): Times(0.371, 0.0808, 0.466, 2.78, 3.08, 2.92, 8.45, 2.14),
-    Tile(256, 128, 4, 2): Times(0.467, 0, 0.366, 2.11, 0, 10.4, 6.16, 2.17),
-    Tile(256, 64, 1, 1): Times(0.356, 0, 0.256, 3.35, 1.42, 2.02, 11.4, 3.48),
-    Tile(256, 64, 2, 1): Times(0.31, 0, 0.241, 2.81, 1.23, 2.45, 3.87, 2.82),
-    MmaTile(64, 32, 2, 1, 2, 5): Times(0.384, 0, 0.079, 3.12, 1.8, 0, 0, 0),
-    MmaTile(64, 16, 2, 1, 4, 3): Times(0.608, 0.0308, 0.105, 3.35, 1.25, 0, 0, 0),
-    MmaTile(64, 8, 2, 1, 4, 4): Times(0.226, 0.173, 0.0889, 2.93, 1.12, 0, 0, 0),
-    MmaTile(32, 16, 1, 1, 4, 5): Times(0.329, 0.0492, 0.0422, 3.05, 0.802, 0, 0, 0.0251),
-    MmaTile(32, 8, 1, 1, 4, 6): Times(0.17, 0.0714, 0.112, 3.14, 0.553, 0, 0, 0.232),
-    SplitTile(128, 64, 1): Times(0.188, 0.0277, 0.0758, 3.27, 2.65, 0, 0, 0),
-    SplitTile(128, 64, 2): Times(0.233, 0.00616, 0.104, 3.13, 1.15, 1.73, 0, 0),
-    SplitTile(128, 64, 4): Times(0.27, 0.0112, 0.0847, 3.19, 1.26, 1.45, 0, 0),
-    SplitTile(128, 64, 6): Times(0, 0.0764, 0.187, 3.35, 1.88, 2.07, 0, 0),
-    SplitTile(128, 96, 1): Times(0.24, 0.0166, 0.0698, 3.15, 2.24, 0, 0, 0),
-    SplitTile(128, 96, 2): Times(0.298, 0, 0.0609, 3.15, 1.42, 2.2, 0, 0),
-    SplitTile(128, 128, 1): Times(0.255, 0.0223, 0.0792, 3, 2.21, 0, 0, 0),
-    SplitTile(128, 128, 2): Times(0.314, 0, 0.0713, 3.19, 1.76, 2.8, 0, 0),
-    SplitTile(128, 128, 4): Times(0.19, 0.132, 0.0877, 3.35, 1.93, 2.29, 0, 0),
-    SplitTile(256, 96, 1): Times(0.333, 0.03, 0.0707, 2.72, 2.87, 0, 0, 0),
-    SplitTile(256, 96, 2): Times(0.34, 0.0099, 0.0839, 2.73, 3.16, 3.49, 0, 0),
-    SplitTile(256, 128, 2): Times(0.469, 0.0609, 0.0661, 1.92, 2.6, 3.05, 0, 0),
+    RowBlocks(256, 1): Times(0.105, 0.404, 0.545, 3.35, 0, 1.86, 0, 2.35),
+    RowBlocks(256, 8): Times(0.329, 0.314, 0, 3.15, 1.03, 2.8, 0, 1.04),
+    RowBlocks(128, 2): Times(0.131, 0.198, 0, 3.14, 1.48, 2.02, 0, 1.27),
+    RowBlocks(128, 8): Times(0.149, 0.00367, 1.07, 3.31, 2.55, 1.15, 0, 0.0123),
+    Tile(256, 192, 2, 1): Times(0.68, 0.369, 0.376, 3.35, 3.41, 3.17, 12.2, 2.84),
+    Tile(256, 192, 2, 2): Times(0.609, 0.57, 0.617, 3.35, 3.82, 12, 11.7, 0),
+    Tile(256, 160, 2, 1): Times(0.596, 0.0244, 0.51, 2.85, 2.43, 0.86, 12.8, 0.939),
+    Tile(256, 128, 2, 1): Times(0.512, 0.148, 0.426, 3.07, 1.62, 4.08, 14, 1.01),
+    Tile(256, 128, 1, 2): Times(0.504, 0.00833, 0.359, 3.35, 0.565, 2.22, 9.66, 6.04),
+    Tile(256, 128, 4, 2): Times(0.499, 0, 0.403, 3.35, 0.955, 11.5, 0.00122, 0.878),
+    Tile(256, 96, 1, 1): Times(0.398, 0.161, 0.373, 3.29, 0.509, 1.18, 16.3, 2.11),
+    Tile(256, 208, 2, 1): Times(0.754, 0.213, 0.413, 2.84, 1.12, 0.0945, 20.6, 6.53),
+    MmaTile(64, 32, 2, 1, 2, 5): Times(0.391, 0, 0.0749, 3.13, 1.75, 0, 0, 0),
+    MmaTile(64, 16, 2, 1, 4, 3): Times(0.63, 0.0266, 0.104, 3.35, 1.18, 0, 0, 0),
+    MmaTile(64, 8, 2, 1, 4, 4): Times(0.236, 0.164, 0.0919, 2.92, 1.12, 0, 0, 0),
+    MmaTile(32, 16, 1, 1, 4, 5): Times(0.337, 0.0425, 0.0379, 3.03, 0.798, 0, 0, 0.0249),
+    MmaTile(32, 8, 1, 1, 4, 6): Times(0.172, 0.0708, 0.114, 3.14, 0.526, 0, 0, 0.244),
+    SplitTile(128, 64, 2): Times(0.283, 0.000879, 0.104, 3.32, 0.984, 1.58, 0, 0),
+    SplitTile(128, 64, 3): Times(0.158, 0, 0.102, 3.13, 2.43, 3.08, 0, 0),
+    SplitTile(128, 64, 4): Times(0.253, 0.00151, 0.0858, 2.98, 1.33, 1.53, 0, 0),
+    SplitTile(128, 64, 6): Times(0.00184, 0.026, 0.152, 3.35, 1.97, 2.18, 0, 0),
+    SplitTile(128, 96, 1): Times(0.223, 0.0129, 0.102, 3.26, 1.51, 0, 0, 0),
+    SplitTile(128, 96, 2): Times(0.282, 0, 0.0888, 3.35, 1.45, 2.2, 0, 0),
+    SplitTile(128, 96, 3): Times(0.216, 0.00759, 0.109, 2.96, 2.15, 2.74, 0, 0),
+    SplitTile(128, 128, 1): Times(0.262, 0.0107, 0.106, 3.12, 1.41, 0, 0, 0),
+    SplitTile(128, 128, 2): Times(0.313, 0, 0.09, 3.21, 1.59, 2.47, 0, 0),
+    SplitTile(128, 128, 3): Times(0.227, 0.0186, 0.106, 2.66, 2.56, 3.08, 0, 0),
+    SplitTile(128, 128, 4): Times(0.132, 0.14, 0.0954, 3.35, 2.73, 3.28, 0, 0),
+    SplitTile(256, 64, 1): Times(0.275, 0.0202, 0.112, 2.79, 2.27, 0, 0, 0),
+    SplitTile(256, 96, 2): Times(0.336, 0.0214, 0.107, 2.76, 2.95, 2.96, 0, 0),
+    SplitTile(256, 128, 2): Times(0.544, 0.0252, 0.0625, 2.62, 3.37, 3.48, 0, 0),
 }
 
 

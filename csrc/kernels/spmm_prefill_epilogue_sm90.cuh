@@ -23,24 +23,44 @@ struct Finished {
   __device__ __forceinline__ bool owns(int block) const { return block % splits == split; }
 };
 
-// A thread's sums of a block of 32 tokens, to and from memory: 128 threads side by side.
+// The block that a step of 32 tokens belongs to.
 template <class Cfg>
-__device__ __forceinline__ void write_block(const Accumulators<Cfg>& d, int block, float4* to) {
+constexpr __host__ __device__ int block_of(int step) {
+  return step < Cfg::kBlocks ? step : Cfg::kBlocks - 1;
+}
+
+// A thread's sums of a step of 32 tokens (the last one may be shorter), to and from memory: 128
+// threads side by side.
+template <class Cfg>
+__device__ __forceinline__ void write_block(const Accumulators<Cfg>& d, int step, float4* to) {
 #pragma unroll
   for (int v = 0; v < Cfg::kPanels * 4; ++v) {
-    const float* from = &d[v / 4][block * 16 + v % 4 * 4];
+    if (step * 4 + v % 4 >= Cfg::kTokens / 8) continue;
+    const float* from = &d[v / 4][step * 16 + v % 4 * 4];
     __stcg(to + v * 128, make_float4(from[0], from[1], from[2], from[3]));
   }
 }
 
 template <class Cfg>
-__device__ __forceinline__ void add_block(Accumulators<Cfg>& d, int block, const float4* from) {
+__device__ __forceinline__ void add_block(Accumulators<Cfg>& d, int step, const float4* from) {
 #pragma unroll
   for (int v = 0; v < Cfg::kPanels * 4; ++v) {
+    if (step * 4 + v % 4 >= Cfg::kTokens / 8) continue;
     const float4 add = __ldcg(from + v * 128);
-    float* to = &d[v / 4][block * 16 + v % 4 * 4];
+    float* to = &d[v / 4][step * 16 + v % 4 * 4];
     to[0] += add.x, to[1] += add.y, to[2] += add.z, to[3] += add.w;
   }
+}
+
+// Where a consumer's sums of a tile lie: `index` counts CTA tiles, or their parts of K. Block 0;
+// kBlockStride further the next one.
+template <class Cfg>
+constexpr int kBlockStride = kConsumers * Cfg::kPanels * 4 * 128;
+template <class Cfg>
+__device__ __forceinline__ float4* partial_sums(const Params<typename Cfg::T>& p, int index,
+                                                int consumer) {
+  return p.partials + static_cast<size_t>(index) * Cfg::kSteps * kBlockStride<Cfg> +
+         consumer * Cfg::kPanels * 4 * 128 + ptx::thread_idx_again() % 128;
 }
 
 // Adds up a tile whose K is shared: writes the blocks that others own, waits for theirs, adds those
@@ -49,45 +69,51 @@ template <class Cfg>
 __device__ __forceinline__ void exchange_sums(Accumulators<Cfg>& d,
                                               const Params<typename Cfg::T>& p,
                                               const Smem<Cfg>& smem, int consumer) {
-  constexpr int kBlocks = Cfg::kTokens / kRoundedTokens, kVectors = Cfg::kPanels * 4;
   const int rest = ptx::load_shared_int4(smem.progress(consumer)).z - p.whole_tiles;
   const int split = rest % p.splits, thread = threadIdx.x % 128;
   const int cta_tile = rest / p.splits * p.cluster.m * p.cluster.n + ptx::cluster_cta_rank();
-  const auto partial = [&](int of_split, int block) {
-    return p.partials +
-           (((static_cast<size_t>(cta_tile) * p.splits + of_split) * kBlocks + block) * kConsumers +
-            consumer) *
-               kVectors * 128 +
-           thread;
+  if (thread == 0)  // for the end, since the accumulators leave no registers
+    ptx::store_shared_int4(smem.exchange(consumer),
+                           {(cta_tile * kConsumers + consumer) * 2, 0, 0, 0});
+  const auto counter = [&] {
+    return p.counters + ptx::load_shared_int4(smem.exchange(consumer)).x;
   };
-  uint32_t* counter = p.counters + (cta_tile * kConsumers + consumer) * 2;
-  int owner = 0;
+  float4* mine = partial_sums<Cfg>(p, cta_tile * p.splits + split, consumer);
+  int own = split;
 #pragma unroll
-  for (int block = 0; block < kBlocks; ++block, owner = owner + 1 == p.splits ? 0 : owner + 1) {
-    if (owner == split) continue;
-    write_block<Cfg>(d, block, partial(split, block));
+  for (int step = 0; step < Cfg::kSteps; ++step) {
+    if (block_of<Cfg>(step) != own) write_block<Cfg>(d, step, mine + step * kBlockStride<Cfg>);
+    else if (step < Cfg::kBlocks - 1) own += p.splits;
   }
   __threadfence();
   ptx::named_barrier_sync(1 + consumer, 128);
   if (thread == 0) {
-    atomicAdd(counter, 1u);
-    while (ptx::load_acquire(counter) != static_cast<uint32_t>(p.splits)) {
+    uint32_t* arrived = counter();
+    atomicAdd(arrived, 1u);
+    while (ptx::load_acquire(arrived) != static_cast<uint32_t>(p.splits)) {
     }
   }
   ptx::named_barrier_sync(1 + consumer, 128);
-  owner = 0;
+  own = split;
 #pragma unroll
-  for (int block = 0; block < kBlocks; ++block, owner = owner + 1 == p.splits ? 0 : owner + 1) {
-    if (owner != split) continue;
+  for (int step = 0; step < Cfg::kSteps; ++step) {
+    if (block_of<Cfg>(step) != own) continue;
+    if (step < Cfg::kBlocks - 1) own += p.splits;
 #pragma unroll 1
-    for (int i = 1; i < p.splits; ++i) {
-      add_block<Cfg>(d, block, partial((split + i) % p.splits, block));
+    for (int i = 1, of = split; i < p.splits; ++i) {
+      of = of + 1 == p.splits ? 0 : of + 1;
+      add_block<Cfg>(
+          d, step,
+          partial_sums<Cfg>(p, cta_tile * p.splits + of, consumer) + step * kBlockStride<Cfg>);
     }
   }
   ptx::named_barrier_sync(1 + consumer, 128);
-  if (thread == 0 && atomicAdd(counter + 1, 1u) == static_cast<uint32_t>(p.splits - 1)) {
-    counter[0] = 0;  // the last to leave; the next launch finds zeros
-    counter[1] = 0;
+  if (thread == 0) {
+    uint32_t* arrived = counter();
+    if (atomicAdd(arrived + 1, 1u) == static_cast<uint32_t>(p.splits - 1)) {
+      arrived[0] = 0;  // the last to leave; the next launch finds zeros
+      arrived[1] = 0;
+    }
   }
 }
 
@@ -97,24 +123,19 @@ template <class Cfg>
 __device__ __forceinline__ bool gather_streamed(Accumulators<Cfg>& d,
                                                 const Params<typename Cfg::T>& p,
                                                 const Smem<Cfg>& smem, int consumer) {
-  constexpr int kBlocks = Cfg::kTokens / kRoundedTokens, kVectors = Cfg::kPanels * 4;
   const int index = ptx::load_shared_int4(smem.progress(consumer)).z, thread = threadIdx.x % 128;
   const int cluster = (index - p.whole_tiles) % p.clusters;
   const int ctas = p.cluster.m * p.cluster.n, rank = ptx::cluster_cta_rank();
   const WorkItem item = work_item<Cfg>(p, index);
   const int tile = item.tile - p.whole_tiles;
-  const auto partial = [&](int of_cluster, int block) {
-    return p.partials +
-           ((static_cast<size_t>(of_cluster * ctas + rank) * kBlocks + block) * kConsumers +
-            consumer) *
-               kVectors * 128 +
-           thread;
+  const auto partial = [&](int of_cluster, int step) {
+    return partial_sums<Cfg>(p, of_cluster * ctas + rank, consumer) + step * kBlockStride<Cfg>;
   };
   uint32_t* counter = p.counters + ((tile * ctas + rank) * kConsumers + consumer) * 2;
   if (item.k_end < p.extent.k_tiles) {
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      write_block<Cfg>(d, block, partial(cluster, block));
+    for (int step = 0; step < Cfg::kSteps; ++step) {
+      write_block<Cfg>(d, step, partial(cluster, step));
     }
     __threadfence();
     ptx::named_barrier_sync(1 + consumer, 128);
@@ -130,10 +151,10 @@ __device__ __forceinline__ bool gather_streamed(Accumulators<Cfg>& d,
   }
   ptx::named_barrier_sync(1 + consumer, 128);
 #pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
+  for (int step = 0; step < Cfg::kSteps; ++step) {
 #pragma unroll 1
     for (int other = first; other < cluster; ++other) {
-      add_block<Cfg>(d, block, partial(other, block));
+      add_block<Cfg>(d, step, partial(other, step));
     }
   }
   return true;
@@ -144,93 +165,155 @@ __device__ __forceinline__ bool gather_streamed(Accumulators<Cfg>& d,
 // engine, which clips at the ends of y. Everything else: stage float32 sums, 16 tokens at a time, and
 // finish rows of 8 from there, so that the long code for activations and odd edges exists once and
 // not once per accumulator.
+//
+// Copies to y are issued by one warp per consumer, its storer, so that the consumer fills the next
+// slot meanwhile. Two named barriers per slot:
+//
+//   consumer   wait free[slot] - stage - fence - arrive filled[slot] - next slot
+//   storer     wait filled[slot] - copy - wait until the copy before has been read - arrive
+//              free[slot before]; after a tile's last copy, free that slot, too
+//
+// Both begin each tile with slot 0.
+constexpr int kSlotThreads = 128 + 32;
+__device__ __forceinline__ int filled_barrier(int consumer, int slot) {
+  return 1 + kConsumers + consumer * kSlots + slot;
+}
+__device__ __forceinline__ int free_barrier(int consumer, int slot) {
+  return filled_barrier(consumer + kConsumers, slot);
+}
+static_assert(1 + kConsumers + 2 * kConsumers * kSlots <= 16);  // named barriers of a CTA
+constexpr int kNoMore = -1;  // row of the order that ends the work of a storer
 
 // Rounds a warp's 16 rows of 16 tokens and leaves them in a box, [token][64 rows of a panel]; a
-// token's 8 pieces of 16 bytes are in the order of a 128-byte swizzle. v: 8 sums of a thread; low,
-// high: the bias of its rows.
+// token's 8 pieces of 16 bytes are in the order of a 128-byte swizzle. v: 8 sums of a thread.
 template <class T>
-__device__ __forceinline__ void stage_rounded(const float* v, float low, float high, uint32_t box) {
+__device__ __forceinline__ void stage_rounded(const float* v, uint32_t box) {
   const int warp_idx = threadIdx.x % 128 / 32, lane_idx = threadIdx.x % 32;
   const int matrix = lane_idx / 8, line = lane_idx % 8;
   const int token = matrix / 2 * 8 + line, piece = warp_idx * 2 + matrix % 2;
-  ptx::stmatrix_x4_transposed(
-      box + token * 128 + ((piece ^ line) * 16), pack_pair<T>(v[0] + low, v[1] + low),
-      pack_pair<T>(v[2] + high, v[3] + high), pack_pair<T>(v[4] + low, v[5] + low),
-      pack_pair<T>(v[6] + high, v[7] + high));
+  ptx::stmatrix_x4_transposed(box + token * 128 + ((piece ^ line) * 16), pack_pair<T>(v[0], v[1]),
+                              pack_pair<T>(v[2], v[3]), pack_pair<T>(v[4], v[5]),
+                              pack_pair<T>(v[6], v[7]));
 }
 
-// The bias of a thread's rows: those of the upper and the lower half of its warp's 16.
+// Adds the bias of a thread's rows: those of the upper and the lower half of its warp's 16.
 template <class Cfg>
-using RowBias = float[Cfg::kPanels][2];
-template <class Cfg>
-__device__ __forceinline__ void load_bias(RowBias<Cfg>& bias,
-                                          const OutputSegment<typename Cfg::T>& out,
-                                          int first_row) {
+__device__ __forceinline__ void add_bias(Accumulators<Cfg>& d,
+                                         const OutputSegment<typename Cfg::T>& out, int first_row) {
   const int warp_idx = threadIdx.x % 128 / 32, lane_idx = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < Cfg::kPanels; ++m) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = first_row + m * 64 + warp_idx * 16 + h * 8 + lane_idx / 4;
-      bias[m][h] = out.bias && row < out.out_features ? to_float(out.bias[row]) : 0.0f;
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + m * 64 + warp_idx * 16 + half * 8 + lane_idx / 4;
+      const float bias = row < out.out_features ? to_float(out.bias[row]) : 0.0f;
+#pragma unroll
+      for (int i = 0; i < Cfg::kTokens / 2; i += 4) {
+        d[m][i + half * 2] += bias;
+        d[m][i + half * 2 + 1] += bias;
+      }
     }
   }
 }
 
 template <class Cfg>
-__device__ __forceinline__ void store_rounded(const Accumulators<Cfg>& d, const CUtensorMap* y_map,
+__device__ __forceinline__ void store_rounded(Accumulators<Cfg>& d,
                                               const Params<typename Cfg::T>& p,
-                                              const Smem<Cfg>& shared, int consumer) {
-  using T = typename Cfg::T;
-  const Finished at = Finished::of<Cfg>(p, shared, consumer);
-  const int thread = threadIdx.x % 128;
-  RowBias<Cfg> bias;
-  load_bias<Cfg>(bias, p.out, at.row);
-  if (thread == 0) ptx::tensor_store_wait_read<0>();  // the tile before; long done
-  uint32_t slot = 0;
+                                              const Smem<Cfg>& smem, int consumer) {
+  const Finished at = Finished::of<Cfg>(p, smem, consumer);
+  if (p.out.bias) add_bias<Cfg>(d, p.out, at.row);
+  int slot = 0, own = at.split;
 #pragma unroll
-  for (int part = 0; part < Cfg::kTokens / kRoundedTokens; ++part) {
-    if (at.token + part * kRoundedTokens >= p.tokens) break;
-    if (!at.owns(part)) continue;
-    if (thread == 0) ptx::tensor_store_wait_read<kSlots - 1>();
-    ptx::named_barrier_sync(1 + consumer, 128);  // the slot has been read
-    const uint32_t boxes = shared.out(consumer) + slot * Cfg::kPanels * Cfg::kBoxBytes;
-    slot = slot + 1 == kSlots ? 0 : slot + 1;
-    // Box m: 64 rows of 32 tokens.
+  for (int step = 0; step < Cfg::kSteps; ++step) {
+    constexpr int kPieces = kBlockTokens / 16;
+    const int block = block_of<Cfg>(step);
+    if (at.token + step * kBlockTokens >= p.tokens) break;
+    if (block != own) continue;
+    if (step < Cfg::kBlocks - 1) own += at.splits;
+    // A last, short step stores as many tokens as the others: once more some of those before it.
+    const int first = step < Cfg::kBlocks ? step * kBlockTokens : Cfg::kTokens - kBlockTokens;
+    ptx::named_barrier_sync(free_barrier(consumer, slot), kSlotThreads);
+    const uint32_t boxes = smem.boxes(consumer, slot);
 #pragma unroll
     for (int m = 0; m < Cfg::kPanels; ++m) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        stage_rounded<T>(&d[m][(part * 4 + half * 2) * 4], bias[m][0], bias[m][1],
-                         boxes + m * Cfg::kBoxBytes + half * 16 * 128);
-      }
+      for (int piece = 0; piece < kPieces; ++piece)
+        stage_rounded<typename Cfg::T>(&d[m][first / 2 + piece * 8],
+                                       boxes + m * Cfg::kBoxBytes + piece * 16 * 128);
+    }
+    if (threadIdx.x % 128 == 0) {
+      const bool in_blocks = step < Cfg::kBlocks - 1;
+      const int next = in_blocks ? own : step + 1;
+      const bool last = next >= (in_blocks ? Cfg::kBlocks : Cfg::kSteps) ||
+                        at.token + next * kBlockTokens >= p.tokens;
+      ptx::store_shared_int4(smem.order(consumer, slot), {at.row, at.token + first, last, 0});
     }
     ptx::fence_before_tensor_store();
-    ptx::named_barrier_sync(1 + consumer, 128);  // the slot has been written
-    if (thread == 0) {
-#pragma unroll
-      for (int m = 0; m < Cfg::kPanels; ++m)
-        ptx::tensor_store(y_map, at.row + m * 64, at.token + part * kRoundedTokens,
-                          boxes + m * Cfg::kBoxBytes, ptx::L2Hint::kEvictFirst);
-      ptx::tensor_store_commit();
-    }
+    ptx::named_barrier_arrive(filled_barrier(consumer, slot), kSlotThreads);
+    slot = slot + 1 == kSlots ? 0 : slot + 1;
   }
 }
 
-// owns(part): whether this CTA stores that part of 16 tokens.
-template <class Cfg, class Owns>
+// Ends the work of this consumer's storer.
+template <class Cfg>
+__device__ __forceinline__ void dismiss_storer(const Smem<Cfg>& smem, int consumer) {
+  ptx::named_barrier_sync(free_barrier(consumer, 0), kSlotThreads);
+  if (threadIdx.x % 128 == 0) ptx::store_shared_int4(smem.order(consumer, 0), {kNoMore, 0, 0, 0});
+  ptx::named_barrier_arrive(filled_barrier(consumer, 0), kSlotThreads);
+}
+
+// One warp: copies to y what its consumer leaves in the slots.
+template <class Cfg>
+__device__ __forceinline__ void store_boxes(const CUtensorMap* y_map, const Smem<Cfg>& smem,
+                                            int consumer) {
+  const bool issues = threadIdx.x % 32 == 0;
+  for (int slot = 0; slot < kSlots; ++slot)
+    ptx::named_barrier_arrive(free_barrier(consumer, slot), kSlotThreads);
+  int slot = 0, before = -1;
+  while (true) {
+    ptx::named_barrier_sync(filled_barrier(consumer, slot), kSlotThreads);
+    const int4 order = ptx::load_shared_int4(smem.order(consumer, slot));
+    if (order.x == kNoMore) break;
+    if (issues) {
+#pragma unroll
+      for (int m = 0; m < Cfg::kPanels; ++m) {
+        ptx::tensor_store(y_map, order.x + m * 64, order.y,
+                          smem.boxes(consumer, slot) + m * Cfg::kBoxBytes,
+                          ptx::L2Hint::kEvictFirst);
+      }
+      ptx::tensor_store_commit();
+      if (order.z) ptx::tensor_store_wait_read<0>();
+      else ptx::tensor_store_wait_read<1>();
+    }
+    __syncwarp();
+    if (before >= 0) ptx::named_barrier_arrive(free_barrier(consumer, before), kSlotThreads);
+    if (order.z) {
+      ptx::named_barrier_arrive(free_barrier(consumer, slot), kSlotThreads);
+      slot = 0, before = -1;
+    } else {
+      before = slot;
+      slot = slot + 1 == kSlots ? 0 : slot + 1;
+    }
+  }
+  if (issues) ptx::tensor_store_wait<0>();
+}
+
+// origin(): {row, token} of the tile; owns(part): whether this CTA stores that part of 16 tokens. Both
+// are asked in each part, and the thread's index, too: the accumulators leave no registers.
+template <class Cfg, class Origin, class Owns>
 __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
                                                 const OutputSegment<typename Cfg::T>& out,
-                                                int tokens, int first_row, int first_token,
-                                                uint32_t smem, int consumer, Owns owns) {
-  constexpr int kPieces = Cfg::kConsumerRows / 8;
-  const int thread = threadIdx.x % 128, warp_idx = thread / 32, lane_idx = thread % 32;
-  const uint32_t lane_smem =
-      smem + lane_idx % 4 * 2 * Cfg::kSumPitch + (warp_idx * 16 + lane_idx / 4) * 4;
+                                                int tokens, uint32_t smem, int consumer,
+                                                Origin origin, Owns owns) {
+  constexpr int kVector = Cfg::kTokens > 192 ? 4 : 8, kPieces = Cfg::kConsumerRows / kVector;
 #pragma unroll 1
   for (int part = 0; part < Cfg::kTokens / kSumTokens; ++part) {
-    if (first_token + part * kSumTokens >= tokens) break;
+    if (origin().y + part * kSumTokens >= tokens) break;
     if (!owns(part)) continue;
+    const int thread = ptx::thread_idx_again() % 128, warp_idx = thread / 32,
+              lane_idx = thread % 32;
+    const uint32_t lane_smem =
+        smem + lane_idx % 4 * 2 * Cfg::kSumPitch + (warp_idx * 16 + lane_idx / 4) * 4;
 #pragma unroll
     for (int q = 0; q < Cfg::kTokens / kSumTokens; ++q) {
       if (q != part) continue;
@@ -245,13 +328,14 @@ __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
     }
     ptx::named_barrier_sync(1 + consumer, 128);
 #pragma unroll 1
-    for (int i = thread; i < kSumTokens * kPieces; i += 128) {
-      const int token = i / kPieces, row = i % kPieces * 8,
-                global_token = first_token + part * kSumTokens + token;
+    for (uint32_t i = ptx::thread_idx_again() % 128; i < kSumTokens * kPieces; i += 128) {
+      const int2 first = origin();
+      const int token = i / kPieces, row = i % kPieces * kVector,
+                global_token = first.y + part * kSumTokens + token;
       if (global_token < tokens) {
-        float v[8];
-        ptx::load_shared_f32x8(v, smem + token * Cfg::kSumPitch + row * 4);
-        out.template store<8>(v, global_token, first_row + row);
+        float v[kVector];
+        ptx::load_shared(v, smem + token * Cfg::kSumPitch + row * 4);
+        out.template store<kVector>(v, global_token, first.x + row);
       }
     }
     ptx::named_barrier_sync(1 + consumer, 128);
@@ -259,9 +343,8 @@ __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
 }
 
 template <class Cfg>
-__device__ __forceinline__ void store_tile(Accumulators<Cfg>& d, const CUtensorMap* y_map,
-                                           const Params<typename Cfg::T>& p, const Smem<Cfg>& smem,
-                                           int consumer) {
+__device__ __forceinline__ void store_tile(Accumulators<Cfg>& d, const Params<typename Cfg::T>& p,
+                                           const Smem<Cfg>& smem, int consumer) {
   const bool rest = ptx::load_shared_int4(smem.progress(consumer)).z >= p.whole_tiles;
   if constexpr (Cfg::kStreamed) {
     if (rest && !gather_streamed<Cfg>(d, p, smem, consumer)) return;
@@ -269,11 +352,13 @@ __device__ __forceinline__ void store_tile(Accumulators<Cfg>& d, const CUtensorM
     if (p.splits > 1 && rest) exchange_sums<Cfg>(d, p, smem, consumer);
   }
   if (p.whole_boxes) {
-    store_rounded<Cfg>(d, y_map, p, smem, consumer);
+    store_rounded<Cfg>(d, p, smem, consumer);
   } else {
-    const Finished at = Finished::of<Cfg>(p, smem, consumer);
-    store_activated<Cfg>(d, p.out, p.tokens, at.row, at.token, smem.out(consumer), consumer,
-                         [&](int part) { return at.owns(part * kSumTokens / kRoundedTokens); });
+    const auto at = [&] { return Finished::of<Cfg>(p, smem, consumer); };
+    store_activated<Cfg>(
+        d, p.out, p.tokens, smem.out(consumer), consumer,
+        [&] { return make_int2(at().row, at().token); },
+        [&](int part) { return at().owns(block_of<Cfg>(part * kSumTokens / kBlockTokens)); });
   }
 }
 

@@ -63,14 +63,14 @@ inline int choose_stream(int rest, int resident, int k_tiles) {
 }
 
 // The workspace: counters, then the partial sums of at most one tile per SM. The largest tile of
-// configs.h has BLOCK_M * BLOCK_N = 256 * 192.
-constexpr size_t kTileBytes = 256 * 192 * sizeof(float);
+// configs.h has 256 rows and 7 blocks of 32 tokens.
+constexpr size_t kTileBytes = 256 * 224 * sizeof(float);
 
 template <class T, int kPanels, int kTokens, bool kStreamed>
 Status launch(const LinearProblem& p, ClusterShape cluster, void* workspace, cudaStream_t stream) {
   using Cfg = Config<T, kPanels, kTokens, kStreamed>;
   static_assert(Cfg::kRows * kTokens * sizeof(float) <= kTileBytes);
-  static_assert(kTokens % kRoundedTokens == 0);
+  static_assert(kTokens % 16 == 0);
   CUtensorMap x_map;
   SK_RETURN_IF_ERROR(make_activation_map(kOp, x_map, p, kTokens / cluster.m));
   CUtensorMap y_map = x_map;
@@ -80,7 +80,7 @@ Status launch(const LinearProblem& p, ClusterShape cluster, void* workspace, cud
   params.out = output_segment<T>(p);
   params.whole_boxes =
       p.activation == Activation::kNone && p.residual == nullptr && params.out.aligned;
-  if (params.whole_boxes) SK_RETURN_IF_ERROR(make_output_map(kOp, y_map, p, kRoundedTokens));
+  if (params.whole_boxes) SK_RETURN_IF_ERROR(make_output_map(kOp, y_map, p, kBlockTokens));
   params.extent = tile64::Extent::of(p.out_features, p.in_features);
   params.tokens = p.tokens;
   params.cluster = cluster;
@@ -104,8 +104,7 @@ Status launch(const LinearProblem& p, ClusterShape cluster, void* workspace, cud
     rest_items = int64_t{2} * resident;
   } else {
     params.splits =
-        workspace ? choose_splits(rest, resident, params.extent.k_tiles, kTokens / kRoundedTokens)
-                  : 1;
+        workspace ? choose_splits(rest, resident, params.extent.k_tiles, Cfg::kBlocks) : 1;
     if (params.splits > 1) rest_items = int64_t{rest} * params.splits;
   }
   const bool shared = rest_items > 0;

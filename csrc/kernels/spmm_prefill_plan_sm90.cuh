@@ -12,7 +12,7 @@ constexpr int kConsumers = 2;  // warpgroups
 constexpr int kProducers = 2;  // warps
 constexpr int kThreads = (kConsumers + 1) * 128;
 constexpr int kSmemCapacity = 227 * 1024;
-constexpr int kRoundedTokens =
+constexpr int kBlockTokens =
     32;                         // tokens per step of the epilogue when it stages rounded values ...
 constexpr int kSlots = 3;       // ... and steps whose copies to y may be under way
 constexpr int kSumTokens = 16;  // tokens per step when it stages float32 sums
@@ -32,13 +32,17 @@ struct Config {
   static constexpr int kMetadataBytes = kTilePanels * tile64::kMetadataBytes;
   static constexpr int kStageBytes = kXBytes + kValueBytes + kMetadataBytes;
   static constexpr int kConsumerRows = kPanels * tile64::kRows;
-  static constexpr int kBoxBytes = kRoundedTokens * tile64::kRows * 2;  // 32 tokens x 64 rows
-  static constexpr int kSumPitch = (kConsumerRows + 4) * 4;             // +4 words spread the banks
+  // Where K is shared, blocks are owned. What is left of the tokens belongs to the last block; the
+  // epilogue goes through it in a step of its own.
+  static constexpr int kBlocks = kTokens / kBlockTokens;
+  static constexpr int kSteps = (kTokens + kBlockTokens - 1) / kBlockTokens;
+  static constexpr int kBoxBytes = kBlockTokens * tile64::kRows * 2;  // 32 tokens x 64 rows
+  static constexpr int kSumPitch = (kConsumerRows + 4) * 4;           // +4 words spread the banks
   static constexpr int kOutBytes = kSlots * kPanels * kBoxBytes;  // per consumer; covers both forms
-  static constexpr int kFit = (kSmemCapacity - 128 - kConsumers * kOutBytes) / kStageBytes;
+  static constexpr int kFit = (kSmemCapacity - 512 - kConsumers * kOutBytes) / kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kSmemBytes = kStages * kStageBytes + kConsumers * kOutBytes +
-                                    2 * kStages * 8 + (kStages + kConsumers) * 16;
+                                    2 * kStages * 8 + (kStages + kConsumers * (2 + kSlots)) * 16;
   static_assert(kSumTokens * kSumPitch <= kOutBytes);
   static_assert(kStageBytes % 1024 == 0 && kBoxBytes % 1024 == 0);  // swizzled boxes
   static_assert(kStages >= 3 && kSmemBytes <= kSmemCapacity);
@@ -99,6 +103,17 @@ struct Smem {
   }
   __device__ __forceinline__ uint32_t progress(int consumer) const {
     return tile(Cfg::kStages + consumer);
+  }
+  // What a consumer has left in a slot for its storer: {row, token, whether it ends a tile}.
+  __device__ __forceinline__ uint32_t order(int consumer, int slot) const {
+    return tile(Cfg::kStages + kConsumers * (1 + slot) + consumer);
+  }
+  // Thread 0's memory while it exchanges sums: {index of the tile's counters}.
+  __device__ __forceinline__ uint32_t exchange(int consumer) const {
+    return tile(Cfg::kStages + kConsumers * (1 + kSlots) + consumer);
+  }
+  __device__ __forceinline__ uint32_t boxes(int consumer, int slot) const {
+    return out(consumer) + slot * Cfg::kPanels * Cfg::kBoxBytes;
   }
 };
 

@@ -9,7 +9,7 @@
 //   values       tile64 (layout/tile64.cuh)  bulk copy; multicast over the cluster's token tiles
 //   metadata     tile64                      bulk copy; one LDS.32 per thread, tile and 64 of K
 //   x = Bᵀ       [N, K] row-major            tensor copy, swizzled; multicast over its rows
-//   y = Dᵀ       [N, M] row-major            stmatrix.trans to smem, tensor copy; both consumers go
+//   y = Dᵀ       [N, M] row-major            stmatrix.trans to smem, tensor copy; the consumers go
 //                                            on with the next tile while it drains
 //
 // Tile: BLOCK_M x BLOCK_N x 64, BLOCK_M = 256 rows for two consumer warpgroups. BLOCK_M is
@@ -18,7 +18,8 @@
 //
 // Roles (384 threads)                                                        registers
 //   warpgroups 0, 1   consumers: half of the rows each                       240
-//   warps 8, 9        producers: one lane copies x, one the weights           24    (10, 11 idle)
+//   warps 8, 9        producers: one lane copies x, one the weights           24
+//   warps 10, 11      storers: one per consumer, copies to y (epilogue)       24
 //
 // Barriers      filled by                      released by                     arrivals
 //   full[s]     copy engines of the cluster    -                               2 (own producers)
@@ -35,10 +36,10 @@
 // takes an equal piece of all of it, and the one with the end of a tile finishes that. Both add in a
 // fixed order.
 //
-// Timeline of a consumer: issue stage s - commit - wait full[s+1], load its metadata - wait until
-// stage s-1 is done - release it. One group is always in flight, and the metadata is there when the
-// next one may be issued. Metadata registers rotate through three sets, since a register that an
-// in-flight wgmma reads must not be written (ptxas would serialise: C7513).
+// Timeline of a consumer: issue the first panel of stage s - wait until stage s-1 is done, release it -
+// wait full[s+1], load its metadata - issue the other panels. So the tensor cores have work while
+// the consumer waits, and the metadata is there when the next stage may be issued. Two sets of
+// metadata registers take turns: that of stage s-1 is free when that of s+1 is loaded.
 #pragma once
 #include "../ptx/dependent_launch.cuh"
 #include "../ptx/tma.cuh"
@@ -139,7 +140,7 @@ struct Release {
 
   template <class Cfg>
   static __device__ __forceinline__ Release of(const Smem<Cfg>& smem, ClusterShape cluster) {
-    const int lane = threadIdx.x % 128;
+    const int lane = ptx::thread_idx_again() % 128;
     const bool active = lane < cluster.m + cluster.n - 1;
     return {smem.empty(0), active ? ptx::map_to_cta(smem.empty(0), peer(cluster, lane)) : 0,
             cluster};
@@ -167,55 +168,60 @@ struct Consumer {
   using Metadata = uint32_t[Cfg::kPanels];
 
   const Smem<Cfg> smem;
-  const Release release;
+  const ClusterShape cluster;
   const int consumer;                 // 0 or 1
   RingPosition<Cfg::kStages> ring{};  // the stage whose metadata is loaded next
 
   __device__ __forceinline__ void load(Metadata& metadata) {
     ptx::mbarrier_wait(smem.full(ring.stage()), ring.parity());
     const uint32_t word = smem.metadata(ring.stage()) +
-                          consumer * Cfg::kPanels * tile64::kMetadataBytes + threadIdx.x % 128 * 4;
+                          consumer * Cfg::kPanels * tile64::kMetadataBytes +
+                          ptx::thread_idx_again() % 128 * 4;
 #pragma unroll
     for (int m = 0; m < Cfg::kPanels; ++m)
       metadata[m] = ptx::load_shared_u32(word + m * tile64::kMetadataBytes);
     ring.advance();
   }
 
-  // Issues the loaded stage into d, loads the next one's metadata while that runs, then waits for
-  // and releases the stage before.
+  // Issues the loaded stage into d. Between its panels, while the tensor cores are busy with the
+  // first, waits for and releases the stage before and loads the next one's metadata.
   __device__ __forceinline__ void step(Accumulators<Cfg>& d, const Metadata& metadata,
-                                       Metadata& next, int k_tile, int k_tiles) {
+                                       Metadata& next, const Release& release, int k_tile,
+                                       int k_tiles) {
     using Wgmma = ptx::WgmmaSp<typename Cfg::T, Cfg::kTokens>;
     const int stage = ring.previous_stage();
     const uint64_t a = tile64::weight_descriptor(smem.values(stage) +
                                                  consumer * Cfg::kPanels * tile64::kValueBytes);
     const uint64_t b = tile64::x_descriptor(smem.x(stage));
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int m = 0; m < Cfg::kPanels; ++m) {
+    const auto issue = [&](int m) {
       const uint64_t a_panel = a + m * (tile64::kValueBytes >> 4);
       Wgmma::template run<0>(d[m], a_panel, b, metadata[m], k_tile > 0);
       Wgmma::template run<1>(d[m], a_panel + tile64::kWeightStep, b + tile64::kXStep, metadata[m],
                              1);
-    }
+    };
+    ptx::wgmma_fence();
+    issue(0);
     ptx::wgmma_commit();
-    if (k_tile + 1 < k_tiles) load(next);
     ptx::wgmma_wait<1>();
     if (k_tile > 0) release(stage == 0 ? Cfg::kStages - 1 : stage - 1);
+    if (k_tile + 1 < k_tiles) load(next);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int m = 1; m < Cfg::kPanels; ++m) issue(m);
+    ptx::wgmma_commit();
   }
 
   // One item of work. Where it is goes to smem.progress before the last stage is given back.
   __device__ __forceinline__ void multiply(Accumulators<Cfg>& d) {
-    Metadata first, second, third;
-    load(first);
+    const Release release = Release::of<Cfg>(smem, cluster);
+    Metadata even, odd;
+    load(even);
     const int k_tiles = ptx::load_shared_int4(smem.tile(ring.previous_stage())).w;
     int k_tile = 0;
     while (true) {
-      step(d, first, second, k_tile, k_tiles);
+      step(d, even, odd, release, k_tile, k_tiles);
       if (++k_tile == k_tiles) break;
-      step(d, second, third, k_tile, k_tiles);
-      if (++k_tile == k_tiles) break;
-      step(d, third, first, k_tile, k_tiles);
+      step(d, odd, even, release, k_tile, k_tiles);
       if (++k_tile == k_tiles) break;
     }
     ptx::wgmma_wait<0>();
@@ -239,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                              const __grid_constant__ Params<typename Cfg::T> p) {
   extern __shared__ __align__(1024) uint8_t raw_smem[];
   const Smem<Cfg> smem(raw_smem);
-  const int warpgroup_idx = threadIdx.x / 128;
+  const int warpgroup_idx = ptx::uniform(threadIdx.x / 128);
   if (threadIdx.x == 0) {
     for (int s = 0; s < Cfg::kStages; ++s) {
       ptx::mbarrier_init(smem.full(s), kProducers);
@@ -263,20 +269,22 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
       for (int index = ptx::cluster_idx(); index < work_items<Cfg>(p); index += p.clusters)
         produce_weights<Cfg>(p, smem, index, ring);
+    } else if (const int warp_idx = threadIdx.x / 32 - (kConsumers * 4 + kProducers);
+               warp_idx >= 0 && p.whole_boxes) {
+      store_boxes<Cfg>(&y_map, smem, warp_idx);
     }
   } else {
     ptx::take_registers<kConsumerRegisters>();
-    const Release release = Release::of<Cfg>(smem, p.cluster);
-    Consumer<Cfg> consumer{smem, release, warpgroup_idx};
+    Consumer<Cfg> consumer{smem, p.cluster, warpgroup_idx};
     int4 progress;
     do {  // the grid has no more clusters than there are items
       Accumulators<Cfg> d;
       consumer.multiply(d);
-      store_tile<Cfg>(d, &y_map, p, smem, warpgroup_idx);
+      store_tile<Cfg>(d, p, smem, warpgroup_idx);
       progress = ptx::load_shared_int4(smem.progress(warpgroup_idx));
       consumer.ring.state = progress.w;
     } while (has_next<Cfg>(p, progress.z));
-    ptx::tensor_store_wait<0>();
+    if (p.whole_boxes) dismiss_storer<Cfg>(smem, warpgroup_idx);
   }
   ptx::
       cluster_sync();  // nobody leaves while a peer may still write to it or arrive on its barriers

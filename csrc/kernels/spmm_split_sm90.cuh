@@ -183,19 +183,18 @@ __device__ __forceinline__ void take_sums(Accumulators<Cfg>& d, const prefill::S
 // first_token: of the tile; the finished tokens begin kSplit * kOwnTokens later. Sums plus bias,
 // rounded, through boxes in shared memory, then 16 bytes per thread.
 template <class Cfg, int kSplit>
-__device__ __forceinline__ void store_rounded(const Accumulators<Cfg>& d,
+__device__ __forceinline__ void store_rounded(Accumulators<Cfg>& d,
                                               const OutputSegment<typename Cfg::T>& out,
                                               int token_end, int first_row, int first_token,
                                               uint32_t boxes, int consumer) {
-  prefill::RowBias<Cfg> bias;
-  prefill::load_bias<Cfg>(bias, out, first_row);
+  if (out.bias) prefill::add_bias<Cfg>(d, out, first_row);
 #pragma unroll
   for (int m = 0; m < Cfg::kPanels; ++m) {
 #pragma unroll
     for (int part = 0; part < Cfg::kOwnTokens / 16; ++part) {
       const int tokens16 = kSplit * Cfg::kOwnTokens / 16 + part;
       if (tokens16 >= Cfg::kTokens / 16) break;
-      prefill::stage_rounded<typename Cfg::T>(&d[m][tokens16 * 8], bias[m][0], bias[m][1],
+      prefill::stage_rounded<typename Cfg::T>(&d[m][tokens16 * 8],
                                               boxes + m * Cfg::kBoxBytes + part * 16 * 128);
     }
   }
@@ -234,7 +233,7 @@ __device__ __forceinline__ void finish(Accumulators<Cfg>& d, const Params<typena
     store_rounded<Cfg, kSplit>(d, p.out, part.token_end, row, part.token, staging, consumer);
   else
     prefill::store_activated<Cfg>(
-        d, p.out, part.token_end, row, part.token, staging, consumer,
+        d, p.out, part.token_end, staging, consumer, [&] { return make_int2(row, part.token); },
         [](int i) { return i / (Cfg::kOwnTokens / kSumTokens) == kSplit; });
 }
 
@@ -244,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                            const __grid_constant__ Params<typename Cfg::T> p) {
   extern __shared__ __align__(1024) uint8_t raw_smem[];
   const prefill::Smem<Cfg> smem(raw_smem);
-  const int warpgroup_idx = threadIdx.x / 128;
+  const int warpgroup_idx = ptx::uniform(threadIdx.x / 128);
   if (threadIdx.x == 0) {
     for (int s = 0; s < Cfg::kStages; ++s) {
       ptx::mbarrier_init(smem.full(s), prefill::kProducers);
@@ -271,7 +270,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     ptx::take_registers<prefill::kConsumerRegisters>();
     const int rank = ptx::cluster_cta_rank();
-    prefill::Consumer<Cfg> consumer{smem, prefill::Release::of<Cfg>(smem, {1, 1}), warpgroup_idx};
+    prefill::Consumer<Cfg> consumer{smem, {1, 1}, warpgroup_idx};
     Accumulators<Cfg> d;
     consumer.multiply(d);
     ptx::cluster_wait();

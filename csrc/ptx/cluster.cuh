@@ -11,6 +11,17 @@ __device__ __forceinline__ uint32_t cluster_cta_rank() {
   return rank;
 }
 
+// Lane 0's value for the whole warp. The compiler then knows that it is uniform, and keeps what
+// follows from it (stages, descriptors) in uniform registers, which accumulators do not crowd.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
+// threadIdx.x, read anew: where no register is left to keep it or what follows from it.
+__device__ __forceinline__ uint32_t thread_idx_again() {
+  uint32_t idx;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(idx));
+  return idx;
+}
+
 __device__ __forceinline__ int cluster_idx() {
   int idx;
   asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(idx));
@@ -61,6 +72,11 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* gmem) {
 // Barrier over a subset of a CTA's warps (ids 1..15; 0 is __syncthreads).
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// What these threads wrote before is seen by those that sync on the barrier.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 template <int kRegisters>

@@ -8,7 +8,7 @@ Usage: python csrc/ptx/gen_wgmma_sp.py
 
 from pathlib import Path
 
-TOKENS = (64, 96, 128, 160, 192)  # N of the instruction: tokens of a tile
+TOKENS = (64, 96, 128, 160, 192, 208)  # N of the instruction: tokens of a tile
 TYPES = {"__nv_bfloat16": "bf16", "__half": "f16"}
 
 HEADER = """\

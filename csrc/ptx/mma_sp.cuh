@@ -99,15 +99,15 @@ __device__ __forceinline__ int4 load_shared_int4(uint32_t smem) {
   return v;
 }
 
-__device__ __forceinline__ void load_shared_f32x8(float (&v)[8], uint32_t smem) {
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
-               : "r"(smem)
-               : "memory");
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v[4]), "=f"(v[5]), "=f"(v[6]), "=f"(v[7])
-               : "r"(smem + 16)
-               : "memory");
+template <int kCount>
+__device__ __forceinline__ void load_shared(float (&v)[kCount], uint32_t smem) {
+  static_assert(kCount % 4 == 0);
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4)
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v[i]), "=f"(v[i + 1]), "=f"(v[i + 2]), "=f"(v[i + 3])
+                 : "r"(smem + i * 4)
+                 : "memory");
 }
 
 }  // namespace sparsekern::ptx
