@@ -173,10 +173,11 @@ struct Consumer {
   RingPosition<Cfg::kStages> ring{};  // the stage whose metadata is loaded next
 
   __device__ __forceinline__ void load(Metadata& metadata) {
-    ptx::mbarrier_wait(smem.full(ring.stage()), ring.parity());
+    // The largest tile has no register to keep the thread's index in; read here, it is there in time.
+    const uint32_t thread = Cfg::kTokens > 192 ? ptx::thread_idx_again() : threadIdx.x;
     const uint32_t word = smem.metadata(ring.stage()) +
-                          consumer * Cfg::kPanels * tile64::kMetadataBytes +
-                          ptx::thread_idx_again() % 128 * 4;
+                          consumer * Cfg::kPanels * tile64::kMetadataBytes + thread % 128 * 4;
+    ptx::mbarrier_wait(smem.full(ring.stage()), ring.parity());
 #pragma unroll
     for (int m = 0; m < Cfg::kPanels; ++m)
       metadata[m] = ptx::load_shared_u32(word + m * tile64::kMetadataBytes);
