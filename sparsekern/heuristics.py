@@ -160,8 +160,8 @@ class Work(NamedTuple):
 
 # Made by `python -m bench.fit` from what `sparsekern tune` measured on an H100 SXM (132
 # multiprocessors, 700 W, bfloat16): the 24 shapes of Llama-3 1B, 3B, 8B and 70B (tuner.SHAPES), 18
-# numbers of tokens from 1 to 8192; those from 96 on in one run of today's kernels, the others in runs
-# before them. In these 432 cells the pick is 0.59 % slower than the fastest of all variants on
+# numbers of tokens from 1 to 8192; those from 96 on in one run of the kernels of 845959e, the others
+# in runs before them. In these 432 cells the pick is 0.59 % slower than the fastest of all variants on
 # average and 9.8 % at worst (3072x2048, 96 tokens); in the 132 of the 8B and 70B models from 96 tokens
 # on it is 0.43 % and 6.1 %, from 128 tokens on and without their k, v, gate and up layers 0.58 % and
 # 6.1 %. Shapes that were left out of a fit to older times: 1.4 % and 28.7 %. The coefficients are made
