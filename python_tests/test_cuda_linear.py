@@ -28,7 +28,7 @@ from sparsekern.sparse24 import compress
 pytestmark = pytest.mark.gpu
 
 DECODE_TOKENS = (0, 1, 7, 8, 9, 16, 17, 33, 64)
-PREFILL_TOKENS = (*DECODE_TOKENS, 65, 100, 128, 500, 1000)
+PREFILL_TOKENS = (*DECODE_TOKENS, 65, 100, 128, 200, 500, 1000)
 
 # (out_features, in_features), with what each is there for.
 SHAPES = (
