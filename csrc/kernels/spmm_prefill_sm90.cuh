@@ -185,7 +185,8 @@ struct Consumer {
   }
 
   // Issues the loaded stage into d. Between its panels, while the tensor cores are busy with the
-  // first, waits for and releases the stage before and loads the next one's metadata.
+  // first, waits for and releases the stage before and loads the next one's metadata. (With one
+  // panel, in the split kernel, the second group is empty.)
   __device__ __forceinline__ void step(Accumulators<Cfg>& d, const Metadata& metadata,
                                        Metadata& next, const Release& release, int k_tile,
                                        int k_tiles) {
