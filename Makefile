@@ -32,7 +32,7 @@ $(shell mkdir -p $(STAMPS); echo '$(SETTINGS)' | cmp -s - $(STAMPS)/settings \
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/hf
-	$(PY) -m sparsekern.demo
+	$(PY) -m sparsekern.cli.demo
 
 test: $(STAMPS)/test kernels
 	$(PY) -m pytest -q
@@ -53,7 +53,7 @@ setup-test: $(STAMPS)/test
 # The gate on every kernel's registers, spills and wgmma notes; the logs come from the build.
 kernels: $(STAMPS)/test
 	@if $(PY) -c "import sys; from sparsekern import _native; sys.exit(not _native.available())"; \
-	then $(PY) csrc/ptxas_log.py check build/ptxas csrc/kernels; \
+	then $(PY) csrc/tools/ptxas_log.py check build/ptxas csrc; \
 	else $(PY) -c "from sparsekern import _native; print('kernels not checked:', _native.reason())"; \
 	fi
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from sparsekern import Sparse24, _native, decompress, prune_compress
-from sparsekern.pack import pack, unpack
+from sparsekern.formats.tile64 import pack, unpack
 
 from . import ceilings, timing
 from .options import Run, parser, watchdog
@@ -49,7 +49,7 @@ def measure(run: Run, size: tuple[int, int], dtype: torch.dtype) -> None:
         "decompress": (lambda: decompress(w24), weight.nbytes + w24.nbytes),
     }
     if run.device.type == "cuda":
-        from sparsekern.triton_kernels import compress as kernels
+        from sparsekern.backends.triton import compress as kernels
 
         kernel = lambda: kernels.compress(weight, "magnitude")  # noqa: E731
         cases["prune_compress, kernel alone"] = (kernel, cases["prune_compress"][1])
@@ -70,12 +70,21 @@ def measure(run: Run, size: tuple[int, int], dtype: torch.dtype) -> None:
     for name, (_, moved) in cases.items():
         us = times[name].median
         metrics = {
-            "bytes": moved, "us": round(us, 2), "tb_s": round(moved / us / 1e6, 4),
-            "copy_tb_s": round(copy_tb_s, 4), "fraction": round(moved / us / 1e6 / copy_tb_s, 4),
-        }  # fmt: skip
+            "bytes": moved,
+            "us": round(us, 2),
+            "tb_s": round(moved / us / 1e6, 4),
+            "copy_tb_s": round(copy_tb_s, 4),
+            "fraction": round(moved / us / 1e6 / copy_tb_s, 4),
+        }
         case = f"{name}, {size[0]}x{size[1]} {str(dtype).removeprefix('torch.')}"
-        run.add(op="compress", backend=run.device.type, check="exact", case=case,
-                timer=times[name].timer, metrics=metrics)  # fmt: skip
+        run.add(
+            op="compress",
+            backend=run.device.type,
+            check="exact",
+            case=case,
+            timer=times[name].timer,
+            metrics=metrics,
+        )
         run.say(f"{case}: {us:.1f} us, {metrics['tb_s']} TB/s, {metrics['fraction']:.1%} of copy")
 
 

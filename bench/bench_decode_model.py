@@ -77,9 +77,7 @@ class Bench:
         self.base[name] = {}
         if on_gpu:
             self.base[name]["build_peak_gb"] = self._peak(before)
-            self.base[name]["weights_gb"] = round(
-                (torch.cuda.memory_allocated() - before) / 1e9, 3
-            )
+            self.base[name]["weights_gb"] = round((torch.cuda.memory_allocated() - before) / 1e9, 3)
         self.models[name] = model
         run.say(f"{name} model with {args.layers} layers: {self.base[name]}")
 
@@ -141,27 +139,42 @@ class Bench:
         with Monitor() as monitor:
             samplers = {name: self._sampler(name, step) for name, step in steps.items()}
             monitor.clear()
-            rule = timing.StopRule(0.003, min_rounds=3 if run.quick else 50, min_s=1.0,
-                                   budget_s=3.0 if run.quick else 8.0)  # fmt: skip
+            rule = timing.StopRule(
+                0.003,
+                min_rounds=3 if run.quick else 50,
+                min_s=1.0,
+                budget_s=3.0 if run.quick else 8.0,
+            )
             samples, converged = timing.sample_rounds(samplers, rule)
             during = monitor.medians()
         medians = {name: timing.quantile(taken, 0.5) for name, taken in samples.items()}
         for name, us in medians.items():
             metrics = {
-                "tokens_s": round(batch * 1e6 / us, 1), "ms_per_step": round(us / 1e3, 4),
+                "tokens_s": round(batch * 1e6 / us, 1),
+                "ms_per_step": round(us / 1e3, 4),
                 "speedup": round(medians["dense"] / us, 3),
-                **self.base[name.partition(" ")[0]], **memory.get(name, {}),
-            }  # fmt: skip
+                **self.base[name.partition(" ")[0]],
+                **memory.get(name, {}),
+            }
             run.add(
-                op="decode_model", backend=name, check="finite" if name == "dense" else "bounded",
+                op="decode_model",
+                backend=name,
+                check="finite" if name == "dense" else "bounded",
                 case=f"{args.preset}, {args.layers} layers, batch {batch}, context {args.context}",
-                dtype=args.dtype, converged=converged[name], during=during,
-                details={"logits_distance": distances.get(name), "samples": len(samples[name]),
-                         "graph_repeats_bits": self.same_bits.get(name)},
+                dtype=args.dtype,
+                converged=converged[name],
+                during=during,
+                details={
+                    "logits_distance": distances.get(name),
+                    "samples": len(samples[name]),
+                    "graph_repeats_bits": self.same_bits.get(name),
+                },
                 metrics=metrics,
-            )  # fmt: skip
-            run.say(f"batch {batch}, {name}: {metrics['tokens_s']} tokens/s, "
-                    f"{metrics['ms_per_step']} ms, {metrics['speedup']}x")  # fmt: skip
+            )
+            run.say(
+                f"batch {batch}, {name}: {metrics['tokens_s']} tokens/s, "
+                f"{metrics['ms_per_step']} ms, {metrics['speedup']}x"
+            )
 
     def _sampler(self, name: str, step):
         """Samples of the captured step; RuntimeError when a replay is far from the eager step."""

@@ -116,8 +116,9 @@ def prepare(device: torch.device) -> cublaslt.Library:
 def _shape(run: Run, monitor, library, shape, dtype, tokens_list, failures: list[str]) -> bool:
     """All cells of one shape for which there is time; False when the GPU's context is gone."""
     name = str(dtype).removeprefix("torch.")
-    case = dict(op="mma_era", out_features=shape.out_features, in_features=shape.in_features,
-                dtype=name)  # fmt: skip
+    case = dict(
+        op="mma_era", out_features=shape.out_features, in_features=shape.in_features, dtype=name
+    )
     layer = None
     for tokens in tokens_list:
         if run.has(**case, tokens=tokens):
@@ -158,9 +159,17 @@ def _cell(run: Run, monitor, library, layer: Layer, case: dict, failures: list[s
     traffic = x.nbytes + tokens * layer.shape.out_features * x.element_size()
     weight_bytes = {PEER: dense.nbytes, OURS: layer.packed.nbytes, TORCH: dense.nbytes}
     for name, timed in times.items():
-        run.add(**case, backend=name, check=checks[name], config=configs[name],
-                copies=layer.copies, bytes=weight_bytes[name] + traffic, during=during,
-                details=more[name], **timed.row())  # fmt: skip
+        run.add(
+            **case,
+            backend=name,
+            check=checks[name],
+            config=configs[name],
+            copies=layer.copies,
+            bytes=weight_bytes[name] + traffic,
+            during=during,
+            details=more[name],
+            **timed.row(),
+        )
     text = ", ".join(f"{name} {timed.median:.1f}" for name, timed in times.items())
     ratio = times[PEER].median / times[OURS].median
     run.say(f"{layer.shape}, {tokens} tokens: {text} us; {ratio:.3f} x {peer}; {ours}")
@@ -175,7 +184,7 @@ def _fastest(run: Run, calls: dict[str, list[timing.Call]]) -> str:
 
 def best_of_ours(run: Run, layer: Layer, x: Tensor, failures: list[str]):
     """(fastest tile of the mma.sp kernel, its calls, the tile that heuristics pick)."""
-    from sparsekern import cuda_backend
+    from sparsekern.backends.cuda import linear as cuda_backend
 
     calls = sweep.checked(run, layer, x, sweep.configs(x.shape[0], mma=True), failures)
     if not calls:
@@ -258,11 +267,15 @@ def best_peer(run: Run, peer: Peer, failures: list[str]):
     kernels = peer.kernels(candidates)
     ranked = ranking(candidates, kernels)
     details = {
-        "algorithms": era, "launched": len(candidates), "kernels": len(ranked),
+        "algorithms": era,
+        "launched": len(candidates),
+        "kernels": len(ranked),
         "cublaslt": peer.problem.library.version,
-    }  # fmt: skip
-    run.say(f"{tokens} tokens: mma.sync in algorithms {era} of {len(algorithms)}; "
-            f"{len(candidates)} configurations, {len(ranked)} kept")  # fmt: skip
+    }
+    run.say(
+        f"{tokens} tokens: mma.sync in algorithms {era} of {len(algorithms)}; "
+        f"{len(candidates)} configurations, {len(ranked)} kept"
+    )
     for refusal in peer.refusals[:3]:
         run.say(f"refused ({len(peer.refusals)} in all): {refusal}")
     calls = {}

@@ -32,15 +32,25 @@ def make_parser():
     result.add_argument("--shapes", help="8b, 70b, 1b or OUTxIN, comma-separated")
     result.add_argument("--tokens", help="numbers of tokens, comma-separated")
     result.add_argument(
-        "--providers", default="cuda,dense,cusparselt",
+        "--providers",
+        default="cuda,dense,cusparselt",
         help="also: cuda-mma, triton (and cpu for dry runs)",
     )
-    result.add_argument("--seconds", type=float, metavar="S",
-                        help="of timing per cell, for large grids (default: until the medians are "
-                        "known to 0.5 %%, 0.1 to 2.4 s)")  # fmt: skip
-    result.add_argument("--sweep", nargs="?", const="picked", choices=("picked", "mma"),
-                        help="time every config of the kernels and judge the one that is picked; "
-                        "mma: those of the mma.sp kernel, whatever the GPU")
+    result.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="of timing per cell, for large grids (default: until the medians are "
+        "known to 0.5 %%, 0.1 to 2.4 s)",
+    )
+    result.add_argument(
+        "--sweep",
+        nargs="?",
+        const="picked",
+        choices=("picked", "mma"),
+        help="time every config of the kernels and judge the one that is picked; "
+        "mma: those of the mma.sp kernel, whatever the GPU",
+    )
     return result
 
 
@@ -82,9 +92,12 @@ def _providers(run: Run, dtype, names) -> tuple[str, ...]:
             reason = cusparselt.probe(dtype)
             if reason:
                 run.add(
-                    op="linear_peer", backend="cusparselt", check="child process",
-                    case=_name(dtype), metrics={"outcome": reason},
-                )  # fmt: skip
+                    op="linear_peer",
+                    backend="cusparselt",
+                    check="child process",
+                    case=_name(dtype),
+                    metrics={"outcome": reason},
+                )
         if reason:
             run.say(f"cuSPARSELt is not compared in {_name(dtype)}: {reason}")
             names = [name for name in names if name != "cusparselt"]
@@ -98,8 +111,12 @@ def _grid(
     skipped: list[str] = []
     dead = False
     for dtype, shape, kind, tokens_list in jobs:
-        case = dict(op="linear", out_features=shape.out_features, in_features=shape.in_features,
-                    dtype=_name(dtype))  # fmt: skip
+        case = dict(
+            op="linear",
+            out_features=shape.out_features,
+            in_features=shape.in_features,
+            dtype=_name(dtype),
+        )
         wanted = [n for n in tokens_list if not run.has(**case, tokens=n)]
         layer, rule = None, stop_rule(kind, run.quick, seconds)
         for tokens in wanted:
@@ -135,16 +152,24 @@ def _cell(
     monitor.clear()
     times = timing.compare(
         {name: layer.calls(name, x) for name in checks},
-        run.timer, rule, warm_s=rule.min_s / 8 if tokens > 64 else min(0.05, rule.min_s / 2),
-    )  # fmt: skip
+        run.timer,
+        rule,
+        warm_s=rule.min_s / 8 if tokens > 64 else min(0.05, rule.min_s / 2),
+    )
     during = monitor.medians()
     traffic = x.nbytes + tokens * layer.shape.out_features * x.element_size()
     for name, timed in times.items():
         provider = layer.providers[name]
         run.add(
-            **case, backend=name, check=checks[name], config=provider.config(x),
-            copies=layer.copies, bytes=provider.bytes + traffic, during=during, **timed.row(),
-        )  # fmt: skip
+            **case,
+            backend=name,
+            check=checks[name],
+            config=provider.config(x),
+            copies=layer.copies,
+            bytes=provider.bytes + traffic,
+            during=during,
+            **timed.row(),
+        )
     cell = results.cells(run.records[-len(times) :])[0]
     text = "  ".join(f"{name} {timed.median:.1f}" for name, timed in times.items())
     state = ", ".join(f"{value:g} {name}" for name, value in during.items())

@@ -12,9 +12,10 @@ import time
 import torch
 from torch import nn
 
-from sparsekern import (
-    SparseLinear, _native, cusparselt_backend, cusparselt_library, decompress, ops, prune_compress,
-)
+from sparsekern import SparseLinear, _native, decompress, prune_compress
+from sparsekern.backends.cusparselt import library as cusparselt_library
+from sparsekern.backends.cusparselt import linear as cusparselt_backend
+from sparsekern.ops import linear_op as ops
 
 from . import cusparselt, timing
 from .layers import check_bounded
@@ -28,8 +29,12 @@ HANG_S = 120.0
 def make_parser():
     result = parser("overhead", "Host time of one eager call of a layer.", budget=30)
     result.add_argument("--dtype", default="bfloat16")
-    result.add_argument("--shape", action="append", metavar="OUTxINxTOKENS",
-                        help="default: " + ", ".join("x".join(map(str, case)) for case in CASES))
+    result.add_argument(
+        "--shape",
+        action="append",
+        metavar="OUTxINxTOKENS",
+        help="default: " + ", ".join("x".join(map(str, case)) for case in CASES),
+    )
     return result
 
 
@@ -59,8 +64,14 @@ def measure(run: Run, out_features: int, in_features: int, tokens: int, dtype) -
         metrics = {
             f"us_p{int(100 * q)}": round(timing.quantile(taken, q), 3) for q in (0.2, 0.5, 0.8)
         }
-        run.add(op="eager_call", backend=name, check="bounded", case=case, kernel=kernels[name],
-                metrics=metrics)  # fmt: skip
+        run.add(
+            op="eager_call",
+            backend=name,
+            check="bounded",
+            case=case,
+            kernel=kernels[name],
+            metrics=metrics,
+        )
         run.say(f"{case}: {name} {metrics['us_p50']} us per call")
 
 
@@ -88,13 +99,26 @@ def vendor(out_features, in_features, tokens, dtype, run: Run) -> dict:
     y = x.new_empty(x.shape[0], out_features)
     native, stream = _native.module(), torch.cuda.current_stream().cuda_stream
     plan, workspace_bytes, _ = native.cusparselt_plan(
-        index, cusparselt_library.DTYPES[dtype], out_features, x.shape[0], in_features,
-        in_features, out_features, 0, False, *cusparselt_backend.Algorithm(),
+        index,
+        cusparselt_library.DTYPES[dtype],
+        out_features,
+        x.shape[0],
+        in_features,
+        in_features,
+        out_features,
+        0,
+        False,
+        *cusparselt_backend.Algorithm(),
     )
     workspace = x.new_empty(workspace_bytes, dtype=torch.uint8)
     module = SparseLinear.from_sparse24(w24, packed="cusparselt")
     arguments = (
-        plan, w24.values.data_ptr(), x.data_ptr(), y.data_ptr(), workspace.data_ptr(), stream,
+        plan,
+        w24.values.data_ptr(),
+        x.data_ptr(),
+        y.data_ptr(),
+        workspace.data_ptr(),
+        stream,
     )
 
     def bare() -> float:
@@ -115,9 +139,7 @@ def vendor(out_features, in_features, tokens, dtype, run: Run) -> dict:
     kernels = dict.fromkeys(["cuSPARSELt C function", *calls], config)
     if not cusparselt.available():
         blob = cusparselt.compress(pruned)
-        calls["torch._cslt_sparse_mm"] = lambda: cusparselt.linear(
-            blob, x, cusparselt.Algorithm(0)
-        )
+        calls["torch._cslt_sparse_mm"] = lambda: cusparselt.linear(blob, x, cusparselt.Algorithm(0))
         kernels["torch._cslt_sparse_mm"] = f"cuSPARSELt {torch.backends.cusparselt.version()}"
     for name, call in calls.items():
         y.fill_(float("nan"))
@@ -148,7 +170,7 @@ def layers(out_features, in_features, tokens, dtype, device):
     }
     explanation = ops.explain(x, w24)
     if explanation.backend == "cuda":
-        from sparsekern import cuda_backend
+        from sparsekern.backends.cuda import linear as cuda_backend
 
         calls["cuda_backend.linear"] = lambda: cuda_backend.linear(x, w24, None, None)
     for name, call in calls.items():

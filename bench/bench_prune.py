@@ -27,8 +27,9 @@ import torch
 from torch import nn
 
 import sparsekern
-from sparsekern import SparseLinear, texts
-from sparsekern.loading import cast_weights, load_model
+from sparsekern import SparseLinear
+from sparsekern.eval import texts
+from sparsekern.integrations.loading import cast_weights, load_model
 
 from . import record
 from .options import Run, parser, watchdog
@@ -48,8 +49,12 @@ def make_parser():
     source.add_argument("--model", metavar="DIR", help="a folder of safetensors files")
     result.add_argument("--calibration", default="builtin", metavar="FILE|hf:NAME|builtin")
     result.add_argument("--eval", default="builtin", metavar="FILE|hf:NAME|builtin")
-    result.add_argument("--methods", "--only-methods", default=",".join(METHODS),
-                        help="comma-separated; default: all")
+    result.add_argument(
+        "--methods",
+        "--only-methods",
+        default=",".join(METHODS),
+        help="comma-separated; default: all",
+    )
     result.add_argument("--samples", type=int, default=128)
     result.add_argument("--window", type=int, default=2048)
     result.add_argument("--seed", type=int, default=0)
@@ -61,9 +66,11 @@ def make_parser():
     result.add_argument("--true-sequential", action="store_true")
     result.add_argument("--batch-size", type=int, help="calibration windows per forward")
     result.add_argument(
-        "--eval-weights", default="sparse", choices=("sparse", "dense"),
+        "--eval-weights",
+        default="sparse",
+        choices=("sparse", "dense"),
         help="dense: evaluate the same weights through torch (other rounding, another speed)",
-    )  # fmt: skip
+    )
     result.add_argument("--reload", metavar="DIR", help=_child_help("folder to load"))
     result.add_argument("--logits", metavar="FILE", help=_child_help("file to write"))
     return result
@@ -112,11 +119,17 @@ class Problem:
         if run.quick:
             self.case += f", quick: {min(8, windows)} windows, {args.samples} samples"
         self.settings = {
-            "calibration": Path(args.calibration).name, "samples": args.samples,
-            "calibration_tokens": train.numel(), "eval_tokens": test.numel(),
-            "window": args.window, "damp": args.damp, "blocksize": args.blocksize, "batch_size": args.batch_size,
-            "true_sequential": args.true_sequential, "eval_weights": args.eval_weights,
-        }  # fmt: skip
+            "calibration": Path(args.calibration).name,
+            "samples": args.samples,
+            "calibration_tokens": train.numel(),
+            "eval_tokens": test.numel(),
+            "window": args.window,
+            "damp": args.damp,
+            "blocksize": args.blocksize,
+            "batch_size": args.batch_size,
+            "true_sequential": args.true_sequential,
+            "eval_weights": args.eval_weights,
+        }
         run.say(f"{self.case}: {train.numel()} calibration tokens, {test.numel()} of evaluation")
 
     def measure(self, method: str) -> bool:
@@ -138,10 +151,11 @@ class Problem:
             metrics |= {"peak_gb": round(peak / 1e9, 2)} if peak else {}
             details = {
                 "phases": {name: round(seconds, 2) for name, seconds in report.phases.items()},
-                "worst_layer": worst, "notes": sum(row.note is not None for row in report.pruned),
+                "worst_layer": worst,
+                "notes": sum(row.note is not None for row in report.pruned),
                 "refine": report.options.get("refine", 0),
                 "match_dense": report.options.get("match_dense", 0),
-            }  # fmt: skip
+            }
             self.report = report
             run.say(report.summary())
         model = dense_twin(self.pruned) if args.eval_weights == "dense" else self.pruned
@@ -150,8 +164,17 @@ class Problem:
         if not value < float("inf"):
             raise RuntimeError(f"bench prune: expected a finite perplexity, got {value}.")
         metrics = {"perplexity": round(value, 4), **metrics}
-        run.add(op="prune_model", backend=method, check=check, case=self.case, seed=args.seed,
-                dtype=args.dtype, settings=self.settings, details=details, metrics=metrics)
+        run.add(
+            op="prune_model",
+            backend=method,
+            check=check,
+            case=self.case,
+            seed=args.seed,
+            dtype=args.dtype,
+            settings=self.settings,
+            details=details,
+            metrics=metrics,
+        )
         run.say(f"{method}: perplexity {value:.4f}")
         return True
 
@@ -162,11 +185,18 @@ class Problem:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         report = sparsekern.prune_model(
-            self.pruned, method, None if method == "magnitude" else self.calibration,
-            device=self.run.device, batch_size=args.batch_size, damp=args.damp,
-            blocksize=args.blocksize, refine=args.refine, true_sequential=args.true_sequential,
-            match_dense=args.match_dense if method == "sparsegpt" else None, progress=False,
-        )  # fmt: skip
+            self.pruned,
+            method,
+            None if method == "magnitude" else self.calibration,
+            device=self.run.device,
+            batch_size=args.batch_size,
+            damp=args.damp,
+            blocksize=args.blocksize,
+            refine=args.refine,
+            true_sequential=args.true_sequential,
+            match_dense=args.match_dense if method == "sparsegpt" else None,
+            progress=False,
+        )
         return report, torch.cuda.max_memory_allocated() if on_gpu else 0
 
     def check_reload(self, method: str) -> int:
@@ -185,8 +215,11 @@ class Problem:
             largest = (got.float() - wanted.float()).abs().max().item()
             run.say(f"FAILED: logits differ after loading, by up to {largest:.3g}")
             return 1
-        metrics = {"pruned_layer_bytes": stored, "of_dense_bf16": round(stored / dense, 6),
-                   "logits": "equal bits in a new process"}  # fmt: skip
+        metrics = {
+            "pruned_layer_bytes": stored,
+            "of_dense_bf16": round(stored / dense, 6),
+            "logits": "equal bits in a new process",
+        }
         run.add(op="checkpoint", backend=method, check="exact", case=self.case, metrics=metrics)
         run.say(f"saved and loaded: {metrics}")
         return 0
@@ -197,8 +230,11 @@ def logits_in_new_process(folder: Path, file: Path, device: str) -> None:
     command = [sys.executable, "-m", "bench", "prune", "--device", device]
     subprocess.run(
         [*command, "--reload", str(folder), "--logits", str(file)],
-        cwd=record.ROOT, check=True, timeout=CHILD_S, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+        cwd=record.ROOT,
+        check=True,
+        timeout=CHILD_S,
+        stdout=subprocess.DEVNULL,
+    )
 
 
 def dense_twin(model: nn.Module) -> nn.Module:

@@ -70,9 +70,12 @@ class HeuristicResult(ctypes.Structure):
     """cublasLtMatmulHeuristicResult_t, 96 bytes."""
 
     _fields_ = [
-        ("algo", Algo), ("workspaceSize", c_size_t), ("state", c_int), ("wavesCount", c_float),
+        ("algo", Algo),
+        ("workspaceSize", c_size_t),
+        ("state", c_int),
+        ("wavesCount", c_float),
         ("reserved", c_int * 4),
-    ]  # fmt: skip
+    ]
 
 
 _TYPES = (c_int,) * 6  # compute, scale, A, B, C, D
@@ -86,7 +89,11 @@ SIGNATURES = {
     "cublasLtMatmulAlgoGetIds": (c_void_p, *_TYPES, c_int, POINTER(c_int), POINTER(c_int)),
     "cublasLtMatmulAlgoInit": (c_void_p, *_TYPES, c_int, POINTER(Algo)),
     "cublasLtMatmulAlgoCapGetAttribute": (
-        POINTER(Algo), c_int, c_void_p, c_size_t, POINTER(c_size_t),
+        POINTER(Algo),
+        c_int,
+        c_void_p,
+        c_size_t,
+        POINTER(c_size_t),
     ),
     "cublasLtMatmulAlgoConfigSetAttribute": (POINTER(Algo), c_int, c_void_p, c_size_t),
     # handle, operation, layouts of A, B, C, D
@@ -94,7 +101,7 @@ SIGNATURES = {
     # handle, operation, alpha, A, its layout, B, its layout, beta, C, its layout, D, its layout,
     # algorithm, workspace, its bytes, stream
     "cublasLtMatmul": (*(c_void_p,) * 12, POINTER(Algo), c_void_p, c_size_t, c_void_p),
-}  # fmt: skip
+}
 
 
 # ---- the library ---------------------------------------------------------------------------------
@@ -222,11 +229,18 @@ class Problem:
                 "cublasLtMatmulDescCreate", CUBLAS_COMPUTE_32F, CUDA_R_32F
             )
             transpose = c_int(CUBLAS_OP_T)
-            library("cublasLtMatmulDescSetAttribute", self._operation,
-                    CUBLASLT_MATMUL_DESC_TRANSA, byref(transpose), ctypes.sizeof(transpose))
+            library(
+                "cublasLtMatmulDescSetAttribute",
+                self._operation,
+                CUBLASLT_MATMUL_DESC_TRANSA,
+                byref(transpose),
+                ctypes.sizeof(transpose),
+            )
             # rows, columns and leading dimension of W, x and y, column-major
             for rows, columns in (
-                (in_features, out_features), (in_features, tokens), (out_features, tokens),
+                (in_features, out_features),
+                (in_features, tokens),
+                (out_features, tokens),
             ):
                 layout = library.made("cublasLtMatrixLayoutCreate", kind, rows, columns, rows)
                 self._layouts.append(layout)
@@ -245,8 +259,9 @@ class Problem:
     def algorithms(self) -> list[int]:
         """The numbers of all algorithms that may know these types."""
         ids, count = (c_int * MAX_IDS)(), c_int()
-        self.library("cublasLtMatmulAlgoGetIds", self.library.handle, *self.types, MAX_IDS, ids,
-                     byref(count))
+        self.library(
+            "cublasLtMatmulAlgoGetIds", self.library.handle, *self.types, MAX_IDS, ids, byref(count)
+        )
         return list(ids[: count.value])
 
     def candidates(self, algo: int, limit: int, splits=(1,)) -> list[Candidate]:
@@ -259,8 +274,9 @@ class Problem:
             CublasLtError: the library does not tell what the algorithm can do.
         """
         blank = Algo()
-        if self.library.status("cublasLtMatmulAlgoInit", self.library.handle, *self.types, algo,
-                               byref(blank)):  # fmt: skip
+        if self.library.status(
+            "cublasLtMatmulAlgoInit", self.library.handle, *self.types, algo, byref(blank)
+        ):
             return []
         configs = self._configs(algo, blank, splits)
         random.Random(0).shuffle(configs)
@@ -281,11 +297,24 @@ class Problem:
         """
         of_weight, of_x, of_y = self._layouts
         self.library(
-            "cublasLtMatmul", self.library.handle, self._operation, byref(self._one),
-            weight.data_ptr(), of_weight, x.data_ptr(), of_x, byref(self._zero), y.data_ptr(), of_y,
-            y.data_ptr(), of_y, byref(candidate.algorithm), workspace.data_ptr(),
-            workspace.numel(), torch.cuda.current_stream().cuda_stream,
-        )  # fmt: skip
+            "cublasLtMatmul",
+            self.library.handle,
+            self._operation,
+            byref(self._one),
+            weight.data_ptr(),
+            of_weight,
+            x.data_ptr(),
+            of_x,
+            byref(self._zero),
+            y.data_ptr(),
+            of_y,
+            y.data_ptr(),
+            of_y,
+            byref(candidate.algorithm),
+            workspace.data_ptr(),
+            workspace.numel(),
+            torch.cuda.current_stream().cuda_stream,
+        )
 
     def _configs(self, algo: int, blank: Algo, splits) -> list[Config]:
         tiles = self._capabilities(blank, CUBLASLT_ALGO_CAP_TILE_IDS) or [0]
@@ -315,8 +344,14 @@ class Problem:
     def _capability(self, algorithm: Algo, attribute: int) -> int:
         """The value of an attribute of 32 bits."""
         value, size = ctypes.c_int32(), c_size_t()
-        self.library("cublasLtMatmulAlgoCapGetAttribute", byref(algorithm), attribute,
-                     byref(value), ctypes.sizeof(value), byref(size))
+        self.library(
+            "cublasLtMatmulAlgoCapGetAttribute",
+            byref(algorithm),
+            attribute,
+            byref(value),
+            ctypes.sizeof(value),
+            byref(size),
+        )
         return value.value
 
     def _configured(self, blank: Algo, config: Config) -> Algo | None:
@@ -333,14 +368,24 @@ class Problem:
         for attribute, number in settings.items():
             value = ctypes.c_int32(number)  # 0 is what cublasLtMatmulAlgoInit has set
             if number and self.library.status(
-                "cublasLtMatmulAlgoConfigSetAttribute", byref(algorithm), attribute, byref(value),
+                "cublasLtMatmulAlgoConfigSetAttribute",
+                byref(algorithm),
+                attribute,
+                byref(value),
                 ctypes.sizeof(value),
-            ):  # fmt: skip
+            ):
                 return None
         result = HeuristicResult()
         of_weight, of_x, of_y = self._layouts
         refused = self.library.status(
-            "cublasLtMatmulAlgoCheck", self.library.handle, self._operation, of_weight, of_x, of_y,
-            of_y, byref(algorithm), byref(result),
-        )  # fmt: skip
+            "cublasLtMatmulAlgoCheck",
+            self.library.handle,
+            self._operation,
+            of_weight,
+            of_x,
+            of_y,
+            of_y,
+            byref(algorithm),
+            byref(result),
+        )
         return None if refused or result.workspaceSize > WORKSPACE_BYTES else algorithm

@@ -65,9 +65,13 @@ def search(compressed: Tensor, x: Tensor) -> Algorithm:
 def linear(compressed: Tensor, x: Tensor, algorithm: Algorithm) -> Tensor:
     """x [tokens, in_features] · Wᵀ -> [tokens, out_features]; tokens as from `padded`."""
     return torch._cslt_sparse_mm(
-        compressed, x.t(), transpose_result=True, alg_id=algorithm.alg_id,
-        split_k=algorithm.split_k, split_k_mode=algorithm.split_k_mode,
-    )  # fmt: skip
+        compressed,
+        x.t(),
+        transpose_result=True,
+        alg_id=algorithm.alg_id,
+        split_k=algorithm.split_k,
+        split_k_mode=algorithm.split_k_mode,
+    )
 
 
 def probe(dtype: torch.dtype, out_features=4096, in_features=4096, tokens=16, timeout=120) -> str:

@@ -25,11 +25,23 @@ from sparsekern import SparseLinear, prune_compress
 
 ATTENTION = "sparsekern_bench"
 PRESETS = {
-    "8b": dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
-               num_key_value_heads=8, head_dim=128, vocab_size=128256),
-    "tiny": dict(hidden_size=64, intermediate_size=128, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=16, vocab_size=128),
-}  # fmt: skip
+    "8b": dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+    ),
+    "tiny": dict(
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=128,
+    ),
+}
 
 
 class LastPositionCache:
@@ -70,14 +82,17 @@ def build(preset: str, layers: int, dtype, device, sparse: bool, seed: int = 0) 
             weight lives only until it is compressed.
     """
     import transformers
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
     config = transformers.LlamaConfig(
-        **PRESETS[preset], num_hidden_layers=layers, max_position_embeddings=8192,
-        tie_word_embeddings=False, attn_implementation=ATTENTION,
-    )  # fmt: skip
+        **PRESETS[preset],
+        num_hidden_layers=layers,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+        attn_implementation=ATTENTION,
+    )
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     generator = torch.Generator(device).manual_seed(seed)
@@ -170,9 +185,11 @@ class Step:
 
     def __call__(self) -> Tensor:
         output = self.model(
-            input_ids=self.ids, position_ids=self.positions, past_key_values=self.cache,
+            input_ids=self.ids,
+            position_ids=self.positions,
+            past_key_values=self.cache,
             use_cache=True,
-        )  # fmt: skip
+        )
         return output.logits[:, -1]
 
 

@@ -1,9 +1,9 @@
-"""Fits the table of heuristics.py to measured cells: `python -m bench.fit CELLS.jsonl`.
+"""Fits the table of backends/cuda/cost_model.py to measured cells: `python -m bench.fit CELLS.jsonl`.
 
 CELLS.jsonl is what `sparsekern tune --log CELLS.jsonl` appends: a line per cell with the times of
-all variants that were sampled. Printed are the table TIMES, to paste into sparsekern/heuristics.py,
+all variants that were sampled. Printed are the table TIMES, to paste into sparsekern/backends/cuda/cost_model.py,
 and how much slower than the fastest variant its picks are in these cells. With --check nothing is
-fitted: the gaps are those of the table that heuristics.py has.
+fitted: the gaps are those of the table that backends/cuda/cost_model.py has.
 
 The model is heuristics.work (counts) and heuristics.us (their time), and nothing is modelled here.
 The table is made in three steps:
@@ -35,10 +35,18 @@ from pathlib import Path
 
 import numpy
 
-from sparsekern import heuristics
-from sparsekern.heuristics import MmaTile, RowBlocks, SplitTile, Tile, Times, Variant, Work
+from sparsekern.backends.cuda import cost_model as heuristics
+from sparsekern.backends.cuda.cost_model import (
+    MmaTile,
+    RowBlocks,
+    SplitTile,
+    Tile,
+    Times,
+    Variant,
+    Work,
+)
 
-CONFIGS = Path(__file__).resolve().parent.parent / "csrc" / "configs.h"
+CONFIGS = Path(__file__).resolve().parent.parent / "csrc" / "linear/configs.h"
 NEAR = 0.15  # 15 % slower than the fastest: half the weight
 TRUST = 0.05  # error from which on a sample is distrusted
 MATTERS, FEW_CELLS = 0.03, 3  # kept: within 3 % of the fastest in at least three cells
@@ -102,7 +110,7 @@ class Gap:
 
 
 def variants() -> dict[str, Variant]:
-    """{name: variant} of everything in csrc/configs.h."""
+    """{name: variant} of everything in csrc/linear/configs.h."""
     text, found = CONFIGS.read_text(), []
 
     def entries(name):
@@ -144,7 +152,7 @@ def read(paths: Iterable[str | Path]) -> list[Cell]:
             if times:
                 cells[key] = Cell(key[2], key[3], times)
     if not cells:
-        raise ValueError("no cell with a time of a variant in csrc/configs.h")
+        raise ValueError("no cell with a time of a variant in csrc/linear/configs.h")
     return list(cells.values())
 
 
@@ -183,8 +191,15 @@ def _fit_from(start, of, us, weights):
     def cost(error):
         return numpy.sum(weights * numpy.log1p((error / TRUST) ** 2))
 
-    used = numpy.array([True, *(numpy.any(count) for count in (of.extras, of.totals)), True,
-                        *(numpy.any(count) for count in of[4:]), True])  # fmt: skip
+    used = numpy.array(
+        [
+            True,
+            *(numpy.any(count) for count in (of.extras, of.totals)),
+            True,
+            *(numpy.any(count) for count in of[4:]),
+            True,
+        ]
+    )
     highest = numpy.log(Times(*[HIGHEST] * len(start))._replace(rate=FASTEST))
     logs = numpy.log(start)
     logs[~used] = numpy.log(LOWEST)
@@ -251,8 +266,9 @@ class _Grid:
         self.work, self.offered = Work(*counts), numpy.isfinite(self.us)
         self.gaps = self.us / [cell.best for cell in cells] - 1
         self.cost = self.gaps + DREAD * self.gaps**2
-        weights = [sum(_belongs(cell, shapes, fewest) for _, shapes, fewest in CLASSES)
-                   for cell in cells]  # fmt: skip
+        weights = [
+            sum(_belongs(cell, shapes, fewest) for _, shapes, fewest in CLASSES) for cell in cells
+        ]
         self.weights = numpy.array(weights, float) / sum(weights)
 
     def predicted(self, coefficients: numpy.ndarray) -> numpy.ndarray:
@@ -355,9 +371,7 @@ def rounded(times: Times) -> Times:
 # ---- the gaps ------------------------------------------------------------------------------------
 
 
-def gaps(
-    cells: Iterable[Cell], table: dict[Variant, Times], multiprocessors: int
-) -> list[Gap]:
+def gaps(cells: Iterable[Cell], table: dict[Variant, Times], multiprocessors: int) -> list[Gap]:
     """What the table picks in each cell, among the variants that were sampled there."""
     found = []
     for cell in cells:
@@ -400,7 +414,7 @@ def _belongs(cell, shapes, fewest):
 
 
 def source(table: dict[Variant, Times]) -> str:
-    """The table as it stands in heuristics.py."""
+    """The table as it stands in backends/cuda/cost_model.py."""
     lines = ["TIMES: dict[Variant, Times] = {"]
     lines += [f"    {_call(variant)}: {_call(times)}," for variant, times in table.items()]
     return "\n".join([*lines, "}"])
@@ -419,7 +433,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("cells", nargs="+", metavar="CELLS.jsonl", help="of sparsekern tune --log")
     parser.add_argument("--multiprocessors", type=int, default=132, help="of the GPU (default 132)")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--check", action="store_true", help="fit nothing: gaps of heuristics.py")
+    what.add_argument(
+        "--check", action="store_true", help="fit nothing: gaps of backends/cuda/cost_model.py"
+    )
     what.add_argument("--cross", action="store_true", help="also gaps of shapes left out of a fit")
     args = parser.parse_args(arguments)
     cells = read(args.cells)

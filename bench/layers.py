@@ -1,6 +1,6 @@
 """One linear layer as every provider takes it, ready to be called, checked, and timed.
 
-    cuda        sparsekern's native kernels, weight packed (sparsekern/cuda_backend.py)
+    cuda        sparsekern's native kernels, weight packed (sparsekern/backends/cuda/linear.py)
     cuda-mma    the same, by the mma.sp kernel on every GPU
     triton      sparsekern's Triton kernel, weight row-major
     dense       torch, that is cuBLAS, on the weight before it was pruned: what the user has today
@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sparsekern import _native, decompress, ops, prune_compress
-from sparsekern.pack import pack
+from sparsekern import _native, decompress, prune_compress
+from sparsekern.formats.tile64 import pack
+from sparsekern.ops import linear_op as ops
 
 from . import cusparselt, timing
 from .shapes import Shape
@@ -61,7 +62,7 @@ class Provider:
 
 def packed_linear(name: str) -> tuple[Callable, Callable]:
     """(linear, config) of one of PACKED."""
-    from sparsekern import cuda_backend
+    from sparsekern.backends.cuda import linear as cuda_backend
 
     if name == "cuda":
         return cuda_backend.linear, cuda_backend.config
@@ -116,9 +117,13 @@ class Layer:
 
     def _make(self, name: str, weight: Tensor, pruned: Tensor) -> Provider:
         makers = {
-            "cuda": self._cuda, "cuda-mma": self._cuda, "triton": self._ops, "cpu": self._ops,
-            "dense": self._dense, "cusparselt": self._cusparselt,
-        }  # fmt: skip
+            "cuda": self._cuda,
+            "cuda-mma": self._cuda,
+            "triton": self._ops,
+            "cpu": self._ops,
+            "dense": self._dense,
+            "cusparselt": self._cusparselt,
+        }
         if name not in makers:
             raise ValueError(f"bench: expected a provider in {sorted(makers)}, got {name!r}.")
         return makers[name](name, weight, pruned)

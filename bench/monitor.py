@@ -40,10 +40,15 @@ class Monitor:
     def __enter__(self) -> Monitor:
         if torch.cuda.is_available() and shutil.which("nvidia-smi"):
             uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
-            self._start([
-                "nvidia-smi", f"--query-gpu={','.join(FIELDS.values())}", f"--id=GPU-{uuid}",
-                "--format=csv,noheader,nounits", f"--loop-ms={PERIOD_MS}",
-            ])  # fmt: skip
+            self._start(
+                [
+                    "nvidia-smi",
+                    f"--query-gpu={','.join(FIELDS.values())}",
+                    f"--id=GPU-{uuid}",
+                    "--format=csv,noheader,nounits",
+                    f"--loop-ms={PERIOD_MS}",
+                ]
+            )
         return self
 
     def __exit__(self, *exception) -> None:

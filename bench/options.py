@@ -25,18 +25,26 @@ def parser(name: str, text: str, budget: float) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog=f"python -m bench {name}", description=text)
     result.add_argument("--quick", action="store_true", help="fewer cases, shorter sampling")
     result.add_argument(
-        "--budget", type=float, default=budget, metavar="SECONDS",
+        "--budget",
+        type=float,
+        default=budget,
+        metavar="SECONDS",
         help=f"start no further case after this time (default {budget:g})",
-    )  # fmt: skip
+    )
     result.add_argument(
         "--out", type=Path, metavar="FILE", help="append records to FILE, not to bench/records"
     )
     result.add_argument(
-        "--campaign", help="name of the run (default: the UTC time); cases that FILE already has "
+        "--campaign",
+        help="name of the run (default: the UTC time); cases that FILE already has "
         "under this name are not measured again",
-    )  # fmt: skip
-    result.add_argument("--device", default="cuda", choices=("cuda", "cpu"),
-                        help="cpu is a dry run: everything but the GPU's own code and timers")
+    )
+    result.add_argument(
+        "--device",
+        default="cuda",
+        choices=("cuda", "cpu"),
+        help="cpu is a dry run: everything but the GPU's own code and timers",
+    )
     return result
 
 
@@ -60,9 +68,7 @@ class Run:
         self._begin, self._budget = time.monotonic(), args.budget
         self._env = record.environment()
         known = record.read(self.path) if self.path.exists() else []
-        self._done = {
-            case_key(entry) for entry in known if entry.get("campaign") == self.campaign
-        }
+        self._done = {case_key(entry) for entry in known if entry.get("campaign") == self.campaign}
 
     @property
     def elapsed(self) -> float:

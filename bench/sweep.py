@@ -22,12 +22,12 @@ DECODE_LIMIT = 64  # tokens that the decode kernel takes
 PREFILL_FROM = 32  # tokens from which prefill tiles are timed beside it
 HANG_S = 180.0
 MARGIN_S = 6.0
-_DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/launch.h
+_DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/core/problem.h
 
 
 def configs(tokens: int, mma: bool = False) -> dict[str, tuple[str, int]]:
     """{name: (native function, index of its config)}, named as cuda_backend.config does."""
-    from sparsekern import cuda_backend
+    from sparsekern.backends.cuda import linear as cuda_backend
 
     wanted = {"mma"} if mma else {"decode"} if tokens <= DECODE_LIMIT else set()
     if not mma and tokens >= PREFILL_FROM:
@@ -51,10 +51,24 @@ def launch(space: Tensor, kind: str, index: int, x: Tensor, w24) -> Tensor:
     y = x.new_empty(tokens, out_features)
     tail = (space.data_ptr(),) if kind == "prefill" else ()
     getattr(_native.module(), kind)(
-        x.data_ptr(), w24.values.data_ptr(), w24.metadata.data_ptr(), 0, 0, y.data_ptr(), tokens,
-        out_features, in_features, in_features, out_features, 0, _DTYPES[x.dtype], 0, index, *tail,
+        x.data_ptr(),
+        w24.values.data_ptr(),
+        w24.metadata.data_ptr(),
+        0,
+        0,
+        y.data_ptr(),
+        tokens,
+        out_features,
+        in_features,
+        in_features,
+        out_features,
+        0,
+        _DTYPES[x.dtype],
+        0,
+        index,
+        *tail,
         torch.cuda.current_stream().cuda_stream,
-    )  # fmt: skip
+    )
     return y
 
 
@@ -113,7 +127,7 @@ def checked(
 
 
 def _cell(run: Run, layer: Layer, tokens: int, failures: list[str], mma: bool) -> dict | None:
-    from sparsekern import cuda_backend
+    from sparsekern.backends.cuda import linear as cuda_backend
 
     x = layer.inputs(tokens)
     picked = (cuda_backend.mma_config if mma else cuda_backend.config)(x, layer.packed)
@@ -128,10 +142,16 @@ def _cell(run: Run, layer: Layer, tokens: int, failures: list[str], mma: bool) -
     times = timing.compare(providers, run.timer, rule, warm_s=0.02)
     for name, timed in times.items():
         run.add(
-            op="linear_config", backend=name, check="exact", picked=name == picked, tokens=tokens,
-            out_features=layer.shape.out_features, in_features=layer.shape.in_features,
-            dtype=str(layer.dtype).removeprefix("torch."), **timed.row(),
-        )  # fmt: skip
+            op="linear_config",
+            backend=name,
+            check="exact",
+            picked=name == picked,
+            tokens=tokens,
+            out_features=layer.shape.out_features,
+            in_features=layer.shape.in_features,
+            dtype=str(layer.dtype).removeprefix("torch."),
+            **timed.row(),
+        )
     cell = judge(str(layer.shape), tokens, picked, {n: t.median for n, t in times.items()})
     run.say(describe(cell))
     return cell

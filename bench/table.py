@@ -152,7 +152,7 @@ def linear_tables(records: list[dict]) -> str:
                 lines = markdown(*results.grid(timed, members is many, ours))
                 parts.append(f"{name}, {dtype}: {text}\n\n{lines}")
     campaigns = ", ".join(sorted({cell.campaign for cell in found}))
-    return "\n\n".join([*parts, f"Medians of campaigns {campaigns}; \"-\": not timed."])
+    return "\n\n".join([*parts, f'Medians of campaigns {campaigns}; "-": not timed.'])
 
 
 def losses_table(found: list[results.Cell]) -> str:

@@ -153,9 +153,7 @@ def warm_up(call: Call, seconds: float = 0.2) -> None:
         torch.cuda.synchronize()
 
 
-def graph_sampler(
-    calls: Sequence[Call], warm_s: float = 0.2, min_us: float = 200.0
-) -> Sampler:
+def graph_sampler(calls: Sequence[Call], warm_s: float = 0.2, min_us: float = 200.0) -> Sampler:
     """Captures `calls` in a CUDA graph; a sample is microseconds per call of one replay.
 
     The sequence is repeated inside the graph until a replay takes about `min_us`, so that the

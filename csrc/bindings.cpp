@@ -2,7 +2,7 @@
 // that knows of torch.
 //
 // Four parts: introspection of the build and of the device, the exceptions, the table of ops, and
-// cuSPARSELt. An op here does nothing but turn integers into pointers, call a launcher (launch.h)
+// cuSPARSELt. An op here does nothing but turn integers into pointers, call a launcher (core/problem.h)
 // and raise its Status. Python owns shapes, dtypes, allocation and dispatch; typed surface:
 // sparsekern/_C.pyi.
 #include <cuda_runtime_api.h>
@@ -13,11 +13,11 @@
 #include <string>
 
 #include "build_lists.h"  // written by CMakeLists.txt
-#include "configs.h"
-#include "cusparselt.h"
-#include "fastcall.h"
-#include "launch.h"
-#include "status.h"
+#include "linear/configs.h"
+#include "cusparselt/cusparselt.h"
+#include "core/fastcall.h"
+#include "core/problem.h"
+#include "core/status.h"
 
 namespace py = pybind11;
 

@@ -6,12 +6,20 @@ elsewhere; `slow` for tests of more than 30 seconds on one core.
 
 import os
 import random
+import sys
 import tempfile
+from pathlib import Path
 
 # Before torch is imported. Tests neither reach the network nor fight over cores.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Tests run some of their modules as programs; those import python_tests and bench, too.
+_root = str(Path(__file__).resolve().parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_root, os.environ.get("PYTHONPATH")]))
+if _root not in sys.path:
+    sys.path.insert(0, _root)
 
 # What the user tuned on this machine must not decide what is tested.
 _cache = tempfile.TemporaryDirectory(prefix="sparsekern-cache-")

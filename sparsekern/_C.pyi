@@ -1,6 +1,6 @@
 """The typed surface of the CUDA module (csrc/bindings.cpp). Pointers and streams are integers.
 
-The ops (csrc/launch.h) take positional arguments alone; pointers are to memory of the current
+The ops (csrc/core/problem.h) take positional arguments alone; pointers are to memory of the current
 device, 0 is null, strides count elements. dtype: 0 float16, 1 bfloat16. activation: 0 none, 1 relu,
 2 gelu, 3 silu. Nothing is allocated and nothing waits for the GPU.
 """
@@ -13,7 +13,7 @@ class BuildInfo(TypedDict):
     cudart: int  # CUDART_VERSION, e.g. 13000
     archs: list[str]
     flags: list[str]
-    kernels: list[str]  # stems of csrc/kernels/*.cu
+    kernels: list[str]  # stems of the .cu files below csrc
 
 class DeviceInfo(TypedDict):
     name: str
@@ -195,12 +195,13 @@ def naive(
     stream: int,
     /,
 ) -> None: ...  # the readable kernel, for tests
+
 PREFILL_COUNTER_BYTES: int  # the beginning of the workspace that must be zero
 
 def prefill_workspace_bytes() -> int: ...
 def capture_id(stream: int, /) -> int: ...  # 0: the stream is not being captured
 
-# cuSPARSELt (csrc/cusparselt.h). device: index of the GPU; the calls need it to be current.
+# cuSPARSELt (csrc/cusparselt/cusparselt.h). device: index of the GPU; the calls need it to be current.
 
 CUSPARSELT_MAX_PLANS: int  # a full cache is emptied
 

@@ -9,16 +9,18 @@ The map of the code is in README.md; `reference.py` is the specification of ever
 
 __version__ = "0.1.0"
 
-from sparsekern import prune
+from sparsekern import _moved, prune
 from sparsekern.checkpoint import from_pretrained, load_into, save_pretrained
-from sparsekern.driver import prune_model
 from sparsekern.errors import FormatError
-from sparsekern.evaluate import perplexity
-from sparsekern.gated import gated_linear
-from sparsekern.linear import SparseLinear
-from sparsekern.ops import Explanation, explain, linear
-from sparsekern.report import PruneReport
-from sparsekern.sparse24 import Sparse24, compress, decompress, prune_compress, verify
+from sparsekern.eval.perplexity import perplexity
+from sparsekern.formats.sparse24 import Sparse24, compress, decompress, prune_compress, verify
+from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.oneshot.prune_model import prune_model
+from sparsekern.oneshot.report import PruneReport
+from sparsekern.ops.gated_op import gated_linear
+from sparsekern.ops.linear_op import Explanation, explain, linear
+
+_moved.install()
 
 __all__ = [
     "Explanation",

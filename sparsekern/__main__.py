@@ -1,8 +1,8 @@
-"""python -m sparsekern: the command line (cli.py)."""
+"""python -m sparsekern: the command line (cli/main.py)."""
 
 import sys
 
-from .cli import main
+from sparsekern.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -20,7 +20,7 @@ _ABSENT = (
 @cache
 def _load() -> tuple[ModuleType | None, str]:
     """Returns (module, "") or (None, reason)."""
-    from . import __version__
+    from sparsekern import __version__
 
     name = f"{__package__}._C"
     try:

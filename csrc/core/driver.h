@@ -11,7 +11,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "status.h"
+#include "core/status.h"
 
 namespace sparsekern {
 

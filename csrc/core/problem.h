@@ -1,4 +1,4 @@
-// launch.h: what the host side may call. Torch-free: plain pointers, sizes, strides in elements, a
+// core/problem.h: what the host side may call. Torch-free: plain pointers, sizes, strides in elements, a
 // stream.
 //
 // GEMM letters: D[M,N] = A[M,K] · B[K,N] with A the 2:4-sparse weight, because the hardware
@@ -11,7 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "status.h"
+#include "core/status.h"
 
 namespace sparsekern {
 
@@ -47,7 +47,7 @@ Status launch_pack(const void* values, const void* metadata, void* packed_values
 Status launch_prune_compress(const void* w, void* values, void* metadata, int* bad_chunks,
                              int64_t elements, DType dtype, cudaStream_t stream);
 
-// The readable kernel of spmm_naive_sm90.cu; any number of tokens.
+// The readable kernel of naive_sm90.cu; any number of tokens.
 Status launch_naive(const LinearProblem& problem, cudaStream_t stream);
 
 // For 1 to 64 tokens (gated: 32). config: index into SK_DECODE_CONFIGS (configs.h), 0 chooses. The

@@ -5,8 +5,8 @@
 #include <cuda.h>
 #include <cudaTypedefs.h>
 
-#include "driver.h"
-#include "launch.h"
+#include "core/driver.h"
+#include "core/problem.h"
 
 namespace sparsekern {
 

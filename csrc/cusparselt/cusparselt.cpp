@@ -6,7 +6,7 @@
 //   cusparseLtMatmulAlgSelectionDestroy   since 0.8; without it selections leak there
 //   split-K modes above 2                 since 0.7
 // The library keeps addresses of descriptors, so none of them moves after its initialisation.
-#include "cusparselt.h"
+#include "cusparselt/cusparselt.h"
 
 #include <dlfcn.h>
 #include <library_types.h>

@@ -1,7 +1,7 @@
 // cusparselt.h: NVIDIA's 2:4 library, loaded at run time and called through a table of pointers, so
 // that the module neither links it nor needs its header.
 //
-// GEMM letters as in launch.h: D[M,N] = A[M,K] · B[K,N], M = out_features, N = tokens, K =
+// GEMM letters as in core/problem.h: D[M,N] = A[M,K] · B[K,N], M = out_features, N = tokens, K =
 // in_features. In the library's terms A = W is the structured matrix, row-major; B is x read
 // transposed; D column-major is y row-major.
 //
@@ -22,8 +22,8 @@
 #include <cstdint>
 #include <string>
 
-#include "launch.h"
-#include "status.h"
+#include "core/problem.h"
+#include "core/status.h"
 
 namespace sparsekern::cusparselt {
 

@@ -1,7 +1,7 @@
 // tile64.cuh: "tile64", the packed layout of a 2:4 weight on the GPU. One copy feeds the decode and
 // the prefill kernel.
 //
-//   M = out_features, K = in_features (dense count).  Specification in Python: sparsekern/pack.py.
+//   M = out_features, K = in_features (dense count).  Specification in Python: sparsekern/formats/tile64.py.
 //
 // The weight is cut into tiles of 64 rows x 64 dense columns. A tile holds 64 x 32 kept values
 // (4096 bytes at 16 bits) and 64 x 64 / 4 nibbles of metadata (512 bytes). Rows are padded to 64

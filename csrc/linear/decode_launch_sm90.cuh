@@ -1,11 +1,11 @@
-// spmm_decode_launch_sm90.cuh: host side of the decode kernel: occupancy, launch, and the choice of
+// decode_launch_sm90.cuh: host side of the decode kernel: occupancy, launch, and the choice of
 // the token tile. Templates over dtype and number of weights; spmm_decode*_sm90.cu instantiate
 // them, so that they compile in parallel.
 #pragma once
-#include "spmm_decode_sm90.cuh"
+#include "linear/decode_sm90.cuh"
 
-#include "../configs.h"
-#include "../tensor_map.h"
+#include "linear/configs.h"
+#include "core/tensor_map.h"
 
 namespace sparsekern::decode {
 

@@ -1,4 +1,4 @@
-// spmm_decode_sm90.cuh: D[M,N] = A[M,K] · B[K,N] for 1 to 64 tokens, A 2:4-sparse. Hopper: copy
+// decode_sm90.cuh: D[M,N] = A[M,K] · B[K,N] for 1 to 64 tokens, A 2:4-sparse. Hopper: copy
 // engine + mma.sp.
 //
 //   M = out_features   N = tokens   K = in_features (dense count)
@@ -31,13 +31,13 @@
 // Programmatic dependent launch: weights are constants, so their copies start before the previous
 // kernel of the stream has finished; x, residual and y are touched only after it has.
 #pragma once
-#include "../layout/tile64.cuh"
-#include "../ptx/cluster.cuh"
-#include "../ptx/dependent_launch.cuh"
-#include "../ptx/mbarrier.cuh"
-#include "../ptx/mma_sp.cuh"
-#include "../ptx/tma.cuh"
-#include "epilogue.cuh"
+#include "layout/tile64.cuh"
+#include "ptx/cluster.cuh"
+#include "ptx/dependent_launch.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/mma_sp.cuh"
+#include "ptx/tma.cuh"
+#include "linear/epilogue.cuh"
 
 namespace sparsekern::decode {
 

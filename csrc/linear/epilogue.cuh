@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../launch.h"
+#include "core/problem.h"
 
 namespace sparsekern {
 

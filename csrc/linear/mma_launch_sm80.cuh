@@ -1,10 +1,10 @@
-// spmm_mma_launch_sm80.cuh: host side of the mma.sp kernel: checks, launch, the list of
+// mma_launch_sm80.cuh: host side of the mma.sp kernel: checks, launch, the list of
 // configurations. Templates over the dtype; spmm_mma*_sm80.cu instantiate them, so that they
 // compile in parallel.
 #pragma once
-#include "spmm_mma_sm80.cuh"
+#include "linear/mma_sm80.cuh"
 
-#include "../configs.h"
+#include "linear/configs.h"
 
 namespace sparsekern::mma {
 

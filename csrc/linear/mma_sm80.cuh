@@ -1,4 +1,4 @@
-// spmm_mma_sm80.cuh: D[M,N] = A[M,K] · B[K,N] for any number of tokens, A 2:4-sparse. Ampere, Ada
+// mma_sm80.cuh: D[M,N] = A[M,K] · B[K,N] for any number of tokens, A 2:4-sparse. Ampere, Ada
 // and every later GPU: cp.async + ldmatrix + mma.sp.
 //
 //   M = out_features   N = tokens   K = in_features (dense count)
@@ -28,12 +28,12 @@
 // Edges: columns and tokens outside x are filled with zeros by the copies; a row panel or a column
 // tile outside the weight is replaced by one inside, whose results are not stored, or meet zeros.
 #pragma once
-#include "../layout/tile64.cuh"
-#include "../ptx/cp_async.cuh"
-#include "../ptx/dependent_launch.cuh"
-#include "../ptx/mbarrier.cuh"
-#include "../ptx/mma_sp.cuh"
-#include "epilogue.cuh"
+#include "layout/tile64.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/dependent_launch.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/mma_sp.cuh"
+#include "linear/epilogue.cuh"
 
 namespace sparsekern::mma {
 

@@ -1,4 +1,4 @@
-// spmm_naive_sm90.cu: the shortest wgmma.sp kernel that is right: the text to read first, and the
+// naive_sm90.cu: the shortest wgmma.sp kernel that is right: the text to read first, and the
 // oracle on the device.
 //
 //   D[M,N] = A[M,K] · B[K,N], A 2:4-sparse.
@@ -8,10 +8,10 @@
 // packed weight and a tile of x to shared memory with ordinary loads and stores, issue two wgmma.sp
 // (32 of K each), wait, repeat. No pipeline, no copy engine, no cluster, no split of K. What the
 // fast kernels change is only when and by whom the tiles are copied.
-#include "../layout/tile64.cuh"
-#include "../ptx/mbarrier.cuh"
-#include "../ptx/wgmma_sp.cuh"
-#include "epilogue.cuh"
+#include "layout/tile64.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/wgmma_sp.cuh"
+#include "linear/epilogue.cuh"
 
 namespace sparsekern {
 namespace {

@@ -1,9 +1,9 @@
-// spmm_prefill_epilogue_sm90.cuh: from the accumulators of one consumer warpgroup to y; first, where
+// prefill_epilogue_sm90.cuh: from the accumulators of one consumer warpgroup to y; first, where
 // the K of a tile is shared, the exchange of sums with the other clusters.
 #pragma once
-#include "../ptx/mma_sp.cuh"
-#include "../ptx/tma.cuh"
-#include "spmm_prefill_plan_sm90.cuh"
+#include "ptx/mma_sp.cuh"
+#include "ptx/tma.cuh"
+#include "linear/tile_scheduler_sm90.cuh"
 
 namespace sparsekern::prefill {
 

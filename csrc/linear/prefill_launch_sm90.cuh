@@ -1,11 +1,11 @@
-// spmm_prefill_launch_sm90.cuh: host side of the prefill kernel: occupancy, the cut of the last
+// prefill_launch_sm90.cuh: host side of the prefill kernel: occupancy, the cut of the last
 // wave, the launch, the list of tiles. Templates over the dtype; spmm_prefill*_sm90.cu instantiate
 // them, so that they compile in parallel.
 #pragma once
-#include "spmm_prefill_sm90.cuh"
+#include "linear/prefill_sm90.cuh"
 
-#include "../configs.h"
-#include "../tensor_map.h"
+#include "linear/configs.h"
+#include "core/tensor_map.h"
 
 namespace sparsekern::prefill {
 

@@ -1,6 +1,6 @@
-// spmm_prefill_sm90.cuh: D[M,N] = A[M,K] · B[K,N] for many tokens, A 2:4-sparse. Hopper: copy
-// engine + wgmma.sp. Tiles, parameters and shared memory: spmm_prefill_plan_sm90.cuh. What happens to
-// the accumulators: spmm_prefill_epilogue_sm90.cuh.
+// prefill_sm90.cuh: D[M,N] = A[M,K] · B[K,N] for many tokens, A 2:4-sparse. Hopper: copy
+// engine + wgmma.sp. Tiles, parameters and shared memory: tile_scheduler_sm90.cuh. What happens to
+// the accumulators: prefill_epilogue_sm90.cuh.
 //
 //   M = out_features   N = tokens   K = in_features (dense count)
 //   Specification: sparsekern/reference.py, linear
@@ -41,11 +41,11 @@
 // the consumer waits, and the metadata is there when the next stage may be issued. Two sets of
 // metadata registers take turns: that of stage s-1 is free when that of s+1 is loaded.
 #pragma once
-#include "../ptx/dependent_launch.cuh"
-#include "../ptx/tma.cuh"
-#include "../ptx/wgmma_sp.cuh"
-#include "spmm_prefill_epilogue_sm90.cuh"
-#include "spmm_prefill_plan_sm90.cuh"
+#include "ptx/dependent_launch.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/wgmma_sp.cuh"
+#include "linear/prefill_epilogue_sm90.cuh"
+#include "linear/tile_scheduler_sm90.cuh"
 
 namespace sparsekern::prefill {
 

@@ -1,4 +1,4 @@
-// spmm_split_sm90.cuh: D[M,N] = A[M,K] · B[K,N], A 2:4-sparse, for problems that are over in a few
+// splitk_sm90.cuh: D[M,N] = A[M,K] · B[K,N], A 2:4-sparse, for problems that are over in a few
 // microseconds. Hopper: copy engine + wgmma.sp; the stages, the copies and the main loop are the
 // prefill kernel's.
 //
@@ -22,7 +22,7 @@
 //
 // One tile per cluster, and no cluster waits for another. Launches overlap (dependent_launch.cuh).
 #pragma once
-#include "spmm_prefill_sm90.cuh"
+#include "linear/prefill_sm90.cuh"
 
 namespace sparsekern::split {
 

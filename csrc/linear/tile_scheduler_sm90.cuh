@@ -1,10 +1,10 @@
-// spmm_prefill_plan_sm90.cuh: what the prefill kernel's roles agree on: the tile and its stages, the
+// tile_scheduler_sm90.cuh: what the prefill kernel's roles agree on: the tile and its stages, the
 // parameters, the map of shared memory, which work a cluster does, the ring of stages.
 #pragma once
-#include "../layout/tile64.cuh"
-#include "../ptx/cluster.cuh"
-#include "../ptx/mbarrier.cuh"
-#include "epilogue.cuh"
+#include "layout/tile64.cuh"
+#include "ptx/cluster.cuh"
+#include "ptx/mbarrier.cuh"
+#include "linear/epilogue.cuh"
 
 namespace sparsekern::prefill {
 

@@ -3,7 +3,7 @@
 The instruction names every accumulator register, so the text is mechanical and long; it is
 generated once, committed, and a test regenerates and compares it.
 
-Usage: python csrc/ptx/gen_wgmma_sp.py
+Usage: python csrc/tools/gen_wgmma_sp.py
 """
 
 from pathlib import Path
@@ -52,8 +52,9 @@ def wrapper(cpp_type: str, ptx_type: str, n: int) -> str:
         lines.append(f'        "{names}{", " if start + 12 < count else ""}"')
     outputs = []
     for start in range(0, count, 6):
-        outputs.append("          " + ", ".join(
-            f'"+f"(d[{i}])' for i in range(start, min(start + 6, count))))
+        outputs.append(
+            "          " + ", ".join(f'"+f"(d[{i}])' for i in range(start, min(start + 6, count)))
+        )
     return f"""
 template <>
 struct WgmmaSp<{cpp_type}, {n}> {{

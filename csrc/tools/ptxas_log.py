@@ -27,9 +27,7 @@ STACK_FRAMES: dict[str, int] = {}
 
 _ENTRY = re.compile(r"Compiling entry function '([^']+)' for '(sm_\w+)'")
 _PROPERTIES = re.compile(r"Function properties for '?([^\s']+)'?")
-_FRAME = re.compile(
-    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-)
+_FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
 _SMEM = re.compile(r"(\d+) bytes smem")
 _NOTE = re.compile(r"\bC75\d\d\b")
@@ -81,9 +79,7 @@ def parse(text: str, source: str = "?") -> tuple[list[KernelReport], list[str]]:
     for line in text.splitlines():
         if match := _ENTRY.search(line):
             name, arch = match.groups()
-            kernel = described = reports.setdefault(
-                (name, arch), KernelReport(source, name, arch)
-            )
+            kernel = described = reports.setdefault((name, arch), KernelReport(source, name, arch))
         elif match := _PROPERTIES.search(line):
             # A device function that was not inlined gets its own paragraph, without "Used".
             name = match.group(1)
@@ -116,7 +112,7 @@ def check(log_dir: Path, source_dir: Path) -> tuple[list[KernelReport], list[str
     """
     reports: list[KernelReport] = []
     problems: list[str] = []
-    for source in sorted(Path(source_dir).glob("*.cu")):
+    for source in sorted(Path(source_dir).rglob("*.cu")):
         log = Path(log_dir) / f"{source.stem}.log"
         if not log.is_file():
             problems.append(f"{source.name}: no log {log}; build the module first")

@@ -6,8 +6,8 @@
 // the nibble 0x4.
 #include <cstdint>
 
-#include "../launch.h"
-#include "../layout/tile64.cuh"
+#include "core/problem.h"
+#include "layout/tile64.cuh"
 
 namespace sparsekern {
 namespace {

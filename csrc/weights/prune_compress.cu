@@ -9,7 +9,7 @@
 // chunks at a time, neighbouring lanes side by side.
 #include <cstdint>
 
-#include "../launch.h"
+#include "core/problem.h"
 
 namespace sparsekern {
 namespace {

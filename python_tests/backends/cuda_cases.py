@@ -8,11 +8,12 @@ import functools
 
 import pytest
 import torch
-from linear_cases import random_input, random_weight
 
-from sparsekern import _native, cuda_backend
-from sparsekern.pack import pack
-from sparsekern.sparse24 import compress
+from python_tests.linear_cases import random_input, random_weight
+from sparsekern import _native
+from sparsekern.backends.cuda import linear as cuda_backend
+from sparsekern.formats.sparse24 import compress
+from sparsekern.formats.tile64 import pack
 
 DEVICE = "cuda"
 F16, BF16 = torch.float16, torch.bfloat16
@@ -97,12 +98,23 @@ def call(kernel, variant, p, tokens, y, bias=None, residual=None, activation=Non
     if kernel == "prefill":
         tail.append(workspace().data_ptr() if cut_k else 0)
     getattr(_native.module(), kernel)(
-        p.x.data_ptr(), p.w24.values.data_ptr(), p.w24.metadata.data_ptr(),
-        0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(),
-        y.data_ptr(), tokens, p.out_features, p.in_features, p.x.stride(0), y.stride(0),
-        0 if residual is None else residual.stride(0), DTYPE_CODES[p.dtype],
-        ACTIVATION_CODES[activation], *tail, stream(),
-    )  # fmt: skip
+        p.x.data_ptr(),
+        p.w24.values.data_ptr(),
+        p.w24.metadata.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        y.data_ptr(),
+        tokens,
+        p.out_features,
+        p.in_features,
+        p.x.stride(0),
+        y.stride(0),
+        0 if residual is None else residual.stride(0),
+        DTYPE_CODES[p.dtype],
+        ACTIVATION_CODES[activation],
+        *tail,
+        stream(),
+    )
 
 
 def same_bits(a, b):

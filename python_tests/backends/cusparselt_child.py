@@ -8,14 +8,14 @@ import copy
 import sys
 
 import torch
-from linear_cases import assert_within, error_bound, random_input, random_weight
 
+from python_tests.linear_cases import assert_within, error_bound, random_input, random_weight
 from sparsekern import SparseLinear, explain, linear, reference
-from sparsekern import cusparselt_backend as backend
-from sparsekern import cusparselt_library as vendor
-from sparsekern.cusparselt_backend import Algorithm
-from sparsekern.cusparselt_search import search
-from sparsekern.sparse24 import compress, decompress
+from sparsekern.backends.cusparselt import library as vendor
+from sparsekern.backends.cusparselt import linear as backend
+from sparsekern.backends.cusparselt.linear import Algorithm
+from sparsekern.backends.cusparselt.search import search
+from sparsekern.formats.sparse24 import compress, decompress
 
 DEVICE = "cuda"
 BF16 = torch.bfloat16

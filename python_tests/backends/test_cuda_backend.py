@@ -6,15 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from linear_cases import random_weight
 
-from sparsekern import cuda_backend, heuristics, ops, torch_raw, tuning
-from sparsekern.heuristics import TIMES, MmaTile, RowBlocks, Tile
-from sparsekern.pack import pack
-from sparsekern.sparse24 import compress
+from python_tests.linear_cases import random_weight
+from sparsekern.backends.cuda import cost_model as heuristics
+from sparsekern.backends.cuda import linear as cuda_backend
+from sparsekern.backends.cuda import tuned_tables as tuning
+from sparsekern.backends.cuda.cost_model import TIMES, MmaTile, RowBlocks, Tile
+from sparsekern.formats.sparse24 import compress
+from sparsekern.formats.tile64 import pack
+from sparsekern.ops import linear_op as ops
+from sparsekern.utils import torch_raw
 
 GPU = "Test GPU, 132 multiprocessors"
-F16, BF16 = 0, 1  # DType in csrc/launch.h
+F16, BF16 = 0, 1  # DType in csrc/core/problem.h
 
 
 CACHED = ("_tiles", "variants", "_plan", "_mma_tiles", "_mma_plan", "refusal")
@@ -39,10 +43,7 @@ def native(monkeypatch, tmp_path):
         capture_id=lambda stream: module.capture,
         prefill_workspace_bytes=lambda: 64,
         PREFILL_COUNTER_BYTES=16,
-        prefill_configs=lambda: [
-            tile._asdict() | {"index": i}
-            for i, tile in enumerate(TILES)
-        ],
+        prefill_configs=lambda: [tile._asdict() | {"index": i} for i, tile in enumerate(TILES)],
         decode_configs=lambda: [b._asdict() | {"index": i} for i, b in enumerate(BLOCKS, 1)],
         mma_configs=lambda: [
             dict(zip(MmaTile._fields, tile), index=i) for i, tile in enumerate(MMA_TILES)
@@ -143,8 +144,10 @@ def test_other_gpus_than_hopper_run_mma_at_every_number_of_tokens(native):
         cuda_backend._mma_plan.cache_clear()
         for tokens, index in ((1, 1), (8, 1), (4096, 0)):
             assert cuda_backend._plan(tokens, 4096, 4096, BF16, 0) == (
-                native.mma, index, False,
-            )  # fmt: skip
+                native.mma,
+                index,
+                False,
+            )
             x = torch.empty(tokens, 4096, device="meta", dtype=torch.bfloat16)
             assert cuda_backend.config(x, w24) == f"mma {MMA_TILES[index]}"
     native.capability = (9, 0)
@@ -159,9 +162,11 @@ def test_tuned_tables_choose_among_what_the_gpu_runs(native, tmp_path):
     """An entry for a Hopper kernel is nothing for another GPU; Hopper can run them all."""
     both = {8: ("decode 128 rows, split 4", 3.0)}, {8: (f"mma {MMA_TILES[0]}", 3.0)}
     for capability, cells, used in (
-        ((9, 0), both[0], True), ((9, 0), both[1], True), ((8, 9), both[0], False),
+        ((9, 0), both[0], True),
+        ((9, 0), both[1], True),
+        ((8, 9), both[0], False),
         ((8, 9), both[1], True),
-    ):  # fmt: skip
+    ):
         native.capability = capability
         tune(tmp_path / "shipped" / "gpu.json", cells)
         chosen = cuda_backend.choose(8, 4096, 4096, BF16, 0)
@@ -224,8 +229,9 @@ def test_a_variant_that_this_build_lacks_is_ignored(native, tmp_path):
 def test_a_config_is_found_by_its_meaning_wherever_it_stands_in_the_list(native, tmp_path):
     tune(tmp_path / "shipped" / "gpu.json", {8: ("decode 128 rows, split 4", 3.0)})
     native.decode_configs = lambda: [
-        {"index": 1, "rows": 128, "split": 4}, {"index": 2, "rows": 64, "split": 2}
-    ]  # fmt: skip
+        {"index": 1, "rows": 128, "split": 4},
+        {"index": 2, "rows": 64, "split": 2},
+    ]
     forget()
     assert cuda_backend._plan(8, 4096, 4096, BF16, 0) == (native.decode, 1, False)
 
@@ -266,15 +272,31 @@ def test_a_launcher_passes_what_the_module_takes(native, declared, monkeypatch):
     x, y = torch.ones(3, 128, dtype=torch.bfloat16), torch.ones(3, 64, dtype=torch.bfloat16)
     space = torch.zeros(64, dtype=torch.uint8)
     for name, index in (
-        ("decode 128 rows, split 4", 2), (f"prefill {TILES[1]}", 1), (f"mma {MMA_TILES[1]}", 1)
-    ):  # fmt: skip
+        ("decode 128 rows, split 4", 2),
+        (f"prefill {TILES[1]}", 1),
+        (f"mma {MMA_TILES[1]}", 1),
+    ):
         cuda_backend.launcher(name, x, w24, y, space)()
         kernel, arguments = native.calls.pop()
         bound = declared[kernel].bind(*arguments).arguments
-        wanted = dict(x=x.data_ptr(), values=w24.values.data_ptr(), bias=0, residual=0,
-                      metadata=w24.metadata.data_ptr(), y=y.data_ptr(), tokens=3, out_features=64,
-                      in_features=128, x_stride=128, y_stride=64, residual_stride=0, dtype=1,
-                      activation=0, config=index, stream=77)  # fmt: skip
+        wanted = dict(
+            x=x.data_ptr(),
+            values=w24.values.data_ptr(),
+            bias=0,
+            residual=0,
+            metadata=w24.metadata.data_ptr(),
+            y=y.data_ptr(),
+            tokens=3,
+            out_features=64,
+            in_features=128,
+            x_stride=128,
+            y_stride=64,
+            residual_stride=0,
+            dtype=1,
+            activation=0,
+            config=index,
+            stream=77,
+        )
         if kernel == "prefill":
             wanted["workspace"] = space.data_ptr()
         assert name.startswith(kernel) and bound == wanted
@@ -304,11 +326,22 @@ def test_linear_passes_what_the_module_takes(on_cpu, declared, leading, dtype):
     assert bound.pop("workspace", 0) == (cuda_backend._workspace(-1, 77)[1] if tokens > 64 else 0)
     assert bound.pop("config") == cuda_backend._plan(tokens, 64, 128, bfloat16, -1)[1]
     assert bound == dict(
-        x=x.data_ptr(), values=w24.values.data_ptr(), metadata=w24.metadata.data_ptr(),
-        bias=bias.data_ptr(), residual=0, y=y.data_ptr(), tokens=tokens, out_features=64,
-        in_features=128, x_stride=128, y_stride=64, residual_stride=0,
-        dtype=int(bfloat16), activation=2, stream=77,
-    )  # fmt: skip
+        x=x.data_ptr(),
+        values=w24.values.data_ptr(),
+        metadata=w24.metadata.data_ptr(),
+        bias=bias.data_ptr(),
+        residual=0,
+        y=y.data_ptr(),
+        tokens=tokens,
+        out_features=64,
+        in_features=128,
+        x_stride=128,
+        y_stride=64,
+        residual_stride=0,
+        dtype=int(bfloat16),
+        activation=2,
+        stream=77,
+    )
 
 
 @pytest.fixture
@@ -381,10 +414,15 @@ def test_a_known_call_with_other_arguments_is_checked(quick):
     cases = (
         (x.t().contiguous().t(), w24, bias[:64]),
         (torch.ones(8 * 128 + 1, dtype=dtype)[1:].view(8, 128), w24, bias[:64]),
-        (x.half(), half, None), (x, half, bias[:64]), (x, wanting, bias[:64]), (x, w24, bias),
-        (x, w24, bias[:64].half()), (x, w24, torch.ones(128, dtype=dtype)[::2]),
-        (x, w24, bias[:64], "relu"), (x[:7], w24, bias[:64]),
-    )  # fmt: skip
+        (x.half(), half, None),
+        (x, half, bias[:64]),
+        (x, wanting, bias[:64]),
+        (x, w24, bias),
+        (x, w24, bias[:64].half()),
+        (x, w24, torch.ones(128, dtype=dtype)[::2]),
+        (x, w24, bias[:64], "relu"),
+        (x[:7], w24, bias[:64]),
+    )
     for case in cases:
         with pytest.raises(AssertionError, match="the detour"):
             ops.linear(*case)

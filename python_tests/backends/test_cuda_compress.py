@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import sparsekern as sk
-from sparsekern import _native, cuda_compress
+from sparsekern import _native
+from sparsekern.backends.cuda import compress as cuda_compress
 
 pytestmark = pytest.mark.gpu
 needs_module = pytest.mark.skipif(not _native.available(), reason=_native.reason())

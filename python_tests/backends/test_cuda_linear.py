@@ -5,7 +5,9 @@ import time
 
 import pytest
 import torch
-from cuda_cases import (
+
+import sparsekern as sk
+from python_tests.backends.cuda_cases import (
     BF16,
     DEVICE,
     F16,
@@ -17,13 +19,13 @@ from cuda_cases import (
     same_bits,
     variants,
 )
-from linear_cases import assert_within, error_bound, random_input, random_weight
-
-import sparsekern as sk
-from sparsekern import _native, cuda_backend, heuristics, reference
-from sparsekern.linear import SparseLinear
-from sparsekern.pack import pack
-from sparsekern.sparse24 import compress
+from python_tests.linear_cases import assert_within, error_bound, random_input, random_weight
+from sparsekern import _native, reference
+from sparsekern.backends.cuda import cost_model as heuristics
+from sparsekern.backends.cuda import linear as cuda_backend
+from sparsekern.formats.sparse24 import compress
+from sparsekern.formats.tile64 import pack
+from sparsekern.nn.sparse_linear import SparseLinear
 
 pytestmark = pytest.mark.gpu
 

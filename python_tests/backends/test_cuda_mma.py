@@ -8,7 +8,9 @@ besides its own kernels.
 
 import pytest
 import torch
-from cuda_cases import (
+
+import sparsekern as sk
+from python_tests.backends.cuda_cases import (
     BF16,
     DEVICE,
     F16,
@@ -20,13 +22,12 @@ from cuda_cases import (
     mma_variants,
     same_bits,
 )
-from linear_cases import PAIRS, random_input, random_weight
-
-import sparsekern as sk
-from sparsekern import _native, cuda_backend, reference
-from sparsekern.heuristics import MmaTile
-from sparsekern.pack import pack
-from sparsekern.sparse24 import compress
+from python_tests.linear_cases import PAIRS, random_input, random_weight
+from sparsekern import _native, reference
+from sparsekern.backends.cuda import linear as cuda_backend
+from sparsekern.backends.cuda.cost_model import MmaTile
+from sparsekern.formats.sparse24 import compress
+from sparsekern.formats.tile64 import pack
 
 pytestmark = pytest.mark.gpu
 MMA = "cuda-mma"

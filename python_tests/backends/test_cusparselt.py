@@ -22,15 +22,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from linear_cases import assert_within, error_bound, random_input, random_weight
 
-from sparsekern import SparseLinear, _native, explain, json_store, linear, ops, reference
-from sparsekern import cusparselt_backend as backend
-from sparsekern import cusparselt_library as vendor
-from sparsekern.cusparselt_backend import Algorithm
-from sparsekern.cusparselt_search import search
-from sparsekern.pack import pack as pack_tile64
-from sparsekern.sparse24 import Sparse24, compress, decompress
+from python_tests.linear_cases import assert_within, error_bound, random_input, random_weight
+from sparsekern import SparseLinear, _native, explain, linear, reference
+from sparsekern.backends.cusparselt import library as vendor
+from sparsekern.backends.cusparselt import linear as backend
+from sparsekern.backends.cusparselt.linear import Algorithm
+from sparsekern.backends.cusparselt.search import search
+from sparsekern.formats.sparse24 import Sparse24, compress, decompress
+from sparsekern.formats.tile64 import pack as pack_tile64
+from sparsekern.ops import linear_op as ops
+from sparsekern.utils import json_store
 
 HERE = Path(__file__).resolve().parent
 COMPILER = shutil.which("cc") or shutil.which("gcc")
@@ -45,7 +47,7 @@ needs_fake = pytest.mark.skipif(
 )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def build_fake(minor, patch):
     library = Path(FOLDER.name) / f"fake-0.{minor}.{patch}.so"
     size = OBJECT_BYTES.get(minor, 512)
@@ -389,9 +391,17 @@ def test_a_call_like_one_before_takes_one_look_up(fake, unasked, activation):
     plain = base[..., :48].contiguous()
     misaligned = base.flatten()[1 : 1 + 8 * 48].view(8, 48)
     cases = (
-        plain, plain[0], plain[0, 0], plain[:2], plain[None], base[:, 0, :48], base[..., :48],
-        misaligned, plain[:0], base.view(24, 56)[:, :48],
-    )  # fmt: skip
+        plain,
+        plain[0],
+        plain[0, 0],
+        plain[:2],
+        plain[None],
+        base[:, 0, :48],
+        base[..., :48],
+        misaligned,
+        plain[:0],
+        base.view(24, 56)[:, :48],
+    )
     with torch.no_grad():
         first = [linear(x, w24, bias, activation) for x in cases]
         built = fake.plans_built
@@ -505,8 +515,9 @@ def test_a_call_on_another_gpu_than_the_current_one_switches(fake, monkeypatch):
 @needs_module
 def test_a_weight_that_is_on_no_gpu_is_refused_in_words():
     """With no stand-ins: the quick path must not ask torch for a GPU that it may not have."""
-    w24 = Sparse24(torch.zeros(864, dtype=BF16), torch.empty(0, dtype=torch.uint8), (32, 48),
-                   "cusparselt")  # fmt: skip
+    w24 = Sparse24(
+        torch.zeros(864, dtype=BF16), torch.empty(0, dtype=torch.uint8), (32, 48), "cusparselt"
+    )
     with torch.no_grad(), pytest.raises(NotImplementedError, match="on a GPU, got the CPU"):
         linear(torch.zeros(8, 48, dtype=BF16), w24, backend="cusparselt")
 
@@ -595,8 +606,12 @@ def test_errors_name_the_function_the_status_and_a_remedy(fake):
             linear(x, w24)
     assert torch.equal(linear(x, w24), torch.zeros(8, 32, dtype=BF16))
     plan = _native.module().cusparselt_plan
-    problem = dict(zip("device dtype m n k x y bias relu alg split mode".split(),
-                       (-1, 1, 32, 8, 48, 48, 32, 0, False, -1, 1, 0)))  # fmt: skip
+    problem = dict(
+        zip(
+            "device dtype m n k x y bias relu alg split mode".split(),
+            (-1, 1, 32, 8, 48, 48, 32, 0, False, -1, 1, 0),
+        )
+    )
     for change, kind, words in (
         (dict(m=40, y=40), ValueError, "m to be a multiple of 16, got 40"),
         (dict(k=40), ValueError, "k to be a multiple of 16, got 40"),
@@ -649,8 +664,13 @@ def test_everything_is_destroyed_when_python_ends(tmp_path):
         "print('alive', *map(count, names))\n"
     )
     environment = {**os.environ, vendor.VARIABLE: str(library)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=HERE.parent,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[:2] == ["alive 1 1 3 1", "end 0 0 0 0"]
 
@@ -805,7 +825,7 @@ def test_search_takes_the_fastest_that_is_right(fake):
 
     forget()  # a new process finds it in the user's file
     assert "algorithm 1" in explain(x, packed).config
-    (key, entry), = json_store.load(backend.store_path()).items()
+    ((key, entry),) = json_store.load(backend.store_path()).items()
     assert key == result.key == "cpu|0.8.1|bfloat16|32x48|8"
     assert entry == {"algorithm": 1, "split_k": 1, "split_k_mode": 0, "us": round(result.us, 2)}
     fake.use(9, 0)
@@ -829,10 +849,16 @@ def test_search_without_storing(fake):
 @needs_fake
 def test_split_k_gets_a_workspace_and_can_win(fake, monkeypatch):
     """Of the fake's algorithm 0 alone: splitting K in one kernel is faster there."""
-    from sparsekern import cusparselt_search
+    from sparsekern.backends.cusparselt import search as cusparselt_search
 
-    monkeypatch.setattr(cusparselt_search._Problem, "candidates", lambda problem: [
-        Algorithm(), *(Algorithm(0, *parts) for parts in cusparselt_search.SPLITS)])  # fmt: skip
+    monkeypatch.setattr(
+        cusparselt_search._Problem,
+        "candidates",
+        lambda problem: [
+            Algorithm(),
+            *(Algorithm(0, *parts) for parts in cusparselt_search.SPLITS),
+        ],
+    )
     w, w24 = weight()
     packed = backend.pack(w24)
     result = search(packed, 8)
@@ -845,10 +871,13 @@ def test_split_k_gets_a_workspace_and_can_win(fake, monkeypatch):
 
 @needs_fake
 def test_nothing_right_is_an_error(fake, monkeypatch):
-    from sparsekern import cusparselt_search
+    from sparsekern.backends.cusparselt import search as cusparselt_search
 
-    monkeypatch.setattr(cusparselt_search._Problem, "candidates", lambda problem: [
-        Algorithm(2), Algorithm(3), Algorithm(4)])  # fmt: skip
+    monkeypatch.setattr(
+        cusparselt_search._Problem,
+        "candidates",
+        lambda problem: [Algorithm(2), Algorithm(3), Algorithm(4)],
+    )
     packed = backend.pack(weight()[1])
     with pytest.raises(RuntimeError, match="got 1 refused and 2 wrong ones"):
         search(packed, 8)
@@ -876,9 +905,11 @@ def test_nonsense_in_the_file_is_not_used(fake):
 def run_child(*arguments):
     done = subprocess.run(
         [sys.executable, str(HERE / "cusparselt_child.py"), *arguments],
-        capture_output=True, text=True, timeout=600,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
+    )
     if done.stdout.startswith("skip: "):
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

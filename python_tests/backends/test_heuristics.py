@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsekern import heuristics
-from sparsekern.heuristics import (
+from sparsekern.backends.cuda import cost_model as heuristics
+from sparsekern.backends.cuda.cost_model import (
     CONSUMER,
     DATA_CENTER,
     TIMES,
@@ -26,7 +26,7 @@ from sparsekern.heuristics import (
     work,
 )
 
-CONFIGS = Path(__file__).resolve().parent.parent / "csrc" / "configs.h"
+CONFIGS = Path(__file__).resolve().parents[2] / "csrc" / "linear/configs.h"
 H100 = 132  # multiprocessors
 
 
@@ -63,7 +63,10 @@ def test_every_variant_is_compiled():
     built = [*tiles_of_the_source(), *blocks_of_the_source(), *mma_tiles_of_the_source()]
     built += splits_of_the_source()
     assert set(TIMES) <= set(built)
-    assert all(times.stage + times.extra > 0 and times.rate > 0 and min(times) >= 0 for times in TIMES.values())
+    assert all(
+        times.stage + times.extra > 0 and times.rate > 0 and min(times) >= 0
+        for times in TIMES.values()
+    )
 
 
 def test_names():
@@ -134,9 +137,12 @@ def test_what_is_considered():
     tile, blocks, mma = Tile(256, 128, 1, 1), RowBlocks(256, 4), MmaTile(32, 16, 1, 1, 4, 5)
     large = 2**12, 2**13
     for tokens, of in (
-        (1, {blocks, mma}), (31, {blocks, mma}), (32, {tile, blocks, mma}),
-        (64, {tile, blocks, mma}), (65, {tile}),
-    ):  # fmt: skip
+        (1, {blocks, mma}),
+        (31, {blocks, mma}),
+        (32, {tile, blocks, mma}),
+        (64, {tile, blocks, mma}),
+        (65, {tile}),
+    ):
         assert {v for v in (tile, blocks, mma) if considered(v, tokens, *large)} == of
     assert considered(mma, 2**10, 2**10, 2**10), "little to compute"
     assert not considered(mma, 2**10 + 1, 2**10, 2**10)

@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsekern import compression, triton_kernels
-from sparsekern.sparse24 import compress, decompress, prune_compress, verify
+from sparsekern.backends import triton as triton_kernels
+from sparsekern.formats import codec as compression
+from sparsekern.formats.sparse24 import compress, decompress, prune_compress, verify
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 HERE = Path(__file__).parent
 
 
 def run_python(script: str, *arguments: str, **environment: str) -> str:
-    paths = [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
+    paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment
     command = [sys.executable, *([script] if script.endswith(".py") else ["-c", script])]
     done = subprocess.run(
@@ -88,7 +89,7 @@ def test_fused_kernel_compiles_to_wide_accesses(arch, tmp_path):
 def gpu_cases():
     if not triton_kernels.available():
         pytest.skip(triton_kernels.reason())
-    import triton_compress_cases
+    from python_tests.backends import triton_compress_cases
 
     return triton_compress_cases
 

@@ -13,7 +13,8 @@ import sys
 
 import pytest
 import torch
-from linear_cases import (
+
+from python_tests.linear_cases import (
     ACTIVATIONS,
     DTYPES,
     SHAPES,
@@ -22,10 +23,9 @@ from linear_cases import (
     random_input,
     random_weight,
 )
-
 from sparsekern import reference
-from sparsekern.ops import linear
-from sparsekern.sparse24 import compress
+from sparsekern.formats.sparse24 import compress
+from sparsekern.ops.linear_op import linear
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -52,7 +52,7 @@ def problem(case, dtype, integers):
 
 def check(case, dtype, device, config=None):
     """Exact on integers (None and relu), within the bound on random data; x has gaps in it."""
-    from sparsekern.triton_kernels import linear as kernels
+    from sparsekern.backends.triton import linear as kernels
 
     for integers in (True, False):
         x, w, bias, activation = problem(case, dtype, integers)
@@ -61,9 +61,14 @@ def check(case, dtype, device, config=None):
         padded[:, : x.shape[1]] = x
         on_device = None if bias is None else bias.to(device)
         y = kernels.linear(
-            padded.to(device)[:, : x.shape[1]], w24.values, w24.metadata, w.shape[1],
-            on_device, activation, config,
-        )  # fmt: skip
+            padded.to(device)[:, : x.shape[1]],
+            w24.values,
+            w24.metadata,
+            w.shape[1],
+            on_device,
+            activation,
+            config,
+        )
         y64 = reference.linear(x, w, bias, activation)
         assert y.dtype == dtype and y.is_contiguous()
         if integers and activation in (None, "relu"):
@@ -101,7 +106,7 @@ def run_interpreted():
 
 def test_kernel_in_the_interpreter():
     folder = os.path.dirname(os.path.abspath(__file__))
-    path = os.pathsep.join([os.path.dirname(folder), *filter(None, sys.path)])
+    path = os.pathsep.join(filter(None, sys.path))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     child = subprocess.run(
         [sys.executable, __file__], env=environment, cwd=folder, capture_output=True, text=True
@@ -134,7 +139,7 @@ def compile_for_hopper(kernel, constants, types, options):
 @pytest.mark.parametrize("tokens", [1, 4096])
 def test_compiles_for_hopper_without_spills(dtype, tokens, tmp_path, monkeypatch):
     """16 bit must reach the tensor cores, float32 must stay off TF32, and no register may spill."""
-    from sparsekern.triton_kernels import linear as kernels
+    from sparsekern.backends.triton import linear as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     config = kernels.pick_config(tokens, 4096, 4096, dtype)
@@ -142,10 +147,13 @@ def test_compiles_for_hopper_without_spills(dtype, tokens, tmp_path, monkeypatch
     out = "*fp32" if config.split_in > 1 else pointer
     types = {"x_ptr": pointer, "values_ptr": pointer, "metadata_ptr": "*u8", "bias_ptr": pointer}
     constants = {
-        "HAS_BIAS": True, "ACTIVATION": "gelu", "SPLIT_IN": config.split_in,
-        "BLOCK_OUT": config.block_out, "BLOCK_IN": config.block_in,
+        "HAS_BIAS": True,
+        "ACTIVATION": "gelu",
+        "SPLIT_IN": config.split_in,
+        "BLOCK_OUT": config.block_out,
+        "BLOCK_IN": config.block_in,
         "BLOCK_TOKENS": config.block_tokens,
-    }  # fmt: skip
+    }
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     compiled = compile_for_hopper(
         kernels.sparse_linear_kernel, constants, {**types, "out_ptr": out}, options
@@ -160,7 +168,7 @@ def test_compiles_for_hopper_without_spills(dtype, tokens, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_reduction_compiles_for_hopper(bias, tmp_path, monkeypatch):
-    from sparsekern.triton_kernels import linear as kernels
+    from sparsekern.backends.triton import linear as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {"HAS_BIAS": bias, "ACTIVATION": "silu", "SPLIT_IN": 8, "BLOCK": 1024}
@@ -183,7 +191,7 @@ def stack_bytes(cubin, folder):
 
 
 def test_split_keeps_whole_tiles_and_covers_every_column():
-    from sparsekern.triton_kernels.linear import pick_config
+    from sparsekern.backends.triton.linear import pick_config
 
     splits = set()
     for dtype in DTYPES:
@@ -219,7 +227,7 @@ def test_larger_shapes_on_gpu(tokens, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("split_in", [1, 2, 8])
 def test_every_split_is_exact_and_deterministic(split_in):
-    from sparsekern.triton_kernels import linear as kernels
+    from sparsekern.backends.triton import linear as kernels
 
     config = kernels.LinearConfig(64, 128, 16, split_in, 4, 3)
     check((3, 100, 2052, "relu", True), torch.bfloat16, "cuda", config)
@@ -233,17 +241,32 @@ def test_every_split_is_exact_and_deterministic(split_in):
 @pytest.mark.gpu
 def test_outputs_are_written_completely_and_nowhere_else():
     """Into the middle of a block of NaN: the result fills its place, the guards stay NaN."""
-    from sparsekern.triton_kernels import linear as kernels
+    from sparsekern.backends.triton import linear as kernels
 
     x, w, _, _ = problem((5, 70, 260, None, False), torch.bfloat16, True)
     w24 = compress(w).to("cuda")
     expected = kernels.linear(x.cuda(), w24.values, w24.metadata, 260)
     guard = torch.full((3, 5, 70), float("nan"), dtype=torch.bfloat16, device="cuda")
     kernels.sparse_linear_kernel[(2, 1)](
-        x.cuda(), w24.values, w24.metadata, None, guard[1], 5, 70, 260, 260,
-        w24.values.stride(0), w24.metadata.stride(0), 320,
-        HAS_BIAS=False, ACTIVATION=None, SPLIT_IN=1, BLOCK_OUT=64, BLOCK_IN=64, BLOCK_TOKENS=16,
-    )  # fmt: skip
+        x.cuda(),
+        w24.values,
+        w24.metadata,
+        None,
+        guard[1],
+        5,
+        70,
+        260,
+        260,
+        w24.values.stride(0),
+        w24.metadata.stride(0),
+        320,
+        HAS_BIAS=False,
+        ACTIVATION=None,
+        SPLIT_IN=1,
+        BLOCK_OUT=64,
+        BLOCK_IN=64,
+        BLOCK_TOKENS=16,
+    )
     assert torch.equal(guard[1], expected)
     assert guard[0].isnan().all() and guard[2].isnan().all()
 

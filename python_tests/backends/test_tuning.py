@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import sparsekern
-from sparsekern import tuning
+from sparsekern.backends.cuda import tuned_tables as tuning
 
 GPU = "Test GPU, 132 multiprocessors"
 ROOT = Path(sparsekern.__file__).parent.parent
@@ -40,11 +40,26 @@ def store(cells, path=None, dtype="bfloat16", shape=(64, 128)):
 @pytest.mark.parametrize(
     "tokens, decides",
     [
-        (1, 1), (2, 2), (3, 4), (4, 4), (5, None), (8, 16), (16, 16), (17, None), (31, None),
-        (32, 64), (64, 64), (65, 100), (100, 100), (101, None), (127, None), (128, 256),
-        (256, 256), (257, None),
+        (1, 1),
+        (2, 2),
+        (3, 4),
+        (4, 4),
+        (5, None),
+        (8, 16),
+        (16, 16),
+        (17, None),
+        (31, None),
+        (32, 64),
+        (64, 64),
+        (65, 100),
+        (100, 100),
+        (101, None),
+        (127, None),
+        (128, 256),
+        (256, 256),
+        (257, None),
     ],
-)  # fmt: skip
+)
 def test_the_next_higher_count_decides_down_to_half_of_it(tokens, decides):
     assert tuning.deciding_tokens({1, 2, 4, 16, 64, 100, 256}, tokens) == decides
 
@@ -216,12 +231,12 @@ def test_writers_in_several_processes_lose_nothing(tmp_path):
 
 
 def test_shipped_tables_are_whole_and_name_variants_of_the_source(monkeypatch):
-    """Every cell of every shipped file, if there is one, names a line of csrc/configs.h."""
+    """Every cell of every shipped file, if there is one, names a line of csrc/linear/configs.h."""
     import re
 
-    from sparsekern.heuristics import MmaTile, SplitTile, Tile
+    from sparsekern.backends.cuda.cost_model import MmaTile, SplitTile, Tile
 
-    source = (ROOT / "csrc" / "configs.h").read_text()
+    source = (ROOT / "csrc" / "linear/configs.h").read_text()
     entries = [
         tuple(map(int, numbers.split(", "))) for numbers in re.findall(r"X\(([\d, ]+)\)", source)
     ]

@@ -1,6 +1,6 @@
 """What the Triton compression kernels must reproduce, used on a GPU and in Triton's interpreter.
 
-CASES compare every kernel with the torch code of sparsekern.compression on the CPU, bit for bit.
+CASES compare every kernel with the torch code of sparsekern.formats.codec on the CPU, bit for bit.
 As a script, with TRITON_INTERPRET=1 in the environment, this file runs them on the CPU.
 """
 
@@ -10,8 +10,8 @@ import itertools
 
 import torch
 
-from sparsekern import compression
-from sparsekern.triton_kernels import compress as kernels
+from sparsekern.backends.triton import compress as kernels
+from sparsekern.formats import codec as compression
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -16,19 +16,31 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # bench is not part of the installed package
+ROOT = Path(__file__).resolve().parents[2]
 
 from bench import record, table, timing  # noqa: E402
 
-ENV = {"schema": 1, "time": "2026-01-01T00:00:00Z", "git": "a" * 40, "dirty": False, "gpu": "GPU X",
-       "torch": "2.9"}
+ENV = {
+    "schema": 1,
+    "time": "2026-01-01T00:00:00Z",
+    "git": "a" * 40,
+    "dirty": False,
+    "gpu": "GPU X",
+    "torch": "2.9",
+}
 
 
-@pytest.mark.parametrize("samples, q, wanted", [
-    ([3.0], 0.2, 3.0), ([1, 2, 3], 0.5, 2), ([3, 1, 2, 4], 0.5, 2.5), ([1, 2, 3, 4, 5, 6], 0.2, 2),
-    ([5, 1], 0.0, 1), ([5, 1], 1.0, 5),
-])
+@pytest.mark.parametrize(
+    "samples, q, wanted",
+    [
+        ([3.0], 0.2, 3.0),
+        ([1, 2, 3], 0.5, 2),
+        ([3, 1, 2, 4], 0.5, 2.5),
+        ([1, 2, 3, 4, 5, 6], 0.2, 2),
+        ([5, 1], 0.0, 1),
+        ([5, 1], 1.0, 5),
+    ],
+)
 def test_quantile(samples, q, wanted):
     assert timing.quantile(samples, q) == pytest.approx(wanted)
 
@@ -95,7 +107,7 @@ def test_every_round_samples_every_provider_in_a_new_order():
     taken = []
     samplers = {name: lambda name=name: taken.append(name) or 1.0 for name in "abc"}
     timing.sample_rounds(samplers, timing.StopRule(min_rounds=40, max_rounds=40), seed=1)
-    rounds = ["".join(taken[i:i + 3]) for i in range(0, len(taken), 3)]
+    rounds = ["".join(taken[i : i + 3]) for i in range(0, len(taken), 3)]
     assert len(rounds) == 40 and all(sorted(r) == list("abc") for r in rounds)
     assert len(set(rounds)) == 6
     again, taken[:] = list(taken), []
@@ -105,8 +117,12 @@ def test_every_round_samples_every_provider_in_a_new_order():
 
 def test_timing_row():
     row = timing.Timing("graph", (1.0, 2.0, 3.0), True).row()
-    assert row == {"timer": "graph", "iters": 3, "us": {"p20": 1.4, "p50": 2.0, "p80": 2.6},
-                   "converged": True}
+    assert row == {
+        "timer": "graph",
+        "iters": 3,
+        "us": {"p20": 1.4, "p50": 2.0, "p80": 2.6},
+        "converged": True,
+    }
 
 
 def test_compare_refuses():
@@ -135,19 +151,31 @@ def test_the_stop_rule_is_that_of_the_statistics_module():
 @pytest.mark.parametrize("timer", ["graph", "events"])
 def test_timers_see_twice_the_work(timer):
     sets = [torch.randn(4096, 4096, device="cuda") for _ in range(timing.rotations(2**26))]
-    times = timing.compare({
-        "once": [lambda s=s: s.mul_(1.0) for s in sets],
-        "twice": [lambda s=s: s.mul_(1.0).mul_(1.0) for s in sets],
-    }, timer=timer, stop=timing.StopRule(budget_s=2.0))
+    times = timing.compare(
+        {
+            "once": [lambda s=s: s.mul_(1.0) for s in sets],
+            "twice": [lambda s=s: s.mul_(1.0).mul_(1.0) for s in sets],
+        },
+        timer=timer,
+        stop=timing.StopRule(budget_s=2.0),
+    )
     # At least the traffic at 8 TB/s; at most that at 0.1 TB/s. The second pass may hit the cache.
     assert 2**27 / 8e6 < times["once"].median < 2**27 / 1e5
     assert 1.2 < times["twice"].median / times["once"].median < 2.5
 
 
 def measurement(backend="cuda", **fields):
-    base = {"op": "layer", "backend": backend, "check": "exact", "us": {"p50": 10.0},
-            "out_features": 64, "in_features": 32, "tokens": 1, "dtype": "bfloat16",
-            "campaign": "c1"}
+    base = {
+        "op": "layer",
+        "backend": backend,
+        "check": "exact",
+        "us": {"p50": 10.0},
+        "out_features": 64,
+        "in_features": 32,
+        "tokens": 1,
+        "dtype": "bfloat16",
+        "campaign": "c1",
+    }
     return {**base, **fields}
 
 
@@ -168,12 +196,15 @@ def test_append_by_many_writers_keeps_lines_whole(tmp_path):
     assert sorted(entry["i"] for entry in record.read(path)) == list(range(200))
 
 
-@pytest.mark.parametrize("fields, message", [
-    (dict(check=""), "field 'check', got ''"),
-    (dict(op=None), "field 'op', got None"),
-    (dict(us={"p50": float("nan")}), "not JSON compliant"),
-    (dict(metrics={"a": 1}), "either 'us'"),
-])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(check=""), "field 'check', got ''"),
+        (dict(op=None), "field 'op', got None"),
+        (dict(us={"p50": float("nan")}), "not JSON compliant"),
+        (dict(metrics={"a": 1}), "either 'us'"),
+    ],
+)
 def test_append_refuses(tmp_path, fields, message):
     path = tmp_path / "a.jsonl"
     with pytest.raises(ValueError, match=message):
@@ -233,8 +264,12 @@ def test_gpu_state_reads_nvidia_smi(tmp_path, monkeypatch):
     properties = type("Properties", (), {"uuid": "00"})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     assert record.gpu_state() == {
-        "driver": "580.1", "clock_sm_mhz": 1980.0, "clock_sm_max_mhz": 1980.0,
-        "clock_mem_mhz": 2619.0, "power_limit_w": 700.0, "power_draw_w": 95.5,
+        "driver": "580.1",
+        "clock_sm_mhz": 1980.0,
+        "clock_sm_max_mhz": 1980.0,
+        "clock_mem_mhz": 2619.0,
+        "power_limit_w": 700.0,
+        "power_draw_w": 95.5,
         "temperature_c": None,
     }
     smi.write_text("#!/bin/sh\nexit 9\n")
@@ -246,13 +281,17 @@ def records_of(*measurements, **env):
 
 
 def test_timing_table():
-    text = table.render(records_of(
-        measurement("dense", us={"p50": 20.0}), measurement("cuda", us={"p50": 12.5}),
-        measurement("dense", us={"p50": 9.0}, tokens=16),
-        measurement("triton", us={"p50": 18.0}, tokens=16),
-    ))
+    text = table.render(
+        records_of(
+            measurement("dense", us={"p50": 20.0}),
+            measurement("cuda", us={"p50": 12.5}),
+            measurement("dense", us={"p50": 9.0}, tokens=16),
+            measurement("triton", us={"p50": 18.0}, tokens=16),
+        )
+    )
     assert text.splitlines() == [
-        f"**layer**, GPU X, torch 2.9, git {'a' * 10}", "",
+        f"**layer**, GPU X, torch 2.9, git {'a' * 10}",
+        "",
         "| out x in | tokens | dtype | dense us | cuda us | triton us | campaign |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| 64 x 32 | 1 | bfloat16 | 20 | 12.5 (1.60x) |  | c1 |",
@@ -269,11 +308,22 @@ def test_the_newest_campaign_replaces_the_whole_row():
 
 def test_metrics_table():
     def result(backend, **metrics):
-        return {"op": "prune_model", "backend": backend, "check": "loaded", "case": "model A",
-                "metrics": metrics, "campaign": "c1"}
+        return {
+            "op": "prune_model",
+            "backend": backend,
+            "check": "loaded",
+            "case": "model A",
+            "metrics": metrics,
+            "campaign": "c1",
+        }
 
-    text = table.render(records_of(result("wanda", perplexity=212.6), result(
-        "sparsegpt", perplexity=94.56, seconds=1234.5), gpu=None))
+    text = table.render(
+        records_of(
+            result("wanda", perplexity=212.6),
+            result("sparsegpt", perplexity=94.56, seconds=1234.5),
+            gpu=None,
+        )
+    )
     assert text.splitlines()[0].startswith("**Pruning**, CPU")
     assert text.splitlines()[2:] == [
         "| case | backend | perplexity | seconds | campaign |",
@@ -301,10 +351,16 @@ def test_check_notices_a_number_typed_by_hand(tmp_path, capsys):
     assert table.main(["--check"], readme, records) == 1
 
 
-@pytest.mark.parametrize("text", [
-    "", table.BEGIN, table.END + table.BEGIN, table.BEGIN + table.END + table.END,
-    table.BEGIN * 2 + table.END,
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        table.BEGIN,
+        table.END + table.BEGIN,
+        table.BEGIN + table.END + table.END,
+        table.BEGIN * 2 + table.END,
+    ],
+)
 def test_markers_must_be_there_once(text):
     with pytest.raises(ValueError, match="expected one"):
         table.replace(text, "x")
@@ -316,7 +372,10 @@ def test_readme_shows_what_the_records_say():
 
 def test_bench_without_gpu_says_so():
     done = subprocess.run(
-        [sys.executable, "-m", "bench"], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-m", "bench"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0 and "no CUDA GPU" in done.stdout

@@ -4,15 +4,13 @@ what the column-major descriptors say, the search for the peer, and a whole run 
 import contextlib
 import ctypes
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # bench is not part of the installed package
+ROOT = Path(__file__).resolve().parents[2]
 
 from bench import bench_dense_mma as bench  # noqa: E402
 from bench import cublaslt, layers, sweep, table  # noqa: E402
@@ -27,10 +25,12 @@ CUTLASS = f"void cutlass::Kernel2<{CUTLASS_SHORT}>({CUTLASS_SHORT}::Params)"
 OTHERS = [
     "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT",
     "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_kernel",
-    "cutlass3x_sm90_tensorop_s64x128x16gemm_bf16_f32", "void gemv2T_kernel_val<int, float>(...)",
-    "cutlass_80_simt_sgemm_128x32_8x5_tn_align1", "ampere_sgemm_128x64_tn",
+    "cutlass3x_sm90_tensorop_s64x128x16gemm_bf16_f32",
+    "void gemv2T_kernel_val<int, float>(...)",
+    "cutlass_80_simt_sgemm_128x32_8x5_tn_align1",
+    "ampere_sgemm_128x64_tn",
     "hopper_16816_gmma_gemm",
-]  # fmt: skip
+]
 
 
 def kernels(*names):
@@ -92,9 +92,13 @@ def test_a_session_is_read_in_the_order_of_time(monkeypatch):
     @contextlib.contextmanager
     def profile(activities):
         assert activities == [bench.ProfilerActivity.CUDA]
-        yield SimpleNamespace(events=lambda: [
-            event("b", 5.0, 2.0), event("cudaLaunchKernel", 0.0, 9.0, bench.DeviceType.CPU),
-            event("a", 1.0, 3.0)])  # fmt: skip
+        yield SimpleNamespace(
+            events=lambda: [
+                event("b", 5.0, 2.0),
+                event("cudaLaunchKernel", 0.0, 9.0, bench.DeviceType.CPU),
+                event("a", 1.0, 3.0),
+            ]
+        )
 
     done = []
     monkeypatch.setattr(bench, "profile", profile)
@@ -117,8 +121,10 @@ class FakeLt:
     """
 
     NAMES = {0: None, 7: b"CUBLAS_STATUS_INVALID_VALUE", 15: b"CUBLAS_STATUS_NOT_SUPPORTED"}
-    CAPS = {6: {0: [1], 1: [5], 2: [1], 6: [18, 20], 7: [0], 13: [13, 15, 17]},
-            66: {0: [0], 1: [0], 2: [0], 6: [], 7: [0], 13: []}}  # fmt: skip
+    CAPS = {
+        6: {0: [1], 1: [5], 2: [1], 6: [18, 20], 7: [0], 13: [13, 15, 17]},
+        66: {0: [0], 1: [0], 2: [0], 6: [], 7: [0], 13: []},
+    }
 
     def __init__(self, wrong=None, **failing):
         self.wrong, self.failing = wrong, failing
@@ -186,8 +192,25 @@ class FakeLt:
         result._obj.workspaceSize = 2**20 * (data[2] if data[2] < 4 else 64)  # split
         return 15 if (data[1], data[6]) == (20, 13) else 0
 
-    def do_Matmul(self, handle, desc, alpha, a, a_layout, b, b_layout, beta, c, c_layout, d,
-                  d_layout, algorithm, workspace, size, stream):  # fmt: skip
+    def do_Matmul(
+        self,
+        handle,
+        desc,
+        alpha,
+        a,
+        a_layout,
+        b,
+        b_layout,
+        beta,
+        c,
+        c_layout,
+        d,
+        d_layout,
+        algorithm,
+        workspace,
+        size,
+        stream,
+    ):
         assert self.things[desc.value] == [{3: 1}] and size == cublaslt.WORKSPACE_BYTES
         assert alpha._obj.value == 1 and beta._obj.value == 0 and c == d and workspace
 
@@ -226,14 +249,22 @@ def test_every_configuration_that_runs_is_listed():
     assert made.algorithms() == [6, 7, 66]
     whole = made.candidates(6, 100)
     assert sorted(c.config[1:3] for c in whole) == sorted(
-        [(18, 13), (18, 15), (18, 17), (20, 15), (20, 17)] * 2)  # fmt: skip
+        [(18, 13), (18, 15), (18, 17), (20, 15), (20, 17)] * 2
+    )
     assert {c.config.swizzle for c in whole} == {0, 1} and {c.config.split for c in whole} == {1}
     split = made.candidates(6, 100, (1, 2, 4))  # in 4 parts it wants more workspace than there is
     assert {(c.config.split, c.config.scheme) for c in split} == {(1, 0), (2, 1)}
     assert len(split) == 20 and len({c.config for c in split}) == 20
     one = next(c for c in split if c.config.split == 2)
-    assert list(one.algorithm.data[:7]) == [6, one.config.tile, 2, one.config.scheme,
-                                           one.config.swizzle, 0, one.config.stages]  # fmt: skip
+    assert list(one.algorithm.data[:7]) == [
+        6,
+        one.config.tile,
+        2,
+        one.config.scheme,
+        one.config.swizzle,
+        0,
+        one.config.stages,
+    ]
     assert [c.config for c in made.candidates(6, 7)] == [c.config for c in whole[:7]]
     assert made.candidates(7, 100) == []
     assert [str(c.config) for c in made.candidates(66, 100, (1, 2))] == ["algo 66 split 1"]
@@ -250,8 +281,9 @@ def test_launch_computes_the_layer(stream):
     layers.check_bounded("a", y, x, weight, 2.0**-12)
 
 
-@pytest.mark.parametrize("name", ["cublasLtCreate", "cublasLtMatmulDescCreate",
-                                  "cublasLtMatrixLayoutCreate"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["cublasLtCreate", "cublasLtMatmulDescCreate", "cublasLtMatrixLayoutCreate"]
+)
 def test_errors_name_the_call_and_the_status(name):
     wanted = f"{name}: expected CUBLAS_STATUS_SUCCESS, got CUBLAS_STATUS_INVALID_VALUE \\(7\\)"
     with pytest.raises(cublaslt.CublasLtError, match=wanted):
@@ -360,7 +392,7 @@ def test_an_algorithm_that_tells_nothing_is_left_out(tmp_path, profiled):
 @pytest.fixture
 def stand_ins(monkeypatch, profiled):
     """The CPU computes what the GPU would, for the mma.sp kernel with two tiles."""
-    from sparsekern import cuda_backend
+    from sparsekern.backends.cuda import linear as cuda_backend
 
     def unpacked(x, w24, bias=None, activation=None):
         return layers.ops.linear(x, w24.rowmajor(), backend="cpu")
@@ -389,9 +421,14 @@ def test_records_and_their_table(tmp_path, capsys, stand_ins):
     assert bench.main(path, RUN) == 0
     found = lines_of(path)
     assert [(e["tokens"], e["backend"], e["check"]) for e in found] == [
-        (tokens, *of) for tokens in (5, 80) for of in (
-            ("dense mma.sync", "bounded"), ("cuda-mma", "exact+bounded"), ("dense", "bounded"))
-    ]  # fmt: skip
+        (tokens, *of)
+        for tokens in (5, 80)
+        for of in (
+            ("dense mma.sync", "bounded"),
+            ("cuda-mma", "exact+bounded"),
+            ("dense", "bounded"),
+        )
+    ]
     peer, ours, dense = found[:3]
     assert {e["op"] for e in found} == {"mma_era"} and {e["dtype"] for e in found} == {"bfloat16"}
     assert (peer["out_features"], peer["in_features"]) == (64, 128)
@@ -401,8 +438,10 @@ def test_records_and_their_table(tmp_path, capsys, stand_ins):
     assert set(peer["us"]) == {"p20", "p50", "p80"}
     assert bench.main(path, RUN) == 0 and len(lines_of(path)) == 6  # nothing is measured twice
 
-    clean = [{**e, "dirty": False, "gpu": "GPU X", "us": {"p50": us}}
-             for e, us in zip(found, (20.0, 10.0, 8.0, 30.0, 40.0, 15.0))]  # fmt: skip
+    clean = [
+        {**e, "dirty": False, "gpu": "GPU X", "us": {"p50": us}}
+        for e, us in zip(found, (20.0, 10.0, 8.0, 30.0, 40.0, 15.0))
+    ]
     text = table.render(clean).splitlines()
     assert text[0].startswith("**mma.sp against dense mma.sync kernels on this GPU**, GPU X")
     assert text[2:] == [

@@ -7,8 +7,8 @@ import numpy
 import pytest
 
 from bench import fit
-from sparsekern import heuristics
-from sparsekern.heuristics import MmaTile, RowBlocks, Tile, Times
+from sparsekern.backends.cuda import cost_model as heuristics
+from sparsekern.backends.cuda.cost_model import MmaTile, RowBlocks, Tile, Times
 
 SMS = 132
 TRUE = {
@@ -32,8 +32,21 @@ def line(shape, tokens, table=TRUE, noise=lambda: 1.0, **more):
     }
     best = min(times, key=times.get)
     us = times[best]
-    return dict(shape=list(shape), tokens=tokens, best=best, us=us, h=best, hus=us, refused={},
-                times=times, gpu="G", dtype="bfloat16") | more  # fmt: skip
+    return (
+        dict(
+            shape=list(shape),
+            tokens=tokens,
+            best=best,
+            us=us,
+            h=best,
+            hus=us,
+            refused={},
+            times=times,
+            gpu="G",
+            dtype="bfloat16",
+        )
+        | more
+    )
 
 
 def write(path, lines):

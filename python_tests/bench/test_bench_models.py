@@ -2,14 +2,12 @@
 Llama."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # bench is not part of the installed package
+ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("transformers")
 
 from bench import bench_decode_model, bench_prune, decode_model  # noqa: E402
@@ -23,7 +21,7 @@ def lines_of(path):
 @pytest.fixture
 def files(tmp_path):
     pytest.importorskip("gguf")
-    import gguf_cases
+    from python_tests.integrations import gguf_cases
 
     model = gguf_cases.tiny_llama()
     gguf_cases.write_gguf(
@@ -31,8 +29,20 @@ def files(tmp_path):
     )
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"the and {i} an the 12" for i in range(60)))
-    return ["--gguf", str(tmp_path / "tiny.gguf"), "--calibration", str(text), "--eval", str(text),
-            "--samples", "4", "--window", "32", "--device", "cpu"]  # fmt: skip
+    return [
+        "--gguf",
+        str(tmp_path / "tiny.gguf"),
+        "--calibration",
+        str(text),
+        "--eval",
+        str(text),
+        "--samples",
+        "4",
+        "--window",
+        "32",
+        "--device",
+        "cpu",
+    ]
 
 
 def test_dry_run_of_prune(tmp_path, files, monkeypatch):
@@ -82,8 +92,19 @@ def tiny(sparse):
 
 def test_dry_run_of_decode_model(tmp_path):
     path = tmp_path / "r.jsonl"
-    arguments = ["--device", "cpu", "--quick", "--preset", "tiny", "--layers", "2", "--batch", "1",
-                 "--context", "8"]  # fmt: skip
+    arguments = [
+        "--device",
+        "cpu",
+        "--quick",
+        "--preset",
+        "tiny",
+        "--layers",
+        "2",
+        "--batch",
+        "1",
+        "--context",
+        "8",
+    ]
     assert bench_decode_model.main(path, arguments) == 0
     found = {entry["backend"]: entry for entry in lines_of(path)}
     assert {"dense", "sparse"} <= set(found) <= {"dense", "sparse", "sparse gated"}
@@ -99,8 +120,19 @@ def test_decode_model_refuses_wrong_logits(tmp_path, monkeypatch):
         return forward(self, x) * (1.5 if self.in_features == 128 else 1)  # down_proj alone
 
     monkeypatch.setattr(SparseLinear, "forward", wrong)
-    arguments = ["--device", "cpu", "--quick", "--preset", "tiny", "--layers", "2", "--batch", "1",
-                 "--context", "8"]  # fmt: skip
+    arguments = [
+        "--device",
+        "cpu",
+        "--quick",
+        "--preset",
+        "tiny",
+        "--layers",
+        "2",
+        "--batch",
+        "1",
+        "--context",
+        "8",
+    ]
     with pytest.raises(RuntimeError, match="logits of sparse within 0.08 of the reference"):
         bench_decode_model.main(tmp_path / "r.jsonl", arguments)
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # bench is not part of the installed package
+ROOT = Path(__file__).resolve().parents[2]
 
 from bench import (  # noqa: E402
     __main__ as entry,
@@ -32,8 +31,14 @@ from bench import (  # noqa: E402
     table,
 )
 
-ENV = {"schema": 1, "time": "2026-01-01T00:00:00Z", "git": "a" * 40, "dirty": False, "gpu": "GPU X",
-       "torch": "2.9"}  # fmt: skip
+ENV = {
+    "schema": 1,
+    "time": "2026-01-01T00:00:00Z",
+    "git": "a" * 40,
+    "dirty": False,
+    "gpu": "GPU X",
+    "torch": "2.9",
+}
 
 
 # ---- shapes and options --------------------------------------------------------------------------
@@ -41,7 +46,11 @@ ENV = {"schema": 1, "time": "2026-01-01T00:00:00Z", "git": "a" * 40, "dirty": Fa
 
 def test_select_shapes():
     assert [str(s) for s in shapes.select("8b", "decode")] == [
-        "6144x4096", "4096x4096", "28672x4096", "4096x14336"]  # fmt: skip
+        "6144x4096",
+        "4096x4096",
+        "28672x4096",
+        "4096x14336",
+    ]
     assert len(shapes.select(None, "decode")) == 13 and len(shapes.select(None, "prefill")) == 8
     assert [s.layer for s in shapes.select("3b", "prefill")] == ["qkv", "o", "gate+up", "down"]
     assert [str(s) for s in shapes.select(None, "decode", True)] == list(shapes.QUICK_SHAPES)
@@ -85,9 +94,11 @@ def test_out_overrides_the_path_and_a_gpu_must_be_there(tmp_path):
 
 
 def test_watchdog_ends_a_process_that_does_not_return():
-    code = ("import time; from bench.options import watchdog\n"
-            "with watchdog(60): pass\n"
-            "with watchdog(0.2): time.sleep(60)")  # fmt: skip
+    code = (
+        "import time; from bench.options import watchdog\n"
+        "with watchdog(60): pass\n"
+        "with watchdog(0.2): time.sleep(60)"
+    )
     begin = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Timeout" in done.stderr and time.monotonic() - begin < 30
@@ -106,8 +117,12 @@ def test_monitor_reads_what_nvidia_smi_prints():
     with monitor.Monitor() as reader:
         reader._start([sys.executable, "-c", f"print('{lines}', end='')"])
         reader._thread.join(10)
-        assert reader.medians() == {"clock_sm_mhz": 1550, "clock_mem_mhz": 2600,
-                                    "power_draw_w": 450.5, "temperature_c": 61}  # fmt: skip
+        assert reader.medians() == {
+            "clock_sm_mhz": 1550,
+            "clock_mem_mhz": 2600,
+            "power_draw_w": 450.5,
+            "temperature_c": 61,
+        }
         reader.clear()
         assert reader.medians() == {}
 
@@ -124,12 +139,22 @@ def test_a_large_grid_gets_the_seconds_that_are_asked_for():
 def timings(shape, tokens, dtype="bfloat16", campaign="c1", **us):
     out_features, _, in_features = shape.partition("x")
     return [
-        {**ENV, "id": f"{shape}{tokens}{dtype}{name}{campaign}", "op": "linear", "backend": name,
-         "check": "exact+bounded", "out_features": int(out_features), "campaign": campaign,
-         "in_features": int(in_features), "tokens": tokens, "dtype": dtype, "us": {"p50": value},
-         "bytes": 10**8}
+        {
+            **ENV,
+            "id": f"{shape}{tokens}{dtype}{name}{campaign}",
+            "op": "linear",
+            "backend": name,
+            "check": "exact+bounded",
+            "out_features": int(out_features),
+            "campaign": campaign,
+            "in_features": int(in_features),
+            "tokens": tokens,
+            "dtype": dtype,
+            "us": {"p50": value},
+            "bytes": 10**8,
+        }
         for name, value in us.items()
-    ]  # fmt: skip
+    ]
 
 
 RECORDS = [
@@ -161,60 +186,86 @@ def test_cells_show_the_newest_campaign_alone():
 def test_losses_come_worst_first():
     lost = results.losses(results.cells(RECORDS))
     assert [(c.tokens, peer, round(r, 2)) for c, peer, r in lost] == [
-        (64, "dense", 0.80), (1024, "cusparselt", 0.99)]  # fmt: skip
+        (64, "dense", 0.80),
+        (1024, "cusparselt", 0.99),
+    ]
 
 
 def test_summary_of_a_run():
     lines = results.summary(results.cells(RECORDS), read_tb_s=12.5)
-    assert ("bfloat16, tokens 1-16: 1.600 x cuBLAS in the geometric mean of 1 cells, worst 1.600 "
-            "(4096x4096, 1)") in lines  # fmt: skip
+    assert (
+        "bfloat16, tokens 1-16: 1.600 x cuBLAS in the geometric mean of 1 cells, worst 1.600 "
+        "(4096x4096, 1)"
+    ) in lines
     mean = (1.5 * 1.6) ** 0.5
     assert any(line.startswith(f"bfloat16, tokens > 512: {mean:.3f} x cuBLAS") for line in lines)
-    assert "most bytes per second: 10.00 TB/s, 80% of the measured read (4096x4096, 1 tokens, " \
+    assert (
+        "most bytes per second: 10.00 TB/s, 80% of the measured read (4096x4096, 1 tokens, "
         "bfloat16)" in lines
-    assert lines[-3:] == ["slower than a peer in 2 of 9 comparisons",
-                          "  0.800 x cuBLAS: 4096x4096, 64 tokens, bfloat16",
-                          "  0.990 x cuSPARSELt: 4096x4096, 1024 tokens, bfloat16"]
+    )
+    assert lines[-3:] == [
+        "slower than a peer in 2 of 9 comparisons",
+        "  0.800 x cuBLAS: 4096x4096, 64 tokens, bfloat16",
+        "  0.990 x cuSPARSELt: 4096x4096, 1024 tokens, bfloat16",
+    ]
     assert results.summary([]) == ["slower than a peer in 0 of 0 comparisons"]
 
 
 def test_linear_tables_begin_with_what_is_lost():
     text = table.render(RECORDS)
     assert text.splitlines() == [
-        f"**Linear layers**, GPU X, torch 2.9, git {'a' * 10}", "",
-        "Where we lose: in 2 of 9 comparisons, 1 times to cuBLAS and 1 times to cuSPARSELt", "",
+        f"**Linear layers**, GPU X, torch 2.9, git {'a' * 10}",
+        "",
+        "Where we lose: in 2 of 9 comparisons, 1 times to cuBLAS and 1 times to cuSPARSELt",
+        "",
         "| out x in | tokens | dtype | faster | its time / ours |",
         "| --- | ---: | ---: | ---: | ---: |",
         "| 4096x4096 | 64 | bfloat16 | cuBLAS | 0.800 |",
-        "| 4096x4096 | 1024 | bfloat16 | cuSPARSELt | 0.990 |", "",
-        "decode, bfloat16: time of cuBLAS / cuSPARSELt over ours", "",
+        "| 4096x4096 | 1024 | bfloat16 | cuSPARSELt | 0.990 |",
+        "",
+        "decode, bfloat16: time of cuBLAS / cuSPARSELt over ours",
+        "",
         "| out x in | 1 token | 64 |",
         "| --- | ---: | ---: |",
-        "| 4096x4096 | 1.60 / 2.20 | 0.80 / 1.10 |", "",
-        "decode, Triton kernel, bfloat16: the same for the portable kernel", "",
+        "| 4096x4096 | 1.60 / 2.20 | 0.80 / 1.10 |",
+        "",
+        "decode, Triton kernel, bfloat16: the same for the portable kernel",
+        "",
         "| out x in | 64 tokens |",
         "| --- | ---: |",
-        "| 4096x4096 | 0.50 / 0.69 |", "",
-        "prefill, bfloat16: the same, and (dense-equivalent TFLOPS)", "",
+        "| 4096x4096 | 0.50 / 0.69 |",
+        "",
+        "prefill, bfloat16: the same, and (dense-equivalent TFLOPS)",
+        "",
         "| out x in | 1024 tokens |",
         "| --- | ---: |",
         "| 4096x4096 | 1.50 / 0.99 (1145) |",
-        "| 8192x8192 | 1.60 / 1.10 (1374) |", "",
-        "prefill, float16: the same, and (dense-equivalent TFLOPS)", "",
+        "| 8192x8192 | 1.60 / 1.10 (1374) |",
+        "",
+        "prefill, float16: the same, and (dense-equivalent TFLOPS)",
+        "",
         "| out x in | 1024 tokens |",
         "| --- | ---: |",
-        "| 8192x8192 | 1.70 / - (1374) |", "",
+        "| 8192x8192 | 1.70 / - (1374) |",
+        "",
         'Medians of campaigns c1; "-": not timed.',
-    ]  # fmt: skip
+    ]
 
 
 def test_headline_gives_means_and_extremes_of_one_gpu():
     models = [
-        {**ENV, "id": f"m{case}{name}", "op": "decode_model", "backend": name, "campaign": "c1",
-         "case": f"8b, 2 layers, batch {case}, context 64",
-         "metrics": {"tokens_s": tokens_s, "speedup": tokens_s / 100, "weights_gb": 10.0}}
-        for case in (8, 1) for name, tokens_s in (("dense", 100.0), ("sparse", 140.0), ("s2", 151.0))
-    ]  # fmt: skip
+        {
+            **ENV,
+            "id": f"m{case}{name}",
+            "op": "decode_model",
+            "backend": name,
+            "campaign": "c1",
+            "case": f"8b, 2 layers, batch {case}, context 64",
+            "metrics": {"tokens_s": tokens_s, "speedup": tokens_s / 100, "weights_gb": 10.0},
+        }
+        for case in (8, 1)
+        for name, tokens_s in (("dense", 100.0), ("sparse", 140.0), ("s2", 151.0))
+    ]
     other = [{**entry, "gpu": "GPU Y", "id": f"y{entry['id']}"} for entry in RECORDS[:2]]
     text = headline.render([*other, *RECORDS, *models])
     assert "one GPU X in bfloat16" in text and "GPU Y" not in text
@@ -236,8 +287,15 @@ def test_losses_table_without_losses_and_with_many(monkeypatch):
 
 def test_sections_come_in_order_and_sweeps_stay_out():
     def result(op):
-        return {**ENV, "id": op, "op": op, "backend": "b", "check": "exact", "case": "c",
-                "metrics": {"perplexity": 94.56, "logits": "equal"}}  # fmt: skip
+        return {
+            **ENV,
+            "id": op,
+            "op": op,
+            "backend": "b",
+            "check": "exact",
+            "case": "c",
+            "metrics": {"perplexity": 94.56, "logits": "equal"},
+        }
 
     hidden = {**timings("4096x4096", 1, cuda=1.0)[0], "op": "linear_config"}
     others = [result("zzz"), result("compress"), result("prune_model")]
@@ -264,8 +322,9 @@ def test_sweep_judges_the_pick():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_checks_see_one_wrong_element(dtype):
-    layer = layers.Layer(shapes.Shape("", "", 96, 512), dtype, torch.device("cpu"),
-                         ("cpu", "dense"))  # fmt: skip
+    layer = layers.Layer(
+        shapes.Shape("", "", 96, 512), dtype, torch.device("cpu"), ("cpu", "dense")
+    )
     x = layer.inputs(33)
     assert layer.check("cpu", x) == "exact+bounded" and layer.check("dense", x) == "bounded"
 
@@ -300,7 +359,8 @@ def test_unknown_provider():
 
 def test_probe_says_what_the_child_said(monkeypatch):
     assert cusparselt.last_error("Traceback\n  x\nAcceleratorError: illegal instruction\n", 1) == (
-        "AcceleratorError: illegal instruction")  # fmt: skip
+        "AcceleratorError: illegal instruction"
+    )
     assert cusparselt.last_error("", -6) == "exit code -6"
     if not torch.cuda.is_available():
         assert cusparselt.probe(torch.float16) == "Error: no CUDA GPU that torch can use"
@@ -325,15 +385,32 @@ def lines_of(path):
 
 def test_dry_run_of_linear(tmp_path, capsys):
     path = tmp_path / "r.jsonl"
-    arguments = ["--device", "cpu", "--quick", "--kind", "decode", "--dtype", "bfloat16",
-                 "--shapes", "64x128", "--tokens", "1,9", "--providers", "cpu,dense,cusparselt",
-                 "--campaign", "c"]  # fmt: skip
+    arguments = [
+        "--device",
+        "cpu",
+        "--quick",
+        "--kind",
+        "decode",
+        "--dtype",
+        "bfloat16",
+        "--shapes",
+        "64x128",
+        "--tokens",
+        "1,9",
+        "--providers",
+        "cpu,dense,cusparselt",
+        "--campaign",
+        "c",
+    ]
     assert bench_linear.main(path, arguments) == 0
     found = lines_of(path)
     assert [e["op"] for e in found] == ["bandwidth"] + ["linear"] * 4
     assert [(e["tokens"], e["backend"], e["check"]) for e in found[1:]] == [
-        (1, "cpu", "exact+bounded"), (1, "dense", "bounded"),
-        (9, "cpu", "exact+bounded"), (9, "dense", "bounded")]  # fmt: skip
+        (1, "cpu", "exact+bounded"),
+        (1, "dense", "bounded"),
+        (9, "cpu", "exact+bounded"),
+        (9, "dense", "bounded"),
+    ]
     assert all(e["us"]["p50"] > 0 and e["timer"] == "wall" for e in found[1:])
     assert found[1]["bytes"] < found[2]["bytes"]
     assert bench_linear.main(path, arguments) == 0  # of this campaign nothing is left to measure
@@ -348,8 +425,21 @@ def test_linear_reports_a_wrong_result_and_goes_on(tmp_path, capsys, monkeypatch
     real = layers.ops.linear
     monkeypatch.setattr(layers.ops, "linear", wrong_at_nine)
     path = tmp_path / "r.jsonl"
-    arguments = ["--device", "cpu", "--quick", "--kind", "decode", "--dtype", "bfloat16",
-                 "--shapes", "64x128", "--tokens", "9,1", "--providers", "cpu,dense"]  # fmt: skip
+    arguments = [
+        "--device",
+        "cpu",
+        "--quick",
+        "--kind",
+        "decode",
+        "--dtype",
+        "bfloat16",
+        "--shapes",
+        "64x128",
+        "--tokens",
+        "9,1",
+        "--providers",
+        "cpu,dense",
+    ]
     assert bench_linear.main(path, arguments) == 1
     assert [e["tokens"] for e in lines_of(path) if e["op"] == "linear"] == [1, 1]
     assert "FAILED 64x128 9 tokens bfloat16: bench: cpu is wrong in" in capsys.readouterr().out
@@ -358,7 +448,7 @@ def test_linear_reports_a_wrong_result_and_goes_on(tmp_path, capsys, monkeypatch
 @pytest.fixture
 def stand_ins(monkeypatch):
     """The CPU computes what "cuda" and "cusparselt" would, so that all their plumbing runs."""
-    from sparsekern import cuda_backend
+    from sparsekern.backends.cuda import linear as cuda_backend
 
     def unpacked(x, w24, bias, activation):
         assert w24.layout == "tile64"
@@ -388,7 +478,10 @@ def test_linear_with_all_providers(tmp_path, capsys, stand_ins, monkeypatch):
     assert peer["case"] == "float16" and peer["metrics"] == {"outcome": "illegal instruction"}
     by_name = {e["backend"]: e for e in found if e.get("dtype") == "bfloat16"}
     assert {name: e["config"] for name, e in by_name.items()} == {
-        "cuda": "decode split 2", "dense": "", "cusparselt": "alg 5"}  # fmt: skip
+        "cuda": "decode split 2",
+        "dense": "",
+        "cusparselt": "alg 5",
+    }
     # x and y of 8 tokens, and a weight of 64 x 128: dense, and 9/16 of it packed
     assert by_name["dense"]["bytes"] == 2 * (8 * 128 + 8 * 64 + 64 * 128)
     assert by_name["cuda"]["bytes"] == 2 * (8 * 128 + 8 * 64) + 64 * 128 * 9 // 8
@@ -399,19 +492,41 @@ def test_linear_with_all_providers(tmp_path, capsys, stand_ins, monkeypatch):
 def test_sweep_times_every_config_and_drops_a_wrong_one(
     tmp_path, capsys, stand_ins, monkeypatch, request
 ):
-    from sparsekern import cuda_backend
+    from sparsekern.backends.cuda import linear as cuda_backend
 
     class Native:
         """The functions that the sweep calls; config 3 of decode is wrong."""
 
-        decode_configs = staticmethod(lambda: [
-            {"index": i, "rows": 256, "split": split} for i, split in ((1, 1), (2, 2), (3, 4))])
-        prefill_configs = staticmethod(lambda: [
-            {"index": 0, "rows": 256, "tokens": 192, "cluster_rows": 2, "cluster_tokens": 1,
-             "streamed": False}])
-        mma_configs = staticmethod(lambda: [
-            {"index": 0, "rows": 64, "tokens": 8, "warps_rows": 2, "warps_tokens": 1, "split": 4,
-             "stages": 4}])
+        decode_configs = staticmethod(
+            lambda: [
+                {"index": i, "rows": 256, "split": split} for i, split in ((1, 1), (2, 2), (3, 4))
+            ]
+        )
+        prefill_configs = staticmethod(
+            lambda: [
+                {
+                    "index": 0,
+                    "rows": 256,
+                    "tokens": 192,
+                    "cluster_rows": 2,
+                    "cluster_tokens": 1,
+                    "streamed": False,
+                }
+            ]
+        )
+        mma_configs = staticmethod(
+            lambda: [
+                {
+                    "index": 0,
+                    "rows": 64,
+                    "tokens": 8,
+                    "warps_rows": 2,
+                    "warps_tokens": 1,
+                    "split": 4,
+                    "stages": 4,
+                }
+            ]
+        )
         split_configs = staticmethod(list)
         prefill_workspace_bytes = staticmethod(lambda: 16)
 
@@ -433,9 +548,10 @@ def test_sweep_times_every_config_and_drops_a_wrong_one(
     assert bench_linear.main(path, arguments) == 1
     names = [(e["tokens"], e["backend"], e["picked"]) for e in lines_of(path)]
     assert names == [
-        (3, "decode 256 rows, split 1", True), (3, "decode 256 rows, split 2", False),
+        (3, "decode 256 rows, split 1", True),
+        (3, "decode 256 rows, split 2", False),
         (65, "prefill 256x192 cluster 2x1", True),
-    ]  # fmt: skip
+    ]
     out = capsys.readouterr().out
     assert "picked config: " in out
     assert "FAILED 64x128 3 tokens decode 256 rows, split 4: bench: " in out
@@ -475,10 +591,24 @@ def test_sweep_passes_what_the_module_takes(monkeypatch):
     for kind in ("decode", "prefill", "mma"):
         y = sweep.launch(space, kind, 5, x, weight)
         bound = inspect.signature(declared[kind]).bind(*calls[kind]).arguments
-        wanted = dict(x=x.data_ptr(), values=weight.values.data_ptr(), bias=0, residual=0,
-                      metadata=weight.metadata.data_ptr(), y=y.data_ptr(), tokens=3,
-                      out_features=64, in_features=128, x_stride=128, y_stride=64,
-                      residual_stride=0, dtype=1, activation=0, config=5, stream=77)  # fmt: skip
+        wanted = dict(
+            x=x.data_ptr(),
+            values=weight.values.data_ptr(),
+            bias=0,
+            residual=0,
+            metadata=weight.metadata.data_ptr(),
+            y=y.data_ptr(),
+            tokens=3,
+            out_features=64,
+            in_features=128,
+            x_stride=128,
+            y_stride=64,
+            residual_stride=0,
+            dtype=1,
+            activation=0,
+            config=5,
+            stream=77,
+        )
         if kind == "prefill":
             wanted["workspace"] = space.data_ptr()
         assert bound == wanted
@@ -496,8 +626,23 @@ def test_linear_stops_when_the_gpu_context_is_lost(tmp_path, capsys, stand_ins, 
 
 
 def test_linear_begins_nothing_when_the_time_is_up(tmp_path, capsys):
-    arguments = ["--device", "cpu", "--quick", "--kind", "decode", "--dtype", "bfloat16",
-                 "--shapes", "64x128", "--tokens", "9", "--providers", "cpu", "--budget", "0"]
+    arguments = [
+        "--device",
+        "cpu",
+        "--quick",
+        "--kind",
+        "decode",
+        "--dtype",
+        "bfloat16",
+        "--shapes",
+        "64x128",
+        "--tokens",
+        "9",
+        "--providers",
+        "cpu",
+        "--budget",
+        "0",
+    ]
     assert bench_linear.main(tmp_path / "r.jsonl", arguments) == 0
     out = capsys.readouterr().out
     assert "not measured: 64x128 decode bfloat16 9 tokens" in out
@@ -509,7 +654,9 @@ def test_dry_run_of_compress_and_overhead(tmp_path):
     assert bench_compress.main(path, [*common, "--shape", "64x64"]) == 0
     compressed = lines_of(path)
     assert [e["case"] for e in compressed] == [
-        "prune_compress, 64x64 bfloat16", "decompress, 64x64 bfloat16"]  # fmt: skip
+        "prune_compress, 64x64 bfloat16",
+        "decompress, 64x64 bfloat16",
+    ]
     metrics = compressed[0]["metrics"]
     assert metrics["bytes"] == 64 * 64 * (2 + 1) + 64 * 8
     assert set(metrics) == {"bytes", "us", "tb_s", "copy_tb_s", "fraction"}

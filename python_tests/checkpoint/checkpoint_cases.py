@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from sparsekern.checkpoint import save_pretrained
-from sparsekern.linear import SparseLinear
-from sparsekern.models import dense_weight, is_linear
-from sparsekern.sparse24 import prune_compress
+from sparsekern.formats.sparse24 import prune_compress
+from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.oneshot.discovery import dense_weight, is_linear
 
 NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None}
 

@@ -5,12 +5,12 @@ import os
 import subprocess
 import sys
 
-import checkpoint_cases as cases
 import pytest
 import torch
 from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from python_tests.checkpoint import checkpoint_cases as cases
 from sparsekern.checkpoint import (
     export_dense,
     from_pretrained,
@@ -19,7 +19,7 @@ from sparsekern.checkpoint import (
     verify_checkpoint,
 )
 from sparsekern.errors import FormatError
-from sparsekern.linear import SparseLinear
+from sparsekern.nn.sparse_linear import SparseLinear
 
 TOKENS = torch.arange(24).view(2, 12)
 MODELS = [cases.llama, cases.gpt2, cases.opt, cases.gemma2]

@@ -5,11 +5,11 @@ import pickle
 import random
 import shutil
 
-import checkpoint_cases as cases
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from python_tests.checkpoint import checkpoint_cases as cases
 from sparsekern.checkpoint import (
     export_dense,
     from_pretrained,
@@ -18,9 +18,9 @@ from sparsekern.checkpoint import (
     verify_checkpoint,
 )
 from sparsekern.errors import FormatError
-from sparsekern.linear import SparseLinear
-from sparsekern.safetensors_io import TensorFiles
-from sparsekern.sparse24 import Sparse24, compress, prune_compress
+from sparsekern.formats.sparse24 import Sparse24, compress, prune_compress
+from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.utils.safetensors_io import TensorFiles
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

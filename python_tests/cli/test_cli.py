@@ -12,11 +12,13 @@ import torch
 pytest.importorskip("gguf", reason="needs gguf")
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
-import gguf_cases as cases  # noqa: E402
-
 import sparsekern as sk  # noqa: E402
-from sparsekern import cli, demo, layer_bench, texts  # noqa: E402
-from sparsekern.gguf_model import load_gguf  # noqa: E402
+from python_tests.integrations import gguf_cases as cases  # noqa: E402
+from sparsekern.cli import demo
+from sparsekern.cli import main as cli
+from sparsekern.eval import texts  # noqa: E402
+from sparsekern.integrations.gguf.model import load_gguf  # noqa: E402
+from sparsekern.profiling import layer_bench
 
 LAYERS = 14  # linear layers in the two blocks of a tiny_llama
 SHORT = ["--samples", "4", "--window", "64", "--quiet"]
@@ -237,7 +239,7 @@ def test_bench_of_a_model_counts_its_layers(places, call, monkeypatch):
 
 def test_bench_and_prune_agree_on_the_layers():
     """What bench counts is what prune_model reports as pruned: tied and odd layers are left out."""
-    from driver_models import plain
+    from python_tests.oneshot.driver_models import plain
 
     model = plain()
     model.tied = torch.nn.Linear(16, 32)

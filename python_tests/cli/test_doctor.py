@@ -4,7 +4,11 @@ import json
 
 import torch
 
-from sparsekern import _native, cli, cusparselt_library, doctor, triton_kernels
+from sparsekern import _native
+from sparsekern.backends import triton as triton_kernels
+from sparsekern.backends.cusparselt import library as cusparselt_library
+from sparsekern.cli import doctor
+from sparsekern.cli import main as cli
 
 
 def findings():
@@ -32,7 +36,8 @@ def test_it_lists_every_part(capsys):
 
 
 def test_the_tables_that_choose_the_kernels(monkeypatch):
-    from sparsekern import cuda_backend, tuning
+    from sparsekern.backends.cuda import linear as cuda_backend
+    from sparsekern.backends.cuda import tuned_tables as tuning
 
     if not torch.cuda.is_available():
         absent = findings()["kernels", "tuned tables"]

@@ -1,11 +1,11 @@
-// fastcall_probe.cpp: a module of functions bound by csrc/fastcall.h, for test_fastcall.py. It says
+// fastcall_probe.cpp: a module of functions bound by csrc/core/fastcall.h, for test_fastcall.py. It says
 // what C++ was given.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <stdexcept>
 
-#include "fastcall.h"
+#include "core/fastcall.h"
 
 namespace py = pybind11;
 

@@ -1,4 +1,4 @@
-// mma_emulator.cpp: runs the source of csrc/kernels/spmm_mma_sm80.cuh on the CPU, block by block,
+// mma_emulator.cpp: runs the source of csrc/linear/mma_sm80.cuh on the CPU, block by block,
 // for test_mma_emulated.py. The kernel is compiled as it is; what a GPU would bring is defined
 // here: threads, barriers, shared memory and the instructions of csrc/ptx, by the words of the PTX
 // ISA.
@@ -264,8 +264,8 @@ void store_shared_f32(uint32_t smem, float v) {
 
 // ---- the kernel: its own includes of csrc/ptx find empty files ----------------------------------
 
-#include "configs.h"
-#include "kernels/spmm_mma_sm80.cuh"
+#include "linear/configs.h"
+#include "linear/mma_sm80.cuh"
 
 namespace sparsekern::mma {
 

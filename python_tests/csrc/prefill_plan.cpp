@@ -1,9 +1,9 @@
-// prefill_plan.cpp: walks a streamed last wave (spmm_prefill_plan_sm90.cuh) as the kernel's clusters
+// prefill_plan.cpp: walks a streamed last wave (tile_scheduler_sm90.cuh) as the kernel's clusters
 // do, on the host, for many grids. Prints what is wrong; test_prefill_plan.py compiles it with nvcc.
 #include <cstdio>
 #include <vector>
 
-#include "kernels/spmm_prefill_plan_sm90.cuh"
+#include "linear/tile_scheduler_sm90.cuh"
 
 using namespace sparsekern::prefill;
 using Streamed = Config<__half, 2, 128, true>;

@@ -8,12 +8,19 @@ alone: racecheck, which follows every access to shared memory, takes minutes for
 import sys
 
 import torch
-from cuda_cases import BF16, F16, Problem, call, guarded, variants  # those of this GPU
-from linear_cases import random_weight
 
 import sparsekern as sk
-from sparsekern.pack import pack
-from sparsekern.sparse24 import compress
+from python_tests.backends.cuda_cases import (
+    BF16,
+    F16,
+    Problem,
+    call,
+    guarded,
+    variants,  # those of this GPU,
+)
+from python_tests.linear_cases import random_weight
+from sparsekern.formats.sparse24 import compress
+from sparsekern.formats.tile64 import pack
 
 # (tokens, out_features, in_features): ragged everywhere; more steps of 64 than stages.
 SHAPES = ((60, 325, 900), (9, 64, 64), (200, 1100, 132))

@@ -19,13 +19,13 @@ import pytest
 import sparsekern
 from sparsekern import _native
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LOGS = ROOT / "build" / "ptxas"
-KERNELS = ROOT / "csrc" / "kernels"
+KERNELS = ROOT / "csrc"
 
 
 def load_ptxas_log():
-    spec = importlib.util.spec_from_file_location("ptxas_log", ROOT / "csrc" / "ptxas_log.py")
+    spec = importlib.util.spec_from_file_location("ptxas_log", ROOT / "csrc" / "tools/ptxas_log.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["ptxas_log"] = module  # dataclasses look their module up by name
     spec.loader.exec_module(module)
@@ -225,7 +225,9 @@ sys.modules["sparsekern._C"] = stale
 def test_the_package_works_without_the_module(hide, reason):
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_MODULE.format(hide=hide)],
-        cwd=ROOT, capture_output=True, text=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert re.search(reason, done.stdout)
@@ -246,13 +248,25 @@ def build_wheel(tmp_path, kernel=None, **environment):
     for folder in ("csrc", "sparsekern"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=unwanted)
     if kernel:
-        (copy / "csrc/kernels/scale.cu").write_text(kernel)
+        (copy / "csrc/linear/scale.cu").write_text(kernel)
         (copy / "csrc/bindings.cpp").write_text(EMPTY_MODULE)
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation",
-         "-w", str(tmp_path), str(copy)],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-v",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            str(tmp_path),
+            str(copy),
+        ],
         env={**os.environ, **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     if kernel and "installing without the CUDA module" in done.stdout:
         pytest.skip("no nvcc to compile with")
@@ -312,7 +326,7 @@ def test_wheel_with_cuda(tmp_path, build_tools):
     (module,) = [n for n in zipfile.ZipFile(wheel).namelist() if n.startswith("sparsekern/_C.c")]
     assert module.endswith(sysconfig.get_config_var("EXT_SUFFIX"))
     reports, problems = ptxas_log.check(
-        tmp_path / "checkout/build/ptxas", tmp_path / "checkout/csrc/kernels"
+        tmp_path / "checkout/build/ptxas", tmp_path / "checkout/csrc"
     )
     assert problems == [] and [report.arch for report in reports] == ["sm_80", "sm_90a"]
 
@@ -322,7 +336,7 @@ def test_the_gate_catches_a_serialised_wgmma_pipeline(tmp_path, build_tools):
     status, output, _ = build_wheel(tmp_path, kernel=TRAP, SPARSEKERN_CUDA_ARCHS="90a")
     assert status == 0, output
     reports, problems = ptxas_log.check(
-        tmp_path / "checkout/build/ptxas", tmp_path / "checkout/csrc/kernels"
+        tmp_path / "checkout/build/ptxas", tmp_path / "checkout/csrc"
     )
     assert len(reports) == 1
     assert any("C7517" in problem and "trap_kernel" in problem for problem in problems)

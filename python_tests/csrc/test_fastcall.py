@@ -1,4 +1,4 @@
-"""csrc/fastcall.h: what C++ is given, what Python gets back, and what is refused.
+"""csrc/core/fastcall.h: what C++ is given, what Python gets back, and what is refused.
 
 On a probe module (fastcall_probe.cpp), where every value can be seen, then on the module itself.
 """
@@ -15,9 +15,19 @@ import pytest
 
 from sparsekern import _native
 
-ROOT = Path(__file__).resolve().parent.parent
-BOUND = ("prune_compress", "pack", "decode", "decode_gated", "prefill", "mma", "naive",
-         "capture_id", "cusparselt_matmul", "cusparselt_lend_workspace")  # fmt: skip
+ROOT = Path(__file__).resolve().parents[2]
+BOUND = (
+    "prune_compress",
+    "pack",
+    "decode",
+    "decode_gated",
+    "prefill",
+    "mma",
+    "naive",
+    "capture_id",
+    "cusparselt_matmul",
+    "cusparselt_lend_workspace",
+)
 LINEAR = ("decode", "prefill", "mma")
 
 
@@ -32,11 +42,25 @@ def probe(tmp_path_factory):
     built = tmp_path_factory.mktemp("probe") / f"fastcall_probe{suffix}"
     includes = (ROOT / "csrc", pybind11.get_include(), python_header.parent)
     subprocess.run(
-        [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall",
-         "-Wextra", "-Werror", f"-I{includes[0]}", f"-isystem{includes[1]}",
-         f"-isystem{includes[2]}", str(Path(__file__).with_name("fastcall_probe.cpp")),
-         "-o", str(built)], check=True,
-    )  # fmt: skip
+        [
+            compiler,
+            "-std=c++17",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            f"-I{includes[0]}",
+            f"-isystem{includes[1]}",
+            f"-isystem{includes[2]}",
+            str(Path(__file__).with_name("fastcall_probe.cpp")),
+            "-o",
+            str(built),
+        ],
+        check=True,
+    )
     spec = importlib.util.spec_from_file_location("fastcall_probe", built)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -156,8 +180,7 @@ def test_ops_take_as_many_integers_as_the_stub_file_says(native, declared, name)
         arguments[position] = 0.5
         with pytest.raises(TypeError, match=f"{name}: expected argument {position + 1} as .*0.5"):
             op(*arguments)
-        sizes = ("tokens", "out_features", "in_features", "dtype", "activation", "config",
-                 "device")  # fmt: skip
+        sizes = ("tokens", "out_features", "in_features", "dtype", "activation", "config", "device")
         bits = 32 if parameter in sizes else 64
         arguments[position] = 2**bits
         with pytest.raises(TypeError, match=f"argument {position + 1} as .* of {bits} bits"):
@@ -167,8 +190,9 @@ def test_ops_take_as_many_integers_as_the_stub_file_says(native, declared, name)
 @pytest.mark.parametrize("name", LINEAR)
 def test_a_status_becomes_an_exception(native, declared, name):
     """No GPU is needed: without one the runtime refuses, with one the config -1."""
-    known = dict(tokens=1, out_features=64, in_features=64, x_stride=64, y_stride=64, dtype=1,
-                 config=-1)  # fmt: skip
+    known = dict(
+        tokens=1, out_features=64, in_features=64, x_stride=64, y_stride=64, dtype=1, config=-1
+    )
     arguments = [known.get(parameter, 0) for parameter in declared[name].parameters]
     with pytest.raises((ValueError, RuntimeError), match=r"^sparsekern\.linear.*(got -1|cuda)"):
         getattr(native, name)(*arguments)

@@ -13,18 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from linear_cases import PAIRS, random_input, random_weight
 
-from sparsekern.pack import pack
-from sparsekern.sparse24 import compress
+from python_tests.linear_cases import PAIRS, random_input, random_weight
+from sparsekern.formats.sparse24 import compress
+from sparsekern.formats.tile64 import pack
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 F16, BF16 = torch.float16, torch.bfloat16
 GUARD = 8  # elements around y that must stay NaN
 CONFIGS = [
     tuple(map(int, entry))
     for entry in re.findall(
-        r"X\((\d+), (\d+), (\d+), \d+, \d+, (\d+), (\d+)\)", (ROOT / "csrc/configs.h").read_text()
+        r"X\((\d+), (\d+), (\d+), \d+, \d+, (\d+), (\d+)\)",
+        (ROOT / "csrc/linear/configs.h").read_text(),
     )
 ]  # (index, rows, tokens, split, stages)
 assert len(CONFIGS) >= 14
@@ -56,19 +57,30 @@ def build(tmp_path_factory):
             shutil.copytree(ROOT / "csrc", folder / "csrc")
             for header in (folder / "csrc" / "ptx").iterdir():
                 header.write_text("")  # the emulator has its own
-            kernel = folder / "csrc" / "kernels" / "spmm_mma_sm80.cuh"
+            kernel = folder / "csrc" / "kernels" / "mma_sm80.cuh"
             if edit:
                 assert edit[0] in kernel.read_text()
                 kernel.write_text(kernel.read_text().replace(*edit))
-                configs = folder / "csrc" / "configs.h"
+                configs = folder / "csrc" / "linear/configs.h"
                 other = r"X\((?!" + "|".join(f"{entry[0]}," for entry in FEW) + r")\d+(, \d+){6}\)"
                 configs.write_text(re.sub(other, "", configs.read_text()))
             library = folder / "emulator.so"
             subprocess.run(
-                [compiler, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{include}",
-                 f"-I{folder / 'csrc'}", str(Path(__file__).with_name("mma_emulator.cpp")),
-                 "-o", str(library)], check=True,
-            )  # fmt: skip
+                [
+                    compiler,
+                    "-std=c++17",
+                    "-O1",
+                    "-w",
+                    "-shared",
+                    "-fPIC",
+                    f"-I{include}",
+                    f"-I{folder / 'csrc'}",
+                    str(Path(__file__).with_name("mma_emulator.cpp")),
+                    "-o",
+                    str(library),
+                ],
+                check=True,
+            )
             built[edit] = ctypes.CDLL(str(library)).emulate
             built[edit].restype = ctypes.c_char_p
         return built[edit]
@@ -105,9 +117,17 @@ def wrong(emulate, config, w, x, bias=None, residual=None, relu=False, late=True
     ]
     strides = x.stride(0), shape[1], 0 if residual is None else residual.stride(0)
     broken = emulate(
-        *addresses, tokens, out_features, in_features, *map(ctypes.c_int64, strides),
-        int(w.dtype == BF16), int(relu), config, int(late), int(falling),
-    )  # fmt: skip
+        *addresses,
+        tokens,
+        out_features,
+        in_features,
+        *map(ctypes.c_int64, strides),
+        int(w.dtype == BF16),
+        int(relu),
+        config,
+        int(late),
+        int(falling),
+    )
     if broken:
         return f"config {config}: expected {broken.decode()}"
     differ = (buffer.view(torch.int16) != expected.view(torch.int16)).nonzero().tolist()

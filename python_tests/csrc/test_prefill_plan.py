@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PLAN = "csrc/kernels/spmm_prefill_plan_sm90.cuh"
+ROOT = Path(__file__).resolve().parents[2]
+PLAN = "csrc/linear/tile_scheduler_sm90.cuh"
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +28,21 @@ def run(tmp_path_factory):
         program = folder / "plan"
         source = Path(__file__).with_name("prefill_plan.cpp")
         subprocess.run(
-            [nvcc, "-x", "cu", "-std=c++17", "-w", "--expt-relaxed-constexpr",
-             "--generate-code=arch=compute_90a,code=sm_90a", f"-I{folder / 'csrc'}", str(source),
-             "-o", str(program)], check=True,
-        )  # fmt: skip
+            [
+                nvcc,
+                "-x",
+                "cu",
+                "-std=c++17",
+                "-w",
+                "--expt-relaxed-constexpr",
+                "--generate-code=arch=compute_90a,code=sm_90a",
+                f"-I{folder / 'csrc'}",
+                str(source),
+                "-o",
+                str(program),
+            ],
+            check=True,
+        )
         return subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
 
     return make

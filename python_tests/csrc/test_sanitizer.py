@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsekern import _native, cuda_backend
+from sparsekern import _native
+from sparsekern.backends.cuda import linear as cuda_backend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -39,15 +40,33 @@ def test_sanitizer_is_silent(tool):
     sanitizer = find_sanitizer()
     if sanitizer is None:
         pytest.skip("no compute-sanitizer in CUDA_HOME, on PATH or in the nvidia wheels")
-    if tool == "racecheck" and "-DSPARSEKERN_RACECHECK" not in _native.module().build_info()["flags"]:
+    if (
+        tool == "racecheck"
+        and "-DSPARSEKERN_RACECHECK" not in _native.module().build_info()["flags"]
+    ):
         pytest.skip("racecheck cannot follow this build; build with SPARSEKERN_RACECHECK=1")
     few = ["few"] if tool == "racecheck" else []
     done = subprocess.run(
-        [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "5",
-         sys.executable, str(HERE / "sanitizer_child.py"), *few],
-        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(HERE.parent)},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sanitizer,
+            "--tool",
+            tool,
+            "--error-exitcode",
+            str(FOUND),
+            "--print-limit",
+            "5",
+            sys.executable,
+            str(HERE / "sanitizer_child.py"),
+            *few,
+        ],
+        env={
+            **os.environ,
+            "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+            "PYTHONPATH": str(HERE.parents[1]),
+        },
+        capture_output=True,
+        text=True,
+    )
     report = f"{tool}, exit code {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
     assert done.returncode == 0, report
     assert "0 wrong results" in done.stdout, report

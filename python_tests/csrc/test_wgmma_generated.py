@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent.parent / "csrc" / "ptx"
+FOLDER = Path(__file__).resolve().parents[2] / "csrc" / "ptx"
 
 
 def test_the_wrappers_are_the_generated_ones():
@@ -11,4 +11,4 @@ def test_the_wrappers_are_the_generated_ones():
     generator = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generator)
     written = (FOLDER / "wgmma_sp.cuh").read_bytes()
-    assert written == generator.generate().encode(), "run: python csrc/ptx/gen_wgmma_sp.py"
+    assert written == generator.generate().encode(), "run: python csrc/tools/gen_wgmma_sp.py"

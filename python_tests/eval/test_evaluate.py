@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from driver_models import VOCABULARY, build, tokens
 from torch import nn
 
-from sparsekern.evaluate import perplexity
+from python_tests.oneshot.driver_models import VOCABULARY, build, tokens
+from sparsekern.eval.perplexity import perplexity
 
 WINDOW = 12
 

@@ -1,4 +1,4 @@
-"""sparsekern.texts: sources, the WikiText join, calibration windows, and the built-in text."""
+"""sparsekern.eval.texts: sources, the WikiText join, calibration windows, and the built-in text."""
 
 import sys
 import types
@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from sparsekern import texts
+from sparsekern.eval import texts
 
 
 def test_file_rows_keep_the_text_and_join_as_wikitext_does(tmp_path):

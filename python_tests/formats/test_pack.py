@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from linear_cases import random_weight
 
-from sparsekern import _native, pack as packing
+from python_tests.linear_cases import random_weight
+from sparsekern import _native
 from sparsekern.errors import FormatError
-from sparsekern.linear import SparseLinear
-from sparsekern.pack import pack, packed_shape, unpack
+from sparsekern.formats import tile64 as packing
+from sparsekern.formats.sparse24 import Sparse24, compress, decompress, verify
+from sparsekern.formats.tile64 import pack, packed_shape, unpack
+from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.prune import magnitude_mask
-from sparsekern.sparse24 import Sparse24, compress, decompress, verify
 
 F16, BF16 = torch.float16, torch.bfloat16
 
@@ -149,11 +150,25 @@ def test_the_kernel_packs_as_torch_does(dtype, monkeypatch):
 
 # (out_features, in_features) of the linear layers of a block.
 BLOCKS = {
-    "SmolLM2-135M": ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576),
-                     (576, 1536)),
-    "Llama-3-8B": ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096),
-                   (14336, 4096), (4096, 14336)),
-}  # fmt: skip
+    "SmolLM2-135M": (
+        (576, 576),
+        (192, 576),
+        (192, 576),
+        (576, 576),
+        (1536, 576),
+        (1536, 576),
+        (576, 1536),
+    ),
+    "Llama-3-8B": (
+        (4096, 4096),
+        (1024, 4096),
+        (1024, 4096),
+        (4096, 4096),
+        (14336, 4096),
+        (14336, 4096),
+        (4096, 14336),
+    ),
+}
 
 
 def packed_bytes(out_features, in_features):

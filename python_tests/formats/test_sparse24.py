@@ -13,10 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsekern import compression, reference
-from sparsekern.compression import mask24
+from sparsekern import reference
 from sparsekern.errors import FormatError
-from sparsekern.sparse24 import Sparse24, compress, decompress, prune_compress, verify
+from sparsekern.formats import codec as compression
+from sparsekern.formats.codec import mask24
+from sparsekern.formats.sparse24 import Sparse24, compress, decompress, prune_compress, verify
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PATTERNS = list(itertools.combinations(range(4), 2))

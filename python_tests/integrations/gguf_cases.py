@@ -1,6 +1,6 @@
 """Tiny GGUF files for the tests: a random Llama written the way llama.cpp's converter writes one.
 
-Everything here is written independently of sparsekern/gguf_model.py: the row permutation is the
+Everything here is written independently of sparsekern/integrations/gguf/model.py: the row permutation is the
 formula of llama.cpp's converter in numpy, and the vocabulary is made by hand.
 """
 

@@ -1,4 +1,4 @@
-"""sparsekern.gguf_model: weights, rope order, tokenizer, and a clear refusal of everything it does
+"""sparsekern.integrations.gguf.model: weights, rope order, tokenizer, and a clear refusal of everything it does
 not cover."""
 
 import numpy as np
@@ -8,10 +8,9 @@ import torch
 pytest.importorskip("gguf", reason="needs gguf")
 pytest.importorskip("transformers", reason="needs transformers")
 
-import gguf_cases as cases  # noqa: E402
-
-from sparsekern import FormatError  # noqa: E402
-from sparsekern.gguf_model import load_gguf, unpermute_rope_rows  # noqa: E402
+from python_tests.integrations import gguf_cases as cases
+from sparsekern import FormatError
+from sparsekern.integrations.gguf.model import load_gguf, unpermute_rope_rows
 
 IDS = torch.arange(3, 67).reshape(2, 32)
 

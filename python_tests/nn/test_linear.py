@@ -6,13 +6,20 @@ import pickle
 
 import pytest
 import torch
-from linear_cases import DTYPES, assert_within, error_bound, random_input, random_weight
 from torch import nn
 
-from sparsekern import cuda_backend, reference
+from python_tests.linear_cases import (
+    DTYPES,
+    assert_within,
+    error_bound,
+    random_input,
+    random_weight,
+)
+from sparsekern import reference
+from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.errors import FormatError
-from sparsekern.linear import SparseLinear
-from sparsekern.sparse24 import compress, decompress, verify
+from sparsekern.formats.sparse24 import compress, decompress, verify
+from sparsekern.nn.sparse_linear import SparseLinear
 
 KEYS = ["bias", "compressed", "bitmask", "shape"]
 
@@ -252,7 +259,7 @@ DAMAGE = {
         "'shape' of dtype int64, got torch.float32",
     ),
     "not a tensor": (dict(bitmask="x"), "'bitmask' to be a Tensor, got str"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DAMAGE)

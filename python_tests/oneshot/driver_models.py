@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekern.driver import prune_model
+from sparsekern.oneshot.prune_model import prune_model
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 

@@ -5,9 +5,8 @@ import sys
 import time
 from pathlib import Path
 
-from driver_models import build, tokens
-
-from sparsekern.driver import prune_model
+from python_tests.oneshot.driver_models import build, tokens
+from sparsekern.oneshot.prune_model import prune_model
 
 folder, family, compress = sys.argv[1:]
 model = build(family, layers=4)

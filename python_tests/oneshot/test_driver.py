@@ -7,7 +7,9 @@ import weakref
 
 import pytest
 import torch
-from driver_models import (
+from torch import nn
+
+from python_tests.oneshot.driver_models import (
     FAMILIES,
     build,
     hessian64,
@@ -17,14 +19,13 @@ from driver_models import (
     run_prune,
     tokens,
 )
-from torch import nn
-
-from sparsekern import models, prune
-from sparsekern.calibration import make_batches
-from sparsekern.driver import prune_model
-from sparsekern.layerwise import REFINE_STEPS, prune_group
-from sparsekern.linear import SparseLinear
-from sparsekern.walk import Walk, probe
+from sparsekern import prune
+from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.oneshot import discovery as models
+from sparsekern.oneshot.calibration import make_batches
+from sparsekern.oneshot.layerwise import REFINE_STEPS, prune_group
+from sparsekern.oneshot.prune_model import prune_model
+from sparsekern.oneshot.sequential import Walk, probe
 
 CPU = torch.device("cpu")
 
@@ -430,7 +431,7 @@ def test_no_dense_copy_outlives_its_block(method, monkeypatch):
             alive.append(sum(ref() is not None for ref in dense))
         return prune_group(layers, hessian, options)
 
-    monkeypatch.setattr("sparsekern.driver.prune_group", watch)
+    monkeypatch.setattr("sparsekern.oneshot.prune_model.prune_group", watch)
     assert len(dense) == 7
     run_prune(model, method)
     assert alive and not any(alive)

@@ -5,11 +5,11 @@ import copy
 
 import pytest
 import torch
-from driver_models import build, plain, tokens
 from torch import nn
 
-from sparsekern.driver import prune_model
-from sparsekern.linear import SparseLinear
+from python_tests.oneshot.driver_models import build, plain, tokens
+from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.oneshot.prune_model import prune_model
 
 X = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
 UP = "model.layers.0.mlp.up_proj"

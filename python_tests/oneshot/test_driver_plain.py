@@ -4,12 +4,20 @@ import copy
 
 import pytest
 import torch
-from driver_models import build, hessian64, hook_inputs, plain, record_hessians, run_prune
 from torch import nn
 
-from sparsekern import models, prune
-from sparsekern.driver import prune_model
-from sparsekern.linear import SparseLinear
+from python_tests.oneshot.driver_models import (
+    build,
+    hessian64,
+    hook_inputs,
+    plain,
+    record_hessians,
+    run_prune,
+)
+from sparsekern import prune
+from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.oneshot import discovery as models
+from sparsekern.oneshot.prune_model import prune_model
 
 
 class Residual(nn.Module):

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from driver_models import build, plain, tokens
-from test_resume import assert_same_state
+from python_tests.oneshot.test_resume import assert_same_state
 
-from sparsekern import SparseLinear, keep_dense, layer_bench
-from sparsekern.driver import prune_model
-from sparsekern.report import PruneReport
+from python_tests.oneshot.driver_models import build, plain, tokens
+from sparsekern import SparseLinear
+from sparsekern.oneshot import keep_dense
+from sparsekern.oneshot.prune_model import prune_model
+from sparsekern.oneshot.report import PruneReport
+from sparsekern.profiling import layer_bench
 
 UP, DOWN = (64, 32), (32, 64)  # gate_proj and up_proj, down_proj of driver_models' Llama
 
@@ -43,9 +45,7 @@ def test_only_the_layers_that_get_slower_stay_dense(monkeypatch):
     kept = {layer.name for layer in report.skipped}
     assert kept == {"lm_head", *(f"model.layers.{i}.mlp.down_proj" for i in range(2))}
     row = report["model.layers.1.mlp.down_proj"]
-    assert row.reason == (
-        "kept dense: 2:4 is 1.07x slower at tokens 1, 4 (53.5 us, dense 50.0 us)"
-    )
+    assert row.reason == ("kept dense: 2:4 is 1.07x slower at tokens 1, 4 (53.5 us, dense 50.0 us)")
     assert row.bytes_sparse == row.bytes_dense
     assert not isinstance(model.model.layers[0].mlp.down_proj, SparseLinear)
     assert isinstance(model.model.layers[0].mlp.up_proj, SparseLinear)
@@ -54,9 +54,7 @@ def test_only_the_layers_that_get_slower_stay_dense(monkeypatch):
     assert PruneReport.from_json(report.to_json())[row.name].reason == row.reason
     shapes = {call[:2] for call in bench.calls}
     assert DOWN in shapes and UP in shapes and len(bench.calls) == 2 * len(shapes), "each once"
-    assert {call[2:] for call in bench.calls} == {
-        (count, torch.float32, "cpu") for count in (1, 4)
-    }
+    assert {call[2:] for call in bench.calls} == {(count, torch.float32, "cpu") for count in (1, 4)}
 
 
 def test_calibrated_runs_prune_the_rest_as_a_skip_rule_would(monkeypatch):
@@ -71,8 +69,11 @@ def test_calibrated_runs_prune_the_rest_as_a_skip_rule_would(monkeypatch):
 def test_when_everything_is_slower_nothing_is_pruned_and_that_is_said(monkeypatch):
     model, before = plain(), plain()
     Bench(monkeypatch, [(32, 16), (16, 32), (16, 16)])
-    with pytest.warns(UserWarning, match="nothing is pruned: on cpu 2:4 is slower for every layer "
-                      r"\(on a CPU every call of a sparse layer decompresses"):  # fmt: skip
+    with pytest.warns(
+        UserWarning,
+        match="nothing is pruned: on cpu 2:4 is slower for every layer "
+        r"\(on a CPU every call of a sparse layer decompresses",
+    ):
         report = run(model, skip=())
     assert report.pruned == [] and "0 layers pruned" in report.summary()
     assert "kept dense: 2:4 is 1.07x slower" in report.table()
@@ -126,7 +127,7 @@ def test_interrupted_before_the_first_block_too(monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsekern.driver.prune_group", interrupt)
+        patch.setattr("sparsekern.oneshot.prune_model.prune_group", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(build("llama"), resume=tmp_path)
     other = Bench(monkeypatch, [UP])

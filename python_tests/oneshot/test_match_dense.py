@@ -5,13 +5,13 @@ import copy
 
 import pytest
 import torch
-from driver_models import build, hook_inputs, run_prune, tokens
-from test_sparsegpt import make_layer
+from python_tests.prune.test_sparsegpt import make_layer
 
+from python_tests.oneshot.driver_models import build, hook_inputs, run_prune, tokens
 from sparsekern import prune
-from sparsekern.calibration import HessianCollector
-from sparsekern.layerwise import REFINE_STEPS
-from sparsekern.models import Layer
+from sparsekern.oneshot.calibration import HessianCollector
+from sparsekern.oneshot.discovery import Layer
+from sparsekern.oneshot.layerwise import REFINE_STEPS
 
 
 def pair(samples=6, length=10, features=16):
@@ -26,8 +26,9 @@ def test_drift_is_the_product_of_the_difference():
     for part in (slice(0, 2), slice(2, 6)):
         hessian.add(x[part], dense[part])
     flat, d = x.reshape(-1, 16).double(), dense.reshape(-1, 16).double()
-    torch.testing.assert_close(hessian.drift.double(), 2 / 6 * (d - flat).T @ flat,
-                               rtol=1e-4, atol=1e-4)  # fmt: skip
+    torch.testing.assert_close(
+        hessian.drift.double(), 2 / 6 * (d - flat).T @ flat, rtol=1e-4, atol=1e-4
+    )
     plain = prune.Hessian(16)
     plain.add(x)
     assert plain.drift is None

@@ -6,11 +6,11 @@ import os
 import sys
 
 import pytest
-from driver_models import build, plain, tokens
 
-from sparsekern import report as report_module
-from sparsekern.driver import prune_model
-from sparsekern.report import LayerReport, PruneReport, write_atomic
+from python_tests.oneshot.driver_models import build, plain, tokens
+from sparsekern.oneshot import report as report_module
+from sparsekern.oneshot.prune_model import prune_model
+from sparsekern.oneshot.report import LayerReport, PruneReport, write_atomic
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from driver_models import build, tokens
 
 import sparsekern
-from sparsekern.driver import prune_model
+from python_tests.oneshot.driver_models import build, tokens
 from sparsekern.errors import FormatError
-from sparsekern.layerwise import prune_group
+from sparsekern.oneshot.layerwise import prune_group
+from sparsekern.oneshot.prune_model import prune_model
 
 HERE = Path(__file__).parent
 
@@ -93,7 +93,9 @@ def test_a_finished_run_is_only_loaded(tmp_path, monkeypatch):
         "block-00001.safetensors",
         "head.safetensors",
     ]
-    monkeypatch.setattr("sparsekern.driver.prune_group", lambda *args: pytest.fail("pruned again"))
+    monkeypatch.setattr(
+        "sparsekern.oneshot.prune_model.prune_group", lambda *args: pytest.fail("pruned again")
+    )
     report = run(again, tmp_path)
     assert report.resumed == 3
     assert_same_state(first, again)
@@ -112,7 +114,7 @@ def test_interrupted_inside_a_process(options, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return prune_group(layers, hessian, arguments)
 
-    monkeypatch.setattr("sparsekern.driver.prune_group", interrupt)
+    monkeypatch.setattr("sparsekern.oneshot.prune_model.prune_group", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(build("llama"), tmp_path, **options)
     assert len(seen) == 1

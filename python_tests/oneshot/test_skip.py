@@ -1,11 +1,11 @@
 """Skip rules: every form, and rules that match nothing."""
 
 import pytest
-from driver_models import build, plain, tokens
 from torch import nn
 
-from sparsekern.driver import prune_model
-from sparsekern.linear import SparseLinear
+from python_tests.oneshot.driver_models import build, plain, tokens
+from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.oneshot.prune_model import prune_model
 
 
 def skipped_names(skip, layers=4):

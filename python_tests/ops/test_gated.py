@@ -2,12 +2,19 @@
 
 import pytest
 import torch
-from linear_cases import DTYPES, assert_within, error_bound, random_input, random_weight
 
 import sparsekern as sk
-from sparsekern import cuda_backend, reference
-from sparsekern.pack import pack
-from sparsekern.sparse24 import compress
+from python_tests.linear_cases import (
+    DTYPES,
+    assert_within,
+    error_bound,
+    random_input,
+    random_weight,
+)
+from sparsekern import reference
+from sparsekern.backends.cuda import linear as cuda_backend
+from sparsekern.formats.sparse24 import compress
+from sparsekern.formats.tile64 import pack
 
 BF16 = torch.bfloat16
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, BF16: 2.0**-8}
@@ -68,9 +75,16 @@ def test_compile_fullgraph_and_the_registration(device):
     compiled = torch.compile(sk.gated_linear, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, gate24, up24), sk.gated_linear(x, gate24, up24))
     arguments = (
-        x, gate24.values, gate24.metadata, up24.values, up24.metadata, 8, 16, "rowmajor",
+        x,
+        gate24.values,
+        gate24.metadata,
+        up24.values,
+        up24.metadata,
+        8,
+        16,
         "rowmajor",
-    )  # fmt: skip
+        "rowmajor",
+    )
     torch.library.opcheck(torch.ops.sparsekern.gated_linear.default, arguments)
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from linear_cases import (
+
+from python_tests.linear_cases import (
     ACTIVATIONS,
     DTYPES,
     PAIRS,
@@ -12,11 +13,10 @@ from linear_cases import (
     random_input,
     random_weight,
 )
-
-from sparsekern import ops, reference
-from sparsekern.ops import explain, linear
-from sparsekern.sparse24 import compress
-
+from sparsekern import reference
+from sparsekern.formats.sparse24 import compress
+from sparsekern.ops import linear_op as ops
+from sparsekern.ops.linear_op import explain, linear
 
 # ---- numbers -------------------------------------------------------------------------------------
 
@@ -140,58 +140,70 @@ def in_float64(w24):
 
 ERRORS = {
     "columns": (
-        dict(x=torch.ones(2, 12)), ValueError,
+        dict(x=torch.ones(2, 12)),
+        ValueError,
         r"x\.shape\[-1\] == weight\.in_features \(16\).*\[2, 12\]",
     ),
     "scalar x": (dict(x=torch.tensor(1.0)), ValueError, r"in_features \(16\), got x of shape \[\]"),
     "x dtype": (
-        dict(x=torch.ones(2, 16, dtype=F16)), TypeError,
+        dict(x=torch.ones(2, 16, dtype=F16)),
+        TypeError,
         r"x\.dtype == weight\.dtype .*float32.*got torch\.float16",
     ),
     "x type": (dict(x=[1.0]), TypeError, r"x of type Tensor, got list"),
     "weight type": (dict(w24=torch.ones(4, 16)), TypeError, r"type Sparse24, got Tensor.*compress"),
     "weight dtype": (
         dict(w24=in_float64(compress(torch.zeros(4, 16))), x=torch.ones(2, 16).double()),
-        TypeError, r"weight\.dtype in float32, float16, bfloat16, got torch\.float64",
+        TypeError,
+        r"weight\.dtype in float32, float16, bfloat16, got torch\.float64",
     ),
     "x device": (
-        dict(x=torch.ones(2, 16, device="meta")), ValueError,
+        dict(x=torch.ones(2, 16, device="meta")),
+        ValueError,
         r"x on the weight's device \(cpu\), got meta",
     ),
     "bias shape": (
-        dict(bias=torch.ones(5)), ValueError,
+        dict(bias=torch.ones(5)),
+        ValueError,
         r"bias of shape \[out_features\] \(\[4\]\), got \[5\]",
     ),
     "bias rank": (dict(bias=torch.ones(1, 4)), ValueError, r"bias of shape .*got \[1, 4\]"),
     "bias dtype": (
-        dict(bias=torch.ones(4, dtype=F16)), TypeError,
+        dict(bias=torch.ones(4, dtype=F16)),
+        TypeError,
         r"bias\.dtype == x\.dtype .*got torch\.float16",
     ),
     "bias device": (
-        dict(bias=torch.ones(4, device="meta")), ValueError,
+        dict(bias=torch.ones(4, device="meta")),
+        ValueError,
         r"bias on x's device \(cpu\), got meta",
     ),
     "activation": (
-        dict(activation="tanh"), ValueError,
+        dict(activation="tanh"),
+        ValueError,
         r"activation in None, 'relu', 'gelu', 'silu', got 'tanh'",
     ),
     "backend name": (
-        dict(backend="tpu"), ValueError,
+        dict(backend="tpu"),
+        ValueError,
         r"backend in 'cuda', 'cuda-mma', 'triton', 'cpu', 'cusparselt', got 'tpu'",
     ),
     "triton on cpu": (
-        dict(backend="triton"), NotImplementedError,
+        dict(backend="triton"),
+        NotImplementedError,
         r"backend 'triton' can run, got .*(on a GPU, got cpu|no CUDA device|triton)",
     ),
     "cusparselt without its layout": (
-        dict(backend="cusparselt"), NotImplementedError,
+        dict(backend="cusparselt"),
+        NotImplementedError,
         r"needs layout 'cusparselt', got 'rowmajor'; make one with SparseLinear\(packed=",
     ),
     "cuda on cpu": (
-        dict(backend="cuda"), NotImplementedError,
+        dict(backend="cuda"),
+        NotImplementedError,
         r"backend 'cuda' can run, got .+ Leave backend=None",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ERRORS)

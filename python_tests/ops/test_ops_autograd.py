@@ -4,13 +4,16 @@ import math
 
 import pytest
 import torch
-from linear_cases import ACTIVATIONS, random_input, random_weight
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsekern import cuda_backend, gated, ops, reference
-from sparsekern.ops import linear
-from sparsekern.pack import pack
-from sparsekern.sparse24 import compress
+from python_tests.linear_cases import ACTIVATIONS, random_input, random_weight
+from sparsekern import reference
+from sparsekern.backends.cuda import linear as cuda_backend
+from sparsekern.formats.sparse24 import compress
+from sparsekern.formats.tile64 import pack
+from sparsekern.ops import gated_op as gated
+from sparsekern.ops import linear_op as ops
+from sparsekern.ops.linear_op import linear
 
 
 def op_arguments(x, w24, bias, activation, backend=None):

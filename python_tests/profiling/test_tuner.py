@@ -7,10 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparsekern import cli, cuda_backend, heuristics, layer_bench, tuner, tuning
-from sparsekern.heuristics import TIMES, RowBlocks, Tile
-from sparsekern.sparse24 import decompress
-from sparsekern.tuner import tune_cell
+from sparsekern.backends.cuda import cost_model as heuristics
+from sparsekern.backends.cuda import linear as cuda_backend
+from sparsekern.backends.cuda import tuned_tables as tuning
+from sparsekern.backends.cuda.cost_model import TIMES, RowBlocks, Tile
+from sparsekern.cli import main as cli
+from sparsekern.formats.sparse24 import decompress
+from sparsekern.profiling import layer_bench
+from sparsekern.profiling import tune as tuner
+from sparsekern.profiling.tune import tune_cell
 
 GPU = "Test GPU, 132 multiprocessors"
 TILES = [variant for variant in TIMES if isinstance(variant, Tile)]
@@ -199,8 +204,12 @@ def test_every_cell_gets_a_line_and_an_entry(fake_gpu):
     assert said[-1].endswith("; heuristics were 25.0% slower on average, 50.0% at worst")
     known = {"decode a", "decode b"}
     assert tuning.lookup(GPU, "float16", 8, 16, 16, known) == (
-        "decode b", 2.0, 16, "yours", "float16",
-    )  # fmt: skip
+        "decode b",
+        2.0,
+        16,
+        "yours",
+        "float16",
+    )
     assert [dtype for _, dtype in FakeLayer.made] == [torch.bfloat16] * 2 + [torch.float16] * 2
 
 
@@ -210,10 +219,17 @@ def test_the_log_has_all_times_and_is_added_to(fake_gpu):
     run([(8, 16)], [1], ["float16"], log=log)
     first, second, third = map(json.loads, log.read_text().splitlines())
     assert first == {
-        "shape": [64, 64], "tokens": 1, "best": "decode a", "us": 2.0, "h": "decode a", "hus": 2.0,
-        "refused": {}, "times": {"decode a": 2.0, "decode b": 3.0}, "gpu": GPU,
+        "shape": [64, 64],
+        "tokens": 1,
+        "best": "decode a",
+        "us": 2.0,
+        "h": "decode a",
+        "hus": 2.0,
+        "refused": {},
+        "times": {"decode a": 2.0, "decode b": 3.0},
+        "gpu": GPU,
         "dtype": "bfloat16",
-    }  # fmt: skip
+    }
     assert (second["tokens"], second["best"], second["hus"]) == (16, "decode b", 3.0)
     assert (third["shape"], third["dtype"]) == ([8, 16], "float16")
 
@@ -234,9 +250,13 @@ def test_an_interruption_loses_at_most_the_present_shape(fake_gpu):
 
     with pytest.raises(KeyboardInterrupt):
         tuner.tune(
-            [(64, 64), (8, 16)], [1, 4], ["bfloat16"], "cuda:0", make_layer=Interrupted,
+            [(64, 64), (8, 16)],
+            [1, 4],
+            ["bfloat16"],
+            "cuda:0",
+            make_layer=Interrupted,
             say=lambda text: None,
-        )  # fmt: skip
+        )
     entries = json.loads(tuning.user_path().read_text())["entries"]
     assert list(entries[GPU]["bfloat16"]) == ["64x64"]
 
@@ -304,17 +324,14 @@ def test_copies_beyond_the_cache():
 @pytest.fixture
 def stand_in(monkeypatch, tmp_path):
     """A GPU of which the CPU computes everything: two decode configs, three tiles, one of each not
-    in the model of heuristics.py."""
+    in the model of backends/cuda/cost_model.py."""
     tiles, blocks = [*TILES[:2], Tile(64, 32, 1, 1)], [BLOCKS[0], RowBlocks(64, 3)]
     native = SimpleNamespace(
         prefill_workspace_bytes=lambda: 16,
         decode_configs=lambda: [b._asdict() | {"index": i} for i, b in enumerate(blocks, 1)],
-        mma_configs=lambda: [],
-        split_configs=lambda: [],
-        prefill_configs=lambda: [
-            tile._asdict() | {"index": i}
-            for i, tile in enumerate(tiles)
-        ],
+        mma_configs=list,
+        split_configs=list,
+        prefill_configs=lambda: [tile._asdict() | {"index": i} for i, tile in enumerate(tiles)],
     )
     launched = []
 

@@ -23,7 +23,7 @@ def brute_force_mask(scores, n, m):
         values = scores[row].tolist()
         for start in range(0, len(values), m):
             order = sorted(range(start, start + m), key=lambda j: values[j])
-            mask[row, order[m - n:]] = True
+            mask[row, order[m - n :]] = True
     return mask
 
 
@@ -62,16 +62,20 @@ def test_ties_go_to_the_higher_column_and_minus_zero_is_zero():
     assert nm_mask(torch.tensor([[0.0, -0.0, 0.0, -0.0]])).tolist() == [[False, False, True, True]]
     assert nm_mask(torch.tensor([[7.0, 7.0, 7.0, 0.0]])).tolist() == [[False, True, True, False]]
     assert magnitude_mask(torch.tensor([[-3.0, 3.0, -3.0, 1.0]])).tolist() == [
-        [False, True, True, False]]
-    assert wanda_mask(torch.tensor([[2.0, -1.0, 2.0, 1.0]]),
-                      torch.tensor([1.0, 2.0, 1.0, 2.0])).tolist() == [[False, False, True, True]]
+        [False, True, True, False]
+    ]
+    assert wanda_mask(
+        torch.tensor([[2.0, -1.0, 2.0, 1.0]]), torch.tensor([1.0, 2.0, 1.0, 2.0])
+    ).tolist() == [[False, False, True, True]]
 
 
 def test_masks_of_integer_and_8_bit_weights():
     scores = torch.tensor([[3, -128, 127, 5], [0, 0, 0, 1]], dtype=torch.int8)
     assert nm_mask(scores).tolist() == [[False, False, True, True]] * 2
-    assert magnitude_mask(scores).tolist() == [[False, True, True, False],
-                                               [False, False, True, True]]
+    assert magnitude_mask(scores).tolist() == [
+        [False, True, True, False],
+        [False, False, True, True],
+    ]
     eighth = torch.tensor([[0.5, -2.0, 1.0, -0.25]])
     assert torch.equal(magnitude_mask(eighth.to(torch.float8_e4m3fn)), magnitude_mask(eighth))
 
@@ -98,7 +102,8 @@ def test_masks_do_not_modify_their_input():
 def test_wanda_scores_are_weight_times_norm():
     w = torch.tensor([[1.0, -2.0, 3.0, 4.0]])
     assert wanda_mask(w, torch.tensor([10.0, 10.0, 1.0, 1.0])).tolist() == [
-        [True, True, False, False]]
+        [True, True, False, False]
+    ]
     generator = torch.Generator().manual_seed(1)
     w = torch.randn(9, 24, generator=generator).bfloat16()
     norm = torch.rand(24, generator=generator)
@@ -107,20 +112,26 @@ def test_wanda_scores_are_weight_times_norm():
     assert not torch.equal(expected, magnitude_mask(w))
 
 
-@pytest.mark.parametrize("call, exception, text", [
-    (lambda: nm_mask(torch.randn(2, 6)), ValueError, r"in_features % 4 == 0.*in_features = 6"),
-    (lambda: nm_mask(torch.randn(2, 8), 4, 4), ValueError, r"1 <= n < m, got \(4, 4\)"),
-    (lambda: nm_mask(torch.randn(2, 8), 0, 4), ValueError, r"1 <= n < m, got \(0, 4\)"),
-    (lambda: nm_mask(torch.randn(2, 8), 2.0, 4), ValueError, r"integers"),
-    (lambda: nm_mask(torch.tensor(1.0)), ValueError, r"scalar"),
-    (lambda: nm_mask(torch.zeros(2, 8, dtype=torch.complex64)), TypeError, r"complex64"),
-    (lambda: magnitude_mask(torch.zeros(2, 8, dtype=torch.complex64)), TypeError, r"complex64"),
-    (lambda: wanda_mask(torch.randn(2, 8), torch.rand(4)), ValueError, r"act_norm.*\[4\]"),
-    (lambda: wanda_mask(torch.randn(2, 8), -torch.rand(8) - 1), ValueError, r"negative"),
-    (lambda: wanda_mask(torch.randn(2, 8), torch.rand(8, device="meta")), ValueError, r"meta"),
-    (lambda: wanda_mask(torch.zeros(2, 8), torch.full((8,), math.inf)), ValueError,
-     r"NaN at row 0, column 0 \(16 of 16"),
-])
+@pytest.mark.parametrize(
+    "call, exception, text",
+    [
+        (lambda: nm_mask(torch.randn(2, 6)), ValueError, r"in_features % 4 == 0.*in_features = 6"),
+        (lambda: nm_mask(torch.randn(2, 8), 4, 4), ValueError, r"1 <= n < m, got \(4, 4\)"),
+        (lambda: nm_mask(torch.randn(2, 8), 0, 4), ValueError, r"1 <= n < m, got \(0, 4\)"),
+        (lambda: nm_mask(torch.randn(2, 8), 2.0, 4), ValueError, r"integers"),
+        (lambda: nm_mask(torch.tensor(1.0)), ValueError, r"scalar"),
+        (lambda: nm_mask(torch.zeros(2, 8, dtype=torch.complex64)), TypeError, r"complex64"),
+        (lambda: magnitude_mask(torch.zeros(2, 8, dtype=torch.complex64)), TypeError, r"complex64"),
+        (lambda: wanda_mask(torch.randn(2, 8), torch.rand(4)), ValueError, r"act_norm.*\[4\]"),
+        (lambda: wanda_mask(torch.randn(2, 8), -torch.rand(8) - 1), ValueError, r"negative"),
+        (lambda: wanda_mask(torch.randn(2, 8), torch.rand(8, device="meta")), ValueError, r"meta"),
+        (
+            lambda: wanda_mask(torch.zeros(2, 8), torch.full((8,), math.inf)),
+            ValueError,
+            r"NaN at row 0, column 0 \(16 of 16",
+        ),
+    ],
+)
 def test_mask_errors(call, exception, text):
     with pytest.raises(exception, match=text):
         call()
@@ -142,8 +153,7 @@ def test_masks_agree_between_cpu_and_gpu(n, m, dtype):
     norm = torch.rand(64 * m)
     for scores in (tied_scores(70, 64 * m, dtype), torch.randn(70, 64 * m).to(dtype)):
         assert torch.equal(nm_mask(scores, n, m), nm_mask(scores.cuda(), n, m).cpu())
-        assert torch.equal(magnitude_mask(scores, n, m),
-                           magnitude_mask(scores.cuda(), n, m).cpu())
+        assert torch.equal(magnitude_mask(scores, n, m), magnitude_mask(scores.cuda(), n, m).cpu())
         w = scores.nan_to_num(posinf=3.0, neginf=-3.0)
         assert torch.equal(wanda_mask(w, norm, n, m), wanda_mask(w.cuda(), norm.cuda(), n, m).cpu())
 
@@ -163,8 +173,10 @@ def assert_close_to(h, expected):
 def test_running_hessian_equals_one_shot(in_features):
     """600 columns: several blocks of the symmetric update, and a last one that is not full."""
     generator = torch.Generator().manual_seed(0)
-    xs = [torch.randn(*lead, in_features, generator=generator)
-          for lead in ((2, 7), (5, 3), (11,), (1, 20), (4, 1, 2))]
+    xs = [
+        torch.randn(*lead, in_features, generator=generator)
+        for lead in ((2, 7), (5, 3), (11,), (1, 20), (4, 1, 2))
+    ]
     hessian = Hessian(in_features)
     for i, x in enumerate(xs):
         before = x.clone()
@@ -293,8 +305,12 @@ def test_exact_float32_restores_every_setting():
     """In a process of its own: torch refuses some mixtures of its old and new switches."""
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip("this torch has the old switches only")
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", _SWITCHES], capture_output=True,
-                            text=True, timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _SWITCHES],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -302,10 +318,9 @@ def test_exact_float32_restores_after_an_error():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        with pytest.raises(KeyError):
-            with exact_float32("cpu"):
-                assert torch.get_float32_matmul_precision() == "highest"
-                raise KeyError
+        with pytest.raises(KeyError), exact_float32("cpu"):
+            assert torch.get_float32_matmul_precision() == "highest"
+            raise KeyError
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from driver_models import build, tokens
-from test_sparsegpt import make_layer
+from python_tests.prune.test_sparsegpt import make_layer
 
 import sparsekern as sk
-from sparsekern.prune import magnitude_mask, refine, relative_error, sparsegpt
+from python_tests.oneshot.driver_models import build, tokens
+from sparsekern.prune import magnitude_mask, refine, sparsegpt
 
 
 def least_squares(w, mask, h, damp):

@@ -45,12 +45,12 @@ def transcribe(w, h, n=2, m=4, damp=0.01, mask=None):
         for j in range(columns):
             if mask is None and j % m == 0:
                 saliency = [(w[r, k] / u[k, k]) ** 2 for k in range(j, j + m)]
-                for k in sorted(range(m), key=lambda k: saliency[k])[m - n:]:
+                for k in sorted(range(m), key=lambda k: saliency[k])[m - n :]:
                     kept[r, j + k] = True
             if not kept[r, j]:
                 error = w[r, j] / u[j, j]
                 loss += error**2 / 2
-                w[r, j + 1:] -= error * u[j, j + 1:]
+                w[r, j + 1 :] -= error * u[j, j + 1 :]
                 w[r, j] = 0
     return torch.from_numpy(w), torch.from_numpy(kept), loss
 
@@ -69,13 +69,16 @@ def assert_same_pruning(got, got_mask, expected, expected_mask):
     torch.testing.assert_close(got[same].double(), expected[same].double(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("n, m, in_features, blocksize", [
-    (2, 4, 260, 128),   # three blocks, the last of one group
-    (2, 4, 256, 256),   # one block
-    (4, 8, 272, 128),
-    (1, 4, 256, 64),
-    (2, 3, 258, 126),
-])
+@pytest.mark.parametrize(
+    "n, m, in_features, blocksize",
+    [
+        (2, 4, 260, 128),  # three blocks, the last of one group
+        (2, 4, 256, 256),  # one block
+        (4, 8, 272, 128),
+        (1, 4, 256, 64),
+        (2, 3, 258, 126),
+    ],
+)
 def test_equals_the_float64_transcription(n, m, in_features, blocksize):
     w, hessian = make_layer(12, in_features)
     before = w.clone(), hessian.matrix.clone()
@@ -252,8 +255,10 @@ def test_indefinite_hessian_raises_the_damping_and_says_so():
     h = basis * spectrum @ basis.t()
     pruned, mask, report = sparsegpt(w, h)
     assert (report.damp, report.dtype) == (pytest.approx(0.1), "float32")
-    assert [(round(d, 6), t) for d, t, _ in report.attempts] == [(0.01, "float32"),
-                                                                (0.1, "float32")]
+    assert [(round(d, 6), t) for d, t, _ in report.attempts] == [
+        (0.01, "float32"),
+        (0.1, "float32"),
+    ]
     assert "Cholesky of H stopped at column" in report.attempts[0][2]
     assert report.attempts[1][2] == "ok"
     expected, expected_mask, _ = transcribe(w, h, damp=0.1)
@@ -288,8 +293,12 @@ def test_hopeless_hessian_is_an_error_that_lists_every_attempt():
     w = torch.randn(4, 8)
     with pytest.raises(RuntimeError, match="positive definite") as caught:
         sparsegpt(w, -torch.eye(8))
-    for step in ("damp 0.01 in float32", "damp 1 in float32", "damp 0.1 in float64",
-                 "damp 1 in float64"):
+    for step in (
+        "damp 0.01 in float32",
+        "damp 1 in float32",
+        "damp 0.1 in float64",
+        "damp 1 in float64",
+    ):
         assert step in str(caught.value)
 
 
@@ -308,32 +317,39 @@ def test_overflow_of_the_updated_weights_is_an_error():
 W, EYE = torch.randn(4, 8), torch.eye(8)
 
 
-@pytest.mark.parametrize("arguments, exception, text", [
-    (dict(w=torch.randn(8)), ValueError, r"shape \[8\]"),
-    (dict(w=torch.ones(4, 8, dtype=torch.int8)), TypeError, "int8"),
-    (dict(w=torch.empty(4, 0)), ValueError, "in_features >= 1"),
-    (dict(w=torch.tensor([[1.0, math.nan, 0.0, 0.0]])), ValueError, "nan at row 0, column 1"),
-    (dict(w=torch.tensor([[1.0, 0.0, math.inf, 0.0]])), ValueError, "inf at row 0, column 2"),
-    (dict(w=torch.randn(4, 6)), ValueError, "in_features = 6"),
-    (dict(pattern=(4, 4)), ValueError, "1 <= n < m"),
-    (dict(pattern=4), ValueError, r"pattern=\(n, m\)"),
-    (dict(blocksize=6), ValueError, r"blocksize % 4 == 0 .* blocksize = 6"),
-    (dict(blocksize=0), ValueError, "blocksize >= 1"),
-    (dict(damp=-0.1), ValueError, "damp >= 0"),
-    (dict(damp=math.nan), ValueError, "damp >= 0"),
-    (dict(mask=torch.ones(4, 8)), TypeError, "float32"),
-    (dict(mask=torch.ones(4, 4, dtype=torch.bool)), ValueError, r"\[4, 4\]"),
-    (dict(mask=torch.ones(4, 8, dtype=torch.bool), score=lambda w, d: w), ValueError, "not both"),
-    (dict(score=lambda w, d: w[:, :2]), ValueError, r"shape \(4, 4\), got \(4, 2\)"),
-    (dict(score=lambda w, d: 1.0), ValueError, "float"),
-    (dict(score=lambda w, d: w * math.nan), ValueError, "NaN at row 0, column 0"),
-    (dict(hessian=Hessian(8)), ValueError, "one with none"),
-    (dict(hessian=torch.eye(4)), ValueError, r"shape \[4, 4\]"),
-    (dict(hessian=EYE * math.nan), ValueError, "NaN or Inf in column 0"),
-    (dict(hessian=EYE.to("meta")), ValueError, "meta"),
-    (dict(backend="cuda"), ValueError, "'cuda'"),
-    (dict(backend="triton", pattern=(1, 4)), NotImplementedError, r"pattern \(2, 4\)"),
-])
+@pytest.mark.parametrize(
+    "arguments, exception, text",
+    [
+        (dict(w=torch.randn(8)), ValueError, r"shape \[8\]"),
+        (dict(w=torch.ones(4, 8, dtype=torch.int8)), TypeError, "int8"),
+        (dict(w=torch.empty(4, 0)), ValueError, "in_features >= 1"),
+        (dict(w=torch.tensor([[1.0, math.nan, 0.0, 0.0]])), ValueError, "nan at row 0, column 1"),
+        (dict(w=torch.tensor([[1.0, 0.0, math.inf, 0.0]])), ValueError, "inf at row 0, column 2"),
+        (dict(w=torch.randn(4, 6)), ValueError, "in_features = 6"),
+        (dict(pattern=(4, 4)), ValueError, "1 <= n < m"),
+        (dict(pattern=4), ValueError, r"pattern=\(n, m\)"),
+        (dict(blocksize=6), ValueError, r"blocksize % 4 == 0 .* blocksize = 6"),
+        (dict(blocksize=0), ValueError, "blocksize >= 1"),
+        (dict(damp=-0.1), ValueError, "damp >= 0"),
+        (dict(damp=math.nan), ValueError, "damp >= 0"),
+        (dict(mask=torch.ones(4, 8)), TypeError, "float32"),
+        (dict(mask=torch.ones(4, 4, dtype=torch.bool)), ValueError, r"\[4, 4\]"),
+        (
+            dict(mask=torch.ones(4, 8, dtype=torch.bool), score=lambda w, d: w),
+            ValueError,
+            "not both",
+        ),
+        (dict(score=lambda w, d: w[:, :2]), ValueError, r"shape \(4, 4\), got \(4, 2\)"),
+        (dict(score=lambda w, d: 1.0), ValueError, "float"),
+        (dict(score=lambda w, d: w * math.nan), ValueError, "NaN at row 0, column 0"),
+        (dict(hessian=Hessian(8)), ValueError, "one with none"),
+        (dict(hessian=torch.eye(4)), ValueError, r"shape \[4, 4\]"),
+        (dict(hessian=EYE * math.nan), ValueError, "NaN or Inf in column 0"),
+        (dict(hessian=EYE.to("meta")), ValueError, "meta"),
+        (dict(backend="cuda"), ValueError, "'cuda'"),
+        (dict(backend="triton", pattern=(1, 4)), NotImplementedError, r"pattern \(2, 4\)"),
+    ],
+)
 def test_errors(arguments, exception, text):
     arguments = {"w": W, "hessian": EYE} | arguments
     with pytest.raises(exception, match=text):
@@ -371,11 +387,17 @@ def compare_triton_with_torch(device):
 def test_triton_kernel_through_the_interpreter():
     """In a process of its own, because Triton reads TRITON_INTERPRET when a kernel is defined."""
     pytest.importorskip("triton")
-    here = os.path.dirname(os.path.abspath(__file__))
-    code = (f"import sys; sys.path.insert(0, {here!r}); import test_sparsegpt; "
-            "test_sparsegpt.compare_triton_with_torch('cpu')")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                            timeout=300, env=os.environ | {"TRITON_INTERPRET": "1"})
+    code = (
+        "from python_tests.prune import test_sparsegpt; "
+        "test_sparsegpt.compare_triton_with_torch('cpu')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
     assert result.returncode == 0, result.stderr
 
 

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from sparsekern import json_store
+from sparsekern.utils import json_store
 
 WRITERS, UPDATES = 4, 25
 

@@ -9,7 +9,7 @@ one rounding, and speed does not hang on the processor having fast matmuls of th
 
 import torch
 
-from sparsekern.sparse24 import Sparse24, decompress
+from sparsekern.formats.sparse24 import Sparse24, decompress
 
 # Dense float32 bytes decompressed at a time: small enough for the temporaries of decompress to stay
 # in cache, large enough that the matmul is not cut into slivers.

@@ -5,10 +5,16 @@ that know no 2:4 format.
 import shutil
 from pathlib import Path
 
-from .checkpoint_format import PARTS, check_headers, join, read_compression_config, read_sparse24
-from .errors import check
-from .safetensors_io import CONFIG_FILE, INDEX_FILE, OP, TensorFiles, require
-from .staging import StagedFolder, write_shards
+from sparsekern.errors import check
+from sparsekern.formats.disk import (
+    PARTS,
+    check_headers,
+    join,
+    read_compression_config,
+    read_sparse24,
+)
+from sparsekern.utils.safetensors_io import CONFIG_FILE, INDEX_FILE, OP, TensorFiles, require
+from sparsekern.utils.staging import StagedFolder, write_shards
 
 # Small files that belong to a model besides its weights: tokenizer, chat template, licence.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "README.md")
@@ -28,7 +34,7 @@ def export_dense(dir_in, dir_out, *, max_shard_size=5 * 2**30):
     Raises:
         FormatError: damaged or unsupported input. ValueError: dir_out is dir_in.
     """
-    from .sparse24 import decompress
+    from sparsekern.formats.sparse24 import decompress
 
     source, target = Path(dir_in), Path(dir_out)
     check(

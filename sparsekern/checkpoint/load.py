@@ -1,7 +1,7 @@
 """Loading model folders: headers against the module tree, then module by module to the device.
 
 A dense copy of a compressed layer never exists, on any device: the tree is built without weights
-(skeleton.py), and each of its Linears is replaced by a SparseLinear around tensors that come
+(checkpoint/skeleton.py), and each of its Linears is replaced by a SparseLinear around tensors that come
 straight from the file.
 """
 
@@ -11,7 +11,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .checkpoint_format import (
+from sparsekern.checkpoint.skeleton import (
+    build_skeleton,
+    import_transformers,
+    linear_shape,
+    own_tensors,
+)
+from sparsekern.errors import FormatError, message
+from sparsekern.formats.disk import (
     PARTS,
     VALUE_DTYPES,
     check_headers,
@@ -19,9 +26,7 @@ from .checkpoint_format import (
     read_compression_config,
     read_sparse24,
 )
-from .errors import FormatError, message
-from .safetensors_io import CONFIG_FILE, OP, TensorFiles, listed, require
-from .skeleton import build_skeleton, import_transformers, linear_shape, own_tensors
+from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, TensorFiles, listed, require
 
 
 def from_pretrained(directory, device="cpu", dtype=None, *, attn_implementation=None):
@@ -257,7 +262,7 @@ def _read_dense(files, name, device, dtype):
 
 def _load_layer(files, name, module, device, dtype):
     """SparseLinear for one compressed layer; `module` is what stands in its place on the tree."""
-    from .linear import SparseLinear
+    from sparsekern.nn.sparse_linear import SparseLinear
 
     weight = read_sparse24(files, name, device, dtype)
     bias = (

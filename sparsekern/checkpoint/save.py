@@ -7,7 +7,7 @@ export_dense.
 
 The folder is what Transformers writes (config.json, safetensors shards, index, tokenizer,
 generation config), with pruned layers in compressed-tensors' sparse-24-bitmask format
-(checkpoint_format.py). This file writes; checkpoint_load.py reads.
+(formats/disk.py). This file writes; checkpoint/load.py reads.
 """
 
 import json
@@ -15,24 +15,12 @@ import warnings
 
 import torch
 
-from .checkpoint_format import compression_config, join
-from .checkpoint_load import from_pretrained, load_into
-from .checkpoint_report import CheckpointReport, verify_checkpoint
-from .errors import check
-from .export import export_dense
-from .models import is_conv1d
-from .safetensors_io import CONFIG_FILE, OP, listed
-from .skeleton import linear_shape, own_tensors, skeleton_of
-from .staging import StagedFolder, write_shards
-
-__all__ = [
-    "CheckpointReport",
-    "export_dense",
-    "from_pretrained",
-    "load_into",
-    "save_pretrained",
-    "verify_checkpoint",
-]
+from sparsekern.checkpoint.skeleton import linear_shape, own_tensors, skeleton_of
+from sparsekern.errors import check
+from sparsekern.formats.disk import compression_config, join
+from sparsekern.oneshot.discovery import is_conv1d
+from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, listed
+from sparsekern.utils.staging import StagedFolder, write_shards
 
 
 def save_pretrained(model, directory, *, tokenizer=None, max_shard_size=5 * 2**30):
@@ -55,7 +43,7 @@ def save_pretrained(model, directory, *, tokenizer=None, max_shard_size=5 * 2**3
         Where this model's differ, as after model.to(torch.bfloat16), a UserWarning names them:
         the loaded model then uses the exact ones.
     """
-    from .linear import SparseLinear
+    from sparsekern.nn.sparse_linear import SparseLinear
 
     skeleton = skeleton_of(model)
     _warn_lost_buffers(model, skeleton)

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .errors import FormatError, message
-from .models import is_conv1d
-from .safetensors_io import CONFIG_FILE, OP, read_json, require
+from sparsekern.errors import FormatError, message
+from sparsekern.oneshot.discovery import is_conv1d
+from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, read_json, require
 
 COUNTS = (
     "num_hidden_layers",
@@ -168,7 +168,7 @@ def _model_class(transformers, raw, config):
 
 def linear_shape(module):
     """(out_features, in_features) of a module that a compressed layer can stand for, else None."""
-    from .linear import SparseLinear
+    from sparsekern.nn.sparse_linear import SparseLinear
 
     if is_conv1d(module):
         return module.weight.shape[1], module.weight.shape[0]

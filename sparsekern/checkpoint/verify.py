@@ -6,7 +6,10 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint_format import (
+from sparsekern.checkpoint.load import plan
+from sparsekern.checkpoint.skeleton import build_skeleton, linear_shape
+from sparsekern.errors import FormatError
+from sparsekern.formats.disk import (
     HEADER_RULES,
     check_headers,
     compressed_layers,
@@ -15,10 +18,7 @@ from .checkpoint_format import (
     read_compression_config,
     read_sparse24,
 )
-from .checkpoint_load import plan
-from .errors import FormatError
-from .safetensors_io import CONFIG_FILE, OP, TensorFiles, listed, read_json, require
-from .skeleton import build_skeleton, linear_shape
+from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, TensorFiles, listed, read_json, require
 
 
 @dataclass

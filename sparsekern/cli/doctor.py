@@ -56,7 +56,7 @@ def table(findings):
 
 
 def _software():
-    from . import __version__
+    from sparsekern import __version__
 
     yield Finding("software", "sparsekern", __version__)
     yield Finding(
@@ -96,7 +96,8 @@ def _gpus():
 
 
 def _kernels():
-    from . import _native, triton_kernels
+    from sparsekern import _native
+    from sparsekern.backends import triton as triton_kernels
 
     if _native.available():
         info = _native.module().build_info()
@@ -117,7 +118,8 @@ def _kernels():
 
 def _tuned_tables():
     """Which table chooses among the CUDA kernels, for each GPU that runs them."""
-    from . import cuda_backend, tuning
+    from sparsekern.backends.cuda import linear as cuda_backend
+    from sparsekern.backends.cuda import tuned_tables as tuning
 
     found = False
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -141,7 +143,7 @@ def _libraries():
 
 
 def _cusparselt():
-    from . import cusparselt_library
+    from sparsekern.backends.cusparselt import library as cusparselt_library
 
     found, why = cusparselt_library.library()
     if found is None:
@@ -187,8 +189,8 @@ def _what_will_run():
 
 
 def _explained(tokens, dtype, device):
-    from .linear import SparseLinear
-    from .ops import explain
+    from sparsekern.nn.sparse_linear import SparseLinear
+    from sparsekern.ops.linear_op import explain
 
     features = PROBE_FEATURES
     weight = SparseLinear(features, features, bias=False, dtype=dtype, device=device).weight

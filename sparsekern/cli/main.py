@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from .cli_parser import make_parser
-from .errors import check
-from .loading import folder_bytes, load_model
+from sparsekern.cli.parser import make_parser
+from sparsekern.errors import check
+from sparsekern.integrations.loading import folder_bytes, load_model
 
 
 def main(argv=None):
@@ -102,8 +102,7 @@ def run_prune(args):
 def run_eval(args):
     """Perplexity, with everything that is needed to compare it."""
     import sparsekern as sk
-
-    from . import texts
+    from sparsekern.eval import texts
 
     device = _device(args.device)
     model, tokenizer = load_model(args.model, device, _dtype(args.dtype))
@@ -132,7 +131,7 @@ def run_eval(args):
 
 def run_verify(args):
     """Exit code 0 when every rule holds, 1 otherwise."""
-    from .checkpoint import verify_checkpoint
+    from sparsekern.checkpoint import verify_checkpoint
 
     if not Path(args.directory).is_dir():
         raise FileNotFoundError(f"sparsekern verify: no folder at {args.directory}.")
@@ -142,7 +141,7 @@ def run_verify(args):
 
 
 def run_export(args):
-    from .checkpoint import export_dense
+    from sparsekern.checkpoint import export_dense
 
     out = _new_folder(args.out)
     export_dense(args.directory, out)
@@ -151,7 +150,7 @@ def run_export(args):
 
 def run_bench(args):
     """One row per shape and number of tokens; for a model also the sum over its layers."""
-    from .layer_bench import bench_shape, table
+    from sparsekern.profiling.layer_bench import bench_shape, table
 
     device = _device(args.device)
     dtype = _dtype(args.dtype) or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
@@ -168,7 +167,7 @@ def run_bench(args):
 
 def run_tune(args):
     """One line per cell; the table file is written after each shape."""
-    from . import tuner
+    from sparsekern.profiling import tune as tuner
 
     device = _device(args.device)
     shapes = args.shapes or (list(_counted_shapes(args.model)) if args.model else tuner.SHAPES)
@@ -179,13 +178,13 @@ def run_tune(args):
 
 
 def run_doctor(args):
-    from . import doctor
+    from sparsekern.cli import doctor
 
     return doctor.main(json_output=args.json)
 
 
 def run_demo(args):
-    from . import demo
+    from sparsekern.cli import demo
 
     demo.run(gguf=args.gguf, cache=args.cache, out=args.out, device=_device(args.device))
 
@@ -207,7 +206,7 @@ def _calibration(args, model, tokenizer):
     """Windows by the published protocol, int64 [samples, window]; None for magnitude."""
     if args.method == "magnitude":
         return None
-    from . import texts
+    from sparsekern.eval import texts
 
     ids = texts.tokenize(
         _needed(tokenizer, args.model), "".join(texts.read_rows(args.calibration, "train"))
@@ -221,7 +220,7 @@ def _calibration(args, model, tokenizer):
 
 def _counted_shapes(path):
     """{(out_features, in_features): layers} of a model's layers; ValueError when 2:4 fits none."""
-    from .layer_bench import count_shapes
+    from sparsekern.profiling.layer_bench import count_shapes
 
     counts = count_shapes(load_model(path, "cpu")[0])
     check(counts, "sparsekern", "a model with linear layers that 2:4 fits", f"none in {path}")

@@ -1,4 +1,4 @@
-"""What the commands take: names, options, defaults and help texts. What they do is in cli.py."""
+"""What the commands take: names, options, defaults and help texts. What they do is in cli/main.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def make_parser(runs):
         runs: command name -> function(args) that carries it out; it becomes `run` of the parsed
             arguments.
     """
-    from . import __version__
+    from sparsekern import __version__
 
     parser = argparse.ArgumentParser(
         prog="sparsekern", description="2:4 sparse models: prune, evaluate, store, run."
@@ -61,15 +61,19 @@ def make_parser(runs):
         "--damp", type=float, default=0.01, help="of the SparseGPT Hessian (default 0.01)"
     )
     sub.add_argument(
-        "--refine", type=int, metavar="STEPS",
+        "--refine",
+        type=int,
+        metavar="STEPS",
         help="then move the kept weights towards the least-squares fit (default: 16 with "
         "sparsegpt, else 0; 0 is the published method)",
-    )  # fmt: skip
+    )
     sub.add_argument(
-        "--match-dense", type=float, metavar="SHARE",
+        "--match-dense",
+        type=float,
+        metavar="SHARE",
         help="with sparsegpt: this share of the correction for changed inputs (default: 0.25 on "
         "a chain of decoder blocks; 0 is the published method)",
-    )  # fmt: skip
+    )
     sub.add_argument(
         "--batch-size", type=int, help="calibration windows per forward (default: by tokens)"
     )

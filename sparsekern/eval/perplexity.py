@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from .errors import check
+from sparsekern.errors import check
 
 OP = "sparsekern.perplexity"
 # Logits converted to float32 at once: tokens x vocabulary stays near 256 MB for a vocabulary of 50

@@ -10,7 +10,7 @@ Three kinds of source, written the same way on the command line and in Python:
 The two protocols are those of the published 2:4 numbers: `calibration_windows` draws windows at
 random starts from one tokenisation of the whole text, and `join_rows` is how WikiText-2 is put
 together before it is tokenised once and cut into non-overlapping windows (SparseGPT and Wanda
-evaluation code; the perplexity itself is in evaluate.py).
+evaluation code; the perplexity itself is in eval/perplexity.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import check
+from sparsekern.errors import check
 
 HELD_OUT_EVERY = 5  # every fifth topic of the sorted list is held out
 # short name -> (data set, configuration, {split: data file} where only one file is wanted)

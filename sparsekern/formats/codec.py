@@ -1,4 +1,4 @@
-"""Masks, compression and decompression on plain tensors: the work under sparse24.py.
+"""Masks, compression and decompression on plain tensors: the work under formats/sparse24.py.
 
 A weight [out, in] is cut into groups of 4 consecutive columns. Of each group two elements are
 stored (values [out, in/2], ascending columns) with one nibble idx0 | idx1 << 2 that says which
@@ -6,8 +6,8 @@ stored (values [out, in/2], ascending columns) with one nibble idx0 | idx1 << 2 
 with an odd number of groups). What is stored is a function of the dense weight alone: a group with
 fewer than two non-zeros fills its free slots from SLOT_TABLE, whichever mask led to it.
 
-CUDA tensors go to triton_kernels/compress.py (magnitude pruning of 16-bit weights to
-cuda_compress.py), all others, and CUDA without Triton, through the torch code below; all give the
+CUDA tensors go to backends/triton/compress.py (magnitude pruning of 16-bit weights to
+backends/cuda/compress.py), all others, and CUDA without Triton, through the torch code below; all give the
 same bits. Elements are handled as integers of their own width: magnitudes order like bits without
 the sign, and no float mode (flush to zero, say) can lose one. Of equal scores the higher column is
 kept, as in the published code: prune/masks.py has the reason.
@@ -23,7 +23,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from sparsekern import cuda_compress, triton_kernels
+from sparsekern.backends import triton as triton_kernels
+from sparsekern.backends.cuda import compress as cuda_compress
 from sparsekern.errors import check, message
 
 # Bit pattern of +infinity; the keys are the dtypes that weights and scores may have.
@@ -63,7 +64,7 @@ def mask24(scores: Tensor) -> Tensor:
     _check_floating(scores, op)
     scores = scores.detach().contiguous()
     if _triton(scores) and scores.dtype in INFINITY_BITS:
-        from sparsekern.triton_kernels import compress as kernels
+        from sparsekern.backends.triton import compress as kernels
 
         mask, bad = kernels.mask24(scores)
         if int(bad):
@@ -89,7 +90,7 @@ def compress_dense(w: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tenso
         check(mask.dtype == torch.bool, op, "a bool mask", mask.dtype, exc=TypeError)
         mask = mask.contiguous()
     if _triton(w):
-        from sparsekern.triton_kernels import compress as kernels
+        from sparsekern.backends.triton import compress as kernels
 
         values, metadata, bad = kernels.compress(w, "exact" if mask is None else "mask", mask)
         if int(bad):
@@ -123,7 +124,7 @@ def prune_compress_dense(w: Tensor, scores: Tensor | None = None) -> tuple[Tenso
             _raise_unfit(op, w, None, None, pruned=True)
         return values, metadata
     if _triton(w) and (scores is None or scores.dtype in INFINITY_BITS):
-        from sparsekern.triton_kernels import compress as kernels
+        from sparsekern.backends.triton import compress as kernels
 
         mode = "magnitude" if scores is None else "scores"
         values, metadata, bad = kernels.compress(w, mode, scores)
@@ -150,7 +151,7 @@ def decompress_dense(values: Tensor, metadata: Tensor, in_features: int) -> Tens
     access outside it. Specification: reference.decompress.
     """
     if _triton(values):
-        from sparsekern.triton_kernels import compress as kernels
+        from sparsekern.backends.triton import compress as kernels
 
         return kernels.decompress(values.contiguous(), metadata.contiguous(), in_features)
     out_features, groups = values.shape[0], in_features // 4

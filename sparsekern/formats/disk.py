@@ -17,8 +17,8 @@ has it.
 
 import torch
 
-from .errors import FormatError
-from .safetensors_io import CONFIG_FILE, OP, read_json, require
+from sparsekern.errors import FormatError
+from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, read_json, require
 
 FORMAT = "sparse-24-bitmask"
 FORMAT_VERSION = "0.14.0"  # release of compressed-tensors whose byte layout this is
@@ -132,7 +132,7 @@ def read_sparse24(files, layer, device="cpu", dtype=None):
 
     Kept values of -0.0, which other writers may leave, come back as +0.0.
     """
-    from .sparse24 import Sparse24
+    from sparsekern.formats.sparse24 import Sparse24
 
     values, bitmask = files.read(join(layer, "compressed"), join(layer, "bitmask"), device=device)
     bits = values.view(torch.int16 if values.itemsize == 2 else torch.int32)

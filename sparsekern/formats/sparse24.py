@@ -12,8 +12,8 @@ the unused last nibble of a row with in_features % 8 == 4 is 0x4. This is compre
 sparse-24-bitmask with the 4-bit masks replaced by the indices that tensor cores read; `bitmask()`
 and `from_bitmask()` convert. -0.0 counts as zero and is stored as +0.0.
 
-Layout "tile64" holds the same two tensors padded and permuted for the GPU kernels (pack.py). Layout
-"cusparselt" holds the vendor library's opaque blob on a GPU (cusparselt_backend.py); what changes
+Layout "tile64" holds the same two tensors padded and permuted for the GPU kernels (formats/tile64.py). Layout
+"cusparselt" holds the vendor library's opaque blob on a GPU (backends/cusparselt/linear.py); what changes
 its dtype or GPU, is copied or pickled, becomes row-major.
 
 Source: PTX ISA, "Sparse matrix storage"; Mishra et al. 2021 (arXiv:2104.08378) for the 2:4 format.
@@ -27,8 +27,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from sparsekern import compression
 from sparsekern.errors import FormatError, check, message
+from sparsekern.formats import codec as compression
 
 LAYOUTS = ("rowmajor", "tile64", "cusparselt")
 DTYPES = tuple(compression.INFINITY_BITS)
@@ -179,10 +179,10 @@ class Sparse24:
         if self.layout == "rowmajor":
             return self
         if self.layout == "cusparselt":
-            from sparsekern import cusparselt_backend
+            from sparsekern.backends.cusparselt import linear as cusparselt_backend
 
             return cusparselt_backend.unpack(self)
-        from sparsekern import pack
+        from sparsekern.formats import tile64 as pack
 
         return pack.unpack(self)
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sparsekern import _native
 from sparsekern.errors import check
-from sparsekern.sparse24 import Sparse24
+from sparsekern.formats.sparse24 import Sparse24
 
 LAYOUT = "tile64"
 DTYPES = (torch.float16, torch.bfloat16)
@@ -65,8 +65,14 @@ def pack(w24: Sparse24) -> Sparse24:
         return w24
     w24 = w24.rowmajor()
     op = "sparsekern.pack"
-    check(packable(w24), op, "a weight of dtype float16 or bfloat16", w24.dtype,
-          "Call weight.to(torch.bfloat16).", TypeError)  # fmt: skip
+    check(
+        packable(w24),
+        op,
+        "a weight of dtype float16 or bfloat16",
+        w24.dtype,
+        "Call weight.to(torch.bfloat16).",
+        TypeError,
+    )
     panels, k_tiles = packed_shape(*w24.shape)
     tiles = panels * k_tiles
     if w24.device.type == "cuda" and _native.available() and tiles:
@@ -74,9 +80,13 @@ def pack(w24: Sparse24) -> Sparse24:
         metadata = w24.metadata.new_empty(tiles, TILE * TILE // 8)
         with torch.cuda.device(w24.device):
             _native.module().pack(
-                w24.values.data_ptr(), w24.metadata.data_ptr(), values.data_ptr(),
-                metadata.data_ptr(), *w24.shape, torch.cuda.current_stream().cuda_stream,
-            )  # fmt: skip
+                w24.values.data_ptr(),
+                w24.metadata.data_ptr(),
+                values.data_ptr(),
+                metadata.data_ptr(),
+                *w24.shape,
+                torch.cuda.current_stream().cuda_stream,
+            )
     else:
         values, metadata = _pack_torch(w24)
     wait_for_weight(values)

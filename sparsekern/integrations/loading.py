@@ -17,11 +17,11 @@ def load_model(path, device="cpu", dtype=None):
     Raises:
         FileNotFoundError, FormatError.
     """
-    from .checkpoint import from_pretrained
+    from sparsekern.checkpoint import from_pretrained
 
     place = Path(path)
     if place.suffix == ".gguf":
-        from .gguf_model import load_gguf
+        from sparsekern.integrations.gguf.model import load_gguf
 
         model, tokenizer = load_gguf(place)
         return cast_weights(model, dtype).to(device), tokenizer
@@ -39,7 +39,7 @@ def cast_weights(model, dtype):
     Unlike model.to(dtype) this keeps buffers such as the rotary frequencies in float32. With dtype
     None nothing changes.
     """
-    from .linear import SparseLinear
+    from sparsekern.nn.sparse_linear import SparseLinear
 
     if dtype is not None:
         for parameter in model.parameters():

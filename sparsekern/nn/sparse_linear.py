@@ -1,9 +1,9 @@
 """SparseLinear: torch.nn.Linear with 2:4-compressed weights, and no dense copy of them.
 
 The module owns a Sparse24 (as two buffers, so that .to(), deepcopy and pickle work as for any
-module) and a bias; shapes, dtypes and backends are the business of ops.py. What it writes to a
+module) and a bias; shapes, dtypes and backends are the business of ops/linear_op.py. What it writes to a
 state_dict is the published sparse-24-bitmask form, whatever layout the buffers have on the device
-("tile64" where a GPU has the CUDA kernels, see pack.py, "cusparselt" on request, "rowmajor"
+("tile64" where a GPU has the CUDA kernels, see formats/tile64.py, "cusparselt" on request, "rowmajor"
 elsewhere):
 
     compressed   [out_features, in_features / 2]          float32 | float16 | bfloat16
@@ -15,11 +15,13 @@ elsewhere):
 import torch
 from torch import Tensor, nn
 
-from sparsekern import cuda_backend, cusparselt_backend, ops
+from sparsekern.backends.cuda import linear as cuda_backend
+from sparsekern.backends.cusparselt import linear as cusparselt_backend
 from sparsekern.errors import FormatError, message
-from sparsekern.pack import LAYOUT as PACKED
-from sparsekern.pack import pack, wait_for_weight
-from sparsekern.sparse24 import Sparse24, compress, verify
+from sparsekern.formats.sparse24 import Sparse24, compress, verify
+from sparsekern.formats.tile64 import LAYOUT as PACKED
+from sparsekern.formats.tile64 import pack, wait_for_weight
+from sparsekern.ops import linear_op as ops
 
 _OP = "sparsekern.SparseLinear"
 _WEIGHT_KEYS = ("compressed", "bitmask", "shape")
@@ -42,7 +44,7 @@ class SparseLinear(nn.Module):
         packed: None keeps the weight in layout "tile64" on a GPU that has CUDA kernels for it and
             in "rowmajor" elsewhere, and changes it as the module moves. False always means
             "rowmajor"; True always "tile64", on the CPU too, where it is only slower. "cusparselt"
-            keeps the vendor library's blob on a GPU (cusparselt_backend.py) and "rowmajor"
+            keeps the vendor library's blob on a GPU (backends/cusparselt/linear.py) and "rowmajor"
             elsewhere. The attribute `packed` can be assigned.
     Raises:
         ValueError: in_features is not a multiple of 4, a size is negative, or packed is none of

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .errors import check
-from .models import Layer, is_transformers
-from .prune import Hessian
+from sparsekern.errors import check
+from sparsekern.oneshot.discovery import Layer, is_transformers
+from sparsekern.prune import Hessian
 
 OP = "sparsekern.prune_model"
 # Tokens per forward when batch_size is not given: large enough to fill an accelerator, small enough

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .errors import check
+from sparsekern.errors import check
 
 OP = "sparsekern.prune_model"
 PRUNABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

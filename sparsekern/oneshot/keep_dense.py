@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .errors import check
-from .models import Layer
+from sparsekern.errors import check
+from sparsekern.oneshot.discovery import Layer
 
 OP = "sparsekern.prune_model"
 IF_SLOWER = "if-slower"
@@ -48,15 +48,16 @@ def measure(
         bench: stands in for layer_bench.bench_shape.
     """
     if bench is None:
-        from .layer_bench import bench_shape as bench
+        from sparsekern.profiling.layer_bench import bench_shape as bench
     times: dict[str, list[float]] = {}
     for layer in layers:
         if key(layer) not in times:
             dtype = layer.module.weight.dtype
             rows = [bench(*layer.shape, n, dtype=dtype, device=str(device)) for n in tokens]
             times[key(layer)] = [
-                sum(row.dense_us for row in rows), sum(row.sparse_us for row in rows)
-            ]  # fmt: skip
+                sum(row.dense_us for row in rows),
+                sum(row.sparse_us for row in rows),
+            ]
     return times
 
 
@@ -74,8 +75,10 @@ def decide(
             )
             slow.append(layer)
     if slow and len(slow) == len(layers):
-        why = "" if torch.device(device).type != "cpu" else (
-            " (on a CPU every call of a sparse layer decompresses its weight)"
-        )  # fmt: skip
+        why = (
+            ""
+            if torch.device(device).type != "cpu"
+            else (" (on a CPU every call of a sparse layer decompresses its weight)")
+        )
         text = f"nothing is pruned: on {device} 2:4 is slower for every layer{why}"
         warnings.warn(f'{OP}(keep_dense="{IF_SLOWER}"): {text}.', stacklevel=4)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from . import prune
-from .errors import check
-from .models import Layer, dense_weight
-from .report import LayerReport
+from sparsekern import prune
+from sparsekern.errors import check
+from sparsekern.oneshot.discovery import Layer, dense_weight
+from sparsekern.oneshot.report import LayerReport
 
 OP = "sparsekern.prune_model"
 METHODS = ("sparsegpt", "wanda", "magnitude")

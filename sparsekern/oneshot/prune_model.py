@@ -25,20 +25,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from . import keep_dense as dense_rule
-from . import models
-from .calibration import HessianCollector, SharingChanged, digest, make_batches
-from .errors import check
-from .layerwise import MATCH_DENSE, Options, Pruned, new_report, prune_group
-from .linear import SparseLinear
-from .models import Layer
-from .report import LayerReport, PruneReport
-from .resume import ResumeDir
-from .selection import Selection, check_options, describe, select
-from .skip import DEFAULT_RULE
-from .sparse24 import Sparse24
-from .sparse24 import compress as compress_weight
-from .walk import Walk, probe
+from sparsekern.errors import check
+from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.formats.sparse24 import compress as compress_weight
+from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.oneshot import discovery as models
+from sparsekern.oneshot import keep_dense as dense_rule
+from sparsekern.oneshot.calibration import HessianCollector, SharingChanged, digest, make_batches
+from sparsekern.oneshot.discovery import Layer
+from sparsekern.oneshot.layerwise import MATCH_DENSE, Options, Pruned, new_report, prune_group
+from sparsekern.oneshot.report import LayerReport, PruneReport
+from sparsekern.oneshot.resume import ResumeDir
+from sparsekern.oneshot.selection import Selection, check_options, describe, select
+from sparsekern.oneshot.sequential import Walk, probe
+from sparsekern.oneshot.skip import DEFAULT_RULE
 
 OP = "sparsekern.prune_model"
 
@@ -79,7 +79,7 @@ def prune_model(
             tensors, tuples or dicts, each one forward call. Needed by "sparsegpt" and "wanda"; the
             others then report errors too.
         skip: layers to leave dense: names, globs, "re:...", class names, block indices or ranges;
-            see skip.py.
+            see oneshot/skip.py.
         compress: replace each pruned Linear by a SparseLinear. False leaves dense weights with
             zeros.
         device: where blocks are run and pruned, one at a time; None: "cuda" if there is one, else

@@ -145,7 +145,7 @@ class PruneReport:
         Raises:
             ValueError: not a report, or one of another schema.
         """
-        from .errors import check
+        from sparsekern.errors import check
 
         data = json.loads(text)
         schema = data.pop("schema", None) if isinstance(data, dict) else None
@@ -173,7 +173,7 @@ class PruneReport:
         Raises:
             ImportError: matplotlib is missing.      ValueError: no layer has a relative error.
         """
-        from .errors import check
+        from sparsekern.errors import check
 
         try:
             from matplotlib.figure import Figure

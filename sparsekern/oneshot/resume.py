@@ -18,10 +18,10 @@ from dataclasses import asdict
 
 import torch
 
-from .errors import FormatError, check
-from .models import Layer
-from .report import LayerReport, write_atomic
-from .sparse24 import Sparse24
+from sparsekern.errors import FormatError, check
+from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.oneshot.discovery import Layer
+from sparsekern.oneshot.report import LayerReport, write_atomic
 
 OP = "sparsekern.prune_model(resume=)"
 SCHEMA = 1

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from . import models
-from . import skip as skip_rules
-from .errors import check
-from .layerwise import METHODS, Options
-from .models import Layer
+from sparsekern.errors import check
+from sparsekern.oneshot import discovery as models
+from sparsekern.oneshot import skip as skip_rules
+from sparsekern.oneshot.discovery import Layer
+from sparsekern.oneshot.layerwise import METHODS, Options
 
 OP = "sparsekern.prune_model"
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calibration import Batch, move
-from .errors import check
-from .models import Layer
+from sparsekern.errors import check
+from sparsekern.oneshot.calibration import Batch, move
+from sparsekern.oneshot.discovery import Layer
 
 OP = "sparsekern.prune_model"
 # Share of the free accelerator memory that the hidden states may take before they are kept on the

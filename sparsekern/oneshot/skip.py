@@ -24,7 +24,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from .errors import check
+from sparsekern.errors import check
 
 OP = "sparsekern.prune_model"
 DEFAULT_RULE = "lm_head"
@@ -130,7 +130,7 @@ def _indices(rule, block_count: int) -> set[int]:
             OP,
             "skip rules of type str, int or range",
             repr(rule),
-            "See sparsekern/skip.py.",
+            "See sparsekern/oneshot/skip.py.",
             TypeError,
         )
     check(

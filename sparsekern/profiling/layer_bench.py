@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import torch
 
-from . import models
-from . import skip as skip_rules
-from .errors import check
+from sparsekern.errors import check
+from sparsekern.oneshot import discovery as models
+from sparsekern.oneshot import skip as skip_rules
 
 CACHE_BYTES = 128 * 2**20  # more than the L2 of an H100 (50 MiB) or the L3 of a desktop CPU
 MAX_COPIES = 256
@@ -52,7 +52,7 @@ class BenchRow:
 
     @property
     def verdict(self):
-        """"faster", "slower" or "even": what 2:4 makes of the layer's time."""
+        """ "faster", "slower" or "even": what 2:4 makes of the layer's time."""
         return _verdict(self.dense_us, self.sparse_us)
 
 
@@ -63,7 +63,7 @@ def count_shapes(model):
     Left out are the output embedding, tied weights, in_features that 2:4 does not fit, and the
     rest of what prune_model reports as skipped.
     """
-    from .linear import SparseLinear
+    from sparsekern.nn.sparse_linear import SparseLinear
 
     layers = models.find_layers(model, (2, 4), True)
     names = [layer.name for layer in layers]
@@ -107,10 +107,10 @@ def bench_shape(out_features, in_features, tokens, *, dtype, device):
         ValueError: sizes not positive.
         RuntimeError: the sparse result differs from the dense one.
     """
-    from .linear import SparseLinear
-    from .ops import explain
-    from .prune import magnitude_mask
-    from .sparse24 import compress
+    from sparsekern.formats.sparse24 import compress
+    from sparsekern.nn.sparse_linear import SparseLinear
+    from sparsekern.ops.linear_op import explain
+    from sparsekern.prune import magnitude_mask
 
     check(
         min(out_features, in_features, tokens) > 0,

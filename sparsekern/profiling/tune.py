@@ -27,11 +27,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sparsekern import _native, cuda_backend, heuristics, tuning
+from sparsekern import _native
+from sparsekern.backends.cuda import cost_model as heuristics
+from sparsekern.backends.cuda import linear as cuda_backend
+from sparsekern.backends.cuda import tuned_tables as tuning
 from sparsekern.errors import message
-from sparsekern.layer_bench import copies_beyond_cache, graph_sampler
-from sparsekern.pack import pack
-from sparsekern.sparse24 import decompress, prune_compress
+from sparsekern.formats.sparse24 import decompress, prune_compress
+from sparsekern.formats.tile64 import pack
+from sparsekern.profiling.layer_bench import copies_beyond_cache, graph_sampler
 
 OP = "sparsekern tune"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -324,9 +327,17 @@ def tune(
 def logged(cell: Cell, shape: tuple[int, int], dtype: str, gpu: str) -> dict:
     """What the log says of a cell: all its times, names as in cuda_backend.variants."""
     return dict(
-        shape=list(shape), tokens=cell.tokens, best=cell.best, us=cell.us, h=cell.heuristic,
-        hus=cell.heuristic_us, refused=cell.refused, times=cell.times, gpu=gpu, dtype=dtype,
-    )  # fmt: skip
+        shape=list(shape),
+        tokens=cell.tokens,
+        best=cell.best,
+        us=cell.us,
+        h=cell.heuristic,
+        hus=cell.heuristic_us,
+        refused=cell.refused,
+        times=cell.times,
+        gpu=gpu,
+        dtype=dtype,
+    )
 
 
 def summary(cells: Sequence[Cell], untuned: int, seconds: float) -> str:

@@ -10,11 +10,20 @@ True = kept; every rule is deterministic and keeps the higher column of a tie, o
     refine.py      refine (least squares for the weights that a mask keeps)
 """
 
-from .hessian import Hessian, relative_error
-from .masks import magnitude_mask, nm_mask, wanda_mask
-from .refine import refine
-from .retarget import retarget
-from .sparsegpt import SparseGPTReport, sparsegpt
+from sparsekern.prune.hessian import Hessian, relative_error
+from sparsekern.prune.masks import magnitude_mask, nm_mask, wanda_mask
+from sparsekern.prune.refine import refine
+from sparsekern.prune.retarget import retarget
+from sparsekern.prune.sparsegpt import SparseGPTReport, sparsegpt
 
-__all__ = ["Hessian", "SparseGPTReport", "magnitude_mask", "nm_mask", "refine", "relative_error",
-           "retarget", "sparsegpt", "wanda_mask"]
+__all__ = [
+    "Hessian",
+    "SparseGPTReport",
+    "magnitude_mask",
+    "nm_mask",
+    "refine",
+    "relative_error",
+    "retarget",
+    "sparsegpt",
+    "wanda_mask",
+]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..errors import check
+from sparsekern.errors import check
 
 # A CPU matmul of this many columns runs at full speed, so that half of the symmetric product can be
 # skipped. A GPU needs larger ones to fill its SMs.
@@ -69,8 +69,12 @@ class Hessian:
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        check(isinstance(in_features, int) and in_features >= 1, "sparsekern.prune.Hessian",
-              "in_features >= 1", repr(in_features))
+        check(
+            isinstance(in_features, int) and in_features >= 1,
+            "sparsekern.prune.Hessian",
+            "in_features >= 1",
+            repr(in_features),
+        )
         self.in_features = in_features
         self.device = torch.device(device)
         self.samples = 0
@@ -93,13 +97,21 @@ class Hessian:
             ValueError: x.shape[-1] != in_features.   TypeError: x is not floating point.
         """
         op = "sparsekern.prune.Hessian.add"
-        check(x.dim() >= 1 and x.shape[-1] == self.in_features, op,
-              f"x.shape[-1] == {self.in_features}", f"x of shape {list(x.shape)}",
-              "Hook the input of the layer this Hessian was made for.")
+        check(
+            x.dim() >= 1 and x.shape[-1] == self.in_features,
+            op,
+            f"x.shape[-1] == {self.in_features}",
+            f"x of shape {list(x.shape)}",
+            "Hook the input of the layer this Hessian was made for.",
+        )
         check(x.is_floating_point(), op, "a floating-point x", str(x.dtype), exc=TypeError)
-        check(dense is None or dense.shape == x.shape, op, f"dense of x's shape {list(x.shape)}",
-              f"{None if dense is None else list(dense.shape)}",
-              "A layer that gets other tokens in the pruned model cannot be matched.")
+        check(
+            dense is None or dense.shape == x.shape,
+            op,
+            f"dense of x's shape {list(x.shape)}",
+            f"{None if dense is None else list(dense.shape)}",
+            "A layer that gets other tokens in the pruned model cannot be matched.",
+        )
         if x.numel() == 0:
             return
         expected = "dense with every input, or with none"
@@ -116,8 +128,9 @@ class Hessian:
                 self._drift.addmm_((self._rows(dense) * factor - x).t(), x, beta=keep)
             # Only the blocks on and above the diagonal: H is symmetric, `matrix` mirrors them.
             for i in range(0, self.in_features, self._columns):
-                self._h[i:i + self._columns, i:].addmm_(x[:, i:i + self._columns].t(), x[:, i:],
-                                                        beta=keep)
+                self._h[i : i + self._columns, i:].addmm_(
+                    x[:, i : i + self._columns].t(), x[:, i:], beta=keep
+                )
         self._symmetric = self.in_features <= self._columns
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -138,7 +151,7 @@ class Hessian:
         """H, float32 [in_features, in_features]. The live tensor: clone it before changing it."""
         if not self._symmetric:
             for i in range(self._columns, self.in_features, self._columns):
-                self._h[i:i + self._columns, :i] = self._h[:i, i:i + self._columns].t()
+                self._h[i : i + self._columns, :i] = self._h[:i, i : i + self._columns].t()
             self._symmetric = True
         return self._h
 
@@ -148,8 +161,10 @@ class Hessian:
         return (self._h.diagonal() / 2).sqrt()
 
     def __repr__(self) -> str:
-        return (f"Hessian(in_features={self.in_features}, samples={self.samples}, "
-                f"device='{self.device}')")
+        return (
+            f"Hessian(in_features={self.in_features}, samples={self.samples}, "
+            f"device='{self.device}')"
+        )
 
 
 def as_matrix(op: str, hessian: Hessian | Tensor, w: Tensor) -> Tensor:
@@ -159,21 +174,40 @@ def as_matrix(op: str, hessian: Hessian | Tensor, w: Tensor) -> Tensor:
         ValueError: no inputs were added, another shape or device than w needs, NaN or Inf.
     """
     if isinstance(hessian, Hessian):
-        check(hessian.samples > 0, op, "a Hessian with calibration inputs", "one with none",
-              "Call hessian.add(x) with the layer's inputs first.")
+        check(
+            hessian.samples > 0,
+            op,
+            "a Hessian with calibration inputs",
+            "one with none",
+            "Call hessian.add(x) with the layer's inputs first.",
+        )
         hessian = hessian.matrix
     in_features = w.shape[1]
-    check(tuple(hessian.shape) == (in_features, in_features), op,
-          f"a Hessian of shape [{in_features}, {in_features}] for w of shape {list(w.shape)}",
-          f"shape {list(hessian.shape)}", "Use the inputs of this layer.")
-    check(hessian.device == w.device, op, f"the Hessian on {w.device} like w",
-          f"{hessian.device}", "Move one of them.")
+    check(
+        tuple(hessian.shape) == (in_features, in_features),
+        op,
+        f"a Hessian of shape [{in_features}, {in_features}] for w of shape {list(w.shape)}",
+        f"shape {list(hessian.shape)}",
+        "Use the inputs of this layer.",
+    )
+    check(
+        hessian.device == w.device,
+        op,
+        f"the Hessian on {w.device} like w",
+        f"{hessian.device}",
+        "Move one of them.",
+    )
     h = hessian.detach().float()
     finite = h.isfinite().all(dim=0)
     if not bool(finite.all()):
         column = int((~finite).nonzero()[0])
-        check(False, op, "a finite Hessian", f"NaN or Inf in column {column}",
-              "The calibration inputs held NaN or Inf, or overflowed float32.")
+        check(
+            False,
+            op,
+            "a finite Hessian",
+            f"NaN or Inf in column {column}",
+            "The calibration inputs held NaN or Inf, or overflowed float32.",
+        )
     return h
 
 
@@ -189,9 +223,12 @@ def relative_error(w: Tensor, w_pruned: Tensor, hessian: Hessian | Tensor) -> fl
         ValueError: shapes or devices that differ; an empty or non-finite Hessian.
     """
     op = "sparsekern.prune.relative_error"
-    check(w.dim() == 2 and w.shape == w_pruned.shape, op,
-          "w and w_pruned of one shape [out_features, in_features]",
-          f"{list(w.shape)} and {list(w_pruned.shape)}")
+    check(
+        w.dim() == 2 and w.shape == w_pruned.shape,
+        op,
+        "w and w_pruned of one shape [out_features, in_features]",
+        f"{list(w.shape)} and {list(w_pruned.shape)}",
+    )
     h = as_matrix(op, hessian, w)
     with exact_float32(w.device):
         # A ratio: the scale of H drops out, so bring it to 1 where float32 has its full precision.

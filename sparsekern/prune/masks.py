@@ -16,15 +16,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import check
+from sparsekern.errors import check
 
 
 def check_pattern(op: str, n: int, m: int, in_features: int) -> None:
     """Raise ValueError unless 1 <= n < m and in_features is a multiple of m."""
-    check(isinstance(n, int) and isinstance(m, int) and 1 <= n < m, op,
-          "a pattern (n, m) of integers with 1 <= n < m", f"({n!r}, {m!r})", "2:4 is n=2, m=4.")
-    check(in_features % m == 0, op, f"in_features % {m} == 0 for pattern {n}:{m}",
-          f"in_features = {in_features}", "Skip this layer, or pad its input dimension.")
+    check(
+        isinstance(n, int) and isinstance(m, int) and 1 <= n < m,
+        op,
+        "a pattern (n, m) of integers with 1 <= n < m",
+        f"({n!r}, {m!r})",
+        "2:4 is n=2, m=4.",
+    )
+    check(
+        in_features % m == 0,
+        op,
+        f"in_features % {m} == 0 for pattern {n}:{m}",
+        f"in_features = {in_features}",
+        "Skip this layer, or pad its input dimension.",
+    )
 
 
 def check_no_nan(op: str, name: str, tensor: Tensor) -> None:
@@ -34,9 +44,13 @@ def check_no_nan(op: str, name: str, tensor: Tensor) -> None:
         return
     *row, column = nan.nonzero()[0].tolist()
     row = row[0] if len(row) == 1 else tuple(row)
-    check(False, op, f"{name} without NaN",
-          f"NaN at row {row}, column {column} ({int(nan.sum())} of {nan.numel()} elements)",
-          "Find where it comes from: a NaN has no rank.")
+    check(
+        False,
+        op,
+        f"{name} without NaN",
+        f"NaN at row {row}, column {column} ({int(nan.sum())} of {nan.numel()} elements)",
+        "Find where it comes from: a NaN has no rank.",
+    )
 
 
 def rank_mask(scores: Tensor, n: int) -> Tensor:
@@ -115,13 +129,27 @@ def wanda_mask(w: Tensor, act_norm: Tensor, n: int = 2, m: int = 4) -> Tensor:
     """
     op = "sparsekern.prune.wanda_mask"
     check(not w.is_complex(), op, "a real weight", str(w.dtype), exc=TypeError)
-    check(w.dim() >= 1 and tuple(act_norm.shape) == (w.shape[-1],), op,
-          f"act_norm of shape [in_features] for w of shape {list(w.shape)}",
-          f"shape {list(act_norm.shape)}", "Pass Hessian.act_norm of the same layer.")
-    check(act_norm.device == w.device, op, f"act_norm on {w.device} like w",
-          f"{act_norm.device}", "Move one of them.")
-    check(not bool((act_norm < 0).any()), op, "act_norm >= 0", "a negative norm",
-          "Pass norms, not means.")
+    check(
+        w.dim() >= 1 and tuple(act_norm.shape) == (w.shape[-1],),
+        op,
+        f"act_norm of shape [in_features] for w of shape {list(w.shape)}",
+        f"shape {list(act_norm.shape)}",
+        "Pass Hessian.act_norm of the same layer.",
+    )
+    check(
+        act_norm.device == w.device,
+        op,
+        f"act_norm on {w.device} like w",
+        f"{act_norm.device}",
+        "Move one of them.",
+    )
+    check(
+        not bool((act_norm < 0).any()),
+        op,
+        "act_norm >= 0",
+        "a negative norm",
+        "Pass norms, not means.",
+    )
     scores = w.detach().float().abs() * act_norm.detach().float()
     return _nm_mask(op, "|w| * act_norm", scores, n, m)
 

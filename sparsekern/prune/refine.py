@@ -13,18 +13,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import check
-from .hessian import Hessian, as_matrix, exact_float32
-from .masks import check_no_nan
+from sparsekern.errors import check
+from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32
+from sparsekern.prune.masks import check_no_nan
 
 _OP = "sparsekern.prune.refine"
 _ELEMENTS = 2**26  # of the rows that are solved at a time: six float32 matrices of that size
 
 
 def refine(
-    w: Tensor, pruned: Tensor, mask: Tensor, hessian: Hessian | Tensor, *, steps: int = 32,
+    w: Tensor,
+    pruned: Tensor,
+    mask: Tensor,
+    hessian: Hessian | Tensor,
+    *,
+    steps: int = 32,
     damp: float = 0.01,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Lower ‖(W − W')X‖² + λ‖W − W'‖² over the weights that the mask keeps, from W' = pruned.
 
     Conjugate gradients with the diagonal of A = H + λI as preconditioner: with the residual
@@ -50,8 +55,12 @@ def refine(
     shape = tuple(w.shape)
     check(w.dim() == 2, _OP, "w of shape [out_features, in_features]", f"shape {list(shape)}")
     for name, tensor in (("pruned", pruned), ("mask", mask)):
-        check(tuple(tensor.shape) == shape, _OP, f"{name} of w's shape {list(shape)}",
-              f"{list(tensor.shape)}")
+        check(
+            tuple(tensor.shape) == shape,
+            _OP,
+            f"{name} of w's shape {list(shape)}",
+            f"{list(tensor.shape)}",
+        )
         check(tensor.device == w.device, _OP, f"{name} on {w.device} like w", f"{tensor.device}")
     check(mask.dtype == torch.bool, _OP, "a bool mask", str(mask.dtype), exc=TypeError)
     check(isinstance(steps, int) and steps >= 0, _OP, "steps >= 0", repr(steps))

@@ -14,9 +14,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import check
-from .hessian import Hessian, as_matrix, exact_float32
-from .sparsegpt import damping_steps
+from sparsekern.errors import check
+from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32
+from sparsekern.prune.sparsegpt import damping_steps
 
 _OP = "sparsekern.prune.retarget"
 
@@ -44,8 +44,13 @@ def retarget(w: Tensor, hessian: Hessian, *, share: float = 0.25, damp: float = 
     check(math.isfinite(damp) and damp >= 0, _OP, "a finite damp >= 0", repr(damp))
     h = as_matrix(_OP, hessian, w)
     drift = hessian.drift
-    check(drift is not None, _OP, "a Hessian with dense inputs", "one without",
-          "Call hessian.add(x, dense) for every input.")
+    check(
+        drift is not None,
+        _OP,
+        "a Hessian with dense inputs",
+        "one without",
+        "Call hessian.add(x, dense) for every input.",
+    )
     with exact_float32(w.device):
         scale = h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
         h = h / scale
@@ -58,5 +63,11 @@ def retarget(w: Tensor, hessian: Hessian, *, share: float = 0.25, damp: float = 
             if int(info) == 0:
                 solved = torch.cholesky_solve(correction.t(), lower).t()
                 return (target + share * solved).to(w.dtype)
-    check(False, _OP, "a Hessian that is positive definite after damping", f"damp up to {step:g}",
-          "Add calibration inputs.", exc=RuntimeError)
+    check(
+        False,
+        _OP,
+        "a Hessian that is positive definite after damping",
+        f"damp up to {step:g}",
+        "Add calibration inputs.",
+        exc=RuntimeError,
+    )

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..errors import check
-from .hessian import Hessian, as_matrix, exact_float32, relative_error
-from .masks import check_no_nan, check_pattern, rank_mask
+from sparsekern.errors import check
+from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32, relative_error
+from sparsekern.prune.masks import check_no_nan, check_pattern, rank_mask
 
 _OP = "sparsekern.prune.sparsegpt"
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -118,18 +118,32 @@ def sparsegpt(
         if mask is not None:
             keep.copy_(mask.t())
         if backend == "triton":
-            from ..triton_kernels.sparsegpt import sweep_block
+            from sparsekern.backends.triton.sparsegpt import sweep_block
         else:
             sweep_block = _sweep_block_torch(n, m, mask is None, score, d.float())
         loss = _sweep(wt, keep, v, weight, blocksize, sweep_block)
         pruned = torch.empty(w.shape, dtype=w.dtype, device=w.device).copy_(wt.t())
         loss = 0.5 * float(loss) / float(d.max()) ** 2
-    check(bool(pruned.isfinite().all()), _OP, f"updated weights that are finite in {w.dtype}",
-          "NaN or Inf", "Raise damp, or prune in float32.", exc=RuntimeError)
+    check(
+        bool(pruned.isfinite().all()),
+        _OP,
+        f"updated weights that are finite in {w.dtype}",
+        "NaN or Inf",
+        "Raise damp, or prune in float32.",
+        exc=RuntimeError,
+    )
     error = relative_error(w, pruned, hessian)
     used_damp, used_dtype, _ = attempts[-1]
-    report = SparseGPTReport(used_damp, used_dtype, attempts, int(dead.sum()), loss, error,
-                             time.perf_counter() - start, backend)
+    report = SparseGPTReport(
+        used_damp,
+        used_dtype,
+        attempts,
+        int(dead.sum()),
+        loss,
+        error,
+        time.perf_counter() - start,
+        backend,
+    )
     return pruned, keep.t().contiguous(), report
 
 
@@ -154,8 +168,14 @@ def inverse_factor(h: Tensor, damp: float) -> tuple[Tensor, list]:
             if u is not None:
                 return u, attempts
     tried = "; ".join(f"damp {step:g} in {name}: {outcome}" for step, name, outcome in attempts)
-    check(False, _OP, "a Hessian that is positive definite after damping", f"failures: {tried}",
-          "Add calibration inputs, or check that H is a sum of x xᵀ.", exc=RuntimeError)
+    check(
+        False,
+        _OP,
+        "a Hessian that is positive definite after damping",
+        f"failures: {tried}",
+        "Add calibration inputs, or check that H is a sum of x xᵀ.",
+        exc=RuntimeError,
+    )
 
 
 def damping_steps(damp: float) -> list[float]:
@@ -182,8 +202,9 @@ def _inverse_factor_once(h: Tensor, damp: float) -> tuple[Tensor | None, str]:
     return upper, "ok"
 
 
-def _sweep(wt: Tensor, keep: Tensor, v: Tensor, weight: Tensor, blocksize: int,
-           sweep_block: Callable) -> Tensor:
+def _sweep(
+    wt: Tensor, keep: Tensor, v: Tensor, weight: Tensor, blocksize: int, sweep_block: Callable
+) -> Tensor:
     """Prune wt [in_features, out_features] in place, a block at a time; fill keep.
 
     Returns:
@@ -215,8 +236,7 @@ def _few_threads(wt: Tensor) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _sweep_block_torch(n: int, m: int, choose: bool, score: Callable | None,
-                       d: Tensor) -> Callable:
+def _sweep_block_torch(n: int, m: int, choose: bool, score: Callable | None, d: Tensor) -> Callable:
     """Build the torch sweep of one block; it is the oracle of the Triton kernel.
 
     The sweep looks left: a group of columns collects the errors of all columns before it in the
@@ -235,13 +255,13 @@ def _sweep_block_torch(n: int, m: int, choose: bool, score: Callable | None,
                 if score is None:
                     scores = group.square().mul_(weight[i:j, None])
                 else:
-                    scores = _custom_scores(score, group, d[offset + i:offset + j])
+                    scores = _custom_scores(score, group, d[offset + i : offset + j])
                 keep[i:j] = rank_mask(scores, n)
             dropped = ~keep[i:j]
             columns = zip(group.unbind(), dropped.float().unbind(), errors.unbind())
             for c, (column, factor, error) in enumerate(columns):
                 if c > 0:
-                    column.addmv_(errors[:c].t(), vt[i + c, i:i + c], alpha=-1)
+                    column.addmv_(errors[:c].t(), vt[i + c, i : i + c], alpha=-1)
                 torch.mul(column, factor, out=error)
             group.masked_fill_(dropped, 0.0)
 
@@ -257,10 +277,20 @@ def _custom_scores(score: Callable, group: Tensor, hinv_diag: Tensor) -> Tensor:
     return scores.t()
 
 
-def _pick_backend(backend: str | None, w: Tensor, pattern: tuple[int, int], mask: Tensor | None,
-                  score: Callable | None, blocksize: int) -> str:
-    check(backend in (None, "torch", "triton"), _OP, "backend None, 'torch' or 'triton'",
-          repr(backend))
+def _pick_backend(
+    backend: str | None,
+    w: Tensor,
+    pattern: tuple[int, int],
+    mask: Tensor | None,
+    score: Callable | None,
+    blocksize: int,
+) -> str:
+    check(
+        backend in (None, "torch", "triton"),
+        _OP,
+        "backend None, 'torch' or 'triton'",
+        repr(backend),
+    )
     if backend == "torch" or (backend is None and not w.is_cuda):
         return "torch"
     reason = None
@@ -268,39 +298,83 @@ def _pick_backend(backend: str | None, w: Tensor, pattern: tuple[int, int], mask
         reason = "its kernel is for pattern (2, 4) without mask= and score="
     else:
         try:
-            from ..triton_kernels import sparsegpt as kernel
+            from sparsekern.backends.triton import sparsegpt as kernel
         except ImportError as error:
             reason = f"Triton cannot be imported: {error}"
         else:
             reason = kernel.refusal(w, blocksize)
-    check(backend is None or reason is None, _OP, "a case that backend='triton' can run", reason,
-          "Leave backend=None.", exc=NotImplementedError)
+    check(
+        backend is None or reason is None,
+        _OP,
+        "a case that backend='triton' can run",
+        reason,
+        "Leave backend=None.",
+        exc=NotImplementedError,
+    )
     return "torch" if reason else "triton"
 
 
-def _check_arguments(w: Tensor, pattern: tuple[int, int], mask: Tensor | None,
-                     score: Callable | None, blocksize: int, damp: float) -> tuple[int, int]:
-    check(w.dim() == 2, _OP, "w of shape [out_features, in_features]", f"shape {list(w.shape)}",
-          "Reshape it; Conv1D weights are transposed.")
-    check(w.dtype in _WEIGHT_DTYPES, _OP, "w in float16, bfloat16, float32 or float64",
-          str(w.dtype), exc=TypeError)
+def _check_arguments(
+    w: Tensor,
+    pattern: tuple[int, int],
+    mask: Tensor | None,
+    score: Callable | None,
+    blocksize: int,
+    damp: float,
+) -> tuple[int, int]:
+    check(
+        w.dim() == 2,
+        _OP,
+        "w of shape [out_features, in_features]",
+        f"shape {list(w.shape)}",
+        "Reshape it; Conv1D weights are transposed.",
+    )
+    check(
+        w.dtype in _WEIGHT_DTYPES,
+        _OP,
+        "w in float16, bfloat16, float32 or float64",
+        str(w.dtype),
+        exc=TypeError,
+    )
     check(w.shape[1] >= 1, _OP, "in_features >= 1", "0")
     check(isinstance(blocksize, int) and blocksize >= 1, _OP, "blocksize >= 1", repr(blocksize))
-    check(isinstance(damp, (int, float)) and math.isfinite(damp) and damp >= 0, _OP,
-          "a finite damp >= 0", repr(damp))
-    check(mask is None or score is None, _OP, "mask= or score=, not both", "both",
-          "A given mask leaves nothing to score.")
-    check(isinstance(pattern, (tuple, list)) and len(pattern) == 2, _OP, "pattern=(n, m)",
-          repr(pattern))
+    check(
+        isinstance(damp, (int, float)) and math.isfinite(damp) and damp >= 0,
+        _OP,
+        "a finite damp >= 0",
+        repr(damp),
+    )
+    check(
+        mask is None or score is None,
+        _OP,
+        "mask= or score=, not both",
+        "both",
+        "A given mask leaves nothing to score.",
+    )
+    check(
+        isinstance(pattern, (tuple, list)) and len(pattern) == 2,
+        _OP,
+        "pattern=(n, m)",
+        repr(pattern),
+    )
     n, m = pattern
     if mask is None:
         check_pattern(_OP, n, m, w.shape[1])
-        check(blocksize % m == 0, _OP, f"blocksize % {m} == 0 for pattern {n}:{m}",
-              f"blocksize = {blocksize}", "A group must not straddle two blocks.")
+        check(
+            blocksize % m == 0,
+            _OP,
+            f"blocksize % {m} == 0 for pattern {n}:{m}",
+            f"blocksize = {blocksize}",
+            "A group must not straddle two blocks.",
+        )
     else:
         check(mask.dtype == torch.bool, _OP, "a bool mask", str(mask.dtype), exc=TypeError)
-        check(mask.shape == w.shape, _OP, f"a mask of w's shape {list(w.shape)}",
-              f"{list(mask.shape)}")
+        check(
+            mask.shape == w.shape,
+            _OP,
+            f"a mask of w's shape {list(w.shape)}",
+            f"{list(mask.shape)}",
+        )
         check(mask.device == w.device, _OP, f"the mask on {w.device} like w", f"{mask.device}")
     finite = w.isfinite()
     if not bool(finite.all()):

@@ -16,10 +16,10 @@ import fcntl
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
-from .report import write_atomic
+from sparsekern.oneshot.report import write_atomic
 
 VERSION = 1
 

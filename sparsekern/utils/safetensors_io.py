@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import FormatError, check, message
+from sparsekern.errors import FormatError, check, message
 
 OP = "sparsekern.checkpoint"
 SINGLE_FILE = "model.safetensors"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from .errors import check
-from .safetensors_io import CONFIG_FILE, INDEX_FILE, OP, SINGLE_FILE
+from sparsekern.errors import check
+from sparsekern.utils.safetensors_io import CONFIG_FILE, INDEX_FILE, OP, SINGLE_FILE
 
 SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 

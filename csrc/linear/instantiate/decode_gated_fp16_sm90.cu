@@ -1,5 +1,5 @@
-// spmm_decode_gated_fp16_sm90.cu: the decode kernel for float16, gate and up.
-#include "spmm_decode_launch_sm90.cuh"
+// decode_gated_fp16_sm90.cu: the decode kernel for float16, gate and up.
+#include "linear/decode_launch_sm90.cuh"
 
 template sparsekern::Status sparsekern::decode::launch_for_tokens<__half, 2>(const LinearProblem&,
                                                                              const void*,

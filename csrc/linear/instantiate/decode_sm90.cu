@@ -1,7 +1,7 @@
-// spmm_decode_sm90.cu: entry points of the decode kernel, which configuration it uses when none is
+// decode_sm90.cu: entry points of the decode kernel, which configuration it uses when none is
 // asked for, and the kernel itself for bfloat16 and one weight. The other forms are compiled in
 // files of their own.
-#include "spmm_decode_launch_sm90.cuh"
+#include "linear/decode_launch_sm90.cuh"
 
 namespace sparsekern {
 namespace decode {

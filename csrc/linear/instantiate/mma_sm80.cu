@@ -1,6 +1,6 @@
-// spmm_mma_sm80.cu: entry point of the mma.sp kernel, and the kernel for bfloat16; float16 has a
+// mma_sm80.cu: entry point of the mma.sp kernel, and the kernel for bfloat16; float16 has a
 // file of its own.
-#include "spmm_mma_launch_sm80.cuh"
+#include "linear/mma_launch_sm80.cuh"
 
 namespace sparsekern {
 namespace mma {

@@ -1,6 +1,6 @@
-// spmm_prefill_sm90.cu: entry points of the prefill kernel, and the kernel for bfloat16; float16
+// prefill_sm90.cu: entry points of the prefill kernel, and the kernel for bfloat16; float16
 // has a file of its own.
-#include "spmm_prefill_launch_sm90.cuh"
+#include "linear/prefill_launch_sm90.cuh"
 
 namespace sparsekern {
 namespace prefill {

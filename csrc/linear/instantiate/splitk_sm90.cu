@@ -1,8 +1,8 @@
-// spmm_split_sm90.cu: host side of the split kernel: the list of tiles, the launch.
-#include "spmm_split_sm90.cuh"
+// splitk_sm90.cu: host side of the split kernel: the list of tiles, the launch.
+#include "linear/splitk_sm90.cuh"
 
-#include "../configs.h"
-#include "../tensor_map.h"
+#include "linear/configs.h"
+#include "core/tensor_map.h"
 
 namespace sparsekern {
 namespace {

@@ -2,7 +2,7 @@
 
 compression.prune_compress_dense comes here for dense 16-bit CUDA tensors when the native module is
 there; everything else goes to Triton or torch, with the same bits. The kernel, and what it costs,
-is csrc/kernels/prune_compress.cu.
+is csrc/weights/prune_compress.cu.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsekern import _native
 
-_DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/launch.h
+_DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/core/problem.h
 
 
 def supported(w: Tensor) -> bool:
@@ -38,7 +38,12 @@ def prune_compress(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     bad = torch.zeros(1, dtype=torch.int32, device=w.device)
     with torch.cuda.device(w.device):
         _native.module().prune_compress(
-            w.data_ptr(), values.data_ptr(), metadata.data_ptr(), bad.data_ptr(), w.numel(),
-            _DTYPES[w.dtype], torch.cuda.current_stream().cuda_stream,
-        )  # fmt: skip
+            w.data_ptr(),
+            values.data_ptr(),
+            metadata.data_ptr(),
+            bad.data_ptr(),
+            w.numel(),
+            _DTYPES[w.dtype],
+            torch.cuda.current_stream().cuda_stream,
+        )
     return values, metadata, bad

@@ -42,13 +42,13 @@ are given away stay in the cluster.
 How many clusters run at once decides the first count (`resident_clusters`). The prefill kernel cuts
 the tiles of a last, partly filled wave along in_features into as many parts as there are clusters
 for, or streams them: every cluster takes an equal piece (choose_splits, choose_stream in
-csrc/kernels/spmm_prefill_launch_sm90.cuh). In a streamed wave one cluster adds up all pieces of a
+csrc/linear/prefill_launch_sm90.cuh). In a streamed wave one cluster adds up all pieces of a
 tile; their number stands for crowds there.
 
 Power: a GPU that multiplies for long lowers its clock until it draws what it may. Then the time
 follows the energy, which idle multiprocessors do not use: all stages count, not those of the
 busiest cluster, and each variant pays for the bytes that it moves per product. SUSTAINED_PRODUCTS
-says from when on, which is where measurements begin to be made in bursts (tuner.py).
+says from when on, which is where measurements begin to be made in bursts (profiling/tune.py).
 
 Units: microseconds; megabytes are 1e6 bytes, so rate is in megabytes per microsecond, TB/s.
 Where TIMES comes from: see there. `python -m bench.fit` makes it.
@@ -79,7 +79,7 @@ SM_BYTES, BLOCK_BYTES = 228 * 1024, 1024  # shared memory of a multiprocessor; t
 
 
 class RowBlocks(NamedTuple):
-    """One entry of SK_DECODE_CONFIGS in csrc/configs.h."""
+    """One entry of SK_DECODE_CONFIGS in csrc/linear/configs.h."""
 
     rows: int  # out_features of a row block
     split: int  # thread blocks, a cluster, that share its in_features
@@ -421,9 +421,13 @@ def mma_rates(capability: tuple[int, int]) -> Rates:
 
 
 def mma_clocks(
-    tile: MmaTile, tokens: int, out_features: int, in_features: int, multiprocessors: int,
+    tile: MmaTile,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    multiprocessors: int,
     rates: Rates = DATA_CENTER,
-) -> float:  # fmt: skip
+) -> float:
     """Estimated clocks of one layer with this tile of the mma.sp kernel.
 
         clocks = waves * (stages * (max(tensor, shared, l2, latency) + BARRIER) + START + epilogue)
@@ -450,9 +454,13 @@ def mma_clocks(
 
 @lru_cache(maxsize=4096)
 def mma_tile(
-    tokens: int, out_features: int, in_features: int, multiprocessors: int, rates: Rates,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    multiprocessors: int,
+    rates: Rates,
     tiles: tuple[MmaTile, ...],
-) -> MmaTile:  # fmt: skip
+) -> MmaTile:
     """The one of `tiles` with the fewest estimated clocks (`mma_clocks`); of equal ones the first.
 
     Raises:

@@ -1,16 +1,16 @@
 """The CUDA backend of sparsekern.linear: the native kernels, on weights in "tile64".
 
-    Hopper, up to 64 tokens   decode: streams the weights once   csrc/kernels/spmm_decode_sm90.cuh
-    Hopper, any number        prefill: wgmma.sp                  csrc/kernels/spmm_prefill_sm90.cuh
-    Hopper, few tiles         split: the same, K is shared       csrc/kernels/spmm_split_sm90.cuh
-    Ampere, Ada, newer GPUs   mma: mma.sp, any number            csrc/kernels/spmm_mma_sm80.cuh
+    Hopper, up to 64 tokens   decode: streams the weights once   csrc/linear/decode_sm90.cuh
+    Hopper, any number        prefill: wgmma.sp                  csrc/linear/prefill_sm90.cuh
+    Hopper, few tiles         split: the same, K is shared       csrc/linear/splitk_sm90.cuh
+    Ampere, Ada, newer GPUs   mma: mma.sp, any number            csrc/linear/mma_sm80.cuh
 
 The last one runs on Hopper, too: where it is the fastest, for few tokens, and when asked for as
 backend "cuda-mma" (`mma_linear`).
 
 The same functions as every backend module, plus `packs`, by which SparseLinear decides on its
 layout, and the gated pair of a gated MLP. Which kernel runs, and which variant of it, is in the
-tuned tables of tuning.py; where they know nothing, heuristics.py chooses.
+tuned tables of backends/cuda/tuned_tables.py; where they know nothing, backends/cuda/cost_model.py chooses.
 
 A call at one token takes a few microseconds on the GPU, so this path is written for little work on
 the host: no object is built, what depends on shapes alone is cached, and torch is asked through its
@@ -21,22 +21,24 @@ from __future__ import annotations
 
 import contextlib
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
 
-from sparsekern import _native, heuristics, tuning
-from sparsekern.cpu_backend import activate
+from sparsekern import _native
+from sparsekern.backends.cpu import activate
+from sparsekern.backends.cuda import cost_model as heuristics
+from sparsekern.backends.cuda import tuned_tables as tuning
+from sparsekern.backends.cuda.cost_model import MmaTile, RowBlocks, SplitTile, Tile
 from sparsekern.errors import message
-from sparsekern.heuristics import MmaTile, RowBlocks, SplitTile, Tile
-from sparsekern.torch_raw import current_device as _current_device
-from sparsekern.torch_raw import current_stream as _current_stream
-from sparsekern.torch_raw import empty_strided as _empty_strided
+from sparsekern.utils.torch_raw import current_device as _current_device
+from sparsekern.utils.torch_raw import current_stream as _current_stream
+from sparsekern.utils.torch_raw import empty_strided as _empty_strided
 
 LAYOUT = "tile64"
-_DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/launch.h
-_ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "silu": 3}  # Activation in csrc/launch.h
+_DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/core/problem.h
+_ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "silu": 3}  # Activation in csrc/core/problem.h
 _DTYPE_NAMES = {0: "float16", 1: "bfloat16"}
 _AUTOMATIC = 0  # config of the decode kernel: it chooses
 _MOST = 2**31 - 1024  # of any size: the kernels count in 32 bits, and up to the end of a tile
@@ -46,12 +48,12 @@ _RUNS = "the layout is 'tile64' and the GPU has compute capability 8.0 or newer"
 # ---- what can run --------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def _capability(index):
     return torch.cuda.get_device_capability(index)
 
 
-@lru_cache(maxsize=None)
+@cache
 def refusal(index):
     """Why the kernels cannot run on GPU `index`; empty when they can."""
     if not _native.available():
@@ -115,7 +117,7 @@ def supported(x, w24):
 # ---- what to run ---------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tiles():
     """{Tile: config index} of the native module."""
     return {
@@ -125,7 +127,7 @@ def _tiles():
 
 
 def _built():
-    """{variant as in heuristics.py: (native function, its config)} of the native module."""
+    """{variant as in backends/cuda/cost_model.py: (native function, its config)} of the native module."""
     decode = {
         RowBlocks(*(c[field] for field in RowBlocks._fields)): ("decode", c["index"])
         for c in _native.module().decode_configs()
@@ -138,7 +140,7 @@ def _built():
     return decode | prefill | split | {tile: ("mma", index) for tile, index in _mma_tiles().items()}
 
 
-@lru_cache(maxsize=None)
+@cache
 def variants():
     """{name: (native function, its config)} of everything that the module was built with.
 
@@ -171,7 +173,7 @@ def heuristic(tokens, out_features, in_features, index):
 
 
 def choose(tokens, out_features, in_features, dtype, index):
-    """The Choice for a problem on GPU `index`; dtype as in csrc/launch.h."""
+    """The Choice for a problem on GPU `index`; dtype as in csrc/core/problem.h."""
     gpu, known = tuning.gpu_name(index), runnable(index)
     problem = _DTYPE_NAMES[dtype], out_features, in_features, tokens
     tuned = tuning.lookup(gpu, *problem, known)
@@ -185,7 +187,7 @@ def choose(tokens, out_features, in_features, dtype, index):
     return Choice(tuned.variant, why, tuned.us if exact else None)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _mma_tiles():
     """{MmaTile: config index} of the native module."""
     return {
@@ -351,10 +353,23 @@ def linear(x, w24, bias, activation, residual=None, plan=_plan):
     space = _workspace(index, stream) if cuts_k else None
     tail = (space[1], stream) if cuts_k else (stream,)
     run(
-        address, w24.values.data_ptr(), w24.metadata.data_ptr(), bias_address,
-        residual_address, y.data_ptr(), tokens, out_features, in_features, x_stride, out_features,
-        residual_stride, code, _ACTIVATIONS[activation], variant, *tail,
-    )  # fmt: skip
+        address,
+        w24.values.data_ptr(),
+        w24.metadata.data_ptr(),
+        bias_address,
+        residual_address,
+        y.data_ptr(),
+        tokens,
+        out_features,
+        in_features,
+        x_stride,
+        out_features,
+        residual_stride,
+        code,
+        _ACTIVATIONS[activation],
+        variant,
+        *tail,
+    )
     return y
 
 
@@ -389,10 +404,23 @@ def linear_again(x, w24, bias, activation):
     space = _workspace(index, stream) if cuts_k else None
     tail = (space[1], stream) if cuts_k else (stream,)
     run(
-        address, values.data_ptr(), w24.metadata.data_ptr(), bias_address, 0, y.data_ptr(), tokens,
-        out_features, in_features, in_features, out_features, 0, code, _ACTIVATIONS[activation],
-        variant, *tail,
-    )  # fmt: skip
+        address,
+        values.data_ptr(),
+        w24.metadata.data_ptr(),
+        bias_address,
+        0,
+        y.data_ptr(),
+        tokens,
+        out_features,
+        in_features,
+        in_features,
+        out_features,
+        0,
+        code,
+        _ACTIVATIONS[activation],
+        variant,
+        *tail,
+    )
     return y
 
 
@@ -412,9 +440,23 @@ def launcher(variant, x, w24, y, workspace):
     rows, x_stride = _aligned_rows(x, tokens, in_features)
     tail = (workspace.data_ptr(),) if kernel == "prefill" else ()
     arguments = (
-        rows.data_ptr(), w24.values.data_ptr(), w24.metadata.data_ptr(), 0, 0, y.data_ptr(), tokens,
-        out_features, in_features, x_stride, out_features, 0, _DTYPES[x.dtype], 0, index, *tail,
-    )  # fmt: skip
+        rows.data_ptr(),
+        w24.values.data_ptr(),
+        w24.metadata.data_ptr(),
+        0,
+        0,
+        y.data_ptr(),
+        tokens,
+        out_features,
+        in_features,
+        x_stride,
+        out_features,
+        0,
+        _DTYPES[x.dtype],
+        0,
+        index,
+        *tail,
+    )
     keep = rows, w24, y, workspace
 
     def launch(keep=keep):
@@ -450,11 +492,21 @@ def gated_linear(x, gate24, up24):
         return y.zero_()
     rows, x_stride = _aligned_rows(x, tokens, in_features)
     _native.module().decode_gated(
-        rows.data_ptr(), gate24.values.data_ptr(), gate24.metadata.data_ptr(),
-        up24.values.data_ptr(), up24.metadata.data_ptr(), y.data_ptr(), tokens, out_features,
-        in_features, x_stride, out_features, _DTYPES[x.dtype],
-        _AUTOMATIC, _current_stream(index),
-    )  # fmt: skip
+        rows.data_ptr(),
+        gate24.values.data_ptr(),
+        gate24.metadata.data_ptr(),
+        up24.values.data_ptr(),
+        up24.metadata.data_ptr(),
+        y.data_ptr(),
+        tokens,
+        out_features,
+        in_features,
+        x_stride,
+        out_features,
+        _DTYPES[x.dtype],
+        _AUTOMATIC,
+        _current_stream(index),
+    )
     return y
 
 

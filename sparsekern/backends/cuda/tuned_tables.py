@@ -1,11 +1,11 @@
 """Tuned tables: which variant of a CUDA kernel was the fastest, as `sparsekern tune` measured it.
 
-Two places are looked at, in this order, and where neither knows the answer heuristics.py decides:
+Two places are looked at, in this order, and where neither knows the answer backends/cuda/cost_model.py decides:
 
     yours      tuning.json in $SPARSEKERN_CACHE, or in sparsekern below XDG_CACHE_HOME or ~/.cache
-    shipped    every .json file in sparsekern/tables
+    shipped    every .json file in sparsekern/backends/cuda/tables
 
-Both have the form of json_store.py, one entry per GPU (name and number of multiprocessors):
+Both have the form of utils/json_store.py, one entry per GPU (name and number of multiprocessors):
 
     {"NVIDIA H100 80GB HBM3, 132 multiprocessors":
       {"bfloat16": {"4096x4096": {"16": ["decode 256 rows, split 4", 3.9], "128": [...]}}}}
@@ -29,14 +29,15 @@ from __future__ import annotations
 
 import os
 import warnings
-from functools import lru_cache
+from collections.abc import Container
+from functools import cache
 from pathlib import Path
-from typing import Container, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from sparsekern import json_store
-from sparsekern.heuristics import DECODE_TOKENS
+from sparsekern.backends.cuda.cost_model import DECODE_TOKENS
+from sparsekern.utils import json_store
 
 TABLES = Path(__file__).parent / "tables"
 YOURS, SHIPPED = "yours", "shipped"
@@ -133,7 +134,7 @@ def forget() -> None:
     _tables.cache_clear()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tables(gpu: str) -> tuple:
     """((YOURS, table), (SHIPPED, table)): {dtype: {(out, in): {tokens: (variant, us)}}}."""
     shipped: dict = {}

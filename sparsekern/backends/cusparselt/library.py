@@ -1,7 +1,7 @@
 """Where NVIDIA's cuSPARSELt is found and loaded, and what is refused with it, with the reason.
 
-It is loaded at run time (csrc/cusparselt.h), once per process, when the first weight is packed for
-it or the doctor asks; its absence is a sentence, never an error. Used by cusparselt_backend.py.
+It is loaded at run time (csrc/cusparselt/cusparselt.h), once per process, when the first weight is packed for
+it or the doctor asks; its absence is a sentence, never an error. Used by backends/cusparselt/linear.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import importlib.util
 import os
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +19,8 @@ from sparsekern import _native
 
 VARIABLE = "SPARSEKERN_CUSPARSELT"  # path of the library, before every other place
 SYSTEM_NAMES = ("libcusparseLt.so.0", "libcusparseLt.so")  # for the system's own search
-DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/launch.h
-SPARSE_MULTIPLE = 16  # of a weight's sizes, as in csrc/cusparselt.h
+DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/core/problem.h
+SPARSE_MULTIPLE = 16  # of a weight's sizes, as in csrc/cusparselt/cusparselt.h
 
 
 # ---- the library ---------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def candidates():
     return [str(path) for path in found] + list(SYSTEM_NAMES)
 
 
-@lru_cache(maxsize=None)
+@cache
 def library():
     """(Library, "") after loading the first candidate that works, or (None, why there is none)."""
     if not _native.available():
@@ -83,13 +83,23 @@ class Refusal(NamedTuple):
 _POISONS = "which poisons the CUDA context of the whole process. Use bfloat16 or another version"
 REFUSALS = (
     # Measured on an H100: every shape tried; 0.10.0 works there, bfloat16 works with both.
-    Refusal((0, 8, 0), (0, 8, 0), (9, 0), torch.float16,
-            f"its float16 kernels die with 'illegal instruction' on this GPU, {_POISONS}"),
+    Refusal(
+        (0, 8, 0),
+        (0, 8, 0),
+        (9, 0),
+        torch.float16,
+        f"its float16 kernels die with 'illegal instruction' on this GPU, {_POISONS}",
+    ),
     # Reported for an H100 by github.com/bcacdwk/vllmbench (README, 15.1); not measured here.
-    Refusal((0, 8, 1), (0, 8, 1), (9, 0), torch.float16,
-            f"its float16 kernels are reported to die with 'illegal instruction' on this GPU, "
-            f"{_POISONS}"),
-)  # fmt: skip
+    Refusal(
+        (0, 8, 1),
+        (0, 8, 1),
+        (9, 0),
+        torch.float16,
+        f"its float16 kernels are reported to die with 'illegal instruction' on this GPU, "
+        f"{_POISONS}",
+    ),
+)
 
 
 def _capability(index):
@@ -97,7 +107,7 @@ def _capability(index):
     return torch.cuda.get_device_capability(index) if index >= 0 else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def refusal(index, dtype):
     """Why the library cannot be used for this dtype on GPU `index`; empty when it can."""
     if dtype not in DTYPES:

@@ -3,13 +3,13 @@
     weight   Sparse24 in layout "cusparselt": values = the library's opaque blob, viewed in the
              weight's dtype [blob bytes / 2]; metadata = uint8 [0]. Made at load by `pack`, never
              saved; `unpack` recovers the row-major weight by multiplying with the identity.
-    library  loaded at run time, versions 0.6 to 0.10; refusals and why: cusparselt_library.py
+    library  loaded at run time, versions 0.6 to 0.10; refusals and why: backends/cusparselt/library.py
     call     shapes and addresses -> id of a cached plan -> one call of the binding; for calls like
              one before, ops.linear takes this way at once (linear_again)
 
 It is a choice of the user (SparseLinear(packed="cusparselt"), or `pack`): nothing prefers it by
 default. The library's own algorithm is used unless `search` has found a better one; a search result
-is stored in the user's cache folder (json_store.py), per GPU and version.
+is stored in the user's cache folder (utils/json_store.py), per GPU and version.
 
 Rules of the library that show: out_features and in_features are multiples of 16, tokens are padded
 to a multiple of 8 here. It fuses bias and relu; "gelu" and "silu" are applied here to the rounded
@@ -21,14 +21,14 @@ Source: cusparseLt.h of 0.6.3 to 0.8.1; NVIDIA's cuSPARSELt documentation.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from sparsekern import _native, json_store
-from sparsekern.cpu_backend import activate
-from sparsekern.cusparselt_library import (
+from sparsekern import _native
+from sparsekern.backends.cpu import activate
+from sparsekern.backends.cusparselt.library import (
     DTYPES,
     SPARSE_MULTIPLE,
     library,
@@ -36,11 +36,12 @@ from sparsekern.cusparselt_library import (
     shape_refusal,
 )
 from sparsekern.errors import check, message
-from sparsekern.sparse24 import Sparse24, compress, decompress
-from sparsekern.torch_raw import current_device, current_stream, empty_strided
+from sparsekern.formats.sparse24 import Sparse24, compress, decompress
+from sparsekern.utils import json_store
+from sparsekern.utils.torch_raw import current_device, current_stream, empty_strided
 
 LAYOUT = "cusparselt"
-_DENSE_MULTIPLE, _ALIGNMENT = 8, 16  # as in csrc/cusparselt.h
+_DENSE_MULTIPLE, _ALIGNMENT = 8, 16  # as in csrc/cusparselt/cusparselt.h
 _KEPT_BYTES = 2**25  # of a workspace that is kept for later calls
 _UNPACK_ELEMENTS = 2**25  # of the dense slices that unpack has in memory at a time
 _RUNS = "the layout is 'cusparselt' and the library takes this problem"
@@ -75,7 +76,7 @@ def supported(x, w24):
 
 
 class Algorithm(NamedTuple):
-    """As the library counts them; the fields are those of csrc/cusparselt.h: Problem."""
+    """As the library counts them; the fields are those of csrc/cusparselt/cusparselt.h: Problem."""
 
     algorithm: int = -1  # the library's choice
     split_k: int = 1
@@ -98,12 +99,12 @@ def store_path():
     return json_store.cache_folder() / "cusparselt.json"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _stored():
     return json_store.load(store_path())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _gpu_name(index):
     return torch.cuda.get_device_name(index) if index >= 0 else "cpu"
 
@@ -291,10 +292,17 @@ def _make_plan(shape, strides, dtype, index, weight_shape, bias_address, activat
     algorithm = algorithm_for(index, dtype, out_features, in_features, tokens)
     native = _native.module()
     plan, workspace_bytes, _ = native.cusparselt_plan(
-        index, DTYPES[dtype], out_features, tokens, in_features,
-        strides[0] if strides else in_features, out_features, bias_address, activation == "relu",
+        index,
+        DTYPES[dtype],
+        out_features,
+        tokens,
+        in_features,
+        strides[0] if strides else in_features,
+        out_features,
+        bias_address,
+        activation == "relu",
         *algorithm,
-    )  # fmt: skip
+    )
     sizes = (*shape[:-1], out_features)
     y_strides = tuple(math.prod(sizes[place + 1 :]) for place in range(len(sizes)))
     return plan, workspace_bytes, sizes, y_strides, native
@@ -322,8 +330,14 @@ def pack(w24):
         return w24
     op = "sparsekern.cusparselt_backend.pack"
     remedy = "Use packed=None for this layer."
-    check(w24.dtype in DTYPES, op, "a weight of dtype float16 or bfloat16", w24.dtype,
-          "Call weight.to(torch.bfloat16).", TypeError)  # fmt: skip
+    check(
+        w24.dtype in DTYPES,
+        op,
+        "a weight of dtype float16 or bfloat16",
+        w24.dtype,
+        "Call weight.to(torch.bfloat16).",
+        TypeError,
+    )
     why = shape_refusal(*w24.shape)
     check(not why, op, "a weight that the library takes", why, remedy)
     index, code = w24.values.get_device(), DTYPES[w24.dtype]
@@ -336,9 +350,14 @@ def pack(w24):
         values = dense.new_empty(-(-blob_bytes // dense.element_size()))
         buffer = dense.new_empty(max(1, buffer_bytes), dtype=torch.uint8)
         native.cusparselt_compress(
-            index, code, *w24.shape, dense.data_ptr(), values.data_ptr(), buffer.data_ptr(),
+            index,
+            code,
+            *w24.shape,
+            dense.data_ptr(),
+            values.data_ptr(),
+            buffer.data_ptr(),
             current_stream(index),
-        )  # fmt: skip
+        )
         metadata = w24.metadata.new_empty(0)
         packed = Sparse24(values, metadata, w24.shape, LAYOUT)
         for start, columns in _dense_columns(packed):

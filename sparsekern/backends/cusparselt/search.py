@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import torch
 
 from sparsekern import _native
-from sparsekern import cusparselt_backend as backend
-from sparsekern.cusparselt_backend import LAYOUT, Algorithm
-from sparsekern.cusparselt_library import DTYPES, refusal
+from sparsekern.backends.cusparselt import linear as backend
+from sparsekern.backends.cusparselt.library import DTYPES, refusal
+from sparsekern.backends.cusparselt.linear import LAYOUT, Algorithm
 from sparsekern.errors import check
-from sparsekern.sparse24 import decompress, prune_compress
+from sparsekern.formats.sparse24 import decompress, prune_compress
 
 # (split_k, split_k_mode) beside (1, 0): modes 1 and 2 sum in one kernel and in two; -1 is the
 # library's "segment-K". What a version or an algorithm does not have, it refuses.
@@ -71,9 +71,14 @@ def search(w24, tokens, *, store=True):
         Takes seconds, and for a moment the memory of a second weight and of the dense one in
         float32. A kernel that dies takes the CUDA context with it: search in a process of its own.
     """
-    op = "sparsekern.cusparselt_search.search"
-    check(w24.layout == LAYOUT, op, "a weight in layout 'cusparselt'", repr(w24.layout),
-          "Call cusparselt_backend.pack(weight).")  # fmt: skip
+    op = "sparsekern.backends.cusparselt.search.search"
+    check(
+        w24.layout == LAYOUT,
+        op,
+        "a weight in layout 'cusparselt'",
+        repr(w24.layout),
+        "Call cusparselt_backend.pack(weight).",
+    )
     check(tokens >= 1, op, "tokens >= 1", tokens)
     index, tokens = w24.values.get_device(), backend.padded_tokens(tokens)
     why = refusal(index, w24.dtype)
@@ -87,13 +92,17 @@ def search(w24, tokens, *, store=True):
             {"right": right, "refused": refused, "wrong": wrong}[verdict].append(algorithm)
         winner, us, default_us = _fastest(problem, right, wrong)
     found = f"{len(refused)} refused and {len(wrong)} wrong ones"
-    check(winner is not None, op, "an algorithm that computes right", found,
-          "Use another layout.", RuntimeError)  # fmt: skip
+    check(
+        winner is not None,
+        op,
+        "an algorithm that computes right",
+        found,
+        "Use another layout.",
+        RuntimeError,
+    )
     key = backend.algorithm_key(index, w24.dtype, *w24.shape, tokens)
     backend.remember(key, winner, us, store)
-    return SearchResult(
-        key, winner, us, default_us, len(candidates), tuple(refused), tuple(wrong)
-    )  # fmt: skip
+    return SearchResult(key, winner, us, default_us, len(candidates), tuple(refused), tuple(wrong))
 
 
 def _fastest(problem, right, wrong):
@@ -195,9 +204,17 @@ class _Problem:
         out_features, in_features = self.w24.shape
         bias = self.bias.data_ptr() if fused else 0
         return self.native.cusparselt_plan(
-            self.index, DTYPES[self.w24.dtype], out_features, self.tokens, in_features,
-            in_features, out_features, bias, fused, *algorithm,
-        )  # fmt: skip
+            self.index,
+            DTYPES[self.w24.dtype],
+            out_features,
+            self.tokens,
+            in_features,
+            in_features,
+            out_features,
+            bias,
+            fused,
+            *algorithm,
+        )
 
     def _call(self, algorithm, fused, w24, x, y):
         plan, workspace_bytes, _ = self._plan(algorithm, fused)
@@ -205,9 +222,13 @@ class _Problem:
 
         def call():
             missing = self.native.cusparselt_matmul(
-                plan, w24.values.data_ptr(), x.data_ptr(), y.data_ptr(), workspace.data_ptr(),
+                plan,
+                w24.values.data_ptr(),
+                x.data_ptr(),
+                y.data_ptr(),
+                workspace.data_ptr(),
                 backend.current_stream(self.index),
-            )  # fmt: skip
+            )
             if missing:
                 raise RuntimeError("sparsekern.cusparselt: the plan has left the cache")
 

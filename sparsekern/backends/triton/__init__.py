@@ -11,7 +11,7 @@ import functools
 import torch
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def reason() -> str:
     """Why the Triton kernels cannot run here; "" when they can."""
     if not torch.cuda.is_available():

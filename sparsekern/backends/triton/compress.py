@@ -7,10 +7,10 @@ Each kernel is one pass over *pairs of groups* (8 columns, one metadata byte; se
 
 The metadata bytes of a program pass through shared memory, so that they too leave as wide stores.
 
-Kernels never raise: they count the pairs that break a rule in `bad`, and compression.py names them.
+Kernels never raise: they count the pairs that break a rule in `bad`, and formats/codec.py names them.
 Launchers (below the kernels) expect contiguous tensors whose dtype and shape have been checked.
 
-Specification: reference.py. Format: sparse24.py.
+Specification: reference.py. Format: formats/sparse24.py.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparsekern.compression import INFINITY_BITS
-from sparsekern.triton_kernels.groups import (
+from sparsekern.backends.triton.groups import (
     any_above,
     best_scores,
     encode,
@@ -37,6 +36,7 @@ from sparsekern.triton_kernels.groups import (
     spread32,
     store_two,
 )
+from sparsekern.formats.codec import INFINITY_BITS
 
 
 @triton.jit
@@ -217,9 +217,7 @@ def compress(
     return values, metadata, bad
 
 
-def mask24(
-    scores: torch.Tensor, launch: Launch = Launch()
-) -> tuple[torch.Tensor, torch.Tensor]:
+def mask24(scores: torch.Tensor, launch: Launch = Launch()) -> tuple[torch.Tensor, torch.Tensor]:
     """The two best of every four scores as bool [out, in], and `bad`: pairs with a NaN."""
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     bad = torch.zeros(1, dtype=torch.int32, device=scores.device)

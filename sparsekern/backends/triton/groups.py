@@ -3,7 +3,7 @@
 A group is four elements as bit patterns in int32: the magnitudes of floats order like their bits
 without the sign, a maximum over them finds NaN and Inf, a copy is exact, and an 8-bit dtype will
 only need another word size. The four meet in six comparisons (`survivors`), which also settle the
-free slots of a group with fewer than two non-zeros; the CPU code in compression.py takes those from
+free slots of a group with fewer than two non-zeros; the CPU code in formats/codec.py takes those from
 a table, and the tests hold the two against each other bit for bit.
 
 Memory is read and written in *pairs of groups* (8 columns, one metadata byte), whose words are
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 
 # ---- memory <-> groups ---------------------------------------------------------------------------
 

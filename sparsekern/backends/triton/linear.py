@@ -19,7 +19,7 @@ SPLIT_IN programs, which write float32 partial sums that a second kernel adds in
 The config depends on shapes and dtype alone, so results are reproducible from run to run and from
 GPU to GPU.
 
-Specification: sparsekern/reference.py:linear. Launched by sparsekern/ops.py.
+Specification: sparsekern/reference.py:linear. Launched by sparsekern/ops/linear_op.py.
 """
 
 from typing import NamedTuple
@@ -107,12 +107,25 @@ def _decompress_tile(values, metadata, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.con
 # `tokens` changes from call to call: specialising on it would only compile the same code again.
 @triton.jit(do_not_specialize=["tokens"])
 def sparse_linear_kernel(
-    x_ptr, values_ptr, metadata_ptr, bias_ptr, out_ptr,
-    tokens, out_features, in_features,
-    stride_x, stride_values, stride_metadata, split_length,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT_IN: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    values_ptr,
+    metadata_ptr,
+    bias_ptr,
+    out_ptr,
+    tokens,
+    out_features,
+    in_features,
+    stride_x,
+    stride_values,
+    stride_metadata,
+    split_length,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SPLIT_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
     """One [BLOCK_OUT, BLOCK_TOKENS] tile of yᵀ over split_length columns of W.
 
     SPLIT_IN == 1: out is y [tokens, out] in its own dtype. Otherwise out is float32
@@ -179,9 +192,16 @@ def sparse_linear_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def split_reduce_kernel(
-    partial_ptr, bias_ptr, out_ptr, tokens, out_features,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT_IN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    partial_ptr,
+    bias_ptr,
+    out_ptr,
+    tokens,
+    out_features,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SPLIT_IN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """y = activation(partial[0] + partial[1] + .. + bias): one fixed order, one rounding."""
     size = tl.cast(tokens, tl.int64) * out_features
     idx = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -231,13 +251,25 @@ def linear(x, values, metadata, in_features, bias=None, activation=None, config=
     flags = {"HAS_BIAS": bias is not None, "ACTIVATION": activation, "SPLIT_IN": config.split_in}
     with torch.cuda.device_of(x):
         sparse_linear_kernel[(tiles, config.split_in)](
-            x, values, metadata, bias, target,
-            tokens, out_features, in_features,
-            x.stride(0), values.stride(0), metadata.stride(0), split_length,
+            x,
+            values,
+            metadata,
+            bias,
+            target,
+            tokens,
+            out_features,
+            in_features,
+            x.stride(0),
+            values.stride(0),
+            metadata.stride(0),
+            split_length,
             **flags,
-            BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in, BLOCK_TOKENS=config.block_tokens,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+            BLOCK_OUT=config.block_out,
+            BLOCK_IN=config.block_in,
+            BLOCK_TOKENS=config.block_tokens,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
         if config.split_in > 1:
             block = 1024
             split_reduce_kernel[(triton.cdiv(out.numel(), block),)](

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import reason
+from sparsekern.backends.triton import reason
 
 _BLOCK_ROWS = 16
 _MAX_COLUMNS = 256  # the tile is 16 x 256 floats over 128 threads: 32 registers each
@@ -43,13 +43,26 @@ def _store(block_ptr, removed_ptr, keep_ptr, offset, inside, w, keep):
 
 
 @triton.jit
-def _sweep_kernel(block_ptr, v_ptr, weight_ptr, removed_ptr, keep_ptr, out_features, v_stride,
-                  COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def _sweep_kernel(
+    block_ptr,
+    v_ptr,
+    weight_ptr,
+    removed_ptr,
+    keep_ptr,
+    out_features,
+    v_stride,
+    COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = tl.arange(0, BLOCK_COLS)
     inside = rows < out_features
-    tile = tl.load(block_ptr + cols[None, :] * out_features + rows[:, None],
-                   mask=inside[:, None] & (cols < COLUMNS)[None, :], other=0.0)
+    tile = tl.load(
+        block_ptr + cols[None, :] * out_features + rows[:, None],
+        mask=inside[:, None] & (cols < COLUMNS)[None, :],
+        other=0.0,
+    )
     # The stores below go to the memory just read, by other threads of this program.
     tl.debug_barrier()
     for g in range(0, COLUMNS, 4):
@@ -84,8 +97,11 @@ def _sweep_kernel(block_ptr, v_ptr, weight_ptr, removed_ptr, keep_ptr, out_featu
         r1 = tl.where(keep1, 0.0, w1)
         w2 -= r0 * tl.load(v0_ptr + g + 2) + r1 * tl.load(v1_ptr + g + 2)
         r2 = tl.where(keep2, 0.0, w2)
-        w3 -= (r0 * tl.load(v0_ptr + g + 3) + r1 * tl.load(v1_ptr + g + 3)
-               + r2 * tl.load(v2_ptr + g + 3))
+        w3 -= (
+            r0 * tl.load(v0_ptr + g + 3)
+            + r1 * tl.load(v1_ptr + g + 3)
+            + r2 * tl.load(v2_ptr + g + 3)
+        )
         r3 = tl.where(keep3, 0.0, w3)
 
         offset = g * out_features + rows
@@ -95,10 +111,12 @@ def _sweep_kernel(block_ptr, v_ptr, weight_ptr, removed_ptr, keep_ptr, out_featu
         _store(block_ptr, removed_ptr, keep_ptr, offset + 3 * out_features, inside, w3, keep3)
 
         right = (cols >= g + 4) & (cols < COLUMNS)
-        tile -= (r0[:, None] * tl.load(v0_ptr + cols, mask=right, other=0.0)[None, :]
-                 + r1[:, None] * tl.load(v1_ptr + cols, mask=right, other=0.0)[None, :]
-                 + r2[:, None] * tl.load(v2_ptr + cols, mask=right, other=0.0)[None, :]
-                 + r3[:, None] * tl.load(v3_ptr + cols, mask=right, other=0.0)[None, :])
+        tile -= (
+            r0[:, None] * tl.load(v0_ptr + cols, mask=right, other=0.0)[None, :]
+            + r1[:, None] * tl.load(v1_ptr + cols, mask=right, other=0.0)[None, :]
+            + r2[:, None] * tl.load(v2_ptr + cols, mask=right, other=0.0)[None, :]
+            + r3[:, None] * tl.load(v3_ptr + cols, mask=right, other=0.0)[None, :]
+        )
 
 
 def interpreted() -> bool:
@@ -120,8 +138,14 @@ def refusal(w: torch.Tensor, blocksize: int) -> str | None:
     return None
 
 
-def sweep_block(block: torch.Tensor, keep: torch.Tensor, removed: torch.Tensor, v: torch.Tensor,
-                weight: torch.Tensor, offset: int) -> None:
+def sweep_block(
+    block: torch.Tensor,
+    keep: torch.Tensor,
+    removed: torch.Tensor,
+    v: torch.Tensor,
+    weight: torch.Tensor,
+    offset: int,
+) -> None:
     """Sweep one block of columns in place, choosing its 2:4 mask.
 
     Args:
@@ -137,6 +161,16 @@ def sweep_block(block: torch.Tensor, keep: torch.Tensor, removed: torch.Tensor, 
     columns, out_features = block.shape
     grid = (triton.cdiv(out_features, _BLOCK_ROWS),)
     with torch.cuda.device(block.device) if block.is_cuda else contextlib.nullcontext():
-        _sweep_kernel[grid](block, v, weight, removed, keep.view(torch.uint8), out_features,
-                            v.stride(0), COLUMNS=columns, BLOCK_ROWS=_BLOCK_ROWS,
-                            BLOCK_COLS=triton.next_power_of_2(columns), num_warps=4)
+        _sweep_kernel[grid](
+            block,
+            v,
+            weight,
+            removed,
+            keep.view(torch.uint8),
+            out_features,
+            v.stride(0),
+            COLUMNS=columns,
+            BLOCK_ROWS=_BLOCK_ROWS,
+            BLOCK_COLS=triton.next_power_of_2(columns),
+            num_warps=4,
+        )

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from .errors import FormatError, check
-from .gguf_tokenizer import build_tokenizer
+from sparsekern.errors import FormatError, check
+from sparsekern.integrations.gguf.tokenizer import build_tokenizer
 
 # GGUF name -> Transformers name, for the tensors of one block ("blk.7.attn_q" ->
 # "model.layers.7.self_attn.q_proj").

@@ -10,7 +10,7 @@ Source: the GGUF specification (ggml, docs/gguf.md); llama.cpp, src/llama-vocab.
 
 from __future__ import annotations
 
-from .errors import FormatError, check
+from sparsekern.errors import FormatError, check
 
 # tokenizer.ggml.pre -> are digits split off one by one before the GPT-2 pattern?
 PRE_TOKENIZERS = {"gpt-2": False, "smollm": True}

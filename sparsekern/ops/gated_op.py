@@ -8,9 +8,10 @@ composed of two sparse linear layers and a product.
 import torch
 from torch import Tensor
 
-from sparsekern import cuda_backend, ops
+from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.errors import message
-from sparsekern.sparse24 import Sparse24
+from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.ops import linear_op as ops
 
 _OP = "sparsekern.gated_linear"
 
@@ -42,9 +43,15 @@ def gated_linear(x, gate24, up24):
         return ops.linear(x, gate24, None, "silu") * ops.linear(x, up24)
     if ops.needs_custom_op(x, None):
         return torch.ops.sparsekern.gated_linear(
-            x, gate24.values, gate24.metadata, up24.values, up24.metadata, *gate24.shape,
-            gate24.layout, up24.layout,
-        )  # fmt: skip
+            x,
+            gate24.values,
+            gate24.metadata,
+            up24.values,
+            up24.metadata,
+            *gate24.shape,
+            gate24.layout,
+            up24.layout,
+        )
     return _compute(x, gate24, up24)
 
 
@@ -87,9 +94,16 @@ def _gated_linear_op(
 
 @_gated_linear_op.register_fake
 def _(
-    x, gate_values, gate_metadata, up_values, up_metadata, out_features, in_features, gate_layout,
+    x,
+    gate_values,
+    gate_metadata,
+    up_values,
+    up_metadata,
+    out_features,
+    in_features,
+    gate_layout,
     up_layout,
-):  # fmt: skip
+):
     shape = (out_features, in_features)
     _check(x, gate_values, shape, up_values, shape)
     return x.new_empty((*x.shape[:-1], out_features))

@@ -1,14 +1,14 @@
 """The sparse linear op: checks, shape folding, choice of backend, registration, autograd.
 
-One call goes linear.py -> ops.py -> backend. This file owns what is common to every backend; a
+One call goes nn/sparse_linear.py -> ops/linear_op.py -> backend. This file owns what is common to every backend; a
 backend sees a checked, two-dimensional x and returns [tokens, out_features] (cuda and cusparselt:
 any number of dimensions, which saves two views). Backends:
 
-    cuda        sparsekern/cuda_backend.py, with the native module (sparsekern/_native.py)
+    cuda        sparsekern/backends/cuda/linear.py, with the native module (sparsekern/_native.py)
     cuda-mma    the same with one kernel for every GPU, which is never preferred on Hopper
-    triton      sparsekern/triton_kernels/linear.py
-    cpu         sparsekern/cpu_backend.py
-    cusparselt  sparsekern/cusparselt_backend.py, for weights that were packed for it
+    triton      sparsekern/backends/triton/linear.py
+    cpu         sparsekern/backends/cpu.py
+    cusparselt  sparsekern/backends/cusparselt/linear.py, for weights that were packed for it
 
 The weight's layout, the device and the shapes choose the backend; nothing global does. In eager
 mode, when no gradient is wanted, the backend is called directly, because the custom-op boundary
@@ -20,15 +20,20 @@ torch.ops.sparsekern.linear.
 import functools
 import importlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsekern import _native, cpu_backend, cuda_backend, cusparselt_backend, triton_kernels
+from sparsekern import _native
+from sparsekern.backends import cpu as cpu_backend
+from sparsekern.backends import triton as triton_kernels
+from sparsekern.backends.cuda import linear as cuda_backend
+from sparsekern.backends.cusparselt import linear as cusparselt_backend
 from sparsekern.errors import message
-from sparsekern.sparse24 import Sparse24, decompress
+from sparsekern.formats.sparse24 import Sparse24, decompress
 
 _OP = "sparsekern.linear"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the likeliest first, for the search
@@ -54,7 +59,7 @@ class Backend(NamedTuple):
     supported: Callable
     linear: Callable
     config: Callable
-    origin: Optional[Callable] = None
+    origin: Callable | None = None
 
 
 def _load_cpu():
@@ -64,7 +69,7 @@ def _load_cpu():
 def _load_triton():
     if not triton_kernels.available():
         return triton_kernels.reason()
-    kernels = importlib.import_module("sparsekern.triton_kernels.linear")
+    kernels = importlib.import_module("sparsekern.backends.triton.linear")
 
     def supported(x, w24):
         if x.device.type != "cuda":
@@ -124,7 +129,7 @@ _OWNERS = {
 _NO_OWNER = (None, None)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _load(name):
     return _LOADERS[name]()
 
@@ -250,10 +255,10 @@ def _linear_op(
     metadata: Tensor,
     out_features: int,
     in_features: int,
-    bias: Optional[Tensor],
-    activation: Optional[str],
+    bias: Tensor | None,
+    activation: str | None,
     layout: str,
-    backend: Optional[str],
+    backend: str | None,
 ) -> Tensor:
     w24 = Sparse24(values, metadata, (out_features, in_features), layout)
     with cuda_backend.nothing_kept():
@@ -307,8 +312,11 @@ def _save_for_backward(ctx, inputs, output):
     again = (x, bias) if activation else (None, None)
     ctx.save_for_backward(values, metadata, *again)
     ctx.sizes, ctx.activation, ctx.layout, ctx.backend = (
-        (out_features, in_features), activation, layout, backend,
-    )  # fmt: skip
+        (out_features, in_features),
+        activation,
+        layout,
+        backend,
+    )
 
 
 def _backward(ctx, grad):
@@ -386,7 +394,7 @@ def linear(x, w24, bias=None, activation=None, *, backend=None):
         Gradients flow to x and bias, twice if wanted; the weight is frozen. The pre-activation is
         computed again in backward. Under autocast, x and bias are cast to the weight's dtype.
         float32 never runs in TF32. On the CPU 16-bit inputs are multiplied in float32 (exact
-        products, and no need for fast 16-bit matmuls; see cpu_backend.py).
+        products, and no need for fast 16-bit matmuls; see backends/cpu.py).
         Bitwise reproducible for a fixed config; the config depends on the number of tokens.
         Whether an infinite or NaN x reaches a row that has pruned its column (0 · Inf) is left to
         the backend.
@@ -443,7 +451,7 @@ class Explanation:
     config: str
     layout: str
     reason: str
-    expected_us: Optional[float] = None
+    expected_us: float | None = None
 
     def __str__(self):
         text = f"{self.backend} ({self.config}, layout {self.layout}): {self.reason}"

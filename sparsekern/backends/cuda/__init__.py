@@ -1,0 +1,1 @@
+"""The CUDA backend: the native kernels and how one is chosen."""

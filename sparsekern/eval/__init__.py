@@ -1,0 +1,1 @@
+"""Quality: perplexity, and the texts for calibration and evaluation."""

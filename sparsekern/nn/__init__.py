@@ -1,0 +1,1 @@
+"""Modules: SparseLinear, and what finds and replaces linear layers in a model."""

@@ -1,0 +1,1 @@
+"""prune_model: one-shot pruning of whole models on calibration data."""

@@ -1,0 +1,1 @@
+"""The ops that users call: checks, registration with torch, autograd, dispatch."""

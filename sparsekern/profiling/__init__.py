@@ -1,0 +1,1 @@
+"""Timing: layers against dense torch, and the search for the fastest variant."""
