@@ -9,7 +9,7 @@ The map of the code is in README.md; `reference.py` is the specification of ever
 
 __version__ = "0.1.0"
 
-from sparsekern import _moved, prune
+from sparsekern import _moved, finetune, prune
 from sparsekern.checkpoint import from_pretrained, load_into, save_pretrained
 from sparsekern.errors import FormatError
 from sparsekern.eval.perplexity import perplexity
@@ -32,6 +32,7 @@ __all__ = [
     "compress",
     "decompress",
     "explain",
+    "finetune",
     "from_pretrained",
     "gated_linear",
     "linear",
