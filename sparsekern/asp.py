@@ -176,7 +176,9 @@ class ASP:
         op = f"{OP}.init_model_for_pruning"
         inner = unwrap(model)
         known = inner not in cls._states
-        check(known, op, "a model that is not initialised yet", type(inner).__name__, "Call it once.")
+        check(
+            known, op, "a model that is not initialised yet", type(inner).__name__, "Call it once."
+        )
         calculate = _calculator(op, mask_calculator)
         table = {**PARAMETERS, **(custom_layer_dict or {})}
         kinds = (*whitelist, *(custom_layer_dict or {}))
@@ -375,9 +377,7 @@ class ASP:
 class _AspMasked(Masked):
     """Masked whose masks are the modules' own buffers, whole until they are computed."""
 
-    def __init__(
-        self, model: nn.Module, masks: dict[str, Tensor], buffers: dict[str, str]
-    ) -> None:
+    def __init__(self, model: nn.Module, masks: dict[str, Tensor], buffers: dict[str, str]) -> None:
         self._buffers = buffers
         super().__init__(model, masks, schedule=Frozen())
 

@@ -1,6 +1,6 @@
 """Two processes that train one masked model with gloo; what differs from one process is printed.
 
-    python -m python_tests.finetune.dist_child ddp|fsdp FOLDER
+python -m python_tests.finetune.dist_child ddp|fsdp FOLDER
 """
 
 import sys

@@ -407,7 +407,7 @@ def test_errors_name_the_argument():
 
 
 def test_two_thousand_steps_without_a_violation():
-    """AdamW, weight decay, clipping, bf16 autocast, compile: not one violation, looked at 80 times."""
+    """AdamW, weight decay, clipping, bf16 autocast, compile: no violation in 80 looks."""
     model = pruned()
     masked = Masked(model)
     optimizer = masked.attach(adamw(model, lr=1e-3, weight_decay=0.1))

@@ -237,7 +237,9 @@ class Masked:
         check(list(kept.shape) == shape, OP, f"mask {name!r} of shape {shape}", list(kept.shape))
         partner = tied.get(name)
         remedy = "Leave this layer unmasked: the other one would be pruned with it."
-        check(partner is None, OP, f"{name} to have a weight of its own", f"tied to {partner}", remedy)
+        check(
+            partner is None, OP, f"{name} to have a weight of its own", f"tied to {partner}", remedy
+        )
         linear = parameter.dim() == 2
         if linear:
             rows = grouped(kept, transposed)
@@ -550,7 +552,9 @@ class Masked:
                 dense[entry.name] = reason
                 continue
             mask = entry.mask()
-            discovery.replace_module(model, entry.module, SparseLinear.from_linear(entry.module, mask))
+            discovery.replace_module(
+                model, entry.module, SparseLinear.from_linear(entry.module, mask)
+            )
         self.detach()
         self.entries = [entry for entry in self.entries if entry.name in dense]
         return dense
@@ -598,12 +602,16 @@ class Masked:
 
         require(state.get("version") == VERSION, f"version {VERSION}", state.get("version"))
         names = {entry.name for entry in self.entries}
-        require(set(state["masks"]) == names, f"the masks of {len(names)} weights", _differ(
-            names, set(state["masks"])
-        ))
+        require(
+            set(state["masks"]) == names,
+            f"the masks of {len(names)} weights",
+            _differ(names, set(state["masks"])),
+        )
         loaded = {}
         for entry in self.entries:
-            shape = list(grouped(torch.empty(entry.parameter.shape, device="meta"), entry.transposed).shape)
+            shape = list(
+                grouped(torch.empty(entry.parameter.shape, device="meta"), entry.transposed).shape
+            )
             found = state["shapes"][entry.name]
             require(found == shape, f"mask {entry.name!r} of shape {shape}", found)
             packed = state["masks"][entry.name]

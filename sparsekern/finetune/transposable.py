@@ -58,7 +58,9 @@ def transposable_mask(scores: Tensor, method: str = "best") -> Tensor:
     """
     shape = list(scores.shape)
     fits = len(shape) == 2 and shape[0] % 4 == 0 and shape[1] % 4 == 0
-    check(fits, OP, "scores [out, in], both multiples of 4", shape, "Use nm_mask: 2:4 in rows only.")
+    check(
+        fits, OP, "scores [out, in], both multiples of 4", shape, "Use nm_mask: 2:4 in rows only."
+    )
     check(method in ("best", "greedy"), OP, 'method "best" or "greedy"', repr(method))
     check(not scores.is_complex(), OP, "real scores", scores.dtype, exc=TypeError)
     check_no_nan(OP, "scores", scores)
