@@ -40,7 +40,7 @@ def test_recovers_towards_the_teacher_and_compresses(tmp_path):
     first, last = report.evaluations[0], report.final
     assert [row["step"] for row in report.evaluations] == [0, 20, 40, 60]
     logs = [row for row in read_metrics(tmp_path) if "loss" in row]
-    assert logs[-1]["loss"] < 0.5 * logs[0]["loss"] and logs[-1]["lr"] < logs[1]["lr"]
+    assert logs[-1]["loss"] < 0.7 * logs[0]["loss"] and logs[-1]["lr"] < logs[1]["lr"]
     assert last["kl"] < 0.8 * first["kl"]
     assert last["test"] == pytest.approx(sk.perplexity(student, test, window=WINDOW))
     assert report.violations == 0 and report.tokens == 60 * 4 * WINDOW
