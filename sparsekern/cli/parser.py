@@ -1,4 +1,4 @@
-"""What the commands take: names, options, defaults and help texts. What they do is in cli/main.py."""
+"""What the commands take: names, options, defaults, help texts. cli/main.py does the work."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 The public ones build objects (torch.cuda.Stream) or go through the dispatcher, and cost more than
 the rest of a small call. None of these is a public function of torch; a torch without CUDA lacks
-them, and has no tensor that would get to them. Used by backends/cuda/linear.py and backends/cusparselt/linear.py.
+them, and has no tensor that would get to them. Used by backends/cuda/linear.py and
+backends/cusparselt/linear.py.
 """
 
 import torch
