@@ -15,6 +15,7 @@ from sparsekern.errors import FormatError
 from sparsekern.eval.perplexity import perplexity
 from sparsekern.formats.sparse24 import Sparse24, compress, decompress, prune_compress, verify
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.oneshot.executor import calibrate
 from sparsekern.oneshot.prune_model import prune_model
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.ops.gated_op import gated_linear
@@ -29,6 +30,7 @@ __all__ = [
     "Sparse24",
     "SparseLinear",
     "__version__",
+    "calibrate",
     "compress",
     "decompress",
     "explain",

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from sparsekern.oneshot.report import write_atomic
+from sparsekern.utils.files import write_atomic
 
 VERSION = 1
 
