@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern.cli.parser import make_parser, pruning_methods
+from sparsekern.cli.parser import make_parser
 from sparsekern.errors import check, message
 from sparsekern.integrations.loading import folder_bytes, load_model
 
@@ -83,9 +83,13 @@ def run_prune(args: argparse.Namespace) -> int:
         "--samples > 0 and --window > 1",
         f"{args.samples} and {args.window}",
     )
+    taken = sorted(set(dict(args.option or ())) & set(vars(args)))
+    remedy = "Write --" + " --".join(name.replace("_", "-") for name in taken)
+    check(not taken, "sparsekern prune", "--option with what is no flag", taken, f"{remedy}.")
     device = _device(args.device)
     model, tokenizer = load_model(args.model, "cpu", _dtype(args.dtype))
     calibration = _calibration(args, model, tokenizer)
+    options = dict(args.option or ())
     report = sk.prune_model(
         model,
         args.method,
@@ -101,6 +105,7 @@ def run_prune(args: argparse.Namespace) -> int:
         keep_dense_tokens=tuple(args.keep_dense_tokens),
         resume=args.resume,
         progress=not args.quiet,
+        **options,
     )
     sk.save_pretrained(model, out, tokenizer=tokenizer)
     report.save(out / "prune_report.json")
@@ -111,8 +116,8 @@ def run_prune(args: argparse.Namespace) -> int:
     print(
         message(
             "sparsekern prune",
-            "at least half of the weights to become 2:4",
-            f"{report.share:.1%}",
+            "at least half of the weights to be 2:4",
+            f"{report.share:.1%} of all",
             "prune_report.json has the reasons; --allow-partial makes this exit code 0.",
         ),
         file=sys.stderr,
@@ -181,7 +186,7 @@ def run_bench(args: argparse.Namespace) -> None:
     device = _device(args.device)
     dtype = _dtype(args.dtype) or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     counts = None if args.shape else _counted_shapes(args.model)
-    shapes = dict.fromkeys(args.shape or counts)
+    shapes: list[tuple[int, int]] = list(dict.fromkeys(args.shape or counts or ()))
     print(f"{_device_name(device)}, torch {torch.__version__}")
     rows = [
         bench_shape(*shape, tokens, dtype=dtype, device=device)
@@ -234,7 +239,9 @@ def _needed(tokenizer: Any, path: str) -> Any:
 def _calibration(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> Tensor | None:
     """Windows by the published protocol, int64 [samples, window]; None where the method looks at
     the weights alone."""
-    if pruning_methods()[args.method] == "weights":
+    import sparsekern as sk
+
+    if sk.prune.methods()[args.method].needs == "weights":
         return None
     from sparsekern.eval import texts
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ast
 from collections.abc import Callable, Mapping
+from typing import Any
+
+from sparsekern.prune import methods
 
 DTYPES = ("float32", "float16", "bfloat16")
 SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
-
-
-def pruning_methods() -> dict[str, str]:
-    """{name: what it needs of the calibration} of the methods of `prune`; "weights" is nothing."""
-    return {"sparsegpt": "hessian", "wanda": "norms", "magnitude": "weights"}
 
 
 def make_parser(
@@ -45,7 +44,7 @@ def make_parser(
     sub.add_argument(
         "--out", required=True, metavar="DIR", help="folder to write; must be new or empty"
     )
-    sub.add_argument("--method", choices=tuple(pruning_methods()), default="sparsegpt")
+    sub.add_argument("--method", choices=tuple(methods()), default="sparsegpt")
     sub.add_argument(
         "--calibration",
         default="builtin",
@@ -65,8 +64,13 @@ def make_parser(
     sub.add_argument(
         "--true-sequential", action="store_true", help="prune inside a block in order of execution"
     )
+    sub.add_argument("--damp", type=float, help="of the SparseGPT Hessian (default 0.01)")
     sub.add_argument(
-        "--damp", type=float, default=0.01, help="of the SparseGPT Hessian (default 0.01)"
+        "--option",
+        action="append",
+        type=_option,
+        metavar="NAME=VALUE",
+        help=f"of the method; may be repeated. {_options_help()}",
     )
     sub.add_argument(
         "--refine",
@@ -226,6 +230,28 @@ def make_parser(
     )
     sub.add_argument("--device", help=device_help)
     return parser
+
+
+def _options_help() -> str:
+    """What the registered methods have, in words."""
+    texts = [
+        f"{method.name}: {option.name} (default {option.default}), {option.help}"
+        for method in methods().values()
+        for option in method.options
+    ]
+    return "; ".join(texts).replace("%", "%%") or "No method has any"
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """The option in a text such as "blocksize=64": ("blocksize", 64). What is no Python literal is
+    a str."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE such as blocksize=64, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def _shape(text: str) -> tuple[int, int]:

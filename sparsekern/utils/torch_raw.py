@@ -12,7 +12,9 @@ current_device = getattr(torch._C, "_cuda_getDevice", None)  # () -> index
 current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # (index) -> address
 
 
-def empty_strided_dispatched(size, strides, dtype):
+def empty_strided_dispatched(
+    size: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
     return torch.empty_strided(size, strides, dtype=dtype, device="cuda")
 
 
