@@ -1,7 +1,7 @@
 """Tiny GGUF files for the tests: a random Llama written the way llama.cpp's converter writes one.
 
-Everything here is written independently of sparsekern/integrations/gguf/model.py: the row
-permutation is the formula of llama.cpp's converter in numpy, and the vocabulary is made by hand.
+Everything here is written independently of sparsekern/integrations/gguf/model.py: the row permutation is the
+formula of llama.cpp's converter in numpy, and the vocabulary is made by hand.
 """
 
 import gguf

@@ -1,5 +1,5 @@
-"""sparsekern.integrations.gguf.model: weights, rope order, tokenizer, and a clear refusal of
-everything it does not cover."""
+"""sparsekern.integrations.gguf.model: weights, rope order, tokenizer, and a clear refusal of everything it does
+not cover."""
 
 import numpy as np
 import pytest

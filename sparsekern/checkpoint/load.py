@@ -1,8 +1,8 @@
 """Loading model folders: headers against the module tree, then module by module to the device.
 
 A dense copy of a compressed layer never exists, on any device: the tree is built without weights
-(checkpoint/skeleton.py), and each of its Linears is replaced by a SparseLinear around tensors that
-come straight from the file.
+(checkpoint/skeleton.py), and each of its Linears is replaced by a SparseLinear around tensors that come
+straight from the file.
 """
 
 import re

@@ -7,10 +7,10 @@ with an odd number of groups). What is stored is a function of the dense weight 
 fewer than two non-zeros fills its free slots from SLOT_TABLE, whichever mask led to it.
 
 CUDA tensors go to backends/triton/compress.py (magnitude pruning of 16-bit weights to
-backends/cuda/compress.py), all others, and CUDA without Triton, through the torch code below; all
-give the same bits. Elements are handled as integers of their own width: magnitudes order like bits
-without the sign, and no float mode (flush to zero, say) can lose one. Of equal scores the higher
-column is kept, as in the published code: prune/masks.py has the reason.
+backends/cuda/compress.py), all others, and CUDA without Triton, through the torch code below; all give the
+same bits. Elements are handled as integers of their own width: magnitudes order like bits without
+the sign, and no float mode (flush to zero, say) can lose one. Of equal scores the higher column is
+kept, as in the published code: prune/masks.py has the reason.
 
 Specification: reference.py.
 """

@@ -12,10 +12,9 @@ the unused last nibble of a row with in_features % 8 == 4 is 0x4. This is compre
 sparse-24-bitmask with the 4-bit masks replaced by the indices that tensor cores read; `bitmask()`
 and `from_bitmask()` convert. -0.0 counts as zero and is stored as +0.0.
 
-Layout "tile64" holds the same two tensors padded and permuted for the GPU kernels
-(formats/tile64.py). Layout "cusparselt" holds the vendor library's opaque blob on a GPU
-(backends/cusparselt/linear.py); what changes its dtype or GPU, is copied or pickled, becomes
-row-major.
+Layout "tile64" holds the same two tensors padded and permuted for the GPU kernels (formats/tile64.py). Layout
+"cusparselt" holds the vendor library's opaque blob on a GPU (backends/cusparselt/linear.py); what changes
+its dtype or GPU, is copied or pickled, becomes row-major.
 
 Source: PTX ISA, "Sparse matrix storage"; Mishra et al. 2021 (arXiv:2104.08378) for the 2:4 format.
 """

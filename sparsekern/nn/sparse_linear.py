@@ -1,10 +1,10 @@
 """SparseLinear: torch.nn.Linear with 2:4-compressed weights, and no dense copy of them.
 
 The module owns a Sparse24 (as two buffers, so that .to(), deepcopy and pickle work as for any
-module) and a bias; shapes, dtypes and backends are the business of ops/linear_op.py. What it writes
-to a state_dict is the published sparse-24-bitmask form, whatever layout the buffers have on the
-device ("tile64" where a GPU has the CUDA kernels, see formats/tile64.py, "cusparselt" on request,
-"rowmajor" elsewhere):
+module) and a bias; shapes, dtypes and backends are the business of ops/linear_op.py. What it writes to a
+state_dict is the published sparse-24-bitmask form, whatever layout the buffers have on the device
+("tile64" where a GPU has the CUDA kernels, see formats/tile64.py, "cusparselt" on request, "rowmajor"
+elsewhere):
 
     compressed   [out_features, in_features / 2]          float32 | float16 | bfloat16
     bitmask      [out_features, ceil(in_features / 8)]    uint8, bit b of byte j = column 8j + b

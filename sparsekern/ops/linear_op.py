@@ -1,8 +1,8 @@
 """The sparse linear op: checks, shape folding, choice of backend, registration, autograd.
 
-One call goes nn/sparse_linear.py -> ops/linear_op.py -> backend. This file owns what is common to
-every backend; a backend sees a checked, two-dimensional x and returns [tokens, out_features] (cuda
-and cusparselt: any number of dimensions, which saves two views). Backends:
+One call goes nn/sparse_linear.py -> ops/linear_op.py -> backend. This file owns what is common to every backend; a
+backend sees a checked, two-dimensional x and returns [tokens, out_features] (cuda and cusparselt:
+any number of dimensions, which saves two views). Backends:
 
     cuda        sparsekern/backends/cuda/linear.py, with the native module (sparsekern/_native.py)
     cuda-mma    the same with one kernel for every GPU, which is never preferred on Hopper

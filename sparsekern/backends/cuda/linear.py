@@ -10,8 +10,7 @@ backend "cuda-mma" (`mma_linear`).
 
 The same functions as every backend module, plus `packs`, by which SparseLinear decides on its
 layout, and the gated pair of a gated MLP. Which kernel runs, and which variant of it, is in the
-tuned tables of backends/cuda/tuned_tables.py; where they know nothing, backends/cuda/cost_model.py
-chooses.
+tuned tables of backends/cuda/tuned_tables.py; where they know nothing, backends/cuda/cost_model.py chooses.
 
 A call at one token takes a few microseconds on the GPU, so this path is written for little work on
 the host: no object is built, what depends on shapes alone is cached, and torch is asked through its
@@ -128,8 +127,7 @@ def _tiles():
 
 
 def _built():
-    """{variant as in backends/cuda/cost_model.py: (native function, its config)} of the native
-    module."""
+    """{variant as in backends/cuda/cost_model.py: (native function, its config)} of the native module."""
     decode = {
         RowBlocks(*(c[field] for field in RowBlocks._fields)): ("decode", c["index"])
         for c in _native.module().decode_configs()

@@ -1,8 +1,7 @@
 """Where NVIDIA's cuSPARSELt is found and loaded, and what is refused with it, with the reason.
 
-It is loaded at run time (csrc/cusparselt/cusparselt.h), once per process, when the first weight is
-packed for it or the doctor asks; its absence is a sentence, never an error. Used by
-backends/cusparselt/linear.py.
+It is loaded at run time (csrc/cusparselt/cusparselt.h), once per process, when the first weight is packed for
+it or the doctor asks; its absence is a sentence, never an error. Used by backends/cusparselt/linear.py.
 """
 
 from __future__ import annotations

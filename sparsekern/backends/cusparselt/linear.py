@@ -3,8 +3,7 @@
     weight   Sparse24 in layout "cusparselt": values = the library's opaque blob, viewed in the
              weight's dtype [blob bytes / 2]; metadata = uint8 [0]. Made at load by `pack`, never
              saved; `unpack` recovers the row-major weight by multiplying with the identity.
-    library  loaded at run time, versions 0.6 to 0.10; refusals and why:
-             backends/cusparselt/library.py
+    library  loaded at run time, versions 0.6 to 0.10; refusals and why: backends/cusparselt/library.py
     call     shapes and addresses -> id of a cached plan -> one call of the binding; for calls like
              one before, ops.linear takes this way at once (linear_again)
 

@@ -7,9 +7,8 @@ Each kernel is one pass over *pairs of groups* (8 columns, one metadata byte; se
 
 The metadata bytes of a program pass through shared memory, so that they too leave as wide stores.
 
-Kernels never raise: they count the pairs that break a rule in `bad`, and formats/codec.py names
-them. Launchers (below the kernels) expect contiguous tensors whose dtype and shape have been
-checked.
+Kernels never raise: they count the pairs that break a rule in `bad`, and formats/codec.py names them.
+Launchers (below the kernels) expect contiguous tensors whose dtype and shape have been checked.
 
 Specification: reference.py. Format: formats/sparse24.py.
 """
