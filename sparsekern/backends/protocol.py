@@ -34,7 +34,8 @@ class Problem(NamedTuple):
     x_shape, x_stride: of x [..., in_features]; x_stride is None when x is contiguous.
     dtype, device, index: of x (and of bias and y, and of the weight's numbers and tensors);
         index is that of the GPU, -1 on the CPU.
-    aligned: the address of x is a multiple of ALIGNMENT bytes.
+    aligned: the address of x is a multiple of ALIGNMENT bytes; problems are bound as if it were, and
+        as they are where that launch returns None.
     activation: None, "relu", "gelu" or "silu".
     bias: whether there is one. It is [out_features], of dtype and device, contiguous.
     gated: the spec of the second weight of a gated pair, silu(x · Wᵀ) · (x · Gatedᵀ); else None.
@@ -93,10 +94,10 @@ class Backend(Protocol):
         """The function that computes calls like this one; `supports` has nothing against it.
 
         It is called as launch(x, weight, bias) with arguments for which every field of the problem
-        holds, on the current GPU, and returns a new contiguous y [..., out_features]. In later calls
-        `aligned` and the current GPU are not checked again: where its work depends on them the
-        launch looks itself, and returns None without having done anything when they do not hold.
-        It keeps no tensor.
+        holds, and returns a new contiguous y [..., out_features]. `aligned`, and that the GPU of x
+        is the current one, may not hold in a later call: where its work depends on them the launch
+        looks itself, and may return None without having done anything. The problem is then bound
+        anew, as it is, with the GPU of x as the current one. A launch keeps no tensor.
         """
 
     def explain(self, problem: Problem) -> Explained:

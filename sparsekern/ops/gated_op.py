@@ -67,7 +67,7 @@ def _compute(x: Tensor, gate24: Sparse24, up24: Sparse24, calls: ops.Calls) -> T
     pair = problem_of(x, gate24.spec, gated=up24.spec)
     fused, _ = registry.find(pair)
     if fused is not None:
-        return ops.launch_on_its_gpu(fused.bind(pair), pair, x, gate24, up24)
+        return ops.launch_anew(fused.bind, pair, x, gate24, up24)
     gate = ops._compute(x, gate24, None, "silu", None, calls)
     return gate.mul_(ops._compute(x, up24, None, None, None, calls))
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,19 +105,16 @@ def check_types(op: str, x: object, w24: object) -> None:
 # ---- computing -----------------------------------------------------------------------------------
 
 
-def launch_on_its_gpu(launch: Launch, problem: Problem, *arguments: Any) -> Tensor:
-    """launch(*arguments) of a launch that was bound for them, with its GPU as the current one."""
-    y = _on_its_gpu(launch, problem, *arguments)
+def launch_anew(bind: Callable[[Problem], Launch], problem: Problem, *arguments: Any) -> Tensor:
+    """Bind a problem as it is and call it, with its GPU as the current one."""
+    if problem.device.type == "cuda":
+        with torch.cuda.device(problem.device):
+            y = bind(problem)(*arguments)
+    else:
+        y = bind(problem)(*arguments)
     if y is None:
         raise RuntimeError(message(_OP, "a result from a call that was just bound", "None"))
     return y
-
-
-def _on_its_gpu(launch: Launch, problem: Problem, *arguments: Any) -> Tensor | None:
-    if problem.device.type != "cuda":
-        return launch(*arguments)
-    with torch.cuda.device(problem.device):
-        return launch(*arguments)
 
 
 def _compute(
@@ -133,21 +131,26 @@ def _compute(
     shape, strides, dtype, index = problem.x_shape, problem.x_stride, problem.dtype, problem.index
     key = shape, strides, dtype, index, spec, activation, bias is not None, backend
     launch = calls.get(key)
-    y = None if launch is None else _on_its_gpu(launch, problem, x, w24, bias)
+    if launch is None:
+        launch = _bind(problem._replace(aligned=True), w24, backend, calls is _calls)
+        if len(calls) >= _KNOWN_CALLS:
+            calls.clear()
+        calls[key] = launch
+    y = launch(x, w24, bias)
     if y is not None:
         return y
+    return launch_anew(registry.choose(problem, backend).bind, problem, x, w24, bias)
+
+
+def _bind(problem: Problem, w24: Sparse24, backend: str | None, twins: bool) -> Launch:
     layout = None
-    if calls is _calls and backend is None and spec.layout == ROWMAJOR:
+    if twins and backend is None and problem.spec.layout == ROWMAJOR:
         layout = _better_layout(w24)
     if layout is None:
         launch = registry.choose(problem, backend).bind(problem)
     else:
         launch = _bind_twin(problem, layout, w24)
-    if problem.aligned:
-        if len(calls) >= _KNOWN_CALLS:
-            calls.clear()
-        calls[key] = launch if problem.device.type == "cuda" else _for_device(launch, x.device)
-    return launch_on_its_gpu(launch, problem, x, w24, bias)
+    return launch if problem.device.type == "cuda" else _for_device(launch, problem.device)
 
 
 def _for_device(launch: Launch, device: torch.device) -> Launch:

@@ -244,20 +244,21 @@ def bind(problem: Problem, plan: Plan = _plan) -> Launch:
         return _bind_degenerate(problem)
     dtype, index = problem.dtype, problem.index
     kernel, config = plan(tokens, out_features, in_features, _name(dtype), index)
+    anywhere = _bind_any(problem, kernel, config)
     whole_rows = in_features * dtype.itemsize % _ROW == 0
     if not (problem.aligned and problem.x_stride is None and whole_rows):
-        return _bind_any(problem, kernel, config)
+        return anywhere
     size = tokens, out_features, in_features
     run = _native_linear(kernel, config, *size, in_features, 0, _name(dtype), problem.activation)
     sizes = (*problem.x_shape[:-1], out_features)
     strides = _contiguous_strides(sizes)
     if run.needs_workspace:
-        return _with_workspace(run, index, sizes, strides, dtype)
+        return _with_workspace(run, index, sizes, strides, dtype, anywhere)
 
     def launch(x: Tensor, w24: Sparse24, bias: Tensor | None = None) -> Tensor | None:
         address = x.data_ptr()
         if address % ALIGNMENT or index != _current_device():
-            return None
+            return anywhere(x, w24, bias)
         tensors = w24.tensors
         y = _empty_strided(sizes, strides, dtype)
         run(
@@ -274,12 +275,17 @@ def bind(problem: Problem, plan: Plan = _plan) -> Launch:
 
 
 def _with_workspace(
-    run: Any, index: int, sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+    run: Any,
+    index: int,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    anywhere: Launch,
 ) -> Launch:
     def launch(x: Tensor, w24: Sparse24, bias: Tensor | None = None) -> Tensor | None:
         address = x.data_ptr()
         if address % ALIGNMENT or index != _current_device():
-            return None
+            return anywhere(x, w24, bias)
         tensors = w24.tensors
         y = _empty_strided(sizes, strides, dtype)
         stream = _current_stream(index)
@@ -299,7 +305,7 @@ def _with_workspace(
 
 
 def _bind_any(problem: Problem, kernel: str, config: int) -> Callable[..., Tensor | None]:
-    """The launch for any strides and address of x, and for a residual [tokens, out_features]."""
+    """The launch for any strides, address and GPU of x, and a residual [tokens, out_features]."""
     (out_features, in_features), tokens = problem.spec.shape, problem.tokens
     dtype, index, activation = problem.dtype, problem.index, problem.activation
     sizes = (*problem.x_shape[:-1], out_features)
@@ -309,7 +315,8 @@ def _bind_any(problem: Problem, kernel: str, config: int) -> Callable[..., Tenso
         x: Tensor, w24: Sparse24, bias: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor | None:
         if index != _current_device():
-            return None
+            with torch.cuda.device(index):
+                return launch(x, w24, bias, residual)
         rows, x_stride = _aligned_rows(x, tokens, in_features)
         residual_stride = 0 if residual is None else residual.stride(0)
         size = tokens, out_features, in_features
@@ -363,10 +370,6 @@ def linear(
     Returns:
         [..., out_features], new and contiguous.
     """
-    index = x.get_device()
-    if index != _current_device():
-        with torch.cuda.device(index):
-            return linear(x, w24, bias, activation, residual, plan)
     problem = problem_of(x, w24.spec, activation, bias is not None)
     bias = None if bias is None else bias.contiguous()
     if residual is None:
@@ -380,9 +383,9 @@ def linear(
             residual = residual.view(*x.shape[:-1], out_features)
             y = _bind_degenerate(problem)(x, w24, bias, residual)
         else:
-            kernel = plan(problem.tokens, *w24.shape, _name(x.dtype), index)
+            kernel = plan(problem.tokens, *w24.shape, _name(x.dtype), problem.index)
             y = _bind_any(problem, *kernel)(x, w24, bias, residual)
-    assert y is not None  # the problem is that of x, on the current GPU
+    assert y is not None  # the problem is that of x
     return y
 
 
@@ -436,7 +439,8 @@ def bind_gated(problem: Problem) -> Launch:
 
     def launch(x: Tensor, gate24: Sparse24, up24: Sparse24) -> Tensor | None:
         if index != _current_device():
-            return None
+            with torch.cuda.device(index):
+                return launch(x, gate24, up24)
         rows, x_stride = _aligned_rows(x, tokens, in_features)
         size = tokens, out_features, in_features
         run = _native_linear("decode_gated", number, *size, x_stride, 0, _name(dtype), None)
@@ -458,10 +462,6 @@ def bind_gated(problem: Problem) -> Launch:
 
 def gated_linear(x: Tensor, gate24: Sparse24, up24: Sparse24) -> Tensor:
     """silu(x · Gᵀ) · (x · Uᵀ) in one launch, rounded once; x as in `linear`, at most 32 tokens."""
-    index = x.get_device()
-    if index != _current_device():
-        with torch.cuda.device(index):
-            return gated_linear(x, gate24, up24)
     y = bind_gated(problem_of(x, gate24.spec, gated=up24.spec))(x, gate24, up24)
     assert y is not None
     return y

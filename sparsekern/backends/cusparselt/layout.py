@@ -35,7 +35,6 @@ from sparsekern.formats.layouts import (
     register_layout,
 )
 from sparsekern.formats.sparse24 import Sparse24
-from sparsekern.utils.torch_raw import current_stream
 
 _UNPACK_ELEMENTS = 2**25  # of the dense slices that unpacking has in memory at a time
 
@@ -91,7 +90,7 @@ def _pack(spec: WeightSpec, tensors: Tensors) -> Tensors:
             dense=dense.data_ptr(),
             blob=values.data_ptr(),
             buffer=buffer.data_ptr(),
-            stream=current_stream(index),
+            stream=torch.cuda.current_stream(index).cuda_stream if index >= 0 else 0,
         )
         packed = {"values": values, "metadata": tensors["metadata"].new_empty(0)}
         for start, columns in _dense_columns(spec, packed):

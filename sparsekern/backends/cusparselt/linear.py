@@ -203,8 +203,8 @@ def bind(problem: Problem) -> Launch:
     return _bind_in_place(problem)
 
 
-def _bind_in_place(problem: Problem) -> Launch:
-    """For an x that the library takes as it is."""
+def _bind_in_place(problem: Problem, copies: bool = True) -> Launch:
+    """For an x that the library takes as it is, and copies of it where its address is no good."""
     index, dtype, activation = problem.index, problem.dtype, problem.activation
     row_stride = problem.x_stride[0] if problem.x_stride else problem.in_features
     relu = activation == "relu"
@@ -214,11 +214,15 @@ def _bind_in_place(problem: Problem) -> Launch:
     native: Any = _native.module()
     matmul = native.cusparselt_matmul
     later = None if relu else activation
+    anywhere = _bind_copy(problem) if copies else None
 
     def launch(x: Tensor, w24: Sparse24, bias: Tensor | None = None) -> Tensor | None:
         address = x.data_ptr()
-        if address % ALIGNMENT or index != current_device():
-            return None
+        if index != current_device():
+            with torch.cuda.device(index):
+                return launch(x, w24, bias)
+        if address % ALIGNMENT:
+            return None if anywhere is None else anywhere(x, w24, bias)
         bias_address = 0
         if bias is not None:
             bias_address = bias.data_ptr()
@@ -284,13 +288,15 @@ def _bind_copy(problem: Problem) -> Launch:
     tokens, (out_features, in_features) = problem.tokens, problem.spec.shape
     dtype, index, padded = problem.dtype, problem.index, padded_tokens(problem.tokens)
     inner = _bind_in_place(
-        problem._replace(x_shape=torch.Size((padded, in_features)), x_stride=None, aligned=True)
+        problem._replace(x_shape=torch.Size((padded, in_features)), x_stride=None, aligned=True),
+        copies=False,
     )
     folded = len(problem.x_shape) == 2
 
     def launch(x: Tensor, w24: Sparse24, bias: Tensor | None = None) -> Tensor | None:
         if index != current_device():
-            return None
+            with torch.cuda.device(index):
+                return launch(x, w24, bias)
         rows = empty_strided((padded, in_features), (in_features, 1), dtype)
         rows.narrow(0, 0, tokens).copy_(x if folded else x.reshape(tokens, in_features))
         whole = inner(rows, w24, bias)
@@ -327,11 +333,7 @@ def linear(
     x: Tensor, w24: Sparse24, bias: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
     """`bind` for these arguments, and the call: [..., out_features], new and contiguous."""
-    index = x.get_device()
-    if index != current_device():
-        with torch.cuda.device(index):
-            return linear(x, w24, bias, activation)
     bias = None if bias is None else bias.contiguous()
     y = bind(problem_of(x, w24.spec, activation, bias is not None))(x, w24, bias)
-    assert y is not None  # the problem is that of x, on the current GPU
+    assert y is not None  # the problem is that of x
     return y
