@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsekern import reference
+from sparsekern.backends.compress import compress, decompress, mask24, prune_compress
 from sparsekern.errors import FormatError
 from sparsekern.formats import codec as compression
-from sparsekern.formats.codec import mask24
-from sparsekern.formats.sparse24 import Sparse24, compress, decompress, prune_compress, verify
+from sparsekern.formats.sparse24 import Sparse24, verify
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PATTERNS = list(itertools.combinations(range(4), 2))
