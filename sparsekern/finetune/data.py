@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import check
-from sparsekern.oneshot.discovery import fingerprint
+from sparsekern.oneshot.fingerprint import of_model as fingerprint
 from sparsekern.utils.json_store import cache_folder
 
 OP = "sparsekern.finetune.data"
@@ -196,7 +196,7 @@ def generate(
     if file is not None:
         from safetensors.torch import save
 
-        from sparsekern.oneshot.report import write_atomic
+        from sparsekern.utils.files import write_atomic
 
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, save({"rows": rows}, metadata={"settings": json.dumps(settings)}))

@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 
 from sparsekern.errors import FormatError, check, message
 from sparsekern.finetune.schedule import Frozen, Schedule, grouped, make, zeros_mask
+from sparsekern.nn import replace
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot import discovery
 from sparsekern.oneshot.report import PruneReport
@@ -177,12 +178,12 @@ class Masked:
         masks = {}
         for row in report.pruned:
             module = modules.get(row.name)
-            fits = module is not None and discovery.is_linear(module)
+            fits = module is not None and replace.is_linear(module)
             got = type(module).__name__ if module is not None else "no such layer"
             remedy = "Prune with compress=False."
             check(fits, f"{OP}.from_report", f"a dense Linear named {row.name}", got, remedy)
             assert module is not None
-            masks[row.name] = zeros_mask(discovery.dense_weight(module), n, m)
+            masks[row.name] = zeros_mask(replace.dense_weight(module), n, m)
         remedy = "Its options say which layers it skipped, and why."
         check(masks, f"{OP}.from_report", "a report with pruned layers", "none", remedy)
         return cls(model, masks, pattern=(n, m), **options)
@@ -198,14 +199,14 @@ class Masked:
         found: dict[str, tuple[nn.Module, str, Tensor]] = {}
         if masks is None:
             for name, module in modules.items():
-                if not discovery.is_linear(module):
+                if not replace.is_linear(module):
                     continue
-                weight = local(discovery.dense_weight(module))
+                weight = local(replace.dense_weight(module))
                 if weight.numel() == 0 or weight.shape[1] % m or is_dtensor(module.weight):
                     continue
                 if int((weight != 0).reshape(-1, m).sum(1).max()) <= n:
                     mask = zeros_mask(weight, n, m)
-                    found[name] = (module, "weight", grouped(mask, discovery.is_conv1d(module)))
+                    found[name] = (module, "weight", grouped(mask, replace.is_conv1d(module)))
             remedy = "Call prune_model(..., compress=False) first, or pass masks=."
             check(found, OP, f"a model with {n}:{m} sparse Linear layers", "none", remedy)
             return found
@@ -223,7 +224,7 @@ class Masked:
             check(
                 dtype == torch.bool, OP, f"mask {name!r} of bool", dtype, "True = kept.", TypeError
             )
-            transposed = key == "weight" and discovery.is_conv1d(module)
+            transposed = key == "weight" and replace.is_conv1d(module)
             found[name] = (module, key, grouped(mask, transposed))
         return found
 
@@ -232,7 +233,7 @@ class Masked:
     ) -> Entry:
         n, m = self.pattern
         parameter = getattr(module, key)
-        transposed = key == "weight" and discovery.is_conv1d(module)
+        transposed = key == "weight" and replace.is_conv1d(module)
         shape = list(parameter.shape)
         check(list(kept.shape) == shape, OP, f"mask {name!r} of shape {shape}", list(kept.shape))
         partner = tied.get(name)
@@ -552,7 +553,7 @@ class Masked:
                 dense[entry.name] = reason
                 continue
             mask = entry.mask()
-            discovery.replace_module(
+            replace.replace_module(
                 model, entry.module, SparseLinear.from_linear(entry.module, mask)
             )
         self.detach()
@@ -731,7 +732,7 @@ def _why_dense(entry: Entry, parent: nn.Module | None, model: nn.Module) -> str 
     """Why `compress` leaves this weight dense, or None."""
     if entry.module is model:
         return "the model itself is the layer and cannot be replaced in place"
-    if entry.key != "weight" or not discovery.is_linear(entry.module):
+    if entry.key != "weight" or not replace.is_linear(entry.module):
         return f"{type(entry.module).__name__}.{entry.key} is no Linear weight"
     if isinstance(parent, discovery.READS_WEIGHTS):
         return f"{type(parent).__name__} reads the weight itself"

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from sparsekern.errors import FormatError, check
 from sparsekern.finetune.data import Corpus
 from sparsekern.finetune.losses import Target
-from sparsekern.oneshot.discovery import fingerprint
-from sparsekern.oneshot.report import write_atomic
+from sparsekern.oneshot.fingerprint import of_model as fingerprint
+from sparsekern.utils.files import write_atomic
 
 OP = "sparsekern.finetune.teacher"
 ROWS_PER_SHARD = 512

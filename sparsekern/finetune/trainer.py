@@ -39,7 +39,7 @@ from sparsekern.finetune.masked import Masked
 from sparsekern.finetune.schedule import Schedule
 from sparsekern.finetune.teacher import CachedTeacher, LiveTeacher, Split
 from sparsekern.nn.sparse_linear import SparseLinear
-from sparsekern.oneshot.report import write_atomic
+from sparsekern.utils.files import write_atomic
 
 OP = "sparsekern.finetune.distill"
 CHECKPOINT, METRICS, PLOT, REPORT = "checkpoint.pt", "metrics.jsonl", "plot.png", "report.json"
