@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekern.errors import check, message
-from sparsekern.finetune.masked import Entry, Masked, unwrap
+from sparsekern.finetune.masked import Entry, Masked, unwrap, unwrap_optimizer
 from sparsekern.finetune.schedule import Frozen
 from sparsekern.finetune.transposable import transposable_mask
 
@@ -238,9 +238,7 @@ class ASP:
             ValueError: no initialised model has a parameter in it, or it was given before.
         """
         op = f"{OP}.init_optimizer_for_pruning"
-        inner: Any = optimizer
-        while not isinstance(inner, Optimizer) and hasattr(inner, "optimizer"):
-            inner = inner.optimizer
+        inner = unwrap_optimizer(optimizer)
         owned = {id(p) for group in inner.param_groups for p in group["params"]}
         if model is None:
             for state in cls._states.values():

@@ -8,7 +8,7 @@ from python_tests.finetune.tiny import WINDOW, pair, rows, weights
 from sparsekern.finetune import Magnitude, Masked, MaskedCallback
 
 pytest.importorskip("accelerate", reason="Trainer needs accelerate, which is no dependency")
-from transformers import Trainer, TrainingArguments  # noqa: E402
+from transformers import Trainer, TrainingArguments
 
 
 class Rows(torch.utils.data.Dataset):

@@ -215,6 +215,9 @@ def test_overlap_counts_ngrams():
     assert (found.found, found.test) == (30 - 12, 200 - 12)
     test[100:112] = train[3, :12]  # one token short of an n-gram
     assert data.overlap(train, test, n=13).found == 18
+    rest, dropped = data.without_overlap(data.Corpus(train), test)
+    assert dropped == 1 and torch.equal(rest.rows, train[[0, 1, 3, 4]])
+    assert data.overlap(rest.rows, test).found == 0
 
 
 def test_models_whose_logits_are_no_plain_product():

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 import sparsekern as sk
-from python_tests.integrations.gguf_cases import tiny_llama
-from sparsekern.cli.main import main
+from sparsekern.checkpoint import verify_checkpoint
 from sparsekern.cli.finetune import densify
+from sparsekern.cli.main import main
 
-transformers = pytest.importorskip("transformers", reason="needs transformers")
+pytest.importorskip("gguf", reason="needs gguf")
+pytest.importorskip("transformers", reason="needs transformers")
+from python_tests.integrations import gguf_cases as cases
 
 WORDS = "the and then an hand 12 than these 34 a band stand other that is all there is to say"
 
@@ -18,18 +20,12 @@ WORDS = "the and then an hand 12 than these 34 a band stand other that is all th
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A dense folder with a tokenizer, and two texts."""
-    from python_tests.integrations import gguf_cases
-
     path = tmp_path / "model.gguf"
-    gguf_cases_write(gguf_cases, path)
+    cases.write_gguf(path, cases.gguf_tensors(cases.tiny_llama()), cases.metadata())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "train.txt").write_text("\n".join(WORDS[i:] for i in range(40)))
     (tmp_path / "test.txt").write_text("\n".join(WORDS[::-1] for _ in range(12)))
     return tmp_path
-
-
-def gguf_cases_write(cases, path):
-    cases.write_gguf(path, tiny_llama())
 
 
 def call(folder, *options):
@@ -45,7 +41,7 @@ def test_prune_distil_compress_save(folder, capsys):
     assert call(folder, "--out", str(out), *texts, "--steps", "3", "--eval-window", "64") == 0
     printed = capsys.readouterr().out
     assert "0 violations of the masks" in printed and "13-grams in training" in printed
-    assert sk.checkpoint.verify_checkpoint(out).ok
+    assert verify_checkpoint(out).ok
     report = json.loads((out / "finetune_report.json").read_text())
     assert report["steps"] == 3 and "test.txt" in report["evaluations"][-1]
     assert (folder / "out-run" / "metrics.jsonl").exists()
@@ -60,7 +56,7 @@ def test_prune_distil_compress_save(folder, capsys):
 
 
 def test_densify_is_exact():
-    model = tiny_llama()
+    model = cases.tiny_llama()
     sk.prune_model(model, "magnitude", device="cpu", progress=False)
     ids = torch.arange(6).unsqueeze(0)
     with torch.no_grad():

@@ -188,8 +188,8 @@ def _student(args: argparse.Namespace, teacher: Any, tokenizer: Any, device: str
 
 def densify(model: Any) -> Any:
     """Replace every SparseLinear by an nn.Linear of the same weight, zeros included, in place."""
-    from sparsekern.nn.sparse_linear import SparseLinear
     from sparsekern.nn.replace import replace_module
+    from sparsekern.nn.sparse_linear import SparseLinear
 
     for module in list(model.modules()):
         if isinstance(module, SparseLinear):

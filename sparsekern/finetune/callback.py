@@ -76,9 +76,10 @@ class MaskedCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the violations to what is logged: 0."""
-        logs = kwargs.get("logs")
-        if logs is not None:
-            logs["mask_violations"] = self.masked.check()
+        count = self.masked.check()
+        for row in (kwargs.get("logs"), *state.log_history[-1:]):
+            if row is not None:
+                row["mask_violations"] = count
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the masks, remove the hooks, compress where that was asked for."""

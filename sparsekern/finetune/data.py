@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -224,35 +224,28 @@ def _sample(
     progress: bool,
 ) -> Tensor:
     from tqdm import tqdm
-    from transformers import DynamicCache
 
     device = next(teacher.parameters()).device
-    known = inspect.signature(teacher.forward).parameters
-    name = "cache" if "cache" in known else "past_key_values"  # its name from Transformers 5.24 on
     generator = torch.Generator(device).manual_seed(seed)
     flags = [(module, module.training) for module in teacher.modules()]
     teacher.eval()
     parts = []
     steps = -(-count // batch) * (window - prompts.shape[1])
-    context = torch.autocast(device.type, autocast or torch.bfloat16, enabled=bool(autocast))
     try:
+        decoder = _Decoder(teacher, prompts[:2].to(device), autocast)
         with tqdm(total=steps, desc="teacher text", unit="token", disable=not progress) as bar:
             for begin in range(0, count, batch):
                 numbers = torch.arange(begin, min(begin + batch, count)) % prompts.shape[0]
                 ids = torch.empty(len(numbers), window, dtype=torch.int64, device=device)
                 length = prompts.shape[1]
                 ids[:, :length] = prompts[numbers].to(device)
-                cache = DynamicCache()
-                options: dict[str, Any] = {name: cache, "use_cache": True}
+                step = decoder.start(window)
                 last = ids[:, :length]
                 for place in range(length, window):
-                    with context:
-                        output = teacher(input_ids=last, **options)
-                    logits = output.logits[:, -1].float() / temperature
+                    logits = step(last).float() / temperature
                     # argmax(p / Exp(1)) is a sample of p.
                     noise = torch.empty_like(logits).exponential_(generator=generator)
-                    chosen = (logits.softmax(-1) / noise).argmax(-1)
-                    ids[:, place] = chosen
+                    ids[:, place] = (logits.softmax(-1) / noise).argmax(-1)
                     last = ids[:, place : place + 1]
                     bar.update()
                 finite = bool(logits.isfinite().all())
@@ -262,6 +255,66 @@ def _sample(
         for module, flag in flags:
             module.training = flag
     return torch.cat(parts)
+
+
+class _Decoder:
+    """Token-by-token forwards with a key-value cache.
+
+    A static cache is preferred: one that grows is copied at every step. The first kind of cache
+    that gives the logits of forwards without one is taken.
+    """
+
+    def __init__(self, teacher: nn.Module, prompt: Tensor, autocast: torch.dtype | None) -> None:
+        self.teacher, self.autocast = teacher, autocast
+        known = inspect.signature(teacher.forward).parameters
+        # The argument's name from Transformers 5.24 on, and before.
+        self.name = "cache" if "cache" in known else "past_key_values"
+        self.options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        size = int(self._forward(prompt, None).shape[-1])
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, size, (prompt.shape[0], 4), generator=generator)
+        reasons = []
+        for kind in ("StaticCache", "DynamicCache"):
+            self.kind = kind
+            reason = self._disagrees(prompt, ids.to(prompt.device))
+            if not reason:
+                return
+            reasons.append(f"{kind}: {reason}")
+        op = f"{OP}.generate"
+        check(False, op, "a key-value cache that gives the model's logits", "; ".join(reasons))
+
+    def start(self, length: int) -> Callable[[Tensor], Tensor]:
+        """A function of the next tokens [batch, n] -> logits of the last [batch, vocabulary], for
+        rows of up to `length` tokens."""
+        import transformers
+
+        options: dict[str, Any] = {"config": self.teacher.config}
+        if self.kind == "StaticCache":
+            options["max_cache_len"] = length
+        cache = getattr(transformers, self.kind)(**options)
+        return lambda ids: self._forward(ids, cache)
+
+    def _forward(self, ids: Tensor, cache: Any) -> Tensor:
+        options = {"use_cache": False} if cache is None else {self.name: cache, "use_cache": True}
+        kind, on = ids.device.type, self.autocast is not None
+        with torch.autocast(kind, self.autocast or torch.bfloat16, enabled=on):
+            output = self.teacher(input_ids=ids, **options, **self.options)
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def _disagrees(self, prompt: Tensor, ids: Tensor) -> str:
+        """Why this kind of cache cannot be used; "" when it can."""
+        try:
+            step = self.start(prompt.shape[1] + ids.shape[1] + 3)  # longer than what is filled
+            step(prompt)
+            for place in range(ids.shape[1]):
+                logits = step(ids[:, place : place + 1])
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        whole = self._forward(torch.cat((prompt, ids), 1), None)
+        distance = (logits.float().softmax(-1) - whole.float().softmax(-1)).abs().sum(-1) / 2
+        far = float(distance.max())
+        return "" if far < 0.1 else f"probabilities differ by {far:.2f}"
 
 
 def _start_token(teacher: nn.Module) -> int | None:
@@ -323,6 +376,26 @@ def overlap(rows: Tensor, test: Tensor, n: int = 13) -> Overlap:
         hit[places[unique[places] == hashes]] = True
     seen = hit[np.searchsorted(unique, wanted)]
     return Overlap(n, wanted.size, int(seen.sum()))
+
+
+def without_overlap(corpus: Corpus, test: Tensor, n: int = 13) -> tuple[Corpus, int]:
+    """The corpus without the rows that hold an n-gram of the test text, and how many those are.
+
+    Args:
+        corpus: training rows.      test: ids [tokens].      n: as in `overlap`.
+    Raises:
+        ValueError: no row is left.
+    """
+    op = f"{OP}.without_overlap"
+    wanted = np.unique(_ngram_hashes(test.reshape(1, -1), n))
+    keep = []
+    for part in corpus.rows.split(max(1, (1 << 22) // corpus.window)):
+        hashes = _ngram_hashes(part, n).reshape(part.shape[0], -1)
+        places = np.minimum(np.searchsorted(wanted, hashes), wanted.size - 1)
+        keep.append(torch.from_numpy((wanted[places] != hashes).all(axis=1)))
+    kept = torch.cat(keep)
+    check(bool(kept.any()), op, "rows without test text", "none", "Give other training text.")
+    return Corpus(corpus.rows[kept], corpus.sources), int((~kept).sum())
 
 
 def _ngram_hashes(rows: Tensor, n: int) -> Any:

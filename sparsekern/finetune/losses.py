@@ -130,7 +130,9 @@ class _Chunked(torch.autograd.Function):
         want_hidden = ctx.needs_input_grad[0]
         want_head = head is not None and ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_head = torch.zeros_like(head, dtype=torch.float32) if want_head else None
+        grad_head = None
+        if want_head and head is not None:
+            grad_head = torch.zeros_like(head, dtype=torch.float32)
         kl_sum = torch.zeros((), dtype=torch.float32, device=device)
         ce_sum = torch.zeros_like(kl_sum)
         counted = tokens if labels is None else (labels != IGNORED).sum().clamp(min=1)

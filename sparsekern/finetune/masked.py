@@ -212,20 +212,20 @@ class Masked:
             return found
         check(masks, OP, "masks of at least one layer", "an empty dict")
         for name, mask in masks.items():
-            module, key = modules.get(name), "weight"
-            if module is None or not isinstance(getattr(module, "weight", None), Tensor):
+            place: Any = modules.get(name)
+            key = "weight"
+            if place is None or not isinstance(getattr(place, "weight", None), Tensor):
                 owner, _, key = name.rpartition(".")
-                module = modules.get(owner)
-            known = module is not None and isinstance(getattr(module, key, None), nn.Parameter)
+                place = modules.get(owner)
+            known = place is not None and isinstance(getattr(place, key, None), nn.Parameter)
             remedy = "Names are those of model.named_modules() or model.named_parameters()."
             check(known, OP, f"mask {name!r} to name a layer or Parameter", "no match", remedy)
-            assert module is not None
             dtype = getattr(mask, "dtype", type(mask).__name__)
             check(
                 dtype == torch.bool, OP, f"mask {name!r} of bool", dtype, "True = kept.", TypeError
             )
-            transposed = key == "weight" and replace.is_conv1d(module)
-            found[name] = (module, key, grouped(mask, transposed))
+            transposed = key == "weight" and replace.is_conv1d(place)
+            found[name] = (place, key, grouped(mask, transposed))
         return found
 
     def _entry(
@@ -291,8 +291,7 @@ class Masked:
             Steps are counted by the optimizer that was attached first. Moments that exist already
             are masked, and so are those that load_state_dict brings.
         """
-        while not isinstance(optimizer, Optimizer) and hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer
+        optimizer = unwrap_optimizer(optimizer)
         op = f"{OP}.attach"
         got = type(optimizer).__name__
         check(isinstance(optimizer, Optimizer), op, "a torch optimizer", got, exc=TypeError)
@@ -410,7 +409,7 @@ class Masked:
 
     def _check_aligned(self, entry: Entry) -> None:
         """A shard that cuts groups apart would be chosen wrongly: ValueError."""
-        parameter = entry.parameter
+        parameter: Any = entry.parameter
         if not is_dtensor(parameter):
             return
         group_dim, m = 0 if entry.transposed else 1, self.pattern[1]
@@ -513,8 +512,9 @@ class Masked:
         for entry in self.entries:
             nonzero = entry.weight() != 0
             outside = nonzero & entry.drop()
-            if is_dtensor(entry.parameter):
-                mesh = entry.parameter.device_mesh
+            parameter: Any = entry.parameter
+            if is_dtensor(parameter):
+                mesh = parameter.device_mesh
             if entry.linear and nonzero.numel() and _groups_whole(entry, m):
                 rows = grouped(nonzero, entry.transposed).reshape(-1, m).sum(1) > n
                 wrong = grouped(outside, entry.transposed).reshape(-1, m).any(1)
@@ -642,13 +642,21 @@ class Masked:
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, torch.compile's wrapper and AveragedModel."""
     wrappers = ("DistributedDataParallel", "DataParallel", "AveragedModel")
+    inner: Any = model
     while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif type(model).__name__ in wrappers and isinstance(model.module, nn.Module):
-            model = model.module
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif type(inner).__name__ in wrappers and isinstance(inner.module, nn.Module):
+            inner = inner.module
         else:
-            return model
+            return inner  # type: ignore[no-any-return]
+
+
+def unwrap_optimizer(optimizer: Any) -> Any:
+    """The torch optimizer inside a wrapper that has it as `.optimizer` (accelerate)."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -658,7 +666,7 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name.replace("_orig_mod.", ""), getattr(module, "_orig_mod", module)
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Any) -> bool:
     """Whether it is a torch.distributed DTensor, asked without importing that."""
     return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
 
@@ -666,7 +674,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """The shard of this process, sharing memory; a plain tensor as it is."""
     if is_dtensor(tensor):
-        shard_of: Tensor = tensor.to_local()  # type: ignore[operator]
+        shard_of: Tensor = tensor.to_local()  # type: ignore[attr-defined]
         return shard_of
     return tensor
 

@@ -391,7 +391,11 @@ class _Run:
             )
             assert isinstance(teacher, nn.Module)
             teacher.to(self.device)
-            options = {"window": window, "seed": self.recipe.seed, "autocast": self.autocast}
+            options: dict[str, Any] = {
+                "window": window,
+                "seed": self.recipe.seed,
+                "autocast": self.autocast,
+            }
             show = self.progress and self.world.first
             if self.world.first:  # the others then read its file
                 text.generate(teacher, generate_tokens, progress=show, **options)

@@ -62,7 +62,7 @@ def accept(config: Any, masked_product: bool = False) -> Any:
     return config
 
 
-class SparseLora(PeftLinear):  # type: ignore[misc, no-any-unimported]
+class SparseLora(PeftLinear):  # type: ignore[misc, no-any-unimported, unused-ignore]
     """peft's LoRA layer with a SparseLinear as base: y = base(x) + s·B(A(dropout(x))).
 
     Attributes:
@@ -96,7 +96,7 @@ class SparseLora(PeftLinear):  # type: ignore[misc, no-any-unimported]
         names = check_adapters_to_merge(self, adapter_names)
         base = self.get_base_layer()
         for name in names:
-            if name not in self.lora_A.keys():
+            if name not in self.lora_A:
                 continue
             if self.lora_bias[name]:
                 remedy = "Keep the adapter unmerged."
@@ -123,7 +123,8 @@ class SparseLora(PeftLinear):  # type: ignore[misc, no-any-unimported]
         """The dense product under the mask, s·(B·A)∘M [out, in]: for inspection."""
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         delta: Tensor = (b @ a) * self.scaling[adapter]
-        return delta * self.get_base_layer().weight.mask().to(delta.device)
+        mask: Tensor = self.get_base_layer().weight.mask().to(delta.device)
+        return delta * mask
 
 
 class MaskedSparseLora(SparseLora):
@@ -145,7 +146,7 @@ class MaskedSparseLora(SparseLora):
         if self.disable_adapters or self.merged:
             return result
         for name in self.active_adapters:
-            if name not in self.lora_A.keys():
+            if name not in self.lora_A:
                 continue
             a, b = self.lora_A[name].weight, self.lora_B[name].weight
             inner = self.lora_dropout[name](x.to(a.dtype))
