@@ -23,8 +23,9 @@ from sparsekern.finetune.masked import Masked
 try:
     from transformers import TrainerCallback
 except ImportError as error:
-    raise ImportError(
-        "sparsekern.finetune.MaskedCallback: transformers is missing. pip install transformers."
+    raise ModuleNotFoundError(
+        "sparsekern.finetune.MaskedCallback: transformers is missing. pip install transformers.",
+        name="transformers",
     ) from error
 
 OP = "sparsekern.finetune.MaskedCallback"

@@ -56,10 +56,12 @@ class Corpus:
 
     @property
     def tokens(self) -> int:
+        """Tokens of all rows."""
         return self.rows.numel()
 
     @property
     def window(self) -> int:
+        """Tokens per row."""
         return self.rows.shape[1]
 
     def describe(self) -> dict[str, Any]:
@@ -344,6 +346,7 @@ class Overlap:
 
     @property
     def share(self) -> float:
+        """found / test."""
         return self.found / self.test if self.test else 0.0
 
     def __str__(self) -> str:

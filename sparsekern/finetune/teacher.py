@@ -44,6 +44,7 @@ class Split(nn.Module):
 
     @property
     def head(self) -> Tensor | None:
+        """The model's output weight, or None where logits are no plain product."""
         if not self.plain:
             return None
         weight: Tensor = self.model.get_output_embeddings().weight  # type: ignore[operator]

@@ -157,6 +157,7 @@ class DistillReport:
 
     @property
     def final(self) -> dict[str, float]:
+        """The last evaluation, {} without any."""
         return self.evaluations[-1] if self.evaluations else {}
 
     def to_json(self) -> str:

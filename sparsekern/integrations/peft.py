@@ -30,7 +30,9 @@ try:
     from peft.tuners.lora.layer import Linear as PeftLinear
     from peft.tuners.tuners_utils import check_adapters_to_merge
 except ImportError as error:
-    raise ImportError("sparsekern.integrations.peft: peft is missing. pip install peft.") from error
+    raise ModuleNotFoundError(
+        "sparsekern.integrations.peft: peft is missing. pip install peft.", name="peft"
+    ) from error
 
 OP = "sparsekern.integrations.peft"
 DENSE_INITS = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")
