@@ -27,8 +27,8 @@ from sparsekern.finetune import lora
 from sparsekern.nn.sparse_linear import SparseLinear
 
 try:
-    from peft.tuners.lora.layer import Linear as PeftLinear
-    from peft.tuners.tuners_utils import check_adapters_to_merge
+    from peft.tuners.lora.layer import Linear as PeftLinear  # type: ignore[import-not-found]
+    from peft.tuners.tuners_utils import check_adapters_to_merge  # type: ignore[import-not-found]
 except ImportError as error:
     raise ModuleNotFoundError(
         "sparsekern.integrations.peft: peft is missing. pip install peft.", name="peft"
