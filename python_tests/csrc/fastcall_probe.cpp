@@ -1,5 +1,5 @@
-// fastcall_probe.cpp: a module of functions bound by csrc/core/fastcall.h, for test_fastcall.py. It says
-// what C++ was given.
+// fastcall_probe.cpp: a module of functions bound by csrc/core/fastcall.h, for test_fastcall.py. It
+// says what C++ was given.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
