@@ -26,32 +26,50 @@ constexpr const char* kOp = "sparsekern._C.Linear";
 
 // ---- the fixed part -----------------------------------------------------------------------------
 
-// X(name); the first kRequiredOfInit are required.
-#define SK_INIT(X)                                                                    \
-  X(kernel)                                                                           \
-  X(config) X(tokens) X(out_features) X(in_features) X(x_stride) X(y_stride) X(dtype) \
-      X(residual_stride) X(weight) X(activation)
-constexpr int kRequiredOfInit = 8;
-
-// X(name); the first kRequiredOfCall are required.
-#define SK_CALL(X)                                                                   \
-  X(x)                                                                               \
-  X(values) X(metadata) X(y) X(stream) X(bias) X(residual) X(workspace) X(up_values) \
-      X(up_metadata) X(channel_scale) X(token_scale)
-constexpr int kRequiredOfCall = 5;
-
-#define SK_FIELD(name) k_##name,
-#define SK_TEXT(name) #name,
+// The parameters in the order of Init and Call; the first kRequired of them must be passed.
+constexpr const char* kInitNames[] = {"kernel",          "config",   "tokens",    "out_features",
+                                      "in_features",     "x_stride", "y_stride",  "dtype",
+                                      "residual_stride", "weight",   "activation"};
 struct Init {
-  enum { SK_INIT(SK_FIELD) kCount };
+  enum {
+    kKernel,
+    kConfig,
+    kTokens,
+    kOutFeatures,
+    kInFeatures,
+    kXStride,
+    kYStride,
+    kDtype,
+    kRequired,
+    kResidualStride = kRequired,
+    kWeight,
+    kActivation,
+    kCount
+  };
 };
+constexpr const char* kCallNames[] = {"x",         "values",      "metadata",      "y",
+                                      "stream",    "bias",        "residual",      "workspace",
+                                      "up_values", "up_metadata", "channel_scale", "token_scale"};
 struct Call {
-  enum { SK_CALL(SK_FIELD) kCount };
+  enum {
+    kX,
+    kValues,
+    kMetadata,
+    kY,
+    kStream,
+    kRequired,
+    kBias = kRequired,
+    kResidual,
+    kWorkspace,
+    kUpValues,
+    kUpMetadata,
+    kChannelScale,
+    kTokenScale,
+    kCount
+  };
 };
-constexpr const char* kInitNames[] = {SK_INIT(SK_TEXT)};
-constexpr const char* kCallNames[] = {SK_CALL(SK_TEXT)};
-#undef SK_FIELD
-#undef SK_TEXT
+static_assert(sizeof(kInitNames) / sizeof(const char*) == Init::kCount);
+static_assert(sizeof(kCallNames) / sizeof(const char*) == Call::kCount);
 
 Keywords<Init::kCount> init_keywords;
 Keywords<Call::kCount> call_keywords;
@@ -64,9 +82,9 @@ struct Optional {
   std::uint32_t fields;
 };
 constexpr Optional kOptional[] = {
-    {kTakesEpilogue, bit(Call::k_bias) | bit(Call::k_residual)},
-    {kTakesScales, bit(Call::k_channel_scale) | bit(Call::k_token_scale)},
-    {kTakesUp, bit(Call::k_up_values) | bit(Call::k_up_metadata)},
+    {kTakesEpilogue, bit(Call::kBias) | bit(Call::kResidual)},
+    {kTakesScales, bit(Call::kChannelScale) | bit(Call::kTokenScale)},
+    {kTakesUp, bit(Call::kUpValues) | bit(Call::kUpMetadata)},
 };
 
 struct LinearObject {
@@ -158,11 +176,12 @@ Status check(const LinearObject& object, bool has_activation) {
   const Kernel& kernel = *object.kernel;
   const LinearProblem& p = object.problem;
   const int tokens = p.tokens, out_features = p.out_features, in_features = p.in_features;
-  const int config = object.config, configs = kernel.configs.rows;
   const int64_t x_stride = p.x.stride, y_stride = p.y.stride;
   const int64_t residual_stride = p.epilogue.residual_stride;
-  SK_CHECK_REL(kOp, config, >=, 0, "See sparsekern._C.kernels().");
-  SK_CHECK_REL(kOp, config, <, configs, "See sparsekern._C.kernels().");
+  if (object.config < 0 || object.config >= kernel.configs.rows)
+    return make_status(StatusKind::value, kOp, ": expected a config index below ",
+                       kernel.configs.rows, " with kernel '", kernel.name, "', got ", object.config,
+                       ". See sparsekern._C.kernels().");
   SK_CHECK_REL(kOp, tokens, >=, 0, "Pass the number of rows of x.");
   SK_CHECK_REL(kOp, out_features, >=, 0, "Pass the rows of the weight.");
   SK_CHECK_REL(kOp, in_features, >=, 0, "Pass the dense columns of the weight.");
@@ -185,19 +204,19 @@ Status check(const LinearObject& object, bool has_activation) {
 
 bool fill(LinearObject& object, PyObject* const* values) {
   LinearProblem& p = object.problem;
-  if (!read_kernel(values[Init::k_kernel], object.kernel) ||
-      !read_init(values, Init::k_config, object.config) ||
-      !read_init(values, Init::k_tokens, p.tokens) ||
-      !read_init(values, Init::k_out_features, p.out_features) ||
-      !read_init(values, Init::k_in_features, p.in_features) ||
-      !read_init(values, Init::k_x_stride, p.x.stride) ||
-      !read_init(values, Init::k_y_stride, p.y.stride) ||
-      !read_init(values, Init::k_residual_stride, p.epilogue.residual_stride) ||
-      !read_dtype(values[Init::k_dtype], "dtype", p.x.dtype) ||
-      !read_activation(values[Init::k_activation], p.epilogue.activation))
+  if (!read_kernel(values[Init::kKernel], object.kernel) ||
+      !read_init(values, Init::kConfig, object.config) ||
+      !read_init(values, Init::kTokens, p.tokens) ||
+      !read_init(values, Init::kOutFeatures, p.out_features) ||
+      !read_init(values, Init::kInFeatures, p.in_features) ||
+      !read_init(values, Init::kXStride, p.x.stride) ||
+      !read_init(values, Init::kYStride, p.y.stride) ||
+      !read_init(values, Init::kResidualStride, p.epilogue.residual_stride) ||
+      !read_dtype(values[Init::kDtype], "dtype", p.x.dtype) ||
+      !read_activation(values[Init::kActivation], p.epilogue.activation))
     return false;
   p.y.dtype = p.weight_dtype = p.x.dtype;
-  PyObject* weight = values[Init::k_weight];
+  PyObject* weight = values[Init::kWeight];
   if (weight != nullptr && weight != Py_None && !read_dtype(weight, "weight", p.weight_dtype))
     return false;
   const Status status = check(object, p.epilogue.activation != Activation::kNone);
@@ -211,8 +230,8 @@ bool fill(LinearObject& object, PyObject* const* values) {
   for (const Optional& optional : kOptional)
     if (!(takes & optional.takes)) object.refused |= optional.fields;
   if (p.tokens > 0 && p.out_features > 0 && p.in_features > 0) {
-    object.needed = bit(Call::k_x) | bit(Call::k_values) | bit(Call::k_metadata) | bit(Call::k_y);
-    if (takes & kTakesUp) object.needed |= bit(Call::k_up_values) | bit(Call::k_up_metadata);
+    object.needed = bit(Call::kX) | bit(Call::kValues) | bit(Call::kMetadata) | bit(Call::kY);
+    if (takes & kTakesUp) object.needed |= bit(Call::kUpValues) | bit(Call::kUpMetadata);
   }
   return true;
 }
@@ -235,16 +254,16 @@ void refuse_fields(const LinearObject& object, std::uint32_t fields, bool missin
 Status launch(const LinearObject& object, const Address (&values)[Call::kCount]) {
   SK_RETURN_IF_ERROR(bind_thread("sparsekern.linear"));
   LinearProblem p = object.problem;
-  p.x.data = out(values[Call::k_x]);
-  p.weight = {in(values[Call::k_values]), in(values[Call::k_metadata])};
-  p.up = {in(values[Call::k_up_values]), in(values[Call::k_up_metadata])};
-  p.epilogue.channel_scale = static_cast<const float*>(in(values[Call::k_channel_scale]));
-  p.epilogue.token_scale = static_cast<const float*>(in(values[Call::k_token_scale]));
-  p.epilogue.bias = in(values[Call::k_bias]);
-  p.epilogue.residual = in(values[Call::k_residual]);
-  p.y.data = out(values[Call::k_y]);
-  p.workspace = out(values[Call::k_workspace]);
-  return object.launch(p, object.config, as_stream(values[Call::k_stream]));
+  p.x.data = out(values[Call::kX]);
+  p.weight = {in(values[Call::kValues]), in(values[Call::kMetadata])};
+  p.up = {in(values[Call::kUpValues]), in(values[Call::kUpMetadata])};
+  p.epilogue.channel_scale = static_cast<const float*>(in(values[Call::kChannelScale]));
+  p.epilogue.token_scale = static_cast<const float*>(in(values[Call::kTokenScale]));
+  p.epilogue.bias = in(values[Call::kBias]);
+  p.epilogue.residual = in(values[Call::kResidual]);
+  p.y.data = out(values[Call::kY]);
+  p.workspace = out(values[Call::kWorkspace]);
+  return object.launch(p, object.config, as_stream(values[Call::kStream]));
 }
 
 PyObject* call(PyObject* self, PyObject* const* arguments, std::size_t flags, PyObject* names) {
@@ -362,8 +381,8 @@ std::size_t workspace_bytes() {
 }  // namespace
 
 void bind_linear(py::module_& m) {
-  init_keywords.define("Linear", kInitNames, kRequiredOfInit);
-  call_keywords.define("Linear", kCallNames, kRequiredOfCall);
+  init_keywords.define("Linear", kInitNames, Init::kRequired);
+  call_keywords.define("Linear", kCallNames, Call::kRequired);
   const auto type = py::reinterpret_steal<py::object>(PyType_FromSpec(&spec));
   if (!type) throw py::error_already_set();
   m.attr("Linear") = type;

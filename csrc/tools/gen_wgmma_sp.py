@@ -1,4 +1,4 @@
-"""Writes ptx/wgmma_sp.cuh: one inline-asm wrapper per (element type, N) that the kernels instantiate.
+"""Writes ptx/wgmma_sp.cuh: an inline-asm wrapper per (element type, N) that the kernels use.
 
 The instruction names every accumulator register, so the text is mechanical and long; it is
 generated once, committed, and a test regenerates and compares it.
@@ -12,9 +12,7 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parents[1]
 TOKENS = (64, 96, 128, 160, 192, 208)  # N of the instruction: tokens of a tile
 # {C++ type: operand in PTX} of the table of element types
-TYPES = dict(
-    re.findall(r'X\(k\w+, "\w+", (\w+), 16, "(\w+)"', (CSRC / "core/dtype.h").read_text())
-)
+TYPES = dict(re.findall(r'X\(k\w+, "\w+", (\w+), 16, "(\w+)"', (CSRC / "core/dtype.h").read_text()))
 
 HEADER = """\
 // wgmma_sp.cuh: D[64,N] (+)= A[64,32] · B[32,N] by one warpgroup, A 2:4-sparse along K, A and B in
