@@ -1,6 +1,6 @@
 // splitk_sm90.cuh: D[M,N] = A[M,K] · B[K,N], A 2:4-sparse, for problems that are over in a few
-// microseconds. Hopper: copy engine + wgmma.sp; the stages, the copies and the main loop are the
-// prefill kernel's.
+// microseconds. Hopper: copy engine + wgmma.sp; the stages and the main loop are the prefill
+// kernel's.
 //
 //   M = out_features   N = tokens   K = in_features (dense count)
 //   Specification: sparsekern/reference.py, linear
@@ -22,7 +22,15 @@
 //
 // One tile per cluster, and no cluster waits for another. Launches overlap (dependent_launch.cuh).
 #pragma once
-#include "linear/prefill_sm90.cuh"
+#include "linear/mainloop_sm90.cuh"
+#include "linear/prefill_epilogue_sm90.cuh"
+#include "ptx/cluster.cuh"
+#include "ptx/dependent_launch.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/named_barrier.cuh"
+#include "ptx/registers.cuh"
+#include "ptx/tma.cuh"
 
 namespace sparsekern::split {
 

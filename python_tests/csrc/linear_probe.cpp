@@ -1,5 +1,5 @@
-// linear_probe.cpp: the type Linear (csrc/linear/linear_type.cpp) over kernels that only say what they
-// were given, for test_linear_type.py. No GPU, no CUDA runtime.
+// linear_probe.cpp: the type Linear (csrc/linear/linear_type.cpp) over kernels that only say what
+// they were given, for test_linear_type.py. No GPU, no CUDA runtime.
 #include <pybind11/pybind11.h>
 
 #include <string>
