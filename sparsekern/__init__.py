@@ -10,24 +10,31 @@ The map of the code is in README.md; `reference.py` is the specification of ever
 __version__ = "0.1.0"
 
 from sparsekern import _moved, prune
+from sparsekern.backends.registry import register_backend
 from sparsekern.checkpoint import from_pretrained, load_into, save_pretrained
 from sparsekern.errors import FormatError
 from sparsekern.eval.perplexity import perplexity
-from sparsekern.formats.sparse24 import Sparse24, compress, decompress, prune_compress, verify
+from sparsekern.formats.dtypes import ElementType, register_dtype
+from sparsekern.formats.layouts import Layout, WeightSpec, register_layout
+from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.prune_model import prune_model
 from sparsekern.oneshot.report import PruneReport
+from sparsekern.ops.compress import compress, decompress, prune_compress, verify
 from sparsekern.ops.gated_op import gated_linear
 from sparsekern.ops.linear_op import Explanation, explain, linear
 
 _moved.install()
 
 __all__ = [
+    "ElementType",
     "Explanation",
     "FormatError",
+    "Layout",
     "PruneReport",
     "Sparse24",
     "SparseLinear",
+    "WeightSpec",
     "__version__",
     "compress",
     "decompress",
@@ -40,6 +47,9 @@ __all__ = [
     "prune",
     "prune_compress",
     "prune_model",
+    "register_backend",
+    "register_dtype",
+    "register_layout",
     "save_pretrained",
     "verify",
 ]

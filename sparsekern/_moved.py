@@ -27,17 +27,28 @@ MOVED = {
 }
 
 
+# Public names that lie in another module than the rest of theirs.
+MOVED_NAMES = {
+    "sparse24": dict.fromkeys(
+        ("compress", "decompress", "prune_compress", "verify"), "ops.compress"
+    ),
+}
+
+
 class _Moved(ModuleType):
     """Stands for a module under its old name."""
 
     def __init__(self, old: str, new: str) -> None:
         super().__init__(old, f"Moved to {new}.")
         self._new = new
+        self._elsewhere = MOVED_NAMES.get(old.rpartition(".")[2], {})
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(importlib.import_module(self._new), name)
+        elsewhere = self._elsewhere.get(name)
+        module = self._new if elsewhere is None else f"sparsekern.{elsewhere}"
+        return getattr(importlib.import_module(module), name)
 
 
 def install() -> None:

@@ -16,7 +16,7 @@ needs_module = pytest.mark.skipif(not _native.available(), reason=_native.reason
 def same(w):
     """prune_compress of w on both devices."""
     assert cuda_compress.supported(w.cuda())
-    want, got = sk.prune_compress(w), sk.prune_compress(w.cuda()).cpu()
+    want, got = sk.prune_compress(w), sk.prune_compress(w.cuda(), layout="rowmajor").cpu()
     assert torch.equal(got.values.view(torch.int16), want.values.view(torch.int16))
     assert torch.equal(got.metadata, want.metadata)
 
@@ -42,12 +42,12 @@ def test_what_is_not_finite_is_named(value):
     w = torch.randn(16, 64).bfloat16()
     w[5, 17] = value
     with pytest.raises(ValueError, match="row 5"):
-        sk.prune_compress(w.cuda())
+        sk.prune_compress(w.cuda(), layout="rowmajor")
 
 
 @needs_module
 def test_what_the_kernel_does_not_take_goes_elsewhere():
     w = torch.randn(16, 68).bfloat16()
     assert not cuda_compress.supported(w.cuda())
-    got = sk.prune_compress(w.cuda()).cpu()
+    got = sk.prune_compress(w.cuda(), layout="rowmajor").cpu()
     assert torch.equal(got.values, sk.prune_compress(w).values)

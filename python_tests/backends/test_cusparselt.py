@@ -25,10 +25,13 @@ import torch
 
 from python_tests.linear_cases import assert_within, error_bound, random_input, random_weight
 from sparsekern import SparseLinear, _native, explain, linear, reference
+from sparsekern.backends import memory, registry
+from sparsekern.backends.cusparselt import layout
 from sparsekern.backends.cusparselt import library as vendor
 from sparsekern.backends.cusparselt import linear as backend
 from sparsekern.backends.cusparselt.linear import Algorithm
 from sparsekern.backends.cusparselt.search import search
+from sparsekern.backends.protocol import problem_of
 from sparsekern.formats.sparse24 import Sparse24, compress, decompress
 from sparsekern.formats.tile64 import pack as pack_tile64
 from sparsekern.ops import linear_op as ops
@@ -102,8 +105,8 @@ def cpu_as_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(backend, "_workspaces", {})
     if _native.available():
         monkeypatch.setattr(_native.module(), "capture_id", lambda stream: 0)
-    monkeypatch.setattr(backend, "packs", lambda device: device.type == "cpu")
-    monkeypatch.setitem(ops._PREFERENCE, "cpu", ("cpu", "cusparselt"))
+    monkeypatch.setattr(layout, "packs", lambda device: device.type == "cpu")
+    monkeypatch.setitem(registry._PREFERENCE, "cpu", ["cpu", "cusparselt"])
     forget()
     yield
     forget()
@@ -117,6 +120,13 @@ def fake(monkeypatch, tmp_path, cpu_as_gpu):
 def weight(out_features=32, in_features=48, seed=0, integers=True):
     w = random_weight(out_features, in_features, BF16, seed, integers)
     return w, compress(w)
+
+
+def plan_arguments(*values):
+    """The arguments of the native cusparselt_plan by name."""
+    sizes = "device", "dtype", "out_features", "tokens", "in_features", "x_stride", "y_stride"
+    names = *sizes, "bias", "relu", *Algorithm._fields
+    return dict(zip(names, values, strict=True))
 
 
 def expected(x, w, bias=None, activation=None):
@@ -159,7 +169,7 @@ def test_float16_on_hopper_is_refused_where_it_dies(fake, monkeypatch, patch):
     assert vendor.refusal(-1, BF16) == ""
     why = vendor.refusal(-1, torch.float16)
     assert f"cuSPARSELt 0.8.{patch}" in why and "illegal instruction" in why and "bfloat16" in why
-    with pytest.raises(NotImplementedError, match="illegal instruction.*packed=None"):
+    with pytest.raises(NotImplementedError, match="illegal instruction.*layout=None"):
         backend.pack(compress(random_weight(32, 32, torch.float16)))
     assert fake.inits == 0, "refused before the library is asked for anything"
     monkeypatch.setattr(vendor, "_capability", lambda index: (8, 0))
@@ -173,7 +183,7 @@ def test_float16_on_hopper_is_refused_where_it_dies(fake, monkeypatch, patch):
 @needs_fake
 def test_refusals_in_words(fake, monkeypatch):
     w24 = backend.pack(weight()[1])
-    assert backend.supported(torch.zeros(8, 48, dtype=BF16), w24) == (True, backend._RUNS)
+    assert backend.why_not(problem_of(torch.zeros(8, 48, dtype=BF16), w24.spec)) is None
     assert "float16 or bfloat16, got torch.float32" in vendor.refusal(-1, torch.float32)
     monkeypatch.setattr(vendor, "_capability", lambda index: (7, 5))
     vendor.refusal.cache_clear()
@@ -327,7 +337,11 @@ def test_a_plan_is_built_once_per_problem(fake):
 @needs_fake
 def test_the_native_cache_is_keyed_by_everything(fake):
     backend.pack(weight()[1])  # loads the library
-    plan = _native.module().cusparselt_plan
+    native_plan = _native.module().cusparselt_plan
+
+    def plan(*values):
+        return native_plan(**plan_arguments(*values))
+
     problem = [-1, 1, 32, 8, 48, 48, 32, 0, False, 0, 1, 0]
     first = plan(*problem)
     built = fake.plans_built
@@ -354,7 +368,7 @@ def test_a_full_cache_is_emptied_and_stale_plans_are_noticed(fake):
     linear(x, w24)
     native = _native.module()
     for stride in range(16, 16 + 8 * native.CUSPARSELT_MAX_PLANS, 8):
-        native.cusparselt_plan(-1, 1, 16, 8, 16, stride, 16, 0, False, -1, 1, 0)
+        native.cusparselt_plan(**plan_arguments(-1, 1, 16, 8, 16, stride, 16, 0, False, -1, 1, 0))
     assert 0 < fake.plans < native.CUSPARSELT_MAX_PLANS
     built = fake.plans_built
     assert torch.equal(linear(x, w24), expected(x, w))
@@ -404,6 +418,8 @@ def test_a_call_like_one_before_takes_one_look_up(fake, unasked, activation):
     )
     with torch.no_grad():
         first = [linear(x, w24, bias, activation) for x in cases]
+        for x in cases:
+            linear(x, w24, bias, activation, backend="cusparselt")
         built = fake.plans_built
         unasked()
         for x, y in zip(cases, first):
@@ -480,7 +496,9 @@ def test_a_known_call_whose_plan_is_gone_makes_a_new_one(fake):
     with torch.no_grad():
         linear(x, w24)
         for stride in range(16, 16 + 8 * native.CUSPARSELT_MAX_PLANS, 8):
-            native.cusparselt_plan(-1, 1, 16, 8, 16, stride, 16, 0, False, -1, 1, 0)
+            native.cusparselt_plan(
+                **plan_arguments(-1, 1, 16, 8, 16, stride, 16, 0, False, -1, 1, 0)
+            )
         built = fake.plans_built
         for _ in range(2):
             assert torch.equal(linear(x, w24), expected(x, w))
@@ -543,8 +561,9 @@ def test_a_workspace_is_lent_per_stream_and_never_captured(fake, splitting, monk
     monkeypatch.setattr(_native.module(), "capture_id", lambda stream: capture[0])
     lent = backend._workspaces
     with torch.no_grad():
-        linear(x, w24)
-        assert lent == {}, "inside the general path"
+        with memory.nothing_kept():
+            linear(x, w24)
+        assert lent == {}, "within a registered op"
         capture[0] = 7
         assert torch.equal(linear(x, w24), expected(x, w))
         assert lent == {}, "while a graph is captured"
@@ -569,7 +588,8 @@ def test_workspaces_that_are_too_small_are_replaced_and_large_ones_not_kept(
     native, small = _native.module(), torch.zeros(63, dtype=torch.uint8)
     y = torch.empty(8, 32, dtype=BF16)
     with torch.no_grad():
-        linear(x, w24)
+        with memory.nothing_kept():
+            linear(x, w24)
         plan = next(known[0] for known in backend._plans.values() if known and known[1])
         addresses = plan, w24.values.data_ptr(), x.data_ptr(), y.data_ptr()
         assert native.cusparselt_matmul(*addresses, 0, PER_THREAD) == native.CUSPARSELT_NO_WORKSPACE
@@ -656,8 +676,9 @@ def test_everything_is_destroyed_when_python_ends(tmp_path):
         "count = lambda name: ctypes.c_int.in_dll(fake, 'fake_' + name).value\n"
         "names = 'handles', 'plans', 'matrices', 'selections'\n"
         "atexit.register(lambda: print('end', *map(count, names)))\n"
-        "from sparsekern import compress, cusparselt_library, cusparselt_backend as backend\n"
-        "cusparselt_library._capability = lambda index: (9, 0)\n"
+        "from sparsekern import compress\n"
+        "from sparsekern.backends.cusparselt import library, linear as backend\n"
+        "library._capability = lambda index: (9, 0)\n"
         "backend.current_device, backend.current_stream = (lambda: -1), (lambda index: 0)\n"
         "backend.empty_strided = torch._C._dynamo.guards._empty_strided_cpu\n"
         "w24 = backend.pack(compress(torch.zeros(32, 32, dtype=torch.bfloat16)))\n"
@@ -687,7 +708,7 @@ def test_pack_and_back(fake, monkeypatch, shape):
     assert packed.layout == "cusparselt" and packed.dtype == BF16
     assert packed.nbytes <= 0.60 * dense_bytes
     assert backend.pack(packed) is packed
-    monkeypatch.setattr(backend, "_UNPACK_ELEMENTS", 32 * sum(shape))  # several slices
+    monkeypatch.setattr(layout, "_UNPACK_ELEMENTS", 32 * sum(shape))  # several slices
     for back in (packed.rowmajor(), backend.pack(pack_tile64(w24)).rowmajor()):
         assert back.layout == "rowmajor"
         assert torch.equal(back.values, w24.values) and torch.equal(back.metadata, w24.metadata)
@@ -719,12 +740,12 @@ def test_pack_notices_a_blob_that_gives_back_another_weight(fake, monkeypatch):
 def test_another_backend_says_how_to_get_the_layout(fake):
     w24 = weight()[1]
     x = torch.zeros(8, 48, dtype=BF16)
-    with pytest.raises(NotImplementedError, match=r"SparseLinear\(packed='cusparselt'\)"):
+    with pytest.raises(NotImplementedError, match=r"SparseLinear\(layout='cusparselt'\)"):
         linear(x, w24, backend="cusparselt")
     assert linear(x, backend.pack(w24), backend="cusparselt").shape == (8, 32)
     with pytest.raises(NotImplementedError, match="backend 'cuda' needs layout 'tile64'"):
         linear(x, backend.pack(w24), backend="cuda")
-    assert ops.select_backend(x, w24)[0].name == "cpu", "nothing prefers it by default"
+    assert explain(x, w24).backend == "cpu", "nothing prefers it by default"
 
 
 @needs_fake
@@ -792,11 +813,11 @@ def test_a_module_leaves_and_enters_the_gpu(fake, monkeypatch):
     """Where the library is not, the weight is row-major, whichever way the module came there."""
     module = SparseLinear.from_sparse24(weight(integers=False)[1], packed="cusparselt")
     before = module.weight.rowmajor()
-    monkeypatch.setattr(backend, "packs", lambda device: False)
+    monkeypatch.setattr(layout, "packs", lambda device: False)
     for there in (copy.deepcopy(module), module.cpu(), SparseLinear(16, 16, packed="cusparselt")):
         assert there.weight.layout == "rowmajor" and there.packed == "cusparselt"
     assert torch.equal(module.values, before.values)
-    monkeypatch.setattr(backend, "packs", lambda device: True)
+    monkeypatch.setattr(layout, "packs", lambda device: True)
     assert module.to(BF16).weight.layout == "cusparselt"
     fake.use(11, 0)
     with pytest.raises(NotImplementedError, match="expected version 0.6 to 0.10"):

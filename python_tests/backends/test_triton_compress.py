@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from sparsekern.backends import triton as triton_kernels
-from sparsekern.formats import codec as compression
-from sparsekern.formats.sparse24 import compress, decompress, prune_compress, verify
+from sparsekern.backends.compress import compress, decompress, mask24, prune_compress
+from sparsekern.formats.sparse24 import verify
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 HERE = Path(__file__).parent
@@ -43,7 +43,7 @@ from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import triton
-from sparsekern.triton_kernels.compress import compress_kernel as kernel
+from sparsekern.backends.triton.compress import compress_kernel as kernel
 
 arch = int(sys.argv[1])
 constants = dict(choice_ptr=None, MODE="magnitude", BITS=16, MAX_FINITE=0x7F7F, SCORE_BITS=0,
@@ -128,7 +128,7 @@ def test_errors_on_the_gpu_are_those_of_the_cpu(gpu_cases):
         (compress, (nan,)),
         (prune_compress, (nan,)),
         (prune_compress, (full, nan)),
-        (compression.mask24, (nan,)),
+        (mask24, (nan,)),
     ):
         with pytest.raises(ValueError) as on_cpu:
             call(*arguments)

@@ -16,6 +16,7 @@ import sparsekern as sk  # noqa: E402
 from python_tests.integrations import gguf_cases as cases  # noqa: E402
 from sparsekern.cli import demo
 from sparsekern.cli import main as cli
+from sparsekern.cli import shapes
 from sparsekern.eval import texts  # noqa: E402
 from sparsekern.integrations.gguf.model import load_gguf  # noqa: E402
 from sparsekern.profiling import layer_bench
@@ -223,7 +224,7 @@ def test_bench_of_a_model_counts_its_layers(places, call, monkeypatch):
     monkeypatch.setattr(layer_bench, "bench_shape", bench_shape)
     counts = {(64, 64): 4, (32, 64): 4, (96, 64): 4, (64, 96): 2}
     for folder in ("dense", "sparse"):
-        assert layer_bench.count_shapes(sk.from_pretrained(places / folder)) == counts
+        assert shapes.count_shapes(sk.from_pretrained(places / folder)) == counts
         code, output, _ = call("bench", places / folder, "--tokens", "1,8", "--device", "cpu")
         lines = output.splitlines()
         rows = [line.split() for line in lines[2:10]]
@@ -244,7 +245,7 @@ def test_bench_and_prune_agree_on_the_layers():
     model = plain()
     model.tied = torch.nn.Linear(16, 32)
     model.tied.weight = model.up.weight
-    counts = layer_bench.count_shapes(model)
+    counts = shapes.count_shapes(model)
     report = sk.prune_model(model, "magnitude", progress=False, device="cpu")
     assert sum(counts.values()) == len(report.pruned)
     assert counts == {(32, 16): 1, (16, 32): 1, (16, 16): 1}

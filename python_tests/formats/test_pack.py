@@ -20,9 +20,9 @@ SHAPES = (
     (64, 64),  # one whole tile
     (65, 68),  # one row and one group past the tile
     (70, 84),  # an odd number of groups: half a byte of padding in the row-major metadata
-    (256, 64),  # one whole superpanel
-    (257, 128),  # a last superpanel of one panel
-    (448, 72),  # a last superpanel of three panels
+    (256, 64),  # one whole tile row group
+    (257, 128),  # a last tile row group of one panel
+    (448, 72),  # a last tile row group of three panels
     (600, 200),  # several of everything, all ragged
 )
 EMPTY = ((0, 8), (8, 0), (0, 0), (300, 0))
@@ -44,9 +44,9 @@ def transcription(w24):
     panels, k_tiles = -(-out_features // 64), -(-in_features // 64)
 
     def tile(panel, k_tile):
-        superpanel = panel // 4
-        panels_in_superpanel = min(4, panels - 4 * superpanel)
-        return 4 * superpanel * k_tiles + k_tile * panels_in_superpanel + panel % 4
+        row_group = panel // 4
+        panels_in_group = min(4, panels - 4 * row_group)
+        return 4 * row_group * k_tiles + k_tile * panels_in_group + panel % 4
 
     values = torch.zeros(panels * k_tiles * 2048, dtype=w24.dtype)
     for row in range(out_features):

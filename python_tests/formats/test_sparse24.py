@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import itertools
-import sys
-import types
 
 import pytest
 import torch
@@ -14,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsekern import reference
+from sparsekern.backends.compress import compress, decompress, mask24, prune_compress
 from sparsekern.errors import FormatError
 from sparsekern.formats import codec as compression
-from sparsekern.formats.codec import mask24
-from sparsekern.formats.sparse24 import Sparse24, compress, decompress, prune_compress, verify
+from sparsekern.formats.sparse24 import Sparse24, verify
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PATTERNS = list(itertools.combinations(range(4), 2))
@@ -369,30 +367,80 @@ def test_pickle_with_weights_only():
     assert same_weight(torch.load(file, weights_only=True)["layer"], w24)
 
 
-@pytest.mark.parametrize("field, value", [("values", VALUES), ("shape", (8, 24)), ("layout", "x")])
-def test_hostile_pickle_is_refused(field, value):
-    w24 = prune_compress(torch.randn(8, 20))
-    w24.__dict__[field] = value
+HOSTILE = [
+    dict(tensors={"values": VALUES, "metadata": METADATA}),
+    dict(tensors={"values": VALUES}),
+    dict(tensors=[VALUES]),
+    dict(spec="8x24 float32 float32 rowmajor - 0"),
+    dict(spec="8x20 float32 float32 x - 0"),
+    dict(spec="8x20"),
+    dict(spec=7),
+    dict(version=3),
+    dict(version="2"),
+    dict(more=1),
+]
+
+
+@pytest.mark.parametrize("changes", HOSTILE, ids=lambda changes: str(changes)[:30])
+def test_hostile_pickle_is_refused(changes, monkeypatch):
+    w24, state = prune_compress(torch.randn(8, 20)), Sparse24.__getstate__
+    monkeypatch.setattr(Sparse24, "__getstate__", lambda self: state(self) | changes)
     file = io.BytesIO()
     torch.save(w24, file)
     file.seek(0)
-    with pytest.raises((FormatError, torch.serialization.pickle.UnpicklingError), match="Sparse24"):
+    with pytest.raises(
+        (FormatError, torch.serialization.pickle.UnpicklingError), match="sparsekern"
+    ):
         torch.load(file, weights_only=True)
 
 
-def test_rowmajor_of_a_packed_weight_asks_pack(monkeypatch):
-    expected = prune_compress(torch.randn(4, 12))
-    metadata = torch.zeros(1, 512, dtype=torch.uint8)
-    tiles = Sparse24(torch.zeros(1, 2048), metadata, (4, 12), "tile64")
-    pack = types.ModuleType("sparsekern.pack")
-    pack.unpack = lambda w24: expected if w24 is tiles else None
-    monkeypatch.setitem(sys.modules, "sparsekern.pack", pack)
-    monkeypatch.setattr(sys.modules["sparsekern"], "pack", pack, raising=False)
-    assert tiles.rowmajor() is expected
+def test_every_function_takes_every_layout():
+    expected = prune_compress(torch.randn(4, 12).to(torch.bfloat16))
+    tiles = expected.to_layout("tile64")
+    assert tiles.layout == "tile64" and tiles.to_layout("tile64") is tiles
+    assert same_weight(tiles.rowmajor(), expected) and expected.to_layout("rowmajor") is expected
     assert torch.equal(decompress(tiles), decompress(expected))
     assert torch.equal(tiles.bitmask(), expected.bitmask())
     assert torch.equal(tiles.mask(), expected.mask())
     verify(tiles)
+    with pytest.raises(FormatError, match="layout in .*, got 'tile63'"):
+        tiles.to_layout("tile63")
+
+
+def test_tensors_by_name():
+    w24 = prune_compress(torch.randn(4, 12))
+    assert list(w24.tensors) == ["values", "metadata"] and w24.tensors["values"] is w24.values
+    again = Sparse24.from_tensors(w24.spec, w24.tensors)
+    assert same_weight(again, w24) and again.spec is w24.spec
+    with pytest.raises(FormatError, match=r"tensors \['values', 'metadata'\], got \['values'\]"):
+        Sparse24.from_tensors(w24.spec, {"values": w24.values})
+    w24.values = w24.values.half()
+    assert w24.dtype == torch.float16 and w24.spec.storage == "float16"
+    with pytest.raises(FormatError, match=r"values of shape \[4, 6\]"):
+        w24.values = w24.values[:2]
+    with pytest.raises(FormatError, match="dtype uint8"):
+        w24.metadata = w24.values
+
+
+def test_a_twin_is_remembered_until_the_weight_changes():
+    w24 = prune_compress(torch.randn(4, 12).to(torch.bfloat16))
+    assert w24.fresh_twin() is None
+    twin = w24.twin("tile64")
+    assert w24.twin("tile64") is twin is w24.fresh_twin() and twin.layout == "tile64"
+    for other in (copy.copy(w24), copy.deepcopy(w24), w24.clone(), w24.detach()):
+        assert other.fresh_twin() is None
+    w24.values.mul_(2)
+    assert w24.fresh_twin() is None
+    assert torch.equal(w24.twin("tile64").to_dense(), w24.to_dense())
+    w24.metadata.fill_(0x44)
+    assert w24.fresh_twin() is None
+    w24.twin("tile64")
+    w24.tensors["values"] = w24.values.clone()
+    assert w24.fresh_twin() is None
+    with torch.inference_mode():
+        frozen = w24.clone()
+    with pytest.raises(RuntimeError, match="[Ii]nference tensors"):
+        frozen.twin("tile64")
 
 
 # ---- bitmask and verify --------------------------------------------------------------------------

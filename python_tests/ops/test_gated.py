@@ -74,17 +74,8 @@ def test_compile_fullgraph_and_the_registration(device):
     x, gate24, up24 = x.to(device), compress(gate.to(device)), compress(up.to(device))
     compiled = torch.compile(sk.gated_linear, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, gate24, up24), sk.gated_linear(x, gate24, up24))
-    arguments = (
-        x,
-        gate24.values,
-        gate24.metadata,
-        up24.values,
-        up24.metadata,
-        8,
-        16,
-        "rowmajor",
-        "rowmajor",
-    )
+    gate_part = list(gate24.tensors.values()), gate24.spec.text
+    arguments = (x, *gate_part, list(up24.tensors.values()), up24.spec.text)
     torch.library.opcheck(torch.ops.sparsekern.gated_linear.default, arguments)
 
 
@@ -115,8 +106,8 @@ def test_fused_on_hopper(dtype, monkeypatch):
     if reason := cuda_backend.hopper_refusal(torch.cuda.current_device()):
         pytest.skip(reason)
     fused = []
-    run = cuda_backend.gated_linear
-    monkeypatch.setattr(cuda_backend, "gated_linear", lambda *a: fused.append(1) or run(*a))
+    bind = cuda_backend.bind_gated
+    monkeypatch.setattr(cuda_backend, "bind_gated", lambda *a: fused.append(1) or bind(*a))
     for out_features, in_features in ((1, 64), (70, 84), (520, 1032), (256 * 140 + 5, 128)):
         x, gate, up = problem(40, out_features, in_features, dtype)
         gate24, up24 = pack(compress(gate).to("cuda")), pack(compress(up).to("cuda"))

@@ -1,5 +1,8 @@
 """sparsekern.linear and explain: numbers, shapes, errors, choice of backend."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -14,6 +17,11 @@ from python_tests.linear_cases import (
     random_weight,
 )
 from sparsekern import reference
+from sparsekern.backends import registry
+from sparsekern.backends.cpu import CpuBackend
+from sparsekern.backends.protocol import Explained, folded, problem_of
+from sparsekern.errors import FormatError
+from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.sparse24 import compress
 from sparsekern.ops import linear_op as ops
 from sparsekern.ops.linear_op import explain, linear
@@ -59,12 +67,12 @@ def test_random_within_bound(dtype, activation, device):
 
 def test_rows_beyond_one_cpu_chunk(monkeypatch):
     """Chunks of 3 rows of 40 columns; 10 rows leave a last chunk of one."""
-    monkeypatch.setattr(ops.cpu_backend, "_CHUNK_BYTES", 3 * 40 * 4)
+    monkeypatch.setattr(ops.cpu, "_CHUNK_BYTES", 3 * 40 * 4)
     w, x = random_weight(10, 40, torch.float32, integers=True), torch.eye(40)
     w24 = compress(w)
-    assert [stop - start for start, stop, _ in ops.cpu_backend.dense_chunks(w24)] == [3, 3, 3, 1]
+    assert [stop - start for start, stop, _ in ops.cpu.dense_chunks(w24)] == [3, 3, 3, 1]
     assert torch.equal(linear(x, w24), w.t())
-    assert torch.equal(ops.cpu_backend.input_grad(torch.eye(10), w24), w)
+    assert torch.equal(ops.cpu.input_grad(torch.eye(10), w24), w)
 
 
 def test_one_rounding(device):
@@ -132,12 +140,6 @@ def test_strided_inputs(device):
 F16 = torch.float16
 
 
-def in_float64(w24):
-    """A weight that its own constructor would refuse."""
-    w24.values = w24.values.double()
-    return w24
-
-
 ERRORS = {
     "columns": (
         dict(x=torch.ones(2, 12)),
@@ -152,10 +154,15 @@ ERRORS = {
     ),
     "x type": (dict(x=[1.0]), TypeError, r"x of type Tensor, got list"),
     "weight type": (dict(w24=torch.ones(4, 16)), TypeError, r"type Sparse24, got Tensor.*compress"),
-    "weight dtype": (
-        dict(w24=in_float64(compress(torch.zeros(4, 16))), x=torch.ones(2, 16).double()),
+    "float64": (
+        dict(x=torch.ones(2, 16).double()),
         TypeError,
-        r"weight\.dtype in float32, float16, bfloat16, got torch\.float64",
+        r"x\.dtype == weight\.dtype .*float32.*got torch\.float64",
+    ),
+    "an activation that is a list": (
+        dict(activation=["relu"]),
+        ValueError,
+        r"activation in None, 'relu', 'gelu', 'silu', got \['relu'\]",
     ),
     "x device": (
         dict(x=torch.ones(2, 16, device="meta")),
@@ -196,7 +203,7 @@ ERRORS = {
     "cusparselt without its layout": (
         dict(backend="cusparselt"),
         NotImplementedError,
-        r"needs layout 'cusparselt', got 'rowmajor'; make one with SparseLinear\(packed=",
+        r"needs layout 'cusparselt', got 'rowmajor'; make one with SparseLinear\(layout=",
     ),
     "cuda on cpu": (
         dict(backend="cuda"),
@@ -249,34 +256,112 @@ def test_explain_on_gpu_names_what_runs():
         linear(x, w24, backend="cpu")
 
 
-def test_a_new_backend_is_a_loader_and_a_name(monkeypatch):
-    """The order of preference decides; a refusal goes on to the next and shows in the reason."""
+class Seven:
+    """A backend for few tokens, whose results are all 7."""
 
-    def load():
-        def supported(x, w24):
-            few = x.shape[0] <= 2
-            return few, "few tokens" if few else f"{x.shape[0]} tokens are too many"
+    name = "seven"
 
-        def compute(x, w24, bias, activation):
-            return x.new_full((x.shape[0], w24.shape[0]), 7.0)
+    def supports(self, problem):
+        return None if problem.tokens <= 2 else f"{problem.tokens} tokens are too many"
 
-        return ops.Backend("seven", supported, compute, lambda x, w24: "constant")
+    def bind(self, problem):
+        return folded(lambda x, w24, bias: x.new_full((x.shape[0], w24.shape[0]), 7.0))
 
-    monkeypatch.setitem(ops._LOADERS, "seven", load)
-    monkeypatch.setitem(ops._PREFERENCE, "cpu", ("seven", "cpu"))
-    ops._load.cache_clear()
+    def explain(self, problem):
+        return Explained("constant", "few tokens", 7.0)
+
+
+@pytest.fixture
+def seven():
+    registry.register_backend(Seven(), device="cpu", before="cpu")
+    yield
+    registry.unregister_backend("seven")
+
+
+def test_the_order_decides_among_backends(seven):
+    """A refusal goes on to the next and shows in the reason."""
     w24 = compress(random_weight(8, 16, torch.float32))
     assert torch.equal(linear(torch.ones(2, 16), w24), torch.full((2, 8), 7.0))
-    assert explain(torch.ones(2, 16), w24).reason == "few tokens"
+    assert torch.equal(linear(torch.ones(1, 2, 16), w24), torch.full((1, 2, 8), 7.0))
+    told = explain(torch.ones(2, 16), w24)
+    assert (told.backend, told.reason, told.expected_us) == ("seven", "few tokens", 7.0)
     assert explain(torch.ones(3, 16), w24).backend == "cpu"
     assert "not seven: 3 tokens are too many" in explain(torch.ones(3, 16), w24).reason
     with pytest.raises(NotImplementedError, match="3 tokens are too many"):
         linear(torch.ones(3, 16), w24, backend="seven")
-    ops._load.cache_clear()
+    # No pair of gated halves is offered to a backend that has no `gated`.
+    assert registry.find(problem_of(torch.ones(2, 16), w24.spec, gated=w24.spec))[0] is None
+
+
+def test_a_backend_that_comes_or_goes_changes_calls_like_one_before():
+    w24, x = compress(random_weight(8, 16, torch.float32)), torch.ones(2, 16)
+    with torch.no_grad():
+        before = linear(x, w24)
+        registry.register_backend(Seven(), device="cpu", before="cpu")
+        assert linear(x, w24).eq(7).all()
+        registry.unregister_backend("seven")
+        assert torch.equal(linear(x, w24), before)
+
+
+def test_what_cannot_be_registered(seven):
+    for backend, options, error, text in (
+        (Seven(), {}, ValueError, "a new name, got 'seven'"),
+        (object(), {}, TypeError, "supports, bind and explain, got object"),
+        (registry._BACKENDS["triton"], dict(device="cpu"), ValueError, "a new name, got 'triton'"),
+    ):
+        with pytest.raises(error, match=text):
+            registry.register_backend(backend, **options)
+    registry.unregister_backend("seven")
+    with pytest.raises(ValueError, match=r"before among \['cpu'\] \(device 'cpu'\), got 'tpu'"):
+        registry.register_backend(Seven(), device="cpu", before="tpu")
+    registry.register_backend(Seven(), device="cpu", before="cpu")
+
+
+def test_a_call_like_one_before_is_bound_once(monkeypatch):
+    bound = []
+    bind = CpuBackend.bind
+    monkeypatch.setattr(CpuBackend, "bind", lambda *a: bound.append(1) or bind(*a))
+    w24, other = (compress(random_weight(8, 16, torch.float32, seed=seed)) for seed in (1, 2))
+    x, bias = torch.ones(5, 7, 16), torch.ones(8)
+    ops._calls.clear()
+    with torch.no_grad():
+        first = linear(x, w24, bias)
+        assert torch.equal(linear(x, w24, bias), first) and len(bound) == 1
+        linear(torch.zeros_like(x), other, torch.zeros(8))
+        assert len(bound) == 1, "another weight of the same spec, another bias"
+        for arguments in (
+            (x, w24),
+            (x[:, :6], w24, bias),
+            (x.transpose(0, 1), w24, bias),
+            (x, w24, bias, "relu"),
+            (x.half(), w24.to(F16)),
+        ):
+            linear(*arguments)
+        assert len(bound) == 6
+        with pytest.raises(ValueError, match="bias of shape"):
+            linear(x, w24, torch.ones(7))
+        assert linear(x.to("meta"), w24.to("meta"), bias.to("meta")).is_meta
+    assert linear(x, w24, bias).equal(first) and len(bound) == 6, "with gradients that nobody wants"
 
 
 def test_no_backend_for_a_device_says_so(monkeypatch):
-    monkeypatch.setitem(ops._PREFERENCE, "cpu", ())
+    monkeypatch.setitem(registry._PREFERENCE, "cpu", [])
+    ops._calls.clear()
     w24 = compress(random_weight(8, 16, torch.float32))
     with pytest.raises(NotImplementedError, match="a backend for this problem, got device cpu"):
         linear(torch.ones(1, 16), w24)
+
+
+def test_specs():
+    """Equal specs are one object; their text says all."""
+    w24 = compress(random_weight(8, 16, torch.float32))
+    spec = w24.spec
+    assert spec is compress(torch.zeros(8, 16)).spec and spec is WeightSpec.parse(spec.text)
+    assert spec is not w24.to(F16).spec and spec.with_(dtype=F16) is w24.to(F16).spec
+    assert copy.deepcopy(spec) is spec and pickle.loads(pickle.dumps(spec)) is spec
+    for text in ("", "8x16", spec.text + " ", spec.text.replace("float32", "float31"), 7):
+        with pytest.raises((FormatError, TypeError), match="sparsekern"):
+            WeightSpec.parse(text)
+    tensors = list(w24.tensors.values())
+    with pytest.raises(ValueError, match="the tensors values, metadata, got 1 tensors"):
+        torch.ops.sparsekern.linear(torch.ones(1, 16), tensors[:1], spec.text, None, None, None)

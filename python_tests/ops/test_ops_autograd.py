@@ -8,17 +8,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from python_tests.linear_cases import ACTIVATIONS, random_input, random_weight
 from sparsekern import reference
-from sparsekern.backends.cuda import linear as cuda_backend
+from sparsekern.backends import cpu, memory
 from sparsekern.formats.sparse24 import compress
-from sparsekern.formats.tile64 import pack
 from sparsekern.ops import gated_op as gated
 from sparsekern.ops import linear_op as ops
 from sparsekern.ops.linear_op import linear
 
 
 def op_arguments(x, w24, bias, activation, backend=None):
-    sizes = tuple(w24.shape)
-    return (x, w24.values, w24.metadata, *sizes, bias, activation, w24.layout, backend)
+    return (x, list(w24.tensors.values()), w24.spec.text, bias, activation, backend)
 
 
 # ---- gradients -----------------------------------------------------------------------------------
@@ -143,39 +141,27 @@ class Subclass(torch.Tensor):
     pass
 
 
-def test_inference_with_a_packed_weight_goes_straight_to_its_backend(monkeypatch):
-    """And nothing else does: what must be seen, or asks for a backend, takes the long way."""
-    calls, refusal = [], ""
-    monkeypatch.setattr(ops.cuda_backend, "why_not", lambda x, w24: refusal)
-    monkeypatch.setattr(ops.cuda_backend, "linear", lambda *arguments: calls.append(arguments))
-    monkeypatch.setattr(ops, "needs_custom_op", lambda x, bias: False)
-    monkeypatch.setattr(ops, "_compute", lambda *arguments: "long way")
-    w24 = pack(compress(random_weight(64, 64, torch.bfloat16)))
-    bias = torch.zeros(64, dtype=torch.bfloat16, requires_grad=True)
-    x = torch.ones(2, 64, dtype=torch.bfloat16)
-    for mode in (torch.inference_mode, torch.no_grad):
-        with mode():
-            linear(x, w24, bias, "silu")
-            assert calls.pop() == (x, w24, bias, "silu")
-            assert linear(x, w24, backend="cuda") == "long way"
-            assert linear(x.as_subclass(Subclass), w24) == "long way"
-            with pytest.raises(ValueError, match="in_features"):
-                linear(x[:, :4], w24)
-            with pytest.raises(TypeError, match="x.dtype == weight.dtype"):
-                linear(x.half(), w24)
-            with pytest.raises(TypeError, match="bias.dtype == x.dtype"):
-                linear(x, w24, bias.half())
-            with pytest.raises(ValueError, match="activation in"):
-                linear(x, w24, None, "tanh")
-    assert linear(x, w24) == "long way"  # gradients are enabled, although none is wanted
-    with torch.no_grad():
-        assert linear(x, w24.rowmajor()) == "long way"
+def test_which_calls_are_seen_by_torch(monkeypatch):
+    """Tracing, subclasses and wanted gradients go through the op, everything else around it."""
+    w24 = compress(random_weight(8, 16, torch.float32))
+    x, trained = torch.ones(2, 16), torch.zeros(8, requires_grad=True)
+
+    def seen(*arguments):
+        with SeenOps() as ops_seen:
+            linear(*arguments)
+        return ops_seen.names == ["sparsekern::linear"]
+
+    for _ in range(2):  # the second time the launch is known
+        assert not seen(x, w24)
+        assert seen(x, w24, trained) and seen(x.clone().requires_grad_(), w24)
+        assert seen(x.as_subclass(Subclass), w24)
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                assert not seen(x, w24, trained)
         with monkeypatch.context() as compiling:
             compiling.setattr(ops, "_is_compiling", lambda: True)
-            assert linear(x, w24) == "long way"
-        refusal = "not here"
-        assert linear(x, w24) == "long way"
-    assert not calls
+            compiling.setattr(ops, "_is_traced", lambda: True)
+            assert seen(x, w24)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -192,7 +178,7 @@ def test_opcheck(dtype, activation, device):
             torch.ops.sparsekern.linear.default, op_arguments(x, w24, bias, activation), **tolerance
         )
         grad = random_input((2, 3, 6), dtype).to(device).requires_grad_(wanted)
-        arguments = (grad, w24.values, w24.metadata, *w24.shape, w24.layout)
+        arguments = (grad, list(w24.tensors.values()), w24.spec.text)
         torch.library.opcheck(
             torch.ops.sparsekern.linear_input_grad.default, arguments, **tolerance
         )
@@ -219,20 +205,19 @@ def test_compile_fullgraph(dynamic, device):
 
 def test_within_the_registered_ops_no_memory_is_kept(monkeypatch):
     seen = []
-    for module in (ops, gated):
 
-        def spied(*arguments, compute=module._compute):
-            seen.append(cuda_backend._keeping_nothing)
-            return compute(*arguments)
+    def spied(*arguments, compute=cpu.linear):
+        seen.append(memory.depth)
+        return compute(*arguments)
 
-        monkeypatch.setattr(module, "_compute", spied)
+    monkeypatch.setattr(cpu, "linear", spied)
     x, w24 = random_input((3, 16), torch.float32), compress(random_weight(8, 16, torch.float32))
     torch.ops.sparsekern.linear(*op_arguments(x, w24, None, None))
-    weight = w24.values, w24.metadata
-    torch.ops.sparsekern.gated_linear(x, *weight, *weight, 8, 16, "rowmajor", "rowmajor")
+    weight = list(w24.tensors.values()), w24.spec.text
+    torch.ops.sparsekern.gated_linear(x, *weight, *weight)
     linear(x, w24)
     gated.gated_linear(x, w24, w24)
-    assert seen == [1, 1, 0, 0] and cuda_backend._keeping_nothing == 0
+    assert seen == [1, 1, 1, 0, 0, 0] and memory.depth == 0
 
 
 def test_compile_without_gradients_uses_one_op():

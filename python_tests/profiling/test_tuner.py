@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparsekern.backends.cuda import cost_model as heuristics
+from sparsekern.backends.cuda import configs
 from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.backends.cuda import tuned_tables as tuning
 from sparsekern.backends.cuda.cost_model import TIMES, RowBlocks, Tile
@@ -328,10 +329,12 @@ def stand_in(monkeypatch, tmp_path):
     tiles, blocks = [*TILES[:2], Tile(64, 32, 1, 1)], [BLOCKS[0], RowBlocks(64, 3)]
     native = SimpleNamespace(
         prefill_workspace_bytes=lambda: 16,
-        decode_configs=lambda: [b._asdict() | {"index": i} for i, b in enumerate(blocks, 1)],
-        mma_configs=list,
-        split_configs=list,
-        prefill_configs=lambda: [tile._asdict() | {"index": i} for i, tile in enumerate(tiles)],
+        kernels=lambda: {
+            "decode": [b._asdict() | {"index": i} for i, b in enumerate(blocks, 1)],
+            "mma": [],
+            "split": [],
+            "prefill": [tile._asdict() | {"index": i} for i, tile in enumerate(tiles)],
+        },
     )
     launched = []
 
@@ -347,7 +350,7 @@ def stand_in(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(cuda_backend._native, "module", lambda: native)
     monkeypatch.setattr(cuda_backend, "launcher", launcher)
-    monkeypatch.setattr(cuda_backend, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(configs, "_capability", lambda index: (9, 0))
     for cached in (cuda_backend._tiles, cuda_backend._mma_tiles, cuda_backend.variants):
         cached.cache_clear()
     yield launched

@@ -1,1 +1,13 @@
-"""What computes y = x · Wᵀ for a 2:4 weight: one module or package per backend."""
+"""Who computes a linear layer: the registered backends. See registry.py and protocol.py."""
+
+from sparsekern.backends.cpu import CpuBackend
+from sparsekern.backends.cuda.backend import CudaBackend, MmaBackend
+from sparsekern.backends.cusparselt.backend import CusparseltBackend
+from sparsekern.backends.registry import register_backend
+from sparsekern.backends.triton.backend import TritonBackend
+
+register_backend(CudaBackend(), device="cuda")
+register_backend(MmaBackend())
+register_backend(TritonBackend(), device="cuda")
+register_backend(CpuBackend(), device="cpu")
+register_backend(CusparseltBackend(), device="cuda")

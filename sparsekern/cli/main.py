@@ -220,7 +220,7 @@ def _calibration(args, model, tokenizer):
 
 def _counted_shapes(path):
     """{(out_features, in_features): layers} of a model's layers; ValueError when 2:4 fits none."""
-    from sparsekern.profiling.layer_bench import count_shapes
+    from sparsekern.cli.shapes import count_shapes
 
     counts = count_shapes(load_model(path, "cpu")[0])
     check(counts, "sparsekern", "a model with linear layers that 2:4 fits", f"none in {path}")

@@ -1,4 +1,4 @@
-"""Masks, compression and decompression on plain tensors: the work under formats/sparse24.py.
+"""Masks, compression and decompression on plain tensors, in torch alone: what the kernels must equal.
 
 A weight [out, in] is cut into groups of 4 consecutive columns. Of each group two elements are
 stored (values [out, in/2], ascending columns) with one nibble idx0 | idx1 << 2 that says which
@@ -6,9 +6,8 @@ stored (values [out, in/2], ascending columns) with one nibble idx0 | idx1 << 2 
 with an odd number of groups). What is stored is a function of the dense weight alone: a group with
 fewer than two non-zeros fills its free slots from SLOT_TABLE, whichever mask led to it.
 
-CUDA tensors go to backends/triton/compress.py (magnitude pruning of 16-bit weights to
-backends/cuda/compress.py), all others, and CUDA without Triton, through the torch code below; all give the
-same bits. Elements are handled as integers of their own width: magnitudes order like bits without
+It runs on every device. Where there are kernels backends/compress.py takes them instead; all give
+the same bits. Elements are handled as integers of their own width: magnitudes order like bits without
 the sign, and no float mode (flush to zero, say) can lose one. Of equal scores the higher column is
 kept, as in the published code: prune/masks.py has the reason.
 
@@ -23,12 +22,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from sparsekern.backends import triton as triton_kernels
-from sparsekern.backends.cuda import compress as cuda_compress
 from sparsekern.errors import check, message
-
-# Bit pattern of +infinity; the keys are the dtypes that weights and scores may have.
-INFINITY_BITS = {torch.float32: 0x7F800000, torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
+from sparsekern.formats import dtypes
 
 # Non-zero columns of a group (bit c = column c) -> the nibble stored for it; 0 = more than two.
 # The free slots of groups with fewer than two follow compressed-tensors 0.14.0 (torch.topk over
@@ -60,20 +55,11 @@ def mask24(scores: Tensor) -> Tensor:
     Specification: reference.nm_mask.
     """
     op = "sparsekern.mask24"
-    _check_matrix(scores, op, "scores")
-    _check_floating(scores, op)
-    scores = scores.detach().contiguous()
-    if _triton(scores) and scores.dtype in INFINITY_BITS:
-        from sparsekern.backends.triton import compress as kernels
-
-        mask, bad = kernels.mask24(scores)
-        if int(bad):
-            _raise_nan_scores(op, scores)
-        return mask
+    scores = checked_scores(scores, op)
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     for rows in _row_blocks(scores):
         if torch.isnan(scores[rows]).any():
-            _raise_nan_scores(op, scores)
+            raise_nan_scores(op, scores)
         mask[rows] = _best_two(scores[rows])
     return mask
 
@@ -81,56 +67,29 @@ def mask24(scores: Tensor) -> Tensor:
 def compress_dense(w: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """values and metadata of w, or of w with the elements outside the mask set to zero.
 
-    Arguments and errors as in sparse24.compress; specification: reference.compress.
+    Arguments and errors as in ops.compress.compress; specification: reference.compress.
     """
     op = "sparsekern.compress"
-    w = _checked_weight(w, op)
-    if mask is not None:
-        _check_companion(mask, w, op, "mask")
-        check(mask.dtype == torch.bool, op, "a bool mask", mask.dtype, exc=TypeError)
-        mask = mask.contiguous()
-    if _triton(w):
-        from sparsekern.backends.triton import compress as kernels
-
-        values, metadata, bad = kernels.compress(w, "exact" if mask is None else "mask", mask)
-        if int(bad):
-            _raise_unfit(op, w, mask)
-        return values, metadata
+    w, mask = checked_weight(w, op), checked_mask(mask, w, op)
     values, metadata = _empty(w)
     for rows in _row_blocks(w):
         bits = _magnitudes_ok(op, w, rows, mask)
         if mask is not None:
             bits = bits.masked_fill(~mask[rows], 0)
         if not _encode(bits, w.dtype, values[rows], metadata[rows]):
-            _raise_unfit(op, w, mask)
+            raise_unfit(op, w, mask)
     return values, metadata
 
 
 def prune_compress_dense(w: Tensor, scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """values and metadata of w pruned to the two best scores (default: |w|) of each group.
 
-    Arguments and errors as in sparse24.prune_compress; equal to
+    Arguments and errors as in ops.compress.prune_compress; equal to
     compress_dense(w, mask24(scores)), in one pass over w on the GPU.
     """
     op = "sparsekern.prune_compress"
-    w = _checked_weight(w, op)
-    if scores is not None:
-        _check_companion(scores, w, op, "scores")
-        _check_floating(scores, op)
-        scores = scores.detach().contiguous()
-    if scores is None and cuda_compress.supported(w):
-        values, metadata, bad = cuda_compress.prune_compress(w)
-        if int(bad):
-            _raise_unfit(op, w, None, None, pruned=True)
-        return values, metadata
-    if _triton(w) and (scores is None or scores.dtype in INFINITY_BITS):
-        from sparsekern.backends.triton import compress as kernels
-
-        mode = "magnitude" if scores is None else "scores"
-        values, metadata, bad = kernels.compress(w, mode, scores)
-        if int(bad):
-            _raise_unfit(op, w, None, scores, pruned=True)
-        return values, metadata
+    w = checked_weight(w, op)
+    scores = None if scores is None else checked_scores(scores, op, w)
     values, metadata = _empty(w)
     for rows in _row_blocks(w):
         bits = _magnitudes_ok(op, w, rows, None)
@@ -138,7 +97,7 @@ def prune_compress_dense(w: Tensor, scores: Tensor | None = None) -> tuple[Tenso
             keep = _best_two(bits & _magnitude_mask(w.dtype))
         else:
             if torch.isnan(scores[rows]).any():
-                _raise_nan_scores(op, scores)
+                raise_nan_scores(op, scores)
             keep = _best_two(scores[rows])
         _encode(bits.masked_fill(~keep, 0), w.dtype, values[rows], metadata[rows])
     return values, metadata
@@ -150,10 +109,6 @@ def decompress_dense(values: Tensor, metadata: Tensor, in_features: int) -> Tens
     Shapes must agree (Sparse24 checks them); an invalid nibble gives a wrong group, never an
     access outside it. Specification: reference.decompress.
     """
-    if _triton(values):
-        from sparsekern.backends.triton import compress as kernels
-
-        return kernels.decompress(values.contiguous(), metadata.contiguous(), in_features)
     out_features, groups = values.shape[0], in_features // 4
     dense = values.new_zeros(out_features, groups, 4)
     pairs = values.reshape(out_features, groups, 2)
@@ -222,6 +177,11 @@ def _integer(dtype: torch.dtype) -> torch.dtype:
     return {1: torch.int8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
 
 
+def _infinity(dtype: torch.dtype) -> int:
+    bits = dtypes.PLAIN[dtype].infinity_bits
+    return 0 if bits is None else bits
+
+
 def _magnitude_mask(dtype: torch.dtype) -> int:
     return (1 << (8 * dtype.itemsize - 1)) - 1
 
@@ -229,8 +189,8 @@ def _magnitude_mask(dtype: torch.dtype) -> int:
 def _magnitudes_ok(op: str, w: Tensor, rows: slice, mask: Tensor | None) -> Tensor:
     """The bit patterns of a block of rows, all finite."""
     bits = w[rows].view(_integer(w.dtype))
-    if (bits & _magnitude_mask(w.dtype) >= INFINITY_BITS[w.dtype]).any():
-        _raise_unfit(op, w, mask)
+    if (bits & _magnitude_mask(w.dtype) >= _infinity(w.dtype)).any():
+        raise_unfit(op, w, mask)
     return bits
 
 
@@ -249,10 +209,6 @@ def _empty(w: Tensor) -> tuple[Tensor, Tensor]:
     return values, w.new_empty(out_features, (in_features + 7) // 8, dtype=torch.uint8)
 
 
-def _triton(tensor: Tensor) -> bool:
-    return tensor.is_cuda and triton_kernels.available()
-
-
 # ---- checks and errors ---------------------------------------------------------------------------
 
 
@@ -267,18 +223,38 @@ def _check_matrix(tensor: Tensor, op: str, name: str) -> None:
     )
 
 
-def _checked_weight(w: Tensor, op: str) -> Tensor:
+def checked_weight(w: Tensor, op: str) -> Tensor:
+    """w, detached and contiguous, when it is a matrix of a plain dtype; else ValueError, TypeError."""
     _check_matrix(w, op, "w")
-    names = " | ".join(str(dtype).removeprefix("torch.") for dtype in INFINITY_BITS)
     check(
-        w.dtype in INFINITY_BITS,
+        w.dtype in dtypes.PLAIN,
         op,
-        f"w of dtype {names}",
+        f"w of dtype {dtypes.names(' | ')}",
         w.dtype,
         "Convert it first, for example with w.to(torch.bfloat16).",
         TypeError,
     )
     return w.detach().contiguous()
+
+
+def checked_mask(mask: Tensor | None, w: Tensor, op: str) -> Tensor | None:
+    """The mask, contiguous, when it is a bool companion of w, or None."""
+    if mask is None:
+        return None
+    _check_companion(mask, w, op, "mask")
+    check(mask.dtype == torch.bool, op, "a bool mask", mask.dtype, exc=TypeError)
+    return mask.contiguous()
+
+
+def checked_scores(scores: Tensor, op: str, w: Tensor | None = None) -> Tensor:
+    """The scores, detached and contiguous, when they are a floating-point matrix, like w."""
+    if w is None:
+        _check_matrix(scores, op, "scores")
+    else:
+        _check_companion(scores, w, op, "scores")
+    floating = scores.is_floating_point()
+    check(floating, op, "floating-point scores", scores.dtype, exc=TypeError)
+    return scores.detach().contiguous()
 
 
 def _check_companion(tensor: Tensor, w: Tensor, op: str, name: str) -> None:
@@ -297,24 +273,20 @@ def _check_companion(tensor: Tensor, w: Tensor, op: str, name: str) -> None:
     )
 
 
-def _check_floating(scores: Tensor, op: str) -> None:
-    floating = scores.is_floating_point()
-    check(floating, op, "floating-point scores", scores.dtype, exc=TypeError)
-
-
 def _first(flags: Tensor) -> tuple[int, int]:
     row, column = flags.nonzero()[0].tolist()
     return row, column
 
 
-def _raise_nan_scores(op: str, scores: Tensor) -> NoReturn:
+def raise_nan_scores(op: str, scores: Tensor) -> NoReturn:
+    """Name the first score that is NaN."""
     nan = torch.isnan(scores)
     row, column = _first(nan)
     where = f"NaN at row {row}, column {column} ({int(nan.sum())} of {nan.numel()} scores)"
     raise ValueError(message(op, "scores without NaN", where))
 
 
-def _raise_unfit(
+def raise_unfit(
     op: str,
     w: Tensor,
     mask: Tensor | None,
@@ -328,8 +300,8 @@ def _raise_unfit(
         where = f"{w[row, column].item()} at row {row}, column {column}"
         count = f"{int(infinite.sum())} of {w.numel()} elements are NaN or Inf"
         raise ValueError(message(op, "finite weights", f"{where} ({count})"))
-    if pruned:
-        _raise_nan_scores(op, scores)
+    if pruned and scores is not None:
+        raise_nan_scores(op, scores)
     kept = w if mask is None else w.masked_fill(~mask, 0)
     counts = (kept != 0).view(w.shape[0], -1, 4).sum(2)
     row, group = _first(counts > 2)

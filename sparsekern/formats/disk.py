@@ -18,12 +18,14 @@ has it.
 import torch
 
 from sparsekern.errors import FormatError
+from sparsekern.formats import dtypes
+from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, read_json, require
 
 FORMAT = "sparse-24-bitmask"
 FORMAT_VERSION = "0.14.0"  # release of compressed-tensors whose byte layout this is
 PARTS = ("compressed", "bitmask", "shape")
-VALUE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+VALUE_DTYPES = tuple(dtypes.PLAIN)
 
 
 def join(module, tensor):
@@ -132,8 +134,6 @@ def read_sparse24(files, layer, device="cpu", dtype=None):
 
     Kept values of -0.0, which other writers may leave, come back as +0.0.
     """
-    from sparsekern.formats.sparse24 import Sparse24
-
     values, bitmask = files.read(join(layer, "compressed"), join(layer, "bitmask"), device=device)
     bits = values.view(torch.int16 if values.itemsize == 2 else torch.int32)
     bits.masked_fill_(bits == torch.iinfo(bits.dtype).min, 0)

@@ -1,4 +1,4 @@
-"""Sparse24, a weight in 2:4 form, and the public functions that make, read and check one.
+"""Sparse24, a weight in 2:4 form: a spec and named tensors.
 
 Layout "rowmajor" (the layout on disk, in a state_dict and on the CPU):
 
@@ -12,36 +12,50 @@ the unused last nibble of a row with in_features % 8 == 4 is 0x4. This is compre
 sparse-24-bitmask with the 4-bit masks replaced by the indices that tensor cores read; `bitmask()`
 and `from_bitmask()` convert. -0.0 counts as zero and is stored as +0.0.
 
-Layout "tile64" holds the same two tensors padded and permuted for the GPU kernels (formats/tile64.py). Layout
-"cusparselt" holds the vendor library's opaque blob on a GPU (backends/cusparselt/linear.py); what changes
-its dtype or GPU, is copied or pickled, becomes row-major.
+Other layouts (formats/layouts.py) hold the same two tensors differently: "tile64" pads and permutes
+them for the GPU kernels (formats/tile64.py), "cusparselt" holds the vendor library's opaque blob on
+a GPU (backends/cusparselt/layout.py); what changes its dtype or GPU, is copied or pickled, becomes
+row-major there. A coded element type (formats/dtypes.py) adds tensors of its own, such as scales.
+
+The functions at the end make, read and check row-major weights in torch alone; ops/compress.py has
+the public ones of the same names, which take the kernels where there are any.
 
 Source: PTX ISA, "Sparse matrix storage"; Mishra et al. 2021 (arXiv:2104.08378) for the 2:4 format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from sparsekern.errors import FormatError, check, message
-from sparsekern.formats import codec as compression
+from sparsekern.formats import codec, dtypes, layouts
+from sparsekern.formats.layouts import ROWMAJOR, WeightSpec, check_tensor_shape, checked_shape
 
-LAYOUTS = ("rowmajor", "tile64", "cusparselt")
-DTYPES = tuple(compression.INFINITY_BITS)
+_OP = "sparsekern.Sparse24"
+_STATE_VERSION = 2  # of pickles; those without a version are of the first one
 
 # The two encodings against each other; 0 marks what the other has no nibble for.
 _BITMASK_OF_NIBBLE = tuple(
-    (1 << (nibble & 3) | 1 << (nibble >> 2)) if nibble in compression.NIBBLES else 0
+    (1 << (nibble & 3) | 1 << (nibble >> 2)) if nibble in codec.NIBBLES else 0
     for nibble in range(16)
 )
 _NIBBLE_OF_BITMASK = tuple(
     _BITMASK_OF_NIBBLE.index(bits) if bits and bits in _BITMASK_OF_NIBBLE else 0
     for bits in range(16)
 )
+
+
+class _Twin(NamedTuple):
+    """A weight in another layout, and what it was made of: tensors and their versions."""
+
+    weight: Sparse24
+    values: Tensor
+    metadata: Tensor
+    versions: tuple[int, int]
 
 
 class Sparse24:
@@ -53,46 +67,64 @@ class Sparse24:
         metadata: uint8, on the same device; layout "rowmajor": [out, ceil(in/8)], layout "tile64":
             [ceil(out/64) * ceil(in/64), 512], layout "cusparselt": [0].
         shape: (out_features, in_features), counted dense; in_features % 4 == 0.
-        layout: "rowmajor" | "tile64" | "cusparselt".
+        layout: name of a registered layout.
     Raises:
         FormatError: a shape, dtype, device or layout that does not fit. The contents are not read
             (that would wait for the GPU): use `verify` for data from outside.
     Notes:
         A plain class, not a Tensor: it supports copy, deepcopy, pickle (torch.load with
-        weights_only=True) and `.to`, and shares memory with the tensors it was given.
+        weights_only=True) and `.to`, and shares memory with the tensors it was given. `spec` says
+        what it is, `tensors` holds its data by name; `from_tensors` makes one of these two, which
+        is the way to weights of coded element types.
     """
 
-    values: Tensor
-    metadata: Tensor
-    shape: torch.Size
-    layout: str
+    spec: WeightSpec
+    tensors: dict[str, Tensor]
+    _twin: _Twin | None = None
 
     def __init__(
-        self, values: Tensor, metadata: Tensor, shape: Sequence[int], layout: str = "rowmajor"
+        self, values: Tensor, metadata: Tensor, shape: Sequence[int], layout: str = ROWMAJOR
     ) -> None:
-        op = "sparsekern.Sparse24"
-        _check(layout in LAYOUTS, op, f"layout in {LAYOUTS}", repr(layout))
-        self.shape = _checked_shape(op, shape)
-        for name, tensor in (("values", values), ("metadata", metadata)):
-            _check(isinstance(tensor, Tensor), op, f"a tensor as {name}", type(tensor).__name__)
-        _check(values.dtype in DTYPES, op, f"values of dtype in {DTYPES}", values.dtype)
-        _check(metadata.dtype == torch.uint8, op, "metadata of dtype uint8", metadata.dtype)
-        together = metadata.device == values.device
-        _check(together, op, f"metadata on {values.device}", metadata.device)
-        out_features, in_features = self.shape
-        if layout == "rowmajor":
-            _check_shape(op, "values", values, [out_features, in_features // 2])
-            _check_shape(op, "metadata", metadata, [out_features, (in_features + 7) // 8])
-        elif layout == "cusparselt":
-            _check_shape(op, "values", values, [values.numel()])
-            _check_shape(op, "metadata", metadata, [0])
-        else:
-            tiles = -(-out_features // 64) * -(-in_features // 64)
-            _check_shape(op, "values", values, [tiles, 2048])
-            _check_shape(op, "metadata", metadata, [tiles, 512])
-        self.values = values.contiguous()
-        self.metadata = metadata.contiguous()
-        self.layout = layout
+        layouts.layout(layout, _OP)
+        size = checked_shape(_OP, shape)
+        _check(isinstance(values, Tensor), _OP, "a tensor as values", type(values).__name__)
+        known = f"values of dtype in {tuple(dtypes.PLAIN)}"
+        _check(values.dtype in dtypes.PLAIN, _OP, known, values.dtype)
+        self._set(WeightSpec.of(size, values.dtype, layout), dict(values=values, metadata=metadata))
+
+    @classmethod
+    def from_tensors(cls, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> Sparse24:
+        """The weight of this spec with these tensors, checked as by the constructor."""
+        w24 = cls.__new__(cls)
+        w24._set(spec, tensors)
+        return w24
+
+    @classmethod
+    def unchecked(cls, spec: WeightSpec, tensors: dict[str, Tensor]) -> Sparse24:
+        """`from_tensors` for tensors that have passed its checks, or have no data (meta)."""
+        w24 = cls.__new__(cls)
+        w24.spec, w24.tensors = spec, tensors
+        return w24
+
+    def _set(self, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> None:
+        layout, kind = layouts.layout(spec.layout, _OP), spec.element
+        stored = f"an element type with a codec ({spec.storage})"
+        _check(kind.storable, _OP, stored, "none", "Register one with sparsekern.register_dtype.")
+        names = list(spec.tensors)
+        _check(set(tensors) == set(names), _OP, f"tensors {names}", sorted(tensors))
+        for name in names:
+            got = tensors[name]
+            _check(isinstance(got, Tensor), _OP, f"a tensor as {name}", type(got).__name__)
+        values, metadata = tensors["values"], tensors["metadata"]
+        _check(values.dtype == kind.storage, _OP, f"values of dtype {kind.storage}", values.dtype)
+        _check(metadata.dtype == torch.uint8, _OP, "metadata of dtype uint8", metadata.dtype)
+        for name in names[1:]:
+            got = tensors[name].device
+            _check(got == values.device, _OP, f"{name} on {values.device}", got)
+        layout.check(_OP, spec, tensors)
+        self.spec = spec
+        self.tensors = {name: tensors[name].contiguous() for name in names}
+        self._twin = None
 
     @classmethod
     def from_bitmask(cls, values: Tensor, bitmask: Tensor, shape: Sequence[int]) -> Sparse24:
@@ -106,12 +138,12 @@ class Sparse24:
             FormatError: wrong shapes or dtypes, or a group whose mask does not have two bits.
         """
         op = "sparsekern.Sparse24.from_bitmask"
-        size = _checked_shape(op, shape)
+        size = checked_shape(op, shape)
         groups = size[1] // 4
         _check(isinstance(bitmask, Tensor), op, "a tensor as bitmask", type(bitmask).__name__)
         _check(bitmask.dtype == torch.uint8, op, "bitmask of dtype uint8", bitmask.dtype)
-        _check_shape(op, "bitmask", bitmask, [size[0], (size[1] + 7) // 8])
-        bits = compression.unpack_nibbles(bitmask, groups)
+        check_tensor_shape(op, "bitmask", bitmask, [size[0], (size[1] + 7) // 8])
+        bits = codec.unpack_nibbles(bitmask, groups)
         nibbles = _lookup(_NIBBLE_OF_BITMASK, bits)
         if (nibbles == 0).any():
             row, group = (nibbles == 0).nonzero()[0].tolist()
@@ -120,47 +152,88 @@ class Sparse24:
         if groups % 2 and (bitmask[:, -1] >> 4).any():
             row = int((bitmask[:, -1] >> 4).nonzero()[0])
             _raise_at(op, "padding bits that are 0", "a set bit", row, groups)
-        metadata = compression.pack_nibbles(nibbles, compression.PADDING_NIBBLE)
+        metadata = codec.pack_nibbles(nibbles, codec.PADDING_NIBBLE)
         return cls(values, metadata, size)
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def values(self) -> Tensor:
+        """The kept values, as the layout and the element type hold them."""
+        return self.tensors["values"]
+
+    @values.setter
+    def values(self, values: Tensor) -> None:
+        _check(isinstance(values, Tensor), _OP, "a tensor as values", type(values).__name__)
+        spec = self.spec
+        if spec.element.plain and values.dtype in dtypes.PLAIN:
+            spec = spec.with_(dtype=values.dtype)
+        self._set(spec, {**self.tensors, "values": values})
+
+    @property
+    def metadata(self) -> Tensor:
+        """Which columns are kept, as the layout holds them."""
+        return self.tensors["metadata"]
+
+    @metadata.setter
+    def metadata(self, metadata: Tensor) -> None:
+        self._set(self.spec, {**self.tensors, "metadata": metadata})
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.spec.shape
+
+    @property
+    def layout(self) -> str:
+        return self.spec.layout
 
     @property
     def out_features(self) -> int:
-        return self.shape[0]
+        return self.spec.shape[0]
 
     @property
     def in_features(self) -> int:
-        return self.shape[1]
+        return self.spec.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.values.dtype
+        """Of the numbers, and so of x, bias and y; a coded type stores them as something else."""
+        return self.spec.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.values.device
+        return self.tensors["values"].device
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.metadata.nbytes
+        """Bytes of the tensors, without a copy that `twin` remembers."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    # ------------------------------------------------------------------ copies
 
     def to(self, *args: Any, **kwargs: Any) -> Sparse24:
-        """Like Tensor.to: device and/or dtype of the values. The kept slots stay as they are.
+        """Like Tensor.to: device and/or dtype of the numbers. The kept slots stay as they are.
 
         Values that a narrower dtype rounds to zero become +0.0; `verify` finds any that overflow.
-        A weight in layout "cusparselt" becomes row-major where anything changes.
+        A coded type keeps its stored tensors: dtype is that of the numbers they stand for. A weight
+        in layout "cusparselt" becomes row-major where anything changes.
         """
-        if self.layout == "cusparselt":
-            target = self.values[:0].to(*args, **kwargs)
-            if (target.dtype, target.device) == (self.dtype, self.device):
-                return self.clone() if kwargs.get("copy") else self
+        spec, values = self.spec, self.tensors["values"]
+        probe = torch.empty(0, dtype=spec.dtype, device=values.device).to(*args, **kwargs)
+        copied = bool(kwargs.get("copy"))
+        if (probe.dtype, probe.device) == (spec.dtype, values.device):
+            return self.clone() if copied else self
+        if not layouts.layout(spec.layout).converts:
             return self.rowmajor().to(*args, **kwargs)
-        values = self.values.to(*args, **kwargs)
-        if values.dtype != self.dtype:
-            values = values.masked_fill(values == 0, 0)
-        metadata = self.metadata.to(values.device, non_blocking=bool(kwargs.get("non_blocking")))
-        if values is self.values and metadata is self.metadata:
-            return self
-        return Sparse24(values, metadata, self.shape, self.layout)
+        known = f"a dtype in {dtypes.names()}"
+        check(probe.dtype in dtypes.PLAIN, f"{_OP}.to", known, probe.dtype, exc=FormatError)
+        # Of its own dtype, when it does not change: the device and how to get there.
+        how = dict(non_blocking=bool(kwargs.get("non_blocking")), copy=copied)
+        tensors = {name: t.to(probe.device, **how) for name, t in self.tensors.items()}
+        if spec.element.plain and probe.dtype != spec.dtype:
+            values = tensors["values"].to(probe.dtype)
+            tensors["values"] = values.masked_fill(values == 0, 0)
+        return Sparse24.from_tensors(spec.with_(dtype=probe.dtype), tensors)
 
     def cpu(self) -> Sparse24:
         return self.to("cpu")
@@ -169,109 +242,172 @@ class Sparse24:
         return self.to(torch.device("cuda") if device is None else torch.device(device))
 
     def clone(self) -> Sparse24:
-        return Sparse24(self.values.clone(), self.metadata.clone(), self.shape, self.layout)
+        tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        return Sparse24.from_tensors(self.spec, tensors)
 
     def detach(self) -> Sparse24:
-        return Sparse24(self.values.detach(), self.metadata, self.shape, self.layout)
+        tensors = {name: tensor.detach() for name, tensor in self.tensors.items()}
+        return Sparse24.from_tensors(self.spec, tensors)
+
+    # ------------------------------------------------------------------ layouts
+
+    def to_layout(self, name: str) -> Sparse24:
+        """The same weight in a registered layout; self when it has it already.
+
+        Raises:
+            FormatError: no such layout.   TypeError, ValueError, NotImplementedError: the layout
+            cannot hold this weight (dtype, shape, device); the message says what to do.
+        """
+        new, old = layouts.layout(name, f"{_OP}.to_layout"), layouts.layout(self.spec.layout)
+        if new is old:
+            return self
+        plain, tensors = self.spec.with_(layout=ROWMAJOR), self.tensors
+        if old.name != ROWMAJOR:
+            tensors = old.unpack(self.spec, tensors)
+        if new.name == ROWMAJOR:
+            return Sparse24.from_tensors(plain, tensors)
+        tensors = new.pack(plain, tensors)
+        w24 = Sparse24.from_tensors(self.spec.with_(layout=name), tensors)
+        if new.complete is not None:
+            new.complete(w24.values)
+        return w24
 
     def rowmajor(self) -> Sparse24:
         """The same weight in layout "rowmajor"; self when it has it already."""
-        if self.layout == "rowmajor":
-            return self
-        if self.layout == "cusparselt":
-            from sparsekern.backends.cusparselt import linear as cusparselt_backend
+        return self if self.spec.layout == ROWMAJOR else self.to_layout(ROWMAJOR)
 
-            return cusparselt_backend.unpack(self)
-        from sparsekern.formats import tile64 as pack
+    def twin(self, name: str) -> Sparse24:
+        """The same weight in another layout, made at the first call and remembered on this object.
 
-        return pack.unpack(self)
+        It is made anew after a tensor was replaced or changed in place. It takes as much memory as
+        the weight itself, for as long as the weight lives; copies and pickles do not have it.
+
+        Raises:
+            As `to_layout`.   RuntimeError: the tensors are inference tensors, whose changes cannot
+            be seen.
+        """
+        twin = self.fresh_twin()
+        if twin is None or twin.spec.layout != name:
+            values, metadata = self.tensors["values"], self.tensors["metadata"]
+            versions = values._version, metadata._version
+            twin = self.to_layout(name)
+            self._twin = _Twin(twin, values, metadata, versions)
+        return twin
+
+    def fresh_twin(self) -> Sparse24 | None:
+        """The remembered weight of `twin` while it is still the same weight, else None."""
+        twin = self._twin
+        if twin is None:
+            return None
+        tensors = self.tensors
+        values, metadata = tensors["values"], tensors["metadata"]
+        if values is not twin.values or metadata is not twin.metadata:
+            return None
+        return twin.weight if (values._version, metadata._version) == twin.versions else None
+
+    # ------------------------------------------------------------------ contents
 
     def bitmask(self) -> Tensor:
         """The kept slots as compressed-tensors writes them: uint8 [out, ceil(in/8)], padding 0."""
         metadata = self.rowmajor().metadata
-        nibbles = compression.unpack_nibbles(metadata, self.in_features // 4)
-        return compression.pack_nibbles(_lookup(_BITMASK_OF_NIBBLE, nibbles), 0)
+        nibbles = codec.unpack_nibbles(metadata, self.in_features // 4)
+        return codec.pack_nibbles(_lookup(_BITMASK_OF_NIBBLE, nibbles), 0)
 
     def mask(self) -> Tensor:
         """The kept slots as bool [out, in]; a kept slot may hold 0.0."""
-        bits = compression.unpack_nibbles(self.bitmask(), self.in_features // 4)
+        bits = codec.unpack_nibbles(self.bitmask(), self.in_features // 4)
         columns = torch.arange(4, device=bits.device, dtype=torch.uint8)
         return ((bits.unsqueeze(2) >> columns) & 1).bool().flatten(1)
 
+    def numbers(self) -> Tensor:
+        """The kept numbers [out, in/2] in `dtype`, row-major: `values`, decoded where coded."""
+        w24 = self.rowmajor()
+        coder = self.spec.element.codec
+        if coder is None:
+            return w24.values
+        return coder.decode(w24.tensors, self.spec.dtype, self.spec.group)
+
     def to_dense(self) -> Tensor:
-        """The dense weight [out, in], exact; see `decompress`."""
+        """The dense weight [out, in], exact, in torch alone; `sparsekern.decompress` is faster
+        where there are kernels."""
         return decompress(self)
+
+    # ------------------------------------------------------------------ pickles
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle through the checks of __init__, because a pickle may come from anywhere."""
-        op = "sparsekern.Sparse24"
-        names = {"values", "metadata", "shape", "layout"}
-        got = set(state) if isinstance(state, dict) else type(state).__name__
-        _check(got == names, op, f"a pickled state of {sorted(names)}", got)
-        self.__init__(**state)
+        got: object = set(state) if isinstance(state, dict) else type(state).__name__
+        if got == {"values", "metadata", "shape", "layout"}:  # of 0.1
+            Sparse24.__init__(self, **state)
+            return
+        names = {"version", "spec", "tensors"}
+        _check(got == names, _OP, f"a pickled state of {sorted(names)}", got)
+        newer = "Read it with a newer sparsekern."
+        version, tensors = state["version"], state["tensors"]
+        known = isinstance(version, int) and 1 < version <= _STATE_VERSION
+        _check(known, _OP, f"a pickled state of version {_STATE_VERSION}", version, newer)
+        _check(isinstance(tensors, dict), _OP, "a dict of tensors", type(tensors).__name__)
+        self._set(WeightSpec.parse(state["spec"]), tensors)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy, deepcopy and pickle: the blob of layout "cusparselt" is of one GPU and version,
-        so the row-major weight stands for it."""
-        return self.rowmajor().__dict__ if self.layout == "cusparselt" else self.__dict__
+        """For copy, deepcopy and pickle. What one GPU alone can read (the blob of "cusparselt") is
+        not part of it: the row-major weight stands for it."""
+        w24 = self if layouts.layout(self.spec.layout).converts else self.rowmajor()
+        return dict(version=_STATE_VERSION, spec=w24.spec.text, tensors=dict(w24.tensors))
 
     def __repr__(self) -> str:
-        out_features, in_features = self.shape
+        out_features, in_features = self.spec.shape
+        stored = "" if self.spec.element.plain else f" as {self.spec.storage}"
         return (
-            f"Sparse24({out_features} x {in_features}, {self.dtype}, layout={self.layout!r}, "
-            f"device={str(self.device)!r}, {self.nbytes} bytes)"
+            f"Sparse24({out_features} x {in_features}, {self.dtype}{stored}, "
+            f"layout={self.layout!r}, device={str(self.device)!r}, {self.nbytes} bytes)"
         )
 
 
 torch.serialization.add_safe_globals([Sparse24])
 
 
-# ---- public functions ----------------------------------------------------------------------------
+# ---- row-major weights, in torch alone -----------------------------------------------------------
 
 
 def compress(w: Tensor, mask: Tensor | None = None) -> Sparse24:
-    """w, or w with the elements outside the mask set to zero, in 2:4 form.
-
-    Specification: reference.compress. decompress gives back exactly what went in (-0.0 as +0.0).
-
-    Args:
-        w: [out_features, in_features] float32 | float16 | bfloat16, any strides, in_features a
-            multiple of 4. Without a mask it must be 2:4 already.
-        mask: bool, shape and device of w, True = kept; at most two kept non-zeros per group.
-    Returns:
-        Sparse24 in layout "rowmajor" on the device of w. It depends on the dense content alone:
-        a kept element that is 0.0 frees its slot (see compression.SLOT_TABLE).
-    Raises:
-        ValueError: shape; NaN or Inf; more than two non-zeros in a group: the message names the
-            row, the columns and the counts.   TypeError: dtype.
-    """
-    values, metadata = compression.compress_dense(w, mask)
+    """w, or w with the elements outside the mask set to zero, row-major; see ops.compress."""
+    values, metadata = codec.compress_dense(w, mask)
     return Sparse24(values, metadata, w.shape)
 
 
 def prune_compress(w: Tensor, scores: Tensor | None = None) -> Sparse24:
-    """Keep the two best scores of each group and compress: compress(w, mask24(scores)), fused.
-
-    On CUDA one kernel reads w (and the scores) once and writes values and metadata.
-
-    Args:
-        w: [out_features, in_features] float32 | float16 | bfloat16, in_features % 4 == 0.
-        scores: floating point, shape and device of w; default |w|. Of equal scores the higher
-            column is kept.
-    Raises:
-        ValueError: shape; NaN or Inf in w, NaN in scores, with the place.   TypeError: dtype.
-    """
-    values, metadata = compression.prune_compress_dense(w, scores)
+    """The two best scores of each group of w, row-major; see ops.compress."""
+    values, metadata = codec.prune_compress_dense(w, scores)
     return Sparse24(values, metadata, w.shape)
 
 
-def decompress(w24: Sparse24) -> Tensor:
-    """The dense weight [out, in]: every stored value at its column, +0.0 elsewhere, by indexing.
+def encode(w24: Sparse24, storage: str | torch.dtype, group: int = 0) -> Sparse24:
+    """A row-major weight of a plain dtype, stored as a coded element type.
 
-    Specification: reference.decompress. Exact, on CPU and GPU. Same dtype and device as w24.
+    Args:
+        storage: name of the element type; that of a plain one is w24.to(its dtype).
+        group: columns of in_features that share a scale; 0: the codec's choice.
+    Raises:
+        TypeError: no such type, or it has no codec.   FormatError: the codec made tensors of
+        another form than the table says.
     """
+    kind = dtypes.element(storage)
+    if kind.plain:
+        return w24.to(kind.storage)
+    if kind.codec is None:
+        expected = f"an element type with a codec, not only declared ({storage!r})"
+        remedy = "Register one with sparsekern.register_dtype."
+        raise TypeError(message("sparsekern.compress", expected, "none", remedy))
+    spec = WeightSpec.of(w24.shape, kind.name, ROWMAJOR, w24.dtype, None, group)
+    stored = kind.codec.encode(w24.numbers(), group)
+    return Sparse24.from_tensors(spec, {**stored, "metadata": w24.metadata})
+
+
+def decompress(w24: Sparse24) -> Tensor:
+    """The dense weight [out, in]: every number at its column, +0.0 elsewhere; see ops.compress."""
     w24 = w24.rowmajor()
-    return compression.decompress_dense(w24.values, w24.metadata, w24.in_features)
+    return codec.decompress_dense(w24.numbers(), w24.metadata, w24.in_features)
 
 
 def verify(w24: Sparse24) -> None:
@@ -283,7 +419,7 @@ def verify(w24: Sparse24) -> None:
     op = "sparsekern.verify"
     w24 = w24.rowmajor()
     groups = w24.in_features // 4
-    nibbles = compression.unpack_nibbles(w24.metadata, groups)
+    nibbles = codec.unpack_nibbles(w24.metadata, groups)
     invalid = _lookup(_BITMASK_OF_NIBBLE, nibbles) == 0
     if invalid.any():
         row, group = invalid.nonzero()[0].tolist()
@@ -291,14 +427,15 @@ def verify(w24: Sparse24) -> None:
         _raise_at(op, "two increasing column indices in each metadata nibble", got, row, group)
     if groups % 2:
         padding = w24.metadata[:, -1] >> 4
-        wrong = padding != compression.PADDING_NIBBLE
+        wrong = padding != codec.PADDING_NIBBLE
         if wrong.any():
             row = int(wrong.nonzero()[0])
             _raise_at(op, "0x4 in the padding nibble", f"{int(padding[row]):#x}", row, groups)
-    infinite = ~torch.isfinite(w24.values)
+    numbers = w24.numbers()
+    infinite = ~torch.isfinite(numbers)
     if infinite.any():
         row, slot = infinite.nonzero()[0].tolist()
-        got = f"{w24.values[row, slot].item()} ({int(infinite.sum())} values are NaN or Inf)"
+        got = f"{numbers[row, slot].item()} ({int(infinite.sum())} values are NaN or Inf)"
         _raise_at(op, "finite values", got, row, slot // 2)
 
 
@@ -307,17 +444,6 @@ def verify(w24: Sparse24) -> None:
 
 def _check(condition: bool, op: str, expected: str, got: object, remedy: str = "") -> None:
     check(condition, op, expected, got, remedy, FormatError)
-
-
-def _check_shape(op: str, name: str, tensor: Tensor, expected: list[int]) -> None:
-    _check(list(tensor.shape) == expected, op, f"{name} of shape {expected}", list(tensor.shape))
-
-
-def _checked_shape(op: str, shape: Sequence[int]) -> torch.Size:
-    size = torch.Size(int(extent) for extent in shape)
-    fits = len(size) == 2 and min(size) >= 0 and size[1] % 4 == 0
-    _check(fits, op, "shape (out_features, in_features) with in_features % 4 == 0", list(size))
-    return size
 
 
 def _lookup(table: Sequence[int], nibbles: Tensor) -> Tensor:

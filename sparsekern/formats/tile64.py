@@ -1,10 +1,10 @@
 """Layout "tile64": the packed form of a 2:4 weight that the CUDA kernels read, and the way back.
 
 One copy on the device serves decode and prefill. This file is the layout's specification (the
-drawing is in csrc/layout/tile64.cuh): tiles of 64 rows x 64 dense columns, grouped in superpanels
-of 4 row panels,
+drawing is in csrc/layout/tile64.cuh): tiles of 64 rows x 64 dense columns, grouped in tile row
+groups of 4 row panels,
 
-    for superpanel: for k_tile: for panel in superpanel: tile
+    for row group: for k_tile: for panel in row group: tile
 
 so that 256 rows x 64 columns are one contiguous copy. Both tensors of a Sparse24 keep their meaning
 and are only padded and permuted, so `.to(dtype)` and `.to(device)` need no special case:
@@ -23,17 +23,27 @@ Source: PTX ISA, "Sparse matrix storage" and "Shared memory matrix layout".
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from sparsekern import _native
 from sparsekern.errors import check
+from sparsekern.formats import dtypes
+from sparsekern.formats.layouts import (
+    ROWMAJOR,
+    Layout,
+    Tensors,
+    WeightSpec,
+    check_tensor_shape,
+    register_layout,
+)
 from sparsekern.formats.sparse24 import Sparse24
 
 LAYOUT = "tile64"
-DTYPES = (torch.float16, torch.bfloat16)
 TILE = 64  # rows, and dense columns, of a tile
-PANELS = 4  # row panels of a superpanel
+PANELS = 4  # row panels of a tile row group
 _PADDING_BYTE = 0x44
 
 
@@ -44,7 +54,11 @@ def packed_shape(out_features: int, in_features: int) -> tuple[int, int]:
 
 def packable(w24: Sparse24) -> bool:
     """True when the weight's dtype has kernels for this layout."""
-    return w24.dtype in DTYPES
+    return w24.spec.storage in _packable_names()
+
+
+def _packable_names() -> list[str]:
+    return [dtypes.PLAIN[dtype].name for dtype in dtypes.NATIVE]
 
 
 def pack(w24: Sparse24) -> Sparse24:
@@ -61,36 +75,42 @@ def pack(w24: Sparse24) -> Sparse24:
         programmatic stream serialization and reads its weights before the work queued ahead of it
         has finished: weights must be complete in memory before it is launched, not only queued.
     """
-    if w24.layout == LAYOUT:
-        return w24
-    w24 = w24.rowmajor()
-    op = "sparsekern.pack"
+    return w24.to_layout(LAYOUT)
+
+
+def unpack(w24: Sparse24) -> Sparse24:
+    """The same weight in layout "rowmajor": the exact inverse of `pack`."""
+    return w24.to_layout(ROWMAJOR)
+
+
+def _pack(spec: WeightSpec, tensors: Tensors) -> Tensors:
     check(
-        packable(w24),
-        op,
-        "a weight of dtype float16 or bfloat16",
-        w24.dtype,
+        spec.storage in _packable_names(),
+        "sparsekern.pack",
+        f"a weight of dtype {dtypes.native_names()}",
+        spec.element.storage,
         "Call weight.to(torch.bfloat16).",
         TypeError,
     )
-    panels, k_tiles = packed_shape(*w24.shape)
+    rows, bits = tensors["values"], tensors["metadata"]
+    panels, k_tiles = packed_shape(*spec.shape)
     tiles = panels * k_tiles
-    if w24.device.type == "cuda" and _native.available() and tiles:
-        values = w24.values.new_empty(tiles, TILE * TILE // 2)
-        metadata = w24.metadata.new_empty(tiles, TILE * TILE // 8)
-        with torch.cuda.device(w24.device):
+    if rows.device.type == "cuda" and _native.available() and tiles:
+        values = rows.new_empty(tiles, TILE * TILE // 2)
+        metadata = bits.new_empty(tiles, TILE * TILE // 8)
+        with torch.cuda.device(rows.device):
             _native.module().pack(
-                w24.values.data_ptr(),
-                w24.metadata.data_ptr(),
-                values.data_ptr(),
-                metadata.data_ptr(),
-                *w24.shape,
-                torch.cuda.current_stream().cuda_stream,
+                values=rows.data_ptr(),
+                metadata=bits.data_ptr(),
+                packed_values=values.data_ptr(),
+                packed_metadata=metadata.data_ptr(),
+                out_features=spec.shape[0],
+                in_features=spec.shape[1],
+                stream=torch.cuda.current_stream().cuda_stream,
             )
     else:
-        values, metadata = _pack_torch(w24)
-    wait_for_weight(values)
-    return Sparse24(values, metadata, w24.shape, LAYOUT)
+        values, metadata = _pack_torch(spec, rows, bits)
+    return {**tensors, "values": values, "metadata": metadata}
 
 
 def wait_for_weight(values: Tensor) -> None:
@@ -102,35 +122,40 @@ def wait_for_weight(values: Tensor) -> None:
         torch.cuda.current_stream(values.device).synchronize()
 
 
-def unpack(w24: Sparse24) -> Sparse24:
-    """The same weight in layout "rowmajor": the exact inverse of `pack`."""
-    if w24.layout == "rowmajor":
-        return w24
-    out_features, in_features = w24.shape
+def _unpack(spec: WeightSpec, tensors: Tensors) -> Tensors:
+    out_features, in_features = spec.shape
     panels, k_tiles = packed_shape(out_features, in_features)
-    values = _from_superpanels(w24.values.view(panels * k_tiles, TILE * TILE // 2), panels, k_tiles)
+    values = tensors["values"].view(panels * k_tiles, TILE * TILE // 2)
+    values = _from_groups(values, panels, k_tiles)
     values = values.view(panels, k_tiles, 4, 8, 8, 8).permute(0, 3, 4, 1, 2, 5)
     values = values.reshape(panels * TILE, k_tiles * TILE // 2)[:out_features, : in_features // 2]
-    metadata = w24.metadata.view(panels * k_tiles, TILE * TILE // 8)
-    metadata = _from_superpanels(metadata, panels, k_tiles)
+    metadata = tensors["metadata"].view(panels * k_tiles, TILE * TILE // 8)
+    metadata = _from_groups(metadata, panels, k_tiles)
     metadata = metadata.view(panels, k_tiles, 4, 8, 4, 2, 2).permute(0, 2, 5, 3, 1, 4, 6)
     metadata = metadata.reshape(panels * TILE, k_tiles * TILE // 8)
     metadata = metadata[:out_features, : -(-in_features // 8)]
-    return Sparse24(values.contiguous(), metadata.contiguous(), w24.shape)
+    return {**tensors, "values": values.contiguous(), "metadata": metadata.contiguous()}
 
 
-def _pack_torch(w24: Sparse24) -> tuple[Tensor, Tensor]:
-    panels, k_tiles = packed_shape(*w24.shape)
-    values = _padded(w24.values, panels * TILE, k_tiles * TILE // 2, 0)
-    # row = (panel, row group, row in group), kept column = (k_tile, 16-byte chunk, element)
+def _pack_torch(spec: WeightSpec, rows: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    panels, k_tiles = packed_shape(*spec.shape)
+    values = _padded(rows, panels * TILE, k_tiles * TILE // 2, 0)
+    # row = (panel, 8 rows, row of them), kept column = (k_tile, 16-byte chunk, element)
     values = values.view(panels, 8, 8, k_tiles, 4, 8).permute(0, 3, 4, 1, 2, 5)
-    metadata = _padded(w24.metadata, panels * TILE, k_tiles * TILE // 8, _PADDING_BYTE)
+    metadata = _padded(bits, panels * TILE, k_tiles * TILE // 8, _PADDING_BYTE)
     # row = (panel, warp, half of the word, g), byte = (k_tile, t, byte of 16 dense columns)
     metadata = metadata.view(panels, 4, 2, 8, k_tiles, 4, 2).permute(0, 4, 1, 3, 5, 2, 6)
     return (
-        _to_superpanels(values.reshape(panels, k_tiles, TILE * TILE // 2)),
-        _to_superpanels(metadata.reshape(panels, k_tiles, TILE * TILE // 8)),
+        _to_groups(values.reshape(panels, k_tiles, TILE * TILE // 2)),
+        _to_groups(metadata.reshape(panels, k_tiles, TILE * TILE // 8)),
     )
+
+
+def _check(op: str, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> None:
+    panels, k_tiles = packed_shape(*spec.shape)
+    tiles = panels * k_tiles
+    check_tensor_shape(op, "values", tensors["values"], [tiles, TILE * TILE // 2])
+    check_tensor_shape(op, "metadata", tensors["metadata"], [tiles, TILE * TILE // 8])
 
 
 def _padded(tensor: Tensor, rows: int, columns: int, fill: int) -> Tensor:
@@ -141,8 +166,8 @@ def _padded(tensor: Tensor, rows: int, columns: int, fill: int) -> Tensor:
     return result
 
 
-def _to_superpanels(tiles: Tensor) -> Tensor:
-    """[panels, k_tiles, bytes] -> [tiles, bytes] in the order superpanel, k_tile, panel."""
+def _to_groups(tiles: Tensor) -> Tensor:
+    """[panels, k_tiles, bytes] -> [tiles, bytes] in the order row group, k_tile, panel."""
     panels, k_tiles, size = tiles.shape
     full = panels // PANELS * PANELS
     head = tiles[:full].view(full // PANELS, PANELS, k_tiles, size).transpose(1, 2)
@@ -150,9 +175,12 @@ def _to_superpanels(tiles: Tensor) -> Tensor:
     return torch.cat([head.reshape(-1, size), tail.reshape(-1, size)])
 
 
-def _from_superpanels(tiles: Tensor, panels: int, k_tiles: int) -> Tensor:
-    """The inverse of _to_superpanels."""
+def _from_groups(tiles: Tensor, panels: int, k_tiles: int) -> Tensor:
+    """The inverse of _to_groups."""
     full, size = panels // PANELS * PANELS, tiles.shape[1]
     head = tiles[: full * k_tiles].view(full // PANELS, k_tiles, PANELS, size).transpose(1, 2)
     tail = tiles[full * k_tiles :].view(k_tiles, panels - full, size).transpose(0, 1)
     return torch.cat([head.reshape(full, k_tiles, size), tail])
+
+
+register_layout(Layout(LAYOUT, _check, _pack, _unpack, complete=wait_for_weight))

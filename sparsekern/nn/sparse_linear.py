@@ -1,30 +1,42 @@
 """SparseLinear: torch.nn.Linear with 2:4-compressed weights, and no dense copy of them.
 
-The module owns a Sparse24 (as two buffers, so that .to(), deepcopy and pickle work as for any
-module) and a bias; shapes, dtypes and backends are the business of ops/linear_op.py. What it writes to a
-state_dict is the published sparse-24-bitmask form, whatever layout the buffers have on the device
-("tile64" where a GPU has the CUDA kernels, see formats/tile64.py, "cusparselt" on request, "rowmajor"
-elsewhere):
+The module owns a Sparse24 (as one buffer per tensor, so that .to(), deepcopy and pickle work as for
+any module) and a bias; shapes, dtypes and backends are the business of ops/linear_op.py. What it
+writes to a state_dict is the published sparse-24-bitmask form, whatever layout the buffers have on
+the device (see `layout`):
 
     compressed   [out_features, in_features / 2]          float32 | float16 | bfloat16
     bitmask      [out_features, ceil(in_features / 8)]    uint8, bit b of byte j = column 8j + b
     shape        [2, 1]                                   int64: out_features, in_features
     bias         [out_features]                           only with a bias
+
+A coded element type (formats/dtypes.py) adds its tensors by their names, and "storage", its name as
+uint8 text.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsekern.backends.cuda import linear as cuda_backend
-from sparsekern.backends.cusparselt import linear as cusparselt_backend
+from sparsekern.backends import registry
 from sparsekern.errors import FormatError, message
-from sparsekern.formats.sparse24 import Sparse24, compress, verify
-from sparsekern.formats.tile64 import LAYOUT as PACKED
-from sparsekern.formats.tile64 import pack, wait_for_weight
+from sparsekern.formats import dtypes
+from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
+from sparsekern.formats.layouts import layout as layout_named
+from sparsekern.formats.sparse24 import Sparse24, verify
+from sparsekern.nn.replace import dense_weight, is_linear
 from sparsekern.ops import linear_op as ops
+from sparsekern.ops.compress import compress
 
 _OP = "sparsekern.SparseLinear"
 _WEIGHT_KEYS = ("compressed", "bitmask", "shape")
+_STORAGE_KEY = "storage"
+# `packed=` of earlier versions, in layouts.
+_LAYOUT_OF_PACKED = {None: None, True: "tile64", False: ROWMAJOR, "cusparselt": "cusparselt"}
 # What compress stores for all-zero groups: nibble 0xE (columns 2 and 3), 0x4 in the padding nibble.
 _ZERO_GROUPS, _ZERO_GROUP_AND_PADDING = 0xEE, 0x4E
 
@@ -41,225 +53,310 @@ class SparseLinear(nn.Module):
         dtype: float32 | float16 | bfloat16; None means torch's default.
         device: as for nn.Linear; "meta" holds no memory and waits for load_state_dict(assign=True)
             or for a weight to be assigned.
-        packed: None keeps the weight in layout "tile64" on a GPU that has CUDA kernels for it and
-            in "rowmajor" elsewhere, and changes it as the module moves. False always means
-            "rowmajor"; True always "tile64", on the CPU too, where it is only slower. "cusparselt"
-            keeps the vendor library's blob on a GPU (backends/cusparselt/linear.py) and "rowmajor"
-            elsewhere. The attribute `packed` can be assigned.
+        layout: the weight's layout on the device. None is the one that the device's kernels read
+            best ("tile64" on a GPU with the CUDA kernels, "rowmajor" elsewhere) and changes as the
+            module moves; the name of a registered layout stays: "tile64" on the CPU, too, where it
+            is only slower; "cusparselt" holds the vendor library's blob on a GPU and is "rowmajor"
+            elsewhere. The attribute can be assigned.
+        packed: an older spelling of `layout`: None, True ("tile64"), False ("rowmajor") or
+            "cusparselt". The attribute can be assigned.
     Raises:
-        ValueError: in_features is not a multiple of 4, a size is negative, or packed is none of
-            these; packed="cusparselt" with a shape that the library does not take.
-        TypeError: another dtype; packed=True or "cusparselt" with float32.
-        NotImplementedError: packed="cusparselt" where there is no usable library; it says why.
+        ValueError: in_features is not a multiple of 4, a size is negative, no such layout, layout
+            and packed together, or a shape that the layout does not take.
+        TypeError: another dtype; a layout that has none of this dtype.
+        NotImplementedError: layout="cusparselt" where there is no usable library; it says why.
     """
 
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+    _version = 2  # of state_dicts; the first one had no coded types
+
     def __init__(
-        self, in_features, out_features, bias=True, *, dtype=None, device=None, packed=None
-    ):
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        layout: str | None = None,
+        packed: bool | str | None = None,
+    ) -> None:
         super().__init__()
         dtype = dtype or torch.get_default_dtype()
         if in_features < 0 or out_features < 0 or in_features % 4 != 0:
             expected = "out_features >= 0 and in_features >= 0, a multiple of 4"
             got = f"in_features {in_features}, out_features {out_features}"
             raise ValueError(message(_OP, expected, got, "Keep this layer dense."))
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            expected = "dtype float32, float16 or bfloat16"
-            raise TypeError(message(_OP, expected, dtype, "Pass dtype=torch.bfloat16."))
+        if dtype not in dtypes.PLAIN:
+            expected = f"dtype {dtypes.names()}"
+            raise TypeError(message(_OP, expected, str(dtype), "Pass dtype=torch.bfloat16."))
         self.in_features, self.out_features = in_features, out_features
         values = torch.zeros(out_features, in_features // 2, dtype=dtype, device=device)
         size = (out_features, (in_features + 7) // 8)
         metadata = torch.full(size, _ZERO_GROUPS, dtype=torch.uint8, device=device)
         if in_features % 8 != 0:
             metadata[:, -1] = _ZERO_GROUP_AND_PADDING
-        self.register_buffer("values", values, persistent=False)
-        self.register_buffer("metadata", metadata, persistent=False)
-        self._layout, self._packed = "rowmajor", _checked_packed(packed)
-        self._arrange()
+        self._wanted = _wanted_layout(layout, packed)
+        self._arrange(Sparse24(values, metadata, (out_features, in_features)))
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if zeros is None else nn.Parameter(zeros)
 
     # ------------------------------------------------------------------ construction from weights
 
     @classmethod
-    def from_sparse24(cls, w24, bias=None, *, packed=None):
-        """A module around w24, sharing its tensors when it is in the layout that `packed` asks for.
+    def from_sparse24(
+        cls,
+        w24: Sparse24,
+        bias: Tensor | None = None,
+        *,
+        layout: str | None = None,
+        packed: bool | str | None = None,
+    ) -> SparseLinear:
+        """A module around w24, sharing its tensors when it is in the layout that is asked for.
 
         Args:
             w24: Sparse24 [out_features, in_features], any layout.
             bias: Tensor or Parameter [out_features], or None. A Parameter keeps its requires_grad,
                 a Tensor becomes a trainable Parameter. dtype and device of w24.
-            packed: see SparseLinear.
+            layout, packed: see SparseLinear.
         Raises:
-            TypeError: w24 is no Sparse24, the bias has another dtype, or packed=True with float32.
-            ValueError: the bias has another shape or device.   And what `packed` raises.
+            TypeError: w24 is no Sparse24, or the bias has another dtype.
+            ValueError: the bias has another shape or device.   And what `layout` raises.
         """
         _check_weight(w24)
         out_features, in_features = w24.shape
         module = cls(in_features, out_features, bias=False, dtype=w24.dtype, device="meta")
-        module._packed = _checked_packed(packed)
+        module._wanted = _wanted_layout(layout, packed)
         module.weight = w24
         if bias is not None:
             module.bias = _bias_parameter(bias, w24)
         return module
 
     @classmethod
-    def from_linear(cls, linear, mask=None):
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        mask: Tensor | None = None,
+        *,
+        layout: str | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> SparseLinear:
         """Compresses a dense layer.
 
         Args:
             linear: nn.Linear, or transformers' Conv1D, whose weight is [in_features, out_features].
             mask: bool [out_features, in_features], True = kept; None for a weight that is 2:4.
+            layout: see SparseLinear.   dtype: see sparsekern.compress.
         Returns:
             SparseLinear with copies of weight and bias, the bias' requires_grad, and
             linear.training.
         Raises:
             TypeError: another kind of module. ValueError: the weight is not 2:4 (see compress).
         """
-        weight = getattr(linear, "weight", None)
-        known = isinstance(linear, nn.Linear) or _is_conv1d(linear)
-        if not known or not isinstance(weight, Tensor):
+        if not isinstance(getattr(linear, "weight", None), Tensor) or not is_linear(linear):
             got = type(linear).__name__
             remedy = "Compress the weight and call from_sparse24."
             raise TypeError(message(f"{_OP}.from_linear", "nn.Linear or Conv1D", got, remedy))
-        weight = weight.detach()
-        w24 = compress(weight.t().contiguous() if _is_conv1d(linear) else weight, mask)
-        module = cls.from_sparse24(w24)
-        if linear.bias is not None:
-            bias = linear.bias.detach().clone()
-            module.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
+        w24 = compress(dense_weight(linear), mask, dtype=dtype)
+        module = cls.from_sparse24(w24, layout=layout)
+        bias = linear.bias
+        if isinstance(bias, Tensor):
+            copied = bias.detach().clone()
+            module.bias = nn.Parameter(copied, requires_grad=bias.requires_grad)
         return module.train(linear.training)
 
     # ------------------------------------------------------------------ the weight
 
     @property
-    def weight(self):
+    def weight(self) -> Sparse24:
         """The Sparse24 made of this module's buffers, in its present layout. It can be assigned."""
         view, buffers = self._view, self._buffers
-        if view.values is buffers["values"] and view.metadata is buffers["metadata"]:
-            return view
-        return self._make_view()  # somebody replaced a buffer by hand
+        for name, tensor in view.tensors.items():
+            if tensor is not buffers[name]:
+                return self._make_view()  # somebody replaced a buffer by hand
+        return view
 
     @weight.setter
-    def weight(self, w24):
+    def weight(self, w24: Sparse24) -> None:
         _check_weight(w24)
         if tuple(w24.shape) != (self.out_features, self.in_features):
             expected = f"a weight of shape [{self.out_features}, {self.in_features}]"
             remedy = "Build a new module with from_sparse24."
-            raise ValueError(message(_OP, expected, list(w24.shape), remedy))
+            raise ValueError(message(_OP, expected, str(list(w24.shape)), remedy))
         self._arrange(w24)
 
     @property
-    def packed(self):
-        """None | True | False | "cusparselt": decides the weight's layout. It can be assigned."""
-        return self._packed
+    def layout(self) -> str | None:
+        """What decides the weight's layout: None (the device) or a name. It can be assigned;
+        `weight.layout` is the present one."""
+        return self._wanted
 
-    @packed.setter
-    def packed(self, packed):
-        previous, self._packed = self._packed, _checked_packed(packed)
+    @layout.setter
+    def layout(self, layout: str | None) -> None:
+        previous, self._wanted = self._wanted, _wanted_layout(layout, None)
         try:
             self._arrange()
         except Exception:
-            self._packed = previous
+            self._wanted = previous
             raise
 
-    def _arrange(self, w24=None):
-        """Makes w24, or the present buffers, the weight, in the layout that `packed` asks for."""
+    @property
+    def packed(self) -> bool | str | None:
+        """`layout` in the words of earlier versions: None | True | False | a layout's name."""
+        return {"tile64": True, ROWMAJOR: False}.get(self._wanted or "", self._wanted)
+
+    @packed.setter
+    def packed(self, packed: bool | str | None) -> None:
+        self.layout = _wanted_layout(None, packed)
+
+    def _arrange(self, w24: Sparse24 | None = None) -> None:
+        """Makes w24, or the present buffers, the weight, in the layout that `layout` asks for."""
         w24 = self._make_view() if w24 is None else w24
-        wanted = self._packed
+        wanted = self._wanted
         if wanted is None:
-            wanted = cuda_backend.packs(w24.device, w24.dtype) and 0 not in w24.shape
-        if wanted == cusparselt_backend.LAYOUT:
-            w24 = self._for_cusparselt(w24)
-        else:
-            w24 = pack(w24) if wanted else w24.rowmajor()
+            wanted = registry.best_layout(w24.spec, w24.device)
+        elif not layout_named(wanted).lives_on(w24.device):
+            wanted = ROWMAJOR
+        w24 = w24.to_layout(wanted)
         self._hold(w24)
-        if w24.layout == PACKED:
-            wait_for_weight(w24.values)
+        complete = layout_named(wanted).complete
+        if complete is not None:
+            complete(w24.values)
 
-    @staticmethod
-    def _for_cusparselt(w24):
-        if cusparselt_backend.packs(w24.device):
-            return cusparselt_backend.pack(w24)
-        return w24.rowmajor()
-
-    def _hold(self, w24):
+    def _hold(self, w24: Sparse24) -> None:
         """Makes w24 the weight, in the layout that it has."""
-        self._buffers["values"], self._buffers["metadata"] = w24.values, w24.metadata
-        self._layout = w24.layout
+        for name in self._weight_buffers() - set(w24.spec.tensors):
+            delattr(self, name)
+        for name, tensor in w24.tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self._spec = w24.spec
         self._view = self._make_view()
 
-    def _make_view(self):
-        # Without __init__, whose checks these tensors have passed, some of them on meta or in a
-        # state between two calls of _apply.
-        w24 = Sparse24.__new__(Sparse24)
-        w24.values, w24.metadata = self._buffers["values"], self._buffers["metadata"]
-        w24.shape, w24.layout = torch.Size((self.out_features, self.in_features)), self._layout
-        return w24
+    def _weight_buffers(self) -> set[str]:
+        spec = self.__dict__.get("_spec")
+        return set() if spec is None else set(spec.tensors)
 
-    def forward(self, x):
+    def _make_view(self) -> Sparse24:
+        # Without checks, which these tensors have passed, some of them on meta or in a state between
+        # two calls of _apply.
+        tensors = {name: self._buffers[name] for name in self._spec.tensors}
+        spec = self._spec
+        if spec.element.plain and tensors["values"].dtype is not spec.dtype:
+            spec = self._spec = spec.with_(dtype=tensors["values"].dtype)
+        return Sparse24.unchecked(spec, tensors)
+
+    def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]; see sparsekern.linear."""
         view, buffers, parameters = self._view, self._buffers, self._parameters
-        if view.values is not buffers["values"] or view.metadata is not buffers["metadata"]:
+        tensors = view.tensors
+        if (
+            tensors["values"] is not buffers["values"]
+            or tensors["metadata"] is not buffers["metadata"]
+        ):
             view = self.weight  # which says what this means; asking it always would be a call more
         # self.bias would first search the wrong places, in 0.5 µs.
         bias = parameters["bias"] if "bias" in parameters else self.bias
         return ops.linear(x, view, bias)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         """.to() and its kin; values that a narrower dtype rounds to -0.0 become +0.0."""
-        if self._layout == cusparselt_backend.LAYOUT:
-            self._hold(self.weight.rowmajor())  # a blob holds no numbers that fn could convert
-        dtype = self.values.dtype
+        if not layout_named(self._spec.layout).converts:
+            self._hold(self.weight.rowmajor())  # what it holds is no numbers that fn could convert
+        spec, before = self._spec, dict(self._buffers)
         super()._apply(fn, recurse)
-        if self.values.dtype != dtype:
-            self.values = self.values.masked_fill(self.values == 0, 0)
+        if spec.element.plain:
+            values = self._buffers["values"]
+            if values.dtype != spec.dtype:
+                self._buffers["values"] = values.masked_fill(values == 0, 0)
+        else:
+            dtype = fn(torch.empty(0, dtype=spec.dtype, device=before["values"].device)).dtype
+            for name in spec.tensors:  # stored as they are, whatever the numbers' dtype
+                old, new = before[name], self._buffers[name]
+                if new.dtype != old.dtype:
+                    self._buffers[name] = old.to(new.device)
+            self._spec = spec.with_(dtype=dtype)
         self._arrange()
         return self
 
-    def __getstate__(self):
-        """For copies and pickles; a blob of cuSPARSELt is never part of them."""
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles; what one GPU alone can read is never part of them."""
         state = {key: value for key, value in self.__dict__.items() if key != "_view"}
-        if self._layout == cusparselt_backend.LAYOUT:
+        spec = self._spec
+        if not layout_named(spec.layout).converts:
             w24 = self.weight.rowmajor()
-            state["_buffers"] = {**self._buffers, "values": w24.values, "metadata": w24.metadata}
-            state["_layout"] = w24.layout
+            spec, state["_buffers"] = w24.spec, {**self._buffers, **w24.tensors}
+        state["_spec"] = spec.text
         return state
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         """For copies and pickles; torch.load(map_location=...) may have moved the buffers."""
+        state = dict(state)
+        if "_packed" in state:  # of 0.1, where _layout was the present layout
+            present, shape = state.pop("_layout"), (state["out_features"], state["in_features"])
+            state["_wanted"] = _LAYOUT_OF_PACKED[state.pop("_packed")]
+            spec = WeightSpec.of(shape, state["_buffers"]["values"].dtype, present)
+        else:
+            spec = WeightSpec.parse(state["_spec"])
+        state["_spec"] = spec
         super().__setstate__(state)
         self._arrange()
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
+        spec = self._spec
         text = f"in_features={self.in_features}, out_features={self.out_features}"
-        text += f", bias={self.bias is not None}, dtype={self.values.dtype}"
-        return text if self._layout == "rowmajor" else f"{text}, layout={self._layout}"
+        text += f", bias={self.bias is not None}, dtype={spec.dtype}"
+        text += "" if spec.element.plain else f", stored as {spec.storage}"
+        return text if spec.layout == ROWMAJOR else f"{text}, layout={spec.layout}"
 
     # ------------------------------------------------------------------ state_dict
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         w24 = self.weight.rowmajor()
         shape = torch.tensor([[self.out_features], [self.in_features]], device=w24.device)
-        tensors = (w24.values, w24.bitmask(), shape)
-        for key, tensor in zip(_WEIGHT_KEYS, tensors):
+        tensors = {"compressed": w24.values, "bitmask": w24.bitmask(), "shape": shape}
+        if not w24.spec.element.plain:
+            tensors |= {name: w24.tensors[name] for name in w24.spec.element.tensors}
+            stored = f"{w24.spec.storage} {w24.spec.group}".encode()
+            tensors[_STORAGE_KEY] = torch.tensor(list(stored), dtype=torch.uint8)
+        for key, tensor in tensors.items():
             destination[prefix + key] = tensor
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         """Loads the weight here and leaves the bias to nn.Module.
 
-        Without assign=True values are cast to this module's dtype and device, as nn.Linear does.
-        The loaded weight is then packed or not, as `packed` says. Raises FormatError for a weight
-        that breaks a rule of the format.
+        Without assign=True values are cast to this module's dtype and device, as nn.Linear does; a
+        coded weight keeps its stored tensors. The loaded weight is then in the layout that `layout`
+        asks for. Raises FormatError for a weight that breaks a rule of the format, or a state_dict
+        of a later version.
         """
+        version = local_metadata.get("version") or 1
+        if version > self._version:
+            expected, got = f"a state_dict of version {self._version} or older", f"{version}"
+            raise FormatError(message(_OP, expected, got, "Read it with a newer sparsekern."))
         present = [key for key in _WEIGHT_KEYS if prefix + key in state_dict]
         found = {key: state_dict[prefix + key] for key in present}
         if not found:
             missing_keys.extend(prefix + key for key in _WEIGHT_KEYS)
         else:
             assign = local_metadata.get("assign_to_params_buffers", False)
+            if prefix + _STORAGE_KEY in state_dict:
+                start = len(prefix)
+                own = {k[start:] for k in state_dict if k.startswith(prefix)} - {"bias"}
+                found |= {key: state_dict[prefix + key] for key in own}
             self._load_weight(found, prefix, assign)
         rest = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
         for key in found:
@@ -268,12 +365,13 @@ class SparseLinear(nn.Module):
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _load_weight(self, found, prefix, assign):
+    def _load_weight(self, found: dict[str, Any], prefix: str, assign: bool) -> None:
         op = f"{_OP}.load_state_dict({prefix.rstrip('.')!r})"
 
-        def require(condition, expected, got, remedy="The file is damaged or of another model."):
+        def require(condition: bool, expected: str, got: object) -> None:
             if not condition:
-                raise FormatError(message(op, expected, got, remedy))
+                remedy = "The file is damaged or of another model."
+                raise FormatError(message(op, expected, str(got), remedy))
 
         out_features, in_features = self.out_features, self.in_features
         for key in _WEIGHT_KEYS:
@@ -287,25 +385,38 @@ class SparseLinear(nn.Module):
             expected = f"'shape' == [{out_features}, {in_features}]"
             numbers = shape.flatten().tolist()
             require(numbers == [out_features, in_features], expected, numbers)
+        storage, group = _stored_as(found.get(_STORAGE_KEY), require)
+        kind = dtypes.PLAIN.get(values.dtype) if storage is None else dtypes.element(storage)
+        if kind is None:
+            require(False, f"'compressed' in {dtypes.names()}", values.dtype)
+            return
         for key, tensor, columns in (
-            ("compressed", values, in_features // 2),
+            ("compressed", values, kind.columns(in_features)),
             ("bitmask", bitmask, (in_features + 7) // 8),
         ):
             expected = f"{key!r} of shape [{out_features}, {columns}]"
             got = list(tensor.shape)
             require(got == [out_features, columns], expected, got)
-        dtypes = (torch.float32, torch.float16, torch.bfloat16)
-        require(values.dtype in dtypes, "'compressed' in float32, float16, bfloat16", values.dtype)
         require(bitmask.dtype == torch.uint8, "'bitmask' of dtype uint8", bitmask.dtype)
         if values.is_meta or bitmask.is_meta or (self.values.is_meta and not assign):
             got = "a meta tensor on one side"
             remedy = "Call load_state_dict(..., assign=True) on a meta module."
             raise ValueError(message(op, "weights with data, and memory for them", got, remedy))
-        shape = (out_features, in_features)
+        size = (out_features, in_features)
         try:
-            loaded = Sparse24.from_bitmask(values, bitmask.to(values.device), shape)
+            slots = bitmask.to(values.device)
+            if storage is None:
+                loaded = Sparse24.from_bitmask(values, slots, size)
+            else:
+                numbers = values.new_zeros(out_features, in_features // 2, dtype=self._spec.dtype)
+                metadata = Sparse24.from_bitmask(numbers, slots, size).metadata
+                spec = WeightSpec.of(size, storage, ROWMAJOR, self._spec.dtype, None, group)
+                stored = {name: found[name].detach() for name in kind.tensors if name in found}
+                loaded = Sparse24.from_tensors(
+                    spec, {"values": values, "metadata": metadata, **stored}
+                )
             if not assign:
-                w24 = loaded.to(self.values.device, self.values.dtype)
+                w24 = loaded.to(self.values.device, self._spec.dtype)
                 loaded = w24.clone() if w24 is loaded else w24
             verify(loaded)
         except FormatError as error:
@@ -313,33 +424,49 @@ class SparseLinear(nn.Module):
         self.weight = loaded
 
 
-def _is_conv1d(module):
-    """transformers.pytorch_utils.Conv1D, told by name: transformers is an optional dependency."""
-    return any(base.__name__ == "Conv1D" for base in type(module).__mro__)
+def _stored_as(
+    stored: Tensor | None, require: Callable[[bool, str, object], None]
+) -> tuple[str | None, int]:
+    """(name of a coded element type, columns of a group) of a state_dict; (None, 0) for others."""
+    if stored is None:
+        return None, 0
+    name, _, group = bytes(stored.tolist()).decode("ascii", "replace").partition(" ")
+    known = {kind.name for kind in dtypes.elements() if kind.storable and not kind.plain}
+    require(name in known and group.isdecimal(), "an element type with a codec", repr(name))
+    return name, int(group)
 
 
-def _checked_packed(packed):
-    if packed is None or packed is True or packed is False or packed == cusparselt_backend.LAYOUT:
-        return packed
-    expected = "packed in None, True, False, 'cusparselt'"
-    raise ValueError(message(_OP, expected, repr(packed), "Leave it None."))
+def _wanted_layout(layout: str | None, packed: bool | str | None) -> str | None:
+    """What `layout` and `packed` of earlier versions ask for together."""
+    if packed is not None:
+        known = packed is True or packed is False or packed in _LAYOUT_OF_PACKED
+        if not known or isinstance(packed, int) and not isinstance(packed, bool):
+            expected = "packed in None, True, False, 'cusparselt'"
+            raise ValueError(message(_OP, expected, repr(packed), "Use layout= instead."))
+        if layout is not None:
+            got = f"layout={layout!r} and packed={packed!r}"
+            raise ValueError(message(_OP, "one of layout and packed", got, "Leave packed None."))
+        layout = _LAYOUT_OF_PACKED[packed]
+    if layout is not None:
+        layout_named(layout, _OP)
+    return layout
 
 
-def _check_weight(w24):
+def _check_weight(w24: object) -> None:
     if not isinstance(w24, Sparse24):
         got = type(w24).__name__
         remedy = "Call sparsekern.compress(w)."
         raise TypeError(message(_OP, "weight of type Sparse24", got, remedy))
 
 
-def _bias_parameter(bias, w24):
+def _bias_parameter(bias: Tensor, w24: Sparse24) -> nn.Parameter:
     if tuple(bias.shape) != (w24.shape[0],):
         expected = f"bias of shape [{w24.shape[0]}]"
-        raise ValueError(message(_OP, expected, list(bias.shape), "Reshape the bias."))
+        raise ValueError(message(_OP, expected, str(list(bias.shape)), "Reshape the bias."))
     if bias.dtype != w24.dtype:
         expected = f"bias.dtype == weight.dtype ({w24.dtype})"
-        raise TypeError(message(_OP, expected, bias.dtype, "Call bias.to(weight.dtype)."))
+        raise TypeError(message(_OP, expected, str(bias.dtype), "Call bias.to(weight.dtype)."))
     if bias.device != w24.device:
         expected = f"bias on the weight's device ({w24.device})"
-        raise ValueError(message(_OP, expected, bias.device, "Call bias.to(weight.device)."))
+        raise ValueError(message(_OP, expected, str(bias.device), "Call bias.to(weight.device)."))
     return bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach())

@@ -1,1 +1,15 @@
 """The ops that users call: checks, registration with torch, autograd, dispatch."""
+
+from sparsekern.ops.compress import decompress, prune_compress, verify
+from sparsekern.ops.gated_op import gated_linear
+from sparsekern.ops.linear_op import Explanation, explain, linear
+
+__all__ = [
+    "Explanation",
+    "decompress",
+    "explain",
+    "gated_linear",
+    "linear",
+    "prune_compress",
+    "verify",
+]

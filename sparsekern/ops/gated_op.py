@@ -5,18 +5,22 @@ both weights in layout "tile64" on a Hopper GPU, one launch streams the two; oth
 composed of two sparse linear layers and a product.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
-from sparsekern.backends.cuda import linear as cuda_backend
+from sparsekern.backends import memory, registry
+from sparsekern.backends.protocol import problem_of
 from sparsekern.errors import message
+from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.ops import linear_op as ops
 
 _OP = "sparsekern.gated_linear"
 
 
-def gated_linear(x, gate24, up24):
+def gated_linear(x: Tensor, gate24: Sparse24, up24: Sparse24) -> Tensor:
     """Gated linear layer: y = silu(x · Gᵀ) · (x · Uᵀ), with G and U 2:4-sparse along in_features.
 
     Specification: reference.gated_linear (float64). Sums in float32.
@@ -36,74 +40,49 @@ def gated_linear(x, gate24, up24):
     """
     ops.check_types(_OP, x, gate24)
     ops.check_types(_OP, x, up24)
-    if x.dtype != gate24.values.dtype and ops.autocast(x):
+    if x.dtype != gate24.dtype and ops.autocast(x):
         x = x.to(gate24.dtype)
-    _check(x, gate24.values, gate24.shape, up24.values, up24.shape)
+    _check(x, gate24.spec, gate24.values, up24.spec, up24.values)
     if x.requires_grad and torch.is_grad_enabled():
         return ops.linear(x, gate24, None, "silu") * ops.linear(x, up24)
     if ops.needs_custom_op(x, None):
-        return torch.ops.sparsekern.gated_linear(
-            x,
-            gate24.values,
-            gate24.metadata,
-            up24.values,
-            up24.metadata,
-            *gate24.shape,
-            gate24.layout,
-            up24.layout,
-        )
-    return _compute(x, gate24, up24)
+        gate, up = list(gate24.tensors.values()), list(up24.tensors.values())
+        y: Tensor = torch.ops.sparsekern.gated_linear(x, gate, gate24.spec.text, up, up24.spec.text)
+        return y
+    return _compute(x, ops.in_best_layout(gate24), ops.in_best_layout(up24), ops._calls)
 
 
-def _check(x, gate_values, gate_shape, up_values, up_shape):
-    if tuple(gate_shape) != tuple(up_shape):
-        expected = f"gate24 and up24 of one shape ({list(gate_shape)})"
+def _check(
+    x: Tensor, gate: WeightSpec, gate_values: Tensor, up: WeightSpec, up_values: Tensor
+) -> None:
+    if gate.shape != up.shape:
+        expected = f"gate24 and up24 of one shape ({list(gate.shape)})"
         remedy = "Pass the two weights of one MLP."
-        raise ValueError(message(_OP, expected, list(up_shape), remedy))
-    ops.check_linear(_OP, x, gate_values, gate_shape, None, None)
-    ops.check_linear(_OP, x, up_values, up_shape, None, None)
+        raise ValueError(message(_OP, expected, str(list(up.shape)), remedy))
+    ops.check_linear(_OP, x, gate, gate_values, None, None)
+    ops.check_linear(_OP, x, up, up_values, None, None)
 
 
-def _compute(x, gate24, up24):
-    if cuda_backend.gated_supported(x, gate24, up24):
-        return cuda_backend.gated_linear(x, gate24, up24)
-    folded = ops.fold(x)
-    gate, _ = ops.select_backend(folded, gate24)
-    up, _ = ops.select_backend(folded, up24)
-    y = gate.linear(folded, gate24, None, "silu").mul_(up.linear(folded, up24, None, None))
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], gate24.shape[0])
+def _compute(x: Tensor, gate24: Sparse24, up24: Sparse24, calls: ops.Calls) -> Tensor:
+    pair = problem_of(x, gate24.spec, gated=up24.spec)
+    fused, _ = registry.find(pair)
+    if fused is not None:
+        return ops.launch_anew(fused.bind, pair, x, gate24, up24)
+    gate = ops._compute(x, gate24, None, "silu", None, calls)
+    return gate.mul_(ops._compute(x, up24, None, None, None, calls))
 
 
 @torch.library.custom_op("sparsekern::gated_linear", mutates_args=())
 def _gated_linear_op(
-    x: Tensor,
-    gate_values: Tensor,
-    gate_metadata: Tensor,
-    up_values: Tensor,
-    up_metadata: Tensor,
-    out_features: int,
-    in_features: int,
-    gate_layout: str,
-    up_layout: str,
+    x: Tensor, gate: list[Tensor], gate_spec: str, up: list[Tensor], up_spec: str
 ) -> Tensor:
-    shape = (out_features, in_features)
-    gate24 = Sparse24(gate_values, gate_metadata, shape, gate_layout)
-    with cuda_backend.nothing_kept():
-        return _compute(x, gate24, Sparse24(up_values, up_metadata, shape, up_layout))
+    with memory.nothing_kept():
+        pair = ops.weight_of(gate, gate_spec), ops.weight_of(up, up_spec)
+        return _compute(x, *pair, ops._op_calls)
 
 
 @_gated_linear_op.register_fake
-def _(
-    x,
-    gate_values,
-    gate_metadata,
-    up_values,
-    up_metadata,
-    out_features,
-    in_features,
-    gate_layout,
-    up_layout,
-):
-    shape = (out_features, in_features)
-    _check(x, gate_values, shape, up_values, shape)
-    return x.new_empty((*x.shape[:-1], out_features))
+def _(x: Tensor, gate: list[Tensor], gate_spec: str, up: list[Tensor], up_spec: str) -> Tensor:
+    spec = WeightSpec.parse(gate_spec)
+    _check(x, spec, gate[0], WeightSpec.parse(up_spec), up[0])
+    return x.new_empty((*x.shape[:-1], spec.shape[0]))

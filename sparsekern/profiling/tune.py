@@ -32,12 +32,13 @@ from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.backends.cuda import tuned_tables as tuning
 from sparsekern.errors import message
-from sparsekern.formats.sparse24 import decompress, prune_compress
+from sparsekern.formats import dtypes
 from sparsekern.formats.tile64 import pack
+from sparsekern.ops.compress import decompress, prune_compress
 from sparsekern.profiling.layer_bench import copies_beyond_cache, graph_sampler
 
 OP = "sparsekern tune"
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {dtypes.PLAIN[dtype].name: dtype for dtype in dtypes.NATIVE}
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 # (out_features, in_features) of Llama-3 1B, 3B, 8B and 70B, one line each: q+k+v, o, gate+up, down,
 # then gate or up alone, k or v alone.

@@ -1,7 +1,7 @@
 """Magnitude 2:4 pruning and compression of a 16-bit weight in one pass: the CUDA kernel.
 
-compression.prune_compress_dense comes here for dense 16-bit CUDA tensors when the native module is
-there; everything else goes to Triton or torch, with the same bits. The kernel, and what it costs,
+backends/compress.py comes here with dense 16-bit CUDA tensors when the native module is there;
+everything else goes to Triton or torch, with the same bits. The kernel, and what it costs,
 is csrc/weights/prune_compress.cu.
 """
 
@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from sparsekern import _native
-
-_DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/core/problem.h
+from sparsekern.formats import dtypes
 
 
 def supported(w: Tensor) -> bool:
     """True for a contiguous 16-bit weight on a GPU whose rows are whole 16-byte chunks."""
     return (
         w.device.type == "cuda"
-        and w.dtype in _DTYPES
+        and w.dtype in dtypes.NATIVE
         and w.shape[1] % 8 == 0
         and w.is_contiguous()
         and w.data_ptr() % 16 == 0
@@ -38,12 +37,12 @@ def prune_compress(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     bad = torch.zeros(1, dtype=torch.int32, device=w.device)
     with torch.cuda.device(w.device):
         _native.module().prune_compress(
-            w.data_ptr(),
-            values.data_ptr(),
-            metadata.data_ptr(),
-            bad.data_ptr(),
-            w.numel(),
-            _DTYPES[w.dtype],
-            torch.cuda.current_stream().cuda_stream,
+            w=w.data_ptr(),
+            values=values.data_ptr(),
+            metadata=metadata.data_ptr(),
+            bad_chunks=bad.data_ptr(),
+            elements=w.numel(),
+            dtype=dtypes.NATIVE[w.dtype],
+            stream=torch.cuda.current_stream().cuda_stream,
         )
     return values, metadata, bad

@@ -34,4 +34,4 @@ def gated_config(out_features: int, in_features: int) -> int:
     while split < 8 and groups * split * 2 <= _BLOCKS and column_tiles >= 4 * split:
         split *= 2
     halved = split == 2 and groups * split <= _FEW_BLOCKS
-    return _indices()[_GROUP // 2 if halved else _GROUP, split]
+    return int(_indices()[_GROUP // 2 if halved else _GROUP, split])

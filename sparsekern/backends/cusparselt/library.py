@@ -1,7 +1,7 @@
 """Where NVIDIA's cuSPARSELt is found and loaded, and what is refused with it, with the reason.
 
-It is loaded at run time (csrc/cusparselt/cusparselt.h), once per process, when the first weight is packed for
-it or the doctor asks; its absence is a sentence, never an error. Used by backends/cusparselt/linear.py.
+It is loaded at run time (csrc/cusparselt/cusparselt.h), once per process, when the first weight is
+packed for it or the doctor asks; its absence is a sentence, never an error.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import NamedTuple
 import torch
 
 from sparsekern import _native
+from sparsekern.formats import dtypes
 
 VARIABLE = "SPARSEKERN_CUSPARSELT"  # path of the library, before every other place
 SYSTEM_NAMES = ("libcusparseLt.so.0", "libcusparseLt.so")  # for the system's own search
-DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/core/problem.h
+DTYPES = dtypes.NATIVE  # those of the library, and their DType in csrc/core/problem.h
 SPARSE_MULTIPLE = 16  # of a weight's sizes, as in csrc/cusparselt/cusparselt.h
 
 
@@ -27,15 +28,15 @@ SPARSE_MULTIPLE = 16  # of a weight's sizes, as in csrc/cusparselt/cusparselt.h
 
 
 class Library(NamedTuple):
-    version: tuple  # (major, minor, patch)
+    version: tuple[int, int, int]  # (major, minor, patch)
     path: str
 
     @property
-    def name(self):
+    def name(self) -> str:
         return "cuSPARSELt " + ".".join(map(str, self.version))
 
 
-def candidates():
+def candidates() -> list[str]:
     """Where the library is looked for, in order: $SPARSEKERN_CUSPARSELT alone if it is set; else
     the pip wheels (nvidia-cusparselt-cu12, -cu13), torch's own folder, LD_LIBRARY_PATH and system.
     """
@@ -51,7 +52,7 @@ def candidates():
 
 
 @cache
-def library():
+def library() -> tuple[Library | None, str]:
     """(Library, "") after loading the first candidate that works, or (None, why there is none)."""
     if not _native.available():
         return None, _native.reason()
@@ -73,13 +74,14 @@ def library():
 class Refusal(NamedTuple):
     """A combination that is known to fail: versions from first to last on one kind of GPU."""
 
-    first: tuple
-    last: tuple
-    capability: tuple
+    first: tuple[int, int, int]
+    last: tuple[int, int, int]
+    capability: tuple[int, int]
     dtype: torch.dtype
     reason: str
 
 
+_HALF = dtypes.element("float16").storage
 _POISONS = "which poisons the CUDA context of the whole process. Use bfloat16 or another version"
 REFUSALS = (
     # Measured on an H100: every shape tried; 0.10.0 works there, bfloat16 works with both.
@@ -87,7 +89,7 @@ REFUSALS = (
         (0, 8, 0),
         (0, 8, 0),
         (9, 0),
-        torch.float16,
+        _HALF,
         f"its float16 kernels die with 'illegal instruction' on this GPU, {_POISONS}",
     ),
     # Reported for an H100 by github.com/bcacdwk/vllmbench (README, 15.1); not measured here.
@@ -95,23 +97,23 @@ REFUSALS = (
         (0, 8, 1),
         (0, 8, 1),
         (9, 0),
-        torch.float16,
+        _HALF,
         f"its float16 kernels are reported to die with 'illegal instruction' on this GPU, "
         f"{_POISONS}",
     ),
 )
 
 
-def _capability(index):
+def _capability(index: int) -> tuple[int, int] | None:
     """(major, minor) of GPU `index`; None for the CPU (-1)."""
     return torch.cuda.get_device_capability(index) if index >= 0 else None
 
 
 @cache
-def refusal(index, dtype):
+def refusal(index: int, dtype: torch.dtype) -> str:
     """Why the library cannot be used for this dtype on GPU `index`; empty when it can."""
     if dtype not in DTYPES:
-        return f"backend 'cusparselt' needs float16 or bfloat16, got {dtype}"
+        return f"backend 'cusparselt' needs {dtypes.native_names()}, got {dtype}"
     capability = _capability(index)
     if capability is None:
         return "backend 'cusparselt' needs x and the weight on a GPU, got the CPU"
@@ -128,7 +130,7 @@ def refusal(index, dtype):
     return ""
 
 
-def shape_refusal(out_features, in_features):
+def shape_refusal(out_features: int, in_features: int) -> str:
     """Why the library does not take a weight of this shape; empty when it does."""
     small = min(out_features, in_features) < SPARSE_MULTIPLE
     if not small and out_features % SPARSE_MULTIPLE == in_features % SPARSE_MULTIPLE == 0:

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import torch
 
 from sparsekern import _native
+from sparsekern.backends.compress import decompress, prune_compress
 from sparsekern.backends.cusparselt import linear as backend
 from sparsekern.backends.cusparselt.library import DTYPES, refusal
 from sparsekern.backends.cusparselt.linear import LAYOUT, Algorithm
 from sparsekern.errors import check
-from sparsekern.formats.sparse24 import decompress, prune_compress
 
 # (split_k, split_k_mode) beside (1, 0): modes 1 and 2 sum in one kernel and in two; -1 is the
 # library's "segment-K". What a version or an algorithm does not have, it refuses.
@@ -77,7 +77,7 @@ def search(w24, tokens, *, store=True):
         op,
         "a weight in layout 'cusparselt'",
         repr(w24.layout),
-        "Call cusparselt_backend.pack(weight).",
+        "Call weight.to_layout('cusparselt').",
     )
     check(tokens >= 1, op, "tokens >= 1", tokens)
     index, tokens = w24.values.get_device(), backend.padded_tokens(tokens)
@@ -204,16 +204,16 @@ class _Problem:
         out_features, in_features = self.w24.shape
         bias = self.bias.data_ptr() if fused else 0
         return self.native.cusparselt_plan(
-            self.index,
-            DTYPES[self.w24.dtype],
-            out_features,
-            self.tokens,
-            in_features,
-            in_features,
-            out_features,
-            bias,
-            fused,
-            *algorithm,
+            device=self.index,
+            dtype=DTYPES[self.w24.dtype],
+            out_features=out_features,
+            tokens=self.tokens,
+            in_features=in_features,
+            x_stride=in_features,
+            y_stride=out_features,
+            bias=bias,
+            relu=fused,
+            **algorithm._asdict(),
         )
 
     def _call(self, algorithm, fused, w24, x, y):

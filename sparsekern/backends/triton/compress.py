@@ -36,7 +36,7 @@ from sparsekern.backends.triton.groups import (
     spread32,
     store_two,
 )
-from sparsekern.formats.codec import INFINITY_BITS
+from sparsekern.formats import dtypes
 
 
 @triton.jit
@@ -204,12 +204,15 @@ def compress(
     metadata = w.new_empty(out_features, (in_features + 7) // 8, dtype=torch.uint8)
     bad = torch.zeros(1, dtype=torch.int32, device=w.device)
     bits = _bits(w.dtype)
-    constants = {"MODE": mode, "BITS": bits, "MAX_FINITE": INFINITY_BITS[w.dtype] - 1}
+    constants = {"MODE": mode, "BITS": bits, "MAX_FINITE": dtypes.PLAIN[w.dtype].infinity_bits - 1}
     constants |= {"SCORE_BITS": 0, "SCORE_INF": 0}
     if mode == "mask":
         choice = _words(_aligned(choice), torch.int32)
     elif mode == "scores":
-        constants |= {"SCORE_BITS": _bits(choice.dtype), "SCORE_INF": INFINITY_BITS[choice.dtype]}
+        constants |= {
+            "SCORE_BITS": _bits(choice.dtype),
+            "SCORE_INF": dtypes.PLAIN[choice.dtype].infinity_bits,
+        }
         choice = _words(_aligned(choice), torch.int64)
     words = _words(values, torch.int32 if bits == 16 else torch.int64)
     pointers = (_words(_aligned(w), torch.int64), choice, words, metadata, bad)
@@ -221,7 +224,7 @@ def mask24(scores: torch.Tensor, launch: Launch = Launch()) -> tuple[torch.Tenso
     """The two best of every four scores as bool [out, in], and `bad`: pairs with a NaN."""
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     bad = torch.zeros(1, dtype=torch.int32, device=scores.device)
-    constants = {"BITS": _bits(scores.dtype), "INF": INFINITY_BITS[scores.dtype]}
+    constants = {"BITS": _bits(scores.dtype), "INF": dtypes.PLAIN[scores.dtype].infinity_bits}
     pointers = (_words(_aligned(scores), torch.int64), _words(mask, torch.int32), bad)
     _run(mask_kernel, pointers, scores.shape, launch, scores.device, **constants)
     return mask, bad

@@ -1,0 +1,52 @@
+"""The Triton backend of sparsekern.linear: row-major weights of every dtype, on every GPU of 8.0 or
+newer. The kernels are in backends/triton/linear.py, which is imported when one is wanted."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from torch import Tensor
+
+from sparsekern.backends import triton
+from sparsekern.backends.protocol import Explained, Launch, Problem, folded
+from sparsekern.formats.layouts import ROWMAJOR
+from sparsekern.formats.sparse24 import Sparse24
+
+
+def _kernels() -> ModuleType:
+    return importlib.import_module("sparsekern.backends.triton.linear")
+
+
+class TritonBackend:
+    """Dense arithmetic on weights that are read compressed: backends/triton/linear.py."""
+
+    name = "triton"
+
+    def supports(self, problem: Problem) -> str | None:
+        if not triton.available():
+            return triton.reason()
+        if problem.device.type != "cuda":
+            return f"backend 'triton' needs x on a GPU, got {problem.device}"
+        if problem.spec.layout != ROWMAJOR:
+            return f"backend 'triton' needs layout 'rowmajor', got {problem.spec.layout!r}"
+        if not problem.spec.element.plain:
+            return f"backend 'triton' has no kernel for {problem.spec.storage}"
+        return None
+
+    def bind(self, problem: Problem) -> Launch:
+        linear, activation = _kernels().linear, problem.activation
+        in_features = problem.in_features
+
+        def compute(x: Tensor, w24: Sparse24, bias: Tensor | None) -> Tensor:
+            tensors = w24.tensors
+            values, metadata = tensors["values"], tensors["metadata"]
+            y: Tensor = linear(x, values, metadata, in_features, bias, activation)
+            return y
+
+        return folded(compute)
+
+    def explain(self, problem: Problem) -> Explained:
+        spec = problem.spec
+        config = _kernels().pick_config(problem.tokens, *spec.shape, problem.dtype)
+        return Explained(str(config), "x is on a GPU and the layout is 'rowmajor'")

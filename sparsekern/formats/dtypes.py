@@ -1,0 +1,192 @@
+"""Element types: the one table of what the kept values of a weight may be stored as.
+
+An element type says how many bits a value takes and in which torch dtype they lie, what sums are
+accumulated in, how scales belong to it, and which backends can have kernels for it. Two kinds:
+
+    plain   float32, float16, bfloat16: the stored numbers are the weight's numbers
+    coded   everything else: a Codec turns numbers into stored values and further named tensors
+            (scales), and back. Without a codec a coded type is declared and cannot be stored yet
+
+No other file of the package lists dtypes: `PLAIN`, `names` and the fields here serve all of them.
+`register_dtype` adds a type, or gives a declared one its codec, from outside the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sparsekern.errors import check, message
+
+_OP = "sparsekern.register_dtype"
+
+
+class Codec(Protocol):
+    """How numbers become the stored tensors of a coded element type, on whole tensors in torch.
+
+    `values` is always among the stored tensors: [out, in/2 * bits / (8 * itemsize)] in the type's
+    storage dtype, row-major; layouts permute it. `tensors` names the others, in order.
+    """
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the stored tensors beside "values", e.g. ("weight_scale",)."""
+
+    def encode(self, values: Tensor, group: int) -> Mapping[str, Tensor]:
+        """Kept numbers [out, in/2] of a plain dtype -> {"values": ..., and every other tensor}."""
+
+    def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, group: int) -> Tensor:
+        """The inverse: kept numbers [out, in/2] in the plain dtype."""
+
+
+@dataclass(frozen=True)
+class ElementType:
+    """One row of the table.
+
+    Args:
+        name: what specs, files and messages call it; one word.
+        storage: torch dtype of the values tensor.
+        bits: of one value.
+        infinity_bits: bit pattern of +infinity, for plain types; None for the others.
+        accumulator: torch dtype of sums.
+        scale: None, or what one scale belongs to: "row", or "group" of columns.
+        backends: names of those that can register kernels for it; the CPU decodes every type.
+        native_code: DType in csrc/core/problem.h, None where there are no native kernels.
+        codec: None for plain types, and for declared ones that cannot be stored yet.
+    """
+
+    name: str
+    storage: torch.dtype
+    bits: int
+    infinity_bits: int | None = None
+    accumulator: torch.dtype = torch.float32
+    scale: str | None = None
+    backends: tuple[str, ...] = ("cpu",)
+    native_code: int | None = None
+    codec: Codec | None = None
+
+    @property
+    def plain(self) -> bool:
+        """True when the stored numbers are the weight's numbers."""
+        return self.infinity_bits is not None
+
+    @property
+    def values_per_byte(self) -> float:
+        """2 for a 4-bit type, 0.25 for float32."""
+        return 8 / self.bits
+
+    @property
+    def storable(self) -> bool:
+        """False for a declared type without a codec."""
+        return self.plain or self.codec is not None
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the tensors beside values and metadata."""
+        return self.codec.tensors if self.codec is not None else ()
+
+    def columns(self, in_features: int) -> int:
+        """Columns of a row-major values tensor: in/2 values, counted in words of `storage`."""
+        return in_features // 2 * self.bits // (8 * self.storage.itemsize)
+
+
+_GPU = ("cpu", "triton", "cuda", "cuda-mma", "cusparselt")
+_TABLE: dict[str, ElementType] = {
+    row.name: row
+    for row in (
+        ElementType("float32", torch.float32, 32, 0x7F800000, backends=("cpu", "triton")),
+        ElementType("float16", torch.float16, 16, 0x7C00, backends=_GPU, native_code=0),
+        ElementType("bfloat16", torch.bfloat16, 16, 0x7F80, backends=_GPU, native_code=1),
+        # Declared: `register_dtype(replace(element("int8"), codec=...))` makes one storable.
+        ElementType("float8_e4m3fn", torch.float8_e4m3fn, 8, scale="row"),
+        ElementType("int8", torch.int8, 8, accumulator=torch.int32, scale="row"),
+        ElementType("int4", torch.uint8, 4, accumulator=torch.int32, scale="group"),
+    )
+}
+
+# Plain element types by their torch dtype: what weights, scores and inputs may have.
+PLAIN: dict[torch.dtype, ElementType] = {row.storage: row for row in _TABLE.values() if row.plain}
+# Those with native kernels: {torch dtype: DType in csrc/core/problem.h}.
+NATIVE: dict[torch.dtype, int] = {
+    dtype: row.native_code for dtype, row in PLAIN.items() if row.native_code is not None
+}
+# What data goes to where the GPU has kernels: the wider range of the two.
+DEFAULT_16_BIT = torch.bfloat16
+
+
+def elements() -> tuple[ElementType, ...]:
+    """Every row of the table, the registered ones last."""
+    return tuple(_TABLE.values())
+
+
+def element(name: str | torch.dtype) -> ElementType:
+    """The row of a name, or of a plain torch dtype.
+
+    Raises:
+        TypeError: there is none.
+    """
+    found = PLAIN.get(name) if isinstance(name, torch.dtype) else _TABLE.get(name)
+    if found is None:
+        known = names() if isinstance(name, torch.dtype) else ", ".join(_TABLE)
+        raise TypeError(message("sparsekern.element", f"an element type in {known}", repr(name)))
+    return found
+
+
+def names(separator: str = ", ") -> str:
+    """The plain dtypes for messages: "float32, float16, bfloat16"."""
+    return separator.join(row.name for row in PLAIN.values())
+
+
+def native_names(separator: str = " or ") -> str:
+    """The dtypes with native kernels for messages: "float16 or bfloat16"."""
+    return separator.join(PLAIN[dtype].name for dtype in NATIVE)
+
+
+def register_dtype(new: ElementType) -> ElementType:
+    """Add a coded element type to the table, or give a declared one its codec.
+
+    Args:
+        new: its codec is not None, its name is one word, `values` and `metadata` are not among the
+            codec's tensors.
+    Returns:
+        new, which `sparsekern.compress(w, dtype=new.name)` takes from now on.
+    Raises:
+        ValueError: the name is taken by a type that can be stored already, or is not one word; no
+            codec; a tensor's name that is taken.
+    """
+    check(
+        new.name.isidentifier(),
+        _OP,
+        "a name that is one word (letters, digits, _)",
+        repr(new.name),
+    )
+    old = _TABLE.get(new.name)
+    check(
+        old is None or not old.storable,
+        _OP,
+        "the name of no element type that can be stored already",
+        repr(new.name),
+        "Choose another name.",
+    )
+    if new.codec is None:
+        raise ValueError(message(_OP, "a codec", "None", "Pass ElementType(..., codec=...)."))
+    taken = {"values", "metadata"} & set(new.codec.tensors)
+    check(not taken, _OP, "codec.tensors without values and metadata", sorted(taken))
+    _TABLE[new.name] = new
+    return new
+
+
+def unregister_dtype(name: str) -> None:
+    """Take a type that `register_dtype` added out of the table; weights of it cannot be read then.
+
+    Raises:
+        ValueError: no such type, or a plain one.
+    """
+    found = _TABLE.get(name)
+    known = found is not None and not found.plain
+    check(known, "sparsekern.unregister_dtype", "a registered element type", repr(name))
+    del _TABLE[name]

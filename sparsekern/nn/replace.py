@@ -1,0 +1,48 @@
+"""Dense linear layers inside a model: which modules they are, their weight, and putting another
+module in their place.
+
+Transformers' Conv1D (GPT-2) is a Linear whose weight is stored transposed, as [in_features,
+out_features]; every weight that enters or leaves these functions is [out_features, in_features].
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Transformers' Conv1D, recognised without importing transformers."""
+    if type(module).__name__ != "Conv1D" or not hasattr(module, "nf"):
+        return False
+    return cast(Tensor, module.weight).dim() == 2
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear (any subclass) or Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight as [out_features, in_features]; for Conv1D a transposed view."""
+    weight = cast(Tensor, module.weight).detach()
+    return weight.t() if is_conv1d(module) else weight
+
+
+@torch.no_grad()
+def write_weight(module: nn.Module, weight: Tensor) -> None:
+    """Overwrite the dense weight in place with `weight` [out_features, in_features]; the Parameter
+    stays the same object."""
+    cast(Tensor, module.weight).copy_(weight.t() if is_conv1d(module) else weight)
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` at every place of the tree where `old` stands (a module may be registered under
+    several names)."""
+    new.train(old.training)
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, key, new)
