@@ -39,6 +39,7 @@ CPP := $(filter-out csrc/ptx/wgmma_sp.cuh,$(CPP))
 
 .PHONY: demo test test-gpu lint format wheel bench bench-mma setup setup-test kernels clean
 .DELETE_ON_ERROR:
+MAKEFLAGS += --jobs=2
 
 demo: $(STAMPS)/hf
 	$(PY) -m sparsekern.demo
@@ -85,19 +86,28 @@ kernels: $(STAMPS)/test
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
 
-# torch comes first and alone: which build of it (CPU, CUDA) is the user's choice.
-$(STAMPS)/tools: $(VENV)/pyvenv.cfg $(STAMPS)/settings
-	$(PY) -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH_SPEC)"
+$(STAMPS)/tools: $(VENV)/pyvenv.cfg $(STAMPS)/settings pyproject.toml
 	$(PIP) install -q $(BUILD_REQUIRES)
 	@touch $@
 
-# Without isolation the compiled objects are reused, so a repeated set-up takes seconds.
-$(STAMPS)/hf $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/tools $(SOURCES)
-	$(PIP) install -q --no-build-isolation -e ".[$(@F)]"
+# The compiler needs no torch: it works while pip installs it, and while the linters run.
+$(STAMPS)/objects: $(STAMPS)/tools $(SOURCES)
+	$(PY) setup.py -q build_ext --inplace
 	@touch $@
 
-$(STAMPS)/lint: $(STAMPS)/tools pyproject.toml
-	$(PIP) install -q $(call listed,lint)
+# torch comes first and alone: which build of it (CPU, CUDA) is the user's choice.
+$(STAMPS)/torch: $(STAMPS)/tools
+	$(PY) -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH_SPEC)"
+	@touch $@
+
+$(STAMPS)/lint: $(STAMPS)/torch pyproject.toml
+	$(PIP) install -q $(call listed,dependencies) $(call listed,lint)
+	@touch $@
+
+# Without isolation the compiled objects are reused, so a repeated set-up takes seconds.
+$(STAMPS)/test: $(STAMPS)/lint # one pip at a time
+$(STAMPS)/hf $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/torch $(STAMPS)/objects $(SOURCES)
+	$(PIP) install -q --no-build-isolation -e ".[$(@F)]"
 	@touch $@
 
 $(STAMPS)/wheel: $(STAMPS)/tools pyproject.toml
