@@ -201,7 +201,7 @@ PREFILL_COUNTER_BYTES: int  # the beginning of the workspace that must be zero
 def prefill_workspace_bytes() -> int: ...
 def capture_id(stream: int, /) -> int: ...  # 0: the stream is not being captured
 
-# cuSPARSELt (csrc/cusparselt/cusparselt.h). device: index of the GPU, which must be current.
+# cuSPARSELt (csrc/cusparselt/cusparselt.h). device: index of the GPU; the calls need it to be current.
 
 CUSPARSELT_MAX_PLANS: int  # a full cache is emptied
 
