@@ -252,7 +252,8 @@ def _calibration(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> 
         f"calibration: {args.samples} windows of {args.window} tokens from {args.calibration} "
         f"({ids.numel()} tokens), seed {args.seed}"
     )
-    return texts.calibration_windows(ids, args.samples, args.window, args.seed)
+    windows: Tensor = texts.calibration_windows(ids, args.samples, args.window, args.seed)
+    return windows
 
 
 def _counted_shapes(path: str) -> dict[tuple[int, int], int]:
