@@ -62,7 +62,8 @@ def test_the_contract_sees_an_upward_import(tmp_path):
     config = (ROOT / "pyproject.toml").read_text()
     (tmp_path / "pyproject.toml").write_text(config[config.index("[tool.importlinter]") :])
     package = tmp_path / "sparsekern"
-    floors = re.findall(r"^    \"(.*)\",$", config[config.index("\nlayers = [") :], re.MULTILINE)
+    layers = config.split("\nlayers = [")[1].split("\n]")[0]
+    floors = re.findall(r"\"(.*)\"", layers)
     names = [name for floor in floors for name in re.findall(r"\w+", floor)]
     assert names[0] == "cli" and names[-1] == "utils"
     for name in names:
