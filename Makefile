@@ -1,6 +1,9 @@
 # make demo       prunes a small real model and prints one table (no GPU needed)
-# make test       compiles every kernel, checks what ptxas said about it, runs all tests
+# make test       compiles every kernel, checks what ptxas said about it, lints, runs all tests
 # make test-gpu   the tests that need a GPU, alone
+# make lint       formatters and linters of Python and C++, types, the layering; changes nothing
+# make format     what the formatters want, written
+# make wheel      dist/*.whl with the kernels for 80, 89 and 90a, for machines without a compiler
 # make bench-mma  every tile of the mma.sp kernel, the one for Ampere and Ada, on two layers
 # make bench      measures on the GPU and appends to bench/records
 # make clean      removes what was built here (not the virtual environment)
@@ -15,7 +18,9 @@ TORCH_SPEC ?= torch>=2.8
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-BUILD_REQUIRES := $(shell sed -n '/^requires = /{s/.*\[//;s/\].*//;s/,//g;p;}' pyproject.toml)
+# listed,NAME: the entries of the one-line list NAME in pyproject.toml, quoted for the shell
+listed = $(shell sed -n '/^$(1) = \[/{s/.*= \[//;s/\].*//;s/,//g;p;}' pyproject.toml)
+BUILD_REQUIRES := $(call listed,requires)
 SOURCES := setup.py pyproject.toml CMakeLists.txt sparsekern/__init__.py \
   $(shell find csrc -type f ! -name '*.md')
 
@@ -28,17 +33,38 @@ STAMPS := build/stamps
 $(shell mkdir -p $(STAMPS); echo '$(SETTINGS)' | cmp -s - $(STAMPS)/settings \
   || echo '$(SETTINGS)' > $(STAMPS)/settings)
 
-.PHONY: demo test test-gpu bench bench-mma setup setup-test kernels clean
+# What clang-format looks at: all but the generated file, which has a layout of its own.
+CPP := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')
+CPP := $(filter-out csrc/ptx/wgmma_sp.cuh,$(CPP))
+
+.PHONY: demo test test-gpu lint format wheel bench bench-mma setup setup-test kernels clean
 .DELETE_ON_ERROR:
+MAKEFLAGS += --jobs=2
 
 demo: $(STAMPS)/hf
-	$(PY) -m sparsekern.cli.demo
+	$(PY) -m sparsekern.demo
 
-test: $(STAMPS)/test kernels
-	$(PY) -m pytest -q
+# One process per core; one process where there is a GPU (python_tests/conftest.py).
+test: lint $(STAMPS)/test kernels
+	$(PY) -m pytest -q -n auto --dist loadfile
 
 test-gpu: $(STAMPS)/test
 	$(PY) -m pytest -q -m gpu
+
+lint: $(STAMPS)/lint
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+	$(VENV)/bin/lint-imports --no-logo --no-cache pyproject.toml
+	$(PY) -m mypy
+
+format: $(STAMPS)/lint
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+wheel: $(STAMPS)/wheel
+	$(PY) .ci/wheel.py dist
 
 bench: $(STAMPS)/bench
 	$(PY) -m bench
@@ -60,15 +86,32 @@ kernels: $(STAMPS)/test
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
 
-# torch comes first and alone: which build of it (CPU, CUDA) is the user's choice.
-$(STAMPS)/tools: $(VENV)/pyvenv.cfg $(STAMPS)/settings
-	$(PY) -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH_SPEC)"
+$(STAMPS)/tools: $(VENV)/pyvenv.cfg $(STAMPS)/settings pyproject.toml
 	$(PIP) install -q $(BUILD_REQUIRES)
 	@touch $@
 
+# The compiler needs no torch: it works while pip installs it, and while the linters run.
+$(STAMPS)/objects: $(STAMPS)/tools $(SOURCES)
+	$(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+# torch comes first and alone: which build of it (CPU, CUDA) is the user's choice.
+$(STAMPS)/torch: $(STAMPS)/tools
+	$(PY) -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH_SPEC)"
+	@touch $@
+
+$(STAMPS)/lint: $(STAMPS)/torch pyproject.toml
+	$(PIP) install -q $(call listed,dependencies) $(call listed,lint)
+	@touch $@
+
 # Without isolation the compiled objects are reused, so a repeated set-up takes seconds.
-$(STAMPS)/hf $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/tools $(SOURCES)
+$(STAMPS)/test: $(STAMPS)/lint # one pip at a time
+$(STAMPS)/hf $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/torch $(STAMPS)/objects $(SOURCES)
 	$(PIP) install -q --no-build-isolation -e ".[$(@F)]"
+	@touch $@
+
+$(STAMPS)/wheel: $(STAMPS)/tools pyproject.toml
+	$(PIP) install -q $(call listed,wheel)
 	@touch $@
 
 clean:

@@ -4,10 +4,10 @@
         --eval wiki.test.raw --methods dense,magnitude,wanda,sparsegpt
 
 The model is read as the command line reads it (GGUF rounded to bfloat16) and pruned in --dtype,
-calibrated on windows at random starts of one tokenisation (texts.calibration_windows), pruned by prune_model
-with its defaults, and evaluated in float32 on the rows of the text joined with a blank line, in windows side
-by side. `seconds` is the whole call of prune_model: moving blocks, the calibration forwards,
-Hessians, masks, compression; not loading the model, not tokenising.
+calibrated on windows at random starts of one tokenisation (texts.calibration_windows), pruned by
+prune_model with its defaults, and evaluated in float32 on the rows of the text joined with a blank
+line, in windows side by side. `seconds` is the whole call of prune_model: moving blocks, the
+calibration forwards, Hessians, masks, compression; not loading the model, not tokenising.
 
 One pruned model is then saved in bfloat16, loaded in a new process, and both must give the same
 logits bit for bit; the bytes of its pruned layers in the files are counted.

@@ -1,9 +1,10 @@
-"""Fits the table of backends/cuda/cost_model.py to measured cells: `python -m bench.fit CELLS.jsonl`.
+"""Fits the cost model's table to measured cells: `python -m bench.fit CELLS.jsonl`.
 
 CELLS.jsonl is what `sparsekern tune --log CELLS.jsonl` appends: a line per cell with the times of
-all variants that were sampled. Printed are the table TIMES, to paste into sparsekern/backends/cuda/cost_model.py,
-and how much slower than the fastest variant its picks are in these cells. With --check nothing is
-fitted: the gaps are those of the table that backends/cuda/cost_model.py has.
+all variants that were sampled. Printed are the table TIMES, to paste into
+sparsekern/backends/cuda/cost_model.py, and how much slower than the fastest variant its picks are
+in these cells. With --check nothing is fitted: the gaps are those of the table that
+backends/cuda/cost_model.py has.
 
 The model is heuristics.work (counts) and heuristics.us (their time), and nothing is modelled here.
 The table is made in three steps:

@@ -10,8 +10,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Before torch is imported. Tests neither reach the network nor fight over cores.
-os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+# Before torch is imported. Tests neither reach the network nor fight over cores: `pytest -n` has a
+# process per core (make test), each with one thread.
+_threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(4, os.cpu_count() or 1)
+os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -41,6 +43,17 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("sparsekern")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Processes of `pytest -n auto`: one per core, but at most 8, since each loads torch and
+    Transformers. 0, which means this process alone, where there is a GPU: tests measure on it.
+    """
+    if not NO_GPU:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, cores or 1)
 
 
 def pytest_collection_modifyitems(items):

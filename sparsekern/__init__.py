@@ -18,6 +18,7 @@ from sparsekern.formats.dtypes import ElementType, register_dtype
 from sparsekern.formats.layouts import Layout, WeightSpec, register_layout
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.oneshot.executor import calibrate
 from sparsekern.oneshot.prune_model import prune_model
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.ops.compress import compress, decompress, prune_compress, verify
@@ -36,6 +37,7 @@ __all__ = [
     "SparseLinear",
     "WeightSpec",
     "__version__",
+    "calibrate",
     "compress",
     "decompress",
     "explain",

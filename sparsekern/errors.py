@@ -18,7 +18,7 @@ def message(op: str, expected: str, got: str, remedy: str = "") -> str:
 
 
 def check(
-    condition: bool,
+    condition: object,
     op: str,
     expected: str,
     got: object,

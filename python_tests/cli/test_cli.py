@@ -4,6 +4,7 @@ every error one line."""
 import json
 import subprocess
 import sys
+import warnings
 import zipfile
 
 import pytest
@@ -14,12 +15,11 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 import sparsekern as sk  # noqa: E402
 from python_tests.integrations import gguf_cases as cases  # noqa: E402
-from sparsekern.cli import demo
-from sparsekern.cli import main as cli
-from sparsekern.cli import shapes
+from sparsekern.cli import demo, shapes  # noqa: E402
+from sparsekern.cli import main as cli  # noqa: E402
 from sparsekern.eval import texts  # noqa: E402
 from sparsekern.integrations.gguf.model import load_gguf  # noqa: E402
-from sparsekern.profiling import layer_bench
+from sparsekern.profiling import layer_bench  # noqa: E402
 
 LAYERS = 14  # linear layers in the two blocks of a tiny_llama
 SHORT = ["--samples", "4", "--window", "64", "--quiet"]
@@ -106,6 +106,66 @@ def test_prune_gguf_with_skip_and_dtype(places, tmp_path, call, method):
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert not isinstance(model.model.layers[0].mlp.up_proj, sk.SparseLinear)
     assert model.model.layers[1].mlp.up_proj.weight.dtype == torch.float16
+
+
+def test_a_partial_result_has_an_exit_code_of_its_own(places, tmp_path, call, monkeypatch):
+    """Saved and reported all the same; a rule of the caller is no failure."""
+    monkeypatch.setattr(sk.PruneReport, "partial", property(lambda report: True))
+    warnings.simplefilter("ignore")  # prune_model says it, too
+    arguments = ["prune", places / "dense", "--method", "magnitude", "--device", "cpu", "--quiet"]
+    code, output, error = call(*arguments, "--out", tmp_path / "out")
+    assert code == cli.PARTIAL == 3 and "saved" in output and error.count("\n") == 1
+    assert "expected at least half of the weights to be 2:4, got " in error
+    assert "--allow-partial" in error and (tmp_path / "out/prune_report.json").is_file()
+    code, _, error = call(*arguments, "--out", tmp_path / "again", "--allow-partial")
+    assert code == 0 and "expected at least half" in error
+
+
+def test_a_model_that_stays_dense_is_partial(places, tmp_path, call):
+    """No layer has in_features that are a multiple of four: nothing is pruned."""
+    config = transformers.LlamaConfig(
+        hidden_size=30,
+        intermediate_size=42,
+        num_hidden_layers=1,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        vocab_size=64,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "odd")
+    arguments = ["prune", tmp_path / "odd", "--method", "magnitude", "--device", "cpu"]
+    with pytest.warns(UserWarning, match="nothing was pruned"):
+        code, _, error = call(*arguments, "--quiet", "--out", tmp_path / "out")
+    assert code == 3 and "got 0.0% of all" in error
+
+
+def test_methods_and_their_options_come_from_the_registry(places, tmp_path, call):
+    """A method from outside the package is a choice of the command, and so are its options."""
+    seen = []
+
+    def function(weight, hessian, *, pattern, mask, keep, **_):
+        seen.append((keep, hessian))
+        mask = sk.prune.nm_mask(weight.abs() if keep == "large" else -weight.abs(), *pattern)
+        return weight.masked_fill(~mask, 0), mask, None
+
+    option = sk.prune.Option("keep", "large", "large or small")
+    sk.prune.register_method(sk.prune.Method("mine", "ours", function, options=(option,)))
+    try:
+        arguments = ["prune", places / "dense", "--method", "mine", "--device", "cpu", "--quiet"]
+        assert call(*arguments, "--option", "keep=small", "--out", tmp_path / "out")[0] == 0
+        assert set(seen) == {("small", None)}
+        code, _, error = call(*arguments, "--option", "speed=2", "--out", tmp_path / "no")
+        assert code == 2 and "options of mine: keep, got 'speed'" in error
+        code, _, error = call(*arguments, "--option", "window=2", "--out", tmp_path / "no")
+        assert (
+            code == 2
+            and "got ['window']. Write --window" in error
+            and not (tmp_path / "no").exists()
+        )
+        assert "keep (default large), large or small" in " ".join(
+            cli.build_parser()._subparsers._group_actions[0].choices["prune"].format_help().split()
+        )
+    finally:
+        sk.prune.unregister_method("mine")
 
 
 def test_prune_resumes(places, tmp_path, call):
@@ -410,6 +470,7 @@ def test_errors_are_one_line_and_exit_code_2(places, call, arguments, text):
         (["bench", "--shape", "8x8", "--tokens", "1,0"], "got '1,0'"),
         (["bench"], "required"),
         (["prune", "x", "--method", "obs", "--out", "y"], "invalid choice: 'obs'"),
+        (["prune", "x", "--option", "damp", "--out", "y"], "expected NAME=VALUE"),
         ([], "required: COMMAND"),
     ],
 )

@@ -17,8 +17,8 @@ calls = []
 def wait(module, args):
     calls.append(len(args))
     if (
-        len(calls) == 5
-    ):  # after the probe and three captures: the first calibration batch of block 2
+        len(calls) == 7
+    ):  # after the probe, its two checks and three captures: the first calibration batch of block 2
         Path(folder, "inside-block-2").touch()
         time.sleep(300)
 

@@ -20,10 +20,11 @@ from python_tests.oneshot.driver_models import (
     tokens,
 )
 from sparsekern import prune
+from sparsekern.nn import replace
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot.calibration import make_batches
-from sparsekern.oneshot.layerwise import REFINE_STEPS, prune_group
+from sparsekern.oneshot.layerwise import prune_group
 from sparsekern.oneshot.prune_model import prune_model
 from sparsekern.oneshot.sequential import Walk, probe
 
@@ -31,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 def linears(model):
-    return {name: module for name, module in model.named_modules() if models.is_linear(module)}
+    return {name: module for name, module in model.named_modules() if replace.is_linear(module)}
 
 
 # ----------------------------------------------------------------------------------------- families
@@ -80,14 +81,14 @@ def test_every_layer_of_every_block_becomes_sparse(family, method):
     assert len(sparse) == 2 * per_block
     run_prune(masked, method, compress=False)
     for name, module in linears(masked).items():
-        weight = models.dense_weight(module)
+        weight = replace.dense_weight(module)
         other = model.get_submodule(name)
         if not isinstance(other, SparseLinear):
-            assert torch.equal(weight, models.dense_weight(dense.get_submodule(name)))
+            assert torch.equal(weight, replace.dense_weight(dense.get_submodule(name)))
             continue
         assert is_24(weight) and torch.equal(other.weight.to_dense(), weight)
         kept = weight != 0
-        unchanged = torch.equal(weight[kept], models.dense_weight(dense.get_submodule(name))[kept])
+        unchanged = torch.equal(weight[kept], replace.dense_weight(dense.get_submodule(name))[kept])
         assert unchanged == (method != "sparsegpt")
         assert (module.bias is None) == (other.bias is None)
     ids = tokens(2, seed=9)
@@ -133,16 +134,16 @@ def test_hessians_of_block_1_come_from_pruned_block_0(family, compress):
     dense = copy.deepcopy(model)
     ids = tokens()
     seen = record_hessians(model, calibration=ids, compress=compress, batch_size=2)
-    weights = {name: models.dense_weight(m).clone() for name, m in linears(dense).items()}
+    weights = {name: replace.dense_weight(m).clone() for name, m in linears(dense).items()}
     half = copy.deepcopy(dense)  # block 0 pruned, block 1 dense
     _, blocks = models.find_blocks(half)
-    for module in (m for m in blocks[0].modules() if models.is_linear(m)):
-        w = models.dense_weight(module)
-        models.write_weight(module, w * prune.magnitude_mask(w))
+    for module in (m for m in blocks[0].modules() if replace.is_linear(m)):
+        w = replace.dense_weight(module)
+        replace.write_weight(module, w * prune.magnitude_mask(w))
     checked = 0
     for source, block, agree in ((half, 1, True), (dense, 1, False), (dense, 0, True)):
         _, found = models.find_blocks(source)
-        modules = {n: m for n, m in source.named_modules() if models.is_linear(m)}
+        modules = {n: m for n, m in source.named_modules() if replace.is_linear(m)}
         names = [n for n, m in modules.items() if m in set(found[block].modules())]
         inputs = hook_inputs(
             source, [modules[n] for n in names], lambda s=source: s(ids, use_cache=False)
@@ -166,7 +167,7 @@ def test_true_sequential_prunes_each_group_on_the_groups_before():
     partly = copy.deepcopy(dense)
     for part in ("q_proj", "k_proj", "v_proj"):
         layer = getattr(partly.model.layers[0].self_attn, part)
-        models.write_weight(
+        replace.write_weight(
             layer, layer.weight.detach() * prune.magnitude_mask(layer.weight.detach())
         )
     for true_sequential, source in ((True, partly), (False, dense)):
@@ -273,7 +274,9 @@ def test_lm_head_is_pruned_on_the_outputs_of_the_pruned_blocks():
     hessian = prune.Hessian(32)
     hessian.add(inputs[0])
     expected, mask, _ = prune.sparsegpt(weight, hessian)
-    expected = prune.refine(weight, expected, mask, hessian, steps=REFINE_STEPS)
+    expected = prune.refine(
+        weight, expected, mask, hessian, steps=prune.methods()["sparsegpt"].refine
+    )
     assert torch.equal(model.lm_head.weight.to_dense() != 0, mask)
     torch.testing.assert_close(model.lm_head.weight.to_dense(), expected, rtol=1e-3, atol=1e-5)
 
@@ -287,7 +290,7 @@ def test_layers_before_the_blocks_are_pruned_first():
     assert isinstance(model.model.decoder.project_in, SparseLinear)
     assert isinstance(model.model.decoder.project_out, SparseLinear)
     w = dense.model.decoder.project_in.weight.detach()
-    models.write_weight(dense.model.decoder.project_in, w * prune.magnitude_mask(w))
+    replace.write_weight(dense.model.decoder.project_in, w * prune.magnitude_mask(w))
     layer = dense.model.decoder.layers[0].self_attn.q_proj
     (inputs,) = hook_inputs(dense, [layer], lambda: dense(ids, use_cache=False))
     matrix = next(h for w, h in seen if torch.equal(w, layer.weight))
@@ -433,7 +436,7 @@ def test_no_dense_copy_outlives_its_block(method, monkeypatch):
 
     monkeypatch.setattr("sparsekern.oneshot.prune_model.prune_group", watch)
     assert len(dense) == 7
-    run_prune(model, method)
+    run_prune(model, method, undo=False)
     assert alive and not any(alive)
 
 

@@ -2,6 +2,7 @@
 untouched."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from python_tests.oneshot.driver_models import build, plain, tokens
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.prune_model import prune_model
+from sparsekern.prune import PruneError
 
 X = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
 UP = "model.layers.0.mlp.up_proj"
@@ -104,18 +106,17 @@ def test_non_finite_inputs(method):
 
 def test_a_group_that_fails_falls_back_to_its_layers(monkeypatch):
     """Only the layer that SparseGPT cannot do stays dense; other errors are never swallowed."""
-    from sparsekern import prune
-
+    module = sys.modules["sparsekern.prune.sparsegpt"]
     model = plain()
     bad = model.up.weight.detach().clone()
-    real = prune.sparsegpt
+    real = module.sparsegpt
 
     def failing(w, hessian, **kwargs):
         if any(torch.equal(w[i : i + 32], bad) for i in range(0, len(w), 32)):
-            raise RuntimeError("sparsekern.prune.sparsegpt: expected something better.")
+            raise PruneError("sparsekern.prune.sparsegpt: expected something better.")
         return real(w, hessian, **kwargs)
 
-    monkeypatch.setattr(prune, "sparsegpt", failing)
+    monkeypatch.setattr(module, "sparsegpt", failing)
     with pytest.raises(RuntimeError, match="something better"):
         prune_model(plain(), "sparsegpt", X, progress=False, device="cpu")
     report = prune_model(model, "sparsegpt", X, on_error="skip", progress=False, device="cpu")
@@ -125,6 +126,6 @@ def test_a_group_that_fails_falls_back_to_its_layers(monkeypatch):
     def out_of_memory(w, hessian, **kwargs):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(prune, "sparsegpt", out_of_memory)
+    monkeypatch.setattr(module, "sparsegpt", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         prune_model(plain(), "sparsegpt", X, on_error="skip", progress=False, device="cpu")

@@ -15,8 +15,8 @@ from python_tests.oneshot.driver_models import (
     run_prune,
 )
 from sparsekern import prune
+from sparsekern.nn import replace
 from sparsekern.nn.sparse_linear import SparseLinear
-from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot.prune_model import prune_model
 
 
@@ -83,7 +83,7 @@ def test_true_sequential_on_a_plain_tree():
     model, dense = plain(), plain()
     seen = record_hessians(model, calibration=x, true_sequential=True)
     for layer in (dense.up, dense.gate):
-        models.write_weight(
+        replace.write_weight(
             layer, layer.weight.detach() * prune.magnitude_mask(layer.weight.detach())
         )
     (inputs,) = hook_inputs(dense, [dense.down], lambda: dense(x))

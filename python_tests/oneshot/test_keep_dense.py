@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from python_tests.oneshot.test_resume import assert_same_state
 
 from python_tests.oneshot.driver_models import build, plain, tokens
+from python_tests.oneshot.test_resume import assert_same_state
 from sparsekern import SparseLinear
 from sparsekern.oneshot import keep_dense
 from sparsekern.oneshot.prune_model import prune_model

@@ -5,13 +5,12 @@ import copy
 
 import pytest
 import torch
-from python_tests.prune.test_sparsegpt import make_layer
 
 from python_tests.oneshot.driver_models import build, hook_inputs, run_prune, tokens
+from python_tests.prune.test_sparsegpt import make_layer
 from sparsekern import prune
-from sparsekern.oneshot.calibration import HessianCollector
+from sparsekern.oneshot.collector import HessianCollector
 from sparsekern.oneshot.discovery import Layer
-from sparsekern.oneshot.layerwise import REFINE_STEPS
 
 
 def pair(samples=6, length=10, features=16):
@@ -100,7 +99,9 @@ def test_prune_model_matches_the_dense_model(share):
     hessian.add(*inputs)
     target = prune.retarget(q(dense).weight.detach(), hessian, share=share)
     expected, mask, _ = prune.sparsegpt(target, hessian)
-    expected = prune.refine(target, expected, mask, hessian, steps=REFINE_STEPS)
+    expected = prune.refine(
+        target, expected, mask, hessian, steps=prune.methods()["sparsegpt"].refine
+    )
     got = q(matched).weight.to_dense()
     assert torch.equal(got != 0, mask)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)

@@ -8,9 +8,10 @@ import sys
 import pytest
 
 from python_tests.oneshot.driver_models import build, plain, tokens
-from sparsekern.oneshot import report as report_module
 from sparsekern.oneshot.prune_model import prune_model
-from sparsekern.oneshot.report import LayerReport, PruneReport, write_atomic
+from sparsekern.oneshot.report import LayerReport, PruneReport
+from sparsekern.utils import files
+from sparsekern.utils.files import write_atomic
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_save_is_atomic(report, tmp_path, monkeypatch):
     report.save(path)
     assert PruneReport.from_json(path.read_text()) == report
     monkeypatch.setattr(
-        report_module.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full"))
+        files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full"))
     )
     with pytest.raises(OSError, match="disk full"):
         write_atomic(path, b"half")

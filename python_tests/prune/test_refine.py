@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from python_tests.prune.test_sparsegpt import make_layer
 
 import sparsekern as sk
 from python_tests.oneshot.driver_models import build, tokens
+from python_tests.prune.test_sparsegpt import make_layer
 from sparsekern.prune import magnitude_mask, refine, sparsegpt
 
 

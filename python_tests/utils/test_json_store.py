@@ -32,7 +32,7 @@ def test_update_then_load(path):
 def _count_up(path, writer):
     for number in range(UPDATES):
 
-        def change(entries):
+        def change(entries, number=number):
             entries["total"] = entries.get("total", 0) + 1
             entries[f"{writer}.{number}"] = number
 

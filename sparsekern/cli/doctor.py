@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Finding:
     present: bool = True
 
 
-def diagnose():
+def diagnose() -> list[Finding]:
     """All findings, in the order in which they are printed.
 
     Returns:
@@ -42,10 +43,11 @@ def diagnose():
     return [*_software(), *_gpus(), *_kernels(), *_libraries(), *_what_will_run()]
 
 
-def table(findings):
+def table(findings: Sequence[Finding]) -> str:
     """The findings as text, one section after the other; absent parts are marked with "-"."""
     width = max(len(finding.name) for finding in findings)
-    lines, section = [], None
+    lines: list[str] = []
+    section = None
     for finding in findings:
         if finding.section != section:
             section = finding.section
@@ -55,7 +57,7 @@ def table(findings):
     return "\n".join(lines)
 
 
-def _software():
+def _software() -> Iterator[Finding]:
     from sparsekern import __version__
 
     yield Finding("software", "sparsekern", __version__)
@@ -75,7 +77,7 @@ def _software():
             yield Finding("software", name, "not installed", present=False)
 
 
-def _gpus():
+def _gpus() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         why = (
             "torch sees no CUDA device"
@@ -95,7 +97,7 @@ def _gpus():
         )
 
 
-def _kernels():
+def _kernels() -> Iterator[Finding]:
     from sparsekern import _native
     from sparsekern.backends import triton as triton_kernels
 
@@ -116,7 +118,7 @@ def _kernels():
     yield from _tuned_tables()
 
 
-def _tuned_tables():
+def _tuned_tables() -> Iterator[Finding]:
     """Which table chooses among the CUDA kernels, for each GPU that runs them."""
     from sparsekern.backends.cuda import linear as cuda_backend
     from sparsekern.backends.cuda import tuned_tables as tuning
@@ -131,7 +133,7 @@ def _tuned_tables():
         yield Finding("kernels", "tuned tables", text, present=False)
 
 
-def _libraries():
+def _libraries() -> Iterator[Finding]:
     nvcc = _find_nvcc()
     yield Finding(
         "libraries",
@@ -142,7 +144,7 @@ def _libraries():
     yield _cusparselt()
 
 
-def _cusparselt():
+def _cusparselt() -> Finding:
     from sparsekern.backends.cusparselt import library as cusparselt_library
 
     found, why = cusparselt_library.library()
@@ -157,13 +159,13 @@ def _cusparselt():
     return Finding("libraries", "cuSPARSELt", "; ".join([text, *filter(None, refused)]))
 
 
-def _nvidia_folders():
+def _nvidia_folders() -> list[Path]:
     """Folders of the `nvidia` namespace package, where CUDA wheels are installed."""
     spec = importlib.util.find_spec("nvidia")
     return [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
 
 
-def _find_nvcc():
+def _find_nvcc() -> str | None:
     """Path of nvcc, in the order in which setup.py looks for it."""
     homes = [os.environ.get(variable) for variable in ("CUDA_HOME", "CUDA_PATH")]
     found = [Path(home) / "bin" / "nvcc" for home in homes if home]
@@ -176,7 +178,7 @@ def _find_nvcc():
     return next((str(path) for path in found if os.access(path, os.X_OK)), None)
 
 
-def _what_will_run():
+def _what_will_run() -> Iterator[Finding]:
     devices = [("cpu", torch.float32)] + [("cuda", torch.bfloat16)] * torch.cuda.is_available()
     for device, dtype in devices:
         for tokens in PROBE_TOKENS:
@@ -188,7 +190,7 @@ def _what_will_run():
                 yield Finding("sparse linear layers", name, str(error), present=False)
 
 
-def _explained(tokens, dtype, device):
+def _explained(tokens: int, dtype: torch.dtype, device: str) -> str:
     from sparsekern.nn.sparse_linear import SparseLinear
     from sparsekern.ops.linear_op import explain
 
@@ -197,7 +199,7 @@ def _explained(tokens, dtype, device):
     return str(explain(torch.empty(tokens, features, dtype=dtype, device=device), weight))
 
 
-def main(json_output=False):
+def main(json_output: bool = False) -> int:
     """Print the findings; returns the exit code 0, because an absent part is no error."""
     findings = list(diagnose())
     if json_output:

@@ -2,30 +2,38 @@
 | demo.
 
 Every command is a few lines around the public Python API. An error is one line on stderr and exit
-code 2 (--debug shows the traceback); `verify` exits with 1 when a folder breaks a rule; everything
-else exits with 0.
+code 2 (--debug shows the traceback); `verify` exits with 1 when a folder breaks a rule; `prune`
+exits with 3 when the model it saved is less than half 2:4, unless --allow-partial; everything else
+exits with 0.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from sparsekern.cli.parser import make_parser
-from sparsekern.errors import check
+from sparsekern.errors import check, message
 from sparsekern.integrations.loading import folder_bytes, load_model
 
+PARTIAL = 3  # exit code of a prune that left more than half of the weights dense
 
-def main(argv=None):
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        return args.run(args) or 0
+        code: int | None = args.run(args)
+        return code or 0
     except KeyboardInterrupt:
         print("sparsekern: interrupted", file=sys.stderr)
         return 130
@@ -43,7 +51,7 @@ def main(argv=None):
         return 2
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     """The argument parser; parse_args(...).run is the function of the command."""
     return make_parser(
         {
@@ -63,8 +71,9 @@ def build_parser():
 # commands
 
 
-def run_prune(args):
-    """Load, prune, save; prints the report's table and where everything went."""
+def run_prune(args: argparse.Namespace) -> int:
+    """Load, prune, save; prints the report's table and where everything went. Returns PARTIAL
+    where that is less than was asked for."""
     import sparsekern as sk
 
     out = _new_folder(args.out)
@@ -74,9 +83,13 @@ def run_prune(args):
         "--samples > 0 and --window > 1",
         f"{args.samples} and {args.window}",
     )
+    taken = sorted(set(dict(args.option or ())) & set(vars(args)))
+    remedy = "Write --" + " --".join(name.replace("_", "-") for name in taken)
+    check(not taken, "sparsekern prune", "--option with what is no flag", taken, f"{remedy}.")
     device = _device(args.device)
     model, tokenizer = load_model(args.model, "cpu", _dtype(args.dtype))
     calibration = _calibration(args, model, tokenizer)
+    options = dict(args.option or ())
     report = sk.prune_model(
         model,
         args.method,
@@ -92,14 +105,27 @@ def run_prune(args):
         keep_dense_tokens=tuple(args.keep_dense_tokens),
         resume=args.resume,
         progress=not args.quiet,
+        **options,
     )
     sk.save_pretrained(model, out, tokenizer=tokenizer)
     report.save(out / "prune_report.json")
     print(report.summary() if args.quiet else report.table())
     print(f"saved    {out} ({folder_bytes(out)} bytes of weights), prune_report.json beside them")
+    if not report.partial:
+        return 0
+    print(
+        message(
+            "sparsekern prune",
+            "at least half of the weights to be 2:4",
+            f"{report.share:.1%} of all",
+            "prune_report.json has the reasons; --allow-partial makes this exit code 0.",
+        ),
+        file=sys.stderr,
+    )
+    return 0 if args.allow_partial else PARTIAL
 
 
-def run_eval(args):
+def run_eval(args: argparse.Namespace) -> None:
     """Perplexity, with everything that is needed to compare it."""
     import sparsekern as sk
     from sparsekern.eval import texts
@@ -129,18 +155,23 @@ def run_eval(args):
         print(f"{name:<11}{content}")
 
 
-def run_verify(args):
+def run_verify(args: argparse.Namespace) -> int:
     """Exit code 0 when every rule holds, 1 otherwise."""
     from sparsekern.checkpoint import verify_checkpoint
 
-    if not Path(args.directory).is_dir():
-        raise FileNotFoundError(f"sparsekern verify: no folder at {args.directory}.")
+    check(
+        Path(args.directory).is_dir(),
+        "sparsekern verify",
+        "a model folder",
+        f"no folder at {args.directory}",
+        exc=FileNotFoundError,
+    )
     report = verify_checkpoint(args.directory)
     print(report.table())
     return 0 if report.ok else 1
 
 
-def run_export(args):
+def run_export(args: argparse.Namespace) -> None:
     from sparsekern.checkpoint import export_dense
 
     out = _new_folder(args.out)
@@ -148,14 +179,14 @@ def run_export(args):
     print(f"saved    {out} ({folder_bytes(out)} bytes of weights, dense)")
 
 
-def run_bench(args):
+def run_bench(args: argparse.Namespace) -> None:
     """One row per shape and number of tokens; for a model also the sum over its layers."""
     from sparsekern.profiling.layer_bench import bench_shape, table
 
     device = _device(args.device)
     dtype = _dtype(args.dtype) or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     counts = None if args.shape else _counted_shapes(args.model)
-    shapes = dict.fromkeys(args.shape or counts)
+    shapes: list[tuple[int, int]] = list(dict.fromkeys(args.shape or counts or ()))
     print(f"{_device_name(device)}, torch {torch.__version__}")
     rows = [
         bench_shape(*shape, tokens, dtype=dtype, device=device)
@@ -165,7 +196,7 @@ def run_bench(args):
     print(table(rows, counts))
 
 
-def run_tune(args):
+def run_tune(args: argparse.Namespace) -> None:
     """One line per cell; the table file is written after each shape."""
     from sparsekern.profiling import tune as tuner
 
@@ -177,13 +208,13 @@ def run_tune(args):
     tuner.tune(shapes, tokens, args.dtype, device, args.out, budget, say, log=args.log)
 
 
-def run_doctor(args):
+def run_doctor(args: argparse.Namespace) -> int:
     from sparsekern.cli import doctor
 
     return doctor.main(json_output=args.json)
 
 
-def run_demo(args):
+def run_demo(args: argparse.Namespace) -> None:
     from sparsekern.cli import demo
 
     demo.run(gguf=args.gguf, cache=args.cache, out=args.out, device=_device(args.device))
@@ -193,18 +224,24 @@ def run_demo(args):
 # shared parts
 
 
-def _needed(tokenizer, path):
-    if tokenizer is None:
-        raise FileNotFoundError(
-            f"sparsekern: no tokenizer files in {path}. Copy tokenizer.json and "
-            "tokenizer_config.json of the model there."
-        )
+def _needed(tokenizer: Any, path: str) -> Any:
+    check(
+        tokenizer is not None,
+        "sparsekern",
+        "a tokenizer beside the model",
+        f"no tokenizer files in {path}",
+        "Copy tokenizer.json and tokenizer_config.json of the model there.",
+        exc=FileNotFoundError,
+    )
     return tokenizer
 
 
-def _calibration(args, model, tokenizer):
-    """Windows by the published protocol, int64 [samples, window]; None for magnitude."""
-    if args.method == "magnitude":
+def _calibration(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> Tensor | None:
+    """Windows by the published protocol, int64 [samples, window]; None where the method looks at
+    the weights alone."""
+    import sparsekern as sk
+
+    if sk.prune.methods()[args.method].needs == "weights":
         return None
     from sparsekern.eval import texts
 
@@ -215,10 +252,11 @@ def _calibration(args, model, tokenizer):
         f"calibration: {args.samples} windows of {args.window} tokens from {args.calibration} "
         f"({ids.numel()} tokens), seed {args.seed}"
     )
-    return texts.calibration_windows(ids, args.samples, args.window, args.seed)
+    windows: Tensor = texts.calibration_windows(ids, args.samples, args.window, args.seed)
+    return windows
 
 
-def _counted_shapes(path):
+def _counted_shapes(path: str) -> dict[tuple[int, int], int]:
     """{(out_features, in_features): layers} of a model's layers; ValueError when 2:4 fits none."""
     from sparsekern.cli.shapes import count_shapes
 
@@ -227,11 +265,11 @@ def _counted_shapes(path):
     return counts
 
 
-def _skip_rules(rules):
+def _skip_rules(rules: Sequence[str] | None) -> tuple[str, ...]:
     return ("lm_head",) if rules is None else tuple(rules)
 
 
-def _new_folder(path):
+def _new_folder(path: str) -> Path:
     """The folder as a Path; ValueError when something is in it, before any work is done for it."""
     folder = Path(path)
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
@@ -239,7 +277,7 @@ def _new_folder(path):
     return folder
 
 
-def _device(name):
+def _device(name: str | None) -> str:
     """The device as a string; ValueError for one that this process does not have."""
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -257,7 +295,7 @@ def _device(name):
     return name
 
 
-def _device_name(device):
+def _device_name(device: str) -> str:
     return (
         torch.cuda.get_device_name(device)
         if device.startswith("cuda")
@@ -265,5 +303,7 @@ def _device_name(device):
     )
 
 
-def _dtype(name):
-    return None if name is None else getattr(torch, name)
+def _dtype(name: str | None) -> torch.dtype | None:
+    """torch's dtype of that name, as the choices of --dtype spell it."""
+    dtype: torch.dtype | None = None if name is None else getattr(torch, name)
+    return dtype

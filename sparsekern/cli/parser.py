@@ -1,14 +1,21 @@
-"""What the commands take: names, options, defaults and help texts. What they do is in cli/main.py."""
+"""What the commands take: names, options, defaults, help texts. cli/main.py does the work."""
 
 from __future__ import annotations
 
 import argparse
+import ast
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sparsekern.prune import methods
 
 DTYPES = ("float32", "float16", "bfloat16")
 SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
-def make_parser(runs):
+def make_parser(
+    runs: Mapping[str, Callable[[argparse.Namespace], int | None]],
+) -> argparse.ArgumentParser:
     """The argument parser.
 
     Args:
@@ -23,7 +30,7 @@ def make_parser(runs):
     parser.add_argument("--version", action="version", version=f"sparsekern {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name, text):
+    def command(name: str, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         sub.set_defaults(run=runs[name])
@@ -37,7 +44,7 @@ def make_parser(runs):
     sub.add_argument(
         "--out", required=True, metavar="DIR", help="folder to write; must be new or empty"
     )
-    sub.add_argument("--method", choices=("sparsegpt", "wanda", "magnitude"), default="sparsegpt")
+    sub.add_argument("--method", choices=tuple(methods()), default="sparsegpt")
     sub.add_argument(
         "--calibration",
         default="builtin",
@@ -57,8 +64,13 @@ def make_parser(runs):
     sub.add_argument(
         "--true-sequential", action="store_true", help="prune inside a block in order of execution"
     )
+    sub.add_argument("--damp", type=float, help="of the SparseGPT Hessian (default 0.01)")
     sub.add_argument(
-        "--damp", type=float, default=0.01, help="of the SparseGPT Hessian (default 0.01)"
+        "--option",
+        action="append",
+        type=_option,
+        metavar="NAME=VALUE",
+        help=f"of the method; may be repeated. {_options_help()}",
     )
     sub.add_argument(
         "--refine",
@@ -95,6 +107,11 @@ def make_parser(runs):
     )
     sub.add_argument(
         "--resume", metavar="DIR", help="store each finished block here, and go on from it"
+    )
+    sub.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="exit with 0 even if less than half of the weights became 2:4 (else with 3)",
     )
     sub.add_argument("--quiet", action="store_true", help="no progress bar, no table")
 
@@ -215,7 +232,29 @@ def make_parser(runs):
     return parser
 
 
-def _shape(text):
+def _options_help() -> str:
+    """What the registered methods have, in words."""
+    texts = [
+        f"{method.name}: {option.name} (default {option.default}), {option.help}"
+        for method in methods().values()
+        for option in method.options
+    ]
+    return "; ".join(texts).replace("%", "%%") or "No method has any"
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """The option in a text such as "blocksize=64": ("blocksize", 64). What is no Python literal is
+    a str."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE such as blocksize=64, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def _shape(text: str) -> tuple[int, int]:
     """The shape in a text such as "4096x14336": (4096, 14336)."""
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdigit() for part in parts):
@@ -223,12 +262,12 @@ def _shape(text):
     return int(parts[0]), int(parts[1])
 
 
-def _shapes(text):
+def _shapes(text: str) -> list[tuple[int, int]]:
     """The shapes in a text such as "4096x4096,8192x1024"."""
     return [_shape(part) for part in text.split(",")]
 
 
-def _tunable_dtypes(text):
+def _tunable_dtypes(text: str) -> list[str]:
     """The dtypes in a text such as "bf16,float16": ["bfloat16", "float16"]."""
     names = [SHORT_DTYPES.get(part, part) for part in text.split(",")]
     for name in names:
@@ -237,7 +276,7 @@ def _tunable_dtypes(text):
     return list(dict.fromkeys(names))
 
 
-def _counts(text):
+def _counts(text: str) -> list[int]:
     """The numbers in a text such as "1,16,256": [1, 16, 256]."""
     parts = text.split(",")
     if not all(part.isdigit() and int(part) for part in parts):

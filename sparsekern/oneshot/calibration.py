@@ -1,36 +1,48 @@
-"""Calibration data: whatever the caller has becomes batches, and batches become Hessians by hooks
-on the Linear layers."""
+"""Calibration data: whatever the caller has becomes batches, each one forward call of the model."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsekern.errors import check
-from sparsekern.oneshot.discovery import Layer, is_transformers
-from sparsekern.prune import Hessian
+from sparsekern.oneshot.discovery import is_transformers
 
-OP = "sparsekern.prune_model"
+OP = "sparsekern.oneshot.make_batches"
 # Tokens per forward when batch_size is not given: large enough to fill an accelerator, small enough
 # for a CPU's caches.
 TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 4096}
 PROBE_TOKENS = 16
+# Texts are cut into windows of this many tokens, or of the model's positions where those are fewer.
+TEXT_WINDOW = 2048
+# Keywords whose tensors hold one column per token of the encoder's (or only) input, and per token
+# of the decoder's.
+TOKEN_KEYS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+DECODER_KEYS = ("decoder_input_ids", "decoder_attention_mask")
 
 
 @dataclass
 class Batch:
-    """One forward call of the model: model(*args, **kwargs)."""
+    """One forward call of the model: model(*args, **kwargs).
 
-    args: tuple
-    kwargs: dict
+    keep: bool [samples, tokens] each, False at padding that is part of the call; such positions
+        stay out of every statistic.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     samples: int
     tokens: int
+    keep: tuple[Tensor, ...] = ()
 
-    def run(self, model: nn.Module, device: torch.device):
+    def run(self, model: nn.Module, device: torch.device) -> Any:
+        """Call the model."""
         return model(*move(self.args, device), **move(self.kwargs, device))
 
     def probe(self) -> Batch:
@@ -43,120 +55,367 @@ class Batch:
 
 
 def make_batches(
-    calibration, model: nn.Module, batch_size: int | None, device: torch.device
+    calibration: Any,
+    model: nn.Module,
+    batch_size: int | None,
+    device: torch.device,
+    tokenizer: Callable[..., Any] | None = None,
+    op: str = OP,
 ) -> list[Batch]:
     """Turn whatever the caller has into batches.
 
     Args:
-        calibration: for a Transformers model token ids, int64 [samples, tokens] or a list of such
-            or of 1-D tensors (equal lengths are batched together), or an iterable of keyword dicts,
-            each one batch. For a plain module a tensor (split along dim 0) or an iterable of
-            tensors, tuples or dicts, each one batch.
+        calibration: for a Transformers model token ids, int64 [samples, tokens], or an iterable of
+            such, of 1-D tensors or lists (equal lengths are batched together), of (ids, target)
+            pairs, of (ids, attention mask of 0 and 1) pairs, of texts, or of keyword dicts (a
+            tokenizer's output, rows of a dataset, a DataLoader's batches); one text or one dict.
+            For models of images or sound a float tensor [samples, ...]. For a plain module a tensor
+            (split along dim 0), or an iterable of tensors, tuples or dicts, each one batch.
         batch_size: samples per forward; None: as many as TOKENS_PER_BATCH holds, at least one.
         device: where the forwards run, for the default batch size.
+        tokenizer: for texts.
+        op: who asks, for messages.
+    Notes:
+        Positions where an attention mask is 0 are cut off each sample where the call allows it
+        (padding left or right, token inputs only); elsewhere they are kept out by Batch.keep.
+        An encoder-decoder gets plain token ids as both inputs.
     Raises:
-        ValueError: no samples, ids outside the vocabulary, batch_size < 1.
+        ValueError: no samples, ids outside the vocabulary, more tokens than the model has
+            positions, batch_size < 1, texts without a tokenizer.
         TypeError: ids that are not integers.
     """
-    check(
-        batch_size is None or batch_size >= 1,
-        OP,
-        "batch_size >= 1",
-        batch_size,
-        "Leave it out for the default.",
-    )
-    items = [calibration] if isinstance(calibration, torch.Tensor) else list(calibration)
-    check(
-        len(items) > 0,
-        OP,
-        "calibration with at least one sample",
-        "none",
-        "Pass token ids [samples, tokens].",
-    )
-    budget = TOKENS_PER_BATCH["cpu" if device.type == "cpu" else "cuda"]
-    if is_transformers(model) and not isinstance(items[0], dict):
-        return _token_batches(items, model, batch_size, budget)
-    if isinstance(calibration, torch.Tensor):
-        check(
-            calibration.dim() > 0 and len(calibration),
-            OP,
-            "calibration [samples, ...]",
-            tuple(calibration.shape),
-        )
-        per_sample = max(
-            1, calibration[0].numel() // (calibration.shape[-1] if calibration.dim() > 2 else 1)
-        )
-        size = batch_size or max(1, budget // (per_sample if calibration.dim() > 2 else 1))
-        items = list(calibration.split(size))
-    return [_plain_batch(item, is_transformers(model)) for item in items]
+    remedy = "Leave it out for the default."
+    fits = batch_size is None or (type(batch_size) is int and batch_size >= 1)
+    check(fits, op, "batch_size >= 1", batch_size, remedy)
+    single = isinstance(calibration, (Tensor, str, Mapping))
+    iterable = single or isinstance(calibration, Iterable)
+    remedy = "Pass token ids [samples, tokens]."
+    got = type(calibration).__name__
+    check(iterable, op, "calibration as a tensor or an iterable", got, remedy, TypeError)
+    items: list[Any] = [calibration] if single else list(calibration)
+    check(len(items) > 0, op, "calibration with at least one sample", "none", remedy)
+    if is_transformers(model):
+        return _Transformers(model, batch_size, device, tokenizer, op).batches(items)
+    texts = any(isinstance(item, str) for item in items)
+    check(not texts, op, "tensors, tuples or dicts as calibration of a plain module", "text")
+    if isinstance(calibration, Tensor):
+        items = list(_split(calibration, batch_size, device, op))
+    return [_plain_batch(item, model, op) for item in items]
 
 
-def _token_batches(
-    items: list, model: nn.Module, batch_size: int | None, budget: int
-) -> list[Batch]:
-    rows: list[torch.Tensor] = []
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    for item in items:
-        ids = torch.as_tensor(item)
-        integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-        check(
-            integer,
-            OP,
-            "integer token ids as calibration",
-            ids.dtype,
-            "Tokenise the text first.",
-            TypeError,
-        )
-        shape = tuple(ids.shape)
-        check(
-            ids.dim() in (1, 2) and ids.numel(),
-            OP,
-            "token ids [samples, tokens]",
-            shape,
-            "Reshape the calibration.",
-        )
-        low, high = int(ids.min()), int(ids.max())
-        check(
-            low >= 0 and high < vocabulary,
-            OP,
-            f"token ids within the vocabulary, 0..{vocabulary - 1}",
-            f"{low}..{high}",
-            "Use the model's own tokenizer.",
-        )
-        rows.extend(ids.to(torch.int64).reshape(-1, ids.shape[-1]).unbind())
-    batches: list[Batch] = []
-    while rows:
-        length = len(rows[0])
-        size = batch_size or max(1, budget // length)
-        count = next(
-            (i for i, row in enumerate(rows[:size]) if len(row) != length), min(size, len(rows))
-        )
-        ids = torch.stack(rows[:count])
-        batches.append(Batch((), {"input_ids": ids, "use_cache": False}, count, ids.numel()))
-        rows = rows[count:]
-    return batches
+def _budget(device: torch.device) -> int:
+    return TOKENS_PER_BATCH["cpu" if device.type == "cpu" else "cuda"]
 
 
-def _plain_batch(item, transformers: bool) -> Batch:
-    kwargs = dict(item) if isinstance(item, dict) else {}
-    args = () if kwargs else tuple(item) if isinstance(item, (tuple, list)) else (item,)
-    if transformers:
-        kwargs["use_cache"] = False
-    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
-    check(
-        tensors,
-        OP,
-        "a tensor in every calibration batch",
-        type(item).__name__,
-        "Pass tensors, tuples or dicts.",
-        TypeError,
-    )
-    first = tensors[0]
+def _split(data: Tensor, batch_size: int | None, device: torch.device, op: str) -> Iterable[Tensor]:
+    """A tensor [samples, ...] in batches."""
+    full = data.dim() > 0 and len(data) > 0
+    check(full, op, "calibration [samples, ...]", tuple(data.shape))
+    per_sample = max(1, data[0].numel() // (data.shape[-1] if data.dim() > 2 else 1))
+    size = batch_size or max(1, _budget(device) // (per_sample if data.dim() > 2 else 1))
+    return torch.split(data, size)
+
+
+def _plain_batch(item: Any, model: nn.Module, op: str) -> Batch:
+    kwargs = dict(item) if isinstance(item, Mapping) else {}
+    args: tuple[Any, ...] = ()
+    if not kwargs:
+        args = tuple(item) if isinstance(item, (tuple, list)) else (item,)
+        args = args[: _positional(model)]
+    return _as_batch(args, kwargs, item, op)
+
+
+def _positional(model: nn.Module) -> int | None:
+    """How many positional arguments the forward takes: a loader's (input, target) pairs are cut to
+    that. None where any number fits or nothing is known."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+def _as_batch(args: tuple[Any, ...], kwargs: dict[str, Any], item: Any, op: str) -> Batch:
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    got, remedy = type(item).__name__, "Pass tensors, tuples or dicts."
+    check(bool(tensors), op, "a tensor in every calibration batch", got, remedy, TypeError)
+    ids = kwargs.get("input_ids")
+    first = ids if isinstance(ids, Tensor) else tensors[0]
     samples = first.shape[0] if first.dim() else 1
-    tokens = (
-        first.numel() if not first.is_floating_point() else first.numel() // max(1, first.shape[-1])
-    )
+    tokens = first.numel()
+    if first.is_floating_point():
+        tokens = tokens // max(1, first.shape[-1] if first.dim() else 1)
     return Batch(args, kwargs, samples, tokens)
+
+
+class _Transformers:
+    """Batches for a Transformers model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch_size: int | None,
+        device: torch.device,
+        tokenizer: Callable[..., Any] | None,
+        op: str,
+    ) -> None:
+        self.model, self.batch_size, self.device, self.op = model, batch_size, device, op
+        self.tokenizer = tokenizer
+        config: Any = model.config
+        getter = getattr(config, "get_text_config", None)
+        text = getter() if callable(getter) else config
+        self.positions = getattr(text, "max_position_embeddings", None)
+        if not isinstance(self.positions, int) or self.positions < 1:
+            self.positions = None
+        try:
+            parameters = inspect.signature(model.forward).parameters
+        except (TypeError, ValueError):
+            parameters = {}  # type: ignore[assignment]
+        self.extra = {"use_cache": False} if "use_cache" in parameters else {}
+        self.main = getattr(model, "main_input_name", "input_ids")
+        self.doubled = (
+            bool(getattr(config, "is_encoder_decoder", False)) and "decoder_input_ids" in parameters
+        )
+
+    def batches(self, items: list[Any]) -> list[Batch]:
+        """All items in order; rows of token ids that follow each other are batched together."""
+        rows: list[Tensor] = []
+        found: list[Batch] = []
+
+        def flush() -> None:
+            found.extend(self._stack(rows))
+            rows.clear()
+
+        # A list of plain numbers is one sample.
+        if all(type(item) is int for item in items):
+            items = [items]
+        for item in items:
+            if isinstance(item, Mapping) and isinstance(item.get("text"), str):
+                if "input_ids" not in item:
+                    item = item["text"]
+            if isinstance(item, str):
+                rows.extend(self._tokenized(item))
+            elif isinstance(item, Mapping):
+                mapping = self._tensors(item)
+                row = self._single_row(mapping)
+                if row is not None:
+                    rows.append(row)
+                else:
+                    flush()
+                    found.extend(self._from_mapping(mapping))
+            elif isinstance(item, (tuple, list)) and item and isinstance(item[0], Tensor):
+                ids = item[0]
+                if self._is_mask(ids, item[1] if len(item) > 1 else None):
+                    flush()
+                    mapping = {"input_ids": ids, "attention_mask": item[1]}
+                    found.extend(self._from_mapping(mapping))
+                elif ids.is_floating_point() and self.main != "input_ids":
+                    flush()
+                    found.append(_as_batch((), {self.main: ids}, item, self.op))
+                else:
+                    rows.extend(self._rows(ids))
+            elif isinstance(item, Tensor) and item.is_floating_point() and self.main != "input_ids":
+                flush()
+                whole = len(items) == 1
+                parts = _split(item, self.batch_size, self.device, self.op) if whole else [item]
+                found.extend(_as_batch((), {self.main: part}, part, self.op) for part in parts)
+            else:
+                rows.extend(self._rows(item))
+        flush()
+        remedy = "Pass token ids [samples, tokens]."
+        check(bool(found), self.op, "calibration with at least one token", "none", remedy)
+        return found
+
+    # ------------------------------------------------------------------------------------ token ids
+
+    def _rows(self, item: Any) -> list[Tensor]:
+        """Samples [tokens] of one tensor or list of ids."""
+        try:
+            ids = torch.as_tensor(item)
+        except (TypeError, ValueError, RuntimeError):
+            expected = "token ids, texts, dicts or pairs of tensors as calibration"
+            remedy = "Pass token ids [samples, tokens]."
+            check(False, self.op, expected, type(item).__name__, remedy, TypeError)
+        self._check_ids(ids, "calibration")
+        return list(ids.to(torch.int64).reshape(-1, ids.shape[-1]).unbind())
+
+    def _check_ids(self, ids: Tensor, name: str) -> None:
+        integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+        remedy = "Tokenise the text first."
+        check(integer, self.op, f"integer token ids as {name}", ids.dtype, remedy, TypeError)
+        right = ids.dim() in (1, 2) and ids.numel() > 0
+        remedy = f"Reshape the {name}."
+        check(right, self.op, "token ids [samples, tokens]", tuple(ids.shape), remedy)
+        low, high = int(ids.min()), int(ids.max())
+        embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        size = getattr(getattr(embedding, "weight", None), "shape", None)
+        if size is not None:
+            expected = f"token ids within the vocabulary, 0..{size[0] - 1}"
+            expected += "" if name == "calibration" else f", in {name}"
+            remedy = "Use the model's own tokenizer."
+            check(low >= 0 and high < size[0], self.op, expected, f"{low}..{high}", remedy)
+        if self.positions is not None:
+            expected = (
+                f"at most {self.positions} tokens per sample in {name}, the model's positions"
+            )
+            remedy = "Cut the samples into shorter windows."
+            check(ids.shape[-1] <= self.positions, self.op, expected, ids.shape[-1], remedy)
+
+    def _tokenized(self, text: str) -> list[Tensor]:
+        """Windows of one text."""
+        source = text == "builtin" or text.startswith("hf:")
+        expected = (
+            "calibration as text itself" if source else "tokenizer= with texts as calibration"
+        )
+        remedy = (
+            "Read the source first: sparsekern.eval.texts.read_rows."
+            if source
+            else "Pass the model's tokenizer, or token ids."
+        )
+        got = repr(text) if source else "none"
+        check(self.tokenizer is not None and not source, self.op, expected, got, remedy)
+        assert self.tokenizer is not None
+        ids = self.tokenizer(text)
+        ids = ids["input_ids"] if isinstance(ids, Mapping) else getattr(ids, "ids", ids)
+        row = torch.as_tensor(ids, dtype=torch.int64).reshape(-1)
+        if not len(row):
+            return []
+        window = min(TEXT_WINDOW, self.positions or TEXT_WINDOW)
+        parts = list(torch.split(row, window))
+        if len(parts) > 1 and len(parts[-1]) < window // 2:
+            parts.pop()  # a short rest would be a batch of its own
+        for part in parts:
+            self._check_ids(part, "calibration")
+        return parts
+
+    def _stack(self, rows: Sequence[Tensor]) -> list[Batch]:
+        """Samples of equal lengths that follow each other, in batches."""
+        rows = list(rows)
+        batches: list[Batch] = []
+        while rows:
+            length = len(rows[0])
+            size = self.batch_size or max(1, _budget(self.device) // length)
+            others = (i for i, row in enumerate(rows[:size]) if len(row) != length)
+            count = next(others, min(size, len(rows)))
+            ids = torch.stack(rows[:count])
+            kwargs: dict[str, Any] = {"input_ids": ids, **self.extra}
+            if self.doubled:
+                kwargs["decoder_input_ids"] = ids
+            batches.append(Batch((), kwargs, count, ids.numel()))
+            rows = rows[count:]
+        return batches
+
+    # ---------------------------------------------------------------------------------------- dicts
+
+    @staticmethod
+    def _is_mask(ids: Tensor, other: Any) -> bool:
+        """Whether the second of a pair is an attention mask, not a target: 0 and 1 only, 1 at
+        places where the ids are neither."""
+        if not isinstance(other, Tensor) or other.shape != ids.shape or other.is_floating_point():
+            return False
+        return bool(((other == 0) | (other == 1)).all()) and not bool((ids <= 1).all())
+
+    def _tensors(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """A dict with lists of numbers and arrays as tensors, without texts."""
+        made: dict[str, Any] = {}
+        for key, value in item.items():
+            if value is None or isinstance(value, str):
+                continue
+            if isinstance(value, (list, tuple)) or type(value).__module__ == "numpy":
+                try:
+                    value = torch.as_tensor(value)
+                except (TypeError, ValueError, RuntimeError):
+                    pass  # what the forward makes of it is its own matter
+            made[str(key)] = value
+        for key in ("input_ids", "decoder_input_ids"):
+            if isinstance(made.get(key), Tensor):
+                self._check_ids(made[key], key)
+        return made
+
+    def _single_row(self, item: dict[str, Any]) -> Tensor | None:
+        """The ids of a sample that has nothing else to say: a row of a dataset."""
+        ids, mask = item.get("input_ids"), item.get("attention_mask")
+        if not isinstance(ids, Tensor) or ids.dim() != 1:
+            return None
+        if self.doubled or set(item) - {"input_ids", "attention_mask", "labels"}:
+            return None
+        kept = slice(None) if mask is None else _span(mask)
+        return None if kept is None else ids[kept].to(torch.int64)
+
+    def _from_mapping(self, item: dict[str, Any]) -> list[Batch]:
+        """The batches of one dict: itself, or its samples without their padding."""
+        ids = item.get("input_ids")
+        if isinstance(ids, Tensor) and ids.dim() == 1:
+            item = {
+                key: value[None] if isinstance(value, Tensor) else value
+                for key, value in item.items()
+            }
+        kwargs = {**item, **self.extra}
+        masks = {
+            key: kwargs[key]
+            for key in ("attention_mask", "decoder_attention_mask")
+            if isinstance(kwargs.get(key), Tensor) and kwargs[key].dim() == 2
+        }
+        if all(bool((mask != 0).all()) for mask in masks.values()):
+            return [_as_batch((), kwargs, item, self.op)]
+        for key, mask in masks.items():
+            expected = f"{key} with a token that counts in every sample"
+            check(bool((mask != 0).any(dim=1).all()), self.op, expected, "a sample of padding only")
+        cut = self._without_padding(item, masks)
+        if cut is not None:
+            return cut
+        batch = _as_batch((), kwargs, item, self.op)
+        batch.keep = tuple(mask != 0 for mask in masks.values())
+        batch.tokens = int(batch.keep[0].sum())
+        return [batch]
+
+    def _without_padding(
+        self, item: dict[str, Any], masks: dict[str, Tensor]
+    ) -> list[Batch] | None:
+        """Samples cut to the tokens that count, equal lengths together; None where the call holds
+        more than token inputs, or a mask has holes."""
+        families = {"attention_mask": TOKEN_KEYS, "decoder_attention_mask": DECODER_KEYS}
+        known = {key for family in families.values() for key in family}
+        ids = item.get("input_ids")
+        if not isinstance(ids, Tensor) or set(item) - known - {"labels"}:
+            return None
+        decoder = item.get("decoder_input_ids")
+        shapes = {
+            "attention_mask": ids.shape,
+            "decoder_attention_mask": getattr(decoder, "shape", None),
+        }
+        for mask_key, family in families.items():
+            for key in family:
+                if key in item and getattr(item[key], "shape", None) != shapes[mask_key]:
+                    return None
+        samples: dict[tuple[int, ...], list[dict[str, Tensor]]] = {}
+        for row in range(ids.shape[0]):
+            cut: dict[str, Tensor] = {}
+            for mask_key, family in families.items():
+                kept = _span(masks[mask_key][row]) if mask_key in masks else slice(None)
+                if kept is None:
+                    return None
+                for key in family:
+                    if key in item and not key.endswith("attention_mask"):
+                        cut[key] = item[key][row][kept]
+            lengths = tuple(len(value) for value in cut.values())
+            samples.setdefault(lengths, []).append(cut)
+        batches = []
+        for group in samples.values():
+            stacked = {key: torch.stack([cut[key] for cut in group]) for key in group[0]}
+            batches.append(_as_batch((), {**stacked, **self.extra}, item, self.op))
+        return batches
+
+
+def _span(mask: Tensor) -> slice | None:
+    """The one run of non-zeros of a 1-D mask as a slice; None where there are several or none."""
+    places = (mask != 0).nonzero().reshape(-1)
+    if not len(places):
+        return None
+    first, last = int(places[0]), int(places[-1])
+    return slice(first, last + 1) if last - first + 1 == len(places) else None
 
 
 def digest(batches: Iterable[Batch]) -> str:
@@ -164,8 +423,8 @@ def digest(batches: Iterable[Batch]) -> str:
     batch size."""
     sha = hashlib.sha256()
     for batch in batches:
-        for value in (*batch.args, *batch.kwargs.values()):
-            if isinstance(value, torch.Tensor):
+        for value in (*batch.args, *batch.kwargs.values(), *batch.keep):
+            if isinstance(value, Tensor):
                 host = value.detach().cpu().contiguous()
                 for row in host if host.dim() > 1 else [host]:
                     sha.update(f"{row.dtype}{tuple(row.shape)}".encode())
@@ -173,125 +432,10 @@ def digest(batches: Iterable[Batch]) -> str:
     return sha.hexdigest()
 
 
-def move(value, device: torch.device):
+def move(value: Any, device: torch.device) -> Any:
     """`value` with every tensor inside tuples, lists and dicts on `device`."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if type(value) in (tuple, list):
         return type(value)(move(v, device) for v in value)
     return {k: move(v, device) for k, v in value.items()} if type(value) is dict else value
-
-
-# -------------------------------------------------------------------------------- Hessians by hooks
-
-
-class SharingChanged(Exception):
-    """Layers that shared their input in the first batch did not in a later one."""
-
-
-class HessianCollector:
-    """Hooks on Linear layers that add every input to a Hessian; layers that read one tensor share
-    one Hessian.
-
-    q, k and v (or gate and up) receive the same tensor object. They form a group: the first of
-    them, the leader, adds the input, the others only check that it is the leader's. Call
-    `end_batch` after each batch; when a group turns out not to hold, SharingChanged is raised and
-    the caller starts again with share=False. Inputs that pass while `watches_dense` is set are
-    the dense model's: each goes into the Hessian with the input of the same call that follows. A
-    layer that gets only some of a batch's tokens (an expert) may get others in the dense model, so
-    its Hessian is made without.
-
-    Args:
-        layers: layers to watch.
-        device: where the Hessians live.
-        share: False gives every layer its own.
-    Attributes:
-        hessians: layer name -> Hessian, shared within a group. Layers that were never called are
-            absent.
-    """
-
-    def __init__(self, layers: list[Layer], device: torch.device, share: bool = True):
-        self.layers, self.device, self.share = layers, device, share
-        self.hessians: dict[str, Hessian] = {}
-        self._leader: dict[str, str] = {}  # in order of first call
-        self._calls: dict[str, int] = {}  # calls in this batch
-        self._seen: dict[
-            tuple[int, int], tuple[torch.Tensor, str]
-        ] = {}  # holds the tensors, so that no id is reused
-        self._first_batch = True
-        # Inputs of the dense model in this batch, by layer, in order of the calls.
-        self._dense: dict[str, list[torch.Tensor]] = {}
-        self._dense_rows = 0  # of the first layer that was called there: the batch's tokens
-        self.watches_dense = False  # what runs now is the dense model
-        self._handles: list = []
-
-    def __enter__(self) -> HessianCollector:
-        for layer in self.layers:
-            hook = self._make_hook(layer.name)
-            self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
-        return self
-
-    def __exit__(self, *_) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._seen.clear()
-
-    def groups(self) -> list[list[str]]:
-        """Names of the layers that were called, grouped by input, in order of execution."""
-        groups: dict[str, list[str]] = {}
-        for name, leader in self._leader.items():
-            groups.setdefault(leader, []).append(name)
-        return list(groups.values())
-
-    def end_batch(self) -> None:
-        """Check that the groups held in this batch, and forget its inputs."""
-        for name, leader in self._leader.items():
-            if self._calls.get(name, 0) != self._calls.get(leader, 0):
-                raise SharingChanged(name)
-        self._seen.clear()
-        self._calls.clear()
-        self._dense.clear()
-        self._dense_rows = 0
-        self._first_batch = False
-
-    def _make_hook(self, name: str):
-        def hook(module, args, kwargs):
-            x = args[0] if args else kwargs["input"]
-            if self.watches_dense:
-                self._dense.setdefault(name, []).append(x)
-                self._dense_rows = self._dense_rows or x.numel() // x.shape[-1]
-                return
-            key = (id(x), x._version)
-            self._calls[name] = self._calls.get(name, 0) + 1
-            if self.share and name not in self._leader and self._first_batch and key in self._seen:
-                leader = self._seen[key][1]
-                if self._calls[leader] == 1:  # its Hessian holds this input and nothing else
-                    self._leader[name] = leader
-                    self.hessians[name] = self.hessians[leader]
-                    return
-            leader = self._leader.setdefault(name, name)
-            if leader != name:
-                if self._seen.get(key, (None, None))[1] != leader:
-                    raise SharingChanged(name)
-                return
-            if name not in self.hessians:
-                self.hessians[name] = Hessian(x.shape[-1], self.device)
-            self.hessians[name].add(x.to(self.device), self._dense_of(name, x))
-            self._seen.setdefault(key, (x, name))
-
-        return hook
-
-    def _dense_of(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
-        """What the dense model fed the layer in this call; None without it, and from the first call
-        on that is not of all tokens of the batch."""
-        hessian = self.hessians[name]
-        if not self._dense_rows or hessian.unmatched:
-            return None
-        waiting = self._dense.get(name)
-        dense = waiting.pop(0) if waiting else None
-        rows = x.numel() // x.shape[-1]  # a multiple of the tokens where a layer works on heads
-        if dense is None or dense.shape != x.shape or not rows or rows % self._dense_rows:
-            hessian.drop_dense()
-            return None
-        return dense

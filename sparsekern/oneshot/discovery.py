@@ -1,182 +1,417 @@
-"""Reading and editing models: which Linear layers exist, which can be pruned, and where the decoder
-blocks are.
+"""Reading models: which weights take part in matrix products, which of them can be pruned, and
+where the decoder blocks are.
 
 Works on any nn.Module; nothing here names a model family. The decoder blocks are the largest
-nn.ModuleList whose members are of one class and hold Linear layers: that finds `model.layers`
+nn.ModuleList whose members are of one class and hold linear layers: that finds `model.layers`
 (Llama, Mistral, Qwen, Gemma, Phi), `model.decoder.layers` (OPT) and `transformer.h` (GPT-2) alike.
-Transformers' Conv1D (GPT-2) is a Linear whose weight is stored transposed, as [in_features,
-out_features]; every weight that leaves this file is [out_features, in_features].
+
+A linear layer is nn.Linear, Conv1D, or any module with a 2-D `weight` whose forward computes
+x·Wᵀ + bias: that is tried out on a few numbers, not read off its name. Weights that are used in
+matrix products otherwise (experts in one 3-D parameter, convolutions, quantised layers, adapters)
+are listed with the reason why they stay dense, so that a report accounts for the whole model.
 """
 
 from __future__ import annotations
 
-import hashlib
+import dis
+import inspect
+import math
+import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparsekern.errors import check
+from sparsekern.nn.replace import dense_weight, is_conv1d, is_linear
+from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.prune.hessian import exact_float32
 
-OP = "sparsekern.prune_model"
+OP = "sparsekern.oneshot.find_layers"
 PRUNABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Modules that read child.weight themselves, so that a child of theirs has to stay an nn.Linear.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+# What may be asked of a weight that is a Sparse24: reading these does not need a dense one.
+HARMLESS = frozenset(
+    {"dtype", "device", "shape", "requires_grad", "is_meta", "ndim", "size", "dim"}
+)
+ALREADY = "already 2:4"
+# Parameters with two or more dimensions that enter no matrix product: tables, positions, biases,
+# filters and states. A name that holds one of these words makes no row.
+_NO_PRODUCT = re.compile(
+    r"embed|position|pos_|token|bias|table|norm|scale|gamma|beta|a_log|conv|quer|latent|mask|anchor"
+    r"|time_|state|logit|centroid|codebook|prototype",
+    re.IGNORECASE,
+)
 
 
 @dataclass
 class Layer:
-    """One Linear layer of a model.
+    """One weight of a model that takes part in matrix products.
 
-    name: full module name.  module: nn.Linear or Conv1D.  block: index of its decoder block, None
-        outside the blocks.
-    reason: why it stays dense, None if it is to be pruned.
+    name: full module name, or that of the parameter where it is not `weight`.
+    module: nn.Linear, Conv1D or another that computes x·Wᵀ + b; with a reason, any module.
+    block: index of its decoder block, None outside the blocks.
+    reason: why it stays as it is, None if it is to be pruned.
+    parameter: the attribute that holds the weight.
+    asked: False where a rule of the caller left it dense.
     """
 
     name: str
     module: nn.Module
     block: int | None = None
     reason: str | None = None
+    parameter: str = "weight"
+    asked: bool = True
+    raw: bool = field(default=False, repr=False)  # no linear layer: shape and bytes as stored
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
-        return tuple(dense_weight(self.module).shape)
+    def weight(self) -> Tensor:
+        """The dense weight; [out_features, in_features] of a linear layer."""
+        if self.raw:
+            return cast(Tensor, getattr(self.module, self.parameter)).detach()
+        return dense_weight(self.module)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out_features, in_features); of a weight that is no linear layer's as stored."""
+        if isinstance(self.module, SparseLinear):
+            return self.module.out_features, self.module.in_features
+        return tuple(self.weight.shape)
+
+    @property
+    def dtype(self) -> str:
+        """Of the weight, such as "bfloat16"."""
+        if isinstance(self.module, SparseLinear):
+            return str(self.module.weight.dtype).removeprefix("torch.")
+        return str(self.weight.dtype).removeprefix("torch.")
+
+    @property
+    def is_24(self) -> bool:
+        """Whether the module holds a 2:4 weight already."""
+        return isinstance(self.module, SparseLinear)
+
+    @property
+    def bytes_dense(self) -> int:
+        """Of the weight, dense."""
+        if isinstance(self.module, SparseLinear):
+            return math.prod(self.shape) * cast(int, self.module.weight.values.element_size())
+        return self.weight.numel() * self.weight.element_size()
+
+    @property
+    def bytes_now(self) -> int:
+        """Of the weight as it is stored now."""
+        if isinstance(self.module, SparseLinear):
+            return int(self.module.weight.nbytes)
+        return self.bytes_dense
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Transformers' Conv1D, recognised without importing transformers."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and module.weight.dim() == 2
+def computes_linear(module: nn.Module) -> bool:
+    """Whether this module is a linear layer: it owns a 2-D weight [out_features, in_features], and
+    its forward gives x·Wᵀ + bias for one tensor x [..., in_features]. Tried out with a few rows
+    through the class's own forward, without hooks."""
+    parameters = module._parameters
+    weight = parameters.get("weight")
+    if weight is None or weight.dim() != 2 or weight.is_meta or 0 in weight.shape:
+        return False
+    if not weight.is_floating_point() or not _is_plain(weight):
+        return False
+    others = set(parameters) - {"weight", "bias"} or any(c is not None for c in module.children())
+    if others or isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
+        return False
+    bias = parameters.get("bias")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, weight.shape[1], generator=generator)
+    x = x.to(weight.device, weight.dtype)
+    flag = module.training
+    try:
+        module.training = False
+        with exact_float32(weight.device):
+            got = type(module).forward(module, x)
+            again = type(module).forward(module, 2 * x)
+    except Exception:  # another signature, or another kind of input: not a linear layer
+        return False
+    finally:
+        module.training = flag
+    if not isinstance(got, Tensor) or not isinstance(again, Tensor):
+        return False
+    wide = torch.float64 if weight.device.type != "mps" else torch.float32
+    w = weight.detach().to(wide)
+    b = 0 if bias is None else bias.detach().to(wide)
+    bound = x.to(wide).abs() @ w.abs().t() + (0 if bias is None else bias.detach().to(wide).abs())
+    slack = 4 * torch.finfo(weight.dtype).eps * max(4.0, weight.shape[1] ** 0.5)
+    for factor, y in ((1, got), (2, again)):
+        exact = factor * (x.to(wide) @ w.t()) + b
+        if y.shape != exact.shape:
+            return False
+        wrong = (y.to(wide) - exact).abs() > slack * factor * bound + torch.finfo(
+            torch.float16
+        ).tiny
+        if bool(wrong.any()):
+            return False
+    return True
 
 
-def is_linear(module: nn.Module) -> bool:
-    """nn.Linear (any subclass) or Conv1D."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+def _is_plain(weight: Tensor) -> bool:
+    """A tensor of its own, not a subclass such as a quantised or a distributed one."""
+    return type(weight) in (Tensor, nn.Parameter) and type(weight.data) is Tensor
 
 
-def dense_weight(module: nn.Module) -> torch.Tensor:
-    """The weight as [out_features, in_features]; for Conv1D a transposed view."""
-    weight = module.weight.detach()
-    return weight.t() if is_conv1d(module) else weight
-
-
-@torch.no_grad()
-def write_weight(module: nn.Module, weight: torch.Tensor) -> None:
-    """Overwrite the dense weight in place with `weight` [out_features, in_features]; the Parameter
-    stays the same object."""
-    module.weight.copy_(weight.t() if is_conv1d(module) else weight)
-
-
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` at every place of the tree where `old` stands (a module may be registered under
-    several names)."""
-    new.train(old.training)
-    for parent in list(model.modules()):
-        for key, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, key, new)
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside what torch.compile(model) returns; any other model as it is."""
+    inner = model._modules.get("_orig_mod")
+    return unwrapped(inner) if inner is not None else model
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     """The decoder blocks: (name of their ModuleList, blocks in order), or ("", []) when the model
     has none.
 
-    Of all nn.ModuleLists whose members are of one class and each hold a Linear below them, the one
-    with the most parameters. Experts inside a block therefore lose to the blocks around them.
+    Of all nn.ModuleLists whose members are of one class and each hold a linear layer below them,
+    the one with the most parameters. Experts inside a block therefore lose to the blocks around
+    them.
     """
-    best, best_size = ("", []), 0
+    best: tuple[str, list[nn.Module]] = ("", [])
+    best_size = 0
+    linear: dict[int, bool] = {}
+
+    def holds_linear(module: nn.Module) -> bool:
+        for m in module.modules():
+            if id(m) not in linear:
+                linear[id(m)] = is_linear(m) or isinstance(m, SparseLinear) or computes_linear(m)
+            if linear[id(m)]:
+                return True
+        return False
+
     for name, module in model.named_modules():
         blocks = list(module) if isinstance(module, nn.ModuleList) else []
-        one_class = len({type(b) for b in blocks}) == 1 and not is_linear(blocks[0])
-        if one_class and all(any(is_linear(m) for m in b.modules()) for b in blocks):
+        one_class = len({type(unwrapped(b)) for b in blocks}) == 1 and not is_linear(blocks[0])
+        if one_class:
             size = sum(p.numel() for p in module.parameters())
-            if size > best_size:
+            size += sum(
+                b.numel()
+                for m in module.modules()
+                if isinstance(m, SparseLinear)
+                for b in m.buffers()
+            )
+            if size > best_size and all(holds_linear(b) for b in blocks):
                 best, best_size = (name, blocks), size
     return best
 
 
-def find_layers(model: nn.Module, pattern: tuple[int, int], compress: bool) -> list[Layer]:
-    """Every Linear of the model in tree order, with the reason for those that cannot be pruned.
+def find_layers(
+    model: nn.Module, pattern: tuple[int, int], compress: bool, op: str = OP
+) -> list[Layer]:
+    """Every weight of the model that takes part in matrix products, in tree order, with the reason
+    for those that cannot be pruned.
 
     Args:
         pattern: (n, m): n kept of every m; in_features must be a multiple of m.
         compress: the layers are to be replaced, so that a module which reads their weight itself
             rules them out.
+        op: who asks, for messages.
     Raises:
-        ValueError: the model itself is a Linear (it cannot be replaced in place), or a weight is on
-            the meta device.
+        ValueError: the model itself is a linear layer (it cannot be replaced in place), or a weight
+            is on the meta device.
     """
-    check(
-        not is_linear(model),
-        OP,
-        "a model that contains Linear layers",
-        f"a bare {type(model).__name__}",
-        "Use SparseLinear.from_linear, or wrap it in nn.Sequential.",
-    )
-    block_name, blocks = find_blocks(model)
+    got = f"a bare {type(model).__name__}"
+    remedy = "Use SparseLinear.from_linear, or wrap it in nn.Sequential."
+    check(not is_linear(model), op, "a model that contains Linear layers", got, remedy)
+    _, blocks = find_blocks(model)
     index_of = {id(m): i for i, block in enumerate(blocks) for m in block.modules()}
-    parents = {id(child): parent for parent in model.modules() for child in parent.children()}
-    tied = tied_names(model)
-    layers = []
+    parents: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for parent in model.modules():
+        for key, child in parent.named_children():
+            parents[id(child)].append((parent, key))
+    tied, adapters, read = tied_names(model), _adapters(model), _Readers()
+    layers: list[Layer] = []
     for name, module in model.named_modules():
-        if not is_linear(module):
+        block = index_of.get(id(module))
+        if isinstance(module, SparseLinear):
+            layers.append(Layer(name, module, block, ALREADY))
             continue
-        check(
-            not module.weight.is_meta,
-            OP,
-            f"weights in memory, {name}",
-            "a meta tensor",
-            "Load the model first.",
-        )
-        layer = Layer(name, module, index_of.get(id(module)))
-        layer.reason = _why_not(module, parents.get(id(module)), tied.get(name), pattern, compress)
-        layers.append(layer)
+        linear = is_linear(module) or computes_linear(module)
+        if linear and isinstance(getattr(module, "weight", None), Tensor):
+            meta = cast(Tensor, module.weight).is_meta
+            check(
+                not meta, op, f"weights in memory, {name}", "a meta tensor", "Load the model first."
+            )
+            layer = Layer(name, module, block)
+            layer.raw = layer.weight.dim() != 2
+            layer.reason = _why_not(layer, tied.get(name), pattern)
+            if layer.reason is None and name in adapters:
+                layer.reason = f"adapter of {adapters[name]}"
+            if layer.reason is None and compress:
+                owners = (read.owner(p, key) for p, key in parents[id(module)])
+                owner = next((o for o in owners if o), None)
+                layer.reason = f"{owner} reads the weight itself" if owner else None
+            layers.append(layer)
+        elif isinstance(module, nn.Module):
+            layers.extend(_other_weights(name, module, block))
     return layers
 
 
-def _why_not(module, parent, tied_with, pattern, compress) -> str | None:
-    """Why this Linear cannot be pruned, or None."""
-    weight = dense_weight(module)
-    out_features, in_features = weight.shape
-    if tied_with:
-        return f"weight tied to {tied_with}"
+def _why_not(layer: Layer, tied_with: str | None, pattern: tuple[int, int]) -> str | None:
+    """Why this linear layer cannot be pruned, or None."""
+    module, weight = layer.module, layer.weight
+    kind = type(module).__name__
     if parametrize.is_parametrized(module):
         return "weight is parametrized"
-    if not is_conv1d(module) and type(module).forward is not nn.Linear.forward:
-        return f"{type(module).__name__} has its own forward"
-    if compress and isinstance(parent, READS_WEIGHTS):
-        return f"{type(parent).__name__} reads the weight itself"
-    if weight.dtype not in PRUNABLE_DTYPES:
+    if "weight" not in module._parameters:
+        made = ", ".join(sorted(module._parameters)) or "a plain attribute"
+        return f"weight is computed in every forward from {made}"
+    if not _is_plain(cast(Tensor, module.weight)):
         return (
-            f"dtype {str(weight.dtype).removeprefix('torch.')} is not float32, float16 or bfloat16"
+            f"weight is a {type(cast(Tensor, module.weight).data).__name__}, quantised or wrapped"
         )
+    if tied_with:
+        return f"weight tied to {tied_with}"
+    standard = is_conv1d(module) or type(module).forward is nn.Linear.forward
+    if weight.dtype not in PRUNABLE_DTYPES:
+        name = str(weight.dtype).removeprefix("torch.")
+        quantised = (
+            "" if weight.is_floating_point() and weight.element_size() > 1 else "quantised: "
+        )
+        return f"{quantised}dtype {name} is not float32, float16 or bfloat16"
+    if not standard and not computes_linear(module):
+        return f"{kind} has its own forward"
     if weight.numel() == 0:
         return "the weight is empty"
-    if in_features % pattern[1]:
-        return f"in_features {in_features} is not a multiple of {pattern[1]}"
+    if weight.shape[1] % pattern[1]:
+        return f"in_features {weight.shape[1]} is not a multiple of {pattern[1]}"
     return None
+
+
+def _other_weights(name: str, module: nn.Module, block: int | None) -> list[Layer]:
+    """The parameters of a module that is no linear layer which take part in matrix products, each
+    with the reason why it stays dense."""
+    if isinstance(module, (nn.Embedding, parametrize.ParametrizationList)):
+        return []
+    kind = type(module).__name__
+    found = []
+    for key, parameter in module._parameters.items():
+        if parameter is None or parameter.dim() < 2 or parameter.numel() == 0:
+            continue
+        if isinstance(module, nn.modules.conv._ConvNd):
+            reason = "convolution"
+        elif isinstance(module, nn.RNNBase):
+            reason = f"recurrent layer ({kind})"
+        elif isinstance(module, READS_WEIGHTS):
+            reason = f"{kind} reads the weight itself"
+        elif min(parameter.shape) < 2 or _NO_PRODUCT.search(key):
+            continue
+        elif parameter.dim() == 3:
+            many = "expert" in f"{name}.{kind}".lower()
+            what = "experts" if many else f"a 3-D parameter of {kind}"
+            reason = f"{what} in one parameter {list(parameter.shape)}"
+        elif not parameter.is_floating_point() or parameter.element_size() == 1:
+            reason = f"quantised: {kind} with {str(parameter.dtype).removeprefix('torch.')} weights"
+        elif _NO_PRODUCT.search(kind) or parameter.dim() > 3:
+            continue
+        else:
+            reason = f"{kind} is no linear layer: it does not compute x·Wᵀ + b"
+        path = name if key == "weight" and name else f"{name}.{key}".lstrip(".")
+        found.append(Layer(path, module, block, reason, key, raw=True))
+    for key, buffer in module._buffers.items():
+        if (
+            key in ("weight", "qweight", "weight_packed")
+            and buffer is not None
+            and buffer.dim() == 2
+        ):
+            reason = f"quantised: {kind} keeps it in buffers"
+            path = name if key == "weight" and name else f"{name}.{key}".lstrip(".")
+            found.append(Layer(path, module, block, reason, key, raw=True))
+    return found
+
+
+def _adapters(model: nn.Module) -> dict[str, str]:
+    """Name of each module that belongs to an adapter -> name of the layer that it adapts. An
+    adapted layer (peft) keeps the original as `base_layer` and names its own parts in
+    `adapter_layer_names`."""
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module._modules.get("base_layer"), nn.Module):
+            continue
+        own = getattr(module, "adapter_layer_names", None) or set(module._modules) - {"base_layer"}
+        for key in own:
+            part = module._modules.get(key)
+            if part is not None:
+                for inner, _ in part.named_modules(prefix=f"{name}.{key}" if name else key):
+                    found[inner] = name or type(model).__name__
+    return found
+
+
+class _Readers:
+    """Which classes read `self.<child>.weight` in their own code, beyond asking for its dtype."""
+
+    def __init__(self) -> None:
+        self._known: dict[type, dict[str, str]] = {}
+
+    def owner(self, parent: nn.Module, child: str) -> str | None:
+        """The class that reads the weight of this child, or None."""
+        if isinstance(parent, READS_WEIGHTS):
+            return type(parent).__name__
+        kind = type(parent)
+        if kind not in self._known:
+            self._known[kind] = dict.fromkeys(_read_children(kind), kind.__name__)
+        return self._known[kind].get(child)
+
+
+def _read_children(kind: type) -> set[str]:
+    """Names c such that a method of the class (or of its bases below nn.Module) reads self.c.weight
+    and not merely self.c.weight.dtype and the like. Read off the bytecode: nothing runs."""
+    names: set[str] = set()
+    for base in kind.__mro__:
+        if base is nn.Module or base is object:
+            break
+        if base.__module__.split(".")[0] == "torch":
+            continue  # containers; READS_WEIGHTS names the others
+        for attribute, value in vars(base).items():
+            function = inspect.unwrap(getattr(value, "__func__", value))
+            code = getattr(function, "__code__", None)
+            if isinstance(code, CodeType) and attribute not in ("__init__", "_init_weights"):
+                names |= _weights_in(code)
+    return names
+
+
+def _weights_in(code: CodeType) -> set[str]:
+    names: set[str] = set()
+    steps = [s for s in dis.get_instructions(code) if s.opname not in ("CACHE", "EXTENDED_ARG")]
+    reads = [s.argval if s.opname in ("LOAD_ATTR", "LOAD_METHOD") else None for s in steps]
+    for i in range(1, len(steps)):
+        child = reads[i - 1]
+        if reads[i] != "weight" or child is None or child == "weight":
+            continue
+        following = reads[i + 1] if i + 1 < len(reads) else None
+        if following not in HARMLESS:
+            names.add(str(child))
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _weights_in(constant)
+    return names
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
     """Module name of each shared weight -> name of another parameter that is the same object or
     lies in the same memory."""
-    places = defaultdict(list)
+    places: dict[tuple[Any, ...], list[tuple[str, str]]] = defaultdict(list)
     seen = set()
     for module_name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None and (id(module), key) not in seen:
                 seen.add((id(module), key))
-                memory = (
-                    parameter.data_ptr()
-                    if parameter.numel() and not parameter.is_meta
-                    else id(parameter)
-                )
-                places[(memory, parameter.device, parameter.numel())].append(
-                    (module_name, f"{module_name}.{key}")
-                )
-    tied = {}
+                memory = id(parameter)
+                if parameter.numel() and not parameter.is_meta and _is_plain(parameter):
+                    memory = parameter.data_ptr()
+                place = (memory, parameter.device, parameter.numel())
+                places[place].append((module_name, f"{module_name}.{key}"))
+    tied: dict[str, str] = {}
     for group in places.values():
         for module_name, own in group:
             others = [name for _, name in group if name != own]
@@ -187,36 +422,21 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 def output_layer_names(model: nn.Module) -> list[str]:
     """Names of the output embedding: what `get_output_embeddings()` returns, under whatever name it
-    is registered."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    return [name for name, module in model.named_modules() if head is not None and module is head]
+    is registered; of a wrapped model (peft, torch.compile) that of the model inside."""
+    heads = set()
+    for module in (model, *model.modules()):
+        getter = getattr(module, "get_output_embeddings", None)
+        if callable(getter):
+            try:
+                head = getter()
+            except (AttributeError, NotImplementedError):
+                continue
+            if isinstance(head, nn.Module):
+                heads.add(id(head))
+    return [name for name, module in model.named_modules() if id(module) in heads]
 
 
 def is_transformers(model: nn.Module) -> bool:
-    """A Transformers model: takes token ids by keyword and has a config. Recognised without
-    importing transformers."""
+    """A Transformers model, or one wrapped by peft: takes its inputs by keyword and has a config.
+    Recognised without importing transformers."""
     return hasattr(model, "config") and callable(getattr(model, "get_input_embeddings", None))
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A short text that changes when the model does: names, shapes, dtypes and a checksum of the
-    bits of every parameter.
-
-    The checksum is a wrapping sum of the raw words, read once at memory speed: it guards against
-    mixing up checkpoints, not against forgery.
-    """
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, parameter in model.named_parameters():
-        shape, bits = tuple(parameter.shape), _bit_sum(parameter.detach())
-        digest.update(f"{name} {shape} {parameter.dtype} {bits}\n".encode())
-    return digest.hexdigest()[:32]
-
-
-def _bit_sum(tensor: torch.Tensor) -> int:
-    word = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size(), torch.uint8)
-    return (
-        int(tensor.contiguous().reshape(-1).view(word).sum(dtype=torch.int64))
-        if tensor.numel()
-        else 0
-    )

@@ -9,37 +9,40 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 
 from sparsekern.errors import check
 from sparsekern.oneshot.discovery import Layer
 
-OP = "sparsekern.prune_model"
+OP = "sparsekern.oneshot.keep_dense"
 IF_SLOWER = "if-slower"
 TOKENS = (1, 16, 256)
 
 
-def check_arguments(keep_dense, tokens, compress: bool) -> tuple[int, ...]:
+def check_arguments(keep_dense: Any, tokens: Any, compress: bool, op: str = OP) -> tuple[int, ...]:
     """The numbers of tokens as a tuple. Raises ValueError."""
     expected = f'keep_dense None or "{IF_SLOWER}"'
-    check(keep_dense in (None, IF_SLOWER), OP, expected, repr(keep_dense))
+    check(keep_dense in (None, IF_SLOWER), op, expected, repr(keep_dense))
     remedy = "Zeros in a dense weight change no time: leave keep_dense out."
-    check(not keep_dense or compress, OP, "compress=True with keep_dense", compress, remedy)
+    check(not keep_dense or compress, op, "compress=True with keep_dense", compress, remedy)
     good = isinstance(tokens, Sequence) and len(tokens) > 0
     good = good and all(type(count) is int and count > 0 for count in tokens)
-    check(good, OP, "keep_dense_tokens, positive ints", repr(tokens), "Pass such as (1, 16, 256).")
+    check(good, op, "keep_dense_tokens, positive ints", repr(tokens), "Pass such as (1, 16, 256).")
     return tuple(tokens)
 
 
 def key(layer: Layer) -> str:
     """What is measured once for all layers that share it: "4096x14336 bfloat16"."""
-    dtype = str(layer.module.weight.dtype).removeprefix("torch.")
-    return f"{layer.shape[0]}x{layer.shape[1]} {dtype}"
+    return f"{layer.shape[0]}x{layer.shape[1]} {layer.dtype}"
 
 
 def measure(
-    layers: Sequence[Layer], tokens: Sequence[int], device, bench: Callable | None = None
+    layers: Sequence[Layer],
+    tokens: Sequence[int],
+    device: torch.device | str,
+    bench: Callable[..., Any] | None = None,
 ) -> dict[str, list[float]]:
     """{key: [dense us, sparse us]}, both summed over the numbers of tokens, JSON-able.
 
@@ -48,11 +51,13 @@ def measure(
         bench: stands in for layer_bench.bench_shape.
     """
     if bench is None:
-        from sparsekern.profiling.layer_bench import bench_shape as bench
+        from sparsekern.profiling import layer_bench
+
+        bench = cast(Callable[..., Any], layer_bench.bench_shape)
     times: dict[str, list[float]] = {}
     for layer in layers:
         if key(layer) not in times:
-            dtype = layer.module.weight.dtype
+            dtype = layer.weight.dtype
             rows = [bench(*layer.shape, n, dtype=dtype, device=str(device)) for n in tokens]
             times[key(layer)] = [
                 sum(row.dense_us for row in rows),
@@ -62,7 +67,11 @@ def measure(
 
 
 def decide(
-    layers: Sequence[Layer], times: dict[str, list[float]], tokens: Sequence[int], device
+    layers: Sequence[Layer],
+    times: dict[str, list[float]],
+    tokens: Sequence[int],
+    device: torch.device | str,
+    op: str = OP,
 ) -> None:
     """Gives the layers that 2:4 makes slower the reason to stay dense. Warns when none is left."""
     slow = []
@@ -81,4 +90,4 @@ def decide(
             else (" (on a CPU every call of a sparse layer decompresses its weight)")
         )
         text = f"nothing is pruned: on {device} 2:4 is slower for every layer{why}"
-        warnings.warn(f'{OP}(keep_dense="{IF_SLOWER}"): {text}.', stacklevel=4)
+        warnings.warn(f'{op}(keep_dense="{IF_SLOWER}"): {text}.', stacklevel=4)

@@ -1,60 +1,47 @@
-"""Pruning one group of Linear layers: from weights and their shared Hessian to pruned weights,
+"""Pruning one group of linear layers: from weights and their shared Hessian to pruned weights,
 masks and reports.
 
-The layers of a group read the same input (q, k and v). SparseGPT treats every row of a weight
-alone, so the rows of the whole group go through one sweep with one factorisation; the result is
-that of separate sweeps at a fraction of their number.
+The layers of a group read the same input (q, k and v). A method whose rows are independent gets the
+rows of the whole group in one call, with one factorisation; the result is that of separate calls at
+a fraction of their number.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsekern import prune
 from sparsekern.errors import check
-from sparsekern.oneshot.discovery import Layer, dense_weight
+from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.report import LayerReport
+from sparsekern.prune.methods import Method, apply_mask
 
-OP = "sparsekern.prune_model"
-METHODS = ("sparsegpt", "wanda", "magnitude")
-# Steps of prune.refine after SparseGPT. Most of the gain comes early: on SmolLM2-135M 0, 8, 32 and
-# 128 steps gave WikiText-2 perplexities of 96.3, 82.8, 79.1 and 82.2.
-REFINE_STEPS = 16
-# Share of prune.retarget before it. On SmolLM2-135M 0, 0.25 and 0.5 gave WikiText-2 perplexities of
-# 83.5, 68.9 and 88.4.
-MATCH_DENSE = 0.25
+DAMP = 0.01
 
 
 @dataclass
 class Options:
-    """How to prune a layer; as in prune_model. masks: layer name -> bool [out_features,
-    in_features], True = kept."""
+    """How to prune a layer; as in prune_model.
 
-    method: str | Callable = "sparsegpt"
+    masks: layer name -> bool [out_features, in_features], True = kept.
+    values: of the method's own options.      damp: of refine and match_dense.
+    op: who asks, for messages.
+    """
+
+    method: Method
     pattern: tuple[int, int] = (2, 4)
-    masks: dict[str, torch.Tensor] | None = None
-    damp: float = 0.01
-    blocksize: int = 128
-    refine: int | None = None
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    damp: float = DAMP
+    refine: int = 0
     match_dense: float = 0.0
     on_error: str = "raise"
-
-    def __post_init__(self):
-        if self.refine is None:
-            self.refine = REFINE_STEPS if self.method == "sparsegpt" else 0
-
-    @property
-    def name(self) -> str:
-        """The method for people: the name of a score function, or the method itself."""
-        return (
-            self.method
-            if isinstance(self.method, str)
-            else getattr(self.method, "__qualname__", "score")
-        )
+    op: str = "sparsekern.oneshot.prune_group"
 
 
 @dataclass
@@ -65,24 +52,21 @@ class Pruned:
 
     layer: Layer
     report: LayerReport
-    weight: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
+    weight: Tensor | None = None
+    mask: Tensor | None = None
 
 
 def new_report(layer: Layer, options: Options | None = None) -> LayerReport:
     """A LayerReport with everything known before pruning; without options that of a layer that
-    stays dense."""
-    weight = dense_weight(layer.module)
-    size = weight.numel() * weight.element_size()
-    dtype = str(weight.dtype).removeprefix("torch.")
-    report = LayerReport(
-        layer.name, layer.shape, dtype, layer.block, bytes_dense=size, bytes_sparse=size
-    )
+    stays as it is."""
+    row = LayerReport(layer.name, layer.shape, layer.dtype, layer.block)
+    row.bytes_dense, row.bytes_sparse = layer.bytes_dense, layer.bytes_now
+    row.is_24 = layer.is_24
     if options is None:
-        report.skipped, report.reason = True, layer.reason
+        row.skipped, row.reason = True, layer.reason
     else:
-        report.method = options.name
-    return report
+        row.method = options.method.name
+    return row
 
 
 def prune_group(
@@ -98,25 +82,21 @@ def prune_group(
     Raises:
         ValueError: NaN or Inf in the calibration inputs; a score function that returns the wrong
             thing.
-        RuntimeError: SparseGPT failed at every damping. Both only with on_error="raise".
+        PruneError: the method failed. Both only with on_error="raise".
     """
     if hessian is not None and not bool(hessian.matrix.diagonal().isfinite().all()):
         reason = "NaN or Inf in the inputs of this layer"
         names = ", ".join(layer.name for layer in layers)
         remedy = 'Check the model, or pass on_error="skip".'
-        check(options.on_error == "skip", OP, f"finite inputs of {names}", "NaN or Inf", remedy)
+        skips = options.on_error == "skip"
+        check(skips, options.op, f"finite inputs of {names}", "NaN or Inf", remedy)
         return [_failed(layer, options, reason) for layer in layers]
-    if options.method != "sparsegpt":
-        return [_prune_by_mask(layer, hessian, options) for layer in layers]
-    masks = options.masks or {}
-    with_mask = [layer for layer in layers if layer.name in masks]
-    without = [layer for layer in layers if layer.name not in masks]
-    pruned = {
-        p.layer.name: p
-        for part in (with_mask, without)
-        if part
-        for p in _sparsegpt(part, hessian, options)
-    }
+    if not options.method.stacked:
+        parts = [[layer] for layer in layers]
+    else:
+        given = [layer.name in options.masks for layer in layers]
+        parts = [[a for a, b in zip(layers, given) if b == value] for value in (True, False)]
+    pruned = {p.layer.name: p for part in parts if part for p in _prune(part, hessian, options)}
     return [pruned[layer.name] for layer in layers]
 
 
@@ -126,94 +106,101 @@ def _failed(layer: Layer, options: Options, reason: str) -> Pruned:
     return Pruned(layer, report)
 
 
-def _prune_by_mask(layer: Layer, hessian: prune.Hessian | None, options: Options) -> Pruned:
-    """Magnitude, Wanda, a score function or a given mask: kept weights stay as they are."""
+def _prune(layers: list[Layer], hessian: prune.Hessian | None, options: Options) -> list[Pruned]:
+    """One call of the method on the rows of all layers; either every layer has a given mask or none
+    has."""
     start = time.perf_counter()
-    n, m = options.pattern
-    weight = dense_weight(layer.module).contiguous()
-    report = new_report(layer, options)
-    if options.masks and layer.name in options.masks:
-        mask = options.masks[layer.name].to(weight.device)
-        report.method = "mask"
-    elif options.method == "magnitude":
-        mask = prune.magnitude_mask(weight, n, m)
-    elif options.method == "wanda":
-        mask = prune.wanda_mask(weight, hessian.act_norm, n, m)
-    else:
-        scores = options.method(weight, hessian)
-        fits = isinstance(scores, torch.Tensor) and scores.shape == weight.shape
-        shape = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
-        remedy = "Return one score per weight, higher = kept."
-        check(
-            fits,
-            OP,
-            f"scores [out_features, in_features] = {list(weight.shape)} for {layer.name}",
-            shape,
-            remedy,
-        )
-        mask = prune.nm_mask(scores.to(weight.device), n, m)
-    pruned = weight.masked_fill(~mask, 0)
-    if hessian is not None:
-        pruned = _refined(weight, pruned, mask, hessian, options)
-        report.relative_error = prune.relative_error(weight, pruned, hessian)
-    report.seconds = time.perf_counter() - start
-    return Pruned(layer, report, pruned, mask)
-
-
-def _sparsegpt(layers: list[Layer], hessian: prune.Hessian, options: Options) -> list[Pruned]:
-    """One sweep over the rows of all layers; either every layer has a given mask or none has."""
-    start = time.perf_counter()
-    weights = [dense_weight(layer.module) for layer in layers]
+    method, matched = options.method, 0.0
+    weights = [layer.weight for layer in layers]
     stacked = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
-    masks = options.masks or {}
-    given = [masks[layer.name].to(stacked.device) for layer in layers if layer.name in masks]
+    given = [
+        options.masks[layer.name].to(stacked.device) for layer in layers if _given(layer, options)
+    ]
     mask = torch.cat(given) if given else None
-    knobs = {"pattern": options.pattern, "blocksize": options.blocksize, "damp": options.damp}
     try:
-        if options.match_dense and hessian.drift is not None:
-            share = {"share": options.match_dense, "damp": options.damp}
-            stacked = prune.retarget(stacked, hessian, **share)
-        pruned, kept, result = prune.sparsegpt(stacked, hessian, mask=mask, **knobs)
-    except RuntimeError as error:
-        # The pruner's own failures only: running out of memory or a lost device is not a property
-        # of the layer.
-        if options.on_error == "raise" or not str(error).startswith("sparsekern.prune"):
+        if options.match_dense and hessian is not None and hessian.drift is not None:
+            matched = options.match_dense
+            stacked = prune.retarget(stacked, hessian, share=matched, damp=options.damp)
+        if mask is not None and not method.updates:
+            pruned, kept, details = apply_mask(stacked, mask)
+        else:
+            pruned, kept, details = _call(method, layers, stacked, hessian, mask, options)
+    except prune.PruneError as error:
+        if options.on_error == "raise":
             raise
         if len(layers) > 1:
-            return [p for layer in layers for p in _sparsegpt([layer], hessian, options)]
+            return [p for layer in layers for p in _prune([layer], hessian, options)]
         return [_failed(layers[0], options, str(error))]
-    pruned = _refined(stacked, pruned, kept, hessian, options)
+    if options.refine and hessian is not None:
+        knobs: dict[str, Any] = {"steps": options.refine, "damp": options.damp}
+        pruned = prune.refine(stacked, pruned, kept, hessian, **knobs)
+    details = details or prune.Details()
+    notes = ["mask given"] if given and method.updates else []
+    if hessian is not None and hessian.unmatched:
+        notes.append("not matched to the dense model: it gets only some of the tokens")
+    note = "; ".join([*notes, *details.notes]) or None
+    known = details.relative_error if len(layers) == 1 else None
+    if options.refine or matched or options.match_dense:
+        known = None
     rows = [w.shape[0] for w in weights]
     outcome = []
-    for layer, weight, new, keep in zip(layers, weights, pruned.split(rows), kept.split(rows)):
+    parts = zip(layers, weights, torch.split(pruned, rows), torch.split(kept, rows))
+    for layer, weight, new, keep in parts:
         report = new_report(layer, options)
-        alone = len(layers) == 1 and not options.refine and not options.match_dense
-        report.relative_error = (
-            result.relative_error if alone else prune.relative_error(weight, new, hessian)
-        )
-        report.damp, report.note = result.damp, _note(result, given, hessian.unmatched)
+        if hessian is not None:
+            computes = known is None
+            report.relative_error = (
+                prune.relative_error(weight, new, hessian) if computes else known
+            )
+        if given and not method.updates:
+            report.method = "mask"
+        report.damp, report.note = details.damp, note
+        report.is_24 = options.pattern == (2, 4) or bool(given)
         outcome.append(Pruned(layer, report, new, keep))
     seconds = time.perf_counter() - start
     for p, count in zip(outcome, rows):
-        p.report.seconds = seconds * count / sum(rows)
+        p.report.seconds = seconds * count / max(1, sum(rows))
     return outcome
 
 
-def _refined(weight, pruned, mask, hessian: prune.Hessian, options: Options) -> torch.Tensor:
-    """`pruned` after options.refine steps towards the best weights under its mask."""
-    if not options.refine:
-        return pruned
-    knobs = {"steps": options.refine, "damp": options.damp}
-    return prune.refine(weight, pruned, mask, hessian, **knobs)
+def _given(layer: Layer, options: Options) -> bool:
+    return layer.name in options.masks
 
 
-def _note(result: prune.SparseGPTReport, given: list, unmatched: bool) -> str | None:
-    notes = ["mask given"] if given else []
-    if unmatched:
-        notes.append("not matched to the dense model: it gets only some of the tokens")
-    failed = len(result.attempts) - 1
-    if failed:
-        notes.append(f"{failed} failed factorisations, then damp {result.damp:g} in {result.dtype}")
-    if result.dead_columns:
-        notes.append(f"{result.dead_columns} inputs always zero")
-    return "; ".join(notes) or None
+def _call(
+    method: Method,
+    layers: list[Layer],
+    weight: Tensor,
+    hessian: prune.Hessian | None,
+    mask: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, prune.Details | None]:
+    """The method's function, and a check of what it returns: a registered one is not ours."""
+    pattern = options.pattern
+    names = ", ".join(layer.name for layer in layers)
+    try:
+        result = method.function(weight, hessian, pattern=pattern, mask=mask, **options.values)
+    except (ValueError, TypeError) as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(f"{options.op}: {names}: {error}") from error
+    right = isinstance(result, tuple) and len(result) == 3
+    expected = f"method {method.name} to return (weight, mask, details) for {names}"
+    check(right, options.op, expected, type(result).__name__, exc=TypeError)
+    pruned, kept, details = result
+    for what, tensor, dtype in (("weight", pruned, weight.dtype), ("mask", kept, torch.bool)):
+        good = isinstance(tensor, Tensor) and tensor.shape == weight.shape and tensor.dtype == dtype
+        got = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else tensor
+        expected = f"a {what} {list(weight.shape)} {dtype} of {names} from method {method.name}"
+        check(good, options.op, expected, got)
+    check(
+        not bool((pruned.masked_fill(kept, 0) != 0).any()),
+        options.op,
+        f"zeros where the mask of {names} is False, from method {method.name}",
+        "others",
+    )
+    n, m = pattern
+    if mask is None and weight.shape[1] % m == 0:
+        most = int(kept.reshape(-1, m).sum(1).max()) if kept.numel() else 0
+        expected = f"at most {n} of {m} kept in {names} by method {method.name}"
+        check(most <= n, options.op, expected, most)
+    return pruned, kept, details

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
-import tempfile
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import asdict, dataclass, field, fields
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from sparsekern.errors import check
+from sparsekern.utils.files import write_atomic
+
+if TYPE_CHECKING:
+    from sparsekern.prune import Hessian
 
 SCHEMA = 1
+# Below this share of the weights that were to be pruned the run is partial: a warning, and exit
+# code 3 of the command line.
+PARTIAL = 0.5
 
 
 @dataclass
 class LayerReport:
-    """One Linear layer.
+    """One weight that is used in a matrix product: of a linear layer, or one that stays dense.
 
     Attributes:
         name: full module name.
-        shape: (out_features, in_features).
+        shape: (out_features, in_features); of experts in one parameter and of convolutions as
+            stored.
         dtype: of the weight, e.g. "bfloat16".
         block: index of its decoder block, None outside the blocks.
         method: "magnitude", "wanda", "sparsegpt", "mask" (mask passed in, weights kept) or the name
@@ -32,10 +45,12 @@ class LayerReport:
         skipped: the layer stays dense.      reason: why, None if pruned.
         bytes_dense, bytes_sparse: of the weight before and after; bytes_sparse is bytes_dense where
             nothing is compressed.
+        is_24: the weight is 2:4 now, pruned by this run or before it.
+        asked: the layer was to be pruned; False where a rule of the caller leaves it dense.
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: str
     block: int | None = None
     method: str | None = None
@@ -47,6 +62,13 @@ class LayerReport:
     reason: str | None = None
     bytes_dense: int = 0
     bytes_sparse: int = 0
+    is_24: bool = False
+    asked: bool = True
+
+    @property
+    def elements(self) -> int:
+        """Number of weights, counted dense."""
+        return math.prod(self.shape)
 
 
 @dataclass
@@ -56,21 +78,23 @@ class PruneReport:
     Attributes:
         model: class name.      method, options: as called.      device: where blocks ran.
         calibration: {"samples", "tokens", "sha256"}, None without calibration.
-        layers: one LayerReport per Linear, in the order of the model.
+        layers: one LayerReport per weight of a matrix product, in the order of the model.
         seconds: wall time of the call.
         phases: the same by phase: layer times (keep_dense), capture, hessian, prune, forward.
         resumed: stages that were loaded instead of computed.
+        hessians: layer name -> Hessian, with keep_hessians; not in the JSON.
     """
 
     model: str
     method: str
-    options: dict = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
-    calibration: dict | None = None
+    calibration: dict[str, Any] | None = None
     layers: list[LayerReport] = field(default_factory=list)
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     resumed: int = 0
+    hessians: dict[str, Hessian] | None = field(default=None, compare=False, repr=False)
 
     @property
     def pruned(self) -> list[LayerReport]:
@@ -82,6 +106,31 @@ class PruneReport:
         """Layers that stayed dense; `.reason` says why."""
         return [layer for layer in self.layers if layer.skipped]
 
+    @property
+    def share(self) -> float:
+        """Of the weights of all rows, the share that is 2:4 now; 0 without rows."""
+        return _share(self.layers)
+
+    @property
+    def partial(self) -> bool:
+        """Whether less was pruned than was asked for: nothing, or under half of the weights that no
+        rule of the caller leaves dense. Weights that were 2:4 before count as asked and done."""
+        asked = [layer for layer in self.layers if layer.asked]
+        return not self.pruned or (bool(asked) and _share(asked) < PARTIAL)
+
+    def why_dense(self) -> list[tuple[str, int, float]]:
+        """[(reason, layers, share of all weights)] of what is not 2:4, largest share first; reasons
+        that differ only in the numbers count as one."""
+        total = sum(layer.elements for layer in self.layers)
+        found: dict[str, tuple[int, int]] = {}
+        for layer in self.layers:
+            if not layer.is_24:
+                reason = _short(layer.reason or f"pruned, but not to 2:4 ({self.method})")
+                count, size = found.get(reason, (0, 0))
+                found[reason] = count + 1, size + layer.elements
+        rows = [(reason, n, size / max(1, total)) for reason, (n, size) in found.items()]
+        return sorted(rows, key=lambda row: -row[2])
+
     def __getitem__(self, name: str) -> LayerReport:
         """The report of the layer of that name; KeyError if there is none."""
         for layer in self.layers:
@@ -90,7 +139,7 @@ class PruneReport:
         raise KeyError(name)
 
     def summary(self) -> str:
-        """One line: layers, mean and worst error, bytes, seconds."""
+        """One line: layers, mean and worst error, bytes, share of the weights, seconds."""
         errors = [e for e in (layer.relative_error for layer in self.pruned) if e is not None]
         counts = f"{len(self.pruned)} layers pruned ({self.method}), {len(self.skipped)} left dense"
         text = f"{self.model}: {counts}"
@@ -102,6 +151,7 @@ class PruneReport:
         )
         if sparse != dense:
             text += f", pruned weights {_size(dense)} -> {_size(sparse)}"
+        text += f", {self.share:.1%} of the linear weights are 2:4"
         return f"{text}, {self.seconds:.1f} s"
 
     def table(self) -> str:
@@ -109,7 +159,7 @@ class PruneReport:
         head = ("layer", "shape", "method", "rel. error", "damp", "seconds", "note")
         rows = [head]
         for layer in self.layers:
-            shape = f"{layer.shape[0]}x{layer.shape[1]}"
+            shape = "x".join(map(str, layer.shape))
             if layer.skipped:
                 rows.append((layer.name, shape, "dense", "", "", "", f"skipped: {layer.reason}"))
                 continue
@@ -117,7 +167,7 @@ class PruneReport:
             error = "" if layer.relative_error is None else f"{layer.relative_error:.5f}"
             note = layer.note or ""
             rows.append(
-                (layer.name, shape, layer.method, error, damp, f"{layer.seconds:.3f}", note)
+                (layer.name, shape, layer.method or "", error, damp, f"{layer.seconds:.3f}", note)
             )
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         right = {3, 4, 5}
@@ -136,7 +186,36 @@ class PruneReport:
     def to_json(self) -> str:
         """The report as JSON. An infinite or undefined error is written as null, which every JSON
         reader accepts."""
-        return json.dumps({"schema": SCHEMA, **_finite(asdict(self))}, indent=1, allow_nan=False)
+        return json.dumps({"schema": SCHEMA, **_finite(self._plain())}, indent=1, allow_nan=False)
+
+    def _plain(self) -> dict[str, Any]:
+        """The fields as plain values, without the Hessians."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "hessians"}
+        return {**kept, "layers": [asdict(layer) for layer in self.layers]}
+
+    def to_dataframe(self) -> Any:
+        """One row per layer as a pandas.DataFrame. Raises ImportError without pandas."""
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError as error:
+            text = "sparsekern.PruneReport.to_dataframe: pandas is missing. pip install pandas."
+            raise ImportError(text) from error
+        return pandas.DataFrame([asdict(layer) for layer in self.layers])
+
+    def _repr_html_(self) -> str:
+        """The table for notebooks."""
+        head = ("layer", "shape", "result", "rel. error", "2:4", "note")
+        rows = []
+        for layer in self.layers:
+            error = "" if layer.relative_error is None else f"{layer.relative_error:.5f}"
+            result = "dense" if layer.skipped and not layer.is_24 else layer.method or "2:4"
+            shape = "x".join(map(str, layer.shape))
+            note = layer.reason or layer.note or ""
+            rows.append((layer.name, shape, result, error, "yes" if layer.is_24 else "", note))
+        lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
+        for row in rows:
+            lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+        return f"<p>{escape(self.summary())}</p><table>{''.join(lines)}</table>"
 
     @classmethod
     def from_json(cls, text: str) -> PruneReport:
@@ -145,8 +224,6 @@ class PruneReport:
         Raises:
             ValueError: not a report, or one of another schema.
         """
-        from sparsekern.errors import check
-
         data = json.loads(text)
         schema = data.pop("schema", None) if isinstance(data, dict) else None
         check(
@@ -161,20 +238,18 @@ class PruneReport:
         ]
         return cls(**data, layers=layers)
 
-    def save(self, path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON to `path` atomically: a reader sees the old file or the new one, never
         half of it."""
         write_atomic(path, self.to_json().encode())
 
-    def plot(self, path) -> None:
+    def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the relative error of every pruned layer over the blocks, one line per kind of
         layer, into an image file.
 
         Raises:
             ImportError: matplotlib is missing.      ValueError: no layer has a relative error.
         """
-        from sparsekern.errors import check
-
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -187,7 +262,7 @@ class PruneReport:
                 where = layer.block if layer.block is not None else position
                 kinds.setdefault(_kind(layer), []).append((where, layer.relative_error))
         check(
-            kinds,
+            bool(kinds),
             "sparsekern.PruneReport.plot",
             "relative errors",
             "none",
@@ -205,23 +280,6 @@ class PruneReport:
         figure.savefig(os.fspath(path))
 
 
-def write_atomic(path, data: bytes) -> None:
-    """Write `data` to `path` through a temporary file in the same folder and a rename; flushed to
-    disk before the rename."""
-    path = os.path.abspath(os.fspath(path))
-    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".", suffix=".part")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def _kind(layer: LayerReport) -> str:
     """The name below the block: "model.layers.3.mlp.up_proj" -> "mlp.up_proj"."""
     if layer.block is None:
@@ -229,14 +287,25 @@ def _kind(layer: LayerReport) -> str:
     return layer.name.partition(f".{layer.block}.")[2] or layer.name
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
-            return f"{count:.4g} {unit}"
+            break
         count /= 1024
+    return f"{count:.4g} {unit}"
 
 
-def _finite(value):
+def _share(layers: list[LayerReport]) -> float:
+    total = sum(layer.elements for layer in layers)
+    return sum(layer.elements for layer in layers if layer.is_24) / total if total else 0.0
+
+
+def _short(reason: str) -> str:
+    """A reason without its numbers in brackets: layers of one kind share it."""
+    return re.sub(r" \(.*\)$", "", reason)
+
+
+def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

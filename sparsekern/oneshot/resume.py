@@ -1,47 +1,73 @@
 """Finished stages on disk, so that an interrupted `prune_model` continues where it stopped.
 
-    DIR/manifest.json              what was asked: calibration hash, method, options, fingerprint
+    DIR/manifest.json              what was asked: calibration hash, method, options, fingerprints
     DIR/layer_times.json           what was measured for keep_dense
     DIR/block-00003.safetensors    the pruned layers of one stage; their LayerReports as metadata
+    DIR/lock                       held while a process works in the folder
 
 A compressed layer is stored as NAME.compressed and NAME.bitmask (the tensors of a checkpoint), a
-masked dense one as NAME.weight. Both kinds of file appear by rename, so a file that exists is
-complete.
+masked dense one as NAME.weight. Files appear by rename, so a file that exists is complete; each
+carries a sha256 of its content together with the manifest, so that a flipped bit, or a file of
+another run, is noticed.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import IO, Any
 
 import torch
+from torch import Tensor
 
-from sparsekern.errors import FormatError, check
+from sparsekern.errors import FormatError, check, message
 from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot.discovery import Layer
-from sparsekern.oneshot.report import LayerReport, write_atomic
+from sparsekern.oneshot.report import LayerReport
+from sparsekern.utils.files import write_atomic
 
 OP = "sparsekern.prune_model(resume=)"
-SCHEMA = 1
+SCHEMA = 2
 
 
 class ResumeDir:
-    """The folder of one run.
+    """The folder of one run, locked until `close`.
 
     Args:
         path: created when missing.
         manifest: JSON-able description of the run; has to equal the stored one.
     Raises:
-        ValueError: the folder belongs to another run; the message names every difference.
+        ValueError: the folder belongs to another run (the message names every difference), holds
+            stages without a manifest, or is in use by another process.
         FormatError: the manifest cannot be read.
+        NotADirectoryError: the path is a file.
     """
 
-    def __init__(self, path, manifest: dict):
+    def __init__(self, path: str | os.PathLike[str], manifest: dict[str, Any]) -> None:
         self.path = os.fspath(path)
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
+            remedy = "Give a folder."
+            raise NotADirectoryError(message(OP, "a folder", f"the file {self.path}", remedy))
         os.makedirs(self.path, exist_ok=True)
-        manifest = json.loads(json.dumps({"schema": SCHEMA, **manifest}))
+        self._lock: IO[str] | None = open(os.path.join(self.path, "lock"), "w")  # noqa: SIM115
+        try:
+            self._claim(json.loads(json.dumps({"schema": SCHEMA, **manifest})))
+        except BaseException:
+            self.close()
+            raise
+
+    def _claim(self, manifest: dict[str, Any]) -> None:
+        assert self._lock is not None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            got, remedy = "another process at work in it", "Wait for it, or give another directory."
+            raise ValueError(message(OP, f"{self.path} to be free", got, remedy)) from None
         file = os.path.join(self.path, "manifest.json")
         if os.path.exists(file):
             stored = self._read_json(file)
@@ -52,36 +78,58 @@ class ResumeDir:
             remedy = "Call it with the same model and arguments, or give another directory."
             check(not keys, OP, f"the run that {self.path} was started with", differences, remedy)
         else:
+            stages = [name for name in os.listdir(self.path) if name.endswith(".safetensors")]
+            expected = f"manifest.json beside the stages in {self.path}"
+            remedy = "Delete the stages, or give another directory."
+            check(not stages, OP, expected, "none", remedy)
             write_atomic(file, json.dumps(manifest, indent=1).encode())
+        text = json.dumps(manifest, sort_keys=True)
+        self._manifest = hashlib.sha256(text.encode()).hexdigest()
 
-    def remember(self, name: str, make: Callable[[], dict]) -> dict:
+    def close(self) -> None:
+        """Let the folder go."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def remember(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What an earlier run stored under this name, or make(), which is then stored.
 
         Raises:
-            FormatError: the stored file cannot be read.
+            FormatError: the stored file cannot be read, or is damaged.
         """
         file = os.path.join(self.path, f"{name}.json")
         if os.path.exists(file):
-            return self._read_json(file)
+            stored = self._read_json(file)
+            sha = stored.pop("sha256", None)
+            remedy = "Delete it to measure again."
+            check(
+                sha == self._of_json(stored),
+                OP,
+                f"{file} as written",
+                "other content",
+                remedy,
+                FormatError,
+            )
+            return stored
         made = make()
-        write_atomic(file, json.dumps(made, indent=1).encode())
+        stored = {**made, "sha256": self._of_json(json.loads(json.dumps(made)))}
+        write_atomic(file, json.dumps(stored, indent=1).encode())
         return made
 
-    def _read_json(self, file: str) -> dict:
+    def _of_json(self, content: dict[str, Any]) -> str:
+        return fingerprint.of_tensors((), self._manifest, json.dumps(content, sort_keys=True))
+
+    def _read_json(self, file: str) -> dict[str, Any]:
+        stored: Any
         try:
             with open(file, encoding="utf-8") as stream:
                 stored = json.load(stream)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             stored = error
-        check(
-            isinstance(stored, dict),
-            OP,
-            f"{file} to hold JSON",
-            stored,
-            "Delete the directory.",
-            FormatError,
-        )
-        return stored
+        expected, remedy = f"{file} to hold JSON", "Delete the directory."
+        check(isinstance(stored, dict), OP, expected, stored, remedy, FormatError)
+        return dict(stored)
 
     def _file(self, key: str) -> str:
         return os.path.join(self.path, f"{key}.safetensors")
@@ -91,57 +139,57 @@ class ResumeDir:
         return os.path.exists(self._file(key))
 
     def save(
-        self, key: str, results: dict[str, Sparse24 | torch.Tensor], reports: list[LayerReport]
+        self, key: str, results: dict[str, Sparse24 | Tensor], reports: list[LayerReport]
     ) -> None:
         """Store the pruned layers of a stage: name -> Sparse24, or the masked dense weight
         [out_features, in_features]."""
         from safetensors.torch import save
 
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, weight in results.items():
             if isinstance(weight, Sparse24):
                 tensors[f"{name}.compressed"] = weight.rowmajor().values.cpu().contiguous()
                 tensors[f"{name}.bitmask"] = weight.bitmask().cpu().contiguous()
             else:
                 tensors[f"{name}.weight"] = weight.cpu().contiguous()
-        metadata = {"reports": json.dumps([asdict(r) for r in reports])}
+        rows = json.dumps([asdict(r) for r in reports])
+        metadata = {"reports": rows, "sha256": self._sha(key, tensors, rows)}
         write_atomic(self._file(key), save(tensors, metadata=metadata))
+
+    def _sha(self, key: str, tensors: dict[str, Tensor], rows: str) -> str:
+        return fingerprint.of_tensors(sorted(tensors.items()), self._manifest, key, rows)
 
     def load(
         self, key: str, layers: list[Layer], device: torch.device
-    ) -> tuple[dict, list[LayerReport]]:
+    ) -> tuple[dict[str, Sparse24 | Tensor], list[LayerReport]]:
         """Read a stage back: (name -> Sparse24 or dense weight, on `device`; reports).
 
         Raises:
-            FormatError: the file is damaged or does not fit the layers.
+            FormatError: the file is damaged, of another run, or does not fit the layers.
         """
         from safetensors import SafetensorError, safe_open
 
         shapes = {layer.name: layer.shape for layer in layers}
-        results: dict[str, Sparse24 | torch.Tensor] = {}
+        results: dict[str, Sparse24 | Tensor] = {}
         try:
-            with safe_open(self._file(key), "pt", device=str(device)) as file:
-                rows = json.loads(file.metadata()["reports"])
-                reports = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in rows]
-                keys = set(file.keys())
-                for name in (r.name for r in reports if not r.skipped):
-                    if f"{name}.weight" in keys:
-                        results[name] = file.get_tensor(f"{name}.weight")
-                    else:
-                        pair = (
-                            file.get_tensor(f"{name}.{part}") for part in ("compressed", "bitmask")
-                        )
-                        results[name] = Sparse24.from_bitmask(*pair, shapes[name])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            with safe_open(self._file(key), "pt", device="cpu") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if metadata["sha256"] != self._sha(key, tensors, metadata["reports"]):
+                raise ValueError("its sha256 is that of other content, or of another run")
+            rows = json.loads(metadata["reports"])
+            reports = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in rows]
+            for name in (r.name for r in reports if not r.skipped):
+                if f"{name}.weight" in tensors:
+                    results[name] = tensors[f"{name}.weight"].to(device)
+                else:
+                    parts = (tensors[f"{name}.{part}"] for part in ("compressed", "bitmask"))
+                    values, bitmask = (part.to(device) for part in parts)
+                    results[name] = Sparse24.from_bitmask(values, bitmask, shapes[name])
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             problem = f"{OP}: {self._file(key)} is damaged ({error})."
             raise FormatError(f"{problem} Delete it to prune these layers again.") from error
         fits = all(tuple(results[name].shape) == shapes[name] for name in results)
-        check(
-            fits,
-            OP,
-            f"{self._file(key)} to fit the model",
-            "other shapes",
-            "Delete the file.",
-            FormatError,
-        )
+        expected = f"{self._file(key)} to fit the model"
+        check(fits, OP, expected, "other shapes", "Delete the file.", FormatError)
         return results, reports

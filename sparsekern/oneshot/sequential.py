@@ -13,18 +13,20 @@ on the accelerator:
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from sparsekern.errors import check
+from sparsekern.errors import message
 from sparsekern.oneshot.calibration import Batch, move
 from sparsekern.oneshot.discovery import Layer
 
-OP = "sparsekern.prune_model"
+OP = "sparsekern.oneshot.Walk"
 # Share of the free accelerator memory that the hidden states may take before they are kept on the
 # host.
 RESIDENT_SHARE = 0.4
@@ -42,40 +44,44 @@ class Hidden:
 
 
 HIDDEN = Hidden()
+logger = logging.getLogger("sparsekern")
 
 
-def split_hidden(args: tuple, kwargs: dict) -> tuple[torch.Tensor, tuple, dict]:
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def split_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
     """The hidden states of a block's call, and the call with HIDDEN in their place: the first
     positional argument, or the keyword `hidden_states`."""
-    if args and isinstance(args[0], torch.Tensor):
+    if args and isinstance(args[0], Tensor):
         return args[0], (HIDDEN, *args[1:]), kwargs
     hidden = kwargs.get("hidden_states")
-    check(
-        isinstance(hidden, torch.Tensor),
-        OP,
-        "decoder blocks that take the hidden states first or as hidden_states=",
-        f"positional {[type(a).__name__ for a in args]}, keywords {sorted(kwargs)}",
-        "Prune the blocks one by one as plain modules.",
-    )
+    if not isinstance(hidden, Tensor):
+        expected = "decoder blocks that take the hidden states first or as hidden_states="
+        got = f"positional {[type(a).__name__ for a in args]}, keywords {sorted(kwargs)}"
+        remedy = "Prune the blocks one by one as plain modules."
+        raise ValueError(message(OP, expected, got, remedy))
     return hidden, args, {**kwargs, "hidden_states": HIDDEN}
 
 
-def first_tensor(output) -> Any:
+def first_tensor(output: Any) -> Any:
     """The hidden states in a block's output: the output itself or the first element of a tuple or
     list."""
     return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
-def call_block(block: nn.Module, call: tuple[tuple, dict], hidden: torch.Tensor) -> torch.Tensor:
+def call_block(block: nn.Module, call: Call, hidden: Tensor) -> Tensor:
     """Run one block alone on `hidden`, with the rest of the call as recorded."""
     args, kwargs = move(call, hidden.device)
     args = tuple(hidden if a is HIDDEN else a for a in args)
     kwargs = {k: hidden if v is HIDDEN else v for k, v in kwargs.items()}
-    return first_tensor(block(*args, **kwargs))
+    return cast(Tensor, first_tensor(block(*args, **kwargs)))
 
 
 @contextlib.contextmanager
-def stubbed(blocks: list[nn.Module], make: Callable[[int], Callable]) -> Iterator[None]:
+def stubbed(blocks: list[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
     """Replace the forward of block i by make(i) for the duration; attributes and hooks of the
     blocks stay."""
     before = [block.__dict__.get("forward") for block in blocks]
@@ -97,6 +103,7 @@ class Probe:
     chained: block i+1 receives exactly what block i returned, for all i, each called once, in
         order.
     returns_tuple: per block, whether it returns a tuple.
+    last: what the last block returned.
     before, after: names of the Linear layers outside the blocks that run before the first and after
     the last block.
     """
@@ -105,6 +112,7 @@ class Probe:
     returns_tuple: list[bool]
     before: list[str]
     after: list[str]
+    last: Any = None
 
 
 def probe(
@@ -120,18 +128,20 @@ def probe(
     outputs: dict[int, Any] = {}
     seen = Probe(True, [], [], [])
     between: list[str] = []
-    handles = []
+    handles: list[RemovableHandle] = []
 
-    def watch_block(index: int):
-        def hook(module, args, kwargs, output):
+    def watch_block(index: int) -> None:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
             order.append(index)
             inputs[index] = args[0] if args else kwargs.get("hidden_states")
             outputs[index] = output
 
         handles.append(blocks[index].register_forward_hook(hook, with_kwargs=True))
 
-    def watch_layer(layer: Layer):
-        def hook(module, args):
+    def watch_layer(layer: Layer) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             place = (
                 seen.before if not order else seen.after if len(order) == len(blocks) else between
             )
@@ -152,9 +162,34 @@ def probe(
     if seen.chained:
         pairs = zip(range(len(blocks) - 1), range(1, len(blocks)))
         seen.chained = all(inputs[j] is first_tensor(outputs[i]) for i, j in pairs)
-        seen.chained &= all(isinstance(first_tensor(out), torch.Tensor) for out in outputs.values())
+        seen.chained &= all(isinstance(first_tensor(out), Tensor) for out in outputs.values())
         seen.returns_tuple = [isinstance(outputs[i], tuple) for i in range(len(blocks))]
+        seen.last = first_tensor(outputs[len(blocks) - 1])
+        try:
+            seen.chained &= _walks(model, blocks, batch, seen, device)
+        except Exception as error:  # whatever these blocks need: the model is calibrated as a whole
+            logger.info("the blocks cannot be run one by one: %s: %s", type(error).__name__, error)
+            seen.chained = False
     return seen
+
+
+def _walks(
+    model: nn.Module, blocks: list[nn.Module], batch: Batch, shown: Probe, device: torch.device
+) -> bool:
+    """Whether the blocks, run one by one on recorded calls, give what the model gave: a block may
+    return more than its hidden states (a position bias for the next one), or read what a block
+    before it left behind."""
+    walk = Walk(model, blocks, [batch], shown, device, device, None)
+    for _ in walk.capture():
+        pass
+    for index in range(len(blocks)):
+        for _ in walk.block(index, keep=True):
+            pass
+    got, expected = walk.hidden[0], shown.last.to(walk.hidden[0].device)
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return False
+    slack = 1e-3 * float(expected.abs().amax().nan_to_num(0, 0, 0)) if expected.numel() else 0.0
+    return torch.allclose(got, expected, rtol=1e-2, atol=slack, equal_nan=True)
 
 
 class Walk:
@@ -168,16 +203,26 @@ class Walk:
             memory.
     """
 
-    def __init__(self, model, blocks, batches, shown: Probe, device, home, offload: bool | None):
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        batches: list[Batch],
+        shown: Probe,
+        device: torch.device,
+        home: torch.device,
+        offload: bool | None,
+    ) -> None:
         self.model, self.blocks, self.batches, self.shown = model, blocks, batches, shown
         self.device, self.home = device, home
         self.offload = offload
-        self.calls: list[list[tuple[tuple, dict]]] = []
-        self.hidden: list[torch.Tensor] = []
+        self.calls: list[list[Call]] = []
+        self.begin: Callable[[Batch], None] = lambda batch: None  # called before each forward
+        self.hidden: list[Tensor] = []
         self.sets = 1  # of hidden states that will be kept
         # The dense model's, when somebody walks them: inputs of block `_dense_block`, its outputs.
-        self._dense: list[torch.Tensor] = []
-        self._dense_outputs: list[torch.Tensor] = []
+        self._dense: list[Tensor] = []
+        self._dense_outputs: list[Tensor] = []
         self._dense_block = -1
 
     def capture(self) -> Iterator[None]:
@@ -185,9 +230,16 @@ class Walk:
         each batch."""
         shared = _SharedTensors(self.device)
         for batch in self.batches:
-            inputs, calls = [], []
+            inputs: list[Tensor] = []
+            calls: list[Call] = []
 
-            def record(index, hidden, call, inputs=inputs, calls=calls):
+            def record(
+                index: int,
+                hidden: Tensor,
+                call: Call,
+                inputs: list[Tensor] = inputs,
+                calls: list[Call] = calls,
+            ) -> Tensor:
                 inputs.append(hidden)
                 calls.append(shared(call))
                 return hidden
@@ -204,6 +256,7 @@ class Walk:
         """Run block `index` batch by batch, yielding after each; keep=True: the outputs become the
         hidden states."""
         for i, calls in enumerate(self.calls):
+            self.begin(self.batches[i])
             output = call_block(self.blocks[index], calls[index], self.hidden[i].to(self.device))
             if keep:
                 self.hidden[i] = self._keep(output)
@@ -217,6 +270,7 @@ class Walk:
             self._dense_outputs = list(self._dense)
             self._dense_block = index
         for i, calls in enumerate(self.calls):
+            self.begin(self.batches[i])
             output = call_block(self.blocks[index], calls[index], self._dense[i].to(self.device))
             self._dense_outputs[i] = self._keep(output)
             yield
@@ -231,34 +285,49 @@ class Walk:
         """Run what comes after the blocks on the hidden states, which have to be the outputs of the
         last block."""
         for batch, last in zip(self.batches, self.hidden):
-            self._run_stubbed(
-                batch, lambda index, hidden, call, last=last: last.to(hidden.device), stop_at=None
-            )
+
+            def take(index: int, hidden: Tensor, call: Call, last: Tensor = last) -> Tensor:
+                return last.to(hidden.device)
+
+            self._run_stubbed(batch, take, stop_at=None)
             yield
 
-    def _run_stubbed(self, batch: Batch, visit: Callable, stop_at: int | None = -1) -> None:
+    def _run_stubbed(
+        self, batch: Batch, visit: Callable[[int, Tensor, Call], Tensor], stop_at: int | None = -1
+    ) -> None:
         """Run the model with stubs for blocks. Stub i calls visit(i, hidden, call) and returns what
         that returns; the forward ends in stub `stop_at` (-1: the last), or with the model for
         None."""
         stop = len(self.blocks) - 1 if stop_at == -1 else stop_at
 
-        def make(index):
-            def forward(*args, **kwargs):
-                hidden, *call = split_hidden(args, kwargs)
-                hidden = visit(index, hidden, tuple(call))
+        def make(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden, args, kwargs = split_hidden(args, kwargs)
+                hidden = visit(index, hidden, (args, kwargs))
                 if index == stop:
                     raise StopForward
                 return (hidden,) if self.shown.returns_tuple[index] else hidden
 
             return forward
 
+        self.begin(batch)
         with stubbed(self.blocks, make), contextlib.suppress(StopForward):
             batch.run(self.model, self.home)
 
-    def _keep(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _keep(self, hidden: Tensor) -> Tensor:
         return hidden.to("cpu" if self.offload else self.device)
 
-    def _too_large(self, hidden: torch.Tensor) -> bool:
+    def inputs(self) -> Iterator[Tensor]:
+        """The present hidden states, batch by batch, on the device."""
+        for hidden in self.hidden:
+            yield hidden.to(self.device)
+
+    def dense_inputs(self) -> Iterator[Tensor]:
+        """The same of the dense model, once `dense_block` has run for this block."""
+        for hidden in self._dense:
+            yield hidden.to(self.device)
+
+    def _too_large(self, hidden: Tensor) -> bool:
         if self.device.type != "cuda":
             return False
         tokens = sum(batch.tokens for batch in self.batches)
@@ -274,21 +343,21 @@ class _SharedTensors:
     kept.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.device = device
         self.by_id: dict[
-            int, tuple[torch.Tensor, torch.Tensor]
+            int, tuple[Tensor, Tensor]
         ] = {}  # holds the source, so that no id is reused
-        self.by_shape: dict[tuple, list[torch.Tensor]] = {}
+        self.by_shape: dict[tuple[Any, ...], list[Tensor]] = {}
 
-    def __call__(self, value):
-        if isinstance(value, torch.Tensor):
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
             return self._one(value)
         if type(value) in (tuple, list):
             return type(value)(self(v) for v in value)
         return {k: self(v) for k, v in value.items()} if type(value) is dict else value
 
-    def _one(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _one(self, tensor: Tensor) -> Tensor:
         if id(tensor) in self.by_id:
             return self.by_id[id(tensor)][1]
         moved = tensor.to(self.device)

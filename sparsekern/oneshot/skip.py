@@ -1,4 +1,4 @@
-"""Skip rules: which Linear layers `prune_model` leaves dense.
+"""Skip and target rules: which linear layers `prune_model` leaves dense, and which it prunes.
 
 A rule is a string, an int or a range; the forms, tried in this order:
 
@@ -21,16 +21,17 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 from torch import nn
 
-from sparsekern.errors import check
+from sparsekern.errors import check, message
 
-OP = "sparsekern.prune_model"
+OP = "sparsekern.oneshot.skip"
 DEFAULT_RULE = "lm_head"
 
 
-def as_rules(skip) -> tuple:
+def as_rules(skip: Any) -> tuple[Any, ...]:
     """The rules as a tuple; a single string, int or range counts as one rule, None as no rule."""
     if skip is None:
         return ()
@@ -40,22 +41,25 @@ def as_rules(skip) -> tuple:
 
 
 def resolve(
-    skip,
+    skip: Any,
     names: Sequence[str],
     model: nn.Module,
     block_of: dict[str, int],
     block_count: int,
     output_layers: Iterable[str] = (),
+    kind: str = "skip",
+    op: str = OP,
 ) -> dict[str, str]:
-    """Which of the layers are skipped, and by which rule.
+    """Which of the layers the rules match, and by which rule.
 
     Args:
         skip: rule or rules (module docstring).
-        names: full names of all Linear layers of the model.
+        names: full names of all linear layers of the model.
         model: the model, for class names and module names.
         block_of: layer name -> index of its decoder block; layers outside the blocks are absent.
         block_count: number of decoder blocks, 0 if none were found.
         output_layers: names of the output embedding, which the rule "lm_head" stands for.
+        kind, op: what the rules are called, and who asks, for messages.
     Returns:
         layer name -> text of the first rule that matches it.
     Raises:
@@ -63,112 +67,104 @@ def resolve(
             malformed.
         TypeError: a rule is neither str, int nor range.
     """
-    modules = dict(model.named_modules())
-    skipped: dict[str, str] = {}
+    rules = _Rules(names, model, block_of, block_count, set(output_layers), kind, op)
+    matched: dict[str, str] = {}
     for rule in as_rules(skip):
+        for name in rules.match(rule):
+            matched.setdefault(name, str(rule))
+    return matched
+
+
+class _Rules:
+    """What rules are matched against; the arguments of `resolve`."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        model: nn.Module,
+        block_of: dict[str, int],
+        block_count: int,
+        output_layers: set[str],
+        kind: str,
+        op: str,
+    ) -> None:
+        self.names, self.block_of, self.block_count = names, block_of, block_count
+        self.output_layers, self.kind, self.op = output_layers, kind, op
+        self.modules = dict(model.named_modules())
+
+    def match(self, rule: Any) -> list[str]:
+        """Names of the layers that one rule matches."""
+        names = self.names
         if rule == DEFAULT_RULE:
-            hits = [
-                n
-                for n in names
-                if n in set(output_layers) or _below(n, rule) or n.endswith("." + rule)
+            output = self.output_layers
+            return [
+                n for n in names if n in output or _below(n, rule) or n.endswith("." + DEFAULT_RULE)
             ]
-        elif isinstance(rule, str):
-            hits = _match_text(rule, names, modules, block_of, block_count)
-            check(
-                hits,
-                OP,
-                f"skip rule {rule!r} to match a Linear layer",
-                "no match",
-                near(rule, names, modules),
-            )
-        else:
-            hits = _match_blocks(_indices(rule, block_count), rule, names, block_of)
-        for name in hits:
-            skipped.setdefault(name, str(rule))
-    return skipped
+        if not isinstance(rule, str):
+            return self._in_blocks(self._indices(rule), rule)
+        hits = self._match_text(rule)
+        if not hits:
+            self._fail(rule, "to match a Linear layer", "no match", near(rule, names, self.modules))
+        return hits
 
+    def _fail(self, rule: Any, expected: str, got: str, remedy: str) -> None:
+        text = f"{self.kind} rule {rule!r} {expected}"
+        raise ValueError(message(self.op, text, got, remedy))
 
-def _match_text(rule, names, modules, block_of, block_count):
-    if rule.startswith("block:"):
-        return _match_blocks(_indices(rule, block_count), rule, names, block_of)
-    if rule.startswith("re:"):
-        try:
-            pattern = re.compile(rule[3:])
-        except re.error as error:
-            check(
-                False,
-                OP,
-                f"skip rule {rule!r} to hold a regular expression",
-                str(error),
-                "Correct the pattern.",
-            )
-        return [n for n in names if pattern.match(n)]
-    if any(c in rule for c in "*?["):
-        return [n for n in names if fnmatch.fnmatchcase(n, rule)]
-    if rule in modules:
-        return [n for n in names if _below(n, rule)]
-    return [n for n in names if any(type(modules[p]).__name__ == rule for p in _ancestors(n))]
-
-
-def _match_blocks(indices, rule, names, block_of):
-    hits = [n for n in names if block_of.get(n) in indices]
-    check(
-        hits,
-        OP,
-        f"skip rule {rule!r} to match a Linear layer",
-        "no Linear layer in those blocks",
-        "Drop the rule.",
-    )
-    return hits
-
-
-def _indices(rule, block_count: int) -> set[int]:
-    """Block indices of a rule, negative ones resolved."""
-    if isinstance(rule, bool) or not isinstance(rule, (int, range, str)):
-        check(
-            False,
-            OP,
-            "skip rules of type str, int or range",
-            repr(rule),
-            "See sparsekern/oneshot/skip.py.",
-            TypeError,
-        )
-    check(
-        block_count > 0,
-        OP,
-        f"decoder blocks for skip rule {rule!r}",
-        "a model without blocks",
-        "Use names or globs.",
-    )
-    if isinstance(rule, str):
-        form = re.fullmatch(r"block:(-?\d+)(?:-(-?\d+))?", rule)
-        check(
-            form,
-            OP,
-            'skip rule of the form "block:3" or "block:20-29"',
-            repr(rule),
-            "Correct the rule.",
-        )
-        first = int(form[1])
-        last = int(form[2]) if form[2] else first
-        first, last = (i + block_count if i < 0 else i for i in (first, last))
-        found = list(range(first, last + 1))
-        check(
-            found, OP, f"skip rule {rule!r} to go upwards", f"{first} to {last}", "Swap the ends."
-        )
-    else:
-        found = [
-            i + block_count if i < 0 else i for i in ([rule] if isinstance(rule, int) else rule)
+    def _match_text(self, rule: str) -> list[str]:
+        names = self.names
+        if rule.startswith("block:"):
+            return self._in_blocks(self._indices(rule), rule)
+        if rule.startswith("re:"):
+            try:
+                pattern = re.compile(rule[3:])
+            except re.error as error:
+                remedy = "Correct the pattern."
+                expected = f"{self.kind} rule {rule!r} to hold a regular expression"
+                raise ValueError(message(self.op, expected, str(error), remedy)) from None
+            return [n for n in names if pattern.match(n)]
+        if any(c in rule for c in "*?["):
+            return [n for n in names if fnmatch.fnmatchcase(n, rule)]
+        if rule in self.modules or rule in names:
+            return [n for n in names if _below(n, rule)]
+        return [
+            n for n in names if any(type(m).__name__ == rule for m in _holders(n, self.modules))
         ]
-    for index in found:
-        check(
-            0 <= index < block_count,
-            OP,
-            f"skip rule {rule!r} within blocks 0..{block_count - 1}",
-            f"block {index}",
-            "Correct the index.",
-        )
-    return set(found)
+
+    def _in_blocks(self, indices: set[int], rule: Any) -> list[str]:
+        hits = [n for n in self.names if self.block_of.get(n) in indices]
+        if not hits:
+            got = "no Linear layer in those blocks"
+            self._fail(rule, "to match a Linear layer", got, "Drop the rule.")
+        return hits
+
+    def _indices(self, rule: Any) -> set[int]:
+        """Block indices of a rule, negative ones resolved."""
+        kinds = not isinstance(rule, bool) and isinstance(rule, (int, range, str))
+        expected = f"{self.kind} rules of type str, int or range"
+        remedy = "See sparsekern/oneshot/skip.py."
+        check(kinds, self.op, expected, repr(rule), remedy, TypeError)
+        count = self.block_count
+        expected = f"decoder blocks for {self.kind} rule {rule!r}"
+        check(count > 0, self.op, expected, "a model without blocks", "Use names or globs.")
+        if isinstance(rule, str):
+            form = re.fullmatch(r"block:(-?\d+)(?:-(-?\d+))?", rule)
+            expected = f'{self.kind} rule of the form "block:3" or "block:20-29"'
+            check(form is not None, self.op, expected, repr(rule), "Correct the rule.")
+            form = cast("re.Match[str]", form)
+            first = int(form[1])
+            last = int(form[2]) if form[2] else first
+            first, last = (i + count if i < 0 else i for i in (first, last))
+            found = list(range(first, last + 1))
+            if not found:
+                self._fail(rule, "to go upwards", f"{first} to {last}", "Swap the ends.")
+        else:
+            found = [i + count if i < 0 else i for i in ([rule] if isinstance(rule, int) else rule)]
+        for index in found:
+            if not 0 <= index < count:
+                within = f"within blocks 0..{count - 1}"
+                self._fail(rule, within, f"block {index}", "Correct the index.")
+        return set(found)
 
 
 def _ancestors(name: str) -> list[str]:
@@ -181,18 +177,19 @@ def _below(name: str, module: str) -> bool:
     return name == module or name.startswith(module + ".") or module == ""
 
 
-def near(rule: str, names, modules=None) -> str:
+def _holders(name: str, modules: dict[str, nn.Module]) -> list[nn.Module]:
+    """The modules on the way to a layer; a parameter of a module has no module of its own."""
+    return [modules[path] for path in _ancestors(name) if path in modules]
+
+
+def near(rule: str, names: Sequence[str], modules: dict[str, nn.Module] | None = None) -> str:
     """The remedy of the error: what the rule (or the name of a mask) may have meant."""
     if modules and any(n.rsplit(".", 1)[-1] == rule for n in names):
-        return f'To skip every layer of that name, write "*.{rule}".'
-    classes = (
-        {type(modules[p]).__name__ for n in names for p in _ancestors(n)} if modules else set()
-    )
-    pool = list(
-        dict.fromkeys([*names, *(p for n in names for p in _ancestors(n) if p), *sorted(classes)])
-    )
-    near = (
-        difflib.get_close_matches(rule.removeprefix("re:"), pool, n=3, cutoff=0.4)
-        or list(names)[:3]
-    )
-    return "Near matches: " + ", ".join(near) + "."
+        return f'To match every layer of that name, write "*.{rule}".'
+    classes: set[str] = set()
+    if modules:
+        classes = {type(m).__name__ for n in names for m in _holders(n, modules)}
+    above = (p for n in names for p in _ancestors(n) if p)
+    pool = list(dict.fromkeys([*names, *above, *sorted(classes)]))
+    close = difflib.get_close_matches(rule.removeprefix("re:"), pool, n=3, cutoff=0.4)
+    return "Near matches: " + ", ".join(close or list(names)[:3]) + "."

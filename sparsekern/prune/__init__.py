@@ -8,22 +8,44 @@ True = kept; every rule is deterministic and keeps the higher column of a tie, o
     sparsegpt.py   sparsegpt, SparseGPTReport
     retarget.py    retarget (aim at the dense model's outputs)
     refine.py      refine (least squares for the weights that a mask keeps)
+    methods.py     Method, register_method: the registry that prune_model and the command line read
 """
 
 from sparsekern.prune.hessian import Hessian, relative_error
-from sparsekern.prune.masks import magnitude_mask, nm_mask, wanda_mask
+from sparsekern.prune.masks import MAGNITUDE, WANDA, magnitude_mask, nm_mask, wanda_mask
+from sparsekern.prune.methods import (
+    Details,
+    Method,
+    Option,
+    PruneError,
+    methods,
+    register_method,
+    unregister_method,
+)
 from sparsekern.prune.refine import refine
 from sparsekern.prune.retarget import retarget
+from sparsekern.prune.sparsegpt import METHOD as SPARSEGPT
 from sparsekern.prune.sparsegpt import SparseGPTReport, sparsegpt
 
+register_method(SPARSEGPT)
+register_method(WANDA)
+register_method(MAGNITUDE)
+
 __all__ = [
+    "Details",
     "Hessian",
+    "Method",
+    "Option",
+    "PruneError",
     "SparseGPTReport",
     "magnitude_mask",
+    "methods",
     "nm_mask",
     "refine",
+    "register_method",
     "relative_error",
     "retarget",
     "sparsegpt",
+    "unregister_method",
     "wanda_mask",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,10 @@ def exact_float32(device: torch.device | str) -> Iterator[None]:
     torch has two sets of switches for this. Mixing them is an error in torch, so each is only
     touched where it is not exact already, and every value is restored on the way out.
     """
-    matmuls = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    matmuls: tuple[Any, ...] = (
+        torch.backends.cuda.matmul,
+        getattr(torch.backends.mkldnn, "matmul", None),
+    )
     knobs = [matmul for matmul in matmuls if hasattr(matmul, "fp32_precision")]
     before = [knob.fp32_precision for knob in knobs]
     try:
@@ -132,6 +136,58 @@ class Hessian:
                     x[:, i : i + self._columns].t(), x[:, i:], beta=keep
                 )
         self._symmetric = self.in_features <= self._columns
+
+    @classmethod
+    def from_matrix(cls, matrix: Tensor, samples: int = 1) -> Hessian:
+        """A Hessian of a matrix [in_features, in_features] that is known; it is copied.
+
+        Raises:
+            ValueError: a matrix that is not square.
+        """
+        op = "sparsekern.prune.Hessian.from_matrix"
+        square = matrix.dim() == 2 and matrix.shape[0] == matrix.shape[1]
+        check(square, op, "a square matrix", list(matrix.shape))
+        made = cls(matrix.shape[0], matrix.device)
+        made._h.copy_(matrix.detach())
+        made.samples = samples
+        return made
+
+    def to(self, device: torch.device | str) -> Hessian:
+        """This Hessian on a device: itself where it is there already, else a copy."""
+        if torch.device(device) == self.device:
+            return self
+        made = Hessian.from_matrix(self.matrix.to(device), self.samples)
+        made._drift = None if self._drift is None else self._drift.to(device)
+        made.unmatched = self.unmatched
+        return made
+
+    def merge(self, other: Hessian) -> Hessian:
+        """Take the inputs of another Hessian in: H ← (n·H + n'·H') / (n + n'), and `drift`
+        likewise; self. For a calibration that was split, over processes or over experts that saw
+        few tokens.
+
+        Raises:
+            ValueError: another in_features, or one with dense inputs and one without.
+        """
+        op = "sparsekern.prune.Hessian.merge"
+        check(
+            other.in_features == self.in_features,
+            op,
+            f"in_features {self.in_features}",
+            other.in_features,
+        )
+        if other.samples == 0:
+            return self
+        both = self.samples == 0 or (self._drift is None) == (other._drift is None)
+        check(both, op, "dense inputs in both, or in none", "one of each")
+        total = self.samples + other.samples
+        mine, theirs = self.samples / total, other.samples / total
+        matrix = self.matrix.mul_(mine).add_(other.matrix.to(self.device), alpha=theirs)
+        if other._drift is not None:
+            drift = torch.zeros_like(matrix) if self._drift is None else self._drift
+            self._drift = drift.mul_(mine).add_(other._drift.to(self.device), alpha=theirs)
+        self.samples, self.unmatched = total, self.unmatched or other.unmatched
+        return self
 
     def _rows(self, x: Tensor) -> Tensor:
         x = x.detach().to(device=self.device, dtype=torch.float32)
@@ -239,4 +295,4 @@ def relative_error(w: Tensor, w_pruned: Tensor, hessian: Hessian | Tensor) -> fl
         error, energy = (max(value, 0.0) for value in torch.stack(energies).tolist())
     if energy == 0.0:
         return 0.0 if error == 0.0 else math.inf
-    return error / energy
+    return float(error / energy)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import check
+from sparsekern.prune.hessian import Hessian
+from sparsekern.prune.methods import Method, Pruned, apply_mask
 
 
 def check_pattern(op: str, n: int, m: int, in_features: int) -> None:
@@ -42,8 +44,8 @@ def check_no_nan(op: str, name: str, tensor: Tensor) -> None:
     nan = tensor.isnan()
     if not bool(nan.any()):
         return
-    *row, column = nan.nonzero()[0].tolist()
-    row = row[0] if len(row) == 1 else tuple(row)
+    *rows, column = nan.nonzero()[0].tolist()
+    row = rows[0] if len(rows) == 1 else tuple(rows)
     check(
         False,
         op,
@@ -162,5 +164,21 @@ def _nm_mask(op: str, name: str, scores: Tensor, n: int, m: int) -> Tensor:
     if scores.is_floating_point() and scores.element_size() == 1:
         scores = scores.float()
     check_no_nan(op, name, scores)
-    groups = scores.unflatten(-1, (scores.shape[-1] // m, m)).movedim(-1, 0)
+    groups = scores.reshape(*scores.shape[:-1], scores.shape[-1] // m, m).movedim(-1, 0)
     return rank_mask(groups, n).movedim(0, -1).reshape(scores.shape)
+
+
+def _magnitude(
+    weight: Tensor, hessian: object, *, pattern: tuple[int, int], mask: Tensor | None = None
+) -> Pruned:
+    return apply_mask(weight, magnitude_mask(weight, *pattern))
+
+
+def _wanda(
+    weight: Tensor, hessian: Hessian, *, pattern: tuple[int, int], mask: Tensor | None = None
+) -> Pruned:
+    return apply_mask(weight, wanda_mask(weight, hessian.act_norm, *pattern))
+
+
+MAGNITUDE = Method("magnitude", "|W|, without calibration", _magnitude)
+WANDA = Method("wanda", "|W| times the norm of its input", _wanda, needs="norms")

@@ -10,12 +10,14 @@ of it is taken.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from sparsekern.errors import check
+from sparsekern.errors import check, message
 from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32
+from sparsekern.prune.methods import PruneError
 from sparsekern.prune.sparsegpt import damping_steps
 
 _OP = "sparsekern.prune.retarget"
@@ -36,7 +38,7 @@ def retarget(w: Tensor, hessian: Hessian, *, share: float = 0.25, damp: float = 
         [out_features, in_features] of w's dtype, new.
     Raises:
         ValueError: share or damp that do not fit; a Hessian without dense inputs.
-        RuntimeError: no damping makes H + λI positive definite.
+        PruneError (a RuntimeError): no damping makes H + λI positive definite.
     Source: the normal equations; that calibration against the dense model helps layer-wise
     compression: Li et al. 2025, "GPTAQ" (arXiv:2504.02692).
     """
@@ -55,7 +57,7 @@ def retarget(w: Tensor, hessian: Hessian, *, share: float = 0.25, damp: float = 
         scale = h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
         h = h / scale
         target = w.detach().float()
-        correction = target @ (drift / scale)
+        correction = target @ (cast(Tensor, drift) / scale)
         for step in damping_steps(damp):
             damped = h.clone()
             damped.diagonal().add_(step)
@@ -63,11 +65,5 @@ def retarget(w: Tensor, hessian: Hessian, *, share: float = 0.25, damp: float = 
             if int(info) == 0:
                 solved = torch.cholesky_solve(correction.t(), lower).t()
                 return (target + share * solved).to(w.dtype)
-    check(
-        False,
-        _OP,
-        "a Hessian that is positive definite after damping",
-        f"damp up to {step:g}",
-        "Add calibration inputs.",
-        exc=RuntimeError,
-    )
+    expected = "a Hessian that is positive definite after damping"
+    raise PruneError(message(_OP, expected, f"damp up to {step:g}", "Add calibration inputs."))

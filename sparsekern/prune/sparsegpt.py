@@ -13,13 +13,23 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsekern.errors import check
+from sparsekern.errors import check, message
 from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32, relative_error
 from sparsekern.prune.masks import check_no_nan, check_pattern, rank_mask
+from sparsekern.prune.methods import (
+    Details,
+    Method,
+    Option,
+    Pruned,
+    PruneError,
+    is_count,
+    is_number,
+)
 
 _OP = "sparsekern.prune.sparsegpt"
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -44,7 +54,7 @@ class SparseGPTReport:
 
     damp: float
     dtype: str
-    attempts: list
+    attempts: list[tuple[float, str, str]]
     dead_columns: int
     loss: float
     relative_error: float
@@ -91,7 +101,8 @@ def sparsegpt(
     Raises:
         ValueError: shapes, devices, pattern or blocksize that do not fit; NaN or Inf in w or H.
         TypeError: a w or mask of another dtype.
-        RuntimeError: H cannot be inverted at any step, or w' is not finite in w's dtype.
+        PruneError (a RuntimeError): H cannot be inverted at any step, or w' is not finite in w's
+            dtype.
         NotImplementedError: backend="triton" where that kernel cannot run.
     Source: Frantar and Alistarh 2023, "SparseGPT" (arXiv:2301.00774), fasterprune of its code.
     """
@@ -121,16 +132,16 @@ def sparsegpt(
             from sparsekern.backends.triton.sparsegpt import sweep_block
         else:
             sweep_block = _sweep_block_torch(n, m, mask is None, score, d.float())
-        loss = _sweep(wt, keep, v, weight, blocksize, sweep_block)
+        energy = _sweep(wt, keep, v, weight, blocksize, sweep_block)
         pruned = torch.empty(w.shape, dtype=w.dtype, device=w.device).copy_(wt.t())
-        loss = 0.5 * float(loss) / float(d.max()) ** 2
+        loss = 0.5 * float(energy) / float(d.max()) ** 2
     check(
         bool(pruned.isfinite().all()),
         _OP,
         f"updated weights that are finite in {w.dtype}",
         "NaN or Inf",
         "Raise damp, or prune in float32.",
-        exc=RuntimeError,
+        exc=PruneError,
     )
     error = relative_error(w, pruned, hessian)
     used_damp, used_dtype, _ = attempts[-1]
@@ -147,7 +158,7 @@ def sparsegpt(
     return pruned, keep.t().contiguous(), report
 
 
-def inverse_factor(h: Tensor, damp: float) -> tuple[Tensor, list]:
+def inverse_factor(h: Tensor, damp: float) -> tuple[Tensor, list[tuple[float, str, str]]]:
     """Upper Cholesky factor U of (H + damp·mean(diag H)·I)⁻¹ = UᵀU, with a retry ladder.
 
     Args:
@@ -156,7 +167,7 @@ def inverse_factor(h: Tensor, damp: float) -> tuple[Tensor, list]:
     Returns:
         (U, attempts): U float32 or float64, finite, positive diagonal; attempts as in the report.
     Raises:
-        RuntimeError: every step failed in float32 and in float64; the message lists them.
+        PruneError: every step failed in float32 and in float64; the message lists them.
     """
     attempts = []
     for dtype in (torch.float32, torch.float64):
@@ -168,14 +179,9 @@ def inverse_factor(h: Tensor, damp: float) -> tuple[Tensor, list]:
             if u is not None:
                 return u, attempts
     tried = "; ".join(f"damp {step:g} in {name}: {outcome}" for step, name, outcome in attempts)
-    check(
-        False,
-        _OP,
-        "a Hessian that is positive definite after damping",
-        f"failures: {tried}",
-        "Add calibration inputs, or check that H is a sum of x xᵀ.",
-        exc=RuntimeError,
-    )
+    expected = "a Hessian that is positive definite after damping"
+    remedy = "Add calibration inputs, or check that H is a sum of x xᵀ."
+    raise PruneError(message(_OP, expected, f"failures: {tried}", remedy))
 
 
 def damping_steps(damp: float) -> list[float]:
@@ -203,7 +209,12 @@ def _inverse_factor_once(h: Tensor, damp: float) -> tuple[Tensor | None, str]:
 
 
 def _sweep(
-    wt: Tensor, keep: Tensor, v: Tensor, weight: Tensor, blocksize: int, sweep_block: Callable
+    wt: Tensor,
+    keep: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    blocksize: int,
+    sweep_block: Callable[..., None],
 ) -> Tensor:
     """Prune wt [in_features, out_features] in place, a block at a time; fill keep.
 
@@ -236,7 +247,9 @@ def _few_threads(wt: Tensor) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _sweep_block_torch(n: int, m: int, choose: bool, score: Callable | None, d: Tensor) -> Callable:
+def _sweep_block_torch(
+    n: int, m: int, choose: bool, score: Callable[[Tensor, Tensor], Tensor] | None, d: Tensor
+) -> Callable[..., None]:
     """Build the torch sweep of one block; it is the oracle of the Triton kernel.
 
     The sweep looks left: a group of columns collects the errors of all columns before it in the
@@ -244,7 +257,9 @@ def _sweep_block_torch(n: int, m: int, choose: bool, score: Callable | None, d: 
     """
     width = m if choose else 4
 
-    def sweep_block(block, keep, removed, v, weight, offset):
+    def sweep_block(
+        block: Tensor, keep: Tensor, removed: Tensor, v: Tensor, weight: Tensor, offset: int
+    ) -> None:
         vt = v.t().contiguous()
         for i in range(0, block.shape[0], width):
             j = min(i + width, block.shape[0])
@@ -268,7 +283,9 @@ def _sweep_block_torch(n: int, m: int, choose: bool, score: Callable | None, d: 
     return sweep_block
 
 
-def _custom_scores(score: Callable, group: Tensor, hinv_diag: Tensor) -> Tensor:
+def _custom_scores(
+    score: Callable[[Tensor, Tensor], Tensor], group: Tensor, hinv_diag: Tensor
+) -> Tensor:
     scores = score(group.t().clone(), hinv_diag.clone())
     expected = (group.shape[1], group.shape[0])
     got = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
@@ -282,7 +299,7 @@ def _pick_backend(
     w: Tensor,
     pattern: tuple[int, int],
     mask: Tensor | None,
-    score: Callable | None,
+    score: Callable[[Tensor, Tensor], Tensor] | None,
     blocksize: int,
 ) -> str:
     check(
@@ -318,7 +335,7 @@ def _check_arguments(
     w: Tensor,
     pattern: tuple[int, int],
     mask: Tensor | None,
-    score: Callable | None,
+    score: Callable[[Tensor, Tensor], Tensor] | None,
     blocksize: int,
     damp: float,
 ) -> tuple[int, int]:
@@ -381,3 +398,57 @@ def _check_arguments(
         row, column = (~finite).nonzero()[0].tolist()
         check(False, _OP, "a finite w", f"{w[row, column].item()} at row {row}, column {column}")
     return n, m
+
+
+# ------------------------------------------------------------------------------------- as a method
+
+
+def _method(
+    weight: Tensor,
+    hessian: Hessian,
+    *,
+    pattern: tuple[int, int],
+    mask: Tensor | None = None,
+    damp: float = 0.01,
+    blocksize: int = 128,
+) -> Pruned:
+    knobs: dict[str, Any] = {"pattern": pattern, "blocksize": blocksize, "damp": damp}
+    pruned, kept, report = sparsegpt(weight, hessian, mask=mask, **knobs)
+    notes = []
+    failed = len(report.attempts) - 1
+    if failed:
+        notes.append(f"{failed} failed factorisations, then damp {report.damp:g} in {report.dtype}")
+    if report.dead_columns:
+        notes.append(f"{report.dead_columns} inputs always zero")
+    return pruned, kept, Details(report.damp, tuple(notes), report.relative_error)
+
+
+METHOD = Method(
+    "sparsegpt",
+    "mask and weight update from the Hessian of the inputs",
+    _method,
+    needs="hessian",
+    options=(
+        Option(
+            "damp",
+            0.01,
+            "added to the Hessian's diagonal, as a share of its mean",
+            "a finite number >= 0",
+            lambda value: is_number(value, 0),
+        ),
+        Option(
+            "blocksize",
+            128,
+            "columns between two updates of the remainder; changes the result by rounding only",
+            "an int >= 1",
+            lambda value: is_count(value, 1),
+        ),
+    ),
+    updates=True,
+    stacked=True,
+    # Most of the gain comes early: on SmolLM2-135M 0, 8, 32 and 128 steps gave WikiText-2
+    # perplexities of 96.3, 82.8, 79.1 and 82.2.
+    refine=16,
+    # On SmolLM2-135M 0, 0.25 and 0.5 gave WikiText-2 perplexities of 83.5, 68.9 and 88.4.
+    match_dense=0.25,
+)

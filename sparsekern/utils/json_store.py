@@ -16,10 +16,11 @@ import fcntl
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from sparsekern.oneshot.report import write_atomic
+from sparsekern.utils.files import write_atomic
 
 VERSION = 1
 
@@ -31,7 +32,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsekern"
 
 
-def load(path, version: int = VERSION) -> dict:
+def load(path: str | os.PathLike[str], version: int = VERSION) -> dict[str, Any]:
     """The entries of a file: a dict with str keys, the caller's own.
 
     Args:
@@ -48,7 +49,11 @@ def load(path, version: int = VERSION) -> dict:
     return entries
 
 
-def update(path, change: Callable[[dict], None], version: int = VERSION) -> dict:
+def update(
+    path: str | os.PathLike[str],
+    change: Callable[[dict[str, Any]], None],
+    version: int = VERSION,
+) -> dict[str, Any]:
     """Change a file's entries under its lock: read, `change(entries)` in place, write by rename.
 
     Args:
@@ -74,7 +79,7 @@ def update(path, change: Callable[[dict], None], version: int = VERSION) -> dict
     return entries
 
 
-def _read(path, version: int) -> tuple[dict, str]:
+def _read(path: str | os.PathLike[str], version: int) -> tuple[dict[str, Any], str]:
     """(entries, ""), or ({}, why the file cannot be used)."""
     try:
         content = json.loads(Path(path).read_bytes())
@@ -90,7 +95,7 @@ def _read(path, version: int) -> tuple[dict, str]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path):
+def _locked(path: Path) -> Iterator[None]:
     """Holds the exclusive lock of `path`, against other processes and other threads."""
     with open(f"{path}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -2,7 +2,8 @@
 
 The public ones build objects (torch.cuda.Stream) or go through the dispatcher, and cost more than
 the rest of a small call. None of these is a public function of torch; a torch without CUDA lacks
-them, and has no tensor that would get to them. Used by backends/cuda/linear.py and backends/cusparselt/linear.py.
+them, and has no tensor that would get to them. Used by backends/cuda/linear.py and
+backends/cusparselt/linear.py.
 """
 
 import torch
@@ -11,7 +12,9 @@ current_device = getattr(torch._C, "_cuda_getDevice", None)  # () -> index
 current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # (index) -> address
 
 
-def empty_strided_dispatched(size, strides, dtype):
+def empty_strided_dispatched(
+    size: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
     return torch.empty_strided(size, strides, dtype=dtype, device="cuda")
 
 

@@ -160,16 +160,16 @@ class Work(NamedTuple):
 
 # Made by `python -m bench.fit` from what `sparsekern tune` measured on an H100 SXM (132
 # multiprocessors, 700 W, bfloat16): the 24 shapes of Llama-3 1B, 3B, 8B and 70B (tuner.SHAPES), 18
-# numbers of tokens from 1 to 8192; those from 96 on in one run of the kernels of 845959e, the others
-# in runs before them. In these 432 cells the pick is 0.59 % slower than the fastest of all variants on
-# average and 9.8 % at worst (3072x2048, 96 tokens); in the 132 of the 8B and 70B models from 96 tokens
-# on it is 0.43 % and 6.1 %, from 128 tokens on and without their k, v, gate and up layers 0.58 % and
-# 6.1 %. Shapes that were left out of a fit to older times: 1.4 % and 28.7 %. The coefficients are made
-# to pick well, not to predict. A variant that is not here is never chosen: with it the picks would
-# gain less than what MISSED in bench/fit.py asks for. On another GPU the counts follow from its
-# multiprocessors, and these coefficients, its rates above all, are a guess: in the same cells of an
-# H200 `tune` found the picks of older coefficients 2.4 % slower than the winners on average, 33.6 % at
-# worst.
+# numbers of tokens from 1 to 8192; those from 96 on in one run of the kernels of 845959e, the
+# others in runs before them. In these 432 cells the pick is 0.59 % slower than the fastest of all
+# variants on average and 9.8 % at worst (3072x2048, 96 tokens); in the 132 of the 8B and 70B models
+# from 96 tokens on it is 0.43 % and 6.1 %, from 128 tokens on and without their k, v, gate and up
+# layers 0.58 % and 6.1 %. Shapes that were left out of a fit to older times: 1.4 % and 28.7 %. The
+# coefficients are made to pick well, not to predict. A variant that is not here is never chosen:
+# with it the picks would gain less than what MISSED in bench/fit.py asks for. On another GPU the
+# counts follow from its multiprocessors, and these coefficients, its rates above all, are a guess:
+# in the same cells of an H200 `tune` found the picks of older coefficients 2.4 % slower than the
+# winners on average, 33.6 % at worst.
 TIMES: dict[Variant, Times] = {
     RowBlocks(256, 1): Times(0.105, 0.404, 0.545, 3.35, 0, 1.86, 0, 2.35),
     RowBlocks(256, 8): Times(0.329, 0.314, 0, 3.15, 1.03, 2.8, 0, 1.04),
