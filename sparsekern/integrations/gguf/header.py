@@ -7,7 +7,7 @@ bounded by the file's own size, and only what it says is used afterwards:
     counts, lengths   of strings, arrays and lists fit the bytes that are left
     tensors           lie side by side in the order of the list, aligned, without gap or overlap, up
                       to the end of the file: a changed type, shape or offset breaks that
-    values            numbers that a model computes with are finite; rope bases and epsilons positive
+    values            numbers of the metadata are finite, rope bases and epsilons positive
 
 Nothing is copied from arrays of numbers and from tensors: they are views of the mapped file.
 
@@ -37,8 +37,17 @@ MAX_DIMENSIONS = 4
 STRING, ARRAY = 8, 9
 # Value type -> numpy type, of those that have a fixed size.
 SCALARS = {
-    **{0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"},
-    **{10: "<u8", 11: "<i8", 12: "<f8"},
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
 }
 POSITIVE = ("freq_base", "freq_base_swa", "epsilon", "rms_epsilon")  # ends of keys; numbers > 0
 T = TypeVar("T")
@@ -46,7 +55,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor: shape in torch's order (rows first), bytes [start, start + nbytes) of the file."""
+    """One tensor: shape in torch's order, bytes [start, start + nbytes) of the file."""
 
     name: str
     shape: tuple[int, ...]

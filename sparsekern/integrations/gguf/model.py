@@ -4,10 +4,10 @@ GGUF is llama.cpp's container: metadata, vocabulary and (usually quantised) tens
 is also the only form in which a small instruction-tuned model can be had from a package index
 alone, which is what the demo needs.
 
-Kept libraries do what they do right: Transformers' GGUF tables say what the metadata mean
-(`GGUF_CONFIG_MAPPING`), which tensor is which parameter (`get_gguf_hf_weights_map`), and what
-llama.cpp changed in it, such as the row order of q_proj and k_proj (`TENSOR_PROCESSORS`); the `gguf`
-package dequantises. By hand is
+Libraries do what they do right: Transformers' GGUF tables say what the metadata mean
+(`load_gguf_checkpoint`), which tensor is which parameter (`get_gguf_hf_weights_map`), and what
+llama.cpp changed in it, such as the row order of q_proj and k_proj (`TENSOR_PROCESSORS`); the
+`gguf` package dequantises. By hand is
 
   * the reading of the file (header.py): both readers trust every count and offset, and spend
     seconds on the vocabulary
@@ -254,8 +254,10 @@ def _fill(model: Any, header: Header, dtype: torch.dtype) -> Any:
     architecture = header.need("general.architecture", str)
     options = model.config.to_dict()
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=options)
-    with _quiet():
-        names = get_gguf_hf_weights_map(model, processor)
+    with _quiet():  # the whole tree has the names of most models; its parts cost a second each
+        names = get_gguf_hf_weights_map(_Trunk(model), processor)
+        if any(entry.name not in names for entry in header.tensors):
+            names = get_gguf_hf_weights_map(model, processor)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     state: dict[str, torch.Tensor] = {}
     for entry in header.tensors:
@@ -294,6 +296,16 @@ def _fill(model: Any, header: Header, dtype: torch.dtype) -> Any:
     filled.load_state_dict({k: v.to(dtype) for k, v in state.items()}, strict=False, assign=True)
     filled.tie_weights()
     return filled
+
+
+class _Trunk:
+    """A model as `get_gguf_hf_weights_map` sees it, without its submodules."""
+
+    def __init__(self, model: Any):
+        self.config, self.state_dict = model.config, model.state_dict
+
+    def named_children(self) -> tuple[()]:
+        return ()
 
 
 def _may_become(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
