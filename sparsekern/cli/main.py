@@ -154,6 +154,11 @@ def run_bench(args):
 
     device = _device(args.device)
     dtype = _dtype(args.dtype) or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    if args.model == "kernels":
+        return _bench_kernels(args, device, dtype)
+    for name in ("shapes", "kernel", "out", "plot"):
+        given = bool(getattr(args, name))
+        check(not given, "sparsekern bench", f"'kernels' before --{name}", "no such word")
     counts = None if args.shape else _counted_shapes(args.model)
     shapes = dict.fromkeys(args.shape or counts)
     print(f"{_device_name(device)}, torch {torch.__version__}")
@@ -163,6 +168,28 @@ def run_bench(args):
         for tokens in args.tokens
     ]
     print(table(rows, counts))
+
+
+def _bench_kernels(args, device, dtype):
+    """Exit code 1 when a kernel failed its check."""
+    from sparsekern.profiling import kernel_bench, kernel_plot
+
+    kernels = [kernel_bench.load_kernel(path) for path in args.kernel]
+    shapes = list(dict.fromkeys(args.shapes or kernel_bench.MODELS["llama3-8b"]))
+    rows, limits = kernel_bench.bench_kernels(
+        shapes,
+        args.tokens,
+        dtype=dtype,
+        device=device,
+        kernels=kernels,
+        out=args.out,
+        say=functools.partial(print, flush=True),
+    )
+    if args.plot:
+        print(
+            "plots    " + ", ".join(str(path) for path in kernel_plot.plot(rows, limits, args.plot))
+        )
+    return 1 if any(row.status.startswith("FAILED") for row in rows) else 0
 
 
 def run_tune(args):
