@@ -14,6 +14,7 @@ from sparsekern.checkpoint import from_pretrained, load_into, save_pretrained
 from sparsekern.errors import FormatError
 from sparsekern.eval.perplexity import perplexity
 from sparsekern.formats.sparse24 import Sparse24, compress, decompress, prune_compress, verify
+from sparsekern.integrations.transformers import register_when_imported
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.prune_model import prune_model
 from sparsekern.oneshot.report import PruneReport
@@ -21,6 +22,7 @@ from sparsekern.ops.gated_op import gated_linear
 from sparsekern.ops.linear_op import Explanation, explain, linear
 
 _moved.install()
+register_when_imported()
 
 __all__ = [
     "Explanation",

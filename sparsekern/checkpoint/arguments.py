@@ -38,7 +38,12 @@ def folder_path(op: str, name: str, value: Any) -> Path:
         exc=TypeError,
     )
     text = os.fspath(value)
-    check(isinstance(text, str) and bool(text) and "\0" not in text, op, f"{name} to be a path", repr(value))
+    check(
+        isinstance(text, str) and bool(text) and "\0" not in text,
+        op,
+        f"{name} to be a path",
+        repr(value),
+    )
     return Path(text)
 
 
@@ -76,13 +81,17 @@ def find_folder(
     text = os.fspath(path)
     if not _HUB_ID.fullmatch(text) or ".." in text or "--" in text:
         remedy = "Check the path."
-        raise ModelNotFound(message(op, "a model folder or the id of a model on the Hub", text, remedy))
+        raise ModelNotFound(
+            message(op, "a model folder or the id of a model on the Hub", text, remedy)
+        )
     wanted = [str(inner / pattern) for pattern in DOWNLOADED]
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         remedy = "pip install huggingface_hub to load models of the Hub by id."
-        raise ModelNotFound(message(op, "a model folder", f"{text!r}, no folder", remedy)) from error
+        raise ModelNotFound(
+            message(op, "a model folder", f"{text!r}, no folder", remedy)
+        ) from error
     options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
     why = ""
     for offline in (True,) if local_files_only else (False,) if force_download else (True, False):

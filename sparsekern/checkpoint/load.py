@@ -272,7 +272,10 @@ def _load(
         for key, old, is_parameter in list(own_tensors(module)):
             if id(old) not in loaded:
                 source = found.sources.get(id(old))
-                new = old.to(device) if source is None else reader.dense(*source, device)
+                if source is not None:
+                    new = reader.dense(*source, device)
+                else:
+                    new = old if old.is_meta else old.to(device)
                 loaded[id(old)] = (
                     nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new
                 )
@@ -284,6 +287,9 @@ def _load(
                 module._buffers[key] = buffer.to(device)
     if found.computed:
         recompute_buffers(model, frozenset(found.computed))
+        for name, module in model.named_modules():
+            if not isinstance(module, SparseLinear):  # what was computed, on the CPU
+                module._apply(lambda t, to=device_of(name): t.to(to), recurse=False)  # type: ignore[misc]
     left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     require(
         not left,
@@ -525,7 +531,11 @@ def _check_dense(
     """
     if name in names.plain:
         stored = names.plain[name]
-        where, shape, dtype = files.where(stored), files.info[stored].shape, files.info[stored].dtype
+        where, shape, dtype = (
+            files.where(stored),
+            files.info[stored].shape,
+            files.info[stored].dtype,
+        )
     else:
         made = names.converted[name].targets[name]
         where = files.where(names.converted[name].sources[0][1])
@@ -540,7 +550,8 @@ def _check_dense(
     require(
         dtype in FLOATING if tensor.is_floating_point() else dtype == tensor.dtype,
         where,
-        "dtype " + (" | ".join(map(str, FLOATING)) if tensor.is_floating_point() else str(tensor.dtype)),
+        "dtype "
+        + (" | ".join(map(str, FLOATING)) if tensor.is_floating_point() else str(tensor.dtype)),
         dtype,
     )
     if layer is not None:
@@ -548,9 +559,7 @@ def _check_dense(
         require(dtype == expected, where, f"dtype {expected} as {layer}.compressed", dtype)
 
 
-def _untied(
-    files: TensorFiles, names: Names, tied: Collection[str], *, allowed: bool
-) -> list[str]:
+def _untied(files: TensorFiles, names: Names, tied: Collection[str], *, allowed: bool) -> list[str]:
     """Names that the model ties may each be in the files, but then with the same contents; the
     ones with other contents are returned, or an error where that is not `allowed`.
     """

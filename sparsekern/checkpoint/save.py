@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -80,10 +80,10 @@ def save_pretrained(
     )
     folder = folder_path(SAVE_OP, "directory", directory)
     limit = parse_size(SAVE_OP, max_shard_size)
-    skeleton = skeleton_of(model)
-    _warn_lost_buffers(model, skeleton)
     sparse = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
-    dense = _dense_tensors(model)
+    skeleton = skeleton_of(model, untied=_compressed_head(model, sparse))
+    _warn_lost_buffers(model, skeleton)
+    dense = _dense_tensors(model, skeleton)
     names = disk_names(model, dense, sparse)
     config = model_config(model, sparse, dense, names, skeleton)
     groups = [_sparse_group(names.layers[name], module) for name, module in sparse.items()]
@@ -125,16 +125,22 @@ def model_config(
     return config
 
 
-def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """{name: tensor} of everything that is stored as it is, biases of compressed layers included;
-    tied weights under one name: the one that Transformers ties the others to, else the first.
+def _dense_tensors(model: nn.Module, skeleton: nn.Module | None) -> dict[str, Tensor]:
+    """{name: tensor} of everything that is stored as it is, biases of compressed layers included.
+
+    Tied weights go under one name: the one that Transformers ties the others to, else the first;
+    under all names where the model that the config builds would not tie them.
     """
     dependent = set(getattr(model, "all_tied_weights_keys", None) or ())
+    built = {} if skeleton is None else {n: id(t) for n, t in _tensors(skeleton)}
+    computed = set(getattr(model, "_keys_to_ignore_on_save", None) or ()) & built.keys()
     found: dict[str, Tensor] = {}
     first: dict[object, str] = {}
     for name, module in model.named_modules():
         for key, tensor, _ in own_tensors(module):
             full = join(name, key)
+            if full in computed:  # position tables that Transformers keeps out of files
+                continue
             check(
                 not tensor.is_meta,
                 f"{OP}: {full}",
@@ -143,13 +149,24 @@ def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
                 "Load the weights first.",
             )
             known = first.get(_identity(tensor))
-            if known is not None and known in dependent and full not in dependent:
+            if known is not None and built.get(known) == built.get(full):
+                if known not in dependent or full in dependent:
+                    continue
                 del found[known]
-            elif known is not None:
-                continue
             first[_identity(tensor)] = full
             found[full] = tensor
     return found
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _compressed_head(model: nn.Module, sparse: Mapping[str, SparseLinear]) -> bool:
+    """Whether the output layer is compressed: it then has weights of its own."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return any(head is module for module in sparse.values())
 
 
 def _linears(
@@ -237,9 +254,8 @@ def _config(
     if dtypes:
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
         config[key] = str(max(dict.fromkeys(dtypes), key=dtypes.count)).removeprefix("torch.")
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if any(head is module for module in sparse.values()):
-        config["tie_word_embeddings"] = False  # a compressed head has weights of its own
+    if _compressed_head(model, sparse):
+        config["tie_word_embeddings"] = False
     return config
 
 

@@ -143,7 +143,9 @@ def _new_bytes(func: Any, args: Any, kwargs: Mapping[str, Any]) -> int:
         return 0
     inputs = {id(leaf) for leaf in tree_leaves((meta_args, meta_kwargs))}
     made = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor) and leaf.is_meta]
-    return sum(t.numel() * t.element_size() for t in made if id(t) not in inputs and not t._is_view())
+    return sum(
+        t.numel() * t.element_size() for t in made if id(t) not in inputs and not t._is_view()
+    )
 
 
 @contextlib.contextmanager
@@ -181,15 +183,21 @@ def import_transformers(why: str) -> ModuleType:
     return transformers
 
 
-def skeleton_of(model: nn.Module) -> nn.Module | None:
+def skeleton_of(model: nn.Module, untied: bool = False) -> nn.Module | None:
     """A copy of a Transformers model's tree as its config builds it, without weights; None for
     other modules.
+
+    Args:
+        untied: with tie_word_embeddings set to false.
     """
     config = getattr(model, "config", None)
     if not hasattr(config, "to_json_string") or not hasattr(type(model), "config_class"):
         return None
+    config = copy.deepcopy(config)
+    if untied:
+        config.tie_word_embeddings = False  # type: ignore[union-attr, assignment]
     with meta_parameters():
-        return type(model)(copy.deepcopy(config))  # type: ignore[no-any-return, call-arg]
+        return type(model)(config)  # type: ignore[no-any-return, call-arg]
 
 
 def build_skeleton(

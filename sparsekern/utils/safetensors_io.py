@@ -71,9 +71,7 @@ class TensorInfo:
         return self.end - self.start
 
 
-def require(
-    condition: object, where: str, expected: object, got: object, remedy: str = ""
-) -> None:
+def require(condition: object, where: str, expected: object, got: object, remedy: str = "") -> None:
     """FormatError "<where>: expected <expected>, got <got>. <remedy>" unless condition holds."""
     check(bool(condition), where, str(expected), got, remedy, FormatError)
 
