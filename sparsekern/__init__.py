@@ -17,6 +17,7 @@ from sparsekern.eval.perplexity import perplexity
 from sparsekern.formats.dtypes import ElementType, register_dtype
 from sparsekern.formats.layouts import Layout, WeightSpec, register_layout
 from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.integrations.transformers import register_when_imported
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.executor import calibrate
 from sparsekern.oneshot.prune_model import prune_model
@@ -26,6 +27,7 @@ from sparsekern.ops.gated_op import gated_linear
 from sparsekern.ops.linear_op import Explanation, explain, linear
 
 _moved.install()
+register_when_imported()
 
 __all__ = [
     "ElementType",
