@@ -69,7 +69,7 @@ class SparseKernConfig(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Folders in compressed-tensors' sparse-24-bitmask, which vLLM no longer reads, are ours."""
+        """Folders in compressed-tensors' sparse-24-bitmask, which vLLM no longer reads."""
         ours = plugin.sparsity_entry(hf_quant_cfg) is not None
         return plugin.NAME if ours and not hf_quant_cfg.get("config_groups") else None
 
@@ -119,7 +119,7 @@ class _Shape(BasevLLMParameter):
 
 @register_weight_loader_v2_supported_method
 class SparseKernLinearMethod(LinearMethodBase):
-    """A linear layer of vLLM with a 2:4 weight; q/k/v and gate/up are one weight of all their rows."""
+    """A linear layer of vLLM with a 2:4 weight; q/k/v and gate/up are one weight."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix

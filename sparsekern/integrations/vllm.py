@@ -4,8 +4,8 @@ vLLM finds `register` through the entry point group "vllm.general_plugins", in e
 starts; there is nothing to import by hand. It adds one quantization method, which also answers for
 older folders in compressed-tensors' sparse-24-bitmask format (vLLM itself no longer reads them):
 
-    P.compressed, P.bitmask  ──►  rows of this rank, on the GPU  ──►  layout "tile64"  ──►  one launch
-    (disk, a shard at a time)     split as vLLM splits weights        no dense weight       q/k/v, gate/up
+    P.compressed, P.bitmask ──► rows of this rank, on the GPU ──► layout "tile64" ──► one launch
+    (a shard at a time)         split as vLLM splits weights      no dense weight     q/k/v, gate/up
 
 A layer that the folder keeps dense stays vLLM's own. Tensor parallelism splits rows anywhere and
 columns at multiples of 8, where a byte of the bitmask ends.
