@@ -92,8 +92,8 @@ class Linear:
         TypeError: a missing or unknown keyword; a value of another type.
     """
 
-    def __new__(
-        cls,
+    def __init__(
+        self,
         *,
         kernel: str,
         config: int,
@@ -106,7 +106,7 @@ class Linear:
         dtype: str,
         weight: str | None = None,
         activation: str | None = None,
-    ) -> Linear: ...
+    ) -> None: ...
 
     needs_workspace: bool  # whether a call should pass one; 0 does without, and is slower
 
@@ -163,7 +163,7 @@ CUSPARSELT_MAX_PLANS: int  # a full cache is emptied
 def cusparselt_load(path: str, /) -> tuple[int, int, int]: ...  # version
 def cusparselt_unload() -> None: ...
 def cusparselt_compressed_bytes(
-    *, device: int, dtype: int, out_features: int, in_features: int
+    device: int, dtype: int, out_features: int, in_features: int, /
 ) -> tuple[int, int]: ...  # of the blob, and of the buffer of cusparselt_compress
 def cusparselt_compress(
     *,

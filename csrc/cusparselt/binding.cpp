@@ -88,7 +88,7 @@ void bind(py::module_& m) {
   m.def("cusparselt_load", &load_library, "Its version (major, minor, patch).");
   m.def("cusparselt_unload", &unload, "Destroys plans and handles.");
   def<&py_compressed_bytes>(m, "cusparselt_compressed_bytes",
-                            "*, device, dtype, out_features, in_features", "(blob, buffer) bytes.");
+                            "device, dtype, out_features, in_features, /", "(blob, buffer) bytes.");
   def<&py_compress>(m, "cusparselt_compress",
                     "*, device, dtype, out_features, in_features, dense, blob, buffer, stream",
                     "A dense 2:4 weight into its blob.");

