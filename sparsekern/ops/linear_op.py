@@ -128,7 +128,7 @@ def _compute(
     """Find or bind the launch and call it, for checked arguments."""
     spec, bias = w24.spec, None if bias is None else bias.contiguous()
     problem = problem_of(x, spec, activation, bias is not None)
-    shape, strides, dtype, index = problem.x_shape, problem.x_stride, problem.dtype, problem.index
+    shape, strides, dtype, index = problem.x_shape, problem.x_stride, problem.dtype, problem.gpu
     key = shape, strides, dtype, index, spec, activation, bias is not None, backend
     launch = calls.get(key)
     if launch is None:
@@ -407,10 +407,10 @@ def linear(
         if backend is None and spec.layout == ROWMAJOR and _is_eager(x):
             w24 = in_best_layout(w24)
             spec, tensors = w24.spec, w24.tensors
-        y = torch.ops.sparsekern.linear(
+        seen: Tensor = torch.ops.sparsekern.linear(
             x, list(tensors.values()), spec.text, bias, activation, backend
         )
-        return y
+        return seen
     return _compute(x, w24, bias, activation, backend, _calls)
 
 
