@@ -32,10 +32,10 @@ class Problem(NamedTuple):
 
     spec: of the weight.
     x_shape, x_stride: of x [..., in_features]; x_stride is None when x is contiguous.
-    dtype, device, gpu: of x (and of bias and y, and of the weight's numbers and tensors); gpu is the
-        index of the GPU, -1 on the CPU.
-    aligned: the address of x is a multiple of ALIGNMENT bytes; problems are bound as if it were, and
-        as they are where that launch returns None.
+    dtype, device, gpu: of x (and of bias and y, and of the weight's numbers and tensors); gpu is
+        the index of the GPU, -1 on the CPU.
+    aligned: the address of x is a multiple of ALIGNMENT bytes; problems are bound as if it were,
+        and as they are where that launch returns None.
     activation: None, "relu", "gelu" or "silu".
     bias: whether there is one. It is [out_features], of dtype and device, contiguous.
     gated: the spec of the second weight of a gated pair, silu(x · Wᵀ) · (x · Gatedᵀ); else None.

@@ -242,8 +242,8 @@ class SparseLinear(nn.Module):
         return cast(Tensor, self._buffers[name])
 
     def _make_view(self) -> Sparse24:
-        # Without checks, which these tensors have passed, some of them on meta or in a state between
-        # two calls of _apply.
+        # Without checks, which these tensors have passed, some of them on meta or in a state
+        # between two calls of _apply.
         tensors = {name: self._tensor(name) for name in self._spec.tensors}
         spec = self._spec
         if spec.element.plain and tensors["values"].dtype is not spec.dtype:

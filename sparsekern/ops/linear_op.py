@@ -1,9 +1,9 @@
 """The sparse linear op: checks, the call cache, registration with torch, autograd.
 
-One call goes nn/sparse_linear.py -> ops/linear_op.py -> the launch of a backend. This file owns what
-is common to every backend: the checks, what a call is keyed by, and the choice, which is that of
-backends/registry.py. A backend is asked once per kind of call; its launch is kept in `_calls`, and a
-later call like it is one look-up away from the kernel.
+One call goes nn/sparse_linear.py -> ops/linear_op.py -> the launch of a backend. This file owns
+what is common to every backend: the checks, what a call is keyed by, and the choice, which is that
+of backends/registry.py. A backend is asked once per kind of call; its launch is kept in `_calls`,
+and a later call like it is one look-up away from the kernel.
 
 In eager mode, when no gradient is wanted, the launch is called directly, because the custom-op
 boundary costs more than a small kernel; otherwise (autograd, torch.compile, fake and meta tensors)
@@ -28,7 +28,6 @@ from sparsekern.backends import compress as fastest
 from sparsekern.backends import cpu, memory, registry
 from sparsekern.backends.protocol import Launch, Problem, problem_of
 from sparsekern.errors import message
-from sparsekern.formats import dtypes
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
 
@@ -39,8 +38,8 @@ _is_compiling = torch.compiler.is_compiling
 _is_traced = torch.compiler.is_dynamo_compiling  # quicker; other tracers bring tensors of their own
 _is_grad_enabled = torch.is_grad_enabled
 
-# {what decides: launch}. What decides: shape and strides of x (None: contiguous), its dtype and GPU,
-# the weight's spec, the activation, whether there is a bias, the backend that is asked for.
+# {what decides: launch}. What decides: shape and strides of x (None: contiguous), its dtype and
+# GPU, the weight's spec, the activation, whether there is a bias, the backend that is asked for.
 Calls = dict[tuple[object, ...], Launch]
 _calls: Calls = {}
 _op_calls: Calls = {}  # those within the registered ops
@@ -198,8 +197,8 @@ def _better_layout(w24: Sparse24) -> str | None:
 
 
 _SLOW_WEIGHT = (
-    "sparsekern.linear: the weight is row-major, for which this GPU has only slow kernels, and made "
-    "in inference mode, so that it cannot be packed once and remembered (its changes cannot be "
+    "sparsekern.linear: the weight is row-major, for which this GPU has only slow kernels, and was "
+    "made in inference mode, so that it cannot be packed once and remembered (its changes cannot be "
     "seen). Use weight.to_layout({layout!r}), or compress without layout='rowmajor'."
 )
 
@@ -208,7 +207,7 @@ _SLOW_WEIGHT = (
 
 
 def weight_of(tensors: list[Tensor], text: str) -> Sparse24:
-    """The weight of an op's arguments: its tensors in the order of the spec, and the spec's text."""
+    """The weight of an op's arguments: its tensors in the spec's order, and the spec's text."""
     spec = WeightSpec.parse(text)
     if len(tensors) != len(spec.tensors):
         got = f"{len(tensors)} tensors"
@@ -389,16 +388,23 @@ def linear(
             )
         except TypeError:  # unhashable: no activation or backend, which the checks say
             launch = None
-        if launch is not None and values.get_device() == index and not values.requires_grad:
-            if bias is None or (
-                bias.dtype is dtype
-                and bias.get_device() == index
-                and bias.is_contiguous()
-                and bias.shape == (spec.shape[0],)
-            ):
-                y = launch(x, w24, bias)
-                if y is not None:
-                    return y
+        if (
+            launch is not None
+            and values.get_device() == index
+            and not values.requires_grad
+            and (
+                bias is None
+                or (
+                    bias.dtype is dtype
+                    and bias.get_device() == index
+                    and bias.is_contiguous()
+                    and bias.shape == (spec.shape[0],)
+                )
+            )
+        ):
+            y = launch(x, w24, bias)
+            if y is not None:
+                return y
     if x.dtype is not spec.dtype and autocast(x):
         x = x.to(spec.dtype)
         bias = None if bias is None else bias.to(spec.dtype)

@@ -3,8 +3,8 @@
 A group is four elements as bit patterns in int32: the magnitudes of floats order like their bits
 without the sign, a maximum over them finds NaN and Inf, a copy is exact, and an 8-bit dtype will
 only need another word size. The four meet in six comparisons (`survivors`), which also settle the
-free slots of a group with fewer than two non-zeros; the CPU code in formats/codec.py takes those from
-a table, and the tests hold the two against each other bit for bit.
+free slots of a group with fewer than two non-zeros; the CPU code in formats/codec.py takes those
+from a table, and the tests hold the two against each other bit for bit.
 
 Memory is read and written in *pairs of groups* (8 columns, one metadata byte), whose words are
 consecutive, so that a thread moves 16 bytes at once. in_features % 8 == 4 leaves the last pair of
