@@ -80,6 +80,8 @@ class Sparse24:
 
     spec: WeightSpec
     tensors: dict[str, Tensor]
+    # False: `sparsekern.linear` makes no twin. SparseLinear's weights, whose layout it chose.
+    keeps_twin: bool = True
     _twin: _Twin | None = None
 
     def __init__(

@@ -248,7 +248,9 @@ class SparseLinear(nn.Module):
         spec = self._spec
         if spec.element.plain and tensors["values"].dtype is not spec.dtype:
             spec = self._spec = spec.with_(dtype=tensors["values"].dtype)
-        return Sparse24.unchecked(spec, tensors)
+        view = Sparse24.unchecked(spec, tensors)
+        view.keeps_twin = False
+        return view
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]; see sparsekern.linear."""

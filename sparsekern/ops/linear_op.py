@@ -15,6 +15,7 @@ A row-major weight where the kernels read another layout is packed once and reme
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -131,7 +132,7 @@ def _compute(
     key = shape, strides, dtype, index, spec, activation, bias is not None, backend
     launch = calls.get(key)
     if launch is None:
-        launch = _bind(problem._replace(aligned=True), w24, backend, calls is _calls)
+        launch = _bind(problem._replace(aligned=True), backend, calls is _calls)
         if len(calls) >= _KNOWN_CALLS:
             calls.clear()
         calls[key] = launch
@@ -141,14 +142,14 @@ def _compute(
     return launch_anew(registry.choose(problem, backend).bind, problem, x, w24, bias)
 
 
-def _bind(problem: Problem, w24: Sparse24, backend: str | None, twins: bool) -> Launch:
-    layout = None
+def _bind(problem: Problem, backend: str | None, twins: bool) -> Launch:
+    best = ROWMAJOR
     if twins and backend is None and problem.spec.layout == ROWMAJOR:
-        layout = _better_layout(w24)
-    if layout is None:
+        best = registry.best_layout(problem.spec, problem.device)
+    if best == ROWMAJOR:
         launch = registry.choose(problem, backend).bind(problem)
     else:
-        launch = _bind_twin(problem, layout, w24)
+        launch = _bind_rowmajor(problem, best)
     return launch if problem.device.type == "cuda" else _for_device(launch, problem.device)
 
 
@@ -161,18 +162,24 @@ def _for_device(launch: Launch, device: torch.device) -> Launch:
     return guarded
 
 
-def _bind_twin(problem: Problem, layout: str, w24: Sparse24) -> Launch:
-    """The launch of a row-major weight by way of its twin, which stays with the weight."""
-    inner_problem = problem._replace(spec=w24.twin(layout).spec)
-    inner = registry.choose(inner_problem).bind(inner_problem)
+def _bind_rowmajor(problem: Problem, best: str) -> Launch:
+    """The launch of row-major weights where kernels read another layout: by way of their twins,
+    which stay with them, or, for those that can have none, as they are."""
+
+    @functools.cache
+    def bound(layout: str) -> Launch:
+        of_layout = problem._replace(spec=problem.spec.with_(layout=layout))
+        return registry.choose(of_layout).bind(of_layout)
+
+    in_twin = bound(best)
 
     def launch(x: Tensor, w24: Sparse24, bias: Tensor | None) -> Tensor | None:
         twin = w24.fresh_twin()
         if twin is None:
             twin = in_best_layout(w24)
             if twin is w24:
-                return None
-        return inner(x, twin, bias)
+                return bound(ROWMAJOR)(x, w24, bias)
+        return in_twin(x, twin, bias)
 
     return launch
 
@@ -186,7 +193,7 @@ def in_best_layout(w24: Sparse24) -> Sparse24:
 def _better_layout(w24: Sparse24) -> str | None:
     """The layout that a row-major weight should have been made in, where it can be packed now."""
     layout = registry.best_layout(w24.spec, w24.device)
-    if layout == ROWMAJOR:
+    if layout == ROWMAJOR or not w24.keeps_twin:
         return None
     if w24.values.is_inference() or w24.metadata.is_inference():
         warnings.warn(_SLOW_WEIGHT.format(layout=layout), UserWarning, stacklevel=4)
@@ -198,8 +205,8 @@ def _better_layout(w24: Sparse24) -> str | None:
 
 _SLOW_WEIGHT = (
     "sparsekern.linear: the weight is row-major, for which this GPU has only slow kernels, and was "
-    "made in inference mode, so that it cannot be packed once and remembered (its changes cannot be "
-    "seen). Use weight.to_layout({layout!r}), or compress without layout='rowmajor'."
+    "made in inference mode, so that it cannot be packed once and remembered (its changes cannot "
+    "be seen). Use weight.to_layout({layout!r}), or compress without layout='rowmajor'."
 )
 
 
@@ -456,7 +463,8 @@ def explain(x: Tensor, w24: Sparse24, *, backend: str | None = None) -> Explanat
     check_types(_OP, x, w24)
     check_linear(_OP, x, w24.spec, w24.values, None, None)
     spec, packed = w24.spec, ""
-    if backend is None and spec.layout == ROWMAJOR and not w24.values.is_inference():
+    twins = w24.keeps_twin and not w24.values.is_inference()
+    if backend is None and spec.layout == ROWMAJOR and twins:
         best = registry.best_layout(spec, w24.device)
         if best != ROWMAJOR:
             spec, packed = spec.with_(layout=best), "packed once from 'rowmajor' and remembered"
