@@ -174,7 +174,7 @@ def test_degenerate_and_refused_problems():
 def test_gated_linear_on_gpus_without_the_fused_kernel(monkeypatch):
     """On such a GPU the op is two layers and a product, and both run here."""
     monkeypatch.setattr(cuda_backend, "hopper_refusal", lambda index: "not Hopper")
-    (gate, gate24), (up, up24) = weight(70, 84, seed=0), weight(70, 84, seed=1)
+    (_, gate24), (_, up24) = weight(70, 84, seed=0), weight(70, 84, seed=1)
     x = integers(5, 84)
     expected = sk.linear(x, gate24, None, "silu") * sk.linear(x, up24)
     assert torch.equal(sk.gated_linear(x, gate24, up24), expected)

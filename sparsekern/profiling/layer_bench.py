@@ -32,7 +32,7 @@ MAX_COPIES = 256
 REPEATS = 15
 MAX_SECONDS = 5.0  # per measurement
 EVEN = 0.02  # times that differ by less are called even
-# Of the largest |y|, by what rounding y once costs; in float32 the order of the sums costs more.
+# Of the largest |y|: so many roundings of y; in float32 the order of the sums counts for more.
 _ROUNDINGS, _SUMS = 5.12, 1e-5
 
 
