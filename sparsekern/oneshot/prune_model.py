@@ -388,7 +388,7 @@ class _Run:
         dense = {by_name[name].module: weight for name, (weight, _, _) in kept.items()}
         finish = cast(Callable[..., None], self.options.method.finish)
         with self.walk.phase("prune"):
-            finish(stage, masks, dense, **self.options.values)
+            self.options.method.call(finish, stage, masks, dense, values=self.options.values)
             for name, (weight, mask, hessian) in kept.items():
                 new = dense_weight(by_name[name].module).masked_fill(~mask, 0).contiguous()
                 expected = f"finite weights of {name} after {self.options.method.name}"
@@ -409,7 +409,7 @@ class _Run:
                 text += ". The same call on a freshly loaded model continues there"
         else:
             text = "no weight of the model was changed"
-        logger.error("%s failed: %s", OP, text)
+        logger.info("%s failed: %s", OP, text)
         if hasattr(error, "add_note"):
             error.add_note(f"{OP}: {text}.")
 
