@@ -15,6 +15,7 @@ from sparsekern.errors import FormatError
 from sparsekern.eval.perplexity import perplexity
 from sparsekern.formats.sparse24 import Sparse24, compress, decompress, prune_compress, verify
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.oneshot.compress_model import compress_model
 from sparsekern.oneshot.executor import calibrate
 from sparsekern.oneshot.prune_model import prune_model
 from sparsekern.oneshot.report import PruneReport
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "compress",
+    "compress_model",
     "decompress",
     "explain",
     "from_pretrained",

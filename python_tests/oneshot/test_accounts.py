@@ -1,5 +1,4 @@
-"""Every weight of a matrix product is in the report, and a run that did less than was asked for says
-so."""
+"""Every weight of a matrix product is in the report, and a run that did less than asked says so."""
 
 import copy
 import warnings
@@ -7,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune as torch_prune
 
 import sparsekern as sk
 from python_tests.oneshot.driver_models import build, is_24, run_prune, tokens, transformers
@@ -120,7 +120,7 @@ def test_experts_of_transformers(name):
 def test_weights_that_are_computed_in_every_forward():
     """torch.nn.utils.prune and the old weight norm put a plain tensor where the parameter was."""
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
-    nn.utils.prune.l1_unstructured(model[0], "weight", 0.3)
+    torch_prune.l1_unstructured(model[0], "weight", 0.3)
     before = model(X)
     report = magnitude(model, compress=False, skip=(), targets=("0", "1"))
     assert "computed in every forward from bias, weight_orig" in report["0"].reason

@@ -1,5 +1,4 @@
-"""The registry of pruning methods: one registered from outside the package goes through prune_model,
-its checks, its report and its resume folder."""
+"""The registry of pruning methods: one registered from outside goes through all of prune_model."""
 
 import copy
 
