@@ -206,7 +206,7 @@ def test_a_weight_that_its_owner_reads_stays_dense():
 
 def test_mamba_without_calibration_still_runs():
     config = transformers.MambaConfig(
-        hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4
+        hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4, time_step_rank=4
     )
     model = transformers.MambaForCausalLM(config).eval()
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Whatever a caller has as calibration: padding, tokenizer output, pairs, datasets, texts, images."""
+"""Whatever a caller has as calibration: padding, tokenizer output, pairs, datasets, texts, pixels"""
 
 from collections import UserDict
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 def padded(rows, length, left):
     """(ids, mask) of rows of unequal lengths."""
-    ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length)
+    ids, mask = torch.full((len(rows), length), 5), torch.zeros(len(rows), length)
     for i, row in enumerate(rows):
         place = slice(length - len(row), length) if left else slice(0, len(row))
         ids[i, place], mask[i, place] = row, 1
