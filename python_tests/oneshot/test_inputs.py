@@ -1,4 +1,4 @@
-"""Whatever a caller has as calibration: padding, tokenizer output, pairs, datasets, texts, pixels"""
+"""Whatever a caller has as calibration: padding, tokenizer output, pairs, texts, images."""
 
 from collections import UserDict
 
