@@ -19,6 +19,7 @@ from sparsekern.formats.layouts import Layout, WeightSpec, register_layout
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.integrations.transformers import register_when_imported
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.oneshot.compress_model import compress_model
 from sparsekern.oneshot.executor import calibrate
 from sparsekern.oneshot.prune_model import prune_model
 from sparsekern.oneshot.report import PruneReport
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "compress",
+    "compress_model",
     "decompress",
     "explain",
     "from_pretrained",
