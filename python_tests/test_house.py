@@ -125,7 +125,8 @@ def public():
                 for method, function in vars(thing).items():
                     function = getattr(function, "__func__", function)
                     wanted = method == "__init__" or not method.startswith("_")
-                    if wanted and inspect.isfunction(function):
+                    own = getattr(function, "__qualname__", "") == f"{name}.{method}"
+                    if wanted and own and inspect.isfunction(function):
                         yield f"{prefix}.{name}.{method}", function
 
 
