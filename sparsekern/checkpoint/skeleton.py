@@ -6,6 +6,8 @@ on the meta device, but buffers that are not in any file (rotary frequencies, po
 embedding scales) must come out of the constructors with their true values; building everything on
 meta would leave them empty and every model family would need its own repair. Transformers is
 imported when a model is asked for, not before.
+
+By hand: accelerate's init_empty_weights does the same, and would be a dependency for one function.
 """
 
 import contextlib
