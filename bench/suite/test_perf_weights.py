@@ -14,14 +14,14 @@ from sparsekern.formats.tile64 import pack
 @pytest.mark.parametrize("name", ["compress", "prune_compress", "decompress", "pack"])
 def test_weights(benchmark: Any, case: Any, name: str) -> None:
     rowmajor = sk.compress(case.pruned.to("cpu", torch.bfloat16)).to(case.device)
-    call = {
+    call: Any = {
         "compress": lambda: sk.compress(case.weight, case.mask),
         "prune_compress": lambda: sk.prune_compress(case.weight),
         "decompress": lambda: sk.decompress(rowmajor),
         "pack": lambda: pack(rowmajor),
     }[name]
 
-    def whole() -> object:
+    def whole() -> Any:
         result = call()
         if case.device == "cuda":
             torch.cuda.synchronize()

@@ -12,7 +12,7 @@ random starts from one tokenisation of the whole text, and `join_rows` is how Wi
 together before it is tokenised once and cut into non-overlapping windows (SparseGPT and Wanda
 evaluation code; the perplexity itself is in eval/perplexity.py).
 
-By hand: lm-eval scores with a protocol of its own; data sets are read by `datasets` where asked for.
+By hand: lm-eval scores by a protocol of its own; data sets are read by `datasets` when asked for.
 """
 
 from __future__ import annotations

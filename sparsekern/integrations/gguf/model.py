@@ -165,9 +165,10 @@ def _in_block(name: str) -> bool:
 
 def _check_implied(header: Header, architecture: str, config: Any) -> None:
     """FormatError for a key of the model that the config does not follow."""
-    from transformers.integrations import GGUF_CONFIG_MAPPING
+    from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
-    mapped = GGUF_CONFIG_MAPPING.get(architecture, {})
+    tables: dict[str, Any] = GGUF_TO_TRANSFORMERS_MAPPING["config"]
+    mapped = tables.get(architecture, {})
     for key, value in header.values.items():
         if not key.startswith(f"{architecture}."):
             continue
