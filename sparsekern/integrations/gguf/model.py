@@ -257,7 +257,7 @@ def _fill(model: Any, header: Header, dtype: torch.dtype) -> Any:
     options = model.config.to_dict()
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=options)
     with _quiet():  # the whole tree has the names of most models; its parts cost a second each
-        more = {"processor": processor}
+        more: dict[str, Any] = {"processor": processor}
         if "processor" not in inspect.signature(get_gguf_hf_weights_map).parameters:
             more = {}  # Transformers 4
         names = get_gguf_hf_weights_map(_Trunk(model), **more)
