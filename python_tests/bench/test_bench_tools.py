@@ -108,7 +108,8 @@ def test_options_go_to_one_benchmark(capsys):
     assert entry.main(["linear", "compress", "--quick"]) == 2
     assert entry.main(["--quick"]) == 2
     assert "options go to one benchmark" in capsys.readouterr().out
-    names = {"compress", "decode_model", "dense_mma", "linear", "overhead", "prune"}
+    names = {"compat", "compress", "decode_model", "dense_mma", "hosttime", "linear", "overhead"}
+    names.add("prune")
     assert set(entry.names()) == names
 
 
@@ -661,9 +662,13 @@ def test_dry_run_of_compress_and_overhead(tmp_path):
     assert metrics["bytes"] == 64 * 64 * (2 + 1) + 64 * 8
     assert set(metrics) == {"bytes", "us", "tb_s", "copy_tb_s", "fraction"}
     assert bench_overhead.main(path, [*common, "--shape", "32x64x2"]) == 0
-    calls = {e["backend"]: e["metrics"]["us_p50"] for e in lines_of(path)[2:]}
+    eager = [e for e in lines_of(path)[2:] if e["op"] == "eager_call"]
+    calls = {e["backend"]: e["metrics"]["us_p50"] for e in eager}
     assert set(calls) == {"nn.Linear", "SparseLinear", "sparsekern.linear"}
     assert min(calls.values()) > 0
+    public = {e["backend"]: e["us"]["p50"] for e in lines_of(path) if e["op"] == "public_call"}
+    assert set(public) == {"dense", "SparseLinear", "sk.linear(x, sk.compress(w))"}
+    assert min(public.values()) > 0
 
 
 def test_compress_refuses_what_the_cpu_does_not_compute():

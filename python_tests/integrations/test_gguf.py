@@ -251,3 +251,20 @@ def test_damaged_files(write, tmp_path):
         load_gguf(tmp_path / "text.gguf")
     with pytest.raises(FileNotFoundError, match="no file at"):
         load_gguf(tmp_path / "absent.gguf")
+
+
+def test_no_code_of_a_folder_runs(tmp_path, monkeypatch):
+    """A folder whose tokenizer names code of its own is refused, whatever stdin would say."""
+    import json
+
+    from sparsekern.integrations.loading import load_tokenizer
+
+    config = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text("{}")
+    mark = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    with pytest.raises(Exception):  # noqa: B017
+        load_tokenizer(tmp_path)
+    assert not mark.exists()

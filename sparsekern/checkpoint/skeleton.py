@@ -11,6 +11,9 @@ in a thread that is building, and a TorchFunctionMode, which torch keeps per thr
 count what the constructor asks for, so that a config.json from elsewhere cannot make it allocate or
 build more than the files could fill. Transformers is imported when a model is asked for, not
 before; nothing of the folder is executed and nothing is fetched.
+
+By hand: accelerate's init_empty_weights puts buffers on meta or real parameters in memory, and
+bounds nothing.
 """
 
 from __future__ import annotations

@@ -167,13 +167,14 @@ def load_kernel(path: str | Path) -> UserKernel:
     spec.loader.exec_module(module)
     layout = getattr(module, "LAYOUT", "rowmajor")
     check(layout in ("rowmajor", "tile64"), OP, "LAYOUT 'rowmajor' or 'tile64'", repr(layout))
-    build, linear = getattr(module, "build", None), getattr(module, "linear", None)
+    build: Any = getattr(module, "build", None)
     both = "a function linear(x, w24) or build(w24, tokens)"
-    check(callable(build) or callable(linear), OP, both, f"neither in {path}")
+    found = callable(build) or callable(getattr(module, "linear", None))
+    check(found, OP, both, f"neither in {path}")
     if build is None:
 
         def build(w24: Sparse24, tokens: int) -> Linear:
-            return lambda x: linear(x, w24)
+            return lambda x: module.linear(x, w24)
 
     return UserKernel(str(getattr(module, "NAME", path.stem)), layout, build)
 
@@ -205,8 +206,8 @@ def wrong(y: object, x: Tensor, weight: Tensor, exact: bool, slack: float) -> st
         count = int((~good).sum())
         if count and not first:
             token, column = (~good).nonzero()[0].tolist()
-            got, right = part[token, column].item(), y64[token, column].item()
-            first = f"first at token {token}, out_feature {start + column}: {got} not {right}"
+            value, right = part[token, column].item(), y64[token, column].item()
+            first = f"first at token {token}, out_feature {start + column}: {value} not {right}"
         bad += count
     return f"wrong in {bad} of {y.numel()} elements, {first}" if bad else ""
 
@@ -240,7 +241,7 @@ class Problem:
     def copies(self, nbytes: int, x: Tensor) -> int:
         if self.device.type != "cuda":
             return 1
-        return copies_beyond_cache(nbytes, x.nbytes)
+        return int(copies_beyond_cache(nbytes, x.nbytes))
 
     def in_layout(self, w24: Sparse24, layout: str) -> Sparse24:
         return pack(w24) if layout == "tile64" else w24

@@ -164,7 +164,8 @@ def graph_replay(calls: Sequence[Call], passes: int = 1) -> Sampler:
             stays alive with the graph.
     """
     # Not torch.cuda.graph: that collects garbage first, which takes longer than a measurement.
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         graph.capture_begin()
@@ -175,14 +176,14 @@ def graph_replay(calls: Sequence[Call], passes: int = 1) -> Sampler:
         finally:
             graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (_event() for _ in range(2))
 
     def replay() -> float:
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e3
+        return float(start.elapsed_time(end)) * 1e3
 
     first = replay()  # uploads the graph, which a millisecond of work does not notice
     kept = [first] if first > 1000 else []
@@ -197,7 +198,7 @@ def graph_sampler(calls: Sequence[Call], warm_s: float = 0.2, min_us: float = 20
     """
     if not calls:
         raise ValueError("bench.graph_sampler: expected at least one call, got none.")
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls:  # lazy initialisation and autotuning cannot be captured
@@ -247,14 +248,18 @@ def wall_sampler(calls: Sequence[Call], warm_s: float = 0.0) -> Sampler:
     return sample
 
 
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
 def _elapsed_us(call: Call) -> float:
     """Microseconds of GPU time between events around the call; waits for it."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (_event() for _ in range(2))
     start.record()
     call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) * 1000.0
+    return float(start.elapsed_time(end)) * 1000.0
 
 
 SAMPLERS = {"graph": graph_sampler, "events": event_sampler, "wall": wall_sampler}

@@ -6,6 +6,9 @@ products of shapes) is done here on Python integers; the tensors themselves are 
 safetensors library, one at a time, straight to the device. Nothing is ever unpickled: a folder
 that holds only pickle files is refused.
 
+By hand: the safetensors library checks one file when it opens it; a folder, its index and the
+shapes before anything is read are checked by no library.
+
 Source: safetensors format, https://github.com/huggingface/safetensors#format; index as written by
 Transformers.
 """

@@ -1,4 +1,8 @@
-"""Writing model folders of which a reader never sees half: shards, index, renames at the end."""
+"""Writing model folders of which a reader never sees half: shards, index, renames at the end.
+
+By hand: safetensors writes one file and huggingface_hub splits a state_dict; neither makes several
+files appear together.
+"""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ Source: the GGUF specification (ggml, docs/gguf.md).
 
 from __future__ import annotations
 
+import inspect
 import logging
 import struct
 import tempfile
@@ -165,9 +166,10 @@ def _in_block(name: str) -> bool:
 
 def _check_implied(header: Header, architecture: str, config: Any) -> None:
     """FormatError for a key of the model that the config does not follow."""
-    from transformers.integrations import GGUF_CONFIG_MAPPING
+    from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
-    mapped = GGUF_CONFIG_MAPPING.get(architecture, {})
+    tables: Any = GGUF_TO_TRANSFORMERS_MAPPING["config"]
+    mapped = tables.get(architecture, {})
     for key, value in header.values.items():
         if not key.startswith(f"{architecture}."):
             continue
@@ -255,9 +257,12 @@ def _fill(model: Any, header: Header, dtype: torch.dtype) -> Any:
     options = model.config.to_dict()
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=options)
     with _quiet():  # the whole tree has the names of most models; its parts cost a second each
-        names = get_gguf_hf_weights_map(_Trunk(model), processor)
+        more: dict[str, Any] = {"processor": processor}
+        if "processor" not in inspect.signature(get_gguf_hf_weights_map).parameters:
+            more = {}  # Transformers 4
+        names = get_gguf_hf_weights_map(_Trunk(model), **more)
         if any(entry.name not in names for entry in header.tensors):
-            names = get_gguf_hf_weights_map(model, processor)
+            names = get_gguf_hf_weights_map(model, **more)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     state: dict[str, torch.Tensor] = {}
     for entry in header.tensors:

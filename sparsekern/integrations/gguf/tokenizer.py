@@ -124,7 +124,7 @@ def _byte_level(
         what = "a BPE vocabulary"
         got = f"one that tokenizers refuse ({error})"
         raise FormatError(message(OP, what, got, f"File: {header.path}.")) from error
-    steps = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
     if split.pattern:
         steps.append(pre_tokenizers.Split(Regex(split.pattern), behavior="isolated"))
     prefix = bool(header.get("tokenizer.ggml.add_space_prefix", bool, False))
