@@ -30,7 +30,7 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sparsekern.errors import FormatError, message
+from sparsekern.errors import FormatError, check, message
 from sparsekern.formats.disk import FILE_KEYS
 from sparsekern.oneshot.discovery import is_conv1d
 from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, TensorInfo, read_json, require
@@ -41,6 +41,10 @@ SPARE_MODULES = 20_000
 # Keys that name code or files outside the folder; the model is built without them.
 FOREIGN_KEYS = ("auto_map", "custom_pipelines", "kernel_config", "fusion_config")
 _REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's prefixes for names that it fetches
+
+
+class UnknownWord(TypeError):
+    """An argument that is neither ours nor an attribute of the config."""
 
 
 class _Building(threading.local):
@@ -252,12 +256,19 @@ def build_from_dict(
         with meta_parameters(4 * nbytes + SPARE_BYTES, 64 * len(info) + SPARE_MODULES):
             config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
             for key, value in (overrides or {}).items():
+                check(
+                    hasattr(config, key),
+                    "sparsekern.from_pretrained",
+                    f"arguments of from_pretrained or attributes of {type(config).__name__}",
+                    repr(key),
+                    exc=UnknownWord,
+                )
                 setattr(config, key, value)
             if attn_implementation is not None:
                 config._attn_implementation = attn_implementation
             model = _model_class(transformers, raw, config)(config)
         recompute_buffers(model)
-    except (ImportError, FormatError):
+    except (ImportError, FormatError, UnknownWord):
         raise
     except Exception as error:  # whatever a constructor makes of nonsense becomes one error
         raise FormatError(
