@@ -40,6 +40,7 @@ SPARE_BYTES = 2**28  # of real memory that a constructor may always take
 SPARE_MODULES = 20_000
 # Keys that name code or files outside the folder; the model is built without them.
 FOREIGN_KEYS = ("auto_map", "custom_pipelines", "kernel_config", "fusion_config")
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 _REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's prefixes for names that it fetches
 
 
@@ -298,6 +299,8 @@ def checked_config(raw: dict[str, Any], nbytes: int) -> dict[str, Any]:
                 value.pop(name, None)
             if value.get("use_pretrained_backbone"):
                 value["use_pretrained_backbone"] = False  # its weights are in the files
+            for name in [name for name in value if name.lstrip("_").startswith(_IMPLEMENTATIONS)]:
+                _check_attention(name, value.pop(name))  # a choice of the caller, not of the files
             for name, item in value.items():
                 walk(name, item)
         elif isinstance(value, list):
@@ -312,8 +315,6 @@ def checked_config(raw: dict[str, Any], nbytes: int) -> dict[str, Any]:
                 "The config belongs to another model.",
             )
         elif isinstance(value, str):
-            if key.lstrip("_").startswith(("attn_implementation", "experts_implementation")):
-                _check_attention(key, value)
             require(
                 not value.lower().startswith(_REMOTE),
                 f"{OP}: {CONFIG_FILE}",
@@ -327,10 +328,9 @@ def checked_config(raw: dict[str, Any], nbytes: int) -> dict[str, Any]:
 
 
 def _check_attention(key: str, value: Any) -> None:
-    names = value.values() if isinstance(value, dict) else [value]
-    for name in names:
+    for name in tree_leaves(value):
         require(
-            name is None or (isinstance(name, str) and not any(c in name for c in "/\\:@")),
+            not isinstance(name, str) or not any(c in name for c in "/\\:@"),
             f"{OP}: {key}",
             "an implementation that Transformers brings, such as 'sdpa' or 'eager'",
             repr(name)[:80],
