@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from sparsekern.checkpoint.arguments import folder_path, parse_size
-
 from sparsekern.errors import check
 from sparsekern.formats.disk import (
     FILE_KEYS,

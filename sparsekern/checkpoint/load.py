@@ -287,9 +287,7 @@ def _load(
                 module._buffers[key] = buffer.to(device)
     if found.computed:
         recompute_buffers(model, frozenset(found.computed))
-        for name, module in model.named_modules():
-            if not isinstance(module, SparseLinear):  # what was computed, on the CPU
-                module._apply(lambda t, to=device_of(name): t.to(to), recurse=False)  # type: ignore[misc]
+        _finish_computed(model, found.computed, device_of, dtype or _usual_dtype(files))
     left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     require(
         not left,
@@ -300,6 +298,31 @@ def _load(
     )
     if found.names.used is not None:
         model._weight_conversions = found.names.used  # type: ignore[assignment]
+
+
+def _finish_computed(
+    model: nn.Module,
+    names: Iterable[str],
+    device_of: Callable[[str], torch.device],
+    dtype: torch.dtype | None,
+) -> None:
+    """Device and dtype of tensors that were computed, on the CPU and in float32."""
+    for name in names:
+        module, _, key = name.rpartition(".")
+        parent = model.get_submodule(module)
+        parameter = parent._parameters.get(key)
+        if parameter is not None:
+            parameter.data = parameter.data.to(device_of(module), dtype)
+        elif parent._buffers.get(key) is not None:
+            buffer = parent._buffers[key]
+            assert buffer is not None
+            parent._buffers[key] = buffer.to(device_of(module))
+
+
+def _usual_dtype(files: TensorFiles) -> torch.dtype | None:
+    """The floating-point dtype of most tensors."""
+    found = [info.dtype for info in files.info.values() if info.dtype in FLOATING]
+    return max(dict.fromkeys(found), key=found.count) if found else None
 
 
 def _untie(model: nn.Module, found: Plan) -> None:

@@ -33,7 +33,7 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sparsekern.errors import FormatError, message
+from sparsekern.errors import FormatError, check, message
 from sparsekern.formats.disk import FILE_KEYS
 from sparsekern.oneshot.discovery import is_conv1d
 from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, TensorInfo, read_json, require
@@ -43,7 +43,12 @@ SPARE_BYTES = 2**28  # of real memory that a constructor may always take
 SPARE_MODULES = 20_000
 # Keys that name code or files outside the folder; the model is built without them.
 FOREIGN_KEYS = ("auto_map", "custom_pipelines", "kernel_config", "fusion_config")
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 _REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's prefixes for names that it fetches
+
+
+class UnknownWord(TypeError):
+    """An argument that is neither ours nor an attribute of the config."""
 
 
 class _Building(threading.local):
@@ -255,12 +260,19 @@ def build_from_dict(
         with meta_parameters(4 * nbytes + SPARE_BYTES, 64 * len(info) + SPARE_MODULES):
             config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
             for key, value in (overrides or {}).items():
+                check(
+                    hasattr(config, key),
+                    "sparsekern.from_pretrained",
+                    f"arguments of from_pretrained or attributes of {type(config).__name__}",
+                    repr(key),
+                    exc=UnknownWord,
+                )
                 setattr(config, key, value)
             if attn_implementation is not None:
                 config._attn_implementation = attn_implementation
             model = _model_class(transformers, raw, config)(config)
         recompute_buffers(model)
-    except (ImportError, FormatError):
+    except (ImportError, FormatError, UnknownWord):
         raise
     except Exception as error:  # whatever a constructor makes of nonsense becomes one error
         raise FormatError(
@@ -290,6 +302,8 @@ def checked_config(raw: dict[str, Any], nbytes: int) -> dict[str, Any]:
                 value.pop(name, None)
             if value.get("use_pretrained_backbone"):
                 value["use_pretrained_backbone"] = False  # its weights are in the files
+            for name in [name for name in value if name.lstrip("_").startswith(_IMPLEMENTATIONS)]:
+                _check_attention(name, value.pop(name))  # a choice of the caller, not of the files
             for name, item in value.items():
                 walk(name, item)
         elif isinstance(value, list):
@@ -304,8 +318,6 @@ def checked_config(raw: dict[str, Any], nbytes: int) -> dict[str, Any]:
                 "The config belongs to another model.",
             )
         elif isinstance(value, str):
-            if key.lstrip("_").startswith(("attn_implementation", "experts_implementation")):
-                _check_attention(key, value)
             require(
                 not value.lower().startswith(_REMOTE),
                 f"{OP}: {CONFIG_FILE}",
@@ -319,10 +331,9 @@ def checked_config(raw: dict[str, Any], nbytes: int) -> dict[str, Any]:
 
 
 def _check_attention(key: str, value: Any) -> None:
-    names = value.values() if isinstance(value, dict) else [value]
-    for name in names:
+    for name in tree_leaves(value):
         require(
-            name is None or (isinstance(name, str) and not any(c in name for c in "/\\:@")),
+            not isinstance(name, str) or not any(c in name for c in "/\\:@"),
             f"{OP}: {key}",
             "an implementation that Transformers brings, such as 'sdpa' or 'eager'",
             repr(name)[:80],
