@@ -9,7 +9,7 @@ The map of the code is in README.md; `reference.py` is the specification of ever
 
 __version__ = "0.1.0"
 
-from sparsekern import _moved, prune
+from sparsekern import _moved, finetune, prune
 from sparsekern.backends.registry import register_backend
 from sparsekern.checkpoint import from_pretrained, load_into, save_pretrained
 from sparsekern.errors import FormatError
@@ -45,6 +45,7 @@ __all__ = [
     "compress_model",
     "decompress",
     "explain",
+    "finetune",
     "from_pretrained",
     "gated_linear",
     "linear",

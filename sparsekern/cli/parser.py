@@ -7,6 +7,7 @@ import ast
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sparsekern.cli import finetune
 from sparsekern.prune import methods
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -248,6 +249,7 @@ def make_parser(
         "--out", metavar="DIR", help="keep the checkpoints here (default: a temporary folder)"
     )
     sub.add_argument("--device", help=device_help)
+    finetune.add_parser(commands)
     return parser
 
 

@@ -1,0 +1,66 @@
+"""Two processes that train one masked model with gloo; what differs from one process is printed.
+
+python -m python_tests.finetune.dist_child ddp|fsdp FOLDER
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from python_tests.finetune.small import adamw, batch, pruned
+from sparsekern.finetune import Magnitude, Masked
+
+STEPS, WORLD = 6, 2
+
+
+def run(model, masked, optimizer, rank, world):
+    for step in range(STEPS):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x[rank::world]), y[rank::world]).backward()
+        optimizer.step()
+    return masked.check()
+
+
+def schedule_of(kind):
+    return Magnitude(every=2, freeze_at=4) if kind.endswith("moving") else None
+
+
+def worker(rank, kind, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD
+    )
+    model = pruned()
+    schedule = schedule_of(kind)
+    if kind.startswith("ddp"):
+        masked = Masked(model, schedule=schedule)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optimizer = masked.attach(adamw(wrapped))
+        wrong = run(wrapped, masked, optimizer, rank, WORLD)
+        weights = {n: p.detach() for n, p in model.named_parameters()}
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        masked = Masked(model, schedule=schedule)  # before sharding: it sees whole weights
+        mesh = init_device_mesh("cpu", (WORLD,))
+        for layer in (model.up, model.down):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        optimizer = masked.attach(adamw(model))
+        wrong = run(model, masked, optimizer, rank, WORLD)
+        weights = {n: p.full_tensor().detach() for n, p in model.named_parameters()}
+    state = masked.state_dict()
+    masked.load_state_dict(state)
+    wrong += masked.check()
+    if rank == 0:
+        torch.save({"weights": weights, "wrong": wrong, "state": state}, Path(folder) / "out.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(worker, args=(sys.argv[1], sys.argv[2]), nprocs=WORLD)

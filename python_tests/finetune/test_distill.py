@@ -1,0 +1,254 @@
+"""distill on a tiny Llama: it recovers, keeps masks, resumes bit for bit, runs in parallel."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import sparsekern as sk
+from python_tests.finetune.distill_child import SAVING
+from python_tests.finetune.tiny import WINDOW, pair, rows, run, weights
+from python_tests.oneshot.driver_models import build, tokens
+from sparsekern.errors import FormatError
+from sparsekern.finetune import SRSTE, Masked, build_cache, data, distill
+from sparsekern.finetune.teacher import LiveTeacher, Split, cache_bytes
+from sparsekern.finetune.trainer import Recipe, plot, read_metrics
+
+
+def test_recovers_towards_the_teacher_and_compresses(tmp_path):
+    teacher, student = pair()
+    test = tokens(1, 8 * WINDOW, seed=11).reshape(-1)
+
+    def divergence(model):
+        ids = test.view(8, WINDOW)
+        with torch.no_grad():
+            log_p, log_q = (m(input_ids=ids).logits.log_softmax(-1) for m in (model, teacher))
+        return float((log_q.exp() * (log_q - log_p)).sum(-1).mean())
+
+    report = run(
+        student,
+        teacher,
+        data.Corpus(rows(200)),
+        steps=60,
+        evaluate={"test": test, "kl": divergence},
+        eval_every=20,
+        folder=tmp_path,
+    )
+    first, last = report.evaluations[0], report.final
+    assert [row["step"] for row in report.evaluations] == [0, 20, 40, 60]
+    logs = [row for row in read_metrics(tmp_path) if "loss" in row]
+    assert logs[-1]["loss"] < 0.7 * logs[0]["loss"] and logs[-1]["lr"] < logs[1]["lr"]
+    assert last["kl"] < 0.8 * first["kl"]
+    assert last["test"] == pytest.approx(sk.perplexity(student, test, window=WINDOW))
+    assert report.violations == 0 and report.tokens == 60 * 4 * WINDOW
+    assert report.overlap["test"]["found"] == 0 and report.overlap["test"]["test"] > 0
+    stored = json.loads((tmp_path / "report.json").read_text())
+    assert stored["teacher"] == "live" and stored["data"]["tokens"] == 200 * WINDOW
+    assert (tmp_path / "plot.png").stat().st_size > 1000 and plot(tmp_path).exists()
+    ids = tokens(2, 12)
+    with torch.no_grad():
+        want = student(input_ids=ids).logits
+        assert report.masked.compress() == {}
+        torch.testing.assert_close(student(input_ids=ids).logits, want, rtol=1e-4, atol=1e-4)
+    assert sum(isinstance(m, sk.SparseLinear) for m in student.modules()) == 14
+
+
+def test_resume_after_sigkill_is_bit_equal(tmp_path):
+    command = [sys.executable, "-m", "python_tests.finetune.distill_child", "killed"]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == -9, done.stderr[-2000:]
+    assert max(row["step"] for row in read_metrics(tmp_path)) == 5
+    teacher, student = pair(attention_dropout=0.1)
+    report = run(student, teacher, folder=tmp_path, **SAVING)
+    assert report.resumed == 4 and report.steps == 8
+    teacher, whole = pair(attention_dropout=0.1)
+    run(whole, teacher, **SAVING)
+    assert torch.equal(weights(student), weights(whole))
+    assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, 9))
+    again = pair(attention_dropout=0.1)[1]  # a finished run is loaded, not repeated
+    assert run(again, teacher, folder=tmp_path, **SAVING).resumed == 8
+    assert torch.equal(weights(again), weights(whole))
+    with pytest.raises(ValueError, match="another recipe"):
+        run(pair()[1], teacher, folder=tmp_path, lr=1e-4)
+    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
+    with pytest.raises(FormatError, match="checkpoint"):
+        run(pair()[1], teacher, folder=tmp_path, **SAVING)
+
+
+def test_two_processes_under_torchrun_equal_one(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "python_tests.finetune.distill_child", "parallel", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    teacher, student = pair()
+    report = run(student, teacher, log_every=1)
+    assert found["loss"] == pytest.approx(report.loss, rel=1e-3)
+    torch.testing.assert_close(found["weights"], weights(student), rtol=1e-3, atol=1e-4)
+
+
+def test_accumulation_equals_one_batch():
+    teacher, one = pair()
+    two = copy.deepcopy(one)
+    run(one, teacher)
+    run(two, teacher, micro_batch=1)
+    torch.testing.assert_close(weights(one), weights(two), rtol=1e-3, atol=1e-4)
+
+
+def test_cached_teacher_equals_the_live_one(tmp_path):
+    teacher, one = pair()
+    two, three = copy.deepcopy(one), copy.deepcopy(one)
+    corpus = data.Corpus(rows())
+    folder = build_cache(teacher, corpus, tmp_path / "top", k=64, progress=False)  # all of them
+    live = run(one, teacher, corpus)
+    cached = run(two, folder, corpus)
+    assert cached.teacher == "cache"
+    assert cached.loss == pytest.approx(live.loss, rel=0.02)
+    build_cache(teacher, corpus, tmp_path / "top", k=64, progress=False)  # is there already
+    with pytest.raises(FormatError, match="a cache of this run"):
+        build_cache(teacher, corpus, tmp_path / "top", k=8, progress=False)
+    with pytest.raises(ValueError, match="max_bytes"):
+        build_cache(teacher, corpus, tmp_path / "x", max_bytes=cache_bytes(corpus, 64) - 1)
+    with pytest.raises(FormatError, match="a cache of rows"):
+        run(three, folder, rows(seed=8))
+
+
+def test_offloaded_blocks_bfloat16_and_cross_entropy():
+    teacher, student = pair()
+    twins = [copy.deepcopy(student) for _ in range(4)]
+    run(student, teacher)
+    assert run(twins[0], teacher, offload_teacher=True).teacher == "offloaded"
+    assert torch.equal(weights(student), weights(twins[0]))
+    report = run(twins[1], teacher, block=0.5, alpha=0.3, temperature=2.0)
+    assert report.violations == 0 and not torch.equal(weights(student), weights(twins[1]))
+    low = twins[2].to(torch.bfloat16)
+    report = run(low, teacher, precision="bfloat16", masks=Masked(low, schedule=SRSTE(2, 4)))
+    assert report.violations == 0 and {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    report = run(twins[3], None, alpha=1.0)
+    assert report.teacher == "none" and report.violations == 0
+
+
+def test_compiled_student_takes_the_same_steps():
+    teacher, one = pair()
+    two = copy.deepcopy(one)
+    run(one, teacher)
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    original = torch.compile
+    try:
+        torch.compile = lambda module: original(module, backend="aot_eager")
+        run(two, teacher, compile=True)
+    finally:
+        torch.compile = original
+    torch.testing.assert_close(weights(one), weights(two), rtol=1e-3, atol=1e-4)
+
+
+def test_minutes_end_the_run_and_the_rate_falls():
+    teacher, student = pair()
+    report = run(student, teacher, steps=None, minutes=0.02, log_every=1)
+    assert report.steps >= 2 and report.seconds >= 1.2 and report.violations == 0
+    recipe = Recipe(lr=1.0, warmup=0.1, final=0.1)
+    rates = [recipe.rate(x) for x in (0.0, 0.05, 0.1, 0.55, 1.0)]
+    assert rates == pytest.approx([0.0, 0.5, 1.0, 0.55, 0.1])
+
+
+def test_text_made_by_the_teacher(tmp_path):
+    teacher, student = pair()
+    made = data.generate(
+        teacher, 100, seed=5, window=WINDOW, batch=3, cache=tmp_path, progress=False
+    )
+    assert made.rows.shape == (7, WINDOW) and (made.rows[:, 0] == 1).all()  # bos
+    (file,) = tmp_path.glob("*.safetensors")
+    stamp = file.stat().st_mtime_ns
+    again = data.generate(
+        teacher, 100, seed=5, window=WINDOW, batch=3, cache=tmp_path, progress=False
+    )
+    assert torch.equal(made.rows, again.rows) and file.stat().st_mtime_ns == stamp
+    fresh = data.generate(teacher, 100, seed=5, window=WINDOW, batch=3, cache=False, progress=False)
+    assert torch.equal(made.rows, fresh.rows)
+    other = data.generate(teacher, 100, seed=6, window=WINDOW, batch=3, cache=False, progress=False)
+    assert not torch.equal(made.rows, other.rows)
+    prompts = rows(2)[:, :4]
+    prompted = data.generate(
+        teacher, 60, window=WINDOW, prompts=prompts, cache=False, progress=False
+    )
+    assert torch.equal(prompted.rows[:, :4].long(), prompts[torch.arange(4) % 2])
+    report = distill(
+        student, teacher, None, window=WINDOW, generate_tokens=160, steps=2, batch=4,
+        device="cpu", progress=False,
+    )  # fmt: skip
+    assert report.data["sources"][0]["kind"] == "teacher"
+    assert "160 of 160 tokens of text made by the teacher" in report.summary()
+
+
+def test_samples_follow_the_teacher():
+    """The first sampled token's frequencies against the softmax of the teacher's logits."""
+    teacher = build("llama")
+    made = data.generate(teacher, 8000, window=2, batch=4000, cache=False, progress=False)
+    with torch.no_grad():
+        p = teacher(input_ids=torch.tensor([[1]])).logits[0, -1].softmax(-1)
+    counts = torch.bincount(made.rows[:, 1].long(), minlength=len(p)) / made.rows.shape[0]
+    assert float((counts - p).abs().sum()) / 2 < 0.06  # total variation; 0.04 is expected
+
+
+def test_pack_and_order():
+    packed = data.pack([torch.arange(5), torch.arange(10, 14)], 4, separator=99)
+    assert packed.tolist() == [[0, 1, 2, 3], [4, 99, 10, 11]]
+    seen = torch.cat([data.batch_rows(10, 4, 7, step) for step in range(5)])
+    assert sorted(seen[:10].tolist()) == list(range(10)) == sorted(seen[10:].tolist())
+    assert not torch.equal(seen[:10], seen[10:])
+    assert torch.equal(data.batch_rows(10, 4, 7, 2), seen[8:12])
+    with pytest.raises(ValueError, match="at least 8 tokens"):
+        data.pack([torch.arange(5)], 8)
+
+
+def test_overlap_counts_ngrams():
+    train = torch.randint(0, 1000, (5, 64))
+    test = torch.randint(0, 1000, (200,))
+    assert data.overlap(train, test).found == 0
+    test[50:80] = train[2, 10:40]
+    found = data.overlap(train, test, n=13)
+    assert (found.found, found.test) == (30 - 12, 200 - 12)
+    test[100:112] = train[3, :12]  # one token short of an n-gram
+    assert data.overlap(train, test, n=13).found == 18
+    rest, dropped = data.without_overlap(data.Corpus(train), test)
+    assert dropped == 1 and torch.equal(rest.rows, train[[0, 1, 3, 4]])
+    assert data.overlap(rest.rows, test).found == 0
+
+
+def test_models_whose_logits_are_no_plain_product():
+    plain = Split(build("llama"))
+    assert plain.plain and plain.head is not None
+    capped = build("gemma2", final_logit_softcapping=5.0)
+    split = Split(capped)
+    assert not split.plain and split.head is None
+    teacher = LiveTeacher(copy.deepcopy(capped), torch.device("cpu"))
+    ids = tokens(2, 8)
+    ((target, _),) = teacher.targets([ids], [ids[:, 0]])
+    assert target.logits.shape == (16, 64)
+    from python_tests.oneshot.driver_models import run_prune
+
+    run_prune(capped, "magnitude", compress=False)
+    report = run(capped, teacher.split.model, steps=3)
+    assert report.violations == 0 and "materialised" in report.notes[0]
+
+
+def test_errors():
+    teacher, student = pair()
+    with pytest.raises(ValueError, match="alpha=1"):
+        run(student, None)
+    with pytest.raises(ValueError, match="steps or minutes"):
+        run(student, teacher, minutes=1)
+    with pytest.raises(TypeError, match="learning_rate"):
+        run(student, teacher, learning_rate=1)
+    with pytest.raises(ValueError, match="the model itself"):
+        run(student, student)
+    with pytest.raises(ValueError, match="2:4 sparse Linear layers"):
+        run(build("llama"), teacher)
+    Masked(student).compress()
+    with pytest.raises(ValueError, match="14 SparseLinear"):
+        run(student, teacher)

@@ -1,0 +1,66 @@
+"""sparsekern finetune, from a dense folder to a compressed one."""
+
+import json
+
+import pytest
+import torch
+
+import sparsekern as sk
+from sparsekern.checkpoint import verify_checkpoint
+from sparsekern.cli.finetune import densify
+from sparsekern.cli.main import main
+
+pytest.importorskip("gguf", reason="needs gguf")
+pytest.importorskip("transformers", reason="needs transformers")
+from python_tests.integrations import gguf_cases as cases
+
+WORDS = "the and then an hand 12 than these 34 a band stand other that is all there is to say"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A dense folder with a tokenizer, and two texts."""
+    path = tmp_path / "model.gguf"
+    cases.write_gguf(path, cases.gguf_tensors(cases.tiny_llama()), cases.metadata())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "train.txt").write_text("\n".join(WORDS[i:] for i in range(40)))
+    (tmp_path / "test.txt").write_text("\n".join(WORDS[::-1] for _ in range(12)))
+    return tmp_path
+
+
+def call(folder, *options):
+    common = ["--window", "16", "--batch", "4", "--quiet", "--device", "cpu"]
+    common += ["--calibration", str(folder / "train.txt"), "--samples", "8"]
+    common += ["--calibration-window", "32"]
+    return main(["finetune", str(folder / "model.gguf"), *common, *options])
+
+
+def test_prune_distil_compress_save(folder, capsys):
+    out = folder / "out"
+    texts = ["--text", str(folder / "train.txt"), "--eval", str(folder / "test.txt")]
+    assert call(folder, "--out", str(out), *texts, "--steps", "3", "--eval-window", "64") == 0
+    printed = capsys.readouterr().out
+    assert "0 violations of the masks" in printed and "13-grams in training" in printed
+    assert verify_checkpoint(out).ok
+    report = json.loads((out / "finetune_report.json").read_text())
+    assert report["steps"] == 3 and "test.txt" in report["evaluations"][-1]
+    assert (folder / "out-run" / "metrics.jsonl").exists()
+    model = sk.from_pretrained(out)
+    assert any(isinstance(m, sk.SparseLinear) for m in model.modules())
+    again = folder / "again"  # from the pruned folder, on text that the teacher writes
+    options = ["--sparse", str(out), "--teacher-tokens", "160", "--schedule", "magnitude"]
+    assert call(folder, "--out", str(again), *options, "--passes", "1", "--alpha", "0.2") == 0
+    assert "tokens of text made by the teacher" in capsys.readouterr().out
+    assert call(folder, "--out", str(again), "--steps", "1") == 2
+    assert "new or empty folder" in capsys.readouterr().err
+
+
+def test_densify_is_exact():
+    model = cases.tiny_llama()
+    sk.prune_model(model, "magnitude", device="cpu", progress=False)
+    ids = torch.arange(6).unsqueeze(0)
+    with torch.no_grad():
+        want = model(input_ids=ids).logits
+        densify(model)
+        torch.testing.assert_close(model(input_ids=ids).logits, want, rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(m, sk.SparseLinear) for m in model.modules())

@@ -1,0 +1,425 @@
+"""Masked: the masks hold through everything that a training script does."""
+
+import copy
+import gc
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import sparsekern as sk
+from python_tests.finetune.small import adamw, batch, bits, masks_of, network, pruned, train
+from sparsekern.errors import FormatError
+from sparsekern.finetune import SRSTE, Frozen, Magnitude, Masked, RigL
+from sparsekern.finetune.masked import pack_bits, unpack_bits
+from sparsekern.finetune.schedule import make, zeros_mask
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.01, nesterov=True),
+    "adamw": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1),
+    "adamw-amsgrad": lambda p: torch.optim.AdamW(p, 1e-2, amsgrad=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, 1e-2, fused=True),
+    "adam-foreach": lambda p: torch.optim.Adam(p, 1e-2, weight_decay=0.1, foreach=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-3, momentum=0.9, centered=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 1e-2),
+    "nadam": lambda p: torch.optim.NAdam(p, 1e-3),
+}
+
+
+def test_without_it_the_masks_are_lost():
+    """The control: the same two steps without hooks leave violations, and check counts them."""
+    model = pruned()
+    masked = Masked(model)
+    assert masked.check() == 0
+    train(model, adamw(model), 2)
+    assert masked.check() > 0
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_any_optimizer_keeps_masks_and_masked_state(kind):
+    model = pruned()
+    masked = Masked(model)
+    optimizer = masked.attach(OPTIMIZERS[kind](model.parameters()))
+    before = bits(model)
+    train(model, optimizer, 5)
+    assert masked.check() == 0 and masked.step == 5
+    assert not torch.equal(before, bits(model))
+    dropped = ~masked.masks["up"]
+    for key, value in optimizer.state[model.up.weight].items():
+        if isinstance(value, torch.Tensor) and value.shape == model.up.weight.shape:
+            assert not value[dropped].any(), key
+            assert value[~dropped].any(), key
+
+
+def test_kept_weights_train_as_if_dropped_ones_did_not_exist():
+    """Exactly the steps of a model whose forward multiplies by the mask."""
+    model, twin = pruned(), pruned()
+    masks = masks_of(twin)
+    masked = Masked(model)
+    optimizer = masked.attach(torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.0))
+    train(model, optimizer, 4)
+    weights = {n: nn.Parameter(twin.get_submodule(n).weight.detach().clone()) for n in masks}
+    rest = [p for n, p in twin.named_parameters() if n not in ("up.weight", "down.weight")]
+    other = torch.optim.AdamW([*weights.values(), *rest], 1e-2, weight_decay=0.0)
+    for step in range(4):
+        x, y = batch(step)
+        other.zero_grad()
+        state = {f"{n}.weight": w * masks[n] for n, w in weights.items()}
+        nn.functional.mse_loss(torch.func.functional_call(twin, state, (x,)), y).backward()
+        other.step()
+    for name, mask in masks.items():
+        torch.testing.assert_close(model.get_submodule(name).weight, weights[name] * mask)
+
+
+def test_clipping_counts_kept_gradients_only():
+    model = pruned()
+    masked = Masked(model)
+    x, y = batch(0)
+    nn.functional.mse_loss(model(x), y).backward()
+    whole = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    masked.mask_gradients()
+    assert nn.utils.get_total_norm([p.grad for p in model.parameters()]) < whole
+    train(model, masked.attach(adamw(model)), 5, masked=masked, clip=0.1)
+    assert masked.check() == 0
+
+
+def test_ema_compile_autocast_accumulation_in_one_run():
+    model = pruned()
+    masked = Masked(model)
+    optimizer = masked.attach(adamw(model))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for step in range(6):
+        x, y = batch(step)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = nn.functional.mse_loss(compiled(x).float(), y) / 2
+        loss.backward()
+        if step % 2:
+            masked.mask_gradients()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update_parameters(model)
+    assert masked.step == 3 and masked.check() == 0
+    assert Masked(average).check() == 0  # its own zeros imply the masks
+    for name, mask in masked.masks.items():
+        assert not average.module.get_submodule(name).weight[~mask].any()
+
+
+def test_grad_scaler_scales_and_skips():
+    model = pruned()
+    masked = Masked(model, schedule=Magnitude(every=2))
+    optimizer = masked.attach(adamw(model, fused=True))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)  # the first steps overflow
+    for step in range(30):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.mse_loss(model(x), y) * 1e25).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    taken = int(optimizer.state[model.up.weight]["step"])
+    assert 0 < taken < 30 and masked.step == taken
+    assert masked.check() == 0 and bits(model).isfinite().all()
+
+
+def test_compiled_optimizer_step():
+    model = pruned()
+    masked = Masked(model)
+    optimizer = masked.attach(adamw(model))
+    step = torch.compile(optimizer.step, backend="eager")
+    for i in range(3):
+        x, y = batch(i)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        step()
+    assert masked.check() == 0 and masked.step == 3
+
+
+def test_lbfgs_whose_gradients_come_from_a_closure():
+    model = pruned()
+    masked = Masked(model)
+    optimizer = masked.attach(torch.optim.SGD(model.parameters(), 0.05, momentum=0.9))
+    x, y = batch(0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert masked.check() == 0
+    momentum = optimizer.state[model.up.weight]["momentum_buffer"]
+    assert not momentum[~masked.masks["up"]].any()
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [None, Magnitude(every=3), SRSTE(weight_decay=2e-2, ramp=4), RigL(every=2, freeze_at=8)],
+    ids=lambda s: type(s).__name__,
+)
+def test_resume_is_bit_equal(schedule):
+    """5 + 5 steps through a saved state equal 10 steps, dropout included."""
+    model = pruned(dropout=0.2)
+    masked = Masked(model, schedule=schedule, keep_dense=True)
+    optimizer = masked.attach(adamw(model))
+    torch.manual_seed(7)
+    train(model, optimizer, 5)
+    file = io.BytesIO()
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "masked": masked.state_dict(),
+        "rng": torch.get_rng_state(),
+    }
+    torch.save(state, file)
+    train(model, optimizer, 5, first=5)
+
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    again = pruned(seed=9, dropout=0.2)
+    other = Masked(again)
+    optimizer2 = other.attach(adamw(again))
+    again.load_state_dict(state["model"])
+    other.load_state_dict(state["masked"])
+    optimizer2.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    train(again, optimizer2, 5, first=5)
+    assert torch.equal(bits(model), bits(again))
+    assert other.step == masked.step == 10 and other.schedule == masked.schedule
+    for name, mask in masked.masks.items():
+        assert torch.equal(mask, other.masks[name])
+
+
+@pytest.mark.parametrize("schedule", [Magnitude(every=2, freeze_at=6), SRSTE(2, 6, 2e-4)])
+def test_straight_through_moves_masks_then_freezes(schedule):
+    model = pruned()
+    masked = Masked(model, schedule=schedule)
+    optimizer = masked.attach(adamw(model))
+    first = masked.masks
+    train(model, optimizer, 6)
+    moved = masked.masks
+    assert any(not torch.equal(first[n], moved[n]) for n in first)
+    assert masked.check() == 0
+    assert all(entry.residue is None for entry in masked.entries)
+    dropped = ~moved["up"]
+    assert not optimizer.state[model.up.weight]["exp_avg"][dropped].any()
+    train(model, optimizer, 4, first=6)
+    assert all(torch.equal(moved[n], m) for n, m in masked.masks.items())
+    assert masked.check() == 0
+
+
+def test_sr_ste_is_the_formula():
+    """One SGD step: w' = w − lr · (g(M·w) + λ·(1 − M)·w), then the two largest of each group."""
+    model = network()
+    dense = model.up.weight.detach().clone()
+    masks = masks_of(model)
+    masked = Masked(model, masks, schedule=SRSTE(weight_decay=0.1))
+    optimizer = masked.attach(torch.optim.SGD(model.parameters(), 0.5))
+    x, y = batch(0)
+    nn.functional.mse_loss(model(x), y).backward()
+    gradient = model.up.weight.grad.clone()
+    optimizer.step()
+    stepped = dense - 0.5 * (gradient + 0.1 * torch.where(masks["up"], 0, dense))
+    mask = sk.prune.magnitude_mask(stepped)
+    torch.testing.assert_close(model.up.weight.detach(), stepped * mask)
+    torch.testing.assert_close(masked.entries[0].residue, stepped * ~mask)
+
+
+def test_rigl_swaps_smallest_for_largest_gradient():
+    schedule = RigL(every=1, freeze_at=1000, fraction=1.0)
+    weight = torch.tensor([[0.5, 0.1, 0.0, 0.0, 3.0, 2.0, 0.0, 0.0]])
+    gradient = torch.tensor([[9.0, 9.0, 0.2, 0.7, 0.0, 0.0, 0.0, 0.0]])
+    mask = schedule.reselect(weight, weight != 0, gradient, 1, 2, 4)
+    # The second group's dropped weights have no gradient: it stays.
+    assert mask.int().tolist() == [[1, 0, 0, 1, 1, 1, 0, 0]]
+    model = pruned()
+    masked = Masked(model, schedule=RigL(every=2, freeze_at=6, fraction=0.5))
+    optimizer = masked.attach(adamw(model))
+    first = masked.masks
+    train(model, optimizer, 8, masked=masked, clip=1.0)
+    changed = sum(int((first[n] != m).sum()) for n, m in masked.masks.items())
+    assert changed > 0 and masked.check() == 0
+    assert all(int(m.reshape(-1, 4).sum(1).max()) == 2 for m in masked.masks.values())
+
+
+def test_ema_under_moving_masks_is_made_sparse_by_apply_to():
+    model = network()
+    masked = Masked(model, masks_of(model), schedule=SRSTE(weight_decay=0.0))
+    optimizer = masked.attach(adamw(model, lr=5e-2))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    for step in range(8):
+        train(model, optimizer, 1, first=step)
+        average.update_parameters(model)
+    outside = average.module.up.weight[~masked.masks["up"]]
+    assert outside.any()
+    masked.apply_to(average)
+    assert not average.module.up.weight[~masked.masks["up"]].any()
+
+
+def test_keep_dense_restores_what_was_dropped():
+    model = network()
+    dense = model.up.weight.detach().clone()
+    masked = Masked(model, masks_of(model), keep_dense=True)
+    dropped = ~masked.masks["up"]
+    assert not model.up.weight[dropped].any()
+    optimizer = masked.attach(adamw(model))
+    train(model, optimizer, 3)
+    trained = model.up.weight.detach().clone()
+    masked.restore()
+    assert torch.equal(model.up.weight[dropped], dense[dropped])
+    assert torch.equal(model.up.weight[~dropped], trained[~dropped])
+    train(model, optimizer, 1)
+    assert model.up.weight[dropped].any()  # off means off
+    masked.enable()
+    assert masked.check() == 0
+    train(model, optimizer, 2)
+    assert masked.check() == 0
+    plain = Masked(pruned())
+    with pytest.raises(ValueError, match="keep_dense=True"):
+        plain.restore()
+
+
+def test_many_models_and_optimizers_in_one_process():
+    models = [pruned(seed) for seed in range(3)]
+    both = [Masked(model) for model in models]
+    optimizers = [masked.attach(adamw(model)) for masked, model in zip(both, models)]
+    for model, optimizer in zip(models, optimizers):
+        train(model, optimizer, 2)
+    assert [masked.check() for masked in both] == [0, 0, 0]
+    split = pruned()
+    masked = Masked(split)
+    first = masked.attach(torch.optim.AdamW(split.up.parameters(), 1e-2))
+    second = masked.attach(torch.optim.SGD(split.down.parameters(), 0.1))
+    for step in range(3):
+        x, y = batch(step)
+        nn.functional.mse_loss(split(x), y).backward()
+        first.step()
+        second.step()
+    assert masked.check() == 0 and masked.step == 3
+
+
+def test_the_model_is_held_weakly_and_unchanged():
+    model = pruned()
+    names = list(model.state_dict())
+    masked = Masked(model)
+    assert list(model.state_dict()) == names
+    assert list(copy.deepcopy(model).state_dict()) == names
+    del model
+    gc.collect()
+    with pytest.raises(RuntimeError, match="deleted"):
+        _ = masked.model
+
+
+def test_compress_gives_sparse_linear_with_the_same_output():
+    model = pruned().eval()
+    masked = Masked(model)
+    train(model, masked.attach(adamw(model)), 3)
+    x, _ = batch(0)
+    want = model(x)
+    assert masked.compress() == {}
+    assert isinstance(model.up, sk.SparseLinear) and isinstance(model.down, sk.SparseLinear)
+    torch.testing.assert_close(model(x), want)
+
+
+def test_compress_refuses_violations():
+    model = pruned()
+    masked = Masked(model)
+    train(model, adamw(model), 1)
+    with pytest.raises(ValueError, match="violations"):
+        masked.compress()
+
+
+def test_from_report_of_prune_model_and_conv1d():
+    from python_tests.oneshot.driver_models import build, run_prune
+
+    for family in ("llama", "gpt2"):
+        model = build(family)
+        report = run_prune(model, "magnitude", compress=False)
+        masked = Masked.from_report(model, report)
+        assert len(masked) == len(report.pruned)
+        optimizer = masked.attach(torch.optim.AdamW(model.parameters(), 1e-3))
+        ids = torch.randint(3, 64, (2, 16))
+        for _ in range(2):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert masked.check() == 0
+        with torch.no_grad():
+            want = model(input_ids=ids).logits
+            assert masked.compress() == {}
+            torch.testing.assert_close(model(input_ids=ids).logits, want, rtol=1e-4, atol=1e-4)
+    compressed = build("llama")
+    report = run_prune(compressed, "magnitude")
+    with pytest.raises(ValueError, match="compress=False"):
+        Masked.from_report(compressed, report)
+
+
+def test_masks_from_zeros_and_state_bits():
+    weight = torch.tensor([[1.0, 0, 0, 2.0, 0, 0, 0, 0, 0, 5.0, 0, 0]])
+    expected = [[1, 0, 0, 1, 0, 0, 1, 1, 0, 1, 0, 1]]
+    assert zeros_mask(weight).int().tolist() == expected
+    with pytest.raises(ValueError, match="3 \\(1 of 1 groups"):
+        zeros_mask(torch.tensor([[1.0, 2.0, 3.0, 0.0]]))
+    for shape in ((3, 12), (1, 4), (5, 28)):
+        mask = torch.rand(shape) > 0.5
+        packed = pack_bits(mask)
+        assert packed.numel() == -(-mask.numel() // 8)
+        assert torch.equal(unpack_bits(packed, shape), mask)
+    for schedule in (Frozen(), SRSTE(3, 9, 0.5, 2), Magnitude(), RigL(freeze_at=5)):
+        assert make(schedule.describe()) == schedule
+
+
+def test_errors_name_the_argument():
+    model = network()
+    masks = masks_of(model)
+    with pytest.raises(ValueError, match="2:4 sparse Linear layers, got none"):
+        Masked(model)
+    with pytest.raises(ValueError, match="mask 'nothing'"):
+        Masked(model, {"nothing": masks["up"]})
+    with pytest.raises(TypeError, match="of bool"):
+        Masked(model, {"up": masks["up"].float()})
+    with pytest.raises(ValueError, match="of shape"):
+        Masked(model, {"up": masks["up"].t()})
+    with pytest.raises(ValueError, match="at most 2 kept"):
+        Masked(model, {"up": torch.ones_like(masks["up"])})
+    with pytest.raises(ValueError, match="freeze_at, a step, with RigL"):
+        RigL(freeze_at=None)
+    masked = Masked(model, masks)
+    with pytest.raises(ValueError, match="over the masked weights"):
+        masked.attach(adamw(network()))
+    optimizer = masked.attach(adamw(model))
+    with pytest.raises(ValueError, match="not attached yet"):
+        masked.attach(optimizer)
+    state = masked.state_dict()
+    with pytest.raises(FormatError, match="version 1, got 2"):
+        masked.load_state_dict({**state, "version": 2})
+    with pytest.raises(FormatError, match="1 missing"):
+        masked.load_state_dict({**state, "masks": {"up": state["masks"]["up"]}})
+    tied = network()
+    tied.twin = nn.Linear(16, 32, bias=False)
+    tied.twin.weight = tied.up.weight
+    with pytest.raises(ValueError, match="tied to"):
+        Masked(tied, {"up": masks["up"]})
+
+
+def test_two_thousand_steps_without_a_violation():
+    """AdamW, weight decay, clipping, bf16 autocast, compile: no violation in 80 looks."""
+    model = pruned()
+    masked = Masked(model)
+    optimizer = masked.attach(adamw(model, lr=1e-3, weight_decay=0.1))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    violations = 0
+    for step in range(2000):
+        x, y = batch(step % 50, samples=4)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = nn.functional.mse_loss(compiled(x).float(), y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        violations += masked.check() if step % 25 == 24 else 0
+    assert violations == 0 and masked.step == 2000

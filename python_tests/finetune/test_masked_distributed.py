@@ -1,0 +1,44 @@
+"""Masks under DDP and FSDP2: two gloo processes end with the weights of one process."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from python_tests.finetune import dist_child
+from python_tests.finetune.small import adamw, batch, pruned
+from sparsekern.finetune import Masked
+from sparsekern.finetune.masked import unpack_bits
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch without distributed"
+)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "ddp-moving", "fsdp", "fsdp-moving"])
+def test_two_processes_equal_one(kind, tmp_path):
+    command = [sys.executable, "-m", "python_tests.finetune.dist_child", kind, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert result["wrong"] == 0
+
+    model = pruned()
+    masked = Masked(model, schedule=dist_child.schedule_of(kind))
+    optimizer = masked.attach(adamw(model))
+    for step in range(dist_child.STEPS):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            result["weights"][name], parameter.detach(), rtol=1e-4, atol=1e-5
+        )
+    for name, mask in masked.masks.items():
+        state = result["state"]
+        assert torch.equal(unpack_bits(state["masks"][name], state["shapes"][name]), mask)
+        weight = result["weights"][f"{name}.weight"]
+        assert not weight[~mask].any()

@@ -1,0 +1,252 @@
+"""sparsekern finetune: prune if needed, distil under the masks, compress, save."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsekern.errors import check
+
+OP = "sparsekern finetune"
+SOURCE = "FILE|hf:NAME|builtin"
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the command `finetune` to a parser's subparsers; its `run` is this module's."""
+    text = "Train a 2:4 model towards its dense teacher, masks kept, and save it compressed."
+    sub: argparse.ArgumentParser = subparsers.add_parser("finetune", help=text, description=text)
+    sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    sub.set_defaults(run=run)
+    model_help = "folder with config.json and safetensors files, or a .gguf file"
+    sub.add_argument("model", metavar="MODEL", help=f"the dense model: {model_help}; the teacher")
+    sub.add_argument(
+        "--sparse",
+        metavar="DIR",
+        help="the pruned model to start from (default: prune MODEL with --method)",
+    )
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder for the compressed model")
+    sub.add_argument(
+        "--work",
+        metavar="DIR",
+        help="checkpoints, metrics.jsonl, plot.png; the same command goes on from there "
+        "(default: OUT with -run added)",
+    )
+    sub.add_argument("--method", choices=("sparsegpt", "wanda", "magnitude"), default="sparsegpt")
+    sub.add_argument("--calibration", default="builtin", metavar=SOURCE, help="text to prune with")
+    sub.add_argument("--samples", type=int, default=128, help="calibration windows (default 128)")
+    sub.add_argument(
+        "--calibration-window", type=int, default=2048, help="tokens per window (default 2048)"
+    )
+    sub.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar=SOURCE,
+        help="text to train on; may be repeated",
+    )
+    sub.add_argument(
+        "--teacher-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of text that the teacher samples (default: 4000000 without --text, else 0)",
+    )
+    sub.add_argument(
+        "--eval",
+        action="append",
+        default=[],
+        metavar=SOURCE,
+        help="text whose perplexity is measured, rows joined with a blank line; may be repeated",
+    )
+    sub.add_argument("--eval-window", type=int, default=2048, help="tokens (default 2048)")
+    sub.add_argument("--window", type=int, default=1024, help="tokens per row (default 1024)")
+    length = sub.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="optimizer steps (default: one pass)")
+    length.add_argument("--minutes", type=float, help="train for a time instead")
+    length.add_argument("--passes", type=float, help="passes over the rows")
+    sub.add_argument("--batch", type=int, default=16, help="rows per step (default 16)")
+    sub.add_argument("--micro-batch", type=int, help="rows per forward (default: all)")
+    sub.add_argument("--lr", type=float, default=6e-4, help="highest rate (default 6e-4)")
+    sub.add_argument("--warmup", type=float, default=0.03, help="share of the run (default 0.03)")
+    sub.add_argument(
+        "--alpha", type=float, default=0.0, help="share of the cross-entropy (default 0)"
+    )
+    sub.add_argument("--temperature", type=float, default=1.0, help="of the KL (default 1)")
+    sub.add_argument("--block", type=float, default=0.0, help="weight of block outputs (default 0)")
+    sub.add_argument(
+        "--schedule",
+        choices=("frozen", "magnitude", "sr-ste", "rigl"),
+        default="frozen",
+        help="how masks move (default: they do not)",
+    )
+    sub.add_argument("--freeze-at", type=int, help="last step that may move a mask")
+    sub.add_argument("--precision", choices=("float32", "bfloat16", "float16"))
+    sub.add_argument("--compile", action="store_true", help="torch.compile the student")
+    sub.add_argument("--offload-teacher", action="store_true", help="keep its weights on the host")
+    sub.add_argument("--eval-every", type=int, default=0, metavar="STEPS")
+    sub.add_argument("--save-every", type=int, default=200, metavar="STEPS")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    sub.add_argument("--quiet", action="store_true", help="no progress bars")
+    return sub
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry the command out; the exit code."""
+    import sparsekern as sk
+    from sparsekern.finetune.trainer import distill
+    from sparsekern.integrations.loading import cast_weights, folder_bytes, load_model
+
+    out = Path(args.out)
+    empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    check(empty, OP, "--out to be a new or empty folder", args.out, "Choose another name.")
+    work = Path(args.work) if args.work else out.with_name(out.name + "-run")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    teacher, tokenizer = load_model(args.model, "cpu")
+    check(tokenizer is not None, OP, "a tokenizer with the model", "none", "Add tokenizer.json.")
+    student, report = _student(args, teacher, tokenizer, device)
+    corpus = _corpus(args, teacher, tokenizer, device)
+    steps = None if args.passes or args.minutes else args.steps
+    result = distill(
+        student,
+        teacher,
+        corpus,
+        schedule=_schedule(args),
+        evaluate={Path(name).name: _ids(tokenizer, name, "test") for name in args.eval},
+        eval_window=args.eval_window,
+        folder=work,
+        device=device,
+        offload_teacher=args.offload_teacher,
+        progress=not args.quiet,
+        steps=steps,
+        minutes=args.minutes,
+        passes=args.passes or 1.0,
+        batch=args.batch,
+        micro_batch=args.micro_batch,
+        lr=args.lr,
+        warmup=args.warmup,
+        alpha=args.alpha,
+        temperature=args.temperature,
+        block=args.block,
+        precision=args.precision,
+        compile=args.compile,
+        seed=args.seed,
+        eval_every=args.eval_every,
+        save_every=args.save_every,
+    )
+    parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if parallel and torch.distributed.get_rank() > 0:
+        return 0
+    assert result.masked is not None
+    dense = result.masked.compress()
+    sk.save_pretrained(cast_weights(student.cpu(), torch.bfloat16), out, tokenizer=tokenizer)
+    (out / "finetune_report.json").write_text(result.to_json(), encoding="utf-8")
+    if report is not None:
+        print(report.summary())
+        report.save(out / "prune_report.json")
+    print(result.summary())
+    for name, found in result.overlap.items():
+        print(
+            f"overlap  {name}: {found['found']} of {found['test']} {found['n']}-grams in training"
+        )
+    for name, reason in dense.items():
+        print(f"dense    {name}: {reason}")
+    print(f"saved    {out} ({folder_bytes(out)} bytes of weights); metrics and plot in {work}")
+    return 0
+
+
+def _student(args: argparse.Namespace, teacher: Any, tokenizer: Any, device: str) -> Any:
+    """(the model with dense 2:4 weights, PruneReport or None)."""
+    import copy
+
+    import sparsekern as sk
+    from sparsekern.eval import texts
+    from sparsekern.integrations.loading import load_model
+
+    if args.sparse:
+        student = load_model(args.sparse, "cpu")[0]
+        return densify(student), None
+    student = copy.deepcopy(teacher)
+    calibration = None
+    if args.method != "magnitude":
+        ids = _ids(tokenizer, args.calibration, "train")
+        calibration = texts.calibration_windows(
+            ids, args.samples, args.calibration_window, args.seed
+        )
+    report = sk.prune_model(
+        student,
+        args.method,
+        calibration,
+        compress=False,
+        device=device,
+        progress=not args.quiet,
+    )
+    return student, report
+
+
+def densify(model: Any) -> Any:
+    """Replace every SparseLinear by an nn.Linear of the same weight, zeros included, in place."""
+    from sparsekern.nn.replace import replace_module
+    from sparsekern.nn.sparse_linear import SparseLinear
+
+    for module in list(model.modules()):
+        if isinstance(module, SparseLinear):
+            out_features, in_features = module.weight.shape
+            linear = torch.nn.Linear(in_features, out_features, bias=False, device="meta")
+            linear.weight = torch.nn.Parameter(module.weight.to_dense())
+            if module.bias is not None:
+                linear.bias = module.bias
+            replace_module(model, module, linear)
+    return model
+
+
+def _corpus(args: argparse.Namespace, teacher: Any, tokenizer: Any, device: str) -> Any:
+    from sparsekern.finetune import data
+
+    made = args.teacher_tokens
+    if made is None:
+        made = 0 if args.text else 4_000_000
+    corpus = None
+    if args.text:
+        documents = [_ids(tokenizer, name, "train") for name in args.text]
+        rows = data.pack(documents, args.window, tokenizer.eos_token_id)
+        counts = zip(args.text, documents)
+        sources = [data.Source("text", Path(n).name, ids.numel()) for n, ids in counts]
+        corpus = data.Corpus(rows, sources)
+    if made:
+        autocast = torch.bfloat16 if device.startswith("cuda") else None
+        teacher.to(device)
+        sampled = data.generate(
+            teacher,
+            made,
+            args.seed,
+            window=args.window,
+            autocast=autocast,
+            progress=not args.quiet,
+        )
+        corpus = sampled if corpus is None else corpus + sampled
+    check(corpus is not None, OP, "--text or --teacher-tokens", "neither")
+    return corpus
+
+
+def _schedule(args: argparse.Namespace) -> Any:
+    from sparsekern.finetune import schedule
+
+    if args.schedule == "frozen":
+        return None
+    kinds = {"magnitude": "Magnitude", "sr-ste": "SRSTE", "rigl": "RigL"}
+    options = {} if args.freeze_at is None else {"freeze_at": args.freeze_at}
+    return schedule.KINDS[kinds[args.schedule]](**options)
+
+
+def _ids(tokenizer: Any, name: str, split: str) -> torch.Tensor:
+    from sparsekern.eval import texts
+
+    rows = texts.read_rows(name, split)
+    as_rows = split == "test" and name != "builtin"
+    ids: torch.Tensor = texts.tokenize(
+        tokenizer, texts.join_rows(rows) if as_rows else "".join(rows)
+    )
+    return ids

@@ -1,0 +1,754 @@
+"""Masked: training that keeps 2:4, for any model, optimizer and way of running them.
+
+    before optimizer.step    gradients outside the mask become zero
+    after  optimizer.step    weights outside the mask become zero
+
+Weights stay the ordinary Parameters that they were, and the masks stay outside the module tree, in
+this object: so no optimizer, autocast, torch.compile, checkpoint format, DDP or FSDP2 has to know
+about them, no state_dict gains keys, an average of weights (EMA) does not average masks, and a cast
+of the model cannot touch them. Weight decay, momentum and clipping cannot move a dropped weight,
+because what an optimizer keeps for it is zero from the first step on. The masks have a state of
+their own (`state_dict`, one bit a weight).
+
+With a moving schedule (schedule.py) that trains dropped weights straight-through, a dropped weight
+lives in a `residue` beside the parameter; the parameter holds M·w whenever forward can see it.
+
+Source: Mishra et al. 2021 (arXiv:2104.08378) for the recipe; Zhou et al. 2021 (arXiv:2102.04010).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparsekern.errors import FormatError, check, message
+from sparsekern.finetune.schedule import Frozen, Schedule, grouped, make, zeros_mask
+from sparsekern.nn import replace
+from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.oneshot import discovery
+from sparsekern.oneshot.report import PruneReport
+
+OP = "sparsekern.finetune.Masked"
+VERSION = 1
+
+
+@dataclass
+class Entry:
+    """One masked weight.
+
+    name: layer or parameter name, without the prefixes of wrappers.
+    module, key: where the Parameter is; it is looked up at every use, because FSDP replaces it.
+    transposed: the weight is [in_features, out_features] (Conv1D).
+    linear: groups of m along in_features; False for other shapes, whose masks cannot move.
+    dropped: bool in the weight's own shape, True = zero; of the local shard once the weight is one.
+    buffer: name of a module buffer that holds the mask instead (True = kept), or None.
+    residue: values of the dropped weights, zero elsewhere, or None.
+    gradient: |gradient| kept for the schedule between the two hooks.
+    """
+
+    name: str
+    module: nn.Module
+    key: str
+    transposed: bool
+    linear: bool
+    dropped: Tensor | None
+    buffer: str | None = None
+    residue: Tensor | None = None
+    gradient: Tensor | None = None
+    sharded: bool = False
+
+    @property
+    def parameter(self) -> Tensor:
+        """The Parameter (a DTensor under FSDP2)."""
+        found: Tensor = getattr(self.module, self.key)
+        return found
+
+    def weight(self) -> Tensor:
+        """The Parameter's data, of this process: in-place changes are changes of the model."""
+        return local(self.parameter.detach())
+
+    def drop(self) -> Tensor:
+        """True where the weight of this process is dropped, on its device."""
+        parameter = self.parameter
+        if self.buffer is not None:
+            mask = self.module._buffers[self.buffer]
+            assert mask is not None
+            return shard(~mask, parameter)
+        assert self.dropped is not None
+        if is_dtensor(parameter) and not self.sharded:
+            self.dropped = shard(self.dropped, parameter)
+            if self.residue is not None:
+                self.residue = shard(self.residue, parameter)
+            self.sharded = True
+        device = local(parameter).device
+        if self.dropped.device != device:
+            self.dropped = self.dropped.to(device)
+        return self.dropped
+
+    def set_drop(self, dropped: Tensor) -> None:
+        """Replace the mask; `dropped` as `drop` returns it."""
+        if self.buffer is not None:
+            mask = self.module._buffers[self.buffer]
+            assert mask is not None
+            mask.copy_(~dropped)
+        else:
+            self.dropped = dropped
+
+    def mask(self) -> Tensor:
+        """The whole mask as bool [out_features, in_features] (or the weight's shape), True = kept.
+
+        Of a sharded weight it is gathered: every process has to ask.
+        """
+        kept = ~unshard(self.drop(), self.parameter)
+        return grouped(kept, self.transposed).contiguous()
+
+    def held(self) -> Tensor:
+        """The residue on the weight's device."""
+        assert self.residue is not None
+        self.drop()  # which shards it
+        return self.residue.to(self.weight().device)
+
+
+class Masked:
+    """Keeps chosen weights of a model at zero while it is trained.
+
+    Args:
+        model: any nn.Module, alone or already wrapped (DDP, torch.compile, AveragedModel).
+        masks: layer name -> bool [out_features, in_features], True = kept; or the name of a
+            Parameter of any shape -> bool of its shape. None: every Linear that is n:m sparse
+            already gets the mask that its zeros imply (`zeros_mask`), as after
+            prune_model(..., compress=False).
+        pattern: (n, m), checked on every Linear's mask: at most n of m kept.
+        schedule: how masks move, see schedule.py; None: they do not.
+        keep_dense: keep the values that the masks drop, so that `restore` can bring them back.
+        dense_device: where those are kept; None: on the weight's device.
+    Raises:
+        ValueError: a mask that names nothing or does not fit; a weight tied to another one; no
+            layer that is sparse.   TypeError: a mask that is not bool.
+    Notes:
+        Dropped weights become zero at once. Any number of these may live in a process, one per
+        weight. The model is held weakly. Deterministic: every process of a DDP or FSDP2 run moves
+        its masks alike.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: dict[str, Tensor] | None = None,
+        *,
+        pattern: tuple[int, int] = (2, 4),
+        schedule: Schedule | None = None,
+        keep_dense: bool = False,
+        dense_device: torch.device | str | None = None,
+    ) -> None:
+        inner = unwrap(model)
+        self._model = weakref.ref(inner)
+        self.pattern = pattern
+        self.schedule = schedule or Frozen()
+        self.keep_dense = keep_dense
+        self.dense_device = None if dense_device is None else torch.device(dense_device)
+        self.step = 0
+        self.enabled = True
+        self.entries: list[Entry] = []
+        self._optimizers: list[tuple[Optimizer, list[Entry], list[Any]]] = []
+        tied = discovery.tied_names(inner)
+        for name, (module, key, mask) in self._resolve(inner, masks).items():
+            self.entries.append(self._entry(name, module, key, mask, tied))
+        self._apply()
+
+    @classmethod
+    def from_report(cls, model: nn.Module, report: PruneReport, **options: Any) -> Masked:
+        """The masks of a model that prune_model(..., compress=False) has pruned.
+
+        Args:
+            model: the pruned model, its weights dense with zeros.
+            report: what prune_model returned; layers that it skipped stay unmasked.
+            options: as for Masked, without masks. pattern comes from the report.
+        Raises:
+            ValueError: a layer of the report is not in the model, is compressed, or not n:m.
+        """
+        n, m = report.options.get("pattern", (2, 4))
+        modules = dict(_named_modules(unwrap(model)))
+        masks = {}
+        for row in report.pruned:
+            module = modules.get(row.name)
+            fits = module is not None and replace.is_linear(module)
+            got = type(module).__name__ if module is not None else "no such layer"
+            remedy = "Prune with compress=False."
+            check(fits, f"{OP}.from_report", f"a dense Linear named {row.name}", got, remedy)
+            assert module is not None
+            masks[row.name] = zeros_mask(replace.dense_weight(module), n, m)
+        remedy = "Its options say which layers it skipped, and why."
+        check(masks, f"{OP}.from_report", "a report with pruned layers", "none", remedy)
+        return cls(model, masks, pattern=(n, m), **options)
+
+    # ------------------------------------------------------------------ what is masked
+
+    def _resolve(
+        self, model: nn.Module, masks: dict[str, Tensor] | None
+    ) -> dict[str, tuple[nn.Module, str, Tensor]]:
+        """name -> (module, key of the Parameter, mask in the Parameter's shape, True = kept)."""
+        n, m = self.pattern
+        modules = dict(_named_modules(model))
+        found: dict[str, tuple[nn.Module, str, Tensor]] = {}
+        if masks is None:
+            for name, module in modules.items():
+                if not replace.is_linear(module):
+                    continue
+                weight = local(replace.dense_weight(module))
+                if weight.numel() == 0 or weight.shape[1] % m or is_dtensor(module.weight):
+                    continue
+                if int((weight != 0).reshape(-1, m).sum(1).max()) <= n:
+                    mask = zeros_mask(weight, n, m)
+                    found[name] = (module, "weight", grouped(mask, replace.is_conv1d(module)))
+            remedy = "Call prune_model(..., compress=False) first, or pass masks=."
+            check(found, OP, f"a model with {n}:{m} sparse Linear layers", "none", remedy)
+            return found
+        check(masks, OP, "masks of at least one layer", "an empty dict")
+        for name, mask in masks.items():
+            place: Any = modules.get(name)
+            key = "weight"
+            if place is None or not isinstance(getattr(place, "weight", None), Tensor):
+                owner, _, key = name.rpartition(".")
+                place = modules.get(owner)
+            known = place is not None and isinstance(getattr(place, key, None), nn.Parameter)
+            remedy = "Names are those of model.named_modules() or model.named_parameters()."
+            check(known, OP, f"mask {name!r} to name a layer or Parameter", "no match", remedy)
+            dtype = getattr(mask, "dtype", type(mask).__name__)
+            check(
+                dtype == torch.bool, OP, f"mask {name!r} of bool", dtype, "True = kept.", TypeError
+            )
+            transposed = key == "weight" and replace.is_conv1d(place)
+            found[name] = (place, key, grouped(mask, transposed))
+        return found
+
+    def _entry(
+        self, name: str, module: nn.Module, key: str, kept: Tensor, tied: dict[str, str]
+    ) -> Entry:
+        n, m = self.pattern
+        parameter = getattr(module, key)
+        transposed = key == "weight" and replace.is_conv1d(module)
+        shape = list(parameter.shape)
+        check(list(kept.shape) == shape, OP, f"mask {name!r} of shape {shape}", list(kept.shape))
+        partner = tied.get(name)
+        remedy = "Leave this layer unmasked: the other one would be pruned with it."
+        check(
+            partner is None, OP, f"{name} to have a weight of its own", f"tied to {partner}", remedy
+        )
+        linear = parameter.dim() == 2
+        if linear:
+            rows = grouped(kept, transposed)
+            columns = rows.shape[1]
+            check(columns % m == 0, OP, f"{name} with in_features % {m} == 0", columns)
+            most = int(rows.reshape(-1, m).sum(1).max()) if rows.numel() else 0
+            check(most <= n, OP, f"at most {n} kept per group of {m} in mask {name!r}", most)
+        moving = self.schedule.live(1)
+        remedy = "Its mask cannot move: use schedule=None."
+        check(linear or not moving, OP, f"{name} to be a matrix", shape, remedy)
+        return Entry(name, module, key, transposed, linear, (~kept).contiguous())
+
+    @property
+    def model(self) -> nn.Module:
+        """The model; RuntimeError when it no longer exists."""
+        model = self._model()
+        if model is None:
+            raise RuntimeError(message(OP, "the model to exist", "a model that was deleted"))
+        return model
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """name -> bool, True = kept, in the shape that __init__ takes. Copies."""
+        return {entry.name: entry.mask() for entry in self.entries}
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __repr__(self) -> str:
+        n, m = self.pattern
+        state = "on" if self.enabled else "off"
+        text = f"Masked({len(self)} weights, {n}:{m}, {self.schedule}, step {self.step}, {state})"
+        return text
+
+    # ------------------------------------------------------------------ optimizers
+
+    def attach(self, optimizer: Optimizer) -> Optimizer:
+        """Make every later step of this optimizer keep the masks.
+
+        Args:
+            optimizer: any torch.optim.Optimizer over (some of) the masked weights; a wrapper that
+                has the optimizer as `.optimizer` (accelerate) will do. Make it after fully_shard.
+        Returns:
+            The optimizer.
+        Raises:
+            ValueError: it holds none of the masked weights, or is attached already.
+        Notes:
+            Steps are counted by the optimizer that was attached first. Moments that exist already
+            are masked, and so are those that load_state_dict brings.
+        """
+        optimizer = unwrap_optimizer(optimizer)
+        op = f"{OP}.attach"
+        got = type(optimizer).__name__
+        check(isinstance(optimizer, Optimizer), op, "a torch optimizer", got, exc=TypeError)
+        known = any(optimizer is one for one, _, _ in self._optimizers)
+        check(not known, op, "an optimizer that is not attached yet", got, "Attach it once.")
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        entries = [entry for entry in self.entries if id(entry.parameter) in owned]
+        remedy = "Make the optimizer from the model's parameters, after fully_shard."
+        check(entries, op, "an optimizer over the masked weights", "none of them in it", remedy)
+        handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
+        ]
+        self._optimizers.append((optimizer, entries, handles))
+        if self.enabled and not self.schedule.trains_dropped(self.step + 1):
+            self._mask_moments(optimizer, entries)
+        return optimizer
+
+    def detach(self) -> None:
+        """Remove the hooks from all optimizers: masks are kept no longer."""
+        for _, _, handles in self._optimizers:
+            for handle in handles:
+                handle.remove()
+        self._optimizers.clear()
+
+    def _entries_of(self, optimizer: Optimizer) -> list[Entry]:
+        for one, entries, _ in self._optimizers:
+            if one is optimizer:
+                return entries
+        return []
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Zero the gradients of dropped weights now; `attach` does so before each step anyway.
+
+        Call it before clip_grad_norm_, so that the norm is that of the kept weights. A schedule
+        that uses the other gradients sees them first, and one that trains dropped weights keeps
+        them.
+        """
+        if self.enabled:
+            for entry in self.entries:
+                self._mask_gradient(entry)
+
+    def _mask_gradient(self, entry: Entry) -> None:
+        step = self.step + 1
+        grad = entry.parameter.grad
+        if grad is None or self.schedule.trains_dropped(step):
+            return
+        grad = local(grad)
+        if self.schedule.reads_gradients(step) and entry.gradient is None:
+            entry.gradient = grad.abs()
+        grad.masked_fill_(entry.drop(), 0)
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self.enabled:
+            return
+        step = self.step + 1
+        straight = self.schedule.trains_dropped(step)
+        rate = self.schedule.decay(step)
+        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales by itself
+        for entry in self._entries_of(optimizer):
+            if not straight:
+                self._mask_gradient(entry)
+                continue
+            weight, drop = entry.weight(), entry.drop()
+            if entry.residue is None:
+                entry.residue = torch.zeros_like(weight)
+            residue = entry.held()
+            weight.copy_(torch.where(drop, residue, weight))
+            grad = entry.parameter.grad
+            if rate and grad is not None:
+                pull = torch.where(drop, weight, 0).to(grad.dtype) * rate
+                local(grad).add_(pull if scale is None else pull * scale)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self.enabled:
+            return
+        leader = self._optimizers[0][0] is optimizer
+        found_inf = getattr(optimizer, "found_inf", None)
+        skipped = found_inf is not None and bool(found_inf)
+        step = self.step + 1
+        straight, moves = self.schedule.trains_dropped(step), self.schedule.moves(step)
+        frozen_now = straight and not self.schedule.trains_dropped(step + 1)
+        for entry in self._entries_of(optimizer):
+            weight = entry.weight()
+            if moves and not skipped:
+                self._move(entry, weight, step)
+            drop = entry.drop()
+            if straight:
+                residue = torch.where(drop, weight, 0)
+                entry.residue = None if frozen_now and not self.keep_dense else residue
+            weight.masked_fill_(drop, 0)
+            entry.gradient = None
+        unseen = bool(args) or kwargs.get("closure") is not None  # its gradients passed no hook
+        if not straight and (moves or unseen) or frozen_now:
+            self._mask_moments(optimizer, self._entries_of(optimizer))
+        if leader and not skipped:
+            self.step = step
+
+    def _move(self, entry: Entry, weight: Tensor, step: int) -> None:
+        n, m = self.pattern
+        drop = entry.drop()
+        self._check_aligned(entry)
+        if self.schedule.reads_gradients(step) and entry.gradient is None:
+            return  # no gradient this time
+        gradient = None if entry.gradient is None else grouped(entry.gradient, entry.transposed)
+        rows, mask = grouped(weight, entry.transposed), grouped(~drop, entry.transposed)
+        if not rows.numel():
+            return  # a shard without rows
+        chosen = self.schedule.reselect(rows, mask, gradient, step, n, m)
+        entry.set_drop((~grouped(chosen, entry.transposed)).contiguous())
+
+    def _check_aligned(self, entry: Entry) -> None:
+        """A shard that cuts groups apart would be chosen wrongly: ValueError."""
+        parameter: Any = entry.parameter
+        if not is_dtensor(parameter):
+            return
+        group_dim, m = 0 if entry.transposed else 1, self.pattern[1]
+        for size, placement in zip(parameter.device_mesh.shape, parameter.placements):
+            if placement.is_shard(group_dim):
+                chunk = -(-parameter.shape[group_dim] // size)
+                remedy = "Shard the other dimension, or use masks that do not move."
+                check(chunk % m == 0, OP, f"shards of {entry.name} in groups of {m}", chunk, remedy)
+
+    @torch.no_grad()
+    def _after_load(self, optimizer: Optimizer) -> None:
+        if self.enabled and not self.schedule.trains_dropped(self.step + 1):
+            self._mask_moments(optimizer, self._entries_of(optimizer))
+
+    @torch.no_grad()
+    def _mask_moments(self, optimizer: Optimizer, entries: Iterable[Entry]) -> None:
+        """Zero what the optimizer has stored elementwise for dropped weights."""
+        for entry in entries:
+            parameter = entry.parameter
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    local(value).masked_fill_(entry.drop(), 0)
+
+    # ------------------------------------------------------------------ on and off
+
+    @torch.no_grad()
+    def _apply(self) -> None:
+        """Drop what the masks drop, keeping its values where that was asked for."""
+        for entry in self.entries:
+            weight, drop = entry.weight(), entry.drop()
+            if self.keep_dense or self.schedule.trains_dropped(self.step + 1):
+                entry.residue = torch.where(drop, weight, 0).to(self.dense_device or weight.device)
+            weight.masked_fill_(drop, 0)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the dropped values back and stop masking; `enable` starts again.
+
+        Kept weights stay as training left them. Needs keep_dense=True, or a schedule that trains
+        dropped weights.
+
+        Raises:
+            ValueError: the values were not kept.
+        """
+        remedy = "Pass keep_dense=True."
+        for entry in self.entries:
+            held = entry.residue is not None or not self.enabled
+            check(held, f"{OP}.restore", f"kept values of {entry.name}", "none", remedy)
+        if self.enabled:
+            for entry in self.entries:
+                weight = entry.weight()
+                weight.copy_(torch.where(entry.drop(), entry.held(), weight))
+        self.enabled = False
+
+    def enable(self, masks: dict[str, Tensor] | None = None) -> None:
+        """Mask again, with the same masks or with new ones for some of the layers (of the same
+        shapes as before). What is dropped now is kept for the next `restore` as keep_dense says."""
+        if masks:
+            by_name = {entry.name: entry for entry in self.entries}
+            for name, mask in masks.items():
+                check(name in by_name, f"{OP}.enable", f"a masked weight named {name!r}", "none")
+                self._set_mask(by_name[name], mask)
+        self.enabled = True
+        self._apply()
+        for optimizer, entries, _ in self._optimizers:
+            self._mask_moments(optimizer, entries)
+
+    def _set_mask(self, entry: Entry, mask: Tensor) -> None:
+        """`mask` as in __init__, whole."""
+        kept = grouped(mask, entry.transposed)
+        shape = list(entry.parameter.shape)
+        check(list(kept.shape) == shape, OP, f"mask {entry.name!r} of {shape}", list(kept.shape))
+        parameter = entry.parameter
+        entry.drop()
+        entry.set_drop(shard((~kept).contiguous(), parameter).to(local(parameter).device))
+
+    @torch.no_grad()
+    def apply_to(self, model: nn.Module) -> None:
+        """Zero the dropped weights of another model of the same layers: an average (EMA) of
+        weights whose masks moved is not 2:4 until then; one under fixed masks is anyway."""
+        modules = dict(_named_modules(unwrap(model)))
+        for entry in self.entries:
+            owner = entry.name if entry.key == "weight" else entry.name.rpartition(".")[0]
+            module = modules.get(owner) or modules.get(entry.name.rpartition(".")[0])
+            known = module is not None and isinstance(getattr(module, entry.key, None), Tensor)
+            check(known, f"{OP}.apply_to", f"a layer named {entry.name}", "none")
+            weight = local(getattr(module, entry.key).detach())
+            weight.masked_fill_(entry.drop().to(weight.device), 0)
+
+    # ------------------------------------------------------------------ checks and the end
+
+    @torch.no_grad()
+    def check(self) -> int:
+        """Violations in the model: groups with a non-zero weight outside the mask, or with more
+        than n non-zeros; 0 is what training keeps. Of weights that are no matrices, single weights
+        are counted. Of shards, those of all processes: every process has to ask."""
+        n, m = self.pattern
+        total = 0
+        mesh: Any = None
+        for entry in self.entries:
+            nonzero = entry.weight() != 0
+            outside = nonzero & entry.drop()
+            parameter: Any = entry.parameter
+            if is_dtensor(parameter):
+                mesh = parameter.device_mesh
+            if entry.linear and nonzero.numel() and _groups_whole(entry, m):
+                rows = grouped(nonzero, entry.transposed).reshape(-1, m).sum(1) > n
+                wrong = grouped(outside, entry.transposed).reshape(-1, m).any(1)
+                total += int((rows | wrong).sum())
+            else:
+                total += int(outside.sum())
+        if mesh is not None:
+            count = torch.tensor(total, device=mesh.device_type)
+            torch.distributed.all_reduce(count)
+            total = int(count)
+        return total
+
+    def compress(self) -> dict[str, str]:
+        """Replace every masked Linear by a SparseLinear of its weight and mask, in place.
+
+        Returns:
+            name -> reason of the masked weights that stay dense with zeros (convolutions, layers
+            whose module reads the weight itself); {} when all are compressed.
+        Raises:
+            ValueError: a sharded weight; violations; another pattern than 2:4.
+        Notes:
+            The hooks are removed: this is the end of training.
+        """
+        op, model = f"{OP}.compress", self.model
+        check(self.pattern == (2, 4), op, "pattern (2, 4)", self.pattern)
+        remedy = "Gather the weights first (full_tensor), then build Masked on that model."
+        sharded = any(is_dtensor(entry.parameter) for entry in self.entries)
+        check(not sharded, op, "whole weights", "shards of FSDP", remedy)
+        remedy = "Attach the optimizer before training."
+        check(not (count := self.check()), op, "no violations of 2:4", count, remedy)
+        parents = {id(child): one for one in model.modules() for child in one.children()}
+        dense: dict[str, str] = {}
+        for entry in self.entries:
+            reason = _why_dense(entry, parents.get(id(entry.module)), model)
+            if reason:
+                dense[entry.name] = reason
+                continue
+            mask = entry.mask()
+            replace.replace_module(
+                model, entry.module, SparseLinear.from_linear(entry.module, mask)
+            )
+        self.detach()
+        self.entries = [entry for entry in self.entries if entry.name in dense]
+        return dense
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs beside the model's and the optimizer's state.
+
+        Returns:
+            {"version", "step", "enabled", "pattern", "schedule", "shapes": name -> list,
+            "masks": name -> uint8 [ceil(elements / 8)] on the CPU, bit b of byte j = element
+            8j + b of the mask, "residue": name -> tensor}; torch.load(weights_only=True) reads it.
+            Of shards, gathered: every process has to ask.
+        """
+        masks = self.masks
+        residue = {}
+        for entry in self.entries:
+            if entry.residue is not None:
+                entry.drop()
+                residue[entry.name] = unshard(entry.residue, entry.parameter).cpu()
+        return {
+            "version": VERSION,
+            "step": self.step,
+            "enabled": self.enabled,
+            "pattern": list(self.pattern),
+            "schedule": self.schedule.describe(),
+            "shapes": {name: list(mask.shape) for name, mask in masks.items()},
+            "masks": {name: pack_bits(mask).cpu() for name, mask in masks.items()},
+            "residue": residue,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`: load the model's and the optimizer's state as well, in any
+        order. Weights outside the loaded masks become zero.
+
+        Raises:
+            FormatError: another version, other layers, or masks that do not fit; nothing changes.
+        """
+        op = f"{OP}.load_state_dict"
+
+        def require(good: bool, expected: str, got: object) -> None:
+            check(good, op, expected, got, "The state is of another run.", FormatError)
+
+        require(state.get("version") == VERSION, f"version {VERSION}", state.get("version"))
+        names = {entry.name for entry in self.entries}
+        require(
+            set(state["masks"]) == names,
+            f"the masks of {len(names)} weights",
+            _differ(names, set(state["masks"])),
+        )
+        loaded = {}
+        for entry in self.entries:
+            shape = list(
+                grouped(torch.empty(entry.parameter.shape, device="meta"), entry.transposed).shape
+            )
+            found = state["shapes"][entry.name]
+            require(found == shape, f"mask {entry.name!r} of shape {shape}", found)
+            packed = state["masks"][entry.name]
+            size = -(-_product(shape) // 8)
+            require(packed.numel() == size, f"{size} bytes of mask {entry.name!r}", packed.numel())
+            loaded[entry.name] = unpack_bits(packed, shape)
+        self.pattern = (int(state["pattern"][0]), int(state["pattern"][1]))
+        self.schedule = make(state["schedule"])
+        self.step, self.enabled = int(state["step"]), bool(state["enabled"])
+        for entry in self.entries:
+            self._set_mask(entry, loaded[entry.name])
+            residue = state["residue"].get(entry.name)
+            weight = entry.weight()
+            place = self.dense_device or weight.device
+            entry.residue = None
+            if residue is not None:
+                entry.residue = shard(residue.to(weight.dtype), entry.parameter).to(place)
+            if self.enabled:
+                weight.masked_fill_(entry.drop(), 0)
+        for optimizer, _, _ in self._optimizers:
+            self._after_load(optimizer)
+
+
+# ---------------------------------------------------------------------- helpers
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, torch.compile's wrapper and AveragedModel."""
+    wrappers = ("DistributedDataParallel", "DataParallel", "AveragedModel")
+    inner: Any = model
+    while True:
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif type(inner).__name__ in wrappers and isinstance(inner.module, nn.Module):
+            inner = inner.module
+        else:
+            return inner  # type: ignore[no-any-return]
+
+
+def unwrap_optimizer(optimizer: Any) -> Any:
+    """The torch optimizer inside a wrapper that has it as `.optimizer` (accelerate)."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """named_modules without the parts of names that torch.compile adds."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] != "_orig_mod":
+            yield name.replace("_orig_mod.", ""), getattr(module, "_orig_mod", module)
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether it is a torch.distributed DTensor, asked without importing that."""
+    return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The shard of this process, sharing memory; a plain tensor as it is."""
+    if is_dtensor(tensor):
+        shard_of: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+        return shard_of
+    return tensor
+
+
+def shard(tensor: Tensor, like: Tensor) -> Tensor:
+    """The part of a whole tensor that belongs to this process' shard of `like`."""
+    if not is_dtensor(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    placed = tensor.to(mesh.device_type)
+    # Every process has the whole tensor: nothing is sent.
+    return local(distribute_tensor(placed, mesh, like.placements, src_data_rank=None))  # type: ignore[attr-defined]
+
+
+def unshard(tensor: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `shard`, gathered from all processes."""
+    if not is_dtensor(like):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    bits = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor
+    whole: Tensor = DTensor.from_local(
+        bits.to(local(like).device),
+        like.device_mesh,  # type: ignore[attr-defined]
+        like.placements,  # type: ignore[attr-defined]
+        shape=like.shape,
+        stride=like.stride(),
+    ).full_tensor()
+    return whole.to(tensor.dtype)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """bool of any shape -> uint8 [ceil(elements / 8)], bit b of byte j = element 8j + b."""
+    flat = mask.reshape(-1).to(torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (flat * weights).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, shape: Iterable[int]) -> Tensor:
+    """The inverse of pack_bits."""
+    size = list(shape)
+    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    flat = ((packed.view(-1, 1) >> bits) & 1).bool().reshape(-1)
+    return flat[: _product(size)].view(size)
+
+
+def _product(shape: Iterable[int]) -> int:
+    total = 1
+    for extent in shape:
+        total *= extent
+    return total
+
+
+def _groups_whole(entry: Entry, m: int) -> bool:
+    """Whether the groups of this process' part of the weight are complete."""
+    return grouped(entry.weight(), entry.transposed).shape[1] % m == 0
+
+
+def _why_dense(entry: Entry, parent: nn.Module | None, model: nn.Module) -> str | None:
+    """Why `compress` leaves this weight dense, or None."""
+    if entry.module is model:
+        return "the model itself is the layer and cannot be replaced in place"
+    if entry.key != "weight" or not replace.is_linear(entry.module):
+        return f"{type(entry.module).__name__}.{entry.key} is no Linear weight"
+    if isinstance(parent, discovery.READS_WEIGHTS):
+        return f"{type(parent).__name__} reads the weight itself"
+    if entry.weight().dtype not in discovery.PRUNABLE_DTYPES:
+        return f"dtype {entry.weight().dtype} has no compressed form"
+    return None
+
+
+def _differ(wanted: set[str], found: set[str]) -> str:
+    missing, extra = sorted(wanted - found), sorted(found - wanted)
+    return f"{len(missing)} missing {missing[:2]}, {len(extra)} unknown {extra[:2]}"

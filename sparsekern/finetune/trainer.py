@@ -1,0 +1,777 @@
+"""distill: train a pruned model towards its dense teacher, masks kept, from start to checkpoint.
+
+    rows ──► teacher: targets ─┐
+        └──► student: hidden ──┴─► loss, chunk by chunk ─► gradients ─► masked step ─► metrics
+
+Weights are trained in float32 (bfloat16 ones would swallow the last, small steps) and come back in
+their own dtypes at the end. With `steps` a run on the CPU is reproducible bit for bit, whether it
+was interrupted or not; with `minutes` the clock decides. torchrun makes it data parallel.
+
+Defaults are those measured on SmolLM2-135M (AdamW 6e-4, cosine, batch 16 x 1024 tokens). The rate
+falls about with the width: 1e-4 to 2e-5 for 7B models (SparseForge, AST, CAST).
+
+Source: Hinton et al. 2015 (arXiv:1503.02531); Kurtic et al. 2023 (arXiv:2310.06927); the losses of
+AST (arXiv:2407.20584) and SparseForge (arXiv:2605.06402): logits and cross-entropy, no hidden
+states, which is the default here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.errors import FormatError, check
+from sparsekern.eval.perplexity import perplexity
+from sparsekern.finetune import data as text
+from sparsekern.finetune.data import Corpus
+from sparsekern.finetune.losses import IGNORED, Target, distillation_loss, square_head
+from sparsekern.finetune.masked import Masked
+from sparsekern.finetune.schedule import Schedule
+from sparsekern.finetune.teacher import CachedTeacher, LiveTeacher, Split
+from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.utils.files import write_atomic
+
+OP = "sparsekern.finetune.distill"
+CHECKPOINT, METRICS, PLOT, REPORT = "checkpoint.pt", "metrics.jsonl", "plot.png", "report.json"
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Evaluation = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Args:
+        steps: optimizer steps. minutes: or a time, counted from the end of the first step (which
+            compiles). With neither: `passes` passes over the rows.
+        batch: rows per step, over all processes.
+        micro_batch: rows per forward and process; None: all of a process' share at once.
+        lr: the highest rate.   warmup: share of the run in which it rises from 0.
+        final: share of lr at the end of the cosine.
+        betas, eps, weight_decay: of AdamW. No decay by default: kept weights need none in short
+            runs, and dropped ones are zero.
+        clip: largest norm of the gradient of the kept weights, 0 for no limit.
+        alpha, temperature: see losses.py. Pure KL is best in short runs.
+        block: weight of the matching of block outputs (SquareHead), 0 for none.
+        precision: "float32" | "bfloat16" | "float16" of the matmuls, by autocast (float16 with a
+            GradScaler); None: bfloat16 on a GPU, float32 elsewhere.
+        compile: torch.compile the student's body.
+        seed: of the order of the rows, and of torch's generators at the start.
+        log_every, eval_every, save_every: in steps; 0: only at the end (save: never).
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    passes: float = 1.0
+    batch: int = 16
+    micro_batch: int | None = None
+    lr: float = 6e-4
+    warmup: float = 0.03
+    final: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    alpha: float = 0.0
+    temperature: float = 1.0
+    block: float = 0.0
+    precision: str | None = None
+    compile: bool = False
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 0
+
+    def __post_init__(self) -> None:
+        check(self.steps is None or self.steps >= 1, OP, "steps >= 1", self.steps)
+        check(self.minutes is None or self.minutes > 0, OP, "minutes > 0", self.minutes)
+        both = self.steps is not None and self.minutes is not None
+        check(not both, OP, "steps or minutes", "both", "Leave one out.")
+        check(self.passes > 0, OP, "passes > 0", self.passes)
+        check(self.batch >= 1, OP, "batch >= 1", self.batch)
+        check(
+            self.micro_batch is None or self.micro_batch >= 1,
+            OP,
+            "micro_batch >= 1",
+            self.micro_batch,
+        )
+        check(self.lr > 0, OP, "lr > 0", self.lr)
+        for name in ("warmup", "final", "alpha"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, OP, f"0 <= {name} <= 1", value)
+        check(self.block >= 0, OP, "block >= 0", self.block)
+        known = self.precision is None or self.precision in PRECISIONS
+        check(known, OP, f"precision in {sorted(PRECISIONS)}", repr(self.precision))
+
+    def rate(self, progress: float) -> float:
+        """The learning rate at a share of the run, 0 to 1: linear warm-up, then a cosine."""
+        if progress < self.warmup:
+            return self.lr * progress / self.warmup
+        share = (progress - self.warmup) / max(1e-12, 1 - self.warmup)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+        return self.lr * (self.final + (1 - self.final) * cosine)
+
+
+@dataclass
+class DistillReport:
+    """What a run did.
+
+    Attributes:
+        recipe: as given, steps resolved.      data: Corpus.describe() of the training rows.
+        teacher: "live", "offloaded", "cache" or "none".
+        steps, tokens, seconds: of the whole run, resumed parts included.
+        tokens_per_second: over the steps after the first (which compiles), without evaluations.
+        evaluations: [{"step", name: value, ...}].      final: the last of them.
+        loss: of the last logged steps.
+        violations: Masked.check() at the end: 0.
+        overlap: name of a test text -> {"n", "test", "found"}: its n-grams that are in training.
+        resumed: the step that this process started from.
+        notes: what was out of the ordinary.
+        masked: the Masked object, for .compress(). Not part of the JSON.
+    """
+
+    recipe: dict[str, Any]
+    data: dict[str, Any]
+    teacher: str
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    loss: float = float("nan")
+    violations: int = -1
+    overlap: dict[str, dict[str, int]] = field(default_factory=dict)
+    resumed: int = 0
+    notes: list[str] = field(default_factory=list)
+    masked: Masked | None = None
+
+    @property
+    def final(self) -> dict[str, float]:
+        """The last evaluation, {} without any."""
+        return self.evaluations[-1] if self.evaluations else {}
+
+    def to_json(self) -> str:
+        """Everything but `masked`, as JSON; numbers that are not finite become null."""
+        rows = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "masked"}
+        return json.dumps({"schema": 1, **_finite(rows)}, indent=1, allow_nan=False)
+
+    def summary(self) -> str:
+        """One line: steps, tokens, time, loss, evaluations."""
+        made = sum(s["tokens"] for s in self.data["sources"] if s["kind"] == "teacher")
+        text = f"{self.steps} steps, {self.tokens} tokens in {self.seconds:.0f} s"
+        text += f" ({self.tokens_per_second:.0f} tokens/s), loss {self.loss:.4f}"
+        values = ", ".join(f"{k} {v:.4g}" for k, v in self.final.items() if k != "step")
+        text += f", {values}" if values else ""
+        text += f", {made} of {self.data['tokens']} tokens of text made by the teacher"
+        return f"{text}, {self.violations} violations of the masks"
+
+    __str__ = summary
+
+
+def distill(
+    model: nn.Module,
+    teacher: nn.Module | str | Path | None,
+    data: Corpus | Tensor | None = None,
+    *,
+    masks: Masked | dict[str, Tensor] | None = None,
+    schedule: Schedule | None = None,
+    evaluate: Mapping[str, Tensor | Evaluation] | None = None,
+    window: int = 1024,
+    eval_window: int = 2048,
+    generate_tokens: int = 4_000_000,
+    folder: str | Path | None = None,
+    resume: bool = True,
+    device: torch.device | str | None = None,
+    offload_teacher: bool = False,
+    progress: bool = True,
+    on_step: Callable[[int], None] | None = None,
+    recipe: Recipe | None = None,
+    **options: Any,
+) -> DistillReport:
+    """Train `model` in place towards the teacher's distribution, with its 2:4 masks kept.
+
+        loss = (1 − α)·T²·KL(teacher ‖ model) + α·CE(next token) + block·Σ‖h − h_t‖²/‖h_t‖² / blocks
+
+    Args:
+        model: a causal language model with dense 2:4 weights: prune_model(..., compress=False).
+        teacher: the dense model (of the same vocabulary; its parameters are frozen), or a folder
+            that teacher.build_cache wrote, or None with alpha=1: cross-entropy alone.
+        data: a Corpus; or ids [rows, window]; or ids [tokens], packed into rows of `window`; or
+            None: text that the teacher samples (data.generate), `generate_tokens` of it.
+        masks: a Masked object, or as for Masked; None: the zeros of the weights.
+        schedule: how masks move (schedule.py), where masks is no Masked.
+        evaluate: name -> test ids (their perplexity in windows of `eval_window` is measured, and
+            their overlap with the training rows counted), or a function(model) -> number.
+        folder: where checkpoint.pt, metrics.jsonl, plot.png and report.json go; None: nowhere.
+        resume: go on from the folder's checkpoint when there is one. The run has to be the same.
+        device: None: "cuda" if there is one (under torchrun this process' own), else the CPU.
+        offload_teacher: keep the teacher's weights on the host between steps.
+        progress: show a progress bar with the time left.
+        on_step: called with the number of each finished step.
+        recipe, options: a Recipe, or its fields by name.
+    Returns:
+        DistillReport; report.masked.compress() then makes SparseLinear layers.
+    Raises:
+        ValueError: arguments that do not fit, a resumed run that is another, a loss that is not
+            finite.   FormatError: a damaged checkpoint.
+    Notes:
+        Under torchrun every process calls this with the same arguments. Weights are left on
+        `device`, in their dtypes, in eval mode; the teacher stays frozen.
+    """
+    check(recipe is None or not options, OP, "recipe or its fields", "both")
+    run = _Run(
+        model,
+        recipe or _recipe(options),
+        _World.join(device),
+        folder,
+        progress,
+        on_step,
+        schedule,
+        eval_window,
+    )
+    run.open_data(data, teacher, window, generate_tokens)
+    run.open_model(masks)
+    run.open_teacher(teacher, offload_teacher)
+    run.open_evaluations(evaluate or {})
+    return run.train(resume)
+
+
+def _recipe(options: dict[str, Any]) -> Recipe:
+    known = {f.name for f in fields(Recipe)}
+    unknown = sorted(set(options) - known)
+    check(not unknown, OP, f"options in {sorted(known)}", unknown, exc=TypeError)
+    return Recipe(**options)
+
+
+# ---------------------------------------------------------------------- processes
+
+
+@dataclass
+class _World:
+    """The processes of a data-parallel run; one of one without torchrun."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, device: torch.device | str | None) -> _World:
+        cuda = torch.cuda.is_available() and (device is None or torch.device(device).type == "cuda")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if parallel else 0
+        size = torch.distributed.get_world_size() if parallel else 1
+        if device is None or (size > 1 and cuda):
+            index = int(os.environ.get("LOCAL_RANK", "0"))
+            chosen = torch.device("cuda", index) if cuda else torch.device("cpu")
+        else:
+            chosen = torch.device(device)
+        if chosen.type == "cuda":
+            chosen = torch.device("cuda", chosen.index or 0)
+            torch.cuda.set_device(chosen)
+        return cls(rank, size, chosen)
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def same(self, number: float) -> float:
+        """The first process' number, on all."""
+        if self.size == 1:
+            return number
+        value = torch.tensor(number, dtype=torch.float64, device=self.device)
+        torch.distributed.broadcast(value, 0)
+        return float(value)
+
+    def mean(self, values: Tensor) -> Tensor:
+        if self.size > 1:
+            torch.distributed.all_reduce(values)
+            values /= self.size
+        return values
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every process' tensor, on all of them."""
+        if self.size == 1:
+            return [tensor]
+        found: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(found, tensor)
+        return found
+
+    def wait(self) -> None:
+        if self.size > 1:
+            torch.distributed.barrier()
+
+
+class _Step(nn.Module):
+    """Forward and loss in one module, so that DDP sees one call."""
+
+    def __init__(
+        self, split: Split, body: Any, recipe: Recipe, autocast: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        self.autocast = autocast
+        self.split = split
+        self._body = [body]  # not a submodule: a compiled body shares the model's parameters
+        self.recipe = recipe
+
+    def forward(
+        self, ids: Tensor, target: Target, theirs: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        recipe, body = self.recipe, self._body[0]
+        hidden, states = body(ids, recipe.block > 0)
+        if self.autocast is not None and self.split.plain:
+            hidden = hidden.to(self.autocast)  # float32 where the residual stream is
+        labels = torch.full_like(ids, IGNORED)
+        labels[:, :-1] = ids[:, 1:]
+        loss, kl, ce = distillation_loss(
+            hidden.flatten(0, 1),
+            self.split.head,
+            target,
+            labels.flatten(),
+            alpha=recipe.alpha,
+            temperature=recipe.temperature,
+        )
+        if recipe.block:
+            loss = loss + recipe.block * square_head(states, theirs)
+        return loss, kl, ce
+
+
+# ---------------------------------------------------------------------- the run
+
+
+class _Run:
+    """One call of distill."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        world: _World,
+        folder: str | Path | None,
+        progress: bool,
+        on_step: Callable[[int], None] | None,
+        schedule: Schedule | None,
+        eval_window: int,
+    ) -> None:
+        self.model, self.recipe, self.world = model, recipe, world
+        self.folder = None if folder is None else Path(folder)
+        self.progress, self.on_step, self.schedule = progress, on_step, schedule
+        self.eval_window = eval_window
+        self.device = world.device
+        default = "bfloat16" if self.device.type == "cuda" else "float32"
+        self.autocast = PRECISIONS[recipe.precision or default]
+        share = recipe.batch % world.size
+        check(share == 0, OP, f"batch divisible by {world.size} processes", recipe.batch)
+        self.mine = recipe.batch // world.size
+        self.micro = min(recipe.micro_batch or self.mine, self.mine)
+
+    # ------------------------------------------------------------------ what goes in
+
+    def open_data(
+        self,
+        data: Corpus | Tensor | None,
+        teacher: nn.Module | str | Path | None,
+        window: int,
+        generate_tokens: int,
+    ) -> None:
+        if data is None:
+            remedy = "Pass data=."
+            check(
+                isinstance(teacher, nn.Module), OP, "a live teacher to write text", "none", remedy
+            )
+            assert isinstance(teacher, nn.Module)
+            teacher.to(self.device)
+            options: dict[str, Any] = {
+                "window": window,
+                "seed": self.recipe.seed,
+                "autocast": self.autocast,
+            }
+            show = self.progress and self.world.first
+            if self.world.first:  # the others then read its file
+                text.generate(teacher, generate_tokens, progress=show, **options)
+            self.world.wait()
+            data = text.generate(teacher, generate_tokens, progress=False, **options)
+        elif isinstance(data, Tensor):
+            rows = text.pack([data], window) if data.dim() == 1 else data
+            data = Corpus(rows.cpu(), [text.Source("text", "ids", rows.numel())])
+        self.corpus = data
+        described = data.describe()
+        count = data.rows.shape[0]
+        steps = self.recipe.steps
+        if steps is None and self.recipe.minutes is None:
+            steps = max(1, round(self.recipe.passes * count / self.recipe.batch))
+        self.steps = steps
+        stated = {**asdict(self.recipe), "steps": steps}
+        self.report = DistillReport(stated, described, "none")
+
+    def open_model(self, masks: Masked | dict[str, Tensor] | None) -> None:
+        model = self.model
+        packed = [n for n, m in model.named_modules() if isinstance(m, SparseLinear)]
+        remedy = "Prune with compress=False; compress after training."
+        got = f"{len(packed)} SparseLinear, first {packed[0] if packed else ''}"
+        check(not packed, OP, "a model with dense weights", got, remedy)
+        model.to(self.device)
+        self.dtypes = {name: p.dtype for name, p in model.named_parameters()}
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()
+        if isinstance(masks, Masked):
+            check(self.schedule is None, OP, "schedule or a Masked object", "both")
+            self.masked = masks
+        else:
+            self.masked = Masked(model, masks, schedule=self.schedule)
+        self.report.masked = self.masked
+        self.split = Split(model)
+        if not self.split.plain:
+            self.report.notes.append("logits are no plain product: they are materialised")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        check(trained, OP, "parameters with requires_grad", "none")
+        recipe = self.recipe
+        self.optimizer = torch.optim.AdamW(
+            trained,
+            lr=recipe.lr,
+            betas=recipe.betas,
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+        self.masked.attach(self.optimizer)
+        half = self.autocast == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        self.trained = trained
+
+    def open_teacher(self, teacher: nn.Module | str | Path | None, offload: bool) -> None:
+        self.teacher: LiveTeacher | CachedTeacher | None = None
+        if isinstance(teacher, nn.Module):
+            check(teacher is not self.model, OP, "a teacher of its own", "the model itself")
+            self.teacher = LiveTeacher(
+                teacher, self.device, offload=offload, autocast=self.autocast
+            )
+            self.report.teacher = "offloaded" if offload else "live"
+        elif teacher is not None:
+            self.teacher = CachedTeacher(teacher, self.corpus, self.device)
+            self.report.teacher = "cache"
+        alone = self.teacher is not None or (self.recipe.alpha == 1 and not self.recipe.block)
+        remedy = "Pass alpha=1 (and block=0) for cross-entropy alone."
+        check(alone, OP, "a teacher", None, remedy)
+
+    def open_evaluations(self, evaluate: Mapping[str, Tensor | Evaluation]) -> None:
+        self.evaluations: dict[str, Evaluation] = {}
+        for name, what in evaluate.items():
+            check(name not in ("step", "seconds"), OP, "another name of a test", name)
+            if isinstance(what, Tensor):
+                found = text.overlap(self.corpus.rows, what.reshape(-1))
+                self.report.overlap[name] = asdict(found)
+                ids = what.reshape(-1)
+
+                def measure(model: nn.Module, ids: Tensor = ids) -> float:
+                    return perplexity(model, ids, window=min(self.eval_window, ids.numel()))
+
+                self.evaluations[name] = measure
+            else:
+                self.evaluations[name] = what
+
+    # ------------------------------------------------------------------ the loop
+
+    def train(self, resume: bool) -> DistillReport:
+        from tqdm import tqdm
+
+        recipe, world, report = self.recipe, self.world, self.report
+        torch.manual_seed(recipe.seed + world.rank)
+        self.manifest = json.loads(
+            json.dumps(
+                {
+                    "recipe": {k: v for k, v in report.recipe.items() if not k.endswith("_every")},
+                    "data": report.data["sha256"],
+                    "teacher": report.teacher,
+                    "processes": world.size,
+                }
+            )
+        )
+        self.spent = 0.0  # seconds in steps, of earlier processes of the run, too
+        step = self._load() if resume else 0
+        report.resumed = step
+        if self.folder is not None and world.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._truncate_metrics(step)
+        module: Any = _Step(self.split, self._body(), recipe, self.autocast)
+        module.train()
+        if world.size > 1:
+            module = nn.parallel.DistributedDataParallel(module)
+        shown = self.progress and world.first
+        total = self.steps if self.steps is not None else math.ceil(60 * (recipe.minutes or 0))
+        unit = "step" if self.steps is not None else "s"
+        tokens = recipe.batch * self.corpus.window
+        sums = torch.zeros(4, device=self.device)
+        first_done = step > 0
+        seen = 0  # steps that count for the speed
+        before = self.spent
+        if step == 0 and self.evaluations:
+            self._evaluate(0)
+        with tqdm(total=total, initial=step, desc="distill", unit=unit, disable=not shown) as bar:
+            while not self._finished(step):
+                start = time.perf_counter()
+                done = self._progress(step)
+                rate = recipe.rate(done)
+                sums += self._one_step(module, step, rate)
+                step += 1
+                last = self.steps is not None and step >= self.steps
+                if step % recipe.log_every == 0 or last or not first_done:
+                    values = (world.mean(sums.clone()) / sums[3].clamp(min=1)).tolist()
+                    self._synchronise()
+                took = time.perf_counter() - start
+                if first_done:
+                    self.spent += took
+                    seen += 1
+                elif self.steps is not None:
+                    self.spent += took
+                if not last and self.steps is None and self._finished(step):
+                    last = True
+                    values = (world.mean(sums.clone()) / sums[3].clamp(min=1)).tolist()
+                if step % recipe.log_every == 0 or last:
+                    loss = values[0]
+                    check(math.isfinite(loss), OP, "a finite loss", loss, "Lower lr.")
+                    report.loss = loss
+                    speed = seen * tokens / max(1e-9, self.spent - before) if seen else 0.0
+                    report.tokens_per_second = speed
+                    self._log({
+                        "step": step, "tokens": step * tokens, "loss": loss, "kl": values[1],
+                        "ce": values[2], "lr": rate, "grad_norm": float(self.norm),
+                        "tokens_per_s": speed, "seconds": self.spent,
+                    })  # fmt: skip
+                    bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                    sums.zero_()
+                first_done = True
+                bar.update(1 if self.steps is not None else int(self.spent) - bar.n)
+                if recipe.eval_every and step % recipe.eval_every == 0 and not last:
+                    self._evaluate(step)
+                    module.train()
+                if recipe.save_every and step % recipe.save_every == 0 and not last:
+                    self._save(step)
+                if self.on_step is not None:
+                    self.on_step(step)
+        return self._finish(step, tokens)
+
+    def _body(self) -> Any:
+        return torch.compile(self.split) if self.recipe.compile else self.split
+
+    def _one_step(self, module: Any, step: int, rate: float) -> Tensor:
+        """Returns [loss, kl, ce, 1] of this process."""
+        recipe, world = self.recipe, self.world
+        count = self.corpus.rows.shape[0]
+        numbers = text.batch_rows(count, recipe.batch, recipe.seed, step)[world.rank :: world.size]
+        parts = numbers.split(self.micro)
+        batches = [self.corpus.rows[part].to(self.device, torch.int64) for part in parts]
+        empty: tuple[Target, list[Tensor]] = (Target(), [])
+        if self.teacher is None:
+            targets = [empty] * len(parts)
+        else:
+            targets = self.teacher.targets(batches, parts, recipe.block > 0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros(4, device=self.device)
+        kind, on = self.device.type, self.autocast is not None
+        for number, (ids, (target, theirs)) in enumerate(zip(batches, targets)):
+            wait = number + 1 < len(batches) and world.size > 1
+            with module.no_sync() if wait else contextlib.nullcontext():
+                with torch.autocast(kind, self.autocast or torch.bfloat16, enabled=on):
+                    loss, kl, ce = module(ids, target, theirs)
+                weight = len(ids) / self.mine
+                self.scaler.scale(loss * weight).backward()
+            total[:3] += torch.stack((loss.detach(), kl, ce)) * weight
+        self.scaler.unscale_(self.optimizer)
+        self.masked.mask_gradients()
+        limit = recipe.clip or float("inf")
+        self.norm = nn.utils.clip_grad_norm_(self.trained, limit)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        total[3] = 1
+        return total
+
+    def _progress(self, step: int) -> float:
+        """The share of the run that is behind, for the rate: in the middle of this step."""
+        if self.steps is not None:
+            return (step + 0.5) / self.steps
+        assert self.recipe.minutes is not None
+        return min(1.0, self.world.same(self.spent) / (60 * self.recipe.minutes))
+
+    def _finished(self, step: int) -> bool:
+        if self.steps is not None:
+            return step >= self.steps
+        assert self.recipe.minutes is not None
+        return self.world.same(self.spent) >= 60 * self.recipe.minutes
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _finish(self, step: int, tokens: int) -> DistillReport:
+        report = self.report
+        report.steps, report.tokens, report.seconds = step, step * tokens, self.spent
+        if self.folder is not None and self.recipe.save_every:
+            self._save(step)
+        self.masked.detach()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.eval()
+        report.violations = self.masked.check()
+        if self.evaluations and (not report.evaluations or report.final["step"] != step):
+            self._evaluate(step)
+        for name, parameter in self.model.named_parameters():
+            parameter.data = parameter.data.to(self.dtypes[name])
+        if self.folder is not None and self.world.first:
+            try:
+                plot(self.folder)
+            except ImportError as error:
+                report.notes.append(str(error))
+            write_atomic(self.folder / REPORT, report.to_json().encode())
+        self.world.wait()
+        return report
+
+    def _evaluate(self, step: int) -> None:
+        self.model.eval()
+        values = {name: float(measure(self.model)) for name, measure in self.evaluations.items()}
+        row = {"step": step, **values}
+        self.report.evaluations.append(row)
+        self._log({"step": step, "evaluation": values, "seconds": self.spent})
+
+    # ------------------------------------------------------------------ files
+
+    def _log(self, row: dict[str, Any]) -> None:
+        if self.folder is None or not self.world.first:
+            return
+        with open(self.folder / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+
+    def _truncate_metrics(self, step: int) -> None:
+        """Drop lines of steps that an interrupted process had made after its last checkpoint."""
+        assert self.folder is not None
+        file = self.folder / METRICS
+        kept = [row for row in read_metrics(self.folder) if row["step"] <= step and step > 0]
+        write_atomic(file, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+    def _save(self, step: int) -> None:
+        rng = self.world.gather(torch.get_rng_state())
+        cuda = self.device.type == "cuda"
+        device_rng = self.world.gather(torch.cuda.get_rng_state(self.device)) if cuda else []
+        masked = self.masked.state_dict()
+        if not self.world.first or self.folder is None:
+            return
+        state = {
+            "manifest": self.manifest,
+            "step": step,
+            "seconds": self.spent,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "masked": masked,
+            "rng": rng,
+            "device_rng": device_rng,
+            "evaluations": self.report.evaluations,
+        }
+        final = self.folder / CHECKPOINT
+        partial = final.with_suffix(".part")
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, final)
+
+    def _load(self) -> int:
+        """The step to go on from."""
+        if self.folder is None or not (self.folder / CHECKPOINT).exists():
+            return 0
+        path = self.folder / CHECKPOINT
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            remedy = "Delete it to start again."
+            text_ = f"{type(error).__name__}: {error}"
+            check(False, OP, f"a checkpoint in {path}", text_, remedy, FormatError)
+            raise
+        differing = [k for k in self.manifest if state["manifest"].get(k) != self.manifest[k]]
+        remedy = "Choose another folder, or pass resume=False."
+        check(not differing, OP, f"the run of {path}", f"another {', '.join(differing)}", remedy)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.masked.load_state_dict(state["masked"])
+        torch.set_rng_state(state["rng"][self.world.rank])
+        if state["device_rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["device_rng"][self.world.rank], self.device)
+        self.report.evaluations = list(state["evaluations"])
+        self.spent = float(state["seconds"])
+        return int(state["step"])
+
+
+# ---------------------------------------------------------------------- metrics
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl; [] when there is none. A last line that was cut off by
+    a crash is left out."""
+    file = Path(folder) / METRICS
+    if not file.exists():
+        return []
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def plot(folder: str | Path) -> Path:
+    """Draw loss and evaluations over the tokens into plot.png.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "sparsekern.finetune.plot: matplotlib is missing, so there is no plot. "
+            "pip install matplotlib."
+        ) from error
+    rows = read_metrics(folder)
+    losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    left = figure.subplots()
+    left.set(xlabel="step", ylabel="loss")
+    left.grid(alpha=0.3)
+    if losses:
+        left.plot(*zip(*losses), linewidth=1, color="tab:gray", label="loss")
+    names = sorted({name for row in rows for name in row.get("evaluation", {})})
+    if names:
+        right = left.twinx()
+        right.set_ylabel("evaluation")
+        for name in names:
+            points = [
+                (row["step"], row["evaluation"][name])
+                for row in rows
+                if row.get("evaluation", {}).get(name) is not None
+            ]
+            right.plot(*zip(*points), marker="o", label=name)
+        right.legend(fontsize="small")
+    path = Path(folder) / PLOT
+    figure.savefig(os.fspath(path))
+    return path
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

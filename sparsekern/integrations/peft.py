@@ -1,0 +1,223 @@
+"""LoRA on SparseLinear with Hugging Face's peft, by its own extension point.
+
+    config = accept(LoraConfig(r=16, target_modules=["q_proj", "v_proj"]))
+    model = peft.get_peft_model(model, config)          # a model with SparseLinear layers
+    ... train ...
+    merge(model)                                        # prints what the mask costs
+    model = model.merge_and_unload()                    # SparseLinear again, still 2:4
+
+The base weight stays compressed and frozen: gradients for x go through sparsekern's own op, and no
+dense copy of the weight is made. A merge adds the adapter at the slots that the weight stores; what
+falls outside the mask is lost, and said (finetune/lora.py). With accept(..., masked_product=True)
+the adapter is trained under the mask, so that nothing is lost. Merges that would break 2:4 do not
+exist here; variants of LoRA that need the dense weight (DoRA, PiSSA, OLoRA, ...) are refused.
+
+Tested with peft 0.21; older releases with the same extension point (0.11 and later) may work.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsekern.errors import check, message
+from sparsekern.finetune import lora
+from sparsekern.nn.sparse_linear import SparseLinear
+
+try:
+    from peft.tuners.lora.layer import Linear as PeftLinear
+    from peft.tuners.tuners_utils import check_adapters_to_merge
+except ImportError as error:
+    raise ModuleNotFoundError(
+        "sparsekern.integrations.peft: peft is missing. pip install peft.", name="peft"
+    ) from error
+
+OP = "sparsekern.integrations.peft"
+DENSE_INITS = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")
+# Skip rule for prune_model on a PeftModel: the adapters stay dense, the base layers are pruned.
+ADAPTERS = r"re:.*\.lora_[AB]\..*"
+
+
+def accept(config: Any, masked_product: bool = False) -> Any:
+    """Make a LoraConfig put its adapters on SparseLinear layers, too; other layers as before.
+
+    Args:
+        config: peft.LoraConfig; changed in place. target_modules must name the layers
+            ("all-linear" does not know SparseLinear).
+        masked_product: train (B·A)∘M instead of B·A: merges then lose nothing but rounding, at the
+            price of one dense product per layer and pass, some rows at a time.
+    Returns:
+        The config.
+    Raises:
+        ValueError: an option that needs the dense weight, or "all-linear".
+    """
+    op = f"{OP}.accept"
+    remedy = 'Name the layers, for example ["q_proj", "v_proj"].'
+    all_linear = config.target_modules == "all-linear"
+    check(not all_linear, op, "target_modules that name layers", "all-linear", remedy)
+    _check_config(op, config)
+    config._register_custom_module(
+        {SparseLinear: MaskedSparseLora if masked_product else SparseLora}
+    )
+    return config
+
+
+class SparseLora(PeftLinear):  # type: ignore[misc, no-any-unimported, unused-ignore]
+    """peft's LoRA layer with a SparseLinear as base: y = base(x) + s·B(A(dropout(x))).
+
+    Attributes:
+        merge_losses: adapter name -> share of its product that the last merge lost.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = kwargs.get("config")
+        if config is not None:
+            _check_config(OP, config)
+        super().__init__(base_layer, adapter_name, *args, **kwargs)
+        self.merge_losses: dict[str, float] = {}
+        self._unmerged: Any = None
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return module.in_features, module.out_features  # type: ignore[return-value]
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        return {(): None}
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters at the slots that the weight stores; 2:4 and metadata stay.
+
+        Args:
+            safe_merge: of no effect: a result that is not finite is always refused.
+            adapter_names: None for the active ones.
+        Notes:
+            The values before the first merge are kept on the host, for an exact `unmerge`.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        base = self.get_base_layer()
+        for name in names:
+            if name not in self.lora_A:
+                continue
+            if self.lora_bias[name]:
+                remedy = "Keep the adapter unmerged."
+                raise ValueError(message(f"{OP}.merge", "lora_bias=False", "True", remedy))
+            a, b = self.lora_A[name].weight, self.lora_B[name].weight
+            merged = lora.merge(base.weight, a, b, self.scaling[name])
+            if self._unmerged is None:
+                self._unmerged = base.weight.rowmajor().cpu().clone()
+            base.weight = merged.weight.to(dtype=base.weight.dtype)
+            self.merge_losses[name] = merged.loss
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """The weight as it was before the first merge, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.get_base_layer()
+        base.weight = self._unmerged.to(base.weight.device)
+        self._unmerged = None
+        self.merged_adapters.clear()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The dense product under the mask, s·(B·A)∘M [out, in]: for inspection."""
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        delta: Tensor = (b @ a) * self.scaling[adapter]
+        mask: Tensor = self.get_base_layer().weight.mask().to(delta.device)
+        return delta * mask
+
+
+class MaskedSparseLora(SparseLora):
+    """SparseLora trained under the mask: y = base(x) + s·x·((B·A)∘M)ᵀ."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, *args, **kwargs)
+        bitmask = self.get_base_layer().weight.bitmask()
+        self.register_buffer("kept_bits", bitmask, persistent=False)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.get("adapter_names") is not None:
+            remedy = "Switch adapters with set_adapter."
+            raise ValueError(message(OP, "one adapter per batch", "adapter_names", remedy))
+        kwargs.pop("adapter_names", None)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        for name in self.active_adapters:
+            if name not in self.lora_A:
+                continue
+            a, b = self.lora_A[name].weight, self.lora_B[name].weight
+            inner = self.lora_dropout[name](x.to(a.dtype))
+            product = lora.masked_product(inner, a, b, self.kept_bits, self.scaling[name])
+            result = result + product.to(result.dtype)
+        return result
+
+
+def merge(model: nn.Module, adapter_names: list[str] | None = None, quiet: bool = False) -> float:
+    """Merge the adapters of every SparseLinear of a PeftModel and print what the mask took.
+
+    Args:
+        model: a PeftModel, or any module above its layers.      adapter_names: None: active ones.
+        quiet: do not print.
+    Returns:
+        The largest loss of a layer, ‖(1 − M)∘ΔW‖² / ‖ΔW‖²: 0 for what was trained under the mask.
+    Raises:
+        ValueError: no such layers.
+    """
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, SparseLora)]
+    remedy = "Call accept(config) before get_peft_model."
+    check(layers, f"{OP}.merge", "LoRA layers on SparseLinear", "none", remedy)
+    losses: dict[str, float] = {}
+    for name, layer in layers:
+        layer.merge(adapter_names=adapter_names)
+        # Trained under the mask, what lies outside it was never part of the output.
+        masked = isinstance(layer, MaskedSparseLora)
+        losses[name] = 0.0 if masked else max(layer.merge_losses.values(), default=0.0)
+    worst = max(losses, key=lambda name: losses[name])
+    if not quiet:
+        mean = sum(losses.values()) / len(losses)
+        print(
+            f"merged {len(losses)} layers, masks kept; the masks took {mean:.1%} of the adapters "
+            f"(‖(1 − M)∘ΔW‖² / ‖ΔW‖²) on average, {losses[worst]:.1%} at worst ({worst})"
+        )
+    return losses[worst]
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo `merge` in every layer, bit for bit."""
+    for module in model.modules():
+        if isinstance(module, SparseLora) and module.merged:
+            module.unmerge()
+
+
+def _check_config(op: str, config: Any) -> None:
+    """Refuse what needs the dense weight."""
+    init = config.init_lora_weights
+    dense = isinstance(init, str) and init.startswith(DENSE_INITS)
+    remedy = "SparseLinear has no dense weight: use init_lora_weights=True."
+    check(not dense, op, "init_lora_weights without the base weight", repr(init), remedy)
+    for name in ("use_dora", "arrow_config", "use_bdlora", "kasa_config", "velora_config"):
+        value = getattr(config, name, None)
+        check(not value, op, f"a plain LoRA, without {name}", value, "Leave it out.")
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and compressed weights of a model."""
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    sparse = [m for m in model.modules() if isinstance(m, SparseLinear)]
+    return total + sum(m.weight.nbytes for m in sparse)
+
+
+__all__ = [
+    "ADAPTERS",
+    "MaskedSparseLora",
+    "SparseLora",
+    "accept",
+    "merge",
+    "unmerge",
+    "weight_bytes",
+]
