@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sparsekern as sk
-from sparsekern.integrations import vllm as plugin
+from sparsekern.integrations import vllm_rules as plugin
 
 HERE = Path(__file__).resolve().parent
 needs_vllm = pytest.mark.skipif(

@@ -23,7 +23,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from sparsekern.errors import FormatError, message
 from sparsekern.formats.sparse24 import Sparse24
-from sparsekern.integrations import vllm as plugin
+from sparsekern.integrations import vllm_rules as plugin
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.ops.linear_op import linear
 

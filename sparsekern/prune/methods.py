@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import check
 from sparsekern.prune.hessian import Hessian
+from sparsekern.prune.masks import nm_mask
 
 # What a method can need of the calibration, least first.
 NEEDS = ("weights", "norms", "hessian", "outputs")
@@ -196,8 +197,6 @@ def from_scores(score: Callable[..., Tensor], name: str | None = None, help: str
             higher = kept.
         name: None: the function's own.
     """
-    from sparsekern.prune.masks import nm_mask
-
     def function(
         weight: Tensor,
         hessian: Hessian | None,
