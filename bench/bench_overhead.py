@@ -144,16 +144,16 @@ def vendor(out_features, in_features, tokens, dtype, run: Run) -> dict:
     y = x.new_empty(x.shape[0], out_features)
     native, stream = _native.module(), torch.cuda.current_stream().cuda_stream
     plan, workspace_bytes, _ = native.cusparselt_plan(
-        index,
-        cusparselt_library.DTYPES[dtype],
-        out_features,
-        x.shape[0],
-        in_features,
-        in_features,
-        out_features,
-        0,
-        False,
-        *cusparselt_backend.Algorithm(),
+        device=index,
+        dtype=cusparselt_library.DTYPES[dtype],
+        out_features=out_features,
+        tokens=x.shape[0],
+        in_features=in_features,
+        x_stride=in_features,
+        y_stride=out_features,
+        bias=0,
+        relu=False,
+        **cusparselt_backend.Algorithm()._asdict(),
     )
     workspace = x.new_empty(workspace_bytes, dtype=torch.uint8)
     module = SparseLinear.from_sparse24(w24, packed="cusparselt")
@@ -168,7 +168,9 @@ def vendor(out_features, in_features, tokens, dtype, run: Run) -> dict:
 
     def bare() -> float:
         torch.cuda.synchronize()
-        return native.cusparselt_time_matmul(*arguments, CALLS) * 1e6 / CALLS
+        names = ("plan", "blob", "x", "y", "workspace", "stream")
+        named = dict(zip(names, arguments, strict=True))
+        return native.cusparselt_time_matmul(**named, calls=CALLS) * 1e6 / CALLS
 
     def binding():
         native.cusparselt_matmul(*arguments)

@@ -571,18 +571,24 @@ def test_sweep_times_every_config_and_drops_a_wrong_one(
 
 
 def test_sweep_passes_what_the_module_takes(monkeypatch):
-    """The stub file says how many arguments the kernels have, and in which order."""
+    """The stub file says which parts the fixed part of a launch and its call have."""
     import inspect
 
     stub = (ROOT / "sparsekern" / "_C.pyi").read_text()
     declared = {}
-    exec(stub.replace("from typing import TypedDict", "TypedDict = object"), declared)
-    calls = {}
+    exec(stub.replace("from typing import", "TypedDict = object\nfrom typing import"), declared)
+    made, called = (
+        inspect.signature(getattr(declared["Linear"], name)) for name in ("__init__", "__call__")
+    )
+    calls = []
 
     class Native:
-        decode = staticmethod(lambda *a: calls.update(decode=a))
-        prefill = staticmethod(lambda *a: calls.update(prefill=a))
-        mma = staticmethod(lambda *a: calls.update(mma=a))
+        class Linear:
+            def __init__(self, **fixed):
+                calls.append(made.bind(self, **fixed).arguments)
+
+            def __call__(self, **addresses):
+                calls.append(called.bind(self, **addresses).arguments)
 
     stream = type("Stream", (), {"cuda_stream": 77})
     monkeypatch.setattr(layers._native, "module", lambda: Native)
@@ -591,28 +597,26 @@ def test_sweep_passes_what_the_module_takes(monkeypatch):
     x, space = torch.randn(3, 128).to(torch.bfloat16), torch.zeros(16, dtype=torch.uint8)
     for kind in ("decode", "prefill", "mma"):
         y = sweep.launch(space, kind, 5, x, weight)
-        bound = inspect.signature(declared[kind]).bind(*calls[kind]).arguments
-        wanted = dict(
-            x=x.data_ptr(),
-            values=weight.values.data_ptr(),
-            bias=0,
-            residual=0,
-            metadata=weight.metadata.data_ptr(),
-            y=y.data_ptr(),
+        fixed, addresses = calls[-2:]
+        assert fixed.pop("self") is addresses.pop("self")
+        assert fixed == dict(
+            kernel=kind,
+            config=5,
             tokens=3,
             out_features=64,
             in_features=128,
             x_stride=128,
             y_stride=64,
-            residual_stride=0,
-            dtype=1,
-            activation=0,
-            config=5,
+            dtype="bfloat16",
+        )
+        assert addresses == dict(
+            x=x.data_ptr(),
+            values=weight.values.data_ptr(),
+            metadata=weight.metadata.data_ptr(),
+            y=y.data_ptr(),
+            workspace=space.data_ptr(),
             stream=77,
         )
-        if kind == "prefill":
-            wanted["workspace"] = space.data_ptr()
-        assert bound == wanted
 
 
 def test_linear_stops_when_the_gpu_context_is_lost(tmp_path, capsys, stand_ins, monkeypatch):
