@@ -54,7 +54,7 @@ def weight(out_features, in_features, dtype=BF16, seed=0):
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_exact_at_the_edges_of_every_tile(dtype):
     """One less, as many and one more than the tile: tokens, rows, and stages of the ring."""
-    for config in _native.module().mma_configs():
+    for config in _native.module().kernels()["mma"]:
         stage = 64 * config["split"]
         ring = stage * config["stages"]
         rows, tokens = config["rows"], config["tokens"]
@@ -221,7 +221,7 @@ def test_on_another_stream(tokens):
 def test_refusals_of_the_native_module():
     p = Problem(100, 64, 64, BF16)
     _, y = guarded(100, 64, BF16)
-    for variant in (-1, len(_native.module().mma_configs())):
+    for variant in (-1, len(_native.module().kernels()["mma"])):
         with pytest.raises(ValueError, match=f"config index below .*got {variant}"):
             call("mma", variant, p, 100, y)
     p.x = p.x[:, 4:]

@@ -40,9 +40,10 @@ import torch
 from torch import Tensor
 
 from sparsekern import _native
+from sparsekern.backends.compress import compress, decompress, prune_compress
 from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.errors import check
-from sparsekern.formats.sparse24 import Sparse24, compress, decompress, prune_compress
+from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.formats.tile64 import pack
 from sparsekern.ops import linear_op as ops
 from sparsekern.profiling import timer
