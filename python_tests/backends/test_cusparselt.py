@@ -654,7 +654,7 @@ def test_errors_name_the_function_the_status_and_a_remedy(fake):
         alive = fake.plans, fake.matrices, fake.selections
         kind = (kind, NotImplementedError) if "TYPE" in words else kind
         with pytest.raises(kind, match=words):
-            plan(*(problem | change).values())
+            plan(**plan_arguments(*(problem | change).values()))
         assert (fake.plans, fake.matrices, fake.selections) == alive, "nothing is left behind"
 
 
@@ -663,7 +663,9 @@ def test_calls_without_a_library():
     forget()
     native = _native.module()
     for call in (
-        lambda: native.cusparselt_plan(-1, 1, 32, 8, 48, 48, 32, 0, False, -1, 1, 0),
+        lambda: native.cusparselt_plan(
+            **plan_arguments(-1, 1, 32, 8, 48, 48, 32, 0, False, -1, 1, 0)
+        ),
         lambda: native.cusparselt_compressed_bytes(-1, 1, 32, 32),
     ):
         with pytest.raises(RuntimeError, match="expected a loaded library, got none. Call load"):

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sparsekern.backends.compress import decompress
 from sparsekern.checkpoint.arguments import folder_path, parse_size
 from sparsekern.errors import check
 from sparsekern.formats.disk import (
@@ -21,7 +22,6 @@ from sparsekern.formats.disk import (
     read_compression_config,
     read_sparse24,
 )
-from sparsekern.formats.sparse24 import decompress
 from sparsekern.utils.safetensors_io import (
     CONFIG_FILE,
     INDEX_FILE,

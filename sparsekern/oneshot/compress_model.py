@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsekern.formats.sparse24 import compress
+from sparsekern.backends.compress import compress
 from sparsekern.nn.replace import replace_module
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot import discovery as models

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern import prune
+from sparsekern.backends.compress import compress as compress_weight
 from sparsekern.errors import check
 from sparsekern.formats.sparse24 import Sparse24
-from sparsekern.formats.sparse24 import compress as compress_weight
 from sparsekern.nn.replace import dense_weight
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot import fingerprint

@@ -40,9 +40,11 @@ import torch
 from torch import Tensor
 
 from sparsekern import _native
+from sparsekern.backends.compress import compress, decompress, prune_compress
 from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.errors import check
-from sparsekern.formats.sparse24 import Sparse24, compress, decompress, prune_compress
+from sparsekern.formats import dtypes
+from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.formats.tile64 import pack
 from sparsekern.ops import linear_op as ops
 from sparsekern.profiling import timer
@@ -58,7 +60,7 @@ MODELS = {
     "llama3-8b": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
     "llama3-70b": ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)),
 }
-ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
+ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in dtypes.PLAIN}
 EXACT_SLACK, PEER_SLACK = 2.0**-9, 2.0**-5  # of rms(y); peers may round partial sums to 16 bits
 REFERENCE_ELEMENTS = 2**27  # of float64 intermediates at a time
 CHILD_S = 300.0
