@@ -5,13 +5,13 @@
     model.save_pretrained(OTHER)                        # the folder that sparsekern writes
 
 Loading goes through Transformers' extension points for quantizers (`register_quantization_config`,
-`register_quantizer`) under the quant_method "sparsekern": Transformers loads every dense tensor, and
-compressed layers come from the files without ever being dense. Without this package the same call
-ends with an error that names it (formats/disk.py, UNREADABLE_WITHOUT_US).
+`register_quantizer`) under the quant_method "sparsekern": Transformers loads every dense tensor,
+and compressed layers come from the files without ever being dense. Without this package the same
+call ends with an error that names it (formats/disk.py, UNREADABLE_WITHOUT_US).
 
 There is no extension point that sees a model which was pruned after loading, so
-`PreTrainedModel.save_pretrained`, which Trainer calls too, is wrapped: models without a SparseLinear
-pass through unchanged. `import sparsekern` imports nothing of Transformers; it registers at once
+`PreTrainedModel.save_pretrained`, which Trainer calls too, is wrapped: models without a
+SparseLinear pass through unchanged. `import sparsekern` imports nothing of Transformers; it registers at once
 where Transformers is there already, and otherwise when `transformers.modeling_utils` is imported.
 """
 
