@@ -11,8 +11,9 @@ call ends with an error that names it (formats/disk.py, UNREADABLE_WITHOUT_US).
 
 There is no extension point that sees a model which was pruned after loading, so
 `PreTrainedModel.save_pretrained`, which Trainer calls too, is wrapped: models without a
-SparseLinear pass through unchanged. `import sparsekern` imports nothing of Transformers; it registers at once
-where Transformers is there already, and otherwise when `transformers.modeling_utils` is imported.
+SparseLinear pass through unchanged. `import sparsekern` imports nothing of Transformers; it
+registers at once where Transformers is there already, and otherwise when
+`transformers.modeling_utils` is imported.
 """
 
 from __future__ import annotations
