@@ -114,7 +114,13 @@ class _EmptyOnMeta(TorchFunctionMode):
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
             return func(*args, **kwargs)
-        if getattr(func, "__name__", "") not in ("__get__", "__set__", "detach", "requires_grad_"):
+        counted = self.budget.nbytes != float("inf")
+        if counted and getattr(func, "__name__", "") not in (
+            "__get__",
+            "__set__",
+            "detach",
+            "requires_grad_",
+        ):
             self.budget.tensor(_new_bytes(func, args, kwargs))
         return func(*args, **kwargs)
 

@@ -102,7 +102,7 @@ def register() -> None:
         if _registered:
             return
         from transformers import PreTrainedModel
-        from transformers.quantizers import (
+        from transformers.quantizers import (  # type: ignore[attr-defined]
             HfQuantizer,
             register_quantization_config,
             register_quantizer,
@@ -111,6 +111,8 @@ def register() -> None:
 
         class SparsekernConfig(QuantizationConfigMixin):  # type: ignore[misc]
             """The quantization_config entry of a folder, as it is."""
+
+            quant_method: Any
 
             def __init__(self, **entry: Any) -> None:
                 self.quant_method = METHOD
