@@ -348,7 +348,7 @@ def test_export_does_not_follow_links_out_of_the_folder(folder, tmp_path, name):
     assert not (tmp_path / "dense").exists()
 
 
-# ---- writing --------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def test_the_output_is_checked_before_the_work(tmp_path):

@@ -6,7 +6,6 @@ import re
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from python_tests.checkpoint import architectures, checkpoint_cases
@@ -26,8 +25,7 @@ def stored(folder):
     """{name: tensor} of all tensors in a folder."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as handle:
-            found.update({name: handle.get_tensor(name) for name in handle.keys()})
+        found.update(load_file(path))
     return found
 
 
@@ -200,7 +198,7 @@ def test_names_before_release_5(monkeypatch, tmp_path):
         assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
 
 
-# ---- the words of Transformers' functions ---------------------------------------------------------
+# ---- the words of Transformers' functions --------------------------------------------------------
 
 
 def test_dtype_and_device_words(tmp_path):

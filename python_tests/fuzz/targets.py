@@ -186,10 +186,12 @@ def run(target: str, cases: int, seed: int, work: Path, outcome: Outcome) -> Non
         except Exception as error:
             result = "error"
             outcome.faults.append(f"{where}: {type(error).__name__}: {str(error)[:200]}")
-        if result in ("same", "differs"):
+        try:
             problems = verify_checkpoint(folder).problems
-            if "sha256" not in problems:
+            if result in ("same", "differs") and "sha256" not in problems:
                 outcome.faults.append(f"{where}: {result}, and the checksum does not say so")
+        except Exception as error:  # damage is reported, never raised
+            outcome.faults.append(f"{where}: verify: {type(error).__name__}: {str(error)[:200]}")
         seconds, grown = time.monotonic() - start, _peak_kib() - before
         outcome.counts[f"{target}: {result}"] += 1
         outcome.slowest = max(outcome.slowest, seconds)

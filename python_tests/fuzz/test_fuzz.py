@@ -1,4 +1,4 @@
-"""A fixed number of damaged checkpoints on every run of the tests; more: python -m python_tests.fuzz."""
+"""A fixed number of damaged checkpoints in every run; more by python -m python_tests.fuzz."""
 
 import pytest
 

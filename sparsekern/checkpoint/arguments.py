@@ -4,6 +4,7 @@ sizes. Each becomes a plain value, or an error that names the argument.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -252,7 +253,7 @@ def place(
             device_of(name)
     if len(set(where.values())) < 2:
         return device_of, None
-    _accelerate(op)
+    accelerate(op)
     return device_of, dict(where)
 
 
@@ -261,9 +262,10 @@ def _fits(nbytes: int) -> bool:
     return nbytes < 0.9 * free
 
 
-def _accelerate(op: str) -> Any:
+def accelerate(op: str) -> Any:
+    """The package accelerate, or ImportError that says what needs it."""
     try:
-        import accelerate
+        return importlib.import_module("accelerate")
     except ImportError as error:
         raise ImportError(
             message(
@@ -273,21 +275,18 @@ def _accelerate(op: str) -> Any:
                 "pip install accelerate, or pass device='cuda:0'.",
             )
         ) from error
-    return accelerate
 
 
 def _inferred(op: str, model: nn.Module, kind: str, max_memory: Any) -> dict[str, Any]:
-    accelerate = _accelerate(op)
+    package = accelerate(op)
     rigid = sorted(getattr(model, "_no_split_modules", None) or ())
     if kind != "sequential":
-        max_memory = accelerate.utils.get_balanced_memory(
+        max_memory = package.utils.get_balanced_memory(
             model,
             max_memory=max_memory,
             no_split_module_classes=rigid,
             low_zero=kind == "balanced_low_0",
         )
     return dict(
-        accelerate.infer_auto_device_map(
-            model, max_memory=max_memory, no_split_module_classes=rigid
-        )
+        package.infer_auto_device_map(model, max_memory=max_memory, no_split_module_classes=rigid)
     )

@@ -151,12 +151,13 @@ def from_pretrained(
     device_of, spread = arguments.place(
         LOAD_OP, model, device, device_map, max_memory, files.nbytes
     )
-    if spread is not None:
-        import accelerate
     _load(model, files, device_of, wanted, key_mapping, finite=verify, whole=True)
     if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         model.generation_config = _generation_config(folder)
-    return accelerate.dispatch_model(model, device_map=spread) if spread is not None else model
+    if spread is None:
+        return model
+    dispatched: nn.Module = arguments.accelerate(LOAD_OP).dispatch_model(model, device_map=spread)
+    return dispatched
 
 
 def _generation_config(folder: Path) -> Any:

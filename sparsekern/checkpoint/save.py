@@ -165,7 +165,8 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _compressed_head(model: nn.Module, sparse: Mapping[str, SparseLinear]) -> bool:
     """Whether the output layer is compressed: it then has weights of its own."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    ask: Any = getattr(model, "get_output_embeddings", None)
+    head = None if ask is None else ask()
     return any(head is module for module in sparse.values())
 
 

@@ -40,7 +40,7 @@ from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, TensorInfo, read_js
 
 ANY_FOLDER = 2**24  # no integer of a config is refused below this, whatever the files hold
 SPARE_BYTES = 2**28  # of real memory that a constructor may always take
-SPARE_MODULES = 20_000
+SPARE_MODULES = 2_000
 # Keys that name code or files outside the folder; the model is built without them.
 FOREIGN_KEYS = ("auto_map", "custom_pipelines", "kernel_config", "fusion_config")
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
@@ -117,7 +117,13 @@ class _EmptyOnMeta(TorchFunctionMode):
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
             return func(*args, **kwargs)
-        if getattr(func, "__name__", "") not in ("__get__", "__set__", "detach", "requires_grad_"):
+        counted = self.budget.nbytes != float("inf")
+        if counted and getattr(func, "__name__", "") not in (
+            "__get__",
+            "__set__",
+            "detach",
+            "requires_grad_",
+        ):
             self.budget.tensor(_new_bytes(func, args, kwargs))
         return func(*args, **kwargs)
 
@@ -257,7 +263,7 @@ def build_from_dict(
         f"Transformers {transformers.__version__} is installed; code of the folder is never run.",
     )
     try:
-        with meta_parameters(4 * nbytes + SPARE_BYTES, 64 * len(info) + SPARE_MODULES):
+        with meta_parameters(4 * nbytes + SPARE_BYTES, 16 * len(info) + SPARE_MODULES):
             config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
             for key, value in (overrides or {}).items():
                 check(

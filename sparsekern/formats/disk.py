@@ -225,4 +225,11 @@ def read_compression_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any
         f"sparsity_config of format {FORMAT}",
         str(sparsity)[:80],
     )
+    ignored = sparsity.get("ignore") or []
+    require(
+        isinstance(ignored, list) and all(isinstance(name, str) for name in ignored),
+        where,
+        "sparsity_config.ignore to list names",
+        str(ignored)[:80],
+    )
     return config, sparsity

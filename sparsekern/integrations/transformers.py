@@ -5,14 +5,15 @@
     model.save_pretrained(OTHER)                        # the folder that sparsekern writes
 
 Loading goes through Transformers' extension points for quantizers (`register_quantization_config`,
-`register_quantizer`) under the quant_method "sparsekern": Transformers loads every dense tensor, and
-compressed layers come from the files without ever being dense. Without this package the same call
-ends with an error that names it (formats/disk.py, UNREADABLE_WITHOUT_US).
+`register_quantizer`) under the quant_method "sparsekern": Transformers loads every dense tensor,
+and compressed layers come from the files without ever being dense. Without this package the same
+call ends with an error that names it (formats/disk.py, UNREADABLE_WITHOUT_US).
 
 There is no extension point that sees a model which was pruned after loading, so
-`PreTrainedModel.save_pretrained`, which Trainer calls too, is wrapped: models without a SparseLinear
-pass through unchanged. `import sparsekern` imports nothing of Transformers; it registers at once
-where Transformers is there already, and otherwise when `transformers.modeling_utils` is imported.
+`PreTrainedModel.save_pretrained`, which Trainer calls too, is wrapped: models without a
+SparseLinear pass through unchanged. `import sparsekern` imports nothing of Transformers; it
+registers at once where Transformers is there already, and otherwise when
+`transformers.modeling_utils` is imported.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def register() -> None:
         if _registered:
             return
         from transformers import PreTrainedModel
-        from transformers.quantizers import (
+        from transformers.quantizers import (  # type: ignore[attr-defined]
             HfQuantizer,
             register_quantization_config,
             register_quantizer,
@@ -110,6 +111,8 @@ def register() -> None:
 
         class SparsekernConfig(QuantizationConfigMixin):  # type: ignore[misc]
             """The quantization_config entry of a folder, as it is."""
+
+            quant_method: Any
 
             def __init__(self, **entry: Any) -> None:
                 self.quant_method = METHOD
