@@ -16,9 +16,9 @@ from sparsekern.finetune import Magnitude, Masked
 STEPS, WORLD = 6, 2
 
 
-def run(model, masked, optimizer, rank, world):
+def run(model, masked, optimizer, rank, world, device):
     for step in range(STEPS):
-        x, y = batch(step)
+        x, y = (t.to(device) for t in batch(step))
         optimizer.zero_grad()
         nn.functional.mse_loss(model(x[rank::world]), y[rank::world]).backward()
         optimizer.step()
@@ -26,37 +26,45 @@ def run(model, masked, optimizer, rank, world):
 
 
 def schedule_of(kind):
-    return Magnitude(every=2, freeze_at=4) if kind.endswith("moving") else None
+    return Magnitude(every=2, freeze_at=4) if "moving" in kind else None
 
 
 def worker(rank, kind, folder):
     torch.set_num_threads(1)
+    cuda = kind.endswith("cuda")
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD
+        "nccl" if cuda else "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=WORLD,
     )
-    model = pruned()
+    model = pruned().to(device)
     schedule = schedule_of(kind)
     if kind.startswith("ddp"):
         masked = Masked(model, schedule=schedule)
         wrapped = nn.parallel.DistributedDataParallel(model)
         optimizer = masked.attach(adamw(wrapped))
-        wrong = run(wrapped, masked, optimizer, rank, WORLD)
+        wrong = run(wrapped, masked, optimizer, rank, WORLD, device)
         weights = {n: p.detach() for n, p in model.named_parameters()}
     else:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         masked = Masked(model, schedule=schedule)  # before sharding: it sees whole weights
-        mesh = init_device_mesh("cpu", (WORLD,))
+        mesh = init_device_mesh(device.type, (WORLD,))
         for layer in (model.up, model.down):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         optimizer = masked.attach(adamw(model))
-        wrong = run(model, masked, optimizer, rank, WORLD)
+        wrong = run(model, masked, optimizer, rank, WORLD, device)
         weights = {n: p.full_tensor().detach() for n, p in model.named_parameters()}
     state = masked.state_dict()
     masked.load_state_dict(state)
     wrong += masked.check()
+    weights = {name: weight.cpu() for name, weight in weights.items()}
     if rank == 0:
         torch.save({"weights": weights, "wrong": wrong, "state": state}, Path(folder) / "out.pt")
     dist.destroy_process_group()

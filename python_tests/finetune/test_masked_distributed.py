@@ -17,8 +17,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("kind", ["ddp", "ddp-moving", "fsdp", "fsdp-moving"])
+GPUS = [pytest.param(f"{kind}-cuda", marks=pytest.mark.gpu) for kind in ("ddp", "fsdp-moving")]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "ddp-moving", "fsdp", "fsdp-moving", *GPUS])
 def test_two_processes_equal_one(kind, tmp_path):
+    if kind.endswith("cuda") and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     command = [sys.executable, "-m", "python_tests.finetune.dist_child", kind, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

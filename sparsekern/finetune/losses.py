@@ -144,23 +144,25 @@ class _Chunked(torch.autograd.Function):
             for begin in range(0, tokens, chunk):
                 part = slice(begin, begin + chunk)
                 x = hidden[part]
-                logits = (x if weight is None else x @ weight.t()).float()
-                log_z = torch.logsumexp(logits, 1, keepdim=True)
-                grad = torch.zeros_like(logits)
+                raw = x if weight is None else x @ weight.t()
+                log_p = torch.log_softmax(raw, 1, dtype=torch.float32)
+                grad: Tensor | None = None
                 if labels is not None:
                     label = labels[part].unsqueeze(1)
                     counts = label != IGNORED
                     safe = label.clamp(min=0)
-                    ce = (log_z - logits.gather(1, safe)) * counts
-                    ce_sum += ce.sum()
+                    ce_sum -= (log_p.gather(1, safe) * counts).sum()
                     if alpha:
-                        step = torch.exp(logits - log_z)
-                        step.scatter_add_(1, safe, -torch.ones_like(ce))
-                        grad += step * (counts * (alpha * tokens / counted))
+                        grad = log_p.exp()
+                        grad.scatter_add_(1, safe, -torch.ones_like(safe, dtype=grad.dtype))
+                        grad *= counts * (alpha * tokens / counted)
                 if alpha < 1:
-                    kl, slope = _kl(logits, log_z, target, part, teacher_head, temperature)
+                    kl, slope = _kl(raw, log_p, target, part, teacher_head, temperature)
                     kl_sum += kl
-                    grad += slope * (1 - alpha)
+                    if alpha:
+                        slope *= 1 - alpha
+                    grad = slope if grad is None else grad.add_(slope)
+                assert grad is not None
                 low = grad.to(hidden.dtype)
                 if grad_hidden is not None:
                     grad_hidden[part] = low if weight is None else low @ weight
@@ -188,35 +190,41 @@ class _Chunked(torch.autograd.Function):
 
 
 def _kl(
-    logits: Tensor,
-    log_z: Tensor,
+    raw: Tensor,
+    log_p: Tensor,
     target: Target,
     part: slice,
     teacher_head: Tensor | None,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of KL(q ‖ p) over the chunk's tokens, and T² · its gradient for the logits."""
+    """Sum of KL(q ‖ p) over the chunk's tokens, and T² · its gradient for the logits `raw`, whose
+    log_softmax is log_p (overwritten). Few passes over [chunk, vocabulary]: they are what it costs.
+    """
     if target.indices is not None and target.log_probs is not None:
-        return _kl_top(logits, log_z, target.indices[part].long(), target.log_probs[part].float())
+        return _kl_top(log_p, target.indices[part].long(), target.log_probs[part].float())
     if target.logits is not None:
-        theirs = target.logits[part].float()
+        theirs = target.logits[part]
     else:
         assert target.hidden is not None and teacher_head is not None
-        theirs = (target.hidden[part] @ teacher_head.t()).float()
-    log_q = torch.log_softmax(theirs / temperature, 1)
-    log_p = logits - log_z if temperature == 1 else torch.log_softmax(logits / temperature, 1)
+        theirs = target.hidden[part] @ teacher_head.t()
+    if temperature == 1:
+        log_q = torch.log_softmax(theirs, 1, dtype=torch.float32)
+    else:
+        log_q = torch.log_softmax(theirs.float() / temperature, 1)
+        log_p = torch.log_softmax(raw.float() / temperature, 1)
     q = log_q.exp()
-    kl = (q * (log_q - log_p)).sum()
-    return kl, (log_p.exp() - q) * temperature
+    difference = log_q.sub_(log_p)
+    kl = torch.bmm(q.unsqueeze(1), difference.unsqueeze(2)).sum()
+    slope = log_p.exp_().sub_(q)
+    return kl, slope if temperature == 1 else slope.mul_(temperature)
 
 
-def _kl_top(logits: Tensor, log_z: Tensor, indices: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+def _kl_top(log_p_all: Tensor, indices: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """KL over k entries and the rest: Σ_k q·log(q/p) + q_r·log(q_r/p_r) with q_r = 1 − Σ_k q.
 
     Its gradient for the logits is p − t with t = q at the k entries and q_r · p / p_r elsewhere.
     """
     tiny = 1e-7
-    log_p_all = logits - log_z
     log_p = log_p_all.gather(1, indices)
     q, p_all = log_q.exp(), log_p_all.exp()
     rest_q = (1 - q.sum(1, keepdim=True)).clamp(min=0)
