@@ -1,6 +1,7 @@
 # make demo       prunes a small real model and prints one table (no GPU needed)
 # make test       compiles every kernel, checks what ptxas said about it, runs all tests
 # make test-gpu   the tests that need a GPU, alone
+# make docs       the site of docs/ and the API reference in build/site; warnings are errors
 # make bench-mma  every tile of the mma.sp kernel, the one for Ampere and Ada, on two layers
 # make bench      measures on the GPU and appends to bench/records
 # make clean      removes what was built here (not the virtual environment)
@@ -28,7 +29,7 @@ STAMPS := build/stamps
 $(shell mkdir -p $(STAMPS); echo '$(SETTINGS)' | cmp -s - $(STAMPS)/settings \
   || echo '$(SETTINGS)' > $(STAMPS)/settings)
 
-.PHONY: demo test test-gpu bench bench-mma setup setup-test kernels clean
+.PHONY: demo test test-gpu docs bench bench-mma setup setup-test kernels clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/hf
@@ -39,6 +40,9 @@ test: $(STAMPS)/test kernels
 
 test-gpu: $(STAMPS)/test
 	$(PY) -m pytest -q -m gpu
+
+docs: $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 bench: $(STAMPS)/bench
 	$(PY) -m bench
@@ -67,7 +71,7 @@ $(STAMPS)/tools: $(VENV)/pyvenv.cfg $(STAMPS)/settings
 	@touch $@
 
 # Without isolation the compiled objects are reused, so a repeated set-up takes seconds.
-$(STAMPS)/hf $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/tools $(SOURCES)
+$(STAMPS)/hf $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/docs: $(STAMPS)/tools $(SOURCES)
 	$(PIP) install -q --no-build-isolation -e ".[$(@F)]"
 	@touch $@
 

@@ -38,7 +38,9 @@ def messages() -> str:
         rows = _rows(ast.parse(path.read_text(encoding="utf-8")))
         if rows:
             title = path.relative_to(ROOT).as_posix()
-            table = "\n".join(f"| {expected} | {got} | {remedy} |" for expected, got, remedy in rows)
+            table = "\n".join(
+                f"| {expected} | {got} | {remedy} |" for expected, got, remedy in rows
+            )
             parts.append(f"## {title}\n\n| expected | got | remedy |\n|---|---|---|\n{table}")
     return "\n\n".join(parts)
 

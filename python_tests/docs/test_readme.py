@@ -1,72 +1,69 @@
-"""README.md and CHANGELOG.md say only what is so: code runs, paths exist, commands parse, targets
-are in the Makefile."""
+"""README.md and CHANGELOG.md say only what is so: size, commands, targets, numbers, versions. Its code
+blocks are run by test_blocks.py."""
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
+from bench import figure, headline, record, table
+from python_tests.docs.pages import ROOT, blocks
 from sparsekern import __version__
 from sparsekern.cli import main as cli
 
-ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"(<!-- runnable -->\n)?```(\w+)\n(.*?)```", README, re.DOTALL)
-PYTHON = [code for marked, language, code in BLOCKS if language == "python" and marked]
-SHELL = [line for _, language, code in BLOCKS if language == "bash" for line in code.splitlines()]
-FOLDERS = ("sparsekern", "csrc", "bench", "python_tests")
+BLOCKS = blocks(ROOT / "README.md")
+MOST_BYTES = 14 * 1024
 
 
-def paths(text):
-    """Every word that names a file or folder of the repository, as a path from its root."""
-    found = re.findall(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*", text)
-    found += [f"sparsekern/{name}" for name in re.findall(r"(?<![\w/])\w+\.py\b", text)]
-    found += [name for name in re.findall(r"`([A-Z]+)`", text) if name != "MODEL"]
-    return sorted({name.rstrip(".") for name in found})
-
-
-def test_every_python_block_is_marked_or_there_is_none():
-    assert len(PYTHON) == sum(language == "python" for _, language, _ in BLOCKS) == 2
-
-
-@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
-def test_python_blocks_run(code, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("transformers", reason="needs transformers")
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out
+def test_the_readme_is_short():
+    assert len(README.encode()) <= MOST_BYTES
 
 
 def test_the_example_is_as_short_as_promised():
-    assert len(PYTHON[0].strip().splitlines()) <= 13
+    first = next(block for block in BLOCKS if block.language == "python")
+    lines = first.code.strip().splitlines()
+    assert len([line for line in lines if line and "import" not in line]) <= 6
 
 
-def test_paths_exist():
-    found = paths(README)
-    assert "sparsekern/ops/linear_op.py" in found and "LICENSE" in found and len(found) > 20
-    assert [name for name in found if not (ROOT / name).exists()] == []
+def test_numbers_and_figure_are_those_of_the_records():
+    assert table.main(["--check"]) == 0
+    assert figure.up_to_date(record.read())
 
 
-def test_commands_parse():
-    commands = [shlex.split(line, comments=True) for line in SHELL]
-    ours = [words[1:] for words in commands if words and words[0] == "sparsekern"]
-    for words in ours:
-        assert cli.build_parser().parse_args(words).command == words[0]
+def test_the_figure_holds_what_it_shows():
+    shown = figure.drawn(figure.path("light"))
+    assert shown == figure.drawn(figure.path("dark")) and shown["shapes"] > 10
+    tokens = [row[0] for row in shown["peers"]["dense"]]
+    assert tokens == sorted(tokens) and {1, 64, 1024} <= set(tokens)
+    rows = [row for of in shown["peers"].values() for row in of]
+    assert all(least <= mean <= most for _, mean, least, most in rows)
+
+
+def test_a_figure_is_drawn_again_from_its_data(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib (the extra bench)")
+    figure.draw(record.read(), tmp_path)
+    assert figure.up_to_date(record.read(), tmp_path)
+    dark = figure.path("dark", tmp_path)
+    dark.write_text(dark.read_text().replace(headline.DTYPE, "float16"))
+    assert not figure.up_to_date(record.read(), tmp_path)
+
+
+def test_commands_are_all_named():
     help_text = cli.build_parser().format_help()
-    listed = re.findall(r"^    (\w+)\s", help_text, re.MULTILINE)
-    assert sorted(set(listed)) == sorted({words[0] for words in ours})
+    listed = set(re.findall(r"^    ([a-z]\w+)\s", help_text, re.MULTILINE))
+    lines = [line for b in BLOCKS if b.language == "bash" for line in b.code.splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines]
+    shown = {line[1] for line in words if line and line[0] == "sparsekern"}
+    named = set(re.findall(r"`(\w+)`", README))
+    assert shown and shown <= listed and listed <= shown | named
 
 
 def test_make_targets_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(
-        re.findall(
-            r"make ([\w-]+)",
-            "\n".join(re.findall(r"`make [\w-]+`|^ +make [\w-]+", README, re.MULTILINE)),
-        )
-    )
-    assert {"demo", "test"} <= named <= targets
+    lines = re.findall(r"`make [\w-]+`|^ +make [\w-]+", README, re.MULTILINE)
+    named = set(re.findall(r"make ([\w-]+)", "\n".join(lines)))
+    assert {"demo", "test", "docs"} <= named <= targets
 
 
 def test_extras_and_names_exist():
