@@ -2,8 +2,9 @@
 
 Every bench_<name>.py has `main(path, arguments)`, which measures, checks its outputs, and appends
 records to the file `path` (bench/records/<date>-<gpu>.jsonl). Options go to one benchmark only:
-`python -m bench NAME --help`. Without a GPU nothing is measured, and this says so. `python -m bench table [--check]`
-writes what the records say into bench/RESULTS.md, README.md and docs/figures.
+`python -m bench NAME --help`. Without a GPU nothing is measured, and this says so.
+`python -m bench table [--check]` writes what the records say into bench/RESULTS.md, README.md and
+docs/figures.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The README's figure: speed-up over the number of tokens, drawn from bench/records as SVG, once for
-light and once for dark pages.
+"""The README's figure: speed-up over the number of tokens, drawn from bench/records as SVG, once
+for light and once for dark pages.
 
 The drawn numbers are in the file itself, as JSON in its metadata, so that a test (and
 `python -m bench table --check`) compares them with the records without drawing.
@@ -84,7 +84,7 @@ def draw(records: list[dict], folder: Path = FOLDER) -> None:
                 axes.plot(tokens, mean, color=color, marker="o", markersize=4, label=label)
             axes.axhline(1, color=colors["ink"], linewidth=1, linestyle="--")
             axes.set_xscale("log", base=2)
-            ticks = [2**power for power in range(0, 14)]
+            ticks = [2**power for power in range(14)]
             axes.xaxis.set_major_locator(FixedLocator(ticks))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xticks(ticks, [str(tick) for tick in ticks])

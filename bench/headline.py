@@ -1,6 +1,6 @@
-"""The numbers of the README, from the records: size, speed and quality in three facts, and a table of
-how much faster on average, from where to where. Losses are in the same ranges, and counted; one by one
-they are in bench/RESULTS.md.
+"""The numbers of the README, from the records: size, speed and quality in three facts, and a table
+of how much faster on average, from where to where. Losses are in the same ranges, and counted; one
+by one they are in bench/RESULTS.md.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ INTRODUCTION = """# Results
 
 Made from bench/records by `python -m bench table`; not to be edited. How it is measured, and how to
 repeat it, is in bench/README.md. Ratios are the time of the peer over ours: below 1 the peer is
-faster. In the pruning tables m.gguf is SmolLM2-135M-Instruct.Q4_1.gguf, calibrated on 128 windows of
-C4 and evaluated on WikiText-2; "refine 0" is each method as published. Those made on a CPU use the
+faster. In the pruning tables m.gguf is SmolLM2-135M-Instruct.Q4_1.gguf, calibrated on 128 windows
+of C4 and evaluated on WikiText-2; "refine 0" is each method as published. Those made on a CPU use the
 demo's text, with 20 windows of 512 tokens.
 """
 NOTHING = "No measurements are recorded yet."
@@ -163,7 +163,7 @@ def linear_tables(records: list[dict]) -> str:
 
 
 def losses(records: list[dict]) -> str:
-    """What is slower than a peer on one GPU: linear layers, the Triton kernel, the mma.sp kernel."""
+    """What is slower than a peer on one GPU: linear layers, the Triton and the mma.sp kernel."""
     linear = [entry for entry in records if entry["op"] == "linear" and "us" in entry]
     parts = [losses_table(results.cells(linear))] if linear else []
     with_triton = {entry.get("campaign") for entry in linear if entry["backend"] == "triton"}

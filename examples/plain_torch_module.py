@@ -1,4 +1,4 @@
-"""Prune a module that is no Transformers model: it is calibrated as a whole, on your own batches."""
+"""Prune a module that is no Transformers model: calibrated as a whole, on your own batches."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Save a pruned model, check the folder, load it without a dense copy, export it for other programs."""
+"""Save a pruned model, check the folder, load it without a dense copy, export it for others."""
 
 import tempfile
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""Runs the first Python block of README.md for real, on the real model, and writes what it printed and
-how long it took below it:
+"""Runs the first Python block of README.md for real, on the real model, and writes what it printed
+and how long it took below it:
 
     python -m python_tests.docs.real_example
 

@@ -3,7 +3,7 @@
     python -m python_tests.docs.source_lines            # what does not stand where a page says
     python -m python_tests.docs.source_lines --refresh  # the same after putting the numbers right
 
-A quote is looked for in its file: the occurrence nearest to the old number is taken. A quote that is
+A quote is looked for in its file: the occurrence nearest to the old number is taken. One that is
 nowhere in the file is for a person to change.
 """
 

@@ -1,6 +1,6 @@
 """Every code block of the pages runs: python blocks in order, one name space per page, in an empty
-folder that holds a tiny model as `model/` and a text as `text.txt`; bash blocks are parsed, and their
-commands checked against the parser of the command line, the Makefile and the benchmarks."""
+folder that holds a tiny model as `model/` and a text as `text.txt`; bash blocks are parsed, and
+their commands checked against the parser of the command line, the Makefile and the benchmarks."""
 
 from __future__ import annotations
 

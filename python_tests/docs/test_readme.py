@@ -1,4 +1,4 @@
-"""README.md and CHANGELOG.md say only what is so: size, commands, targets, numbers, versions. Its code
+"""README.md and CHANGELOG.md say only what is so: size, commands, targets, numbers, versions. Code
 blocks are run by test_blocks.py."""
 
 import re
