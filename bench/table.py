@@ -27,8 +27,8 @@ INTRODUCTION = """# Results
 Made from bench/records by `python -m bench table`; not to be edited. How it is measured, and how to
 repeat it, is in bench/README.md. Ratios are the time of the peer over ours: below 1 the peer is
 faster. In the pruning tables m.gguf is SmolLM2-135M-Instruct.Q4_1.gguf, calibrated on 128 windows
-of C4 and evaluated on WikiText-2; "refine 0" is each method as published. Those made on a CPU use the
-demo's text, with 20 windows of 512 tokens.
+of C4 and evaluated on WikiText-2; "refine 0" is each method as published. Those made on a CPU use
+the demo's text, with 20 windows of 512 tokens.
 """
 NOTHING = "No measurements are recorded yet."
 
