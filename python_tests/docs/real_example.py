@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+import sparsekern  # before the folder changes: that of this tree
 from python_tests.docs.pages import ROOT, blocks
 
 BEGIN, END = "<!-- output:begin -->", "<!-- output:end -->"
@@ -24,7 +25,7 @@ BEGIN, END = "<!-- output:begin -->", "<!-- output:end -->"
 
 def run(code: str) -> str:
     """What the code prints in an empty folder, and its time, as the text between the markers."""
-    printed, start = io.StringIO(), time.perf_counter()
+    printed, start, busy = io.StringIO(), time.perf_counter(), time.process_time()
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(printed):
         os.chdir(folder)
@@ -32,8 +33,11 @@ def run(code: str) -> str:
             exec(compile(code, "README.md", "exec"), {})
         finally:
             os.chdir(before)
-    seconds, threads = time.perf_counter() - start, torch.get_num_threads()
-    text = f"{seconds:.0f} s in all on {threads} CPU threads, torch {torch.__version__}."
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
+    text = (
+        f"{seconds:.0f} s in all, {busy:.0f} s of CPU time, with {torch.get_num_threads()} CPU "
+        f"thread(s), torch {torch.__version__}, sparsekern {sparsekern.__version__}."
+    )
     return f"{BEGIN}\n```text\n{printed.getvalue()}```\n\n{text}\n{END}"
 
 
