@@ -4,7 +4,7 @@
                                                                        | compress
     safetensors on disk <------ Sparse24 (values + 2-bit metadata) -----> SparseLinear
 
-The map of the code is in README.md; `reference.py` is the specification of every op in float64.
+The map of the code is in docs/map.md; `reference.py` is the specification of every op in float64.
 """
 
 __version__ = "0.1.0"

@@ -215,14 +215,18 @@ def test_summary_of_a_run():
 def test_linear_tables_begin_with_what_is_lost():
     text = table.render(RECORDS)
     assert text.splitlines() == [
-        f"**Linear layers**, GPU X, torch 2.9, git {'a' * 10}",
+        "**Where we lose**, GPU X",
         "",
-        "Where we lose: in 2 of 9 comparisons, 1 times to cuBLAS and 1 times to cuSPARSELt",
+        "Linear layers: in 2 of 9 comparisons, 1 times to cuBLAS and 1 times to cuSPARSELt",
         "",
         "| out x in | tokens | dtype | faster | its time / ours |",
         "| --- | ---: | ---: | ---: | ---: |",
         "| 4096x4096 | 64 | bfloat16 | cuBLAS | 0.800 |",
         "| 4096x4096 | 1024 | bfloat16 | cuSPARSELt | 0.990 |",
+        "",
+        "The Triton kernel is slower than cuBLAS in 1 of 1 comparisons, 0.50 to 0.50.",
+        "",
+        f"**Linear layers**, GPU X, torch 2.9, git {'a' * 10}",
         "",
         "decode, bfloat16: time of cuBLAS / cuSPARSELt over ours",
         "",
@@ -274,12 +278,13 @@ def test_headline_gives_means_and_extremes_of_one_gpu():
     assert "| 17 to 64 tokens | 0.80 (0.80 to 0.80) | 1.10 (1.10 to 1.10) |" in text
     mean = (0.99 * 1.1) ** 0.5
     assert f"| 513 to 1024 tokens | 1.55 (1.50 to 1.60) | {mean:.2f} (0.99 to 1.10) |" in text
-    assert "batch 1, context 64):\n151 instead of 100 tokens/s, 1.51 times" in text
+    assert "(batch 1, context 64): 151 instead of 100 tokens/s, 1.51 times" in text
+    assert "cuBLAS is faster in 1 of 4 cells, at worst 0.80" in text
     assert headline.render([{**entry, "dirty": True} for entry in RECORDS]) == ""
 
 
 def test_losses_table_without_losses_and_with_many(monkeypatch):
-    assert "Where we lose: in none of 2 comparisons." in table.render(RECORDS[:3])
+    assert "Linear layers: in none of 2 comparisons." in table.render(RECORDS[:3])
     monkeypatch.setattr(table, "MAX_LOSSES", 0)
     text = table.render(RECORDS)
     assert "in 2 of 9 comparisons" in text and "1 times to cuSPARSELt, of which the worst 0" in text
@@ -302,7 +307,7 @@ def test_sections_come_in_order_and_sweeps_stay_out():
     others = [result("zzz"), result("compress"), result("prune_model")]
     text = table.render([*others, hidden, *RECORDS])
     titles = [line.split("**")[1] for line in text.splitlines() if line.startswith("**")]
-    assert titles == ["Linear layers", "Pruning", "Compression", "zzz"]
+    assert titles == ["Where we lose", "Linear layers", "Pruning", "Compression", "zzz"]
     assert "| c | b | 94.56 | equal | prune_model |" in text
 
 
