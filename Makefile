@@ -1,9 +1,11 @@
 # make demo       prunes a small real model and prints one table (no GPU needed)
 # make test       compiles every kernel, checks what ptxas said about it, lints, runs all tests
 # make test-gpu   the tests that need a GPU, alone
+# make fuzz       damaged folders, GGUFs and headers by the thousand (SECURITY.md)
 # make lint       formatters and linters of Python and C++, types, the layering; changes nothing
 # make format     what the formatters want, written
 # make wheel      dist/*.whl with the kernels for 80, 89 and 90a, for machines without a compiler
+# make docs       the site of docs/ and the API reference in build/site; warnings are errors
 # make bench-mma  every tile of the mma.sp kernel, the one for Ampere and Ada, on two layers
 # make bench      measures on the GPU and appends to bench/records
 # make clean      removes what was built here (not the virtual environment)
@@ -37,8 +39,9 @@ $(shell mkdir -p $(STAMPS); echo '$(SETTINGS)' | cmp -s - $(STAMPS)/settings \
 CPP := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')
 CPP := $(filter-out csrc/ptx/wgmma_sp.cuh,$(CPP))
 
-.PHONY: demo test test-gpu lint format wheel bench bench-mma setup setup-test kernels clean
+.PHONY: demo test test-gpu fuzz docs lint format wheel bench bench-mma setup setup-test kernels clean
 .DELETE_ON_ERROR:
+MAKEFLAGS += --jobs=2
 
 demo: $(STAMPS)/hf
 	$(PY) -m sparsekern.demo
@@ -49,6 +52,9 @@ test: lint $(STAMPS)/test kernels
 
 test-gpu: $(STAMPS)/test
 	$(PY) -m pytest -q -m gpu
+
+fuzz: $(STAMPS)/test
+	$(PY) -m python_tests.fuzz
 
 lint: $(STAMPS)/lint
 	$(PY) -m ruff format --check .
@@ -64,6 +70,9 @@ format: $(STAMPS)/lint
 
 wheel: $(STAMPS)/wheel
 	$(PY) .ci/wheel.py dist
+
+docs: $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 bench: $(STAMPS)/bench
 	$(PY) -m bench
@@ -85,19 +94,28 @@ kernels: $(STAMPS)/test
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
 
-# torch comes first and alone: which build of it (CPU, CUDA) is the user's choice.
-$(STAMPS)/tools: $(VENV)/pyvenv.cfg $(STAMPS)/settings
-	$(PY) -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH_SPEC)"
+$(STAMPS)/tools: $(VENV)/pyvenv.cfg $(STAMPS)/settings pyproject.toml
 	$(PIP) install -q $(BUILD_REQUIRES)
 	@touch $@
 
-# Without isolation the compiled objects are reused, so a repeated set-up takes seconds.
-$(STAMPS)/hf $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/tools $(SOURCES)
-	$(PIP) install -q --no-build-isolation -e ".[$(@F)]"
+# The compiler needs no torch: it works while pip installs it, and while the linters run.
+$(STAMPS)/objects: $(STAMPS)/tools $(SOURCES)
+	$(PY) setup.py -q build_ext --inplace
 	@touch $@
 
-$(STAMPS)/lint: $(STAMPS)/tools pyproject.toml
-	$(PIP) install -q $(call listed,lint)
+# torch comes first and alone: which build of it (CPU, CUDA) is the user's choice.
+$(STAMPS)/torch: $(STAMPS)/tools
+	$(PY) -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH_SPEC)"
+	@touch $@
+
+$(STAMPS)/lint: $(STAMPS)/torch pyproject.toml
+	$(PIP) install -q $(call listed,dependencies) $(call listed,lint)
+	@touch $@
+
+# Without isolation the compiled objects are reused, so a repeated set-up takes seconds.
+$(STAMPS)/test: $(STAMPS)/lint # one pip at a time
+$(STAMPS)/hf $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/docs: $(STAMPS)/torch $(STAMPS)/objects $(SOURCES)
+	$(PIP) install -q --no-build-isolation -e ".[$(@F)]"
 	@touch $@
 
 $(STAMPS)/wheel: $(STAMPS)/tools pyproject.toml

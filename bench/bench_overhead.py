@@ -1,5 +1,7 @@
 """What one eager call costs the host: SparseLinear against nn.Linear, module by module; and the
-cuSPARSELt backend against the library's bare C function and against torch's own use of it.
+cuSPARSELt backend against the library's bare C function and against torch's own use of it. Then
+what the public functions take on the GPU: `sk.linear(x, sk.compress(w))` as the README writes it,
+against SparseLinear and dense, by CUDA graphs (`public_call`).
 
 A sample is the host's time for a batch of calls, divided by their number; the GPU's queue is
 drained before each batch and the batch fits in it, so nothing in the sample waits for the GPU.
@@ -12,7 +14,7 @@ import time
 import torch
 from torch import nn
 
-from sparsekern import SparseLinear, _native, decompress, prune_compress
+from sparsekern import SparseLinear, _native, compress, decompress, linear, prune_compress
 from sparsekern.backends.cusparselt import library as cusparselt_library
 from sparsekern.backends.cusparselt import linear as cusparselt_backend
 from sparsekern.ops import linear_op as ops
@@ -45,6 +47,8 @@ def main(path, arguments=()) -> int:
     with watchdog(HANG_S + args.budget), torch.inference_mode():
         for case in cases:
             measure(run, *case, getattr(torch, args.dtype))
+        for case in cases:
+            public(run, *case, getattr(torch, args.dtype))
     run.close()
     return 0
 
@@ -75,6 +79,47 @@ def measure(run: Run, out_features: int, in_features: int, tokens: int, dtype) -
         run.say(f"{case}: {name} {metrics['us_p50']} us per call")
 
 
+def public(run: Run, out_features: int, in_features: int, tokens: int, dtype: torch.dtype) -> None:
+    """Times and records one problem through the public functions, nothing packed by hand."""
+    generator = torch.Generator(run.device).manual_seed(0)
+    weight = torch.empty(out_features, in_features, dtype=dtype, device=run.device)
+    weight.normal_(0, in_features**-0.5, generator=generator)
+    x = torch.empty(tokens, in_features, dtype=dtype, device=run.device).normal_(
+        generator=generator
+    )
+    pruned = decompress(prune_compress(weight))
+    size = out_features * in_features * weight.element_size() // 2
+    count = timing.rotations(size) if run.device.type == "cuda" else 2
+    weights = [compress(pruned) for _ in range(count)]
+    modules = [SparseLinear.from_sparse24(compress(pruned)) for _ in range(count)]
+    copies = [weight.clone() for _ in range(count)]
+    calls = {
+        "dense": [lambda w=w: nn.functional.linear(x, w) for w in copies],
+        "SparseLinear": [lambda m=m: m(x) for m in modules],
+        "sk.linear(x, sk.compress(w))": [lambda w=w: linear(x, w) for w in weights],
+    }
+    for name, (call, *_) in calls.items():
+        check_bounded(name, call(), x, weight if name == "dense" else pruned, 2.0**-5, ours=False)
+    rule = timing.StopRule(0.005, min_rounds=10 if run.quick else 50, budget_s=2.0)
+    times = timing.compare(calls, run.timer, rule)
+    layouts = {"SparseLinear": modules[0].weight.layout, "dense": "dense"}
+    for name, timed in times.items():
+        run.add(
+            op="public_call",
+            backend=name,
+            check="bounded",
+            out_features=out_features,
+            in_features=in_features,
+            tokens=tokens,
+            dtype=str(dtype).removeprefix("torch."),
+            kernel=layouts.get(name, weights[0].layout),
+            **timed.row(),
+        )
+    dense = times["dense"].median
+    text = ", ".join(f"{n} {t.median:.2f} us ({dense / t.median:.2f})" for n, t in times.items())
+    run.say(f"{out_features}x{in_features}, {tokens} tokens: {text}")
+
+
 def vendor(out_features, in_features, tokens, dtype, run: Run) -> dict:
     """{name: (sampler, what computes)} of cuSPARSELt, every output checked; the same plan and
     algorithm (the default) for all but torch, which makes its own. Tokens are padded beforehand.
@@ -99,16 +144,16 @@ def vendor(out_features, in_features, tokens, dtype, run: Run) -> dict:
     y = x.new_empty(x.shape[0], out_features)
     native, stream = _native.module(), torch.cuda.current_stream().cuda_stream
     plan, workspace_bytes, _ = native.cusparselt_plan(
-        index,
-        cusparselt_library.DTYPES[dtype],
-        out_features,
-        x.shape[0],
-        in_features,
-        in_features,
-        out_features,
-        0,
-        False,
-        *cusparselt_backend.Algorithm(),
+        device=index,
+        dtype=cusparselt_library.DTYPES[dtype],
+        out_features=out_features,
+        tokens=x.shape[0],
+        in_features=in_features,
+        x_stride=in_features,
+        y_stride=out_features,
+        bias=0,
+        relu=False,
+        **cusparselt_backend.Algorithm()._asdict(),
     )
     workspace = x.new_empty(workspace_bytes, dtype=torch.uint8)
     module = SparseLinear.from_sparse24(w24, packed="cusparselt")
@@ -123,7 +168,9 @@ def vendor(out_features, in_features, tokens, dtype, run: Run) -> dict:
 
     def bare() -> float:
         torch.cuda.synchronize()
-        return native.cusparselt_time_matmul(*arguments, CALLS) * 1e6 / CALLS
+        names = ("plan", "blob", "x", "y", "workspace", "stream")
+        named = dict(zip(names, arguments, strict=True))
+        return native.cusparselt_time_matmul(**named, calls=CALLS) * 1e6 / CALLS
 
     def binding():
         native.cusparselt_matmul(*arguments)

@@ -10,6 +10,9 @@ library, D [out, tokens] = op(A) · B: A is W as [in, out], transposed, and B is
 
 Names, values and structs are those of cublasLt.h, cublas_api.h and library_types.h of CUDA 12.6,
 which is part of the library's binary interface: CUDA 13 has the same.
+
+By hand: no Python binding lists every algorithm with its configurations (nvmath-python's planning
+takes the heuristics' list).
 """
 
 from __future__ import annotations

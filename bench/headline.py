@@ -1,6 +1,6 @@
-"""The first numbers of the README, from the records: how much faster on average, from where to
-where, and what a whole model gains. Losses are in the same ranges; they are listed one by one in
-the results further down.
+"""The numbers of the README, from the records: size, speed and quality in three facts, and a table
+of how much faster on average, from where to where. Losses are in the same ranges, and counted; one
+by one they are in bench/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 
 
 def render(records: list[dict]) -> str:
-    """A table of ratios by number of tokens and a sentence about decoding; "" without records."""
-    clean = [entry for entry in records if entry["dirty"] is False and entry.get("gpu")]
-    gpus = [entry["gpu"] for entry in clean if entry["op"] == "linear"]
-    if not gpus:
+    """Three facts and a table of ratios by number of tokens; "" without records of a GPU."""
+    clean = [entry for entry in records if entry["dirty"] is False]
+    gpu = chosen_gpu(clean)
+    if gpu is None:
         return ""
-    gpu = max(sorted(set(gpus)), key=gpus.count)
-    mine = [entry for entry in clean if entry["gpu"] == gpu]
+    mine = [entry for entry in clean if entry.get("gpu") == gpu]
     found = [cell for cell in results.cells(mine) if cell.dtype == DTYPE]
+    facts = [_size(mine), _speed(mine), _quality(mine)]
     lines = [
-        f"Measured on one {gpu} in {DTYPE}: time of the peer over ours,",
-        "all layers of Llama-3 that were timed, geometric mean and extremes.",
+        *(fact for fact in facts if fact),
+        "",
+        f"Linear layers of Llama-3 shapes on one {gpu} in {DTYPE}: time of the peer over ours,",
+        "geometric mean and extremes of all that were timed.",
         "",
         "| linear layers | over cuBLAS | over cuSPARSELt, searched |",
         "| --- | ---: | ---: |",
@@ -35,8 +37,13 @@ def render(records: list[dict]) -> str:
         most = max(cell.tokens for cell in cells)
         ratios = [_ratios(cells, peer) for peer in results.PEERS]
         lines.append(f"| {first} to {most} tokens | {ratios[0]} | {ratios[1]} |")
-    lines += ["", _decoding(mine)]
-    return "\n".join(lines).rstrip()
+    return "\n".join([*lines, "", _lost(found)]).strip()
+
+
+def chosen_gpu(clean: list[dict]) -> str | None:
+    """The GPU with the most records of linear layers; None without any."""
+    gpus = [entry["gpu"] for entry in clean if entry["op"] == "linear" and entry.get("gpu")]
+    return max(sorted(set(gpus)), key=gpus.count) if gpus else None
 
 
 def _ratios(cells: list[results.Cell], peer: str) -> str:
@@ -47,23 +54,89 @@ def _ratios(cells: list[results.Cell], peer: str) -> str:
     return f"{mean:.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def _decoding(records: list[dict]) -> str:
-    """The newest decode_model records of the smallest batch, the best sparse form against dense."""
-    entries = [entry for entry in records if entry["op"] == "decode_model"]
+def _lost(found: list[results.Cell]) -> str:
+    """How often each peer is faster, and the worst of it."""
+    parts, losses = [], results.losses(found)
+    for peer, name in results.PEERS.items():
+        of = sum(cell.ratio(peer) is not None for cell in found)
+        ratios = [ratio for _, loser, ratio in losses if loser == peer]
+        text = f"{name} is faster in {len(ratios)} of {of} cells"
+        parts.append(f"{text}, at worst {min(ratios):.2f}" if ratios else text)
+    return f"**Lost**: {'; '.join(parts)}."
+
+
+def _newest(records: list[dict], op: str) -> list[dict]:
+    """The records of the newest campaign of an op, oldest first."""
+    entries = [entry for entry in records if entry["op"] == op]
+    return [entry for entry in entries if entry["campaign"] == entries[-1]["campaign"]]
+
+
+def _models(records: list[dict]) -> tuple[str, dict, dict] | None:
+    """(case, dense, best sparse form): the newest decode_model records of the smallest batch."""
+    entries = _newest(records, "decode_model")
     if not entries:
-        return ""
-    campaign = entries[-1]["campaign"]
-    entries = [entry for entry in entries if entry["campaign"] == campaign]
+        return None
     case = min((entry["case"] for entry in entries), key=_batch)
     metrics = {entry["backend"]: entry["metrics"] for entry in entries if entry["case"] == case}
     dense = metrics.pop("dense")
-    best = max(metrics.values(), key=lambda m: m["tokens_s"])
+    return case, dense, max(metrics.values(), key=lambda m: m["tokens_s"])
+
+
+def _size(records: list[dict]) -> str:
+    models = _models(records)
+    if models is None:
+        return ""
+    case, dense, best = models
     return (
-        f"Decoding with a whole model ({case}):\n"
-        f"{best['tokens_s']:.0f} instead of {dense['tokens_s']:.0f} tokens/s, "
-        f"{best['speedup']:.2f} times as fast, with {best['weights_gb']:.1f} instead of "
-        f"{dense['weights_gb']:.1f} GB of weights."
+        f"- **Size**: 9/16 of the 16-bit bytes of every pruned layer, on disk and on the GPU. "
+        f"A model ({case.partition(', batch')[0]}) with dense embeddings: "
+        f"{best['weights_gb']:.1f} instead of {dense['weights_gb']:.1f} GB of weights."
     )
+
+
+def _speed(records: list[dict]) -> str:
+    models = _models(records)
+    if models is None:
+        return ""
+    case, dense, best = models
+    return (
+        f"- **Speed**: decoding with that model ({case.partition('layers, ')[2]}): "
+        f"{best['tokens_s']:.0f} instead of {dense['tokens_s']:.0f} tokens/s, "
+        f"{best['speedup']:.2f} times as fast. No record compares an inference engine, or fp8."
+    )
+
+
+def _quality(records: list[dict]) -> str:
+    """Perplexity of the newest record of each method, and of the dense model."""
+    found = {}
+    for entry in records:
+        if entry["op"] != "prune_model":
+            continue
+        details = entry.get("details") or {}
+        name = entry["backend"]
+        if name == "sparsegpt":
+            name += _variant(details)
+        found[name] = entry["metrics"]["perplexity"]
+    wanted = {
+        "sparsegpt default": "with the default (SparseGPT, refined, matched to dense)",
+        "sparsegpt published": "with SparseGPT as published",
+        "wanda": "with Wanda",
+        "magnitude": "with magnitude",
+    }
+    parts = [f"{found[name]:.1f} {text}" for name, text in wanted.items() if name in found]
+    if "dense" not in found or not parts:
+        return ""
+    return (
+        f"- **Quality**: one-shot pruning costs much, and a small model pays most. SmolLM2-135M, "
+        f"perplexity on WikiText-2: dense {found['dense']:.1f}; {', '.join(parts)}."
+    )
+
+
+def _variant(details: dict) -> str:
+    refine, share = details.get("refine"), details.get("match_dense")
+    if refine == 16 and share == 0.25:
+        return " default"
+    return " published" if refine == 0 and not share else " other"
 
 
 def _batch(case: str) -> int:

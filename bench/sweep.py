@@ -22,7 +22,6 @@ DECODE_LIMIT = 64  # tokens that the decode kernel takes
 PREFILL_FROM = 32  # tokens from which prefill tiles are timed beside it
 HANG_S = 180.0
 MARGIN_S = 6.0
-_DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # DType in csrc/core/problem.h
 
 
 def configs(tokens: int, mma: bool = False) -> dict[str, tuple[str, int]]:
@@ -44,30 +43,28 @@ def workspace(device) -> Tensor:
 
 
 def launch(space: Tensor, kind: str, index: int, x: Tensor, w24) -> Tensor:
-    """y = x · Wᵀ by one native function with one config; x contiguous."""
+    """y = x · Wᵀ by one native kernel with one config; x contiguous."""
     from sparsekern import _native
 
     tokens, (out_features, in_features) = x.shape[0], w24.shape
     y = x.new_empty(tokens, out_features)
-    tail = (space.data_ptr(),) if kind == "prefill" else ()
-    getattr(_native.module(), kind)(
-        x.data_ptr(),
-        w24.values.data_ptr(),
-        w24.metadata.data_ptr(),
-        0,
-        0,
-        y.data_ptr(),
-        tokens,
-        out_features,
-        in_features,
-        in_features,
-        out_features,
-        0,
-        _DTYPES[x.dtype],
-        0,
-        index,
-        *tail,
-        torch.cuda.current_stream().cuda_stream,
+    linear = _native.module().Linear(
+        kernel=kind,
+        config=index,
+        tokens=tokens,
+        out_features=out_features,
+        in_features=in_features,
+        x_stride=in_features,
+        y_stride=out_features,
+        dtype=str(x.dtype).removeprefix("torch."),
+    )
+    linear(
+        x=x.data_ptr(),
+        values=w24.values.data_ptr(),
+        metadata=w24.metadata.data_ptr(),
+        y=y.data_ptr(),
+        workspace=space.data_ptr(),
+        stream=torch.cuda.current_stream().cuda_stream,
     )
     return y
 

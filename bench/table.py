@@ -1,9 +1,8 @@
-"""The README's results tables, made from bench/records: `python -m bench.table [--check]`.
+"""The tables of results, made from bench/records: `python -m bench table [--check]`.
 
-Everything between `<!-- results:begin -->` and `<!-- results:end -->` in README.md, and between the
-markers of headline.py, is replaced by what the records say; `--check` changes nothing and fails
-when the README differs. So no number there is typed by hand, and shapes where the dense layer wins
-stand beside the others.
+bench/RESULTS.md is written whole; in README.md what stands between the markers of headline.py is
+replaced, and the figure (figure.py) is drawn again. `--check` changes nothing and fails when one of
+them differs. So no number there is typed by hand, and shapes where a peer wins come first.
 
 Linear layers become, for each GPU: first the list of all cells where a peer is faster; then for
 each dtype a table for few tokens (decode) and one for many (prefill), with the ratios to cuBLAS and
@@ -19,10 +18,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from . import headline, record, results
+from . import figure, headline, record, results
 
 README = record.ROOT / "README.md"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+RESULTS = record.ROOT / "bench" / "RESULTS.md"
+INTRODUCTION = """# Results
+
+Made from bench/records by `python -m bench table`; not to be edited. How it is measured, and how to
+repeat it, is in bench/README.md. Ratios are the time of the peer over ours: below 1 the peer is
+faster. In the pruning tables m.gguf is SmolLM2-135M-Instruct.Q4_1.gguf, calibrated on 128 windows
+of C4 and evaluated on WikiText-2; "refine 0" is each method as published. Those made on a CPU use
+the demo's text, with 20 windows of 512 tokens.
+"""
 NOTHING = "No measurements are recorded yet."
 
 # In this order; ops that are not here follow, under their own name.
@@ -130,12 +137,12 @@ def _case(entry: dict) -> str:
 
 
 def linear_tables(records: list[dict]) -> str:
-    """Losses, then decode and prefill by dtype. All records have op "linear" and the same GPU."""
+    """Decode and prefill by dtype. All records have op "linear" and the same GPU."""
     found = results.cells(records)
     # Few campaigns time the Triton kernel; the newest of those is not the newest of all.
     with_triton = {entry.get("campaign") for entry in records if entry.get("backend") == "triton"}
     portable = results.cells([entry for entry in records if entry.get("campaign") in with_triton])
-    parts = [losses_table(found)]
+    parts = []
     for dtype in dict.fromkeys(cell.dtype for cell in found):
         cells = [cell for cell in found if cell.dtype == dtype]
         few = [cell for cell in cells if cell.tokens <= DECODE_TOKENS]
@@ -155,12 +162,42 @@ def linear_tables(records: list[dict]) -> str:
     return "\n\n".join([*parts, f'Medians of campaigns {campaigns}; "-": not timed.'])
 
 
+def losses(records: list[dict]) -> str:
+    """What is slower than a peer on one GPU: linear layers, the Triton and the mma.sp kernel."""
+    linear = [entry for entry in records if entry["op"] == "linear" and "us" in entry]
+    parts = [losses_table(results.cells(linear))] if linear else []
+    with_triton = {entry.get("campaign") for entry in linear if entry["backend"] == "triton"}
+    cells = results.cells([entry for entry in linear if entry.get("campaign") in with_triton])
+    ratios = [c.ratio("dense", "triton") for c in cells if c.us("triton") and c.us("dense")]
+    if ratios:
+        lost = sum(ratio < 1 for ratio in ratios)
+        parts.append(
+            f"The Triton kernel is slower than cuBLAS in {lost} of {len(ratios)} comparisons, "
+            f"{min(ratios):.2f} to {max(ratios):.2f}."
+        )
+    eras = [entry for entry in records if entry["op"] == "mma_era" and "us" in entry]
+    base, ratios = BASES["mma_era"], []
+    for _, found in newest(
+        eras, lambda e: (e["out_features"], e["in_features"], e["tokens"], e["dtype"])
+    ).values():
+        ours = [e["us"]["p50"] for name, e in found.items() if name.startswith("cuda-mma")]
+        if ours and base in found:
+            ratios.append(found[base]["us"]["p50"] / min(ours))
+    if ratios:
+        lost = sum(ratio < 1 for ratio in ratios)
+        parts.append(
+            f"The mma.sp kernel is slower than dense `mma.sync` kernels in {lost} of {len(ratios)} "
+            f"comparisons, {min(ratios):.2f} to {max(ratios):.2f}."
+        )
+    return "\n\n".join(parts)
+
+
 def losses_table(found: list[results.Cell]) -> str:
-    """Where we lose: every cell in which dense is faster, and the worst to cuSPARSELt."""
+    """Every cell in which dense is faster, and the worst to cuSPARSELt."""
     lost = results.losses(found)
     total = sum(map(results.compared, found))
     if not lost:
-        return f"Where we lose: in none of {total} comparisons."
+        return f"Linear layers: in none of {total} comparisons."
     by_peer = {peer: [loss for loss in lost if loss[1] == peer] for peer in results.PEERS}
     listed = by_peer["dense"] + by_peer["cusparselt"][:MAX_LOSSES]
     rows = [
@@ -169,7 +206,7 @@ def losses_table(found: list[results.Cell]) -> str:
     ]
     counts = [f"{len(by_peer[peer])} times to {name}" for peer, name in results.PEERS.items()]
     more = f", of which the worst {MAX_LOSSES}" if len(listed) < len(lost) else ""
-    text = f"Where we lose: in {len(lost)} of {total} comparisons, {' and '.join(counts)}{more}"
+    text = f"Linear layers: in {len(lost)} of {total} comparisons, {' and '.join(counts)}{more}"
     lines = markdown(["out x in", "tokens", "dtype", "faster", "its time / ours"], rows)
     return f"{text}\n\n{lines}"
 
@@ -185,6 +222,10 @@ def render(records: list[dict]) -> str:
         return NOTHING
     order = list(TITLES)
     parts = []
+    for gpu in sorted({entry.get("gpu") or "CPU" for entry in clean}):
+        text = losses([entry for entry in clean if (entry.get("gpu") or "CPU") == gpu])
+        if text:
+            parts.append(f"**Where we lose**, {gpu}\n\n{text}")
     for key in sorted(tables, key=lambda k: (order.index(k[0]) if k[0] in order else 99, *k)):
         (op, gpu, kind), entries = key, tables[key]
         if op == "linear" and kind == "us":
@@ -199,7 +240,7 @@ def render(records: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
-def replace(readme: str, text: str, first: str = BEGIN, last: str = END) -> str:
+def replace(readme: str, text: str, first: str, last: str) -> str:
     """README text with `text` between the markers `first` and `last`.
 
     Raises:
@@ -217,23 +258,40 @@ def _numeric(key: tuple[str, ...]) -> tuple:
     return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in key)
 
 
-def main(arguments: list[str], readme: Path = README, records: list[dict] | None = None) -> int:
+def main(
+    arguments: list[str],
+    readme: Path = README,
+    target: Path = RESULTS,
+    records: list[dict] | None = None,
+) -> int:
+    """Write, or with --check compare, RESULTS.md, the README's numbers and the figure."""
     if arguments not in ([], ["--check"]):
-        print("usage: python -m bench.table [--check]", file=sys.stderr)
+        print("usage: python -m bench table [--check]", file=sys.stderr)
         return 2
-    present = readme.read_text(encoding="utf-8")
     records = record.read() if records is None else records
-    wanted = replace(present, render(records))
-    if headline.BEGIN in present:
-        wanted = replace(wanted, headline.render(records), headline.BEGIN, headline.END)
-    if wanted == present:
-        return 0
-    if arguments:
-        print(f"{readme.name} differs from bench/records. Run: python -m bench.table")
-        return 1
-    readme.write_text(wanted, encoding="utf-8")
-    print(f"{readme.name}: tables rewritten")
-    return 0
+    text = readme.read_text(encoding="utf-8")
+    wanted = {
+        target: f"{INTRODUCTION}\n{render(records)}\n",
+        readme: replace(text, headline.render(records), headline.BEGIN, headline.END),
+    }
+    code = 0
+    for path, content in wanted.items():
+        if path.is_file() and path.read_text(encoding="utf-8") == content:
+            continue
+        if arguments:
+            print(f"{path.name} differs from bench/records. Run: python -m bench table")
+            code = 1
+        else:
+            path.write_text(content, encoding="utf-8")
+            print(f"{path.name}: written")
+    if readme == README and not figure.up_to_date(records):
+        if arguments:
+            print("docs/figures differs from bench/records. Run: python -m bench table")
+            code = 1
+        else:
+            figure.draw(records)
+            print("docs/figures: drawn")
+    return code
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The typed surface of the CUDA module (csrc/bindings.cpp). Pointers and streams are integers.
+"""The typed surface of the CUDA module (csrc/bindings.cpp). Addresses and streams are integers.
 
-The ops (csrc/core/problem.h) take positional arguments alone; pointers are to memory of the current
-device, 0 is null, strides count elements. dtype: 0 float16, 1 bfloat16. activation: 0 none, 1 relu,
-2 gelu, 3 silu. Nothing is allocated and nothing waits for the GPU.
+Addresses are of memory of the current device, 0 is null; strides count elements. A dtype that is a
+number is its place in csrc/core/dtype.h: 0 float16, 1 bfloat16. Nothing is allocated and nothing
+waits for the GPU. No function takes more than six positional integers; what has more takes names.
 """
 
-from typing import TypedDict
+from typing import TypedDict, final
 
 class BuildInfo(TypedDict):
     version: str  # of the package that it was built with
@@ -30,21 +30,27 @@ def build_info() -> BuildInfo: ...
 def device_count() -> int: ...
 def device_info(device: int) -> DeviceInfo: ...
 
+class DecodeConfig(TypedDict):
+    index: int  # what Linear takes as config
+    rows: int  # out_features of a thread block
+    split: int  # thread blocks that share the in_features of those rows
+
 class PrefillConfig(TypedDict):
-    index: int  # what `prefill` takes as config
+    index: int
     rows: int  # out_features of a tile
     tokens: int  # tokens of a tile
     cluster_rows: int  # tiles of a cluster along out_features
     cluster_tokens: int  # and along tokens
     streamed: bool  # the last wave is shared evenly along in_features
 
-class DecodeConfig(TypedDict):
-    index: int  # what `decode` takes as config
-    rows: int  # out_features of a thread block
-    split: int  # thread blocks that share the in_features of those rows
+class SplitConfig(TypedDict):
+    index: int
+    rows: int  # out_features of a tile
+    tokens: int  # tokens of a tile
+    split: int  # thread blocks, a cluster, that share the in_features of a tile
 
 class MmaConfig(TypedDict):
-    index: int  # what `mma` takes as config
+    index: int
     rows: int  # out_features of a thread block
     tokens: int  # tokens of a thread block
     warps_rows: int  # its warps along out_features
@@ -52,154 +58,103 @@ class MmaConfig(TypedDict):
     split: int  # along in_features, whose sums it adds at the end
     stages: int  # parts of the ring in shared memory; each holds 64 * split in_features
 
-class SplitConfig(TypedDict):
-    index: int  # what `split` takes as config
-    rows: int  # out_features of a tile
-    tokens: int  # tokens of a tile
-    split: int  # thread blocks, a cluster, that share the in_features of a tile
+class NaiveConfig(TypedDict):
+    index: int
+    rows: int
+    tokens: int
 
-def decode_configs() -> list[DecodeConfig]: ...
-def decode_config(out_features: int, in_features: int, /) -> int: ...  # what config 0 chooses
-def prefill_configs() -> list[PrefillConfig]: ...
-def mma_configs() -> list[MmaConfig]: ...
-def split_configs() -> list[SplitConfig]: ...
+class Kernels(TypedDict):
+    decode: list[DecodeConfig]  # up to 64 tokens, Hopper
+    decode_gated: list[DecodeConfig]  # silu(x · Wᵀ) * (x · Upᵀ), up to 32 tokens, Hopper
+    prefill: list[PrefillConfig]  # Hopper
+    split: list[SplitConfig]  # for few tiles, Hopper
+    mma: list[MmaConfig]  # compute capability 8.0 and later
+    naive: list[NaiveConfig]  # the readable kernel, for tests, Hopper
+
+def kernels() -> Kernels: ...  # csrc/linear/kernels.h and configs.h
+
+@final
+class Linear:
+    """The fixed part of a launch, checked once; called with its addresses.
+
+    y = activation(x · Wᵀ * channel_scale * token_scale + bias) + residual, summed in float32 and
+    rounded once.
+
+    Args:
+        kernel: a key of `kernels`.
+        config: index of one of its configs.
+        dtype: of x, y, bias and residual: "float16" | "bfloat16".
+        weight: storage type of the values; None is dtype, which is all that the kernels have.
+        activation: None | "relu" | "gelu" | "silu".
+    Raises:
+        ValueError: an unknown kernel, config, dtype or activation; a size that the kernel does not
+            take.
+        TypeError: a missing or unknown keyword; a value of another type.
+    """
+
+    def __init__(
+        self,
+        *,
+        kernel: str,
+        config: int,
+        tokens: int,
+        out_features: int,
+        in_features: int,
+        x_stride: int,
+        y_stride: int,
+        residual_stride: int = 0,
+        dtype: str,
+        weight: str | None = None,
+        activation: str | None = None,
+    ) -> None: ...
+
+    needs_workspace: bool  # whether a call should pass one; 0 does without, and is slower
+
+    def __call__(
+        self,
+        *,
+        x: int,  # [tokens, in_features], on a multiple of 16 bytes
+        values: int,  # layout "tile64"
+        metadata: int,
+        y: int,  # [tokens, out_features]
+        stream: int,
+        bias: int = 0,  # [out_features]
+        residual: int = 0,  # [tokens, out_features]
+        workspace: int = 0,  # zeroed once, of one stream alone; others than prefill leave it
+        up_values: int = 0,  # of a gated kernel
+        up_metadata: int = 0,
+        channel_scale: int = 0,  # float32 [out_features]; the naive kernel
+        token_scale: int = 0,  # float32 [tokens]; the naive kernel
+    ) -> None:
+        """Launches. ValueError for an operand that the kernel does not take, or that is missing."""
+
+PREFILL_COUNTER_BYTES: int  # the beginning of the workspace that must be zero
+
+def prefill_workspace_bytes() -> int: ...  # of a workspace on the current device
+def capture_id(stream: int, /) -> int: ...  # 0: the stream is not being captured
+
+# Weights.
+
+def pack(
+    *,
+    values: int,  # row-major, [out_features, in_features / 2]
+    metadata: int,  # [out_features, ceil(in_features / 8)]
+    packed_values: int,  # layout "tile64"
+    packed_metadata: int,
+    out_features: int,
+    in_features: int,
+    stream: int,
+) -> None: ...
 def prune_compress(
+    *,
     w: int,
     values: int,
     metadata: int,
     bad_chunks: int,  # int32, zeroed by the caller
     elements: int,  # out_features * in_features
-    dtype: int,  # 0 float16, 1 bfloat16
-    stream: int,
-    /,
-) -> None: ...
-def pack(
-    values: int,
-    metadata: int,
-    packed_values: int,
-    packed_metadata: int,
-    out_features: int,
-    in_features: int,
-    stream: int,
-    /,
-) -> None: ...
-def decode(
-    x: int,
-    values: int,
-    metadata: int,
-    bias: int,
-    residual: int,
-    y: int,
-    tokens: int,  # at most 64
-    out_features: int,
-    in_features: int,
-    x_stride: int,
-    y_stride: int,
-    residual_stride: int,
     dtype: int,
-    activation: int,
-    config: int,  # index of one of decode_configs(); 0 chooses
     stream: int,
-    /,
 ) -> None: ...
-def decode_gated(
-    x: int,
-    gate_values: int,
-    gate_metadata: int,
-    up_values: int,
-    up_metadata: int,
-    y: int,
-    tokens: int,  # at most 32
-    out_features: int,
-    in_features: int,
-    x_stride: int,
-    y_stride: int,
-    dtype: int,
-    config: int,
-    stream: int,
-    /,
-) -> None: ...
-def prefill(
-    x: int,
-    values: int,
-    metadata: int,
-    bias: int,
-    residual: int,
-    y: int,
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    x_stride: int,
-    y_stride: int,
-    residual_stride: int,
-    dtype: int,
-    activation: int,
-    config: int,  # index of one of prefill_configs()
-    workspace: int,  # zeroed once, of one stream alone; 0: do without
-    stream: int,
-    /,
-) -> None: ...
-def mma(
-    x: int,
-    values: int,
-    metadata: int,
-    bias: int,
-    residual: int,
-    y: int,
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    x_stride: int,
-    y_stride: int,
-    residual_stride: int,
-    dtype: int,
-    activation: int,
-    config: int,  # index of one of mma_configs()
-    stream: int,
-    /,
-) -> None: ...  # compute capability 8.0 and later
-def split(
-    x: int,
-    values: int,
-    metadata: int,
-    bias: int,
-    residual: int,
-    y: int,
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    x_stride: int,
-    y_stride: int,
-    residual_stride: int,
-    dtype: int,
-    activation: int,
-    config: int,  # index of one of split_configs()
-    stream: int,
-    /,
-) -> None: ...
-def naive(
-    x: int,
-    values: int,
-    metadata: int,
-    bias: int,
-    residual: int,
-    y: int,
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    x_stride: int,
-    y_stride: int,
-    residual_stride: int,
-    dtype: int,
-    activation: int,
-    stream: int,
-    /,
-) -> None: ...  # the readable kernel, for tests
-
-PREFILL_COUNTER_BYTES: int  # the beginning of the workspace that must be zero
-
-def prefill_workspace_bytes() -> int: ...
-def capture_id(stream: int, /) -> int: ...  # 0: the stream is not being captured
 
 # cuSPARSELt (csrc/cusparselt/cusparselt.h). device: index of the GPU, which must be current.
 
@@ -211,6 +166,7 @@ def cusparselt_compressed_bytes(
     device: int, dtype: int, out_features: int, in_features: int, /
 ) -> tuple[int, int]: ...  # of the blob, and of the buffer of cusparselt_compress
 def cusparselt_compress(
+    *,
     device: int,
     dtype: int,
     out_features: int,
@@ -219,9 +175,9 @@ def cusparselt_compress(
     blob: int,
     buffer: int,
     stream: int,
-    /,
 ) -> None: ...
 def cusparselt_plan(
+    *,
     device: int,
     dtype: int,
     out_features: int,
@@ -234,7 +190,6 @@ def cusparselt_plan(
     algorithm: int,  # -1: the library's choice; then the next two do not count
     split_k: int,
     split_k_mode: int,
-    /,
 ) -> tuple[int, int, int]: ...  # id, workspace bytes, number of algorithms
 def cusparselt_matmul(
     plan: int, blob: int, x: int, y: int, workspace: int, stream: int, /
@@ -247,5 +202,5 @@ def cusparselt_lend_workspace(
     device: int, stream: int, workspace: int, bytes: int, /
 ) -> None: ...  # for later calls on this stream; the caller keeps it alive
 def cusparselt_time_matmul(
-    plan: int, blob: int, x: int, y: int, workspace: int, stream: int, calls: int, /
+    *, plan: int, blob: int, x: int, y: int, workspace: int, stream: int, calls: int
 ) -> float: ...  # host seconds of so many bare calls

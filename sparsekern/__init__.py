@@ -4,7 +4,7 @@
                                                                        | compress
     safetensors on disk <------ Sparse24 (values + 2-bit metadata) -----> SparseLinear
 
-The map of the code is in README.md; `reference.py` is the specification of every op in float64.
+The map of the code is in docs/map.md; `reference.py` is the specification of every op in float64.
 """
 
 __version__ = "0.1.0"
@@ -17,7 +17,9 @@ from sparsekern.eval.perplexity import perplexity
 from sparsekern.formats.dtypes import ElementType, register_dtype
 from sparsekern.formats.layouts import Layout, WeightSpec, register_layout
 from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.integrations.transformers import register_when_imported
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.oneshot.compress_model import compress_model
 from sparsekern.oneshot.executor import calibrate
 from sparsekern.oneshot.prune_model import prune_model
 from sparsekern.oneshot.report import PruneReport
@@ -26,6 +28,7 @@ from sparsekern.ops.gated_op import gated_linear
 from sparsekern.ops.linear_op import Explanation, explain, linear
 
 _moved.install()
+register_when_imported()
 
 __all__ = [
     "ElementType",
@@ -39,6 +42,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "compress",
+    "compress_model",
     "decompress",
     "explain",
     "finetune",

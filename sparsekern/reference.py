@@ -8,10 +8,12 @@ the lower group in the low nibble of its byte, and 0x4 in the unused nibble of a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda y: y,
     "relu": torch.relu,
     "gelu": torch.nn.functional.gelu,

@@ -1,5 +1,5 @@
-// core/problem.h: what the host side may call. Torch-free: plain pointers, sizes, strides in elements, a
-// stream.
+// problem.h: what a launcher is asked to compute. Torch-free: plain pointers, sizes, strides in
+// elements, a stream.
 //
 // GEMM letters: D[M,N] = A[M,K] · B[K,N] with A the 2:4-sparse weight, because the hardware
 // sparsifies only A. For a linear layer y[tokens, out] = x[tokens, in] · W[out, in]^T that means M
@@ -11,34 +11,57 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/dtype.h"
 #include "core/status.h"
 
 namespace sparsekern {
 
-enum class DType : int { kFloat16 = 0, kBFloat16 = 1 };
-enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3 };
+// X(enumerator, name in Python); without one: kNone.
+#define SK_ACTIVATIONS(X) X(kRelu, "relu") X(kGelu, "gelu") X(kSilu, "silu")
+#define SK_ENUMERATOR(name, text) , name
+enum class Activation : int { kNone SK_ACTIVATIONS(SK_ENUMERATOR) };
+#undef SK_ENUMERATOR
 
-// y = activation(x · Wᵀ + bias) + residual, accumulated in float32 and rounded once.
-struct LinearProblem {
-  const void* x;         // [tokens, in_features], row stride x_stride
-  const void* values;    // packed "tile64" (layout/tile64.cuh)
-  const void* metadata;  // packed "tile64"
-  const void* bias;      // [out_features] or null
-  const void* residual;  // [tokens, out_features], row stride residual_stride, or null
-  void* y;               // [tokens, out_features], row stride y_stride
-  int tokens, out_features, in_features;
-  int64_t x_stride, y_stride, residual_stride;  // in elements
+// A dense matrix [tokens, features], x or y.
+struct Rows {
+  void* data;
+  int64_t stride;  // of a token, in elements
   DType dtype;
+};
+
+// A 2:4 weight in layout "tile64" (layout/tile64.cuh).
+struct Operand {
+  const void* values;
+  const void* metadata;
+};
+
+// What happens to the sums before they are rounded to y (linear/epilogue.cuh). Null: left out.
+struct EpilogueArguments {
+  const float* channel_scale;  // [out_features]
+  const float* token_scale;    // [tokens]
+  const void* bias;            // [out_features], dtype of y
   Activation activation;
+  const void* residual;     // [tokens, out_features], dtype of y
+  int64_t residual_stride;  // of a token, in elements
 };
 
-// silu(x · Gᵀ) * (x · Uᵀ): both halves of a gated MLP in one launch. G and U have the same shape.
-struct GatedProblem {
-  LinearProblem gate;  // bias, residual and activation unused; y is the output
-  const void* up_values;
-  const void* up_metadata;
+// y = activation(x · Wᵀ * channel_scale * token_scale + bias) + residual, accumulated in float32
+// and rounded once; a gated kernel: y = silu(x · Wᵀ) * (x · Upᵀ).
+struct LinearProblem {
+  int tokens, out_features, in_features;
+  Rows x;
+  DType weight_dtype;  // storage type of the values
+  Operand weight;
+  Operand up;  // of a gated kernel, same shape; else null
+  EpilogueArguments epilogue;
+  Rows y;
+  void* workspace;  // see linear/workspace.h
 };
 
+// A kernel of linear/kernels.h with one of its rows of linear/configs.h.
+using LinearLaunch = Status (*)(const LinearProblem& problem, int config, cudaStream_t stream);
+
+// Row-major values and metadata -> layout "tile64".
 Status launch_pack(const void* values, const void* metadata, void* packed_values,
                    void* packed_metadata, int out_features, int in_features, cudaStream_t stream);
 
@@ -46,30 +69,5 @@ Status launch_pack(const void* values, const void* metadata, void* packed_values
 // magnitude. `bad_chunks` counts what holds NaN or Inf; the caller zeroes it.
 Status launch_prune_compress(const void* w, void* values, void* metadata, int* bad_chunks,
                              int64_t elements, DType dtype, cudaStream_t stream);
-
-// The readable kernel of naive_sm90.cu; any number of tokens.
-Status launch_naive(const LinearProblem& problem, cudaStream_t stream);
-
-// For 1 to 64 tokens (gated: 32). config: index into SK_DECODE_CONFIGS (configs.h), 0 chooses. The
-// weights are read before the kernel's predecessor in the stream has finished (programmatic
-// dependent launch): they must not come from it.
-Status launch_decode(const LinearProblem& problem, int config, cudaStream_t stream);
-int decode_config(int out_features, int in_features);  // what 0 would choose
-Status launch_decode_gated(const GatedProblem& problem, int config, cudaStream_t stream);
-// config: index into SK_PREFILL_CONFIGS (configs.h). workspace: prefill_workspace_bytes, of which the
-// first kPrefillCounterBytes are zero before the first launch (each leaves them so), not shared by
-// launches that may overlap; null: tiles are never cut along K, which is slower when there are few.
-constexpr size_t kPrefillCounterBytes = 16384;
-Status launch_prefill(const LinearProblem& problem, int config, void* workspace,
-                      cudaStream_t stream);
-Status prefill_workspace_bytes(size_t& bytes);
-
-// For problems with few tiles. config: index into SK_SPLIT_CONFIGS (configs.h). It overlaps with its
-// predecessor as launch_decode does, and launch_prefill and launch_mma do, too.
-Status launch_split(const LinearProblem& problem, int config, cudaStream_t stream);
-
-// Compute capability 8.0 and later, any number of tokens. config: index into SK_MMA_CONFIGS
-// (configs.h).
-Status launch_mma(const LinearProblem& problem, int config, cudaStream_t stream);
 
 }  // namespace sparsekern

@@ -82,7 +82,12 @@ constexpr int kAttributeRelu = 0, kAttributeBiasPointer = 8;
 constexpr int kAlgorithmDefault = 0;
 constexpr int kAttributeId = 0, kAttributeMaxId = 1, kAttributeSplitK = 3, kAttributeSplitKMode = 4;
 
-cudaDataType data_type(DType dtype) { return dtype == DType::kFloat16 ? CUDA_R_16F : CUDA_R_16BF; }
+cudaDataType data_type(DType dtype) {
+#define SK_TYPE(enumerator, name, type, bits, operand, accumulator, map, library, ...) library,
+  constexpr cudaDataType kTypes[] = {SK_DTYPES(SK_TYPE)};
+#undef SK_TYPE
+  return kTypes[static_cast<int>(dtype)];
+}
 
 // ---- errors in words ----------------------------------------------------------------------------
 

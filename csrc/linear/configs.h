@@ -1,5 +1,5 @@
-// configs.h: the one list of kernel configurations. It makes the instantiations, the dispatch, the
-// tests' parameters and the sweep.
+// configs.h: the one list of kernel configurations. It makes the instantiations, the dispatch, what
+// Python sees (kernels.h), the tests' parameters and the sweep.
 //
 // X(index, panels per consumer, BLOCK_N tokens, cluster along out_features, cluster along tokens,
 //   streamed)
@@ -54,17 +54,17 @@
   X(17, 2, 128, 1)          \
   X(18, 2, 128, 2)
 
-// The decode kernel's row blocks and splits of K. Index 0 stands for the automatic choice.
+// The decode kernel's row blocks and splits of K, with one weight or gated.
 // X(index, row panels of 64 per CTA, CTAs that share the K of a row block)
 #define SK_DECODE_CONFIGS(X) \
-  X(1, 4, 1)                 \
-  X(2, 4, 2)                 \
-  X(3, 4, 4)                 \
-  X(4, 4, 8)                 \
-  X(5, 2, 1)                 \
-  X(6, 2, 2)                 \
-  X(7, 2, 4)                 \
-  X(8, 2, 8)
+  X(0, 4, 1)                 \
+  X(1, 4, 2)                 \
+  X(2, 4, 4)                 \
+  X(3, 4, 8)                 \
+  X(4, 2, 1)                 \
+  X(5, 2, 2)                 \
+  X(6, 2, 4)                 \
+  X(7, 2, 8)
 
 // The mma.sp kernel's tiles.
 // X(index, BLOCK_M rows, BLOCK_N tokens, warps along rows, along tokens, along K, stages)
@@ -85,11 +85,48 @@
   X(12, 32, 16, 1, 1, 4, 5)                                           \
   X(13, 32, 8, 1, 1, 4, 6)
 
+// The naive kernel's one tile.
+// X(index, rows, tokens)
+#define SK_NAIVE_CONFIGS(X) X(0, 64, 64)
+
 namespace sparsekern {
-#define SK_COUNT(...) +1
-constexpr int kPrefillConfigs = 0 SK_PREFILL_CONFIGS(SK_COUNT);
-constexpr int kDecodeConfigs = 0 SK_DECODE_CONFIGS(SK_COUNT);
-constexpr int kMmaConfigs = 0 SK_MMA_CONFIGS(SK_COUNT);
-constexpr int kSplitConfigs = 0 SK_SPLIT_CONFIGS(SK_COUNT);
-#undef SK_COUNT
+
+// The rows above in the words of Python: names of the columns ("?": true or false), then rows.
+struct ConfigTable {
+  const char* const* fields;
+  const int* values;
+  int columns, rows;
+
+  constexpr int at(int row, int column) const { return values[row * columns + column]; }
+};
+
+#define SK_PREFILL_ROW(index, panels, tokens, cluster_m, cluster_n, streamed) \
+  index, 128 * panels, tokens, cluster_m, cluster_n, streamed,
+#define SK_SPLIT_ROW(index, panels, tokens, split) index, 128 * panels, tokens, split,
+#define SK_DECODE_ROW(index, panels, split) index, 64 * panels, split,
+#define SK_MMA_ROW(...) __VA_ARGS__,
+#define SK_NAIVE_ROW(...) __VA_ARGS__,
+
+#define SK_CONFIG_TABLE(name, configs, row, ...)                                       \
+  inline constexpr const char* k##name##Fields[] = {__VA_ARGS__};                      \
+  inline constexpr int k##name##Values[] = {configs(row)};                             \
+  inline constexpr ConfigTable k##name##Configs = {                                    \
+      k##name##Fields, k##name##Values, sizeof(k##name##Fields) / sizeof(const char*), \
+      sizeof(k##name##Values) / sizeof(int) * sizeof(const char*) / sizeof(k##name##Fields)};
+
+SK_CONFIG_TABLE(Prefill, SK_PREFILL_CONFIGS, SK_PREFILL_ROW, "index", "rows", "tokens",
+                "cluster_rows", "cluster_tokens", "streamed?")
+SK_CONFIG_TABLE(Split, SK_SPLIT_CONFIGS, SK_SPLIT_ROW, "index", "rows", "tokens", "split")
+SK_CONFIG_TABLE(Decode, SK_DECODE_CONFIGS, SK_DECODE_ROW, "index", "rows", "split")
+SK_CONFIG_TABLE(Mma, SK_MMA_CONFIGS, SK_MMA_ROW, "index", "rows", "tokens", "warps_rows",
+                "warps_tokens", "split", "stages")
+SK_CONFIG_TABLE(Naive, SK_NAIVE_CONFIGS, SK_NAIVE_ROW, "index", "rows", "tokens")
+
+#undef SK_PREFILL_ROW
+#undef SK_SPLIT_ROW
+#undef SK_DECODE_ROW
+#undef SK_MMA_ROW
+#undef SK_NAIVE_ROW
+#undef SK_CONFIG_TABLE
+
 }  // namespace sparsekern

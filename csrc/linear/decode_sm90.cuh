@@ -7,7 +7,7 @@
 // At these N the weights are the only traffic that counts: 9/16 of the dense bytes, each read once.
 // So the kernel is a copy loop with a little arithmetic in its shadow:
 //
-//   one CTA      = one row block of 256 rows (a superpanel) or 128, and one slice of K
+//   one CTA      = one row block of 256 rows (a tile row group) or 128, and one slice of K
 //   one stage    = 64 dense columns: [x tile | 16 KiB values | 2 KiB metadata], three copies
 //   one cluster  = the 1, 2, 4 or 8 CTAs that share a row block; each takes 1/C of K, partial sums
 //                  meet in shared memory
@@ -34,8 +34,11 @@
 #include "layout/tile64.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/dependent_launch.cuh"
+#include "ptx/matrix.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/memory.cuh"
 #include "ptx/mma_sp.cuh"
+#include "ptx/named_barrier.cuh"
 #include "ptx/tma.cuh"
 #include "linear/epilogue.cuh"
 
@@ -52,6 +55,7 @@ constexpr int kSmemCapacity = 227 * 1024;
 template <class T_, int kTokenTiles_, int kWeights_, int kPanels_>
 struct Config {
   using T = T_;
+  using Tile = tile64::Tile<Element<T>::kStorageBits>;
   static constexpr int kPanels = kPanels_;
   static constexpr int kRows = kPanels * tile64::kRows;
   static constexpr int kWarpRows = kRows / kConsumerWarps;  // 32 or 16
@@ -60,8 +64,8 @@ struct Config {
   static constexpr int kWeights = kWeights_;
   static constexpr int kTokens = kTokenTiles * 8;
   static constexpr int kXBytes = kTokens * 128;
-  static constexpr int kValueBytes = kPanels * tile64::kValueBytes;
-  static constexpr int kMetadataBytes = kPanels * tile64::kMetadataBytes;
+  static constexpr int kValueBytes = kPanels * Tile::kValueBytes;
+  static constexpr int kMetadataBytes = kPanels * Tile::kMetadataBytes;
   static constexpr int kWeightBytes = kValueBytes + kMetadataBytes;
   static constexpr int kStageBytes = kXBytes + kWeights * kWeightBytes;
   static constexpr int kSumPitch = kRows + 4;  // words; +4 spreads the banks
@@ -76,7 +80,7 @@ template <class T>
 struct Params {
   const uint8_t* values[2];
   const uint8_t* metadata[2];
-  OutputSegment<T> out;
+  Epilogue<T> out;
   tile64::Extent extent;
   int row_blocks;
   int tokens;
@@ -147,25 +151,25 @@ struct Producer {
   RingPosition<Cfg::kStages> ring = {};
 
   __device__ __forceinline__ void copy_weights(int stage, int row_block, int k_tile) const {
-    constexpr int kBlocksPerSuperpanel = tile64::kPanelsPerSuperpanel / Cfg::kPanels;
+    constexpr int kBlocksPerGroup = tile64::kPanelsPerGroup / Cfg::kPanels;
     const int panels = panels_in<Cfg>(p.extent, row_block);
-    const uint32_t value_bytes = panels * tile64::kValueBytes,
-                   metadata_bytes = panels * tile64::kMetadataBytes;
+    const uint32_t value_bytes = panels * Cfg::Tile::kValueBytes,
+                   metadata_bytes = panels * Cfg::Tile::kMetadataBytes;
     const uint32_t full = smem.full(stage);
     ptx::mbarrier_arrive_expect_bytes(
         full, Cfg::kXBytes + Cfg::kWeights * (value_bytes + metadata_bytes));
-    const size_t tile = p.extent.first_tile(row_block / kBlocksPerSuperpanel, k_tile) +
-                        row_block % kBlocksPerSuperpanel * Cfg::kPanels;
+    const size_t tile = p.extent.first_tile(row_block / kBlocksPerGroup, k_tile) +
+                        row_block % kBlocksPerGroup * Cfg::kPanels;
 #pragma unroll
     for (int w = 0; w < Cfg::kWeights; ++w) {
-      ptx::bulk_copy(smem.values(stage, w), p.values[w] + tile * tile64::kValueBytes, value_bytes,
-                     full, ptx::L2Hint::kEvictFirst);
-      ptx::bulk_copy(smem.metadata(stage, w), p.metadata[w] + tile * tile64::kMetadataBytes,
+      ptx::bulk_copy(smem.values(stage, w), p.values[w] + tile * Cfg::Tile::kValueBytes,
+                     value_bytes, full, ptx::L2Hint::kEvictFirst);
+      ptx::bulk_copy(smem.metadata(stage, w), p.metadata[w] + tile * Cfg::Tile::kMetadataBytes,
                      metadata_bytes, full, ptx::L2Hint::kEvictFirst);
     }
   }
   __device__ __forceinline__ void copy_x(int stage, int k_tile) const {
-    ptx::tensor_copy(smem.x(stage), x_map, k_tile * tile64::kDenseK, 0, smem.full(stage),
+    ptx::tensor_copy(smem.x(stage), x_map, k_tile * Cfg::Tile::kDenseK, 0, smem.full(stage),
                      ptx::L2Hint::kEvictLast);
   }
   // The first turn of the ring: weights at once, x when the kernel that made it has finished.
@@ -200,10 +204,10 @@ __device__ __forceinline__ void multiply_stage(Accumulators<Cfg>& d, const Smem<
   const int panel = warp_idx * Cfg::kWarpRows / tile64::kRows;
   const int first_m16 = warp_idx * Cfg::kWarpRows % tile64::kRows / 16;
   const int row_in_matrix = lane_idx % 8, matrix = lane_idx / 8;
-  const uint32_t a_lane = panel * tile64::kValueBytes + (matrix / 2) * tile64::kChunkStride +
+  const uint32_t a_lane = panel * Cfg::Tile::kValueBytes + (matrix / 2) * tile64::kChunkStride +
                           (first_m16 * 2 + matrix % 2) * tile64::kRowGroupStride +
                           row_in_matrix * 16;
-  const uint32_t metadata_lane = panel * tile64::kMetadataBytes + first_m16 * 128 + lane_idx * 4;
+  const uint32_t metadata_lane = panel * Cfg::Tile::kMetadataBytes + first_m16 * 128 + lane_idx * 4;
   const uint32_t b_lane = smem.x(stage) + row_in_matrix * 128;
 
   uint32_t metadata[Cfg::kWeights][Cfg::kWarpTiles];
@@ -297,8 +301,7 @@ __device__ __forceinline__ void store_outputs(const Params<typename Cfg::T>& p,
     if constexpr (Cfg::kWeights == 2) {
       float up[4];
       reduce_segment<Cfg, kRanks>(up, smem, 1, token, row, rank);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = activate(v[i], Activation::kSilu) * up[i];
+      gate(v, up);
     }
     p.out.template store<4>(v, token, row_block * Cfg::kRows + row);
   }

@@ -1,12 +1,13 @@
-// epilogue.cuh: what happens to an accumulator before it is rounded: bias, activation, residual.
-// All in float32.
+// epilogue.cuh: what happens to a sum before it is rounded to y. All in float32:
+//
+//   y = activation(sum * channel_scale * token_scale + bias) + residual
+//
+// and the gate of two sums. One for all kernels; what one leaves out at compile time costs nothing,
+// a pointer that is null a uniform branch.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
-#include <type_traits>
 
+#include "core/dtype.cuh"
 #include "core/problem.h"
 
 namespace sparsekern {
@@ -32,36 +33,11 @@ __device__ __forceinline__ void activate(float (&v)[kCount], Activation activati
   for (int i = 0; i < kCount; ++i) v[i] = activate(v[i], activation);
 }
 
-template <class T>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(v);
-  } else {
-    const __half2 v = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(v);
-  }
-}
-
-template <class T>
-__device__ __forceinline__ float2 unpack_pair(uint32_t bits) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(bits));
-  } else {
-    return __half22float2(reinterpret_cast<const __half2&>(bits));
-  }
-}
-
-template <class T>
-__device__ __forceinline__ float to_float(T v) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __bfloat162float(v);
-  else return __half2float(v);
-}
-
-template <class T>
-__device__ __forceinline__ T from_float(float v) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(v);
-  else return __float2half_rn(v);
+// v = silu(v) * up
+template <int kCount>
+__device__ __forceinline__ void gate(float (&v)[kCount], const float (&up)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) v[i] = activate(v[i], Activation::kSilu) * up[i];
 }
 
 template <int kCount>
@@ -75,11 +51,33 @@ struct PackedWords<8> {
   using Type = uint4;
 };
 
-// Where a finished row segment goes: 4 or 8 consecutive out_features of one token. `aligned` says
-// that every pointer and stride allows 16-byte accesses; otherwise, and in the last columns,
-// elements go one by one.
-template <class T>
-struct OutputSegment {
+// The scales of a kernel that has them; either may be null.
+template <bool kScaled>
+struct Scales {
+  const float* channel_scale;
+  const float* token_scale;
+
+  // v: `count` consecutive rows of one token.
+  template <int kCount>
+  __device__ __forceinline__ void scale(float (&v)[kCount], int count, int token, int row) const {
+    const float of_token = token_scale ? token_scale[token] : 1.0f;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (i < count) v[i] *= (channel_scale ? channel_scale[row + i] : 1.0f) * of_token;
+    }
+  }
+};
+template <>
+struct Scales<false> {
+  template <int kCount>
+  __device__ __forceinline__ void scale(float (&)[kCount], int, int, int) const {}
+};
+
+// T: dtype of y, bias and residual. A finished segment is one output, or 4 or 8 consecutive
+// out_features of one token. `aligned` says that every pointer and stride allows 16-byte accesses;
+// otherwise, and in the last columns, elements go one by one.
+template <class T, bool kScaled = false>
+struct Epilogue : Scales<kScaled> {
   T* y;
   const T* bias;
   const T* residual;
@@ -95,6 +93,7 @@ struct OutputSegment {
     if (count <= 0) return;
     T* out = y + token * y_stride + row;
     const T* add = residual ? residual + token * residual_stride + row : nullptr;
+    this->scale(v, count, token, row);
     if (aligned && count == kCount) {
       if (bias) accumulate(v, *reinterpret_cast<const Words*>(bias + row));
       activate(v, activation);
@@ -117,6 +116,21 @@ struct OutputSegment {
     }
   }
 
+  __device__ __forceinline__ void store_one(float sum, int token, int row) const {
+    if (row >= out_features) return;
+    float v[1] = {sum};
+    this->scale(v, 1, token, row);
+    if (bias) v[0] += to_float(bias[row]);
+    activate(v, activation);
+    if (residual) v[0] += to_float(residual[token * residual_stride + row]);
+    y[token * y_stride + row] = from_float<T>(v[0]);
+  }
+
+  // For a thread that holds many tokens of a row, where `only_adds_bias`.
+  __device__ __forceinline__ float row_bias(int row) const {
+    return row < out_features ? to_float(bias[row]) : 0.0f;
+  }
+
  private:
   template <int kCount>
   static __device__ __forceinline__ void accumulate(float (&v)[kCount],
@@ -134,18 +148,31 @@ inline bool is_aligned16(const void* pointer, int64_t stride) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % 8 == 0;
 }
 
+template <class T, bool kScaled = false>
+Epilogue<T, kScaled> make_epilogue(const LinearProblem& p) {
+  const EpilogueArguments& arguments = p.epilogue;
+  Epilogue<T, kScaled> epilogue = {};
+  if constexpr (kScaled) {
+    epilogue.channel_scale = arguments.channel_scale;
+    epilogue.token_scale = arguments.token_scale;
+  }
+  epilogue.y = static_cast<T*>(p.y.data);
+  epilogue.bias = static_cast<const T*>(arguments.bias);
+  epilogue.residual = static_cast<const T*>(arguments.residual);
+  epilogue.y_stride = p.y.stride;
+  epilogue.residual_stride = arguments.residual_stride;
+  epilogue.out_features = p.out_features;
+  epilogue.activation = arguments.activation;
+  epilogue.aligned = is_aligned16(p.y.data, p.y.stride) && is_aligned16(arguments.bias, 8) &&
+                     is_aligned16(arguments.residual, arguments.residual_stride);
+  return epilogue;
+}
+
+// 16-byte pieces of y are sums, plus bias where there is one, rounded.
 template <class T>
-OutputSegment<T> output_segment(const LinearProblem& p) {
-  const bool aligned = is_aligned16(p.y, p.y_stride) && is_aligned16(p.bias, 8) &&
-                       is_aligned16(p.residual, p.residual_stride);
-  return {static_cast<T*>(p.y),
-          static_cast<const T*>(p.bias),
-          static_cast<const T*>(p.residual),
-          p.y_stride,
-          p.residual_stride,
-          p.out_features,
-          p.activation,
-          aligned};
+bool only_adds_bias(const Epilogue<T>& epilogue) {
+  return epilogue.activation == Activation::kNone && epilogue.residual == nullptr &&
+         epilogue.aligned;
 }
 
 }  // namespace sparsekern

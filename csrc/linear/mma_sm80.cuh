@@ -31,14 +31,15 @@
 #include "layout/tile64.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/dependent_launch.cuh"
-#include "ptx/mbarrier.cuh"
+#include "ptx/matrix.cuh"
+#include "ptx/memory.cuh"
 #include "ptx/mma_sp.cuh"
 #include "linear/epilogue.cuh"
 
 namespace sparsekern::mma {
 
 constexpr int kSmemCapacity = 99 * 1024;  // of a block on compute capability 8.6 and 8.9
-constexpr int kXRowBytes = tile64::kDenseK * 2;
+constexpr int kXRowBytes = 128;           // of a token: the dense columns of a tile
 
 // Byte offset of 16-byte chunk 0..7 of a token's 64 columns. The 8 rows of a matrix that ldmatrix
 // reads, one chunk of 8 tokens, lie in 8 different groups of 4 banks.
@@ -46,11 +47,14 @@ constexpr __host__ __device__ int x_offset(int token, int chunk) {
   return token * kXRowBytes + (chunk ^ token % 8) * 16;
 }
 
-// One of SK_MMA_CONFIGS; rows: 32, or a multiple of 64.
+// One of SK_MMA_CONFIGS; rows: 32, or a multiple of 64. kScaled_: the epilogue has scales.
 template <class T_, int kRows_, int kTokens_, int kWarpsM_, int kWarpsN_, int kWarpsK_,
-          int kStages_>
+          int kStages_, bool kScaled_ = false>
 struct Config {
   using T = T_;
+  using Tile = tile64::Tile<Element<T>::kStorageBits>;
+  static constexpr bool kScaled = kScaled_;
+  using Out = Epilogue<T, kScaled>;
   static constexpr int kRows = kRows_, kTokens = kTokens_;
   static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kWarpsK = kWarpsK_;
   static constexpr int kStages = kStages_;
@@ -62,14 +66,14 @@ struct Config {
 
   // Of one column tile, in the order of shared memory.
   static constexpr int kXBytes = kTokens * kXRowBytes;
-  static constexpr int kValueBytes = kRows * tile64::kValueBytes / tile64::kRows;
-  static constexpr int kMetadataBytes = kRows * tile64::kMetadataBytes / tile64::kRows;
+  static constexpr int kValueBytes = kRows * Tile::kValueBytes / tile64::kRows;
+  static constexpr int kMetadataBytes = kRows * Tile::kMetadataBytes / tile64::kRows;
   static constexpr int kTileBytes = kXBytes + kValueBytes + kMetadataBytes;
   static constexpr int kStageBytes = kWarpsK * kTileBytes;
   static constexpr int kSmemBytes = kStages * kStageBytes;
 
   // In shared memory a panel is as packed, but for its rows that the block does not have.
-  static constexpr int kPanelBytes = kPanelRows * tile64::kKeptK * 2;
+  static constexpr int kPanelBytes = kPanelRows * tile64::kChunks * 16;
   static constexpr int kChunkStride = kPanelRows * 16;
 
   // The epilogue's sums: kPassTiles token tiles of each warp at a time.
@@ -87,17 +91,17 @@ struct Config {
 
   static_assert(kSmemBytes <= kSmemCapacity && kStages >= 2);
   static_assert(kRows % kPanelRows == 0 && tile64::kRows % kPanelRows == 0);
-  static_assert(tile64::kSuperpanelRows % kRows == 0);
+  static_assert(tile64::kGroupRows % kRows == 0);
   static_assert(kPanelRows % kWarpRows == 0 && kWarpRows % 16 == 0, "a warp has rows of one panel");
   static_assert(kTileBytes % 128 == 0, "x_offset swizzles address bits 4 to 6");
 };
 
-template <class T>
+template <class Cfg>
 struct Params {
   const uint8_t* x;
   const uint8_t* values;
   const uint8_t* metadata;
-  OutputSegment<T> out;
+  typename Cfg::Out out;
   tile64::Extent extent;
   int64_t x_stride;  // bytes
   int tokens, in_features;
@@ -105,17 +109,19 @@ struct Params {
 };
 
 template <class Cfg>
-Params<typename Cfg::T> make_params(const LinearProblem& p) {
-  return {static_cast<const uint8_t*>(p.x),
-          static_cast<const uint8_t*>(p.values),
-          static_cast<const uint8_t*>(p.metadata),
-          output_segment<typename Cfg::T>(p),
-          tile64::Extent::of(p.out_features, p.in_features),
-          p.x_stride * 2,
-          p.tokens,
-          p.in_features,
-          tile64::ceil_div(p.out_features, Cfg::kRows),
-          tile64::ceil_div(p.tokens, Cfg::kTokens)};
+Params<Cfg> make_params(const LinearProblem& p) {
+  Params<Cfg> params = {};
+  params.x = static_cast<const uint8_t*>(p.x.data);
+  params.values = static_cast<const uint8_t*>(p.weight.values);
+  params.metadata = static_cast<const uint8_t*>(p.weight.metadata);
+  params.out = make_epilogue<typename Cfg::T, Cfg::kScaled>(p);
+  params.extent = tile64::Extent::of<typename Cfg::Tile>(p.out_features, p.in_features);
+  params.x_stride = p.x.stride * kBytes<typename Cfg::T>;
+  params.tokens = p.tokens;
+  params.in_features = p.in_features;
+  params.row_blocks = tile64::ceil_div(p.out_features, Cfg::kRows);
+  params.token_blocks = tile64::ceil_div(p.tokens, Cfg::kTokens);
+  return params;
 }
 
 // Which outputs a block computes. Eight row blocks at a time, through all tokens: the blocks that
@@ -159,14 +165,14 @@ struct Copier {
   int columns_left;  // of x, from this thread's columns on
   int k_tiles_left;  // of the weight, from the stage's first on
   // The same for all stages.
-  int64_t x_step;         // bytes from a piece of x to the next
-  int tokens_left;        // from this thread's first token on
-  int superpanel_panels;  // tiles from one column tile to the next
-  int panels_left;        // from the block's first panel on
-  int metadata_k;         // the column tile of this thread's piece; none: kWarpsK
-  int x_smem;             // offset of the first piece of x in a stage
+  int64_t x_step;    // bytes from a piece of x to the next
+  int tokens_left;   // from this thread's first token on
+  int group_panels;  // tiles from one column tile to the next
+  int panels_left;   // from the block's first panel on
+  int metadata_k;    // the column tile of this thread's piece; none: kWarpsK
+  int x_smem;        // offset of the first piece of x in a stage
 
-  __device__ __forceinline__ Copier(const Params<typename Cfg::T>& p, const BlockTile& tile) {
+  __device__ __forceinline__ Copier(const Params<Cfg>& p, const BlockTile& tile) {
     const int thread_idx = threadIdx.x;
     const int in_row = thread_idx % kXRowPieces, first_token = thread_idx / kXRowPieces;
     const int token = tile.token_block * Cfg::kTokens + first_token;
@@ -177,28 +183,28 @@ struct Copier {
     columns_left = p.in_features - in_row * 8;
 
     const int row = tile.row_block * Cfg::kRows;
-    const int superpanel = row / tile64::kSuperpanelRows;
-    const int panel = row % tile64::kSuperpanelRows / tile64::kRows;
+    const int group = row / tile64::kGroupRows;
+    const int panel = row % tile64::kGroupRows / tile64::kRows;
     k_tiles_left = p.extent.k_tiles;
-    superpanel_panels = p.extent.panels_in(superpanel);
-    panels_left = superpanel_panels - panel;
-    const size_t first = p.extent.first_tile(superpanel, 0) + panel;
-    values = p.values + first * tile64::kValueBytes +
+    group_panels = p.extent.panels_in(group);
+    panels_left = group_panels - panel;
+    const size_t first = p.extent.first_tile(group, 0) + panel;
+    values = p.values + first * Cfg::Tile::kValueBytes +
              thread_idx / Cfg::kPanelRows * tile64::kChunkStride +
              (row % tile64::kRows + thread_idx % Cfg::kPanelRows) * 16;
     const int in_tile = thread_idx % kMetadataPieces * 16;
     constexpr int kPanelMetadata = Cfg::kPanelRows * 8;
     metadata_k = thread_idx / kMetadataPieces;
-    metadata = p.metadata + (first + inside(in_tile / kPanelMetadata)) * tile64::kMetadataBytes +
+    metadata = p.metadata + (first + inside(in_tile / kPanelMetadata)) * Cfg::Tile::kMetadataBytes +
                row % tile64::kRows * 8 + in_tile % kPanelMetadata;
   }
 
   __device__ __forceinline__ void next_stage() {
     x += Cfg::kWarpsK * kXRowBytes;
     x_piece = x;
-    values += static_cast<int64_t>(Cfg::kWarpsK * tile64::kValueBytes) * superpanel_panels;
-    metadata += static_cast<int64_t>(Cfg::kWarpsK * tile64::kMetadataBytes) * superpanel_panels;
-    columns_left -= Cfg::kWarpsK * tile64::kDenseK;
+    values += static_cast<int64_t>(Cfg::kWarpsK * Cfg::Tile::kValueBytes) * group_panels;
+    metadata += static_cast<int64_t>(Cfg::kWarpsK * Cfg::Tile::kMetadataBytes) * group_panels;
+    columns_left -= Cfg::kWarpsK * Cfg::Tile::kDenseK;
     k_tiles_left -= Cfg::kWarpsK;
   }
 
@@ -207,7 +213,7 @@ struct Copier {
     return Cfg::kPanels > 1 && panel >= panels_left ? 0 : panel;
   }
   __device__ __forceinline__ int tiles_to(int k) const {
-    return (Cfg::kWarpsK > 1 && k >= k_tiles_left ? k_tiles_left - 1 : k) * superpanel_panels;
+    return (Cfg::kWarpsK > 1 && k >= k_tiles_left ? k_tiles_left - 1 : k) * group_panels;
   }
 
   __device__ __forceinline__ void copy_x(int j, uint32_t stage) {
@@ -223,14 +229,14 @@ struct Copier {
     const int k = piece / kTilePieces, in_tile = piece % kTilePieces;
     const int panel = in_tile / kPanelPieces, chunk = in_tile % kPanelPieces / Cfg::kPanelRows;
     ptx::cp_async_16(stage + k * Cfg::kTileBytes + Cfg::kXBytes + in_tile * 16 + threadIdx.x * 16,
-                     values + (tiles_to(k) + inside(panel)) * tile64::kValueBytes +
+                     values + (tiles_to(k) + inside(panel)) * Cfg::Tile::kValueBytes +
                          chunk * tile64::kChunkStride);
   }
   __device__ __forceinline__ void copy_metadata(uint32_t stage) const {
     if (metadata_k >= Cfg::kWarpsK) return;
     ptx::cp_async_16(stage + metadata_k * Cfg::kTileBytes + Cfg::kXBytes + Cfg::kValueBytes +
                          threadIdx.x % kMetadataPieces * 16,
-                     metadata + tiles_to(metadata_k) * tile64::kMetadataBytes);
+                     metadata + tiles_to(metadata_k) * Cfg::Tile::kMetadataBytes);
   }
 
   // All pieces of a stage, in two steps.
@@ -376,8 +382,7 @@ __device__ __forceinline__ void main_loop(WarpTile<Cfg>& warp_tile, Copier<Cfg> 
 // Sums -> shared memory [place along K][token][row] -> y, some token tiles of every warp at a time.
 template <class Cfg>
 __device__ __forceinline__ void store_outputs(const WarpTile<Cfg>& warp_tile,
-                                              const WarpPlace<Cfg>& warp,
-                                              const Params<typename Cfg::T>& p,
+                                              const WarpPlace<Cfg>& warp, const Params<Cfg>& p,
                                               const BlockTile& tile, uint32_t smem) {
   constexpr int kPlaneWords = Cfg::kPassTokens * Cfg::kSumPitch, kSegments = Cfg::kRows / 4;
   constexpr int kWarpPassTokens = Cfg::kPassTiles * 8;
@@ -422,7 +427,7 @@ __device__ __forceinline__ void store_outputs(const WarpTile<Cfg>& warp_tile,
 
 template <class Cfg>
 __global__ void __launch_bounds__(Cfg::kThreads)
-    spmm_mma_sm80_kernel(const __grid_constant__ Params<typename Cfg::T> p) {
+    spmm_mma_sm80_kernel(const __grid_constant__ Params<Cfg> p) {
   extern __shared__ __align__(128) uint8_t raw_smem[];
   ptx::let_successor_start();
   const uint32_t smem = ptx::smem_address(raw_smem);

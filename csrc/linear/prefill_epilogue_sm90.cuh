@@ -1,7 +1,10 @@
 // prefill_epilogue_sm90.cuh: from the accumulators of one consumer warpgroup to y; first, where
 // the K of a tile is shared, the exchange of sums with the other clusters.
 #pragma once
-#include "ptx/mma_sp.cuh"
+#include "ptx/matrix.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/named_barrier.cuh"
+#include "ptx/registers.cuh"
 #include "ptx/tma.cuh"
 #include "linear/tile_scheduler_sm90.cuh"
 
@@ -117,8 +120,8 @@ __device__ __forceinline__ void exchange_sums(Accumulators<Cfg>& d,
   }
 }
 
-// The same for a tile of a streamed rest. Returns false when another cluster finishes the tile; this
-// one has then given away its sums.
+// The same for a tile of a streamed rest. Returns false when another cluster finishes the tile;
+// this one has then given away its sums.
 template <class Cfg>
 __device__ __forceinline__ bool gather_streamed(Accumulators<Cfg>& d,
                                                 const Params<typename Cfg::T>& p,
@@ -162,15 +165,15 @@ __device__ __forceinline__ bool gather_streamed(Accumulators<Cfg>& d,
 
 // Two ways from the accumulators of one consumer to y. Bias alone and 16-byte aligned rows: add,
 // round, transpose through smem with stmatrix, 32 tokens at a time, and leave the rest to the copy
-// engine, which clips at the ends of y. Everything else: stage float32 sums, 16 tokens at a time, and
-// finish rows of 8 from there, so that the long code for activations and odd edges exists once and
-// not once per accumulator.
+// engine, which clips at the ends of y. Everything else: stage float32 sums, 16 tokens at a time,
+// and finish rows of 8 from there, so that the long code for activations and odd edges exists once
+// and not once per accumulator.
 //
-// Copies to y are issued by one warp per consumer, its storer, so that the consumer fills the next
-// slot meanwhile. Two named barriers per slot:
+// Copies to y are issued by one warp per consumer, its store warp, so that the consumer fills the
+// next slot meanwhile. Two named barriers per slot:
 //
 //   consumer   wait free[slot] - stage - fence - arrive filled[slot] - next slot
-//   storer     wait filled[slot] - copy - wait until the copy before has been read - arrive
+//   store warp wait filled[slot] - copy - wait until the copy before has been read - arrive
 //              free[slot before]; after a tile's last copy, free that slot, too
 //
 // Both begin each tile with slot 0.
@@ -182,7 +185,7 @@ __device__ __forceinline__ int free_barrier(int consumer, int slot) {
   return filled_barrier(consumer + kConsumers, slot);
 }
 static_assert(1 + kConsumers + 2 * kConsumers * kSlots <= 16);  // named barriers of a CTA
-constexpr int kNoMore = -1;  // row of the order that ends the work of a storer
+constexpr int kNoMore = -1;  // row of the order that ends the work of a store warp
 
 // Rounds a warp's 16 rows of 16 tokens and leaves them in a box, [token][64 rows of a panel]; a
 // token's 8 pieces of 16 bytes are in the order of a 128-byte swizzle. v: 8 sums of a thread.
@@ -198,15 +201,15 @@ __device__ __forceinline__ void stage_rounded(const float* v, uint32_t box) {
 
 // Adds the bias of a thread's rows: those of the upper and the lower half of its warp's 16.
 template <class Cfg>
-__device__ __forceinline__ void add_bias(Accumulators<Cfg>& d,
-                                         const OutputSegment<typename Cfg::T>& out, int first_row) {
+__device__ __forceinline__ void add_bias(Accumulators<Cfg>& d, const Epilogue<typename Cfg::T>& out,
+                                         int first_row) {
   const int warp_idx = threadIdx.x % 128 / 32, lane_idx = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < Cfg::kPanels; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + m * 64 + warp_idx * 16 + half * 8 + lane_idx / 4;
-      const float bias = row < out.out_features ? to_float(out.bias[row]) : 0.0f;
+      const float bias = out.row_bias(row);
 #pragma unroll
       for (int i = 0; i < Cfg::kTokens / 2; i += 4) {
         d[m][i + half * 2] += bias;
@@ -254,9 +257,9 @@ __device__ __forceinline__ void store_rounded(Accumulators<Cfg>& d,
   }
 }
 
-// Ends the work of this consumer's storer.
+// Ends the work of this consumer's store warp.
 template <class Cfg>
-__device__ __forceinline__ void dismiss_storer(const Smem<Cfg>& smem, int consumer) {
+__device__ __forceinline__ void dismiss_store_warp(const Smem<Cfg>& smem, int consumer) {
   ptx::named_barrier_sync(free_barrier(consumer, 0), kSlotThreads);
   if (threadIdx.x % 128 == 0) ptx::store_shared_int4(smem.order(consumer, 0), {kNoMore, 0, 0, 0});
   ptx::named_barrier_arrive(filled_barrier(consumer, 0), kSlotThreads);
@@ -298,13 +301,13 @@ __device__ __forceinline__ void store_boxes(const CUtensorMap* y_map, const Smem
   if (issues) ptx::tensor_store_wait<0>();
 }
 
-// origin(): {row, token} of the tile; owns(part): whether this CTA stores that part of 16 tokens. Both
-// are asked in each part, and the thread's index, too: the accumulators leave no registers.
+// origin(): {row, token} of the tile; owns(part): whether this CTA stores that part of 16 tokens.
+// Both are asked in each part, and the thread's index, too: the accumulators leave no registers.
 template <class Cfg, class Origin, class Owns>
 __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
-                                                const OutputSegment<typename Cfg::T>& out,
-                                                int tokens, uint32_t smem, int consumer,
-                                                Origin origin, Owns owns) {
+                                                const Epilogue<typename Cfg::T>& out, int tokens,
+                                                uint32_t smem, int consumer, Origin origin,
+                                                Owns owns) {
   constexpr int kVector = Cfg::kTokens > 192 ? 4 : 8, kPieces = Cfg::kConsumerRows / kVector;
 #pragma unroll 1
   for (int part = 0; part < Cfg::kTokens / kSumTokens; ++part) {

@@ -1,6 +1,6 @@
 // prefill_sm90.cuh: D[M,N] = A[M,K] · B[K,N] for many tokens, A 2:4-sparse. Hopper: copy
 // engine + wgmma.sp. Tiles, parameters and shared memory: tile_scheduler_sm90.cuh. What happens to
-// the accumulators: prefill_epilogue_sm90.cuh.
+// the accumulators: prefill_epilogue_sm90.cuh. What the consumers do: mainloop_sm90.cuh.
 //
 //   M = out_features   N = tokens   K = in_features (dense count)
 //   Specification: sparsekern/reference.py, linear
@@ -19,33 +19,32 @@
 // Roles (384 threads)                                                        registers
 //   warpgroups 0, 1   consumers: half of the rows each                       240
 //   warps 8, 9        producers: one lane copies x, one the weights           24
-//   warps 10, 11      storers: one per consumer, copies to y (epilogue)       24
+//   warps 10, 11      store warps: one per consumer, copies to y (epilogue)   24
 //
 // Barriers      filled by                      released by                     arrivals
 //   full[s]     copy engines of the cluster    -                               2 (own producers)
 //   empty[s]    -                              both consumers of every CTA     2 * (CM + CN - 1)
 //                                              that this CTA's copies reach
 //
-// Launches overlap (dependent_launch.cuh): weights are copied while the kernel before this one in the
-// stream ends, x when it has. The consumers need no wait of their own: x comes after one.
+// Launches overlap (dependent_launch.cuh): weights are copied while the kernel before this one in
+// the stream ends, x when it has. The consumers need no wait of their own: x comes after one.
 //
 // Work: a persistent grid; the clusters are dealt the tiles in turn. The last, partly
 // filled wave (few tokens: it is all there is) is shared out along K. Either its tiles are cut into
 // equal parts, as many as there are clusters for; the CTAs that share a tile exchange float32 sums
-// through global memory and each finishes the token blocks that it owns. Or, streamed, every cluster
-// takes an equal piece of all of it, and the one with the end of a tile finishes that. Both add in a
-// fixed order.
-//
-// Timeline of a consumer: issue the first panel of stage s - wait until stage s-1 is done, release it -
-// wait full[s+1], load its metadata - issue the other panels. So the tensor cores have work while
-// the consumer waits, and the metadata is there when the next stage may be issued. Two sets of
-// metadata registers take turns: that of stage s-1 is free when that of s+1 is loaded.
+// through global memory and each finishes the token blocks that it owns. Or, streamed, every
+// cluster takes an equal piece of all of it, and the one with the end of a tile finishes that. Both
+// add in a fixed order.
 #pragma once
-#include "ptx/dependent_launch.cuh"
-#include "ptx/tma.cuh"
-#include "ptx/wgmma_sp.cuh"
+#include "linear/mainloop_sm90.cuh"
 #include "linear/prefill_epilogue_sm90.cuh"
 #include "linear/tile_scheduler_sm90.cuh"
+#include "ptx/cluster.cuh"
+#include "ptx/dependent_launch.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/registers.cuh"
+#include "ptx/tma.cuh"
 
 namespace sparsekern::prefill {
 
@@ -71,10 +70,10 @@ __device__ __forceinline__ void produce_x(const CUtensorMap* x_map,
                            {tile.m, tile.n, index, item.k_end - item.k_begin});
     ptx::mbarrier_arrive_expect_bytes(full, Cfg::kXBytes);
     if (p.cluster.m == 1)
-      ptx::tensor_copy(slice, x_map, k_tile * tile64::kDenseK, row, full,
+      ptx::tensor_copy(slice, x_map, k_tile * Cfg::Tile::kDenseK, row, full,
                        ptx::L2Hint::kEvictNormal);
     else
-      ptx::tensor_copy_multicast(slice, x_map, k_tile * tile64::kDenseK, row, full, mask,
+      ptx::tensor_copy_multicast(slice, x_map, k_tile * Cfg::Tile::kDenseK, row, full, mask,
                                  ptx::L2Hint::kEvictNormal);
     ring.advance();
   }
@@ -92,10 +91,8 @@ __device__ __forceinline__ void produce_weights(const Params<typename Cfg::T>& p
   const int wanted = tile_position(p, item.tile).m * Cfg::kTilePanels + cluster_n * share;
   const int panel = wanted < last ? wanted : last;
   const int available = wanted + share - 1 <= last ? share : last - panel + 1;
-  const int superpanel = panel / tile64::kPanelsPerSuperpanel,
-            step = p.extent.panels_in(superpanel);
-  uint32_t tile =
-      p.extent.first_tile(superpanel, item.k_begin) + panel % tile64::kPanelsPerSuperpanel;
+  const int group = panel / tile64::kPanelsPerGroup, step = p.extent.panels_in(group);
+  uint32_t tile = p.extent.first_tile(group, item.k_begin) + panel % tile64::kPanelsPerGroup;
 #pragma unroll 1
   for (int k_tile = item.k_begin; k_tile < item.k_end; ++k_tile, tile += step) {
     const uint32_t full = smem.full(ring.stage());
@@ -104,139 +101,28 @@ __device__ __forceinline__ void produce_weights(const Params<typename Cfg::T>& p
 #pragma unroll 1
     for (int i = 0, count = available; i < share; i += count, count = 1) {
       const int slot = cluster_n * share + i;
-      const uint32_t values = smem.values(ring.stage()) + slot * tile64::kValueBytes;
-      const uint32_t metadata = smem.metadata(ring.stage()) + slot * tile64::kMetadataBytes;
-      const uint8_t* from_values = p.values + static_cast<size_t>(tile) * tile64::kValueBytes;
+      const uint32_t values = smem.values(ring.stage()) + slot * Cfg::Tile::kValueBytes;
+      const uint32_t metadata = smem.metadata(ring.stage()) + slot * Cfg::Tile::kMetadataBytes;
+      const uint8_t* from_values = p.values + static_cast<size_t>(tile) * Cfg::Tile::kValueBytes;
       const uint8_t* from_metadata =
-          p.metadata + static_cast<size_t>(tile) * tile64::kMetadataBytes;
+          p.metadata + static_cast<size_t>(tile) * Cfg::Tile::kMetadataBytes;
       if (p.cluster.n == 1) {
-        ptx::bulk_copy(values, from_values, count * tile64::kValueBytes, full,
+        ptx::bulk_copy(values, from_values, count * Cfg::Tile::kValueBytes, full,
                        ptx::L2Hint::kEvictNormal);
-        ptx::bulk_copy(metadata, from_metadata, count * tile64::kMetadataBytes, full,
+        ptx::bulk_copy(metadata, from_metadata, count * Cfg::Tile::kMetadataBytes, full,
                        ptx::L2Hint::kEvictNormal);
       } else {
         // Every CTA of my row of the cluster.
         const uint16_t mask = p.row_mask << (rank - cluster_n * p.cluster.m);
-        ptx::bulk_copy_multicast(values, from_values, count * tile64::kValueBytes, full, mask,
+        ptx::bulk_copy_multicast(values, from_values, count * Cfg::Tile::kValueBytes, full, mask,
                                  ptx::L2Hint::kEvictNormal);
-        ptx::bulk_copy_multicast(metadata, from_metadata, count * tile64::kMetadataBytes, full,
+        ptx::bulk_copy_multicast(metadata, from_metadata, count * Cfg::Tile::kMetadataBytes, full,
                                  mask, ptx::L2Hint::kEvictNormal);
       }
     }
     ring.advance();
   }
 }
-
-// --- consumers ---
-
-// Arrivals that tell one CTA that one consumer has finished with a stage.
-constexpr int kReleases = ptx::kArrivalsPerWarp == 1 ? 1 : 128;
-
-// Who must learn that this consumer has finished with a stage: lane j tells peer j.
-struct Release {
-  uint32_t empty;       // this CTA's first empty barrier
-  uint32_t peer_empty;  // shared::cluster address of peer j's; 0 for lanes without a peer
-  ClusterShape cluster;
-
-  template <class Cfg>
-  static __device__ __forceinline__ Release of(const Smem<Cfg>& smem, ClusterShape cluster) {
-    const int lane = ptx::thread_idx_again() % 128;
-    const bool active = lane < cluster.m + cluster.n - 1;
-    return {smem.empty(0), active ? ptx::map_to_cta(smem.empty(0), peer(cluster, lane)) : 0,
-            cluster};
-  }
-  // My column of the cluster, then my row without myself.
-  static __device__ __forceinline__ int peer(ClusterShape cluster, int j) {
-    const int rank = ptx::cluster_cta_rank(), cluster_m = rank % cluster.m,
-              cluster_n = rank / cluster.m;
-    if (j < cluster.m) return cluster_n * cluster.m + j;
-    const int n = j - cluster.m;
-    return (n < cluster_n ? n : n + 1) * cluster.m + cluster_m;
-  }
-  __device__ __forceinline__ void operator()(int stage) const {
-    if constexpr (kReleases == 1) {
-      if (peer_empty != 0) ptx::mbarrier_arrive_cluster(peer_empty + stage * 8);
-    } else {
-      for (int j = 0; j < cluster.m + cluster.n - 1; ++j)
-        ptx::mbarrier_arrive_cluster(ptx::map_to_cta(empty, peer(cluster, j)) + stage * 8);
-    }
-  }
-};
-
-template <class Cfg>
-struct Consumer {
-  using Metadata = uint32_t[Cfg::kPanels];
-
-  const Smem<Cfg> smem;
-  const ClusterShape cluster;
-  const int consumer;                 // 0 or 1
-  RingPosition<Cfg::kStages> ring{};  // the stage whose metadata is loaded next
-
-  __device__ __forceinline__ void load(Metadata& metadata) {
-    // The largest tile has no register to keep the thread's index in; read here, it is there in time.
-    const uint32_t thread = Cfg::kTokens > 192 ? ptx::thread_idx_again() : threadIdx.x;
-    const uint32_t word = smem.metadata(ring.stage()) +
-                          consumer * Cfg::kPanels * tile64::kMetadataBytes + thread % 128 * 4;
-    ptx::mbarrier_wait(smem.full(ring.stage()), ring.parity());
-#pragma unroll
-    for (int m = 0; m < Cfg::kPanels; ++m)
-      metadata[m] = ptx::load_shared_u32(word + m * tile64::kMetadataBytes);
-    ring.advance();
-  }
-
-  // Issues the loaded stage into d. Between its panels, while the tensor cores are busy with the
-  // first, waits for and releases the stage before and loads the next one's metadata. (With one
-  // panel, in the split kernel, the second group is empty.)
-  __device__ __forceinline__ void step(Accumulators<Cfg>& d, const Metadata& metadata,
-                                       Metadata& next, const Release& release, int k_tile,
-                                       int k_tiles) {
-    using Wgmma = ptx::WgmmaSp<typename Cfg::T, Cfg::kTokens>;
-    const int stage = ring.previous_stage();
-    const uint64_t a = tile64::weight_descriptor(smem.values(stage) +
-                                                 consumer * Cfg::kPanels * tile64::kValueBytes);
-    const uint64_t b = tile64::x_descriptor(smem.x(stage));
-    const auto issue = [&](int m) {
-      const uint64_t a_panel = a + m * (tile64::kValueBytes >> 4);
-      Wgmma::template run<0>(d[m], a_panel, b, metadata[m], k_tile > 0);
-      Wgmma::template run<1>(d[m], a_panel + tile64::kWeightStep, b + tile64::kXStep, metadata[m],
-                             1);
-    };
-    ptx::wgmma_fence();
-    issue(0);
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<1>();
-    if (k_tile > 0) release(stage == 0 ? Cfg::kStages - 1 : stage - 1);
-    if (k_tile + 1 < k_tiles) load(next);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int m = 1; m < Cfg::kPanels; ++m) issue(m);
-    ptx::wgmma_commit();
-  }
-
-  // One item of work. Where it is goes to smem.progress before the last stage is given back.
-  __device__ __forceinline__ void multiply(Accumulators<Cfg>& d) {
-    const Release release = Release::of<Cfg>(smem, cluster);
-    Metadata even, odd;
-    load(even);
-    const int k_tiles = ptx::load_shared_int4(smem.tile(ring.previous_stage())).w;
-    int k_tile = 0;
-    while (true) {
-      step(d, even, odd, release, k_tile, k_tiles);
-      if (++k_tile == k_tiles) break;
-      step(d, odd, even, release, k_tile, k_tiles);
-      if (++k_tile == k_tiles) break;
-    }
-    ptx::wgmma_wait<0>();
-    const int last = ring.previous_stage();
-    if (threadIdx.x % 128 == 0) {
-      int4 at = ptx::load_shared_int4(smem.tile(last));
-      at.w = static_cast<int>(ring.state);
-      ptx::store_shared_int4(smem.progress(consumer), at);
-    }
-    ptx::named_barrier_sync(1 + consumer, 128);  // nobody releases what lane 0 still reads
-    release(last);
-  }
-};
 
 // --- kernel ---
 
@@ -286,10 +172,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       progress = ptx::load_shared_int4(smem.progress(warpgroup_idx));
       consumer.ring.state = progress.w;
     } while (has_next<Cfg>(p, progress.z));
-    if (p.whole_boxes) dismiss_storer<Cfg>(smem, warpgroup_idx);
+    if (p.whole_boxes) dismiss_store_warp<Cfg>(smem, warpgroup_idx);
   }
-  ptx::
-      cluster_sync();  // nobody leaves while a peer may still write to it or arrive on its barriers
+  // Nobody leaves while a peer may still write to it or arrive on its barriers.
+  ptx::cluster_sync();
 }
 
 }  // namespace sparsekern::prefill

@@ -1,20 +1,20 @@
 // splitk_sm90.cuh: D[M,N] = A[M,K] · B[K,N], A 2:4-sparse, for problems that are over in a few
-// microseconds. Hopper: copy engine + wgmma.sp; the stages, the copies and the main loop are the
-// prefill kernel's.
+// microseconds. Hopper: copy engine + wgmma.sp; the stages and the main loop are the prefill
+// kernel's.
 //
 //   M = out_features   N = tokens   K = in_features (dense count)
 //   Specification: sparsekern/reference.py, linear
 //
-// Where there are fewer tiles than SMs the CTAs of a cluster share the K of a tile, and what follows
-// the main loop takes as long as that. The prefill kernel cuts tiles, too, but its CTAs meet in
-// global memory: write, fence, count, poll, read, some 4 us. Here each split finishes kOwnTokens
-// tokens of the tile, the last fewer or none. The others put their sums of these straight into its
-// shared memory, in a place of their own; one cluster barrier; it adds its own sums first and then
-// those of the splits after it: a fixed order.
+// Where there are fewer tiles than SMs the CTAs of a cluster share the K of a tile, and what
+// follows the main loop takes as long as that. The prefill kernel cuts tiles, too, but its CTAs
+// meet in global memory: write, fence, count, poll, read, some 4 us. Here each split finishes
+// kOwnTokens tokens of the tile, the last fewer or none: a reduce-scatter. The others put their
+// sums of these straight into its shared memory, in a place of their own; one cluster barrier; it
+// adds its own sums first and then those of the splits after it: a fixed order.
 //
-// Columns of tiles are as wide as kTokens at most and equally wide: a box of x that has rows outside
-// of x is slower to fetch than a whole one. What the main loop finds in the rest of a stage belongs
-// to tokens that nobody stores.
+// Columns of tiles are as wide as kTokens at most and equally wide: a box of x that has rows
+// outside of x is slower to fetch than a whole one. What the main loop finds in the rest of a stage
+// belongs to tokens that nobody stores.
 //
 // Roles (384 threads)                                             registers
 //   warpgroups 0, 1   consumers: half of the rows each            240
@@ -22,7 +22,15 @@
 //
 // One tile per cluster, and no cluster waits for another. Launches overlap (dependent_launch.cuh).
 #pragma once
-#include "linear/prefill_sm90.cuh"
+#include "linear/mainloop_sm90.cuh"
+#include "linear/prefill_epilogue_sm90.cuh"
+#include "ptx/cluster.cuh"
+#include "ptx/dependent_launch.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/named_barrier.cuh"
+#include "ptx/registers.cuh"
+#include "ptx/tma.cuh"
 
 namespace sparsekern::split {
 
@@ -60,7 +68,7 @@ template <class T>
 struct Params {
   const uint8_t* values;
   const uint8_t* metadata;
-  OutputSegment<T> out;
+  Epilogue<T> out;
   tile64::Extent extent;
   int tokens;
   int column_tokens;  // of a column of tiles, up to kTokens; a multiple of 8
@@ -97,8 +105,8 @@ __device__ __forceinline__ void produce_x(const CUtensorMap* x_map, int column_t
     ptx::mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
     ptx::store_shared_int4(smem.tile(stage), {part.m, part.n, 0, part.k_end - part.k_begin});
     ptx::mbarrier_arrive_expect_bytes(smem.full(stage), column_tokens * 128);
-    ptx::tensor_copy(smem.x(stage), x_map, k_tile * tile64::kDenseK, part.token, smem.full(stage),
-                     ptx::L2Hint::kEvictNormal);
+    ptx::tensor_copy(smem.x(stage), x_map, k_tile * Cfg::Tile::kDenseK, part.token,
+                     smem.full(stage), ptx::L2Hint::kEvictNormal);
     ring.advance();
   }
 }
@@ -112,24 +120,22 @@ __device__ __forceinline__ void produce_weights(const Params<typename Cfg::T>& p
   const int wanted = part.m * Cfg::kTilePanels, last = p.extent.panels - 1;
   const int available =
       wanted + Cfg::kTilePanels - 1 <= last ? Cfg::kTilePanels : last - wanted + 1;
-  const int superpanel = wanted / tile64::kPanelsPerSuperpanel,
-            step = p.extent.panels_in(superpanel);
-  uint32_t tile =
-      p.extent.first_tile(superpanel, part.k_begin) + wanted % tile64::kPanelsPerSuperpanel;
+  const int group = wanted / tile64::kPanelsPerGroup, step = p.extent.panels_in(group);
+  uint32_t tile = p.extent.first_tile(group, part.k_begin) + wanted % tile64::kPanelsPerGroup;
 #pragma unroll 1
   for (int k_tile = part.k_begin; k_tile < part.k_end; ++k_tile, tile += step) {
     const int stage = ring.stage();
     const uint32_t full = smem.full(stage);
-    const uint8_t* values = p.values + static_cast<size_t>(tile) * tile64::kValueBytes;
-    const uint8_t* metadata = p.metadata + static_cast<size_t>(tile) * tile64::kMetadataBytes;
+    const uint8_t* values = p.values + static_cast<size_t>(tile) * Cfg::Tile::kValueBytes;
+    const uint8_t* metadata = p.metadata + static_cast<size_t>(tile) * Cfg::Tile::kMetadataBytes;
     ptx::mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
     ptx::mbarrier_arrive_expect_bytes(full, Cfg::kValueBytes + Cfg::kMetadataBytes);
 #pragma unroll 1
     for (int slot = 0, count = available; slot < Cfg::kTilePanels; slot += count, count = 1) {
-      ptx::bulk_copy(smem.values(stage) + slot * tile64::kValueBytes, values,
-                     count * tile64::kValueBytes, full, ptx::L2Hint::kEvictNormal);
-      ptx::bulk_copy(smem.metadata(stage) + slot * tile64::kMetadataBytes, metadata,
-                     count * tile64::kMetadataBytes, full, ptx::L2Hint::kEvictNormal);
+      ptx::bulk_copy(smem.values(stage) + slot * Cfg::Tile::kValueBytes, values,
+                     count * Cfg::Tile::kValueBytes, full, ptx::L2Hint::kEvictNormal);
+      ptx::bulk_copy(smem.metadata(stage) + slot * Cfg::Tile::kMetadataBytes, metadata,
+                     count * Cfg::Tile::kMetadataBytes, full, ptx::L2Hint::kEvictNormal);
     }
     ring.advance();
   }
@@ -137,8 +143,8 @@ __device__ __forceinline__ void produce_weights(const Params<typename Cfg::T>& p
 
 // --- after the main loop ---
 
-// Received sums: [split after the owner][consumer][8 tokens][panel][thread], 16 bytes each. A thread
-// has the same rows and tokens in every CTA of the cluster.
+// Received sums: [split after the owner][consumer][8 tokens][panel][thread], 16 bytes each. A
+// thread has the same rows and tokens in every CTA of the cluster.
 template <class Cfg>
 __device__ __forceinline__ uint32_t received(const prefill::Smem<Cfg>& smem, int from_next) {
   return smem.base + Cfg::kStages * Cfg::kStageBytes + from_next * Cfg::kSumBytes +
@@ -146,8 +152,8 @@ __device__ __forceinline__ uint32_t received(const prefill::Smem<Cfg>& smem, int
 }
 
 template <class Cfg>
-__device__ __forceinline__ void give_sums(const Accumulators<Cfg>& d,
-                                          const prefill::Smem<Cfg>& smem, int rank, int tokens) {
+__device__ __forceinline__ void scatter_sums(const Accumulators<Cfg>& d,
+                                             const prefill::Smem<Cfg>& smem, int rank, int tokens) {
 #pragma unroll
   for (int owner = 0; owner < Cfg::kSplits; ++owner) {
     if (owner == rank || owner * Cfg::kOwnTokens >= tokens) continue;
@@ -166,7 +172,7 @@ __device__ __forceinline__ void give_sums(const Accumulators<Cfg>& d,
 
 // kSplit: the rank of this CTA, as a constant, because accumulators cannot be indexed.
 template <class Cfg, int kSplit>
-__device__ __forceinline__ void take_sums(Accumulators<Cfg>& d, const prefill::Smem<Cfg>& smem) {
+__device__ __forceinline__ void reduce_sums(Accumulators<Cfg>& d, const prefill::Smem<Cfg>& smem) {
 #pragma unroll
   for (int i = 0; i < Cfg::kSplits - 1; ++i) {
 #pragma unroll
@@ -184,9 +190,9 @@ __device__ __forceinline__ void take_sums(Accumulators<Cfg>& d, const prefill::S
 // rounded, through boxes in shared memory, then 16 bytes per thread.
 template <class Cfg, int kSplit>
 __device__ __forceinline__ void store_rounded(Accumulators<Cfg>& d,
-                                              const OutputSegment<typename Cfg::T>& out,
-                                              int token_end, int first_row, int first_token,
-                                              uint32_t boxes, int consumer) {
+                                              const Epilogue<typename Cfg::T>& out, int token_end,
+                                              int first_row, int first_token, uint32_t boxes,
+                                              int consumer) {
   if (out.bias) prefill::add_bias<Cfg>(d, out, first_row);
 #pragma unroll
   for (int m = 0; m < Cfg::kPanels; ++m) {
@@ -226,7 +232,7 @@ __device__ __forceinline__ void finish(Accumulators<Cfg>& d, const Params<typena
       return;
     }
   }
-  take_sums<Cfg, kSplit>(d, smem);
+  reduce_sums<Cfg, kSplit>(d, smem);
   const int row = part.m * Cfg::kRows + consumer * Cfg::kConsumerRows;
   const uint32_t staging = smem.base + consumer * Cfg::kStagingBytes;
   if (p.only_round)
@@ -252,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::mbarrier_init_fence();
     ptx::prefetch_tensor_map(&x_map);
   }
-  ptx::cluster_arrive();  // whoever gives sums waits for this: the receiver must have started
+  ptx::cluster_arrive();  // whoever scatters sums waits for this: the receiver must have started
   __syncthreads();
   ptx::let_successor_start();
   const Part part = Part::of<Cfg>(p);
@@ -274,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     Accumulators<Cfg> d;
     consumer.multiply(d);
     ptx::cluster_wait();
-    give_sums<Cfg>(d, smem, rank, part.token_end - part.token);
+    scatter_sums<Cfg>(d, smem, rank, part.token_end - part.token);
     ptx::cluster_sync();  // all sums have arrived; nobody reads the ring any more
     finish<Cfg>(d, p, smem, part, rank, warpgroup_idx);
   }

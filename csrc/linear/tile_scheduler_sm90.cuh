@@ -3,7 +3,7 @@
 #pragma once
 #include "layout/tile64.cuh"
 #include "ptx/cluster.cuh"
-#include "ptx/mbarrier.cuh"
+#include "ptx/memory.cuh"
 #include "linear/epilogue.cuh"
 
 namespace sparsekern::prefill {
@@ -22,22 +22,23 @@ constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
 template <class T_, int kPanels_, int kTokens_, bool kStreamed_>
 struct Config {
   using T = T_;
+  using Tile = tile64::Tile<Element<T>::kStorageBits>;
   static constexpr bool kStreamed = kStreamed_;
   static constexpr int kPanels = kPanels_;
   static constexpr int kTilePanels = kPanels * kConsumers;
   static constexpr int kRows = kTilePanels * tile64::kRows;  // BLOCK_M
   static constexpr int kTokens = kTokens_;                   // BLOCK_N
   static constexpr int kXBytes = kTokens * 128;
-  static constexpr int kValueBytes = kTilePanels * tile64::kValueBytes;
-  static constexpr int kMetadataBytes = kTilePanels * tile64::kMetadataBytes;
+  static constexpr int kValueBytes = kTilePanels * Tile::kValueBytes;
+  static constexpr int kMetadataBytes = kTilePanels * Tile::kMetadataBytes;
   static constexpr int kStageBytes = kXBytes + kValueBytes + kMetadataBytes;
   static constexpr int kConsumerRows = kPanels * tile64::kRows;
   // Where K is shared, blocks are owned. What is left of the tokens belongs to the last block; the
   // epilogue goes through it in a step of its own.
   static constexpr int kBlocks = kTokens / kBlockTokens;
   static constexpr int kSteps = (kTokens + kBlockTokens - 1) / kBlockTokens;
-  static constexpr int kBoxBytes = kBlockTokens * tile64::kRows * 2;  // 32 tokens x 64 rows
-  static constexpr int kSumPitch = (kConsumerRows + 4) * 4;           // +4 words spread the banks
+  static constexpr int kBoxBytes = kBlockTokens * tile64::kRows * kBytes<T>;  // 32 tokens x 64 rows
+  static constexpr int kSumPitch = (kConsumerRows + 4) * 4;       // +4 words spread the banks
   static constexpr int kOutBytes = kSlots * kPanels * kBoxBytes;  // per consumer; covers both forms
   static constexpr int kFit = (kSmemCapacity - 512 - kConsumers * kOutBytes) / kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
@@ -58,7 +59,7 @@ template <class T>
 struct Params {
   const uint8_t* values;
   const uint8_t* metadata;
-  OutputSegment<T> out;
+  Epilogue<T> out;
   tile64::Extent extent;
   int tokens;
   ClusterShape cluster;
@@ -104,7 +105,7 @@ struct Smem {
   __device__ __forceinline__ uint32_t progress(int consumer) const {
     return tile(Cfg::kStages + consumer);
   }
-  // What a consumer has left in a slot for its storer: {row, token, whether it ends a tile}.
+  // What a consumer has left in a slot for its store warp: {row, token, whether it ends a tile}.
   __device__ __forceinline__ uint32_t order(int consumer, int slot) const {
     return tile(Cfg::kStages + kConsumers * (1 + slot) + consumer);
   }
@@ -128,8 +129,9 @@ __host__ __device__ __forceinline__ int work_items(const Params<typename Cfg::T>
   return p.whole_tiles + (p.tile_rows * p.tile_columns - p.whole_tiles) * p.splits;
 }
 
-// A streamed rest (stream-K): its tiles' column tiles lie end to end, and cluster c takes those from
-// first_unit(c) to first_unit(c + 1). A piece is at most one tile long, so it meets one tile or two.
+// A streamed rest (stream-K): its tiles' column tiles lie end to end, and cluster c takes those
+// from first_unit(c) to first_unit(c + 1). A piece is at most one tile long, so it meets one tile
+// or two.
 //
 //   tile      |       t        |      t + 1     |
 //   cluster   |   c - 1   |     c     |   c + 1 |

@@ -11,17 +11,6 @@ __device__ __forceinline__ uint32_t cluster_cta_rank() {
   return rank;
 }
 
-// Lane 0's value for the whole warp. The compiler then knows that it is uniform, and keeps what
-// follows from it (stages, descriptors) in uniform registers, which accumulators do not crowd.
-__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
-
-// threadIdx.x, read anew: where no register is left to keep it or what follows from it.
-__device__ __forceinline__ uint32_t thread_idx_again() {
-  uint32_t idx;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(idx));
-  return idx;
-}
-
 __device__ __forceinline__ int cluster_idx() {
   int idx;
   asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(idx));
@@ -61,32 +50,6 @@ __device__ __forceinline__ void store_cluster_float4(uint32_t address, float4 v)
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x),
                "f"(v.y), "f"(v.z), "f"(v.w)
                : "memory");
-}
-
-__device__ __forceinline__ uint32_t load_acquire(const uint32_t* gmem) {
-  uint32_t v;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(gmem) : "memory");
-  return v;
-}
-
-// Barrier over a subset of a CTA's warps (ids 1..15; 0 is __syncthreads).
-__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// What these threads wrote before is seen by those that sync on the barrier.
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-template <int kRegisters>
-__device__ __forceinline__ void give_up_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-template <int kRegisters>
-__device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 }  // namespace sparsekern::ptx

@@ -60,8 +60,8 @@ __device__ __forceinline__ void tensor_copy_multicast(uint32_t smem, const CUten
       : "memory");
 }
 
-// The way back: a box from smem, written through the async proxy, to the tensor at (x, y); what lies
-// outside the tensor is left out. The copies of one thread complete in groups.
+// The way back: a box from smem, written through the async proxy, to the tensor at (x, y); what
+// lies outside the tensor is left out. The copies of one thread complete in groups.
 __device__ __forceinline__ void tensor_store(const CUtensorMap* map, int x, int y, uint32_t smem,
                                              L2Hint hint) {
   asm volatile(

@@ -12,6 +12,7 @@
 namespace sparsekern {
 namespace {
 
+using Tile = tile64::Tile<16>;
 constexpr int kThreads = 256;
 constexpr uint32_t kPaddingByte = 0x44;
 
@@ -51,17 +52,17 @@ __device__ __forceinline__ uint32_t load_metadata(const PackParams& p, int row, 
 
 __global__ void __launch_bounds__(kThreads) pack_kernel(const PackParams p) {
   const int panel = blockIdx.y, k_tile = blockIdx.x;
-  const size_t tile = p.extent.first_tile(panel / tile64::kPanelsPerSuperpanel, k_tile) +
-                      panel % tile64::kPanelsPerSuperpanel;
+  const size_t tile = p.extent.first_tile(panel / tile64::kPanelsPerGroup, k_tile) +
+                      panel % tile64::kPanelsPerGroup;
   const int row = threadIdx.x / 4, chunk = threadIdx.x % 4;
-  *reinterpret_cast<uint4*>(p.packed_values + tile * tile64::kValueBytes +
-                            tile64::value_offset(row, chunk * 8)) =
-      load_values(p, panel * tile64::kRows + row, k_tile * tile64::kKeptK + chunk * 8);
-  if (threadIdx.x < tile64::kMetadataBytes / 4) {
+  *reinterpret_cast<uint4*>(p.packed_values + tile * Tile::kValueBytes +
+                            Tile::value_offset(row, chunk * 8)) =
+      load_values(p, panel * tile64::kRows + row, k_tile * Tile::kKeptK + chunk * 8);
+  if (threadIdx.x < Tile::kMetadataBytes / 4) {
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const int first_row = panel * tile64::kRows + warp * 16 + g,
-              byte = k_tile * (tile64::kDenseK / 8) + t * 2;
-    reinterpret_cast<uint32_t*>(p.packed_metadata + tile * tile64::kMetadataBytes)[threadIdx.x] =
+              byte = k_tile * (Tile::kDenseK / 8) + t * 2;
+    reinterpret_cast<uint32_t*>(p.packed_metadata + tile * Tile::kMetadataBytes)[threadIdx.x] =
         load_metadata(p, first_row, byte) | load_metadata(p, first_row + 8, byte) << 16;
   }
 }
@@ -76,7 +77,7 @@ Status launch_pack(const void* values, const void* metadata, void* packed_values
                         static_cast<const uint8_t*>(metadata),
                         static_cast<uint8_t*>(packed_values),
                         static_cast<uint8_t*>(packed_metadata),
-                        tile64::Extent::of(out_features, in_features),
+                        tile64::Extent::of<Tile>(out_features, in_features),
                         out_features,
                         in_features};
   if (p.extent.tiles() == 0) return {};

@@ -20,8 +20,9 @@ constexpr uint32_t kMagnitudes = 0x7FFF7FFF;  // of two elements in a word
 constexpr uint32_t kTops = 0x80008000;        // bit 15 of both halves
 
 // What to do with a group, by which columns are kept and not zero. Index: bit 0 column 2, bit 1
-// column 3, bit 2 column 0, bit 3 column 1. Bits 16..19: the nibble, as in compression.SLOT_TABLE;
-// bits 0..15: the byte selector that moves both survivors into one word.
+// column 3, bit 2 column 0, bit 3 column 1. Bits 16..19: the nibble, as in SLOT_TABLE of
+// sparsekern/formats/codec.py; bits 0..15: the byte selector that moves both survivors into one
+// word.
 __constant__ uint32_t kGroups[16] = {0xE7654, 0xE7654, 0xE7654, 0xE7654, 0x85410, 0x85410,
                                      0xC7610, 0x01010, 0xD7632, 0x95432, 0xD7632, 0x01010,
                                      0x43210, 0x01010, 0x01010, 0x01010};
@@ -99,7 +100,7 @@ Status launch_prune_compress(const void* w, void* values, void* metadata, int* b
   const dim3 grid(static_cast<unsigned>(blocks));
   prune_compress_kernel<<<grid, kThreads, 0, stream>>>(
       static_cast<const uint4*>(w), static_cast<uint2*>(values), static_cast<uint8_t*>(metadata),
-      bad_chunks, chunks, dtype == DType::kBFloat16 ? 0x7F807F80 : 0x7C007C00);
+      bad_chunks, chunks, info(dtype).infinity * 0x10001u);
   return launch_status(kOp, "prune_compress_kernel", grid, dim3(kThreads), 0);
 }
 

@@ -17,8 +17,6 @@ from sparsekern.formats.tile64 import pack
 
 DEVICE = "cuda"
 F16, BF16 = torch.float16, torch.bfloat16
-DTYPE_CODES = {F16: 0, BF16: 1}
-ACTIVATION_CODES = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
 GUARD = 8  # elements on each side of an output row, and rows above and below
 
 
@@ -47,21 +45,23 @@ class Problem:
 
 def mma_variants():
     """Every (kernel, config index) of the mma.sp kernel, which runs on every GPU from 8.0."""
-    return [("mma", config["index"]) for config in _native.module().mma_configs()]
+    return [("mma", config["index"]) for config in _native.module().kernels()["mma"]]
 
 
 def variants():
     """Every (kernel, config index) for this GPU; on Hopper the kernels that only it runs, too.
 
-    Decode has an automatic choice and configs, prefill tiles; the naive kernel has no configs.
+    Without the gated one, which computes something else.
     """
     if cuda_backend.hopper_refusal(torch.cuda.current_device()):
         return mma_variants()
-    native = _native.module()
-    decode = [("decode", config["index"]) for config in native.decode_configs()]
-    tiles = [("prefill", config["index"]) for config in native.prefill_configs()]
-    split = [("split", config["index"]) for config in native.split_configs()]
-    return [("decode", 0), *decode, *tiles, *split, ("naive", None), *mma_variants()]
+    kernels = _native.module().kernels()
+    return [
+        (kernel, config["index"])
+        for kernel, configs in kernels.items()
+        if kernel != "decode_gated"
+        for config in configs
+    ]
 
 
 def needs_hopper():
@@ -89,31 +89,47 @@ def workspace():
     return torch.zeros(size, dtype=torch.uint8, device=DEVICE)
 
 
-def call(kernel, variant, p, tokens, y, bias=None, residual=None, activation=None, cut_k=True):
+def call(
+    kernel,
+    variant,
+    p,
+    tokens,
+    y,
+    bias=None,
+    residual=None,
+    activation=None,
+    cut_k=True,
+    channel_scale=None,
+    token_scale=None,
+):
     """Launches a kernel of the native module on the first `tokens` rows of the problem.
 
     cut_k=False keeps the workspace from prefill, which then never cuts a tile along in_features.
     """
-    tail = [] if kernel == "naive" else [variant]
-    if kernel == "prefill":
-        tail.append(workspace().data_ptr() if cut_k else 0)
-    getattr(_native.module(), kernel)(
-        p.x.data_ptr(),
-        p.w24.values.data_ptr(),
-        p.w24.metadata.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        y.data_ptr(),
-        tokens,
-        p.out_features,
-        p.in_features,
-        p.x.stride(0),
-        y.stride(0),
-        0 if residual is None else residual.stride(0),
-        DTYPE_CODES[p.dtype],
-        ACTIVATION_CODES[activation],
-        *tail,
-        stream(),
+    linear = _native.module().Linear(
+        kernel=kernel,
+        config=variant,
+        tokens=tokens,
+        out_features=p.out_features,
+        in_features=p.in_features,
+        x_stride=p.x.stride(0),
+        y_stride=y.stride(0),
+        residual_stride=0 if residual is None else residual.stride(0),
+        dtype=str(p.dtype).removeprefix("torch."),
+        activation=activation,
+    )
+    operands = dict(
+        bias=bias, residual=residual, channel_scale=channel_scale, token_scale=token_scale
+    )
+    if linear.needs_workspace and cut_k:
+        operands["workspace"] = workspace()
+    linear(
+        x=p.x.data_ptr(),
+        values=p.w24.values.data_ptr(),
+        metadata=p.w24.metadata.data_ptr(),
+        y=y.data_ptr(),
+        stream=stream(),
+        **{name: tensor.data_ptr() for name, tensor in operands.items() if tensor is not None},
     )
 
 

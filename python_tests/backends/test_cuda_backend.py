@@ -17,6 +17,7 @@ from sparsekern.backends.cuda import tuned_tables as tuning
 from sparsekern.backends.cuda.backend import CudaBackend
 from sparsekern.backends.cuda.cost_model import TIMES, MmaTile, RowBlocks, Tile
 from sparsekern.backends.protocol import problem_of
+from sparsekern.backends.triton.backend import TritonBackend
 from sparsekern.formats.sparse24 import compress
 from sparsekern.formats.tile64 import pack
 from sparsekern.ops import linear_op as ops
@@ -527,12 +528,30 @@ def test_a_row_major_weight_is_packed_once_and_remembered(quick, monkeypatch):
     other = compress(random_weight(64, 128, torch.bfloat16, seed=1))
     ops.linear(x, other, bias)
     assert quick.calls[-1]["values"] == other.fresh_twin().values.data_ptr()
+    rowmajor_calls = []
+    monkeypatch.setattr(TritonBackend, "supports", lambda self, problem: None)
+    monkeypatch.setattr(
+        TritonBackend, "bind", lambda *_: lambda x, w24, bias: rowmajor_calls.append(w24) or x
+    )
+    monkeypatch.setitem(registry._PREFERENCE, "cpu", ["cuda", "triton"])
+    monkeypatch.setattr(
+        cuda_backend, "why_not", lambda p: None if p.spec.layout == "tile64" else "rows"
+    )
+    module = sparsekern.SparseLinear.from_sparse24(rows, layout="rowmajor")
+    for _ in range(2):  # whichever comes first
+        module(x)
+        assert rowmajor_calls.pop() is module.weight and module.weight.fresh_twin() is None
+        assert ops.explain(x, module.weight).layout == "rowmajor"
+        ops.linear(x, rows, bias)
+        assert quick.calls[-1]["values"] == rows.fresh_twin().values.data_ptr()
+        ops.linear(x, rows)
+        assert quick.calls[-1]["values"] == rows.fresh_twin().values.data_ptr()
+        ops._calls.clear()
     with torch.inference_mode():
         frozen = rows.clone()
-        monkeypatch.setitem(registry._PREFERENCE, "cpu", ["cuda", "cpu"])
-        monkeypatch.setattr(cuda_backend, "why_not", lambda p: "" or (p.spec.layout != "tile64"))
         with pytest.warns(UserWarning, match="row-major.*weight.to_layout\\('tile64'\\)"):
             ops.linear(x[:3], frozen)
+        assert rowmajor_calls.pop() is frozen
     calls = len(quick.calls)
     with torch.enable_grad():
         monkeypatch.setattr(cuda_backend, "why_not", lambda problem: None)

@@ -480,11 +480,11 @@ def test_refusals_of_the_native_module():
     p = Problem(100, 64, 64, BF16)
     _, y = guarded(100, 64, BF16)
     for kernel, variant, tokens, pattern in (
-        ("decode", -1, 8, "config 0 .*got -1"),
-        ("decode", 1 + len(_native.module().decode_configs()), 8, "config 0 "),
-        ("decode", 0, 65, "p.tokens <= kMaxTokens .*got 65"),
+        ("decode", -1, 8, "config index .*got -1"),
+        ("decode", len(_native.module().kernels()["decode"]), 8, "config index"),
+        ("decode", 0, 65, "tokens <= max_tokens .*got 65"),
         ("prefill", -1, 100, "config index .*got -1"),
-        ("prefill", len(_native.module().prefill_configs()), 100, "config index"),
+        ("prefill", len(_native.module().kernels()["prefill"]), 100, "config index"),
     ):
         with pytest.raises(ValueError, match=pattern):
             call(kernel, variant, p, tokens, y)

@@ -54,7 +54,7 @@ def weight(out_features, in_features, dtype=BF16, seed=0):
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_exact_at_the_edges_of_every_tile(dtype):
     """One less, as many and one more than the tile: tokens, rows, and stages of the ring."""
-    for config in _native.module().mma_configs():
+    for config in _native.module().kernels()["mma"]:
         stage = 64 * config["split"]
         ring = stage * config["stages"]
         rows, tokens = config["rows"], config["tokens"]
@@ -174,7 +174,7 @@ def test_degenerate_and_refused_problems():
 def test_gated_linear_on_gpus_without_the_fused_kernel(monkeypatch):
     """On such a GPU the op is two layers and a product, and both run here."""
     monkeypatch.setattr(cuda_backend, "hopper_refusal", lambda index: "not Hopper")
-    (gate, gate24), (up, up24) = weight(70, 84, seed=0), weight(70, 84, seed=1)
+    (_, gate24), (_, up24) = weight(70, 84, seed=0), weight(70, 84, seed=1)
     x = integers(5, 84)
     expected = sk.linear(x, gate24, None, "silu") * sk.linear(x, up24)
     assert torch.equal(sk.gated_linear(x, gate24, up24), expected)
@@ -221,7 +221,7 @@ def test_on_another_stream(tokens):
 def test_refusals_of_the_native_module():
     p = Problem(100, 64, 64, BF16)
     _, y = guarded(100, 64, BF16)
-    for variant in (-1, len(_native.module().mma_configs())):
+    for variant in (-1, len(_native.module().kernels()["mma"])):
         with pytest.raises(ValueError, match=f"config index below .*got {variant}"):
             call("mma", variant, p, 100, y)
     p.x = p.x[:, 4:]

@@ -66,7 +66,8 @@ def forget():
     """Everything that the backend remembers about a library and its user."""
     for cached in (vendor.library, vendor.refusal, backend._stored, backend._gpu_name):
         cached.cache_clear()
-    backend._plans.clear()
+    backend.forget_plans()
+    registry.changed()
     backend._searched.clear()
     if _native.available():
         _native.module().cusparselt_unload()
@@ -120,6 +121,11 @@ def fake(monkeypatch, tmp_path, cpu_as_gpu):
 def weight(out_features=32, in_features=48, seed=0, integers=True):
     w = random_weight(out_features, in_features, BF16, seed, integers)
     return w, compress(w)
+
+
+def plans():
+    """(id, workspace bytes) of every plan that is known."""
+    return [known for of_one in backend._plans.values() for known in of_one.values()]
 
 
 def plan_arguments(*values):
@@ -373,7 +379,7 @@ def test_a_full_cache_is_emptied_and_stale_plans_are_noticed(fake):
     built = fake.plans_built
     assert torch.equal(linear(x, w24), expected(x, w))
     assert fake.plans_built <= built + 1
-    stale = next(iter(backend._plans.values()))[0]
+    stale = next(iter(plans()))[0]
     forget()
     assert native.cusparselt_matmul(stale, 0, 0, 0, 0, 0) == native.CUSPARSELT_UNKNOWN_PLAN
 
@@ -590,7 +596,7 @@ def test_workspaces_that_are_too_small_are_replaced_and_large_ones_not_kept(
     with torch.no_grad():
         with memory.nothing_kept():
             linear(x, w24)
-        plan = next(known[0] for known in backend._plans.values() if known and known[1])
+        plan = next(known[0] for known in plans() if known[1])
         addresses = plan, w24.values.data_ptr(), x.data_ptr(), y.data_ptr()
         assert native.cusparselt_matmul(*addresses, 0, PER_THREAD) == native.CUSPARSELT_NO_WORKSPACE
         native.cusparselt_lend_workspace(-1, PER_THREAD, small.data_ptr(), 63)
@@ -648,7 +654,7 @@ def test_errors_name_the_function_the_status_and_a_remedy(fake):
         alive = fake.plans, fake.matrices, fake.selections
         kind = (kind, NotImplementedError) if "TYPE" in words else kind
         with pytest.raises(kind, match=words):
-            plan(*(problem | change).values())
+            plan(**plan_arguments(*(problem | change).values()))
         assert (fake.plans, fake.matrices, fake.selections) == alive, "nothing is left behind"
 
 
@@ -657,7 +663,9 @@ def test_calls_without_a_library():
     forget()
     native = _native.module()
     for call in (
-        lambda: native.cusparselt_plan(-1, 1, 32, 8, 48, 48, 32, 0, False, -1, 1, 0),
+        lambda: native.cusparselt_plan(
+            **plan_arguments(-1, 1, 32, 8, 48, 48, 32, 0, False, -1, 1, 0)
+        ),
         lambda: native.cusparselt_compressed_bytes(-1, 1, 32, 32),
     ):
         with pytest.raises(RuntimeError, match="expected a loaded library, got none. Call load"):
@@ -886,7 +894,7 @@ def test_split_k_gets_a_workspace_and_can_win(fake, monkeypatch):
     assert result.algorithm.algorithm == 0 and result.algorithm.split_k_mode == 1, str(result)
     x = random_input((8, 48), BF16, integers=True)
     assert torch.equal(linear(x, packed), expected(x, w))
-    assert next(iter(backend._plans.values()))[1] == 64
+    assert next(iter(plans()))[1] == 64
     assert f"split_k {result.algorithm.split_k} mode 1" in explain(x, packed).config
 
 

@@ -208,7 +208,7 @@ def test_the_rest_of_a_file_survives_a_damaged_entry():
 
 WRITER = """
 import sys
-from sparsekern import tuning
+from sparsekern.backends.cuda import tuned_tables as tuning
 for i in range(10):
     number = 10 * int(sys.argv[1]) + i + 1
     tuning.store(sys.argv[2], "GPU", "bfloat16", (8 * number, 16), {number: ("decode a", 1.0)})

@@ -18,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
-from bench import record, table, timing  # noqa: E402
+from bench import headline, record, table, timing  # noqa: E402
 
 ENV = {
     "schema": 1,
@@ -339,31 +339,23 @@ def test_dirty_records_do_not_enter():
 
 
 def test_check_notices_a_number_typed_by_hand(tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# a\n{table.BEGIN}\n{table.END}\nz\n")
+    readme, target = tmp_path / "README.md", tmp_path / "RESULTS.md"
+    readme.write_text(f"# a\n{headline.BEGIN}\nold\n{headline.END}\nz\n")
     records = records_of(measurement())
-    assert table.main(["--check"], readme, records) == 1
+    assert table.main(["--check"], readme, target, records) == 1
     assert "differs" in capsys.readouterr().out
-    assert table.main([], readme, records) == 0
-    assert readme.read_text().startswith("# a\n") and readme.read_text().endswith("-->\nz\n")
-    assert table.main(["--check"], readme, records) == 0
-    readme.write_text(readme.read_text().replace("| 10 |", "| 9 |"))
-    assert table.main(["--check"], readme, records) == 1
+    assert table.main([], readme, target, records) == 0
+    assert readme.read_text() == f"# a\n{headline.BEGIN}\n\n{headline.END}\nz\n"
+    assert table.main(["--check"], readme, target, records) == 0
+    assert "| 10 |" in target.read_text()
+    target.write_text(target.read_text().replace("| 10 |", "| 9 |"))
+    assert table.main(["--check"], readme, target, records) == 1
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        table.BEGIN,
-        table.END + table.BEGIN,
-        table.BEGIN + table.END + table.END,
-        table.BEGIN * 2 + table.END,
-    ],
-)
+@pytest.mark.parametrize("text", ["", "a", "ba", "abb", "aab"])
 def test_markers_must_be_there_once(text):
     with pytest.raises(ValueError, match="expected one"):
-        table.replace(text, "x")
+        table.replace(text, "x", "a", "b")
 
 
 def test_readme_shows_what_the_records_say():

@@ -108,7 +108,8 @@ def test_options_go_to_one_benchmark(capsys):
     assert entry.main(["linear", "compress", "--quick"]) == 2
     assert entry.main(["--quick"]) == 2
     assert "options go to one benchmark" in capsys.readouterr().out
-    names = {"compress", "decode_model", "dense_mma", "linear", "overhead", "prune"}
+    names = {"compat", "compress", "decode_model", "dense_mma", "hosttime", "linear", "overhead"}
+    names.add("prune")
     assert set(entry.names()) == names
 
 
@@ -214,14 +215,18 @@ def test_summary_of_a_run():
 def test_linear_tables_begin_with_what_is_lost():
     text = table.render(RECORDS)
     assert text.splitlines() == [
-        f"**Linear layers**, GPU X, torch 2.9, git {'a' * 10}",
+        "**Where we lose**, GPU X",
         "",
-        "Where we lose: in 2 of 9 comparisons, 1 times to cuBLAS and 1 times to cuSPARSELt",
+        "Linear layers: in 2 of 9 comparisons, 1 times to cuBLAS and 1 times to cuSPARSELt",
         "",
         "| out x in | tokens | dtype | faster | its time / ours |",
         "| --- | ---: | ---: | ---: | ---: |",
         "| 4096x4096 | 64 | bfloat16 | cuBLAS | 0.800 |",
         "| 4096x4096 | 1024 | bfloat16 | cuSPARSELt | 0.990 |",
+        "",
+        "The Triton kernel is slower than cuBLAS in 1 of 1 comparisons, 0.50 to 0.50.",
+        "",
+        f"**Linear layers**, GPU X, torch 2.9, git {'a' * 10}",
         "",
         "decode, bfloat16: time of cuBLAS / cuSPARSELt over ours",
         "",
@@ -273,12 +278,13 @@ def test_headline_gives_means_and_extremes_of_one_gpu():
     assert "| 17 to 64 tokens | 0.80 (0.80 to 0.80) | 1.10 (1.10 to 1.10) |" in text
     mean = (0.99 * 1.1) ** 0.5
     assert f"| 513 to 1024 tokens | 1.55 (1.50 to 1.60) | {mean:.2f} (0.99 to 1.10) |" in text
-    assert "batch 1, context 64):\n151 instead of 100 tokens/s, 1.51 times" in text
+    assert "(batch 1, context 64): 151 instead of 100 tokens/s, 1.51 times" in text
+    assert "cuBLAS is faster in 1 of 4 cells, at worst 0.80" in text
     assert headline.render([{**entry, "dirty": True} for entry in RECORDS]) == ""
 
 
 def test_losses_table_without_losses_and_with_many(monkeypatch):
-    assert "Where we lose: in none of 2 comparisons." in table.render(RECORDS[:3])
+    assert "Linear layers: in none of 2 comparisons." in table.render(RECORDS[:3])
     monkeypatch.setattr(table, "MAX_LOSSES", 0)
     text = table.render(RECORDS)
     assert "in 2 of 9 comparisons" in text and "1 times to cuSPARSELt, of which the worst 0" in text
@@ -301,7 +307,7 @@ def test_sections_come_in_order_and_sweeps_stay_out():
     others = [result("zzz"), result("compress"), result("prune_model")]
     text = table.render([*others, hidden, *RECORDS])
     titles = [line.split("**")[1] for line in text.splitlines() if line.startswith("**")]
-    assert titles == ["Linear layers", "Pruning", "Compression", "zzz"]
+    assert titles == ["Where we lose", "Linear layers", "Pruning", "Compression", "zzz"]
     assert "| c | b | 94.56 | equal | prune_model |" in text
 
 
@@ -570,18 +576,24 @@ def test_sweep_times_every_config_and_drops_a_wrong_one(
 
 
 def test_sweep_passes_what_the_module_takes(monkeypatch):
-    """The stub file says how many arguments the kernels have, and in which order."""
+    """The stub file says which parts the fixed part of a launch and its call have."""
     import inspect
 
     stub = (ROOT / "sparsekern" / "_C.pyi").read_text()
     declared = {}
-    exec(stub.replace("from typing import TypedDict", "TypedDict = object"), declared)
-    calls = {}
+    exec(stub.replace("from typing import", "TypedDict = object\nfrom typing import"), declared)
+    made, called = (
+        inspect.signature(getattr(declared["Linear"], name)) for name in ("__init__", "__call__")
+    )
+    calls = []
 
     class Native:
-        decode = staticmethod(lambda *a: calls.update(decode=a))
-        prefill = staticmethod(lambda *a: calls.update(prefill=a))
-        mma = staticmethod(lambda *a: calls.update(mma=a))
+        class Linear:
+            def __init__(self, **fixed):
+                calls.append(made.bind(self, **fixed).arguments)
+
+            def __call__(self, **addresses):
+                calls.append(called.bind(self, **addresses).arguments)
 
     stream = type("Stream", (), {"cuda_stream": 77})
     monkeypatch.setattr(layers._native, "module", lambda: Native)
@@ -590,28 +602,26 @@ def test_sweep_passes_what_the_module_takes(monkeypatch):
     x, space = torch.randn(3, 128).to(torch.bfloat16), torch.zeros(16, dtype=torch.uint8)
     for kind in ("decode", "prefill", "mma"):
         y = sweep.launch(space, kind, 5, x, weight)
-        bound = inspect.signature(declared[kind]).bind(*calls[kind]).arguments
-        wanted = dict(
-            x=x.data_ptr(),
-            values=weight.values.data_ptr(),
-            bias=0,
-            residual=0,
-            metadata=weight.metadata.data_ptr(),
-            y=y.data_ptr(),
+        fixed, addresses = calls[-2:]
+        assert fixed.pop("self") is addresses.pop("self")
+        assert fixed == dict(
+            kernel=kind,
+            config=5,
             tokens=3,
             out_features=64,
             in_features=128,
             x_stride=128,
             y_stride=64,
-            residual_stride=0,
-            dtype=1,
-            activation=0,
-            config=5,
+            dtype="bfloat16",
+        )
+        assert addresses == dict(
+            x=x.data_ptr(),
+            values=weight.values.data_ptr(),
+            metadata=weight.metadata.data_ptr(),
+            y=y.data_ptr(),
+            workspace=space.data_ptr(),
             stream=77,
         )
-        if kind == "prefill":
-            wanted["workspace"] = space.data_ptr()
-        assert bound == wanted
 
 
 def test_linear_stops_when_the_gpu_context_is_lost(tmp_path, capsys, stand_ins, monkeypatch):
@@ -661,9 +671,13 @@ def test_dry_run_of_compress_and_overhead(tmp_path):
     assert metrics["bytes"] == 64 * 64 * (2 + 1) + 64 * 8
     assert set(metrics) == {"bytes", "us", "tb_s", "copy_tb_s", "fraction"}
     assert bench_overhead.main(path, [*common, "--shape", "32x64x2"]) == 0
-    calls = {e["backend"]: e["metrics"]["us_p50"] for e in lines_of(path)[2:]}
+    eager = [e for e in lines_of(path)[2:] if e["op"] == "eager_call"]
+    calls = {e["backend"]: e["metrics"]["us_p50"] for e in eager}
     assert set(calls) == {"nn.Linear", "SparseLinear", "sparsekern.linear"}
     assert min(calls.values()) > 0
+    public = {e["backend"]: e["us"]["p50"] for e in lines_of(path) if e["op"] == "public_call"}
+    assert set(public) == {"dense", "SparseLinear", "sk.linear(x, sk.compress(w))"}
+    assert min(public.values()) > 0
 
 
 def test_compress_refuses_what_the_cpu_does_not_compute():

@@ -175,7 +175,7 @@ def test_partly_pruned_model_lists_dense_layers(tmp_path):
         "model.layers.1.self_attn.q_proj",
     ]
     assert entry["sparsity_config"]["targets"] == ["Linear"]
-    assert entry["quant_method"] == "compressed-tensors"
+    assert entry["quant_method"] == "sparsekern"
     assert 0 < entry["sparsity_config"]["global_sparsity"] < 0.5
     loaded = from_pretrained(tmp_path)
     assert torch.equal(logits(loaded), logits(model))

@@ -272,7 +272,7 @@ namespace sparsekern::mma {
 uint8_t raw_smem[1];  // the kernel's extern array; only its address is asked for
 
 template <class Cfg>
-void run(const LinearProblem& p) {
+void run_blocks(const LinearProblem& p) {
   const auto params = make_params<Cfg>(p);
   const int blocks = params.row_blocks * params.token_blocks;
   for (int block = 0; block < blocks && emulator::error.empty(); ++block) {
@@ -283,12 +283,12 @@ void run(const LinearProblem& p) {
   }
 }
 
-template <class T>
+template <class T, bool kScaled>
 void run(const LinearProblem& p, int config) {
   switch (config) {
 #define SK_CASE(index, ...) \
   case index:               \
-    return run<Config<T, __VA_ARGS__>>(p);
+    return run_blocks<Config<T, __VA_ARGS__, kScaled>>(p);
     SK_MMA_CONFIGS(SK_CASE)
 #undef SK_CASE
   }
@@ -296,39 +296,45 @@ void run(const LinearProblem& p, int config) {
 
 }  // namespace sparsekern::mma
 
-// The arguments of sparsekern._C.mma, then the freedoms. Returns "" or the rule that was broken.
-extern "C" const char* emulate(const void* x, const void* values, const void* metadata,
-                               const void* bias, const void* residual, void* y, int tokens,
-                               int out_features, int in_features, int64_t x_stride,
-                               int64_t y_stride, int64_t residual_stride, int dtype, int activation,
-                               int config, int late, int falling) {
+// A problem as in csrc/core/problem.h, then the freedoms. Returns "" or the rule that was broken.
+struct Emulated {
+  const void *x, *values, *metadata, *bias, *residual, *channel_scale, *token_scale;
+  void* y;
+  int64_t x_stride, y_stride, residual_stride;
+  int tokens, out_features, in_features, dtype, activation, config, late, falling;
+};
+
+extern "C" const char* emulate(const Emulated* e) {
   using namespace sparsekern;
   emulator::error.clear();
-  emulator::copies_land_late = late;
-  emulator::falling_order = falling;
-  const LinearProblem p = {x,
-                           values,
-                           metadata,
-                           bias,
-                           residual,
-                           y,
-                           tokens,
-                           out_features,
-                           in_features,
-                           x_stride,
-                           y_stride,
-                           residual_stride,
-                           static_cast<DType>(dtype),
-                           static_cast<Activation>(activation)};
+  emulator::copies_land_late = e->late;
+  emulator::falling_order = e->falling;
+  LinearProblem p = {};
+  p.tokens = e->tokens, p.out_features = e->out_features, p.in_features = e->in_features;
+  const auto dtype = static_cast<DType>(e->dtype);
+  p.x = {const_cast<void*>(e->x), e->x_stride, dtype};
+  p.weight = {e->values, e->metadata};
+  p.weight_dtype = dtype;
+  p.epilogue.channel_scale = static_cast<const float*>(e->channel_scale);
+  p.epilogue.token_scale = static_cast<const float*>(e->token_scale);
+  p.epilogue.bias = e->bias;
+  p.epilogue.activation = static_cast<Activation>(e->activation);
+  p.epilogue.residual = e->residual;
+  p.epilogue.residual_stride = e->residual_stride;
+  p.y = {e->y, e->y_stride, dtype};
   const auto range = [](const void* begin, int64_t bytes) {
     const auto* first = static_cast<const uint8_t*>(begin);
     return std::make_pair(first, first + bytes);
   };
-  const int64_t tiles = tile64::Extent::of(out_features, in_features).tiles();
-  emulator::readable = {range(x, ((tokens - 1) * x_stride + in_features) * 2),
-                        range(values, tiles * tile64::kValueBytes),
-                        range(metadata, tiles * tile64::kMetadataBytes)};
-  if (p.dtype == DType::kBFloat16) mma::run<__nv_bfloat16>(p, config);
-  else mma::run<__half>(p, config);
+  using Tile = tile64::Tile<16>;
+  const int64_t tiles = tile64::Extent::of<Tile>(p.out_features, p.in_features).tiles();
+  emulator::readable = {range(e->x, ((p.tokens - 1) * e->x_stride + p.in_features) * 2),
+                        range(e->values, tiles * Tile::kValueBytes),
+                        range(e->metadata, tiles * Tile::kMetadataBytes)};
+  const bool scaled = e->channel_scale != nullptr || e->token_scale != nullptr;
+  const bool bf16 = dtype == DType::kBFloat16;
+  const auto run = bf16 ? (scaled ? mma::run<__nv_bfloat16, true> : mma::run<__nv_bfloat16, false>)
+                        : (scaled ? mma::run<__half, true> : mma::run<__half, false>);
+  run(p, e->config);
   return emulator::error.c_str();
 }

@@ -1,5 +1,6 @@
 // prefill_plan.cpp: walks a streamed last wave (tile_scheduler_sm90.cuh) as the kernel's clusters
-// do, on the host, for many grids. Prints what is wrong; test_prefill_plan.py compiles it with nvcc.
+// do, on the host, for many grids. Prints what is wrong; test_prefill_plan.py compiles it with
+// nvcc.
 #include <cstdio>
 #include <vector>
 

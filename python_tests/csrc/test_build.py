@@ -25,7 +25,7 @@ KERNELS = ROOT / "csrc"
 
 
 def load_ptxas_log():
-    spec = importlib.util.spec_from_file_location("ptxas_log", ROOT / "csrc" / "tools/ptxas_log.py")
+    spec = importlib.util.spec_from_file_location("ptxas_log", ROOT / "csrc/tools/ptxas_log.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["ptxas_log"] = module  # dataclasses look their module up by name
     spec.loader.exec_module(module)
@@ -153,7 +153,7 @@ def test_build_info():
     assert info["version"] == sparsekern.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+", info["nvcc"])
     assert info["cudart"] // 1000 == int(info["nvcc"].split(".")[0])
-    assert info["kernels"] == sorted(path.stem for path in KERNELS.glob("*.cu"))
+    assert sorted(info["kernels"]) == sorted(path.stem for path in KERNELS.rglob("*.cu"))
     assert {"-O3", "-lineinfo", "-Xptxas=-v"} <= set(info["flags"])
     assert _native.reason() == ""
 

@@ -1,70 +1,21 @@
 """csrc/core/fastcall.h: what C++ is given, what Python gets back, and what is refused.
 
-On a probe module (fastcall_probe.cpp), where every value can be seen, then on the module itself.
+On a probe module (fastcall_probe.cpp), where every value can be seen.
 """
 
-import importlib.util
 import inspect
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
 
 import numpy
 import pytest
 
-from sparsekern import _native
+from python_tests.csrc.building import build_probe
 
-ROOT = Path(__file__).resolve().parents[2]
-BOUND = (
-    "prune_compress",
-    "pack",
-    "decode",
-    "decode_gated",
-    "prefill",
-    "mma",
-    "naive",
-    "capture_id",
-    "cusparselt_matmul",
-    "cusparselt_lend_workspace",
-)
-LINEAR = ("decode", "prefill", "mma")
+STUB = "See sparsekern/_C.pyi."
 
 
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory):
-    pybind11 = pytest.importorskip("pybind11", reason="pybind11 is needed to compile the probe")
-    compiler = shutil.which("c++") or shutil.which("g++")
-    python_header = Path(sysconfig.get_path("include")) / "Python.h"
-    if compiler is None or not python_header.is_file():
-        pytest.skip("needs a C++ compiler and the headers of Python")
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    built = tmp_path_factory.mktemp("probe") / f"fastcall_probe{suffix}"
-    includes = (ROOT / "csrc", pybind11.get_include(), python_header.parent)
-    subprocess.run(
-        [
-            compiler,
-            "-std=c++17",
-            "-O1",
-            "-shared",
-            "-fPIC",
-            "-fvisibility=hidden",
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            f"-I{includes[0]}",
-            f"-isystem{includes[1]}",
-            f"-isystem{includes[2]}",
-            str(Path(__file__).with_name("fastcall_probe.cpp")),
-            "-o",
-            str(built),
-        ],
-        check=True,
-    )
-    spec = importlib.util.spec_from_file_location("fastcall_probe", built)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return build_probe(tmp_path_factory.mktemp("probe"), "fastcall_probe")
 
 
 class Seven:
@@ -77,9 +28,31 @@ class Broken:
         raise RuntimeError("no index")
 
 
-# ---- the probe -----------------------------------------------------------------------------------
+def by_name(probe, address, size, stride):
+    return probe.see_named(address=address, size=size, stride=stride)
 
 
+def by_other_order(probe, address, size, stride):
+    return probe.see_named(stride=stride, address=address, size=size)
+
+
+def by_mapping(probe, address, size, stride):
+    return probe.see_named(**dict(zip(("size", "stride", "address"), (size, stride, address))))
+
+
+def by_new_strings(probe, address, size, stride):
+    names = ("".join(list(name)) for name in ("size", "address", "stride"))  # not interned
+    return probe.see_named(**dict(zip(names, (size, address, stride), strict=True)))
+
+
+def by_position(probe, *arguments):
+    return probe.see(*arguments)
+
+
+CALLS = (by_position, by_name, by_other_order, by_mapping, by_new_strings)
+
+
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -90,9 +63,16 @@ class Broken:
         (140_000_000_000_000, -1, -1),
     ],
 )
-def test_cpp_is_given_the_integers_of_the_call(probe, arguments):
-    assert probe.see(*arguments) is None
+def test_cpp_is_given_the_integers_of_the_call(probe, call, arguments):
+    assert call(probe, *arguments) is None
     assert probe.last_seen() == arguments
+
+
+def test_calls_that_take_turns_keep_their_places(probe):
+    for number in range(50):
+        call = CALLS[1 + number % 4]
+        call(probe, number, number + 1, number + 2)
+        assert probe.last_seen() == (number, number + 1, number + 2)
 
 
 def test_whatever_has_an_index_is_an_integer(probe):
@@ -106,8 +86,20 @@ def test_results(probe):
     assert probe.nothing() == 7
     assert probe.is_even(2) is True and probe.is_even(3) is False
     assert probe.same(2**64 - 1) == 2**64 - 1
+    assert probe.twice(3) == (3, 3)
+    assert probe.opposite(True) is False
 
 
+def test_element_types_are_numbers_of_the_table(probe):
+    assert [probe.number_of(i) for i in (0, 1)] == [0, 1]
+    for value in (-1, 2, "float16", 1.0):
+        with pytest.raises(TypeError, match=r"expected dtype as 0 \(float16\) or 1 \(bfloat16\)"):
+            probe.number_of(value)
+    with pytest.raises(TypeError, match="expected truth as True or False, got 1"):
+        probe.opposite(1)
+
+
+@pytest.mark.parametrize("call, name", [(by_position, "see"), (by_name, "see_named")])
 @pytest.mark.parametrize(
     "position, kind, values",
     [
@@ -116,14 +108,15 @@ def test_results(probe):
         (2, "a signed integer of 64 bits", (2**63, -(2**63) - 1, -(10**30))),
     ],
 )
-def test_what_does_not_fit_is_refused(probe, position, kind, values):
+def test_what_does_not_fit_is_refused_by_name(probe, call, name, position, kind, values):
+    argument = ("address", "size", "stride")[position]
     for value in (*values, 1.0, "1", None, [1], Broken()):
         arguments = [1, 2, 3]
         arguments[position] = value
         with pytest.raises(TypeError) as caught:
-            probe.see(*arguments)
-        expected = f"sparsekern._C.see: expected argument {position + 1} as {kind}, got {value!r}"
-        assert str(caught.value) == f"{expected}. See sparsekern/_C.pyi."
+            call(probe, *arguments)
+        expected = f"sparsekern._C.{name}: expected {argument} as {kind}, got {value!r}"
+        assert str(caught.value) == f"{expected}. {STUB}"
         assert caught.value.__cause__ is None and caught.value.__context__ is None
 
 
@@ -133,9 +126,19 @@ def test_a_wrong_number_of_arguments_is_refused(probe, arguments):
         probe.see(*arguments)
 
 
-def test_keywords_are_refused(probe):
+def test_keywords_of_another_function_are_refused(probe):
     with pytest.raises(TypeError, match="keyword"):
         probe.see(1, 2, stride=3)
+    with pytest.raises(TypeError, match=r"see_named: expected known keyword arguments, got 'step'"):
+        probe.see_named(address=1, size=2, stride=3, step=4)
+    with pytest.raises(TypeError, match=r"see_named: expected the keyword argument size, got none"):
+        probe.see_named(address=1, stride=3)
+    with pytest.raises(TypeError, match=r"see_named: expected the keyword argument address"):
+        probe.see_named()
+    with pytest.raises(TypeError, match=r"expected keyword arguments alone, got 2 positional"):
+        probe.see_named(1, 2, stride=3)
+    by_name(probe, 4, 5, 6)  # a refused call leaves nothing behind
+    assert probe.last_seen() == (4, 5, 6)
 
 
 def test_exceptions_of_cpp_arrive(probe):
@@ -145,59 +148,14 @@ def test_exceptions_of_cpp_arrive(probe):
         probe.failure(5)
 
 
-def test_functions_know_their_names(probe):
+def test_functions_know_their_names_and_parameters(probe):
     assert (probe.see.__name__, probe.see.__module__) == ("see", "fastcall_probe")
     assert probe.see.__doc__ == "For last_seen."
+    assert str(inspect.signature(probe.see)) == "(address, size, stride, /)"
+    assert str(inspect.signature(probe.see_named)) == "(*, address, size, stride)"
+    assert str(inspect.signature(probe.nothing)) == "()"
 
 
-# ---- the module ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def declared():
-    """{name: Signature} of the ops, by the stub file."""
-    stub = (ROOT / "sparsekern" / "_C.pyi").read_text()
-    functions = {}
-    exec(stub.replace("from typing import TypedDict", "TypedDict = object"), functions)
-    return {name: inspect.signature(functions[name]) for name in BOUND}
-
-
-@pytest.fixture
-def native():
-    if not _native.available():
-        pytest.skip(_native.reason())
-    return _native.module()
-
-
-@pytest.mark.parametrize("name", BOUND)
-def test_ops_take_as_many_integers_as_the_stub_file_says(native, declared, name):
-    op, count = getattr(native, name), len(declared[name].parameters)
-    for wrong in (count - 1, count + 1):
-        with pytest.raises(TypeError, match=f"{name}: expected {count} arguments, got {wrong}"):
-            op(*range(wrong))
-    for position, parameter in enumerate(declared[name].parameters):
-        arguments = [0] * count
-        arguments[position] = 0.5
-        with pytest.raises(TypeError, match=f"{name}: expected argument {position + 1} as .*0.5"):
-            op(*arguments)
-        sizes = ("tokens", "out_features", "in_features", "dtype", "activation", "config", "device")
-        bits = 32 if parameter in sizes else 64
-        arguments[position] = 2**bits
-        with pytest.raises(TypeError, match=f"argument {position + 1} as .* of {bits} bits"):
-            op(*arguments)
-
-
-@pytest.mark.parametrize("name", LINEAR)
-def test_a_status_becomes_an_exception(native, declared, name):
-    """No GPU is needed: without one the runtime refuses, with one the config -1."""
-    known = dict(
-        tokens=1, out_features=64, in_features=64, x_stride=64, y_stride=64, dtype=1, config=-1
-    )
-    arguments = [known.get(parameter, 0) for parameter in declared[name].parameters]
-    with pytest.raises((ValueError, RuntimeError), match=r"^sparsekern\.linear.*(got -1|cuda)"):
-        getattr(native, name)(*arguments)
-
-
-def test_an_unknown_plan_of_cusparselt_is_told(native):
-    missing = native.cusparselt_matmul(2**64 - 1, 0, 0, 0, 0, 0)
-    assert missing == native.CUSPARSELT_UNKNOWN_PLAN
+def test_more_than_six_positional_parameters_are_not_bound(probe):
+    with pytest.raises(RuntimeError, match="seven: its parameters do not fit"):
+        probe.bind_seven()

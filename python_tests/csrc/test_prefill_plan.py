@@ -13,7 +13,7 @@ PLAN = "csrc/linear/tile_scheduler_sm90.cuh"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Compiles and runs prefill_plan.cpp with the plan, or the plan edited by (old, new)."""
+    """Compiles prefill_plan.cpp with the plan, perhaps edited by (old, new), and runs it."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("needs an nvcc on PATH")

@@ -1,6 +1,6 @@
 """Tiny GGUF files for the tests: a random Llama written the way llama.cpp's converter writes one.
 
-Everything here is written independently of sparsekern/integrations/gguf/model.py: the row permutation is the
+Everything here is written independently of sparsekern/integrations/gguf: the row permutation is the
 formula of llama.cpp's converter in numpy, and the vocabulary is made by hand.
 """
 
@@ -156,3 +156,96 @@ def write_gguf(path, tensors, meta, quantise=False):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+SMALL = dict(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-6,
+    initializer_range=0.1,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+
+def other_model(architecture, seed=0):
+    """(a random causal language model, its GGUF metadata, its GGUF tensors) of "qwen2", "gemma3" or
+    "phi3": biases of q, k and v; norms stored with one added, and a head dimension of its own;
+    q, k and v in one matrix, as gate and up.
+    """
+    config, special = dict(
+        qwen2=(transformers.Qwen2Config, dict(rope_theta=5000.0)),
+        gemma3=(
+            transformers.Gemma3TextConfig,
+            dict(head_dim=32, query_pre_attn_scalar=256, sliding_window=128, rope_theta=5000.0),
+        ),
+        phi3=(transformers.Phi3Config, dict(rope_theta=5000.0, tie_word_embeddings=False)),
+    )[architecture]
+    tokens, scores, types = piece_vocabulary()
+    count = len(vocabulary()) if architecture == "qwen2" else len(tokens)
+    config = config(**SMALL, **special, vocab_size=count)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("norm.weight", "bias")):
+            torch.nn.init.normal_(parameter, 0.5, 0.1)
+    meta = {"general.architecture": architecture}
+    for key, value in {
+        "context_length": SMALL["max_position_embeddings"],
+        "embedding_length": SMALL["hidden_size"],
+        "block_count": SMALL["num_hidden_layers"],
+        "feed_forward_length": SMALL["intermediate_size"],
+        "attention.head_count": SMALL["num_attention_heads"],
+        "attention.head_count_kv": SMALL["num_key_value_heads"],
+        "attention.layer_norm_rms_epsilon": SMALL["rms_norm_eps"],
+        "rope.freq_base": 5000.0,
+    }.items():
+        meta[f"{architecture}.{key}"] = value
+    if architecture == "gemma3":
+        meta |= {"gemma3.attention.key_length": 32, "gemma3.attention.value_length": 32}
+        meta |= {"gemma3.attention.sliding_window": 128}
+    if architecture == "qwen2":
+        meta |= {key: v for key, v in metadata().items() if key.startswith("tokenizer.")}
+        meta["tokenizer.ggml.pre"] = "qwen2"
+    else:
+        meta |= {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.scores": scores,
+            "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2,
+            "tokenizer.ggml.unknown_token_id": 3,
+            "tokenizer.ggml.padding_token_id": 0,
+        }
+    names = gguf.get_tensor_name_map(
+        {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}[architecture],
+        SMALL["num_hidden_layers"],
+    )
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        stem, end = name.rsplit(".", 1)
+        one = 1.0 if architecture == "gemma3" and stem.endswith("norm") else 0.0
+        tensors[f"{names.get_name(stem)}.{end}"] = tensor.numpy() + np.float32(one)
+    return model, meta, tensors
+
+
+def piece_vocabulary():
+    """(tokens, scores, types) of a small sentencepiece vocabulary: special tokens, the 256 bytes,
+    characters, and pieces that are made of them.
+    """
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    codes = [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = ["▁t", "he", "▁the", "an", "and", "▁and", "in", "ing", "er", "▁a"]
+    letters = ["▁", *map(chr, range(ord("a"), ord("z") + 1))]
+    scores = [0.0] * (len(special) + len(codes))
+    scores += [-float(i) for i in range(len(pieces) + len(letters))]
+    types = [3, 3, 3, 2] + [6] * len(codes) + [1] * (len(pieces) + len(letters))
+    return [*special, *codes, *pieces, *letters], scores, types

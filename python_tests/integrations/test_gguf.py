@@ -1,5 +1,5 @@
-"""sparsekern.integrations.gguf.model: weights, rope order, tokenizer, and a clear refusal of everything it does
-not cover."""
+"""sparsekern.integrations.gguf.model: weights, rope order, tokenizer, architectures, and a clear
+refusal of everything it does not cover."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ pytest.importorskip("transformers", reason="needs transformers")
 
 from python_tests.integrations import gguf_cases as cases
 from sparsekern import FormatError
-from sparsekern.integrations.gguf.model import load_gguf, unpermute_rope_rows
+from sparsekern.integrations.gguf.model import load_gguf
 
 IDS = torch.arange(3, 67).reshape(2, 32)
 
@@ -48,14 +48,12 @@ def test_float32_file_gives_the_logits_of_the_original_bit_for_bit(tied, tmp_pat
     assert loaded.generation_config.eos_token_id == 2
 
 
-def test_rope_order_matters(model):
-    """The same weights in the file's row order give other logits: the permutation is not a
-    no-op.
-    """
+def test_rope_order_matters(model, write):
+    """The rows in the file have another order than the model's: undoing it is not a no-op."""
     weight = model.model.layers[0].self_attn.q_proj.weight.detach()
-    stored = torch.from_numpy(cases.permute(weight.numpy(), 4))
-    assert not torch.equal(stored, weight)
-    assert torch.equal(unpermute_rope_rows(stored, 4), weight)
+    assert not torch.equal(torch.from_numpy(cases.permute(weight.numpy(), 4)), weight)
+    loaded, _ = load_gguf(write(), dtype=torch.float32)
+    assert torch.equal(loaded.model.layers[0].self_attn.q_proj.weight, weight)
 
 
 def dequantise_q4_1(raw):
@@ -127,19 +125,87 @@ def test_the_folder_it_saves_gives_the_same_tokenizer(write, tmp_path):
     assert again.chat_template == tokenizer.chat_template
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma3", "phi3"])
+def test_other_architectures_give_the_logits_of_the_original(architecture, tmp_path):
+    original, meta, tensors = cases.other_model(architecture)
+    path = cases.write_gguf(tmp_path / "m.gguf", tensors, meta)
+    loaded, tokenizer = load_gguf(path, dtype=torch.float32)
+    assert type(loaded) is type(original)
+    ids = IDS % original.config.vocab_size
+    with torch.inference_mode():
+        wanted, got = original(ids).logits, loaded(ids).logits
+    # Gemma's norms lose the last bits when one is added and taken off again.
+    close = dict(rtol=0, atol=1e-4 * wanted.abs().max().item() * (architecture == "gemma3"))
+    torch.testing.assert_close(got, wanted, **close)
+    assert tokenizer.decode(tokenizer("the and", add_special_tokens=False)["input_ids"]) in (
+        "the and",
+        " the and",  # sentencepiece puts a space before the text
+    )
+
+
+def best_pieces(text, tokens, scores):
+    """Sentencepiece BPE by hand: the neighbours of the best score merge, until none is a token."""
+    parts, score = list(text.replace(" ", "▁")), dict(zip(tokens, scores))
+    while True:
+        pairs = [(score.get(a + b, -np.inf), -i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
+        best, at = max(pairs, default=(-np.inf, 0))
+        if best == -np.inf:
+            return parts
+        parts[-at : 2 - at] = ["".join(parts[-at : 2 - at])]
+
+
+def test_sentencepiece_vocabulary(tmp_path):
+    _, meta, tensors = cases.other_model("gemma3")
+    _, tokenizer = load_gguf(cases.write_gguf(tmp_path / "m.gguf", tensors, meta))
+    tokens, scores, _ = cases.piece_vocabulary()
+    text = "the cat and the singer in a band"
+    ids = tokenizer(text)["input_ids"]
+    assert ids[0] == 1 and tokenizer.bos_token_id == 1  # llama.cpp: BOS unless the file says no
+    assert tokenizer.convert_ids_to_tokens(ids[1:]) == best_pieces(text, tokens, scores)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("é")["input_ids"][1:]) == ["<0xC3>", "<0xA9>"]
+
+
+@pytest.mark.parametrize(
+    "pre, text, pieces",
+    [
+        ("llama-bpe", "1234", ["123", "4"]),
+        ("qwen2", "1234", ["1", "2", "3", "4"]),
+        ("smollm", "1234", ["1", "2", "3", "4"]),
+        ("gpt-2", "1234", ["1234"]),
+        ("llama-bpe", "I'LL  go!\n x", ["I", "'LL", "Ġ", "Ġgo", "!Ċ", "Ġx"]),
+        ("gpt-2", "I'LL  go!\n x", ["I", "'", "LL", "Ġ", "Ġgo", "!", "Ċ", "Ġx"]),
+    ],
+)
+def test_pre_tokenizers_split_as_the_models_do(write, pre, text, pieces):
+    _, tokenizer = load_gguf(write({"tokenizer.ggml.pre": pre}))
+    split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    assert [piece for piece, _ in split] == pieces
+
+
 BAD_METADATA = [
-    ({"general.architecture": "gemma"}, "'llama', got 'gemma'"),
-    ({"llama.rope.scaling.type": "yarn"}, "unscaled rope .*got 'yarn'"),
-    ({"llama.rope.dimension_count": 8}, "got 8 of 16"),
+    ({"general.architecture": "grok"}, "that Transformers reads, got 'grok'"),
+    ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type == 'none', got 'yarn'"),
+    ({"llama.expert_count": 8}, "llama.expert_count = 8, which Transformers does not read"),
+    ({"llama.attention.key_length": 32}, "key_length == 16, got 32"),
+    ({"llama.rope.dimension_count": 8}, r"q_proj.*expected \(32, 64\), got \(64, 64\)"),
     ({"llama.attention.head_count": 0}, "positive sizes"),
-    ({"llama.attention.head_count_kv": 3}, "64, 4, 3"),
+    ({"llama.attention.head_count_kv": 3}, r"head_count \(4\) a multiple of head_count_kv, got 3"),
     ({"llama.embedding_length": None}, "'llama.embedding_length', got none"),
-    ({"llama.block_count": "two"}, "'?llama.block_count'? of type .*got str"),
-    ({"llama.block_count": 1}, "9 that differ, first model.layers.1"),
-    ({"llama.block_count": 3}, "first model.layers.2.*got none"),
-    ({"llama.feed_forward_length": 128}, r"down_proj.weight: expected \(64, 128\), got \(64, 96\)"),
-    ({"tokenizer.ggml.model": "llama"}, "'gpt2' .*got 'llama'"),
-    ({"tokenizer.ggml.pre": "qwen2"}, "got 'qwen2'"),
+    ({"llama.embedding_length": 2**30}, "embedding_length to be a size of a tensor"),
+    ({"llama.feed_forward_length": 2**30}, "feed_forward_length to be a size of a tensor"),
+    ({"llama.context_length": 2**31}, "context_length below"),
+    ({"llama.block_count": "two"}, "llama.block_count of type int, got str"),
+    ({"llama.block_count": 1}, "block_count == 2, got 1"),
+    ({"llama.block_count": 2**20}, "block_count == 2, got 1048576"),
+    ({"llama.feed_forward_length": 128}, r"expected \(\d+, \d+\), got \(\d+, \d+\)"),
+    ({"llama.rope.freq_base": 0.0}, "freq_base > 0"),
+    ({"llama.rope.freq_base": -5.0}, "freq_base > 0"),
+    ({"llama.rope.freq_base": float("nan")}, "freq_base to be finite"),
+    ({"llama.rope.freq_base": float("inf")}, "freq_base to be finite"),
+    ({"llama.attention.layer_norm_rms_epsilon": -1e-6}, "epsilon > 0"),
+    ({"tokenizer.ggml.model": "bert"}, "'gpt2' .*got 'bert'"),
+    ({"tokenizer.ggml.model": "llama"}, "scores of tokens"),
+    ({"tokenizer.ggml.pre": "tekken"}, "got 'tekken'"),
     ({"tokenizer.ggml.token_type": [1, 1]}, "2 types"),
     ({"tokenizer.ggml.merges": ["a b c"]}, "two parts per merge"),
     ({"tokenizer.ggml.merges": ["zz yy"]}, "tokenizers refuse"),
@@ -160,8 +226,17 @@ def test_bad_tensors(write):
         load_gguf(write(tensors={"rope_freqs.weight": np.ones(8, np.float32)}))
     with pytest.raises(FormatError, match=r"model.norm.weight: expected \(64,\), got none"):
         load_gguf(write(tensors={"output_norm.weight": None}))
-    with pytest.raises(FormatError, match=r"blk.0.attn_k.weight with 32 rows, got \[64, 64\]"):
+    with pytest.raises(FormatError, match=r"k_proj.weight: expected \(32, 64\), got \(64, 64\)"):
         load_gguf(write(tensors={"blk.0.attn_k.weight": np.zeros((64, 64), np.float32)}))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["output_norm.weight", "token_embd.weight", "blk.1.ffn_up.weight"])
+def test_numbers_that_are_not_finite(write, model, name, bad):
+    array = cases.gguf_tensors(model)[name].copy()
+    array.flat[-1] = bad
+    with pytest.raises(FormatError, match=f"{name} of finite numbers"):
+        load_gguf(write(tensors={name: array}))
 
 
 def test_damaged_files(write, tmp_path):
@@ -176,3 +251,20 @@ def test_damaged_files(write, tmp_path):
         load_gguf(tmp_path / "text.gguf")
     with pytest.raises(FileNotFoundError, match="no file at"):
         load_gguf(tmp_path / "absent.gguf")
+
+
+def test_no_code_of_a_folder_runs(tmp_path, monkeypatch):
+    """A folder whose tokenizer names code of its own is refused, whatever stdin would say."""
+    import json
+
+    from sparsekern.integrations.loading import load_tokenizer
+
+    config = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text("{}")
+    mark = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    with pytest.raises(Exception):  # noqa: B017
+        load_tokenizer(tmp_path)
+    assert not mark.exists()

@@ -1,6 +1,7 @@
 """prune_model killed and resumed: the result is that of an uninterrupted run, and only the same run
 may continue."""
 
+import functools
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from python_tests.oneshot.driver_models import build, tokens
 from sparsekern.errors import FormatError
 from sparsekern.oneshot.layerwise import prune_group
 from sparsekern.oneshot.prune_model import prune_model
+from sparsekern.oneshot.resume import ResumeDir
 
 HERE = Path(__file__).parent
 
@@ -134,7 +136,7 @@ def other_method(w, hessian):
     [
         (dict(calibration=tokens(seed=5)), "calibration: .*sha256"),
         (dict(method="wanda"), "method: 'wanda' here, 'sparsegpt' there"),
-        (dict(method=other_method), "method: 'test_resume.other_method' here"),
+        (dict(method=other_method), r"method: '[\w.]*test_resume.other_method' here"),
         (dict(damp=0.1), "damp: 0.1 here, 0.01 there"),
         (dict(skip=("lm_head",)), r"skip: \['lm_head'\] here, \[\] there"),
         (dict(compress=False), "compress: False here, True there"),
@@ -193,6 +195,131 @@ def test_damaged_files_are_named(damage, tmp_path):
     assert run(model, tmp_path).resumed == 1
     run(straight)
     assert_same_state(model, straight)
+
+
+def permuted(model):
+    """Hidden channels of an MLP in another order: the same sums, another model."""
+    mlp = model.model.layers[0].mlp
+    for name in ("gate_proj", "up_proj"):
+        layer = getattr(mlp, name)
+        layer.weight.data = layer.weight.data.flip(0)
+    mlp.down_proj.weight.data = mlp.down_proj.weight.data.flip(1)
+
+
+def other_eps(model):
+    model.model.layers[1].input_layernorm.variance_epsilon = 1e-3
+
+
+def other_activation(model):
+    model.model.layers[0].mlp.act_fn = torch.nn.GELU()
+
+
+def other_theta(model):
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+
+
+def other_scaling(model):
+    model.model.layers[1].self_attn.scaling = 0.1
+
+
+def other_config(model):
+    model.config.rms_norm_eps = 1e-3
+
+
+@pytest.mark.parametrize(
+    "change", [permuted, other_eps, other_activation, other_theta, other_scaling, other_config]
+)
+def test_a_changed_model_may_not_continue(change, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "one-finished-run"
+    if not folder.exists():
+        run(build("llama"), folder)
+    model = build("llama")
+    change(model)
+    with pytest.raises(ValueError, match="weights: "):
+        run(model, folder)
+
+
+def make_score(power, scale=1.0):
+    def score(w, hessian):
+        return w.abs() ** power * scale
+
+    return score
+
+
+def weighted(w, hessian, factor):
+    return w.abs() * factor
+
+
+def same_name():
+    """Two functions of one qualified name and module."""
+
+    def score(w, hessian):
+        return -w.abs()
+
+    score.__qualname__ = make_score(1).__qualname__
+    return score
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        (make_score(1), make_score(2)),
+        (make_score(1), make_score(1, scale=torch.tensor(2.0))),
+        (make_score(1), same_name()),
+        (functools.partial(weighted, factor=1.0), functools.partial(weighted, factor=2.0)),
+    ],
+)
+def test_another_function_of_the_same_name_may_not_continue(first, second, tmp_path):
+    run(build("llama"), tmp_path, method=first)
+    assert run(build("llama"), tmp_path, method=first).resumed == 3
+    with pytest.raises(ValueError, match="function: "):
+        run(build("llama"), tmp_path, method=second)
+
+
+def test_a_function_that_cannot_be_told_apart_is_refused(tmp_path):
+    handle = open(__file__)  # noqa: SIM115
+
+    def score(w, hessian):
+        return w.abs() * len(handle.name)
+
+    with pytest.raises(ValueError, match="made of code, tensors and plain values, got a _io"):
+        run(build("llama"), tmp_path, method=score)
+    handle.close()
+
+
+def test_every_flipped_byte_is_noticed(tmp_path):
+    run(build("llama"), tmp_path)
+    file = tmp_path / "block-00001.safetensors"
+    content = file.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for place in torch.randint(8, len(content), (12,), generator=generator).tolist():
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        file.write_bytes(bytes(damaged))
+        with pytest.raises(FormatError, match="block-00001"):
+            run(build("llama"), tmp_path)
+
+
+def test_stages_of_another_run_or_without_a_manifest_are_refused(tmp_path):
+    run(build("llama"), tmp_path / "a")
+    run(build("llama"), tmp_path / "b", damp=0.1)
+    name = "block-00001.safetensors"
+    (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
+    with pytest.raises(FormatError, match="or of another run"):
+        run(build("llama"), tmp_path / "a")
+    (tmp_path / "b" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="manifest.json beside the stages .* got none"):
+        run(build("llama"), tmp_path / "b", damp=0.1)
+    with pytest.raises(NotADirectoryError, match="a folder, got the file"):
+        run(build("llama"), tmp_path / "a" / name)
+
+
+def test_a_folder_serves_one_process_at_a_time(tmp_path):
+    held = ResumeDir(tmp_path, {"a": 1})
+    with pytest.raises(ValueError, match="to be free, got another process"):
+        ResumeDir(tmp_path, {"a": 1})
+    held.close()
+    ResumeDir(tmp_path, {"a": 1}).close()
 
 
 def test_damaged_manifest(tmp_path):

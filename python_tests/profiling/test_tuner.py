@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda import configs
+from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.backends.cuda import tuned_tables as tuning
 from sparsekern.backends.cuda.cost_model import TIMES, RowBlocks, Tile

@@ -26,6 +26,7 @@ def mask24(scores: Tensor) -> Tensor:
         return codec.mask24(scores)
     op = "sparsekern.mask24"
     scores = codec.checked_scores(scores, op)
+    mask: Tensor
     mask, bad = kernels.mask24(scores)
     if int(bad):
         codec.raise_nan_scores(op, scores)
@@ -72,7 +73,7 @@ def prune_compress(w: Tensor, scores: Tensor | None = None) -> Sparse24:
 
 
 def decompress(w24: Sparse24) -> Tensor:
-    """codec.decompress_dense: the dense weight [out, in], exact, whatever layout and element type."""
+    """codec.decompress_dense: the dense weight [out, in], exact, from any layout."""
     w24 = w24.rowmajor()
     numbers, metadata, in_features = w24.numbers(), w24.metadata, w24.in_features
     kernels = _triton(numbers)

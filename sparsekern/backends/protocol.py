@@ -32,10 +32,10 @@ class Problem(NamedTuple):
 
     spec: of the weight.
     x_shape, x_stride: of x [..., in_features]; x_stride is None when x is contiguous.
-    dtype, device, index: of x (and of bias and y, and of the weight's numbers and tensors);
-        index is that of the GPU, -1 on the CPU.
-    aligned: the address of x is a multiple of ALIGNMENT bytes; problems are bound as if it were, and
-        as they are where that launch returns None.
+    dtype, device, gpu: of x (and of bias and y, and of the weight's numbers and tensors); gpu is
+        the index of the GPU, -1 on the CPU.
+    aligned: the address of x is a multiple of ALIGNMENT bytes; problems are bound as if it were,
+        and as they are where that launch returns None.
     activation: None, "relu", "gelu" or "silu".
     bias: whether there is one. It is [out_features], of dtype and device, contiguous.
     gated: the spec of the second weight of a gated pair, silu(x · Wᵀ) · (x · Gatedᵀ); else None.
@@ -46,11 +46,16 @@ class Problem(NamedTuple):
     x_stride: tuple[int, ...] | None
     dtype: torch.dtype
     device: torch.device
-    index: int
+    gpu: int
     aligned: bool = True
     activation: str | None = None
     bias: bool = False
     gated: WeightSpec | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.spec.shape[0], self.spec.shape[1]
 
     @property
     def tokens(self) -> int:

@@ -102,7 +102,8 @@ def find(problem: Problem) -> tuple[Backend | None, list[str]]:
 
     The one whose own layout the weight has comes first.
     """
-    names, layout, refusals = _PREFERENCE.get(problem.device.type, []), problem.spec.layout, []
+    names, layout = _PREFERENCE.get(problem.device.type, []), problem.spec.layout
+    refusals: list[str] = []
     for name in sorted(names, key=lambda name: _own_layout(name) != layout):
         backend = _BACKENDS[name]
         why = _refusal(backend, problem)

@@ -4,9 +4,11 @@ from sparsekern.checkpoint.export import export_dense
 from sparsekern.checkpoint.load import from_pretrained, load_into
 from sparsekern.checkpoint.save import save_pretrained
 from sparsekern.checkpoint.verify import CheckpointReport, verify_checkpoint
+from sparsekern.utils.staging import check_writable
 
 __all__ = [
     "CheckpointReport",
+    "check_writable",
     "export_dense",
     "from_pretrained",
     "load_into",

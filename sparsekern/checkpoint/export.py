@@ -2,25 +2,48 @@
 that know no 2:4 format.
 """
 
-import shutil
-from pathlib import Path
+from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from sparsekern.backends.compress import decompress
+from sparsekern.checkpoint.arguments import folder_path, parse_size
 from sparsekern.errors import check
 from sparsekern.formats.disk import (
+    FILE_KEYS,
     PARTS,
     check_headers,
     join,
     read_compression_config,
     read_sparse24,
 )
-from sparsekern.utils.safetensors_io import CONFIG_FILE, INDEX_FILE, OP, TensorFiles, require
-from sparsekern.utils.staging import StagedFolder, write_shards
+from sparsekern.utils.safetensors_io import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    OP,
+    TensorFiles,
+    require,
+    require_inside,
+)
+from sparsekern.utils.staging import Group, StagedFolder, check_writable, write_shards, writing
+
+EXPORT_OP = "sparsekern.export_dense"
 
 # Small files that belong to a model besides its weights: tokenizer, chat template, licence.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "README.md")
 
 
-def export_dense(dir_in, dir_out, *, max_shard_size=5 * 2**30):
+def export_dense(
+    dir_in: str | os.PathLike[str],
+    dir_out: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = 5 * 2**30,
+) -> None:
     """Write the checkpoint in dir_in to dir_out with every compressed layer decompressed,
     exactly; one shard in memory at a time.
 
@@ -31,15 +54,17 @@ def export_dense(dir_in, dir_out, *, max_shard_size=5 * 2**30):
     Args:
         dir_in: folder written by save_pretrained or compressed-tensors 0.14.0. dir_out: another
             folder, created if needed.
+        max_shard_size: bytes per safetensors file, or text such as "2GB".
     Raises:
-        FormatError: damaged or unsupported input. ValueError: dir_out is dir_in.
+        FormatError: damaged or unsupported input, or a link in it to a file outside of it.
+        ValueError: dir_out is dir_in. OSError: dir_out cannot be written.
     """
-    from sparsekern.formats.sparse24 import decompress
-
-    source, target = Path(dir_in), Path(dir_out)
+    source = folder_path(EXPORT_OP, "dir_in", dir_in)
+    target = folder_path(EXPORT_OP, "dir_out", dir_out)
+    limit = parse_size(EXPORT_OP, max_shard_size)
     check(
         source.resolve() != target.resolve(),
-        "sparsekern.export_dense",
+        EXPORT_OP,
         "another folder for the output",
         target,
     )
@@ -48,35 +73,42 @@ def export_dense(dir_in, dir_out, *, max_shard_size=5 * 2**30):
     layers = check_headers(files)
     transposed = _transposed(config, layers)
 
-    def dense_layer(name):
+    companions = sorted(
+        path.name
+        for pattern in COMPANIONS
+        for path in source.glob(pattern)
+        if path.is_file() and path.name not in (CONFIG_FILE, INDEX_FILE)
+    )
+    require_inside(source, [*files.files, CONFIG_FILE, *companions])
+    check_writable(target, EXPORT_OP)
+
+    def dense_layer(name: str) -> dict[str, Tensor]:
         weight = decompress(read_sparse24(files, name))
         return {join(name, "weight"): weight.t().contiguous() if name in transposed else weight}
 
-    def stored(name):
+    def stored(name: str) -> dict[str, Tensor]:
         return {name: files.read(name)[0]}
 
     parts = {join(layer, part): layer for layer in layers for part in PARTS}
-    groups = []
+    groups: list[Group] = []
     for name, info in files.info.items():
         layer = parts.get(name)
         if layer is None:
-            groups.append((info.nbytes, lambda name=name: stored(name)))
+            groups.append((info.nbytes, lambda name=name: stored(name)))  # type: ignore[misc]
         elif name == join(layer, "compressed"):
-            groups.append((2 * info.nbytes, lambda layer=layer: dense_layer(layer)))
+            groups.append((2 * info.nbytes, lambda layer=layer: dense_layer(layer)))  # type: ignore[misc]
 
-    with StagedFolder(target) as stage:
-        for pattern in COMPANIONS:
-            for path in source.glob(pattern):
-                if path.is_file() and path.name not in (CONFIG_FILE, INDEX_FILE):
-                    shutil.copyfile(path, stage.path / path.name)
-        write_shards(stage, groups, max_shard_size)
-        for key in ("quantization_config", "compression_config", "sparsekern"):
+    with writing(EXPORT_OP, target), StagedFolder(target) as stage:
+        for name in companions:
+            shutil.copyfile(source / name, stage.path / name)
+        write_shards(stage, groups, limit)
+        for key in FILE_KEYS:
             config.pop(key, None)
         stage.write_json(CONFIG_FILE, config)
         stage.commit()
 
 
-def _transposed(config, layers):
+def _transposed(config: Mapping[str, Any], layers: Collection[str]) -> set[str]:
     """Names of the layers whose dense weight is [in_features, out_features]."""
     entry = config.get("sparsekern", {})
     names = entry.get("transposed", []) if isinstance(entry, dict) else None

@@ -1,23 +1,34 @@
 """Loading model folders: headers against the module tree, then module by module to the device.
 
 A dense copy of a compressed layer never exists, on any device: the tree is built without weights
-(checkpoint/skeleton.py), and each of its Linears is replaced by a SparseLinear around tensors that come
-straight from the file.
+(checkpoint/skeleton.py), and each of its Linears is replaced by a SparseLinear around tensors that
+come straight from the file. Dense tensors come one at a time; where Transformers stores a parameter
+in several tensors, those of one parameter (checkpoint/names.py).
 """
 
+from __future__ import annotations
+
+import os
 import re
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sparsekern.checkpoint import arguments
+from sparsekern.checkpoint.names import Conversion, Names, match_names
 from sparsekern.checkpoint.skeleton import (
-    build_skeleton,
+    build_from_dict,
     import_transformers,
     linear_shape,
     own_tensors,
+    recompute_buffers,
 )
-from sparsekern.errors import FormatError, message
+from sparsekern.errors import FormatError, check, message
 from sparsekern.formats.disk import (
     PARTS,
     VALUE_DTYPES,
@@ -26,73 +37,207 @@ from sparsekern.formats.disk import (
     read_compression_config,
     read_sparse24,
 )
-from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, TensorFiles, listed, require
+from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.utils.safetensors_io import (
+    CONFIG_FILE,
+    OP,
+    TensorFiles,
+    listed,
+    read_json,
+    require,
+    require_sums,
+)
+
+LOAD_OP = "sparsekern.from_pretrained"
+MAX_SMALL_JSON = 2**24
+FLOATING = (*VALUE_DTYPES, torch.float64)
+# Buffers that old files hold and that models now compute, as Transformers' own loader has it.
+COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+# Arguments of Transformers' from_pretrained that change nothing here: the values that say so.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "trust_remote_code": (None, False),
+    "use_safetensors": (None, True),
+    "weights_only": (None, True),
+    "quantization_config": (None,),
+    "ignore_mismatched_sizes": (None, False),
+    "output_loading_info": (None, False),
+    "use_kernels": (None, False),
+    "variant": (None,),
+    "gguf_file": (None,),
+    "tp_plan": (None,),
+    "offload_folder": (None,),
+    "low_cpu_mem_usage": (None, True, False),
+}
+M = TypeVar("M", bound=nn.Module)
 
 
-def from_pretrained(directory, device="cpu", dtype=None, *, attn_implementation=None):
-    """Load a model folder, compressed (sparse-24-bitmask) or dense, as a Transformers model.
+def from_pretrained(
+    directory: str | os.PathLike[str],
+    device: Any = "cpu",
+    dtype: torch.dtype | str | None = None,
+    *,
+    attn_implementation: str | None = None,
+    device_map: Any = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    subfolder: str = "",
+    key_mapping: Mapping[str, str] | None = None,
+    verify: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """Load a model, compressed (sparse-24-bitmask) or dense, as a Transformers model.
 
     Args:
-        directory: config.json and safetensors files, written by save_pretrained,
-            compressed-tensors 0.14.0 or Transformers. Nothing is downloaded, no pickle is read.
+        directory: folder with config.json and safetensors files, written by save_pretrained,
+            compressed-tensors 0.14.0 or Transformers; or the id of a model on the Hub, from the
+            local cache or else downloaded. No pickle is read and no code of the folder is run.
         device: where the weights go, tensor by tensor.
-        dtype: cast floating-point weights to it; None keeps the dtype of each tensor in the file.
+        dtype: cast floating-point weights to it; "auto" means config.json's; None keeps the dtype
+            of each tensor in the file.
         attn_implementation: handed to Transformers ("sdpa", "eager", ...); None takes its
             default.
+        device_map, max_memory: as in Transformers, instead of `device`; several devices need the
+            package accelerate.
+        revision, cache_dir, token, local_files_only, force_download, subfolder: of a Hub id.
+        key_mapping: {regular expression: replacement} for names in the files.
+        verify: check SHA256SUMS (where the folder has it) before anything is read, and refuse
+            NaN and Inf in any tensor.
+        kwargs: attributes of the config to replace, as in Transformers; its other arguments only
+            with the values that ask for nothing more.
     Returns:
         The Transformers model in eval mode; layers with compressed tensors are SparseLinear.
     Raises:
-        FormatError: damaged or unsupported files (file and tensor named), missing or unexpected
-            tensors (listed).
+        FormatError: damaged or unsupported files (file and tensor named), missing tensors
+            (listed), no such model.
         ImportError: no transformers; use load_into for a module of your own.
+        TypeError, ValueError: an argument that is not supported; it is named.
+    Warns:
+        UserWarning: tensors in the files that the model has no place for.
     """
-    folder = Path(directory)
+    if "torch_dtype" in kwargs:
+        old = kwargs.pop("torch_dtype")
+        dtype = old if dtype is None else dtype
+    for name, allowed in FIXED.items():
+        value = kwargs.pop(name, allowed[0])
+        check(
+            any(value is entry for entry in allowed),
+            LOAD_OP,
+            f"{name} {' or '.join(map(repr, allowed))}",
+            repr(value)[:80],
+            "Nothing else is supported.",
+        )
+    folder = arguments.find_folder(
+        LOAD_OP,
+        directory,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+        force_download=force_download,
+        subfolder=subfolder,
+    )
+    if verify:
+        require_sums(folder)
     files = TensorFiles(folder)
-    read_compression_config(folder)
-    model = build_skeleton(folder, files.info, attn_implementation)
-    _load(model, files, torch.device(device), dtype)
+    config, _ = read_compression_config(folder)
+    wanted = arguments.parse_dtype(LOAD_OP, dtype, config)
+    if device_map is None:
+        arguments.parse_device(LOAD_OP, device)  # before anything is built
+    model = build_from_dict(config, files.info, attn_implementation, kwargs)
+    device_of, spread = arguments.place(
+        LOAD_OP, model, device, device_map, max_memory, files.nbytes
+    )
+    _load(model, files, device_of, wanted, key_mapping, finite=verify, whole=True)
     if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
-        transformers = import_transformers("to read generation_config.json")
-        try:
-            model.generation_config = transformers.GenerationConfig.from_pretrained(
-                str(folder), local_files_only=True
-            )
-        except Exception as error:
-            raise FormatError(
-                message(f"{OP}: generation_config.json", "a generation config", str(error), "")
-            ) from error
-    return model
+        model.generation_config = _generation_config(folder)
+    if spread is None:
+        return model
+    dispatched: nn.Module = arguments.accelerate(LOAD_OP).dispatch_model(model, device_map=spread)
+    return dispatched
 
 
-def load_into(model, directory, *, device=None, dtype=None):
+def _generation_config(folder: Path) -> Any:
+    transformers = import_transformers("to read generation_config.json")
+    raw = read_json(folder / "generation_config.json", MAX_SMALL_JSON)
+    try:
+        return transformers.GenerationConfig.from_dict(raw)
+    except Exception as error:
+        raise FormatError(
+            message(f"{OP}: generation_config.json", "a generation config", str(error), "")
+        ) from error
+
+
+def load_into(
+    model: M,
+    directory: str | os.PathLike[str],
+    *,
+    device: Any = None,
+    dtype: torch.dtype | str | None = None,
+    verify: bool = False,
+) -> M:
     """Load a folder into an existing module in place; SparseLinear replaces compressed Linears.
 
     Args:
         model: module with the tree that was saved; parameters may be on the meta device.
-        device: None takes the model's (CPU for a model on meta). dtype: as in from_pretrained.
+        directory: as in from_pretrained, a folder.
+        device: None takes the model's (CPU for a model on meta). dtype, verify: as in
+            from_pretrained.
     Returns:
         model.
     Raises:
-        FormatError: as from_pretrained; header errors leave the model untouched.
+        FormatError: as from_pretrained, and for tensors that the model has no place for; header
+            errors leave the model untouched.
     """
-    folder = Path(directory)
+    op = "sparsekern.load_into"
+    check(isinstance(model, nn.Module), op, "an nn.Module", type(model).__name__, exc=TypeError)
+    folder = arguments.folder_path(op, "the model", directory)
+    if verify:
+        require_sums(folder)
     files = TensorFiles(folder)
-    if (folder / CONFIG_FILE).is_file():
-        read_compression_config(folder)
+    config: Mapping[str, Any] = {}
+    if os.path.lexists(folder / CONFIG_FILE):
+        config, _ = read_compression_config(folder)
     if device is None:
         device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    _load(model, files, torch.device(device), dtype)
+    place = arguments.parse_device(op, device)
+    wanted = arguments.parse_dtype(op, dtype, config)
+    _load(model, files, lambda name: place, wanted, None, finite=verify, whole=False)
     return model
 
 
-def _load(model, files, device, dtype):
+@dataclass
+class Plan:
+    """Where every tensor of a model comes from.
+
+    names: the files' names in the model. sources: {id(tensor on the tree): (name in the model,
+    name in the files or the Conversion that makes it)}. untied: names that the model ties and the
+    files do not. computed: names that Transformers computes when a file lacks them.  unexpected:
+    names in the files that the model has no place for.
+    """
+
+    names: Names
+    sources: dict[int, tuple[str, str | Conversion]] = field(default_factory=dict)
+    untied: list[str] = field(default_factory=list)
+    computed: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+
+def _load(
+    model: nn.Module,
+    files: TensorFiles,
+    device_of: Callable[[str], torch.device],
+    dtype: torch.dtype | None,
+    key_mapping: Mapping[str, str] | None,
+    *,
+    finite: bool,
+    whole: bool,
+) -> None:
     """Check every name, shape and dtype against the module tree, then stream module by module."""
     layers = check_headers(files)
-    aliases = plan(model, files, layers)
-    parents = {}
-    for parent in model.modules():
-        for attribute, child in parent._modules.items():
-            parents.setdefault(id(child), []).append((parent, attribute))
     require(
         "" not in layers,
         OP,
@@ -100,30 +245,50 @@ def _load(model, files, device, dtype):
         "the module itself is one",
         "Use SparseLinear.load_state_dict.",
     )
+    found = plan(model, files, layers, key_mapping, whole=whole)
+    if found.unexpected:
+        warnings.warn(
+            f"{LOAD_OP}: {len(found.unexpected)} tensors of {files.folder} have no place in "
+            f"{type(model).__name__} and are left out: {listed(found.unexpected)}",
+            stacklevel=3,
+        )
+    _untie(model, found)
+    reader = _Reader(model, files, dtype, finite)
+    parents: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            parents.setdefault(id(child), []).append((parent, attribute))
 
     # id(tensor on the tree) -> what replaced it, so that tied weights stay tied. The id of a tied
     # tensor cannot be reused meanwhile: its other names on the tree keep it alive.
-    loaded = {}
+    loaded: dict[int, Tensor] = {}
     for name in [name for name, _ in model.named_modules()]:  # replaced modules are freed at once
         module = model.get_submodule(name)
-        if name in layers:
-            sparse = _load_layer(files, name, module, device, dtype)
+        device = device_of(name)
+        if name in found.names.layers:
+            sparse = reader.layer(name, found, module, device)
             for parent, attribute in parents[id(module)]:
                 setattr(parent, attribute, sparse)
             continue
         for key, old, is_parameter in list(own_tensors(module)):
             if id(old) not in loaded:
-                source = aliases.get(id(old))
-                new = (
-                    old.to(device) if source is None else _read_dense(files, source, device, dtype)
-                )
+                source = found.sources.get(id(old))
+                if source is not None:
+                    new = reader.dense(*source, device)
+                else:
+                    new = old if old.is_meta else old.to(device)
                 loaded[id(old)] = (
                     nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new
                 )
-            (module._parameters if is_parameter else module._buffers)[key] = loaded[id(old)]
+            home: dict[str, Any] = module._parameters if is_parameter else module._buffers
+            home[key] = loaded[id(old)]
         for key in module._non_persistent_buffers_set:
-            if module._buffers.get(key) is not None:
-                module._buffers[key] = module._buffers[key].to(device)
+            buffer = module._buffers.get(key)
+            if buffer is not None:
+                module._buffers[key] = buffer.to(device)
+    if found.computed:
+        recompute_buffers(model, frozenset(found.computed))
+        _finish_computed(model, found.computed, device_of, dtype or _usual_dtype(files))
     left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     require(
         not left,
@@ -132,60 +297,213 @@ def _load(model, files, device, dtype):
         f"no data for {listed(left)}",
         "This model cannot be rebuilt from its config.",
     )
+    if found.names.used is not None:
+        model._weight_conversions = found.names.used  # type: ignore[assignment]
 
 
-def plan(model, files, layers):
-    """{id(tensor on the tree): name in the files} for a module tree; layers = check_headers(files).
+def _finish_computed(
+    model: nn.Module,
+    names: Iterable[str],
+    device_of: Callable[[str], torch.device],
+    dtype: torch.dtype | None,
+) -> None:
+    """Device and dtype of tensors that were computed, on the CPU and in float32."""
+    for name in names:
+        module, _, key = name.rpartition(".")
+        parent = model.get_submodule(module)
+        parameter = parent._parameters.get(key)
+        if parameter is not None:
+            parameter.data = parameter.data.to(device_of(module), dtype)
+        elif parent._buffers.get(key) is not None:
+            buffer = parent._buffers[key]
+            assert buffer is not None
+            parent._buffers[key] = buffer.to(device_of(module))
 
-    FormatError lists what is missing, unexpected or misshapen.
+
+def _usual_dtype(files: TensorFiles) -> torch.dtype | None:
+    """The floating-point dtype of most tensors."""
+    found = [info.dtype for info in files.info.values() if info.dtype in FLOATING]
+    return max(dict.fromkeys(found), key=found.count) if found else None
+
+
+def _untie(model: nn.Module, found: Plan) -> None:
+    """Give names that the files do not tie a parameter of their own, as Transformers does."""
+    for name in found.untied:
+        module, _, key = name.rpartition(".")
+        parent = model.get_submodule(module)
+        old = parent._parameters[key]
+        assert old is not None
+        own = nn.Parameter(torch.empty_like(old, device="meta"), old.requires_grad)
+        parent._parameters[key] = own
+        found.sources[id(own)] = (name, _source(found.names, name) or name)
+    if found.untied:
+        if hasattr(getattr(model, "config", None), "tie_word_embeddings"):
+            model.config.tie_word_embeddings = False  # type: ignore[union-attr, assignment]
+        warnings.warn(
+            f"{LOAD_OP}: config.json ties {listed(found.untied)} to other weights, and the files "
+            "hold different ones: they are loaded untied.",
+            stacklevel=4,
+        )
+
+
+class _Reader:
+    """Reads tensors of a folder for a model, one at a time, in the dtype that was asked for."""
+
+    def __init__(
+        self, model: nn.Module, files: TensorFiles, dtype: torch.dtype | None, finite: bool
+    ) -> None:
+        self.model, self.files, self.dtype, self.finite = model, files, dtype, finite
+        self.waiting: dict[str, Tensor] = {}  # converted with others, and not yet in the model
+        self.precise = _precise(model, dtype)
+
+    def read(self, name: str, device: torch.device) -> Tensor:
+        tensor = self.files.read(name, device=device)[0]
+        if self.finite:
+            require_finite(self.files, name, tensor)
+        return tensor
+
+    def dense(self, name: str, source: str | Conversion, device: torch.device) -> Tensor:
+        """The tensor `name` of the model."""
+        if isinstance(source, str):
+            tensor = self.read(source, device)
+        else:
+            if name not in self.waiting:
+                self.waiting.update(self._converted(source, device))
+            tensor = self.waiting.pop(name).to(device)
+            if tensor.untyped_storage().nbytes() != tensor.nbytes:
+                tensor = tensor.clone()  # a part of what was converted would keep all of it
+        if self.dtype is None or not tensor.is_floating_point():
+            return tensor
+        keep = self.precise is not None and self.precise.search(name)
+        return tensor.to(torch.float32 if keep else self.dtype)
+
+    def _converted(self, source: Conversion, device: torch.device) -> dict[str, Tensor]:
+        try:
+            return source.run(self.model, lambda name: self.read(name, device))
+        except FormatError:
+            raise
+        except Exception as error:
+            raise FormatError(
+                message(
+                    f"{OP}: tensors {listed(name for _, name in source.sources)}",
+                    f"what Transformers makes {source.first} of",
+                    f"{type(error).__name__}: {error}",
+                )
+            ) from error
+
+    def layer(
+        self, name: str, found: Plan, module: nn.Module, device: torch.device
+    ) -> SparseLinear:
+        """SparseLinear for one compressed layer; `module` is what stands in its place on the
+        tree."""
+        stored = found.names.layers[name]
+        weight = read_sparse24(self.files, stored, device, self.dtype)
+        if self.finite:
+            require_finite(self.files, join(stored, "compressed"), weight.values)
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            source = found.sources[id(bias)]
+            bias = self.dense(*source, device).to(weight.dtype)
+        return SparseLinear.from_sparse24(weight, bias).train(module.training)
+
+
+def _precise(model: nn.Module, dtype: torch.dtype | None) -> re.Pattern[str] | None:
+    """Names of tensors that Transformers keeps in float32 when it casts a model to `dtype`."""
+    names: set[str] = set()
+    if dtype in (torch.float16, torch.bfloat16):
+        names.update(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        names.update(getattr(model, "_keep_in_fp32_modules", None) or ())
+    parts = (re.escape(name).replace(r"\*", r"\d+") for name in sorted(names))
+    return re.compile("|".join(rf"(^|\.){part}($|\.)" for part in parts)) if names else None
+
+
+def require_finite(files: TensorFiles, name: str, tensor: Tensor) -> None:
+    """FormatError for NaN or Inf in a tensor that was read as `name`."""
+    if not tensor.is_floating_point() or tensor.itemsize < 2:
+        return
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        first = [] if tensor.dim() == 0 else (~finite).nonzero()[0].tolist()
+        require(
+            False,
+            files.where(name),
+            "finite values",
+            f"{int((~finite).sum())} NaN or Inf, first at {first}",
+            "The file is damaged, or so was the model that was saved.",
+        )
+
+
+def plan(
+    model: nn.Module,
+    files: TensorFiles,
+    layers: Mapping[str, tuple[int, int]],
+    key_mapping: Mapping[str, str] | None = None,
+    *,
+    whole: bool = False,
+) -> Plan:
+    """Where every tensor of a module tree comes from; layers = check_headers(files).
+
+    Args:
+        whole: the model was built for the folder, as Transformers builds it: tensors without a
+            place in it are listed in the Plan, and ties that the files do not have are undone.
+            Otherwise both are errors.
+    Raises:
+        FormatError: it lists what is missing, unexpected or misshapen.
     """
-    owners, wanted, missing, ignored = {}, set(), [], set()
-    modules = dict(model.named_modules())
-    replaced = {id(modules[layer]) for layer in layers if layer in modules}
-    for layer, shape in layers.items():
-        module = modules.get(layer)
-        expected = None if module is None else linear_shape(module)
-        require(
-            expected is not None,
-            files.where(join(layer, "compressed")),
-            f"a linear layer named '{layer}' in the model",
-            "none" if module is None else type(module).__name__,
-            "The folder belongs to another model.",
-        )
-        require(
-            expected == shape,
-            files.where(join(layer, "compressed")),
-            f"a layer of shape {list(expected)} as in the model",
-            list(shape),
-            "The folder belongs to another model.",
-        )
+    parts = [join(layer, part) for layer in layers for part in PARTS]
+    names = match_names(model, files.info, layers, parts, key_mapping)
+    found = Plan(names)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    replaced = {id(modules[name]) for name in names.layers if name in modules}
+    for name, layer in names.layers.items():
+        _check_layer(files, layer, name, modules.get(name), layers[layer])
+
+    owners: dict[int, tuple[Tensor, list[str]]] = {}
+    wanted: set[str] = set()
+    ignored: set[str] = set()
+    missing: list[str] = []
+    layer_of: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if name in layers:
-            parts = PARTS + (() if getattr(module, "bias", None) is None else ("bias",))
-            wanted.update(join(name, part) for part in parts)
-            if len(parts) > 3:
-                _check_bias(files, name, module.bias, missing)
-        if id(module) in replaced:
-            continue
-        ignored.update(join(name, key) for key in module._non_persistent_buffers_set)
-        for key, tensor, _ in own_tensors(module):
+        if id(module) not in replaced:
+            ignored.update(join(name, key) for key in module._non_persistent_buffers_set)
+            own = [(key, tensor) for key, tensor, _ in own_tensors(module)]
+        else:
+            bias = getattr(module, "bias", None)
+            own = [] if bias is None else [("bias", bias)]
+            if name in names.layers:
+                layer_of[join(name, "bias")] = names.layers[name]
+        for key, tensor in own:
             owners.setdefault(id(tensor), (tensor, []))[1].append(join(name, key))
-    aliases = {}
-    for tensor, names in owners.values():
-        present = [name for name in names if name in files.info]
-        for name in present or names[:1]:
-            _check_dense(files, name, tensor, missing)
+            wanted.add(join(name, key))
+
+    optional = _patterns(model, "_keys_to_ignore_on_load_missing")
+    for tensor, tied in owners.values():
+        present = [name for name in tied if _source(names, name) is not None]
+        for name in present or tied[:1]:
+            if present:
+                _check_dense(files, names, name, tensor, layer_of.get(name))
+            elif any(pattern.search(name) for pattern in optional):
+                found.computed += tied
+            else:
+                missing.append(name)
         if present:
-            aliases[id(tensor)] = present[0]
-        wanted.update(names)
-        _check_ties(files, present)
-    unexpected = [name for name in files.info if name not in wanted and name not in ignored]
-    missing = _without(missing, getattr(model, "_keys_to_ignore_on_load_missing", None))
-    unexpected = _without(unexpected, getattr(model, "_keys_to_ignore_on_load_unexpected", None))
+            source = _source(names, present[0])
+            assert source is not None
+            found.sources[id(tensor)] = (present[0], source)
+            found.untied += _untied(files, names, present, allowed=whole)
+
+    extra = [*names.unexpected]
+    extra += [stored for name, stored in names.plain.items() if name not in wanted]
+    known = [*_patterns(model, "_keys_to_ignore_on_load_unexpected")]
+    known += [re.compile(pattern) for pattern in COMPUTED] if whole else []
+    extra = [n for n in extra if n not in ignored and not any(p.search(n) for p in known)]
+    if whole:
+        found.unexpected, extra = extra, []
     problems = [
-        f"{len(names)} {kind} ({listed(names)})"
-        for kind, names in (("missing", missing), ("unexpected", unexpected))
-        if names
+        f"{len(entries)} {kind} ({listed(entries)})"
+        for kind, entries in (("missing", missing), ("unexpected", extra + found.unexpected))
+        if entries and (missing or extra)
     ]
     require(
         not problems,
@@ -194,80 +512,91 @@ def plan(model, files, layers):
         ", ".join(problems),
         "The folder belongs to another model or is incomplete.",
     )
-    return aliases
+    return found
 
 
-def _without(names, patterns):
-    return [
-        name for name in names if not any(re.search(pattern, name) for pattern in patterns or ())
-    ]
+def _patterns(model: nn.Module, attribute: str) -> list[re.Pattern[str]]:
+    patterns: Iterable[str] = getattr(model, attribute, None) or ()  # type: ignore[assignment]
+    return [re.compile(pattern) for pattern in patterns]
 
 
-def _check_dense(files, name, tensor, missing):
-    """Header of one dense tensor against the tensor it is for; appends to `missing` when there is
-    none.
-    """
-    if name not in files.info:
-        missing.append(name)
-        return
-    info = files.info[name]
+def _source(names: Names, name: str) -> str | Conversion | None:
+    return names.plain.get(name) or names.converted.get(name)
+
+
+def _check_layer(
+    files: TensorFiles, layer: str, name: str, module: nn.Module | None, shape: tuple[int, int]
+) -> None:
+    """A compressed layer against the module that it is for."""
+    expected = None if module is None else linear_shape(module)
+    where = files.where(join(layer, "compressed"))
     require(
-        info.shape == tuple(tensor.shape),
-        files.where(name),
-        f"shape {list(tensor.shape)} as in the model",
-        list(info.shape),
+        expected is not None,
+        where,
+        f"a linear layer named '{name}' in the model",
+        "none" if module is None else type(module).__name__,
         "The folder belongs to another model.",
     )
-    floating = (*VALUE_DTYPES, torch.float64)
+    assert expected is not None
     require(
-        info.dtype in floating if tensor.is_floating_point() else info.dtype == tensor.dtype,
-        files.where(name),
+        expected == shape,
+        where,
+        f"a layer of shape {list(expected)} as in the model",
+        list(shape),
+        "The folder belongs to another model.",
+    )
+
+
+def _check_dense(
+    files: TensorFiles, names: Names, name: str, tensor: Tensor, layer: str | None
+) -> None:
+    """What the files have for one dense tensor against the tensor it is for. The bias of a
+    compressed layer `layer` has the dtype of its values, which is what SparseLinear computes in.
+    """
+    if name in names.plain:
+        stored = names.plain[name]
+        where, shape, dtype = (
+            files.where(stored),
+            files.info[stored].shape,
+            files.info[stored].dtype,
+        )
+    else:
+        made = names.converted[name].targets[name]
+        where = files.where(names.converted[name].sources[0][1])
+        shape, dtype = tuple(made.shape), made.dtype
+    require(
+        shape == tuple(tensor.shape),
+        where,
+        f"shape {list(tensor.shape)} as in the model",
+        list(shape),
+        "The folder belongs to another model.",
+    )
+    require(
+        dtype in FLOATING if tensor.is_floating_point() else dtype == tensor.dtype,
+        where,
         "dtype "
-        + (" | ".join(map(str, floating)) if tensor.is_floating_point() else str(tensor.dtype)),
-        info.dtype,
+        + (" | ".join(map(str, FLOATING)) if tensor.is_floating_point() else str(tensor.dtype)),
+        dtype,
     )
+    if layer is not None:
+        expected = files.info[join(layer, "compressed")].dtype
+        require(dtype == expected, where, f"dtype {expected} as {layer}.compressed", dtype)
 
 
-def _check_bias(files, layer, bias, missing):
-    """As _check_dense, and in the dtype of the values, which is what SparseLinear computes in."""
-    name = join(layer, "bias")
-    _check_dense(files, name, bias, missing)
-    if name in files.info:
-        dtype = files.info[join(layer, "compressed")].dtype
-        require(
-            files.info[name].dtype == dtype,
-            files.where(name),
-            f"dtype {dtype} as {layer}.compressed",
-            files.info[name].dtype,
-        )
-
-
-def _check_ties(files, names):
-    """Names that the model ties may each be in the files, but then with the same contents."""
-    if len(names) > 1:
-        first, *others = files.read(*names)
-        require(
-            all(torch.equal(first, other) for other in others),
-            files.where(names[0]),
-            f"the contents of {listed(names[1:])}, which the model ties to it",
-            "different contents",
-            "Set tie_word_embeddings to false in config.json if the model does not tie them.",
-        )
-
-
-def _read_dense(files, name, device, dtype):
-    tensor = files.read(name, device=device)[0]
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-
-
-def _load_layer(files, name, module, device, dtype):
-    """SparseLinear for one compressed layer; `module` is what stands in its place on the tree."""
-    from sparsekern.nn.sparse_linear import SparseLinear
-
-    weight = read_sparse24(files, name, device, dtype)
-    bias = (
-        None
-        if getattr(module, "bias", None) is None
-        else _read_dense(files, join(name, "bias"), device, dtype)
+def _untied(files: TensorFiles, names: Names, tied: Collection[str], *, allowed: bool) -> list[str]:
+    """Names that the model ties may each be in the files, but then with the same contents; the
+    ones with other contents are returned, or an error where that is not `allowed`.
+    """
+    stored = [names.plain[name] for name in tied if name in names.plain]
+    if len(stored) < 2:
+        return []
+    first = files.read(stored[0])[0]
+    other = {name for name in stored[1:] if not torch.equal(first, files.read(name)[0])}
+    require(
+        allowed or not other,
+        files.where(stored[0]),
+        f"the contents of {listed(stored[1:])}, which the model ties to it",
+        "different contents",
+        "Set tie_word_embeddings to false in config.json if the model does not tie them.",
     )
-    return SparseLinear.from_sparse24(weight, bias).train(module.training)
+    return [name for name in tied if names.plain.get(name) in other]

@@ -6,24 +6,47 @@ export_dense.
                                    └────── export_dense ─────► folder with dense weights
 
 The folder is what Transformers writes (config.json, safetensors shards, index, tokenizer,
-generation config), with pruned layers in compressed-tensors' sparse-24-bitmask format
-(formats/disk.py). This file writes; checkpoint/load.py reads.
+generation config, its names for tensors), with pruned layers in compressed-tensors'
+sparse-24-bitmask format (formats/disk.py) and a SHA256SUMS. This file writes; checkpoint/load.py
+reads.
 """
 
+from __future__ import annotations
+
 import json
+import os
 import warnings
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from sparsekern.checkpoint.arguments import folder_path, parse_size
+from sparsekern.checkpoint.names import Conversion, DiskNames, disk_names
 from sparsekern.checkpoint.skeleton import linear_shape, own_tensors, skeleton_of
 from sparsekern.errors import check
-from sparsekern.formats.disk import compression_config, join
+from sparsekern.formats.disk import (
+    FILE_KEYS,
+    UNREADABLE_WITHOUT_US,
+    compression_config,
+    join,
+)
+from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.discovery import is_conv1d
 from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, listed
-from sparsekern.utils.staging import StagedFolder, write_shards
+from sparsekern.utils.staging import Group, StagedFolder, check_writable, write_shards, writing
+
+SAVE_OP = "sparsekern.save_pretrained"
 
 
-def save_pretrained(model, directory, *, tokenizer=None, max_shard_size=5 * 2**30):
+def save_pretrained(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int | str = 5 * 2**30,
+) -> None:
     """Write a model to a folder: compressed layers as sparse-24-bitmask, the rest as it is.
 
     All files are written under temporary names and renamed when the last one is complete; an
@@ -35,70 +58,121 @@ def save_pretrained(model, directory, *, tokenizer=None, max_shard_size=5 * 2**3
             it was pruned.
         directory: created if needed; the files of an earlier checkpoint in it are replaced.
         tokenizer: anything with save_pretrained(folder), or None.
-        max_shard_size: bytes per safetensors file.
+        max_shard_size: bytes per safetensors file, or text such as "2GB".
     Raises:
-        ValueError: a parameter on the meta device, or max_shard_size < 1.
+        ValueError, TypeError: a parameter on the meta device, or an argument that is none of the
+            above; it is named.
+        OSError: the folder cannot be written; the model is unchanged.
     Notes:
         Buffers that Transformers keeps out of files (rotary frequencies) are recomputed at load.
         Where this model's differ, as after model.to(torch.bfloat16), a UserWarning names them:
         the loaded model then uses the exact ones.
     """
-    from sparsekern.nn.sparse_linear import SparseLinear
-
-    skeleton = skeleton_of(model)
-    _warn_lost_buffers(model, skeleton)
+    check(
+        isinstance(model, nn.Module), SAVE_OP, "an nn.Module", type(model).__name__, exc=TypeError
+    )
+    check(
+        tokenizer is None or hasattr(tokenizer, "save_pretrained"),
+        SAVE_OP,
+        "a tokenizer with save_pretrained",
+        type(tokenizer).__name__,
+        exc=TypeError,
+    )
+    folder = folder_path(SAVE_OP, "directory", directory)
+    limit = parse_size(SAVE_OP, max_shard_size)
     sparse = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
-    dense = _dense_tensors(model, sparse)
-    linears = _linears(model, sparse, skeleton)
-    groups = []
-    for name, module in model.named_modules():
-        if name in sparse:
-            groups.append(_sparse_group(name, module))
-        else:
-            keys = (join(name, key) for key, _, _ in own_tensors(module))
-            groups += [_dense_group(key, dense[key]) for key in keys if key in dense]
-
-    config = _config(model, sparse, dense)
-    if sparse:
-        total = sum(m.out_features * m.in_features for m in sparse.values())
-        share = total / 2 / (total + sum(tensor.numel() for tensor in dense.values()))
-        config["quantization_config"] = compression_config(linears, sparse, share)
-    transposed = sorted(name for name in sparse if linears[name] == "Conv1D")
-    if transposed:
-        config["sparsekern"] = {"transposed": transposed}  # export_dense writes these as [in, out]
-    with StagedFolder(directory) as stage:
-        write_shards(stage, groups, max_shard_size)
+    skeleton = skeleton_of(model, untied=_compressed_head(model, sparse))
+    _warn_lost_buffers(model, skeleton)
+    dense = _dense_tensors(model, skeleton)
+    names = disk_names(model, dense, sparse)
+    config = model_config(model, sparse, dense, names, skeleton)
+    groups = [_sparse_group(names.layers[name], module) for name, module in sparse.items()]
+    groups += [_dense_group(stored, dense[name]) for stored, name in names.plain.items()]
+    for conversion in names.groups:
+        groups += _converted_groups(model, conversion, dense, names)
+    check_writable(folder, SAVE_OP)
+    with writing(SAVE_OP, folder), StagedFolder(folder) as stage:
+        write_shards(stage, groups, limit)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(stage.path))
-        generation = getattr(model, "generation_config", None)
+        generation: Any = getattr(model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(str(stage.path))
         stage.write_json(CONFIG_FILE, config)
         stage.commit()
 
 
-def _dense_tensors(model, sparse):
-    """{name: tensor} of everything that is stored as it is; tied weights under their first name
-    only.
+def model_config(
+    model: nn.Module,
+    sparse: Mapping[str, SparseLinear],
+    dense: Mapping[str, Tensor],
+    names: DiskNames,
+    skeleton: nn.Module | None,
+) -> dict[str, Any]:
+    """config.json of a model with the entries that announce its compressed layers."""
+    config = _config(model, sparse, dense)
+    linears = {names.module(n): kind for n, kind in _linears(model, sparse, skeleton).items()}
+    stored = {names.layers[name] for name in sparse}
+    if sparse:
+        total = sum(m.out_features * m.in_features for m in sparse.values())
+        share = total / 2 / (total + sum(tensor.numel() for tensor in dense.values()))
+        config["quantization_config"] = compression_config(linears, stored, share)
+        if "model_type" in config:
+            config["transformers_weights"] = UNREADABLE_WITHOUT_US
+    transposed = sorted(name for name in stored if linears[name] == "Conv1D")
+    if transposed:
+        config["sparsekern"] = {"transposed": transposed}  # export_dense writes these as [in, out]
+    return config
+
+
+def _dense_tensors(model: nn.Module, skeleton: nn.Module | None) -> dict[str, Tensor]:
+    """{name: tensor} of everything that is stored as it is, biases of compressed layers included.
+
+    Tied weights go under one name: the one that Transformers ties the others to, else the first;
+    under all names where the model that the config builds would not tie them.
     """
-    found, seen = {}, set()
+    dependent = set(getattr(model, "all_tied_weights_keys", None) or ())
+    built = {} if skeleton is None else {n: id(t) for n, t in _tensors(skeleton)}
+    computed = set(getattr(model, "_keys_to_ignore_on_save", None) or ()) & built.keys()
+    found: dict[str, Tensor] = {}
+    first: dict[object, str] = {}
     for name, module in model.named_modules():
-        for key, tensor, _ in own_tensors(module) if name not in sparse else ():
-            where = f"{OP}: {join(name, key)}"
+        for key, tensor, _ in own_tensors(module):
+            full = join(name, key)
+            if full in computed:  # position tables that Transformers keeps out of files
+                continue
             check(
                 not tensor.is_meta,
-                where,
+                f"{OP}: {full}",
                 "a tensor with data",
                 "one on meta",
                 "Load the weights first.",
             )
-            if _identity(tensor) not in seen:
-                seen.add(_identity(tensor))
-                found[join(name, key)] = tensor
+            known = first.get(_identity(tensor))
+            if known is not None and built.get(known) == built.get(full):
+                if known not in dependent or full in dependent:
+                    continue
+                del found[known]
+            first[_identity(tensor)] = full
+            found[full] = tensor
     return found
 
 
-def _linears(model, sparse, skeleton):
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _compressed_head(model: nn.Module, sparse: Mapping[str, SparseLinear]) -> bool:
+    """Whether the output layer is compressed: it then has weights of its own."""
+    ask: Any = getattr(model, "get_output_embeddings", None)
+    head = None if ask is None else ask()
+    return any(head is module for module in sparse.values())
+
+
+def _linears(
+    model: nn.Module, sparse: Mapping[str, nn.Module], skeleton: nn.Module | None
+) -> dict[str, str]:
     """{name: "Linear" | "Conv1D"} of all linear layers; the skeleton knows what a SparseLinear
     was before.
     """
@@ -112,65 +186,85 @@ def _linears(model, sparse, skeleton):
     return linears
 
 
-def _identity(tensor):
+def _identity(tensor: Tensor) -> object:
     """Equal for two names of the same elements (tied weights)."""
     if tensor.is_meta or tensor.numel() == 0:
         return id(tensor)
     return tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
-def _on_cpu(tensor):
+def _on_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
 
 
-def _dense_group(name, tensor):
+def _dense_group(name: str, tensor: Tensor) -> Group:
     return tensor.numel() * tensor.element_size(), lambda: {name: _on_cpu(tensor)}
 
 
-def _sparse_group(name, module):
-    rows, columns = module.out_features, module.in_features
-    bias = 0 if module.bias is None else module.bias.numel() * module.bias.element_size()
-    nbytes = (
-        rows * (columns // 2) * module.weight.dtype.itemsize + rows * -(-columns // 8) + 16 + bias
-    )
+def _converted_groups(
+    model: nn.Module, conversion: Conversion, dense: Mapping[str, Tensor], names: DiskNames
+) -> list[Group]:
+    """One group for each tensor of the files that a conversion makes; the conversion runs when the
+    first of them is written, and its results are dropped with the last."""
+    made: dict[str, Tensor] = {}
 
-    def make():
+    def one(name: str) -> dict[str, Tensor]:
+        if name not in made:
+            result = conversion.run(model, lambda key: dense[key].detach())
+            made.update((names.rename(key), tensor) for key, tensor in result.items())
+        return {name: _on_cpu(made.pop(name))}
+
+    return [
+        (tensor.numel() * tensor.element_size(), lambda name=name: one(name))  # type: ignore[misc]
+        for name, tensor in conversion.targets.items()
+    ]
+
+
+def _sparse_group(name: str, module: SparseLinear) -> Group:
+    """The three tensors of a compressed layer, under its name in the files."""
+    rows, columns = module.out_features, module.in_features
+    nbytes = rows * (columns // 2) * module.weight.dtype.itemsize + rows * -(-columns // 8) + 16
+
+    def make() -> dict[str, Tensor]:
         weight = module.weight.rowmajor()
         tensors = {
             "compressed": weight.values,
             "bitmask": weight.bitmask(),
             "shape": torch.tensor([[rows], [columns]]),
         }
-        if module.bias is not None:
-            tensors["bias"] = module.bias
         return {join(name, part): _on_cpu(tensor) for part, tensor in tensors.items()}
 
     return nbytes, make
 
 
-def _config(model, sparse, dense):
+def _config(
+    model: nn.Module, sparse: Mapping[str, SparseLinear], dense: Mapping[str, Tensor]
+) -> dict[str, Any]:
     """config.json of the model as a dict; {} for a module that has no Transformers config."""
-    if not hasattr(getattr(model, "config", None), "to_json_string"):
+    source: Any = getattr(model, "config", None)
+    if not hasattr(source, "to_json_string"):
         return {}
-    config = json.loads(model.config.to_json_string())
-    config.pop("quantization_config", None)
+    # The whole config: Transformers may write only what differs from its defaults, and leaves out
+    # what another release has another default for.
+    config: dict[str, Any] = json.loads(source.to_json_string())
+    for key in FILE_KEYS:
+        config.pop(key, None)
     config["architectures"] = [type(model).__name__]
     dtypes = [m.weight.dtype for m in sparse.values()]
     dtypes += [tensor.dtype for tensor in dense.values() if tensor.is_floating_point()]
     if dtypes:
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
         config[key] = str(max(dict.fromkeys(dtypes), key=dtypes.count)).removeprefix("torch.")
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if any(head is module for module in sparse.values()):
-        config["tie_word_embeddings"] = False  # a compressed head has weights of its own
+    if _compressed_head(model, sparse):
+        config["tie_word_embeddings"] = False
     return config
 
 
-def _warn_lost_buffers(model, skeleton):
+def _warn_lost_buffers(model: nn.Module, skeleton: nn.Module | None) -> None:
     if skeleton is None:
         return
     rebuilt = dict(skeleton.named_buffers())
-    stored = {
+    stored: Collection[str] = {
         join(name, key)
         for name, module in model.named_modules()
         for key, _, _ in own_tensors(module)
@@ -192,5 +286,5 @@ def _warn_lost_buffers(model, skeleton):
         )
 
 
-def _same(a, b):
+def _same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.cpu(), b.cpu())

@@ -1,12 +1,18 @@
 """verify_checkpoint: every rule of the format on every layer of a folder, reported, not raised."""
 
+from __future__ import annotations
+
 import importlib.util
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import torch
 
-from sparsekern.checkpoint.load import plan
+from sparsekern.checkpoint.arguments import folder_path, parse_device
+from sparsekern.checkpoint.load import plan, require_finite
+from sparsekern.checkpoint.names import disk_names
 from sparsekern.checkpoint.skeleton import build_skeleton, linear_shape
 from sparsekern.errors import FormatError
 from sparsekern.formats.disk import (
@@ -18,7 +24,17 @@ from sparsekern.formats.disk import (
     read_compression_config,
     read_sparse24,
 )
-from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, TensorFiles, listed, read_json, require
+from sparsekern.utils.safetensors_io import (
+    CONFIG_FILE,
+    OP,
+    TensorFiles,
+    check_sums,
+    listed,
+    read_json,
+    require,
+)
+
+VERIFY_OP = "sparsekern.verify_checkpoint"
 
 
 @dataclass
@@ -29,14 +45,14 @@ class LayerResult:
 
     name: str
     file: str
-    shape: tuple = ()
+    shape: tuple[int, ...] = ()
     dtype: str = ""
     zero_values: int = 0  # kept slots that hold zero: groups with fewer than two non-zeros
     negative_zeros: int = 0
-    problems: dict = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
 
     @property
-    def ok(self):
+    def ok(self) -> bool:
         return not self.problems
 
 
@@ -48,22 +64,24 @@ class CheckpointReport:
         directory: the folder. layers: a LayerResult for each compressed layer. dense: names of
             two-dimensional weights that are stored dense. problems: {rule: message} of the folder
             as a whole. nbytes / dense_nbytes: bytes of the compressed layers' weights in the
-            files, and what they would take dense in the same dtype.
+            files, and what they would take dense in the same dtype. sums: whether the folder has a
+        SHA256SUMS; without one, a changed number that breaks no rule cannot be seen.
     """
 
     directory: str
-    layers: list = field(default_factory=list)
-    dense: list = field(default_factory=list)
-    problems: dict = field(default_factory=dict)
+    layers: list[LayerResult] = field(default_factory=list)
+    dense: list[str] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
     nbytes: int = 0
     dense_nbytes: int = 0
+    sums: bool = False
 
     @property
-    def ok(self):
+    def ok(self) -> bool:
         """True when no rule is broken, in the folder or in any layer."""
         return not self.problems and all(layer.ok for layer in self.layers)
 
-    def table(self):
+    def table(self) -> str:
         """The report as text: one line per layer, the broken rules below it, a summary."""
         width = max([len(layer.name) for layer in self.layers] + [5])
         lines = [f"{'layer':<{width}}  {'shape':>14}  {'dtype':<8}  {'zeros kept':>10}  result"]
@@ -84,15 +102,19 @@ class CheckpointReport:
         )
         lines.append(
             f"{'ok' if self.ok else 'FAILED'}: {len(self.layers)} compressed layers{size}, "
-            f"{len(self.dense)} dense two-dimensional weights"
+            f"{len(self.dense)} dense two-dimensional weights, "
+            + ("sha256 checked" if self.sums else "no sha256 in the folder")
         )
         return "\n".join(lines)
 
 
-def verify_checkpoint(directory, device="cpu"):
+def verify_checkpoint(
+    directory: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> CheckpointReport:
     """Check a model folder against every rule of sparse-24-bitmask; reads one layer at a time.
 
-    Folder rules: files (headers, index), config (the entry that announces the format), ignore (it
+    Folder rules: files (headers, index), sha256 (every file is as SHA256SUMS has it), finite (no
+    NaN or Inf in a dense tensor), config (the entry that announces the format), ignore (it
     lists the dense linear layers, no others), tree (the tensors are those of the model that
     config.json describes; needs transformers). Layer rules: tensors, dtypes, shapes, shape (what
     the shape tensor says), bitmask (two bits in every nibble, padding zero), finite (no NaN, Inf).
@@ -100,13 +122,21 @@ def verify_checkpoint(directory, device="cpu"):
     Returns:
         CheckpointReport. Damage is reported, not raised.
     """
-    folder = Path(directory)
+    folder = folder_path(VERIFY_OP, "the model", directory)
+    device = parse_device(VERIFY_OP, device)
     report = CheckpointReport(str(folder))
+    changed: Mapping[str, str] = {}
+    try:
+        found = check_sums(folder)
+        report.sums, changed = found is not None, found or {}
+    except FormatError as error:
+        changed = {"SHA256SUMS": str(error)}
     try:
         files = TensorFiles(folder)
     except FormatError as error:
         report.problems["files"] = str(error)
         return report
+    sparsity: Mapping[str, Any] = {}
     names = compressed_layers(files)
     try:
         _, sparsity = read_compression_config(folder)
@@ -137,6 +167,9 @@ def verify_checkpoint(directory, device="cpu"):
             report.dense_nbytes += layer.shape[0] * layer.shape[1] * values.dtype.itemsize
     if not report.problems and all(layer.ok for layer in report.layers):
         _verify_tree(report, files, sparsity)
+    _verify_finite(report, files, device)
+    if changed:
+        report.problems["sha256"] = "; ".join(f"{n}: {why}" for n, why in changed.items())
     report.dense = [
         name
         for name, info in files.info.items()
@@ -145,31 +178,54 @@ def verify_checkpoint(directory, device="cpu"):
     return report
 
 
-def _verify_tree(report, files, sparsity):
+def _verify_tree(report: CheckpointReport, files: TensorFiles, sparsity: Mapping[str, Any]) -> None:
     """Rules that compare the folder with the model that its config describes."""
     config = read_json(files.folder / CONFIG_FILE)
     if "model_type" not in config or importlib.util.find_spec("transformers") is None:
         return
     try:
         model = build_skeleton(files.folder, files.info)
-        plan(model, files, check_headers(files))
+        layers = check_headers(files)
+        found = plan(model, files, layers, whole=True)
     except FormatError as error:
         report.problems["tree"] = str(error)
         return
+    if found.unexpected:
+        report.problems["tree"] = (
+            f"{OP}: {len(found.unexpected)} tensors have no place in {type(model).__name__}: "
+            f"{listed(found.unexpected)}"
+        )
     ignored = sparsity.get("ignore") or ()
-    forgotten = [
+    names = disk_names(model, {}, ())
+    linears = [n for n, module in model.named_modules() if linear_shape(module) is not None]
+    stored = {names.module(name) for name in linears} | set(linears)
+    forgotten = sorted(
         name
-        for name, module in model.named_modules()
-        if report.layers and linear_shape(module) is not None
-        if join(name, "weight") in files.info and name not in ignored
-    ]
+        for name in stored
+        if report.layers and join(name, "weight") in files.info and name not in ignored
+    )
     if forgotten and not any(str(entry).startswith("re:") for entry in ignored):
         report.problems["ignore"] = (
             f"{CONFIG_FILE} says nothing of these layers being dense: {listed(forgotten)}"
         )
 
 
-def _verify_layer(files, name, device):
+def _verify_finite(report: CheckpointReport, files: TensorFiles, device: torch.device) -> None:
+    """Dense tensors; those of compressed layers are checked with their layer."""
+    bad = []
+    for name in files.info:
+        if not name.endswith(".compressed"):
+            try:
+                require_finite(files, name, files.read(name, device=device)[0])
+            except FormatError as error:
+                bad.append(str(error))
+    if bad:
+        report.problems["finite"] = " ".join(bad[:4]) + (
+            f" (and {len(bad) - 4} more)" if bad[4:] else ""
+        )
+
+
+def _verify_layer(files: TensorFiles, name: str, device: torch.device) -> LayerResult:
     first = next(
         join(name, part) for part in ("compressed", "bitmask") if join(name, part) in files.info
     )

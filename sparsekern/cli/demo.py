@@ -170,7 +170,7 @@ def calibration_windows(tokenizer: Any, paragraphs: Sequence[str], budget: Budge
     Without a chat template all rows are plain text.
     """
     ids = texts.tokenize(tokenizer, "".join(paragraphs))
-    windows = texts.calibration_windows(ids, budget.samples, budget.window)
+    windows: Tensor = texts.calibration_windows(ids, budget.samples, budget.window)
     if tokenizer.chat_template:
         answers = [" ".join(paragraph.split()) for paragraph in paragraphs]
         answers = [answer for answer in answers if len(answer) >= SHORTEST_ANSWER]

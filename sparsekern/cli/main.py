@@ -179,12 +179,17 @@ def run_export(args: argparse.Namespace) -> None:
     print(f"saved    {out} ({folder_bytes(out)} bytes of weights, dense)")
 
 
-def run_bench(args: argparse.Namespace) -> None:
+def run_bench(args: argparse.Namespace) -> int | None:
     """One row per shape and number of tokens; for a model also the sum over its layers."""
     from sparsekern.profiling.layer_bench import bench_shape, table
 
     device = _device(args.device)
     dtype = _dtype(args.dtype) or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    if args.model == "kernels":
+        return _bench_kernels(args, device, dtype)
+    for name in ("shapes", "kernel", "out", "plot"):
+        given = bool(getattr(args, name))
+        check(not given, "sparsekern bench", f"'kernels' before --{name}", "no such word")
     counts = None if args.shape else _counted_shapes(args.model)
     shapes: list[tuple[int, int]] = list(dict.fromkeys(args.shape or counts or ()))
     print(f"{_device_name(device)}, torch {torch.__version__}")
@@ -194,6 +199,29 @@ def run_bench(args: argparse.Namespace) -> None:
         for tokens in args.tokens
     ]
     print(table(rows, counts))
+    return None
+
+
+def _bench_kernels(args: argparse.Namespace, device: str, dtype: torch.dtype) -> int:
+    """Exit code 1 when a kernel failed its check."""
+    from sparsekern.profiling import kernel_bench, kernel_plot
+
+    kernels = [kernel_bench.load_kernel(path) for path in args.kernel]
+    shapes = list(dict.fromkeys(args.shapes or kernel_bench.MODELS["llama3-8b"]))
+    rows, limits = kernel_bench.bench_kernels(
+        shapes,
+        args.tokens,
+        dtype=dtype,
+        device=device,
+        kernels=kernels,
+        out=args.out,
+        say=functools.partial(print, flush=True),
+    )
+    if args.plot:
+        print(
+            "plots    " + ", ".join(str(path) for path in kernel_plot.plot(rows, limits, args.plot))
+        )
+    return 1 if any(row.status.startswith("FAILED") for row in rows) else 0
 
 
 def run_tune(args: argparse.Namespace) -> None:
@@ -252,7 +280,8 @@ def _calibration(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> 
         f"calibration: {args.samples} windows of {args.window} tokens from {args.calibration} "
         f"({ids.numel()} tokens), seed {args.seed}"
     )
-    return texts.calibration_windows(ids, args.samples, args.window, args.seed)
+    windows: Tensor = texts.calibration_windows(ids, args.samples, args.window, args.seed)
+    return windows
 
 
 def _counted_shapes(path: str) -> dict[tuple[int, int], int]:

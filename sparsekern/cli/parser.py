@@ -162,7 +162,8 @@ def make_parser(
         "model",
         nargs="?",
         metavar="MODEL",
-        help=f"{model_help}: all shapes of the layers that prune converts, and their sum",
+        help=f"{model_help}: all shapes of the layers that prune converts, and their sum; or the "
+        "word kernels: every kernel on --shapes, cuBLAS, cuSPARSELt and Triton beside ours",
     )
     what.add_argument(
         "--shape", action="append", type=_shape, metavar="OUTxIN", help="one shape; may be repeated"
@@ -172,6 +173,24 @@ def make_parser(
     )
     sub.add_argument("--device", help=device_help)
     sub.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    extra = sub.add_argument_group("bench kernels")
+    extra.add_argument(
+        "--shapes",
+        type=_bench_shapes,
+        metavar="MODEL|OUTxIN,...",
+        help="llama3-1b, llama3-3b, llama3-8b, llama3-70b or sizes (default: llama3-8b)",
+    )
+    extra.add_argument(
+        "--kernel",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="a kernel of yours, linear(x, w24) or build(w24, tokens); may be repeated",
+    )
+    extra.add_argument("--out", metavar="FILE", help="append each row as a line of JSON")
+    extra.add_argument(
+        "--plot", metavar="NAME.svg", help="write NAME-roofline.svg and NAME-speedup.svg"
+    )
 
     sub = command(
         "tune",
@@ -262,6 +281,13 @@ def _shape(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.isdigit() for part in parts):
         raise argparse.ArgumentTypeError(f"expected OUTxIN such as 4096x14336, got {text!r}")
     return int(parts[0]), int(parts[1])
+
+
+def _bench_shapes(text: str) -> list[tuple[int, int]]:
+    """The shapes in a text such as "llama3-8b,4096x4096"."""
+    from sparsekern.profiling.kernel_bench import MODELS
+
+    return [shape for part in text.split(",") for shape in MODELS.get(part) or [_shape(part)]]
 
 
 def _shapes(text: str) -> list[tuple[int, int]]:

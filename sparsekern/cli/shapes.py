@@ -31,5 +31,6 @@ def count_shapes(model: nn.Module) -> dict[tuple[int, int], int]:
         if isinstance(module, SparseLinear):
             shape = module.out_features, module.in_features
         if shape is not None:
-            counts[shape] = counts.get(shape, 0) + 1
+            out_features, in_features = shape
+            counts[out_features, in_features] = counts.get((out_features, in_features), 0) + 1
     return counts

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsekern.errors import check
 
@@ -16,7 +17,12 @@ TOKENS_PER_CHUNK = 1024
 
 
 def perplexity(
-    model: nn.Module, token_ids, window: int = 2048, batch_size: int = 1, *, progress: bool = False
+    model: nn.Module,
+    token_ids: Tensor | Sequence[int] | Sequence[Sequence[int]],
+    window: int = 2048,
+    batch_size: int = 1,
+    *,
+    progress: bool = False,
 ) -> float:
     """exp(mean over windows of the mean cross-entropy of the window's window − 1 next tokens).
 
@@ -50,7 +56,7 @@ def perplexity(
     total = torch.zeros((), dtype=torch.float64, device=device)
     try:
         with torch.inference_mode():
-            for ids in _bar(windows.split(batch_size), progress):
+            for ids in _bar(torch.split(windows, batch_size), progress):
                 ids = ids.to(device)
                 output = model(ids, **kwargs)
                 logits = getattr(output, "logits", output)
@@ -62,7 +68,12 @@ def perplexity(
     return math.exp(mean) if mean < 709.0 else mean if math.isnan(mean) else math.inf
 
 
-def _windows(model: nn.Module, token_ids, window: int, batch_size: int) -> torch.Tensor:
+def _windows(
+    model: nn.Module,
+    token_ids: Tensor | Sequence[int] | Sequence[Sequence[int]],
+    window: int,
+    batch_size: int,
+) -> Tensor:
     """The ids as int64 [windows, window], checked."""
     ids = torch.as_tensor(token_ids)
     check(window >= 2, OP, "window >= 2", window, "One token predicts nothing.")
@@ -111,7 +122,8 @@ def _sum_of_window_means(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tenso
     return total / (ids.shape[1] - 1)
 
 
-def _bar(batches, progress: bool):
+def _bar(batches: Sequence[Tensor], progress: bool) -> Iterable[Tensor]:
     from tqdm import tqdm
 
-    return tqdm(batches, desc="perplexity", unit="window", disable=not progress)
+    bar: Iterable[Tensor] = tqdm(batches, desc="perplexity", unit="window", disable=not progress)
+    return bar

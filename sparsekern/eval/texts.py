@@ -11,6 +11,8 @@ The two protocols are those of the published 2:4 numbers: `calibration_windows` 
 random starts from one tokenisation of the whole text, and `join_rows` is how WikiText-2 is put
 together before it is tokenised once and cut into non-overlapping windows (SparseGPT and Wanda
 evaluation code; the perplexity itself is in eval/perplexity.py).
+
+By hand: lm-eval scores by a protocol of its own; data sets are read by `datasets` when asked for.
 """
 
 from __future__ import annotations

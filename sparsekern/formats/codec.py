@@ -1,4 +1,4 @@
-"""Masks, compression and decompression on plain tensors, in torch alone: what the kernels must equal.
+"""Masks, compression and decompression on plain tensors, in torch alone: what kernels must equal.
 
 A weight [out, in] is cut into groups of 4 consecutive columns. Of each group two elements are
 stored (values [out, in/2], ascending columns) with one nibble idx0 | idx1 << 2 that says which
@@ -7,9 +7,9 @@ with an odd number of groups). What is stored is a function of the dense weight 
 fewer than two non-zeros fills its free slots from SLOT_TABLE, whichever mask led to it.
 
 It runs on every device. Where there are kernels backends/compress.py takes them instead; all give
-the same bits. Elements are handled as integers of their own width: magnitudes order like bits without
-the sign, and no float mode (flush to zero, say) can lose one. Of equal scores the higher column is
-kept, as in the published code: prune/masks.py has the reason.
+the same bits. Elements are handled as integers of their own width: magnitudes order like bits
+without the sign, and no float mode (flush to zero, say) can lose one. Of equal scores the higher
+column is kept, as in the published code: prune/masks.py has the reason.
 
 Specification: reference.py.
 """
@@ -224,7 +224,7 @@ def _check_matrix(tensor: Tensor, op: str, name: str) -> None:
 
 
 def checked_weight(w: Tensor, op: str) -> Tensor:
-    """w, detached and contiguous, when it is a matrix of a plain dtype; else ValueError, TypeError."""
+    """w, detached and contiguous, when it is a matrix of a plain dtype; else an error."""
     _check_matrix(w, op, "w")
     check(
         w.dtype in dtypes.PLAIN,

@@ -15,25 +15,43 @@ dense bytes. Source: compressed-tensors 0.14.0, Sparse24BitMaskCompressor, the l
 has it.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from sparsekern.errors import FormatError
 from sparsekern.formats import dtypes
 from sparsekern.formats.sparse24 import Sparse24
-from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, read_json, require
+from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, TensorFiles, read_json, require
 
 FORMAT = "sparse-24-bitmask"
 FORMAT_VERSION = "0.14.0"  # release of compressed-tensors whose byte layout this is
 PARTS = ("compressed", "bitmask", "shape")
+# quant_method of our folders: registered with Transformers and vLLM, which have none of this name.
+METHOD = "sparsekern"
+METHODS = (METHOD, "compressed-tensors")
+# Transformers skips a quant_method that it does not know and would compute with random weights.
+# It does open the weights under the name that config.json gives, so this name is the message that
+# a program without this package ends with.
+UNREADABLE_WITHOUT_US = (
+    "sparsekern: the weights are 2:4-compressed (pip install sparsekern, then import sparsekern "
+    "before from_pretrained, or use sparsekern.from_pretrained)"
+)
 VALUE_DTYPES = tuple(dtypes.PLAIN)
+# Keys of config.json that are about the files and not about the model in memory.
+FILE_KEYS = ("quantization_config", "compression_config", "sparsekern", "transformers_weights")
 
 
-def join(module, tensor):
+def join(module: str, tensor: str) -> str:
     """Tensor name of a module's tensor; the root module has an empty name."""
     return f"{module}.{tensor}" if module else tensor
 
 
-def _rule_tensors(files, layer):
+def _rule_tensors(files: TensorFiles, layer: str) -> None:
     for part in PARTS:
         require(
             join(layer, part) in files.info,
@@ -50,7 +68,7 @@ def _rule_tensors(files, layer):
     )
 
 
-def _rule_dtypes(files, layer):
+def _rule_dtypes(files: TensorFiles, layer: str) -> None:
     for part, allowed in zip(PARTS, (VALUE_DTYPES, (torch.uint8,), (torch.int64,))):
         dtype = files.info[join(layer, part)].dtype
         require(
@@ -64,7 +82,7 @@ def _rule_dtypes(files, layer):
         )
 
 
-def _rule_shapes(files, layer):
+def _rule_shapes(files: TensorFiles, layer: str) -> None:
     values, bitmask, shape = (files.info[join(layer, part)].shape for part in PARTS)
     require(
         len(values) == 2 and values[1] % 2 == 0,
@@ -83,7 +101,7 @@ def _rule_shapes(files, layer):
     require(shape == (2, 1), files.where(join(layer, "shape")), "[2, 1]", list(shape))
 
 
-def _rule_shape_values(files, layer):
+def _rule_shape_values(files: TensorFiles, layer: str) -> None:
     stored = files.read(join(layer, "shape"))[0].flatten().tolist()
     expected = list(layer_shape(files, layer))
     require(
@@ -96,7 +114,7 @@ def _rule_shape_values(files, layer):
 
 # (name, rule(files, layer) that raises FormatError). They read headers and 16 bytes, nothing that
 # grows with the layer.
-HEADER_RULES = (
+HEADER_RULES: tuple[tuple[str, Callable[[TensorFiles, str], None]], ...] = (
     ("tensors", _rule_tensors),
     ("dtypes", _rule_dtypes),
     ("shapes", _rule_shapes),
@@ -104,19 +122,19 @@ HEADER_RULES = (
 )
 
 
-def layer_shape(files, layer):
+def layer_shape(files: TensorFiles, layer: str) -> tuple[int, int]:
     """(out_features, in_features) of a compressed layer, from the header of its values."""
     out_features, half = files.info[join(layer, "compressed")].shape
     return out_features, 2 * half
 
 
-def compressed_layers(files):
+def compressed_layers(files: TensorFiles) -> list[str]:
     """Names of the modules that are stored compressed, sorted."""
     parts = (name.rpartition(".") for name in files.info)
     return sorted({module for module, _, part in parts if part in ("compressed", "bitmask")})
 
 
-def check_headers(files):
+def check_headers(files: TensorFiles) -> dict[str, tuple[int, int]]:
     """Every header rule on every compressed layer; returns {layer: (out_features, in_features)}
     or raises FormatError.
     """
@@ -128,7 +146,12 @@ def check_headers(files):
     return layers
 
 
-def read_sparse24(files, layer, device="cpu", dtype=None):
+def read_sparse24(
+    files: TensorFiles,
+    layer: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Sparse24:
     """One compressed layer as Sparse24 on `device`; its header rules hold. Exactly two bits per
     nibble is checked here.
 
@@ -144,8 +167,10 @@ def read_sparse24(files, layer, device="cpu", dtype=None):
     return w24 if dtype is None else w24.to(dtype)
 
 
-def compression_config(linears, sparse, sparsity):
-    """The quantization_config entry that Transformers and compressed-tensors know the format by.
+def compression_config(
+    linears: Mapping[str, str], sparse: Collection[str], sparsity: float
+) -> dict[str, Any]:
+    """The quantization_config entry: our method, with compressed-tensors' sparsity_config in it.
 
     Args:
         linears: {module name: class name} of every Linear-like module of the model, compressed or
@@ -153,7 +178,7 @@ def compression_config(linears, sparse, sparsity):
         sparse: names of the compressed ones. sparsity: share of all weights that is pruned, 0..1.
     """
     return {
-        "quant_method": "compressed-tensors",
+        "quant_method": METHOD,
         "version": FORMAT_VERSION,
         "transform_config": {},
         "sparsity_config": {
@@ -167,7 +192,7 @@ def compression_config(linears, sparse, sparsity):
     }
 
 
-def read_compression_config(folder):
+def read_compression_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(config, sparsity_config): config.json of a folder and its sparsity entry, {} where it has
     none.
 
@@ -178,11 +203,11 @@ def read_compression_config(folder):
     where = f"{OP}: {CONFIG_FILE}"
     entry = config.get("quantization_config", config.get("compression_config")) or {}
     require(isinstance(entry, dict), where, "an object 'quantization_config'", type(entry).__name__)
-    method = entry.get("quant_method", "compressed-tensors")
+    method = entry.get("quant_method", METHOD)
     require(
-        method == "compressed-tensors",
+        method in METHODS,
         where,
-        "quant_method compressed-tensors",
+        f"quant_method {' or '.join(METHODS)}",
         repr(method),
         "Other quantization formats are not read.",
     )
@@ -199,5 +224,12 @@ def read_compression_config(folder):
         where,
         f"sparsity_config of format {FORMAT}",
         str(sparsity)[:80],
+    )
+    ignored = sparsity.get("ignore") or []
+    require(
+        isinstance(ignored, list) and all(isinstance(name, str) for name in ignored),
+        where,
+        "sparsity_config.ignore to list names",
+        str(ignored)[:80],
     )
     return config, sparsity

@@ -80,6 +80,8 @@ class Sparse24:
 
     spec: WeightSpec
     tensors: dict[str, Tensor]
+    # False: `sparsekern.linear` makes no twin. SparseLinear's weights, whose layout it chose.
+    keeps_twin: bool = True
     _twin: _Twin | None = None
 
     def __init__(
@@ -119,8 +121,8 @@ class Sparse24:
         _check(values.dtype == kind.storage, _OP, f"values of dtype {kind.storage}", values.dtype)
         _check(metadata.dtype == torch.uint8, _OP, "metadata of dtype uint8", metadata.dtype)
         for name in names[1:]:
-            got = tensors[name].device
-            _check(got == values.device, _OP, f"{name} on {values.device}", got)
+            device = tensors[name].device
+            _check(device == values.device, _OP, f"{name} on {values.device}", device)
         layout.check(_OP, spec, tensors)
         self.spec = spec
         self.tensors = {name: tensors[name].contiguous() for name in names}
@@ -228,8 +230,11 @@ class Sparse24:
         known = f"a dtype in {dtypes.names()}"
         check(probe.dtype in dtypes.PLAIN, f"{_OP}.to", known, probe.dtype, exc=FormatError)
         # Of its own dtype, when it does not change: the device and how to get there.
-        how = dict(non_blocking=bool(kwargs.get("non_blocking")), copy=copied)
-        tensors = {name: t.to(probe.device, **how) for name, t in self.tensors.items()}
+        later, device = bool(kwargs.get("non_blocking")), probe.device
+        tensors = {
+            name: tensor.to(device, non_blocking=later, copy=copied)
+            for name, tensor in self.tensors.items()
+        }
         if spec.element.plain and probe.dtype != spec.dtype:
             values = tensors["values"].to(probe.dtype)
             tensors["values"] = values.masked_fill(values == 0, 0)
@@ -364,7 +369,8 @@ class Sparse24:
         )
 
 
-torch.serialization.add_safe_globals([Sparse24])
+# The second is its name in files of 0.1.
+torch.serialization.add_safe_globals([Sparse24, (Sparse24, "sparsekern.sparse24.Sparse24")])
 
 
 # ---- row-major weights, in torch alone -----------------------------------------------------------

@@ -4,9 +4,14 @@ tokenizer."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
-def load_model(path, device="cpu", dtype=None):
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[Any, Any]:
     """A model for any command.
 
     Args:
@@ -33,7 +38,7 @@ def load_model(path, device="cpu", dtype=None):
     return from_pretrained(place, device=device, dtype=dtype), load_tokenizer(place)
 
 
-def cast_weights(model, dtype):
+def cast_weights(model: Any, dtype: torch.dtype | None) -> Any:
     """Cast parameters and compressed weights to `dtype` in place, and return the model.
 
     Unlike model.to(dtype) this keeps buffers such as the rotary frequencies in float32. With dtype
@@ -50,15 +55,17 @@ def cast_weights(model, dtype):
     return model
 
 
-def load_tokenizer(folder):
+def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer or None; nothing is downloaded and no code of the folder runs."""
     if not any(folder.glob("tokenizer*")):
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    return AutoTokenizer.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False
+    )
 
 
-def folder_bytes(folder):
+def folder_bytes(folder: str | Path) -> int:
     """Bytes of the safetensors files in a folder."""
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))

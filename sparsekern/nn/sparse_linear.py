@@ -17,7 +17,7 @@ uint8 text.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -238,14 +238,19 @@ class SparseLinear(nn.Module):
         spec = self.__dict__.get("_spec")
         return set() if spec is None else set(spec.tensors)
 
+    def _tensor(self, name: str) -> Tensor:
+        return cast(Tensor, self._buffers[name])
+
     def _make_view(self) -> Sparse24:
-        # Without checks, which these tensors have passed, some of them on meta or in a state between
-        # two calls of _apply.
-        tensors = {name: self._buffers[name] for name in self._spec.tensors}
+        # Without checks, which these tensors have passed, some of them on meta or in a state
+        # between two calls of _apply.
+        tensors = {name: self._tensor(name) for name in self._spec.tensors}
         spec = self._spec
         if spec.element.plain and tensors["values"].dtype is not spec.dtype:
             spec = self._spec = spec.with_(dtype=tensors["values"].dtype)
-        return Sparse24.unchecked(spec, tensors)
+        view = Sparse24.unchecked(spec, tensors)
+        view.keeps_twin = False
+        return view
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]; see sparsekern.linear."""
@@ -264,16 +269,17 @@ class SparseLinear(nn.Module):
         """.to() and its kin; values that a narrower dtype rounds to -0.0 become +0.0."""
         if not layout_named(self._spec.layout).converts:
             self._hold(self.weight.rowmajor())  # what it holds is no numbers that fn could convert
-        spec, before = self._spec, dict(self._buffers)
-        super()._apply(fn, recurse)
+        spec = self._spec
+        before = {name: self._tensor(name) for name in spec.tensors}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if spec.element.plain:
-            values = self._buffers["values"]
+            values = self._tensor("values")
             if values.dtype != spec.dtype:
-                self._buffers["values"] = values.masked_fill(values == 0, 0)
+                self._buffers["values"] = values.masked_fill(values.eq(0), 0)
         else:
             dtype = fn(torch.empty(0, dtype=spec.dtype, device=before["values"].device)).dtype
             for name in spec.tensors:  # stored as they are, whatever the numbers' dtype
-                old, new = before[name], self._buffers[name]
+                old, new = before[name], self._tensor(name)
                 if new.dtype != old.dtype:
                     self._buffers[name] = old.to(new.device)
             self._spec = spec.with_(dtype=dtype)
@@ -300,7 +306,7 @@ class SparseLinear(nn.Module):
         else:
             spec = WeightSpec.parse(state["_spec"])
         state["_spec"] = spec
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._arrange()
 
     def extra_repr(self) -> str:
@@ -395,8 +401,8 @@ class SparseLinear(nn.Module):
             ("bitmask", bitmask, (in_features + 7) // 8),
         ):
             expected = f"{key!r} of shape [{out_features}, {columns}]"
-            got = list(tensor.shape)
-            require(got == [out_features, columns], expected, got)
+            size_got = list(tensor.shape)
+            require(size_got == [out_features, columns], expected, size_got)
         require(bitmask.dtype == torch.uint8, "'bitmask' of dtype uint8", bitmask.dtype)
         if values.is_meta or bitmask.is_meta or (self.values.is_meta and not assign):
             got = "a meta tensor on one side"

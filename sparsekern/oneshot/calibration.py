@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -192,9 +193,8 @@ class _Transformers:
         if all(type(item) is int for item in items):
             items = [items]
         for item in items:
-            if isinstance(item, Mapping) and isinstance(item.get("text"), str):
-                if "input_ids" not in item:
-                    item = item["text"]
+            if isinstance(item, Mapping) and "input_ids" not in item:
+                item = item["text"] if isinstance(item.get("text"), str) else item
             if isinstance(item, str):
                 rows.extend(self._tokenized(item))
             elif isinstance(item, Mapping):
@@ -324,10 +324,9 @@ class _Transformers:
             if value is None or isinstance(value, str):
                 continue
             if isinstance(value, (list, tuple)) or type(value).__module__ == "numpy":
-                try:
+                # What the forward makes of anything else is its own matter.
+                with contextlib.suppress(TypeError, ValueError, RuntimeError):
                     value = torch.as_tensor(value)
-                except (TypeError, ValueError, RuntimeError):
-                    pass  # what the forward makes of it is its own matter
             made[str(key)] = value
         for key in ("input_ids", "decoder_input_ids"):
             if isinstance(made.get(key), Tensor):

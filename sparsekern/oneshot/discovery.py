@@ -389,7 +389,8 @@ def _weights_in(code: CodeType) -> set[str]:
         if reads[i] != "weight" or child is None or child == "weight":
             continue
         following = reads[i + 1] if i + 1 < len(reads) else None
-        if following not in HARMLESS:
+        asks_kind = i >= 3 and steps[i - 3].argval == "isinstance"  # isinstance(self.c.weight, ...)
+        if following not in HARMLESS and not asks_kind:
             names.add(str(child))
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

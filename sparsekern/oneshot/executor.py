@@ -186,7 +186,7 @@ class Stage:
     _dense_done: bool = field(default=False, repr=False)
     _new: dict[str, Tensor | Sparse24] = field(default_factory=dict, repr=False)
 
-    def groups(self) -> Iterator[Group]:
+    def groups(self) -> Generator[Group, None, None]:
         """The groups of this stage. Layers that no batch reaches are in none; they then have a
         reason."""
         by_name = {layer.name: layer for layer in self.layers}

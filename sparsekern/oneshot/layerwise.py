@@ -179,7 +179,10 @@ def _call(
     pattern = options.pattern
     names = ", ".join(layer.name for layer in layers)
     try:
-        result = method.function(weight, hessian, pattern=pattern, mask=mask, **options.values)
+        call = method.function
+        result = method.call(
+            call, weight, hessian, pattern=pattern, mask=mask, values=options.values
+        )
     except (ValueError, TypeError) as error:
         kind = ValueError if isinstance(error, ValueError) else TypeError
         raise kind(f"{options.op}: {names}: {error}") from error

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern import prune
+from sparsekern.backends.compress import compress as compress_weight
 from sparsekern.errors import check
 from sparsekern.formats.sparse24 import Sparse24
-from sparsekern.formats.sparse24 import compress as compress_weight
 from sparsekern.nn.replace import dense_weight
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot import fingerprint
@@ -343,22 +343,23 @@ class _Run:
         results: dict[str, Sparse24 | Tensor] = {}
         kept: dict[str, tuple[Tensor, Tensor, Hessian | None]] = {}
         finish = self.options.method.finish
-        for group in stage.groups():
-            if self.report.hessians is not None and group.hessian is not None:
-                stored = group.hessian.to("cpu")
-                self.report.hessians |= {layer.name: stored for layer in group.layers}
-            with self.walk.phase("prune"):
-                for pruned in prune_group(group.layers, group.hessian, self.options):
-                    layer, weight, mask = pruned.layer, pruned.weight, pruned.mask
-                    self.rows[layer.name] = pruned.report
-                    if weight is None or mask is None:
-                        continue
-                    if finish is not None:
-                        kept[layer.name] = layer.weight.clone(), mask, group.hessian
-                        stage.replace(layer.name, weight)
-                        continue
-                    results[layer.name] = self._final(pruned.report, weight, mask)
-                    stage.replace(layer.name, results[layer.name])
+        with contextlib.closing(stage.groups()) as groups:
+            for group in groups:
+                if self.report.hessians is not None and group.hessian is not None:
+                    stored = group.hessian.to("cpu")
+                    self.report.hessians |= {layer.name: stored for layer in group.layers}
+                with self.walk.phase("prune"):
+                    for pruned in prune_group(group.layers, group.hessian, self.options):
+                        layer, weight, mask = pruned.layer, pruned.weight, pruned.mask
+                        self.rows[layer.name] = pruned.report
+                        if weight is None or mask is None:
+                            continue
+                        if finish is not None:
+                            kept[layer.name] = layer.weight.clone(), mask, group.hessian
+                            stage.replace(layer.name, weight)
+                            continue
+                        results[layer.name] = self._final(pruned.report, weight, mask)
+                        stage.replace(layer.name, results[layer.name])
         if finish is not None and kept:
             self._finish(stage, kept, results)
         for layer in stage.layers:
@@ -388,7 +389,7 @@ class _Run:
         dense = {by_name[name].module: weight for name, (weight, _, _) in kept.items()}
         finish = cast(Callable[..., None], self.options.method.finish)
         with self.walk.phase("prune"):
-            finish(stage, masks, dense, **self.options.values)
+            self.options.method.call(finish, stage, masks, dense, values=self.options.values)
             for name, (weight, mask, hessian) in kept.items():
                 new = dense_weight(by_name[name].module).masked_fill(~mask, 0).contiguous()
                 expected = f"finite weights of {name} after {self.options.method.name}"
@@ -409,7 +410,7 @@ class _Run:
                 text += ". The same call on a freshly loaded model continues there"
         else:
             text = "no weight of the model was changed"
-        logger.error("%s failed: %s", OP, text)
+        logger.info("%s failed: %s", OP, text)
         if hasattr(error, "add_note"):
             error.add_note(f"{OP}: {text}.")
 

@@ -1,9 +1,9 @@
 """The sparse linear op: checks, the call cache, registration with torch, autograd.
 
-One call goes nn/sparse_linear.py -> ops/linear_op.py -> the launch of a backend. This file owns what
-is common to every backend: the checks, what a call is keyed by, and the choice, which is that of
-backends/registry.py. A backend is asked once per kind of call; its launch is kept in `_calls`, and a
-later call like it is one look-up away from the kernel.
+One call goes nn/sparse_linear.py -> ops/linear_op.py -> the launch of a backend. This file owns
+what is common to every backend: the checks, what a call is keyed by, and the choice, which is that
+of backends/registry.py. A backend is asked once per kind of call; its launch is kept in `_calls`,
+and a later call like it is one look-up away from the kernel.
 
 In eager mode, when no gradient is wanted, the launch is called directly, because the custom-op
 boundary costs more than a small kernel; otherwise (autograd, torch.compile, fake and meta tensors)
@@ -15,6 +15,7 @@ A row-major weight where the kernels read another layout is packed once and reme
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -28,7 +29,6 @@ from sparsekern.backends import compress as fastest
 from sparsekern.backends import cpu, memory, registry
 from sparsekern.backends.protocol import Launch, Problem, problem_of
 from sparsekern.errors import message
-from sparsekern.formats import dtypes
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
 
@@ -39,8 +39,8 @@ _is_compiling = torch.compiler.is_compiling
 _is_traced = torch.compiler.is_dynamo_compiling  # quicker; other tracers bring tensors of their own
 _is_grad_enabled = torch.is_grad_enabled
 
-# {what decides: launch}. What decides: shape and strides of x (None: contiguous), its dtype and GPU,
-# the weight's spec, the activation, whether there is a bias, the backend that is asked for.
+# {what decides: launch}. What decides: shape and strides of x (None: contiguous), its dtype and
+# GPU, the weight's spec, the activation, whether there is a bias, the backend that is asked for.
 Calls = dict[tuple[object, ...], Launch]
 _calls: Calls = {}
 _op_calls: Calls = {}  # those within the registered ops
@@ -128,11 +128,11 @@ def _compute(
     """Find or bind the launch and call it, for checked arguments."""
     spec, bias = w24.spec, None if bias is None else bias.contiguous()
     problem = problem_of(x, spec, activation, bias is not None)
-    shape, strides, dtype, index = problem.x_shape, problem.x_stride, problem.dtype, problem.index
+    shape, strides, dtype, index = problem.x_shape, problem.x_stride, problem.dtype, problem.gpu
     key = shape, strides, dtype, index, spec, activation, bias is not None, backend
     launch = calls.get(key)
     if launch is None:
-        launch = _bind(problem._replace(aligned=True), w24, backend, calls is _calls)
+        launch = _bind(problem._replace(aligned=True), backend, calls is _calls)
         if len(calls) >= _KNOWN_CALLS:
             calls.clear()
         calls[key] = launch
@@ -142,14 +142,14 @@ def _compute(
     return launch_anew(registry.choose(problem, backend).bind, problem, x, w24, bias)
 
 
-def _bind(problem: Problem, w24: Sparse24, backend: str | None, twins: bool) -> Launch:
-    layout = None
+def _bind(problem: Problem, backend: str | None, twins: bool) -> Launch:
+    best = ROWMAJOR
     if twins and backend is None and problem.spec.layout == ROWMAJOR:
-        layout = _better_layout(w24)
-    if layout is None:
+        best = registry.best_layout(problem.spec, problem.device)
+    if best == ROWMAJOR:
         launch = registry.choose(problem, backend).bind(problem)
     else:
-        launch = _bind_twin(problem, layout, w24)
+        launch = _bind_rowmajor(problem, best)
     return launch if problem.device.type == "cuda" else _for_device(launch, problem.device)
 
 
@@ -162,18 +162,24 @@ def _for_device(launch: Launch, device: torch.device) -> Launch:
     return guarded
 
 
-def _bind_twin(problem: Problem, layout: str, w24: Sparse24) -> Launch:
-    """The launch of a row-major weight by way of its twin, which stays with the weight."""
-    inner_problem = problem._replace(spec=w24.twin(layout).spec)
-    inner = registry.choose(inner_problem).bind(inner_problem)
+def _bind_rowmajor(problem: Problem, best: str) -> Launch:
+    """The launch of row-major weights where kernels read another layout: by way of their twins,
+    which stay with them, or, for those that can have none, as they are."""
+
+    @functools.cache
+    def bound(layout: str) -> Launch:
+        of_layout = problem._replace(spec=problem.spec.with_(layout=layout))
+        return registry.choose(of_layout).bind(of_layout)
+
+    in_twin = bound(best)
 
     def launch(x: Tensor, w24: Sparse24, bias: Tensor | None) -> Tensor | None:
         twin = w24.fresh_twin()
         if twin is None:
             twin = in_best_layout(w24)
             if twin is w24:
-                return None
-        return inner(x, twin, bias)
+                return bound(ROWMAJOR)(x, w24, bias)
+        return in_twin(x, twin, bias)
 
     return launch
 
@@ -187,7 +193,7 @@ def in_best_layout(w24: Sparse24) -> Sparse24:
 def _better_layout(w24: Sparse24) -> str | None:
     """The layout that a row-major weight should have been made in, where it can be packed now."""
     layout = registry.best_layout(w24.spec, w24.device)
-    if layout == ROWMAJOR:
+    if layout == ROWMAJOR or not w24.keeps_twin:
         return None
     if w24.values.is_inference() or w24.metadata.is_inference():
         warnings.warn(_SLOW_WEIGHT.format(layout=layout), UserWarning, stacklevel=4)
@@ -198,9 +204,9 @@ def _better_layout(w24: Sparse24) -> str | None:
 
 
 _SLOW_WEIGHT = (
-    "sparsekern.linear: the weight is row-major, for which this GPU has only slow kernels, and made "
-    "in inference mode, so that it cannot be packed once and remembered (its changes cannot be "
-    "seen). Use weight.to_layout({layout!r}), or compress without layout='rowmajor'."
+    "sparsekern.linear: the weight is row-major, for which this GPU has only slow kernels, and was "
+    "made in inference mode, so that it cannot be packed once and remembered (its changes cannot "
+    "be seen). Use weight.to_layout({layout!r}), or compress without layout='rowmajor'."
 )
 
 
@@ -208,7 +214,7 @@ _SLOW_WEIGHT = (
 
 
 def weight_of(tensors: list[Tensor], text: str) -> Sparse24:
-    """The weight of an op's arguments: its tensors in the order of the spec, and the spec's text."""
+    """The weight of an op's arguments: its tensors in the spec's order, and the spec's text."""
     spec = WeightSpec.parse(text)
     if len(tensors) != len(spec.tensors):
         got = f"{len(tensors)} tensors"
@@ -389,16 +395,23 @@ def linear(
             )
         except TypeError:  # unhashable: no activation or backend, which the checks say
             launch = None
-        if launch is not None and values.get_device() == index and not values.requires_grad:
-            if bias is None or (
-                bias.dtype is dtype
-                and bias.get_device() == index
-                and bias.is_contiguous()
-                and bias.shape == (spec.shape[0],)
-            ):
-                y = launch(x, w24, bias)
-                if y is not None:
-                    return y
+        if (
+            launch is not None
+            and values.get_device() == index
+            and not values.requires_grad
+            and (
+                bias is None
+                or (
+                    bias.dtype is dtype
+                    and bias.get_device() == index
+                    and bias.is_contiguous()
+                    and bias.shape == (spec.shape[0],)
+                )
+            )
+        ):
+            y = launch(x, w24, bias)
+            if y is not None:
+                return y
     if x.dtype is not spec.dtype and autocast(x):
         x = x.to(spec.dtype)
         bias = None if bias is None else bias.to(spec.dtype)
@@ -407,10 +420,10 @@ def linear(
         if backend is None and spec.layout == ROWMAJOR and _is_eager(x):
             w24 = in_best_layout(w24)
             spec, tensors = w24.spec, w24.tensors
-        y = torch.ops.sparsekern.linear(
+        seen: Tensor = torch.ops.sparsekern.linear(
             x, list(tensors.values()), spec.text, bias, activation, backend
         )
-        return y
+        return seen
     return _compute(x, w24, bias, activation, backend, _calls)
 
 
@@ -450,7 +463,8 @@ def explain(x: Tensor, w24: Sparse24, *, backend: str | None = None) -> Explanat
     check_types(_OP, x, w24)
     check_linear(_OP, x, w24.spec, w24.values, None, None)
     spec, packed = w24.spec, ""
-    if backend is None and spec.layout == ROWMAJOR and not w24.values.is_inference():
+    twins = w24.keeps_twin and not w24.values.is_inference()
+    if backend is None and spec.layout == ROWMAJOR and twins:
         best = registry.best_layout(spec, w24.device)
         if best != ROWMAJOR:
             spec, packed = spec.with_(layout=best), "packed once from 'rowmajor' and remembered"

@@ -18,13 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-
 from torch import Tensor
 
 from sparsekern.errors import check
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.ops.compress import compress
 from sparsekern.ops.linear_op import explain
+from sparsekern.profiling.timer import graph_replay as graph_sampler
 from sparsekern.prune import magnitude_mask
 
 CACHE_BYTES = 128 * 2**20  # more than the L2 of an H100 (50 MiB) or the L3 of a desktop CPU
@@ -32,7 +32,7 @@ MAX_COPIES = 256
 REPEATS = 15
 MAX_SECONDS = 5.0  # per measurement
 EVEN = 0.02  # times that differ by less are called even
-# Of the largest |y|, by what rounding y once costs: in float32 the order of the sums counts for more.
+# Of the largest |y|: so many roundings of y; in float32 the order of the sums counts for more.
 _ROUNDINGS, _SUMS = 5.12, 1e-5
 
 
@@ -167,41 +167,6 @@ def _graph_us(calls: Sequence[Callable[[], object]]) -> float:
     while len(times) < REPEATS and time.perf_counter() - begin < MAX_SECONDS:
         times.append(sample())
     return statistics.median(times)
-
-
-def graph_sampler(calls: Sequence[Callable[[], object]], passes: int = 1) -> Callable[[], float]:
-    """Captures `passes` times all calls in one CUDA graph.
-
-    Args:
-        calls: work for the current stream that does not wait for the GPU; its kernels must have
-            been launched before, because loading one cannot be captured.
-    Returns:
-        A function that replays the graph once and returns microseconds per call.
-    """
-    # Not torch.cuda.graph: that collects garbage first, which takes longer than a measurement.
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        graph.capture_begin()
-        try:
-            for _ in range(passes):
-                for call in calls:
-                    call()
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def replay() -> float:
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3
-
-    first = replay()  # uploads the graph, which a millisecond of work does not notice
-    kept = [first] if first > 1000 else []
-    return lambda: (kept.pop() if kept else replay()) / (passes * len(calls))
 
 
 def table(rows: Sequence[BenchRow], counts: Mapping[tuple[int, int], int] | None = None) -> str:

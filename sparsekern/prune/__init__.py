@@ -4,6 +4,7 @@ Nothing here walks a module, moves a tensor or prints. A mask is bool [out_featu
 True = kept; every rule is deterministic and keeps the higher column of a tie, on any device.
 
     masks.py       nm_mask, magnitude_mask, wanda_mask
+    by_score.py    those two as methods
     hessian.py     Hessian (running calibration statistics), relative_error
     sparsegpt.py   sparsegpt, SparseGPTReport
     retarget.py    retarget (aim at the dense model's outputs)
@@ -11,8 +12,9 @@ True = kept; every rule is deterministic and keeps the higher column of a tie, o
     methods.py     Method, register_method: the registry that prune_model and the command line read
 """
 
+from sparsekern.prune.by_score import MAGNITUDE, WANDA
 from sparsekern.prune.hessian import Hessian, relative_error
-from sparsekern.prune.masks import MAGNITUDE, WANDA, magnitude_mask, nm_mask, wanda_mask
+from sparsekern.prune.masks import magnitude_mask, nm_mask, wanda_mask
 from sparsekern.prune.methods import (
     Details,
     Method,

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import check
-from sparsekern.prune.hessian import Hessian
-from sparsekern.prune.methods import Method, Pruned, apply_mask
 
 
 def check_pattern(op: str, n: int, m: int, in_features: int) -> None:
@@ -166,19 +164,3 @@ def _nm_mask(op: str, name: str, scores: Tensor, n: int, m: int) -> Tensor:
     check_no_nan(op, name, scores)
     groups = scores.reshape(*scores.shape[:-1], scores.shape[-1] // m, m).movedim(-1, 0)
     return rank_mask(groups, n).movedim(0, -1).reshape(scores.shape)
-
-
-def _magnitude(
-    weight: Tensor, hessian: object, *, pattern: tuple[int, int], mask: Tensor | None = None
-) -> Pruned:
-    return apply_mask(weight, magnitude_mask(weight, *pattern))
-
-
-def _wanda(
-    weight: Tensor, hessian: Hessian, *, pattern: tuple[int, int], mask: Tensor | None = None
-) -> Pruned:
-    return apply_mask(weight, wanda_mask(weight, hessian.act_norm, *pattern))
-
-
-MAGNITUDE = Method("magnitude", "|W|, without calibration", _magnitude)
-WANDA = Method("wanda", "|W| times the norm of its input", _wanda, needs="norms")

@@ -11,6 +11,7 @@ nobody reads, and so that an argument that is missing is an error before anythin
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import check
 from sparsekern.prune.hessian import Hessian
+from sparsekern.prune.masks import nm_mask
 
 # What a method can need of the calibration, least first.
 NEEDS = ("weights", "norms", "hessian", "outputs")
@@ -90,7 +92,7 @@ class Method:
             calibration. `mask`: None, or one that was given and has to be kept to.
         needs: "weights" (nothing of the calibration), "norms" (Hessian.act_norm), "hessian", or
             "outputs" (the block: see finish).
-        options: the keywords of the function and of finish.
+        options: the keywords of the function and of finish; each gets those that it takes.
         updates: the function changes weights that are kept. Without it a given mask is applied
             without calling the function.
         stacked: rows are independent, and the rows of all layers with one input are pruned in one
@@ -128,6 +130,17 @@ class Method:
             option = known[name]
             check(option.accepts(value), op, f"{name}, {option.expected}", repr(value))
         return values
+
+    def call(
+        self, function: Callable[..., Any], *args: Any, values: Mapping[str, Any], **more: Any
+    ) -> Any:
+        """function(*args, **more), with those of the options that it takes."""
+        parameters = inspect.signature(function).parameters.values()
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        taken = {p.name for p in parameters}
+        return function(
+            *args, **more, **{k: v for k, v in values.items() if takes_all or k in taken}
+        )
 
 
 _METHODS: dict[str, Method] = {}
@@ -184,8 +197,6 @@ def from_scores(score: Callable[..., Tensor], name: str | None = None, help: str
             higher = kept.
         name: None: the function's own.
     """
-    from sparsekern.prune.masks import nm_mask
-
     def function(
         weight: Tensor,
         hessian: Hessian | None,

@@ -7,6 +7,9 @@ holds an exclusive lock (flock on NAME.lock, a file of its own, since a rename r
 it reads, changes and renames, so that no entry of another process is lost. A file that cannot be
 used (damaged, or of another version) counts as empty, with one warning per process; the next update
 keeps it as NAME.bak.
+
+By hand: the libraries that lock a file (filelock) or replace it (atomicwrites, unmaintained) do one
+half each, and the order of the two is what matters.
 """
 
 from __future__ import annotations

@@ -6,17 +6,29 @@ products of shapes) is done here on Python integers; the tensors themselves are 
 safetensors library, one at a time, straight to the device. Nothing is ever unpickled: a folder
 that holds only pickle files is refused.
 
+By hand: the safetensors library checks one file when it opens it; a folder, its index and the
+shapes before anything is read are checked by no library.
+
 Source: safetensors format, https://github.com/huggingface/safetensors#format; index as written by
 Transformers.
 """
 
+from __future__ import annotations
+
+import hashlib
 import json
 import math
+import os
+import re
+import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from sparsekern.errors import FormatError, check, message
 
@@ -24,6 +36,7 @@ OP = "sparsekern.checkpoint"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+SUMS_FILE = "SHA256SUMS"  # one "<hex digest>  <file name>" a line, as sha256sum writes and checks
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_JSON_BYTES = 256_000_000  # an index of a million tensors is about 100 MB
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -52,25 +65,45 @@ class TensorInfo:
     """What a header says about one tensor; offsets count from the end of the header."""
 
     dtype: torch.dtype
-    shape: tuple
+    shape: tuple[int, ...]
     start: int
     end: int
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         return self.end - self.start
 
 
-def require(condition, where, expected, got, remedy=""):
+def require(condition: object, where: str, expected: object, got: object, remedy: str = "") -> None:
     """FormatError "<where>: expected <expected>, got <got>. <remedy>" unless condition holds."""
-    check(condition, where, expected, got, remedy, FormatError)
+    check(bool(condition), where, str(expected), got, remedy, FormatError)
 
 
-def parse_json(text, where):
+def open_regular(path: Path, where: str) -> BinaryIO:
+    """A file opened for reading; FormatError for a pipe, a device, a folder, or what cannot be
+    read. It never waits: opening a pipe without a writer would."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except (OSError, ValueError) as error:
+        raise FormatError(
+            message(
+                where,
+                "a readable file",
+                getattr(error, "strerror", None) or str(error),
+                f"Is {path.parent} a model folder?",
+            )
+        ) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        require(False, where, "a regular file", "a pipe, a device or a folder of this name")
+    return os.fdopen(descriptor, "rb")
+
+
+def parse_json(text: bytes, where: str) -> dict[str, Any]:
     """JSON object from bytes. FormatError for duplicate keys, bad encoding, other JSON values."""
 
-    def unique(pairs):
-        found = {}
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
         for key, value in pairs:
             require(
                 key not in found, where, "every key once", f"{key!r} twice", "The file is damaged."
@@ -92,32 +125,31 @@ def parse_json(text, where):
             )
         ) from error
     require(isinstance(value, dict), where, "a JSON object", type(value).__name__)
-    return value
+    return value  # type: ignore[no-any-return]
 
 
-def read_json(path):
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """JSON object in the file at `path` (see parse_json)."""
     where = f"{OP}: {path.name}"
-    try:
-        size = path.stat().st_size
-        require(size <= MAX_JSON_BYTES, where, f"at most {MAX_JSON_BYTES} bytes", size)
-        return parse_json(path.read_bytes(), where)
-    except OSError as error:
-        raise FormatError(
-            message(
-                where,
-                "a readable file",
-                error.strerror or str(error),
-                f"Is {path.parent} a model folder?",
-            )
-        ) from error
+    return parse_json(_read_small(path, where, max_bytes), where)
 
 
-def _is_size(value):
+def _read_small(path: Path, where: str, max_bytes: int) -> bytes:
+    with open_regular(path, where) as handle:
+        size = os.fstat(handle.fileno()).st_size
+        require(size <= max_bytes, where, f"at most {max_bytes} bytes", size)
+        try:
+            return handle.read(max_bytes + 1)
+        except OSError as error:
+            got = error.strerror or str(error)
+            raise FormatError(message(where, "a readable file", got)) from error
+
+
+def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _tensor_info(where, entry):
+def _tensor_info(where: str, entry: Any) -> TensorInfo:
     require(
         isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"},
         where,
@@ -157,7 +189,7 @@ def _tensor_info(where, entry):
     return TensorInfo(DTYPES[dtype], tuple(shape), *offsets)
 
 
-def read_header(path):
+def read_header(path: Path) -> dict[str, TensorInfo]:
     """Validated header of one safetensors file: {tensor name: TensorInfo}, in order of offset.
 
     Raises:
@@ -168,8 +200,8 @@ def read_header(path):
     file = f"{OP}: {path.name}"
     require(path.is_file(), file, "a regular file", "none of this name", "A shard is missing.")
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as handle:
+        with open_regular(path, file) as handle:
+            size = os.fstat(handle.fileno()).st_size
             prefix = handle.read(8)
             require(
                 len(prefix) == 8, file, "at least 8 bytes", len(prefix), "The file is truncated."
@@ -215,7 +247,7 @@ def read_header(path):
     return infos
 
 
-def _weight_files(folder):
+def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     """(file names, weight_map or None) of a folder; the map only ever names files inside it."""
     if (folder / SINGLE_FILE).is_file():
         return [SINGLE_FILE], None
@@ -230,7 +262,8 @@ def _weight_files(folder):
             f"{OP}: {folder}",
             "safetensors files",
             f"pickle files only ({', '.join(pickles[:3])})",
-            "Pickles can run code and are never read: convert the model to safetensors.",
+            "Pickles can run code and are never read: where you trust the folder, load it with "
+            "Transformers and save it again, which writes safetensors.",
         )
         raise FormatError(
             message(
@@ -248,6 +281,7 @@ def _weight_files(folder):
         "a non-empty object 'weight_map'",
         type(weight_map).__name__,
     )
+    assert isinstance(weight_map, dict)
     for name, file in weight_map.items():
         plain = (
             isinstance(file, str)
@@ -273,10 +307,11 @@ class TensorFiles:
         FormatError: see read_header; also when index and files disagree.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.files, weight_map = _weight_files(self.folder)
-        self.info, self.file_of = {}, {}
+        self.info: dict[str, TensorInfo] = {}
+        self.file_of: dict[str, str] = {}
         headers = {file: read_header(self.folder / file) for file in self.files}
         for file, header in headers.items():
             for name, info in header.items():
@@ -304,15 +339,20 @@ class TensorFiles:
             "A shard is damaged or of another checkpoint.",
         )
 
-    def where(self, name):
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.info.values())
+
+    def where(self, name: str) -> str:
         """'file: tensor' prefix for messages about one tensor."""
         return f"{OP}: {self.file_of.get(name, self.folder.name)}: tensor {name!r}"
 
-    def read(self, *names, device="cpu"):
+    def read(self, *names: str, device: str | torch.device = "cpu") -> list[Tensor]:
         """The named tensors as a list, on `device`, owning their memory (no view of the file
         survives the call).
         """
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for file in dict.fromkeys(self.file_of[name] for name in names):
             try:
                 with safe_open(self.folder / file, framework="pt", device=str(device)) as handle:
@@ -340,7 +380,86 @@ class TensorFiles:
         return [tensors[name] for name in names]
 
 
-def listed(names, limit=12):
+def sha256(path: Path, where: str) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with open_regular(path, where) as handle:
+        while block := handle.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_sums(folder: Path) -> dict[str, str] | None:
+    """Files of a folder against its SHA256SUMS.
+
+    Returns:
+        {file name: what is wrong with it}, empty when every listed file has its bytes; None for a
+        folder without the file, as other programs write it.
+    Raises:
+        FormatError: SHA256SUMS is damaged, names a file outside the folder, or does not list the
+            weights or config.json.
+    """
+    where = f"{OP}: {SUMS_FILE}"
+    if not os.path.lexists(folder / SUMS_FILE):
+        return None
+    text = _read_small(folder / SUMS_FILE, where, 2**24)
+    sums: dict[str, str] = {}
+    for line in text.decode("utf-8", "replace").splitlines():
+        found = re.fullmatch(r"([0-9a-f]{64})  ([^/\\\0]+)", line)
+        require(
+            found is not None and found[2] not in sums and found[2] not in (".", ".."),
+            where,
+            "lines '<sha256>  <name of a file in the folder>', each name once",
+            repr(line[:100]),
+            "The file is damaged.",
+        )
+        assert found is not None
+        sums[found[2]] = found[1]
+    present = [p.name for p in folder.glob("*.safetensors")]
+    present += [name for name in (CONFIG_FILE, INDEX_FILE) if (folder / name).exists()]
+    wrong = {name: f"not listed in {SUMS_FILE}" for name in present if name not in sums}
+    for name, expected in sums.items():
+        try:
+            got = sha256(folder / name, f"{OP}: {name}")
+        except FormatError as error:
+            wrong[name] = str(error)
+            continue
+        if got != expected:
+            wrong[name] = f"sha256 {got[:16]}..., written as {expected[:16]}..."
+    return wrong
+
+
+def require_sums(folder: Path) -> None:
+    """FormatError unless every file of the folder is as SHA256SUMS, where there is one, has it."""
+    wrong = check_sums(folder)
+    require(
+        not wrong,
+        f"{OP}: {folder}",
+        f"the files that were written ({SUMS_FILE})",
+        "; ".join(f"{name}: {why}" for name, why in list((wrong or {}).items())[:6]),
+        "The folder was changed or damaged; get it again.",
+    )
+
+
+def require_inside(folder: Path, names: Iterable[str]) -> None:
+    """FormatError for a link that leads out of the folder; the cache of the Hub, whose snapshots
+    are links into its blobs, counts as inside."""
+    home = folder.resolve()
+    homes = [home]
+    if home.parent.name == "snapshots":
+        homes.append(home.parent.parent / "blobs")
+    for name in names:
+        target = (folder / name).resolve()
+        require(
+            any(target.is_relative_to(place) for place in homes),
+            f"{OP}: {name}",
+            "a file of the folder",
+            f"a link to {target}",
+            "Replace the link by a copy if the file belongs to the model.",
+        )
+
+
+def listed(names: Iterable[str], limit: int = 12) -> str:
     """'a, b, c and 5 more' for messages."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

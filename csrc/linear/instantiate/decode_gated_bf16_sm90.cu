@@ -1,5 +1,6 @@
-// decode_gated_bf16_sm90.cu: the decode kernel for bfloat16, gate and up.
+// decode_gated_bf16_sm90.cu: the decode kernel, gate and up, for bfloat16.
 #include "linear/decode_launch_sm90.cuh"
 
-template sparsekern::Status sparsekern::decode::launch_for_tokens<__nv_bfloat16, 2>(
-    const LinearProblem&, const void*, const void*, int, cudaStream_t);
+namespace sparsekern {
+SK_INSTANTIATE_LINEAR(decode::gated, __nv_bfloat16)
+}

@@ -1,5 +1,6 @@
-// mma_fp16_sm80.cu: the mma.sp kernel for float16.
+// mma_fp16_sm80.cu: the mma.sp kernel, for float16.
 #include "linear/mma_launch_sm80.cuh"
 
-template sparsekern::Status sparsekern::mma::launch_config<__half>(const LinearProblem&, int,
-                                                                   cudaStream_t);
+namespace sparsekern {
+SK_INSTANTIATE_LINEAR(mma::linear, __half)
+}

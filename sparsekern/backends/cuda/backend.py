@@ -31,7 +31,7 @@ class CudaBackend:
 
     def explain(self, problem: Problem) -> Explained:
         dtype = dtypes.PLAIN[problem.dtype].name
-        chosen = configs.choose(problem.tokens, *problem.spec.shape, dtype, problem.index)
+        chosen = configs.choose(problem.tokens, *problem.sizes, dtype, problem.gpu)
         return Explained(chosen.variant, f"{_RUNS}; {chosen.why}", chosen.us)
 
     def prefers(self, spec: WeightSpec, device: torch.device) -> str | None:
@@ -50,5 +50,5 @@ class MmaBackend:
         return kernels.bind(problem, kernels._mma_plan)
 
     def explain(self, problem: Problem) -> Explained:
-        tile = configs.mma_tile(problem.tokens, *problem.spec.shape, problem.index)
+        tile = configs.mma_tile(problem.tokens, *problem.sizes, problem.gpu)
         return Explained(f"mma {tile}", _RUNS)

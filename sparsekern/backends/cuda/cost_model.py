@@ -50,6 +50,21 @@ follows the energy, which idle multiprocessors do not use: all stages count, not
 busiest cluster, and each variant pays for the bytes that it moves per product. SUSTAINED_PRODUCTS
 says from when on, which is where measurements begin to be made in bursts (profiling/tune.py).
 
+Why no less: each term pays. In the 432 cells of the shipped table of an H100, picks of the model
+without one term, its coefficients as they are, are slower than its own by so much (by its own
+times; on average, at worst), and hit the measured winner less often:
+
+    all terms                           288 of 432 winners
+    max in place of the smooth maximum  254     0.9 %    17 %
+    without totals                      268     0.8 %    26 %
+    without extras                      264     1.2 %    88 %
+    without constant                    268     1.7 %    30 %
+    without crowds                      245     4.3 %   116 %
+    without crowds and exchanges        212     7.3 %   163 %
+    without items                       186    10.9 %   144 %
+    the most frequent winner of other
+    shapes at this number of tokens     125    21.6 %   223 %
+
 Units: microseconds; megabytes are 1e6 bytes, so rate is in megabytes per microsecond, TB/s.
 Where TIMES comes from: see there. `python -m bench.fit` makes it.
 
@@ -72,6 +87,7 @@ SPLIT_PRODUCTS = 2**36  # the split kernel is considered up to so many tokens * 
 # As in the kernels: in_features of a stage, the fewest stages in a part of a tile, the fewest
 # tokens that a part finishes, and rows of a tile of tile64.
 STAGE, STAGES_OF_PART, TOKENS_OF_PART, PANEL = 64, 4, 32, 64
+BYTES = 2  # of a value, x and y: all of TIMES was measured with 16-bit types
 
 SMOOTH = 4  # exponent of the smooth maximum
 SUSTAINED_PRODUCTS = 2**33  # tokens * out * in that draw all the power there is, one after another
@@ -294,9 +310,10 @@ def fastest(
     return min(known, key=lambda variant: predicted_us(variant, *problem))
 
 
-def _megabytes(tokens, out_features, in_features):
-    weights = -(-out_features // PANEL) * PANEL * -(-in_features // STAGE) * STAGE * 9 / 8
-    return (weights + 2 * tokens * (out_features + in_features)) / 1e6
+def _megabytes(tokens: int, out_features: int, in_features: int) -> float:
+    dense = -(-out_features // PANEL) * PANEL * -(-in_features // STAGE) * STAGE
+    weights = dense * (BYTES / 2 + 1 / 8)  # half of the values, and a nibble per group of four
+    return (weights + BYTES * tokens * (out_features + in_features)) / 1e6
 
 
 def prefill_work(

@@ -104,7 +104,7 @@ def why_not(problem: Problem) -> str | None:
     if problem.dtype not in dtypes.NATIVE or not problem.spec.element.plain:
         got = problem.spec.storage
         return f"backend 'cuda' needs {dtypes.native_names()}, got {got}"
-    return refusal(problem.index) or None
+    return refusal(problem.gpu) or None
 
 
 def why_not_gated(problem: Problem) -> str | None:
@@ -114,7 +114,7 @@ def why_not_gated(problem: Problem) -> str | None:
         return "a gated pair needs both weights in layout 'tile64'"
     if problem.tokens > most:
         return f"the gated kernel takes up to {most} tokens, got {problem.tokens}"
-    return why_not(problem) or hopper_refusal(problem.index) or None
+    return why_not(problem) or hopper_refusal(problem.gpu) or None
 
 
 @lru_cache(maxsize=4096)
@@ -139,7 +139,7 @@ def _check_sizes(*sizes: int) -> None:
     """ValueError for a number of tokens or features that the kernels cannot count."""
     if max(sizes) > _MOST:
         expected = f"tokens, out_features and in_features up to {_MOST}"
-        raise ValueError(message("sparsekern.linear", expected, max(sizes), "Split x."))
+        raise ValueError(message("sparsekern.linear", expected, str(max(sizes)), "Split x."))
 
 
 def forget_plans() -> None:
@@ -212,7 +212,8 @@ def _new_workspace(native: Any, index: int, number: int) -> tuple[int, int, Tens
 
 
 def _choice(x: Tensor, w24: Sparse24) -> Choice:
-    return choose(x.shape[0], *w24.shape, _name(x.dtype), x.get_device())
+    out_features, in_features = w24.shape
+    return choose(x.shape[0], out_features, in_features, _name(x.dtype), x.get_device())
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -226,7 +227,8 @@ def config(x: Tensor, w24: Sparse24) -> str:
 
 def mma_config(x: Tensor, w24: Sparse24) -> str:
     """The config of the mma.sp kernel in words: "mma 64x8, 2x1x4 warps"."""
-    return f"mma {mma_tile(x.shape[0], *w24.shape, x.get_device())}"
+    out_features, in_features = w24.shape
+    return f"mma {mma_tile(x.shape[0], out_features, in_features, x.get_device())}"
 
 
 # ---- running it ----------------------------------------------------------------------------------
@@ -242,7 +244,7 @@ def bind(problem: Problem, plan: Plan = _plan) -> Launch:
     (out_features, in_features), tokens = problem.spec.shape, problem.tokens
     if not (tokens and out_features and in_features):
         return _bind_degenerate(problem)
-    dtype, index = problem.dtype, problem.index
+    dtype, index = problem.dtype, problem.gpu
     kernel, config = plan(tokens, out_features, in_features, _name(dtype), index)
     anywhere = _bind_any(problem, kernel, config)
     whole_rows = in_features * dtype.itemsize % _ROW == 0
@@ -307,7 +309,7 @@ def _with_workspace(
 def _bind_any(problem: Problem, kernel: str, config: int) -> Callable[..., Tensor | None]:
     """The launch for any strides, address and GPU of x, and a residual [tokens, out_features]."""
     (out_features, in_features), tokens = problem.spec.shape, problem.tokens
-    dtype, index, activation = problem.dtype, problem.index, problem.activation
+    dtype, index, activation = problem.dtype, problem.gpu, problem.activation
     sizes = (*problem.x_shape[:-1], out_features)
     strides = _contiguous_strides(sizes)
 
@@ -383,7 +385,7 @@ def linear(
             residual = residual.view(*x.shape[:-1], out_features)
             y = _bind_degenerate(problem)(x, w24, bias, residual)
         else:
-            kernel = plan(problem.tokens, *w24.shape, _name(x.dtype), problem.index)
+            kernel = plan(problem.tokens, *problem.sizes, _name(x.dtype), problem.gpu)
             y = _bind_any(problem, *kernel)(x, w24, bias, residual)
     assert y is not None  # the problem is that of x
     return y
@@ -431,7 +433,7 @@ def launcher(
 def bind_gated(problem: Problem) -> Launch:
     """The launch of a gated pair: silu(x · Gᵀ) · (x · Uᵀ), rounded once; at most 32 tokens."""
     (out_features, in_features), tokens = problem.spec.shape, problem.tokens
-    dtype, index = problem.dtype, problem.index
+    dtype, index = problem.dtype, problem.gpu
     sizes = (*problem.x_shape[:-1], out_features)
     if not (tokens and out_features and in_features):
         return lambda x, gate24, up24: x.new_zeros(sizes)

@@ -1,7 +1,7 @@
 """Tuned tables: which variant of a CUDA kernel was the fastest, as `sparsekern tune` measured it.
 
-Two places are looked at, in this order, and where neither knows the answer
-backends/cuda/cost_model.py decides:
+Two places are looked at, in this order, and where neither knows the answer cost_model.py decides
+(configs.choose):
 
     yours      tuning.json in $SPARSEKERN_CACHE, or in sparsekern below XDG_CACHE_HOME or ~/.cache
     shipped    every .json file in sparsekern/backends/cuda/tables

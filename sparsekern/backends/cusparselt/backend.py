@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from sparsekern.backends.cusparselt import layout
 from sparsekern.backends.cusparselt import linear as library_calls
-from sparsekern.backends.cusparselt.layout import LAYOUT
 from sparsekern.backends.protocol import Explained, Launch, Problem
 
 _RUNS = "the layout is 'cusparselt' and the library takes this problem"
@@ -13,7 +13,7 @@ class CusparseltBackend:
     """NVIDIA's library, on weights in its own layout."""
 
     name = "cusparselt"
-    layout = LAYOUT
+    layout = layout.NAME
 
     def supports(self, problem: Problem) -> str | None:
         return library_calls.why_not(problem)

@@ -36,6 +36,7 @@ from sparsekern.formats.layouts import (
 )
 from sparsekern.formats.sparse24 import Sparse24
 
+NAME = LAYOUT
 _UNPACK_ELEMENTS = 2**25  # of the dense slices that unpacking has in memory at a time
 
 

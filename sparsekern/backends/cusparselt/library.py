@@ -124,9 +124,9 @@ def refusal(index: int, dtype: torch.dtype) -> str:
     if found is None:
         return f"backend 'cusparselt' needs the library: {why}"
     for rule in REFUSALS:
-        if (capability, dtype) == (rule.capability, rule.dtype):
-            if rule.first <= found.version <= rule.last:
-                return f"backend 'cusparselt' refuses {dtype} with {found.name}: {rule.reason}"
+        concerned = (capability, dtype) == (rule.capability, rule.dtype)
+        if concerned and rule.first <= found.version <= rule.last:
+            return f"backend 'cusparselt' refuses {dtype} with {found.name}: {rule.reason}"
     return ""
 
 

@@ -52,7 +52,7 @@ def why_not(problem: Problem) -> str | None:
             f"backend 'cusparselt' needs layout 'cusparselt', got {problem.spec.layout!r}; make "
             "one with SparseLinear(layout='cusparselt') or weight.to_layout('cusparselt')"
         )
-    return refusal(problem.index, problem.dtype) or None
+    return refusal(problem.gpu, problem.dtype) or None
 
 
 def pack(w24: Sparse24) -> Sparse24:
@@ -128,7 +128,7 @@ def algorithm_for(
 def remember(key: str, algorithm: Algorithm, us: float, store: bool = True) -> None:
     """Makes `algorithm` the one of a problem: for this process and, with store, for the user."""
     _searched[key] = algorithm
-    _plans.clear()
+    forget_plans()
     if store:
         entry = {**algorithm._asdict(), "us": round(us, 2)}
         json_store.update(store_path(), lambda entries: entries.update({key: entry}))
@@ -150,7 +150,7 @@ def config(x: Tensor, w24: Sparse24) -> str:
 def config_of(problem: Problem) -> str:
     """The same for a problem."""
     tokens = padded_tokens(problem.tokens)
-    chosen = algorithm_for(problem.index, problem.dtype, *problem.spec.shape, tokens)
+    chosen = algorithm_for(problem.gpu, problem.dtype, *problem.sizes, tokens)
     return f"{_found().name}, {chosen}"
 
 
@@ -175,9 +175,16 @@ class _Signature:
 
 _signature = lru_cache(maxsize=4096)(_Signature)
 
-# {(signature, address of the bias or 0): (id of the plan, its workspace bytes)}. The native cache
-# owns the plans; an id that has left it is noticed by the call.
-_plans: dict[tuple[_Signature, int], tuple[int, int]] = {}
+# {signature: {address of the bias or 0: (id of the plan, its workspace bytes)}}. Launches hold the
+# inner dicts. The native cache owns the plans; an id that has left it is noticed by the call.
+_plans: dict[_Signature, dict[int, tuple[int, int]]] = {}
+
+
+def forget_plans() -> None:
+    """Ask the native module for every plan anew."""
+    for of_signature in _plans.values():
+        of_signature.clear()
+
 
 # {(GPU, stream): tensor}: what is lent to the native module
 _workspaces: dict[tuple[int, int], Tensor] = {}
@@ -205,10 +212,11 @@ def bind(problem: Problem) -> Launch:
 
 def _bind_in_place(problem: Problem, copies: bool = True) -> Launch:
     """For an x that the library takes as it is, and copies of it where its address is no good."""
-    index, dtype, activation = problem.index, problem.dtype, problem.activation
+    index, dtype, activation = problem.gpu, problem.dtype, problem.activation
     row_stride = problem.x_stride[0] if problem.x_stride else problem.in_features
     relu = activation == "relu"
     signature = _signature(problem.tokens, row_stride, dtype, index, problem.spec, relu)
+    plans = _plans.setdefault(signature, {})
     sizes = (*problem.x_shape[:-1], problem.out_features)
     strides = tuple(math.prod(sizes[place + 1 :]) for place in range(len(sizes)))
     native: Any = _native.module()
@@ -229,7 +237,7 @@ def _bind_in_place(problem: Problem, copies: bool = True) -> Launch:
             if bias_address % ALIGNMENT:
                 bias = bias.clone()
                 bias_address = bias.data_ptr()
-        known = _plans.get((signature, bias_address))
+        known = plans.get(bias_address)
         if known is None:
             known = _make_plan(signature, bias_address)
         y = empty_strided(sizes, strides, dtype)
@@ -244,7 +252,7 @@ def _bind_in_place(problem: Problem, copies: bool = True) -> Launch:
                 addresses = blob, address, y_address
                 missing = _matmul_with_workspace(native, index, known, addresses, stream)
             if missing:  # the plan has left the native cache
-                _plans.pop((signature, bias_address), None)
+                plans.pop(bias_address, None)
                 return launch(x, w24, bias)
         return y if later is None else activate(y.float(), later).to(dtype)
 
@@ -286,7 +294,7 @@ def _fits(problem: Problem) -> bool:
 def _bind_copy(problem: Problem) -> Launch:
     """For rows that must be copied. What is in those that only fill up reaches no other row."""
     tokens, (out_features, in_features) = problem.tokens, problem.spec.shape
-    dtype, index, padded = problem.dtype, problem.index, padded_tokens(problem.tokens)
+    dtype, index, padded = problem.dtype, problem.gpu, padded_tokens(problem.tokens)
     inner = _bind_in_place(
         problem._replace(x_shape=torch.Size((padded, in_features)), x_stride=None, aligned=True),
         copies=False,
@@ -323,9 +331,9 @@ def _make_plan(of: _Signature, bias_address: int) -> tuple[int, int]:
         relu=of.relu,
         **algorithm._asdict(),
     )
-    if len(_plans) >= native.CUSPARSELT_MAX_PLANS:
-        _plans.clear()
-    _plans[of, bias_address] = plan, workspace_bytes
+    if sum(map(len, _plans.values())) >= native.CUSPARSELT_MAX_PLANS:
+        forget_plans()
+    _plans.setdefault(of, {})[bias_address] = plan, workspace_bytes
     return plan, workspace_bytes
 
 

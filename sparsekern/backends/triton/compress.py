@@ -7,7 +7,7 @@ Each kernel is one pass over *pairs of groups* (8 columns, one metadata byte; se
 
 The metadata bytes of a program pass through shared memory, so that they too leave as wide stores.
 
-Kernels never raise: they count the pairs that break a rule in `bad`, and formats/codec.py names them.
+Kernels never raise: they count the pairs that break a rule in `bad`; formats/codec.py names them.
 Launchers (below the kernels) expect contiguous tensors whose dtype and shape have been checked.
 
 Specification: reference.py. Format: formats/sparse24.py.
@@ -220,23 +220,23 @@ def compress(
     return values, metadata, bad
 
 
-def mask24(scores: torch.Tensor, launch: Launch = Launch()) -> tuple[torch.Tensor, torch.Tensor]:
+def mask24(scores: torch.Tensor, launch: Launch | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The two best of every four scores as bool [out, in], and `bad`: pairs with a NaN."""
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     bad = torch.zeros(1, dtype=torch.int32, device=scores.device)
     constants = {"BITS": _bits(scores.dtype), "INF": dtypes.PLAIN[scores.dtype].infinity_bits}
     pointers = (_words(_aligned(scores), torch.int64), _words(mask, torch.int32), bad)
-    _run(mask_kernel, pointers, scores.shape, launch, scores.device, **constants)
+    _run(mask_kernel, pointers, scores.shape, launch or Launch(), scores.device, **constants)
     return mask, bad
 
 
 def decompress(
-    values: torch.Tensor, metadata: torch.Tensor, in_features: int, launch: Launch = Launch()
+    values: torch.Tensor, metadata: torch.Tensor, in_features: int, launch: Launch | None = None
 ) -> torch.Tensor:
     """values [out, in/2] and metadata uint8 [out, ceil(in/8)] -> dense [out, in], bit for bit."""
     dense = values.new_empty(values.shape[0], in_features)
     bits = _bits(values.dtype)
     words = _words(_aligned(values), torch.int32 if bits == 16 else torch.int64)
     pointers = (words, metadata, _words(dense, torch.int64))
-    _run(decompress_kernel, pointers, dense.shape, launch, values.device, BITS=bits)
+    _run(decompress_kernel, pointers, dense.shape, launch or Launch(), values.device, BITS=bits)
     return dense

@@ -2,71 +2,87 @@
 
 GGUF is llama.cpp's container: metadata, vocabulary and (usually quantised) tensors in one file. It
 is also the only form in which a small instruction-tuned model can be had from a package index
-alone, which is what the demo needs. This reader covers the Llama architecture with a GPT-2-style
-byte-level BPE vocabulary, and refuses everything else by name rather than producing a model that is
-slightly wrong.
+alone, which is what the demo needs.
 
-Three things differ from a Transformers checkpoint and are undone here:
-  * weights are quantised in blocks: dequantised with the `gguf` package, rounded once to `dtype`
-  * rows of q_proj and k_proj are permuted, because llama.cpp rotates neighbouring pairs (2i, 2i+1)
-    and Transformers the halves (i, i + head_dim/2): undone by `unpermute_rope_rows`
-  * tensors have other names: `LAYER_NAMES`
+Libraries do what they do right: Transformers' GGUF tables say what the metadata mean
+(`load_gguf_checkpoint`), which tensor is which parameter (`get_gguf_hf_weights_map`), and what
+llama.cpp changed in it, such as the row order of q_proj and k_proj (`TENSOR_PROCESSORS`); the
+`gguf` package dequantises. By hand is
 
-Source: the GGUF specification (ggml, docs/gguf.md); llama.cpp, convert_hf_to_gguf.py, `permute`.
+  * the reading of the file (header.py): both readers trust every count and offset, and spend
+    seconds on the vocabulary
+  * the refusals: Transformers skips tensors and metadata that it does not know, and fills
+    parameters that the file lacks with random numbers; here each is an error that names it
+  * byte-level BPE vocabularies (tokenizer.py, with the reason)
+
+Source: the GGUF specification (ggml, docs/gguf.md).
 """
 
 from __future__ import annotations
 
+import inspect
+import logging
+import struct
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from sparsekern.errors import FormatError, check
+from sparsekern.errors import FormatError, message
+from sparsekern.integrations.gguf.header import ALIGNMENT, OP, Header, TensorEntry, read_header
 from sparsekern.integrations.gguf.tokenizer import build_tokenizer
 
-# GGUF name -> Transformers name, for the tensors of one block ("blk.7.attn_q" ->
-# "model.layers.7.self_attn.q_proj").
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-OUTER_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+REMEDY = "Use the model's safetensors checkpoint instead."
+LONG = 1024  # elements of an array that no config reads
+SPARE_BYTES = 2**26  # that buffers may take beside the size of the file
+# Ends of keys "<architecture>.<end>" that Transformers' tables leave out or ignore: what the config
+# must be for them to change nothing.
+IMPLIED: dict[str, Callable[[Any], object]] = {
+    "vocab_size": lambda config: config.vocab_size,
+    "attention.key_length": lambda config: _head_dim(config),
+    "attention.value_length": lambda config: _head_dim(config),
+    "rope.dimension_count": lambda config: _head_dim(config),
+    "rope.scaling.type": lambda config: "none",
+    "attention.causal": lambda config: True,
+    "attention.sliding_window": lambda config: config.sliding_window,
+    "attn_logit_softcapping": lambda config: config.attn_logit_softcapping,
+    "final_logit_softcapping": lambda config: config.final_logit_softcapping,
 }
 
 
-def load_gguf(path, dtype=torch.bfloat16):
-    """Read a Llama-architecture GGUF file.
+def load_gguf(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    """Read a GGUF file of an architecture that Transformers reads (Llama, Qwen2, Gemma 3, ...).
+
+    Nothing of the file is executed, and nothing is fetched.
 
     Args:
         path: the .gguf file.
         dtype: floating-point dtype of the weights; each is dequantised in float32 and rounded once.
     Returns:
-        (model, tokenizer): LlamaForCausalLM on the CPU in eval mode, PreTrainedTokenizerFast.
+        (model, tokenizer): a Transformers causal language model on the CPU in eval mode, and its
+        PreTrainedTokenizerFast.
     Raises:
         FileNotFoundError: no such file.
         ModuleNotFoundError: `gguf` or `transformers` is not installed.
-        FormatError: not a GGUF file, damaged, or an architecture, vocabulary or tensor that is not
-            covered.
+        FormatError: not a GGUF file, damaged, or an architecture, vocabulary, tensor or metadata
+            key that is not covered.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"sparsekern.load_gguf: no file at {path}.")
-    reader = _open(path)
-    meta = _Metadata(reader, path)
-    config = llama_config(meta)
-    model = _build_model(config, _read_tensors(reader, config, dtype, path), path)
+    for package in ("gguf", "transformers"):
+        try:
+            __import__(package)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"{OP}: the package {package!r} is not installed. "
+                "Run: pip install 'sparsekern[hf]'."
+            ) from error
+    header = read_header(path)
+    config = model_config(header)
+    model = _fill(_empty_model(config, header), header, dtype)
+    tokenizer = build_tokenizer(header)
     model.config.dtype = dtype
-    tokenizer = build_tokenizer(meta)
     model.generation_config.update(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -75,210 +91,251 @@ def load_gguf(path, dtype=torch.bfloat16):
     return model.eval(), tokenizer
 
 
-class _Metadata:
-    """The key-value part of a GGUF file; a missing or mistyped key is a FormatError that names
-    it."""
-
-    def __init__(self, reader, path):
-        self.fields, self.path = reader.fields, path
-
-    def get(self, key, kind, default=None, required=False):
-        field = self.fields.get(key)
-        if field is None:
-            check(
-                not required,
-                "sparsekern.load_gguf",
-                f"metadata key {key!r}",
-                "none",
-                f"File: {self.path}.",
-                exc=FormatError,
-            )
-            return default
-        value = field.contents()
-        check(
-            isinstance(value, kind),
-            "sparsekern.load_gguf",
-            f"{key} of type {kind}",
-            type(value).__name__,
-            f"File: {self.path}.",
-            exc=FormatError,
-        )
-        return value
-
-    def need(self, key, kind):
-        return self.get(key, kind, required=True)
+# ---- the config ----------------------------------------------------------------------------------
 
 
-def _open(path):
-    try:
-        import gguf
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "sparsekern.load_gguf: the package 'gguf' is not installed. "
-            "Run: pip install 'sparsekern[hf]'."
-        ) from error
-    try:
-        return gguf.GGUFReader(path)
-    except (
-        Exception
-    ) as error:  # the parser walks the bytes and meets damage as whatever numpy raises
-        raise FormatError(
-            f"sparsekern.load_gguf: expected a complete GGUF file, got {path} "
-            f"({type(error).__name__}: {error}). Fetch the file again."
-        ) from error
+def model_config(header: Header) -> Any:
+    """The Transformers config that the metadata describe, by Transformers' own tables.
 
-
-def llama_config(meta):
-    """LlamaConfig from GGUF metadata; FormatError for other architectures and rope variants."""
-    from transformers import LlamaConfig
-
-    op = "sparsekern.load_gguf"
-    arch = meta.need("general.architecture", str)
-    check(
-        arch == "llama",
-        op,
-        "general.architecture == 'llama'",
-        repr(arch),
-        "Use the model's safetensors checkpoint instead.",
-        exc=FormatError,
-    )
-    scaling = meta.get("llama.rope.scaling.type", str, "none")
-    check(
-        scaling == "none",
-        op,
-        "unscaled rope (llama.rope.scaling.type 'none')",
-        repr(scaling),
-        "Use the model's safetensors checkpoint instead.",
-        exc=FormatError,
-    )
-    hidden, heads = (
-        meta.need("llama.embedding_length", int),
-        meta.need("llama.attention.head_count", int),
-    )
-    blocks = meta.need("llama.block_count", int)
-    kv_heads = meta.get("llama.attention.head_count_kv", int, heads)
-    check(
-        min(hidden, heads, kv_heads, blocks) > 0 and hidden % heads == 0 and heads % kv_heads == 0,
-        op,
-        "positive sizes, embedding_length a multiple of head_count and that of head_count_kv",
-        f"{hidden}, {heads}, {kv_heads} ({blocks} blocks)",
-        f"File: {meta.path}.",
-        exc=FormatError,
-    )
-    head_dim = meta.get("llama.attention.key_length", int, hidden // heads)
-    rotated = meta.get("llama.rope.dimension_count", int, head_dim)
-    check(
-        head_dim == rotated and head_dim % 2 == 0,
-        op,
-        "rope over the whole, even head dimension",
-        f"{rotated} of {head_dim}",
-        "Use the model's safetensors checkpoint instead.",
-        exc=FormatError,
-    )
-    return LlamaConfig(
-        vocab_size=len(meta.need("tokenizer.ggml.tokens", list)),
-        hidden_size=hidden,
-        intermediate_size=meta.need("llama.feed_forward_length", int),
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=meta.need("llama.context_length", int),
-        rms_norm_eps=meta.need("llama.attention.layer_norm_rms_epsilon", float),
-        rope_theta=meta.get("llama.rope.freq_base", float, 10000.0),
-        bos_token_id=meta.get("tokenizer.ggml.bos_token_id", int),
-        eos_token_id=meta.get("tokenizer.ggml.eos_token_id", int),
-        pad_token_id=meta.get("tokenizer.ggml.padding_token_id", int),
-    )
-
-
-def unpermute_rope_rows(weight, heads):
-    """Undo llama.cpp's row order of q_proj and k_proj: row 2i + j of a head goes back to row
-    j·head_dim/2 + i.
-
-    Args:
-        weight: [heads · head_dim, in_features] in GGUF order.
-        heads: number of heads that the rows are split into (key-value heads for k_proj).
-    Returns:
-        The same shape and dtype, in Transformers' order.
+    Raises:
+        FormatError: an architecture that Transformers does not read, a key of the model that has no
+            effect there, or sizes that are not those of the tensors.
     """
-    out_features, in_features = weight.shape
-    return (
-        weight.reshape(heads, -1, 2, in_features).transpose(1, 2).reshape(out_features, in_features)
+    from transformers import AutoConfig
+    from transformers.modeling_gguf_pytorch_utils import (
+        GGUF_SUPPORTED_ARCHITECTURES,
+        load_gguf_checkpoint,
     )
 
-
-def _read_tensors(reader, config, dtype, path):
-    """All tensors as {Transformers name: tensor in dtype}, in Transformers' row order."""
-    from gguf.quants import dequantize
-
-    state = {}
-    for tensor in reader.tensors:
-        name = transformers_name(tensor.name, path)
+    architecture = header.need("general.architecture", str)
+    not_models = {"general", "tokenizer"}
+    if architecture not in set(GGUF_SUPPORTED_ARCHITECTURES) - not_models:
+        what = "general.architecture that Transformers reads"
+        raise FormatError(message(OP, what, repr(architecture), REMEDY))
+    _check_sizes(header, architecture)
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        short = Path(folder, "config.gguf")
+        short.write_bytes(_without_vocabulary(header))
         try:
-            weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        except Exception as error:  # unknown quantisation, or data that does not fill its blocks
-            raise FormatError(
-                "sparsekern.load_gguf: expected a tensor that the gguf package can dequantise, "
-                f"got {tensor.name} of type {tensor.tensor_type.name} ({error}). File: {path}."
-            ) from error
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            check(
-                weight.dim() == 2 and weight.shape[0] == heads * config.head_dim,
-                "sparsekern.load_gguf",
-                f"{tensor.name} with {heads * config.head_dim} rows",
-                list(weight.shape),
-                f"File: {path}.",
-                exc=FormatError,
-            )
-            weight = unpermute_rope_rows(weight, heads)
-        state[name] = weight.to(dtype)
-    return state
+            options = dict(load_gguf_checkpoint(str(short))["config"])
+            options.pop("_model_name_or_path", None)
+            options.setdefault("vocab_size", len(header.need("tokenizer.ggml.tokens", list)))
+            options = {key: value for key, value in options.items() if value is not None}
+            config = AutoConfig.for_model(**options)
+        except FormatError:
+            raise
+        except Exception as error:  # whatever the tables make of nonsense becomes one error
+            got = f"{type(error).__name__}: {error}"
+            what = f"a config of {architecture!r} that Transformers can build"
+            raise FormatError(message(OP, what, got, f"File: {header.path}.")) from error
+    _check_implied(header, architecture, config)
+    return config
 
 
-def transformers_name(name, path="the file"):
-    """Transformers name of one GGUF tensor; FormatError when a plain Llama has no such tensor."""
-    if name in OUTER_NAMES:
-        return OUTER_NAMES[name]
-    parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[1].isdigit() and parts[3] == "weight":
-        if parts[2] in LAYER_NAMES:
-            return f"model.layers.{int(parts[1])}.{LAYER_NAMES[parts[2]]}.weight"
-    raise FormatError(
-        "sparsekern.load_gguf: expected the tensors of a plain Llama model, "
-        f"got {name!r} in {path}. Use the model's safetensors checkpoint instead."
+def _check_sizes(header: Header, architecture: str) -> None:
+    """Sizes of the right type, positive, and no more than the tensors can fill."""
+    largest = max((max(entry.shape) for entry in header.tensors), default=0)
+    blocks = {name.split(".")[1] for name in (e.name for e in header.tensors) if _in_block(name)}
+    for end in ("embedding_length", "attention.head_count", "block_count", "context_length"):
+        key = f"{architecture}.{end}"
+        if architecture == "mamba" and end == "attention.head_count":
+            continue
+        value = header.need(key, int)
+        header.require(0 < value < 2**31, f"positive sizes, {key} below 2^31", value)
+    count = header.need(f"{architecture}.block_count", int)
+    header.require(
+        len(blocks) == count,
+        f"the tensors that the metadata announces, {architecture}.block_count == {len(blocks)}",
+        count,
+    )
+    for end in ("embedding_length", "feed_forward_length", "vocab_size"):
+        value = header.values.get(f"{architecture}.{end}", 1)
+        if isinstance(value, int):
+            fits = 0 < value <= 2 * largest
+            header.require(fits, f"{architecture}.{end} to be a size of a tensor", value)
+    heads = header.get(f"{architecture}.attention.head_count", int, 1) or 1
+    shared = header.values.get(f"{architecture}.attention.head_count_kv", heads)
+    for value in np.atleast_1d(shared).tolist():
+        good = isinstance(value, int) and 0 <= value <= heads and (not value or heads % value == 0)
+        header.require(good, f"head_count ({heads}) a multiple of head_count_kv", value)
+
+
+def _in_block(name: str) -> bool:
+    return name.startswith("blk.") and name.split(".")[1].isdigit()
+
+
+def _check_implied(header: Header, architecture: str, config: Any) -> None:
+    """FormatError for a key of the model that the config does not follow."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
+
+    tables: Any = GGUF_TO_TRANSFORMERS_MAPPING["config"]
+    mapped = tables.get(architecture, {})
+    for key, value in header.values.items():
+        if not key.startswith(f"{architecture}."):
+            continue
+        end = key.removeprefix(f"{architecture}.")
+        if mapped.get(end) is not None:
+            continue
+        if end not in IMPLIED:
+            got = f"{key} = {value!r}, which Transformers does not read"
+            raise FormatError(message(OP, "metadata of a plain model", got, REMEDY))
+        wanted = IMPLIED[end](config)
+        if value != wanted:
+            raise FormatError(message(OP, f"{key} == {wanted!r}", repr(value), REMEDY))
+
+
+def _head_dim(config: Any) -> int:
+    own: int | None = getattr(config, "head_dim", None)
+    return own or config.hidden_size // config.num_attention_heads
+
+
+def _without_vocabulary(header: Header) -> bytes:
+    """A small GGUF file with the same metadata but long arrays, and tensors of the same names."""
+    kept = [
+        bytes(header.data[start:end])
+        for key, (start, end) in header.spans.items()
+        if key != "general.alignment" and _length(header.values[key]) <= LONG
+    ]
+    infos = []
+    for entry in header.tensors:
+        name = entry.name.encode()
+        # One dimension, of 8 numbers, in float32 (type 0), at offset 0: all share the same bytes.
+        infos.append(struct.pack("<Q", len(name)) + name + struct.pack("<IQIQ", 1, 8, 0, 0))
+    head = struct.pack("<4sIQQ", b"GGUF", header.version, len(infos), len(kept))
+    text = b"".join([head, *kept, *infos])
+    return text + bytes(-len(text) % ALIGNMENT + 32)
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, (list, np.ndarray)) else 1
+
+
+class _quiet:
+    """Transformers' notes on keys that it does not read are errors here, or known."""
+
+    def __enter__(self) -> None:
+        self.logger = logging.getLogger("transformers.modeling_gguf_pytorch_utils")
+        self.level = self.logger.level
+        self.logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *exception: object) -> None:
+        self.logger.setLevel(self.level)
+
+
+# ---- the weights ---------------------------------------------------------------------------------
+
+
+def _empty_model(config: Any, header: Header) -> Any:
+    """The model on the meta device, refused when its buffers are larger than the file explains."""
+    from transformers import AutoModelForCausalLM
+
+    config.tie_word_embeddings = all(entry.name != "output.weight" for entry in header.tensors)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a constructor refuses the sizes, or there is no such class
+        got = f"{type(error).__name__}: {error}"
+        what = f"a causal language model of type {config.model_type!r}"
+        raise FormatError(message(OP, what, got, f"File: {header.path}.")) from error
+    needed = sum(buffer.nbytes for buffer in model.buffers())
+    limit = len(header.data) + SPARE_BYTES
+    header.require(needed <= limit, f"buffers of at most {limit} bytes", needed)
+    return model
+
+
+def _fill(model: Any, header: Header, dtype: torch.dtype) -> Any:
+    """The model with the file's weights, each rounded once to dtype, and real buffers."""
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
     )
 
+    from sparsekern.checkpoint.skeleton import skeleton_of
 
-def _build_model(config, state, path):
-    from transformers import LlamaForCausalLM
-
-    config.tie_word_embeddings = "lm_head.weight" not in state
-    with torch.device(
-        "meta"
-    ):  # no storage and no random initialisation: every parameter comes from the file
-        model = LlamaForCausalLM(config)
-    model.model.rotary_emb = type(model.model.rotary_emb)(
-        config=config
-    )  # its buffers are computed, not stored
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        expected.pop("lm_head.weight", None)
+    architecture = header.need("general.architecture", str)
+    options = model.config.to_dict()
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=options)
+    with _quiet():  # the whole tree has the names of most models; its parts cost a second each
+        more: dict[str, Any] = {"processor": processor}
+        if "processor" not in inspect.signature(get_gguf_hf_weights_map).parameters:
+            more = {}  # Transformers 4
+        names = get_gguf_hf_weights_map(_Trunk(model), **more)
+        if any(entry.name not in names for entry in header.tensors):
+            names = get_gguf_hf_weights_map(model, **more)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    state: dict[str, torch.Tensor] = {}
+    for entry in header.tensors:
+        if entry.name not in names:
+            got = f"{entry.name!r} in {header.path}"
+            raise FormatError(message(OP, f"the tensors of a plain {architecture}", got, REMEDY))
+        name = names[entry.name]
+        # A shape of one dimension more or less is the processor's business.
+        if len(entry.shape) == len(expected.get(name, ())):
+            header.require(
+                _may_become(entry.shape, expected[name]),
+                f"the tensors that the metadata announces, {name}: expected {expected[name]}",
+                entry.shape,
+            )
+        weights = _dequantised(header, entry)
+        result = processor.process(
+            weights=weights,
+            name=entry.name,
+            tensor_key_mapping=names,
+            parsed_parameters={"tensors": state},
+        )
+        if result.name is not None:
+            state[name] = torch.from_numpy(np.array(result.weights)).to(dtype)
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     differing = [
         f"{name}: expected {expected.get(name, 'no such tensor')}, got {found.get(name, 'none')}"
         for name in sorted(expected.keys() | found.keys())
         if expected.get(name) != found.get(name)
     ]
-    check(
+    header.require(
         not differing,
-        "sparsekern.load_gguf",
         "the tensors that the metadata announces",
         f"{len(differing)} that differ, first {differing[0] if differing else ''}",
-        f"File: {path}.",
-        exc=FormatError,
     )
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    return model
+    filled = skeleton_of(model)
+    filled.load_state_dict({k: v.to(dtype) for k, v in state.items()}, strict=False, assign=True)
+    filled.tie_weights()
+    return filled
+
+
+class _Trunk:
+    """A model as `get_gguf_hf_weights_map` sees it, without its submodules."""
+
+    def __init__(self, model: Any):
+        self.config, self.state_dict = model.config, model.state_dict
+
+    def named_children(self) -> tuple[()]:
+        return ()
+
+
+def _may_become(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """True when a stored matrix can become the parameter: as it is, or transposed."""
+    return stored == wanted or stored == wanted[::-1]
+
+
+def _dequantised(header: Header, entry: TensorEntry) -> np.ndarray:
+    """One tensor in float32, checked to be finite."""
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize, quant_shape_to_byte_shape
+
+    raw = header.bytes_of(entry)
+    plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
+    try:
+        if entry.type in plain:
+            weights = raw.view(plain[entry.type]).reshape(entry.shape).astype(np.float32)
+        else:
+            data = raw.reshape(quant_shape_to_byte_shape(entry.shape, entry.type))
+            with np.errstate(all="ignore"):  # what is not finite is refused below
+                weights = dequantize(data, entry.type)
+    except Exception as error:  # a type that the gguf package cannot dequantise
+        got = f"{entry.name} of type {entry.type.name} ({error})"
+        what = "a tensor that the gguf package can dequantise"
+        raise FormatError(message(OP, what, got, f"File: {header.path}.")) from error
+    finite = bool(np.isfinite(weights).all())
+    header.require(finite, f"{entry.name} of finite numbers", "others")
+    return weights

@@ -1,0 +1,244 @@
+"""Tokens per second of a model in a real vLLM: 2:4 through the plugin, dense bfloat16, dense fp8.
+
+    python -m bench vllm --preset 8b --layers 32 --folder /tmp/models
+
+Writes an 8B-shaped Llama of random weights to the folder, dense and 2:4 (magnitude), unless they
+are there, then starts one engine after the other, each in a process of its own (vllm_child.py)
+with vLLM's own compilation and CUDA graphs. The fp8 engine is vLLM's own dynamic fp8 over the
+dense folder. lm_head and embeddings are dense everywhere.
+
+Decode: tokens per second over the difference of two lengths, median of the repeats. Prefill:
+prompts of 2048 tokens, one token each. Check: the 2:4 engine answers, greedy, with the tokens of
+an engine over the same weights dense with zeros, and with their log-probabilities within a bound.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from . import record
+from .options import Run, parser
+
+PRESETS = {"8b": (4096, 14336, 32, 8, 128256), "tiny": (64, 128, 4, 2, 256)}
+LOGPROB_DISTANCE = 0.15  # of one token's log-probability; bf16 sums in another order give 0.05
+NEW_TOKENS, PROMPT = 192, 32
+
+
+def make_parser():
+    result = parser("vllm", "Tokens per second in a real vLLM.", budget=540)
+    result.add_argument("--preset", default="8b", choices=sorted(PRESETS))
+    result.add_argument("--layers", type=int, default=32)
+    result.add_argument("--batch", default="1,8,32,128", help="comma-separated")
+    result.add_argument("--folder", type=Path, required=True, help="where the models are written")
+    result.add_argument("--engines", default="dense,sparse,fp8", help="comma-separated")
+    result.add_argument("--repeats", type=int, default=3)
+    result.add_argument(
+        "--same-answers",
+        action="store_true",
+        help="one more engine, over the 2:4 weights stored dense with zeros, for the check",
+    )
+    return result
+
+
+def main(path, arguments=()) -> int:
+    args = make_parser().parse_args(list(arguments))
+    run = Run(path, args)
+    folders = write_models(args.preset, args.layers, args.folder, run)
+    wanted = args.engines.split(",") + (["zeros"] if args.same_answers else [])
+    results = {}
+    for name in wanted:
+        results[name] = engine(name, folders, args, run)
+    check = compare(results)
+    base = results.get("dense", {})
+    for name, result in results.items():
+        if name == "zeros":
+            continue
+        rows = {f"batch {batch}": rate for batch, rate in result["decode"].items()}
+        rows["prefill 8 x 2048"] = result["prefill_tokens_s"]
+        for case, rate in rows.items():
+            metrics = {"tokens_s": rate}
+            reference = (
+                base.get("prefill_tokens_s")
+                if case.startswith("prefill")
+                else base.get("decode", {}).get(case.partition(" ")[2])
+            )
+            if reference:
+                metrics["speedup"] = round(rate / reference, 3)
+            run.add(
+                op="vllm",
+                backend=name,
+                check=check,
+                case=f"{args.preset}, {args.layers} layers, {case}",
+                dtype="bfloat16",
+                metrics=metrics,
+                details={key: result[key] for key in ("start_s", "weights_gb", "peak_gb")}
+                | {"vllm": record._version("vllm"), "repeats": args.repeats},
+            )
+            run.say(f"{name:6} {case:18} {rate:10.1f} tokens/s  {metrics.get('speedup', '')}")
+    run.close()
+    return 0
+
+
+def compare(results: dict) -> str:
+    """What the records say of the outputs; RuntimeError when they differ beyond rounding."""
+    if "zeros" not in results or "sparse" not in results:
+        return "ran"
+    worst = 0.0
+    pairs = zip(results["sparse"]["answers"], results["zeros"]["answers"], strict=True)
+    for ours, theirs in pairs:
+        for a, b, p, q in zip(
+            ours["tokens"], theirs["tokens"], ours["logprobs"], theirs["logprobs"], strict=True
+        ):
+            worst = max(worst, abs(p - q))
+            if a != b:
+                break  # from here on the two answer different questions
+    if worst > LOGPROB_DISTANCE:
+        raise RuntimeError(
+            f"bench.vllm: expected log-probabilities within {LOGPROB_DISTANCE} of the same weights "
+            f"dense with zeros, got a distance of {worst:.3f}."
+        )
+    return f"logprobs within {worst:.3f} of dense with zeros"
+
+
+def engine(name: str, folders: dict, args, run: Run) -> dict:
+    """Runs one engine; RuntimeError with the end of its output when it fails."""
+    questions = torch.randint(3, 200, (4, 24), generator=torch.Generator().manual_seed(1)).tolist()
+    job = {
+        "folder": str(folders["dense" if name == "fp8" else name]),
+        "quantization": "fp8" if name == "fp8" else None,
+        "batches": [int(text) for text in args.batch.split(",")],
+        "prompt": PROMPT,
+        "new": NEW_TOKENS,
+        "prefill": [8, 2048],
+        "max_len": 2304,
+        "repeats": args.repeats,
+        "logprobs": 12 if args.same_answers else 0,
+        "questions": questions,
+    }
+    if name == "zeros":
+        job |= {"batches": [1], "repeats": 1, "new": 8, "prefill": [1, 64]}
+    run.say(f"starting {name}")
+    root = str(Path(__file__).resolve().parents[1])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")])),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.vllm_child", json.dumps(job)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=root,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not lines:
+        tail = (done.stdout + done.stderr)[-4000:]
+        raise RuntimeError(f"bench.vllm: expected an engine {name} that runs, got:\n{tail}")
+    result = json.loads(lines[-1].removeprefix("RESULT "))
+    run.say(f"{name}: started in {result['start_s']} s, weights {result['weights_gb']} GB")
+    return result
+
+
+def write_models(preset: str, layers: int, folder: Path, run: Run) -> dict[str, Path]:
+    """{"dense", "sparse", "zeros"}: folders of one random model: dense; 2:4; those with zeros.
+
+    Tensor by tensor, pruned on the device, so that host memory stays at one shard.
+    """
+    from safetensors.torch import save_file
+
+    from sparsekern import prune_compress
+    from sparsekern.formats.disk import compression_config
+
+    folders = {name: folder / f"{preset}-{layers}-{name}" for name in ("dense", "sparse", "zeros")}
+    if all((path / "config.json").exists() for path in folders.values()):
+        return folders
+    hidden, inner, heads, kv_heads, vocabulary = PRESETS[preset]
+    head_size = hidden // heads
+    linears = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv_heads * head_size, hidden),
+        "self_attn.v_proj": (kv_heads * head_size, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    generator = torch.Generator(run.device).manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        w = torch.randn(shape, generator=generator, device=run.device)
+        return (w / shape[-1] ** 0.5).bfloat16()
+
+    for path in folders.values():
+        path.mkdir(parents=True, exist_ok=True)
+    files = {name: {} for name in folders}
+
+    def flush(shard: str) -> None:
+        for name, tensors in files.items():
+            save_file(tensors, folders[name] / f"{shard}.safetensors", {"format": "pt"})
+            for key in tensors:
+                index[name][key] = f"{shard}.safetensors"
+            tensors.clear()
+
+    index: dict[str, dict[str, str]] = {name: {} for name in folders}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        for name, shape in linears.items():
+            w = random(*shape)
+            w24 = prune_compress(w).rowmajor()
+            key = f"{prefix}{name}"
+            files["dense"][f"{key}.weight"] = w.cpu()
+            files["zeros"][f"{key}.weight"] = w24.to_dense().cpu()
+            files["sparse"][f"{key}.compressed"] = w24.values.cpu()
+            files["sparse"][f"{key}.bitmask"] = w24.bitmask().cpu()
+            files["sparse"][f"{key}.shape"] = torch.tensor([[shape[0]], [shape[1]]])
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            for tensors in files.values():
+                tensors[f"{prefix}{name}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+        flush(f"layer-{layer:03d}")
+    embeddings, head = random(vocabulary, hidden).cpu(), random(vocabulary, hidden).cpu()
+    for tensors in files.values():
+        tensors["model.embed_tokens.weight"] = embeddings
+        tensors["lm_head.weight"] = head
+        tensors["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+    flush("outside")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_size,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    names = {f"model.layers.{i}.{name}": "Linear" for i in range(layers) for name in linears}
+    for name, path in folders.items():
+        entry = dict(config)
+        if name == "sparse":
+            kinds = {**names, "lm_head": "Linear"}
+            entry["quantization_config"] = compression_config(kinds, set(names), 0.5)
+        text = {"metadata": {}, "weight_map": index[name]}
+        (path / "model.safetensors.index.json").write_text(json.dumps(text))
+        (path / "config.json").write_text(json.dumps(entry, indent=1))
+    sizes = {
+        name: sum(f.stat().st_size for f in p.glob("*.safetensors")) / 1e9
+        for name, p in folders.items()
+    }
+    run.say("written: " + ", ".join(f"{name} {size:.2f} GB" for name, size in sizes.items()))
+    return folders

@@ -1,0 +1,6 @@
+// prefill_bf16_sm90.cu: the prefill kernel, for bfloat16.
+#include "linear/prefill_launch_sm90.cuh"
+
+namespace sparsekern {
+SK_INSTANTIATE_LINEAR(prefill::linear, __nv_bfloat16)
+}

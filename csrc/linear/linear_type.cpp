@@ -1,0 +1,394 @@
+// linear_type.cpp: the Python type Linear: the fixed part of a launch, checked once, called with
+// the addresses by name.
+//
+// A call is a few comparisons of pointers, a conversion per address and the launcher (keywords.h).
+#include "linear/linear_type.h"
+
+#include <structmember.h>
+
+#include <cstddef>
+#include <cstring>
+#include <exception>
+#include <string>
+
+#include "core/keywords.h"
+#include "core/problem.h"
+#include "core/python.h"
+#include "linear/kernels.h"
+#include "linear/workspace.h"
+
+namespace py = pybind11;
+
+namespace sparsekern {
+namespace {
+
+constexpr const char* kOp = "sparsekern._C.Linear";
+
+// ---- the fixed part -----------------------------------------------------------------------------
+
+// The parameters in the order of Init and Call; the first kRequired of them must be passed.
+constexpr const char* kInitNames[] = {"kernel",          "config",   "tokens",    "out_features",
+                                      "in_features",     "x_stride", "y_stride",  "dtype",
+                                      "residual_stride", "weight",   "activation"};
+struct Init {
+  enum {
+    kKernel,
+    kConfig,
+    kTokens,
+    kOutFeatures,
+    kInFeatures,
+    kXStride,
+    kYStride,
+    kDtype,
+    kRequired,
+    kResidualStride = kRequired,
+    kWeight,
+    kActivation,
+    kCount
+  };
+};
+constexpr const char* kCallNames[] = {"x",         "values",      "metadata",      "y",
+                                      "stream",    "bias",        "residual",      "workspace",
+                                      "up_values", "up_metadata", "channel_scale", "token_scale"};
+struct Call {
+  enum {
+    kX,
+    kValues,
+    kMetadata,
+    kY,
+    kStream,
+    kRequired,
+    kBias = kRequired,
+    kResidual,
+    kWorkspace,
+    kUpValues,
+    kUpMetadata,
+    kChannelScale,
+    kTokenScale,
+    kCount
+  };
+};
+static_assert(sizeof(kInitNames) / sizeof(const char*) == Init::kCount);
+static_assert(sizeof(kCallNames) / sizeof(const char*) == Call::kCount);
+
+Keywords<Init::kCount> init_keywords;
+Keywords<Call::kCount> call_keywords;
+
+constexpr std::uint32_t bit(int place) { return std::uint32_t{1} << place; }
+
+// Arguments of a call that may be passed but are not required, by what lets a kernel take them.
+struct Optional {
+  Takes takes;
+  std::uint32_t fields;
+};
+constexpr Optional kOptional[] = {
+    {kTakesEpilogue, bit(Call::kBias) | bit(Call::kResidual)},
+    {kTakesScales, bit(Call::kChannelScale) | bit(Call::kTokenScale)},
+    {kTakesUp, bit(Call::kUpValues) | bit(Call::kUpMetadata)},
+};
+
+struct LinearObject {
+  PyObject_HEAD vectorcallfunc vectorcall;
+  const Kernel* kernel;
+  LinearLaunch launch;
+  int config;
+  char needs_workspace;
+  std::uint32_t refused;  // fields of a call that must be null
+  std::uint32_t needed;   // and that must not be
+  LinearProblem problem;  // without its addresses
+  Places<Call::kCount> places;
+};
+
+std::string quoted_names(const char* const* names, int count) {
+  std::string text;
+  for (int i = 0; i < count; ++i) text += (i ? ", '" : "'") + std::string(names[i]) + "'";
+  return text;
+}
+
+template <class T>
+bool read_init(PyObject* const* values, int place, T& value) {
+  if (values[place] == nullptr) return true;  // optional: as it is
+  if (read(values[place], value)) return true;
+  refuse<T>("Linear", kInitNames[place], values[place]);
+  return false;
+}
+
+const char* text(PyObject* object, const char* argument) {
+  if (PyUnicode_Check(object)) return PyUnicode_AsUTF8(object);
+  PyErr_Format(PyExc_TypeError, "%s: expected %s as a str, got %R. %s", kOp, argument, object,
+               kSeeStub);
+  return nullptr;
+}
+
+bool read_kernel(PyObject* object, const Kernel*& kernel) {
+  const char* wanted = text(object, "kernel");
+  if (wanted == nullptr) return false;
+  const char* names[sizeof(kKernels) / sizeof(kKernels[0])];
+  int count = 0;
+  for (const Kernel& known : kKernels) {
+    if (std::strcmp(known.name, wanted) == 0) kernel = &known;
+    names[count++] = known.name;
+  }
+  if (kernel != nullptr) return true;
+  set_error(make_status(StatusKind::value, kOp, ": expected kernel to be one of ",
+                        quoted_names(names, count), ", got '", wanted,
+                        "'. See sparsekern._C.kernels()."));
+  return false;
+}
+
+bool read_dtype(PyObject* object, const char* argument, DType& dtype) {
+  const char* wanted = text(object, argument);
+  if (wanted == nullptr) return false;
+  const char* names[kDTypeCount];
+  for (int i = 0; i < kDTypeCount; ++i) {
+    names[i] = kDTypes[i].name;
+    if (std::strcmp(names[i], wanted) != 0) continue;
+    dtype = static_cast<DType>(i);
+    return true;
+  }
+  set_error(make_status(StatusKind::value, kOp, ": expected ", argument, " to be one of ",
+                        quoted_names(names, kDTypeCount), ", got '", wanted,
+                        "'. Convert the tensors."));
+  return false;
+}
+
+bool read_activation(PyObject* object, Activation& activation) {
+  activation = Activation::kNone;
+  if (object == nullptr || object == Py_None) return true;
+  const char* wanted = text(object, "activation");
+  if (wanted == nullptr) return false;
+#define SK_TEXT(enumerator, name) name,
+  constexpr const char* names[] = {SK_ACTIVATIONS(SK_TEXT)};
+#undef SK_TEXT
+  constexpr int count = sizeof(names) / sizeof(names[0]);
+  for (int i = 0; i < count; ++i) {
+    if (std::strcmp(names[i], wanted) == 0) activation = static_cast<Activation>(i + 1);
+  }
+  if (activation != Activation::kNone) return true;
+  set_error(make_status(StatusKind::value, kOp, ": expected activation to be None or one of ",
+                        quoted_names(names, count), ", got '", wanted,
+                        "'. Apply it to the result."));
+  return false;
+}
+
+// Sizes, and what the kernel's row says of them.
+Status check(const LinearObject& object, bool has_activation) {
+  const Kernel& kernel = *object.kernel;
+  const LinearProblem& p = object.problem;
+  const int tokens = p.tokens, out_features = p.out_features, in_features = p.in_features;
+  const int64_t x_stride = p.x.stride, y_stride = p.y.stride;
+  const int64_t residual_stride = p.epilogue.residual_stride;
+  if (object.config < 0 || object.config >= kernel.configs.rows)
+    return make_status(StatusKind::value, kOp, ": expected a config index below ",
+                       kernel.configs.rows, " with kernel '", kernel.name, "', got ", object.config,
+                       ". See sparsekern._C.kernels().");
+  SK_CHECK_REL(kOp, tokens, >=, 0, "Pass the number of rows of x.");
+  SK_CHECK_REL(kOp, out_features, >=, 0, "Pass the rows of the weight.");
+  SK_CHECK_REL(kOp, in_features, >=, 0, "Pass the dense columns of the weight.");
+  SK_CHECK_REL(kOp, x_stride, >=, 0, "Pass the stride of a row of x in elements.");
+  SK_CHECK_REL(kOp, y_stride, >=, 0, "Pass the stride of a row of y in elements.");
+  SK_CHECK_REL(kOp, residual_stride, >=, 0, "Pass the stride of a row in elements.");
+  if (kernel.max_tokens > 0) {
+    const int max_tokens = kernel.max_tokens;
+    SK_CHECK_REL(kOp, tokens, <=, max_tokens, "Use the prefill kernel.");
+  }
+  if (has_activation && !(kernel.takes & kTakesEpilogue))
+    return make_status(StatusKind::value, kOp, ": expected activation None with kernel '",
+                       kernel.name, "', got one. Use another kernel.");
+  if (p.weight_dtype != p.y.dtype)
+    return make_status(StatusKind::value, kOp, ": expected weight None or '", info(p.y.dtype).name,
+                       "' with dtype '", info(p.y.dtype).name, "', got '",
+                       info(p.weight_dtype).name, "'. Convert the weight.");
+  return {};
+}
+
+bool fill(LinearObject& object, PyObject* const* values) {
+  LinearProblem& p = object.problem;
+  if (!read_kernel(values[Init::kKernel], object.kernel) ||
+      !read_init(values, Init::kConfig, object.config) ||
+      !read_init(values, Init::kTokens, p.tokens) ||
+      !read_init(values, Init::kOutFeatures, p.out_features) ||
+      !read_init(values, Init::kInFeatures, p.in_features) ||
+      !read_init(values, Init::kXStride, p.x.stride) ||
+      !read_init(values, Init::kYStride, p.y.stride) ||
+      !read_init(values, Init::kResidualStride, p.epilogue.residual_stride) ||
+      !read_dtype(values[Init::kDtype], "dtype", p.x.dtype) ||
+      !read_activation(values[Init::kActivation], p.epilogue.activation))
+    return false;
+  p.y.dtype = p.weight_dtype = p.x.dtype;
+  PyObject* weight = values[Init::kWeight];
+  if (weight != nullptr && weight != Py_None && !read_dtype(weight, "weight", p.weight_dtype))
+    return false;
+  const Status status = check(object, p.epilogue.activation != Activation::kNone);
+  if (!status.ok()) {
+    set_error(status);
+    return false;
+  }
+  const unsigned takes = object.kernel->takes;
+  object.launch = object.kernel->launch.of[static_cast<int>(p.x.dtype)];
+  object.needs_workspace = (takes & kTakesWorkspace) != 0;
+  for (const Optional& optional : kOptional)
+    if (!(takes & optional.takes)) object.refused |= optional.fields;
+  if (p.tokens > 0 && p.out_features > 0 && p.in_features > 0) {
+    object.needed = bit(Call::kX) | bit(Call::kValues) | bit(Call::kMetadata) | bit(Call::kY);
+    if (takes & kTakesUp) object.needed |= bit(Call::kUpValues) | bit(Call::kUpMetadata);
+  }
+  return true;
+}
+
+// ---- a call -------------------------------------------------------------------------------------
+
+// The first field of `fields`, in an exception.
+void refuse_fields(const LinearObject& object, std::uint32_t fields, bool missing) {
+  int place = 0;
+  while (!(fields >> place & 1)) ++place;
+  const char* name = kCallNames[place];
+  set_error(missing ? make_status(StatusKind::value, kOp, ": expected an address as ", name,
+                                  " of kernel '", object.kernel->name, "', got 0. Pass the tensor.")
+                    : make_status(StatusKind::value, kOp, ": expected ", name, " 0 with kernel '",
+                                  object.kernel->name,
+                                  "', which has no such operand, got an address. Use another "
+                                  "kernel."));
+}
+
+Status launch(const LinearObject& object, const Address (&values)[Call::kCount]) {
+  SK_RETURN_IF_ERROR(bind_thread("sparsekern.linear"));
+  LinearProblem p = object.problem;
+  p.x.data = out(values[Call::kX]);
+  p.weight = {in(values[Call::kValues]), in(values[Call::kMetadata])};
+  p.up = {in(values[Call::kUpValues]), in(values[Call::kUpMetadata])};
+  p.epilogue.channel_scale = static_cast<const float*>(in(values[Call::kChannelScale]));
+  p.epilogue.token_scale = static_cast<const float*>(in(values[Call::kTokenScale]));
+  p.epilogue.bias = in(values[Call::kBias]);
+  p.epilogue.residual = in(values[Call::kResidual]);
+  p.y.data = out(values[Call::kY]);
+  p.workspace = out(values[Call::kWorkspace]);
+  return object.launch(p, object.config, as_stream(values[Call::kStream]));
+}
+
+PyObject* call(PyObject* self, PyObject* const* arguments, std::size_t flags, PyObject* names) {
+  auto& object = *reinterpret_cast<LinearObject*>(self);
+  if (!call_keywords.locate(PyVectorcall_NARGS(flags), names, object.places)) return nullptr;
+  Address values[Call::kCount] = {};
+  std::uint32_t given = 0;
+  for (int i = 0; i < object.places.count; ++i) {
+    const int place = object.places.place[i];
+    if (!read(arguments[i], values[place])) {
+      refuse<Address>("Linear", kCallNames[place], arguments[i]);
+      return nullptr;
+    }
+    given |= static_cast<std::uint32_t>(values[place] != 0) << place;
+  }
+  if (const std::uint32_t wrong = given & object.refused) {
+    refuse_fields(object, wrong, false);
+    return nullptr;
+  }
+  if (const std::uint32_t wrong = object.needed & ~given) {
+    refuse_fields(object, wrong, true);
+    return nullptr;
+  }
+  const Status status = launch(object, values);
+  if (status.ok()) Py_RETURN_NONE;
+  set_error(status);
+  return nullptr;
+}
+
+// ---- the type -----------------------------------------------------------------------------------
+
+PyObject* make(PyTypeObject* type, PyObject* positional, PyObject* named) {
+  PyObject* values[Init::kCount] = {};
+  std::uint32_t given = 0;
+  if (PyTuple_GET_SIZE(positional) > 0)
+    return PyErr_Format(PyExc_TypeError,
+                        "%s: expected keyword arguments alone, got %zd positional. %s", kOp,
+                        PyTuple_GET_SIZE(positional), kSeeStub);
+  PyObject *name = nullptr, *value = nullptr;
+  Py_ssize_t at = 0;
+  while (named != nullptr && PyDict_Next(named, &at, &name, &value)) {
+    const int place = init_keywords.find(name);
+    if (place < 0) return nullptr;
+    values[place] = value;
+    given |= bit(place);
+  }
+  if (!init_keywords.complete(given)) return nullptr;
+  PyObject* self = type->tp_alloc(type, 0);  // zeroed
+  if (self == nullptr) return nullptr;
+  auto& object = *reinterpret_cast<LinearObject*>(self);
+  object.vectorcall = &call;
+  if (fill(object, values)) return self;
+  Py_DECREF(self);
+  return nullptr;
+}
+
+void destroy(PyObject* self) {
+  PyTypeObject* type = Py_TYPE(self);
+  reinterpret_cast<LinearObject*>(self)->places.forget();
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+PyMemberDef members[] = {
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(LinearObject, vectorcall), READONLY, nullptr},
+    {"needs_workspace", T_BOOL, offsetof(LinearObject, needs_workspace), READONLY,
+     "Whether a call should pass a workspace (prefill_workspace_bytes)."},
+    {nullptr, 0, 0, 0, nullptr},
+};
+
+PyType_Slot slots[] = {
+    {Py_tp_doc,
+     const_cast<char*>("Linear(*, kernel, config, tokens, out_features, in_features, x_stride, "
+                       "y_stride, residual_stride=0, dtype, weight=None, activation=None)\n--\n\n"
+                       "The fixed part of a launch, checked once; called with its addresses.")},
+    {Py_tp_new, reinterpret_cast<void*>(&make)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(&destroy)},
+    {Py_tp_call, reinterpret_cast<void*>(&PyVectorcall_Call)},
+    {Py_tp_members, members},
+    {0, nullptr},
+};
+
+PyType_Spec spec = {"sparsekern._C.Linear", sizeof(LinearObject), 0,
+                    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_IMMUTABLETYPE,
+                    slots};
+
+// {kernel: [{column of its table: value}]}
+py::dict kernels() {
+  py::dict all;
+  for (const Kernel& kernel : kKernels) {
+    py::list configs;
+    for (int row = 0; row < kernel.configs.rows; ++row) {
+      py::dict config;
+      for (int column = 0; column < kernel.configs.columns; ++column) {
+        std::string field = kernel.configs.fields[column];
+        const int value = kernel.configs.at(row, column);
+        const bool flag = field.back() == '?';
+        if (flag) field.pop_back();
+        config[py::str(field)] = flag ? py::object(py::bool_(value != 0)) : py::int_(value);
+      }
+      configs.append(config);
+    }
+    all[kernel.name] = configs;
+  }
+  return all;
+}
+
+std::size_t workspace_bytes() {
+  raise_if_error(bind_thread("sparsekern.linear"));
+  std::size_t bytes = 0;
+  raise_if_error(prefill_workspace_bytes(bytes));
+  return bytes;
+}
+
+}  // namespace
+
+void bind_linear(py::module_& m) {
+  init_keywords.define("Linear", kInitNames, Init::kRequired);
+  call_keywords.define("Linear", kCallNames, Call::kRequired);
+  const auto type = py::reinterpret_steal<py::object>(PyType_FromSpec(&spec));
+  if (!type) throw py::error_already_set();
+  m.attr("Linear") = type;
+  m.def("kernels", &kernels, "{kernel: its configs}: what Linear takes.");
+  m.attr("PREFILL_COUNTER_BYTES") = kPrefillCounterBytes;
+  m.def("prefill_workspace_bytes", &workspace_bytes, "Of a workspace on the current device.");
+}
+
+}  // namespace sparsekern

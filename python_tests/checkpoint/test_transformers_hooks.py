@@ -1,0 +1,160 @@
+"""Transformers' own from_pretrained and save_pretrained on pruned models, with and without us."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from python_tests.checkpoint import checkpoint_cases as cases
+from sparsekern.checkpoint import from_pretrained, save_pretrained
+from sparsekern.nn.sparse_linear import SparseLinear
+
+transformers = pytest.importorskip("transformers")
+TOKENS = torch.arange(24).view(2, 12)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("build", [cases.llama, cases.gpt2, cases.opt, cases.gemma2])
+def test_a_plain_load_gives_the_sparse_model(tmp_path, build, dtype):
+    model = cases.sparsify(build(dtype))
+    save_pretrained(model, tmp_path / "first", max_shard_size="9kB")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    assert {name: type(module) for name, module in loaded.named_modules()} == kinds
+    assert torch.equal(logits(loaded), logits(model)) and not loaded.training
+    loaded.save_pretrained(tmp_path / "again", max_shard_size="9kB")
+    assert files(tmp_path / "again") == files(tmp_path / "first")
+
+
+def test_a_plain_load_of_another_class_and_dtype(tmp_path):
+    model = cases.sparsify(cases.llama())
+    save_pretrained(model, tmp_path)
+    base = transformers.AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert base.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert isinstance(base.layers[1].self_attn.q_proj, SparseLinear)
+    head = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert isinstance(head.score, torch.nn.Linear)
+    assert isinstance(head.model.layers[0].mlp.up_proj, SparseLinear)
+
+
+def test_generate_gives_the_same_tokens(tmp_path):
+    model = cases.sparsify(cases.llama())
+    save_pretrained(model, tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    words = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(loaded.generate(TOKENS, **words), model.generate(TOKENS, **words))
+
+
+def test_save_pretrained_of_a_pruned_model_is_ours(tmp_path):
+    model = cases.sparsify(cases.llama())
+    save_pretrained(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    model.save_pretrained(tmp_path / "state", state_dict=model.state_dict())
+    assert files(tmp_path / "theirs") == files(tmp_path / "ours") == files(tmp_path / "state")
+    model.save_pretrained(tmp_path / "worker", is_main_process=False)
+    assert not (tmp_path / "worker").exists()
+    other = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for words in ({"push_to_hub": True}, {"variant": "x"}, {"state_dict": other}):
+        with pytest.raises(ValueError, match="sparsekern.save_pretrained"):
+            model.save_pretrained(tmp_path / "refused", **words)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_save_pretrained_of_other_models_is_untouched(tmp_path):
+    model = cases.llama()
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "SHA256SUMS").exists()
+    assert "sparsekern" not in (tmp_path / "config.json").read_text()
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(model))
+
+
+def test_a_trainer_checkpoint_is_a_pruned_folder(tmp_path):
+    pytest.importorskip("accelerate", reason="Trainer needs the package accelerate")
+    model = cases.sparsify(cases.llama())
+    rows = [{"input_ids": row, "labels": row} for row in TOKENS]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=1, save_steps=1, report_to=[], use_cpu=True
+    )
+    transformers.Trainer(model, arguments, train_dataset=rows).train()
+    assert torch.equal(logits(from_pretrained(tmp_path / "checkpoint-1")), logits(model.eval()))
+
+
+ORDERS = {
+    "ours first": "import sparsekern, transformers",
+    "theirs first": "from transformers import LlamaForCausalLM; import transformers, sparsekern",
+    "only ours": "import sparsekern; from transformers import AutoModelForCausalLM; "
+    "import transformers",
+}
+LOAD = """
+import sys, torch
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    print(torch.equal(model(torch.arange(24).view(2, 12)).logits, torch.load(sys.argv[2])))
+"""
+
+
+def run(code, *arguments, path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, cwd=path[0]
+    )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_in_a_new_process_in_any_order_of_imports(tmp_path, order):
+    model = cases.sparsify(cases.llama())
+    save_pretrained(model, tmp_path / "folder")
+    torch.save(logits(model), tmp_path / "logits.pt")
+    done = run(
+        ORDERS[order] + LOAD,
+        tmp_path / "folder",
+        tmp_path / "logits.pt",
+        path=[p for p in sys.path if p],
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True"]
+
+
+def test_importing_sparsekern_does_not_import_transformers():
+    code = "import sys, sparsekern; print('transformers' in sys.modules)"
+    done = run(code, path=[p for p in sys.path if p])
+    assert done.stdout.split() == ["False"], done.stderr
+
+
+def test_without_the_package_a_plain_load_fails_and_names_it(tmp_path):
+    """Transformers alone, without sparsekern on its path."""
+    save_pretrained(cases.sparsify(cases.llama()), tmp_path / "folder")
+    (tmp_path / "empty").mkdir()
+    code = "import transformers\n" + LOAD
+    code = "import importlib.util; assert importlib.util.find_spec('sparsekern') is None\n" + code
+    done = run(code, tmp_path / "folder", tmp_path / "logits.pt", path=[str(tmp_path / "empty")])
+    if "AssertionError" in done.stderr:
+        pytest.skip("sparsekern is installed in this environment")
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "pip install sparsekern" in last and "import sparsekern" in last
+
+
+def test_folders_of_older_releases_are_read(tmp_path):
+    """quant_method compressed-tensors, no SHA256SUMS."""
+    model = cases.sparsify(cases.llama())
+    save_pretrained(model, tmp_path)
+    (tmp_path / "SHA256SUMS").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "compressed-tensors"
+    del config["transformers_weights"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(from_pretrained(tmp_path)), logits(model))

@@ -1,0 +1,1 @@
+"""Damaged checkpoints, counted: see python_tests/fuzz/__main__.py."""

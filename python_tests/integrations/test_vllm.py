@@ -1,0 +1,121 @@
+"""The vLLM plugin: which layers are 2:4, refusals, and layers of the real vLLM on the CPU."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparsekern as sk
+from sparsekern.integrations import vllm_rules as plugin
+
+HERE = Path(__file__).resolve().parent
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None,
+    reason="vllm is not installed (pip install --no-deps vllm==0.24.0, and what it imports)",
+)
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+def test_fused_layers_are_sparse_when_all_of_them_are():
+    layers = plugin.Layers(dense=["lm_head", "model.layers.0.mlp.gate_proj"])
+    assert layers.runs_sparse("model.layers.0.self_attn.qkv_proj", FUSED)
+    assert layers.runs_sparse("model.layers.0.mlp.down_proj", FUSED)
+    assert not layers.runs_sparse("lm_head", FUSED)
+    with pytest.raises(ValueError, match="gate_proj dense.* skip list"):
+        layers.runs_sparse("model.layers.0.mlp.gate_up_proj", FUSED)
+
+
+def test_patterns_of_older_folders():
+    layers = plugin.Layers(dense=["re:.*lm_head", r"re:.*\.0\.self_attn"])
+    assert not layers.is_sparse("lm_head") and not layers.is_sparse("model.layers.0.self_attn.q")
+    assert layers.is_sparse("model.layers.1.self_attn.q")
+
+
+def test_the_files_of_a_folder_decide(tmp_path):
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(16, 16), "b": torch.nn.Linear(16, 16)})
+    sk.prune_model(model, "magnitude", skip=("b",), progress=False)
+    sk.save_pretrained(model, tmp_path)
+    assert plugin.sparse_layers(str(tmp_path)) == ["a"]
+    assert plugin.sparse_layers(str(tmp_path / "nothing")) is None
+    layers = plugin.Layers(sparse=["a"], dense=["a"])
+    assert layers.is_sparse("a") and not layers.is_sparse("b")
+
+
+@pytest.mark.parametrize("per_rank, good", [(64, True), (24, True), (36, True), (12, False)])
+def test_columns_are_split_where_bytes_of_the_bitmask_end(per_rank, good):
+    if good:
+        return plugin.check_columns("o_proj", 36 if per_rank == 36 else 2 * per_rank, per_rank)
+    with pytest.raises(ValueError, match="multiple of 8, got 12 of 24.*tensor_parallel_size"):
+        plugin.check_columns("o_proj", 24, per_rank)
+
+
+def test_a_shape_of_another_model():
+    plugin.check_shape("p", torch.tensor([[7], [64]]), 64)
+    with pytest.raises(sk.FormatError, match=r"'shape' of p to end in 64, got \[64, 128\]"):
+        plugin.check_shape("p", torch.tensor([[64], [128]]), 64)
+
+
+@pytest.mark.parametrize(
+    "config, known",
+    [
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, True),
+        ({"sparsity_config": {"format": "dense"}}, False),
+        ({"sparsity_config": None}, False),
+        ({}, False),
+        (None, False),
+    ],
+)
+def test_which_configs_are_ours(config, known):
+    assert (plugin.sparsity_entry(config) is not None) == known
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@needs_vllm
+@pytest.mark.parametrize("world", [1, 2])
+def test_layers_of_vllm_compute_the_dense_product(world):
+    """q/k/v, gate/up, o and down as vLLM builds, loads, splits and runs them, on 1 and 2 ranks."""
+    port = free_port()
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "vllm_layers.py"), str(rank), str(world), str(port)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    for child in children:
+        output, errors = child.communicate(timeout=300)
+        assert child.returncode == 0, errors[-3000:]
+        differences = json.loads(output.splitlines()[-1])
+        assert set(differences) == {"qkv", "gate_up", "o", "down"}
+        assert max(differences.values()) < 2**-7  # a sum over ranks is rounded once more
+
+
+@needs_vllm
+def test_the_registered_method_answers_for_older_folders():
+    code = (
+        "from sparsekern.integrations import vllm as plugin; plugin.register(); plugin.register()\n"
+        "from vllm.model_executor.layers.quantization import get_quantization_config as get\n"
+        "config = {'quant_method': 'compressed-tensors', 'sparsity_config':"
+        " {'format': 'sparse-24-bitmask', 'ignore': ['lm_head']}}\n"
+        "ours = get('sparsekern')\n"
+        "assert ours.override_quantization_method(config, None) == 'sparsekern'\n"
+        "assert ours.override_quantization_method({**config, 'config_groups': {'g': 1}}, None)"
+        " is None\n"
+        "assert ours.from_config(config).layers.dense == ['lm_head']\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

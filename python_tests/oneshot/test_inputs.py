@@ -1,0 +1,155 @@
+"""Whatever a caller has as calibration: padding, tokenizer output, pairs, texts, images."""
+
+from collections import UserDict
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekern as sk
+from python_tests.oneshot.driver_models import build, is_24, run_prune, tokens, transformers
+from python_tests.oneshot.test_resume import assert_same_state
+from sparsekern.oneshot.calibration import make_batches
+
+CPU = torch.device("cpu")
+
+
+def padded(rows, length, left):
+    """(ids, mask) of rows of unequal lengths."""
+    ids, mask = torch.full((len(rows), length), 5), torch.zeros(len(rows), length)
+    for i, row in enumerate(rows):
+        place = slice(length - len(row), length) if left else slice(0, len(row))
+        ids[i, place], mask[i, place] = row, 1
+    return ids, mask.long()
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_padding_stays_out_of_every_statistic(family, left):
+    """A padded batch prunes the model as its samples do alone, bit for bit."""
+    rows = [tokens(1, n, seed=n)[0] for n in (5, 12, 9, 12)]
+    ids, mask = padded(rows, 16, left)
+    model, other, ignored = build(family), build(family), build(family)
+    report = run_prune(model, "wanda", {"input_ids": ids, "attention_mask": mask})
+    assert report.calibration["tokens"] == 38
+    order = [rows[0][None], torch.stack([rows[1], rows[3]]), rows[2][None]]
+    run_prune(other, "wanda", [{"input_ids": part} for part in order])
+    assert_same_state(model, other)
+    run_prune(ignored, "wanda", ids)
+    name = next(n for n, m in model.named_modules() if isinstance(m, sk.SparseLinear))
+    same = model.get_submodule(name).weight.mask() == ignored.get_submodule(name).weight.mask()
+    assert not same.all()
+
+
+def test_masks_with_holes_are_kept_out_by_the_hooks():
+    ids = tokens(3, 10)
+    mask = torch.ones(3, 10, dtype=torch.long)
+    mask[0, 3], mask[1, 7:], mask[2, :2] = 0, 0, 0
+    model, seen = build(), []
+    batches = make_batches([{"input_ids": ids, "attention_mask": mask}], model, None, CPU)
+    assert len(batches) == 1 and torch.equal(batches[0].keep[0], mask.bool())
+    (group, *_) = sk.calibrate(model, {"input_ids": ids, "attention_mask": mask})
+    layer = model.model.layers[0].self_attn.q_proj
+    handle = layer.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    model(ids, attention_mask=mask)
+    handle.remove()
+    x = seen[0][mask.bool()].double()
+    matrix = group.hessian.matrix.double()
+    expected = x.T @ x
+    torch.testing.assert_close(
+        matrix / matrix.trace(), expected / expected.trace(), rtol=1e-4, atol=1e-7
+    )
+
+
+def test_every_form_of_token_ids_is_the_same_calibration():
+    ids = tokens(4, 12)
+    whole = torch.ones_like(ids)
+    target = ids.clone()
+    target[:, :-1] = -100
+    forms = {
+        "tokenizer output": UserDict(input_ids=ids, attention_mask=whole),
+        "lists": UserDict(input_ids=ids.tolist(), attention_mask=whole.tolist()),
+        "one dict": {"input_ids": ids},
+        "pairs": [(row[None], t[None]) for row, t in zip(ids, target)],
+        "dataset rows": [
+            {"input_ids": r.tolist(), "attention_mask": [1] * 12, "text": "x"} for r in ids
+        ],
+        "loader": torch.utils.data.DataLoader(torch.utils.data.TensorDataset(ids), batch_size=4),
+        "loader of pairs": torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(ids, whole), batch_size=4
+        ),
+        "arrays": [row.numpy() for row in ids],
+        "lists of ids": ids.tolist(),
+    }
+    expected = build()
+    run_prune(expected, "wanda", ids)
+    for name, form in forms.items():
+        model = build()
+        report = run_prune(model, "wanda", form)
+        assert report.calibration["tokens"] == 48, name
+        assert_same_state(model, expected)
+
+
+def tokenizer(text):
+    return {"input_ids": [3 + ord(c) % 60 for c in text], "attention_mask": [1] * len(text)}
+
+
+def test_texts():
+    model, other = build(), build()
+    texts = ["some words and more", "again, other words here: " * 8]
+    report = run_prune(model, "wanda", texts, tokenizer=tokenizer)
+    assert report.calibration["samples"] == 4, "the second text is three windows of 64 tokens"
+    ids = [torch.tensor(tokenizer(t)["input_ids"]) for t in texts]
+    run_prune(other, "wanda", [ids[0], *ids[1].split(64)[:3]])
+    assert_same_state(model, other)
+    with pytest.raises(ValueError, match="tokenizer= with texts .*Pass the model's tokenizer"):
+        run_prune(build(), "wanda", texts)
+    with pytest.raises(ValueError, match="text itself, got 'hf:c4'. Read the source first"):
+        run_prune(build(), "wanda", "hf:c4")
+
+
+@pytest.mark.parametrize(
+    "data, text",
+    [
+        ({"input_ids": torch.full((2, 8), 64)}, r"0\.\.63, in input_ids, got 64\.\.64"),
+        (
+            tokens(1, 65),
+            "at most 64 tokens per sample in calibration, the model's positions, got 65",
+        ),
+        ({"input_ids": tokens(1, 70)}, "at most 64 tokens per sample in input_ids"),
+        (
+            {"input_ids": tokens(2, 8), "attention_mask": torch.tensor([[1] * 8, [0] * 8])},
+            "padding only",
+        ),
+        (7, "calibration as a tensor or an iterable, got int"),
+        ([object()], "token ids, texts, dicts or pairs .* got object"),
+    ],
+)
+def test_what_does_not_fit_is_named(data, text):
+    with pytest.raises((ValueError, TypeError), match=text):
+        run_prune(build(), "wanda", data)
+
+
+def test_pixels_as_a_tensor():
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = transformers.ViTConfig(**sizes, image_size=16, patch_size=4)
+    model = transformers.ViTForImageClassification(config).eval()
+    report = run_prune(model, "sparsegpt", torch.randn(6, 3, 16, 16))
+    assert len(report.pruned) >= 12 and report.calibration["samples"] == 6
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def test_pairs_of_a_loader_are_cut_to_what_a_plain_forward_takes():
+    data = torch.utils.data.TensorDataset(torch.randn(8, 16), torch.zeros(8))
+    model = TwoInputs()
+    loader = torch.utils.data.DataLoader(data, batch_size=4)
+    report = sk.prune_model(model, "wanda", loader, progress=False, device="cpu")
+    assert len(report.pruned) == 1 and is_24(model.linear.weight.to_dense())

@@ -1,0 +1,126 @@
+"""rotate: the same function in another basis, less importance lost; refusals change nothing."""
+
+import copy
+
+import pytest
+import torch
+import transformers as T
+
+from sparsekern.oneshot import rotation
+from sparsekern.oneshot.rotation import rotate
+
+SIZES = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=96,
+)
+
+
+def build(family="llama", **changes):
+    torch.manual_seed(0)
+    sizes = {**SIZES, **changes}
+    if family == "qwen2":  # q, k and v with a bias
+        model = T.Qwen2ForCausalLM(T.Qwen2Config(**sizes))
+    elif family == "mistral":
+        model = T.MistralForCausalLM(T.MistralConfig(**sizes))
+    else:
+        model = T.LlamaForCausalLM(T.LlamaConfig(**sizes))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.3, 2.0)
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model.eval()
+
+
+def ids(rows=4, tokens=32, vocabulary=96):
+    return torch.randint(0, vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("kv", [2, 4])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_logits_stay_and_less_is_lost(family, kv, tied):
+    model = build(family, num_key_value_heads=kv, tie_word_embeddings=tied)
+    x = ids(2, 16)
+    with torch.no_grad():
+        before = model(x).logits
+    report = rotate(model, ids(), steps=40, rate=0.02, untie=tied)
+    with torch.no_grad():
+        after = model(x).logits
+    assert float((after - before).abs().max() / before.abs().max()) < 1e-4
+    assert report.lost_after < 0.9 * report.lost_before
+    assert bool(report.untied_bytes) == tied
+    assert model.config.tie_word_embeddings is False
+    norms = [p for name, p in model.named_parameters() if "norm" in name]
+    assert all(torch.equal(p, torch.ones_like(p)) for p in norms)
+
+
+def test_what_the_search_predicts_is_what_the_model_has():
+    """lost_after, recomputed from the rotated model's own weights and activations."""
+    model = build(num_key_value_heads=2)
+    report = rotate(model, ids(), steps=30)
+    batches = rotation.make_batches(ids(), model, None, torch.device("cpu"))
+    stream = rotation.find_stream(model, batches[0].probe(), torch.device("cpu"))
+    grams = rotation.collect_grams(model, stream, batches, torch.device("cpu"))
+    shares = [
+        rotation.lost_share(m.weight.detach(), grams[id(readers[0])].diagonal())
+        for _, readers in stream.norms[:-1]
+        for m in readers
+    ]
+    shares += [
+        rotation.lost_share(m.weight.detach(), grams[id(m)].diagonal()) for m in stream.writers
+    ]
+    assert abs(float(torch.stack(shares).mean()) - report.lost_after) < 2e-3
+
+
+def test_zero_steps_fold_the_gains_alone():
+    model = build()
+    before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    scale = model.model.layers[0].post_attention_layernorm.weight.detach().clone()
+    rotate(model, ids(), steps=0)
+    assert torch.allclose(model.model.layers[0].mlp.up_proj.weight, before * scale)
+
+
+def test_a_tied_head_is_untied_only_when_asked():
+    model = build(tie_word_embeddings=True)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"untie=True; it costs 12288 bytes"):
+        rotate(model, ids())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "olmo2"])
+def test_other_architectures_are_refused_and_stay_as_they_are(family):
+    torch.manual_seed(0)
+    model = {
+        "gpt2": lambda: T.GPT2LMHeadModel(
+            T.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96)
+        ),
+        "gemma2": lambda: T.Gemma2ForCausalLM(T.Gemma2Config(**SIZES, head_dim=8)),
+        "olmo2": lambda: T.Olmo2ForCausalLM(T.Olmo2Config(**SIZES)),
+    }[family]().eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="without rotation|untie"):
+        rotate(model, ids())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_that_changes_is_put_back(monkeypatch):
+    model = build(tie_word_embeddings=True)
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(rotation, "_orthonormal", lambda q: 2 * q)
+    with pytest.raises(RuntimeError, match="cannot be rotated"):
+        rotate(model, ids(), steps=2, untie=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings is True
+
+
+def test_cayley_is_orthogonal():
+    a = torch.randn(3, 8, 8, dtype=torch.float64)
+    q = rotation.cayley(a)
+    assert torch.allclose(q @ q.transpose(1, 2), torch.eye(8, dtype=torch.float64).expand(3, 8, 8))
+    assert torch.equal(rotation.cayley(torch.zeros(4, 4)), torch.eye(4))

@@ -1,0 +1,175 @@
+"""The classes behind vllm.py; importing this file imports vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter
+from vllm.model_executor.utils import set_weight_attrs
+
+from sparsekern.errors import FormatError, message
+from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.integrations import vllm_rules as plugin
+from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.ops.linear_op import linear
+
+_OP = "sparsekern.vllm"
+
+
+def register() -> None:
+    """Idempotent: vLLM may load its plugins more than once."""
+    register_quantization_config(plugin.NAME)(SparseKernConfig)
+
+
+class SparseKernConfig(QuantizationConfig):
+    """What is known of the 2:4 layers of a folder: first by their names on disk, then, after
+    apply_vllm_mapper, by those of vLLM's model."""
+
+    def __init__(self, layers: plugin.Layers) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def get_name(self) -> str:
+        return plugin.NAME
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SparseKernConfig:
+        entry = plugin.sparsity_entry(config)
+        if entry is None or config.get("config_groups"):
+            got = str(config)[:120]
+            raise FormatError(message(_OP, f"a quantization_config of format {plugin.FORMAT}", got))
+        return cls(plugin.Layers(dense=list(entry.get("ignore") or [])))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Folders in compressed-tensors' sparse-24-bitmask, which vLLM no longer reads."""
+        ours = plugin.sparsity_entry(hf_quant_cfg) is not None
+        return plugin.NAME if ours and not hf_quant_cfg.get("config_groups") else None
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """The files of a local folder know better than its config.json."""
+        self.layers.sparse = plugin.sparse_layers(model_name)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        layers = self.layers
+        layers.dense = hf_to_vllm_mapper.apply_list(layers.dense)
+        if layers.sparse is not None:
+            layers.sparse = hf_to_vllm_mapper.apply_list(layers.sparse)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, LinearBase):
+            if self.layers.runs_sparse(prefix, self.packed_modules_mapping):
+                return SparseKernLinearMethod(prefix)
+            return UnquantizedLinearMethod()
+        if isinstance(layer, ParallelLMHead) and prefix in (self.layers.sparse or ()):
+            raise NotImplementedError(
+                message(
+                    _OP,
+                    f"a dense {prefix}",
+                    "a 2:4 one, whose rows vLLM pads and splits in its own way",
+                    'Prune with skip=("lm_head",), the default.',
+                )
+            )
+        return None
+
+
+class _Shape(BasevLLMParameter):
+    """Takes the `shape` tensors of a layer and checks them; holds nothing."""
+
+    prefix: str
+    in_features: int
+
+    def _look(self, loaded_weight: Tensor, **_: Any) -> None:
+        plugin.check_shape(self.prefix, loaded_weight, self.in_features)
+
+    load_column_parallel_weight = _look
+    load_row_parallel_weight = _look
+    load_merged_column_weight = _look
+    load_qkv_weight = _look
+
+
+@register_weight_loader_v2_supported_method
+class SparseKernLinearMethod(LinearMethodBase):
+    """A linear layer of vLLM with a 2:4 weight; q/k/v and gate/up are one weight."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        loader = extra_weight_attrs.pop("weight_loader")
+        rows, columns = sum(output_partition_sizes), input_size_per_partition
+        plugin.check_columns(self.prefix, input_size, columns)
+        values = torch.empty(rows, columns // 2, dtype=params_dtype)
+        bitmask = torch.empty(rows, -(-columns // 8), dtype=torch.uint8)
+        for name, data in (("compressed", values), ("bitmask", bitmask)):
+            parameter = ModelWeightParameter(
+                data=data, input_dim=1, output_dim=0, weight_loader=loader
+            )
+            layer.register_parameter(name, parameter)
+            set_weight_attrs(parameter, extra_weight_attrs)
+        shape = _Shape(data=torch.empty(2, 1, dtype=torch.int64), weight_loader=loader)
+        shape.prefix, shape.in_features = self.prefix, input_size
+        layer.register_parameter("shape", shape)
+        layer.sparse_shape = (rows, columns)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Pack what was loaded; the row-major tensors are gone afterwards."""
+        values, bitmask = layer.compressed.data, layer.bitmask.data
+        plugin.require_cuda_kernels(values.device)
+        bits = values.view(torch.int16)
+        bits.masked_fill_(bits == torch.iinfo(torch.int16).min, 0)  # -0.0, which others may write
+        try:
+            w24 = Sparse24.from_bitmask(values, bitmask, layer.sparse_shape)
+        except FormatError as error:
+            raise FormatError(f"{_OP}: {self.prefix}: {error}") from error
+        for name in ("compressed", "bitmask", "shape"):
+            delattr(layer, name)
+        module = SparseLinear.from_sparse24(w24)
+        # vLLM's LoRA looks for the device of a layer at weight_packed.
+        layer.weight_packed = nn.Parameter(module.weight.values, requires_grad=False)
+        layer.weight_metadata = nn.Parameter(module.weight.metadata, requires_grad=False)
+        layer.weight_layout = module.weight.layout
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        w24 = Sparse24(
+            layer.weight_packed, layer.weight_metadata, layer.sparse_shape, layer.weight_layout
+        )
+        return linear(x, w24, bias)
