@@ -21,7 +21,6 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 README_BYTES = 14 * 1024
 
 # Takes away what branches that are not merged yet repair; the lead deletes it and its uses.
-unmerged = pytest.mark.xfail(reason="repaired in branches that are not merged yet", strict=False)
 
 
 def name_of(path):
@@ -44,7 +43,6 @@ def run(*command, cwd=ROOT):
 # layering
 
 
-@unmerged
 def test_imports_point_down_and_go_in_no_circle():
     """The contracts in pyproject.toml; imports inside functions count."""
     pytest.importorskip("importlinter", reason="needs import-linter (make lint installs it)")
@@ -104,7 +102,6 @@ def test_importing_the_package_loads_nothing_heavy():
 # types
 
 
-@unmerged
 def test_a_users_script_passes_mypy_strict(tmp_path):
     pytest.importorskip("mypy", reason="needs mypy (make lint installs it)")
     code, output = run(sys.executable, "-m", "mypy", "python_tests/typing_user.py")
@@ -130,7 +127,6 @@ def public():
                         yield f"{prefix}.{name}.{method}", function
 
 
-@unmerged
 def test_every_public_function_is_annotated():
     missing = []
     for name, function in public():
@@ -179,7 +175,6 @@ def _is_of_torch(node):
     return is_attribute and node.value.id == "torch"
 
 
-@unmerged
 def test_dtypes_are_listed_in_one_place():
     found = [
         f"{name_of(path)}:{line}"
@@ -204,7 +199,6 @@ def test_the_search_finds_tables_of_dtypes(text, lines):
     assert list(dtype_tables(ast.parse(text))) == lines
 
 
-@unmerged
 def test_cpp_decides_by_dtype_in_one_place():
     """`dtype == DType::k...` and `switch` on it belong into csrc/core/dtype.cuh."""
     found = []
@@ -241,7 +235,6 @@ def test_every_module_imports_or_says_what_it_needs():
             assert (error.name or "").split(".")[0] in optional, module.name
 
 
-@unmerged
 def test_the_readme_is_short():
     assert (ROOT / "README.md").stat().st_size <= README_BYTES
 

@@ -23,6 +23,7 @@ from sparsekern.oneshot.compress_model import compress_model
 from sparsekern.oneshot.executor import calibrate
 from sparsekern.oneshot.prune_model import prune_model
 from sparsekern.oneshot.report import PruneReport
+from sparsekern.oneshot.rotation import RotationReport, rotate
 from sparsekern.ops.compress import compress, decompress, prune_compress, verify
 from sparsekern.ops.gated_op import gated_linear
 from sparsekern.ops.linear_op import Explanation, explain, linear
@@ -36,6 +37,7 @@ __all__ = [
     "FormatError",
     "Layout",
     "PruneReport",
+    "RotationReport",
     "Sparse24",
     "SparseLinear",
     "WeightSpec",
@@ -57,6 +59,7 @@ __all__ = [
     "register_backend",
     "register_dtype",
     "register_layout",
+    "rotate",
     "save_pretrained",
     "verify",
 ]

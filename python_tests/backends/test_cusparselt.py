@@ -919,7 +919,7 @@ def test_nonsense_in_the_file_is_not_used(fake):
     x = torch.zeros(8, 48, dtype=BF16)
     key = backend.algorithm_key(-1, BF16, 32, 48, 8)
     for entry in (7, {}, {"algorithm": "1", "split_k": 1, "split_k_mode": 0}, {"algorithm": True}):
-        json_store.update(backend.store_path(), lambda entries: entries.update({key: entry}))
+        json_store.update(backend.store_path(), functools.partial(dict.update, **{key: entry}))
         backend._stored.cache_clear()
         assert "default algorithm" in explain(x, packed).config
     backend.store_path().write_text(json.dumps({"version": 99}))

@@ -35,7 +35,8 @@ def stored(folder):
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as handle:
-            found.update({name: (handle.get_tensor(name), path.name) for name in handle.keys()})
+            names = list(handle.keys())
+            found.update({name: (handle.get_tensor(name), path.name) for name in names})
     return found
 
 

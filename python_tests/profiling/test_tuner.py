@@ -397,7 +397,7 @@ def test_a_layer_runs_checks_and_times_every_variant(stand_in, monkeypatch):
         assert wrong == [""] * (5 if tokens == 3 else 3)
         assert cell.x.shape == (tokens, 68) and cell.x.stride() == (72, 1)
         graphs = []
-        monkeypatch.setattr(tuner, "graph_sampler", lambda *arguments: graphs.append(arguments))
+        monkeypatch.setattr(tuner, "graph_sampler", lambda *a, graphs=graphs: graphs.append(a))
         cell.sampler(layer.names(tokens)[0])
         ((calls, passes),) = graphs
         assert len(calls) == (3 if tokens == 3 else 1) and passes == (34 if tokens == 3 else 100)
@@ -504,7 +504,7 @@ def test_every_variant_is_checked_and_a_wrong_kernel_is_seen(hopper):
         assert {cell.wrong(name) for name in names} == {""}
         right = cuda_backend.launcher
 
-        def launcher(name, x, w24, y, workspace):
+        def launcher(name, x, w24, y, workspace, right=right):
             run = right(name, x, w24, y, workspace)
             return lambda: (run(), y[-1, -1:].add_(64))
 

@@ -32,8 +32,8 @@ from sparsekern.formats.disk import (
     compression_config,
     join,
 )
+from sparsekern.nn.replace import is_conv1d
 from sparsekern.nn.sparse_linear import SparseLinear
-from sparsekern.oneshot.discovery import is_conv1d
 from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, listed
 from sparsekern.utils.staging import Group, StagedFolder, check_writable, write_shards, writing
 

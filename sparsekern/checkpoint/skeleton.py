@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from sparsekern.errors import FormatError, check, message
 from sparsekern.formats.disk import FILE_KEYS
-from sparsekern.oneshot.discovery import is_conv1d
+from sparsekern.nn.replace import is_conv1d
 from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, TensorInfo, read_json, require
 
 ANY_FOLDER = 2**24  # no integer of a config is refused below this, whatever the files hold
@@ -194,7 +194,8 @@ def import_transformers(why: str) -> ModuleType:
                 "pip install 'sparsekern[hf]', or use load_into for a model of your own.",
             )
         ) from error
-    return transformers
+    module: ModuleType = transformers
+    return module
 
 
 def skeleton_of(model: nn.Module, untied: bool = False) -> nn.Module | None:

@@ -247,7 +247,7 @@ def resident_bytes(model: nn.Module) -> int:
 @torch.inference_mode()
 def answer(folder: Path, tokenizer: Any, budget: Budget, device: str) -> str:
     """First sentence of a saved model's greedy answer to QUESTION in its chat template."""
-    model = from_pretrained(folder, device=device, dtype=budget.dtype)
+    model: Any = from_pretrained(folder, device=device, dtype=budget.dtype)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True
     )

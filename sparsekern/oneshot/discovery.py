@@ -99,7 +99,7 @@ class Layer:
     def bytes_dense(self) -> int:
         """Of the weight, dense."""
         if isinstance(self.module, SparseLinear):
-            return math.prod(self.shape) * cast(int, self.module.weight.values.element_size())
+            return math.prod(self.shape) * self.module.weight.values.element_size()
         return self.weight.numel() * self.weight.element_size()
 
     @property

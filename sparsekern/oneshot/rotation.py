@@ -26,8 +26,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ class Stream:
     """
 
     embedding: nn.Embedding
-    norms: list[tuple[nn.Module, list[nn.Linear]]] = field(default_factory=list)
+    norms: list[tuple[Any, list[nn.Linear]]] = field(default_factory=list)
     writers: list[nn.Linear] = field(default_factory=list)
     heads: list[tuple[nn.Linear, nn.Linear, int, int]] = field(default_factory=list)
 
@@ -181,12 +182,12 @@ def find_stream(model: nn.Module, probe: Batch, home: torch.device) -> Stream:
     norms: dict[int, nn.Module] = {}
     order: list[nn.Linear] = []
 
-    def after_norm(module: nn.Module, args: tuple, output: Tensor) -> None:
+    def after_norm(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         made[_memory(output)] = module
         held.append(output)
         norms.setdefault(id(module), module)
 
-    def before_linear(module: nn.Linear, args: tuple) -> None:
+    def before_linear(module: nn.Linear, args: tuple[Any, ...]) -> None:
         norm = made.get(_memory(args[0])) if args else None
         if norm is not None:
             readers.setdefault(id(norm), []).append(module)
@@ -277,7 +278,7 @@ def _untie(model: nn.Module, stream: Stream) -> int:
     head = _tied_head(model, stream)
     assert head is not None
     head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", None):
         config.tie_word_embeddings = False
     return head.weight.nbytes
@@ -290,15 +291,17 @@ def _restore(
     for name, value in kept.items():
         own[name].copy_(value)
     if was_tied:
-        model.config.tie_word_embeddings = tie_flag
-        model.tie_weights()
+        tied: Any = model
+        tied.config.tie_word_embeddings = tie_flag
+        tied.tie_weights()
 
 
-def gain(norm: nn.Module) -> Tensor:
+def gain(norm: Any) -> Tensor:
     """What an RMSNorm multiplies by: its output for inputs of unit size, so that a gain of the form
     1 + w is seen as what it is."""
     ones = torch.ones_like(norm.weight)
-    return norm(ones.view(1, 1, -1)).view(-1).double()
+    output: Tensor = norm(ones.view(1, 1, -1))
+    return output.view(-1).double()
 
 
 def _fold_gains(stream: Stream) -> None:
@@ -349,14 +352,15 @@ def _apply(stream: Stream, basis: Tensor, turns: list[Tensor]) -> None:
 
 def _logits(model: nn.Module, probe: Batch, home: torch.device) -> Tensor:
     output = probe.run(model, home)
-    return output.logits if hasattr(output, "logits") else output[0]
+    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
+    return logits
 
 
 # ------------------------------------------------------------------------------------- the search
 
 
 @contextlib.contextmanager
-def _hooked(pairs: Iterable[tuple[nn.Module, object]]) -> Iterator[None]:
+def _hooked(pairs: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
     handles = [module.register_forward_pre_hook(hook) for module, hook in pairs]
     try:
         yield
@@ -374,7 +378,7 @@ def collect_grams(
     counts: dict[int, int] = {}
     watched = [readers[0] for _, readers in stream.norms] + stream.writers
 
-    def hook(module: nn.Linear, args: tuple) -> None:
+    def hook(module: nn.Linear, args: tuple[Any, ...]) -> None:
         x = args[0][..., SKIPPED_POSITIONS:, :].reshape(-1, module.in_features)
         x = x.to(device).float()
         norms = x.norm(dim=1)
@@ -396,14 +400,16 @@ def collect_grams(
 def lost_share(w: Tensor, energy: Tensor) -> Tensor:
     """Share of Σ w_ij² energy_j that 2:4 drops when it keeps the two largest of each group."""
     importance = (w * w * energy).view(w.shape[0], -1, 4)
-    return importance.topk(2, dim=2, largest=False).values.sum() / importance.sum()
+    share: Tensor = importance.topk(2, dim=2, largest=False).values.sum() / importance.sum()
+    return share
 
 
 def cayley(a: Tensor) -> Tensor:
     """(I − A)(I + A)⁻¹ with A = a − aᵀ: orthogonal, the identity for a = 0. Batched."""
     skew = a - a.transpose(-1, -2)
     eye = torch.eye(a.shape[-1], device=a.device, dtype=a.dtype).expand_as(a)
-    return torch.linalg.solve(eye + skew, eye - skew)
+    q: Tensor = torch.linalg.solve(eye + skew, eye - skew)
+    return q
 
 
 def learn(
@@ -432,11 +438,13 @@ def learn(
         ]
         optimizer = torch.optim.Adam([a, *b], lr=rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        matrices = [(m, gram) for readers, gram in inside for m in readers]
+        matrices: list[tuple[nn.Linear, Tensor | None]] = [
+            (m, gram) for readers, gram in inside for m in readers
+        ]
         matrices += [(m, None) for m in stream.writers]
         generator = torch.Generator().manual_seed(0)
 
-        def losses(chosen: list) -> list[Tensor]:
+        def losses(chosen: list[tuple[nn.Linear, Tensor | None]]) -> list[Tensor]:
             q = cayley(a)
             r = {id(v): cayley(x) for (v, _, _, _), x in zip(turned, b, strict=True)}
             by_o = {id(o): (id(v), c, s) for v, o, c, s in turned}
@@ -494,4 +502,5 @@ def learn(
 def _orthonormal(q: Tensor) -> Tensor:
     """The nearest orthogonal matrix in float64; Cayley's solve leaves an error of its size."""
     u, _, v = torch.linalg.svd(q)
-    return u @ v
+    nearest: Tensor = u @ v
+    return nearest

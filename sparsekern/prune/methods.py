@@ -197,6 +197,7 @@ def from_scores(score: Callable[..., Tensor], name: str | None = None, help: str
             higher = kept.
         name: None: the function's own.
     """
+
     def function(
         weight: Tensor,
         hessian: Hessian | None,
