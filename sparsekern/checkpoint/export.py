@@ -118,4 +118,4 @@ def _transposed(config: Mapping[str, Any], layers: Collection[str]) -> set[str]:
         "sparsekern.transposed to list compressed layers",
         str(entry)[:80],
     )
-    return set(names)
+    return set(names or ())

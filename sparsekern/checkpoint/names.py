@@ -92,7 +92,7 @@ def tree_names(model: nn.Module) -> set[str]:
     """Names of all parameters and persistent buffers; a SparseLinear counts as having a weight."""
     from sparsekern.nn.sparse_linear import SparseLinear
 
-    names = set()
+    names: set[str] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         names.update(join(name, key) for key, _, _ in own_tensors(module))
         if isinstance(module, SparseLinear):
