@@ -139,10 +139,8 @@ def test_without_the_package_a_plain_load_fails_and_names_it(tmp_path):
     save_pretrained(cases.sparsify(cases.llama()), tmp_path / "folder")
     (tmp_path / "empty").mkdir()
     code = "import transformers\n" + LOAD
-    code = "import importlib.util; assert importlib.util.find_spec('sparsekern') is None\n" + code
+    code = "import sys; sys.modules['sparsekern'] = None\n" + code  # as if not installed
     done = run(code, tmp_path / "folder", tmp_path / "logits.pt", path=[str(tmp_path / "empty")])
-    if "AssertionError" in done.stderr:
-        pytest.skip("sparsekern is installed in this environment")
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert "pip install sparsekern" in last and "import sparsekern" in last

@@ -4,7 +4,7 @@ import pytest
 
 from python_tests.fuzz.targets import TARGETS, Outcome, run
 
-CASES = {"header": 60, "index": 60, "shard": 40, "config": 25, "model": 15, "generation": 10}
+CASES = {"header": 60, "index": 60, "shard": 40, "config": 15, "model": 15, "generation": 10}
 
 
 @pytest.mark.parametrize("target", TARGETS)

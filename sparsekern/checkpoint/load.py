@@ -338,7 +338,7 @@ def _untie(model: nn.Module, found: Plan) -> None:
         found.sources[id(own)] = (name, _source(found.names, name) or name)
     if found.untied:
         if hasattr(getattr(model, "config", None), "tie_word_embeddings"):
-            model.config.tie_word_embeddings = False  # type: ignore[union-attr, assignment]
+            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
         warnings.warn(
             f"{LOAD_OP}: config.json ties {listed(found.untied)} to other weights, and the files "
             "hold different ones: they are loaded untied.",
@@ -404,7 +404,8 @@ class _Reader:
         if bias is not None:
             source = found.sources[id(bias)]
             bias = self.dense(*source, device).to(weight.dtype)
-        return SparseLinear.from_sparse24(weight, bias).train(module.training)
+        sparse: SparseLinear = SparseLinear.from_sparse24(weight, bias)
+        return sparse.train(module.training)
 
 
 def _precise(model: nn.Module, dtype: torch.dtype | None) -> re.Pattern[str] | None:
@@ -516,7 +517,7 @@ def plan(
 
 
 def _patterns(model: nn.Module, attribute: str) -> list[re.Pattern[str]]:
-    patterns: Iterable[str] = getattr(model, attribute, None) or ()  # type: ignore[assignment]
+    patterns: Iterable[str] = getattr(model, attribute, None) or ()
     return [re.compile(pattern) for pattern in patterns]
 
 

@@ -109,7 +109,7 @@ def register() -> None:
         )
         from transformers.utils.quantization_config import QuantizationConfigMixin
 
-        class SparsekernConfig(QuantizationConfigMixin):  # type: ignore[misc]
+        class SparsekernConfig(QuantizationConfigMixin):
             """The quantization_config entry of a folder, as it is."""
 
             quant_method: Any
@@ -134,7 +134,7 @@ def register() -> None:
             def to_diff_dict(self) -> dict[str, Any]:
                 return self.to_dict()
 
-        class SparsekernQuantizer(_Quantizer, HfQuantizer):  # type: ignore[misc]
+        class SparsekernQuantizer(_Quantizer, HfQuantizer):
             """_Quantizer with Transformers' defaults behind it."""
 
         register_quantization_config(METHOD)(SparsekernConfig)
