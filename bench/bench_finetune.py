@@ -9,9 +9,11 @@ is the files, without the held-out tails of some (the last --tail bytes), and te
 samples for at most --teacher-seconds, half of its rows begun with 16 tokens of the training text.
 Rows that share a 13-gram with any evaluation text are left out, and counted.
 
-Perplexities are those of float32 weights: the test by the WikiText protocol (rows joined with a
-blank line, windows of 2048 side by side), held-out tails as they are. `minutes` counts training
-from the end of the first step; `gpu_seconds` everything but loading and the evaluations.
+Perplexities are computed in float32 from the weights as they are stored (bfloat16): the test by
+the WikiText protocol (rows joined with a blank line, windows of 2048 side by side), held-out tails
+as they are; those of the start and before_rounding are of the weights while they are trained.
+`minutes` counts training from the end of the first step; `gpu_seconds` pruning, sampling and
+training.
 """
 
 from __future__ import annotations
@@ -156,13 +158,13 @@ class Recovery:
         if report.violations or report.masked is None:
             run.say(f"FAILED: {report.violations} violations of the masks")
             return 1
+        final = self.perplexities(copy.deepcopy(student).float())  # of the weights as stored
         layers = report.masked.compress()
         count = 0
         for module in student.modules():
             if isinstance(module, SparseLinear):
                 sparsekern.verify(module.weight)
                 count += 1
-        final = {name: report.final[name] for name in self.tests}
         start = {name: report.evaluations[0][name] for name in self.tests}
         metrics = {f"perplexity {name}": round(value, 4) for name, value in final.items()}
         metrics |= {f"start {name}": round(value, 4) for name, value in start.items()}
@@ -199,6 +201,7 @@ class Recovery:
             details={
                 "sources": report.data["sources"],
                 "overlap": report.overlap,
+                "before_rounding": {name: report.final[name] for name in self.tests},
                 "left_dense": layers,
                 "seconds": {"prune": round(seconds_prune, 1), "sample": round(seconds_sample, 1)},
                 "loss": report.loss,
