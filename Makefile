@@ -54,7 +54,7 @@ test-gpu: $(STAMPS)/test
 	$(PY) -m pytest -q -m gpu
 
 fuzz: $(STAMPS)/test
-	$(PY) -m python_tests.fuzz
+	$(PY) -m python_tests.fuzz 3500
 
 lint: $(STAMPS)/lint
 	$(PY) -m ruff format --check .
