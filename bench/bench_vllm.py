@@ -49,8 +49,9 @@ def make_parser():
 def main(path, arguments=()) -> int:
     args = make_parser().parse_args(list(arguments))
     run = Run(path, args)
-    folders = write_models(args.preset, args.layers, args.folder, run)
     wanted = args.engines.split(",") + (["zeros"] if args.same_answers else [])
+    kinds = sorted({"dense" if name == "fp8" else name for name in wanted})
+    folders = write_models(args.preset, args.layers, args.folder, kinds, run)
     results = {}
     for name in wanted:
         results[name] = engine(name, folders, args, run)
@@ -145,8 +146,10 @@ def engine(name: str, folders: dict, args, run: Run) -> dict:
     return result
 
 
-def write_models(preset: str, layers: int, folder: Path, run: Run) -> dict[str, Path]:
-    """{"dense", "sparse", "zeros"}: folders of one random model: dense; 2:4; those with zeros.
+def write_models(
+    preset: str, layers: int, folder: Path, kinds: list[str], run: Run
+) -> dict[str, Path]:
+    """{kind: folder} of one random model: "dense"; "sparse"; "zeros", the 2:4 weights dense.
 
     Tensor by tensor, pruned on the device, so that host memory stays at one shard.
     """
@@ -155,7 +158,7 @@ def write_models(preset: str, layers: int, folder: Path, run: Run) -> dict[str, 
     from sparsekern import prune_compress
     from sparsekern.formats.disk import compression_config
 
-    folders = {name: folder / f"{preset}-{layers}-{name}" for name in ("dense", "sparse", "zeros")}
+    folders = {name: folder / f"{preset}-{layers}-{name}" for name in kinds}
     if all((path / "config.json").exists() for path in folders.values()):
         return folders
     hidden, inner, heads, kv_heads, vocabulary = PRESETS[preset]
@@ -193,11 +196,14 @@ def write_models(preset: str, layers: int, folder: Path, run: Run) -> dict[str, 
             w = random(*shape)
             w24 = prune_compress(w).rowmajor()
             key = f"{prefix}{name}"
-            files["dense"][f"{key}.weight"] = w.cpu()
-            files["zeros"][f"{key}.weight"] = w24.to_dense().cpu()
-            files["sparse"][f"{key}.compressed"] = w24.values.cpu()
-            files["sparse"][f"{key}.bitmask"] = w24.bitmask().cpu()
-            files["sparse"][f"{key}.shape"] = torch.tensor([[shape[0]], [shape[1]]])
+            if "dense" in files:
+                files["dense"][f"{key}.weight"] = w.cpu()
+            if "zeros" in files:
+                files["zeros"][f"{key}.weight"] = w24.to_dense().cpu()
+            if "sparse" in files:
+                files["sparse"][f"{key}.compressed"] = w24.values.cpu()
+                files["sparse"][f"{key}.bitmask"] = w24.bitmask().cpu()
+                files["sparse"][f"{key}.shape"] = torch.tensor([[shape[0]], [shape[1]]])
         for name in ("input_layernorm", "post_attention_layernorm"):
             for tensors in files.values():
                 tensors[f"{prefix}{name}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
