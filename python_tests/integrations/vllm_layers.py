@@ -102,6 +102,10 @@ def main(rank, world, port):
         x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
         inner = torch.randn(5, INNER, generator=torch.Generator().manual_seed(2)).bfloat16()
 
+        # vLLM compiles whole models: no layer may break the graph.
+        compiled = torch.compile(lambda x: qkv(x)[0], backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), qkv(x)[0])
+
         def rows(name):  # those of this rank
             return weights[name].chunk(world)[rank]
 

@@ -25,7 +25,6 @@ from sparsekern.errors import FormatError, message
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.integrations import vllm_rules as plugin
 from sparsekern.nn.sparse_linear import SparseLinear
-from sparsekern.ops.linear_op import linear
 
 _OP = "sparsekern.vllm"
 
@@ -166,10 +165,10 @@ class SparseKernLinearMethod(LinearMethodBase):
         # vLLM's LoRA looks for the device of a layer at weight_packed.
         layer.weight_packed = nn.Parameter(module.weight.values, requires_grad=False)
         layer.weight_metadata = nn.Parameter(module.weight.metadata, requires_grad=False)
-        layer.weight_layout = module.weight.layout
+        layer.weight_spec = module.weight.spec.text
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        w24 = Sparse24(
-            layer.weight_packed, layer.weight_metadata, layer.sparse_shape, layer.weight_layout
-        )
-        return linear(x, w24, bias)
+        """The registered op itself: vLLM compiles the model, and its tracer reads no Sparse24."""
+        tensors = [layer.weight_packed, layer.weight_metadata]
+        y: Tensor = torch.ops.sparsekern.linear(x, tensors, layer.weight_spec, bias, None, None)
+        return y
