@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +18,13 @@ from python_tests.checkpoint.architectures import MODELS, PAIR, PLAIN, SPEECH, T
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 BEGIN, END = "<!-- begin: architectures -->", "<!-- end: architectures -->"
 IMAGE_TOKEN, VISION_START = 90, 91
+# (pattern, text): what of a reason belongs to one model.
+GENERAL = (
+    (r"weight tied to .*", "weight tied to the input embedding"),
+    (r" in one parameter \[.*\]", " in one 3-D parameter"),
+    (r"in_features \d+ is", "in_features is"),
+    (r"a 3-D parameter of (\w+) in one 3-D parameter", r"3-D parameter of \1"),
+)
 CROSSED = PAIR | {"max_position_embeddings": 64, "decoder_start_token_id": 0}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99, "n_positions": 64}
 STATE = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 99, "state_size": 4}
@@ -213,8 +221,7 @@ KINDS = {
         ),
         "gemma3": (
             *MODELS["gemma3"][:2],
-            MODELS["gemma3"][2]
-            | {"image_token_index": IMAGE_TOKEN, "image_token_id": IMAGE_TOKEN},
+            MODELS["gemma3"][2] | {"image_token_index": IMAGE_TOKEN, "image_token_id": IMAGE_TOKEN},
         ),
         "qwen2-vl": (
             *MODELS["qwen2-vl"][:2],
@@ -304,16 +311,79 @@ def inputs(name, seed=0):
 
 @torch.no_grad()
 def outputs(model, name):
-    """All floating-point tensors that the model returns first: logits, embeddings."""
+    """The floating-point tensors among what the model returns: logits, embeddings, states."""
     torch.manual_seed(0)  # ViT-MAE draws noise
     returned = model(**inputs(name, seed=9))
     return [v for v in returned.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
 
 
 def prune(model, name, **options):
-    """Wanda on two calls; the report."""
+    """Wanda on two calls, on the CPU; the report."""
     batches = [inputs(name, seed) for seed in (1, 2)]
     torch.manual_seed(0)
+    options = {"skip": (), "device": "cpu", "progress": False} | options
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a share stays dense is in the report
-        return sk.prune_model(model, "wanda", batches, skip=(), progress=False, **options)
+        return sk.prune_model(model, "wanda", batches, **options)
+
+
+def row(name, report):
+    """The line of the table for one report. Reasons that differ only in the names of modules and
+    in shapes are one."""
+    shares = {}
+    for layer in report.layers:
+        if not layer.is_24:
+            reason = layer.reason
+            for pattern, text in GENERAL:
+                reason = re.sub(pattern, text, reason)
+            shares[reason] = shares.get(reason, 0) + layer.elements
+    total = sum(layer.elements for layer in report.layers)
+    ranked = sorted(shares.items(), key=lambda item: -item[1])
+    why = "; ".join(f"{_percent(size / total)} {reason}" for reason, size in ranked)
+    return f"| {name} | {report.model} | {_percent(report.share)} | {why or '-'} |"
+
+
+def _percent(share):
+    if share in (0, 1) or 0.01 <= share <= 0.99:
+        return f"{share:.0%}"
+    return "< 1 %" if share < 0.01 else "> 99 %"
+
+
+def row_in_page(name):
+    """The committed line of the table, None if there is none."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    return next((line for line in lines if line.startswith(f"| {name} |")), None)
+
+
+def version_line(transformers):
+    """Which Transformers the table is of."""
+    return f"Transformers {transformers.__version__}, method wanda, {len(ALL)} architectures."
+
+
+def table(transformers):
+    """The text between the markers."""
+    lines = [version_line(transformers), ""]
+    for kind, members in KINDS.items():
+        lines += [f"### {kind.capitalize()}", ""]
+        lines += ["| architecture | class | 2:4 | dense, and why |", "|---|---|---|---|"]
+        for name in members:
+            lines.append(row(name, prune(build(transformers, name), name)))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main():
+    """Rewrite the page."""
+    import transformers
+
+    logging.disable(logging.WARNING)
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    _, marker, after = rest.partition(END)
+    assert marker, f"{PAGE}: expected {BEGIN} and {END}"
+    text = f"{before}{BEGIN}\n{table(transformers)}{END}{after}"
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
