@@ -578,7 +578,8 @@ class Calibration:
         module's own flag is restored."""
         before = self._training
         self._training = {id(module): (module, module.training) for module in self.model.modules()}
-        configs = {id(m.config): m.config for m in self.model.modules() if hasattr(m, "config")}
+        found = (getattr(module, "config", None) for module in self.model.modules())
+        configs: dict[int, Any] = {id(config): config for config in found if config is not None}
         caches = [
             (config, config.use_cache)
             for config in configs.values()
@@ -593,8 +594,8 @@ class Calibration:
         finally:
             for module, flag in self._training.values():
                 module.training = flag
-            for config, flag in caches:
-                config.use_cache = flag
+            for config, cache in caches:
+                config.use_cache = cache
             self._training = before
 
     @contextlib.contextmanager
