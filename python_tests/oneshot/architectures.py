@@ -346,7 +346,7 @@ def row(name, report):
 def _percent(share):
     if share in (0, 1) or 0.01 <= share <= 0.99:
         return f"{share:.0%}"
-    return "< 1 %" if share < 0.01 else "> 99 %"
+    return "under 1%" if share < 0.01 else "over 99%"
 
 
 def row_in_page(name):
