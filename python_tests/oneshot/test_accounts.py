@@ -204,6 +204,29 @@ def test_a_weight_that_its_owner_reads_stays_dense():
     assert model(X).shape == X.shape
 
 
+class Rescaler(nn.Module):
+    """Reads weights two levels below, of blocks in a list; and once through a chain from self."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"inner": Owner()}) for _ in range(2))
+        self.first = nn.Sequential()
+        self.first.inner = Owner()
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x / block.inner.called.weight.abs().amax()
+        return x + self.first.inner.called.weight.abs().amax()
+
+
+def test_a_weight_that_is_read_from_further_up_stays_dense():
+    model = nn.Sequential(Rescaler())
+    report = magnitude(model)
+    for name in ("0.blocks.0.inner", "0.blocks.1.inner", "0.first.inner"):
+        assert report[f"{name}.called"].reason == "Rescaler reads the weight itself"
+        assert report[f"{name}.read"].reason == "Owner reads the weight itself"
+
+
 def test_mamba_without_calibration_still_runs():
     config = transformers.MambaConfig(
         hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4, time_step_rank=4

@@ -334,7 +334,17 @@ def checked_config(raw: dict[str, Any], nbytes: int) -> dict[str, Any]:
             )
 
     walk("config", config)
-    return config  # type: ignore[no-any-return]
+    return _special_floats(config)  # type: ignore[no-any-return]
+
+
+def _special_floats(value: Any) -> Any:
+    """The value with what Transformers writes for inf and nan, {"__float__": "Infinity"}, as a
+    float."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("NaN", "Infinity", "-Infinity"):
+            return float(value["__float__"])
+        return {key: _special_floats(item) for key, item in value.items()}
+    return [_special_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _check_attention(key: str, value: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import check
-from sparsekern.oneshot.discovery import is_transformers
+from sparsekern.oneshot.discovery import input_embedding, is_transformers
 
 OP = "sparsekern.oneshot.make_batches"
 # Tokens per forward when batch_size is not given: large enough to fill an accelerator, small enough
@@ -249,7 +249,7 @@ class _Transformers:
         remedy = f"Reshape the {name}."
         check(right, self.op, "token ids [samples, tokens]", tuple(ids.shape), remedy)
         low, high = int(ids.min()), int(ids.max())
-        embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        embedding = input_embedding(self.model)
         size = getattr(getattr(embedding, "weight", None), "shape", None)
         if size is not None:
             expected = f"token ids within the vocabulary, 0..{size[0] - 1}"

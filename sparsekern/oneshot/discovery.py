@@ -18,6 +18,7 @@ import inspect
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any, cast
@@ -40,6 +41,8 @@ HARMLESS = frozenset(
     {"dtype", "device", "shape", "requires_grad", "is_meta", "ndim", "size", "dim"}
 )
 ALREADY = "already 2:4"
+# (whether it begins at `self`, attributes): where a method reads a weight.
+Chain = tuple[bool, tuple[str, ...]]
 # Parameters with two or more dimensions that enter no matrix product: tables, positions, biases,
 # filters and states. A name that holds one of these words makes no row.
 _NO_PRODUCT = re.compile(
@@ -248,7 +251,7 @@ def find_layers(
             if layer.reason is None and name in adapters:
                 layer.reason = f"adapter of {adapters[name]}"
             if layer.reason is None and compress:
-                owners = (read.owner(p, key) for p, key in parents[id(module)])
+                owners = (read.owner(*above) for above in _above(module, parents))
                 owner = next((o for o in owners if o), None)
                 layer.reason = f"{owner} reads the weight itself" if owner else None
             layers.append(layer)
@@ -347,26 +350,47 @@ def _adapters(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def _above(
+    module: nn.Module, parents: Mapping[int, list[tuple[nn.Module, str]]]
+) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
+    """Every module that holds this one, at any depth, with the path from there: (m, ("a", "b"))
+    for m.a.b."""
+    waiting: list[tuple[nn.Module, tuple[str, ...]]] = [(module, ())]
+    seen = {id(module)}
+    while waiting:
+        below, path = waiting.pop()
+        for parent, key in parents.get(id(below), ()):
+            yield parent, (key, *path)
+            if id(parent) not in seen:
+                seen.add(id(parent))
+                waiting.append((parent, (key, *path)))
+
+
 class _Readers:
-    """Which classes read `self.<child>.weight` in their own code, beyond asking for its dtype."""
+    """Which classes read the weight of a module below them in their own code, beyond asking for its
+    dtype."""
 
     def __init__(self) -> None:
-        self._known: dict[type, dict[str, str]] = {}
+        self._known: dict[type, set[Chain]] = {}
 
-    def owner(self, parent: nn.Module, child: str) -> str | None:
-        """The class that reads the weight of this child, or None."""
-        if isinstance(parent, READS_WEIGHTS):
-            return type(parent).__name__
-        kind = type(parent)
+    def owner(self, above: nn.Module, path: tuple[str, ...]) -> str | None:
+        """The class of `above`, if it reads the weight of the module at this path below it."""
+        kind = type(above)
+        if isinstance(above, READS_WEIGHTS):
+            return kind.__name__ if len(path) == 1 else None
         if kind not in self._known:
-            self._known[kind] = dict.fromkeys(_read_children(kind), kind.__name__)
-        return self._known[kind].get(child)
+            self._known[kind] = _read_chains(kind)
+        for own, chain in self._known[kind]:
+            if path == chain if own else path[-len(chain) :] == chain:
+                return kind.__name__
+        return None
 
 
-def _read_children(kind: type) -> set[str]:
-    """Names c such that a method of the class (or of its bases below nn.Module) reads self.c.weight
-    and not merely self.c.weight.dtype and the like. Read off the bytecode: nothing runs."""
-    names: set[str] = set()
+def _read_chains(kind: type) -> set[Chain]:
+    """The chains of attributes ("a", "b") such that a method of the class (or of its bases below
+    nn.Module) reads self.a.b.weight, or x.a.b.weight of another object, and not merely its dtype
+    and the like. Read off the bytecode: nothing runs."""
+    chains: set[Chain] = set()
     for base in kind.__mro__:
         if base is nn.Module or base is object:
             break
@@ -376,26 +400,33 @@ def _read_children(kind: type) -> set[str]:
             function = inspect.unwrap(getattr(value, "__func__", value))
             code = getattr(function, "__code__", None)
             if isinstance(code, CodeType) and attribute not in ("__init__", "_init_weights"):
-                names |= _weights_in(code)
-    return names
+                chains |= _chains_in(code)
+    return chains
 
 
-def _weights_in(code: CodeType) -> set[str]:
-    names: set[str] = set()
+def _chains_in(code: CodeType) -> set[Chain]:
+    chains: set[Chain] = set()
     steps = [s for s in dis.get_instructions(code) if s.opname not in ("CACHE", "EXTENDED_ARG")]
     reads = [s.argval if s.opname in ("LOAD_ATTR", "LOAD_METHOD") else None for s in steps]
     for i in range(1, len(steps)):
-        child = reads[i - 1]
-        if reads[i] != "weight" or child is None or child == "weight":
+        if reads[i] != "weight":
+            continue
+        start = i  # of the chain; steps[start - 1] loads the object that it begins at
+        while start > 0 and reads[start - 1] not in (None, "weight"):
+            start -= 1
+        if start == i or start == 0:
             continue
         following = reads[i + 1] if i + 1 < len(reads) else None
-        asks_kind = i >= 3 and steps[i - 3].argval == "isinstance"  # isinstance(self.c.weight, ...)
+        # isinstance(self.a.weight, ...)
+        asks_kind = start >= 2 and steps[start - 2].argval == "isinstance"
         if following not in HARMLESS and not asks_kind:
-            names.add(str(child))
+            loaded = steps[start - 1].argval  # Python 3.13 loads two in one step
+            own = (loaded[-1] if isinstance(loaded, tuple) else loaded) == "self"
+            chains.add((own, tuple(str(name) for name in reads[start:i])))
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            names |= _weights_in(constant)
-    return names
+            chains |= _chains_in(constant)
+    return chains
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -435,6 +466,19 @@ def output_layer_names(model: nn.Module) -> list[str]:
             if isinstance(head, nn.Module):
                 heads.add(id(head))
     return [name for name, module in model.named_modules() if id(module) in heads]
+
+
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """What `get_input_embeddings()` returns; None where the model has none or does not say which of
+    several it is (CLIP)."""
+    getter = getattr(model, "get_input_embeddings", None)
+    if not callable(getter):
+        return None
+    try:
+        embedding = getter()
+    except (AttributeError, NotImplementedError):
+        return None
+    return embedding if isinstance(embedding, nn.Module) else None
 
 
 def is_transformers(model: nn.Module) -> bool:

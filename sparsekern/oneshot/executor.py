@@ -574,23 +574,28 @@ class Calibration:
 
     @contextlib.contextmanager
     def _evaluation_mode(self) -> Iterator[None]:
-        """model.eval() and config.use_cache = False for the duration; every module's own flag is
-        restored."""
+        """model.eval() and use_cache = False in every config of the model for the duration; every
+        module's own flag is restored."""
         before = self._training
         self._training = {id(module): (module, module.training) for module in self.model.modules()}
-        config = getattr(self.model, "config", None)
-        cache = getattr(config, "use_cache", None)
+        found = (getattr(module, "config", None) for module in self.model.modules())
+        configs: dict[int, Any] = {id(config): config for config in found if config is not None}
+        caches = [
+            (config, config.use_cache)
+            for config in configs.values()
+            if getattr(config, "use_cache", None) is not None
+        ]
         try:
             self.model.eval()
-            if cache is not None:
-                config.use_cache = False  # type: ignore[union-attr]
+            for config, _ in caches:
+                config.use_cache = False
             with _eager(self.model):
                 yield
         finally:
             for module, flag in self._training.values():
                 module.training = flag
-            if cache is not None:
-                config.use_cache = cache  # type: ignore[union-attr]
+            for config, cache in caches:
+                config.use_cache = cache
             self._training = before
 
     @contextlib.contextmanager
@@ -622,12 +627,7 @@ def _eager(model: nn.Module) -> Iterator[None]:
 
 def home_of(model: nn.Module) -> torch.device:
     """Where the inputs of the model have to be: with its embedding, or with its first parameter."""
-    getter = getattr(model, "get_input_embeddings", None)
-    embedding = None
-    if callable(getter):
-        with contextlib.suppress(NotImplementedError, AttributeError):
-            embedding = getter()
-    holder = embedding if isinstance(embedding, nn.Module) else model
+    holder = models.input_embedding(model) or model
     tensor: Tensor | None = next(holder.parameters(), None)
     if tensor is None:
         tensor = next(model.buffers(), None)

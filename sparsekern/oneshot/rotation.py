@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import check
 from sparsekern.oneshot.calibration import Batch, make_batches
-from sparsekern.oneshot.discovery import find_blocks
+from sparsekern.oneshot.discovery import find_blocks, input_embedding
 
 OP = "sparsekern.rotate"
 STEPS, RATE = 200, 0.02
@@ -166,8 +166,7 @@ def find_stream(model: nn.Module, probe: Batch, home: torch.device) -> Stream:
         ValueError: there is no such stream, with what stands in the way.
     """
     name = type(model).__name__
-    getter = getattr(model, "get_input_embeddings", None)
-    embedding = getter() if callable(getter) else None
+    embedding = input_embedding(model)
     remedy = "Prune it without rotation."
     check(
         isinstance(embedding, nn.Embedding), OP, f"{name} with an nn.Embedding", embedding, remedy

@@ -13,6 +13,7 @@ on the accelerator:
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -72,9 +73,16 @@ def first_tensor(output: Any) -> Any:
     return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
+def _own_cache(value: Any) -> Any:
+    return copy.deepcopy(value) if hasattr(value, "get_seq_length") else value
+
+
 def call_block(block: nn.Module, call: Call, hidden: Tensor) -> Tensor:
-    """Run one block alone on `hidden`, with the rest of the call as recorded."""
+    """Run one block alone on `hidden`, with the rest of the call as recorded. A cache of keys and
+    values in the call is copied: the block appends to it."""
     args, kwargs = move(call, hidden.device)
+    args = tuple(_own_cache(a) for a in args)
+    kwargs = {k: _own_cache(v) for k, v in kwargs.items()}
     args = tuple(hidden if a is HIDDEN else a for a in args)
     kwargs = {k: hidden if v is HIDDEN else v for k, v in kwargs.items()}
     return cast(Tensor, first_tensor(block(*args, **kwargs)))
