@@ -48,7 +48,7 @@ def entries(name):
 def blocks_of_the_source():
     """The entries of SK_DECODE_CONFIGS: X(index, panels, split)."""
     found = entries("SK_DECODE_CONFIGS")
-    assert [entry[0] for entry in found] == list(range(1, 1 + len(found))) and found
+    assert [entry[0] for entry in found] == list(range(len(found))) and found
     return [RowBlocks(64 * panels, split) for _, panels, split in found]
 
 

@@ -109,7 +109,7 @@ def test_options_go_to_one_benchmark(capsys):
     assert entry.main(["--quick"]) == 2
     assert "options go to one benchmark" in capsys.readouterr().out
     names = {"compat", "compress", "decode_model", "dense_mma", "hosttime", "linear", "overhead"}
-    names.add("prune")
+    names |= {"finetune", "prune", "vllm"}
     assert set(entry.names()) == names
 
 
@@ -503,37 +503,36 @@ def test_sweep_times_every_config_and_drops_a_wrong_one(
     class Native:
         """The functions that the sweep calls; config 3 of decode is wrong."""
 
-        decode_configs = staticmethod(
-            lambda: [
-                {"index": i, "rows": 256, "split": split} for i, split in ((1, 1), (2, 2), (3, 4))
-            ]
+        kernels = staticmethod(
+            lambda: {
+                "decode": [
+                    {"index": i, "rows": 256, "split": split}
+                    for i, split in ((1, 1), (2, 2), (3, 4))
+                ],
+                "prefill": [
+                    {
+                        "index": 0,
+                        "rows": 256,
+                        "tokens": 192,
+                        "cluster_rows": 2,
+                        "cluster_tokens": 1,
+                        "streamed": False,
+                    }
+                ],
+                "mma": [
+                    {
+                        "index": 0,
+                        "rows": 64,
+                        "tokens": 8,
+                        "warps_rows": 2,
+                        "warps_tokens": 1,
+                        "split": 4,
+                        "stages": 4,
+                    }
+                ],
+                "split": [],
+            }
         )
-        prefill_configs = staticmethod(
-            lambda: [
-                {
-                    "index": 0,
-                    "rows": 256,
-                    "tokens": 192,
-                    "cluster_rows": 2,
-                    "cluster_tokens": 1,
-                    "streamed": False,
-                }
-            ]
-        )
-        mma_configs = staticmethod(
-            lambda: [
-                {
-                    "index": 0,
-                    "rows": 64,
-                    "tokens": 8,
-                    "warps_rows": 2,
-                    "warps_tokens": 1,
-                    "split": 4,
-                    "stages": 4,
-                }
-            ]
-        )
-        split_configs = staticmethod(list)
         prefill_workspace_bytes = staticmethod(lambda: 16)
 
     def launch(space, kind, index, x, w24):

@@ -29,6 +29,7 @@ from sparsekern.checkpoint.skeleton import (
     recompute_buffers,
 )
 from sparsekern.errors import FormatError, check, message
+from sparsekern.formats import dtypes
 from sparsekern.formats.disk import (
     PARTS,
     VALUE_DTYPES,
@@ -411,7 +412,7 @@ class _Reader:
 def _precise(model: nn.Module, dtype: torch.dtype | None) -> re.Pattern[str] | None:
     """Names of tensors that Transformers keeps in float32 when it casts a model to `dtype`."""
     names: set[str] = set()
-    if dtype in (torch.float16, torch.bfloat16):
+    if dtype in dtypes.NATIVE:
         names.update(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16:
         names.update(getattr(model, "_keep_in_fp32_modules", None) or ())

@@ -38,12 +38,17 @@ from sparsekern.finetune.losses import IGNORED, Target, distillation_loss, squar
 from sparsekern.finetune.masked import Masked
 from sparsekern.finetune.schedule import Schedule
 from sparsekern.finetune.teacher import CachedTeacher, LiveTeacher, Split
+from sparsekern.formats import dtypes
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.utils.files import write_atomic
 
 OP = "sparsekern.finetune.distill"
 CHECKPOINT, METRICS, PLOT, REPORT = "checkpoint.pt", "metrics.jsonl", "plot.png", "report.json"
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# name -> dtype of autocast; float32 needs none
+PRECISIONS: dict[str, torch.dtype | None] = {
+    "float32": None,
+    **{dtypes.PLAIN[dtype].name: dtype for dtype in dtypes.NATIVE},
+}
 Evaluation = Callable[[nn.Module], float]
 
 

@@ -114,6 +114,8 @@ PLAIN: dict[torch.dtype, ElementType] = {row.storage: row for row in _TABLE.valu
 NATIVE: dict[torch.dtype, int] = {
     dtype: row.native_code for dtype, row in PLAIN.items() if row.native_code is not None
 }
+# What systems of equations are solved in: the quick one, then the one that fails last.
+SOLVERS = (torch.float32, torch.float64)
 # What data goes to where the GPU has kernels: the wider range of the two.
 DEFAULT_16_BIT = torch.bfloat16
 

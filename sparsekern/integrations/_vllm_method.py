@@ -22,6 +22,7 @@ from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParamete
 from vllm.model_executor.utils import set_weight_attrs
 
 from sparsekern.errors import FormatError, message
+from sparsekern.formats import dtypes
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.integrations import vllm_rules as plugin
 from sparsekern.nn.sparse_linear import SparseLinear
@@ -46,7 +47,7 @@ class SparseKernConfig(QuantizationConfig):
         return plugin.NAME
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16]
+        return list(dtypes.NATIVE)
 
     @classmethod
     def get_min_capability(cls) -> int:

@@ -28,12 +28,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparsekern.errors import check
+from sparsekern.formats import dtypes
 from sparsekern.nn.replace import dense_weight, is_conv1d, is_linear
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.prune.hessian import exact_float32
 
 OP = "sparsekern.oneshot.find_layers"
-PRUNABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PRUNABLE_DTYPES = tuple(dtypes.PLAIN)
 # Modules that read child.weight themselves, so that a child of theirs has to stay an nn.Linear.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # What may be asked of a weight that is a Sparse24: reading these does not need a dense one.

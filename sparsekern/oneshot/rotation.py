@@ -144,7 +144,7 @@ def rotate(
             _apply(stream, basis, turns)
         after = _logits(model, probe, home)
         distance = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
-        bound = {torch.float32: 1e-3, torch.float16: 2e-2}.get(before.dtype, 0.1)
+        bound = max(1e-3, 20 * torch.finfo(before.dtype).eps)
         if not distance <= bound:
             raise RuntimeError(
                 f"{OP}: expected the logits of {type(model).__name__} to stay within {bound:g}, "

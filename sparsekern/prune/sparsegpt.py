@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import check, message
+from sparsekern.formats import dtypes
 from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32, relative_error
 from sparsekern.prune.masks import check_no_nan, check_pattern, rank_mask
 from sparsekern.prune.methods import (
@@ -32,7 +33,7 @@ from sparsekern.prune.methods import (
 )
 
 _OP = "sparsekern.prune.sparsegpt"
-_WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_WEIGHT_DTYPES = (*dtypes.PLAIN, torch.float64)
 # Up to this many rows a CPU thread alone sweeps a block faster than several that synchronise.
 _ONE_THREAD_ROWS = 8192
 
@@ -170,7 +171,7 @@ def inverse_factor(h: Tensor, damp: float) -> tuple[Tensor, list[tuple[float, st
         PruneError: every step failed in float32 and in float64; the message lists them.
     """
     attempts = []
-    for dtype in (torch.float32, torch.float64):
+    for dtype in dtypes.SOLVERS:
         name = str(dtype).removeprefix("torch.")
         exact = h.to(dtype)
         for step in damping_steps(damp):
