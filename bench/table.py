@@ -36,11 +36,15 @@ NOTHING = "No measurements are recorded yet."
 TITLES = {
     "linear": "Linear layers",
     "mma_era": "mma.sp against dense mma.sync kernels on this GPU",
+    "vllm": "A real vLLM 0.24, tokens per second, 8B shape of random weights",
     "decode_model": "Decoding a whole model",
     "prune_model": "Pruning",
     "checkpoint": "Checkpoints",
     "compress": "Compression",
+    "public_call": "What a caller gets who compresses and calls",
     "eager_call": "Host time of one eager call",
+    "hosttime": "Host time of one eager call, this version against the one before",
+    "finetune": "Recovery by masked distillation",
     "linear_peer": "What could not be compared",
     "bandwidth": "Memory bandwidth of the machine",
 }
