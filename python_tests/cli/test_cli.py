@@ -420,6 +420,10 @@ ERRORS = [
     (["eval", "{r}/dense", "--device", "tpu"], "--device cpu, cuda or cuda:N, got tpu"),
     (["eval", "{r}/no_tokenizer", "--text", "{r}/text.txt"], "no tokenizer files in"),
     (["prune", "{r}/dense", "--out", "{r}/sparse"], "new or empty folder"),
+    (["prune", "{r}/dense", "--out", "{r}/text.txt"], "a folder that can be written"),
+    (["prune", "{r}/dense", "--out", "{r}/text.txt/below"], "a folder that can be written"),
+    (["prune", "{r}/dense", "--out", "/proc/nowhere"], "a folder that can be written"),
+    (["eval", "{r}/dense", "--device", "cuda:²"], "--device cpu, cuda or cuda:N, got cuda:²"),
     (["prune", "{r}/dense", "--out", "{r}/new", "--samples", "0"], "got 0 and 2048"),
     (
         [

@@ -298,8 +298,14 @@ def _skip_rules(rules: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _new_folder(path: str) -> Path:
-    """The folder as a Path; ValueError when something is in it, before any work is done for it."""
-    folder = Path(path)
+    """The folder as a Path, asked before any work is done for it.
+
+    Raises:
+        OSError: it cannot be written.   ValueError: something is in it.
+    """
+    from sparsekern.checkpoint import check_writable
+
+    folder = check_writable(path, "sparsekern --out")
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     check(empty, "sparsekern", "--out to be a new or empty folder", path, "Choose another name.")
     return folder
@@ -310,7 +316,8 @@ def _device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    known = kind in ("cpu", "cuda") and (not index or (kind == "cuda" and index.isdigit()))
+    number = index.isascii() and index.isdecimal()
+    known = kind in ("cpu", "cuda") and (not index or (kind == "cuda" and number))
     check(known, "sparsekern", "--device cpu, cuda or cuda:N", name)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     check(
