@@ -68,7 +68,8 @@ def linear(
     x: Tensor, w24: Sparse24, bias: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
     """y = activation(x · Wᵀ + bias) for x [tokens, in_features], rounded once to x.dtype."""
-    y = torch.empty(x.shape[0], w24.shape[0])
+    # Said in full: torch's default dtype and device are the user's.
+    y = torch.empty(x.shape[0], w24.shape[0], dtype=torch.float32, device=x.device)
     x32 = x.float()
     for start, stop, dense in dense_chunks(w24):
         torch.mm(x32, dense.t(), out=y[:, start:stop])
@@ -79,7 +80,7 @@ def linear(
 
 def input_grad(grad: Tensor, w24: Sparse24) -> Tensor:
     """grad [tokens, out_features] · W -> [tokens, in_features], summed in float32, rounded once."""
-    result = torch.zeros(grad.shape[0], w24.shape[1])
+    result = torch.zeros(grad.shape[0], w24.shape[1], dtype=torch.float32, device=grad.device)
     for start, stop, dense in dense_chunks(w24):
         result.addmm_(grad[:, start:stop].float(), dense)
     return result.to(grad.dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import check
+from sparsekern.oneshot.discovery import input_embedding
 
 OP = "sparsekern.perplexity"
 # Logits converted to float32 at once: tokens x vocabulary stays near 256 MB for a vocabulary of 50
@@ -60,6 +61,10 @@ def perplexity(
                 ids = ids.to(device)
                 output = model(ids, **kwargs)
                 logits = getattr(output, "logits", output)
+                got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                fits = isinstance(logits, Tensor) and got[:-1] == tuple(ids.shape)
+                expected = f"logits of shape [{ids.shape[0]}, {ids.shape[1]}, vocabulary]"
+                check(fits, OP, expected, got, "The model has to score every token it is given.")
                 total += _sum_of_window_means(logits, ids)
     finally:
         for module, flag in flags:
@@ -93,9 +98,9 @@ def _windows(
         f"{ids.numel()} tokens",
         remedy,
     )
-    getter = getattr(model, "get_input_embeddings", None)
-    if callable(getter):
-        size = getter().weight.shape[0]
+    weight = getattr(input_embedding(model), "weight", None)
+    if isinstance(weight, Tensor):
+        size = weight.shape[0]
         low, high = int(ids.min()), int(ids.max())
         inside = low >= 0 and high < size
         check(

@@ -213,6 +213,10 @@ def _empty(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_matrix(tensor: Tensor, op: str, name: str) -> None:
+    kind = type(tensor).__name__
+    remedy = "Call torch.as_tensor."
+    check(isinstance(tensor, Tensor), op, f"{name} as a Tensor", kind, remedy, TypeError)
+    check(not tensor.is_meta, op, f"{name} with data", "a meta tensor", "Load the weights first.")
     check(tensor.ndim == 2, op, f"{name} of shape [out, in]", f"shape {list(tensor.shape)}")
     check(
         tensor.shape[1] % 4 == 0,

@@ -223,6 +223,24 @@ class Hessian:
         )
 
 
+def _check_matrix(op: str, h: Tensor) -> None:
+    """A matrix that a caller brings: real floating point and, up to rounding, symmetric."""
+    expected = "a real floating-point Hessian"
+    check(h.is_floating_point(), op, expected, str(h.dtype), exc=TypeError)
+    square = h.dim() == 2 and h.shape[0] == h.shape[1] and not h.is_meta
+    if square and bool(h.isfinite().all()):
+        gap = float((h - h.t()).abs().max()) if h.numel() else 0.0
+        fits = gap <= 1e-3 * float(h.abs().max()) if h.numel() else True
+        remedy = "Pass XᵀX of the layer's inputs."
+        check(
+            fits,
+            op,
+            "a symmetric Hessian",
+            f"a difference of {gap:.3g} from its own transpose",
+            remedy,
+        )
+
+
 def as_matrix(op: str, hessian: Hessian | Tensor, w: Tensor) -> Tensor:
     """Return the float32 [in_features, in_features] matrix of a Hessian or tensor, checked for w.
 
@@ -238,6 +256,8 @@ def as_matrix(op: str, hessian: Hessian | Tensor, w: Tensor) -> Tensor:
             "Call hessian.add(x) with the layer's inputs first.",
         )
         hessian = hessian.matrix
+    else:
+        _check_matrix(op, hessian)
     in_features = w.shape[1]
     check(
         tuple(hessian.shape) == (in_features, in_features),

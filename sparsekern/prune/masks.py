@@ -106,9 +106,13 @@ def magnitude_mask(w: Tensor, n: int = 2, m: int = 4) -> Tensor:
         ValueError, TypeError: as nm_mask.
     """
     op = "sparsekern.prune.magnitude_mask"
+    _check_tensor(op, "w", w)
     check(not w.is_complex(), op, "a real weight", str(w.dtype), exc=TypeError)
-    # 8-bit types have no usable abs (int8 wraps at -128, float8 lacks it); float32 holds them.
     w = w.detach()
+    if not w.is_floating_point() and w.element_size() > 1:
+        # The smallest integer has no abs of its own type; the order of -|w| is the same, reversed.
+        return _nm_mask(op, "w", ~torch.where(w > 0, ~w + 1, w), n, m)
+    # 8-bit types have no usable abs (int8 wraps at -128, float8 lacks it); float32 holds them.
     return _nm_mask(op, "w", (w.float() if w.element_size() == 1 else w).abs(), n, m)
 
 
@@ -122,7 +126,7 @@ def wanda_mask(w: Tensor, act_norm: Tensor, n: int = 2, m: int = 4) -> Tensor:
         n, m: as in nm_mask.
     Returns:
         bool [..., in_features], True = kept. The score is one float32 product, so CPU and GPU agree
-        bit for bit.
+        bit for bit; float64 where an input is float64 or a product leaves float32's range.
     Raises:
         ValueError: act_norm of another length, device or sign; NaN in a score; the rest as nm_mask.
     Source: Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models".
@@ -150,8 +154,16 @@ def wanda_mask(w: Tensor, act_norm: Tensor, n: int = 2, m: int = 4) -> Tensor:
         "a negative norm",
         "Pass norms, not means.",
     )
+    wide = torch.float64 in (w.dtype, act_norm.dtype)
     scores = w.detach().float().abs() * act_norm.detach().float()
+    if wide or bool(scores.isinf().any()):
+        scores = w.detach().double().abs() * act_norm.detach().double()
     return _nm_mask(op, "|w| * act_norm", scores, n, m)
+
+
+def _check_tensor(op: str, name: str, tensor: object) -> None:
+    got = type(tensor).__name__
+    check(isinstance(tensor, Tensor), op, f"{name} as a Tensor", got, exc=TypeError)
 
 
 def _nm_mask(op: str, name: str, scores: Tensor, n: int, m: int) -> Tensor:
