@@ -14,6 +14,7 @@ ROOT_PAGES = {
     "results.md": "bench/RESULTS.md",
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
+    "security.md": "SECURITY.md",
 }
 MARKER = "<!-- all messages -->"
 
