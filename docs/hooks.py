@@ -14,6 +14,7 @@ ROOT_PAGES = {
     "results.md": "bench/RESULTS.md",
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
+    "security.md": "SECURITY.md",
 }
 MARKER = "<!-- all messages -->"
 
@@ -28,6 +29,9 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
+    """The list of messages; links from docs/ to pages that lie outside of it."""
+    for target, source in ROOT_PAGES.items():
+        markdown = markdown.replace(f"](../{source})", f"]({target})")
     return markdown.replace(MARKER, messages()) if MARKER in markdown else markdown
 
 

@@ -327,3 +327,11 @@ def test_damaged_manifest(tmp_path):
     (tmp_path / "manifest.json").write_text('{"schema"')
     with pytest.raises(FormatError, match="manifest.json to hold JSON"):
         run(build("llama"), tmp_path)
+
+
+def test_a_link_as_lock_empties_nothing(tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").symlink_to(tmp_path / "precious")
+    ResumeDir(tmp_path / "run", {"a": 1}).close()
+    assert (tmp_path / "precious").read_text() == "kept"

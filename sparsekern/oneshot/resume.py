@@ -54,7 +54,7 @@ class ResumeDir:
             remedy = "Give a folder."
             raise NotADirectoryError(message(OP, "a folder", f"the file {self.path}", remedy))
         os.makedirs(self.path, exist_ok=True)
-        self._lock: IO[str] | None = open(os.path.join(self.path, "lock"), "w")  # noqa: SIM115
+        self._lock: IO[str] | None = open(os.path.join(self.path, "lock"), "a")  # noqa: SIM115
         try:
             self._claim(json.loads(json.dumps({"schema": SCHEMA, **manifest})))
         except BaseException:

@@ -100,6 +100,6 @@ def _read(path: str | os.PathLike[str], version: int) -> tuple[dict[str, Any], s
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Holds the exclusive lock of `path`, against other processes and other threads."""
-    with open(f"{path}.lock", "w") as file:
+    with open(f"{path}.lock", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield  # closing the file releases the lock
