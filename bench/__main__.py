@@ -47,7 +47,8 @@ def main(arguments: list[str]) -> int:
     gpu = re.sub(r"[^a-z0-9]+", "-", gpu).strip("-")
     path = HERE / "records" / f"{time.strftime('%Y-%m-%d', time.gmtime())}-{gpu}.jsonl"
     code = 0
-    needs_another = {"compat", "hosttime"}  # an older build to compare with: run by name alone
+    # An older build to compare with, or a vLLM and room for its folders: run by name alone.
+    needs_another = {"compat", "hosttime", "vllm"}
     for name in chosen or sorted(set(names()) - needs_another):
         print(f"== {name}", flush=True)
         code |= importlib.import_module(f"bench.bench_{name}").main(path, options) or 0

@@ -41,7 +41,7 @@ KINDS = {"magnitude": "Magnitude", "sr-ste": "SRSTE", "rigl": "RigL"}
 def make_parser():
     result = parser("finetune", "Recover a pruned model by masked distillation.", budget=540)
     source = result.add_mutually_exclusive_group()
-    source.add_argument("--gguf", metavar="FILE", help="a Llama-architecture .gguf file")
+    source.add_argument("--gguf", metavar="FILE", help="a .gguf file")
     source.add_argument("--model", metavar="DIR", help="a folder of safetensors files")
     result.add_argument("--train", default="builtin", metavar="FILE,...")
     result.add_argument("--held-out", default="", metavar="FILE,...", help="of --train: keep tails")

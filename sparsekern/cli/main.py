@@ -1,5 +1,5 @@
-"""The command line: sparsekern prune | eval | verify | export | bench | tune | doctor
-| demo.
+"""The command line: sparsekern prune | eval | verify | export | bench | tune | finetune | doctor |
+demo.
 
 Every command is a few lines around the public Python API. An error is one line on stderr and exit
 code 2 (--debug shows the traceback); `verify` exits with 1 when a folder breaks a rule; `prune`

@@ -238,7 +238,7 @@ def make_parser(
     sub.add_argument(
         "--gguf",
         metavar="FILE",
-        help="another Llama-architecture .gguf file (default: SmolLM2-135M-Instruct)",
+        help="another .gguf file (default: SmolLM2-135M-Instruct)",
     )
     sub.add_argument(
         "--cache",
