@@ -141,8 +141,10 @@ def test_the_config_of_a_gated_pair():
     """The split doubles up to 96 thread blocks; half the rows where a split of 2 is few."""
     if not _native.available():
         pytest.skip(_native.reason())
-    from sparsekern.backends.cuda.native import gated_config
+    from sparsekern.backends.cuda.native import _indices, gated_config
 
+    _indices.cache_clear()  # other tests ask it about modules of their own
+    gated_config.cache_clear()
     rows = _native.module().kernels()["decode_gated"]
 
     def chosen(out_features, in_features):

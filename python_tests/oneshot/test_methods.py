@@ -66,7 +66,8 @@ def registered():
 
 def test_a_registered_method_is_used_and_reported(registered, tmp_path):
     registered(THINNED)
-    assert list(prune.methods()) == ["sparsegpt", "wanda", "magnitude", "thinned"]
+    names = list(prune.methods())  # pages of docs/ may have registered theirs in this process
+    assert names[:3] == ["sparsegpt", "wanda", "magnitude"] and names[-1] == "thinned"
     model, dense = build(), build()
     report = run_prune(model, "thinned", shrink=0.25, resume=tmp_path)
     assert report.method == "thinned" and report.options["shrink"] == 0.25
