@@ -77,3 +77,25 @@ def seeds():
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def registries():
+    """What a test registers (a backend, a layout, an element type, a pruner) is gone after it."""
+    from sparsekern.backends import registry
+    from sparsekern.formats import dtypes, layouts
+
+    methods = sys.modules["sparsekern.prune.methods"]  # not the function of that name
+
+    tables = [registry._BACKENDS, dtypes._TABLE, layouts._LAYOUTS, methods._METHODS]
+    before = [dict(table) for table in tables]
+    preference = {device: list(names) for device, names in registry._PREFERENCE.items()}
+    yield
+    if [list(table) for table in tables] == [list(table) for table in before]:
+        return
+    for table, was in zip(tables, before, strict=True):
+        table.clear()
+        table.update(was)
+    registry._PREFERENCE.clear()
+    registry._PREFERENCE.update(preference)
+    registry.changed()
