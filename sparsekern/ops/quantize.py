@@ -44,7 +44,7 @@ def quantize(
         dtype: "fp8" (e4m3) or "int8", with one scale for each output channel, or "int4".
         group: int4 alone: 64 or 128 columns of in_features, counted dense, that share a scale, or
             in_features for one scale for each output channel; None: 128.
-        scale: "absmax" (the largest magnitude gets the top level 448, 127 or 7), "mse" (of 61
+        scale: "absmax" (the largest magnitude gets the top level 448, 127 or 7), "mse" (of 31
             smaller scales, down to 0.4 times that one, the one with the least squared error), or a
             tensor float32 [out_features, 1] or [out_features, groups].
         importance: [in_features], >= 0: weights of the columns' errors for "mse"; the diagonal of
