@@ -2,7 +2,6 @@
 #include "activations/quantize_rows.cuh"
 
 #include <algorithm>
-#include <cstring>
 
 #include "core/device.h"
 
@@ -51,8 +50,8 @@ Status launch(const Params& params, int warps, cudaStream_t stream) {
                             &quantize_rows_kernel<T, Q, kSource, kChunks>, states);
   int rows = 1;
   if (kChunks > 0)
-    rows = static_cast<int>(std::clamp<int64_t>(params.tokens / kFewBlocks, 1,
-                                                std::max(1, kBlockWarps / warps)));
+    rows = static_cast<int>(
+        std::clamp<int64_t>(params.tokens / kFewBlocks, 1, std::max(1, kBlockWarps / warps)));
   LaunchShape shape = {rows * warps * kWarpThreads, 0};
   SK_RETURN_IF_ERROR(kernel.prepare(shape.smem_bytes, shape.dependent));
   const int64_t blocks = (params.tokens + rows - 1) / rows;
@@ -91,13 +90,15 @@ Status launch_source(RowSource source, const Params& params, Cut cut, cudaStream
 template <class T>
 Status launch_storage(const QuantizeRowsProblem& p, const Params& params, Cut cut,
                       cudaStream_t stream) {
-  const char* storage = info(p.storage).name;
-  if (std::strcmp(storage, "float8_e4m3fn") == 0)
-    return launch_source<T, E4m3>(p.source, params, cut, stream);
-  if (std::strcmp(storage, "int8") == 0)
-    return launch_source<T, Int8>(p.source, params, cut, stream);
-  return make_status(StatusKind::type, kOp, ": expected storage float8_e4m3fn or int8, got ",
-                     storage, ". Choose one of them.");
+  switch (p.storage) {
+    case DType::kFloat8E4M3:
+      return launch_source<T, E4m3>(p.source, params, cut, stream);
+    case DType::kInt8:
+      return launch_source<T, Int8>(p.source, params, cut, stream);
+    default:
+      return make_status(StatusKind::type, kOp, ": expected storage float8_e4m3fn or int8, got ",
+                         info(p.storage).name, ". Choose one of them.");
+  }
 }
 
 }  // namespace

@@ -305,7 +305,8 @@ __device__ __forceinline__ void quantize_aligned(const Params& p, Shared& shared
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         const float2 h = unpack_pair<T>(c.word[w]), g = unpack_pair<T>(weight.word[w]);
-        c.word[w] = pack_pair<T>(__fmul_rn(__fmul_rn(h.x, g.x), r), __fmul_rn(__fmul_rn(h.y, g.y), r));
+        c.word[w] =
+            pack_pair<T>(__fmul_rn(__fmul_rn(h.x, g.x), r), __fmul_rn(__fmul_rn(h.y, g.y), r));
       }
     }
     if constexpr (kSource != RowSource::kPlain) {
