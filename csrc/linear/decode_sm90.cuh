@@ -63,8 +63,9 @@ struct Config {
   using W = W_;
   using X = X_;
   using Tile = tile64::Tile<Element<W>::kStorageBits>;
+  using Y = Y_;
   static constexpr bool kWidens = Element<W>::kStorageBits < Element<X>::kStorageBits;
-  using Out = Epilogue<Y_, kWidens>;
+  static constexpr bool kScaled = kWidens;
   static constexpr int kPanels = kPanels_;
   static constexpr int kRows = kPanels * tile64::kRows;
   static constexpr int kWarpRows = kRows / kConsumerWarps;  // 32 or 16
@@ -94,11 +95,25 @@ template <class Cfg>
 struct Params {
   const uint8_t* values[2];
   const uint8_t* metadata[2];
-  typename Cfg::Out out;
+  Epilogue<typename Cfg::Y, Cfg::kScaled> out;
   tile64::Extent extent;
   int row_blocks;
   int tokens;
 };
+
+template <class Cfg>
+Params<Cfg> make_params(const LinearProblem& p) {
+  Params<Cfg> params = {};
+  params.values[0] = static_cast<const uint8_t*>(p.weight.values);
+  params.values[1] = static_cast<const uint8_t*>(p.up.values);
+  params.metadata[0] = static_cast<const uint8_t*>(p.weight.metadata);
+  params.metadata[1] = static_cast<const uint8_t*>(p.up.metadata);
+  params.out = make_epilogue<typename Cfg::Y, Cfg::kScaled>(p);
+  params.extent = tile64::Extent::of<typename Cfg::Tile>(p.out_features, p.in_features);
+  params.row_blocks = tile64::ceil_div(params.extent.panels, Cfg::kPanels);
+  params.tokens = p.tokens;
+  return params;
+}
 
 template <class Cfg>
 __device__ __forceinline__ int panels_in(const tile64::Extent& extent, int row_block) {
