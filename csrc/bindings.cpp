@@ -108,10 +108,10 @@ void prune_compress(Address w, Address values, Address metadata, Address bad_chu
 }
 
 void pack(Address values, Address metadata, Address packed_values, Address packed_metadata,
-          int out_features, int in_features, Address stream) {
+          int out_features, int in_features, int storage_bits, Address stream) {
   raise_if_error(bind_thread("sparsekern.pack"));
   raise_if_error(launch_pack(in(values), in(metadata), out(packed_values), out(packed_metadata),
-                             out_features, in_features, as_stream(stream)));
+                             out_features, in_features, storage_bits, as_stream(stream)));
 }
 
 // 0 when the stream is not being captured into a CUDA graph; else a number of this one capture.
@@ -131,7 +131,7 @@ void bind_weights(py::module_& m) {
                                  "launch_prune_compress");
   fastcall::def<&pack>(m, "pack",
                        "*, values, metadata, packed_values, packed_metadata, out_features, "
-                       "in_features, stream",
+                       "in_features, storage_bits, stream",
                        "launch_pack");
   fastcall::def<&capture_id>(m, "capture_id", "stream, /",
                              "0, or a number of the stream's current graph capture.");

@@ -3,6 +3,7 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 #include <type_traits>
@@ -17,7 +18,6 @@ struct Element;
 #define SK_ELEMENT(enumerator, name, type, bits, operand, accumulator, ...) \
   template <>                                                               \
   struct Element<type> {                                                    \
-    static constexpr DType kDType = DType::enumerator;                      \
     static constexpr int kStorageBits = bits;                               \
     static constexpr int kPerByte = bits < 8 ? 8 / bits : 1;                \
     using Accumulator = accumulator;                                        \

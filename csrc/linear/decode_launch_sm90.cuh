@@ -60,13 +60,15 @@ Status launch_for_tokens(const LinearProblem& p, int config, cudaStream_t stream
   return {};
 }
 
-template <class T>
+template <class T, class X, class Y>
 Status linear(const LinearProblem& p, int config, cudaStream_t stream) {
+  static_assert(std::is_same_v<T, X> && std::is_same_v<T, Y>);
   return launch_for_tokens<T, 1>(p, config, stream);
 }
 
-template <class T>
+template <class T, class X, class Y>
 Status gated(const LinearProblem& p, int config, cudaStream_t stream) {
+  static_assert(std::is_same_v<T, X> && std::is_same_v<T, Y>);
   return launch_for_tokens<T, 2>(p, config, stream);
 }
 

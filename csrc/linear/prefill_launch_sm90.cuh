@@ -89,8 +89,9 @@ Status launch(const LinearProblem& p, ClusterShape cluster, cudaStream_t stream)
                        params);
 }
 
-template <class T>
+template <class T, class X, class Y>
 Status linear(const LinearProblem& p, int config, cudaStream_t stream) {
+  static_assert(std::is_same_v<T, X> && std::is_same_v<T, Y>);
   if (p.tokens == 0) return {};
   switch (config) {
 #define SK_CASE(index, panels, tokens, cluster_m, cluster_n, streamed) \

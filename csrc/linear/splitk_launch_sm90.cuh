@@ -41,8 +41,9 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
   return kernel.launch(shape, tiles * kSplits, stream, x_map, params);
 }
 
-template <class T>
+template <class T, class X, class Y>
 Status linear(const LinearProblem& p, int config, cudaStream_t stream) {
+  static_assert(std::is_same_v<T, X> && std::is_same_v<T, Y>);
   if (p.tokens == 0) return {};
   switch (config) {
 #define SK_CASE(index, panels, tokens, splits) \
