@@ -39,7 +39,8 @@ struct Launch {
 #define SK_LAUNCH(W, X, Y, function, configs) \
   {kDTypeOf<W>, kDTypeOf<X>, kDTypeOf<Y>, &function<W, X, Y>, (configs).rows},
 
-inline constexpr Launch kDecode[] = {SK_PLAIN(SK_LAUNCH, decode::linear, kDecodeConfigs)};
+inline constexpr Launch kDecode[] = {SK_PLAIN(SK_LAUNCH, decode::linear, kDecodeConfigs)  //
+                                     SK_W8A16(SK_LAUNCH, decode::linear, kDecodeConfigs)};
 inline constexpr Launch kDecodeGated[] = {SK_PLAIN(SK_LAUNCH, decode::gated, kDecodeConfigs)};
 inline constexpr Launch kPrefill[] = {SK_PLAIN(SK_LAUNCH, prefill::linear, kPrefillConfigs)};
 inline constexpr Launch kSplit[] = {SK_PLAIN(SK_LAUNCH, split::linear, kSplitConfigs)};
