@@ -15,6 +15,12 @@ __device__ __forceinline__ uint32_t load_shared_u32(uint32_t smem) {
   return v;
 }
 
+__device__ __forceinline__ uint2 load_shared_u64(uint32_t smem) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(smem) : "memory");
+  return v;
+}
+
 __device__ __forceinline__ uint4 load_shared_u128(uint32_t smem) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
