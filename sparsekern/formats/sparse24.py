@@ -143,23 +143,8 @@ class Sparse24:
         Raises:
             FormatError: wrong shapes or dtypes, or a group whose mask does not have two bits.
         """
-        op = "sparsekern.Sparse24.from_bitmask"
-        size = checked_shape(op, shape)
-        groups = size[1] // 4
-        _check(isinstance(bitmask, Tensor), op, "a tensor as bitmask", type(bitmask).__name__)
-        _check(bitmask.dtype == torch.uint8, op, "bitmask of dtype uint8", bitmask.dtype)
-        check_tensor_shape(op, "bitmask", bitmask, [size[0], (size[1] + 7) // 8])
-        bits = codec.unpack_nibbles(bitmask, groups)
-        nibbles = _lookup(_NIBBLE_OF_BITMASK, bits)
-        if (nibbles == 0).any():
-            row, group = (nibbles == 0).nonzero()[0].tolist()
-            kept = bin(int(bits[row, group])).count("1")
-            _raise_at(op, "2 bits set in each group of 4 columns", f"{kept} bits", row, group)
-        if groups % 2 and (bitmask[:, -1] >> 4).any():
-            row = int((bitmask[:, -1] >> 4).nonzero()[0])
-            _raise_at(op, "padding bits that are 0", "a set bit", row, groups)
-        metadata = codec.pack_nibbles(nibbles, codec.PADDING_NIBBLE)
-        return cls(values, metadata, size)
+        metadata = metadata_of_bitmask(bitmask, shape, "sparsekern.Sparse24.from_bitmask")
+        return cls(values, metadata, shape)
 
     # ------------------------------------------------------------------ what it is
 
@@ -445,6 +430,44 @@ def of_levels(spec: WeightSpec, levels: Tensor, scale: Tensor, metadata: Tensor)
     values, metadata = codec.settle_slots(levels, metadata)
     tensors = {"values": coder.pack(values), "metadata": metadata, scaled.SCALE: scale}
     return Sparse24.from_tensors(spec, tensors)
+
+
+def metadata_of_bitmask(
+    bitmask: Tensor, shape: Sequence[int], op: str = "sparsekern.Sparse24.from_bitmask"
+) -> Tensor:
+    """Row-major metadata uint8 [out, ceil(in/8)] of a file's bitmask, which is as large.
+
+    Raises:
+        FormatError: as `Sparse24.from_bitmask`.
+    """
+    size = checked_shape(op, shape)
+    groups = size[1] // 4
+    _check(isinstance(bitmask, Tensor), op, "a tensor as bitmask", type(bitmask).__name__)
+    _check(bitmask.dtype == torch.uint8, op, "bitmask of dtype uint8", bitmask.dtype)
+    check_tensor_shape(op, "bitmask", bitmask, [size[0], (size[1] + 7) // 8])
+    bits = codec.unpack_nibbles(bitmask, groups)
+    nibbles = _lookup(_NIBBLE_OF_BITMASK, bits)
+    if (nibbles == 0).any():
+        row, group = (nibbles == 0).nonzero()[0].tolist()
+        kept = bin(int(bits[row, group])).count("1")
+        _raise_at(op, "2 bits set in each group of 4 columns", f"{kept} bits", row, group)
+    if groups % 2 and (bitmask[:, -1] >> 4).any():
+        row = int((bitmask[:, -1] >> 4).nonzero()[0])
+        _raise_at(op, "padding bits that are 0", "a set bit", row, groups)
+    return codec.pack_nibbles(nibbles, codec.PADDING_NIBBLE)
+
+
+def split_rows(w24: Sparse24, rows: Sequence[int]) -> list[Sparse24]:
+    """The weights whose rows, one after the other, are those of a row-major w24; shares memory."""
+    parts, start = [], 0
+    for count in rows:
+        old = w24.spec
+        shape = (count, old.shape[1])
+        spec = WeightSpec.of(shape, old.storage, old.layout, old.dtype, old.scale, old.group)
+        some = {name: tensor[start : start + count] for name, tensor in w24.tensors.items()}
+        parts.append(Sparse24.from_tensors(spec, some))
+        start += count
+    return parts
 
 
 def decompress(w24: Sparse24) -> Tensor:
