@@ -155,6 +155,27 @@ def pack(
     storage_bits: int,  # of a value: 16 or 8
     stream: int,
 ) -> None: ...
+def quantize_rows(
+    *,
+    x: int,  # [tokens, features]; the gate, when there is up
+    x_stride: int,
+    tokens: int,
+    features: int,
+    dtype: int,  # of x, up, norm_weight, residual and y: 0 or 1
+    up: int,  # 0, or: silu(x) * up is quantised
+    up_stride: int,
+    norm_weight: int,  # 0, or [features]: RMSNorm(x + residual) * norm_weight is quantised
+    eps: float,
+    residual: int,  # 0, or rows that become x + residual
+    residual_stride: int,
+    y: int,  # 0, or rows for what is quantised, before it is
+    y_stride: int,
+    storage: int,  # of q: 2 or 3
+    q: int,
+    q_stride: int,
+    scale: int,  # float32 [tokens]
+    stream: int,
+) -> None: ...
 def prune_compress(
     *,
     w: int,

@@ -37,17 +37,22 @@ struct Launch {
   int configs;
 };
 #define SK_LAUNCH(W, X, Y, function, configs) \
-  {kDTypeOf<W>, kDTypeOf<X>, kDTypeOf<Y>, &function<W, X, Y>, (configs).rows},
+  {kDTypeOf<W>, kDTypeOf<X>, kDTypeOf<Y>, &function<W, X, Y>, configs},
 
-inline constexpr Launch kDecode[] = {SK_PLAIN(SK_LAUNCH, decode::linear, kDecodeConfigs)  //
-                                     SK_W8A16(SK_LAUNCH, decode::linear, kDecodeConfigs)};
-inline constexpr Launch kDecodeGated[] = {SK_PLAIN(SK_LAUNCH, decode::gated, kDecodeConfigs)};
-inline constexpr Launch kPrefill[] = {SK_PLAIN(SK_LAUNCH, prefill::linear, kPrefillConfigs)};
-inline constexpr Launch kSplit[] = {SK_PLAIN(SK_LAUNCH, split::linear, kSplitConfigs)};
-inline constexpr Launch kMma[] = {SK_PLAIN(SK_LAUNCH, mma::linear, kMmaConfigs)};
-inline constexpr Launch kNaive[] = {SK_PLAIN(SK_LAUNCH, naive::linear, kNaiveConfigs)  //
-                                    SK_E4M3_A8(SK_LAUNCH, naive::linear, kNaiveConfigs)
-                                        SK_INT8_A8(SK_LAUNCH, naive::linear, kNaiveConfigs)};
+inline constexpr Launch kDecode[] = {SK_PLAIN(SK_LAUNCH, decode::linear, kDecodeConfigs.rows)  //
+                                     SK_W8A16(SK_LAUNCH, decode::linear, kDecodeConfigs.rows)};
+inline constexpr Launch kDecodeGated[] = {SK_PLAIN(SK_LAUNCH, decode::gated, kDecodeConfigs.rows)};
+inline constexpr Launch kPrefill[] = {
+    SK_PLAIN(SK_LAUNCH, prefill::linear, SK_PREFILL_UNPROMOTED)  //
+    SK_E4M3_A8(SK_LAUNCH, prefill::linear, kPrefillConfigs.rows)
+        SK_INT8_A8(SK_LAUNCH, prefill::linear, SK_PREFILL_UNPROMOTED)};
+inline constexpr Launch kSplit[] = {SK_PLAIN(SK_LAUNCH, split::linear, kSplitConfigs.rows)  //
+                                    SK_E4M3_A8(SK_LAUNCH, split::linear, kSplitConfigs.rows)
+                                        SK_INT8_A8(SK_LAUNCH, split::linear, kSplitConfigs.rows)};
+inline constexpr Launch kMma[] = {SK_PLAIN(SK_LAUNCH, mma::linear, kMmaConfigs.rows)};
+inline constexpr Launch kNaive[] = {SK_PLAIN(SK_LAUNCH, naive::linear, kNaiveConfigs.rows)  //
+                                    SK_E4M3_A8(SK_LAUNCH, naive::linear, kNaiveConfigs.rows)
+                                        SK_INT8_A8(SK_LAUNCH, naive::linear, kNaiveConfigs.rows)};
 #undef SK_LAUNCH
 
 struct Launches {

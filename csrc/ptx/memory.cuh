@@ -34,6 +34,18 @@ __device__ __forceinline__ void store_shared_f32(uint32_t smem, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(smem), "f"(v) : "memory");
 }
 
+__device__ __forceinline__ float load_shared_f32(uint32_t smem) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(smem) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ float2 load_shared_float2(uint32_t smem) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(smem) : "memory");
+  return v;
+}
+
 __device__ __forceinline__ float4 load_shared_float4(uint32_t smem) {
   float4 v;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
