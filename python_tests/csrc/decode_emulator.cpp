@@ -1,5 +1,6 @@
 // decode_emulator.cpp: runs the source of csrc/linear/decode_sm90.cuh on the CPU, cluster by cluster,
 // for test_decode_emulated.py: emulator.h with the copy engine, its barriers and clusters.
+// EMULATE_FEW: e4m3 with bfloat16, 9 to 16 tokens, two configs.
 #include "emulator.h"
 
 #include <cuda.h>
@@ -165,21 +166,28 @@ void run_clusters(const LinearProblem& p, int clusters) {
 
 template <class W, class X, int kTokenTiles>
 void run(const LinearProblem& p, int config, int clusters) {
+#ifdef EMULATE_FEW
+#define SK_CONFIGS(X) X(0, 4, 1) X(5, 2, 2)
+#else
+#define SK_CONFIGS(X) SK_DECODE_CONFIGS(X)
+#endif
   switch (config) {
 #define SK_CASE(index, panels, split) \
   case index:                         \
     return run_clusters<Config<W, X, X, kTokenTiles, 1, panels>, split>(p, clusters);
-    SK_DECODE_CONFIGS(SK_CASE)
+    SK_CONFIGS(SK_CASE)
 #undef SK_CASE
   }
 }
 
 template <class W, class X>
 void run(const LinearProblem& p, int config, int clusters) {
+#ifndef EMULATE_FEW
   if (p.tokens <= 8) return run<W, X, 1>(p, config, clusters);
-  if (p.tokens <= 16) return run<W, X, 2>(p, config, clusters);
-  if (p.tokens <= 32) return run<W, X, 4>(p, config, clusters);
-  return run<W, X, 8>(p, config, clusters);
+  if (p.tokens > 32) return run<W, X, 8>(p, config, clusters);
+  if (p.tokens > 16) return run<W, X, 4>(p, config, clusters);
+#endif
+  return run<W, X, 2>(p, config, clusters);
 }
 
 }  // namespace sparsekern::decode
@@ -215,11 +223,16 @@ extern "C" const char* emulate(const Emulated* e) {
   };
   emulator::readable = {range(e->values, e->values_bytes), range(e->metadata, e->metadata_bytes)};
   using Run = void (*)(const LinearProblem&, int, int);
+#ifdef EMULATE_FEW
+  constexpr Run run = decode::run<__nv_fp8_e4m3, __nv_bfloat16>;
+#else
   constexpr Run runs[3][2] = {
       {decode::run<__half, __half>, decode::run<__nv_bfloat16, __nv_bfloat16>},
       {decode::run<__nv_fp8_e4m3, __half>, decode::run<__nv_fp8_e4m3, __nv_bfloat16>},
       {decode::run<int8_t, __half>, decode::run<int8_t, __nv_bfloat16>},
   };
-  runs[e->weight][e->bf16](p, e->config, e->clusters);
+  const Run run = runs[e->weight][e->bf16];
+#endif
+  run(p, e->config, e->clusters);
   return emulator::error.c_str();
 }
