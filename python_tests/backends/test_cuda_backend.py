@@ -15,7 +15,7 @@ from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.backends.cuda import tuned_tables as tuning
 from sparsekern.backends.cuda.backend import CudaBackend
-from sparsekern.backends.cuda.cost_model import TIMES, MmaTile, RowBlocks, Tile
+from sparsekern.backends.cuda.cost_model import TIMES, MmaTile, RowBlocks, SplitTile, Tile
 from sparsekern.backends.protocol import problem_of
 from sparsekern.backends.triton.backend import TritonBackend
 from sparsekern.formats.sparse24 import compress
@@ -33,6 +33,20 @@ BLOCKS += [v for v in TIMES if isinstance(v, RowBlocks) and v not in BLOCKS]
 # Stages (and below, parts) that no tile of configs.h has: TIMES lacks them, so that Hopper chooses
 # another kernel.
 MMA_TILES = (MmaTile(128, 128, 2, 4, 1, 2), MmaTile(64, 8, 2, 1, 4, 3))
+
+
+# Tiles for e4m3 alone, and the types of kernels: of the weight, of x and of y.
+PROMOTED = [Tile(128, 192, 1, 1, promoted=True), Tile(128, 128, 2, 1, promoted=True)]
+PLAIN = [(F16,) * 3, (BF16,) * 3]
+EIGHT = [("float8_e4m3fn", "float8_e4m3fn", y) for y in (F16, BF16)]
+WIDENED = [(w, x, x) for w in ("float8_e4m3fn", "int8") for x in (F16, BF16)]
+
+
+def rows(variants, first=0, types=None):
+    """What kernels() says of variants; types: None for those of a kernel that has all but W8A16."""
+    every = [*PLAIN, *EIGHT, *(("int8", "int8", y) for y in (F16, BF16))]
+    of = dict(types=every if types is None else types)
+    return [v._asdict() | {"index": i} | of for i, v in enumerate(variants, first)]
 
 
 class FakeLinear:
@@ -60,11 +74,11 @@ def native(monkeypatch, tmp_path):
         PREFILL_COUNTER_BYTES=16,
         kernels=lambda: module.rows,
         rows={
-            "prefill": [tile._asdict() | {"index": i} for i, tile in enumerate(TILES)],
-            "decode": [b._asdict() | {"index": i} for i, b in enumerate(BLOCKS, 1)],
-            "decode_gated": [b._asdict() | {"index": i} for i, b in enumerate(BLOCKS, 1)],
-            "mma": [tile._asdict() | {"index": i} for i, tile in enumerate(MMA_TILES)],
-            "split": [dict(index=0, rows=128, tokens=64, split=16)],
+            "prefill": rows(TILES) + rows(PROMOTED, len(TILES), EIGHT),
+            "decode": rows(BLOCKS, 1, [*PLAIN, *WIDENED]),
+            "decode_gated": rows(BLOCKS, 1, PLAIN),
+            "mma": rows(MMA_TILES, 0, PLAIN),
+            "split": rows([SplitTile(128, 64, 16)]),
         },
         Linear=lambda **problem: FakeLinear(module.calls, problem),
         calls=[],
@@ -206,7 +220,7 @@ def test_without_a_table_heuristics_choose(native):
 def test_heuristics_may_choose_mma_on_hopper(native, monkeypatch):
     """32x16: the fastest at 64 tokens of a weight with few rows."""
     tile = MmaTile(32, 16, 1, 1, 4, 5)
-    native.rows["mma"] = [tile._asdict() | {"index": 7}]
+    native.rows["mma"] = rows([tile], 7, PLAIN)
     assert cuda_backend._plan(64, 512, 2048, BF16, 0) == ("mma", 7)
     assert explained(64, 512, 2048)[0] == "mma 32x16, 1x1x4 warps"
 
@@ -244,10 +258,7 @@ def test_a_variant_that_this_build_lacks_is_ignored(native, tmp_path):
 
 def test_a_config_is_found_by_its_meaning_wherever_it_stands_in_the_list(native, tmp_path):
     tune(tmp_path / "shipped" / "gpu.json", {8: ("decode 128 rows, split 4", 3.0)})
-    native.rows["decode"] = [
-        {"index": 1, "rows": 128, "split": 4},
-        {"index": 2, "rows": 64, "split": 2},
-    ]
+    native.rows["decode"] = rows([RowBlocks(128, 4), RowBlocks(64, 2)], 1, PLAIN)
     forget()
     assert cuda_backend._plan(8, 4096, 4096, BF16, 0) == ("decode", 1)
 
@@ -293,7 +304,11 @@ def test_a_launcher_passes_what_the_module_takes(native, monkeypatch):
             y_stride=64,
             residual_stride=0,
             dtype="bfloat16",
+            weight_dtype="bfloat16",
+            x_dtype="bfloat16",
             activation=None,
+            channel_scale=0,
+            token_scale=0,
             x=x.data_ptr(),
             values=w24.values.data_ptr(),
             metadata=w24.metadata.data_ptr(),
@@ -350,6 +365,8 @@ def test_linear_passes_what_the_module_takes(on_cpu, leading, dtype):
         y_stride=64,
         residual_stride=0,
         dtype=name,
+        weight_dtype=name,
+        x_dtype=name,
         activation="gelu",
         x=x.data_ptr(),
         values=w24.values.data_ptr(),
