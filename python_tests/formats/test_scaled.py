@@ -164,8 +164,16 @@ REFUSALS = [
     (lambda: sk.quantize(sk.compress(weight()), "fp4"), ValueError, "'fp8', 'int8', 'int4', got"),
     (lambda: sk.quantize(sk.compress(weight()), "bfloat16"), ValueError, "one of 'fp8'"),
     (lambda: sk.quantize(sk.compress(weight()), "fp8", group=64), ValueError, "one scale for each"),
-    (lambda: sk.quantize(sk.compress(weight()), "int4", group=32), ValueError, r"\(64, 128\).*got 32"),
-    (lambda: sk.quantize(sk.compress(weight()), "int8", scale="max"), ValueError, "'absmax', 'mse'"),
+    (
+        lambda: sk.quantize(sk.compress(weight()), "int4", group=32),
+        ValueError,
+        r"\(64, 128\).*got 32",
+    ),
+    (
+        lambda: sk.quantize(sk.compress(weight()), "int8", scale="max"),
+        ValueError,
+        "'absmax', 'mse'",
+    ),
     (
         lambda: sk.quantize(sk.compress(weight()), "int8", scale=torch.ones(24)),
         ValueError,

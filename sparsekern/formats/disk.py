@@ -612,7 +612,9 @@ def _check_groups(where: str, entry: Mapping[str, Any]) -> None:
     known = (*_FORMATS.values(), MARLIN.name)
     for name, group in groups.items():
         weights = group.get("weights") if isinstance(group, dict) else None
-        require(isinstance(weights, dict), where, f"weights in config_groups.{name}", str(group)[:80])
+        require(
+            isinstance(weights, dict), where, f"weights in config_groups.{name}", str(group)[:80]
+        )
         assert isinstance(weights, dict)
         written = group.get("format") or entry.get("format")
         require(
