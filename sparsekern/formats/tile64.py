@@ -131,7 +131,7 @@ def wait_for_weight(values: Tensor) -> None:
 def _packed_sizes(spec: WeightSpec) -> tuple[list[int], list[int]]:
     """Shapes of the packed values and of the packed metadata."""
     bits = spec.element.bits
-    panels, k_tiles = packed_shape(*spec.shape, bits)
+    panels, k_tiles = packed_shape(spec.shape[0], spec.shape[1], bits)
     tiles = panels * k_tiles
     return [tiles, TILE * TILE * 8 // bits], [tiles, TILE * tile_columns(bits) // 8]
 
@@ -158,7 +158,7 @@ def _unpack(spec: WeightSpec, tensors: Tensors) -> Tensors:
 
 def _pack_torch(spec: WeightSpec, rows: Tensor, nibbles: Tensor) -> tuple[Tensor, Tensor]:
     bits = spec.element.bits
-    panels, k_tiles = packed_shape(*spec.shape, bits)
+    panels, k_tiles = packed_shape(spec.shape[0], spec.shape[1], bits)
     kept, bytes_k, chunk = TILE * 8 // bits, tile_columns(bits) // 8, _CHUNK * 8 // bits
     values = _padded(_movable(rows), panels * TILE, k_tiles * kept, 0)
     # row = (panel, 8 rows, row of them), kept column = (k_tile, 16-byte chunk, element)
