@@ -39,6 +39,7 @@ TITLES = {
     "vllm": "A real vLLM 0.24, tokens per second, 8B shape of random weights",
     "decode_model": "Decoding a whole model",
     "prune_model": "Pruning",
+    "quantize": "Quantised 2:4 weights, and quantising before pruning",
     "checkpoint": "Checkpoints",
     "compress": "Compression",
     "public_call": "What a caller gets who compresses and calls",
