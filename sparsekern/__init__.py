@@ -18,6 +18,7 @@ from sparsekern.formats.dtypes import ElementType, register_dtype
 from sparsekern.formats.layouts import Layout, WeightSpec, register_layout
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.integrations.transformers import register_when_imported
+from sparsekern.nn.optimize import OptimizeReport, optimize
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.compress_model import compress_model
 from sparsekern.oneshot.executor import calibrate
@@ -36,6 +37,7 @@ __all__ = [
     "Explanation",
     "FormatError",
     "Layout",
+    "OptimizeReport",
     "PruneReport",
     "RotationReport",
     "Sparse24",
@@ -52,6 +54,7 @@ __all__ = [
     "gated_linear",
     "linear",
     "load_into",
+    "optimize",
     "perplexity",
     "prune",
     "prune_compress",
