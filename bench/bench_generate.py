@@ -42,7 +42,7 @@ def make_parser():
 
 
 class Step:
-    """One decode step at half of the cache."""
+    """One decode step; the cache begins anew when it is full."""
 
     def __init__(self, forward, model: nn.Module, batch: int, context: int):
         import transformers
@@ -55,8 +55,15 @@ class Step:
         self.cache.early_initialization(batch, heads, config.head_dim, dtype, device)
         self.ids = torch.arange(batch, device=device).unsqueeze(1) * 7919 % config.vocab_size
         self.positions = torch.tensor([context // 2], device=device)
+        self.context, self.left = context, context
 
     def __call__(self):
+        if self.left == 0:
+            for layer in self.cache.layers:
+                if isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
+                    layer.cumulative_length.zero_()  # how far the cache is filled
+            self.left = self.context
+        self.left -= 1
         output = self.forward(
             input_ids=self.ids,
             position_ids=self.positions.unsqueeze(0),
