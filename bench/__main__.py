@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     code = 0
     # An older build to compare with, a vLLM and room for its folders, minutes of compilation: these
     # run by name alone.
-    needs_another = {"compat", "generate", "hosttime", "vllm"}
+    needs_another = {"compat", "generate", "hosttime", "serve", "vllm"}
     for name in chosen or sorted(set(names()) - needs_another):
         print(f"== {name}", flush=True)
         code |= importlib.import_module(f"bench.bench_{name}").main(path, options) or 0

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +79,9 @@ def main(path, arguments=()) -> int:
                 case=f"{args.preset}, {args.layers} layers, {case}",
                 dtype="bfloat16",
                 metrics=metrics,
-                details={key: result[key] for key in ("start_s", "weights_gb", "peak_gb")}
+                details={
+                    key: result[key] for key in ("start_s", "phases_s", "weights_gb", "peak_gb")
+                }
                 | {"vllm": record._version("vllm"), "repeats": args.repeats},
             )
             run.say(f"{name:6} {case:18} {rate:10.1f} tokens/s  {metrics.get('speedup', '')}")
@@ -142,8 +145,27 @@ def engine(name: str, folders: dict, args, run: Run) -> dict:
         tail = (done.stdout + done.stderr)[-4000:]
         raise RuntimeError(f"bench.vllm: expected an engine {name} that runs, got:\n{tail}")
     result = json.loads(lines[-1].removeprefix("RESULT "))
-    run.say(f"{name}: started in {result['start_s']} s, weights {result['weights_gb']} GB")
+    result["phases_s"] = phases(done.stdout + done.stderr)
+    run.say(
+        f"{name}: started in {result['start_s']} s {result['phases_s']}, weights {result['weights_gb']} GB"
+    )
     return result
+
+
+# What vLLM says of starting, and the words for it in the records.
+_PHASES = {
+    "weights": r"Loading weights took ([\d.]+)",
+    "load": r"Model loading took [\d.]+ GiB memory and ([\d.]+)",
+    "compile": r"torch\.compile (?:takes|took) ([\d.]+)",
+    "capture": r"Graph capturing finished in ([\d.]+)",
+    "engine": r"init engine .*? took ([\d.]+)",
+}
+
+
+def phases(log: str) -> dict[str, float]:
+    """{phase: seconds} of an engine's start, as far as its log says them; the last of each."""
+    found = {name: re.findall(pattern, log) for name, pattern in _PHASES.items()}
+    return {name: float(times[-1]) for name, times in found.items() if times}
 
 
 def write_models(
