@@ -147,7 +147,8 @@ def engine(name: str, folders: dict, args, run: Run) -> dict:
     result = json.loads(lines[-1].removeprefix("RESULT "))
     result["phases_s"] = phases(done.stdout + done.stderr)
     run.say(
-        f"{name}: started in {result['start_s']} s {result['phases_s']}, weights {result['weights_gb']} GB"
+        f"{name}: started in {result['start_s']} s {result['phases_s']}, "
+        f"weights {result['weights_gb']} GB"
     )
     return result
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 pytest.importorskip("transformers")
-from bench import bench_serve, bench_vllm  # noqa: E402
+from bench import bench_serve, bench_vllm
 
 
 def answer(tokens, logprobs, second=None):
