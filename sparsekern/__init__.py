@@ -28,6 +28,7 @@ from sparsekern.oneshot.rotation import RotationReport, rotate
 from sparsekern.ops.compress import compress, decompress, prune_compress, verify
 from sparsekern.ops.gated_op import gated_linear
 from sparsekern.ops.linear_op import Explanation, explain, linear
+from sparsekern.ops.quantize import dequantize, quantize
 
 _moved.install()
 register_when_imported()
@@ -48,6 +49,7 @@ __all__ = [
     "compress",
     "compress_model",
     "decompress",
+    "dequantize",
     "explain",
     "finetune",
     "from_pretrained",
@@ -59,6 +61,7 @@ __all__ = [
     "prune",
     "prune_compress",
     "prune_model",
+    "quantize",
     "register_backend",
     "register_dtype",
     "register_layout",

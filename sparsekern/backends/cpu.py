@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.backends.protocol import Explained, Launch, Problem, folded
-from sparsekern.formats import codec
+from sparsekern.formats import codec, dtypes
 from sparsekern.formats.sparse24 import Sparse24
 
 # Dense float32 bytes decompressed at a time: small enough for the temporaries of decompress to stay
@@ -25,12 +25,18 @@ _CHUNK_BYTES = 4 * 2**20
 def dense_chunks(w24: Sparse24) -> Iterator[tuple[int, int, Tensor]]:
     """Yields (start, stop, W[start:stop] as a dense float32 tensor) over the rows of W."""
     w24 = w24.rowmajor()
-    numbers, metadata = w24.numbers(), w24.metadata
+    spec, metadata = w24.spec, w24.metadata
+    scaled = dtypes.scaled_codec(spec.storage) if spec.element.scaled else None
+    numbers = w24.numbers() if scaled is None else w24.values
     out_features, in_features = w24.shape
     rows = max(1, _CHUNK_BYTES // max(1, 4 * in_features))
     for start in range(0, out_features, rows):
         stop = min(start + rows, out_features)
-        part = codec.decompress_dense(numbers[start:stop], metadata[start:stop], in_features)
+        kept = numbers[start:stop]
+        if scaled is not None:  # their numbers are float32, whatever x is
+            some = {name: tensor[start:stop] for name, tensor in w24.tensors.items()}
+            kept = scaled.decode(some, torch.float32, spec.group)
+        part = codec.decompress_dense(kept, metadata[start:stop], in_features)
         yield start, stop, part.float()
 
 

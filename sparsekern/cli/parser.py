@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sparsekern.cli import finetune
+from sparsekern.formats.dtypes import QUANTIZED
+from sparsekern.ops.quantize import GROUPS
 from sparsekern.prune import methods
+from sparsekern.prune.quantize import METHODS as QUANTIZE_METHODS
 
 DTYPES = ("float32", "float16", "bfloat16")
 SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
@@ -86,6 +89,20 @@ def make_parser(
         metavar="SHARE",
         help="with sparsegpt: this share of the correction for changed inputs (default: 0.25 on "
         "a chain of decoder blocks; 0 is the published method)",
+    )
+    sub.add_argument(
+        "--quantize",
+        choices=QUANTIZED,
+        help="then quantise the kept weights: fp8 or int8 with a scale for each output channel, or "
+        "int4 with one for each group of columns",
+    )
+    sub.add_argument(
+        "--quantize-method",
+        choices=QUANTIZE_METHODS,
+        help="gptq reads the Hessian of the inputs, rtn rounds to nearest (default: gptq)",
+    )
+    sub.add_argument(
+        "--quantize-group", type=int, choices=GROUPS, help="columns of a group (default 128)"
     )
     sub.add_argument(
         "--batch-size", type=int, help="calibration windows per forward (default: by tokens)"

@@ -25,7 +25,14 @@ from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot import keep_dense as dense_rule
 from sparsekern.oneshot.calibration import digest, make_batches
 from sparsekern.oneshot.executor import Calibration, Stage
-from sparsekern.oneshot.layerwise import DAMP, Options, new_report, prune_group
+from sparsekern.oneshot.layerwise import (
+    DAMP,
+    Options,
+    describe_quantized,
+    new_report,
+    prune_group,
+)
+from sparsekern.oneshot.layerwise import quantize as quantize_layer
 from sparsekern.oneshot.report import LayerReport, PruneReport
 from sparsekern.oneshot.resume import ResumeDir
 from sparsekern.oneshot.selection import check_options, check_weights, describe, select
@@ -64,6 +71,9 @@ def prune_model(
     resume: str | os.PathLike[str] | None = None,
     undo: bool | str = "auto",
     progress: bool = True,
+    quantize: str | None = None,
+    quantize_method: str | None = None,
+    quantize_group: int | None = None,
     **options: Any,
 ) -> PruneReport:
     """Prune the linear layers of `model` to 2:4, in place: W' minimises ‖(W − W')X‖² layer by layer
@@ -128,6 +138,13 @@ def prune_model(
             Without it, and with `resume`, an exception leaves the finished blocks pruned and the
             others as they were, and its notes name the last one.
         progress: show a progress bar with the time left.
+        quantize: "fp8", "int8" or "int4": each layer's kept weights become levels with scales once
+            it is pruned and refined (see sparsekern.quantize), and the layers after it are
+            calibrated on that. Needs pattern (2, 4). With compress=False the dense weights hold
+            the numbers of the levels.
+        quantize_method: "gptq" (needs a calibration; prune.gptq), "rtn" (every weight to its
+            nearest level), or None: "gptq" where there is a calibration. The report says which.
+        quantize_group: columns that share a scale, of int4: 64, 128 or None (128).
         **options: of a registered method.
     Returns:
         PruneReport with one row per weight that takes part in matrix products.
@@ -162,6 +179,9 @@ def prune_model(
         chosen.refine if refine is None else refine,
         float(chosen.match_dense or 0) if may_match else match_dense or 0.0,
         on_error,
+        quantize,
+        quantize_method,
+        quantize_group,
         OP,
     )
     check_options(wanted, true_sequential, compress, calibrated, offload_activations, OP)
@@ -358,7 +378,9 @@ class _Run:
                             kept[layer.name] = layer.weight.clone(), mask, group.hessian
                             stage.replace(layer.name, weight)
                             continue
-                        results[layer.name] = self._final(pruned.report, weight, mask)
+                        results[layer.name] = self._final(
+                            pruned.report, weight, mask, pruned.quantized
+                        )
                         stage.replace(layer.name, results[layer.name])
         if finish is not None and kept:
             self._finish(stage, kept, results)
@@ -369,11 +391,13 @@ class _Run:
             rows = [self.rows[layer.name] for layer in stage.layers]
             self.resume.save(stage.key, results, rows)
 
-    def _final(self, row: LayerReport, weight: Tensor, mask: Tensor) -> Sparse24 | Tensor:
+    def _final(
+        self, row: LayerReport, weight: Tensor, mask: Tensor, quantized: Sparse24 | None
+    ) -> Sparse24 | Tensor:
         """What the stage keeps of a pruned weight."""
         if not self.compress:
-            return weight
-        compressed = compress_weight(weight, mask)
+            return weight if quantized is None else quantized.to_dense()
+        compressed = compress_weight(weight, mask) if quantized is None else quantized
         row.bytes_sparse = compressed.nbytes
         return compressed
 
@@ -397,7 +421,11 @@ class _Run:
                 row = self.rows[name]
                 if hessian is not None:
                     row.relative_error = prune.relative_error(weight, new, hessian)
-                results[name] = self._final(row, new, mask)
+                quantized = None
+                if self.options.quantize:
+                    quantized, _ = quantize_layer(weight, new, mask, hessian, self.options)
+                    describe_quantized(row, weight, quantized, hessian, self.options)
+                results[name] = self._final(row, new, mask, quantized)
                 stage.replace(name, results[name])
 
     def _note(self, error: BaseException, last: str) -> None:

@@ -5,8 +5,9 @@
     DIR/block-00003.safetensors    the pruned layers of one stage; their LayerReports as metadata
     DIR/lock                       held while a process works in the folder
 
-A compressed layer is stored as NAME.compressed and NAME.bitmask (the tensors of a checkpoint), a
-masked dense one as NAME.weight. Files appear by rename, so a file that exists is complete; each
+A compressed layer is stored as NAME.compressed and NAME.bitmask (the tensors of a checkpoint), with
+NAME.weight_scale and NAME.spec (the text of its WeightSpec) where it is quantised, a masked dense
+one as NAME.weight. Files appear by rename, so a file that exists is complete; each
 carries a sha256 of its content together with the manifest, so that a flipped bit, or a file of
 another run, is noticed.
 """
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import FormatError, check, message
-from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.formats.layouts import WeightSpec
+from sparsekern.formats.sparse24 import Sparse24, metadata_of_bitmask
 from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.report import LayerReport
@@ -148,8 +150,14 @@ class ResumeDir:
         tensors: dict[str, Tensor] = {}
         for name, weight in results.items():
             if isinstance(weight, Sparse24):
-                tensors[f"{name}.compressed"] = weight.rowmajor().values.cpu().contiguous()
+                weight = weight.rowmajor()
+                tensors[f"{name}.compressed"] = weight.values.cpu().contiguous()
                 tensors[f"{name}.bitmask"] = weight.bitmask().cpu().contiguous()
+                if not weight.spec.element.plain:
+                    text = torch.tensor(list(weight.spec.text.encode()), dtype=torch.uint8)
+                    tensors[f"{name}.spec"] = text
+                    for part in weight.spec.element.tensors:
+                        tensors[f"{name}.{part}"] = weight.tensors[part].cpu().contiguous()
             else:
                 tensors[f"{name}.weight"] = weight.cpu().contiguous()
         rows = json.dumps([asdict(r) for r in reports])
@@ -185,7 +193,17 @@ class ResumeDir:
                 else:
                     parts = (tensors[f"{name}.{part}"] for part in ("compressed", "bitmask"))
                     values, bitmask = (part.to(device) for part in parts)
-                    results[name] = Sparse24.from_bitmask(values, bitmask, shapes[name])
+                    if f"{name}.spec" not in tensors:
+                        results[name] = Sparse24.from_bitmask(values, bitmask, shapes[name])
+                        continue
+                    spec = WeightSpec.parse(bytes(tensors[f"{name}.spec"].tolist()).decode())
+                    named = {
+                        part: tensors[f"{name}.{part}"].to(device) for part in spec.element.tensors
+                    }
+                    metadata = metadata_of_bitmask(bitmask, shapes[name])
+                    results[name] = Sparse24.from_tensors(
+                        spec, {"values": values, "metadata": metadata, **named}
+                    )
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             problem = f"{OP}: {self._file(key)} is damaged ({error})."
             raise FormatError(f"{problem} Delete it to prune these layers again.") from error
