@@ -29,6 +29,8 @@ from sparsekern.ops.compress import compress, decompress, prune_compress, verify
 from sparsekern.ops.gated_op import gated_linear
 from sparsekern.ops.linear_op import Explanation, explain, linear
 from sparsekern.ops.quantize import dequantize, quantize
+from sparsekern.ops.quantize_rows import quantize_rows, rms_norm_quantize, silu_mul_quantize
+from sparsekern.ops.quantized_linear import linear_quantized
 
 _moved.install()
 register_when_imported()
@@ -55,6 +57,7 @@ __all__ = [
     "from_pretrained",
     "gated_linear",
     "linear",
+    "linear_quantized",
     "load_into",
     "optimize",
     "perplexity",
@@ -62,10 +65,13 @@ __all__ = [
     "prune_compress",
     "prune_model",
     "quantize",
+    "quantize_rows",
     "register_backend",
     "register_dtype",
     "register_layout",
+    "rms_norm_quantize",
     "rotate",
     "save_pretrained",
+    "silu_mul_quantize",
     "verify",
 ]

@@ -8,7 +8,7 @@
 // So the kernel is a copy loop with a little arithmetic in its shadow:
 //
 //   one CTA      = one row block of 256 rows (a tile row group) or 128, and one slice of K
-//   one stage    = 64 dense columns: [x tile | 16 KiB values | 2 KiB metadata], three copies
+//   one stage    = the 64 dense columns of a tile: [x tile | 16 KiB values | 2 KiB metadata]
 //   one cluster  = the 1, 2, 4 or 8 CTAs that share a row block; each takes 1/C of K, partial sums
 //                  meet in shared memory
 //
@@ -28,6 +28,11 @@
 // ldmatrix of B and 4 mma.sp per 8 tokens. The gated form streams two weights, gate and up, and
 // writes silu(gate) * up.
 //
+// Weights of 8 bits: a tile has 128 dense columns, so x comes in two boxes of 64 and the metadata is
+// 4 KiB. They are widened to the type of x in registers (decode_widen.cuh); the sums are scaled by
+// the channel's scale. Per stage and warp: 4 ldmatrix and 4 8-byte words of metadata, 64 values per
+// lane to widen, 16 words of B and 8 mma.sp per 8 tokens.
+//
 // Programmatic dependent launch: weights are constants, so their copies start before the previous
 // kernel of the stream has finished; x, residual and y are touched only after it has.
 #pragma once
@@ -40,6 +45,7 @@
 #include "ptx/mma_sp.cuh"
 #include "ptx/named_barrier.cuh"
 #include "ptx/tma.cuh"
+#include "linear/decode_widen.cuh"
 #include "linear/epilogue.cuh"
 
 namespace sparsekern::decode {
@@ -50,12 +56,16 @@ constexpr int kThreads = kConsumerThreads + 32;
 constexpr int kConsumerBarrier = 1;
 constexpr int kSmemCapacity = 227 * 1024;
 
-// kTokenTiles: tokens in units of 8. kWeights: 1, or 2 for the gated form. kPanels: row panels of a
-// row block, 4 or 2.
-template <class T_, int kTokenTiles_, int kWeights_, int kPanels_>
+// W, X, Y: types of the weight's values, of x and of y. kTokenTiles: tokens in units of 8. kWeights:
+// 1, or 2 for the gated form. kPanels: row panels of a row block, 4 or 2.
+template <class W_, class X_, class Y_, int kTokenTiles_, int kWeights_, int kPanels_>
 struct Config {
-  using T = T_;
-  using Tile = tile64::Tile<Element<T>::kStorageBits>;
+  using W = W_;
+  using X = X_;
+  using Tile = tile64::Tile<Element<W>::kStorageBits>;
+  using Y = Y_;
+  static constexpr bool kWidens = Element<W>::kStorageBits < Element<X>::kStorageBits;
+  static constexpr bool kScaled = kWidens;
   static constexpr int kPanels = kPanels_;
   static constexpr int kRows = kPanels * tile64::kRows;
   static constexpr int kWarpRows = kRows / kConsumerWarps;  // 32 or 16
@@ -63,7 +73,10 @@ struct Config {
   static constexpr int kTokenTiles = kTokenTiles_;
   static constexpr int kWeights = kWeights_;
   static constexpr int kTokens = kTokenTiles * 8;
-  static constexpr int kXBytes = kTokens * 128;
+  static constexpr int kXBoxColumns = 64;
+  static constexpr int kXBoxBytes = kTokens * 128;
+  static constexpr int kXBoxes = Tile::kDenseK / kXBoxColumns;
+  static constexpr int kXBytes = kXBoxes * kXBoxBytes;
   static constexpr int kValueBytes = kPanels * Tile::kValueBytes;
   static constexpr int kMetadataBytes = kPanels * Tile::kMetadataBytes;
   static constexpr int kWeightBytes = kValueBytes + kMetadataBytes;
@@ -74,17 +87,33 @@ struct Config {
   static constexpr int kStages = kFit < 12 ? kFit : 12;
   static constexpr int kSmemBytes = kStages * kStageBytes + kSumBytes + 2 * kStages * 8;
   static_assert(kStages >= 3 && kSmemBytes <= kSmemCapacity);
+  static_assert(Element<X>::kStorageBits == 16 && (kWidens || std::is_same_v<W, X>));
+  static_assert(kWeights == 1 || !kWidens, "the epilogue has the scales of one weight");
 };
 
-template <class T>
+template <class Cfg>
 struct Params {
   const uint8_t* values[2];
   const uint8_t* metadata[2];
-  Epilogue<T> out;
+  Epilogue<typename Cfg::Y, Cfg::kScaled> out;
   tile64::Extent extent;
   int row_blocks;
   int tokens;
 };
+
+template <class Cfg>
+Params<Cfg> make_params(const LinearProblem& p) {
+  Params<Cfg> params = {};
+  params.values[0] = static_cast<const uint8_t*>(p.weight.values);
+  params.values[1] = static_cast<const uint8_t*>(p.up.values);
+  params.metadata[0] = static_cast<const uint8_t*>(p.weight.metadata);
+  params.metadata[1] = static_cast<const uint8_t*>(p.up.metadata);
+  params.out = make_epilogue<typename Cfg::Y, Cfg::kScaled>(p);
+  params.extent = tile64::Extent::of<typename Cfg::Tile>(p.out_features, p.in_features);
+  params.row_blocks = tile64::ceil_div(params.extent.panels, Cfg::kPanels);
+  params.tokens = p.tokens;
+  return params;
+}
 
 template <class Cfg>
 __device__ __forceinline__ int panels_in(const tile64::Extent& extent, int row_block) {
@@ -146,7 +175,7 @@ struct KTiles {
 template <class Cfg>
 struct Producer {
   const CUtensorMap* x_map;
-  const Params<typename Cfg::T>& p;
+  const Params<Cfg>& p;
   const Smem<Cfg>& smem;
   RingPosition<Cfg::kStages> ring = {};
 
@@ -169,8 +198,11 @@ struct Producer {
     }
   }
   __device__ __forceinline__ void copy_x(int stage, int k_tile) const {
-    ptx::tensor_copy(smem.x(stage), x_map, k_tile * Cfg::Tile::kDenseK, 0, smem.full(stage),
-                     ptx::L2Hint::kEvictLast);
+#pragma unroll
+    for (int box = 0; box < Cfg::kXBoxes; ++box)
+      ptx::tensor_copy(smem.x(stage) + box * Cfg::kXBoxBytes, x_map,
+                       k_tile * Cfg::Tile::kDenseK + box * Cfg::kXBoxColumns, 0, smem.full(stage),
+                       ptx::L2Hint::kEvictLast);
   }
   // The first turn of the ring: weights at once, x when the kernel that made it has finished.
   // Returns the tiles issued.
@@ -197,17 +229,28 @@ struct Producer {
 template <class Cfg>
 using Accumulators = float[Cfg::kWeights][Cfg::kWarpTiles][Cfg::kTokenTiles][4];
 
+// Where a warp's rows are in the values and the metadata of a stage: offsets of lane i, which names
+// row i % 8 of matrix i / 8 of the first ldmatrix and has word i of the first m16 tile's metadata.
+template <class Cfg>
+struct WarpRows {
+  uint32_t values, metadata;
+
+  __device__ __forceinline__ WarpRows(int warp_idx, int lane_idx) {
+    const int panel = warp_idx * Cfg::kWarpRows / tile64::kRows;
+    const int first_m16 = warp_idx * Cfg::kWarpRows % tile64::kRows / 16;
+    const int row_in_matrix = lane_idx % 8, matrix = lane_idx / 8;
+    values = panel * Cfg::Tile::kValueBytes + (matrix / 2) * tile64::kChunkStride +
+             (first_m16 * 2 + matrix % 2) * tile64::kRowGroupStride + row_in_matrix * 16;
+    metadata = panel * Cfg::Tile::kMetadataBytes + first_m16 * 128 + lane_idx * 4;
+  }
+};
+
 // One stage for one warp: its m16 tiles of each weight times all tokens, two k-steps.
 template <class Cfg>
 __device__ __forceinline__ void multiply_stage(Accumulators<Cfg>& d, const Smem<Cfg>& smem,
                                                int stage, int warp_idx, int lane_idx) {
-  const int panel = warp_idx * Cfg::kWarpRows / tile64::kRows;
-  const int first_m16 = warp_idx * Cfg::kWarpRows % tile64::kRows / 16;
+  const WarpRows<Cfg> rows(warp_idx, lane_idx);
   const int row_in_matrix = lane_idx % 8, matrix = lane_idx / 8;
-  const uint32_t a_lane = panel * Cfg::Tile::kValueBytes + (matrix / 2) * tile64::kChunkStride +
-                          (first_m16 * 2 + matrix % 2) * tile64::kRowGroupStride +
-                          row_in_matrix * 16;
-  const uint32_t metadata_lane = panel * Cfg::Tile::kMetadataBytes + first_m16 * 128 + lane_idx * 4;
   const uint32_t b_lane = smem.x(stage) + row_in_matrix * 128;
 
   uint32_t metadata[Cfg::kWeights][Cfg::kWarpTiles];
@@ -215,7 +258,7 @@ __device__ __forceinline__ void multiply_stage(Accumulators<Cfg>& d, const Smem<
   for (int w = 0; w < Cfg::kWeights; ++w) {
 #pragma unroll
     for (int i = 0; i < Cfg::kWarpTiles; ++i)
-      metadata[w][i] = ptx::load_shared_u32(smem.metadata(stage, w) + metadata_lane + i * 128);
+      metadata[w][i] = ptx::load_shared_u32(smem.metadata(stage, w) + rows.metadata + i * 128);
   }
 #pragma unroll
   for (int step = 0; step < 2; ++step) {
@@ -224,7 +267,8 @@ __device__ __forceinline__ void multiply_stage(Accumulators<Cfg>& d, const Smem<
     for (int w = 0; w < Cfg::kWeights; ++w) {
 #pragma unroll
       for (int i = 0; i < Cfg::kWarpTiles; ++i)
-        ptx::ldmatrix_x4(a[w][i], smem.values(stage, w) + a_lane + step * 2 * tile64::kChunkStride +
+        ptx::ldmatrix_x4(a[w][i], smem.values(stage, w) + rows.values +
+                                      step * 2 * tile64::kChunkStride +
                                       i * 2 * tile64::kRowGroupStride);
     }
 #pragma unroll
@@ -235,8 +279,64 @@ __device__ __forceinline__ void multiply_stage(Accumulators<Cfg>& d, const Smem<
       for (int w = 0; w < Cfg::kWeights; ++w) {
 #pragma unroll
         for (int i = 0; i < Cfg::kWarpTiles; ++i) {
-          if (step == 0) ptx::mma_sp<typename Cfg::T, 0>(d[w][i][n], a[w][i], b, metadata[w][i]);
-          else ptx::mma_sp<typename Cfg::T, 1>(d[w][i][n], a[w][i], b, metadata[w][i]);
+          if (step == 0) ptx::mma_sp<typename Cfg::X, 0>(d[w][i][n], a[w][i], b, metadata[w][i]);
+          else ptx::mma_sp<typename Cfg::X, 1>(d[w][i][n], a[w][i], b, metadata[w][i]);
+        }
+      }
+    }
+  }
+}
+
+// The same with weights of 8 bits: two units of two k-steps. See decode_widen.cuh.
+template <class Cfg>
+__device__ __forceinline__ void multiply_widened_stage(Accumulators<Cfg>& d, const Smem<Cfg>& smem,
+                                                       int stage, int warp_idx, int lane_idx) {
+  constexpr int kUnits = Cfg::Tile::kDenseK / 64, kUnitMetadataBytes = 512;
+  const WarpRows<Cfg> rows(warp_idx, lane_idx);
+  const Widen<typename Cfg::W, typename Cfg::X> widen(lane_idx);
+  const uint32_t metadata_pair = rows.metadata & ~7u;  // rows g and g + 8 of the lane's k-step
+  const uint32_t b_lane = smem.x(stage) + widened_b_offset(lane_idx);
+#pragma unroll
+  for (int unit = 0; unit < kUnits; ++unit) {
+    uint32_t narrow[Cfg::kWeights][Cfg::kWarpTiles][4], metadata[Cfg::kWeights][Cfg::kWarpTiles];
+#pragma unroll
+    for (int w = 0; w < Cfg::kWeights; ++w) {
+#pragma unroll
+      for (int i = 0; i < Cfg::kWarpTiles; ++i) {
+        ptx::ldmatrix_x4(narrow[w][i], smem.values(stage, w) + rows.values +
+                                           unit * 2 * tile64::kChunkStride +
+                                           i * 2 * tile64::kRowGroupStride);
+        metadata[w][i] = widened_metadata(
+            ptx::load_shared_u64(smem.metadata(stage, w) + metadata_pair +
+                                 unit * kUnitMetadataBytes + i * 128),
+            lane_idx);
+      }
+    }
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      uint32_t a[Cfg::kWeights][Cfg::kWarpTiles][4];
+#pragma unroll
+      for (int w = 0; w < Cfg::kWeights; ++w) {
+#pragma unroll
+        for (int i = 0; i < Cfg::kWarpTiles; ++i) {
+          widen(a[w][i][0], a[w][i][2], narrow[w][i][2 * step]);
+          widen(a[w][i][1], a[w][i][3], narrow[w][i][2 * step + 1]);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < Cfg::kTokenTiles; ++n) {
+        uint32_t b[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+          b[r] = ptx::load_shared_u32((b_lane ^ widened_b_flip(step, r)) + unit * Cfg::kXBoxBytes +
+                                      n * 1024);
+#pragma unroll
+        for (int w = 0; w < Cfg::kWeights; ++w) {
+#pragma unroll
+          for (int i = 0; i < Cfg::kWarpTiles; ++i) {
+            if (step == 0) ptx::mma_sp<typename Cfg::X, 0>(d[w][i][n], a[w][i], b, metadata[w][i]);
+            else ptx::mma_sp<typename Cfg::X, 1>(d[w][i][n], a[w][i], b, metadata[w][i]);
+          }
         }
       }
     }
@@ -288,7 +388,7 @@ __device__ __forceinline__ void reduce_segment(float (&v)[4], const Smem<Cfg>& s
 
 // Each CTA of the cluster finishes its share of the (token, 4 rows) segments.
 template <class Cfg, int kRanks>
-__device__ __forceinline__ void store_outputs(const Params<typename Cfg::T>& p,
+__device__ __forceinline__ void store_outputs(const Params<Cfg>& p,
                                               const Smem<Cfg>& smem, int row_block, int rank) {
   constexpr int kSegments = Cfg::kRows / 4;
   const int total = p.tokens * kSegments;
@@ -311,7 +411,7 @@ __device__ __forceinline__ void store_outputs(const Params<typename Cfg::T>& p,
 template <class Cfg, int kRanks>
 __global__ void __launch_bounds__(kThreads, 1)
     spmm_decode_sm90_kernel(const __grid_constant__ CUtensorMap x_map,
-                            const __grid_constant__ Params<typename Cfg::T> p) {
+                            const __grid_constant__ Params<Cfg> p) {
   extern __shared__ __align__(1024) uint8_t raw_smem[];
   const Smem<Cfg> smem(raw_smem);
   const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
@@ -355,7 +455,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         warp_idx * Cfg::kWarpRows / tile64::kRows < panels_in<Cfg>(p.extent, row_block);
     for (int i = 0; i < k.count; ++i) {
       ptx::mbarrier_wait(smem.full(ring.stage), ring.parity);
-      if (has_rows) multiply_stage<Cfg>(d, smem, ring.stage, warp_idx, lane_idx);
+      if (has_rows) {
+        if constexpr (Cfg::kWidens)
+          multiply_widened_stage<Cfg>(d, smem, ring.stage, warp_idx, lane_idx);
+        else multiply_stage<Cfg>(d, smem, ring.stage, warp_idx, lane_idx);
+      }
       ptx::mbarrier_arrive_warp(smem.empty(ring.stage));
       ring.advance();
     }

@@ -94,6 +94,8 @@ def changed() -> None:
 def _refusal(backend: Backend, problem: Problem) -> str | None:
     if problem.gated is not None and not getattr(backend, "gated", False):
         return f"backend {backend.name!r} has no kernel for a gated pair"
+    if problem.quantized is not None and not getattr(backend, "quantized", False):
+        return f"backend {backend.name!r} has no kernel for quantised x"
     return backend.supports(problem)
 
 

@@ -80,7 +80,8 @@ class WeightSpec:
         size = checked_shape("sparsekern.WeightSpec", shape)
         plain = kind.storage if kind.plain else torch.float32 if dtype is None else dtype
         scale = kind.scale if scale is None else scale
-        group = scaled.checked_group(kind.name, scale, group) if kind.scaled else group
+        if kind.scaled:
+            group = scaled.checked_group(kind.name, scale, group, size[1])
         key = (*size, kind.name, plain, layout, scale, group)
         found = _SPECS.get(key)
         return _new_spec(key, size, kind) if found is None else found

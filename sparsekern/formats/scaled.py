@@ -159,8 +159,9 @@ def check_scales(op: str, scale: Tensor, name: str = SCALE) -> None:
         raise FormatError(message(op, f"{name} finite and above 0", got))
 
 
-def checked_group(name: str, scale: str | None, group: int) -> int:
-    """The group of a spec: 0 for one scale a row; DEFAULT_GROUP for 0 where they are by group.
+def checked_group(name: str, scale: str | None, group: int, in_features: int) -> int:
+    """The group of a spec: 0 for a type with one scale a row; where they are by group, DEFAULT_GROUP
+    for 0, and at most in_features, which is one scale a row.
 
     Raises:
         FormatError: a group for a type that has one scale a row, or no positive multiple of 4.
@@ -172,7 +173,23 @@ def checked_group(name: str, scale: str | None, group: int) -> int:
         return 0
     expected = "a group of columns that is a positive multiple of 4"
     check(group >= 0 and group % 4 == 0, op, expected, group, exc=FormatError)
-    return group or DEFAULT_GROUP
+    return min(group or DEFAULT_GROUP, in_features or DEFAULT_GROUP)
+
+
+def group_of(in_features: int, count: int) -> int:
+    """The group of which rows of this length have `count` scales: 128, else 64, 32, 256 ..., or
+    in_features for one.
+
+    Raises:
+        FormatError: there is none.
+    """
+    if count == 1:
+        return in_features
+    for group in (DEFAULT_GROUP, 64, 32, 16, 8, 256, 512, 1024):
+        if groups(in_features, group) == count:
+            return group
+    expected = f"a number of scales for rows of {in_features}"
+    raise FormatError(message("sparsekern.WeightSpec", expected, str(count)))
 
 
 def groups(in_features: int, group: int) -> int:
