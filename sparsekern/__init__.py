@@ -19,6 +19,7 @@ from sparsekern.formats.layouts import Layout, WeightSpec, register_layout
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.integrations.transformers import register_when_imported
 from sparsekern.nn.optimize import OptimizeReport, optimize
+from sparsekern.nn.parallel import tensor_parallel
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.compress_model import compress_model
 from sparsekern.oneshot.executor import calibrate
@@ -73,5 +74,6 @@ __all__ = [
     "rotate",
     "save_pretrained",
     "silu_mul_quantize",
+    "tensor_parallel",
     "verify",
 ]

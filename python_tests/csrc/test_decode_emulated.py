@@ -262,7 +262,11 @@ def test_epilogue(build, weight, dtype):
     "file, old, new",
     [
         ("decode_sm90.cuh", "mbarrier_wait(smem.full(ring.stage), ring.parity)", "smem.full(0)"),
-        ("decode_sm90.cuh", "mbarrier_wait(smem.empty(ring.stage), ring.parity ^ 1)", "smem.full(0)"),
+        (
+            "decode_sm90.cuh",
+            "mbarrier_wait(smem.empty(ring.stage), ring.parity ^ 1)",
+            "smem.full(0)",
+        ),
         ("decode_sm90.cuh", "sync();  // all sums are there", ""),
         ("decode_sm90.cuh", "ptx::wait_for_predecessor();\n    store", "store"),
         ("decode_widen.cuh", "lane_idx % 2 != 0", "false"),

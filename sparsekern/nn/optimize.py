@@ -90,6 +90,12 @@ class Group:
         return parts[index]
 
 
+class PassesOn(nn.Module):
+    """A module that gives its own x, unless gradients are wanted, to the linear layer `layer`."""
+
+    layer: nn.Module
+
+
 class JoinedLinear(SparseLinear):
     """A SparseLinear whose weight is a part of a group's. Made by `optimize` of a SparseLinear in
     place; whatever gives it other tensors (`.to()`, load_state_dict, an assigned weight), and a
@@ -171,7 +177,7 @@ def optimize(model: nn.Module) -> OptimizeReport:
     for prefix, parent in list(model.named_modules()):
         for names in _siblings(parent):
             full = tuple(f"{prefix}.{name}" if prefix else name for name in names)
-            layers = [cast(SparseLinear, parent._modules[name]) for name in names]
+            layers = [cast(SparseLinear, _linear(parent, name)) for name in names]
             reason = _why_not(layers)
             if reason is not None:
                 report.skipped[full] = reason
@@ -184,9 +190,14 @@ def optimize(model: nn.Module) -> OptimizeReport:
 def _siblings(parent: nn.Module) -> Iterator[list[str]]:
     """Names of the SparseLinear children of one parent that read one x, two or more at a time."""
     for names in SIBLINGS:
-        found = [n for n in names if type(parent._modules.get(n)) in (SparseLinear, JoinedLinear)]
+        found = [n for n in names if type(_linear(parent, n)) in (SparseLinear, JoinedLinear)]
         if len(found) > 1:
             yield found
+
+
+def _linear(parent: nn.Module, name: str) -> nn.Module | None:
+    child = parent._modules.get(name)
+    return child.layer if isinstance(child, PassesOn) else child
 
 
 def _why_not(layers: list[SparseLinear]) -> str | None:
