@@ -37,6 +37,8 @@ TITLES = {
     "linear": "Linear layers",
     "mma_era": "mma.sp against dense mma.sync kernels on this GPU",
     "vllm": "A real vLLM 0.24, tokens per second, 8B shape of random weights",
+    "generate": "Decoding in Transformers, static cache, compiled",
+    "serve": "Behind vLLM's HTTP server",
     "decode_model": "Decoding a whole model",
     "prune_model": "Pruning",
     "checkpoint": "Checkpoints",

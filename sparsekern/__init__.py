@@ -18,6 +18,8 @@ from sparsekern.formats.dtypes import ElementType, register_dtype
 from sparsekern.formats.layouts import Layout, WeightSpec, register_layout
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.integrations.transformers import register_when_imported
+from sparsekern.nn.optimize import OptimizeReport, optimize
+from sparsekern.nn.parallel import tensor_parallel
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.compress_model import compress_model
 from sparsekern.oneshot.executor import calibrate
@@ -39,6 +41,7 @@ __all__ = [
     "Explanation",
     "FormatError",
     "Layout",
+    "OptimizeReport",
     "PruneReport",
     "RotationReport",
     "Sparse24",
@@ -57,6 +60,7 @@ __all__ = [
     "linear",
     "linear_quantized",
     "load_into",
+    "optimize",
     "perplexity",
     "prune",
     "prune_compress",
@@ -70,5 +74,6 @@ __all__ = [
     "rotate",
     "save_pretrained",
     "silu_mul_quantize",
+    "tensor_parallel",
     "verify",
 ]
