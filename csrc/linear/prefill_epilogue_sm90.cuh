@@ -286,8 +286,8 @@ struct Scaling {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int i = tokens8 * 4 + half * 2;
-        const float low = static_cast<float>(d[i]) * of_tokens.x;
-        const float high = static_cast<float>(d[i + 1]) * of_tokens.y;
+        const float low = ptx::as_float_here(d[i]) * of_tokens.x;
+        const float high = ptx::as_float_here(d[i + 1]) * of_tokens.y;
         v[i] = low * channel[m][half] + bias[m][half];
         v[i + 1] = high * channel[m][half] + bias[m][half];
       }
@@ -434,7 +434,7 @@ __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
         for (int i = 0; i < 8; ++i)
           ptx::store_shared_f32(
               lane_smem + (i / 4 * 8 + i % 2) * Cfg::kSumPitch + (m * 64 + i / 2 % 2 * 8) * 4,
-              static_cast<float>(d[m][q * 8 + i]));
+              ptx::as_float_here(d[m][q * 8 + i]));
       }
     }
     ptx::named_barrier_sync(1 + consumer, 128);

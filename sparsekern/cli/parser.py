@@ -318,12 +318,18 @@ def _shapes(text: str) -> list[tuple[int, int]]:
 
 
 def _tunable_dtypes(text: str) -> list[str]:
-    """The dtypes in a text such as "bf16,float16": ["bfloat16", "float16"]."""
-    names = [SHORT_DTYPES.get(part, part) for part in text.split(",")]
-    for name in names:
-        if name not in SHORT_DTYPES.values():
-            raise argparse.ArgumentTypeError(f"expected bf16, fp16 or both, got {name!r}")
-    return list(dict.fromkeys(names))
+    """The types in a text such as "bf16,float16": ["bfloat16", "float16"]; fp8 and int8 are those
+    of quantised weights, with x of the same type and of 16 bits."""
+    from sparsekern.profiling.tune import EIGHT, KINDS
+
+    kinds: list[str] = []
+    for part in text.split(","):
+        name = {**SHORT_DTYPES, "fp8": EIGHT[0]}.get(part, part)
+        if name not in (*SHORT_DTYPES.values(), *EIGHT):
+            expected = "expected some of bf16, fp16, fp8, int8"
+            raise argparse.ArgumentTypeError(f"{expected}, got {name!r}")
+        kinds += [key for key, types in KINDS.items() if types.weight == name]
+    return list(dict.fromkeys(kinds))
 
 
 def _counts(text: str) -> list[int]:

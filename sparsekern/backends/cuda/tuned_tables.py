@@ -22,8 +22,9 @@ only (a) for at least half as many tokens and (b) on its own side of the decode 
 Above the highest tuned number that one decides when it is MANY at least: then all multiprocessors
 have several tiles, and the best tile hardly changes any more.
 
-float16 and bfloat16 move the same bytes through the same instructions, so where one of them was
-not tuned, the cells of the other decide.
+The dtype is that of weight and x; of an 8-bit weight with x of 16 bits it is, say, "int8 weight,
+bfloat16" (`configs.Types.key`). float16 and bfloat16 move the same bytes through the same
+instructions, so where one of them was not tuned, the cells of the other decide.
 """
 
 from __future__ import annotations
@@ -79,16 +80,22 @@ def deciding_tokens(tuned: Container[int], tokens: int) -> int | None:
     return above
 
 
+def _sibling(dtype: str) -> str:
+    """The same with the other 16-bit type; itself where there is none."""
+    first, comma, last = dtype.rpartition(", ")
+    return first + comma + _SIBLINGS.get(last, last)
+
+
 def lookup(
     gpu: str, dtype: str, out_features: int, in_features: int, tokens: int, known: Container[str]
 ) -> Tuned | None:
     """The tuned variant for a problem, or None: then heuristics decide.
 
     Args:
-        gpu: from `gpu_name`.      dtype: "float16" or "bfloat16".
+        gpu: from `gpu_name`.      dtype: "bfloat16", "int8", "int8 weight, bfloat16", ...
         known: names of the variants that can run; others are ignored.
     """
-    for name in (dtype, _SIBLINGS[dtype]):
+    for name in dict.fromkeys((dtype, _sibling(dtype))):
         for source, table in _tables(gpu):
             cells = table.get(name, {}).get((out_features, in_features), {})
             cells = {count: cell for count, cell in cells.items() if cell[0] in known}
