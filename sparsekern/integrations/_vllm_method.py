@@ -25,6 +25,7 @@ from vllm.model_executor.parameter import (
 )
 from vllm.model_executor.utils import set_weight_attrs
 
+from sparsekern.backends.quantize_rows import quantize_torch
 from sparsekern.errors import FormatError, message
 from sparsekern.formats import dtypes
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
@@ -197,9 +198,20 @@ class SparseKernLinearMethod(LinearMethodBase):
             parameter = nn.Parameter(packed.tensors[name], requires_grad=False)
             layer.register_parameter(own, parameter)
         layer.weight_spec = packed.spec.text
+        layer.quantizes = coded and plugin.has_8bit_kernels(values.device)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The registered op itself: vLLM compiles the model, and its tracer reads no Sparse24."""
+        """The registered op itself: vLLM compiles the model, and its tracer reads no Sparse24.
+
+        Activations are quantised by torch, which the compiler fuses with what comes before: a norm,
+        or silu(gate) * up.
+        """
         tensors = [getattr(layer, name) for name in layer.sparse_names]
+        if layer.quantizes:
+            q, scale = quantize_torch(x.reshape(-1, x.shape[-1]), self.storage)
+            y8: Tensor = torch.ops.sparsekern.linear_quantized(
+                q, scale, tensors, layer.weight_spec, bias, None, None
+            )
+            return y8.view(*x.shape[:-1], y8.shape[-1])
         y: Tensor = torch.ops.sparsekern.linear(x, tensors, layer.weight_spec, bias, None, None)
         return y

@@ -164,6 +164,11 @@ def check_shape(prefix: str, stored: Tensor, in_features: int) -> None:
     )
 
 
+def has_8bit_kernels(device: torch.device) -> bool:
+    """Whether products of 8-bit activations and weights have kernels there: Hopper's wgmma.sp."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def require_cuda_kernels(device: torch.device) -> None:
     """NotImplementedError with the reason where the weights could only run row-major on a GPU."""
     from sparsekern.backends.cuda.linear import refusal
