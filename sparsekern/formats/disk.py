@@ -166,7 +166,9 @@ def _rule_tensors(files: TensorFiles, layer: str) -> None:
             files.where(join(layer, part)),
             "a tensor of a compressed layer",
             "none in the folder",
-            "A shard is damaged or of another checkpoint.",
+            "8-bit and 4-bit values are levels, which need their scales."
+            if part == SCALE
+            else "A shard is damaged or of another checkpoint.",
         )
     require(
         join(layer, "weight") not in files.info,
@@ -610,14 +612,16 @@ def _check_groups(where: str, entry: Mapping[str, Any]) -> None:
     known = (*_FORMATS.values(), MARLIN.name)
     for name, group in groups.items():
         weights = group.get("weights") if isinstance(group, dict) else None
-        require(isinstance(weights, dict), where, f"weights in {name}", str(group)[:80])
+        require(
+            isinstance(weights, dict), where, f"weights in config_groups.{name}", str(group)[:80]
+        )
         assert isinstance(weights, dict)
         written = group.get("format") or entry.get("format")
         require(
             written in known,
             where,
             f"a format in {', '.join(known)}",
-            f"{written!r} in {name}",
+            f"{written!r} in config_groups.{name}",
             "Other formats of quantized weights are not read.",
         )
         scheme = (weights.get("type"), weights.get("num_bits"), weights.get("strategy"))
@@ -628,6 +632,6 @@ def _check_groups(where: str, entry: Mapping[str, Any]) -> None:
             where,
             "8-bit weights with a scale for each output channel, or int4 with groups, symmetric",
             f"{weights.get('num_bits')}-bit {weights.get('type')} by {weights.get('strategy')}, "
-            f"symmetric {weights.get('symmetric')}, in {name}",
+            f"symmetric {weights.get('symmetric')}, in config_groups.{name}",
             "Weights quantized otherwise are not supported.",
         )
