@@ -172,7 +172,9 @@ def linear_tables(records: list[dict]) -> str:
 
 def quantized_tables(records: list[dict]) -> str:
     """The grids of results8. All records have op "linear8" and the same GPU."""
-    parts = [f"{title}\n\n{markdown(header, rows)}" for title, header, rows in results8.grids(records)]
+    parts = [
+        f"{title}\n\n{markdown(header, rows)}" for title, header, rows in results8.grids(records)
+    ]
     campaigns = ", ".join(sorted({cell.campaign for cell in results8.cells(records)}))
     return "\n\n".join([*parts, f'Medians of campaigns {campaigns}; "-": not timed.'])
 

@@ -12,6 +12,8 @@ struct __nv_fp8_e4m3;
 
 namespace sparsekern {
 
+struct Int4;  // two of them are a byte; a name for templates
+
 #define SK_DTYPES(X)                                                                              \
   X(kFloat16, "float16", __half, 16, "f16", float, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, CUDA_R_16F,   \
     0x7C00)                                                                                       \
@@ -19,7 +21,8 @@ namespace sparsekern {
     CUDA_R_16BF, 0x7F80)                                                                          \
   X(kFloat8E4M3, "float8_e4m3fn", __nv_fp8_e4m3, 8, "e4m3", float, CU_TENSOR_MAP_DATA_TYPE_UINT8, \
     CUDA_R_8F_E4M3, 0)                                                                            \
-  X(kInt8, "int8", int8_t, 8, "s8", int32_t, CU_TENSOR_MAP_DATA_TYPE_UINT8, CUDA_R_8I, 0)
+  X(kInt8, "int8", int8_t, 8, "s8", int32_t, CU_TENSOR_MAP_DATA_TYPE_UINT8, CUDA_R_8I, 0)         \
+  X(kInt4, "int4", Int4, 4, "s4", int32_t, CU_TENSOR_MAP_DATA_TYPE_UINT8, CUDA_R_4I, 0)
 
 // What linear kernels are compiled for: X(C++ types of the weight's values, of x and of y, ...).
 // Plain: all the same. W8A8 and W8A16: weights of 8 bits with scales, x of as many or of 16 bits.
@@ -37,6 +40,9 @@ namespace sparsekern {
   X(__nv_fp8_e4m3, __nv_bfloat16, __nv_bfloat16, __VA_ARGS__) \
   X(int8_t, __half, __half, __VA_ARGS__)                      \
   X(int8_t, __nv_bfloat16, __nv_bfloat16, __VA_ARGS__)
+#define SK_W4A16(X, ...)               \
+  X(Int4, __half, __half, __VA_ARGS__) \
+  X(Int4, __nv_bfloat16, __nv_bfloat16, __VA_ARGS__)
 
 #define SK_ENUMERATOR(name, ...) name,
 enum class DType : int { SK_DTYPES(SK_ENUMERATOR) };

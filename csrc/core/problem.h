@@ -51,6 +51,7 @@ struct LinearProblem {
   int tokens, out_features, in_features;
   Rows x;
   DType weight_dtype;  // storage type of the values
+  int scale_group;     // of int4: columns that share a scale of the metadata (tile64.cuh); 0: none
   Operand weight;
   Operand up;  // of a gated kernel, same shape; else null
   EpilogueArguments epilogue;

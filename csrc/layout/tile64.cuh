@@ -36,6 +36,13 @@
 //   word(s, w, lane) at byte s * 512 + (32w + lane) * 4
 //     = nibbles of row 16w + g + 8 (t % 2), dense k 64s + 32 (t / 2) .. + 31
 // Every lane serves (selector 0).
+//
+// Of int4, 256 dense columns in four chunks of 64. Word t of a row's 16 bytes of a chunk has the kept
+// pairs of the groups t, 4 + t, 8 + t and 12 + t (of 4 columns) of the chunk's columns: of pair j, the
+// first value in bits 4j .. 4j+3 and the second in bits 16+4j .. 19+4j, each as value + 8 (padding:
+// 8). The metadata is that of four tiles of 16-bit values side by side, 2048
+// bytes; with scales of groups of 64 or 128 columns, those of the tile follow as float32
+// [group][row], 0 outside the weight. One scale per row is not in the tile.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -73,6 +80,11 @@ struct Tile {
            c % kChunkValues * kStorageBits / 8;
   }
 };
+
+// Of the scales that follow the metadata of an int4 tile; group: columns, or 0.
+constexpr __host__ __device__ int scale_bytes(int group) {
+  return group == 0 ? 0 : Tile<4>::kDenseK / group * kRows * 4;
+}
 
 // Of non-negative numbers; no sum, so that it does not overflow near 2^31.
 constexpr __host__ __device__ int ceil_div(int a, int b) { return a / b + (a % b != 0); }

@@ -28,32 +28,41 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
   return kernel.launch(shape, int64_t{clusters} * kRanks, stream, x_map, params);
 }
 
-template <class W, class X, class Y, int kTokenTiles, int kWeights>
+template <class W, class X, class Y, int kTokenTiles, int kWeights, int kScaleGroup>
 Status launch_config(const LinearProblem& p, int config, cudaStream_t stream) {
   switch (config) {
 #define SK_CASE(index, panels, split) \
   case index:                         \
-    return launch<Config<W, X, Y, kTokenTiles, kWeights, panels>, split>(p, stream);
+    return launch<Config<W, X, Y, kTokenTiles, kWeights, panels, kScaleGroup>, split>(p, stream);
     SK_DECODE_CONFIGS(SK_CASE)
 #undef SK_CASE
   }
   return unknown_config(kOp, kDecodeConfigs, config);
 }
 
-template <class W, class X, class Y, int kWeights>
+template <class W, class X, class Y, int kWeights, int kScaleGroup = 0>
 Status launch_for_tokens(const LinearProblem& p, int config, cudaStream_t stream) {
   constexpr int kMaxTokens = kWeights == 1 ? 64 : 32;
   SK_CHECK_REL(kOp, p.tokens, <=, kMaxTokens, "Use the prefill kernel.");
   if (p.tokens == 0) return {};
-  if (p.tokens <= 8) return launch_config<W, X, Y, 1, kWeights>(p, config, stream);
-  if (p.tokens <= 16) return launch_config<W, X, Y, 2, kWeights>(p, config, stream);
-  if (p.tokens <= 32) return launch_config<W, X, Y, 4, kWeights>(p, config, stream);
-  if constexpr (kWeights == 1) return launch_config<W, X, Y, 8, 1>(p, config, stream);
+  if (p.tokens <= 8) return launch_config<W, X, Y, 1, kWeights, kScaleGroup>(p, config, stream);
+  if (p.tokens <= 16) return launch_config<W, X, Y, 2, kWeights, kScaleGroup>(p, config, stream);
+  if (p.tokens <= 32) return launch_config<W, X, Y, 4, kWeights, kScaleGroup>(p, config, stream);
+  if constexpr (kWeights == 1) return launch_config<W, X, Y, 8, 1, kScaleGroup>(p, config, stream);
   return {};
 }
 
 template <class W, class X, class Y>
 Status linear(const LinearProblem& p, int config, cudaStream_t stream) {
+  if constexpr (std::is_same_v<W, Int4>) {
+    if (p.scale_group == 64) return launch_for_tokens<W, X, Y, 1, 64>(p, config, stream);
+    if (p.scale_group == 128) return launch_for_tokens<W, X, Y, 1, 128>(p, config, stream);
+  }
+  if (p.scale_group != 0)
+    return make_status(StatusKind::value, kOp,
+                       ": expected scale_group 0, or 64 or 128 with int4 "
+                       "weights, got ",
+                       p.scale_group, ". Quantise with such groups.");
   return launch_for_tokens<W, X, Y, 1>(p, config, stream);
 }
 

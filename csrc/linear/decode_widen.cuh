@@ -1,4 +1,5 @@
-// decode_widen.cuh: 8-bit weights as the A of mma.sp m16n8k32, whose B is 16-bit x.
+// decode_widen.cuh: 8-bit and 4-bit weights as the A of mma.sp m16n8k32, whose B is 16-bit x. int4 is
+// at the end, and is simple, because its layout was made for this. 8 bits, whose layout is wgmma's:
 //
 // One ldmatrix.x4 of a tile of 8-bit values gives a warp 16 rows x 64 dense columns, two k-steps:
 // word t of row g is the kept pairs of the groups (of 4 columns) 2t and 2t+1 of a k-step. The
@@ -24,6 +25,12 @@
 #include "ptx/permute.cuh"
 
 namespace sparsekern::decode {
+
+template <class Pair>
+__device__ __forceinline__ uint32_t minus(uint32_t a, uint32_t b) {
+  const Pair v = __hsub2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
+  return reinterpret_cast<const uint32_t&>(v);
+}
 
 // Two words of a lane's slots t and 4+t from one word of four 8-bit values.
 template <class W, class X>
@@ -63,11 +70,6 @@ class Widen {
   }
 
  private:
-  template <class Pair>
-  static __device__ __forceinline__ uint32_t minus(uint32_t a, uint32_t b) {
-    const Pair v = __hsub2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
-    return reinterpret_cast<const uint32_t&>(v);
-  }
   // Halves ssss'ssss'seee'emmm -> seee'e'mmm at the low end of bfloat16's exponent.
   static __device__ __forceinline__ uint32_t place_e4m3(uint32_t extended) {
     const uint32_t placed = extended << 4 & 0x87F087F0, two_to_120 = 0x7B807B80;
@@ -100,6 +102,16 @@ __device__ __forceinline__ uint32_t widened_b_offset(int lane_idx) {
 }
 constexpr __host__ __device__ uint32_t widened_b_flip(int k_step, int r) {
   return k_step * 64 + r % 2 * 32 + r / 2 * 8;
+}
+
+// Pair `pair` of a word of eight int4, each stored as itself plus 8: the mantissa's low bits of 128
+// (bfloat16) or 1024 (float16), minus that and 8. Two or three instructions for two values.
+template <class X>
+__device__ __forceinline__ uint32_t widened_int4(uint32_t word, int pair) {
+  constexpr bool kBF16 = std::is_same_v<X, __nv_bfloat16>;
+  constexpr uint32_t kTag = kBF16 ? 0x43004300 : 0x64006400;
+  using Pair = std::conditional_t<kBF16, __nv_bfloat162, __half2>;
+  return minus<Pair>(ptx::and_or(word >> 4 * pair, 0x000F000F, kTag), kTag + 0x00080008);
 }
 
 }  // namespace sparsekern::decode

@@ -1,5 +1,5 @@
-// permute.cuh: bytes of two registers in any order, and values of 8 bits as values of 16 (PTX ISA,
-// "prmt"; "cvt", sm_89 and later).
+// permute.cuh: bits and bytes of registers, and values of 8 bits as values of 16 (PTX ISA, "prmt",
+// "lop3"; "cvt", sm_89 and later).
 #pragma once
 #include <cstdint>
 
@@ -10,6 +10,13 @@ namespace sparsekern::ptx {
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t v;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(selector));
+  return v;
+}
+
+// (a & mask) | bits, one instruction whatever of them is constant.
+__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t v;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(v) : "r"(a), "r"(mask), "r"(bits));
   return v;
 }
 

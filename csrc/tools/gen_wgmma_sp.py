@@ -11,9 +11,9 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[1]
 TOKENS = (64, 96, 128, 160, 192, 208)  # N of the instruction: tokens of a tile
-# (C++ type, bits, operand in PTX, accumulator) of the table of element types
+# (C++ type, bits, operand in PTX, accumulator) of the table of element types; wgmma has no int4
 TYPES = re.findall(
-    r'X\(k\w+, "\w+", (\w+), (\d+), "(\w+)", (\w+)', (CSRC / "core/dtype.h").read_text()
+    r'X\(k\w+, "\w+", (\w+), (16|8), "(\w+)", (\w+)', (CSRC / "core/dtype.h").read_text()
 )
 
 HEADER = """\

@@ -123,6 +123,7 @@ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   }
   return v;
 }
+uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
 uint32_t f16_of_e4m3(uint8_t bits) {
   __nv_fp8_e4m3 v;
   v.__x = bits;
@@ -164,7 +165,7 @@ void run_clusters(const LinearProblem& p, int clusters) {
   }
 }
 
-template <class W, class X, int kTokenTiles>
+template <class W, class X, int kTokenTiles, int kScaleGroup>
 void run(const LinearProblem& p, int config, int clusters) {
 #ifdef EMULATE_FEW
 #define SK_CONFIGS(X) X(0, 4, 1) X(5, 2, 2)
@@ -174,20 +175,20 @@ void run(const LinearProblem& p, int config, int clusters) {
   switch (config) {
 #define SK_CASE(index, panels, split) \
   case index:                         \
-    return run_clusters<Config<W, X, X, kTokenTiles, 1, panels>, split>(p, clusters);
+    return run_clusters<Config<W, X, X, kTokenTiles, 1, panels, kScaleGroup>, split>(p, clusters);
     SK_CONFIGS(SK_CASE)
 #undef SK_CASE
   }
 }
 
-template <class W, class X>
+template <class W, class X, int kScaleGroup = 0>
 void run(const LinearProblem& p, int config, int clusters) {
 #ifndef EMULATE_FEW
-  if (p.tokens <= 8) return run<W, X, 1>(p, config, clusters);
-  if (p.tokens > 32) return run<W, X, 8>(p, config, clusters);
-  if (p.tokens > 16) return run<W, X, 4>(p, config, clusters);
+  if (p.tokens <= 8) return run<W, X, 1, kScaleGroup>(p, config, clusters);
+  if (p.tokens > 32) return run<W, X, 8, kScaleGroup>(p, config, clusters);
+  if (p.tokens > 16) return run<W, X, 4, kScaleGroup>(p, config, clusters);
 #endif
-  return run<W, X, 2>(p, config, clusters);
+  return run<W, X, 2, kScaleGroup>(p, config, clusters);
 }
 
 }  // namespace sparsekern::decode
@@ -226,10 +227,13 @@ extern "C" const char* emulate(const Emulated* e) {
 #ifdef EMULATE_FEW
   constexpr Run run = decode::run<__nv_fp8_e4m3, __nv_bfloat16>;
 #else
-  constexpr Run runs[3][2] = {
+  constexpr Run runs[6][2] = {
       {decode::run<__half, __half>, decode::run<__nv_bfloat16, __nv_bfloat16>},
       {decode::run<__nv_fp8_e4m3, __half>, decode::run<__nv_fp8_e4m3, __nv_bfloat16>},
       {decode::run<int8_t, __half>, decode::run<int8_t, __nv_bfloat16>},
+      {decode::run<Int4, __half>, decode::run<Int4, __nv_bfloat16>},
+      {decode::run<Int4, __half, 64>, decode::run<Int4, __nv_bfloat16, 64>},
+      {decode::run<Int4, __half, 128>, decode::run<Int4, __nv_bfloat16, 128>},
   };
   const Run run = runs[e->weight][e->bf16];
 #endif

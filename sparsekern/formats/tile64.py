@@ -64,8 +64,7 @@ def packable(w24: Sparse24) -> bool:
 
 
 def _fits(spec: WeightSpec) -> bool:
-    kind = spec.element
-    return kind.native_code is not None if kind.plain else kind.bits == 8
+    return spec.element.native_code is not None
 
 
 def pack(w24: Sparse24) -> Sparse24:

@@ -246,9 +246,7 @@ def _bind_scaled(problem: Problem) -> Launch:
     activation, dtype = problem.activation, problem.dtype
     inner = _bind_product(problem._replace(activation=None, bias=False))
 
-    def launch(
-        x: Tensor, w24: Sparse24, bias: Tensor | None, x_scale: Tensor
-    ) -> Tensor | None:
+    def launch(x: Tensor, w24: Sparse24, bias: Tensor | None, x_scale: Tensor) -> Tensor | None:
         y = inner(x, w24, None)
         if y is None:
             return None
