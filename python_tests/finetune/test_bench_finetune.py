@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("gguf", reason="needs gguf")
 pytest.importorskip("transformers", reason="needs transformers")
-from bench import bench_finetune
+from bench import bench_finetune, recovery_table
 from python_tests.integrations import gguf_cases as cases
 
 WORDS = "the and then an hand 12 than these 34 a band stand other that is all there is to say "
@@ -48,6 +48,12 @@ def test_a_record_for_each_start(options, tmp_path):
         assert record["settings"]["sampled_tokens"] >= 32
         assert metrics["dense_training_tokens_per_s"] > 0 and metrics["tokens"] == 3 * 4 * 32
         assert (tmp_path / "saved" / record["backend"] / "config.json").exists()
+    ((case, (header, lines)),) = recovery_table.rows(records).items()
+    assert case.startswith("tiny.gguf") and len(header) == 5
+    assert [line[0].split(" (")[0] for line in lines] == [
+        "dense", "magnitude", "SparseGPT", "ASP", "SparseGPT, then training",
+    ]  # fmt: skip
+    assert lines[3][-1] == "0.0 M" and lines[4][1] == f"{metrics['perplexity test.txt']:.2f}"
     # A second call reads text and weights, and starts where the first one did.
     _, again = measure(options, *more[:2], "--steps", 1, "--cache", tmp_path / "c")
     for old, new in zip(records, again[2:], strict=True):
