@@ -22,6 +22,7 @@ from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.compress_model import compress_model
 from sparsekern.oneshot.executor import calibrate
 from sparsekern.oneshot.prune_model import prune_model
+from sparsekern.oneshot.reconstruct import Fit, Reconstruction, reconstruct
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.oneshot.rotation import RotationReport, rotate
 from sparsekern.ops.compress import compress, decompress, prune_compress, verify
@@ -34,9 +35,11 @@ register_when_imported()
 __all__ = [
     "ElementType",
     "Explanation",
+    "Fit",
     "FormatError",
     "Layout",
     "PruneReport",
+    "Reconstruction",
     "RotationReport",
     "Sparse24",
     "SparseLinear",
@@ -56,6 +59,7 @@ __all__ = [
     "prune",
     "prune_compress",
     "prune_model",
+    "reconstruct",
     "register_backend",
     "register_dtype",
     "register_layout",
