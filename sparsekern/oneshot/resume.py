@@ -36,6 +36,7 @@ from sparsekern.utils.files import write_atomic
 
 OP = "sparsekern.prune_model(resume=)"
 SCHEMA = 2
+ROTATION = "rotation.safetensors"
 
 
 class ResumeDir:
@@ -81,7 +82,8 @@ class ResumeDir:
             remedy = "Call it with the same model and arguments, or give another directory."
             check(not keys, OP, f"the run that {self.path} was started with", differences, remedy)
         else:
-            stages = [name for name in os.listdir(self.path) if name.endswith(".safetensors")]
+            stages = {name for name in os.listdir(self.path) if name.endswith(".safetensors")}
+            stages -= {ROTATION}
             expected = f"manifest.json beside the stages in {self.path}"
             remedy = "Delete the stages, or give another directory."
             check(not stages, OP, expected, "none", remedy)
@@ -214,7 +216,7 @@ def rotate_resumed(
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save
 
-    file = os.path.join(os.fspath(path), "rotation.safetensors")
+    file = os.path.join(os.fspath(path), ROTATION)
     asked = json.dumps([fingerprint.of_model(model), digest(batches), sorted(options.items())])
     if not os.path.exists(file):
         turned = rotate_on(model, batches, device, **options)
