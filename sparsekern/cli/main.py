@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sparsekern.cli.parser import make_parser
 from sparsekern.errors import check, message
 from sparsekern.integrations.loading import folder_bytes, load_model
+from sparsekern.oneshot.presets import find_preset
 
 PARTIAL = 3  # exit code of a prune that left more than half of the weights dense
 
@@ -77,6 +78,8 @@ def run_prune(args: argparse.Namespace) -> int:
     import sparsekern as sk
 
     out = _new_folder(args.out)
+    if args.samples is None:
+        args.samples = find_preset("sparsekern prune", args.preset).samples
     check(
         args.samples > 0 and args.window > 1,
         "sparsekern prune",
@@ -105,6 +108,8 @@ def run_prune(args: argparse.Namespace) -> int:
         keep_dense_tokens=tuple(args.keep_dense_tokens),
         resume=args.resume,
         progress=not args.quiet,
+        preset=args.preset,
+        untie=args.untie,
         **options,
     )
     sk.save_pretrained(model, out, tokenizer=tokenizer)
@@ -276,11 +281,13 @@ def _calibration(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> 
     ids = texts.tokenize(
         _needed(tokenizer, args.model), "".join(texts.read_rows(args.calibration, "train"))
     )
+    apart = find_preset("sparsekern prune", args.preset).side_by_side
+    draw = texts.side_by_side if apart else texts.calibration_windows
+    windows: Tensor = draw(ids, args.samples, args.window, args.seed)
     print(
-        f"calibration: {args.samples} windows of {args.window} tokens from {args.calibration} "
-        f"({ids.numel()} tokens), seed {args.seed}"
+        f"calibration: {windows.shape[0]} windows of {args.window} tokens from {args.calibration} "
+        f"({ids.numel()} tokens), seed {args.seed}" + ", side by side" * apart
     )
-    windows: Tensor = texts.calibration_windows(ids, args.samples, args.window, args.seed)
     return windows
 
 

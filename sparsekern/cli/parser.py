@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sparsekern.cli import finetune
+from sparsekern.oneshot.presets import PRESETS
 from sparsekern.prune import methods
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -52,9 +53,20 @@ def make_parser(
         metavar="FILE|hf:NAME|builtin",
         help="calibration text (default: builtin, the Python language reference)",
     )
-    sub.add_argument("--samples", type=int, default=128, help="calibration windows (default 128)")
+    sub.add_argument("--samples", type=int, help="calibration windows (default: the preset's, 128)")
     sub.add_argument("--window", type=int, default=2048, help="tokens per window (default 2048)")
     sub.add_argument("--seed", type=int, default=0, help="of the random window starts (default 0)")
+    sub.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="what is done beyond the layer-wise method (default: nothing): "
+        + "; ".join(f"{name}: {preset.help}" for name, preset in PRESETS.items()),
+    )
+    sub.add_argument(
+        "--untie",
+        action="store_true",
+        help="let a preset that rotates give a tied head a weight of its own",
+    )
     sub.add_argument(
         "--skip",
         action="append",

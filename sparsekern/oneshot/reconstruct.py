@@ -29,7 +29,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,8 +52,10 @@ from sparsekern.oneshot.selection import select
 from sparsekern.oneshot.sequential import Call, Walk, call_block, first_tensor
 
 OP = "sparsekern.reconstruct"
+logger = logging.getLogger("sparsekern")
 TARGETS, PARTS, LOSSES = ("dense", "pruned"), ("block", "sublayers"), ("token", "channel", "mse")
 CACHED_SHARE = 0.3  # of the free memory that targets may take, else they are computed each time
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 PIECES = 4  # that a row is cut into by recut
 
 
@@ -756,8 +760,7 @@ def _fit(
                 rate = options.lr * _schedule(step, total, options.warmup)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                with torch.enable_grad():
-                    loss(train[number]).backward()
+                _backward(loss, train[number], parameters)
                 gradients = [cast(Tensor, p.grad) for p in parameters]
                 torch._foreach_mul_(gradients, masks)
                 optimizer.step()
@@ -788,6 +791,25 @@ def _fit(
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start_time
     return Fit(blocks, before, best_error, epoch + 1, step, kept, seconds, part)
+
+
+@torch.enable_grad()
+def _backward(
+    loss: Callable[[int], Tensor], index: int, parameters: Sequence[nn.Parameter]
+) -> None:
+    """The gradients of one batch. Where an operation has no deterministic form, the other one is
+    taken from then on."""
+    try:
+        loss(index).backward()
+    except RuntimeError as error:
+        strict = not torch.is_deterministic_algorithms_warn_only_enabled()
+        if not strict or "deterministic" not in str(error):
+            raise
+        logger.info("%s: not bit for bit repeatable here: %s", OP, error)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        for p in parameters:
+            p.grad = None
+        loss(index).backward()
 
 
 @torch.no_grad()
@@ -869,12 +891,17 @@ def _deterministic(device: torch.device) -> Iterator[None]:
     was = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory
+    # torch asks for it before each product; on one stream the products are deterministic anyway.
+    workspace = os.environ.get(WORKSPACE)
     try:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        os.environ.setdefault(WORKSPACE, ":4096:8")
+        torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*[Dd]eterministic.*")
+            warnings.filterwarnings("ignore", message=".*[Dd]eterminis.*")
             yield
     finally:
+        if workspace is None:
+            os.environ.pop(WORKSPACE, None)
         torch.use_deterministic_algorithms(was, warn_only=warned)
         torch.utils.deterministic.fill_uninitialized_memory = fills
