@@ -51,7 +51,13 @@ def make_parser(
         "--calibration",
         default="builtin",
         metavar="FILE|hf:NAME|builtin",
-        help="calibration text (default: builtin, the Python language reference)",
+        help="calibration text: .txt, .jsonl (texts or chats), .parquet, or shares of several: "
+        "a.txt=0.7,b.jsonl=0.3 (default: builtin, the Python language reference)",
+    )
+    sub.add_argument(
+        "--whole-documents",
+        action="store_true",
+        help="no calibration row holds tokens of two documents",
     )
     sub.add_argument("--samples", type=int, help="calibration windows (default: the preset's, 128)")
     sub.add_argument("--window", type=int, default=2048, help="tokens per window (default 2048)")

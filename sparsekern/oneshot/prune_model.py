@@ -239,6 +239,8 @@ def prune_model(
             keys = ("samples", "tokens")
             totals = {key: sum(getattr(b, key) for b in walk.batches) for key in keys}
             report.calibration = {**totals, "sha256": digest(walk.batches)}
+            more = getattr(calibration, "described", None)  # eval/mix.py
+            report.calibration |= more() if callable(more) else {}
         if keep_hessians:
             report.hessians = {}
         run = _Run(model, wanted, compress, walk, report, extra)

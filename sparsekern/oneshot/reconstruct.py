@@ -36,7 +36,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ from sparsekern.oneshot.sequential import Call, Walk, call_block, first_tensor
 
 OP = "sparsekern.reconstruct"
 logger = logging.getLogger("sparsekern")
+T = TypeVar("T")
 TARGETS, PARTS, LOSSES = ("dense", "pruned"), ("block", "sublayers"), ("token", "channel", "mse")
 CACHED_SHARE = 0.3  # of the free memory that targets may take, else they are computed each time
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -479,7 +480,8 @@ class _Rows:
             return
         batches = recut(self.walk.batches[: self.held_from], self.options.seed + epoch)
         self._new = None  # its memory is free before the next one is made
-        self._new = self.recapture(batches)
+        recapture = self.recapture
+        self._new = _repeatable(lambda: recapture(batches))
 
     def _of(self, i: int) -> Walk:
         return self._new if self._new is not None and i < self.held_from else self.walk
@@ -738,7 +740,7 @@ def _fit(
 
     @torch.no_grad()
     def error() -> float:
-        return float(torch.stack([loss(i).detach() for i in judged]).mean())
+        return _repeatable(lambda: float(torch.stack([loss(i) for i in judged]).mean()))
 
     def round_to_stored() -> None:
         for t in trained:
@@ -793,23 +795,33 @@ def _fit(
     return Fit(blocks, before, best_error, epoch + 1, step, kept, seconds, part)
 
 
-@torch.enable_grad()
-def _backward(
-    loss: Callable[[int], Tensor], index: int, parameters: Sequence[nn.Parameter]
-) -> None:
-    """The gradients of one batch. Where an operation has no deterministic form, the other one is
-    taken from then on."""
+def _repeatable(function: Callable[[], T]) -> T:
+    """function(); where an operation has no deterministic form the other one is taken from then
+    on, and it is called again."""
     try:
-        loss(index).backward()
+        return function()
     except RuntimeError as error:
-        strict = not torch.is_deterministic_algorithms_warn_only_enabled()
+        strict = torch.are_deterministic_algorithms_enabled()
+        strict = strict and not torch.is_deterministic_algorithms_warn_only_enabled()
         if not strict or "deterministic" not in str(error):
             raise
         logger.info("%s: not bit for bit repeatable here: %s", OP, error)
         torch.use_deterministic_algorithms(True, warn_only=True)
+        return function()
+
+
+@torch.enable_grad()
+def _backward(
+    loss: Callable[[int], Tensor], index: int, parameters: Sequence[nn.Parameter]
+) -> None:
+    """The gradients of one batch."""
+
+    def run() -> None:
         for p in parameters:
             p.grad = None
         loss(index).backward()
+
+    _repeatable(run)
 
 
 @torch.no_grad()
