@@ -61,6 +61,7 @@ EXPLORE: dict[str, tuple[float, str, Any]] = {
     "span, lr x 2": (15, "start", _with(SPAN, lr=1.2e-3)),
     "block": (30, "prune", {"reconstruct": BLOCK}),
     "span, recut, 8 epochs": (25, "start", _with(SPAN, epochs=8, recut=True)),
+    "span, recut, noise, 8 epochs": (25, "start", _with(SPAN, epochs=8, recut=True, noise=0.1)),
     "block, pruned targets": (30, "prune", {"reconstruct": _with(BLOCK, target="pruned")}),
     "rotate": (35, "prune", {"rotate": True, "untie": True}),
     "block + span": (45, "prune", {"reconstruct": [BLOCK, SPAN]}),

@@ -13,7 +13,9 @@ from sparsekern import _moved, finetune, prune
 from sparsekern.backends.registry import register_backend
 from sparsekern.checkpoint import from_pretrained, load_into, save_pretrained
 from sparsekern.errors import FormatError
+from sparsekern.eval.mix import Mix, calibration_mix
 from sparsekern.eval.perplexity import perplexity
+from sparsekern.eval.sensitivity import SensitivityReport, sensitivity
 from sparsekern.formats.dtypes import ElementType, register_dtype
 from sparsekern.formats.layouts import Layout, WeightSpec, register_layout
 from sparsekern.formats.sparse24 import Sparse24
@@ -38,14 +40,17 @@ __all__ = [
     "Fit",
     "FormatError",
     "Layout",
+    "Mix",
     "PruneReport",
     "Reconstruction",
     "RotationReport",
+    "SensitivityReport",
     "Sparse24",
     "SparseLinear",
     "WeightSpec",
     "__version__",
     "calibrate",
+    "calibration_mix",
     "compress",
     "compress_model",
     "decompress",
@@ -65,5 +70,6 @@ __all__ = [
     "register_layout",
     "rotate",
     "save_pretrained",
+    "sensitivity",
     "verify",
 ]

@@ -75,7 +75,7 @@ def test_shares_seed_and_checksum(files):
     (files / "a.txt").write_text("abce" + "abcd" * 199)
     changed = calibration_mix(spec, Letters(), tokens=320, window=16, seed=1)
     assert changed.sources[0]["sha256"] != shas[0] and changed.sources[1]["sha256"] == shas[1]
-    with pytest.raises(ValueError, match="of .*b.jsonl, got 2.* Give a longer text, or a budget"):
+    with pytest.raises(ValueError, match="of .*a.txt, got 800. Give a longer text, or a budget"):
         calibration_mix(spec, Letters(), tokens=3200, window=16)
 
 

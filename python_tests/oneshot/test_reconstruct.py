@@ -1,4 +1,4 @@
-"""Reconstruction: held-out errors fall, masks hold, a resumed run is equal, presets are recorded."""
+"""Reconstruction: held-out errors fall, masks hold, a resumed run is equal, presets are reported."""
 
 import copy
 
@@ -230,6 +230,10 @@ def test_recut_keeps_every_token():
                          for s in (old, new))  # fmt: skip
         assert torch.equal(before.sort().values, after.sort().values)
     assert not torch.equal(made[0].kwargs["input_ids"], batches[0].kwargs["input_ids"])
+    noisy = recut(batches, 3, 0.3)
+    changed = torch.cat([a.kwargs["input_ids"].reshape(-1) != b.kwargs["input_ids"].reshape(-1)
+                         for a, b in zip(made, noisy)])  # fmt: skip
+    assert 0.1 < float(changed.float().mean()) < 0.5
     other = recut(batches, 4)
     assert not torch.equal(made[0].kwargs["input_ids"], other[0].kwargs["input_ids"])
 
@@ -243,6 +247,7 @@ def test_recut_keeps_every_token():
         (dict(target="mean"), ValueError, "target in .* got 'mean'"),
         (dict(span=2, parts="sublayers"), ValueError, 'parts="block" with a span'),
         (dict(recut=True), ValueError, "span=None with recut, got 1"),
+        (dict(noise=0.1), ValueError, "noise=0 without recut, got 0.1"),
         (dict(steps=3), ValueError, r"keywords of Reconstruction: .* got \['steps'\]"),
         ([SPAN, BLOCK], ValueError, "rounds with span=1 before the others"),
         ([BLOCK, BLOCK], ValueError, "at most one round with span=1, got 2"),

@@ -1,5 +1,5 @@
-"""The command line: sparsekern prune | eval | verify | export | bench | tune | finetune | doctor |
-demo.
+"""The command line: sparsekern prune | eval | verify | export | bench | tune | finetune |
+sensitivity | doctor | demo.
 
 Every command is a few lines around the public Python API. An error is one line on stderr and exit
 code 2 (--debug shows the traceback); `verify` exits with 1 when a folder breaks a rule; `prune`
@@ -330,7 +330,9 @@ def _counted_shapes(path: str) -> dict[tuple[int, int], int]:
     return counts
 
 
-def _skip_rules(rules: Sequence[str] | None) -> tuple[str, ...]:
+def _skip_rules(rules: Sequence[str] | None) -> tuple[str, ...] | str:
+    if rules is not None and len(rules) == 1 and rules[0].endswith(".json"):
+        return rules[0]
     return ("lm_head",) if rules is None else tuple(rules)
 
 

@@ -7,7 +7,7 @@ import ast
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sparsekern.cli import finetune
+from sparsekern.cli import finetune, sensitivity
 from sparsekern.oneshot.presets import PRESETS
 from sparsekern.prune import methods
 
@@ -268,6 +268,7 @@ def make_parser(
     )
     sub.add_argument("--device", help=device_help)
     finetune.add_parser(commands)
+    sensitivity.add_parser(commands)
     return parser
 
 

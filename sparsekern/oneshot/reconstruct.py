@@ -79,6 +79,8 @@ class Reconstruction:
             of that each channel relative to its variance; "mse": the sum of squares.
         recut: rows are cut and joined anew for each epoch, in other places and another order, so
             that tokens are seen in other contexts (all blocks, rows of token ids only).
+        noise: with recut, the share of the tokens that are exchanged for random tokens of the text.
+            Nothing has to be predicted: the dense model's hidden states are known for any input.
         warmup: share of the steps.      held_out: share of the batches, at least one where there
             are two; they decide when to stop and which weights are kept.
         patience: epochs without a lower held-out error before it stops; None: all epochs run, and
@@ -96,8 +98,9 @@ class Reconstruction:
     parts: str = "block"
     loss: str = "token"
     recut: bool = False
+    noise: float = 0.0
     warmup: float = 0.05
-    held_out: float = 0.0625
+    held_out: float = 0.1
     patience: int | None = None
     checkpoint: bool = False
     compile: bool = False
@@ -118,7 +121,7 @@ class Reconstruction:
             check(type(value) is int and value >= low, op, f"{name} >= {low}", repr(value))
         check(number(self.lr, 0) and self.lr > 0, op, "lr > 0", repr(self.lr))
         check(number(self.between, 0), op, "between >= 0", repr(self.between))
-        for name in ("warmup", "held_out"):
+        for name in ("warmup", "held_out", "noise"):
             value = getattr(self, name)
             check(number(value, 0, 0.5), op, f"{name} from 0 to 0.5", repr(value))
         for name, known in (("target", TARGETS), ("parts", PARTS), ("loss", LOSSES)):
@@ -127,6 +130,7 @@ class Reconstruction:
         whole_block = self.parts == "block" or self.span == 1
         check(whole_block, op, 'parts="block" with a span of several blocks', repr(self.parts))
         check(not self.recut or self.span is None, op, "span=None with recut", repr(self.span))
+        check(self.recut or not self.noise, op, "noise=0 without recut", repr(self.noise))
 
 
 Given = Reconstruction | Mapping[str, Any] | Sequence[Any] | bool | None
@@ -478,7 +482,9 @@ class _Rows:
         """Other rows for the batches that are trained on; epoch 0 sees the given ones."""
         if self.recapture is None or not epoch:
             return
-        batches = recut(self.walk.batches[: self.held_from], self.options.seed + epoch)
+        options = self.options
+        trained = self.walk.batches[: self.held_from]
+        batches = recut(trained, options.seed + epoch, options.noise)
         self._new = None  # its memory is free before the next one is made
         recapture = self.recapture
         self._new = _repeatable(lambda: recapture(batches))
@@ -498,9 +504,10 @@ class _Rows:
         return source[i].to(self.walk.device)
 
 
-def recut(batches: Sequence[Batch], seed: int) -> list[Batch]:
+def recut(batches: Sequence[Batch], seed: int, noise: float = 0.0) -> list[Batch]:
     """The same tokens in rows of the same lengths: the rows of each length one after the other,
-    turned by a random number of tokens, in pieces of a quarter row in random order."""
+    turned by a random number of tokens, in pieces of a quarter row in random order. `noise` is the
+    share of them that is exchanged for others of them."""
     generator = torch.Generator().manual_seed(seed)
     by_length: dict[int, list[Tensor]] = {}
     for batch in batches:
@@ -514,7 +521,11 @@ def recut(batches: Sequence[Batch], seed: int) -> list[Batch]:
         piece = piece if length % piece == 0 else length
         pieces = stream.roll(shift).view(-1, piece)
         order = torch.randperm(pieces.shape[0], generator=generator)
-        made[length] = pieces[order].reshape(-1, length)
+        rows = pieces[order].reshape(-1, length)
+        if noise:
+            others = stream[torch.randint(stream.numel(), rows.shape, generator=generator)]
+            rows = torch.where(torch.rand(rows.shape, generator=generator) < noise, others, rows)
+        made[length] = rows
     result, used = [], dict.fromkeys(made, 0)
     for batch in batches:
         samples, length = batch.kwargs["input_ids"].shape
