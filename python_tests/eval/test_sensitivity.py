@@ -1,4 +1,4 @@
-"""Sensitivity: each row against the same thing done by hand, skip lists, files, the command line."""
+"""Sensitivity: each row against the same done by hand, skip lists, files, the command line."""
 
 import copy
 import json

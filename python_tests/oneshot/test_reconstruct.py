@@ -1,4 +1,4 @@
-"""Reconstruction: held-out errors fall, masks hold, a resumed run is equal, presets are reported."""
+"""Reconstruction: held-out errors fall, masks hold, a resumed run is equal, presets are seen."""
 
 import copy
 
@@ -218,6 +218,23 @@ def test_windows():
     assert windows(6, None) == [(0, 6)] == windows(6, 9)
     assert windows(6, 1) == [(i, i + 1) for i in range(6)]
     assert windows(7, 4) == [(0, 4), (2, 6), (3, 7)]
+
+
+def test_a_preset_fits_the_memory():
+    """As it is, with checkpoints, in windows: with less and less memory."""
+    model = build(layers=4)
+    blocks, batches = list(model.model.layers), [Batch((), {"input_ids": tokens(2, 8)}, 2, 16)]
+    options = Reconstruction(span=None, recut=True, noise=0.1)
+    weights = sum(p.numel() for p in blocks[0].parameters())
+    need = 4 * (30 * weights + 16 * 32 * 96)
+    assert reconstruct.fitting(options, blocks, batches, 2 * need) == options
+    checkpoints = reconstruct.fitting(options, blocks, batches, 2 * need - 2)
+    assert checkpoints.checkpoint and checkpoints.span is None and checkpoints.recut
+    fewer = reconstruct.fitting(options, blocks, batches, need)
+    assert fewer.checkpoint and fewer.span == 1 and not fewer.recut and not fewer.noise
+    fewer.check()
+    two = Reconstruction(span=2)
+    assert reconstruct.fitting(two, blocks, batches, 1) == two
 
 
 def test_recut_keeps_every_token():

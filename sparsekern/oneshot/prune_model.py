@@ -37,6 +37,7 @@ from sparsekern.oneshot.reconstruct import (
     as_rounds,
     described,
     final_norm,
+    fitting,
     reconstruct_block,
 )
 from sparsekern.oneshot.report import LayerReport, PruneReport
@@ -428,6 +429,12 @@ class _Run:
         with self.walk.evaluating():
             probe = self.walk.batches[0].probe()
             self.final = final_norm(self.model, blocks, probe, self.walk.home)
+        if extra.optional and self.walk.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.walk.device).total_memory
+            extra.spans = [
+                fitting(options, blocks, self.walk.batches, memory) for options in extra.spans
+            ]
+            self.report.options |= extra.described()
         if extra.spans:
             self.teachers = [copy.deepcopy(b).to("cpu").requires_grad_(False) for b in blocks]
 

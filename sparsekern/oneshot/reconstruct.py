@@ -35,7 +35,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -57,6 +57,10 @@ T = TypeVar("T")
 TARGETS, PARTS, LOSSES = ("dense", "pruned"), ("block", "sublayers"), ("token", "channel", "mse")
 CACHED_SHARE = 0.3  # of the free memory that targets may take, else they are computed each time
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+# Per weight that is trained: value, gradient, AdamW's two, mask and two copies in float32, and the
+# dense model's. Per token and channel of a block: what its backward pass needs, with an MLP three
+# times as wide.
+STATE_BYTES, ACTIVATION_BYTES = 30, 96
 PIECES = 4  # that a row is cut into by recut
 
 
@@ -345,6 +349,28 @@ def windows(blocks: int, span: int | None) -> list[tuple[int, int]]:
     step = max(1, span // 2)
     starts = list(range(0, blocks - span, step))
     return [(a, a + span) for a in [*starts, blocks - span]]
+
+
+def fitting(
+    options: Reconstruction, blocks: Sequence[nn.Module], batches: Sequence[Batch], memory: int
+) -> Reconstruction:
+    """The round as it fits half of the memory of a device (bytes): as it is, with checkpoint, or
+    over windows of fewer blocks and without recut. An estimate from sizes, so that two runs on one
+    kind of device agree."""
+    if options.span is not None:
+        return options
+    weights = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    width = max((p.shape[-1] for p in blocks[0].parameters() if p.dim() == 1), default=weights // 8)
+    tokens = max(batch.tokens for batch in batches)
+    training = STATE_BYTES * weights
+    inside, between = tokens * width * ACTIVATION_BYTES, tokens * width * 8
+    half = memory // 2
+    if len(blocks) * (training + inside) <= half:
+        return options
+    span = int((half - inside) // (training + between))
+    if span >= len(blocks):
+        return replace(options, checkpoint=True)
+    return replace(options, checkpoint=True, span=max(1, span), recut=False, noise=0.0)
 
 
 class SpanRound:
