@@ -231,7 +231,7 @@ def test_a_preset_fits_the_memory():
     checkpoints = reconstruct.fitting(options, blocks, batches, 2 * need - 2)
     assert checkpoints.checkpoint and checkpoints.span is None and checkpoints.recut
     fewer = reconstruct.fitting(options, blocks, batches, need)
-    assert fewer.checkpoint and fewer.span == 1 and not fewer.recut and not fewer.noise
+    assert fewer.checkpoint and fewer.span == 2 and not fewer.recut and not fewer.noise
     fewer.check()
     two = Reconstruction(span=2)
     assert reconstruct.fitting(two, blocks, batches, 1) == two
