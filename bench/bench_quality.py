@@ -2,7 +2,7 @@
 
     python -m bench quality --gguf SmolLM2-135M-Instruct.Q4_1.gguf --calibration c4.utf8 \\
         --test wiki.test.raw --runs fast,default,best
-    python -m bench quality ... --explore      # rates, targets, spans: each from one pruned start
+    python -m bench quality ... --explore --budget 230 --eval-windows 48   # rates, targets, spans
 
 A row is prune_model on a fresh copy of the model (GGUF rounded to bfloat16), calibrated on the
 calibration text alone, and perplexity in float32 of the weights as they are stored, by the WikiText
@@ -61,17 +61,17 @@ EXPLORE: dict[str, tuple[float, str, Any]] = {
     "span, lr x 2": (15, "start", _with(SPAN, lr=1.2e-3)),
     "block": (30, "prune", {"reconstruct": BLOCK}),
     "span, recut, 8 epochs": (25, "start", _with(SPAN, epochs=8, recut=True)),
-    "span, recut, noise, 8 epochs": (25, "start", _with(SPAN, epochs=8, recut=True, noise=0.1)),
-    "block, pruned targets": (30, "prune", {"reconstruct": _with(BLOCK, target="pruned")}),
-    "rotate": (35, "prune", {"rotate": True, "untie": True}),
     "block + span": (45, "prune", {"reconstruct": [BLOCK, SPAN]}),
-    "span, lr / 2": (15, "start", _with(SPAN, lr=3e-4)),
+    "rotate": (35, "prune", {"rotate": True, "untie": True}),
+    "span, recut, noise, 8 epochs": (25, "start", _with(SPAN, epochs=8, recut=True, noise=0.1)),
     "span, channel loss": (15, "start", _with(SPAN, loss="channel")),
+    "block, pruned targets": (30, "prune", {"reconstruct": _with(BLOCK, target="pruned")}),
+    "span, lr / 2": (15, "start", _with(SPAN, lr=3e-4)),
     "span 4": (25, "start", _with(SPAN, span=4, epochs=3)),
     "span, compiled, 16 epochs": (45, "start", _with(SPAN, epochs=16, compile=True)),
-    "block, sublayers": (40, "prune", {"reconstruct": _with(BLOCK, parts="sublayers")}),
     "block, lr / 2": (30, "prune", {"reconstruct": _with(BLOCK, lr=3e-4)}),
-    "rotate 600 steps": (45, "prune", {"rotate": {"steps": 600}, "untie": True}),
+    "block, sublayers": (40, "prune", {"reconstruct": _with(BLOCK, parts="sublayers")}),
+    "rotate 1000 steps": (50, "prune", {"rotate": {"steps": 1000}, "untie": True}),
     "rotate + block + span": (60, "prune", {"rotate": True, "untie": True,
                                             "reconstruct": [BLOCK, SPAN]}),
 }  # fmt: skip
