@@ -13,7 +13,9 @@ from sparsekern import _moved, finetune, prune
 from sparsekern.backends.registry import register_backend
 from sparsekern.checkpoint import from_pretrained, load_into, save_pretrained
 from sparsekern.errors import FormatError
+from sparsekern.eval.mix import Mix, calibration_mix
 from sparsekern.eval.perplexity import perplexity
+from sparsekern.eval.sensitivity import SensitivityReport, sensitivity
 from sparsekern.formats.dtypes import ElementType, register_dtype
 from sparsekern.formats.layouts import Layout, WeightSpec, register_layout
 from sparsekern.formats.sparse24 import Sparse24
@@ -24,6 +26,7 @@ from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.compress_model import compress_model
 from sparsekern.oneshot.executor import calibrate
 from sparsekern.oneshot.prune_model import prune_model
+from sparsekern.oneshot.reconstruct import Fit, Reconstruction, reconstruct
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.oneshot.rotation import RotationReport, rotate
 from sparsekern.ops.compress import compress, decompress, prune_compress, verify
@@ -39,16 +42,21 @@ register_when_imported()
 __all__ = [
     "ElementType",
     "Explanation",
+    "Fit",
     "FormatError",
     "Layout",
     "OptimizeReport",
+    "Mix",
     "PruneReport",
+    "Reconstruction",
     "RotationReport",
+    "SensitivityReport",
     "Sparse24",
     "SparseLinear",
     "WeightSpec",
     "__version__",
     "calibrate",
+    "calibration_mix",
     "compress",
     "compress_model",
     "decompress",
@@ -67,6 +75,7 @@ __all__ = [
     "prune_model",
     "quantize",
     "quantize_rows",
+    "reconstruct",
     "register_backend",
     "register_dtype",
     "register_layout",
@@ -75,5 +84,6 @@ __all__ = [
     "save_pretrained",
     "silu_mul_quantize",
     "tensor_parallel",
+    "sensitivity",
     "verify",
 ]

@@ -1,5 +1,5 @@
-"""The command line: sparsekern prune | eval | verify | export | bench | tune | finetune | doctor |
-demo.
+"""The command line: sparsekern prune | eval | verify | export | bench | tune | finetune |
+sensitivity | doctor | demo.
 
 Every command is a few lines around the public Python API. An error is one line on stderr and exit
 code 2 (--debug shows the traceback); `verify` exits with 1 when a folder breaks a rule; `prune`
@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,10 @@ from torch import Tensor, nn
 from sparsekern.cli.parser import make_parser
 from sparsekern.errors import check, message
 from sparsekern.integrations.loading import folder_bytes, load_model
+from sparsekern.oneshot.presets import find_preset
+
+if TYPE_CHECKING:
+    from sparsekern.eval.mix import Mix
 
 PARTIAL = 3  # exit code of a prune that left more than half of the weights dense
 
@@ -77,6 +81,8 @@ def run_prune(args: argparse.Namespace) -> int:
     import sparsekern as sk
 
     out = _new_folder(args.out)
+    if args.samples is None:
+        args.samples = find_preset("sparsekern prune", args.preset).samples
     check(
         args.samples > 0 and args.window > 1,
         "sparsekern prune",
@@ -108,6 +114,8 @@ def run_prune(args: argparse.Namespace) -> int:
         keep_dense_tokens=tuple(args.keep_dense_tokens),
         resume=args.resume,
         progress=not args.quiet,
+        preset=args.preset,
+        untie=args.untie,
         **options,
     )
     sk.save_pretrained(model, out, tokenizer=tokenizer)
@@ -131,7 +139,7 @@ def run_prune(args: argparse.Namespace) -> int:
 def run_eval(args: argparse.Namespace) -> None:
     """Perplexity, with everything that is needed to compare it."""
     import sparsekern as sk
-    from sparsekern.eval import texts
+    from sparsekern.eval import mix, texts
 
     device = _device(args.device)
     model, tokenizer = load_model(args.model, device, _dtype(args.dtype))
@@ -144,6 +152,9 @@ def run_eval(args: argparse.Namespace) -> None:
         model, ids, window=args.window, batch_size=args.batch_size, progress=not args.quiet
     )
     joined = "rows joined with a blank line" if as_rows else "as it is"
+    warned = mix.warning(_calibration_of(args.model), ids, args.text)
+    if warned:
+        print(f"warning: {warned}", file=sys.stderr)
     for name, content in (
         ("model", args.model),
         ("text", f"{args.text}, {joined}"),
@@ -267,24 +278,50 @@ def _needed(tokenizer: Any, path: str) -> Any:
     return tokenizer
 
 
-def _calibration(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> Tensor | None:
-    """Windows by the published protocol, int64 [samples, window]; None where the method looks at
+def _calibration(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> Mix | None:
+    """Windows by the published protocol, or a mix of sources; None where the method looks at
     the weights alone."""
     import sparsekern as sk
 
     if sk.prune.methods()[args.method].needs == "weights":
         return None
-    from sparsekern.eval import texts
+    from sparsekern.eval import mix, texts
 
-    ids = texts.tokenize(
-        _needed(tokenizer, args.model), "".join(texts.read_rows(args.calibration, "train"))
-    )
+    tokenizer = _needed(tokenizer, args.model)
+    apart = find_preset("sparsekern prune", args.preset).side_by_side
+    if mix.is_mix(args.calibration) or args.whole_documents:
+        made = mix.calibration_mix(
+            args.calibration,
+            tokenizer,
+            tokens=args.samples * args.window,
+            window=args.window,
+            seed=args.seed,
+            whole_documents=args.whole_documents,
+        )
+        parts = ", ".join(f"{row['taken']} of {row['name']}" for row in made.sources)
+        print(f"calibration: {made.tokens} tokens in {len(made)} rows ({parts}), seed {args.seed}")
+        return made
+    ids = texts.tokenize(tokenizer, "".join(texts.read_rows(args.calibration, "train")))
+    draw = texts.side_by_side if apart else texts.calibration_windows
+    windows: Tensor = draw(ids, args.samples, args.window, args.seed)
     print(
-        f"calibration: {args.samples} windows of {args.window} tokens from {args.calibration} "
-        f"({ids.numel()} tokens), seed {args.seed}"
+        f"calibration: {windows.shape[0]} windows of {args.window} tokens from {args.calibration} "
+        f"({ids.numel()} tokens), seed {args.seed}" + ", side by side" * apart
     )
-    windows: Tensor = texts.calibration_windows(ids, args.samples, args.window, args.seed)
-    return windows
+    source = {"name": str(args.calibration), "taken": windows.numel(), "tokens": ids.numel()}
+    settings = {"window": args.window, "seed": args.seed, "side_by_side": apart}
+    return mix.Mix(list(windows), [source], settings)
+
+
+def _calibration_of(path: str) -> dict[str, Any] | None:
+    """What the report beside a pruned model says of its calibration; None without one."""
+    from sparsekern.oneshot.report import PruneReport
+
+    try:
+        text = (Path(path) / "prune_report.json").read_text(encoding="utf-8")
+        return PruneReport.from_json(text).calibration
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _counted_shapes(path: str) -> dict[tuple[int, int], int]:
@@ -296,7 +333,9 @@ def _counted_shapes(path: str) -> dict[tuple[int, int], int]:
     return counts
 
 
-def _skip_rules(rules: Sequence[str] | None) -> tuple[str, ...]:
+def _skip_rules(rules: Sequence[str] | None) -> tuple[str, ...] | str:
+    if rules is not None and len(rules) == 1 and rules[0].endswith(".json"):
+        return rules[0]
     return ("lm_head",) if rules is None else tuple(rules)
 
 

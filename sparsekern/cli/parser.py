@@ -7,8 +7,9 @@ import ast
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sparsekern.cli import finetune
+from sparsekern.cli import finetune, sensitivity
 from sparsekern.formats.dtypes import QUANTIZED
+from sparsekern.oneshot.presets import PRESETS
 from sparsekern.ops.quantize import GROUPS
 from sparsekern.prune import methods
 from sparsekern.prune.quantize import METHODS as QUANTIZE_METHODS
@@ -53,11 +54,28 @@ def make_parser(
         "--calibration",
         default="builtin",
         metavar="FILE|hf:NAME|builtin",
-        help="calibration text (default: builtin, the Python language reference)",
+        help="calibration text: .txt, .jsonl (texts or chats), .parquet, or shares of several: "
+        "a.txt=0.7,b.jsonl=0.3 (default: builtin, the Python language reference)",
     )
-    sub.add_argument("--samples", type=int, default=128, help="calibration windows (default 128)")
+    sub.add_argument(
+        "--whole-documents",
+        action="store_true",
+        help="no calibration row holds tokens of two documents",
+    )
+    sub.add_argument("--samples", type=int, help="calibration windows (default: the preset's, 128)")
     sub.add_argument("--window", type=int, default=2048, help="tokens per window (default 2048)")
     sub.add_argument("--seed", type=int, default=0, help="of the random window starts (default 0)")
+    sub.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="what is done beyond the layer-wise method (default: nothing): "
+        + "; ".join(f"{name}: {preset.help}" for name, preset in PRESETS.items()),
+    )
+    sub.add_argument(
+        "--untie",
+        action="store_true",
+        help="let a preset that rotates give a tied head a weight of its own",
+    )
     sub.add_argument(
         "--skip",
         action="append",
@@ -272,6 +290,7 @@ def make_parser(
     )
     sub.add_argument("--device", help=device_help)
     finetune.add_parser(commands)
+    sensitivity.add_parser(commands)
     return parser
 
 

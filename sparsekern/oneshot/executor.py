@@ -414,7 +414,7 @@ class Calibration:
         done: keys of stages that are not calibrated, because the caller replaces their layers from
             what it stored.
         """
-        with self._evaluation_mode():
+        with self.evaluating():
             stages = self.plan()
             pending = [i for i, s in enumerate(stages) if s.layers and s.key not in done]
             last_needed = max(pending, default=-1)
@@ -446,7 +446,7 @@ class Calibration:
             return self._planned
         shown = None
         if blocks:
-            with self._evaluation_mode():
+            with self.evaluating():
                 shown = probe(model, blocks, outside, self.batches[0].probe(), self.home)
         if shown is None or not shown.chained:
             self._check_whole(bool(blocks))
@@ -473,6 +473,18 @@ class Calibration:
             stages.append(block_stage(i, **forwards))
         self._planned = [*stages, Stage("head", None, after, None, self, walk.head)]
         return self._planned
+
+    @_quiet
+    def captured(self, batches: list[Batch] | None = None) -> Walk:
+        """Another walk over the chain, at the inputs of its first block; of other batches where
+        they are given. To be called inside `evaluating`."""
+        known = cast(Walk, self.walk)
+        batches = self.batches if batches is None else batches
+        where = (self.device, self.home, known.offload)
+        walk = Walk(self.model, self.selection.blocks, batches, known.shown, *where)
+        for _ in walk.capture():
+            pass
+        return walk
 
     def _check_whole(self, has_blocks: bool) -> None:
         """The blocks are no chain: say so, or refuse what needs one."""
@@ -573,7 +585,7 @@ class Calibration:
             self._undo.clear()
 
     @contextlib.contextmanager
-    def _evaluation_mode(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """model.eval() and use_cache = False in every config of the model for the duration; every
         module's own flag is restored."""
         before = self._training

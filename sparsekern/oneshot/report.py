@@ -87,6 +87,10 @@ class PruneReport:
         seconds: wall time of the call.
         phases: the same by phase: layer times (keep_dense), capture, hessian, prune, forward.
         resumed: stages that were loaded instead of computed.
+        preset: its name, None without.
+        rotation: the RotationReport's fields, or {"skipped": why}; None where none was asked for.
+        reconstruction: one dict per fit (reconstruct.Fit): blocks, held-out error before and after,
+            epochs, steps, kept, seconds, part.
         hessians: layer name -> Hessian, with keep_hessians; not in the JSON.
     """
 
@@ -99,6 +103,9 @@ class PruneReport:
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     resumed: int = 0
+    preset: str | None = None
+    rotation: dict[str, Any] | None = None
+    reconstruction: list[dict[str, Any]] = field(default_factory=list)
     hessians: dict[str, Hessian] | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -162,6 +169,8 @@ class PruneReport:
         if sparse != dense:
             text += f", pruned weights {_size(dense)} -> {_size(sparse)}"
         text += f", {self.share:.1%} of the linear weights are 2:4"
+        if self.preset:
+            text += f", preset {self.preset}"
         return f"{text}, {self.seconds:.1f} s"
 
     def table(self) -> str:

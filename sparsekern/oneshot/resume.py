@@ -3,6 +3,7 @@
     DIR/manifest.json              what was asked: calibration hash, method, options, fingerprints
     DIR/layer_times.json           what was measured for keep_dense
     DIR/block-00003.safetensors    the pruned layers of one stage; their LayerReports as metadata
+    DIR/rotation.safetensors       what was learnt before the walk (prune_model(rotate=))
     DIR/lock                       held while a process works in the folder
 
 A compressed layer is stored as NAME.compressed and NAME.bitmask (the tensors of a checkpoint), with
@@ -23,18 +24,21 @@ from dataclasses import asdict
 from typing import IO, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsekern.errors import FormatError, check, message
 from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.sparse24 import Sparse24, metadata_of_bitmask
 from sparsekern.oneshot import fingerprint
+from sparsekern.oneshot.calibration import Batch, digest
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.report import LayerReport
+from sparsekern.oneshot.rotation import Rotated, rotate_on
 from sparsekern.utils.files import write_atomic
 
 OP = "sparsekern.prune_model(resume=)"
 SCHEMA = 2
+ROTATION = "rotation.safetensors"
 
 
 class ResumeDir:
@@ -80,7 +84,8 @@ class ResumeDir:
             remedy = "Call it with the same model and arguments, or give another directory."
             check(not keys, OP, f"the run that {self.path} was started with", differences, remedy)
         else:
-            stages = [name for name in os.listdir(self.path) if name.endswith(".safetensors")]
+            stages = {name for name in os.listdir(self.path) if name.endswith(".safetensors")}
+            stages -= {ROTATION}
             expected = f"manifest.json beside the stages in {self.path}"
             remedy = "Delete the stages, or give another directory."
             check(not stages, OP, expected, "none", remedy)
@@ -211,3 +216,45 @@ class ResumeDir:
         expected = f"{self._file(key)} to fit the model"
         check(fits, OP, expected, "other shapes", "Delete the file.", FormatError)
         return results, reports
+
+
+def rotate_resumed(
+    model: nn.Module,
+    batches: list[Batch],
+    device: torch.device,
+    path: str | os.PathLike[str],
+    options: dict[str, Any],
+) -> Rotated:
+    """rotate_on, with what was learnt stored in the folder `path`, or taken from there.
+
+    Raises:
+        ValueError: the folder holds the rotation of another model, calibration or options.
+        FormatError: the stored file cannot be read, or is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save
+
+    file = os.path.join(os.fspath(path), ROTATION)
+    asked = json.dumps([fingerprint.of_model(model), digest(batches), sorted(options.items())])
+    if not os.path.exists(file):
+        turned = rotate_on(model, batches, device, **options)
+        lost = [turned.report.lost_before, turned.report.lost_after]
+        tensors = {"basis": turned.basis, "lost": torch.tensor(lost, dtype=torch.float64)}
+        tensors |= {f"turns.{i}": turn for i, turn in enumerate(turned.turns)}
+        sha = fingerprint.of_tensors(sorted(tensors.items()), asked)
+        os.makedirs(os.fspath(path), exist_ok=True)
+        write_atomic(file, save(tensors, metadata={"sha256": sha, "asked": asked}))
+        return turned
+    try:
+        with safe_open(file, "pt", device="cpu") as stored:
+            metadata = stored.metadata()
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        was, sha = metadata["asked"], metadata["sha256"]
+        whole = sha == fingerprint.of_tensors(sorted(tensors.items()), was)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        text = f"{OP}: {file} is damaged ({error}). Delete the directory."
+        raise FormatError(text) from error
+    check(whole, OP, f"{file} as written", "other content", "Delete the directory.", FormatError)
+    remedy = "Call it with the same model and arguments, or give another directory."
+    check(was == asked, OP, f"the rotation that {path} was started with", "another", remedy)
+    return rotate_on(model, batches, device, known=tensors, **options)
