@@ -11,7 +11,13 @@ __version__ = "0.1.0"
 
 from sparsekern import _moved, finetune, prune
 from sparsekern.backends.registry import register_backend
-from sparsekern.checkpoint import from_pretrained, load_into, save_pretrained
+from sparsekern.checkpoint import (
+    decompress_model,
+    from_pretrained,
+    load_into,
+    num_parameters,
+    save_pretrained,
+)
 from sparsekern.errors import FormatError
 from sparsekern.eval.perplexity import perplexity
 from sparsekern.formats.dtypes import ElementType, register_dtype
@@ -46,12 +52,14 @@ __all__ = [
     "compress",
     "compress_model",
     "decompress",
+    "decompress_model",
     "explain",
     "finetune",
     "from_pretrained",
     "gated_linear",
     "linear",
     "load_into",
+    "num_parameters",
     "perplexity",
     "prune",
     "prune_compress",

@@ -38,7 +38,7 @@ from sparsekern.formats.disk import (
     read_compression_config,
     read_sparse24,
 )
-from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
 from sparsekern.utils.safetensors_io import (
     CONFIG_FILE,
     OP,
@@ -298,6 +298,8 @@ def _load(
         f"no data for {listed(left)}",
         "This model cannot be rebuilt from its config.",
     )
+    if layers:
+        check_before_loading(model)
     if found.names.used is not None:
         model._weight_conversions = found.names.used  # type: ignore[assignment]
 

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsekern.checkpoint.decompress import decompress_model
 from sparsekern.checkpoint.names import match_names
 from sparsekern.checkpoint.save import SAVE_OP, save_pretrained
 from sparsekern.checkpoint.skeleton import linear_shape
@@ -45,7 +46,7 @@ from sparsekern.formats.disk import (
     read_compression_config,
     read_sparse24,
 )
-from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
 from sparsekern.utils.safetensors_io import TensorFiles, require
 
 OP = "sparsekern.integrations.transformers"
@@ -77,6 +78,9 @@ class WaitingLayer(nn.Module):
         assert shape is not None
         self.size = shape
         rows, columns = shape
+        # For code that initialises a model's own kind of layer by their sizes.
+        self.out_features = self.nf = rows
+        self.in_features = self.nx = columns
         values = torch.empty(rows, columns // 2, dtype=dtype, device="meta")
         metadata = torch.empty(rows, (columns + 7) // 8, dtype=torch.uint8, device="meta")
         self.register_buffer("values", values, persistent=False)
@@ -234,7 +238,12 @@ class _Quantizer:
             )
             sparse = SparseLinear.from_sparse24(weight, bias)
             _replace(model, waiting, sparse.train(waiting.training))
+        check_before_loading(model)
         return model
+
+    def _dequantize(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        """What model.dequantize() calls."""
+        return decompress_model(model)
 
 
 def _readable(config: Any) -> Any:

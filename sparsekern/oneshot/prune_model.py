@@ -20,6 +20,7 @@ from sparsekern.backends.compress import compress as compress_weight
 from sparsekern.errors import check
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.replace import dense_weight
+from sparsekern.nn.sparse_linear import check_before_loading
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot import keep_dense as dense_rule
@@ -201,6 +202,8 @@ def prune_model(
         if keep_dense:
             run.leave_slow_layers_dense(timed_tokens)
         run.execute(progress)
+    if compress and report.pruned:
+        check_before_loading(model)
     report.seconds = time.perf_counter() - start
     run.say()
     return report
