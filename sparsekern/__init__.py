@@ -15,7 +15,6 @@ from sparsekern.checkpoint import (
     decompress_model,
     from_pretrained,
     load_into,
-    num_parameters,
     save_pretrained,
 )
 from sparsekern.errors import FormatError
@@ -24,6 +23,7 @@ from sparsekern.formats.dtypes import ElementType, register_dtype
 from sparsekern.formats.layouts import Layout, WeightSpec, register_layout
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.integrations.transformers import register_when_imported
+from sparsekern.nn.count import ParameterCount, num_parameters
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.compress_model import compress_model
 from sparsekern.oneshot.executor import calibrate
@@ -42,6 +42,7 @@ __all__ = [
     "Explanation",
     "FormatError",
     "Layout",
+    "ParameterCount",
     "PruneReport",
     "RotationReport",
     "Sparse24",

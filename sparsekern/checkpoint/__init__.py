@@ -1,6 +1,6 @@
 """Pruned models on disk: save_pretrained, from_pretrained, load_into, verify, export."""
 
-from sparsekern.checkpoint.decompress import ParameterCount, decompress_model, num_parameters
+from sparsekern.checkpoint.decompress import decompress_model
 from sparsekern.checkpoint.export import export_dense
 from sparsekern.checkpoint.load import from_pretrained, load_into
 from sparsekern.checkpoint.save import save_pretrained
@@ -9,13 +9,11 @@ from sparsekern.utils.staging import check_writable
 
 __all__ = [
     "CheckpointReport",
-    "ParameterCount",
     "check_writable",
     "decompress_model",
     "export_dense",
     "from_pretrained",
     "load_into",
-    "num_parameters",
     "save_pretrained",
     "verify_checkpoint",
 ]

@@ -31,6 +31,7 @@ from sparsekern.checkpoint.skeleton import (
 from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import dtypes
 from sparsekern.formats.disk import (
+    FILE_KEYS,
     PARTS,
     VALUE_DTYPES,
     check_headers,
@@ -68,6 +69,24 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "tp_plan": (None,),
     "offload_folder": (None,),
     "low_cpu_mem_usage": (None, True, False),
+    "state_dict": (None,),
+    "from_tf": (None, False),
+    "from_flax": (None, False),
+    "load_in_8bit": (None, False),
+    "load_in_4bit": (None, False),
+    "generation_config": (None,),
+    "adapter_kwargs": (None,),
+    "proxies": (None,),
+    "mirror": (None,),
+    "resume_download": (None, True, False),
+    "use_auth_token": (None,),
+    "offload_state_dict": (None, True, False),
+    "offload_buffers": (None, False),
+    "tp_size": (None,),
+    "device_mesh": (None,),
+    "distributed_config": (None,),
+    "_from_auto": (None, True, False),
+    "_fast_init": (None, True, False),
 }
 M = TypeVar("M", bound=nn.Module)
 
@@ -88,6 +107,7 @@ def from_pretrained(
     subfolder: str = "",
     key_mapping: Mapping[str, str] | None = None,
     verify: bool = False,
+    config: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Load a model, compressed (sparse-24-bitmask) or dense, as a Transformers model.
@@ -107,6 +127,7 @@ def from_pretrained(
         key_mapping: {regular expression: replacement} for names in the files.
         verify: check SHA256SUMS (where the folder has it) before anything is read, and refuse
             NaN and Inf in any tensor.
+        config: a Transformers config, or its dict, in place of config.json's values.
         kwargs: attributes of the config to replace, as in Transformers; its other arguments only
             with the values that ask for nothing more.
     Returns:
@@ -144,21 +165,37 @@ def from_pretrained(
     if verify:
         require_sums(folder)
     files = TensorFiles(folder)
-    config, _ = read_compression_config(folder)
-    wanted = arguments.parse_dtype(LOAD_OP, dtype, config)
+    raw, _ = read_compression_config(folder)
+    raw = _with_config(raw, config)
+    wanted = arguments.parse_dtype(LOAD_OP, dtype, raw)
     if device_map is None:
         arguments.parse_device(LOAD_OP, device)  # before anything is built
-    model = build_from_dict(config, files.info, attn_implementation, kwargs)
-    device_of, spread = arguments.place(
-        LOAD_OP, model, device, device_map, max_memory, files.nbytes
-    )
-    _load(model, files, device_of, wanted, key_mapping, finite=verify, whole=True)
+    with torch.device("cpu"):  # whatever torch's default device is
+        model = build_from_dict(raw, files.info, attn_implementation, kwargs)
+        device_of, spread = arguments.place(
+            LOAD_OP, model, device, device_map, max_memory, files.nbytes
+        )
+        _load(model, files, device_of, wanted, key_mapping, finite=verify, whole=True)
     if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         model.generation_config = _generation_config(folder)
     if spread is None:
         return model
     dispatched: nn.Module = arguments.accelerate(LOAD_OP).dispatch_model(model, device_map=spread)
     return dispatched
+
+
+def _with_config(raw: dict[str, Any], config: Any) -> dict[str, Any]:
+    """config.json with the values of the caller's config in it."""
+    if config is None:
+        return raw
+    to_dict = getattr(config, "to_dict", None)
+    given = to_dict() if callable(to_dict) else config
+    expected, got = "config to be a Transformers config or a dict", type(config).__name__
+    check(isinstance(given, Mapping), LOAD_OP, expected, got, exc=TypeError)
+    kept = {key: value for key, value in given.items() if key not in FILE_KEYS}
+    if not kept.get("architectures"):
+        kept.pop("architectures", None)
+    return {**raw, **kept}
 
 
 def _generation_config(folder: Path) -> Any:

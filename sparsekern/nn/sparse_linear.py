@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.backends import registry
-from sparsekern.errors import FormatError, message
+from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import dtypes
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
 from sparsekern.formats.layouts import layout as layout_named
@@ -36,6 +36,7 @@ from sparsekern.ops.compress import compress
 _OP = "sparsekern.SparseLinear"
 _WEIGHT_KEYS = ("compressed", "bitmask", "shape")
 _STORAGE_KEY = "storage"
+_DAMAGED = "The file is damaged or of another model."
 # `packed=` of earlier versions, in layouts.
 _LAYOUT_OF_PACKED = {None: None, True: "tile64", False: ROWMAJOR, "cusparselt": "cusparselt"}
 # What compress stores for all-zero groups: nibble 0xE (columns 2 and 3), 0x4 in the padding nibble.
@@ -429,8 +430,7 @@ class SparseLinear(nn.Module):
 
         def require(condition: bool, expected: str, got: object) -> None:
             if not condition:
-                remedy = "The file is damaged or of another model."
-                raise FormatError(message(op, expected, str(got), remedy))
+                raise FormatError(message(op, expected, str(got), _DAMAGED))
 
         out_features, in_features = self.out_features, self.in_features
         for key in _WEIGHT_KEYS:
@@ -500,6 +500,12 @@ def _check_state_dict(
             found = module._stored(state_dict, own)
             if found:
                 module._checked_weight(found, own, assign)
+            bias = state_dict.get(f"{own}bias")
+            if module.bias is not None and isinstance(bias, Tensor):
+                expected = f"'bias' of shape {list(module.bias.shape)}"
+                got = list(bias.shape)
+                op = f"{_OP}.load_state_dict({own.rstrip('.')!r})"
+                check(list(module.bias.shape) == got, op, expected, got, _DAMAGED, FormatError)
 
 
 def _warn_overflow(name: str, old: Tensor, new: Tensor) -> None:

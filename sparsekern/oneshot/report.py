@@ -82,6 +82,10 @@ class PruneReport:
         seconds: wall time of the call.
         phases: the same by phase: layer times (keep_dense), capture, hessian, prune, forward.
         resumed: stages that were loaded instead of computed.
+        estimate: what the run was expected to take: "seconds" and what that is "from", bytes of
+            "hidden_states" and "hessians".
+        parameters: {"dense": of the whole model, pruned numbers included, "stored": those that are
+            kept}; {} in reports of earlier versions.
         hessians: layer name -> Hessian, with keep_hessians; not in the JSON.
     """
 
@@ -94,6 +98,8 @@ class PruneReport:
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     resumed: int = 0
+    estimate: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
     hessians: dict[str, Hessian] | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -152,6 +158,8 @@ class PruneReport:
         if sparse != dense:
             text += f", pruned weights {_size(dense)} -> {_size(sparse)}"
         text += f", {self.share:.1%} of the linear weights are 2:4"
+        if self.parameters and self.parameters["stored"] != self.parameters["dense"]:
+            text += f", {self.parameters['stored']:,} of {self.parameters['dense']:,} parameters kept"
         return f"{text}, {self.seconds:.1f} s"
 
     def table(self) -> str:
