@@ -1,8 +1,8 @@
 """python -m python_tests.fuzz [checkpoints] [seed]: damaged files by the thousand, with counts.
 
 3500 damaged checkpoints by default, half as many GGUFs, and for each tenth of a checkpoint a resume
-folder, a tokenizer and a cache file. Every target runs in a process of its own: one that dies, or
-says nothing for STUCK seconds, is a fault, and the next case goes on. Exit code 1 when there was a
+folder, a tokenizer and a cache file. They run in a child process: when it dies, or says nothing for
+STUCK seconds, that is a fault, and another one goes on after that case. Exit code 1 when there was a
 fault; each is named by target, seed and case, which make it again:
 
     python -m python_tests.fuzz --one TARGET SEED CASE
@@ -28,18 +28,21 @@ STARTUP = 300.0
 
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--child"]:
-        return _child(arguments[1], int(arguments[2]), int(arguments[3]), int(arguments[4]))
+        return _child(int(arguments[1]), json.loads(arguments[2]))
     if arguments[:1] == ["--one"]:
-        return _child(arguments[1], int(arguments[2]), int(arguments[3]), int(arguments[3]) + 1)
+        case = int(arguments[3])
+        return _child(int(arguments[2]), [(arguments[1], case, case + 1)])
     cases = int(arguments[0]) if arguments else 3500
     seed = int(arguments[1]) if len(arguments) > 1 else 0
     outcome, start = Outcome(), time.monotonic()
     kinds = Counter(target.kind for target in TARGETS.values())
     of_kind = {"checkpoint": cases, "GGUF": -(-cases // 2)}
-    for target, chosen in TARGETS.items():
-        count = -(-of_kind.get(chosen.kind, -(-cases // 10)) // kinds[chosen.kind])
-        _guarded(target, count, seed, outcome)
-        print(f"{target}: {count} cases, {len(outcome.faults)} faults so far", flush=True)
+    work = [
+        (name, 0, -(-of_kind.get(target.kind, -(-cases // 10)) // kinds[target.kind]))
+        for name, target in TARGETS.items()
+    ]
+    while work:
+        work = _guarded(work, seed, outcome)
     for name, count in sorted(outcome.counts.items()):
         print(f"{count:6} {name}")
     for kind in kinds:
@@ -56,61 +59,68 @@ def main(arguments: list[str]) -> int:
     return bool(outcome.faults)
 
 
-def _guarded(target: str, count: int, seed: int, outcome: Outcome) -> None:
-    """Run the cases of a target in child processes, one after the other."""
-    first = 0
-    while first < count:
-        command = [sys.executable, "-m", "python_tests.fuzz", "--child", target]
-        command += [str(seed), str(first), str(count)]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        lines: queue.Queue[str | None] = queue.Queue()
-
-        def pump(child: subprocess.Popen[str] = child, lines: queue.Queue = lines) -> None:
-            for line in child.stdout or ():
-                lines.put(line)
-            lines.put(None)
-
-        threading.Thread(target=pump, daemon=True).start()
-        case, patience, why, said = first, STARTUP, "", False
-        while True:
-            try:
-                line = lines.get(timeout=patience)
-            except queue.Empty:
-                why = f"nothing for {patience:.0f} s"
-                child.kill()
-                break
-            if line is None:
-                break
-            if line.startswith("case "):
-                case, patience = int(line.split()[1]), STUCK
-            elif line.startswith("{"):
-                outcome.add(json.loads(line))
-                said = True
-        code = child.wait()
-        if said and code == 0:
-            return
-        outcome.faults.append(f"{target} {seed} {case}: {why or f'the process ended with {code}'}")
-        outcome.counts[f"{target}: crash"] += 1
-        first = case + 1
+Work = list[tuple[str, int, int]]  # target, first case, end
 
 
-def _child(target: str, seed: int, first: int, end: int) -> int:
-    """The cases [first, end): a line before each, and what came of them as JSON after every 20."""
+def _guarded(work: Work, seed: int, outcome: Outcome) -> Work:
+    """Run the cases in one child process; what is left when it dies or hangs."""
+    command = [sys.executable, "-m", "python_tests.fuzz", "--child", str(seed), json.dumps(work)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def pump() -> None:
+        for line in child.stdout or ():
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=pump, daemon=True).start()
+    at, patience, why = work[0][:2], STARTUP, ""
+    while True:
+        try:
+            line = lines.get(timeout=patience)
+        except queue.Empty:
+            why = f"nothing for {patience:.0f} s"
+            child.kill()
+            break
+        if line is None:
+            break
+        if line.startswith("case "):
+            name, _, number = line[5:].rstrip().rpartition(" ")
+            if name != at[0]:
+                print(f"{at[0]} done, {len(outcome.faults)} faults so far", flush=True)
+            at, patience = (name, int(number)), STUCK
+        elif line.startswith("{"):
+            outcome.add(json.loads(line))
+    code = child.wait()
+    if code == 0:
+        return []
+    name, case = at
+    outcome.faults.append(f"{name} {seed} {case}: {why or f'the process ended with {code}'}")
+    outcome.counts[f"{name}: crash"] += 1
+    place = [entry[0] for entry in work].index(name)
+    left = [(name, case + 1, work[place][2]), *work[place + 1 :]]
+    return [entry for entry in left if entry[1] < entry[2]]
+
+
+def _child(seed: int, work: Work) -> int:
+    """A line before each case, and after it what came of it as JSON."""
     pending = Outcome()
 
-    def begin(case: int) -> None:
-        if (case - first) % 20 == 0:
-            flush()
-        print(f"case {case}", flush=True)
-
     def flush() -> None:
-        print(json.dumps(vars(pending)), flush=True)
+        if pending.counts:
+            print(json.dumps(vars(pending)), flush=True)
         pending.counts, pending.faults = Counter(), []
         pending.slowest, pending.peak_kib = 0.0, 0
 
-    with tempfile.TemporaryDirectory() as work:
-        run(target, range(first, end), seed, Path(work), pending, begin)
-    flush()
+    for name, first, end in work:
+
+        def begin(case: int, name: str = name) -> None:
+            flush()
+            print(f"case {name} {case}", flush=True)
+
+        with tempfile.TemporaryDirectory() as folder:
+            run(name, range(first, end), seed, Path(folder), pending, begin)
+        flush()
     return 0
 
 
