@@ -11,7 +11,12 @@ __version__ = "0.1.0"
 
 from sparsekern import _moved, finetune, prune
 from sparsekern.backends.registry import register_backend
-from sparsekern.checkpoint import from_pretrained, load_into, save_pretrained
+from sparsekern.checkpoint import (
+    decompress_model,
+    from_pretrained,
+    load_into,
+    save_pretrained,
+)
 from sparsekern.errors import FormatError
 from sparsekern.eval.mix import Mix, calibration_mix
 from sparsekern.eval.perplexity import perplexity
@@ -20,6 +25,7 @@ from sparsekern.formats.dtypes import ElementType, register_dtype
 from sparsekern.formats.layouts import Layout, WeightSpec, register_layout
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.integrations.transformers import register_when_imported
+from sparsekern.nn.count import ParameterCount, num_parameters
 from sparsekern.nn.optimize import OptimizeReport, optimize
 from sparsekern.nn.parallel import tensor_parallel
 from sparsekern.nn.sparse_linear import SparseLinear
@@ -47,6 +53,7 @@ __all__ = [
     "Layout",
     "OptimizeReport",
     "Mix",
+    "ParameterCount",
     "PruneReport",
     "Reconstruction",
     "RotationReport",
@@ -61,6 +68,7 @@ __all__ = [
     "compress_model",
     "decompress",
     "dequantize",
+    "decompress_model",
     "explain",
     "finetune",
     "from_pretrained",
@@ -69,6 +77,7 @@ __all__ = [
     "linear_quantized",
     "load_into",
     "optimize",
+    "num_parameters",
     "perplexity",
     "prune",
     "prune_compress",

@@ -21,11 +21,14 @@ from sparsekern import prune
 from sparsekern.backends.compress import compress as compress_weight
 from sparsekern.errors import check
 from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.nn.count import num_parameters
 from sparsekern.nn.replace import dense_weight, write_weight
+from sparsekern.nn.sparse_linear import check_before_loading
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot import keep_dense as dense_rule
 from sparsekern.oneshot.calibration import Batch, digest, make_batches
+from sparsekern.oneshot.estimate import Progress, free_host_bytes
 from sparsekern.oneshot.executor import Calibration, Stage, on_device
 from sparsekern.oneshot.layerwise import (
     DAMP,
@@ -274,6 +277,10 @@ def prune_model(
         if keep_dense:
             run.leave_slow_layers_dense(timed_tokens)
         run.execute(progress)
+    if compress and report.pruned:
+        check_before_loading(model)
+    counted = num_parameters(model)
+    report.parameters = {"dense": counted.dense, "stored": counted.stored}
     report.seconds = time.perf_counter() - start
     run.say()
     return report
@@ -401,11 +408,8 @@ def _values(
 
 def _fits_twice(layers: Sequence[models.Layer]) -> bool:
     """Whether half of the host's free memory holds a copy of these weights."""
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return False
-    return sum(layer.bytes_dense for layer in layers) <= free / 2
+    free = free_host_bytes()
+    return free is not None and sum(layer.bytes_dense for layer in layers) <= free / 2
 
 
 class _Run:
@@ -518,6 +522,7 @@ class _Run:
         walked = self.walk.stages(done)
         name = self.options.method.name
         with tqdm(total=count, desc=name, unit="block", disable=not progress) as bar:
+            watch = Progress(self.walk, [s for s in stages if s.key not in done], bar, OP)
             try:
                 with contextlib.closing(walked):
                     for stage in walked:
@@ -527,10 +532,14 @@ class _Run:
                             bar.update()
                 if self.extra.spans:
                     self._train_spans(progress)
+                            watch.done(stage.key)
             except BaseException as error:
                 self.walk.rollback()
                 self._note(error, last)
                 raise
+            finally:
+                self.walk.on_tick = None
+                self.report.estimate = watch.estimate
         for layer in self.walk.selection.layers:
             if layer.name not in self.rows:
                 self.rows[layer.name] = new_report(layer)
@@ -571,6 +580,7 @@ class _Run:
                     self.report.hessians |= {layer.name: stored for layer in group.layers}
                 with self.walk.phase("prune"):
                     for pruned in prune_group(group.layers, group.hessian, self.options):
+                        self._tick(stage)
                         layer, weight, mask = pruned.layer, pruned.weight, pruned.mask
                         self.rows[layer.name] = pruned.report
                         if weight is None or mask is None:
@@ -591,6 +601,11 @@ class _Run:
         if self.resume is not None:
             rows = [self.rows[layer.name] for layer in stage.layers]
             self.resume.save(stage.key, results, rows)
+
+    def _tick(self, stage: Stage) -> None:
+        if self.walk.on_tick is not None:
+            done = sum(layer.name in self.rows for layer in stage.layers) + 1
+            self.walk.on_tick(stage.key, "prune", done, len(stage.layers))
 
     def _final(
         self, row: LayerReport, weight: Tensor, mask: Tensor, quantized: Sparse24 | None

@@ -91,6 +91,10 @@ class PruneReport:
         rotation: the RotationReport's fields, or {"skipped": why}; None where none was asked for.
         reconstruction: one dict per fit (reconstruct.Fit): blocks, held-out error before and after,
             epochs, steps, kept, seconds, part.
+        estimate: what the run was expected to take: "seconds" and what that is "from", bytes of
+            "hidden_states" and "hessians".
+        parameters: {"dense": of the whole model, pruned numbers included, "stored": those that are
+            kept}; {} in reports of earlier versions.
         hessians: layer name -> Hessian, with keep_hessians; not in the JSON.
     """
 
@@ -106,6 +110,8 @@ class PruneReport:
     preset: str | None = None
     rotation: dict[str, Any] | None = None
     reconstruction: list[dict[str, Any]] = field(default_factory=list)
+    estimate: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
     hessians: dict[str, Hessian] | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -171,6 +177,10 @@ class PruneReport:
         text += f", {self.share:.1%} of the linear weights are 2:4"
         if self.preset:
             text += f", preset {self.preset}"
+        if self.parameters and self.parameters["stored"] != self.parameters["dense"]:
+            text += (
+                f", {self.parameters['stored']:,} of {self.parameters['dense']:,} parameters kept"
+            )
         return f"{text}, {self.seconds:.1f} s"
 
     def table(self) -> str:
