@@ -68,9 +68,11 @@ def make_parser(
         action="store_true",
         help="no calibration row holds tokens of two documents",
     )
+    sub.add_argument(
         "--samples",
         type=int,
-        help=f"calibration windows (default {GPU_WINDOWS[0]}, on a CPU {CPU_WINDOWS[0]})",
+        help=f"calibration windows (default {GPU_WINDOWS[0]} or the preset's, on a CPU "
+        f"{CPU_WINDOWS[0]})",
     )
     sub.add_argument(
         "--window",

@@ -530,9 +530,9 @@ class _Run:
                         if stage.layers:
                             last = stage.key
                             bar.update()
+                            watch.done(stage.key)
                 if self.extra.spans:
                     self._train_spans(progress)
-                            watch.done(stage.key)
             except BaseException as error:
                 self.walk.rollback()
                 self._note(error, last)
