@@ -116,6 +116,7 @@ _TABLE: dict[str, ElementType] = {
             torch.float8_e4m3fn,
             8,
             scale="row",
+            native_code=2,
             codec=ScaledCodec(torch.float8_e4m3fn, 448, -448, 8),
         ),
         ElementType(
@@ -124,6 +125,7 @@ _TABLE: dict[str, ElementType] = {
             8,
             accumulator=torch.int32,
             scale="row",
+            native_code=3,
             codec=ScaledCodec(torch.int8, 127, -127, 8),
         ),
         ElementType(

@@ -4,6 +4,8 @@ from sparsekern.ops.compress import decompress, prune_compress, verify
 from sparsekern.ops.gated_op import gated_linear
 from sparsekern.ops.linear_op import Explanation, explain, linear
 from sparsekern.ops.quantize import dequantize
+from sparsekern.ops.quantize_rows import rms_norm_quantize, silu_mul_quantize
+from sparsekern.ops.quantized_linear import linear_quantized
 
 __all__ = [
     "Explanation",
@@ -12,6 +14,9 @@ __all__ = [
     "explain",
     "gated_linear",
     "linear",
+    "linear_quantized",
     "prune_compress",
+    "rms_norm_quantize",
+    "silu_mul_quantize",
     "verify",
 ]
