@@ -76,6 +76,7 @@ py::dict last_launch() {
   d["tokens"] = p.tokens, d["out_features"] = p.out_features, d["in_features"] = p.in_features;
   d["x_stride"] = p.x.stride, d["y_stride"] = p.y.stride;
   d["residual_stride"] = p.epilogue.residual_stride;
+  d["scale_group"] = p.scale_group;
   d["weight_dtype"] = name(p.weight_dtype);
   d["activation"] = static_cast<int>(p.epilogue.activation);
   d["x"] = number(p.x.data), d["values"] = number(p.weight.values);
