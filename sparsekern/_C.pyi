@@ -213,7 +213,8 @@ def cusparselt_compress(
 def cusparselt_plan(
     *,
     device: int,
-    dtype: int,
+    dtype: int,  # of the weight and of x
+    y_dtype: int,
     out_features: int,
     tokens: int,
     in_features: int,
@@ -221,6 +222,7 @@ def cusparselt_plan(
     y_stride: int,
     bias: int,
     relu: bool,
+    channel_scale: bool,  # for cusparselt_matmul_scaled
     algorithm: int,  # -1: the library's choice; then the next two do not count
     split_k: int,
     split_k_mode: int,
@@ -232,6 +234,16 @@ def cusparselt_matmul(
 CUSPARSELT_UNKNOWN_PLAN: int  # it has left the cache
 CUSPARSELT_NO_WORKSPACE: int  # none that is large enough was lent, or a graph captures the stream
 
+def cusparselt_matmul_scaled(
+    *,
+    plan: int,
+    blob: int,
+    x: int,
+    y: int,
+    workspace: int,
+    channel_scale: int,  # float32 [out_features]
+    stream: int,
+) -> int: ...  # as cusparselt_matmul
 def cusparselt_lend_workspace(
     device: int, stream: int, workspace: int, bytes: int, /
 ) -> None: ...  # for later calls on this stream; the caller keeps it alive

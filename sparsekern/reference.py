@@ -80,12 +80,12 @@ def fp8_numbers() -> Tensor:
 
 
 def quantize(w: Tensor, scale: Tensor, storage: str, group: int = 0) -> Tensor:
-    """The levels nearest to w / scale, ties to even, saturating, in float64.
+    """The levels nearest to w / scale, a float32 quotient; ties to even, saturating; float64.
 
     w is [out, in], scale [out, ceil(in / group)] (group 0: one a row), storage "fp8", "int8" or
     "int4" with levels up to ±448, in -127..127 and in -8..7. The kept numbers are the non-zeros.
     """
-    ratio = w.double() / column_scales(scale, w.shape[1], group)
+    ratio = (w.float() / column_scales(scale, w.shape[1], group).float()).double()
     if storage != "fp8":
         low, top = {"int8": (-127, 127), "int4": (-8, 7)}[storage]
         return ratio.round().clamp(low, top)

@@ -31,12 +31,16 @@ from sparsekern.checkpoint.skeleton import (
 from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import dtypes
 from sparsekern.formats.disk import (
-    PARTS,
+    PLAIN,
     VALUE_DTYPES,
     check_headers,
+    form_of,
     join,
+    numbers_dtype,
+    parts_of,
     read_compression_config,
     read_sparse24,
+    values_name,
 )
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.utils.safetensors_io import (
@@ -152,7 +156,7 @@ def from_pretrained(
     device_of, spread = arguments.place(
         LOAD_OP, model, device, device_map, max_memory, files.nbytes
     )
-    _load(model, files, device_of, wanted, key_mapping, finite=verify, whole=True)
+    _load(model, files, device_of, wanted, key_mapping, config, finite=verify, whole=True)
     if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         model.generation_config = _generation_config(folder)
     if spread is None:
@@ -206,7 +210,7 @@ def load_into(
         device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     place = arguments.parse_device(op, device)
     wanted = arguments.parse_dtype(op, dtype, config)
-    _load(model, files, lambda name: place, wanted, None, finite=verify, whole=False)
+    _load(model, files, lambda name: place, wanted, None, config, finite=verify, whole=False)
     return model
 
 
@@ -233,6 +237,7 @@ def _load(
     device_of: Callable[[str], torch.device],
     dtype: torch.dtype | None,
     key_mapping: Mapping[str, str] | None,
+    config: Mapping[str, Any],
     *,
     finite: bool,
     whole: bool,
@@ -254,7 +259,7 @@ def _load(
             stacklevel=3,
         )
     _untie(model, found)
-    reader = _Reader(model, files, dtype, finite)
+    reader = _Reader(model, files, dtype, finite, numbers_dtype(config))
     parents: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for attribute, child in parent._modules.items():
@@ -351,9 +356,15 @@ class _Reader:
     """Reads tensors of a folder for a model, one at a time, in the dtype that was asked for."""
 
     def __init__(
-        self, model: nn.Module, files: TensorFiles, dtype: torch.dtype | None, finite: bool
+        self,
+        model: nn.Module,
+        files: TensorFiles,
+        dtype: torch.dtype | None,
+        finite: bool,
+        numbers: torch.dtype | None,
     ) -> None:
         self.model, self.files, self.dtype, self.finite = model, files, dtype, finite
+        self.numbers = numbers  # dtype of quantised layers where none is asked for
         self.waiting: dict[str, Tensor] = {}  # converted with others, and not yet in the model
         self.precise = _precise(model, dtype)
 
@@ -398,9 +409,9 @@ class _Reader:
         """SparseLinear for one compressed layer; `module` is what stands in its place on the
         tree."""
         stored = found.names.layers[name]
-        weight = read_sparse24(self.files, stored, device, self.dtype)
+        weight = read_sparse24(self.files, stored, device, self.dtype, self.numbers)
         if self.finite:
-            require_finite(self.files, join(stored, "compressed"), weight.values)
+            require_finite(self.files, values_name(self.files, stored), weight.numbers())
         bias = getattr(module, "bias", None)
         if bias is not None:
             source = found.sources[id(bias)]
@@ -453,7 +464,7 @@ def plan(
     Raises:
         FormatError: it lists what is missing, unexpected or misshapen.
     """
-    parts = [join(layer, part) for layer in layers for part in PARTS]
+    parts = list(parts_of(files, layers))
     names = match_names(model, files.info, layers, parts, key_mapping)
     found = Plan(names)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -531,7 +542,7 @@ def _check_layer(
 ) -> None:
     """A compressed layer against the module that it is for."""
     expected = None if module is None else linear_shape(module)
-    where = files.where(join(layer, "compressed"))
+    where = files.where(values_name(files, layer))
     require(
         expected is not None,
         where,
@@ -580,7 +591,7 @@ def _check_dense(
         + (" | ".join(map(str, FLOATING)) if tensor.is_floating_point() else str(tensor.dtype)),
         dtype,
     )
-    if layer is not None:
+    if layer is not None and form_of(files, layer) is PLAIN:
         expected = files.info[join(layer, "compressed")].dtype
         require(dtype == expected, where, f"dtype {expected} as {layer}.compressed", dtype)
 

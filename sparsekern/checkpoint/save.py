@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +31,11 @@ from sparsekern.formats.disk import (
     UNREADABLE_WITHOUT_US,
     compression_config,
     join,
+    require_storable,
+    stored_bytes,
+    stored_tensors,
 )
+from sparsekern.formats.layouts import WeightSpec
 from sparsekern.nn.replace import is_conv1d
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, listed
@@ -110,19 +114,39 @@ def model_config(
     skeleton: nn.Module | None,
 ) -> dict[str, Any]:
     """config.json of a model with the entries that announce its compressed layers."""
+    own: dict[str, Any] = {}
     config = _config(model, sparse, dense)
     linears = {names.module(n): kind for n, kind in _linears(model, sparse, skeleton).items()}
     stored = {names.layers[name] for name in sparse}
     if sparse:
         total = sum(m.out_features * m.in_features for m in sparse.values())
         share = total / 2 / (total + sum(tensor.numel() for tensor in dense.values()))
-        config["quantization_config"] = compression_config(linears, stored, share)
+        specs = {names.layers[name]: m.weight.spec for name, m in sparse.items()}
+        quantized = {name: spec for name, spec in specs.items() if not spec.element.plain}
+        entry = compression_config(linears, stored, share, quantized)
+        config["quantization_config"] = entry
+        if quantized:
+            own["dtype"] = numbers_name(quantized.values())
         if "model_type" in config:
             config["transformers_weights"] = UNREADABLE_WITHOUT_US
     transposed = sorted(name for name in stored if linears[name] == "Conv1D")
     if transposed:
-        config["sparsekern"] = {"transposed": transposed}  # export_dense writes these as [in, out]
+        own["transposed"] = transposed  # export_dense writes these as [in, out]
+    if own:
+        config["sparsekern"] = own
     return config
+
+
+def numbers_name(specs: Iterable[WeightSpec]) -> str:
+    """The one dtype of the numbers of quantised weights, which no file holds.
+
+    Raises:
+        ValueError: they have several.
+    """
+    found = sorted({str(spec.dtype).removeprefix("torch.") for spec in specs})
+    remedy = "Cast them to one, with module.weight = module.weight.to(dtype)."
+    check(len(found) == 1, SAVE_OP, "quantised layers of one dtype", ", ".join(found), remedy)
+    return found[0]
 
 
 def _dense_tensors(model: nn.Module, skeleton: nn.Module | None) -> dict[str, Tensor]:
@@ -221,20 +245,14 @@ def _converted_groups(
 
 
 def _sparse_group(name: str, module: SparseLinear) -> Group:
-    """The three tensors of a compressed layer, under its name in the files."""
-    rows, columns = module.out_features, module.in_features
-    nbytes = rows * (columns // 2) * module.weight.dtype.itemsize + rows * -(-columns // 8) + 16
+    """The tensors of a compressed layer, under its name in the files."""
+    require_storable(f"{SAVE_OP}: {name}", module.weight.spec)
 
     def make() -> dict[str, Tensor]:
-        weight = module.weight.rowmajor()
-        tensors = {
-            "compressed": weight.values,
-            "bitmask": weight.bitmask(),
-            "shape": torch.tensor([[rows], [columns]]),
-        }
+        tensors = stored_tensors(module.weight)
         return {join(name, part): _on_cpu(tensor) for part, tensor in tensors.items()}
 
-    return nbytes, make
+    return stored_bytes(module.weight.spec), make
 
 
 def _config(

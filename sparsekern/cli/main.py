@@ -178,7 +178,7 @@ def run_export(args: argparse.Namespace) -> None:
     from sparsekern.checkpoint import export_dense
 
     out = _new_folder(args.out)
-    export_dense(args.directory, out)
+    export_dense(args.directory, out, keep_quantized=args.keep_quantized)
     print(f"saved    {out} ({folder_bytes(out)} bytes of weights, dense)")
 
 

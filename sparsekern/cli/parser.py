@@ -172,6 +172,11 @@ def make_parser(
     sub.add_argument(
         "--out", required=True, metavar="DIR", help="folder to write; must be new or empty"
     )
+    sub.add_argument(
+        "--keep-quantized",
+        action="store_true",
+        help="leave quantised layers as dense fp8, int8 or packed int4 with their scales",
+    )
 
     sub = command("bench", "Time sparse against dense layers, losses included.")
     what = sub.add_mutually_exclusive_group(required=True)

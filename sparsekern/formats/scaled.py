@@ -160,8 +160,8 @@ def check_scales(op: str, scale: Tensor, name: str = SCALE) -> None:
 
 
 def checked_group(name: str, scale: str | None, group: int, in_features: int) -> int:
-    """The group of a spec: 0 for a type with one scale a row; where they are by group, DEFAULT_GROUP
-    for 0, and at most in_features, which is one scale a row.
+    """The group of a spec: 0 for a type with one scale a row; where they are by group,
+    DEFAULT_GROUP for 0, and at most in_features, which is one scale a row.
 
     Raises:
         FormatError: a group for a type that has one scale a row, or no positive multiple of 4.

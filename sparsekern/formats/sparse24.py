@@ -354,13 +354,14 @@ class Sparse24:
         known = isinstance(version, int) and 1 < version <= _STATE_VERSION
         _check(known, _OP, f"a pickled state of version {_STATE_VERSION}", version, newer)
         _check(isinstance(tensors, dict), _OP, "a dict of tensors", type(tensors).__name__)
-        self._set(WeightSpec.parse(state["spec"]), tensors)
+        spec = WeightSpec.parse(state["spec"])
+        self._set(spec, from_pickle(spec, tensors))
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy, deepcopy and pickle. What one GPU alone can read (the blob of "cusparselt") is
         not part of it: the row-major weight stands for it."""
         w24 = self if layouts.layout(self.spec.layout).converts else self.rowmajor()
-        return dict(version=_STATE_VERSION, spec=w24.spec.text, tensors=dict(w24.tensors))
+        return dict(version=_STATE_VERSION, spec=w24.spec.text, tensors=for_pickle(w24.tensors))
 
     def __repr__(self) -> str:
         out_features, in_features = self.spec.shape
@@ -373,6 +374,20 @@ class Sparse24:
 
 # The second is its name in files of 0.1.
 torch.serialization.add_safe_globals([Sparse24, (Sparse24, "sparsekern.sparse24.Sparse24")])
+
+
+def for_pickle(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with fp8 as bytes: torch's fp8 tensors cannot be unpickled by pickle alone."""
+    kinds = [kind.storage for kind in dtypes.elements() if kind.bits == 8]
+    floats = [kind for kind in kinds if kind.is_floating_point]
+    return {k: t.view(torch.uint8) if t.dtype in floats else t for k, t in tensors.items()}
+
+
+def from_pickle(spec: WeightSpec, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `for_pickle`."""
+    values, wanted = tensors.get("values"), spec.element.storage
+    bytes_of = isinstance(values, Tensor) and values.dtype == torch.uint8 and wanted.itemsize == 1
+    return {**tensors, "values": values.view(wanted)} if bytes_of else dict(tensors)
 
 
 # ---- row-major weights, in torch alone -----------------------------------------------------------

@@ -38,19 +38,23 @@ from sparsekern.checkpoint.save import SAVE_OP, save_pretrained
 from sparsekern.checkpoint.skeleton import linear_shape
 from sparsekern.errors import check
 from sparsekern.formats.disk import (
+    ALL_PARTS,
     METHOD,
-    PARTS,
     check_headers,
-    join,
+    numbers_dtype,
+    parts_of,
     read_compression_config,
     read_sparse24,
+    storage_of,
+    values_name,
 )
+from sparsekern.formats.dtypes import ElementType, element
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.utils.safetensors_io import TensorFiles, require
 
 OP = "sparsekern.integrations.transformers"
 WATCHED = "transformers.modeling_utils"
-PART_NAMES = r"(^|\.)(compressed|bitmask|shape)$"
+PART_NAMES = rf"(^|\.)({'|'.join(ALL_PARTS)})$"
 # Arguments of PreTrainedModel.save_pretrained, with the values that ask for what is written.
 SAVE_FIXED: dict[str, tuple[Any, ...]] = {
     "push_to_hub": (False,),
@@ -71,13 +75,13 @@ class WaitingLayer(nn.Module):
     counts; both buffers are kept out of state dicts.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Module, kind: ElementType) -> None:
         super().__init__()
         shape = linear_shape(module)
         assert shape is not None
         self.size = shape
         rows, columns = shape
-        values = torch.empty(rows, columns // 2, dtype=dtype, device="meta")
+        values = torch.empty(rows, kind.columns(columns), dtype=kind.storage, device="meta")
         metadata = torch.empty(rows, (columns + 7) // 8, dtype=torch.uint8, device="meta")
         self.register_buffer("values", values, persistent=False)
         self.register_buffer("metadata", metadata, persistent=False)
@@ -190,16 +194,18 @@ class _Quantizer:
         assert checkpoint_files
         folder = os.path.dirname(checkpoint_files[0])
         self.files = TensorFiles(folder)
-        read_compression_config(self.files.folder)
+        config, _ = read_compression_config(self.files.folder)
+        self.numbers = numbers_dtype(config)
         layers = check_headers(self.files)
-        parts = [join(layer, part) for layer in layers for part in PARTS]
+        parts = list(parts_of(self.files, layers))
         names = match_names(model, self.files.info, layers, parts)
         modules = dict(model.named_modules())
         self.waiting: dict[str, str] = {}
         for name, layer in names.layers.items():
             if name not in modules:
                 continue  # of a head that this class of model lacks; Transformers lists it
-            where = self.files.where(join(layer, "compressed"))
+            values = values_name(self.files, layer)
+            where = self.files.where(values)
             expected = linear_shape(modules[name])
             require(
                 expected == layers[layer],
@@ -208,8 +214,8 @@ class _Quantizer:
                 expected or type(modules[name]).__name__,
                 "The folder belongs to another model.",
             )
-            dtype = self.files.info[join(layer, "compressed")].dtype
-            _replace(model, modules[name], WaitingLayer(modules[name], dtype))
+            kind = element(storage_of(self.files, layer) or self.files.info[values].dtype)
+            _replace(model, modules[name], WaitingLayer(modules[name], kind))
             self.waiting[name] = layer
         model._keys_to_ignore_on_load_unexpected = {  # type: ignore[assignment]
             *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
@@ -223,7 +229,7 @@ class _Quantizer:
             waiting: Any = model.get_submodule(name)
             device = waiting.values.device
             device = torch.device("cpu") if device.type == "meta" else device
-            weight = read_sparse24(self.files, layer, device, dtype)
+            weight = read_sparse24(self.files, layer, device, dtype, self.numbers)
             bias = (
                 waiting.bias
                 if waiting.bias is None
@@ -283,7 +289,8 @@ def _save(
     if state_dict is not None:
         own = model.state_dict()
         same = own.keys() == state_dict.keys() and all(
-            name.endswith(PARTS) or own[name].data_ptr() == state_dict[name].data_ptr()
+            name.endswith((*ALL_PARTS, "storage"))
+            or own[name].data_ptr() == state_dict[name].data_ptr()
             for name in own
         )
         check(same, SAVE_OP, "the model's own state_dict", "another", remedy)

@@ -27,7 +27,7 @@ from sparsekern.errors import FormatError, message
 from sparsekern.formats import dtypes
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
 from sparsekern.formats.layouts import layout as layout_named
-from sparsekern.formats.sparse24 import Sparse24, verify
+from sparsekern.formats.sparse24 import Sparse24, for_pickle, from_pickle, verify
 from sparsekern.nn.replace import dense_weight, is_linear
 from sparsekern.ops import linear_op as ops
 from sparsekern.ops.compress import compress
@@ -148,7 +148,8 @@ class SparseLinear(nn.Module):
         Args:
             linear: nn.Linear, or transformers' Conv1D, whose weight is [in_features, out_features].
             mask: bool [out_features, in_features], True = kept; None for a weight that is 2:4.
-            layout: see SparseLinear.   dtype: see sparsekern.compress.
+            layout: see SparseLinear.   dtype: see sparsekern.compress; "fp8", "int8" and "int4"
+                quantise.
         Returns:
             SparseLinear with copies of weight and bias, the bias' requires_grad, and
             linear.training.
@@ -293,6 +294,9 @@ class SparseLinear(nn.Module):
         if not layout_named(spec.layout).converts:
             w24 = self.weight.rowmajor()
             spec, state["_buffers"] = w24.spec, {**self._buffers, **w24.tensors}
+        if not spec.element.plain:
+            own = {name: state["_buffers"][name] for name in spec.tensors}
+            state["_buffers"] = {**state["_buffers"], **for_pickle(own)}
         state["_spec"] = spec.text
         return state
 
@@ -305,6 +309,7 @@ class SparseLinear(nn.Module):
             spec = WeightSpec.of(shape, state["_buffers"]["values"].dtype, present)
         else:
             spec = WeightSpec.parse(state["_spec"])
+            state["_buffers"] = from_pickle(spec, state["_buffers"])
         state["_spec"] = spec
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._arrange()
@@ -314,6 +319,7 @@ class SparseLinear(nn.Module):
         text = f"in_features={self.in_features}, out_features={self.out_features}"
         text += f", bias={self.bias is not None}, dtype={spec.dtype}"
         text += "" if spec.element.plain else f", stored as {spec.storage}"
+        text += f", group={spec.group}" if spec.group else ""
         return text if spec.layout == ROWMAJOR else f"{text}, layout={spec.layout}"
 
     # ------------------------------------------------------------------ state_dict

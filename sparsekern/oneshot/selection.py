@@ -85,7 +85,9 @@ def check_options(
 def _check_quantize(options: Options, calibrated: bool, op: str) -> None:
     name, method, group = options.quantize, options.quantize_method, options.quantize_group
     if name is None:
-        given = [f"quantize_{k}" for k, v in (("method", method), ("group", group)) if v is not None]
+        given = [
+            f"quantize_{k}" for k, v in (("method", method), ("group", group)) if v is not None
+        ]
         check(not given, op, f"quantize= with {' and '.join(given)}", None, "Leave it out.")
         return
     quantized(op, name)

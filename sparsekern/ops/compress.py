@@ -42,8 +42,8 @@ def compress(
             or the name of a registered layout.
         dtype: None for that of w, or the element type to store the values as: a plain dtype, or
             the name of a coded type that has a codec (formats/dtypes.py).
-        quantize: None, or "fp8" | "int8" | "int4": sparsekern.quantize(compress(w), quantize), which
-            has more options. Not together with dtype.
+        quantize: None, or "fp8" | "int8" | "int4", as sparsekern.quantize(compress(w), quantize),
+            which has more options. Not together with dtype.
     Returns:
         Sparse24 on the device of w. It depends on the dense content alone: a kept element that is
         0.0 frees its slot (see codec.SLOT_TABLE).

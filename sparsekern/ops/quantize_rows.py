@@ -143,7 +143,9 @@ def _check_rows(op: str, x: object, name: str = "x") -> None:
 def _check_like(op: str, name: str, tensor: object, of: str, x: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(message(op, f"{name} of type Tensor", type(tensor).__name__))
-    check(tensor.shape == x.shape, op, f"{name}.shape == {of}.shape ({list(x.shape)})", tensor.shape)
+    check(
+        tensor.shape == x.shape, op, f"{name}.shape == {of}.shape ({list(x.shape)})", tensor.shape
+    )
     _check_kind(op, name, tensor, of, x)
 
 
@@ -272,9 +274,7 @@ def _silu_mul_quantize_op(
 
 
 @_silu_mul_quantize_op.register_fake
-def _(
-    gate: Tensor, up: Tensor | None, storage: str, with_y: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(gate: Tensor, up: Tensor | None, storage: str, with_y: bool) -> tuple[Tensor, Tensor, Tensor]:
     _check_gated(gate, up)
     last = gate.shape[-1] // 2 if up is None else gate.shape[-1]
     shape = (*gate.shape[:-1], last)

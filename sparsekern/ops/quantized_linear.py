@@ -74,9 +74,7 @@ def linear_quantized(
     return _compute(x, x_scale, w24, bias, activation, backend, _calls)
 
 
-def explain_quantized(
-    x: Tensor, w24: Sparse24, *, backend: str | None = None
-) -> ops.Explanation:
+def explain_quantized(x: Tensor, w24: Sparse24, *, backend: str | None = None) -> ops.Explanation:
     """Which backend and config `linear_quantized(x, scale, w24)` uses, and why; computes nothing.
 
     Args, Raises: as `linear_quantized`.
@@ -122,7 +120,9 @@ def _check(
     check(fits, _OP, f"x_scale of shape x.shape[:-1] ({sizes})", list(x_scale.shape))
     for name, tensor in (("x", x), ("x_scale", x_scale)):
         place = tensor.device
-        check(place == values.device, _OP, f"{name} on the weight's device ({values.device})", place)
+        check(
+            place == values.device, _OP, f"{name} on the weight's device ({values.device})", place
+        )
     if bias is not None:
         expected = f"bias of shape [out_features] ([{out_features}])"
         check(list(bias.shape) == [out_features], _OP, expected, list(bias.shape))

@@ -337,15 +337,14 @@ def fastest(
 
     Args:
         variants: those that the native module was built with for these types; what TIMES lacks is
-            left out. Without one for few tokens those for more of them are considered, too.
+            left out. Of 8-bit x those for many tokens are considered for few, too.
     Raises:
-        ValueError: none of them is in TIMES.
+        ValueError: none of them is in TIMES and takes so many tokens.
     """
     problem = tokens, out_features, in_features, multiprocessors, bits
-    built = [v for v in TIMES if v in variants]
-    known = [v for v in built if considered(v, tokens, out_features, in_features)]
-    if not known:
-        known = [v for v in built if considered(v, max(tokens, PREFILL_TOKENS), 0, 0)]
+    counted = tokens if bits.x == 16 else max(tokens, PREFILL_TOKENS)
+    size = counted, out_features, in_features
+    known = [v for v in TIMES if v in variants and considered(v, *size)]
     return min(known, key=lambda variant: predicted_us(variant, *problem))
 
 

@@ -1,8 +1,8 @@
 """The CUDA backend for weights of 8 bits with a scale per output channel (e4m3, int8).
 
-    x of 16 bits, few tokens     W8A16: decode widens the weights        csrc/linear/decode_sm90.cuh
-    x of 16 bits, more tokens    W8A8: x is quantised, then as below     csrc/activations/
-    x of 8 bits, with scales     W8A8: prefill, split in 8 bits          csrc/linear/prefill_sm90.cuh
+    x of 16 bits, few tokens    W8A16: decode widens the weights     csrc/linear/decode_sm90.cuh
+    x of 16 bits, more tokens   W8A8: x is quantised, then as below  csrc/activations/
+    x of 8 bits, with scales    W8A8: prefill, split in 8 bits       csrc/linear/prefill_sm90.cuh
 
     y = activation(x · levels(W)ᵀ * weight_scale * x_scale + bias)       rounded once to 16 bits
 
