@@ -1,7 +1,7 @@
 """The decode kernel without a GPU: its source, run by decode_emulator.cpp, against float64.
 
-Addresses, fragments, metadata, the widening of 8-bit values, edges, the ring of stages, clusters and
-who waits for whom; not that the hardware does what the PTX ISA says.
+Addresses, fragments, metadata, the widening of 8-bit and 4-bit values, edges, the ring of stages,
+clusters and who waits for whom; not that the hardware does what the PTX ISA says.
 """
 
 import ctypes
@@ -77,7 +77,16 @@ def build(tmp_path_factory):
                 assert old in source.read_text()
                 source.write_text(source.read_text().replace(old, new))
             library = folder / "emulator.so"
-            command = [compiler, "-std=c++17", "-O1", "-w", "-Wno-psabi", "-shared", "-fPIC", f"-I{include}"]
+            command = [
+                compiler,
+                "-std=c++17",
+                "-O1",
+                "-w",
+                "-Wno-psabi",
+                "-shared",
+                "-fPIC",
+                f"-I{include}",
+            ]
             command += [f"-I{folder / 'csrc'}", *(["-DEMULATE_FEW"] if edit else [])]
             emulator = Path(__file__).with_name("decode_emulator.cpp")
             subprocess.run([*command, str(emulator), "-o", str(library)], check=True)
@@ -240,9 +249,11 @@ def test_epilogue(build, weight, dtype, group):
         bias = random_input((out_features,), dtype, seed=2, integers=True)
         residual = random_input((35, out_features), dtype, seed=3, integers=True)
         scale = 2.0 ** (torch.arange(out_features) % 3 - 1)
-        what = dict(weight=weight, group=group, relu=True)
+        what = dict(weight=weight, group=group, scale=scale, bias=bias, residual=residual)
         for config in (0, 5):
-            assert not wrong(build(), config, w, x, scale=scale, bias=bias, residual=residual, **what)
+            assert not wrong(
+                build(), config, w, x, scale=scale, bias=bias, residual=residual, **what
+            )
 
 
 @pytest.mark.parametrize(
