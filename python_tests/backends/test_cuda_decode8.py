@@ -144,8 +144,8 @@ def assert_exact(p, config, tokens, y64, **options):
     first = tuple(wrong[0].tolist())
     raise AssertionError(
         f"config {config} {sorted(options)}, {p.weight} {p.scale_group} x {p.dtype}, "
-        f"{tokens} tokens, {p.out_features} x {p.in_features}: {len(wrong)} wrong; the first at {first} of the "
-        f"buffer: got {buffer[first].item()}, expected {expected[first].item()}"
+        f"{tokens} tokens, {p.out_features} x {p.in_features}: {len(wrong)} wrong; the first at "
+        f"{first} of the buffer: got {buffer[first].item()}, expected {expected[first].item()}"
     )
 
 
@@ -254,7 +254,7 @@ def test_bitwise_identical_over_100_runs(weight, group):
 
 
 def test_a_launch_reads_what_the_one_before_it_wrote():
-    """In a graph, launches in a row, each on the output of the last; the weight permutes columns."""
+    """In a graph, launches in a row, each on the output of the last; W permutes columns."""
     size, steps, tokens = 2048, 12, 16
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
     w = torch.zeros(size, size)
