@@ -83,10 +83,9 @@ def packable(w24: Sparse24) -> bool:
 
 
 def _fits(spec: WeightSpec) -> bool:
-    kind = spec.element
-    if kind.plain:
-        return kind.native_code is not None
-    return kind.bits == 8 or (kind.name == "int4" and scale_group(spec) in _SCALE_GROUPS)
+    if spec.storage == "int4":
+        return scale_group(spec) in _SCALE_GROUPS
+    return spec.element.native_code is not None
 
 
 def pack(w24: Sparse24) -> Sparse24:
@@ -215,16 +214,16 @@ def _pack_int4(spec: WeightSpec, tensors: Tensors) -> tuple[Tensor, Tensor]:
     nibbles = _padded(nibbles, panels * TILE, k_tiles * 128, 8)
     # row = (panel, 8 rows, row of them), kept column = (k_tile, chunk, pair of a word, t, half)
     nibbles = nibbles.view(panels, 8, 8, k_tiles, 4, 4, 4, 2).permute(0, 3, 4, 1, 2, 6, 7, 5)
-    nibbles = nibbles.reshape(panels, k_tiles, -1, 2)
+    nibbles = nibbles.reshape(panels, k_tiles, TILE * TILE, 2)
     values = nibbles[..., 0] | nibbles[..., 1] << 4
     metadata = _padded(tensors["metadata"], panels * TILE, k_tiles * 32, _PADDING_BYTE)
     # as of four tiles of 16 bits
     metadata = metadata.view(panels, 4, 2, 8, k_tiles, 4, 4, 2).permute(0, 4, 5, 1, 3, 6, 2, 7)
-    metadata = metadata.reshape(panels, k_tiles, -1)
+    metadata = metadata.reshape(panels, k_tiles, TILE * 32)
     if group := scale_group(spec):
         scale = _padded(tensors[SCALE], panels * TILE, k_tiles * 256 // group, 0)
         scale = scale.view(panels, TILE, k_tiles, 256 // group).permute(0, 2, 3, 1)
-        scale = scale.contiguous().view(torch.uint8).view(panels, k_tiles, -1)
+        scale = scale.contiguous().view(torch.uint8).view(panels, k_tiles, 1024 // group * TILE)
         metadata = torch.cat((metadata, scale), dim=2)
     return _to_groups(values), _to_groups(metadata)
 
