@@ -1,8 +1,9 @@
 """The typed surface of the CUDA module (csrc/bindings.cpp). Addresses and streams are integers.
 
 Addresses are of memory of the current device, 0 is null; strides count elements. A dtype that is a
-number is its place in csrc/core/dtype.h: 0 float16, 1 bfloat16, 2 float8_e4m3fn, 3 int8. Nothing is
-allocated and nothing waits for the GPU. No function takes more than six positional integers; what has more takes names.
+number is its place in csrc/core/dtype.h: 0 float16, 1 bfloat16, 2 float8_e4m3fn, 3 int8, 4 int4.
+Nothing is allocated and nothing waits for the GPU. No function takes more than six positional
+integers; what has more takes names.
 """
 
 from typing import TypedDict, final
@@ -45,6 +46,7 @@ class PrefillConfig(TypedDict):
     cluster_rows: int  # tiles of a cluster along out_features
     cluster_tokens: int  # and along tokens
     streamed: bool  # the last wave is shared evenly along in_features
+    promoted: bool  # sums of e4m3 in float32, not with the bits of the tensor cores
     types: Types
 
 class SplitConfig(TypedDict):
@@ -94,6 +96,8 @@ class Linear:
         weight_dtype: storage type of the values; None is dtype.
         x_dtype: of x; None is dtype. `kernels` says which of these types a config takes together.
         activation: None | "relu" | "gelu" | "silu".
+        scale_group: of int4, 64 | 128: in_features that share a scale, which the metadata holds;
+            0: none but channel_scale.
     Raises:
         ValueError: an unknown kernel, config, dtype or activation; types or a size that the kernel
             does not take.
@@ -115,6 +119,7 @@ class Linear:
         weight_dtype: str | None = None,
         x_dtype: str | None = None,
         activation: str | None = None,
+        scale_group: int = 0,
     ) -> None: ...
 
     needs_workspace: bool  # whether a call should pass one; 0 does without, and is slower
@@ -132,7 +137,7 @@ class Linear:
         workspace: int = 0,  # zeroed once, of one stream alone; others than prefill leave it
         up_values: int = 0,  # of a gated kernel
         up_metadata: int = 0,
-        channel_scale: int = 0,  # float32 [out_features]; of an 8-bit weight, or the naive kernel
+        channel_scale: int = 0,  # float32 [out_features]; of 8 or 4 bits, or the naive kernel
         token_scale: int = 0,  # float32 [tokens]; of an 8-bit x, or the naive kernel
     ) -> None:
         """Launches. ValueError for an operand that the kernel does not take, or that is missing."""

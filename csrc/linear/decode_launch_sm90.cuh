@@ -58,11 +58,6 @@ Status linear(const LinearProblem& p, int config, cudaStream_t stream) {
     if (p.scale_group == 64) return launch_for_tokens<W, X, Y, 1, 64>(p, config, stream);
     if (p.scale_group == 128) return launch_for_tokens<W, X, Y, 1, 128>(p, config, stream);
   }
-  if (p.scale_group != 0)
-    return make_status(StatusKind::value, kOp,
-                       ": expected scale_group 0, or 64 or 128 with int4 "
-                       "weights, got ",
-                       p.scale_group, ". Quantise with such groups.");
   return launch_for_tokens<W, X, Y, 1>(p, config, stream);
 }
 

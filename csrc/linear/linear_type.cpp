@@ -29,7 +29,8 @@ constexpr const char* kOp = "sparsekern._C.Linear";
 // The parameters in the order of Init and Call; the first kRequired of them must be passed.
 constexpr const char* kInitNames[] = {"kernel",          "config",       "tokens",   "out_features",
                                       "in_features",     "x_stride",     "y_stride", "dtype",
-                                      "residual_stride", "weight_dtype", "x_dtype",  "activation"};
+                                      "residual_stride", "weight_dtype", "x_dtype",  "activation",
+                                      "scale_group"};
 struct Init {
   enum {
     kKernel,
@@ -45,6 +46,7 @@ struct Init {
     kWeightDtype,
     kXDtype,
     kActivation,
+    kScaleGroup,
     kCount
   };
 };
@@ -221,6 +223,12 @@ Status check(const LinearObject& object, bool has_activation) {
     const int max_tokens = kernel.max_tokens;
     SK_CHECK_REL(kOp, tokens, <=, max_tokens, "Use the prefill kernel.");
   }
+  const bool grouped = info(p.weight_dtype).storage_bits == 4;
+  if (p.scale_group != 0 && !(grouped && (p.scale_group == 64 || p.scale_group == 128)))
+    return make_status(StatusKind::value, kOp, ": expected scale_group 0",
+                       grouped ? ", 64 or 128" : "", " with weight_dtype '",
+                       info(p.weight_dtype).name, "', got ", p.scale_group,
+                       ". Quantise the weight with such groups.");
   if (has_activation && !(takes(kernel, *object.launch) & kTakesEpilogue))
     return make_status(StatusKind::value, kOp, ": expected activation None with kernel '",
                        kernel.name, "', got one. Use another kernel.");
@@ -237,6 +245,7 @@ bool fill(LinearObject& object, PyObject* const* values) {
       !read_init(values, Init::kXStride, p.x.stride) ||
       !read_init(values, Init::kYStride, p.y.stride) ||
       !read_init(values, Init::kResidualStride, p.epilogue.residual_stride) ||
+      !read_init(values, Init::kScaleGroup, p.scale_group) ||
       !read_dtype(values[Init::kDtype], "dtype", p.y.dtype) ||
       !read_activation(values[Init::kActivation], p.epilogue.activation))
     return false;
@@ -363,7 +372,7 @@ PyType_Slot slots[] = {
     {Py_tp_doc,
      const_cast<char*>("Linear(*, kernel, config, tokens, out_features, in_features, x_stride, "
                        "y_stride, residual_stride=0, dtype, weight_dtype=None, x_dtype=None, "
-                       "activation=None)\n--\n\n"
+                       "activation=None, scale_group=0)\n--\n\n"
                        "The fixed part of a launch, checked once; called with its addresses.")},
     {Py_tp_new, reinterpret_cast<void*>(&make)},
     {Py_tp_dealloc, reinterpret_cast<void*>(&destroy)},

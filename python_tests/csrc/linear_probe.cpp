@@ -37,9 +37,9 @@ Status record(const char* kernel, DType weight, DType x, DType y, const LinearPr
     return record(text, kDTypeOf<W>, kDTypeOf<X>, kDTypeOf<Y>, p, config, stream); \
   }                                                                                \
   SK_PLAIN(SK_INSTANTIATE_LINEAR, function)                                        \
-  SK_E4M3_A8(SK_INSTANTIATE_LINEAR, function)                                      \
-  SK_INT8_A8(SK_INSTANTIATE_LINEAR, function)                                      \
+  SK_W8A8(SK_INSTANTIATE_LINEAR, function)                                         \
   SK_W8A16(SK_INSTANTIATE_LINEAR, function)                                        \
+  SK_W4A16(SK_INSTANTIATE_LINEAR, function)                                        \
   }
 SK_RECORDER(decode, linear, "decode")
 SK_RECORDER(decode, gated, "decode_gated")
@@ -76,6 +76,7 @@ py::dict last_launch() {
   d["tokens"] = p.tokens, d["out_features"] = p.out_features, d["in_features"] = p.in_features;
   d["x_stride"] = p.x.stride, d["y_stride"] = p.y.stride;
   d["residual_stride"] = p.epilogue.residual_stride;
+  d["scale_group"] = p.scale_group;
   d["weight_dtype"] = name(p.weight_dtype);
   d["activation"] = static_cast<int>(p.epilogue.activation);
   d["x"] = number(p.x.data), d["values"] = number(p.weight.values);

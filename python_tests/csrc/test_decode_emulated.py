@@ -1,7 +1,7 @@
 """The decode kernel without a GPU: its source, run by decode_emulator.cpp, against float64.
 
-Addresses, fragments, metadata, the widening of 8-bit values, edges, the ring of stages, clusters and
-who waits for whom; not that the hardware does what the PTX ISA says.
+Addresses, fragments, metadata, the widening of 8-bit and 4-bit values, edges, the ring of stages,
+clusters and who waits for whom; not that the hardware does what the PTX ISA says.
 """
 
 import ctypes
@@ -15,6 +15,7 @@ import torch
 
 from python_tests.csrc.building import ROOT, cuda_include
 from python_tests.linear_cases import PAIRS, random_input, random_weight
+from python_tests.tile64_by_formula import tiles
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 E4M3, INT8 = torch.float8_e4m3fn, torch.int8
@@ -29,8 +30,17 @@ CONFIGS = [
     )
 ]  # (index, panels, split)
 assert len(CONFIGS) >= 8
-TYPES = [(w, x) for x in (F16, BF16) for w in (E4M3, INT8, x)]
-NARROW = [(w, x) for w, x in TYPES if w.itemsize == 1]
+CONFIGS = [config for config in CONFIGS if config[2] != 4]
+NARROW = [(w, x) for w in (E4M3, INT8) for x in (F16, BF16)]
+# (weight, x, columns that share a scale of the metadata)
+TYPES = [
+    (BF16, BF16, 0),
+    *((*types, 0) for types in NARROW),
+    ("int4", F16, 0),
+    ("int4", BF16, 64),
+    ("int4", F16, 128),
+    ("int4", BF16, 128),
+]
 
 
 class Emulated(ctypes.Structure):
@@ -67,7 +77,16 @@ def build(tmp_path_factory):
                 assert old in source.read_text()
                 source.write_text(source.read_text().replace(old, new))
             library = folder / "emulator.so"
-            command = [compiler, "-std=c++17", "-O1", "-w", "-Wno-psabi", "-shared", "-fPIC", f"-I{include}"]
+            command = [
+                compiler,
+                "-std=c++17",
+                "-O1",
+                "-w",
+                "-Wno-psabi",
+                "-shared",
+                "-fPIC",
+                f"-I{include}",
+            ]
             command += [f"-I{folder / 'csrc'}", *(["-DEMULATE_FEW"] if edit else [])]
             emulator = Path(__file__).with_name("decode_emulator.cpp")
             subprocess.run([*command, str(emulator), "-o", str(library)], check=True)
@@ -77,46 +96,6 @@ def build(tmp_path_factory):
         return built[edit]
 
     return make
-
-
-def tiles(w):
-    """(values, metadata) of layout "tile64", by its formulas, one element at a time."""
-    dense_k = 128 if w.dtype.itemsize == 1 else 64  # columns of a tile
-    chunk = 16 // w.dtype.itemsize
-    rows, columns = -(-w.shape[0] // 64) * 64, -(-w.shape[1] // dense_k) * dense_k
-    bits = torch.zeros(rows, columns, dtype=torch.int16 if chunk == 8 else torch.uint8)
-    bits[: w.shape[0], : w.shape[1]] = w.view(bits.dtype)
-    groups = bits.view(rows, -1, 4)
-    full = torch.zeros(*groups.shape)
-    full[: w.shape[0], : w.shape[1] // 4] = (w.float() != 0).float().view(w.shape[0], -1, 4)
-    # Two columns of each group: those that are not zero, else the first that are; rising.
-    order = torch.sort(full, dim=2, descending=True, stable=True).indices[:, :, :2].sort(2).values
-    kept = torch.gather(groups, 2, order).view(rows, -1)
-    nibbles = order[:, :, 0] + 4 * order[:, :, 1]
-
-    panels, k_tiles = rows // 64, columns // dense_k
-    values = torch.zeros(panels * k_tiles, 4 * 64 * chunk, dtype=bits.dtype)
-    words = torch.zeros(panels * k_tiles, dense_k // 4 * 64 // 8, dtype=torch.int64)
-    row, c = torch.meshgrid(torch.arange(64), torch.arange(dense_k // 2), indexing="ij")
-    place = c // chunk * 64 * chunk + row // 8 * 8 * chunk + row % 8 * chunk + c % chunk
-    tile_of = {}
-    for group in range(0, panels, 4):
-        for k in range(k_tiles):
-            for panel in range(group, min(group + 4, panels)):
-                tile_of[panel, k] = len(tile_of)
-    word = torch.arange(words.shape[1])
-    step, warp, g, t = word // 128, word // 32 % 4, word // 4 % 8, word % 4
-    for (panel, k), tile in tile_of.items():
-        of_tile = slice(panel * 64, panel * 64 + 64)
-        values[tile, place] = kept[of_tile, k * dense_k // 2 : (k + 1) * dense_k // 2]
-        of_groups = nibbles[of_tile, k * dense_k // 4 : (k + 1) * dense_k // 4]
-        for bit in range(8):
-            if chunk == 16:
-                nibble = of_groups[16 * warp + g + 8 * (t % 2), 16 * step + 8 * (t // 2) + bit]
-            else:
-                nibble = of_groups[16 * warp + g + 8 * (bit // 4), 4 * t + bit % 4]
-            words[tile] += nibble << 4 * bit
-    return values, words.to(torch.uint32)
 
 
 def aligned_rows(x):
@@ -141,6 +120,8 @@ def wrong(
     config,
     w,
     x,
+    weight=E4M3,
+    group=0,
     scale=None,
     bias=None,
     residual=None,
@@ -149,10 +130,18 @@ def wrong(
     falling=False,
     clusters=0,
 ):
-    """What is wrong with y = relu(x · wᵀ * scale + bias) + residual, in words; empty when exact."""
+    """What is wrong with y = relu(x · wᵀ * scale + bias) + residual, in words; empty when exact.
+
+    w: the stored numbers, float32. Groups of columns have scales 0.5, 1 and 2.
+    """
     (tokens, in_features), out_features, dtype = x.shape, w.shape[0], x.dtype
-    values, metadata = map(on_16_bytes, tiles(w))
-    y64 = x.double() @ w.double().t()
+    of_groups, numbers = None, w.double()
+    if group:
+        count = -(-in_features // group)
+        of_groups = 2.0 ** (torch.arange(out_features * count).view(out_features, count) % 3 - 1)
+        numbers = numbers * of_groups.repeat_interleave(group, 1)[:, :in_features]
+    values, metadata = map(on_16_bytes, tiles(w, weight, group, of_groups))
+    y64 = x.double() @ numbers.t()
     x = aligned_rows(x)
     y64 = y64 if scale is None else y64 * scale.double()
     y64 = y64 if bias is None else y64 + bias.double()
@@ -183,7 +172,7 @@ def wrong(
             tokens=tokens,
             out_features=out_features,
             in_features=in_features,
-            weight={E4M3: 1, INT8: 2}.get(w.dtype, 0),
+            weight=3 + group // 64 if weight == "int4" else {E4M3: 1, INT8: 2}.get(weight, 0),
             bf16=dtype == BF16,
             activation=int(relu),
             config=config,
@@ -198,60 +187,73 @@ def wrong(
     return f"config {config}: {len(differ)} wrong, first {differ[0]}" if differ else ""
 
 
-def problem(tokens, out_features, in_features, weight=E4M3, dtype=BF16):
-    w = random_weight(out_features, in_features, F32, integers=True).to(weight)
+def problem(tokens, out_features, in_features, dtype=BF16):
+    w = random_weight(out_features, in_features, F32, integers=True)
     return w, random_input((tokens, in_features), dtype, integers=True)
 
 
 @pytest.mark.parametrize("config, panels, split", CONFIGS)
-@pytest.mark.parametrize("weight, dtype", TYPES, ids=str)
-def test_exact_at_the_edges(build, config, panels, split, weight, dtype):
+@pytest.mark.parametrize("weight, dtype, group", TYPES, ids=str)
+def test_exact_at_the_edges(build, config, panels, split, weight, dtype, group):
     """Less and more than a tile, a row block and a cluster; both landing times and orders."""
     emulate, rows = build(), 64 * panels
     for case, freedoms in (
         ((1, 7, 4), dict(late=True)),
         ((9, rows + 1, 132), dict(late=False, falling=True)),
-        ((17, 65, 260), dict(late=True, falling=True)),
+        ((16, 65, 264), dict(late=True, falling=True)),
         ((64, 70, 644), dict(late=False)),
     ):
-        assert not wrong(emulate, config, *problem(*case, weight, dtype), **freedoms)
+        what = dict(weight=weight, group=group, **freedoms)
+        assert not wrong(emulate, config, *problem(*case, dtype), **what)
 
 
-@pytest.mark.parametrize("config, panels, split", CONFIGS)
+@pytest.mark.parametrize("config", [0, 5])
+@pytest.mark.parametrize("weight, group", [(E4M3, 0), ("int4", 128)], ids=str)
 @pytest.mark.parametrize("late", [True, False])
-def test_more_stages_than_the_ring(build, config, panels, split, late):
+def test_more_stages_than_the_ring(build, config, weight, group, late):
     """Every turn of the ring, and more row blocks than clusters where there is no split."""
-    case = problem(5, 64 * panels + 3, 128 * split * 14 - 60)
-    assert not wrong(build(), config, *case, late=late, clusters=1)
+    _, panels, split = next(entry for entry in CONFIGS if entry[0] == config)
+    case = problem(5, 64 * panels + 3, (256 if group else 128) * split * 13 - 60)
+    what = dict(weight=weight, group=group, late=late, clusters=1)
+    assert not wrong(build(), config, *case, **what)
 
 
-@pytest.mark.parametrize("weight, dtype", NARROW, ids=str)
-def test_every_value_in_every_place(build, weight, dtype):
+def codes_of(weight):
+    """All numbers of a storage type."""
+    if weight == "int4":
+        return torch.arange(-8.0, 8.0)
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(weight).float()
+    return codes[codes.isfinite() & ((codes > -128) | (weight != INT8))]
+
+
+@pytest.mark.parametrize("weight, dtype, group", TYPES[1:], ids=str)
+def test_every_value_in_every_place(build, weight, dtype, group):
     """All codes of the storage type, in every column of a tile and every row of an m16 tile."""
-    bits = torch.arange(256, dtype=torch.int32)
-    codes = bits.to(torch.uint8).view(weight)
-    codes = codes[codes.float().isfinite()] if weight == E4M3 else codes[codes.float() > -128]
-    w = torch.zeros(256, 256, dtype=weight)
-    for row in range(256):
-        for group in range(64):
-            first, second = PAIRS[(row + group) % 6].tolist()
-            w[row, 4 * group + first] = codes[(row * 7 + group * 2) % len(codes)]
-            w[row, 4 * group + second] = codes[(row * 7 + group * 2 + 1) % len(codes)]
+    codes = codes_of(weight)
+    w = torch.zeros(64, 256)
+    for row in range(64):
+        for column in range(64):
+            first, second = PAIRS[(row + column) % 6].tolist()
+            w[row, 4 * column + first] = codes[(row * 7 + column * 2) % len(codes)]
+            w[row, 4 * column + second] = codes[(row * 7 + column * 2 + 1) % len(codes)]
     for first in range(0, 256, 64):
         x = torch.eye(256, dtype=dtype)[first : first + 64]
-        assert not wrong(build(), 0, w, x)
+        assert not wrong(build(), 0, w, x, weight=weight, group=group)
 
 
-@pytest.mark.parametrize("weight, dtype", NARROW, ids=str)
-def test_epilogue(build, weight, dtype):
+@pytest.mark.parametrize("weight, dtype, group", TYPES[1:], ids=str)
+def test_epilogue(build, weight, dtype, group):
     """The scale comes before the bias; aligned rows and others."""
     for out_features in (264, 197):
-        w, x = problem(35, out_features, 132, weight, dtype)
+        w, x = problem(35, out_features, 132, dtype)
         bias = random_input((out_features,), dtype, seed=2, integers=True)
         residual = random_input((35, out_features), dtype, seed=3, integers=True)
         scale = 2.0 ** (torch.arange(out_features) % 3 - 1)
+        what = dict(weight=weight, group=group, scale=scale, bias=bias, residual=residual)
         for config in (0, 5):
-            assert not wrong(build(), config, w, x, scale, bias, residual, relu=True)
+            assert not wrong(
+                build(), config, w, x, scale=scale, bias=bias, residual=residual, **what
+            )
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def linear(probe, **changes):
 def test_every_field_arrives_in_its_place(probe):
     assert linear(probe)(**ADDRESSES, **OPTIONAL) is None
     nothing = dict(up_values=0, up_metadata=0, channel_scale=0, token_scale=0)
-    types = dict(weight_dtype="bfloat16", x_dtype="bfloat16", launched=("bfloat16",) * 3)
+    types = dict(weight_dtype="bfloat16", x_dtype="bfloat16", launched=("bfloat16",) * 3, scale_group=0)
     expected = {**FIXED, **ADDRESSES, **OPTIONAL, **nothing, **types, "activation": 2}
     assert probe.last_launch() == expected
 
@@ -55,7 +55,8 @@ def test_every_field_arrives_in_its_place(probe):
 def test_the_named_kernel_is_launched_with_the_named_config_and_types(probe, kernel):
     up = dict(up_values=9, up_metadata=10) if kernel == "decode_gated" else {}
     for row in probe.kernels()[kernel]:
-        assert {("float16",) * 3, ("bfloat16",) * 3} <= set(row["types"])
+        plain = {("float16",) * 3, ("bfloat16",) * 3}
+        assert plain.isdisjoint(row["types"]) if row.get("promoted") else plain <= {*row["types"]}
         for types in row["types"]:
             names = dict(zip(("weight_dtype", "x_dtype", "dtype"), types, strict=True))
             of = linear(probe, kernel=kernel, config=row["index"], activation=None, **names)
@@ -141,10 +142,10 @@ def test_the_workspace_has_counters_and_a_tile_of_sums_per_multiprocessor(probe)
 
 def test_the_signature_is_that_of_the_stub(probe):
     parameters = inspect.signature(probe.Linear).parameters
-    assert set(parameters) == {*FIXED, "weight_dtype", "x_dtype"}
+    assert set(parameters) == {*FIXED, "weight_dtype", "x_dtype", "scale_group"}
     assert {p.kind for p in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
     optional = {name for name, p in parameters.items() if p.default is not p.empty}
-    assert optional == {"residual_stride", "weight_dtype", "x_dtype", "activation"}
+    assert optional == {"residual_stride", "weight_dtype", "x_dtype", "activation", "scale_group"}
 
 
 # ---- what is refused -----------------------------------------------------------------------------
