@@ -155,7 +155,7 @@ def wait_for_weight(values: Tensor) -> None:
 def _packed_sizes(spec: WeightSpec) -> tuple[list[int], list[int]]:
     """Shapes of the packed values and of the packed metadata."""
     bits = spec.element.bits
-    panels, k_tiles = packed_shape(*spec.shape, bits)
+    panels, k_tiles = packed_shape(spec.shape[0], spec.shape[1], bits)
     tiles, per_byte = panels * k_tiles, max(1, 8 // bits)
     metadata = TILE * tile_columns(bits) // 8
     if group := scale_group(spec):
@@ -187,7 +187,7 @@ def _unpack(spec: WeightSpec, tensors: Tensors) -> Tensors:
 
 def _pack_torch(spec: WeightSpec, rows: Tensor, nibbles: Tensor) -> tuple[Tensor, Tensor]:
     bits = spec.element.bits
-    panels, k_tiles = packed_shape(*spec.shape, bits)
+    panels, k_tiles = packed_shape(spec.shape[0], spec.shape[1], bits)
     kept, bytes_k, chunk = TILE * 8 // bits, tile_columns(bits) // 8, _CHUNK * 8 // bits
     values = _padded(_movable(rows), panels * TILE, k_tiles * kept, 0)
     # row = (panel, 8 rows, row of them), kept column = (k_tile, 16-byte chunk, element)
@@ -208,7 +208,7 @@ def _pack_torch(spec: WeightSpec, rows: Tensor, nibbles: Tensor) -> tuple[Tensor
 def _pack_int4(spec: WeightSpec, tensors: Tensors) -> tuple[Tensor, Tensor]:
     """Word t of a row's 16 bytes of 64 columns: the pairs of the groups t, 4 + t, 8 + t, 12 + t;
     all first values, then all second ones, each as level + 8."""
-    panels, k_tiles = packed_shape(*spec.shape, 4)
+    panels, k_tiles = packed_shape(spec.shape[0], spec.shape[1], 4)
     stored = tensors["values"]
     nibbles = torch.stack((stored & 0xF, stored >> 4), dim=2).flatten(1) ^ 8
     nibbles = _padded(nibbles, panels * TILE, k_tiles * 128, 8)
@@ -229,7 +229,10 @@ def _pack_int4(spec: WeightSpec, tensors: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def _unpack_int4(spec: WeightSpec, tensors: Tensors) -> Tensors:
-    (out_features, in_features), (panels, k_tiles) = spec.shape, packed_shape(*spec.shape, 4)
+    (out_features, in_features), (panels, k_tiles) = (
+        spec.shape,
+        packed_shape(spec.shape[0], spec.shape[1], 4),
+    )
     values = _from_groups(tensors["values"], panels, k_tiles)
     nibbles = torch.stack((values & 0xF, values >> 4), dim=3) ^ 8
     nibbles = nibbles.view(panels, k_tiles, 4, 8, 8, 4, 2, 4).permute(0, 3, 4, 1, 2, 7, 5, 6)

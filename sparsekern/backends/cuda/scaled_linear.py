@@ -204,7 +204,7 @@ class _Product:
             stream=stream,
             bias=0 if bias is None else bias.data_ptr(),
             workspace=space[1],
-            **({} if x_scale is None else {"token_scale": x_scale.data_ptr()}),
+            token_scale=0 if x_scale is None else x_scale.data_ptr(),
         )
         return y
 
