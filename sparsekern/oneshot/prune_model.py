@@ -11,7 +11,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import torch
@@ -21,13 +21,23 @@ from sparsekern import prune
 from sparsekern.backends.compress import compress as compress_weight
 from sparsekern.errors import check
 from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.nn.count import num_parameters
 from sparsekern.nn.replace import dense_weight, write_weight
+from sparsekern.nn.sparse_linear import check_before_loading
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot import keep_dense as dense_rule
 from sparsekern.oneshot.calibration import Batch, digest, make_batches
+from sparsekern.oneshot.estimate import Progress, free_host_bytes
 from sparsekern.oneshot.executor import Calibration, Stage, on_device
-from sparsekern.oneshot.layerwise import DAMP, Options, new_report, prune_group
+from sparsekern.oneshot.layerwise import (
+    DAMP,
+    Options,
+    describe_quantized,
+    new_report,
+    prune_group,
+)
+from sparsekern.oneshot.layerwise import quantize as quantize_layer
 from sparsekern.oneshot.presets import find_preset
 from sparsekern.oneshot.reconstruct import (
     Fit,
@@ -80,6 +90,9 @@ def prune_model(
     resume: str | os.PathLike[str] | None = None,
     undo: bool | str = "auto",
     progress: bool = True,
+    quantize: str | None = None,
+    quantize_method: str | None = None,
+    quantize_group: int | None = None,
     preset: str | None = None,
     reconstruct: Given = None,
     rotate: bool | Mapping[str, Any] | None = None,
@@ -148,6 +161,13 @@ def prune_model(
             Without it, and with `resume`, an exception leaves the finished blocks pruned and the
             others as they were, and its notes name the last one.
         progress: show a progress bar with the time left.
+        quantize: "fp8", "int8" or "int4": each layer's kept weights become levels with scales once
+            it is pruned and refined (see sparsekern.quantize), and the layers after it are
+            calibrated on that. Needs pattern (2, 4). With compress=False the dense weights hold
+            the numbers of the levels.
+        quantize_method: "gptq" (needs a calibration; prune.gptq), "rtn" (every weight to its
+            nearest level), or None: "gptq" where there is a calibration. The report says which.
+        quantize_group: columns that share a scale, of int4: 64, 128 or None (128).
         preset: "fast", "default" or "best" (oneshot/presets.py): what reconstruct and rotate are
             where they are None. What the model or the calibration does not allow is then left out
             with a warning. None: neither.
@@ -193,9 +213,15 @@ def prune_model(
         chosen.refine if refine is None else refine,
         float(chosen.match_dense or 0) if may_match else match_dense or 0.0,
         on_error,
+        quantize,
+        quantize_method,
+        quantize_group,
         OP,
     )
     check_options(wanted, true_sequential, compress, calibrated, offload_activations, OP)
+    late = bool(extra.spans) and quantize_method == "gptq"
+    expected = 'quantize_method "rtn" or None with rounds of reconstruction after the walk'
+    check(not late, OP, expected, "'gptq'", "No Hessian is left after them.")
     check(undo in (True, False, "auto"), OP, 'undo True, False or "auto"', repr(undo))
     timed_tokens = dense_rule.check_arguments(keep_dense, keep_dense_tokens, compress, OP)
 
@@ -251,6 +277,10 @@ def prune_model(
         if keep_dense:
             run.leave_slow_layers_dense(timed_tokens)
         run.execute(progress)
+    if compress and report.pruned:
+        check_before_loading(model)
+    counted = num_parameters(model)
+    report.parameters = {"dense": counted.dense, "stored": counted.stored}
     report.seconds = time.perf_counter() - start
     run.say()
     return report
@@ -378,11 +408,8 @@ def _values(
 
 def _fits_twice(layers: Sequence[models.Layer]) -> bool:
     """Whether half of the host's free memory holds a copy of these weights."""
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return False
-    return sum(layer.bytes_dense for layer in layers) <= free / 2
+    free = free_host_bytes()
+    return free is not None and sum(layer.bytes_dense for layer in layers) <= free / 2
 
 
 class _Run:
@@ -398,6 +425,7 @@ class _Run:
         extra: _Extra,
     ) -> None:
         self.model, self.options, self.compress = model, options, compress
+        self.late: Options | None = None  # how weights are quantised after the last round
         self.walk, self.report, self.extra = walk, report, extra
         self.resume: ResumeDir | None = None
         self.rows: dict[str, LayerReport] = {}
@@ -482,6 +510,9 @@ class _Run:
         stages = self.walk.plan()
         self.options.match_dense = self._matched()
         self._prepare_rounds()
+        if self.extra.spans and self.options.quantize:  # there is no Hessian after them
+            self.late = replace(self.options, quantize_method="rtn")
+            self.options = replace(self.options, quantize=None)
         expected = f"a model that is a chain of blocks, with calibration, for {self.report.method}"
         possible = self.options.method.finish is None or self.walk.chained
         check(possible, OP, expected, type(self.model).__name__, "Use another method.")
@@ -491,6 +522,7 @@ class _Run:
         walked = self.walk.stages(done)
         name = self.options.method.name
         with tqdm(total=count, desc=name, unit="block", disable=not progress) as bar:
+            watch = Progress(self.walk, [s for s in stages if s.key not in done], bar, OP)
             try:
                 with contextlib.closing(walked):
                     for stage in walked:
@@ -498,12 +530,16 @@ class _Run:
                         if stage.layers:
                             last = stage.key
                             bar.update()
+                            watch.done(stage.key)
                 if self.extra.spans:
                     self._train_spans(progress)
             except BaseException as error:
                 self.walk.rollback()
                 self._note(error, last)
                 raise
+            finally:
+                self.walk.on_tick = None
+                self.report.estimate = watch.estimate
         for layer in self.walk.selection.layers:
             if layer.name not in self.rows:
                 self.rows[layer.name] = new_report(layer)
@@ -544,6 +580,7 @@ class _Run:
                     self.report.hessians |= {layer.name: stored for layer in group.layers}
                 with self.walk.phase("prune"):
                     for pruned in prune_group(group.layers, group.hessian, self.options):
+                        self._tick(stage)
                         layer, weight, mask = pruned.layer, pruned.weight, pruned.mask
                         self.rows[layer.name] = pruned.report
                         if weight is None or mask is None:
@@ -552,7 +589,9 @@ class _Run:
                             kept[layer.name] = layer.weight.clone(), mask, group.hessian
                             stage.replace(layer.name, weight)
                             continue
-                        results[layer.name] = self._final(pruned.report, weight, mask)
+                        results[layer.name] = self._final(
+                            pruned.report, weight, mask, pruned.quantized
+                        )
                         stage.replace(layer.name, results[layer.name])
         if finish and kept:
             self._finish(stage, kept, results)
@@ -563,11 +602,20 @@ class _Run:
             rows = [self.rows[layer.name] for layer in stage.layers]
             self.resume.save(stage.key, results, rows)
 
-    def _final(self, row: LayerReport, weight: Tensor, mask: Tensor) -> Sparse24 | Tensor:
+    def _tick(self, stage: Stage) -> None:
+        if self.walk.on_tick is not None:
+            done = sum(layer.name in self.rows for layer in stage.layers) + 1
+            self.walk.on_tick(stage.key, "prune", done, len(stage.layers))
+
+    def _final(
+        self, row: LayerReport, weight: Tensor, mask: Tensor, quantized: Sparse24 | None
+    ) -> Sparse24 | Tensor:
         """What the stage keeps of a pruned weight."""
-        if not self.compress or self.extra.spans:
+        if self.extra.spans:
             return weight  # a round after the walk compresses
-        compressed = compress_weight(weight, mask)
+        if not self.compress:
+            return weight if quantized is None else quantized.to_dense()
+        compressed = compress_weight(weight, mask) if quantized is None else quantized
         row.bytes_sparse = compressed.nbytes
         return compressed
 
@@ -596,7 +644,11 @@ class _Run:
             row.note = "; ".join(filter(None, (row.note, note))) or None
             if hessian is not None:
                 row.relative_error = prune.relative_error(weight, new, hessian)
-            results[name] = self._final(row, new, mask)
+            quantized = None
+            if self.options.quantize:
+                quantized, _ = quantize_layer(weight, new, mask, hessian, self.options)
+                describe_quantized(row, weight, quantized, hessian, self.options)
+            results[name] = self._final(row, new, mask, quantized)
             stage.replace(name, results[name])
 
     def _reconstruct(
@@ -642,15 +694,22 @@ class _Run:
                 name = f"reconstruct {number + 1}"
                 for window in tqdm(range(count), name, unit="window", disable=not progress):
                     self._train_window(spans, number, window, inside)
-        if self.compress:
+        if self.compress or self.late:
             with self.walk.phase("prune"):
                 for name, layer in layers.items():
-                    weight, row = layer.weight, self.rows[name]
-                    self.walk.compress(layer, cast(Sparse24, self._compressed(row, weight)))
+                    compressed = self._compressed(self.rows[name], layer.weight)
+                    if self.compress:
+                        self.walk.compress(layer, compressed)
+                    else:
+                        write_weight(layer.module, compressed.to_dense())
 
     def _compressed(self, row: LayerReport, weight: Tensor) -> Sparse24:
-        compressed = compress_weight(weight, weight != 0)
-        row.bytes_sparse = compressed.nbytes
+        if self.late is None:
+            compressed = compress_weight(weight, weight != 0)
+        else:
+            compressed, _ = quantize_layer(weight, weight, weight != 0, None, self.late)
+            describe_quantized(row, weight, compressed, None, self.late)
+        row.bytes_sparse = compressed.nbytes if self.compress else row.bytes_sparse
         return compressed
 
     def _train_window(

@@ -6,8 +6,9 @@
     DIR/rotation.safetensors       what was learnt before the walk (prune_model(rotate=))
     DIR/lock                       held while a process works in the folder
 
-A compressed layer is stored as NAME.compressed and NAME.bitmask (the tensors of a checkpoint), a
-masked dense one as NAME.weight. Files appear by rename, so a file that exists is complete; each
+A compressed layer is stored as NAME.compressed and NAME.bitmask (the tensors of a checkpoint), with
+NAME.weight_scale and NAME.spec (the text of its WeightSpec) where it is quantised, a masked dense
+one as NAME.weight. Files appear by rename, so a file that exists is complete; each
 carries a sha256 of its content together with the manifest, so that a flipped bit, or a file of
 another run, is noticed.
 """
@@ -26,17 +27,19 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import FormatError, check, message
-from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.formats.layouts import WeightSpec
+from sparsekern.formats.sparse24 import Sparse24, metadata_of_bitmask
 from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot.calibration import Batch, digest
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.report import LayerReport
 from sparsekern.oneshot.rotation import Rotated, rotate_on
-from sparsekern.utils.files import write_atomic
+from sparsekern.utils.files import open_lock, open_regular, read_regular, write_atomic
 
 OP = "sparsekern.prune_model(resume=)"
 SCHEMA = 2
 ROTATION = "rotation.safetensors"
+MAX_JSON_BYTES = 2**26
 
 
 class ResumeDir:
@@ -58,7 +61,7 @@ class ResumeDir:
             remedy = "Give a folder."
             raise NotADirectoryError(message(OP, "a folder", f"the file {self.path}", remedy))
         os.makedirs(self.path, exist_ok=True)
-        self._lock: IO[str] | None = open(os.path.join(self.path, "lock"), "a")  # noqa: SIM115
+        self._lock: IO[bytes] | None = open_lock(os.path.join(self.path, "lock"))
         try:
             self._claim(json.loads(json.dumps({"schema": SCHEMA, **manifest})))
         except BaseException:
@@ -73,7 +76,7 @@ class ResumeDir:
             got, remedy = "another process at work in it", "Wait for it, or give another directory."
             raise ValueError(message(OP, f"{self.path} to be free", got, remedy)) from None
         file = os.path.join(self.path, "manifest.json")
-        if os.path.exists(file):
+        if os.path.lexists(file):
             stored = self._read_json(file)
             keys = [k for k in {**stored, **manifest} if stored.get(k) != manifest.get(k)]
             differences = "; ".join(
@@ -104,7 +107,7 @@ class ResumeDir:
             FormatError: the stored file cannot be read, or is damaged.
         """
         file = os.path.join(self.path, f"{name}.json")
-        if os.path.exists(file):
+        if os.path.lexists(file):
             stored = self._read_json(file)
             sha = stored.pop("sha256", None)
             remedy = "Delete it to measure again."
@@ -128,9 +131,8 @@ class ResumeDir:
     def _read_json(self, file: str) -> dict[str, Any]:
         stored: Any
         try:
-            with open(file, encoding="utf-8") as stream:
-                stored = json.load(stream)
-        except (ValueError, RecursionError) as error:
+            stored = json.loads(read_regular(file, MAX_JSON_BYTES))
+        except (OSError, ValueError, RecursionError) as error:
             stored = error
         expected, remedy = f"{file} to hold JSON", "Delete the directory."
         check(isinstance(stored, dict), OP, expected, stored, remedy, FormatError)
@@ -141,7 +143,7 @@ class ResumeDir:
 
     def has(self, key: str) -> bool:
         """Whether the stage was finished."""
-        return os.path.exists(self._file(key))
+        return os.path.lexists(self._file(key))
 
     def save(
         self, key: str, results: dict[str, Sparse24 | Tensor], reports: list[LayerReport]
@@ -153,8 +155,14 @@ class ResumeDir:
         tensors: dict[str, Tensor] = {}
         for name, weight in results.items():
             if isinstance(weight, Sparse24):
-                tensors[f"{name}.compressed"] = weight.rowmajor().values.cpu().contiguous()
+                weight = weight.rowmajor()
+                tensors[f"{name}.compressed"] = weight.values.cpu().contiguous()
                 tensors[f"{name}.bitmask"] = weight.bitmask().cpu().contiguous()
+                if not weight.spec.element.plain:
+                    text = torch.tensor(list(weight.spec.text.encode()), dtype=torch.uint8)
+                    tensors[f"{name}.spec"] = text
+                    for part in weight.spec.element.tensors:
+                        tensors[f"{name}.{part}"] = weight.tensors[part].cpu().contiguous()
             else:
                 tensors[f"{name}.weight"] = weight.cpu().contiguous()
         rows = json.dumps([asdict(r) for r in reports])
@@ -177,6 +185,7 @@ class ResumeDir:
         shapes = {layer.name: layer.shape for layer in layers}
         results: dict[str, Sparse24 | Tensor] = {}
         try:
+            open_regular(self._file(key)).close()  # no pipe, which would make the next line wait
             with safe_open(self._file(key), "pt", device="cpu") as file:
                 metadata = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -190,8 +199,18 @@ class ResumeDir:
                 else:
                     parts = (tensors[f"{name}.{part}"] for part in ("compressed", "bitmask"))
                     values, bitmask = (part.to(device) for part in parts)
-                    results[name] = Sparse24.from_bitmask(values, bitmask, shapes[name])
-        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+                    if f"{name}.spec" not in tensors:
+                        results[name] = Sparse24.from_bitmask(values, bitmask, shapes[name])
+                        continue
+                    spec = WeightSpec.parse(bytes(tensors[f"{name}.spec"].tolist()).decode())
+                    named = {
+                        part: tensors[f"{name}.{part}"].to(device) for part in spec.element.tensors
+                    }
+                    metadata = metadata_of_bitmask(bitmask, shapes[name])
+                    results[name] = Sparse24.from_tensors(
+                        spec, {"values": values, "metadata": metadata, **named}
+                    )
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             problem = f"{OP}: {self._file(key)} is damaged ({error})."
             raise FormatError(f"{problem} Delete it to prune these layers again.") from error
         fits = all(tuple(results[name].shape) == shapes[name] for name in results)
