@@ -16,7 +16,7 @@ last --tail bytes of each, which no calibration sees, with the distance of their
 
 Rows of --runs: the presets; published (SparseGPT without refine and match_dense); reconstruct (each
 block in the walk), span (all blocks after it), and "rotate+" before any of them. Rows of --explore
-train copies of one pruned model (sparsekern.reconstruct) or vary the walk.
+train copies of one model, reconstructed block by block (sparsekern.reconstruct), or vary the walk.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from .options import Run, parser, watchdog
 WINDOW = 2048
 SPAN = Reconstruction(span=None, epochs=4, between=1.0)
 BLOCK = Reconstruction(span=1, epochs=4)
+LONG = Reconstruction(span=None, epochs=8, between=1.0, recut=True, batch=2)
 RUNS: dict[str, dict[str, Any]] = {
     **{name: {"preset": name} for name in PRESETS},
     "published": {"refine": 0, "match_dense": 0.0},
@@ -61,24 +62,21 @@ def _with(options: Reconstruction, **changes: Any) -> Reconstruction:
 # What --explore tries: name -> (seconds it may need on an H200, from the pruned start or by
 # prune_model anew, what). The most telling ones are first: the budget ends the list.
 EXPLORE: dict[str, tuple[float, str, Any]] = {
-    "span": (15, "start", SPAN),
-    "span, end alone": (15, "start", _with(SPAN, between=0.0)),
-    "span, lr x 2": (15, "start", _with(SPAN, lr=1.2e-3)),
-    "block": (30, "prune", {"reconstruct": BLOCK}),
-    "span, recut, 8 epochs": (25, "start", _with(SPAN, epochs=8, recut=True)),
-    "block + span": (45, "prune", {"reconstruct": [BLOCK, SPAN]}),
-    "rotate": (35, "prune", {"rotate": True, "untie": True}),
-    "span, recut, noise, 8 epochs": (25, "start", _with(SPAN, epochs=8, recut=True, noise=0.1)),
-    "span, channel loss": (15, "start", _with(SPAN, loss="channel")),
-    "block, pruned targets": (30, "prune", {"reconstruct": _with(BLOCK, target="pruned")}),
-    "span, lr / 2": (15, "start", _with(SPAN, lr=3e-4)),
-    "span 4": (25, "start", _with(SPAN, span=4, epochs=3)),
-    "span, compiled, 16 epochs": (45, "start", _with(SPAN, epochs=16, compile=True)),
-    "block, lr / 2": (30, "prune", {"reconstruct": _with(BLOCK, lr=3e-4)}),
-    "block, sublayers": (40, "prune", {"reconstruct": _with(BLOCK, parts="sublayers")}),
-    "rotate 1000 steps": (50, "prune", {"rotate": {"steps": 1000}, "untie": True}),
-    "rotate + block + span": (60, "prune", {"rotate": True, "untie": True,
-                                            "reconstruct": [BLOCK, SPAN]}),
+    "recut, batch 2, 8 epochs": (35, "start", LONG),
+    "channel loss": (35, "start", _with(LONG, loss="channel")),
+    "rotate": (35, "prune", {"rotate": True, "untie": True, "reconstruct": BLOCK}),
+    "recut, batch 2, noise": (35, "start", _with(LONG, noise=0.1)),
+    "recut, batch 2, lr x 2": (35, "start", _with(LONG, lr=1.2e-3)),
+    "block, channel loss": (25, "prune", {"reconstruct": _with(BLOCK, loss="channel")}),
+    "block, lr x 2": (25, "prune", {"reconstruct": _with(BLOCK, lr=1.2e-3)}),
+    "block, pruned targets": (25, "prune", {"reconstruct": _with(BLOCK, target="pruned")}),
+    "recut, batch 2, end alone": (35, "start", _with(LONG, between=0.0)),
+    "recut, batch 8, 8 epochs": (35, "start", _with(LONG, batch=8)),
+    "block, sublayers": (35, "prune", {"reconstruct": _with(BLOCK, parts="sublayers")}),
+    "rotate 1000 steps": (50, "prune", {"rotate": {"steps": 1000}, "untie": True,
+                                        "reconstruct": BLOCK}),
+    "recut, batch 2, compiled": (60, "start", _with(LONG, compile=True)),
+    "windows of 4": (35, "start", _with(SPAN, span=4, epochs=3)),
 }  # fmt: skip
 
 
@@ -179,8 +177,8 @@ class Table:
         """Everything with the windows of the text side by side, one seed."""
         samples, start = self.args.samples or 256, None
         wanted = [text for text in self.args.only.split(",") if text]
-        with self.row("fast", 0):
-            start, _ = self.prune("fast", {}, 0, samples, True)
+        with self.row("block", 0):
+            start, _ = self.prune("block", {"reconstruct": BLOCK}, 0, samples, True)
         for name, (seconds, kind, what) in EXPLORE.items():
             if wanted and not any(text in name for text in wanted):
                 continue
@@ -366,7 +364,9 @@ class Table:
             details=details,
             metrics=metrics,
         )
-        error = f"{last['before']:.4f}>{last['after']:.4f}" if last else ""
+        error = ""
+        if last:
+            error = f"{last['before']:.4f}>{last['after']:.4f} (train {last['train']:.4f})"
         note = " ".join(f"{k} {v}" for k, v in shown.items())
         self.lines.append(
             (name, f"{value:.2f}", f"{seconds:.1f}", f"{peak:.1f}", str(seed), error, note)
@@ -428,6 +428,7 @@ def _short(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "blocks": [row["blocks"][0], row["blocks"][-1]],
             "before": round(row["before"], 6),
             "after": round(row["after"], 6),
+            "train": round(row["train"], 6) if row["train"] == row["train"] else None,
             "epochs": row["epochs"],
             "steps": row["steps"],
             "kept": row["kept"],
