@@ -14,6 +14,7 @@ from sparsekern.backends.compress import compress
 from sparsekern.nn.replace import replace_module
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot import discovery as models
+from sparsekern.oneshot.experts import with_experts_apart
 from sparsekern.oneshot.layerwise import new_report
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.oneshot.selection import select
@@ -21,11 +22,12 @@ from sparsekern.oneshot.selection import select
 OP = "sparsekern.compress_model"
 
 
+@with_experts_apart
 def compress_model(model: nn.Module, skip: Any = (), *, targets: Any = None) -> PruneReport:
     """Replace every linear layer whose weight is 2:4 by a SparseLinear, in place; W' = W.
 
     Args:
-        model: any nn.Module.
+        model: any nn.Module; experts in 3-D parameters count one by one.
         skip, targets: as in prune_model; nothing is skipped by default.
     Returns:
         PruneReport: one row per weight that takes part in matrix products, method "as it was";
@@ -51,7 +53,7 @@ def compress_model(model: nn.Module, skip: Any = (), *, targets: Any = None) -> 
                     old, w24 = layer.module, compress(weight.contiguous())
                     bias: Any = getattr(old, "bias", None)
                     new: SparseLinear = SparseLinear.from_sparse24(w24, bias)
-                    replace_module(model, old, new)
+                    replace_module(layer.home or model, old, new)
                     layer.module = new
                     row.skipped, row.method, row.is_24 = False, "as it was", True
                     row.bytes_sparse = w24.nbytes

@@ -25,6 +25,7 @@ from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot import keep_dense as dense_rule
 from sparsekern.oneshot.calibration import digest, make_batches
 from sparsekern.oneshot.executor import Calibration, Stage
+from sparsekern.oneshot.experts import with_experts_apart
 from sparsekern.oneshot.layerwise import DAMP, Options, new_report, prune_group
 from sparsekern.oneshot.report import LayerReport, PruneReport
 from sparsekern.oneshot.resume import ResumeDir
@@ -37,6 +38,7 @@ OP = "sparsekern.prune_model"
 logger = logging.getLogger("sparsekern")
 
 
+@with_experts_apart
 def prune_model(
     model: nn.Module,
     method: str | Method | Callable[[Tensor, Hessian | None], Tensor] = "sparsegpt",
@@ -141,6 +143,10 @@ def prune_model(
         UserWarning: nothing, or less than half of what was asked for, is 2:4 in the end
             (report.partial); it names the largest reasons.
     Notes:
+        Experts in 3-D parameters are pruned one by one, as layers `<module>.<expert>.<parameter>`,
+        each on the tokens that reach it; one that saw fewer tokens than it has in_features is named
+        in the report (report.few_tokens) and pruned on tokens of its layer besides; see
+        oneshot/experts.py. With compress their module becomes a SparseExperts.
         Training flags, hooks, config.use_cache, tied weights and the model's device are left as
         they were. The output is deterministic for one device and batch size. Progress is logged to
         "sparsekern".

@@ -47,6 +47,7 @@ class LayerReport:
             nothing is compressed.
         is_24: the weight is 2:4 now, pruned by this run or before it.
         asked: the layer was to be pruned; False where a rule of the caller leaves it dense.
+        tokens: that an expert saw in the calibration; None for other layers.
     """
 
     name: str
@@ -64,11 +65,18 @@ class LayerReport:
     bytes_sparse: int = 0
     is_24: bool = False
     asked: bool = True
+    tokens: int | None = None
 
     @property
     def elements(self) -> int:
         """Number of weights, counted dense."""
         return math.prod(self.shape)
+
+    @property
+    def few_tokens(self) -> bool:
+        """Whether an expert saw fewer tokens than it has in_features, so that others of its layer
+        were run through it to make up for them (oneshot/experts.py)."""
+        return self.tokens is not None and self.tokens < self.shape[1]
 
 
 @dataclass
@@ -105,6 +113,12 @@ class PruneReport:
     def skipped(self) -> list[LayerReport]:
         """Layers that stayed dense; `.reason` says why."""
         return [layer for layer in self.layers if layer.skipped]
+
+    @property
+    def few_tokens(self) -> list[LayerReport]:
+        """Matrices of experts that saw fewer tokens in the calibration than they have
+        in_features."""
+        return [layer for layer in self.pruned if layer.few_tokens]
 
     @property
     def share(self) -> float:
@@ -151,6 +165,8 @@ class PruneReport:
         )
         if sparse != dense:
             text += f", pruned weights {_size(dense)} -> {_size(sparse)}"
+        if self.few_tokens:
+            text += f", {len(self.few_tokens)} matrices of experts saw few tokens"
         text += f", {self.share:.1%} of the linear weights are 2:4"
         return f"{text}, {self.seconds:.1f} s"
 
