@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparsekern.backends.compress import decompress
 from sparsekern.checkpoint.arguments import folder_path, parse_size
+from sparsekern.checkpoint.experts import fused_dense, read_entries
 from sparsekern.errors import check
 from sparsekern.formats.disk import (
     FILE_KEYS,
@@ -72,6 +73,8 @@ def export_dense(
     config, _ = read_compression_config(source)
     layers = check_headers(files)
     transposed = _transposed(config, layers)
+    entries = read_entries(config, layers, files.info)
+    fused = {name: entry for entry in entries for name in entry["layers"]}
 
     companions = sorted(
         path.name
@@ -89,10 +92,22 @@ def export_dense(
     def stored(name: str) -> dict[str, Tensor]:
         return {name: files.read(name)[0]}
 
+    def dense_weight(name: str) -> Tensor:
+        if name in layers:
+            return decompress(read_sparse24(files, name))
+        return files.read(join(name, "weight"))[0]
+
     parts = {join(layer, part): layer for layer in layers for part in PARTS}
+    parts |= {join(name, "weight"): name for name in fused if name not in layers}
     groups: list[Group] = []
+    for entry in entries:
+        named = [join(n, "compressed" if n in layers else "weight") for n in entry["layers"]]
+        size = sum(files.info[n].nbytes * (2 if n.endswith("compressed") else 1) for n in named)
+        groups.append((size, lambda entry=entry: fused_dense(entry, dense_weight)))  # type: ignore[misc]
     for name, info in files.info.items():
         layer = parts.get(name)
+        if layer in fused:
+            continue
         if layer is None:
             groups.append((info.nbytes, lambda name=name: stored(name)))  # type: ignore[misc]
         elif name == join(layer, "compressed"):

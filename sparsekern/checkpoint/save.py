@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.checkpoint.arguments import folder_path, parse_size
+from sparsekern.checkpoint.experts import Stored, apart, stored_experts
 from sparsekern.checkpoint.names import Conversion, DiskNames, disk_names
 from sparsekern.checkpoint.skeleton import linear_shape, own_tensors, skeleton_of
 from sparsekern.errors import check
@@ -84,9 +85,18 @@ def save_pretrained(
     skeleton = skeleton_of(model, untied=_compressed_head(model, sparse))
     _warn_lost_buffers(model, skeleton)
     dense = _dense_tensors(model, skeleton)
-    names = disk_names(model, dense, sparse)
-    config = model_config(model, sparse, dense, names, skeleton)
-    groups = [_sparse_group(names.layers[name], module) for name, module in sparse.items()]
+    inside = _inside_experts(model)
+    plain = {name: tensor for name, tensor in dense.items() if name not in inside}
+    alone = {name: module for name, module in sparse.items() if name not in inside}
+    names = disk_names(model, plain, alone)
+    experts, entries = stored_experts(model, names.rename, names.split)
+    config = model_config(model, sparse, dense, names, skeleton, experts, entries)
+    groups = [_sparse_group(names.layers[name], module) for name, module in alone.items()]
+    for stored in experts:
+        if stored.whole is not None:
+            groups.append(_sparse_group(stored.name, stored.whole))
+        else:
+            groups.append((stored.nbytes, stored.tensors))
     groups += [_dense_group(stored, dense[name]) for stored, name in names.plain.items()]
     for conversion in names.groups:
         groups += _converted_groups(model, conversion, dense, names)
@@ -108,11 +118,20 @@ def model_config(
     dense: Mapping[str, Tensor],
     names: DiskNames,
     skeleton: nn.Module | None,
+    experts: Collection[Stored] = (),
+    entries: Collection[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """config.json of a model with the entries that announce its compressed layers."""
     config = _config(model, sparse, dense)
-    linears = {names.module(n): kind for n, kind in _linears(model, sparse, skeleton).items()}
-    stored = {names.layers[name] for name in sparse}
+    inside = _inside_experts(model)
+    linears = {
+        names.module(n): kind
+        for n, kind in _linears(model, sparse, skeleton).items()
+        if n not in inside
+    }
+    linears |= {entry.layer: "Linear" for entry in experts if entry.stack is None}
+    stored = {names.layers[name] for name in sparse if name not in inside}
+    stored |= {entry.name for entry in experts if entry.compressed}
     if sparse:
         total = sum(m.out_features * m.in_features for m in sparse.values())
         share = total / 2 / (total + sum(tensor.numel() for tensor in dense.values()))
@@ -120,9 +139,25 @@ def model_config(
         if "model_type" in config:
             config["transformers_weights"] = UNREADABLE_WITHOUT_US
     transposed = sorted(name for name in stored if linears[name] == "Conv1D")
+    own: dict[str, Any] = {}
     if transposed:
-        config["sparsekern"] = {"transposed": transposed}  # export_dense writes these as [in, out]
+        own["transposed"] = transposed  # export_dense writes these as [in, out]
+    if entries:
+        own["experts"] = list(entries)  # and these as one tensor of all experts
+    if own:
+        config["sparsekern"] = own
     return config
+
+
+def _inside_experts(model: nn.Module) -> set[str]:
+    """Names of the linear layers of experts, and of their dense weights."""
+    layers = {
+        join(name, f"{i}.{key}")
+        for name, experts in apart(model).items()
+        for i in range(experts.recipe.experts)
+        for key, _ in experts.recipe.matrices
+    }
+    return layers | {join(layer, "weight") for layer in layers}
 
 
 def _dense_tensors(model: nn.Module, skeleton: nn.Module | None) -> dict[str, Tensor]:

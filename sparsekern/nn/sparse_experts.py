@@ -39,7 +39,7 @@ _OP = "sparsekern.SparseExperts"
 _PLAIN = frozenset(nn.Module().__dict__)
 # Parameters of three dimensions that are no matrices.
 _NO_MATRIX = re.compile(r"bias|norm|scale|embed|position|token|conv|latent|mask|anchor|quer", re.I)
-_PROBE_TOKENS = 6
+_PROBE_TOKENS, _PROBE_ELEMENTS = 6, 2**20
 _INDEX, _WEIGHT, _SIZES = re.compile("ind"), re.compile("weight|score|prob"), re.compile("size")
 # The products that a forward may use; everything else that it does with a parameter is refused.
 _LINEAR = functional.linear
@@ -517,7 +517,7 @@ def _candidates(module: nn.Module) -> list[str]:
         for key, p in module._parameters.items()
         if p is not None
         and p.dim() == 3
-        and min(p.shape) >= 1
+        and min(p.shape[1:]) >= 2
         and p.is_floating_point()
         and p.element_size() >= 2
         and type(p.data) is Tensor
@@ -541,9 +541,9 @@ def describe_experts(module: nn.Module) -> Recipe | None:
     first = cast(Tensor, module._parameters[keys[0]])
     for width in dict.fromkeys((first.shape[1], first.shape[2])):
         probe = _Probe(module, keys)
-        call = _example(module, roles, form, first.shape[0], width)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.device("cpu"):
+                call = _example(module, roles, form, first.shape[0], width)
                 _code_of(type(module))(probe, **call)
         except Exception:  # other inputs, or other uses of its parameters
             continue
@@ -612,7 +612,11 @@ class _Probe:
         if name in self.__dict__["_keys"]:
             return _Stack(self, name, module._parameters[name].shape)
         if name in module._modules:
-            child = copy.deepcopy(module._modules[name])
+            child = module._modules[name]
+            large = sum(t.numel() for t in _tensors(child)) > _PROBE_ELEMENTS
+            if large:  # an activation or a norm is not
+                raise _Unsupported(f"{name}, which is large")
+            child = copy.deepcopy(child)
             if any(t.is_meta or t.device.type != "cpu" for t in _tensors(child)):
                 child = child.to_empty(device="cpu")
             made[name] = child.eval()
