@@ -18,6 +18,7 @@ from sparsekern.formats.dtypes import ElementType, register_dtype
 from sparsekern.formats.layouts import Layout, WeightSpec, register_layout
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.integrations.transformers import register_when_imported
+from sparsekern.nn.sparse_experts import SparseExperts
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.compress_model import compress_model
 from sparsekern.oneshot.executor import calibrate
@@ -39,6 +40,7 @@ __all__ = [
     "PruneReport",
     "RotationReport",
     "Sparse24",
+    "SparseExperts",
     "SparseLinear",
     "WeightSpec",
     "__version__",

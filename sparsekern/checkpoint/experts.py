@@ -131,9 +131,13 @@ class ExpertNames:
             self.used.update(part.name for part in parts)
 
 
-def stacked_parts(place: Place, layer: str) -> dict[int, list[Part]]:
+def stacked_parts(
+    place: Place, layer: str, info: Mapping[str, TensorInfo]
+) -> dict[int, list[Part]]:
     """One compressed layer that holds the rows of all experts in turn."""
-    rows = place.rows
+    rows, stored = place.rows, info[join(layer, "compressed")].shape[0]
+    expected = f"{place.shape[0]} experts of {rows} rows"
+    require(stored == rows * place.shape[0], f"{OP}: layer {layer}", expected, f"{stored} rows")
     return {i: [Part(layer, i * rows, (i + 1) * rows, True)] for i in range(place.shape[0])}
 
 
@@ -213,14 +217,11 @@ def check_columns(files: TensorFiles, names: ExpertNames, known: Mapping[str, Pl
         for part in parts:
             stored = join(part.name, "compressed") if part.compressed else part.name
             info = files.info[stored]
-            rows, columns = info.shape[-2:] if len(info.shape) > 1 else (0, 0)
-            columns = 2 * columns if part.compressed else columns
             if part.index is not None:
                 fits = tuple(info.shape) == place.shape
-            elif part.name.endswith(f".{place.key}") and part.compressed and part.start:
-                fits = rows == place.rows * place.shape[0] and columns == place.columns
             else:
-                fits = rows >= part.stop and columns == place.columns
+                columns = 2 * info.shape[-1] if part.compressed else info.shape[-1]
+                fits = len(info.shape) == 2 and columns == place.columns
             require(
                 fits,
                 files.where(stored),

@@ -152,7 +152,7 @@ def match_names(
                 target = bare[0] if bare[1] is None and bare[0] in found.known else target
             if target in found.known:
                 place = found.known[target]
-                found.experts.add(place, stacked_parts(place, layer))
+                found.experts.add(place, stacked_parts(place, layer, info))
                 found.experts.modules.add(place.module)
                 continue
             own = own_place(target.removesuffix(".weight"), found.known)

@@ -156,7 +156,7 @@ def _prune(layers: list[Layer], hessian: prune.Hessian | None, options: Options)
             report.method = "mask"
         few = None
         if report.few_tokens:
-            few = f"{layer.tokens} tokens of calibration, the rest of {layer.shape[1]} filled up"
+            few = f"saw {layer.tokens} tokens, fewer than in_features"
         report.damp = details.damp
         report.note = "; ".join(text for text in (few, note) if text) or None
         report.is_24 = options.pattern == (2, 4) or bool(given)

@@ -144,9 +144,9 @@ def prune_model(
             (report.partial); it names the largest reasons.
     Notes:
         Experts in 3-D parameters are pruned one by one, as layers `<module>.<expert>.<parameter>`,
-        each on the tokens that reach it; one that saw fewer tokens than it has in_features is named
-        in the report (report.few_tokens) and pruned on tokens of its layer besides; see
-        oneshot/experts.py. With compress their module becomes a SparseExperts.
+        each on the tokens that reach it and, the fewer these are, on others of its layer
+        (oneshot/experts.py has the rule); the report names those that saw fewer tokens than they
+        have in_features (report.few_tokens). With compress their module becomes a SparseExperts.
         Training flags, hooks, config.use_cache, tied weights and the model's device are left as
         they were. The output is deterministic for one device and batch size. Progress is logged to
         "sparsekern".

@@ -74,8 +74,8 @@ class LayerReport:
 
     @property
     def few_tokens(self) -> bool:
-        """Whether an expert saw fewer tokens than it has in_features, so that others of its layer
-        were run through it to make up for them (oneshot/experts.py)."""
+        """Whether an expert saw fewer tokens than it has in_features; oneshot/experts.py says what
+        it is pruned on."""
         return self.tokens is not None and self.tokens < self.shape[1]
 
 
