@@ -113,7 +113,13 @@ class _Stack:
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
+        wanted = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype)]
+        if any(dtype != self.dtype for dtype in wanted):
+            raise _Unsupported(f"{self._key} in {wanted[0]}")
         return self
+
+    def float(self) -> Any:
+        return self.to(torch.float32)
 
     def __getitem__(self, index: Any) -> _Matrix:
         if isinstance(index, Tensor) and index.numel() != 1:
