@@ -440,6 +440,7 @@ def read_entries(
             isinstance(n, str) and (n in layers or join(n, "weight") in info) and n not in seen
             for n in cast("list[Any]", names)
         )
+        good = good and len(set(cast("list[str]", names))) == len(cast("list[str]", names))
         require(good, what, expected, message(OP, "", str(entry)[:80])[-80:])
         seen.update(cast("list[str]", names))
         if len(cast("list[str]", names)) == 1 and entry["experts"] > 1:
