@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from . import figure, headline, record, results
+from . import figure, headline, record, recovery_table, results, results8
 
 README = record.ROOT / "README.md"
 RESULTS = record.ROOT / "bench" / "RESULTS.md"
@@ -35,8 +35,12 @@ NOTHING = "No measurements are recorded yet."
 # In this order; ops that are not here follow, under their own name.
 TITLES = {
     "linear": "Linear layers",
+    "linear8": "Linear layers with quantised 2:4 weights",
+    "activations": "Quantising activations",
     "mma_era": "mma.sp against dense mma.sync kernels on this GPU",
     "vllm": "A real vLLM 0.24, tokens per second, 8B shape of random weights",
+    "generate": "Decoding in Transformers, static cache, compiled",
+    "serve": "Behind vLLM's HTTP server",
     "decode_model": "Decoding a whole model",
     "prune_model": "Pruning",
     "checkpoint": "Checkpoints",
@@ -45,6 +49,8 @@ TITLES = {
     "eager_call": "Host time of one eager call",
     "hosttime": "Host time of one eager call, this version against the one before",
     "finetune": "Recovery by masked distillation",
+    "training_step": "A training step of an MLP block, sparse against dense",
+    "lora_step": "A LoRA step on a frozen 2:4 block against a dense one",
     "linear_peer": "What could not be compared",
     "bandwidth": "Memory bandwidth of the machine",
 }
@@ -166,6 +172,15 @@ def linear_tables(records: list[dict]) -> str:
     return "\n\n".join([*parts, f'Medians of campaigns {campaigns}; "-": not timed.'])
 
 
+def quantized_tables(records: list[dict]) -> str:
+    """The grids of results8. All records have op "linear8" and the same GPU."""
+    parts = [
+        f"{title}\n\n{markdown(header, rows)}" for title, header, rows in results8.grids(records)
+    ]
+    campaigns = ", ".join(sorted({cell.campaign for cell in results8.cells(records)}))
+    return "\n\n".join([*parts, f'Medians of campaigns {campaigns}; "-": not timed.'])
+
+
 def losses(records: list[dict]) -> str:
     """What is slower than a peer on one GPU: linear layers, the Triton and the mma.sp kernel."""
     linear = [entry for entry in records if entry["op"] == "linear" and "us" in entry]
@@ -179,6 +194,10 @@ def losses(records: list[dict]) -> str:
             f"The Triton kernel is slower than cuBLAS in {lost} of {len(ratios)} comparisons, "
             f"{min(ratios):.2f} to {max(ratios):.2f}."
         )
+    quantized = results8.losses_table(records)
+    if quantized is not None:
+        text, header, rows = quantized
+        parts.append(f"{text}\n\n{markdown(header, rows)}" if rows else f"{text}.")
     eras = [entry for entry in records if entry["op"] == "mma_era" and "us" in entry]
     base, ratios = BASES["mma_era"], []
     for _, found in newest(
@@ -234,9 +253,15 @@ def render(records: list[dict]) -> str:
         (op, gpu, kind), entries = key, tables[key]
         if op == "linear" and kind == "us":
             table = linear_tables(entries)
+        elif op == "linear8" and kind == "us":
+            table = quantized_tables(entries)
         else:
             base = BASES.get(op, "dense")
             table = timing_table(entries, base) if kind == "us" else metrics_table(entries)
+        if op == "finetune":
+            tables_of = recovery_table.rows(entries).items()
+            promised = [f"{case}\n\n{markdown(*table_of)}" for case, table_of in tables_of]
+            table = "\n\n".join([*promised, table])
         sources = sorted({str(entry.get("git"))[:10] for entry in entries})
         versions = sorted({f"torch {entry.get('torch')}" for entry in entries})
         title = f"**{TITLES.get(op, op)}**, {gpu}, {', '.join(versions)}, git {', '.join(sources)}"

@@ -132,7 +132,8 @@ def plan_arguments(*values):
     """The arguments of the native cusparselt_plan by name."""
     sizes = "device", "dtype", "out_features", "tokens", "in_features", "x_stride", "y_stride"
     names = *sizes, "bias", "relu", *Algorithm._fields
-    return dict(zip(names, values, strict=True))
+    plain = dict(zip(names, values, strict=True))
+    return {**plain, "y_dtype": plain["dtype"], "channel_scale": False}
 
 
 def expected(x, w, bias=None, activation=None):

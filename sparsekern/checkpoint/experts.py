@@ -23,7 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import message
-from sparsekern.formats.disk import join, read_sparse24
+from sparsekern.formats.disk import (
+    join,
+    read_sparse24,
+    stored_bytes,
+    stored_tensors,
+    values_name,
+)
+from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.sparse_experts import SparseExperts, find_experts, linear_of
 from sparsekern.nn.sparse_linear import SparseLinear
@@ -131,11 +138,9 @@ class ExpertNames:
             self.used.update(part.name for part in parts)
 
 
-def stacked_parts(
-    place: Place, layer: str, info: Mapping[str, TensorInfo]
-) -> dict[int, list[Part]]:
-    """One compressed layer that holds the rows of all experts in turn."""
-    rows, stored = place.rows, info[join(layer, "compressed")].shape[0]
+def stacked_parts(place: Place, layer: str, stored: int) -> dict[int, list[Part]]:
+    """One compressed layer, of `stored` rows, that holds those of all experts in turn."""
+    rows = place.rows
     expected = f"{place.shape[0]} experts of {rows} rows"
     require(stored == rows * place.shape[0], f"{OP}: layer {layer}", expected, f"{stored} rows")
     return {i: [Part(layer, i * rows, (i + 1) * rows, True)] for i in range(place.shape[0])}
@@ -162,21 +167,20 @@ def converted_parts(
     conversion: Conversion,
     info: Mapping[str, TensorInfo],
     layers: Mapping[str, str],
+    sizes: Mapping[str, tuple[int, int]],
 ) -> dict[int, list[Part]]:
     """The parts of tensors that Transformers converts into the parameter.
 
     Args:
-        layers: {name that a dense weight would have: compressed layer}.
+        layers: {name that a dense weight would have: compressed layer}. sizes: of these.
     """
     names = [name for _, name in conversion.sources]
     what = f"{OP}: tensors {listed(names)}"
     number = {name: i for i, name in enumerate(names)}
 
     def read(name: str) -> Tensor:
-        stored = join(layers[name], "compressed") if name in layers else name
-        shape = info[stored].shape
-        columns = shape[1] * 2 if name in layers else shape[-1]
-        fits = len(shape) == 2 and columns == place.columns
+        shape = sizes[layers[name]] if name in layers else info[name].shape
+        fits = len(shape) == 2 and shape[1] == place.columns
         require(fits, what, f"[rows, {place.columns}] in each", f"{name}: {list(shape)}")
         ids = torch.arange(shape[0], device="cpu") + number[name] * _STEP
         return ids[:, None].expand(-1, _COLUMNS).contiguous()
@@ -208,25 +212,29 @@ def _runs(rows: Tensor) -> list[tuple[int, int]]:
     return list(zip([0, *ends], [*ends, len(rows)]))
 
 
-def check_columns(files: TensorFiles, names: ExpertNames, known: Mapping[str, Place]) -> None:
+def check_columns(
+    files: TensorFiles,
+    layers: Mapping[str, tuple[int, int]],
+    names: ExpertNames,
+    known: Mapping[str, Place],
+) -> None:
     """Shapes of what the parts are taken from; FormatError where one does not fit."""
     for name, parts in names.matrices.items():
         found = own_place(name, known)
         assert found is not None
         place = found[0]
         for part in parts:
-            stored = join(part.name, "compressed") if part.compressed else part.name
-            info = files.info[stored]
+            stored = values_name(files, part.name) if part.compressed else part.name
+            shape = layers[part.name] if part.compressed else files.info[stored].shape
             if part.index is not None:
-                fits = tuple(info.shape) == place.shape
+                fits = tuple(shape) == place.shape
             else:
-                columns = 2 * info.shape[-1] if part.compressed else info.shape[-1]
-                fits = len(info.shape) == 2 and columns == place.columns
+                fits = len(shape) == 2 and shape[1] == place.columns
             require(
                 fits,
                 files.where(stored),
                 f"a matrix of {place.rows} x {place.columns} for {name}",
-                list(info.shape),
+                list(shape),
                 "The folder belongs to another model.",
             )
 
@@ -238,9 +246,11 @@ class ExpertReader:
         self,
         files: TensorFiles,
         dtype: torch.dtype | None,
+        numbers: torch.dtype | None,
         check: Callable[[str, Tensor], None] | None = None,
     ) -> None:
         self.files, self.dtype, self.check = files, dtype, check
+        self.numbers = numbers  # dtype of quantised matrices where none is asked for
         self._held: tuple[str, torch.device, Any] | None = None
 
     def module(
@@ -251,21 +261,18 @@ class ExpertReader:
         if not parts[0].compressed:
             pieces = [self._dense(part, device) for part in parts]
             return linear_of(pieces[0] if len(pieces) == 1 else torch.cat(pieces), trained)
-        weights = [(self._layer(part.name, device), part) for part in parts]
-        tensors = {
-            key: torch.cat([w.tensors[key][part.start : part.stop] for w, part in weights])
-            for key in ("values", "metadata")
-        }
-        rows = tensors["values"].shape[0]
-        w24 = Sparse24(**tensors, shape=(rows, weights[0][0].in_features))
-        return SparseLinear.from_sparse24(w24)
+        weights = [(self._layer(part.name, device), part.start, part.stop) for part in parts]
+        kinds = {(w.spec.storage, w.spec.group, w.dtype) for w, _, _ in weights}
+        names = listed(part.name for part in parts)
+        require(len(kinds) == 1, f"{OP}: layers {names}", "one element type", len(kinds))
+        return SparseLinear.from_sparse24(_rows(weights))
 
     def _layer(self, name: str, device: torch.device) -> Sparse24:
         if self._held is None or self._held[:2] != (name, device):
             self._held = None
-            weight = read_sparse24(self.files, name, device, self.dtype)
+            weight = read_sparse24(self.files, name, device, self.dtype, self.numbers)
             if self.check is not None:
-                self.check(join(name, "compressed"), weight.values)
+                self.check(values_name(self.files, name), weight.numbers())
             self._held = name, device, weight.rowmajor()
         return cast(Sparse24, self._held[2])
 
@@ -321,21 +328,39 @@ class Stored:
                 return {self.name: torch.cat(weights).cpu().contiguous()}
             weights = [weight.t() if self.stack else weight for weight in weights]
             return {self.name: torch.stack(weights).cpu().contiguous()}
-        parts = [(cast(SparseLinear, m).weight.rowmajor(), a, b) for m, a, b in self.parts]
-        shape = torch.tensor([[self.rows], [self.columns]])
-        return {
-            join(self.name, "compressed"): torch.cat([w.values[a:b].cpu() for w, a, b in parts]),
-            join(self.name, "bitmask"): torch.cat([w.bitmask()[a:b].cpu() for w, a, b in parts]),
-            join(self.name, "shape"): shape,
-        }
+        tensors = stored_tensors(
+            _rows([(cast(SparseLinear, m).weight.rowmajor(), a, b) for m, a, b in self.parts])
+        )
+        return {join(self.name, part): t.cpu().contiguous() for part, t in tensors.items()}
+
+    @property
+    def spec(self) -> WeightSpec:
+        """Of a compressed layer: what `tensors` stores."""
+        first = cast(SparseLinear, self.parts[0][0]).weight.spec
+        return _shaped(first, self.rows)
 
     @property
     def nbytes(self) -> int:
-        first = self.parts[0][0]
-        itemsize = first.weight.dtype.itemsize  # type: ignore[union-attr]
-        if not self.compressed:
-            return self.rows * self.columns * cast(int, itemsize)
-        return self.rows * (self.columns // 2 * cast(int, itemsize) + -(-self.columns // 8)) + 16
+        if self.compressed:
+            return stored_bytes(self.spec)
+        itemsize = cast(nn.Linear, self.parts[0][0]).weight.dtype.itemsize
+        return self.rows * self.columns * itemsize
+
+
+def _rows(parts: list[tuple[Sparse24, int, int]]) -> Sparse24:
+    """Rows [start, stop) of row-major weights of one element type, below each other."""
+    spec = parts[0][0].spec
+    tensors = {
+        key: torch.cat([w.tensors[key][start:stop] for w, start, stop in parts])
+        for key in spec.tensors
+    }
+    return Sparse24.from_tensors(_shaped(spec, tensors["values"].shape[0]), tensors)
+
+
+def _shaped(spec: WeightSpec, rows: int) -> WeightSpec:
+    """The spec of a row-major weight with as many rows."""
+    shape = (rows, spec.shape[1])
+    return WeightSpec.of(shape, spec.storage, ROWMAJOR, spec.dtype, spec.scale, spec.group)
 
 
 def stored_experts(
@@ -362,10 +387,13 @@ def stored_experts(
             place = known[join(name, key)]
             modules = experts.layers(key)
             sparse = [isinstance(m, SparseLinear) for m in modules]
+            kinds = {_kind(m) for m in modules}
+            # Element types whose tensors have a row for each row of the weight.
             plain = all(
-                m.weight.spec.element.plain for m in modules if isinstance(m, SparseLinear)
+                m.weight.spec.element.plain or m.weight.spec.element.scaled
+                for m in modules
+                if isinstance(m, SparseLinear)
             )
-            dtypes = {m.weight.dtype for m in modules}  # type: ignore[union-attr]
             pieces = _pieces(place, split)
             if pieces and plain:
                 for stored, (index, start, stop) in pieces.items():
@@ -376,11 +404,11 @@ def stored_experts(
             stored = rename(place.name) if pieces is None else place.name
             entry = {"tensor": stored, "experts": len(modules), "transposed": transposed}
             parts = [(m, 0, place.rows) for m in modules]
-            if len(dtypes) == 1 and plain and all(sparse):
+            if len(kinds) == 1 and plain and all(sparse):
                 layer = stored.removesuffix(".weight")
                 found.append(Stored(layer, True, parts))
                 entries.append({**entry, "layers": [layer]})
-            elif len(dtypes) == 1 and not any(sparse):
+            elif len(kinds) == 1 and not any(sparse):
                 found.append(Stored(stored, False, parts, stack=transposed))
             else:
                 names = [place.matrix(i) for i in range(len(modules))]
@@ -391,6 +419,14 @@ def stored_experts(
                         found.append(Stored(join(own, "weight"), False, [part]))
                 entries.append({**entry, "layers": names})
     return found, entries
+
+
+def _kind(module: nn.Module) -> Any:
+    """Equal for linear layers that can be stored as one tensor."""
+    if isinstance(module, SparseLinear):
+        spec = module.weight.spec
+        return spec.storage, spec.group, spec.dtype
+    return cast(nn.Linear, module).weight.dtype
 
 
 def _pieces(

@@ -11,6 +11,7 @@ its dense weight would have. Modules that are not Transformers' have one name fo
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from sparsekern.errors import FormatError, message
 from sparsekern.formats.disk import join
 from sparsekern.utils.safetensors_io import OP, TensorInfo, listed, require
 
+SAVE_OP = "sparsekern.save_pretrained"
 OLD_NAMES = {  # of Transformers before release 5, in `_fix_state_dict_key_on_load`
     r"LayerNorm\.gamma$": "LayerNorm.weight",
     r"LayerNorm\.beta$": "LayerNorm.bias",
@@ -117,7 +119,7 @@ def tree_names(model: nn.Module) -> set[str]:
 def match_names(
     model: nn.Module,
     info: Mapping[str, TensorInfo],
-    layers: Iterable[str],
+    layers: Mapping[str, tuple[int, int]],
     parts: Iterable[str],
     key_mapping: Mapping[str, str] | None = None,
 ) -> Names:
@@ -132,7 +134,6 @@ def match_names(
     Raises:
         FormatError: two names in the files for one in the model, or a conversion that does not fit.
     """
-    layers = list(layers)
     found = Names(known=places(model) if layers or apart(model) else {})
     tree = tree_names(model) | set(found.known)
     rename = _renamer(model, tree, key_mapping)
@@ -152,13 +153,12 @@ def match_names(
                 target = bare[0] if bare[1] is None and bare[0] in found.known else target
             if target in found.known:
                 place = found.known[target]
-                found.experts.add(place, stacked_parts(place, layer, info))
+                found.experts.add(place, stacked_parts(place, layer, layers[layer][0]))
                 found.experts.modules.add(place.module)
                 continue
             own = own_place(target.removesuffix(".weight"), found.known)
             if own is not None and target not in tree:
-                rows = info[join(layer, "compressed")].shape[0]
-                found.experts.add(own[0], {own[1]: [Part(layer, 0, rows, True)]})
+                found.experts.add(own[0], {own[1]: [Part(layer, 0, layers[layer][0], True)]})
                 found.experts.modules.add(own[0].module)
                 continue
             require(
@@ -181,7 +181,7 @@ def match_names(
             found.plain[target] = name
         else:
             found.unexpected.append(name)
-    _assign_experts(model, found, conversions, info, compressed)
+    _assign_experts(model, found, conversions, info, compressed, layers)
     for group in conversions.values():
         if group.first not in tree:
             found.unexpected += [name for _, name in group.sources]
@@ -205,6 +205,7 @@ def _assign_experts(
     conversions: dict[tuple[str, int], Conversion],
     info: Mapping[str, TensorInfo],
     compressed: Mapping[str, str],
+    sizes: Mapping[str, tuple[int, int]],
 ) -> None:
     """Take what belongs to experts that are, or have to be, apart out of the plain names and the
     conversions."""
@@ -216,7 +217,7 @@ def _assign_experts(
     for key, group in list(conversions.items()):
         place = found.known.get(group.first)
         if place is not None and place.module in experts.modules:
-            experts.add(place, converted_parts(model, place, group, info, compressed))
+            experts.add(place, converted_parts(model, place, group, info, compressed, sizes))
             del conversions[key]
     for target, name in list(found.plain.items()):
         place = found.known.get(target)
@@ -234,8 +235,7 @@ def _assign_experts(
     for target, layer in list(found.layers.items()):
         own = own_place(target, found.known)
         if own is not None and own[0].module in experts.modules:
-            rows = info[join(layer, "compressed")].shape[0]
-            experts.add(own[0], {own[1]: [Part(layer, 0, rows, True)]})
+            experts.add(own[0], {own[1]: [Part(layer, 0, sizes[layer][0], True)]})
             del found.layers[target]
 
 
@@ -413,9 +413,12 @@ def disk_names(model: nn.Module, dense: Mapping[str, Tensor], layers: Iterable[s
         return {rename(key): made for key, made in one.run(model, lambda _: tensor).items()}
 
     found = DiskNames(rename=rename, split=split)
+    partial: set[tuple[str, int]] = set()  # groups that a compressed layer belongs to
     for layer in layers:
         key = join(layer, "weight")
-        _, converter, _ = _convert_name(key, converters)
+        renamed, converter, _ = _convert_name(key, converters)
+        if converter is not None:
+            partial.add((renamed, id(converter)))
         stored = rename(key) if converter is None else key
         stored = stored if stored.endswith("weight") else key
         found.layers[layer] = stored.removesuffix("weight").removesuffix(".")
@@ -427,11 +430,21 @@ def disk_names(model: nn.Module, dense: Mapping[str, Tensor], layers: Iterable[s
             continue
         group = groups.setdefault((renamed, id(converter)), Conversion(converter, renamed))
         group.sources.append((pattern, name))
-    for group in groups.values():
+    for pair, group in groups.items():
+        own = {name: name for _, name in group.sources}
+        if pair in partial:  # the rest of such a group keeps its name in memory
+            found.plain.update(own)
+            continue
         try:
             made = group.run(model, lambda name: dense[name].detach().to("meta"))
-        except Exception:  # part of the group is compressed; the rest keeps its name in memory
-            found.plain.update((name, name) for _, name in group.sources)
+        except Exception as error:  # of an operation of Transformers
+            warnings.warn(
+                f"{SAVE_OP}: Transformers cannot make its names on disk of {listed(own)} "
+                f"({type(error).__name__}: {error}). They are stored under their names in memory, "
+                "which sparsekern.from_pretrained reads.",
+                stacklevel=4,
+            )
+            found.plain.update(own)
             continue
         group.targets = {rename(name): tensor for name, tensor in made.items()}
         found.groups.append(group)
