@@ -231,7 +231,7 @@ def write_models(
                 files["sparse"][f"{key}.shape"] = torch.tensor([[shape[0]], [shape[1]]])
             for kind in ("fp8", "int8"):
                 if (to := files.get(f"sparse-{kind}")) is not None:
-                    coded = quantize(w24, kind)
+                    coded = quantize(w24, kind).rowmajor()
                     to[f"{key}.compressed"] = coded.values.cpu()
                     to[f"{key}.bitmask"] = coded.bitmask().cpu()
                     to[f"{key}.weight_scale"] = coded.tensors["weight_scale"].cpu()
