@@ -79,10 +79,11 @@ def packed_shape(out_features: int, in_features: int, bits: int = 16) -> tuple[i
 
 def packable(w24: Sparse24) -> bool:
     """True when the weight's storage type fits this layout."""
-    return _fits(w24.spec)
+    return fits(w24.spec)
 
 
-def _fits(spec: WeightSpec) -> bool:
+def fits(spec: WeightSpec) -> bool:
+    """`packable`, of a weight of this spec."""
     if spec.storage == "int4":
         return scale_group(spec) in _SCALE_GROUPS
     return spec.element.native_code is not None
@@ -114,7 +115,7 @@ def unpack(w24: Sparse24) -> Sparse24:
 
 def _pack(spec: WeightSpec, tensors: Tensors) -> Tensors:
     check(
-        _fits(spec),
+        fits(spec),
         "sparsekern.pack",
         f"a weight of 8-bit values, of int4 in groups of 64 or 128, {dtypes.native_names()}",
         f"{spec.storage}, group {spec.group}" if spec.element.bits == 4 else spec.element.storage,

@@ -1,8 +1,9 @@
-"""The CUDA backend for weights of 8 bits with a scale per output channel (e4m3, int8).
+"""The CUDA backend for quantised weights: e4m3 and int8 with a scale per output channel, int4.
 
     x of 16 bits, few tokens    W8A16: decode widens the weights     csrc/linear/decode_sm90.cuh
     x of 16 bits, more tokens   W8A8: x is quantised, then as below  csrc/activations/
     x of 8 bits, with scales    W8A8: prefill, split in 8 bits       csrc/linear/prefill_sm90.cuh
+    int4, any number of tokens  W4A16: decode, 64 tokens at a time
 
     y = activation(x · levels(W)ᵀ * weight_scale * x_scale + bias)       rounded once to 16 bits
 
@@ -42,7 +43,7 @@ from sparsekern.formats import dtypes
 from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.scaled import SCALE
 from sparsekern.formats.sparse24 import Sparse24
-from sparsekern.formats.tile64 import LAYOUT
+from sparsekern.formats.tile64 import LAYOUT, fits, scale_group
 
 _ROW = 16  # bytes, and so elements of 8 bits, that every row of x begins at a multiple of
 
@@ -66,6 +67,11 @@ def _widened(problem: Problem) -> Types:
     return Types(problem.spec.storage, dtype, dtype)
 
 
+def _multiplies(problem: Problem) -> bool:
+    """Whether there are kernels for x of the weight's type."""
+    return _built_for("prefill", _eight(problem))
+
+
 def widens(problem: Problem) -> bool:
     """True when the weights are widened for x as it is: 16-bit x of few tokens."""
     few = problem.quantized is None and problem.tokens <= heuristics.DECODE_TOKENS
@@ -84,7 +90,9 @@ def why_not(problem: Problem, precise: bool = False) -> str | None:
     refusal = configs.hopper_refusal(problem.gpu)
     if refusal:
         return refusal
-    if not _built_for("prefill", _eight(problem)):
+    if not _multiplies(problem) and not (
+        problem.quantized is None and _built_for("decode", _widened(problem))
+    ):
         return f"backend 'cuda' has no kernel for weights of {spec.storage}"
     if precise and not any(tile.promoted for tile in configs._tiles(_eight(problem))):
         return f"sums of {spec.storage} are exact, there is nothing to promote"
@@ -96,8 +104,11 @@ def packs(spec: WeightSpec, device: torch.device) -> bool:
     if device.type != "cuda" or not spec.element.scaled or spec.dtype not in dtypes.NATIVE:
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
-    types = Types(spec.storage, spec.storage, _name(spec.dtype))
-    return not configs.hopper_refusal(index) and _built_for("prefill", types)
+    dtype = _name(spec.dtype)
+    of_kernels = [("prefill", Types(spec.storage, spec.storage, dtype))]
+    of_kernels += [("decode", Types(spec.storage, dtype, dtype))]
+    built = not configs.hopper_refusal(index) and any(_built_for(*of) for of in of_kernels)
+    return built and fits(spec)
 
 
 @lru_cache(maxsize=4096)
@@ -124,8 +135,14 @@ def explain(problem: Problem, precise: bool = False) -> Explained:
         return Explained(name, f"{_rows_are(problem)}; sums of 256 in_features added in float32")
     if widens(problem):
         chosen = configs.choose(tokens, *problem.sizes, _widened(problem), index)
-        why = f"W8A16: up to {heuristics.DECODE_TOKENS} tokens {storage} is widened for x as it is"
+        name = f"W{problem.spec.element.bits}A16"
+        why = f"{name}: up to {heuristics.DECODE_TOKENS} tokens {storage} is widened for x as it is"
         return Explained(chosen.variant, f"{why}; {chosen.why}", chosen.us)
+    if not _multiplies(problem):
+        most = heuristics.DECODE_TOKENS
+        chosen = configs.choose(most, *problem.sizes, _widened(problem), index)
+        why = f"{storage} is widened for x as it is, {most} tokens at a time"
+        return Explained(chosen.variant, f"{why}; {chosen.why}")
     chosen = configs.choose(tokens, *problem.sizes, _eight(problem), index)
     us = None if problem.quantized is None else chosen.us  # without the time to quantise
     return Explained(chosen.variant, f"{_rows_are(problem)}; {chosen.why}", us)
@@ -153,6 +170,8 @@ def bind(problem: Problem, precise: bool = False) -> Launch:
         return _bind_quantized(problem, precise)
     if not precise and widens(problem):
         return _bind_widened(problem)
+    if not _multiplies(problem):
+        return _bind_pieces(problem)
     return _bind_dynamic(problem, precise)
 
 
@@ -177,10 +196,12 @@ class _Product:
         self.plan = _plan(*self.size, types, problem.gpu, precise)
         self.sizes = (*problem.x_shape[:-1], out_features)
         self.strides, self.dtype = _contiguous_strides(self.sizes), problem.dtype
+        self.group = scale_group(problem.spec)  # of scales that lie in the metadata
 
     def run(self, x_stride: int) -> Any:
         """The native launch for rows of this stride."""
-        return _native_linear(*self.plan, *self.size, x_stride, 0, self.types, self.activation)
+        of = self.types, self.activation, self.group
+        return _native_linear(*self.plan, *self.size, x_stride, 0, *of)
 
     def __call__(
         self,
@@ -199,7 +220,7 @@ class _Product:
             x=x.data_ptr(),
             values=tensors["values"].data_ptr(),
             metadata=tensors["metadata"].data_ptr(),
-            channel_scale=tensors[SCALE].data_ptr(),
+            channel_scale=0 if self.group else tensors[SCALE].data_ptr(),
             y=y.data_ptr(),
             stream=stream,
             bias=0 if bias is None else bias.data_ptr(),
@@ -241,6 +262,30 @@ def _bind_dynamic(problem: Problem, precise: bool) -> Launch:
     return launch
 
 
+def _bind_pieces(problem: Problem) -> Launch:
+    """More tokens than the kernel that widens takes, some at a time."""
+    most, tokens = heuristics.DECODE_TOKENS, problem.tokens
+    in_features, out_features = problem.in_features, problem.out_features
+    sizes, dtype = (*problem.x_shape[:-1], out_features), problem.dtype
+    counts = sorted({most, tokens % most or most})
+    launches = {
+        count: _bind_widened(
+            problem._replace(x_shape=torch.Size((count, in_features)), x_stride=None)
+        )
+        for count in counts
+    }
+
+    def launch(x: Tensor, w24: Sparse24, bias: Tensor | None = None) -> Tensor:
+        rows, y = x.reshape(tokens, in_features), x.new_empty((tokens, out_features), dtype=dtype)
+        for piece, out in zip(rows.split(most), y.split(most)):
+            found = launches[piece.shape[0]](piece.contiguous(), w24, bias)
+            assert found is not None
+            out.copy_(found)
+        return y.view(sizes)
+
+    return launch
+
+
 def _bind_widened(problem: Problem) -> Launch:
     """x of 16 bits as it is, with weights that the kernel widens."""
     product, index = _Product(problem, _widened(problem), False), problem.gpu
@@ -256,6 +301,7 @@ def _bind_widened(problem: Problem) -> Launch:
     if not (problem.aligned and problem.x_stride is None and whole_rows):
         return anywhere
     run, sizes, strides = product.run(in_features), product.sizes, product.strides
+    grouped = product.group > 0
 
     def launch(x: Tensor, w24: Sparse24, bias: Tensor | None = None) -> Tensor:
         address = x.data_ptr()
@@ -267,7 +313,7 @@ def _bind_widened(problem: Problem) -> Launch:
             x=address,
             values=tensors["values"].data_ptr(),
             metadata=tensors["metadata"].data_ptr(),
-            channel_scale=tensors[SCALE].data_ptr(),
+            channel_scale=0 if grouped else tensors[SCALE].data_ptr(),
             y=y.data_ptr(),
             stream=_current_stream(index),
             bias=0 if bias is None else bias.data_ptr(),
