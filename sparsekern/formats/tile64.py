@@ -83,7 +83,7 @@ def packable(w24: Sparse24) -> bool:
 
 
 def fits(spec: WeightSpec) -> bool:
-    """`packable`, of a weight of this spec."""
+    """True when such a weight has this layout, whatever its present one."""
     if spec.storage == "int4":
         return scale_group(spec) in _SCALE_GROUPS
     return spec.element.native_code is not None
@@ -209,7 +209,7 @@ def _pack_torch(spec: WeightSpec, rows: Tensor, nibbles: Tensor) -> tuple[Tensor
 def _pack_int4(spec: WeightSpec, tensors: Tensors) -> tuple[Tensor, Tensor]:
     """Word t of a row's 16 bytes of 64 columns: the pairs of the groups t, 4 + t, 8 + t, 12 + t;
     all first values, then all second ones, each as level + 8."""
-    panels, k_tiles = packed_shape(*spec.shape, 4)
+    panels, k_tiles = packed_shape(spec.shape[0], spec.shape[1], 4)
     stored = tensors["values"]
     nibbles = torch.stack((stored & 0xF, stored >> 4), dim=2).flatten(1) ^ 8
     nibbles = _padded(nibbles, panels * TILE, k_tiles * 128, 8)
@@ -230,7 +230,10 @@ def _pack_int4(spec: WeightSpec, tensors: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def _unpack_int4(spec: WeightSpec, tensors: Tensors) -> Tensors:
-    (out_features, in_features), (panels, k_tiles) = spec.shape, packed_shape(*spec.shape, 4)
+    (out_features, in_features), (panels, k_tiles) = (
+        spec.shape,
+        packed_shape(spec.shape[0], spec.shape[1], 4),
+    )
     values = _from_groups(tensors["values"], panels, k_tiles)
     nibbles = torch.stack((values & 0xF, values >> 4), dim=3) ^ 8
     nibbles = nibbles.view(panels, k_tiles, 4, 8, 8, 4, 2, 4).permute(0, 3, 4, 1, 2, 7, 5, 6)

@@ -107,7 +107,7 @@ class Bits(NamedTuple):
 
     @property
     def stage(self) -> int:
-        """in_features of a stage, whose rows have 64 bytes of values."""
+        """in_features of a stage."""
         return STAGE * 16 // self.weight
 
     @property

@@ -3,7 +3,7 @@
     x of 16 bits, few tokens    W8A16: decode widens the weights     csrc/linear/decode_sm90.cuh
     x of 16 bits, more tokens   W8A8: x is quantised, then as below  csrc/activations/
     x of 8 bits, with scales    W8A8: prefill, split in 8 bits       csrc/linear/prefill_sm90.cuh
-    int4, any number of tokens  W4A16: decode, 64 tokens at a time
+    int4, x of 16 bits          W4A16: decode, 64 tokens at a time
 
     y = activation(x · levels(W)ᵀ * weight_scale * x_scale + bias)       rounded once to 16 bits
 
@@ -67,15 +67,11 @@ def _widened(problem: Problem) -> Types:
     return Types(problem.spec.storage, dtype, dtype)
 
 
-def _multiplies(problem: Problem) -> bool:
-    """Whether there are kernels for x of the weight's type."""
-    return _built_for("prefill", _eight(problem))
-
-
 def widens(problem: Problem) -> bool:
-    """True when the weights are widened for x as it is: 16-bit x of few tokens."""
-    few = problem.quantized is None and problem.tokens <= heuristics.DECODE_TOKENS
-    return few and _built_for("decode", _widened(problem))
+    """True when the weights are widened for x as it is: 16-bit x of few tokens, or of int4 weights,
+    for which there is nothing else."""
+    few = problem.tokens <= heuristics.DECODE_TOKENS or problem.spec.element.bits == 4
+    return problem.quantized is None and few and _built_for("decode", _widened(problem))
 
 
 def why_not(problem: Problem, precise: bool = False) -> str | None:
@@ -90,9 +86,7 @@ def why_not(problem: Problem, precise: bool = False) -> str | None:
     refusal = configs.hopper_refusal(problem.gpu)
     if refusal:
         return refusal
-    if not _multiplies(problem) and not (
-        problem.quantized is None and _built_for("decode", _widened(problem))
-    ):
+    if not (widens(problem) or _built_for("prefill", _eight(problem))):
         return f"backend 'cuda' has no kernel for weights of {spec.storage}"
     if precise and not any(tile.promoted for tile in configs._tiles(_eight(problem))):
         return f"sums of {spec.storage} are exact, there is nothing to promote"
@@ -105,10 +99,11 @@ def packs(spec: WeightSpec, device: torch.device) -> bool:
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
     dtype = _name(spec.dtype)
-    of_kernels = [("prefill", Types(spec.storage, spec.storage, dtype))]
-    of_kernels += [("decode", Types(spec.storage, dtype, dtype))]
-    built = not configs.hopper_refusal(index) and any(_built_for(*of) for of in of_kernels)
-    return built and fits(spec)
+    if spec.element.bits == 4:
+        built = fits(spec) and _built_for("decode", Types(spec.storage, dtype, dtype))
+    else:
+        built = _built_for("prefill", Types(spec.storage, spec.storage, dtype))
+    return built and not configs.hopper_refusal(index)
 
 
 @lru_cache(maxsize=4096)
@@ -133,16 +128,17 @@ def explain(problem: Problem, precise: bool = False) -> Explained:
     if precise:
         name = configs.promoted(tokens, problem.out_features, index, _eight(problem))
         return Explained(name, f"{_rows_are(problem)}; sums of 256 in_features added in float32")
+    if problem.spec.element.bits == 4:
+        part = min(tokens, heuristics.DECODE_TOKENS)
+        chosen = configs.choose(part, *problem.sizes, _widened(problem), index)
+        why = f"W4A16: {storage} is widened for x as it is, {part} tokens at a time"
+        return Explained(
+            chosen.variant, f"{why}; {chosen.why}", chosen.us if part == tokens else None
+        )
     if widens(problem):
         chosen = configs.choose(tokens, *problem.sizes, _widened(problem), index)
-        name = f"W{problem.spec.element.bits}A16"
-        why = f"{name}: up to {heuristics.DECODE_TOKENS} tokens {storage} is widened for x as it is"
+        why = f"W8A16: up to {heuristics.DECODE_TOKENS} tokens {storage} is widened for x as it is"
         return Explained(chosen.variant, f"{why}; {chosen.why}", chosen.us)
-    if not _multiplies(problem):
-        most = heuristics.DECODE_TOKENS
-        chosen = configs.choose(most, *problem.sizes, _widened(problem), index)
-        why = f"{storage} is widened for x as it is, {most} tokens at a time"
-        return Explained(chosen.variant, f"{why}; {chosen.why}")
     chosen = configs.choose(tokens, *problem.sizes, _eight(problem), index)
     us = None if problem.quantized is None else chosen.us  # without the time to quantise
     return Explained(chosen.variant, f"{_rows_are(problem)}; {chosen.why}", us)
@@ -168,10 +164,10 @@ def bind(problem: Problem, precise: bool = False) -> Launch:
         return _bind_degenerate(problem)
     if problem.quantized is not None:
         return _bind_quantized(problem, precise)
+    if problem.spec.element.bits == 4:
+        return _bind_int4(problem)
     if not precise and widens(problem):
         return _bind_widened(problem)
-    if not _multiplies(problem):
-        return _bind_pieces(problem)
     return _bind_dynamic(problem, precise)
 
 
@@ -196,12 +192,10 @@ class _Product:
         self.plan = _plan(*self.size, types, problem.gpu, precise)
         self.sizes = (*problem.x_shape[:-1], out_features)
         self.strides, self.dtype = _contiguous_strides(self.sizes), problem.dtype
-        self.group = scale_group(problem.spec)  # of scales that lie in the metadata
 
     def run(self, x_stride: int) -> Any:
         """The native launch for rows of this stride."""
-        of = self.types, self.activation, self.group
-        return _native_linear(*self.plan, *self.size, x_stride, 0, *of)
+        return _native_linear(*self.plan, *self.size, x_stride, 0, self.types, self.activation)
 
     def __call__(
         self,
@@ -220,7 +214,7 @@ class _Product:
             x=x.data_ptr(),
             values=tensors["values"].data_ptr(),
             metadata=tensors["metadata"].data_ptr(),
-            channel_scale=0 if self.group else tensors[SCALE].data_ptr(),
+            channel_scale=tensors[SCALE].data_ptr(),
             y=y.data_ptr(),
             stream=stream,
             bias=0 if bias is None else bias.data_ptr(),
@@ -262,26 +256,42 @@ def _bind_dynamic(problem: Problem, precise: bool) -> Launch:
     return launch
 
 
-def _bind_pieces(problem: Problem) -> Launch:
-    """More tokens than the kernel that widens takes, some at a time."""
-    most, tokens = heuristics.DECODE_TOKENS, problem.tokens
-    in_features, out_features = problem.in_features, problem.out_features
-    sizes, dtype = (*problem.x_shape[:-1], out_features), problem.dtype
-    counts = sorted({most, tokens % most or most})
-    launches = {
-        count: _bind_widened(
-            problem._replace(x_shape=torch.Size((count, in_features)), x_stride=None)
-        )
-        for count in counts
+def _bind_int4(problem: Problem) -> Launch:
+    """x of 16 bits as it is, in parts that the decode kernel takes."""
+    tokens, (out_features, in_features) = problem.tokens, problem.sizes
+    types, index, group = _widened(problem), problem.gpu, scale_group(problem.spec)
+    sizes, dtype, activation = (
+        (*problem.x_shape[:-1], out_features),
+        problem.dtype,
+        problem.activation,
+    )
+    strides, part = _contiguous_strides(sizes), min(tokens, heuristics.DECODE_TOKENS)
+    parts = [(start, min(part, tokens - start)) for start in range(0, tokens, part)]
+    plans = {
+        count: _plan(count, out_features, in_features, types, index, False)
+        for count in {count for _, count in parts}
     }
 
     def launch(x: Tensor, w24: Sparse24, bias: Tensor | None = None) -> Tensor:
-        rows, y = x.reshape(tokens, in_features), x.new_empty((tokens, out_features), dtype=dtype)
-        for piece, out in zip(rows.split(most), y.split(most)):
-            found = launches[piece.shape[0]](piece.contiguous(), w24, bias)
-            assert found is not None
-            out.copy_(found)
-        return y.view(sizes)
+        if index != _current_device():
+            with torch.cuda.device(index):
+                return launch(x, w24, bias)
+        rows, x_stride = _aligned_rows(x, tokens, in_features)
+        y, tensors = _empty_strided(sizes, strides, dtype), w24.tensors
+        x_address, y_address, stream = rows.data_ptr(), y.data_ptr(), _current_stream(index)
+        for start, count in parts:
+            size = count, out_features, in_features
+            run = _native_linear(*plans[count], *size, x_stride, 0, types, activation, group)
+            run(
+                x=x_address + start * x_stride * dtype.itemsize,
+                values=tensors["values"].data_ptr(),
+                metadata=tensors["metadata"].data_ptr(),
+                channel_scale=0 if group else tensors[SCALE].data_ptr(),
+                y=y_address + start * out_features * dtype.itemsize,
+                stream=stream,
+                bias=0 if bias is None else bias.data_ptr(),
+            )
+        return y
 
     return launch
 
@@ -301,7 +311,6 @@ def _bind_widened(problem: Problem) -> Launch:
     if not (problem.aligned and problem.x_stride is None and whole_rows):
         return anywhere
     run, sizes, strides = product.run(in_features), product.sizes, product.strides
-    grouped = product.group > 0
 
     def launch(x: Tensor, w24: Sparse24, bias: Tensor | None = None) -> Tensor:
         address = x.data_ptr()
@@ -313,7 +322,7 @@ def _bind_widened(problem: Problem) -> Launch:
             x=address,
             values=tensors["values"].data_ptr(),
             metadata=tensors["metadata"].data_ptr(),
-            channel_scale=0 if grouped else tensors[SCALE].data_ptr(),
+            channel_scale=tensors[SCALE].data_ptr(),
             y=y.data_ptr(),
             stream=_current_stream(index),
             bias=0 if bias is None else bias.data_ptr(),
