@@ -195,8 +195,9 @@ def test_the_config_of_a_gated_pair():
 def test_element_types_stand_in_one_table():
     """No other file of csrc chooses by an element type's name."""
     kept = ("core/dtype.h", "core/dtype.cuh", "ptx/wgmma_sp.cuh")
-    # The largest of two 16-bit numbers, an instruction for each type.
+    # An instruction for each of the two 16-bit types: the larger number, and widened levels.
     kept += ("activations/quantize_rows.cuh", "activations/quantize_rows.cu")
+    kept += ("linear/decode_widen.cuh",)
     for path in sorted((ROOT / "csrc").rglob("*")):
         if path.suffix not in (".h", ".cuh", ".cu", ".cpp"):
             continue
