@@ -1,4 +1,4 @@
-"""The CUDA backend for quantised weights: 8 bits with a scale per output channel (e4m3, int8), int4.
+"""The CUDA backend for quantised weights: e4m3 and int8 with a scale per output channel, int4.
 
     x of 16 bits, few tokens    W8A16: decode widens the weights     csrc/linear/decode_sm90.cuh
     x of 16 bits, more tokens   W8A8: x is quantised, then as below  csrc/activations/
