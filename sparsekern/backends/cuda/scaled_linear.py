@@ -1,4 +1,4 @@
-"""The CUDA backend for quantised weights: 8 bits with a scale per output channel (e4m3, int8), int4.
+"""The CUDA backend for quantised weights: e4m3 and int8 with a scale per output channel, int4.
 
     x of 16 bits, few tokens    W8A16: decode widens the weights     csrc/linear/decode_sm90.cuh
     x of 16 bits, more tokens   W8A8: x is quantised, then as below  csrc/activations/
@@ -86,7 +86,8 @@ def why_not(problem: Problem, precise: bool = False) -> str | None:
     refusal = configs.hopper_refusal(problem.gpu)
     if refusal:
         return refusal
-    if not (widens(problem) or _built_for("prefill", _eight(problem))):
+    of_int4 = spec.element.bits == 4
+    if not (widens(problem) if of_int4 else _built_for("prefill", _eight(problem))):
         return f"backend 'cuda' has no kernel for weights of {spec.storage}"
     if precise and not any(tile.promoted for tile in configs._tiles(_eight(problem))):
         return f"sums of {spec.storage} are exact, there is nothing to promote"
