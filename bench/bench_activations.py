@@ -5,9 +5,9 @@
 
 Each case is timed in turns with a copy of as many bytes (read plus written), and a norm with
 RMSNorm alone: torch.nn.functional.rms_norm, and the same compiled by torch.compile. Inputs and
-outputs rotate through 3 x L2, or 256 sets where that is less. Before that q and the scales must be those of the rule in torch
-(backends/quantize_rows.py) for the y that the kernel gives, bit for bit, and y must be within two
-roundings of what torch computes in float64.
+outputs rotate through 3 x L2, or 256 sets where that is less. Before that q and the scales must be
+those of the rule in torch (backends/quantize_rows.py) for the y that the kernel gives, bit for bit,
+and y must be within two roundings of what torch computes in float64.
 """
 
 from __future__ import annotations

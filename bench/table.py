@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from . import figure, headline, record, results, results8
+from . import figure, headline, record, recovery_table, results, results8
 
 README = record.ROOT / "README.md"
 RESULTS = record.ROOT / "bench" / "RESULTS.md"
@@ -39,14 +39,19 @@ TITLES = {
     "activations": "Quantising activations",
     "mma_era": "mma.sp against dense mma.sync kernels on this GPU",
     "vllm": "A real vLLM 0.24, tokens per second, 8B shape of random weights",
+    "generate": "Decoding in Transformers, static cache, compiled",
+    "serve": "Behind vLLM's HTTP server",
     "decode_model": "Decoding a whole model",
     "prune_model": "Pruning",
+    "quantize": "Quantised 2:4 weights, and quantising before pruning",
     "checkpoint": "Checkpoints",
     "compress": "Compression",
     "public_call": "What a caller gets who compresses and calls",
     "eager_call": "Host time of one eager call",
     "hosttime": "Host time of one eager call, this version against the one before",
     "finetune": "Recovery by masked distillation",
+    "training_step": "A training step of an MLP block, sparse against dense",
+    "lora_step": "A LoRA step on a frozen 2:4 block against a dense one",
     "linear_peer": "What could not be compared",
     "bandwidth": "Memory bandwidth of the machine",
 }
@@ -254,6 +259,10 @@ def render(records: list[dict]) -> str:
         else:
             base = BASES.get(op, "dense")
             table = timing_table(entries, base) if kind == "us" else metrics_table(entries)
+        if op == "finetune":
+            tables_of = recovery_table.rows(entries).items()
+            promised = [f"{case}\n\n{markdown(*table_of)}" for case, table_of in tables_of]
+            table = "\n\n".join([*promised, table])
         sources = sorted({str(entry.get("git"))[:10] for entry in entries})
         versions = sorted({f"torch {entry.get('torch')}" for entry in entries})
         title = f"**{TITLES.get(op, op)}**, {gpu}, {', '.join(versions)}, git {', '.join(sources)}"

@@ -74,6 +74,16 @@ SK_DTYPES(SK_DTYPE_OF)
 template <class T>
 constexpr DType kDTypeOf = DTypeOf<T>::kValue;
 
+// Calls function(Type<T>{}) with the one of the C++ types T... that dtype is; false: it is none.
+template <class T>
+struct Type {
+  using Of = T;
+};
+template <class... T, class Function>
+bool with_type(DType dtype, Function&& function) {
+  return ((kDTypeOf<T> == dtype && (function(Type<T>{}), true)) || ...);
+}
+
 constexpr const DTypeInfo& info(DType dtype) { return kDTypes[static_cast<int>(dtype)]; }
 
 }  // namespace sparsekern

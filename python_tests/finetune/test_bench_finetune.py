@@ -6,33 +6,82 @@ import pytest
 
 pytest.importorskip("gguf", reason="needs gguf")
 pytest.importorskip("transformers", reason="needs transformers")
-from bench import bench_finetune
+from bench import bench_finetune, recovery_table
 from python_tests.integrations import gguf_cases as cases
 
 WORDS = "the and then an hand 12 than these 34 a band stand other that is all there is to say "
 
 
-@pytest.mark.parametrize("start", ["magnitude", "sparsegpt"])
-def test_one_record_with_everything(start, tmp_path):
+@pytest.fixture
+def options(tmp_path):
     model = tmp_path / "tiny.gguf"
     cases.write_gguf(model, cases.gguf_tensors(cases.tiny_llama()), cases.metadata())
     train, other, test = tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "test.txt"
     train.write_text("\n".join(WORDS[i:] for i in range(60)))
     other.write_text("\n".join(WORDS[::-1][i:] for i in range(60)))
     test.write_text("\n".join(WORDS[::2] for _ in range(12)))
-    out = tmp_path / "records.jsonl"
-    options = ["--gguf", model, "--train", f"{train},{other}", "--held-out", other, "--tail", 400]
-    options += ["--test", test, "--start", start, "--samples", 4, "--steps", 3, "--window", 32]
-    options += ["--batch", 4, "--teacher-rows", 8, "--teacher-seconds", 1, "--eval-window", 64]
-    options += ["--device", "cpu", "--out", out, "--baseline", "--work", tmp_path / "work"]
-    options += ["--save", tmp_path / "saved"]
-    assert bench_finetune.main(out, [str(option) for option in options]) == 0
-    (record,) = [json.loads(line) for line in out.read_text().splitlines()]
-    assert record["check"].startswith("0 violations, 14 layers")
-    metrics, details = record["metrics"], record["details"]
-    for name in ("test.txt", "b.txt tail"):
-        assert metrics[f"perplexity {name}"] > 1 and metrics[f"start {name}"] > 1
-        assert details["overlap"][name]["found"] == 0
-    assert record["settings"]["sampled_tokens"] >= 8 * 32
-    assert metrics["dense_training_tokens_per_s"] > 0 and metrics["tokens"] == 3 * 4 * 32
-    assert (tmp_path / "saved" / "config.json").exists()
+    found = ["--gguf", model, "--train", f"{train},{other}", "--held-out", other, "--tail", 400]
+    found += ["--test", test, "--samples", 4, "--window", 32, "--batch", 4]
+    found += ["--teacher-rows", 8, "--teacher-seconds", 1, "--eval-window", 64]
+    return [*found, "--device", "cpu", "--out", tmp_path / "records.jsonl"]
+
+
+def measure(options, *more):
+    code = bench_finetune.main(options[-1], [str(option) for option in (*options, *more)])
+    file = options[-1]
+    lines = file.read_text().splitlines() if file.exists() else []
+    return code, [json.loads(line) for line in lines]
+
+
+def test_a_record_for_each_start(options, tmp_path):
+    more = ["--start", "magnitude,sparsegpt", "--steps", 3, "--baseline", "--lr", "1e-3,6e-4"]
+    more += ["--work", tmp_path / "work", "--save", tmp_path / "saved", "--cache", tmp_path / "c"]
+    code, records = measure(options, *more)
+    assert code == 0 and [r["backend"] for r in records] == ["magnitude", "sparsegpt"]
+    assert [r["settings"]["lr"] for r in records] == [1e-3, 6e-4]
+    for record in records:
+        assert record["check"].startswith("0 violations, 14 layers")
+        metrics, details = record["metrics"], record["details"]
+        for name in ("test.txt", "b.txt tail"):
+            assert metrics[f"perplexity {name}"] > 1 and metrics[f"start {name}"] > 1
+            assert details["overlap"][name]["found"] == 0
+        assert record["settings"]["sampled_tokens"] >= 32
+        assert metrics["dense_training_tokens_per_s"] > 0 and metrics["tokens"] == 3 * 4 * 32
+        assert (tmp_path / "saved" / record["backend"] / "config.json").exists()
+    ((case, (header, lines)),) = recovery_table.rows(records).items()
+    assert case.startswith("tiny.gguf") and len(header) == 5
+    assert [line[0].split(" (")[0] for line in lines] == [
+        "dense", "magnitude", "SparseGPT", "ASP", "SparseGPT, then training",
+    ]  # fmt: skip
+    assert lines[3][-1] == "0.0 M" and lines[4][1] == f"{metrics['perplexity test.txt']:.2f}"
+    # A second call reads text and weights, and starts where the first one did.
+    _, again = measure(options, *more[:2], "--steps", 1, "--cache", tmp_path / "c")
+    for old, new in zip(records, again[2:], strict=True):
+        assert new["settings"]["training_tokens"] == old["settings"]["training_tokens"]
+        assert new["metrics"]["start test.txt"] == old["metrics"]["start test.txt"]
+
+
+def test_best_and_minutes_that_a_limit_shortens(options, monkeypatch):
+    monkeypatch.setattr(bench_finetune.Recovery, "limit", lambda self, left: 3.0)
+    code, records = measure(options, "--start", "best", "--minutes", 30)
+    assert code == 0 and [r["backend"] for r in records] == ["best"]
+    assert records[0]["metrics"]["minutes"] < 0.5
+    assert records[0]["settings"]["minutes"] < 0.5
+
+
+def test_resume_after_the_limit(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_finetune, "AFTERWARDS", 0.0)
+    limits = iter([0.2, None])
+    monkeypatch.setattr(bench_finetune.Recovery, "limit", lambda self, left: next(limits))
+    more = ["--start", "magnitude", "--steps", 60, "--resume", tmp_path / "r", "--cache"]
+    assert measure(options, *more, tmp_path / "c") == (0, [])
+    assert (tmp_path / "r" / "0-magnitude" / "checkpoint.pt").exists()
+    code, (record,) = measure(options, *more, tmp_path / "c")
+    assert code == 0 and record["metrics"]["steps"] == 60
+    assert len(measure(options, *more, tmp_path / "c")[1]) == 1  # finished: nothing to do
+
+
+def test_unknown_starts_and_counts_are_refused(options):
+    for bad in (["--start", "nearest"], ["--start", "magnitude,best", "--minutes", "1,2,3"]):
+        with pytest.raises(SystemExit):
+            measure(options, *bad)

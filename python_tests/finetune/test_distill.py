@@ -140,7 +140,7 @@ def test_compiled_student_takes_the_same_steps():
     torch._dynamo.reset()
     original = torch.compile
     try:
-        torch.compile = lambda module: original(module, backend="aot_eager")
+        torch.compile = lambda f, **options: original(f, backend="aot_eager", **options)
         run(two, teacher, compile=True)
     finally:
         torch.compile = original

@@ -31,6 +31,7 @@ from sparsekern.checkpoint.skeleton import (
 from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import dtypes
 from sparsekern.formats.disk import (
+    FILE_KEYS,
     PLAIN,
     VALUE_DTYPES,
     check_headers,
@@ -42,7 +43,7 @@ from sparsekern.formats.disk import (
     read_sparse24,
     values_name,
 )
-from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
 from sparsekern.utils.safetensors_io import (
     CONFIG_FILE,
     OP,
@@ -72,6 +73,24 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "tp_plan": (None,),
     "offload_folder": (None,),
     "low_cpu_mem_usage": (None, True, False),
+    "state_dict": (None,),
+    "from_tf": (None, False),
+    "from_flax": (None, False),
+    "load_in_8bit": (None, False),
+    "load_in_4bit": (None, False),
+    "generation_config": (None,),
+    "adapter_kwargs": (None,),
+    "proxies": (None,),
+    "mirror": (None,),
+    "resume_download": (None, True, False),
+    "use_auth_token": (None,),
+    "offload_state_dict": (None, True, False),
+    "offload_buffers": (None, False),
+    "tp_size": (None,),
+    "device_mesh": (None,),
+    "distributed_config": (None,),
+    "_from_auto": (None, True, False),
+    "_fast_init": (None, True, False),
 }
 M = TypeVar("M", bound=nn.Module)
 
@@ -92,6 +111,7 @@ def from_pretrained(
     subfolder: str = "",
     key_mapping: Mapping[str, str] | None = None,
     verify: bool = False,
+    config: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Load a model, compressed (sparse-24-bitmask) or dense, as a Transformers model.
@@ -111,6 +131,7 @@ def from_pretrained(
         key_mapping: {regular expression: replacement} for names in the files.
         verify: check SHA256SUMS (where the folder has it) before anything is read, and refuse
             NaN and Inf in any tensor.
+        config: a Transformers config, or its dict, in place of config.json's values.
         kwargs: attributes of the config to replace, as in Transformers; its other arguments only
             with the values that ask for nothing more.
     Returns:
@@ -148,21 +169,37 @@ def from_pretrained(
     if verify:
         require_sums(folder)
     files = TensorFiles(folder)
-    config, _ = read_compression_config(folder)
-    wanted = arguments.parse_dtype(LOAD_OP, dtype, config)
+    raw, _ = read_compression_config(folder)
+    raw = _with_config(raw, config)
+    wanted = arguments.parse_dtype(LOAD_OP, dtype, raw)
     if device_map is None:
         arguments.parse_device(LOAD_OP, device)  # before anything is built
-    model = build_from_dict(config, files.info, attn_implementation, kwargs)
-    device_of, spread = arguments.place(
-        LOAD_OP, model, device, device_map, max_memory, files.nbytes
-    )
-    _load(model, files, device_of, wanted, key_mapping, config, finite=verify, whole=True)
+    with torch.device("cpu"):  # whatever torch's default device is
+        model = build_from_dict(raw, files.info, attn_implementation, kwargs)
+        device_of, spread = arguments.place(
+            LOAD_OP, model, device, device_map, max_memory, files.nbytes
+        )
+        _load(model, files, device_of, wanted, key_mapping, raw, finite=verify, whole=True)
     if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         model.generation_config = _generation_config(folder)
     if spread is None:
         return model
     dispatched: nn.Module = arguments.accelerate(LOAD_OP).dispatch_model(model, device_map=spread)
     return dispatched
+
+
+def _with_config(raw: dict[str, Any], config: Any) -> dict[str, Any]:
+    """config.json with the values of the caller's config in it."""
+    if config is None:
+        return raw
+    to_dict = getattr(config, "to_dict", None)
+    given = to_dict() if callable(to_dict) else config
+    expected, got = "config to be a Transformers config or a dict", type(config).__name__
+    check(isinstance(given, Mapping), LOAD_OP, expected, got, exc=TypeError)
+    kept = {key: value for key, value in given.items() if key not in FILE_KEYS}
+    if not kept.get("architectures"):
+        kept.pop("architectures", None)
+    return {**raw, **kept}
 
 
 def _generation_config(folder: Path) -> Any:
@@ -303,6 +340,8 @@ def _load(
         f"no data for {listed(left)}",
         "This model cannot be rebuilt from its config.",
     )
+    if layers:
+        check_before_loading(model)
     if found.names.used is not None:
         model._weight_conversions = found.names.used  # type: ignore[assignment]
 

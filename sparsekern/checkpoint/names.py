@@ -11,6 +11,7 @@ its dense weight would have. Modules that are not Transformers' have one name fo
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from sparsekern.errors import FormatError, message
 from sparsekern.formats.disk import join
 from sparsekern.utils.safetensors_io import OP, TensorInfo, listed, require
 
+SAVE_OP = "sparsekern.save_pretrained"
 OLD_NAMES = {  # of Transformers before release 5, in `_fix_state_dict_key_on_load`
     r"LayerNorm\.gamma$": "LayerNorm.weight",
     r"LayerNorm\.beta$": "LayerNorm.bias",
@@ -330,9 +332,12 @@ def disk_names(model: nn.Module, dense: Mapping[str, Tensor], layers: Iterable[s
         return name
 
     found = DiskNames(rename=rename)
+    partial: set[tuple[str, int]] = set()  # groups that a compressed layer belongs to
     for layer in layers:
         key = join(layer, "weight")
-        _, converter, _ = _convert_name(key, converters)
+        renamed, converter, _ = _convert_name(key, converters)
+        if converter is not None:
+            partial.add((renamed, id(converter)))
         stored = rename(key) if converter is None else key
         stored = stored if stored.endswith("weight") else key
         found.layers[layer] = stored.removesuffix("weight").removesuffix(".")
@@ -344,11 +349,21 @@ def disk_names(model: nn.Module, dense: Mapping[str, Tensor], layers: Iterable[s
             continue
         group = groups.setdefault((renamed, id(converter)), Conversion(converter, renamed))
         group.sources.append((pattern, name))
-    for group in groups.values():
+    for pair, group in groups.items():
+        own = {name: name for _, name in group.sources}
+        if pair in partial:  # the rest of such a group keeps its name in memory
+            found.plain.update(own)
+            continue
         try:
             made = group.run(model, lambda name: dense[name].detach().to("meta"))
-        except Exception:  # part of the group is compressed; the rest keeps its name in memory
-            found.plain.update((name, name) for _, name in group.sources)
+        except Exception as error:  # of an operation of Transformers
+            warnings.warn(
+                f"{SAVE_OP}: Transformers cannot make its names on disk of {listed(own)} "
+                f"({type(error).__name__}: {error}). They are stored under their names in memory, "
+                "which sparsekern.from_pretrained reads.",
+                stacklevel=4,
+            )
+            found.plain.update(own)
             continue
         group.targets = {rename(name): tensor for name, tensor in made.items()}
         found.groups.append(group)

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.checkpoint.arguments import folder_path, parse_size
-from sparsekern.checkpoint.names import Conversion, DiskNames, disk_names
+from sparsekern.checkpoint.names import SAVE_OP, Conversion, DiskNames, disk_names
 from sparsekern.checkpoint.skeleton import linear_shape, own_tensors, skeleton_of
 from sparsekern.errors import check
 from sparsekern.formats.disk import (
     FILE_KEYS,
+    PARTS,
     UNREADABLE_WITHOUT_US,
     compression_config,
     join,
@@ -41,7 +42,22 @@ from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, listed
 from sparsekern.utils.staging import Group, StagedFolder, check_writable, write_shards, writing
 
-SAVE_OP = "sparsekern.save_pretrained"
+# Other arguments of Transformers' save_pretrained, with the values that ask for what is written.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "push_to_hub": (False, None),
+    "safe_serialization": (True, None),
+    "variant": (None,),
+    "save_original_format": (True,),
+    "distributed_checkpoint": (False,),
+    "save_peft_format": (True, False),
+    "token": (None, True, False),
+    "repo_id": (None,),
+    "commit_message": (None,),
+    "private": (None,),
+    "create_pr": (None, False),
+    "max_shard_size": (None,),
+    "save_function": (None, torch.save),
+}
 
 
 def save_pretrained(
@@ -50,6 +66,9 @@ def save_pretrained(
     *,
     tokenizer: Any = None,
     max_shard_size: int | str = 5 * 2**30,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> None:
     """Write a model to a folder: compressed layers as sparse-24-bitmask, the rest as it is.
 
@@ -63,6 +82,10 @@ def save_pretrained(
         directory: created if needed; the files of an earlier checkpoint in it are replaced.
         tokenizer: anything with save_pretrained(folder), or None.
         max_shard_size: bytes per safetensors file, or text such as "2GB".
+        is_main_process: False: check the arguments and write nothing, as in Transformers.
+        state_dict: None, or the model's own.
+        kwargs: other arguments of Transformers' save_pretrained, with values that ask for what is
+            written here.
     Raises:
         ValueError, TypeError: a parameter on the meta device, or an argument that is none of the
             above; it is named.
@@ -84,6 +107,9 @@ def save_pretrained(
     )
     folder = folder_path(SAVE_OP, "directory", directory)
     limit = parse_size(SAVE_OP, max_shard_size)
+    _check_fixed(model, state_dict, kwargs)
+    if not is_main_process:
+        return
     sparse = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
     skeleton = skeleton_of(model, untied=_compressed_head(model, sparse))
     _warn_lost_buffers(model, skeleton)
@@ -104,6 +130,25 @@ def save_pretrained(
             generation.save_pretrained(str(stage.path))
         stage.write_json(CONFIG_FILE, config)
         stage.commit()
+
+
+def _check_fixed(
+    model: nn.Module, state_dict: Mapping[str, Any] | None, given: Mapping[str, Any]
+) -> None:
+    remedy = "Call sparsekern.save_pretrained(model, folder), then upload or convert the folder."
+    for name, value in given.items():
+        expected = f"arguments of save_pretrained: {', '.join(FIXED)}"
+        check(name in FIXED, SAVE_OP, expected, repr(name), exc=TypeError)
+        allowed = FIXED[name]
+        fits = any(value is entry for entry in allowed)
+        check(fits, SAVE_OP, f"{name}={allowed[0]!r}", repr(value)[:80], remedy)
+    if state_dict is not None:
+        own = model.state_dict()
+        same = own.keys() == state_dict.keys() and all(
+            name.endswith(PARTS) or own[name].data_ptr() == state_dict[name].data_ptr()
+            for name in own
+        )
+        check(same, SAVE_OP, "the model's own state_dict", "another", remedy)
 
 
 def model_config(

@@ -3,8 +3,11 @@
 masked.py         Masked: masks held through any optimizer and wrapper
 schedule.py       how masks move: Frozen, Magnitude, SRSTE, RigL
 transposable.py   4 x 4 tiles that are 2:4 in both directions
+training.py       SparseTrainingLinear: forward and input gradient on sparse tensor cores
 losses.py         KL to the teacher and cross-entropy, token chunk by token chunk
 teacher.py        the dense model: live, on the host, or a top-k cache on disk
+sampler.py        many rows of text at once from the teacher, by CUDA graphs
+attention.py      attention functions that training and sampling put in a model's place
 data.py           packed rows of tokens, text made by the teacher, overlap with a test text
 trainer.py        distill: the loop, checkpoints, resume, metrics
 callback.py       MaskedCallback, for scripts around Transformers' Trainer
@@ -20,6 +23,11 @@ from sparsekern.finetune.masked import Masked
 from sparsekern.finetune.schedule import SRSTE, Frozen, Magnitude, RigL, Schedule, zeros_mask
 from sparsekern.finetune.teacher import build_cache
 from sparsekern.finetune.trainer import DistillReport, Recipe, distill
+from sparsekern.finetune.training import (
+    SparseTrainingLinear,
+    finish_training,
+    sparse_training,
+)
 from sparsekern.finetune.transposable import transposable_mask
 
 __all__ = [
@@ -32,9 +40,12 @@ __all__ = [
     "RigL",
     "SRSTE",
     "Schedule",
+    "SparseTrainingLinear",
     "build_cache",
     "data",
     "distill",
+    "finish_training",
+    "sparse_training",
     "transposable_mask",
     "zeros_mask",
 ]

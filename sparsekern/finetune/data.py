@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import check
+from sparsekern.finetune.sampler import Sampler, why_not
 from sparsekern.oneshot.fingerprint import of_model as fingerprint
 from sparsekern.utils.json_store import cache_folder
 
@@ -137,6 +139,7 @@ def generate(
     temperature: float = 1.0,
     prompts: Tensor | None = None,
     start: int | None = None,
+    seconds: float | None = None,
     cache: str | Path | bool = True,
     autocast: torch.dtype | None = None,
     progress: bool = True,
@@ -146,24 +149,32 @@ def generate(
     Args:
         teacher: a Transformers causal language model, on the device where it is to run.
         tokens: how many, rounded up to whole rows.      seed: of a private generator.
-        window: tokens per row.      batch: rows sampled at a time.
+        window: tokens per row.      batch: rows sampled at a time; the larger, the faster.
         temperature: 1 samples the teacher's own distribution.
         prompts: int64 [n, length < window]: row i starts with prompts[i % n]; None: with `start`.
+            -1 at the end of a prompt makes it shorter.
         start: id that rows start with; None: the teacher's bos token, else its eos token.
+        seconds: sample for at most this long, whatever `tokens` says. Rows that are not complete
+            then are joined to whole ones.
         cache: a folder, True for sparsekern's cache folder, False for none. The file's name is the
             digest of weights and arguments; one that is there is read instead of sampled.
         autocast: dtype of the matmuls, for example torch.bfloat16; None: as the weights.
         progress: show a progress bar.
     Returns:
-        Corpus with one Source of kind "teacher".
+        Corpus with one Source of kind "teacher"; its details say how it was sampled, and, of a few
+        rows, the teacher's entropy and mean −ln p of the tokens: of its own text they are equal but
+        for chance.
     Raises:
-        ValueError: numbers that do not fit, no start token, non-finite logits.
+        ValueError: numbers that do not fit, no start token, non-finite logits, no row in
+            `seconds`, text whose −ln p says that it is not the teacher's.
     Notes:
         A row goes on after an end-of-text token with what the teacher says next, as in packed
-        training text. Deterministic for one device, dtype and batch.
+        training text. Deterministic for one device, dtype and batch, but for `seconds`. A step is
+        a CUDA graph where the model allows it (sampler.py).
     """
     op = f"{OP}.generate"
     check(tokens >= 1 and window >= 2 and batch >= 1, op, "positive sizes", (tokens, window, batch))
+    check(seconds is None or seconds > 0, op, "seconds > 0", seconds)
     check(temperature > 0, op, "temperature > 0", temperature)
     if prompts is None:
         first = _start_token(teacher) if start is None else start
@@ -171,9 +182,14 @@ def generate(
         prompts = torch.tensor([[first]])
     fits = prompts.dim() == 2 and 1 <= prompts.shape[1] < window
     check(fits, op, f"prompts [n, 1 to {window - 1}]", list(prompts.shape))
+    short = prompts < 0
+    holes = bool((short[:, :-1] & ~short[:, 1:]).any() or short[:, 0].any())
+    check(not holes, op, "-1 at the ends of prompts", "elsewhere, too")
     count = -(-tokens // window)
     device = next(teacher.parameters()).device
     settings = {
+        "sampler": 2,
+        "seconds": seconds,
         "teacher": fingerprint(teacher),
         "rows": count,
         "window": window,
@@ -186,32 +202,91 @@ def generate(
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     details = {"seed": seed, "temperature": temperature, "digest": digest}
-    details["prompted"] = prompts.shape[0] if prompts.shape[1] > 1 else 0
-    source = Source("teacher", type(teacher).__name__, count * window, details)
+    details["prompted"] = int((~short).sum(1).gt(1).sum())
     file = None
     if cache is not False:
         folder = cache_folder() / "teacher-text" if cache is True else Path(cache)
         file = folder / f"{digest}.safetensors"
         if file.exists():
-            return Corpus(_read_rows(file, op, count, window), [source])
-    rows = _sample(teacher, prompts, count, window, batch, temperature, seed, autocast, progress)
+            rows, stated = _read_rows(file, op, count, window, seconds)
+            name = type(teacher).__name__
+            return Corpus(rows, [Source("teacher", name, rows.numel(), {**details, **stated})])
+    begin = time.perf_counter()
+    deadline = None if seconds is None else begin + seconds
+    flags = [(module, module.training) for module in teacher.modules()]
+    teacher.eval()
+    try:
+        options = (temperature, seed, autocast, progress, deadline)
+        parts, how = _sample(teacher, prompts, count, window, min(batch, count), *options)
+        details |= {"how": how, "sampling_seconds": round(time.perf_counter() - begin, 2)}
+        rows, whole = _whole_rows(parts, window, op)
+        given = int((~short).sum(1).max())
+        if whole:
+            details |= _own_text(teacher, rows[:whole], temperature, autocast, given)
+    finally:
+        for module, flag in flags:
+            module.training = flag
     if file is not None:
         from safetensors.torch import save
 
         from sparsekern.utils.files import write_atomic
 
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, save({"rows": rows}, metadata={"settings": json.dumps(settings)}))
-    return Corpus(rows, [source])
+        stated = {name: value for name, value in details.items() if name in STATED}
+        metadata = {"settings": json.dumps(settings), "details": json.dumps(stated)}
+        write_atomic(file, save({"rows": _narrow(rows)}, metadata=metadata))
+    return Corpus(rows, [Source("teacher", type(teacher).__name__, rows.numel(), details)])
 
 
-def _read_rows(file: Path, op: str, count: int, window: int) -> Tensor:
-    from safetensors.torch import load_file
+STATED = ("how", "sampling_seconds", "entropy", "nll")  # that a file of rows has beside them
 
-    rows: Tensor = load_file(file)["rows"]
+
+def _narrow(rows: Tensor) -> Tensor:
+    """int32 ids as id − 32768 in int16 where that holds them."""
+    return (rows - 32768).to(torch.int16) if int(rows.max()) < 65536 else rows
+
+
+def _read_rows(
+    file: Path, op: str, count: int, window: int, seconds: float | None
+) -> tuple[Tensor, dict[str, Any]]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        rows: Tensor = opened.get_tensor("rows")
+        metadata = opened.metadata() or {}
+    if rows.dtype == torch.int16:
+        rows = rows.to(torch.int32) + 32768
     got, remedy = list(rows.shape), f"Delete {file}."
-    check(got == [count, window], op, f"cached rows [{count}, {window}]", got, remedy)
-    return rows
+    fits = len(got) == 2 and got[1] == window and (got[0] == count or seconds is not None)
+    check(fits, op, f"cached rows [{count}, {window}]", got, remedy)
+    return rows, json.loads(metadata.get("details", "{}"))
+
+
+def _own_text(
+    teacher: nn.Module, rows: Tensor, temperature: float, autocast: torch.dtype | None, given: int
+) -> dict[str, float]:
+    """{"entropy", "nll"} in nats a token over at most 32 rows, checked against each other."""
+    device = next(teacher.parameters()).device
+    sums = torch.zeros(4, dtype=torch.float64)
+    for row in rows[:: max(1, rows.shape[0] // 32)][:32]:
+        ids = row.to(device, torch.int64).unsqueeze(0)
+        on = autocast is not None
+        with torch.autocast(device.type, autocast or torch.bfloat16, enabled=on):
+            logits = teacher(input_ids=ids, use_cache=False).logits[0, max(0, given - 1) : -1]
+        log_p = (logits.float() / temperature).log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        nll = -log_p.gather(1, ids[0, max(1, given) :, None]).squeeze(1)
+        far = (nll - entropy).double()
+        found = (entropy.double().sum(), nll.double().sum(), far.square().sum())
+        sums += torch.stack((*found, torch.tensor(far.numel(), device=device).double())).cpu()
+    count = max(1.0, float(sums[3]))
+    entropy, nll, deviation = (float(s) / count for s in sums[:3])
+    bound = 0.1 + 6 * (deviation / count) ** 0.5
+    remedy = "The sampler and the model disagree: please report it."
+    got = f"{nll:.3f}, and {entropy:.3f} ± {bound:.3f} is expected"
+    good = abs(nll - entropy) <= bound
+    check(good, f"{OP}.generate", "mean −ln p of the teacher's own text", got, remedy)
+    return {"entropy": round(entropy, 4), "nll": round(nll, 4)}
 
 
 def _sample(
@@ -224,39 +299,100 @@ def _sample(
     seed: int,
     autocast: torch.dtype | None,
     progress: bool,
-) -> Tensor:
+    deadline: float | None,
+) -> tuple[list[Tensor], str]:
+    """(int32 [rows, window or less] each, how they were made)."""
     from tqdm import tqdm
 
+    op = f"{OP}.generate"
     device = next(teacher.parameters()).device
+    reason = why_not(teacher, prompts[:2].to(device), window, autocast)
+    if reason:
+        return _sample_with_cache(
+            teacher, prompts, count, window, batch, temperature, seed, autocast, progress, deadline
+        ), f"Transformers' cache: {reason}"
+    sampler = Sampler(teacher, batch, window, temperature, seed, autocast)
+    parts: list[Tensor] = []
+    steps = -(-count // batch) * (window - 1)
+    with tqdm(total=steps, desc="teacher text", unit="token", disable=not progress) as bar:
+        for begin in range(0, count, batch):
+            if deadline is not None and time.perf_counter() > deadline:
+                break
+            numbers = torch.arange(begin, begin + batch) % prompts.shape[0]
+            try:
+                rows = sampler.fill(prompts[numbers], deadline, bar)
+            except RuntimeError as error:
+                check("not finite" not in str(error), op, "finite logits", "NaN or Inf")
+                raise
+            parts.append(rows[: count - begin])
+    return parts, sampler.how
+
+
+def _whole_rows(parts: list[Tensor], window: int, op: str) -> tuple[Tensor, int]:
+    """The parts as [rows, window], and how many of these were sampled whole: what is shorter is
+    joined, and its remainder dropped."""
+    whole = [part for part in parts if part.shape[1] == window]
+    count = sum(part.shape[0] for part in whole)
+    rest = [part.reshape(-1) for part in parts if 16 <= part.shape[1] < window]
+    if rest:
+        ids = torch.cat(rest)
+        whole.append(ids[: ids.numel() // window * window].view(-1, window))
+    rows = torch.cat(whole) if whole else torch.empty(0, window, dtype=torch.int32)
+    check(rows.shape[0] > 0, op, "time for one row", "none", "Raise seconds, lower batch.")
+    return rows, count
+
+
+def _sample_with_cache(
+    teacher: nn.Module,
+    prompts: Tensor,
+    count: int,
+    window: int,
+    batch: int,
+    temperature: float,
+    seed: int,
+    autocast: torch.dtype | None,
+    progress: bool,
+    deadline: float | None,
+) -> list[Tensor]:
+    from tqdm import tqdm
+
+    op = f"{OP}.generate"
+    device = next(teacher.parameters()).device
+    length = int((prompts >= 0).sum(1).min())  # that all of them have: one forward
     generator = torch.Generator(device).manual_seed(seed)
-    flags = [(module, module.training) for module in teacher.modules()]
-    teacher.eval()
     parts = []
-    steps = -(-count // batch) * (window - prompts.shape[1])
-    try:
-        decoder = _Decoder(teacher, prompts[:2].to(device), autocast)
-        with tqdm(total=steps, desc="teacher text", unit="token", disable=not progress) as bar:
-            for begin in range(0, count, batch):
-                numbers = torch.arange(begin, min(begin + batch, count)) % prompts.shape[0]
-                ids = torch.empty(len(numbers), window, dtype=torch.int64, device=device)
-                length = prompts.shape[1]
-                ids[:, :length] = prompts[numbers].to(device)
-                step = decoder.start(window)
-                last = ids[:, :length]
-                for place in range(length, window):
-                    logits = step(last).float() / temperature
-                    # argmax(p / Exp(1)) is a sample of p.
-                    noise = torch.empty_like(logits).exponential_(generator=generator)
-                    ids[:, place] = (logits.softmax(-1) / noise).argmax(-1)
-                    last = ids[:, place : place + 1]
-                    bar.update()
-                finite = bool(logits.isfinite().all())
-                check(finite, f"{OP}.generate", "finite logits", "NaN or Inf")
-                parts.append(ids.to(torch.int32).cpu())
-    finally:
-        for module, flag in flags:
-            module.training = flag
-    return torch.cat(parts)
+    steps = -(-count // batch) * (window - length)
+    decoder = _Decoder(teacher, prompts[:2, :length].to(device), autocast)
+    with tqdm(total=steps, desc="teacher text", unit="token", disable=not progress) as bar:
+        for begin in range(0, count, batch):
+            if deadline is not None and time.perf_counter() > deadline:
+                break
+            numbers = torch.arange(begin, min(begin + batch, count)) % prompts.shape[0]
+            ids = torch.empty(len(numbers), window, dtype=torch.int64, device=device)
+            given = prompts[numbers].to(device)
+            ids[:, :length] = given[:, :length]
+            step = decoder.start(window)
+            last = ids[:, :length]
+            made = length
+            for place in range(length, window):
+                late = deadline is not None and time.perf_counter() > deadline
+                if place % 8 == 0 and late:
+                    break
+                logits = step(last).float() / temperature
+                # argmax(p / Exp(1)) is a sample of p.
+                noise = torch.empty_like(logits).exponential_(generator=generator)
+                drawn = (logits.softmax(-1) / noise).argmax(-1)
+                if place < given.shape[1]:
+                    drawn = torch.where(given[:, place] >= 0, given[:, place], drawn)
+                ids[:, place] = drawn
+                last = ids[:, place : place + 1]
+                made = place + 1
+                if place % 8 == 0 or made == window:
+                    finite = bool(logits.isfinite().all())  # which waits for the device
+                    check(finite, op, "finite logits", "NaN or Inf")
+                bar.update()
+            parts.append(ids[:, :made].to(torch.int32).cpu())
+    return parts
 
 
 class _Decoder:

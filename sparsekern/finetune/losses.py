@@ -22,6 +22,8 @@ for gradients in the forward pass; Kurtic et al. 2023, "SquareHead" (arXiv:2310.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +35,7 @@ from sparsekern.errors import check
 OP = "sparsekern.finetune.distillation_loss"
 IGNORED = -100
 CHUNK = 1024
+FUSED_LOGITS = 1 << 28  # entries of a chunk's logits, three times in their own dtype
 
 
 @dataclass
@@ -76,7 +79,8 @@ def distillation_loss(
     *,
     alpha: float = 0.0,
     temperature: float = 1.0,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(1 − α)·T²·KL(teacher ‖ student) + α·CE, chunk by chunk; see the module for the formulas.
 
@@ -87,7 +91,10 @@ def distillation_loss(
         target: the teacher's side. With top-k targets temperature must be 1.
         labels: int64 [tokens], the next tokens; IGNORED ones do not count for CE. Needed for α > 0,
             and for a target without a teacher.
-        alpha: share of the cross-entropy, 0 to 1. temperature: T > 0. chunk: tokens at a time.
+        alpha: share of the cross-entropy, 0 to 1. temperature: T > 0.
+        chunk: tokens at a time; None: CHUNK, or fused as many as FUSED_LOGITS entries hold.
+        fused: everything between a chunk's logits and their gradient by torch.compile, in a few
+            passes and without float32 in memory (not with top-k targets, which ignore it).
     Returns:
         (loss with gradient, mean KL, mean CE), float32 scalars; the last two are for the log. CE is
         nan without labels. The mean of the KL is over all tokens, that of CE over its own.
@@ -99,6 +106,9 @@ def distillation_loss(
     check(0 <= alpha <= 1, OP, "0 <= alpha <= 1", alpha)
     check(temperature > 0, OP, "temperature > 0", temperature)
     check(hidden.dim() == 2 and hidden.shape[0] > 0, OP, "hidden [tokens, d]", list(hidden.shape))
+    if chunk is None:
+        vocabulary = hidden.shape[1] if head is None else head.shape[0]
+        chunk = max(256, 1 << (FUSED_LOGITS // vocabulary).bit_length() - 1) if fused else CHUNK
     check(chunk >= 1, OP, "chunk >= 1 tokens", chunk)
     teacher = target.hidden is not None or target.logits is not None or target.indices is not None
     check(teacher or alpha == 1, OP, "alpha == 1 without a teacher", alpha, "Pass a teacher.")
@@ -110,7 +120,7 @@ def distillation_loss(
         side = getattr(target, name)
         rows = tokens if side is None else side.shape[0]
         check(rows == tokens, OP, f"target.{name} of {tokens} tokens", rows)
-    settings = (alpha, temperature, chunk)
+    settings = (alpha, temperature, chunk, fused and target.indices is None)
     loss, kl, ce = _Chunked.apply(hidden, head, target, labels, settings)  # type: ignore[no-untyped-call]
     return loss, kl, ce
 
@@ -123,9 +133,9 @@ class _Chunked(torch.autograd.Function):
         head: Tensor | None,
         target: Target,
         labels: Tensor | None,
-        settings: tuple[float, float, int],
+        settings: tuple[float, float, int, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        alpha, temperature, chunk = settings
+        alpha, temperature, chunk, fused = settings
         tokens, device = hidden.shape[0], hidden.device
         want_hidden = ctx.needs_input_grad[0]
         want_head = head is not None and ctx.needs_input_grad[1]
@@ -145,6 +155,18 @@ class _Chunked(torch.autograd.Function):
                 part = slice(begin, begin + chunk)
                 x = hidden[part]
                 raw = x if weight is None else x @ weight.t()
+                if fused:
+                    theirs = _logits(target, part, teacher_head) if alpha < 1 else None
+                    label = None if labels is None else labels[part]
+                    share = torch.as_tensor(tokens / counted, device=device)
+                    kl, ce, low = compiled(alpha, temperature)(raw, theirs, label, share)
+                    kl_sum += kl
+                    ce_sum += ce
+                    if grad_hidden is not None:
+                        grad_hidden[part] = low if weight is None else low @ weight
+                    if grad_head is not None:
+                        grad_head += (low.t() @ x).float()
+                    continue
                 log_p = torch.log_softmax(raw, 1, dtype=torch.float32)
                 grad: Tensor | None = None
                 if labels is not None:
@@ -202,11 +224,7 @@ def _kl(
     """
     if target.indices is not None and target.log_probs is not None:
         return _kl_top(log_p, target.indices[part].long(), target.log_probs[part].float())
-    if target.logits is not None:
-        theirs = target.logits[part]
-    else:
-        assert target.hidden is not None and teacher_head is not None
-        theirs = target.hidden[part] @ teacher_head.t()
+    theirs = _logits(target, part, teacher_head)
     if temperature == 1:
         log_q = torch.log_softmax(theirs, 1, dtype=torch.float32)
     else:
@@ -217,6 +235,62 @@ def _kl(
     kl = torch.bmm(q.unsqueeze(1), difference.unsqueeze(2)).sum()
     slope = log_p.exp_().sub_(q)
     return kl, slope if temperature == 1 else slope.mul_(temperature)
+
+
+def _logits(target: Target, part: slice, teacher_head: Tensor | None) -> Tensor:
+    """The teacher's logits of a chunk."""
+    if target.logits is not None:
+        return target.logits[part]
+    assert target.hidden is not None and teacher_head is not None
+    return target.hidden[part] @ teacher_head.t()
+
+
+def one_chunk(
+    raw: Tensor,
+    theirs: Tensor | None,
+    label: Tensor | None,
+    share: Tensor,
+    alpha: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(Σ KL, Σ CE, tokens · ∂loss/∂raw in raw's dtype) of a chunk, free of in-place work.
+
+    Args:
+        raw, theirs: logits of student and teacher [tokens, vocabulary]; theirs None for alpha 1.
+        label: int64 [tokens] or None.      share: tokens / tokens that count for CE.
+    """
+    z = raw.float()
+    log_p = torch.log_softmax(z, 1)
+    zero = torch.zeros((), dtype=torch.float32, device=raw.device)
+    kl, ce, slope = zero, zero, torch.zeros_like(z)
+    if label is not None:
+        index = label.clamp(min=0).unsqueeze(1)
+        counts = (label != IGNORED).unsqueeze(1)
+        ce = -(log_p.gather(1, index) * counts).sum()
+        if alpha:
+            columns = torch.arange(raw.shape[1], device=raw.device)
+            onehot = (columns == index).float()
+            slope = (log_p.exp() - onehot) * (counts * (share * alpha))
+    if theirs is not None:
+        log_q = torch.log_softmax(theirs.float() / temperature, 1)
+        log_pt = log_p if temperature == 1 else torch.log_softmax(z / temperature, 1)
+        q = log_q.exp()
+        kl = (q * (log_q - log_pt)).sum()
+        slope = slope + (log_pt.exp() - q) * (temperature * (1 - alpha))
+    return kl, ce, slope.to(raw.dtype)
+
+
+@functools.cache
+def compiled(alpha: float, temperature: float) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`one_chunk` of these numbers by torch.compile."""
+
+    def chunk(
+        raw: Tensor, theirs: Tensor | None, label: Tensor | None, share: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return one_chunk(raw, theirs, label, share, alpha, temperature)
+
+    function: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.compile(chunk, dynamic=False)
+    return function
 
 
 def _kl_top(log_p_all: Tensor, indices: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:

@@ -107,7 +107,7 @@ class LiveTeacher:
         device: where it runs.
         offload: keep the weights in host memory between the steps: they travel to the device once
             per optimizer step, for all its micro-batches together.
-        autocast: dtype of its matmuls, or None.
+        autocast: dtype of its matmuls, or None.      compile: torch.compile its body.
     """
 
     def __init__(
@@ -117,8 +117,10 @@ class LiveTeacher:
         *,
         offload: bool = False,
         autocast: torch.dtype | None = None,
+        compile: bool = False,
     ) -> None:
         self.split = Split(model.eval().requires_grad_(False).to("cpu" if offload else device))
+        self._body: Any = torch.compile(self.split) if compile else self.split
         self.device, self.offload, self.autocast = device, offload, autocast
 
     @contextmanager
@@ -156,7 +158,7 @@ class LiveTeacher:
             for ids in micro_batches:
                 on = self.autocast is not None
                 with torch.autocast(kind, self.autocast or torch.bfloat16, enabled=on):
-                    result, states = self.split(ids, blocks)
+                    result, states = self._body(ids, blocks)
                 flat = result.flatten(0, 1)
                 if self.autocast is not None and head is not None:
                     flat = flat.to(self.autocast)

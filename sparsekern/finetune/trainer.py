@@ -22,7 +22,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import FormatError, check
 from sparsekern.eval.perplexity import perplexity
+from sparsekern.finetune import attention
 from sparsekern.finetune import data as text
 from sparsekern.finetune.data import Corpus
 from sparsekern.finetune.losses import IGNORED, Target, distillation_loss, square_head
@@ -70,7 +71,7 @@ class Recipe:
         block: weight of the matching of block outputs (SquareHead), 0 for none.
         precision: "float32" | "bfloat16" | "float16" of the matmuls, by autocast (float16 with a
             GradScaler); None: bfloat16 on a GPU, float32 elsewhere.
-        compile: torch.compile the student's body.
+        compile: torch.compile the bodies of student and teacher, and the loss of a chunk.
         seed: of the order of the rows, and of torch's generators at the start.
         log_every, eval_every, save_every: in steps; 0: only at the end (save: never).
     """
@@ -141,6 +142,7 @@ class DistillReport:
         violations: Masked.check() at the end: 0.
         overlap: name of a test text -> {"n", "test", "found"}: its n-grams that are in training.
         resumed: the step that this process started from.
+        stopped: the run is not at its end: limit_seconds was reached, a checkpoint is there.
         notes: what was out of the ordinary.
         masked: the Masked object, for .compress(). Not part of the JSON.
     """
@@ -157,6 +159,7 @@ class DistillReport:
     violations: int = -1
     overlap: dict[str, dict[str, int]] = field(default_factory=dict)
     resumed: int = 0
+    stopped: bool = False
     notes: list[str] = field(default_factory=list)
     masked: Masked | None = None
 
@@ -196,6 +199,8 @@ def distill(
     generate_tokens: int = 4_000_000,
     folder: str | Path | None = None,
     resume: bool = True,
+    limit_seconds: float | None = None,
+    shorten: bool = False,
     device: torch.device | str | None = None,
     offload_teacher: bool = False,
     progress: bool = True,
@@ -219,6 +224,11 @@ def distill(
             their overlap with the training rows counted), or a function(model) -> number.
         folder: where checkpoint.pt, metrics.jsonl, plot.png and report.json go; None: nowhere.
         resume: go on from the folder's checkpoint when there is one. The run has to be the same.
+        limit_seconds: end training this long after the call, whatever the recipe says: with a
+            checkpoint in `folder` and report.stopped, without the last evaluation, so that the same
+            call goes on.
+        shorten: instead of that, a run by minutes gets, after its first step, the minutes that are
+            left, so that its rates fall to the end.
         device: None: "cuda" if there is one (under torchrun this process' own), else the CPU.
         offload_teacher: keep the teacher's weights on the host between steps.
         progress: show a progress bar with the time left.
@@ -233,7 +243,11 @@ def distill(
         Under torchrun every process calls this with the same arguments. Weights are left on
         `device`, in their dtypes, in eval mode; the teacher stays frozen.
     """
+    begin = time.perf_counter()
     check(recipe is None or not options, OP, "recipe or its fields", "both")
+    good = limit_seconds is None or (limit_seconds > 0 and (shorten or folder is not None))
+    remedy = "Pass folder=, or shorten=True with minutes."
+    check(good, OP, "limit_seconds > 0 and a folder for the checkpoint", limit_seconds, remedy)
     run = _Run(
         model,
         recipe or _recipe(options),
@@ -244,11 +258,25 @@ def distill(
         schedule,
         eval_window,
     )
+    if limit_seconds is not None:
+        by_time = run.recipe.minutes is not None
+        check(by_time or not shorten, OP, "minutes with shorten", "steps")
+        run.deadline, run.shorten = begin + limit_seconds, shorten
     run.open_data(data, teacher, window, generate_tokens)
     run.open_model(masks)
     run.open_teacher(teacher, offload_teacher)
     run.open_evaluations(evaluate or {})
-    return run.train(resume)
+    with run.attention():
+        return run.train(resume)
+
+
+def eval_batch(model: nn.Module, window: int, device: torch.device) -> int:
+    """Windows per forward of an evaluation: logits of at most 2^30 entries on a GPU."""
+    if device.type != "cuda":
+        return 1
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    size = getattr(getattr(embedding, "weight", None), "shape", [1 << 18])[0]
+    return int(max(1, min(8, (1 << 30) // (window * size))))
 
 
 def _recipe(options: dict[str, Any]) -> Recipe:
@@ -346,6 +374,7 @@ class _Step(nn.Module):
             labels.flatten(),
             alpha=recipe.alpha,
             temperature=recipe.temperature,
+            fused=recipe.compile,
         )
         if recipe.block:
             loss = loss + recipe.block * square_head(states, theirs)
@@ -373,6 +402,9 @@ class _Run:
         self.folder = None if folder is None else Path(folder)
         self.progress, self.on_step, self.schedule = progress, on_step, schedule
         self.eval_window = eval_window
+        self.deadline: float | None = None
+        self.shorten = False
+        self.minutes = recipe.minutes
         self.device = world.device
         default = "bfloat16" if self.device.type == "cuda" else "float32"
         self.autocast = PRECISIONS[recipe.precision or default]
@@ -461,7 +493,11 @@ class _Run:
         if isinstance(teacher, nn.Module):
             check(teacher is not self.model, OP, "a teacher of its own", "the model itself")
             self.teacher = LiveTeacher(
-                teacher, self.device, offload=offload, autocast=self.autocast
+                teacher,
+                self.device,
+                offload=offload,
+                autocast=self.autocast,
+                compile=self.recipe.compile and not offload,
             )
             self.report.teacher = "offloaded" if offload else "live"
         elif teacher is not None:
@@ -481,11 +517,24 @@ class _Run:
                 ids = what.reshape(-1)
 
                 def measure(model: nn.Module, ids: Tensor = ids) -> float:
-                    return perplexity(model, ids, window=min(self.eval_window, ids.numel()))
+                    window = min(self.eval_window, ids.numel())
+                    return perplexity(model, ids, window, eval_batch(model, window, self.device))
 
                 self.evaluations[name] = measure
             else:
                 self.evaluations[name] = what
+
+    @contextlib.contextmanager
+    def attention(self) -> Iterator[None]:
+        """Attention without a mask in student and teacher, where theirs agrees with it."""
+        models = [self.model]
+        if isinstance(self.teacher, LiveTeacher) and not self.teacher.offload:
+            models.append(self.teacher.split.model)
+        with contextlib.ExitStack() as stack:
+            for model in models:
+                if not attention.why_not_causal(model, self.corpus.window):
+                    stack.enter_context(attention.use(model, attention.CAUSAL, attention.causal))
+            yield
 
     # ------------------------------------------------------------------ the loop
 
@@ -557,6 +606,10 @@ class _Run:
                     })  # fmt: skip
                     bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                     sums.zero_()
+                if not first_done and self.deadline is not None and self.shorten:
+                    left = world.same(self.deadline - time.perf_counter()) / 60
+                    self.minutes = max(1e-3, min(self.minutes or left, left))
+                    report.recipe["minutes"] = round(self.minutes, 3)
                 first_done = True
                 bar.update(1 if self.steps is not None else int(self.spent) - bar.n)
                 if recipe.eval_every and step % recipe.eval_every == 0 and not last:
@@ -566,7 +619,16 @@ class _Run:
                     self._save(step)
                 if self.on_step is not None:
                     self.on_step(step)
+                if not last and self._out_of_time(step):
+                    report.stopped = True
+                    break
         return self._finish(step, tokens)
+
+    def _out_of_time(self, step: int) -> bool:
+        """Whether limit_seconds is reached; looked at with every log, when the device is idle."""
+        if self.deadline is None or self.shorten or step % self.recipe.log_every:
+            return False
+        return self.world.same(self.deadline - time.perf_counter()) < 0
 
     def _body(self) -> Any:
         return torch.compile(self.split) if self.recipe.compile else self.split
@@ -609,14 +671,14 @@ class _Run:
         """The share of the run that is behind, for the rate: in the middle of this step."""
         if self.steps is not None:
             return (step + 0.5) / self.steps
-        assert self.recipe.minutes is not None
-        return min(1.0, self.world.same(self.spent) / (60 * self.recipe.minutes))
+        assert self.minutes is not None
+        return min(1.0, self.world.same(self.spent) / (60 * self.minutes))
 
     def _finished(self, step: int) -> bool:
         if self.steps is not None:
             return step >= self.steps
-        assert self.recipe.minutes is not None
-        return self.world.same(self.spent) >= 60 * self.recipe.minutes
+        assert self.minutes is not None
+        return self.world.same(self.spent) >= 60 * self.minutes
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
@@ -625,13 +687,14 @@ class _Run:
     def _finish(self, step: int, tokens: int) -> DistillReport:
         report = self.report
         report.steps, report.tokens, report.seconds = step, step * tokens, self.spent
-        if self.folder is not None and self.recipe.save_every:
+        if self.folder is not None and (self.recipe.save_every or report.stopped):
             self._save(step)
         self.masked.detach()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.eval()
         report.violations = self.masked.check()
-        if self.evaluations and (not report.evaluations or report.final["step"] != step):
+        known = bool(report.evaluations) and report.final["step"] == step
+        if self.evaluations and not known and not report.stopped:
             self._evaluate(step)
         for name, parameter in self.model.named_parameters():
             parameter.data = parameter.data.to(self.dtypes[name])

@@ -25,6 +25,7 @@ Source: PTX ISA, "Sparse matrix storage"; Mishra et al. 2021 (arXiv:2104.08378) 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -270,6 +271,49 @@ class Sparse24:
         """The same weight in layout "rowmajor"; self when it has it already."""
         return self if self.spec.layout == ROWMAJOR else self.to_layout(ROWMAJOR)
 
+    def narrow(self, dim: int, start: int, length: int) -> Sparse24:
+        """Rows (dim 0) or columns (dim 1) start .. start + length of the weight, never dense.
+
+        Args:
+            dim: 0 for out_features, 1 for in_features.
+            start, length: counted dense. Along columns both are multiples of 8, where a byte of the
+                metadata ends (length may also reach the last column), and of `group` where scales
+                belong to groups of columns.
+        Returns:
+            Sparse24 in the same layout, which shares no memory with this one.
+        Raises:
+            ValueError: a range outside of the weight, or columns that cannot be cut there.
+        """
+        op, size = f"{_OP}.narrow", self.spec.shape
+        check(dim in (0, 1), op, "dim 0 or 1", dim)
+        inside = 0 <= start and 0 <= length and start + length <= size[dim]
+        check(inside, op, f"a range within 0..{size[dim]}", f"{start}..{start + length}")
+        spec, whole = self.spec, self.rowmajor()
+        tensors = whole.tensors
+        if dim == 0:
+            cut = {name: t.narrow(0, start, length).clone() for name, t in tensors.items()}
+            shape = (length, size[1])
+        else:
+            unit = 8 if spec.scale != "group" else math.lcm(8, spec.group)
+            ends = start % unit == 0 and (length % unit == 0 or start + length == size[1])
+            got, remedy = f"{start}..{start + length}", "Cut elsewhere, or along rows."
+            check(ends, op, f"columns cut at multiples of {unit}", got, remedy)
+            kind, shape = spec.element, (size[0], length)
+            ranges = {
+                "values": (kind.columns(start), kind.columns(length)),
+                "metadata": (start // 8, -(-length // 8)),
+            }
+            if spec.scale == "group":
+                ranges |= dict.fromkeys(
+                    kind.tensors, (start // spec.group, -(-length // spec.group))
+                )
+            cut = {
+                name: t.narrow(1, *ranges[name]).clone() if name in ranges else t.clone()
+                for name, t in tensors.items()
+            }
+        of = WeightSpec.of(shape, spec.storage, ROWMAJOR, spec.dtype, spec.scale, spec.group)
+        return Sparse24.from_tensors(of, cut).to_layout(spec.layout)
+
     def twin(self, name: str) -> Sparse24:
         """The same weight in another layout, made at the first call and remembered on this object.
 
@@ -386,8 +430,9 @@ def for_pickle(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_pickle(spec: WeightSpec, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `for_pickle`."""
     values, wanted = tensors.get("values"), spec.element.storage
-    bytes_of = isinstance(values, Tensor) and values.dtype == torch.uint8 and wanted.itemsize == 1
-    return {**tensors, "values": values.view(wanted)} if bytes_of else dict(tensors)
+    if isinstance(values, Tensor) and values.dtype == torch.uint8 and wanted.itemsize == 1:
+        return {**tensors, "values": values.view(wanted)}
+    return dict(tensors)
 
 
 # ---- row-major weights, in torch alone -----------------------------------------------------------

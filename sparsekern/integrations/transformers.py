@@ -33,8 +33,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsekern.checkpoint.decompress import decompress_model
 from sparsekern.checkpoint.names import match_names
-from sparsekern.checkpoint.save import SAVE_OP, save_pretrained
+from sparsekern.checkpoint.save import save_pretrained
 from sparsekern.checkpoint.skeleton import linear_shape
 from sparsekern.errors import check
 from sparsekern.formats.disk import (
@@ -49,20 +50,12 @@ from sparsekern.formats.disk import (
     values_name,
 )
 from sparsekern.formats.dtypes import ElementType, element
-from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
 from sparsekern.utils.safetensors_io import TensorFiles, require
 
 OP = "sparsekern.integrations.transformers"
 WATCHED = "transformers.modeling_utils"
 PART_NAMES = rf"(^|\.)({'|'.join(ALL_PARTS)})$"
-# Arguments of PreTrainedModel.save_pretrained, with the values that ask for what is written.
-SAVE_FIXED: dict[str, tuple[Any, ...]] = {
-    "push_to_hub": (False,),
-    "safe_serialization": (True,),
-    "variant": (None,),
-    "save_original_format": (True,),
-    "distributed_checkpoint": (False,),
-}
 
 _lock = threading.RLock()
 _registered = False
@@ -81,6 +74,9 @@ class WaitingLayer(nn.Module):
         assert shape is not None
         self.size = shape
         rows, columns = shape
+        # For code that initialises a model's own kind of layer by their sizes.
+        self.out_features = self.nf = rows
+        self.in_features = self.nx = columns
         values = torch.empty(rows, kind.columns(columns), dtype=kind.storage, device="meta")
         metadata = torch.empty(rows, (columns + 7) // 8, dtype=torch.uint8, device="meta")
         self.register_buffer("values", values, persistent=False)
@@ -240,7 +236,12 @@ class _Quantizer:
             )
             sparse = SparseLinear.from_sparse24(weight, bias)
             _replace(model, waiting, sparse.train(waiting.training))
+        check_before_loading(model)
         return model
+
+    def _dequantize(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        """What model.dequantize() calls."""
+        return decompress_model(model)
 
 
 def _readable(config: Any) -> Any:
@@ -265,37 +266,11 @@ def _wrap_save(cls: Any) -> None:
         adapters_only = getattr(self, "_hf_peft_config_loaded", False)
         if adapters_only or not any(isinstance(m, SparseLinear) for m in self.modules()):
             return original(self, *args, **kwargs)
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        extra = bound.arguments.pop("kwargs", {})
-        return _save(self, **{**{k: v for k, v in bound.arguments.items() if k != "self"}, **extra})
+        bound = signature.bind(self, *args, **kwargs).arguments
+        asked = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
+        return save_pretrained(asked.pop("self"), asked.pop("save_directory"), **asked)
 
     cls.save_pretrained = wrapped
-
-
-def _save(
-    model: nn.Module,
-    save_directory: Any,
-    is_main_process: bool = True,
-    state_dict: Mapping[str, Any] | None = None,
-    max_shard_size: int | str = 5 * 2**30,
-    **kwargs: Any,
-) -> None:
-    """model.save_pretrained of a model with SparseLinear layers: sparsekern.save_pretrained."""
-    remedy = "Call sparsekern.save_pretrained(model, folder), then upload or convert the folder."
-    for name, allowed in SAVE_FIXED.items():
-        value = kwargs.get(name, allowed[0])
-        check(value in allowed, SAVE_OP, f"{name}={allowed[0]!r}", repr(value)[:80], remedy)
-    if state_dict is not None:
-        own = model.state_dict()
-        same = own.keys() == state_dict.keys() and all(
-            name.endswith((*ALL_PARTS, "storage"))
-            or own[name].data_ptr() == state_dict[name].data_ptr()
-            for name in own
-        )
-        check(same, SAVE_OP, "the model's own state_dict", "another", remedy)
-    if is_main_process:
-        save_pretrained(model, save_directory, max_shard_size=max_shard_size)
 
 
 # ---- when Transformers comes after sparsekern ---------------------------------------------------

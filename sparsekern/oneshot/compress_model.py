@@ -12,8 +12,9 @@ from torch import nn
 
 from sparsekern.backends.compress import compress
 from sparsekern.formats.layouts import ROWMAJOR
+from sparsekern.nn.count import num_parameters
 from sparsekern.nn.replace import replace_module
-from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot.layerwise import new_report
 from sparsekern.oneshot.report import PruneReport
@@ -81,6 +82,9 @@ def compress_model(
                 else:
                     row.reason = f"not 2:4 ({most} of 4 kept)" if finite else "NaN or Inf"
             report.layers.append(row)
+    check_before_loading(model)
+    counted = num_parameters(model)
+    report.parameters = {"dense": counted.dense, "stored": counted.stored}
     report.seconds = time.perf_counter() - start
     if report.partial:
         why = "; ".join(f"{share:.0%} {text} ({n})" for text, n, share in report.why_dense()[:4])

@@ -266,6 +266,10 @@ class Stage:
 
     # ---------------------------------------------------------------------------------- the run's
 
+    def _tick(self, what: str, done: int) -> None:
+        if self._run.on_tick is not None:
+            self._run.on_tick(self.key, what, done, len(self._run.batches))
+
     def _walk(self) -> Walk:
         walk = self._run.walk
         if walk is None or self.index is None:
@@ -311,10 +315,12 @@ class Stage:
             self._run.collector = collector
             try:
                 batches = cast(Forwards, self._forwards)()
-                for _ in self._beside_dense(collector, batches) if self._dense else batches:
+                walked = self._beside_dense(collector, batches) if self._dense else batches
+                for done, _ in enumerate(walked, 1):
                     collector.end_batch()
                     if first_batch_only:
                         break
+                    self._tick("hessian", done)
             finally:
                 self._run.collector = None
         return collector.groups(), collector.hessians
@@ -335,8 +341,8 @@ class Stage:
         if self._dense is not None and not self._dense_done and self._run.goes_on:
             self._dense_done = True
             with self._run.phase("forward"):
-                for _ in self._dense():
-                    pass
+                for done, _ in enumerate(self._dense(), 1):
+                    self._tick("dense", done)
 
     @_quiet
     def _finish(self) -> None:
@@ -344,8 +350,8 @@ class Stage:
         self._walk_dense()
         if self._advance is not None and self._run.goes_on:
             with self._run.phase("capture" if self.key == "stem" else "forward"):
-                for _ in self._advance():
-                    pass
+                for done, _ in enumerate(self._advance(), 1):
+                    self._tick("forward", done)
         for layer in self.layers:
             weight = self._new.pop(layer.name, None)
             if isinstance(weight, Sparse24):
@@ -362,6 +368,7 @@ class Calibration:
         beside_dense: as asked; with optional_dense it becomes False where the model is no chain.
         undo: what `rollback` takes back: the "run", the last "stage", or None: nothing.
         phases: seconds by phase: capture, hessian, forward and what the caller adds.
+        on_tick: called with (stage, phase, batches done, of how many) after each batch; or None.
     """
 
     def __init__(
@@ -393,6 +400,7 @@ class Calibration:
         )
         self.hessians = None if hessians is None else self._checked(hessians)
         self.phases: dict[str, float] = {}
+        self.on_tick: Callable[[str, str, int, int], None] | None = None
         self.walk: Walk | None = None
         self.collector: HessianCollector | None = None
         self.goes_on = True  # whether a stage after the present one needs its outputs
@@ -414,7 +422,7 @@ class Calibration:
         done: keys of stages that are not calibrated, because the caller replaces their layers from
             what it stored.
         """
-        with self._evaluation_mode():
+        with self.evaluating():
             stages = self.plan()
             pending = [i for i, s in enumerate(stages) if s.layers and s.key not in done]
             last_needed = max(pending, default=-1)
@@ -446,7 +454,7 @@ class Calibration:
             return self._planned
         shown = None
         if blocks:
-            with self._evaluation_mode():
+            with self.evaluating():
                 shown = probe(model, blocks, outside, self.batches[0].probe(), self.home)
         if shown is None or not shown.chained:
             self._check_whole(bool(blocks))
@@ -473,6 +481,18 @@ class Calibration:
             stages.append(block_stage(i, **forwards))
         self._planned = [*stages, Stage("head", None, after, None, self, walk.head)]
         return self._planned
+
+    @_quiet
+    def captured(self, batches: list[Batch] | None = None) -> Walk:
+        """Another walk over the chain, at the inputs of its first block; of other batches where
+        they are given. To be called inside `evaluating`."""
+        known = cast(Walk, self.walk)
+        batches = self.batches if batches is None else batches
+        where = (self.device, self.home, known.offload)
+        walk = Walk(self.model, self.selection.blocks, batches, known.shown, *where)
+        for _ in walk.capture():
+            pass
+        return walk
 
     def _check_whole(self, has_blocks: bool) -> None:
         """The blocks are no chain: say so, or refuse what needs one."""
@@ -573,7 +593,7 @@ class Calibration:
             self._undo.clear()
 
     @contextlib.contextmanager
-    def _evaluation_mode(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """model.eval() and use_cache = False in every config of the model for the duration; every
         module's own flag is restored."""
         before = self._training

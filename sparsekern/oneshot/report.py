@@ -87,6 +87,14 @@ class PruneReport:
         seconds: wall time of the call.
         phases: the same by phase: layer times (keep_dense), capture, hessian, prune, forward.
         resumed: stages that were loaded instead of computed.
+        preset: its name, None without.
+        rotation: the RotationReport's fields, or {"skipped": why}; None where none was asked for.
+        reconstruction: one dict per fit (reconstruct.Fit): blocks, held-out error before and after,
+            epochs, steps, kept, seconds, part.
+        estimate: what the run was expected to take: "seconds" and what that is "from", bytes of
+            "hidden_states" and "hessians".
+        parameters: {"dense": of the whole model, pruned numbers included, "stored": those that are
+            kept}; {} in reports of earlier versions.
         hessians: layer name -> Hessian, with keep_hessians; not in the JSON.
     """
 
@@ -99,6 +107,11 @@ class PruneReport:
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     resumed: int = 0
+    preset: str | None = None
+    rotation: dict[str, Any] | None = None
+    reconstruction: list[dict[str, Any]] = field(default_factory=list)
+    estimate: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
     hessians: dict[str, Hessian] | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -162,6 +175,12 @@ class PruneReport:
         if sparse != dense:
             text += f", pruned weights {_size(dense)} -> {_size(sparse)}"
         text += f", {self.share:.1%} of the linear weights are 2:4"
+        if self.preset:
+            text += f", preset {self.preset}"
+        if self.parameters and self.parameters["stored"] != self.parameters["dense"]:
+            text += (
+                f", {self.parameters['stored']:,} of {self.parameters['dense']:,} parameters kept"
+            )
         return f"{text}, {self.seconds:.1f} s"
 
     def table(self) -> str:

@@ -8,6 +8,9 @@ A rule is a string, an int or a range; the forms, tried in this order:
     "*.down_proj" "a.[0-3].*" glob on the full layer name (any of * ? [ makes a rule a glob)
     "model.layers.0.mlp"      exact name of a layer, or of a module: every layer below it
     "LlamaMLP" "Linear"       class name of a layer, or of a module that holds it
+    "rule-of-thumb"           the output embedding, and the attention of the first block
+    "skip.json"               a file: {"skip": [rules]} (SensitivityReport.save_skip); alone, not
+                              in a list
 
 A rule that matches no layer is an error that names the rule and the nearest names: a typing error
 must not silently prune what should have stayed dense. The one exception is "lm_head", the default:
@@ -19,25 +22,49 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from torch import nn
 
-from sparsekern.errors import check, message
+from sparsekern.errors import FormatError, check, message
 
 OP = "sparsekern.oneshot.skip"
 DEFAULT_RULE = "lm_head"
+RULE_OF_THUMB = "rule-of-thumb"
+_ATTENTION = re.compile(r"\.(\w*attn|\w*attention)\.", re.IGNORECASE)
 
 
 def as_rules(skip: Any) -> tuple[Any, ...]:
-    """The rules as a tuple; a single string, int or range counts as one rule, None as no rule."""
+    """The rules as a tuple; a single string, int or range counts as one rule, None as no rule. The
+    rules of a file for the path of one.
+
+    Raises:
+        FileNotFoundError: there is no such file.      FormatError: it holds no rules.
+    """
     if skip is None:
         return ()
+    if isinstance(skip, os.PathLike) or (isinstance(skip, str) and skip.endswith(".json")):
+        return _read(os.fspath(skip))
     if isinstance(skip, (str, int, range)):
         return (skip,)
     return tuple(skip)
+
+
+def _read(path: str) -> tuple[Any, ...]:
+    """The rules in a file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except ValueError as error:
+        raise FormatError(message(OP, f"{path} to hold JSON", str(error))) from None
+    rules = content.get("skip") if isinstance(content, dict) else None
+    fits = isinstance(rules, list) and all(isinstance(rule, (str, int)) for rule in rules)
+    check(fits, OP, f'{{"skip": [rules]}} in {path}', repr(content)[:80], exc=FormatError)
+    return tuple(rules or ())
 
 
 def resolve(
@@ -100,6 +127,12 @@ class _Rules:
             return [
                 n for n in names if n in output or _below(n, rule) or n.endswith("." + DEFAULT_RULE)
             ]
+        if rule == RULE_OF_THUMB:
+            first = set(self._in_blocks({0}, rule))
+            attention = [n for n in names if n in first and _ATTENTION.search(n)]
+            if not attention:
+                self._fail(rule, "to find an attention in the first block", "none", "Use names.")
+            return [*self.match(DEFAULT_RULE), *attention]
         if not isinstance(rule, str):
             return self._in_blocks(self._indices(rule), rule)
         hits = self._match_text(rule)

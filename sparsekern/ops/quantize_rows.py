@@ -64,7 +64,7 @@ def rms_norm_quantize(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`quantize_rows` of y = RMSNorm(x + residual) · weight, without y in memory.
 
-    y = h · weight / sqrt(mean(h²) + eps) in float32, rounded once to the dtype of x, then quantised.
+    y = h · weight / sqrt(mean(h²) + eps) in float32, rounded once to the dtype of x; then its q.
 
     Args:
         x: [..., features] float32 | float16 | bfloat16, any strides.

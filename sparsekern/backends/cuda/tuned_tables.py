@@ -45,6 +45,7 @@ TABLES = Path(__file__).parent / "tables"
 YOURS, SHIPPED = "yours", "shipped"
 VERSION = 1  # raised when the meaning of an entry changes
 MANY = 4096  # tokens
+_MOST_US = 1e12  # of a cell: eleven days
 _SIBLINGS = {"float16": "bfloat16", "bfloat16": "float16"}
 
 
@@ -180,14 +181,15 @@ def _parse(entry) -> dict:
 
 def _numbers(text: str, count: int) -> tuple[int, ...]:
     parts = text.split("x")
-    if len(parts) != count or not all(part.isdecimal() and int(part) for part in parts):
+    good = (part.isascii() and part.isdecimal() and len(part) < 19 and int(part) for part in parts)
+    if len(parts) != count or not all(good):
         expected = "OUTxIN" if count == 2 else "a number of tokens"
-        raise ValueError(f"expected {expected}, got {text!r}")
+        raise ValueError(f"expected {expected}, got {text[:80]!r}")
     return tuple(map(int, parts))
 
 
 def _cell(cell) -> tuple[str, float]:
     good = isinstance(cell, list) and list(map(type, cell)) in ([str, float], [str, int])
-    if not good or not cell[1] > 0:
-        raise ValueError(f"expected [variant, microseconds], got {cell!r}")
+    if not good or not 0 < cell[1] < _MOST_US:
+        raise ValueError(f"expected [variant, microseconds], got {str(cell)[:80]}")
     return cell[0], float(cell[1])

@@ -133,8 +133,8 @@ def _unpack(spec: WeightSpec, tensors: Tensors) -> Tensors:
 
 
 def _dense_columns(spec: WeightSpec, tensors: Tensors) -> Iterator[tuple[int, Tensor]]:
-    """Yields (start, W[:, start:stop]), of levels where it has such, over the columns of a weight in
-    this layout."""
+    """Yields (start, W[:, start:stop]) over the columns of a weight in this layout: of the levels
+    where it has such."""
     out_features, in_features = spec.shape
     plain, storage = spec.element.plain, spec.element.storage
     tensors = dict(tensors)

@@ -30,7 +30,7 @@ _FP8_CAPABILITY = (8, 9)
 
 
 def sparse_multiple(storage: torch.dtype) -> int:
-    """What a weight's sizes are multiples of: 16 at 16 bits, 32 at 8; csrc/cusparselt/cusparselt.h."""
+    """What a weight's sizes are multiples of: 16 at 16 bits, 32 at 8."""
     return 32 // storage.itemsize
 
 

@@ -141,7 +141,7 @@ def algorithm_for(
     fields: list[Any] = (
         [entry.get(name) for name in Algorithm._fields] if isinstance(entry, dict) else []
     )
-    if len(fields) == 3 and all(type(value) is int for value in fields):
+    if len(fields) == 3 and all(type(v) is int and abs(v) < 2**31 for v in fields):
         return Algorithm(*fields)
     return _DEFAULT
 

@@ -1,6 +1,5 @@
-"""The Triton backend of sparsekern.linear: row-major weights of every dtype, plain and quantised, on
-every GPU of 8.0 or newer. The kernels are in backends/triton/linear.py, which is imported when one
-is wanted."""
+"""The Triton backend of sparsekern.linear: row-major weights of every dtype, plain or quantised,
+on GPUs of 8.0 or newer. The kernels are in backends/triton/linear.py, imported when one is wanted."""
 
 from __future__ import annotations
 
