@@ -776,6 +776,8 @@ def test_which_int4_the_kernels_take(native):
     x, w24 = torch.ones(300, 256, dtype=torch.bfloat16), quantized("int4")
     on_gpu = problem(x, w24)._replace(device=cuda, gpu=0)
     assert CudaBackend().supports(on_gpu) is None
+    quantized_x = on_gpu._replace(quantized=torch.int8)
+    assert "no kernel for weights of int4" in CudaBackend().supports(quantized_x)
     assert "exact" in PreciseBackend().supports(on_gpu)
     assert CudaBackend().prefers(w24.spec, cuda) == "tile64"
     other = WeightSpec.of((64, 256), "int4", "tile64", torch.bfloat16, group=32)
@@ -829,6 +831,7 @@ def test_why_not_for_weights_of_8_bits(native):
     assert "needs layout 'tile64'" in backend.supports(on_gpu._replace(spec=w24.rowmajor().spec))
     assert "got torch.float32" in backend.supports(on_gpu._replace(dtype=torch.float32))
     native.rows["prefill"] = rows(TILES, 0, PLAIN)
+    native.rows["decode"] = rows(BLOCKS, 1, PLAIN)
     forget()
     assert "no kernel for weights of int8" in backend.supports(on_gpu)
     native.capability = (8, 9)

@@ -15,7 +15,7 @@ blocks, which computes its stages one after the other; something that all blocks
 which delivers weights, x and y once. The others are added because nothing hides them. The
 coefficients, on the left of each product, are those of the variant in TIMES. The counts, on the
 right, follow from the problem and the number of multiprocessors (Work; of 64 in_features a stage,
-of 128 with 8-bit weights):
+of 128 with 8-bit weights, 256 with int4):
 
                  prefill (prefill_work)     decode (decode_work)       mma.sp (mma_work)
     stages       of the busiest cluster     of the busiest cluster     of a multiprocessor's blocks,

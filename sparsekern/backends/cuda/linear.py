@@ -51,7 +51,7 @@ from sparsekern.errors import message
 from sparsekern.formats import dtypes
 from sparsekern.formats.scaled import SCALE
 from sparsekern.formats.sparse24 import Sparse24
-from sparsekern.formats.tile64 import LAYOUT
+from sparsekern.formats.tile64 import LAYOUT, scale_group
 from sparsekern.utils.torch_raw import current_device as _current_device
 from sparsekern.utils.torch_raw import current_stream as _current_stream
 from sparsekern.utils.torch_raw import empty_strided as _empty_strided
@@ -433,8 +433,9 @@ def launcher(
     tokens, (out_features, in_features) = x.shape[0], w24.shape
     rows, x_stride = _aligned_rows(x, tokens, in_features)
     size = tokens, out_features, in_features
-    run = _native_linear(kernel, number, *size, x_stride, 0, types, None)
-    channel_scale = w24.tensors.get(SCALE)
+    group = 0 if spec.element.plain else scale_group(spec)
+    run = _native_linear(kernel, number, *size, x_stride, 0, types, None, group)
+    channel_scale = None if group else w24.tensors.get(SCALE)
     addresses = dict(
         x=rows.data_ptr(),
         values=w24.values.data_ptr(),
