@@ -51,6 +51,23 @@ __device__ __forceinline__ float2 unpack_pair(uint32_t bits) {
 }
 
 template <class T>
+constexpr bool kIsBFloat16 = std::is_same_v<T, __nv_bfloat16>;
+
+// Two elements of a word, subtracted or multiplied.
+template <class T>
+__device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b) {
+  using Pair = std::conditional_t<kIsBFloat16<T>, __nv_bfloat162, __half2>;
+  const Pair v = __hsub2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
+  return reinterpret_cast<const uint32_t&>(v);
+}
+template <class T>
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  using Pair = std::conditional_t<kIsBFloat16<T>, __nv_bfloat162, __half2>;
+  const Pair v = __hmul2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
+  return reinterpret_cast<const uint32_t&>(v);
+}
+
+template <class T>
 __device__ __forceinline__ float to_float(T v) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) return __bfloat162float(v);
   else return __half2float(v);

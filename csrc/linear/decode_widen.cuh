@@ -26,17 +26,11 @@
 
 namespace sparsekern::decode {
 
-template <class Pair>
-__device__ __forceinline__ uint32_t minus(uint32_t a, uint32_t b) {
-  const Pair v = __hsub2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
-  return reinterpret_cast<const uint32_t&>(v);
-}
-
 // Two words of a lane's slots t and 4+t from one word of four 8-bit values.
 template <class W, class X>
 class Widen {
   static constexpr bool kE4M3 = std::is_same_v<W, __nv_fp8_e4m3>;
-  static constexpr bool kBF16 = std::is_same_v<X, __nv_bfloat16>;
+  static constexpr bool kBF16 = kIsBFloat16<X>;
   static_assert(kE4M3 || std::is_same_v<W, int8_t>);
   // Byte permutations of the bytes 0, 1 of a word, and of 2, 3. The digits 8 to B stand for the
   // sign of a byte, 4 for a byte of the second operand.
@@ -61,8 +55,8 @@ class Widen {
       a_upper = place_e4m3(ptx::permute_bytes(word, 0, second_));
     } else if constexpr (!kBF16) {
       const uint32_t from_zero = word ^ 0x80808080;
-      a = minus<__half2>(ptx::permute_bytes(from_zero, 0x64646464, first_), 0x64806480);
-      a_upper = minus<__half2>(ptx::permute_bytes(from_zero, 0x64646464, second_), 0x64806480);
+      a = subtract_pairs<X>(ptx::permute_bytes(from_zero, 0x64646464, first_), 0x64806480);
+      a_upper = subtract_pairs<X>(ptx::permute_bytes(from_zero, 0x64646464, second_), 0x64806480);
     } else {
       a = place_int8(ptx::permute_bytes(word, 0x43434343, first_));
       a_upper = place_int8(ptx::permute_bytes(word, 0x43434343, second_));
@@ -72,14 +66,11 @@ class Widen {
  private:
   // Halves ssss'ssss'seee'emmm -> seee'e'mmm at the low end of bfloat16's exponent.
   static __device__ __forceinline__ uint32_t place_e4m3(uint32_t extended) {
-    const uint32_t placed = extended << 4 & 0x87F087F0, two_to_120 = 0x7B807B80;
-    const __nv_bfloat162 v = __hmul2(reinterpret_cast<const __nv_bfloat162&>(placed),
-                                     reinterpret_cast<const __nv_bfloat162&>(two_to_120));
-    return reinterpret_cast<const uint32_t&>(v);
+    return multiply_pairs<X>(extended << 4 & 0x87F087F0, 0x7B807B80);
   }
   // Halves 0100'0011'svvv'vvvv; with s they are the bits of 128 or 256.
   static __device__ __forceinline__ uint32_t place_int8(uint32_t tagged) {
-    return minus<__nv_bfloat162>(tagged & 0xFF7FFF7F, tagged & 0xFF80FF80);
+    return subtract_pairs<X>(tagged & 0xFF7FFF7F, tagged & 0xFF80FF80);
   }
 };
 
@@ -108,10 +99,9 @@ constexpr __host__ __device__ uint32_t widened_b_flip(int k_step, int r) {
 // (bfloat16) or 1024 (float16), minus that and 8. Two or three instructions for two values.
 template <class X>
 __device__ __forceinline__ uint32_t widened_int4(uint32_t word, int pair) {
-  constexpr bool kBF16 = std::is_same_v<X, __nv_bfloat16>;
+  constexpr bool kBF16 = kIsBFloat16<X>;
   constexpr uint32_t kTag = kBF16 ? 0x43004300 : 0x64006400;
-  using Pair = std::conditional_t<kBF16, __nv_bfloat162, __half2>;
-  return minus<Pair>(ptx::and_or(word >> 4 * pair, 0x000F000F, kTag), kTag + 0x00080008);
+  return subtract_pairs<X>(ptx::and_or(word >> 4 * pair, 0x000F000F, kTag), kTag + 0x00080008);
 }
 
 }  // namespace sparsekern::decode

@@ -18,6 +18,7 @@ from sparsekern.backends.cuda.backend import CudaBackend, PreciseBackend
 from sparsekern.backends.cuda.cost_model import TIMES, MmaTile, RowBlocks, SplitTile, Tile
 from sparsekern.backends.protocol import problem_of
 from sparsekern.backends.triton.backend import TritonBackend
+from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.sparse24 import compress
 from sparsekern.formats.tile64 import pack
 from sparsekern.ops import linear_op as ops
@@ -39,7 +40,7 @@ MMA_TILES = (MmaTile(128, 128, 2, 4, 1, 2), MmaTile(64, 8, 2, 1, 4, 3))
 PROMOTED = [Tile(128, 192, 1, 1, promoted=True), Tile(128, 128, 2, 1, promoted=True)]
 PLAIN = [(F16,) * 3, (BF16,) * 3]
 EIGHT = [("float8_e4m3fn", "float8_e4m3fn", y) for y in (F16, BF16)]
-WIDENED = [(w, x, x) for w in ("float8_e4m3fn", "int8") for x in (F16, BF16)]
+WIDENED = [(w, x, x) for w in ("float8_e4m3fn", "int8", "int4") for x in (F16, BF16)]
 
 
 def rows(variants, first=0, types=None):
@@ -749,26 +750,42 @@ def test_more_tokens_are_quantised(scaled_on_cpu, monkeypatch, storage, in_featu
 
 
 @pytest.mark.parametrize("group", [64, 128, 256])
-def test_int4_of_many_tokens_goes_in_pieces(scaled_on_cpu, group):
-    """Scales of groups lie in the metadata; one a row is the channel's."""
-    w24 = compress(random_weight(64, 256, torch.bfloat16))
-    w24 = pack(sparsekern.quantize(w24, "int4", group=group))
-    scaled_on_cpu.rows["decode"] = rows(BLOCKS, 1, [*PLAIN, ("int4", BF16, BF16)])
+def test_int4_is_widened_for_64_tokens_at_a_time(scaled_on_cpu, group):
+    plain = compress(random_weight(64, 256, torch.bfloat16))
+    w24 = pack(sparsekern.quantize(plain, "int4", group=group))
+    x, bias = torch.ones(5, 26, 256, dtype=torch.bfloat16), torch.ones(64, dtype=torch.bfloat16)
+    asked = problem(x, w24, activation="relu", bias=True)
+    y = scaled_linear.bind(asked)(x, w24, bias)
+    assert (y.shape, y.dtype) == ((5, 26, 64), torch.bfloat16)
+    calls = scaled_on_cpu.calls
+    assert [call["tokens"] for call in calls] == [64, 64, 2]
+    assert [call["x"] - x.data_ptr() for call in calls] == [0, 64 * 256 * 2, 128 * 256 * 2]
+    assert [call["y"] - y.data_ptr() for call in calls] == [0, 64 * 64 * 2, 128 * 64 * 2]
+    scale = 0 if group < 256 else w24.tensors["weight_scale"].data_ptr()
+    for call in calls:
+        assert call.get("scale_group", 0) == group % 256 and call["channel_scale"] == scale
+        assert (call["weight_dtype"], call["x_dtype"], call["dtype"]) == ("int4", BF16, BF16)
+        assert (call["kernel"], call["bias"]) == ("decode", bias.data_ptr())
+        assert call["activation"] == "relu"
+    told = scaled_linear.explain(asked)
+    assert told.config.startswith("decode ") and "64 tokens at a time" in told.why
+
+
+def test_which_int4_the_kernels_take(native):
+    cuda = torch.device("cuda", 0)
+    x, w24 = torch.ones(300, 256, dtype=torch.bfloat16), quantized("int4")
+    on_gpu = problem(x, w24)._replace(device=cuda, gpu=0)
+    assert CudaBackend().supports(on_gpu) is None
+    quantized_x = on_gpu._replace(quantized=torch.int8)
+    assert "no kernel for weights of int4" in CudaBackend().supports(quantized_x)
+    assert "exact" in PreciseBackend().supports(on_gpu)
+    assert CudaBackend().prefers(w24.spec, cuda) == "tile64"
+    other = WeightSpec.of((64, 256), "int4", "tile64", torch.bfloat16, group=32)
+    assert CudaBackend().prefers(other, cuda) is None
+    native.rows["decode"] = rows(BLOCKS, 1, PLAIN)
     forget()
-    x = torch.ones(2, 75, 256, dtype=torch.bfloat16)
-    cuda = problem(x, w24)._replace(device=torch.device("cuda", 0))
-    assert CudaBackend().supports(cuda) is None
-    assert "64 tokens at a time" in scaled_linear.explain(cuda).why
-    y = scaled_linear.bind(problem(x, w24))(x, w24)
-    assert (y.shape, y.dtype) == ((2, 75, 64), torch.bfloat16)
-    assert [call["tokens"] for call in scaled_on_cpu.calls] == [64, 64, 22]
-    for call in scaled_on_cpu.calls:
-        assert (call["kernel"], call["weight_dtype"], call["x_dtype"]) == ("decode", "int4", BF16)
-        assert call.get("scale_group", 0) == (group if group < 256 else 0)
-        assert (call["channel_scale"] == 0) == (group < 256)
-    assert "no kernel for weights of int4" in CudaBackend().supports(
-        cuda._replace(quantized=torch.int8)
-    )
+    assert "no kernel for weights of int4" in CudaBackend().supports(on_gpu)
+    assert CudaBackend().prefers(w24.spec, cuda) is None
 
 
 def test_x_that_is_quantised_already(scaled_on_cpu):

@@ -251,9 +251,7 @@ def test_epilogue(build, weight, dtype, group):
         scale = 2.0 ** (torch.arange(out_features) % 3 - 1)
         what = dict(weight=weight, group=group, scale=scale, bias=bias, residual=residual)
         for config in (0, 5):
-            assert not wrong(
-                build(), config, w, x, scale=scale, bias=bias, residual=residual, **what
-            )
+            assert not wrong(build(), config, w, x, relu=True, **what)
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,12 @@ from sparsekern.formats.tile64 import pack
 
 F16, BF16 = torch.float16, torch.bfloat16
 GUARD = 8  # elements around y that must stay NaN
+TABLE = re.compile(r"#define SK_MMA_CONFIGS\(X\).*?\n\n", re.S)
 CONFIGS = [
     tuple(map(int, entry))
     for entry in re.findall(
         r"X\((\d+), (\d+), (\d+), \d+, \d+, (\d+), (\d+)\)",
-        (ROOT / "csrc/linear/configs.h").read_text(),
+        TABLE.search((ROOT / "csrc/linear/configs.h").read_text()).group(),
     )
 ]  # (index, rows, tokens, split, stages)
 assert len(CONFIGS) >= 14
@@ -64,7 +65,9 @@ def build(tmp_path_factory):
                 kernel.write_text(kernel.read_text().replace(*edit))
                 configs = folder / "csrc" / "linear/configs.h"
                 other = r"X\((?!" + "|".join(f"{entry[0]}," for entry in FEW) + r")\d+(, \d+){6}\)"
-                configs.write_text(re.sub(other, "", configs.read_text()))
+                configs.write_text(
+                    TABLE.sub(lambda table: re.sub(other, "", table.group()), configs.read_text())
+                )
             library = folder / "emulator.so"
             subprocess.run(
                 [

@@ -86,7 +86,8 @@ def why_not(problem: Problem, precise: bool = False) -> str | None:
     refusal = configs.hopper_refusal(problem.gpu)
     if refusal:
         return refusal
-    if not (widens(problem) or _built_for("prefill", _eight(problem))):
+    of_int4 = spec.element.bits == 4
+    if not (widens(problem) if of_int4 else _built_for("prefill", _eight(problem))):
         return f"backend 'cuda' has no kernel for weights of {spec.storage}"
     if precise and not any(tile.promoted for tile in configs._tiles(_eight(problem))):
         return f"sums of {spec.storage} are exact, there is nothing to promote"
