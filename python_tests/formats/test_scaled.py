@@ -263,6 +263,32 @@ def test_numbers_at_the_ends_of_float32():
         sk.verify(w24)
 
 
+def test_a_twin_follows_its_scales():
+    """The copy in another layout is made anew when a scale changes."""
+    w24 = sk.quantize(sk.compress(weight()), "int8")
+    twin = w24.twin("tile64")
+    assert w24.twin("tile64") is twin
+    w24.tensors["weight_scale"].mul_(2)
+    assert w24.twin("tile64") is not twin
+    assert torch.equal(w24.twin("tile64").to_dense(), w24.to_dense())
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
+def test_tile64_and_back(name):
+    for group in (None, 64, 128, 200) if name == "int4" else (None,):
+        w24 = sk.quantize(sk.compress(weight(dtype=BF16)), name, group=group)
+        packed = w24.to_layout("tile64")
+        assert torch.equal(packed.to_dense(), w24.to_dense())
+        for key, tensor in packed.rowmajor().tensors.items():
+            assert torch.equal(tensor.view(torch.uint8), w24.tensors[key].view(torch.uint8))
+        for other in (packed.to(torch.float32), pickle.loads(pickle.dumps(packed)), packed.clone()):
+            assert torch.equal(other.to(BF16).to_dense(), w24.to_dense())
+        module = sk.SparseLinear.from_sparse24(w24, layout="tile64")
+        x = torch.randn(3, 200).to(BF16)
+        assert torch.equal(module(x), sk.linear(x, w24))
+        assert torch.equal(pickle.loads(pickle.dumps(module))(x), module(x))
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (1, 4)])
 @pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
 def test_small_and_empty(shape, name):
