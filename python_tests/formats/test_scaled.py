@@ -328,8 +328,14 @@ def test_the_gpu_gives_the_same_bits(name, group):
         ours = sk.quantize(w24, name, **knobs, **more)
         more = {key: value.cuda() for key, value in more.items()}
         theirs = sk.quantize(sk.compress(weight(dtype=BF16).cuda()), name, **knobs, **more).cpu()
+        if scale == "mse":  # sums in another order may choose the neighbour of a scale
+            w = w24.to_dense().float()
+            errors = [
+                ((q.to_dense().float() - w).square() * importance).sum(1) for q in (ours, theirs)
+            ]
+            assert torch.allclose(*errors, rtol=1e-3)
+            continue
         assert torch.equal(ours.tensors["weight_scale"], theirs.tensors["weight_scale"])
-        if scale == "absmax":
-            assert torch.equal(ours.values.view(torch.uint8), theirs.values.view(torch.uint8))
-            assert torch.equal(ours.metadata, theirs.metadata)
+        assert torch.equal(ours.values.view(torch.uint8), theirs.values.view(torch.uint8))
+        assert torch.equal(ours.metadata, theirs.metadata)
         assert torch.equal(ours.to_dense(), theirs.to_dense())

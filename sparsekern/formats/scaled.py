@@ -100,7 +100,8 @@ class ScaledCodec:
     def absmax(self, numbers: Tensor, group: int) -> Tensor:
         """max |w| / top of every row or group, float32 [out, groups]; 1 where all are 0."""
         most = _by_group(numbers.float().abs(), group).amax(dim=2)
-        scale = (most / self.top).clamp_(min=_SMALLEST)
+        # By a tensor: torch multiplies by the reciprocal of a number on a GPU.
+        scale = (most / most.new_full((), self.top)).clamp_(min=_SMALLEST)
         return scale.masked_fill_(most == 0, 1.0)
 
     def least_squares(self, numbers: Tensor, group: int, importance: Tensor | None) -> Tensor:
