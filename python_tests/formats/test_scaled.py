@@ -263,6 +263,32 @@ def test_numbers_at_the_ends_of_float32():
         sk.verify(w24)
 
 
+def test_a_twin_follows_its_scales():
+    """The copy in another layout is made anew when a scale changes."""
+    w24 = sk.quantize(sk.compress(weight()), "int8")
+    twin = w24.twin("tile64")
+    assert w24.twin("tile64") is twin
+    w24.tensors["weight_scale"].mul_(2)
+    assert w24.twin("tile64") is not twin
+    assert torch.equal(w24.twin("tile64").to_dense(), w24.to_dense())
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
+def test_tile64_and_back(name):
+    for group in (None, 64, 128, 200) if name == "int4" else (None,):
+        w24 = sk.quantize(sk.compress(weight(dtype=BF16)), name, group=group)
+        packed = w24.to_layout("tile64")
+        assert torch.equal(packed.to_dense(), w24.to_dense())
+        for key, tensor in packed.rowmajor().tensors.items():
+            assert torch.equal(tensor.view(torch.uint8), w24.tensors[key].view(torch.uint8))
+        for other in (packed.to(torch.float32), pickle.loads(pickle.dumps(packed)), packed.clone()):
+            assert torch.equal(other.to(BF16).to_dense(), w24.to_dense())
+        module = sk.SparseLinear.from_sparse24(w24, layout="tile64")
+        x = torch.randn(3, 200).to(BF16)
+        assert torch.equal(module(x), sk.linear(x, w24))
+        assert torch.equal(pickle.loads(pickle.dumps(module))(x), module(x))
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (1, 4)])
 @pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
 def test_small_and_empty(shape, name):
@@ -302,8 +328,14 @@ def test_the_gpu_gives_the_same_bits(name, group):
         ours = sk.quantize(w24, name, **knobs, **more)
         more = {key: value.cuda() for key, value in more.items()}
         theirs = sk.quantize(sk.compress(weight(dtype=BF16).cuda()), name, **knobs, **more).cpu()
+        if scale == "mse":  # sums in another order may choose the neighbour of a scale
+            w = w24.to_dense().float()
+            errors = [
+                ((q.to_dense().float() - w).square() * importance).sum(1) for q in (ours, theirs)
+            ]
+            assert torch.allclose(*errors, rtol=1e-3)
+            continue
         assert torch.equal(ours.tensors["weight_scale"], theirs.tensors["weight_scale"])
-        if scale == "absmax":
-            assert torch.equal(ours.values.view(torch.uint8), theirs.values.view(torch.uint8))
-            assert torch.equal(ours.metadata, theirs.metadata)
+        assert torch.equal(ours.values.view(torch.uint8), theirs.values.view(torch.uint8))
+        assert torch.equal(ours.metadata, theirs.metadata)
         assert torch.equal(ours.to_dense(), theirs.to_dense())

@@ -70,7 +70,8 @@ def test_gradients_and_compile(name):
     torch.library.opcheck(
         torch.ops.sparsekern.linear.default,
         (x.detach(), list(w24.tensors.values()), w24.spec.text, None, None, None),
-        test_utils=("test_schema", "test_faketensor"),
+        # test_schema multiplies every tensor, which torch cannot with fp8 on the CPU.
+        test_utils=("test_schema", "test_faketensor")[name == "fp8" :],
     )
 
 

@@ -22,21 +22,25 @@ search by squared error.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sparsekern.errors import FormatError, check, message
 
-if TYPE_CHECKING:
-    from sparsekern.formats.layouts import WeightSpec
-
 SCALE = "weight_scale"
 DEFAULT_GROUP = 128  # of types whose scales belong to groups
 _SMALLEST = torch.finfo(torch.float32).tiny
 _SHRINK = tuple(1 - 0.02 * step for step in range(31))
 _BLOCK = 1 << 20  # values for which every scale is tried at a time
+
+
+class Spec(Protocol):
+    """What is read of a WeightSpec."""
+
+    shape: torch.Size
+    group: int
 
 
 class ScaledCodec:
@@ -96,7 +100,8 @@ class ScaledCodec:
     def absmax(self, numbers: Tensor, group: int) -> Tensor:
         """max |w| / top of every row or group, float32 [out, groups]; 1 where all are 0."""
         most = _by_group(numbers.float().abs(), group).amax(dim=2)
-        scale = (most / self.top).clamp_(min=_SMALLEST)
+        # By a tensor: torch multiplies by the reciprocal of a number on a GPU.
+        scale = (most / most.new_full((), self.top)).clamp_(min=_SMALLEST)
         return scale.masked_fill_(most == 0, 1.0)
 
     def least_squares(self, numbers: Tensor, group: int, importance: Tensor | None) -> Tensor:
@@ -137,7 +142,7 @@ class ScaledCodec:
         numbers = (levels * self.spread(tensors[SCALE], levels.shape[1], group)).to(dtype)
         return numbers + 0.0  # what the dtype rounds to -0.0 is +0.0
 
-    def check(self, op: str, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> None:
+    def check(self, op: str, spec: Spec, tensors: Mapping[str, Tensor]) -> None:
         """FormatError for scales of another shape or dtype than the spec says."""
         scale, (out_features, in_features) = tensors[SCALE], spec.shape
         expected = [out_features, groups(in_features, spec.group)]
@@ -146,7 +151,7 @@ class ScaledCodec:
         wanted = f"{SCALE} float32 of shape {expected} (group {spec.group})"
         check(fits, op, wanted, got, exc=FormatError)
 
-    def verify(self, op: str, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> None:
+    def verify(self, op: str, spec: Spec, tensors: Mapping[str, Tensor]) -> None:
         """FormatError for scales that are not finite and above 0: it names the first one."""
         check_scales(op, tensors[SCALE])
 

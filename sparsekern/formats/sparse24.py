@@ -52,12 +52,14 @@ _NIBBLE_OF_BITMASK = tuple(
 
 
 class _Twin(NamedTuple):
-    """A weight in another layout, and what it was made of: tensors and their versions."""
+    """A weight in another layout, and what it was made of: tensors and their versions; `more` has
+    (name, tensor, version) of those that a coded type adds."""
 
     weight: Sparse24
     values: Tensor
     metadata: Tensor
     versions: tuple[int, int]
+    more: tuple[tuple[str, Tensor, int], ...]
 
 
 class Sparse24:
@@ -328,8 +330,10 @@ class Sparse24:
         if twin is None or twin.spec.layout != name:
             values, metadata = self.tensors["values"], self.tensors["metadata"]
             versions = values._version, metadata._version
+            added = ((key, self.tensors[key]) for key in self.spec.element.tensors)
+            more = tuple((key, tensor, tensor._version) for key, tensor in added)
             twin = self.to_layout(name)
-            self._twin = _Twin(twin, values, metadata, versions)
+            self._twin = _Twin(twin, values, metadata, versions, more)
         return twin
 
     def fresh_twin(self) -> Sparse24 | None:
@@ -341,6 +345,9 @@ class Sparse24:
         values, metadata = tensors["values"], tensors["metadata"]
         if values is not twin.values or metadata is not twin.metadata:
             return None
+        for key, tensor, version in twin.more:
+            if tensors[key] is not tensor or tensor._version != version:
+                return None
         return twin.weight if (values._version, metadata._version) == twin.versions else None
 
     # ------------------------------------------------------------------ contents
