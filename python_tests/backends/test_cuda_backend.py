@@ -748,6 +748,29 @@ def test_more_tokens_are_quantised(scaled_on_cpu, monkeypatch, storage, in_featu
     assert (call["weight_dtype"], call["x_dtype"], call["dtype"]) == (storage, storage, BF16)
 
 
+@pytest.mark.parametrize("group", [64, 128, 256])
+def test_int4_of_many_tokens_goes_in_pieces(scaled_on_cpu, group):
+    """Scales of groups lie in the metadata; one a row is the channel's."""
+    w24 = compress(random_weight(64, 256, torch.bfloat16))
+    w24 = pack(sparsekern.quantize(w24, "int4", group=group))
+    scaled_on_cpu.rows["decode"] = rows(BLOCKS, 1, [*PLAIN, ("int4", BF16, BF16)])
+    forget()
+    x = torch.ones(2, 75, 256, dtype=torch.bfloat16)
+    cuda = problem(x, w24)._replace(device=torch.device("cuda", 0))
+    assert CudaBackend().supports(cuda) is None
+    assert "64 tokens at a time" in scaled_linear.explain(cuda).why
+    y = scaled_linear.bind(problem(x, w24))(x, w24)
+    assert (y.shape, y.dtype) == ((2, 75, 64), torch.bfloat16)
+    assert [call["tokens"] for call in scaled_on_cpu.calls] == [64, 64, 22]
+    for call in scaled_on_cpu.calls:
+        assert (call["kernel"], call["weight_dtype"], call["x_dtype"]) == ("decode", "int4", BF16)
+        assert call.get("scale_group", 0) == (group if group < 256 else 0)
+        assert (call["channel_scale"] == 0) == (group < 256)
+    assert "no kernel for weights of int4" in CudaBackend().supports(
+        cuda._replace(quantized=torch.int8)
+    )
+
+
 def test_x_that_is_quantised_already(scaled_on_cpu):
     w24 = quantized(INT8, torch.float16)
     for tokens in (3, 65):
@@ -791,6 +814,7 @@ def test_why_not_for_weights_of_8_bits(native):
     assert "needs layout 'tile64'" in backend.supports(on_gpu._replace(spec=w24.rowmajor().spec))
     assert "got torch.float32" in backend.supports(on_gpu._replace(dtype=torch.float32))
     native.rows["prefill"] = rows(TILES, 0, PLAIN)
+    native.rows["decode"] = rows(BLOCKS, 1, PLAIN)
     forget()
     assert "no kernel for weights of int8" in backend.supports(on_gpu)
     native.capability = (8, 9)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import sparsekern as sk
 from python_tests.backends.cuda_cases import (
     BF16,
     DEVICE,
@@ -24,6 +25,7 @@ from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.sparse24 import compress, of_levels
 from sparsekern.formats.tile64 import pack, scale_group
+from sparsekern.nn.sparse_linear import SparseLinear
 
 pytestmark = pytest.mark.gpu
 
@@ -304,3 +306,22 @@ def test_refusals():
     p.weight, p.scale_group = "float32", 0
     with pytest.raises(ValueError, match="weight_dtype"):
         launcher(p, 0, 8, y)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("group", [64, 128, 0])
+@pytest.mark.parametrize("tokens", [0, 1, 16, 64, 65, 300])
+def test_int4_through_the_public_function(tokens, group, dtype):
+    """Any number of tokens, 64 at a time; packed for Hopper by SparseLinear."""
+    p = Problem(300, 323, 580, INT4, group, dtype)
+    y64 = p.product if p.scale_group else p.product * p.scale
+    x, w24 = p.x[:tokens], p.w24
+    y = sk.linear(x, w24, p.bias, "relu")
+    assert torch.equal(y, (y64[:tokens] + p.bias.double()).relu().to(dtype))
+    three = sk.linear(x.reshape(tokens, 1, 580), w24)
+    assert torch.equal(three, y64[:tokens, None].to(dtype))
+    told = sk.explain(x, w24)
+    assert told.backend == "cuda" and "W4A16" in told.why
+    module = SparseLinear.from_sparse24(w24.rowmajor(), p.bias).to(DEVICE)
+    assert module.weight.layout == "tile64"
+    assert torch.equal(module(x), (y64[:tokens] + p.bias.double()).to(dtype))

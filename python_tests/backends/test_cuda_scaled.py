@@ -335,3 +335,22 @@ def test_a_graph_captures_all_of_it(storage):
             graph.replay()
             torch.cuda.synchronize()
             assert torch.equal(y, sk.linear(x, w24))
+
+
+@pytest.mark.parametrize("group", [64, 128, 1024])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_linear_of_int4_at_every_number_of_tokens(dtype, group):
+    """Widened for x as it is, 64 tokens at a time."""
+    needs_hopper()
+    w = sk.compress(random_weight(520, 1024, dtype))
+    host, w24 = sk.quantize(w, "int4", group=group), sk.quantize(w.to(DEVICE), "int4", group=group)
+    assert w24.layout == "tile64"
+    numbers = sk.dequantize(host.to(torch.float32), layout="rowmajor").to_dense().double()
+    bias = random_input((520,), dtype, seed=4)
+    for tokens in (1, 64, 65, 200):
+        x = random_input((tokens, 1024), dtype)
+        y = sk.linear(x.to(DEVICE), w24, bias.to(DEVICE), "relu")
+        assert sk.explain(x.to(DEVICE), w24).backend == "cuda"
+        y64 = (x.double() @ numbers.t() + bias.double()).relu()
+        magnitude = x.double().abs() @ numbers.abs().t()
+        assert_within(y, y64, 2.0**-11 * magnitude + 2 * ROUNDOFF[dtype] * y64.abs() + 1e-5)

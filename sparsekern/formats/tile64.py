@@ -79,10 +79,11 @@ def packed_shape(out_features: int, in_features: int, bits: int = 16) -> tuple[i
 
 def packable(w24: Sparse24) -> bool:
     """True when the weight's storage type fits this layout."""
-    return _fits(w24.spec)
+    return fits(w24.spec)
 
 
-def _fits(spec: WeightSpec) -> bool:
+def fits(spec: WeightSpec) -> bool:
+    """True when such a weight has this layout, whatever its present one."""
     if spec.storage == "int4":
         return scale_group(spec) in _SCALE_GROUPS
     return spec.element.native_code is not None
@@ -114,7 +115,7 @@ def unpack(w24: Sparse24) -> Sparse24:
 
 def _pack(spec: WeightSpec, tensors: Tensors) -> Tensors:
     check(
-        _fits(spec),
+        fits(spec),
         "sparsekern.pack",
         f"a weight of 8-bit values, of int4 in groups of 64 or 128, {dtypes.native_names()}",
         f"{spec.storage}, group {spec.group}" if spec.element.bits == 4 else spec.element.storage,
@@ -208,7 +209,7 @@ def _pack_torch(spec: WeightSpec, rows: Tensor, nibbles: Tensor) -> tuple[Tensor
 def _pack_int4(spec: WeightSpec, tensors: Tensors) -> tuple[Tensor, Tensor]:
     """Word t of a row's 16 bytes of 64 columns: the pairs of the groups t, 4 + t, 8 + t, 12 + t;
     all first values, then all second ones, each as level + 8."""
-    panels, k_tiles = packed_shape(*spec.shape, 4)
+    panels, k_tiles = packed_shape(spec.shape[0], spec.shape[1], 4)
     stored = tensors["values"]
     nibbles = torch.stack((stored & 0xF, stored >> 4), dim=2).flatten(1) ^ 8
     nibbles = _padded(nibbles, panels * TILE, k_tiles * 128, 8)
@@ -229,7 +230,10 @@ def _pack_int4(spec: WeightSpec, tensors: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def _unpack_int4(spec: WeightSpec, tensors: Tensors) -> Tensors:
-    (out_features, in_features), (panels, k_tiles) = spec.shape, packed_shape(*spec.shape, 4)
+    (out_features, in_features), (panels, k_tiles) = (
+        spec.shape,
+        packed_shape(spec.shape[0], spec.shape[1], 4),
+    )
     values = _from_groups(tensors["values"], panels, k_tiles)
     nibbles = torch.stack((values & 0xF, values >> 4), dim=3) ^ 8
     nibbles = nibbles.view(panels, k_tiles, 4, 8, 8, 4, 2, 4).permute(0, 3, 4, 1, 2, 7, 5, 6)

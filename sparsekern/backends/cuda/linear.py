@@ -51,7 +51,7 @@ from sparsekern.errors import message
 from sparsekern.formats import dtypes
 from sparsekern.formats.scaled import SCALE
 from sparsekern.formats.sparse24 import Sparse24
-from sparsekern.formats.tile64 import LAYOUT
+from sparsekern.formats.tile64 import LAYOUT, scale_group
 from sparsekern.utils.torch_raw import current_device as _current_device
 from sparsekern.utils.torch_raw import current_stream as _current_stream
 from sparsekern.utils.torch_raw import empty_strided as _empty_strided
@@ -164,9 +164,10 @@ def _native_linear(
     residual_stride: int,
     dtype: str | Types,
     activation: str | None,
+    scale_group: int = 0,
 ) -> Any:
     """The native module's Linear for a problem; it holds no memory of the GPU. dtype: the name of
-    all types, or they."""
+    all types, or they. scale_group: of int4, see tile64.scale_group."""
     types = Types.of(dtype) if isinstance(dtype, str) else dtype
     return _native.module().Linear(
         kernel=kernel,
@@ -181,6 +182,7 @@ def _native_linear(
         weight_dtype=types.weight,
         x_dtype=types.x,
         activation=activation,
+        **({"scale_group": scale_group} if scale_group else {}),
     )
 
 
@@ -431,8 +433,9 @@ def launcher(
     tokens, (out_features, in_features) = x.shape[0], w24.shape
     rows, x_stride = _aligned_rows(x, tokens, in_features)
     size = tokens, out_features, in_features
-    run = _native_linear(kernel, number, *size, x_stride, 0, types, None)
-    channel_scale = w24.tensors.get(SCALE)
+    group = 0 if spec.element.plain else scale_group(spec)
+    run = _native_linear(kernel, number, *size, x_stride, 0, types, None, group)
+    channel_scale = None if group else w24.tensors.get(SCALE)
     addresses = dict(
         x=rows.data_ptr(),
         values=w24.values.data_ptr(),
