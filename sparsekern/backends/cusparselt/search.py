@@ -59,13 +59,14 @@ class SearchResult:
         )
 
 
-def search(w24, tokens, *, store=True):
+def search(w24, tokens, *, store=True, splits=SPLITS):
     """The fastest algorithm of cuSPARSELt that computes x · Wᵀ right; used from now on.
 
     Args:
         w24: Sparse24 in layout "cusparselt".
         tokens: >= 1; rounded up to a multiple of 8, as calls are.
         store: also write the result to the user's file (cusparselt_backend.store_path()).
+        splits: (split_k, split_k_mode) that are tried with every algorithm.
     Returns:
         SearchResult.
     Raises:
@@ -92,7 +93,7 @@ def search(w24, tokens, *, store=True):
     with torch.cuda.device(index), torch.no_grad():
         problem = _Problem(w24, tokens, index)
         right, refused, wrong = [], [], []
-        candidates = problem.candidates()
+        candidates = problem.candidates(splits)
         for algorithm in candidates:
             verdict = problem.verdict(algorithm)
             {"right": right, "refused": refused, "wrong": wrong}[verdict].append(algorithm)
@@ -173,9 +174,9 @@ class _Problem:
             size = 2 * torch.cuda.get_device_properties(index).L2_cache_size
             self.flush = torch.empty(size, dtype=torch.int8, device=device)
 
-    def candidates(self):
+    def candidates(self, splits):
         count = self._plan(Algorithm(), False)[2]
-        split = [Algorithm(number, *parts) for number in range(count) for parts in SPLITS]
+        split = [Algorithm(number, *parts) for number in range(count) for parts in splits]
         return [Algorithm(), *split]
 
     def verdict(self, algorithm):
