@@ -59,14 +59,14 @@ class SearchResult:
         )
 
 
-def search(w24, tokens, *, store=True, splits=SPLITS):
+def search(w24, tokens, *, store=True, splits=None):
     """The fastest algorithm of cuSPARSELt that computes x · Wᵀ right; used from now on.
 
     Args:
         w24: Sparse24 in layout "cusparselt".
         tokens: >= 1; rounded up to a multiple of 8, as calls are.
         store: also write the result to the user's file (cusparselt_backend.store_path()).
-        splits: (split_k, split_k_mode) that are tried with every algorithm.
+        splits: (split_k, split_k_mode) that are tried with every algorithm; None: SPLITS.
     Returns:
         SearchResult.
     Raises:
@@ -91,9 +91,9 @@ def search(w24, tokens, *, store=True, splits=SPLITS):
     why = refusal(index, storage)
     check(not why, op, "a usable cuSPARSELt", why, "Use another layout.", NotImplementedError)
     with torch.cuda.device(index), torch.no_grad():
-        problem = _Problem(w24, tokens, index)
+        problem = _Problem(w24, tokens, index, SPLITS if splits is None else splits)
         right, refused, wrong = [], [], []
-        candidates = problem.candidates(splits)
+        candidates = problem.candidates()
         for algorithm in candidates:
             verdict = problem.verdict(algorithm)
             {"right": right, "refused": refused, "wrong": wrong}[verdict].append(algorithm)
@@ -142,9 +142,10 @@ def _fastest(problem, right, wrong):
 class _Problem:
     """The timed weight with random inputs, and a weight and inputs of whole numbers beside it."""
 
-    def __init__(self, w24, tokens, index):
+    def __init__(self, w24, tokens, index, splits):
         self.native, self.w24, self.tokens, self.index = _native.module(), w24, tokens, index
         (out_features, in_features), device = w24.shape, w24.device
+        self.splits = splits
         self.storage, self.plain_type = w24.spec.element.storage, w24.spec.element.plain
         generator = torch.Generator(device).manual_seed(0)
 
@@ -174,9 +175,9 @@ class _Problem:
             size = 2 * torch.cuda.get_device_properties(index).L2_cache_size
             self.flush = torch.empty(size, dtype=torch.int8, device=device)
 
-    def candidates(self, splits):
+    def candidates(self):
         count = self._plan(Algorithm(), False)[2]
-        split = [Algorithm(number, *parts) for number in range(count) for parts in splits]
+        split = [Algorithm(number, *parts) for number in range(count) for parts in self.splits]
         return [Algorithm(), *split]
 
     def verdict(self, algorithm):
