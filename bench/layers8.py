@@ -55,6 +55,9 @@ DECODE_TOKENS = 64  # W8A16 takes no more
 INT_MM_ROWS = 32  # torch._int_mm wants more than 16
 CHECKED = 1024  # tokens
 GROUP = 128  # of int4
+# Up to so many tokens cuSPARSELt's search tries to split in_features; with more it tries its
+# algorithms whole and in "segment-K", because there are tiles for every multiprocessor.
+FEW_TOKENS, WHOLE = 1024, ((1, 0), (-1, 0))
 OURS = ("w8a16", "w8a8", "w8a8+quantize", "w8a8 precise", "w4a16", "cuda")
 PROVIDERS = {
     "float8_e4m3fn": (
@@ -292,7 +295,7 @@ class Layer8:
 
     def _cusparselt(self, name, weight) -> Provider:
         from sparsekern.backends.cusparselt import linear as library
-        from sparsekern.backends.cusparselt.search import search
+        from sparsekern.backends.cusparselt.search import SPLITS, search
 
         first = library.pack(self.rows24)
         weights, found = self._copies("cusparselt", first), {}
@@ -300,7 +303,8 @@ class Layer8:
         def prepare(x):
             rows = library.padded_tokens(x.shape[0], self.kind.storage)
             if rows not in found:
-                found[rows] = search(first, rows, store=False).algorithm
+                splits = SPLITS if rows <= FEW_TOKENS else WHOLE
+                found[rows] = search(first, rows, store=False, splits=splits).algorithm
             return _padded_to(self._x8(x)[0], rows)
 
         def config(x):

@@ -10,12 +10,13 @@ import sys
 import torch
 
 from python_tests.linear_cases import assert_within, error_bound, random_input, random_weight
-from sparsekern import SparseLinear, explain, linear, reference
+from sparsekern import SparseLinear, explain, linear, linear_quantized, reference
 from sparsekern.backends.cusparselt import library as vendor
 from sparsekern.backends.cusparselt import linear as backend
 from sparsekern.backends.cusparselt.linear import Algorithm
 from sparsekern.backends.cusparselt.search import search
-from sparsekern.formats.sparse24 import compress, decompress
+from sparsekern.formats.layouts import WeightSpec
+from sparsekern.formats.sparse24 import Sparse24, compress, decompress
 
 DEVICE = "cuda"
 BF16 = torch.bfloat16
@@ -195,7 +196,41 @@ def check_float16():
     check_linear(torch.float16)
 
 
+def check_levels(storage):
+    """Weights of 8 bits: the blob gives back the levels; whole numbers and scales that are powers
+    of two exactly, padded tokens and a graph among them."""
+    kind = getattr(torch, storage)
+    if why := vendor.refusal(0, kind):
+        print(f"skip: {why}")
+        sys.exit()
+    generator = torch.Generator().manual_seed(0)
+    whole = compress(random_weight(256, 512, BF16, integers=True))
+    scale = torch.exp2(torch.randint(-2, 3, (256, 1), generator=generator).float())
+    tensors = {"values": whole.values.float().to(kind), "metadata": whole.metadata}
+    spec = WeightSpec.of((256, 512), storage, "rowmajor", BF16)
+    w24 = Sparse24.from_tensors(spec, {**tensors, "weight_scale": scale}).cuda()
+    packed = w24.to_layout("cusparselt")
+    back = packed.rowmajor()
+    for name, tensor in w24.tensors.items():
+        assert torch.equal(back.tensors[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    for tokens in (1, 16, 40, 300):
+        q = torch.randint(-2, 3, (tokens, 512), generator=generator).float().to(kind)
+        x_scale = torch.exp2(torch.randint(-2, 3, (tokens,), generator=generator).float())
+        wanted = linear_quantized(q, x_scale, w24.cpu())
+        arguments = q.cuda(), x_scale.cuda(), packed
+        y = linear_quantized(*arguments, backend="cusparselt")
+        assert torch.equal(y.cpu(), wanted), f"{tokens} tokens"
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = linear_quantized(*arguments, backend="cusparselt")
+        graph.replay()
+        assert torch.equal(captured, y), f"{tokens} tokens in a graph"
+    print(search(packed, 40, store=False))
+
+
 CASES = {
+    "float8_e4m3fn": lambda: check_levels("float8_e4m3fn"),
+    "int8": lambda: check_levels("int8"),
     "linear": check_linear,
     "again": check_again,
     "module": check_module,

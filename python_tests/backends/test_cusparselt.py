@@ -1043,7 +1043,10 @@ def run_child(*arguments):
 
 @pytest.mark.gpu
 @needs_module
-@pytest.mark.parametrize("case", ["linear", "again", "module", "graph", "search", "float16"])
+@pytest.mark.parametrize(
+    "case",
+    ["linear", "again", "module", "graph", "search", "float16", "float8_e4m3fn", "int8"],
+)
 def test_the_real_library(case, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     gc.collect()

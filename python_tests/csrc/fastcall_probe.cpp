@@ -25,6 +25,7 @@ bool opposite(bool truth) { return !truth; }
 unsigned long long same(unsigned long long number) { return number; }
 py::tuple twice(int number) { return py::make_tuple(number, number); }
 int number_of(sparsekern::DType dtype) { return static_cast<int>(dtype); }
+double half(double number) { return number / 2; }
 void key_error(int number) {
   PyErr_Format(PyExc_KeyError, "%d", number);
   throw py::error_already_set();
@@ -43,6 +44,7 @@ PYBIND11_MODULE(fastcall_probe, m) {
   def<&same>(m, "same", "number, /", "");
   def<&twice>(m, "twice", "number, /", "");
   def<&number_of>(m, "number_of", "dtype, /", "");
+  def<&half>(m, "half", "number, /", "");
   def<&key_error>(m, "key_error", "number, /", "");
   def<&failure>(m, "failure", "number, /", "");
   m.def("bind_seven", [m]() mutable { def<&seven>(m, "seven", "a, b, c, d, e, f, g, /", ""); });

@@ -90,9 +90,17 @@ def test_results(probe):
     assert probe.opposite(True) is False
 
 
+def test_numbers(probe):
+    assert probe.half(5) == 2.5 and probe.half(1e-6) == 5e-7 and probe.half(-2.0) == -1.0
+    assert probe.half(numpy.float32(3)) == 1.5
+    for bad in ("1", None, 10**400):
+        with pytest.raises(TypeError, match="half: expected number as a number, got"):
+            probe.half(bad)
+
+
 def test_element_types_are_numbers_of_the_table(probe):
-    assert [probe.number_of(i) for i in (0, 1)] == [0, 1]
-    for value in (-1, 2, "float16", 1.0):
+    assert [probe.number_of(i) for i in range(4)] == [0, 1, 2, 3]
+    for value in (-1, 99, "float16", 1.0):
         with pytest.raises(TypeError, match=r"expected dtype as 0 \(float16\) or 1 \(bfloat16\)"):
             probe.number_of(value)
     with pytest.raises(TypeError, match="expected truth as True or False, got 1"):

@@ -59,13 +59,14 @@ class SearchResult:
         )
 
 
-def search(w24, tokens, *, store=True):
+def search(w24, tokens, *, store=True, splits=None):
     """The fastest algorithm of cuSPARSELt that computes x · Wᵀ right; used from now on.
 
     Args:
         w24: Sparse24 in layout "cusparselt".
         tokens: >= 1; rounded up to a multiple of 8, as calls are.
         store: also write the result to the user's file (cusparselt_backend.store_path()).
+        splits: (split_k, split_k_mode) that are tried with every algorithm; None: SPLITS.
     Returns:
         SearchResult.
     Raises:
@@ -90,7 +91,7 @@ def search(w24, tokens, *, store=True):
     why = refusal(index, storage)
     check(not why, op, "a usable cuSPARSELt", why, "Use another layout.", NotImplementedError)
     with torch.cuda.device(index), torch.no_grad():
-        problem = _Problem(w24, tokens, index)
+        problem = _Problem(w24, tokens, index, SPLITS if splits is None else splits)
         right, refused, wrong = [], [], []
         candidates = problem.candidates()
         for algorithm in candidates:
@@ -141,9 +142,10 @@ def _fastest(problem, right, wrong):
 class _Problem:
     """The timed weight with random inputs, and a weight and inputs of whole numbers beside it."""
 
-    def __init__(self, w24, tokens, index):
+    def __init__(self, w24, tokens, index, splits):
         self.native, self.w24, self.tokens, self.index = _native.module(), w24, tokens, index
         (out_features, in_features), device = w24.shape, w24.device
+        self.splits = splits
         self.storage, self.plain_type = w24.spec.element.storage, w24.spec.element.plain
         generator = torch.Generator(device).manual_seed(0)
 
@@ -175,7 +177,7 @@ class _Problem:
 
     def candidates(self):
         count = self._plan(Algorithm(), False)[2]
-        split = [Algorithm(number, *parts) for number in range(count) for parts in SPLITS]
+        split = [Algorithm(number, *parts) for number in range(count) for parts in self.splits]
         return [Algorithm(), *split]
 
     def verdict(self, algorithm):

@@ -1,5 +1,6 @@
 """The Triton backend of sparsekern.linear: row-major weights of every dtype, plain or quantised,
-on GPUs of 8.0 or newer. The kernels are in backends/triton/linear.py, imported when one is wanted."""
+on GPUs of 8.0 or newer. The kernels are in backends/triton/linear.py, imported when one is
+wanted."""
 
 from __future__ import annotations
 

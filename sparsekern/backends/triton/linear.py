@@ -97,9 +97,9 @@ def _widened(stored, dtype: tl.constexpr, STORAGE: tl.constexpr):
 
 
 @triton.jit
-def _widened_int4(bytes, dtype: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr):
+def _widened_int4(packed, dtype: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr):
     """[BLOCK_OUT, BLOCK_IN/4] bytes -> [BLOCK_OUT, BLOCK_IN/2] levels of dtype."""
-    nibbles = tl.join(bytes & 0xF, bytes >> 4).reshape(BLOCK_OUT, BLOCK_IN // 2).to(tl.int32)
+    nibbles = tl.join(packed & 0xF, packed >> 4).reshape(BLOCK_OUT, BLOCK_IN // 2).to(tl.int32)
     return ((nibbles ^ 8) - 8).to(tl.float32).to(dtype)
 
 
