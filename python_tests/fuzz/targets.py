@@ -265,7 +265,11 @@ def _edit_json(data: bytes, rng: random.Random) -> bytes:
 def _edit_word(data: bytes, rng: random.Random) -> bytes:
     """Another number in one of the aligned or unaligned words of the first half: counts, types,
     lengths, shapes and offsets of a GGUF file, most of which are small."""
-    small = [at for at in range(0, max(0, len(data) // 2 - 8)) if data[at] and not any(data[at + 1 : at + 4])]
+    small = [
+        at
+        for at in range(0, max(0, len(data) // 2 - 8))
+        if data[at] and not any(data[at + 1 : at + 4])
+    ]
     if not small:
         return _edit_bytes(data, rng)
     at, out = rng.choice(small), bytearray(data)

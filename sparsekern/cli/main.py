@@ -22,12 +22,14 @@ from torch import Tensor, nn
 
 from sparsekern.cli.parser import CPU_WINDOWS, GPU_WINDOWS, make_parser
 from sparsekern.errors import check, message
+from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.integrations.loading import (
     cast_weights,
     cpu_has_bfloat16,
     folder_bytes,
     load_model,
 )
+from sparsekern.oneshot.report import PruneReport
 
 PARTIAL = 3  # exit code of a prune that left more than half of the weights dense
 
@@ -112,7 +114,9 @@ def run_prune(args: argparse.Namespace) -> int:
         progress=not args.quiet,
         **options,
     )
-    sk.save_pretrained(cast_weights(model, stored), out, tokenizer=tokenizer)
+    if stored is not None:
+        _as_stored(report, cast_weights(model, stored), stored)
+    sk.save_pretrained(model, out, tokenizer=tokenizer)
     report.save(out / "prune_report.json")
     print(report.summary() if args.quiet else report.table())
     print(f"saved    {out} ({folder_bytes(out)} bytes of weights), prune_report.json beside them")
@@ -281,6 +285,20 @@ def _compute_in_float32(model: nn.Module, device: str) -> torch.dtype | None:
     print(f"computing in float32, which is faster on this CPU than {dtype}; saved as {dtype}")
     cast_weights(model, torch.float32)
     return dtype
+
+
+def _as_stored(report: PruneReport, model: nn.Module, dtype: torch.dtype) -> None:
+    """Bytes and dtypes of a report for a model that was cast to `dtype` after it was pruned."""
+    modules = dict(model.named_modules())
+    for row in report.layers:
+        if row.dtype != "float32":
+            continue
+        row.dtype, row.bytes_dense = (
+            str(dtype).removeprefix("torch."),
+            row.elements * dtype.itemsize,
+        )
+        w24 = getattr(modules.get(row.name), "weight", None)
+        row.bytes_sparse = w24.nbytes if isinstance(w24, Sparse24) else row.bytes_dense
 
 
 def _calibration(

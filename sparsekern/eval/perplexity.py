@@ -124,7 +124,8 @@ def _windows(
 def _as_ids(token_ids: Any) -> Tensor:
     remedy = "Pass the input_ids of the model's tokenizer."
     try:
-        ids = torch.as_tensor(token_ids)
+        with torch.device("cpu"):  # whatever torch's default device is
+            ids = token_ids if isinstance(token_ids, Tensor) else torch.as_tensor(token_ids)
     except (TypeError, ValueError, RuntimeError):
         check(False, OP, "token ids", type(token_ids).__name__, remedy, TypeError)
     usable = not ids.is_meta and ids.layout == torch.strided

@@ -159,7 +159,9 @@ class PruneReport:
             text += f", pruned weights {_size(dense)} -> {_size(sparse)}"
         text += f", {self.share:.1%} of the linear weights are 2:4"
         if self.parameters and self.parameters["stored"] != self.parameters["dense"]:
-            text += f", {self.parameters['stored']:,} of {self.parameters['dense']:,} parameters kept"
+            text += (
+                f", {self.parameters['stored']:,} of {self.parameters['dense']:,} parameters kept"
+            )
         return f"{text}, {self.seconds:.1f} s"
 
     def table(self) -> str:
