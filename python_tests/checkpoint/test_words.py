@@ -1,5 +1,5 @@
-"""The words of Transformers' from_pretrained and save_pretrained in ours: taken, or refused by name;
-and names on disk that cannot be made."""
+"""The words of Transformers' from_pretrained and save_pretrained in ours: taken, or refused by
+name; and names on disk that cannot be made."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""A long run says what it will take: ticks within a block, time from the first batches and the first
-block, memory before; and the defaults of a CPU."""
+"""A long run says what it will take: ticks within a block, time from the first batches and the
+first block, memory before; and the defaults of a CPU."""
 
 import logging
 
@@ -47,7 +47,7 @@ def test_the_report_and_the_log_have_the_estimate(caplog):
     found = report.estimate
     assert found["from"] == "the first block"
     assert 0.05 * report.seconds < found["seconds"] < 20 * report.seconds
-    # 120 tokens of 32 float32, the dense model's inputs and outputs beside them; 7 Hessians at most.
+    # 120 tokens of 32 float32, the dense model's inputs and outputs beside them; 7 Hessians.
     assert found["hidden_states"] == 3 * 120 * 32 * 4
     assert found["hessians"] == 4 * (6 * 32**2 + 64**2)
     texts = [r.message for r in caplog.records if "by the first" in r.message]

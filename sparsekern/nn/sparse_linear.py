@@ -299,7 +299,7 @@ class SparseLinear(nn.Module):
         """.to() and its kin; values that a narrower dtype rounds to -0.0 become +0.0.
 
         Raises:
-            TypeError: a dtype that a 2:4 weight cannot have, before anything of this module changes.
+            TypeError: a dtype that a 2:4 weight cannot have, before this module changes.
         Warns:
             UserWarning: numbers that were finite are beyond the new dtype; it counts them.
         """
