@@ -1,5 +1,6 @@
 """What a folder from elsewhere, a crash or bad input must not achieve."""
 
+import copy
 import json
 import os
 import shutil
@@ -53,7 +54,8 @@ def test_fifty_threads_load_save_prune_and_build_at_once(tmp_path):
     save_pretrained(model, tmp_path / "source")
     with torch.no_grad():
         expected = model(TOKENS).logits
-    pruned = cases.llama()
+    dense = cases.llama()  # not in the threads: torch's random numbers are the process's
+    pruned = copy.deepcopy(dense)
     prune_model(pruned, "wanda", TOKENS, progress=False)
     registered = torch.nn.Module.register_parameter
     wrong, start = [], threading.Barrier(50)
@@ -71,7 +73,7 @@ def test_fifty_threads_load_save_prune_and_build_at_once(tmp_path):
                 target = cases.llama()
                 load_into(target, tmp_path / f"copy-{number}")
             elif number % 5 == 2:
-                target = cases.llama()
+                target = copy.deepcopy(dense)
                 prune_model(target, "wanda", TOKENS, progress=False)
                 ours, theirs = target.state_dict(), pruned.state_dict()
                 assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

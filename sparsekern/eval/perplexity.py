@@ -62,7 +62,7 @@ def perplexity(
                 ids = ids.to(device)
                 output = model(ids, **kwargs)
                 first = output[0] if isinstance(output, (tuple, list)) and output else output
-                logits = getattr(output, "logits", first)
+                logits: Any = getattr(output, "logits", first)
                 got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
                 fits = isinstance(logits, Tensor) and got[:-1] == tuple(ids.shape)
                 expected = f"logits of shape [{ids.shape[0]}, {ids.shape[1]}, vocabulary]"

@@ -285,7 +285,8 @@ class SparseLinear(nn.Module):
         except TypeError:
             if type(x).__name__ != "Proxy" or not hasattr(x, "tracer"):
                 raise
-            return self._as_leaf(x)
+            leaf: Tensor = self._as_leaf(x)
+            return leaf
 
     def _as_leaf(self, x: Any) -> Any:
         """The node of this module in a graph that torch.fx traces: one call, as of nn.Linear."""
