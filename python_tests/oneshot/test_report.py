@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+from html import escape
 
 import pytest
 
@@ -137,7 +138,7 @@ def test_plot_without_matplotlib(report, tmp_path, monkeypatch):
 
 def test_html(report):
     page = report._repr_html_()
-    assert page.count("<tr>") == 1 + len(report.layers) and report.summary() in page
+    assert page.count("<tr>") == 1 + len(report.layers) and escape(report.summary()) in page
     row = LayerReport("<b>", (4, 4), "float32", skipped=True, reason="a & b")
     page = PruneReport("<i>", "wanda", layers=[row])._repr_html_()
     assert "<b>" not in page and "<i>" not in page and "&lt;b&gt;" in page and "a &amp; b" in page
