@@ -38,5 +38,9 @@ def script(x: Tensor, w: Tensor, model: nn.Module, ours: Backend, layout: sk.Lay
         print(ppl)
     except sk.FormatError as error:
         print(error)
+    counted: sk.ParameterCount = sk.num_parameters(model)
+    dense: nn.Linear = layer.to_linear()
+    plain: nn.Module = sk.decompress_model(model)
+    print(counted.stored, dense.weight.shape, plain)
     z: Tensor = layer(x)
     return y + z + sk.gated_linear(x, w24, again)

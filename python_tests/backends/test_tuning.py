@@ -166,6 +166,25 @@ DAMAGED = {
     "tokens": json.dumps(entry(entries={GPU: {"bfloat16": {"8x8": {"-8": ["decode a", 1.0]}}}})),
     "a cell": json.dumps(entry(entries={GPU: {"bfloat16": {"8x8": {"8": ["decode a"]}}}})),
     "a time": json.dumps(entry(entries={GPU: {"bfloat16": {"8x8": {"8": ["decode a", "1"]}}}})),
+    "a time of 400 digits": json.dumps(
+        entry(entries={GPU: {"bfloat16": {"8x8": {"8": ["decode a", 10**400]}}}})
+    ),
+    "an endless time": json.dumps(
+        entry(entries={GPU: {"bfloat16": {"8x8": {"8": ["decode a", float("inf")]}}}})
+    ),
+    "a time beyond float64": json.dumps(
+        entry(entries={GPU: {"bfloat16": {"8x8": {"8": ["decode a", 0.5]}}}})
+    ).replace("0.5", "1e400"),
+    "no number": json.dumps(
+        entry(entries={GPU: {"bfloat16": {"8x8": {"8": ["decode a", float("nan")]}}}})
+    ),
+    "tokens of 5000 digits": json.dumps(
+        entry(entries={GPU: {"bfloat16": {"8x8": {"1" + "0" * 5000: ["decode a", 1.0]}}}})
+    ),
+    "digits of another script": json.dumps(
+        entry(entries={GPU: {"bfloat16": {"8x8": {"\u0668": ["decode a", 1.0]}}}})
+    ),
+    "nested without end": '{"a":' * 100_000,
     "no time": json.dumps(entry(entries={GPU: {"bfloat16": {"8x8": {"8": ["decode a", 0]}}}})),
 }
 

@@ -1,5 +1,6 @@
 """What a folder from elsewhere, a crash or bad input must not achieve."""
 
+import copy
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from sparsekern.checkpoint import (
 )
 from sparsekern.checkpoint.skeleton import meta_parameters
 from sparsekern.errors import FormatError
+from sparsekern.oneshot.prune_model import prune_model
 from sparsekern.utils import staging
 
 transformers = pytest.importorskip("transformers")
@@ -46,12 +48,15 @@ def change_config(folder, **changes):
 # ---- threads -------------------------------------------------------------------------------------
 
 
-def test_fifty_threads_load_save_and_build_at_once(tmp_path):
+def test_fifty_threads_load_save_prune_and_build_at_once(tmp_path):
     """Nothing is on meta that should not be, and every result is right."""
     model = cases.sparsify(cases.llama())
     save_pretrained(model, tmp_path / "source")
     with torch.no_grad():
         expected = model(TOKENS).logits
+    dense = cases.llama()  # not in the threads: torch's random numbers are the process's
+    pruned = copy.deepcopy(dense)
+    prune_model(pruned, "wanda", TOKENS, progress=False)
     registered = torch.nn.Module.register_parameter
     wrong, start = [], threading.Barrier(50)
 
@@ -67,6 +72,11 @@ def test_fifty_threads_load_save_and_build_at_once(tmp_path):
                 save_pretrained(model, tmp_path / f"copy-{number}")
                 target = cases.llama()
                 load_into(target, tmp_path / f"copy-{number}")
+            elif number % 5 == 2:
+                target = copy.deepcopy(dense)
+                prune_model(target, "wanda", TOKENS, progress=False)
+                ours, theirs = target.state_dict(), pruned.state_dict()
+                assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
             else:
                 for _ in range(300):
                     layer = torch.nn.Linear(8, 4)

@@ -2,8 +2,8 @@
 
 3500 damaged checkpoints by default, half as many GGUFs, and for each tenth of a checkpoint a resume
 folder, a tokenizer and a cache file. They run in a child process: when it dies, or says nothing for
-STUCK seconds, that is a fault, and another one goes on after that case. Exit code 1 when there was a
-fault; each is named by target, seed and case, which make it again:
+STUCK seconds, that is a fault, and another one goes on after that case. Exit code 1 when there was
+a fault; each is named by target, seed and case, which make it again:
 
     python -m python_tests.fuzz --one TARGET SEED CASE
 """

@@ -2,11 +2,12 @@
 it.
 
 A folder is damaged by one to three edits of one of its files: bits, bytes, runs of bytes, and for
-JSON (the header of a safetensors file, its index, config.json, a manifest, a cache) values, keys and
-sizes at any depth. What may come of it: refused (FormatError; ValueError for a run that another
+JSON (the header of a safetensors file, its index, config.json, a manifest, a cache) values, keys
+and sizes at any depth. What may come of it: refused (FormatError; ValueError for a run that another
 manifest describes), loaded with the same contents, or loaded with others, which only a checksum can
-find, where the form has one. Anything else is a fault: another exception, more than 10 s of the CPU,
-more memory than twice the file and 1 GB, a difference that a checksum of the form does not show.
+find, where the form has one. Anything else is a fault: another exception, more than 10 s of the
+CPU, more memory than twice the file and 1 GB, a difference that a checksum of the form does not
+show.
 `python -m python_tests.fuzz` runs each target in a process of its own, so that a crash or a hang is
 a fault, too, and not the end.
 """
@@ -265,7 +266,11 @@ def _edit_json(data: bytes, rng: random.Random) -> bytes:
 def _edit_word(data: bytes, rng: random.Random) -> bytes:
     """Another number in one of the aligned or unaligned words of the first half: counts, types,
     lengths, shapes and offsets of a GGUF file, most of which are small."""
-    small = [at for at in range(0, max(0, len(data) // 2 - 8)) if data[at] and not any(data[at + 1 : at + 4])]
+    small = [
+        at
+        for at in range(max(0, len(data) // 2 - 8))
+        if data[at] and not any(data[at + 1 : at + 4])
+    ]
     if not small:
         return _edit_bytes(data, rng)
     at, out = rng.choice(small), bytearray(data)

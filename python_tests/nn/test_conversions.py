@@ -153,7 +153,9 @@ def test_overflow_is_counted():
     assert layers[0].values.dtype == torch.float16
 
 
-@pytest.mark.parametrize("change", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.float()])
+@pytest.mark.parametrize(
+    "change", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.float()]
+)
 def test_without_overflow_nothing_is_said(change):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -121,6 +121,20 @@ def test_texts():
             {"input_ids": tokens(2, 8), "attention_mask": torch.tensor([[1] * 8, [0] * 8])},
             "padding only",
         ),
+        (torch.full((2, 8), 64, dtype=torch.uint16), r"0\.\.63, got 64\.\.64"),
+        (
+            torch.ones(2, 8, dtype=torch.int64, device="meta"),
+            "with data as calibration, got a meta",
+        ),
+        (tokens().to_sparse(), "with data as calibration, got torch.sparse_coo"),
+        (
+            {"input_ids": tokens(2, 8), "attention_mask": torch.ones(3, 8)},
+            r"attention_mask of shape \[2, 8\] as input_ids, got \[3, 8\]",
+        ),
+        (
+            {"input_ids": tokens(2, 8), "position_ids": torch.full((2, 8), 64)},
+            r"position_ids in 0\.\.63, got 64\.\.64",
+        ),
         (7, "calibration as a tensor or an iterable, got int"),
         ([object()], "token ids, texts, dicts or pairs .* got object"),
     ],
@@ -153,3 +167,26 @@ def test_pairs_of_a_loader_are_cut_to_what_a_plain_forward_takes():
     loader = torch.utils.data.DataLoader(data, batch_size=4)
     report = sk.prune_model(model, "wanda", loader, progress=False, device="cpu")
     assert len(report.pruned) == 1 and is_24(model.linear.weight.to_dense())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.uint32])
+def test_ids_of_any_integer_dtype(dtype):
+    one, other = build(), build()
+    run_prune(one, "wanda", tokens().to(dtype))
+    run_prune(other, "wanda", tokens())
+    assert_same_state(one, other)
+
+
+def test_inputs_that_a_forward_does_not_take_are_named():
+    config = transformers.BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        type_vocab_size=2,
+    )
+    model = transformers.BertModel(config).eval()
+    data = {"input_ids": tokens(2, 8), "token_type_ids": torch.full((2, 8), 2)}
+    with pytest.raises(ValueError, match=r"token_type_ids in 0\.\.1, got 2\.\.2"):
+        run_prune(model, "wanda", data)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+from html import escape
 
 import pytest
 
@@ -133,3 +134,33 @@ def test_plot_without_matplotlib(report, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         report.plot(tmp_path / "errors.png")
+
+
+def test_html(report):
+    page = report._repr_html_()
+    assert page.count("<tr>") == 1 + len(report.layers) and escape(report.summary()) in page
+    row = LayerReport("<b>", (4, 4), "float32", skipped=True, reason="a & b")
+    page = PruneReport("<i>", "wanda", layers=[row])._repr_html_()
+    assert "<b>" not in page and "<i>" not in page and "&lt;b&gt;" in page and "a &amp; b" in page
+
+
+def test_dataframe(report, monkeypatch):
+    """With a stand-in, because pandas is no requirement."""
+
+    class Pandas:
+        DataFrame = staticmethod(list)
+
+    monkeypatch.setitem(sys.modules, "pandas", Pandas)
+    rows = report.to_dataframe()
+    assert [row["name"] for row in rows] == [layer.name for layer in report.layers]
+    assert {"shape", "is_24", "reason", "relative_error"} <= rows[0].keys()
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        report.to_dataframe()
+
+
+def test_parameters_of_the_model(report):
+    assert report.parameters["dense"] - report.parameters["stored"] == sum(
+        layer.elements // 2 for layer in report.pruned
+    )
+    assert PruneReport.from_json(report.to_json()).parameters == report.parameters

@@ -335,3 +335,24 @@ def test_a_link_as_lock_empties_nothing(tmp_path):
     (tmp_path / "run" / "lock").symlink_to(tmp_path / "precious")
     ResumeDir(tmp_path / "run", {"a": 1}).close()
     assert (tmp_path / "precious").read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "block-00001.safetensors", "lock"])
+@pytest.mark.parametrize("kind", ["pipe", "endless", "folder", "link to nothing"])
+def test_what_is_no_file_is_refused_without_waiting(name, kind, tmp_path):
+    run(build("llama"), tmp_path)
+    file = tmp_path / name
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "endless":
+        file.symlink_to("/dev/zero")
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to(tmp_path / "nowhere" / "x")
+    model = build("llama")
+    with pytest.raises((FormatError, OSError), match=name.replace(".", r"\.")):
+        run(model, tmp_path)
+    if not name.startswith("block"):  # else the block before it is pruned, as it was stored
+        assert_same_state(model, build("llama"))

@@ -1,5 +1,5 @@
-"""2:4 layers under torch.func, forward-mode AD, torch.fx, ONNX export and autocast: as nn.Linear, or
-refused in words that name the way out."""
+"""2:4 layers under torch.func, forward-mode AD, torch.fx, ONNX export and autocast: as nn.Linear,
+or refused in words that name the way out."""
 
 import copy
 

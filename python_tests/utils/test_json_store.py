@@ -114,3 +114,45 @@ def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert json_store.cache_folder() == tmp_path / "home" / ".cache" / "sparsekern"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless", "folder"])
+def test_what_is_no_file_is_ignored_without_waiting(path, kind):
+    path.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "endless":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.warns(UserWarning, match="is no regular file"):
+        assert json_store.load(path) == {}
+    json_store.update(path, lambda entries: entries.update(a=1))
+    assert json_store.load(path) == {"a": 1}
+
+
+def test_a_lock_that_is_a_pipe_is_refused_without_waiting(path):
+    path.parent.mkdir()
+    os.mkfifo(f"{path}.lock")
+    with pytest.raises(OSError, match="is no regular file"):
+        json_store.update(path, lambda entries: entries.update(a=1))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"version": 1' + "0" * 400 + ', "entries": {}}',
+        '{"version": true, "entries": {}}',
+        '{"version": 1.0, "entries": {}}',
+        '{"version": 1, "entries": {"a": NaN}}',
+        '{"version": 1, "entries": {"a": 1' + "0" * 5000 + "}}",
+        '{"a":' * 100_000,
+    ],
+    ids=lambda text: text[:34],
+)
+def test_hostile_json_counts_as_empty(path, text):
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.warns(UserWarning, match="is ignored") as seen:
+        assert json_store.load(path) == {}
+    assert len(str(seen[0].message)) < 500

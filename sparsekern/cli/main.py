@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sparsekern.cli.parser import CPU_WINDOWS, GPU_WINDOWS, make_parser
 from sparsekern.errors import check, message
+from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.integrations.loading import (
     cast_weights,
     cpu_has_bfloat16,
@@ -29,6 +30,7 @@ from sparsekern.integrations.loading import (
     load_model,
 )
 from sparsekern.oneshot.presets import find_preset
+from sparsekern.oneshot.report import PruneReport
 
 if TYPE_CHECKING:
     from sparsekern.eval.mix import Mix
@@ -121,7 +123,9 @@ def run_prune(args: argparse.Namespace) -> int:
         untie=args.untie,
         **options,
     )
-    sk.save_pretrained(cast_weights(model, stored), out, tokenizer=tokenizer)
+    if stored is not None:
+        _as_stored(report, cast_weights(model, stored), stored)
+    sk.save_pretrained(model, out, tokenizer=tokenizer)
     report.save(out / "prune_report.json")
     print(report.summary() if args.quiet else report.table())
     print(f"saved    {out} ({folder_bytes(out)} bytes of weights), prune_report.json beside them")
@@ -293,6 +297,20 @@ def _compute_in_float32(model: nn.Module, device: str) -> torch.dtype | None:
     print(f"computing in float32, which is faster on this CPU than {dtype}; saved as {dtype}")
     cast_weights(model, torch.float32)
     return dtype
+
+
+def _as_stored(report: PruneReport, model: nn.Module, dtype: torch.dtype) -> None:
+    """Bytes and dtypes of a report for a model that was cast to `dtype` after it was pruned."""
+    modules = dict(model.named_modules())
+    for row in report.layers:
+        if row.dtype != "float32":
+            continue
+        row.dtype, row.bytes_dense = (
+            str(dtype).removeprefix("torch."),
+            row.elements * dtype.itemsize,
+        )
+        w24 = getattr(modules.get(row.name), "weight", None)
+        row.bytes_sparse = w24.nbytes if isinstance(w24, Sparse24) else row.bytes_dense
 
 
 def _calibration(

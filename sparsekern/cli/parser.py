@@ -15,8 +15,8 @@ from sparsekern.prune import methods
 from sparsekern.prune.quantize import METHODS as QUANTIZE_METHODS
 
 DTYPES = ("float32", "float16", "bfloat16")
-# Calibration by default: samples and tokens of each. The first is that of the publications; the second
-# prunes SmolLM2-135M in minutes on a few cores.
+# Calibration by default: samples and tokens of each. The first is that of the publications; the
+# second prunes SmolLM2-135M in minutes on a few cores.
 GPU_WINDOWS, CPU_WINDOWS = (128, 2048), (20, 512)
 SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
@@ -45,8 +45,8 @@ def make_parser(
         return sub
 
     model_help = (
-        "folder with config.json and safetensors files (dense or pruned), a .gguf file, or the id of "
-        "a model on the Hub"
+        "folder with config.json and safetensors files (dense or pruned), a .gguf file, or the id "
+        "of a model on the Hub"
     )
     device_help = "cpu, cuda or cuda:N (default: cuda if there is one)"
 

@@ -62,7 +62,7 @@ def perplexity(
                 ids = ids.to(device)
                 output = model(ids, **kwargs)
                 first = output[0] if isinstance(output, (tuple, list)) and output else output
-                logits = getattr(output, "logits", first)
+                logits: Any = getattr(output, "logits", first)
                 got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
                 fits = isinstance(logits, Tensor) and got[:-1] == tuple(ids.shape)
                 expected = f"logits of shape [{ids.shape[0]}, {ids.shape[1]}, vocabulary]"
@@ -124,7 +124,8 @@ def _windows(
 def _as_ids(token_ids: Any) -> Tensor:
     remedy = "Pass the input_ids of the model's tokenizer."
     try:
-        ids = torch.as_tensor(token_ids)
+        with torch.device("cpu"):  # whatever torch's default device is
+            ids = token_ids if isinstance(token_ids, Tensor) else torch.as_tensor(token_ids)
     except (TypeError, ValueError, RuntimeError):
         check(False, OP, "token ids", type(token_ids).__name__, remedy, TypeError)
     usable = not ids.is_meta and ids.layout == torch.strided

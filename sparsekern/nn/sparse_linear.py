@@ -286,7 +286,8 @@ class SparseLinear(nn.Module):
         except TypeError:
             if type(x).__name__ != "Proxy" or not hasattr(x, "tracer"):
                 raise
-            return self._as_leaf(x)
+            leaf: Tensor = self._as_leaf(x)
+            return leaf
 
     def _as_leaf(self, x: Any) -> Any:
         """The node of this module in a graph that torch.fx traces: one call, as of nn.Linear."""
@@ -300,7 +301,7 @@ class SparseLinear(nn.Module):
         """.to() and its kin; values that a narrower dtype rounds to -0.0 become +0.0.
 
         Raises:
-            TypeError: a dtype that a 2:4 weight cannot have, before anything of this module changes.
+            TypeError: a dtype that a 2:4 weight cannot have, before this module changes.
         Warns:
             UserWarning: numbers that were finite are beyond the new dtype; it counts them.
         """

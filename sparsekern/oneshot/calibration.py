@@ -96,7 +96,8 @@ def make_batches(
     items: list[Any] = [calibration] if single else list(calibration)
     check(len(items) > 0, op, "calibration with at least one sample", "none", remedy)
     if is_transformers(model):
-        return _Transformers(model, batch_size, device, tokenizer, op).batches(items)
+        with torch.device("cpu"):  # whatever torch's default device is
+            return _Transformers(model, batch_size, device, tokenizer, op).batches(items)
     texts = any(isinstance(item, str) for item in items)
     check(not texts, op, "tensors, tuples or dicts as calibration of a plain module", "text")
     if isinstance(calibration, Tensor):
@@ -236,7 +237,7 @@ class _Transformers:
     def _rows(self, item: Any) -> list[Tensor]:
         """Samples [tokens] of one tensor or list of ids."""
         try:
-            ids = torch.as_tensor(item)
+            ids = item if isinstance(item, Tensor) else torch.as_tensor(item)
         except (TypeError, ValueError, RuntimeError):
             expected = "token ids, texts, dicts or pairs of tensors as calibration"
             remedy = "Pass token ids [samples, tokens]."

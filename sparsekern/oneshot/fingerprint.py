@@ -149,7 +149,8 @@ def _of_class(kind: type, seen: Seen) -> str:
             break
         for name, value in sorted(vars(base).items()):
             value = value.fget if isinstance(value, property) else value
-            function = inspect.unwrap(getattr(value, "__func__", value))
+            inner: Any = getattr(value, "__func__", value)
+            function = inspect.unwrap(inner)
             code = getattr(function, "__code__", None)
             if isinstance(code, CodeType):
                 whole = None if _of_library(base.__module__) else _attribute(function, seen)

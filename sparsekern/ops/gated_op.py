@@ -51,7 +51,8 @@ def gated_linear(x: Tensor, gate24: Sparse24, up24: Sparse24) -> Tensor:
     if transformed or (x.requires_grad and torch.is_grad_enabled()):
         return ops.linear(x, gate24, None, "silu") * ops.linear(x, up24)
     if ops.needs_custom_op(x, None):
-        ops.refuse_onnx(_OP)
+        if not torch.compiler.is_compiling() and ops._jit_trace() is not None:
+            ops.refuse_onnx(_OP)
         gate, up = list(gate24.tensors.values()), list(up24.tensors.values())
         y: Tensor = torch.ops.sparsekern.gated_linear(x, gate, gate24.spec.text, up, up24.spec.text)
         return y
@@ -89,6 +90,7 @@ def _gated_linear_op(
 
 @_gated_linear_op.register_fake
 def _(x: Tensor, gate: list[Tensor], gate_spec: str, up: list[Tensor], up_spec: str) -> Tensor:
+    ops.refuse_onnx(_OP)
     spec = WeightSpec.parse(gate_spec)
     _check(x, spec, gate[0], WeightSpec.parse(up_spec), up[0])
     return x.new_empty((*x.shape[:-1], spec.shape[0]))

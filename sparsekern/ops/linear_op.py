@@ -251,6 +251,7 @@ def _(
     activation: str | None,
     backend: str | None,
 ) -> Tensor:
+    refuse_onnx(_OP)
     parsed = WeightSpec.parse(spec)
     check_linear(_OP, x, parsed, tensors[0], bias, activation)
     return x.new_empty((*x.shape[:-1], parsed.shape[0]))
@@ -344,8 +345,7 @@ def under_autocast(
 
 def refuse_onnx(op: str) -> None:
     """NotImplementedError within torch.onnx.export, which has no operator for these weights."""
-    watched = _jit_trace() is not None or (_is_compiling() and not _is_traced())
-    if watched and torch.onnx.is_in_onnx_export():
+    if torch.onnx.is_in_onnx_export():
         expected, got = "a dense model for ONNX", "one with compressed layers"
         remedy = "Export sparsekern.decompress_model(copy.deepcopy(model))."
         raise NotImplementedError(message(op, expected, got, remedy))
@@ -459,7 +459,8 @@ def linear(
     if transforms.active() and not _is_traced():
         return transforms.linear(x, w24, bias, activation, backend)
     if needs_custom_op(x, bias):
-        refuse_onnx(_OP)
+        if not _is_compiling() and _jit_trace() is not None:
+            refuse_onnx(_OP)  # what torch.export sees is refused by the op's fake kernel
         if backend is None and spec.layout == ROWMAJOR and _is_eager(x):
             w24 = in_best_layout(w24)
             spec, tensors = w24.spec, w24.tensors

@@ -1,0 +1,243 @@
+"""The words of Transformers' from_pretrained and save_pretrained in ours: taken, or refused by
+name; and names on disk that cannot be made."""
+
+import json
+import os
+import warnings
+
+import pytest
+import torch
+
+from python_tests.checkpoint import checkpoint_cases as cases
+from sparsekern.checkpoint import from_pretrained, save_pretrained
+from sparsekern.nn.sparse_linear import SparseLinear
+
+transformers = pytest.importorskip("transformers")
+TOKENS = torch.arange(24).view(2, 12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("words") / "pruned"
+    save_pretrained(cases.sparsify(cases.llama()), path)
+    return path
+
+
+TAKEN = [
+    dict(state_dict=None),
+    dict(from_tf=False),
+    dict(from_flax=False),
+    dict(load_in_8bit=False),
+    dict(generation_config=None),
+    dict(proxies=None),
+    dict(resume_download=True),
+    dict(use_safetensors=True),
+    dict(low_cpu_mem_usage=True),
+    dict(weights_only=True),
+    dict(local_files_only=True),
+    dict(config=None),
+]
+
+
+@pytest.mark.parametrize("words", TAKEN, ids=str)
+def test_words_that_ask_for_nothing_more(words, folder):
+    from_pretrained(folder, **words)
+
+
+REFUSED = [
+    (dict(state_dict={}), "state_dict None"),
+    (dict(from_tf=True), "from_tf None or False, got True"),
+    (dict(load_in_8bit=True), "load_in_8bit"),
+    (dict(proxies={"http": "x"}), "proxies"),
+    (dict(config=3), "config to be a Transformers config or a dict, got int"),
+    (dict(nonsense=1), "'nonsense'"),
+]
+
+
+@pytest.mark.parametrize("words, text", REFUSED, ids=str)
+def test_words_that_are_refused_by_name(words, text, folder):
+    with pytest.raises(
+        (TypeError, ValueError), match=f"sparsekern.from_pretrained: expected .*{text}"
+    ):
+        from_pretrained(folder, **words)
+
+
+def test_a_config_of_the_callers(folder):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.rms_norm_eps = 1e-2
+    ours = from_pretrained(folder, config=config)
+    assert ours.config.rms_norm_eps == 1e-2
+    assert from_pretrained(folder, config={"rms_norm_eps": 1e-2}).config.rms_norm_eps == 1e-2
+    plain = from_pretrained(folder)
+    with torch.no_grad():
+        assert not torch.equal(ours(TOKENS).logits, plain(TOKENS).logits)
+
+
+@pytest.mark.parametrize("device", ["meta"])
+def test_under_another_default_device(device, folder):
+    with torch.no_grad():
+        expected = from_pretrained(folder)(TOKENS).logits
+    torch.set_default_device(device)
+    try:
+        loaded = from_pretrained(folder)
+    finally:
+        torch.set_default_device(None)
+    with torch.no_grad():
+        assert torch.equal(loaded(TOKENS).logits, expected)
+
+
+# ---- saving --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["ours", "theirs"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        dict(safe_serialization=True),
+        dict(push_to_hub=False),
+        dict(variant=None),
+        dict(max_shard_size="2GB"),
+        dict(token=None),
+        dict(is_main_process=True),
+    ],
+    ids=str,
+)
+def test_saving_takes_them(how, words, tmp_path):
+    model = cases.sparsify(cases.llama())
+    save = save_pretrained if how == "ours" else type(model).save_pretrained
+    save(model, tmp_path / "out", **words)
+    with torch.no_grad():
+        assert torch.equal(from_pretrained(tmp_path / "out")(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize("how", ["ours", "theirs"])
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        (dict(safe_serialization=False), "safe_serialization=True, got False"),
+        (dict(push_to_hub=True), "push_to_hub=False, got True"),
+        (dict(variant="fp16"), "variant=None, got 'fp16'"),
+        (dict(state_dict={}), "the model's own state_dict"),
+        (dict(nonsense=1), "arguments of save_pretrained: .*got 'nonsense'"),
+    ],
+    ids=str,
+)
+def test_saving_refuses_by_name(how, words, text, tmp_path):
+    model = cases.sparsify(cases.llama())
+    save = save_pretrained if how == "ours" else type(model).save_pretrained
+    with pytest.raises(
+        (TypeError, ValueError), match=f"sparsekern.save_pretrained: expected {text}"
+    ):
+        save(model, tmp_path / "out", **words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", ["ours", "theirs"])
+def test_other_processes_write_nothing(how, tmp_path):
+    model = cases.sparsify(cases.llama())
+    save = save_pretrained if how == "ours" else type(model).save_pretrained
+    save(model, tmp_path / "out", is_main_process=False)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- names on disk -------------------------------------------------------------------------------
+
+
+def olmoe():
+    sizes = dict(hidden_size=32, intermediate_size=16, num_hidden_layers=1, vocab_size=32)
+    heads = dict(num_attention_heads=4, num_key_value_heads=4)
+    torch.manual_seed(0)
+    config = transformers.OlmoeConfig(**sizes, **heads, num_experts=2, num_experts_per_tok=1)
+    return transformers.OlmoeForCausalLM(config).eval()
+
+
+def test_a_conversion_that_fails_is_said_and_the_folder_is_whole(tmp_path, monkeypatch):
+    from sparsekern.checkpoint.names import Conversion
+
+    model = olmoe()
+    if not any(p.dim() == 3 for p in model.parameters()):
+        pytest.skip("this Transformers stores experts as they are")
+
+    def fail(self, model, read):
+        raise ZeroDivisionError("no such operation")
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning) as seen:
+        patch.setattr(Conversion, "run", fail)
+        save_pretrained(model, tmp_path)
+    texts = [str(entry.message) for entry in seen]
+    assert any(
+        "ZeroDivisionError: no such operation" in text and "experts" in text for text in texts
+    )
+    with torch.no_grad():
+        assert torch.equal(from_pretrained(tmp_path)(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_a_conversion_that_works_says_nothing(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_pretrained(olmoe(), tmp_path)
+
+
+def test_models_whose_classes_initialise_layers_by_their_sizes(tmp_path):
+    """Wav2Vec2 asks its projection for in_features while Transformers loads it."""
+    config = transformers.Wav2Vec2Config(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=32,
+        conv_dim=(16, 16),
+        conv_stride=(5, 2),
+        conv_kernel=(10, 3),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+    )
+    torch.manual_seed(0)
+    model = cases.sparsify(transformers.Wav2Vec2ForCTC(config).eval(), keep=("lm_head",))
+    model.save_pretrained(tmp_path)
+    loaded = transformers.Wav2Vec2ForCTC.from_pretrained(tmp_path)
+    assert isinstance(loaded.wav2vec2.feature_projection.projection, SparseLinear)
+    sound = torch.randn(1, 400)
+    with torch.no_grad():
+        assert torch.equal(loaded(sound).logits, model(sound).logits)
+
+
+# ---- what the commands load ----------------------------------------------------------------------
+
+
+def test_a_hub_id_from_the_local_cache(folder, tmp_path, monkeypatch):
+    """The layout of huggingface_hub's cache, without a network."""
+    from huggingface_hub import constants
+
+    from sparsekern.integrations.loading import load_model
+
+    commit = "0" * 40
+    snapshot = tmp_path / "models--someone--tiny" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--someone--tiny" / "refs").mkdir()
+    (tmp_path / "models--someone--tiny" / "refs" / "main").write_text(commit)
+    for path in folder.iterdir():
+        (snapshot / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    model, tokenizer = load_model("someone/tiny")
+    assert tokenizer is None and any(isinstance(m, SparseLinear) for m in model.modules())
+    with pytest.raises(FileNotFoundError, match="no model at someone/other"):
+        load_model("someone/other")
+
+
+@pytest.mark.parametrize("kind", ["garbage", "pipe", "list"])
+def test_a_damaged_tokenizer_is_one_error(kind, tmp_path):
+    from sparsekern.errors import FormatError
+    from sparsekern.integrations.loading import load_tokenizer
+
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer"})
+    )
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "tokenizer.json")
+    else:
+        (tmp_path / "tokenizer.json").write_text("{" if kind == "garbage" else "[]")
+    with pytest.raises(FormatError, match="a tokenizer that Transformers can load"):
+        load_tokenizer(tmp_path)
