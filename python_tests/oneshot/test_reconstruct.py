@@ -58,10 +58,11 @@ def linear_weights(model):
         {**BLOCK, "parts": "sublayers"},
         SPAN,
         {**SPAN, "recut": True, "loss": "channel", "batch": 3},
+        {**SPAN, "reselect": 0.5, "epochs": 6},
         {**SPAN, "span": 2, "loss": "mse", "checkpoint": True},
         [BLOCK, SPAN],
     ],
-    ids=["block", "pruned target", "sublayers", "all", "recut", "windows", "both"],
+    ids=["block", "pruned target", "sublayers", "all", "recut", "reselect", "windows", "both"],
 )
 def test_it_lowers_the_error_of_text_that_it_never_saw(rounds):
     ids = texts(40)
@@ -77,7 +78,7 @@ def test_it_lowers_the_error_of_text_that_it_never_saw(rounds):
         assert is_24(weight), name
         assert weight.dtype == torch.float32 and not weight.grad
         assert weight.requires_grad == before.get_submodule(name).weight.requires_grad
-    assert report.options["reconstruct"][0]["epochs"] == 4
+    assert report.options["reconstruct"][0]["epochs"] in (4, 6)
     assert "held-out error" in report["model.layers.0.mlp.up_proj"].note
     assert report.from_json(report.to_json()).reconstruction == report.reconstruction
 
@@ -149,6 +150,28 @@ def test_an_exception_leaves_the_model_as_it_was(rounds, monkeypatch):
     for (name, a), b in zip(model.named_parameters(), dense.parameters()):
         assert torch.equal(a, b) and a.dtype == b.dtype and a.requires_grad == b.requires_grad, name
     assert not model.training and not any(m._compiled_call_impl for m in model.modules())
+
+
+def test_masks_move_with_reselect_alone():
+    ids = texts(40)[:24]
+    for rounds, moves in ((SPAN, False), ({**SPAN, "reselect": 0.5, "epochs": 6}, True)):
+        start, model = pruned(ids=ids)[0], pruned(rounds, ids)[0]
+        before, after = linear_weights(start), linear_weights(model)
+        gained = sum(int(((w != 0) & (before[n] == 0)).sum()) for n, w in after.items())
+        assert (gained > 0) is moves
+        assert all(is_24(weight) for weight in after.values())
+    mask = torch.zeros(64, 32, dtype=torch.bool)
+    mask[:, ::2] = True
+    with pytest.raises(ValueError, match="masks or reselect, got both"):
+        pruned({**SPAN, "reselect": 0.5}, masks={"model.layers.0.mlp.up_proj": mask})
+
+
+def test_given_masks_are_kept():
+    mask = torch.zeros(64, 32, dtype=torch.bool)
+    mask[:, ::4] = True  # one of four
+    model, report = pruned([BLOCK, SPAN], masks={"model.layers.1.mlp.up_proj": mask}, compress=True)
+    weight = model.model.layers[1].mlp.up_proj.weight.to_dense()
+    assert not bool((weight[~mask] != 0).any()) and bool((weight[mask] != 0).all())
 
 
 def test_compressed_layers_hold_what_was_trained():
@@ -275,6 +298,7 @@ def test_recut_keeps_every_token():
         (dict(target="mean"), ValueError, "target in .* got 'mean'"),
         (dict(span=2, parts="sublayers"), ValueError, 'parts="block" with a span'),
         (dict(recut=True), ValueError, "span=None with recut, got 1"),
+        (dict(reselect=0.5), ValueError, "reselect=0 with span=1, got 0.5"),
         (dict(batch=2), ValueError, "batch=None with span=1, got 2"),
         (dict(noise=0.1), ValueError, "noise=0 without recut, got 0.1"),
         (dict(steps=3), ValueError, r"keywords of Reconstruction: .* got \['steps'\]"),

@@ -464,6 +464,9 @@ class _Run:
                 fitting(options, blocks, self.walk.batches, memory) for options in extra.spans
             ]
             self.report.options |= extra.described()
+        moving = any(options.reselect for options in extra.spans)
+        fixed = not (moving and self.options.masks)
+        check(fixed, OP, "masks or reselect", "both of them", "Pass reselect=0.")
         if extra.spans:
             self.teachers = [copy.deepcopy(b).to("cpu").requires_grad_(False) for b in blocks]
 

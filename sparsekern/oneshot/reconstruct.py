@@ -18,8 +18,8 @@ not run: there is no loss on logits, no label, and no token is predicted.
                     become the next block's inputs; memory of one block
     span n, None    after the walk, windows of n blocks from front to back (None: the whole model)
 
-Masks are fixed: gradients of pruned weights are zeroed. The gains of norms stay: a gain is a factor
-on the columns of the weights that read it, and those are free.
+Masks are fixed (unless with reselect): gradients of pruned weights are zeroed. The gains of norms
+stay: a gain is a factor on the columns of the weights that read it, and those are free.
 
 Source: for single blocks Guo et al. 2024, "EBFT" (arXiv:2402.12419), and "3BASiL"
 (arXiv:2603.01376).
@@ -41,7 +41,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from sparsekern.backends.compress import compress
+from sparsekern.backends.compress import compress, mask24
 from sparsekern.errors import check
 from sparsekern.nn.replace import dense_weight, is_conv1d, replace_module, write_weight
 from sparsekern.nn.sparse_linear import SparseLinear
@@ -61,6 +61,7 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 # dense model's. Per token and channel of a block: what its backward pass needs, with an MLP three
 # times as wide.
 STATE_BYTES, ACTIVATION_BYTES = 30, 96
+RESELECT_EVERY = 10  # steps
 PIECES = 4  # that a row is cut into by recut
 
 
@@ -87,6 +88,9 @@ class Reconstruction:
             Nothing has to be predicted: the dense model's hidden states are known for any input.
         batch: rows per step, for rounds after the walk on rows of token ids; None: as they are
             batched for the walk. More and smaller steps go further with the same tokens.
+        reselect: share of the steps in which masks move, for rounds after the walk: pruned weights
+            are kept track of, too, moved by the gradient that they would have, and every 10 steps
+            the two largest of each group are taken. An experiment; 0 leaves the masks.
         warmup: share of the steps.      held_out: share of the batches, at least one where there
             are two; they decide when to stop and which weights are kept.
         patience: epochs without a lower held-out error before it stops; None: all epochs run, and
@@ -106,6 +110,7 @@ class Reconstruction:
     recut: bool = False
     noise: float = 0.0
     batch: int | None = None
+    reselect: float = 0.0
     warmup: float = 0.05
     held_out: float = 0.1
     patience: int | None = None
@@ -127,6 +132,9 @@ class Reconstruction:
                 continue
             check(type(value) is int and value >= low, op, f"{name} >= {low}", repr(value))
         check(number(self.lr, 0) and self.lr > 0, op, "lr > 0", repr(self.lr))
+        check(number(self.reselect, 0, 1), op, "reselect from 0 to 1", repr(self.reselect))
+        fixed = self.span != 1 or not self.reselect
+        check(fixed, op, "reselect=0 with span=1", repr(self.reselect))
         check(number(self.between, 0), op, "between >= 0", repr(self.between))
         for name in ("warmup", "held_out", "noise"):
             value = getattr(self, name)
@@ -388,7 +396,8 @@ class SpanRound:
     Args:
         walk: freshly captured: `hidden` are the inputs of block 0.
         teachers: the dense blocks, anywhere; moved to the device while they are needed.
-        masks: linear layer -> bool mask [out, in].      final: the norm behind the last block.
+        masks: linear layer -> bool mask [out, in]; changed with reselect.
+        final: the norm behind the last block.
         batches: what the walk was made of; rows of token ids for recut.
         recapture: batches -> a Walk of them, captured; for recut.
     """
@@ -397,7 +406,7 @@ class SpanRound:
         self,
         walk: Walk,
         teachers: Sequence[nn.Module],
-        masks: Mapping[nn.Module, Tensor],
+        masks: dict[nn.Module, Tensor],
         options: Reconstruction,
         final: nn.Module | None,
         recapture: Callable[[list[Batch]], Walk] | None = None,
@@ -463,7 +472,12 @@ class SpanRound:
         numbers = list(range(first, end))
         with _training(weights_of, options, walk.device, blocks) as trained:
             count = len(walk.calls)
-            return _fit(trained, count, loss, options, numbers, "span", data.new_epoch)
+            fit = _fit(trained, count, loss, options, numbers, "span", data.new_epoch)
+        if options.reselect and fit.kept:
+            for module in self.masks:
+                if id(module) in inside:
+                    self.masks[module] = dense_weight(module) != 0
+        return fit
 
     @torch.no_grad()
     def _advance(self, block: int) -> None:
@@ -773,11 +787,36 @@ class _Loss:
 
 @dataclass
 class _Trained:
-    """A parameter, in float32 while it is trained, and the mask of it (1 and 0, same shape)."""
+    """A parameter, in float32 while it is trained, and the mask of it (1 and 0, same shape).
+    transposed: it is stored as [in_features, out_features]."""
 
     parameter: nn.Parameter
     mask: Tensor
     dtype: torch.dtype
+    transposed: bool = False
+
+
+class _Moving:
+    """Weights under masks that move: `latent` holds a value for every weight, the parameters those
+    of the two largest of each group."""
+
+    def __init__(self, trained: list[_Trained]) -> None:
+        self.trained = trained
+        self.latent = [nn.Parameter(t.parameter.detach().clone()) for t in trained]
+
+    @torch.no_grad()
+    def step(self, optimizer: torch.optim.Optimizer, gradients: list[Tensor], select: bool) -> None:
+        """One step of the optimizer, on the gradients of the parameters."""
+        for latent, gradient in zip(self.latent, gradients):
+            latent.grad = gradient
+        optimizer.step()
+        for latent, t in zip(self.latent, self.trained):
+            latent.grad = None
+            if select:
+                scores = latent.detach().abs()
+                mask = mask24(scores.t().contiguous()).t() if t.transposed else mask24(scores)
+                t.mask.copy_(mask)
+            t.parameter.data.copy_(latent.detach() * t.mask)
 
 
 def held_out(batches: int, options: Reconstruction) -> int:
@@ -820,6 +859,9 @@ def _fit(
         parameters, options.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda"
     )
     masks = [t.mask for t in trained]
+    moving = _Moving(trained) if options.reselect else None
+    if moving is not None:
+        optimizer.param_groups[0]["params"] = moving.latent
     generator = torch.Generator().manual_seed(options.seed * 7919 + blocks[0])
     total, step, stale, epoch, last = options.epochs * len(train), 0, 0, 0, math.nan
     try:
@@ -831,10 +873,16 @@ def _fit(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 losses.append(_backward(loss, train[number], parameters))
+                moves = moving is not None and step < options.reselect * total
                 gradients = [cast(Tensor, p.grad) for p in parameters]
-                torch._foreach_mul_(gradients, masks)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                if not moves:
+                    torch._foreach_mul_(gradients, masks)
+                if moving is not None:
+                    moving.step(optimizer, gradients, moves and step % RESELECT_EVERY == 0)
+                else:
+                    optimizer.step()
+                for p in parameters:
+                    p.grad = None
                 step += 1
             last = float(torch.stack(losses).mean())
             now = error()
@@ -911,16 +959,18 @@ def _schedule(step: int, total: int, warmup: float) -> float:
 
 def _weights(
     modules: Sequence[nn.Module], masks: Mapping[nn.Module, Tensor]
-) -> list[tuple[nn.Parameter, Tensor]]:
-    """(weight as the module stores it, mask in the same form)."""
-    return [
-        (cast(nn.Parameter, m.weight), masks[m].t() if is_conv1d(m) else masks[m]) for m in modules
-    ]
+) -> list[tuple[nn.Parameter, Tensor, bool]]:
+    """(weight as the module stores it, mask in the same form, whether that is transposed)."""
+    found = []
+    for module in modules:
+        mask, turned = masks[module], is_conv1d(module)
+        found.append((cast(nn.Parameter, module.weight), mask.t() if turned else mask, turned))
+    return found
 
 
 @contextlib.contextmanager
 def _training(
-    chosen: list[tuple[nn.Parameter, Tensor]],
+    chosen: list[tuple[nn.Parameter, Tensor, bool]],
     options: Reconstruction,
     device: torch.device,
     blocks: Sequence[nn.Module],
@@ -931,7 +981,10 @@ def _training(
     before = [(p, p.dtype, p.requires_grad) for p in every]
     half = any(p.dtype.itemsize == 2 for p in every)
     calls = [(m, m._compiled_call_impl) for m in blocks]
-    trained = [_Trained(p, mask.to(p.device, torch.float32), p.dtype) for p, mask in chosen]
+    trained = [
+        _Trained(p, mask.to(p.device, torch.float32, copy=True), p.dtype, turned)
+        for p, mask, turned in chosen
+    ]
     try:
         for p in every:
             p.requires_grad_(False)
