@@ -7,10 +7,12 @@ import torch
 
 import sparsekern as sk
 from python_tests.oneshot.driver_models import build, is_24, plain, run_prune, tokens
-from sparsekern.oneshot import presets, reconstruct
+from sparsekern.oneshot import fit as fit_module
+from sparsekern.oneshot import presets, reconstruct, spans
 from sparsekern.oneshot.calibration import Batch
 from sparsekern.oneshot.presets import PRESETS, Preset
-from sparsekern.oneshot.reconstruct import Reconstruction, as_rounds, recut, windows
+from sparsekern.oneshot.rounds import Reconstruction, as_rounds
+from sparsekern.oneshot.spans import recut, windows
 
 BLOCK = dict(span=1, epochs=4, lr=2e-3)
 SPAN = dict(span=None, epochs=4, lr=2e-3, between=1.0)
@@ -107,7 +109,7 @@ def test_interrupted_and_resumed(compress, tmp_path, monkeypatch):
     rounds = [{**BLOCK, "epochs": 1}, {**SPAN, "span": 2, "epochs": 1}]
     options = dict(compress=compress, rotate={"steps": 3}, untie=True)
     straight, expected = pruned(rounds, **options)
-    known = reconstruct._fit
+    known = fit_module.fit
     calls = []
 
     def broken(*args, **kwargs):
@@ -117,7 +119,8 @@ def test_interrupted_and_resumed(compress, tmp_path, monkeypatch):
         return known(*args, **kwargs)
 
     for module in ("block", "window"):
-        monkeypatch.setattr(reconstruct, "_fit", broken)
+        monkeypatch.setattr(reconstruct, "fit", broken)
+        monkeypatch.setattr(spans, "fit", broken)
         with pytest.raises(KeyboardInterrupt):
             pruned(rounds, resume=tmp_path, **options)
         monkeypatch.undo()
@@ -137,14 +140,14 @@ def test_interrupted_and_resumed(compress, tmp_path, monkeypatch):
 @pytest.mark.parametrize("rounds", [BLOCK, SPAN], ids=["block", "span"])
 def test_an_exception_leaves_the_model_as_it_was(rounds, monkeypatch):
     model, dense = build(layers=3), build(layers=3)
-    known = reconstruct._schedule
+    known = fit_module.schedule
 
     def broken(step, total, warmup):
         if step == 5:
             raise KeyboardInterrupt
         return known(step, total, warmup)
 
-    monkeypatch.setattr(reconstruct, "_schedule", broken)
+    monkeypatch.setattr(fit_module, "schedule", broken)
     with pytest.raises(KeyboardInterrupt):
         pruned(rounds, model=model, undo=True, rotate={"steps": 2}, untie=True, compress=True)
     for (name, a), b in zip(model.named_parameters(), dense.parameters()):
@@ -245,13 +248,13 @@ def test_windows():
 
 def test_rebatch():
     batches = [Batch((), {"input_ids": tokens(5, 8)}, 5, 40)]
-    made = reconstruct.rebatch(batches, 2)
+    made = spans.rebatch(batches, 2)
     assert [b.samples for b in made] == [2, 2, 1] and [b.tokens for b in made] == [16, 16, 8]
     assert torch.equal(torch.cat([b.kwargs["input_ids"] for b in made]), tokens(5, 8))
-    assert reconstruct.rebatch(batches, None) == batches
+    assert spans.rebatch(batches, None) == batches
     masked = [Batch((), {"input_ids": tokens(2), "attention_mask": tokens(2) > 0}, 2, 40)]
     with pytest.raises(ValueError, match="rows of token ids with batch, got calls with more"):
-        reconstruct.rebatch(masked, 2)
+        spans.rebatch(masked, 2)
 
 
 def test_a_preset_fits_the_memory():
@@ -261,14 +264,14 @@ def test_a_preset_fits_the_memory():
     options = Reconstruction(span=None, recut=True, noise=0.1)
     weights = sum(p.numel() for p in blocks[0].parameters())
     need = 4 * (30 * weights + 16 * 32 * 96)
-    assert reconstruct.fitting(options, blocks, batches, 2 * need) == options
-    checkpoints = reconstruct.fitting(options, blocks, batches, 2 * need - 2)
+    assert spans.fitting(options, blocks, batches, 2 * need) == options
+    checkpoints = spans.fitting(options, blocks, batches, 2 * need - 2)
     assert checkpoints.checkpoint and checkpoints.span is None and checkpoints.recut
-    fewer = reconstruct.fitting(options, blocks, batches, need)
+    fewer = spans.fitting(options, blocks, batches, need)
     assert fewer.checkpoint and fewer.span == 2 and not fewer.recut and not fewer.noise
     fewer.check()
     two = Reconstruction(span=2)
-    assert reconstruct.fitting(two, blocks, batches, 1) == two
+    assert spans.fitting(two, blocks, batches, 1) == two
 
 
 def test_recut_keeps_every_token():

@@ -39,24 +39,15 @@ from sparsekern.oneshot.layerwise import (
 )
 from sparsekern.oneshot.layerwise import quantize as quantize_layer
 from sparsekern.oneshot.presets import find_preset
-from sparsekern.oneshot.reconstruct import (
-    Fit,
-    Given,
-    Reconstruction,
-    SpanRound,
-    as_rounds,
-    described,
-    final_norm,
-    fitting,
-    rebatch,
-    reconstruct_block,
-)
+from sparsekern.oneshot.reconstruct import reconstruct_block
 from sparsekern.oneshot.report import LayerReport, PruneReport
 from sparsekern.oneshot.resume import ResumeDir, rotate_resumed
 from sparsekern.oneshot.rotation import rotate_on
+from sparsekern.oneshot.rounds import Fit, Given, Reconstruction, as_rounds, described
 from sparsekern.oneshot.selection import check_options, check_weights, describe, select
 from sparsekern.oneshot.sequential import Walk
 from sparsekern.oneshot.skip import DEFAULT_RULE
+from sparsekern.oneshot.spans import SpanRound, final_norm, fitting, rebatch
 from sparsekern.prune import Hessian, Method
 from sparsekern.prune.methods import find_method
 
