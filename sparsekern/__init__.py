@@ -28,6 +28,7 @@ from sparsekern.integrations.transformers import register_when_imported
 from sparsekern.nn.count import ParameterCount, num_parameters
 from sparsekern.nn.optimize import OptimizeReport, optimize
 from sparsekern.nn.parallel import tensor_parallel
+from sparsekern.nn.sparse_experts import SparseExperts
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.compress_model import compress_model
 from sparsekern.oneshot.executor import calibrate
@@ -60,6 +61,7 @@ __all__ = [
     "RotationReport",
     "SensitivityReport",
     "Sparse24",
+    "SparseExperts",
     "SparseLinear",
     "WeightSpec",
     "__version__",

@@ -10,6 +10,7 @@ from torch import nn
 from sparsekern.checkpoint.skeleton import skeleton_of
 from sparsekern.errors import check
 from sparsekern.nn.replace import is_conv1d, replace_module
+from sparsekern.nn.sparse_experts import decompress_experts
 from sparsekern.nn.sparse_linear import SparseLinear
 
 OP = "sparsekern.decompress_model"
@@ -25,7 +26,8 @@ def decompress_model(model: M) -> M:
     For what knows no 2:4 weights: ONNX (`torch.onnx.export`), other quantizers, other engines.
 
     Args:
-        model: any nn.Module. Layers that were transformers' Conv1D become Conv1D again.
+        model: any nn.Module. Layers that were transformers' Conv1D become Conv1D again, and experts
+            one parameter.
     Returns:
         model; all parameters are trainable that were, and the new weights are.
     Raises:
@@ -36,6 +38,7 @@ def decompress_model(model: M) -> M:
     remedy = "Use layer.to_linear()." if isinstance(model, SparseLinear) else ""
     fits = isinstance(model, nn.Module) and not isinstance(model, SparseLinear)
     check(fits, OP, "a model", type(model).__name__, remedy, TypeError)
+    apart = decompress_experts(model)
     names = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
     head = getattr(model, "get_output_embeddings", lambda: None)() if names else None
     tree = skeleton_of(model, untied=any(m is head for m in names.values())) if names else None
@@ -51,7 +54,7 @@ def decompress_model(model: M) -> M:
     for attribute in _OF_QUANTIZERS:
         model.__dict__.pop(attribute, None)
     config: Any = getattr(model, "config", None)
-    if names and hasattr(config, "quantization_config"):
+    if (names or apart) and hasattr(config, "quantization_config"):
         del config.quantization_config
     return model
 

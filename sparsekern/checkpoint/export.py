@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsekern.backends.compress import decompress
 from sparsekern.checkpoint.arguments import folder_path, parse_size
+from sparsekern.checkpoint.experts import fused_dense, read_entries
 from sparsekern.errors import check
 from sparsekern.formats import dtypes
 from sparsekern.formats.disk import (
@@ -87,11 +88,15 @@ def export_dense(
     config, _ = read_compression_config(source)
     layers = check_headers(files)
     transposed = _transposed(config, layers)
+    entries = read_entries(config, layers, files.info)
+    fused = {name: entry for entry in entries for name in entry["layers"]}
     numbers = numbers_dtype(config)
     kept = [name for name in layers if keep_quantized and storage_of(files, name) is not None]
     turned = sorted(transposed & set(kept))
     remedy = "Export it without keep_quantized."
     check(not turned, EXPORT_OP, "quantised layers that were Linear", turned[:4], remedy)
+    grouped = sorted(fused.keys() & set(kept))
+    check(not grouped, EXPORT_OP, "quantised layers that are no experts", grouped[:4], remedy)
     specs: dict[str, WeightSpec] = {}
 
     companions = sorted(
@@ -114,10 +119,26 @@ def export_dense(
     def stored(name: str) -> dict[str, Tensor]:
         return {name: files.read(name)[0]}
 
+    def dense_weight(name: str) -> Tensor:
+        if name in layers:
+            return decompress(read_sparse24(files, name, numbers=numbers))
+        return files.read(join(name, "weight"))[0]
+
     parts = parts_of(files, layers)
+    parts |= {join(name, "weight"): name for name in fused if name not in layers}
     groups: list[Group] = []
+    for entry in entries:
+        size = sum(
+            math.prod(layers[n]) * _bits(files, n, numbers, False) // 8
+            if n in layers
+            else files.info[join(n, "weight")].nbytes
+            for n in entry["layers"]
+        )
+        groups.append((size, lambda entry=entry: fused_dense(entry, dense_weight)))  # type: ignore[misc]
     for name, info in files.info.items():
         layer = parts.get(name)
+        if layer in fused:
+            continue
         if layer is None:
             groups.append((info.nbytes, lambda name=name: stored(name)))  # type: ignore[misc]
         elif name == values_name(files, layer):

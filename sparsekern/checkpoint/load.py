@@ -8,6 +8,7 @@ in several tensors, those of one parameter (checkpoint/names.py).
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import warnings
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.checkpoint import arguments
+from sparsekern.checkpoint.experts import ExpertReader, check_columns
 from sparsekern.checkpoint.names import Conversion, Names, match_names
 from sparsekern.checkpoint.skeleton import (
     build_from_dict,
@@ -43,6 +45,7 @@ from sparsekern.formats.disk import (
     read_sparse24,
     values_name,
 )
+from sparsekern.nn.sparse_experts import fuse_experts, unfuse_experts
 from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
 from sparsekern.utils.safetensors_io import (
     CONFIG_FILE,
@@ -298,7 +301,7 @@ def _load(
     _untie(model, found)
     reader = _Reader(model, files, dtype, finite, numbers_dtype(config))
     parents: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
+    for parent in list(model.modules()):
         for attribute, child in parent._modules.items():
             parents.setdefault(id(child), []).append((parent, attribute))
 
@@ -308,7 +311,7 @@ def _load(
     for name in [name for name, _ in model.named_modules()]:  # replaced modules are freed at once
         module = model.get_submodule(name)
         device = device_of(name)
-        if name in found.names.layers:
+        if name in found.names.layers or name in found.names.experts.matrices:
             sparse = reader.layer(name, found, module, device)
             for parent, attribute in parents[id(module)]:
                 setattr(parent, attribute, sparse)
@@ -406,6 +409,8 @@ class _Reader:
         self.numbers = numbers  # dtype of quantised layers where none is asked for
         self.waiting: dict[str, Tensor] = {}  # converted with others, and not yet in the model
         self.precise = _precise(model, dtype)
+        finite_check = functools.partial(require_finite, files) if finite else None
+        self.experts = ExpertReader(files, dtype, numbers, finite_check)
 
     def read(self, name: str, device: torch.device) -> Tensor:
         tensor = self.files.read(name, device=device)[0]
@@ -444,9 +449,13 @@ class _Reader:
 
     def layer(
         self, name: str, found: Plan, module: nn.Module, device: torch.device
-    ) -> SparseLinear:
-        """SparseLinear for one compressed layer; `module` is what stands in its place on the
-        tree."""
+    ) -> nn.Module:
+        """SparseLinear for one compressed layer, or the linear layer of an expert; `module` is what
+        stands in its place on the tree."""
+        parts = found.names.experts.matrices.get(name)
+        if parts is not None:
+            trained = all(p.requires_grad for p in module.parameters())
+            return self.experts.module(parts, device, trained).train(module.training)
         stored = found.names.layers[name]
         weight = read_sparse24(self.files, stored, device, self.dtype, self.numbers)
         if self.finite:
@@ -505,9 +514,28 @@ def plan(
     """
     parts = list(parts_of(files, layers))
     names = match_names(model, files.info, layers, parts, key_mapping)
+    check_columns(files, layers, names.experts, names.known)
+    made = unfuse_experts(model, names.experts.modules) if names.experts.modules else {}
+    try:
+        return _plan(model, files, layers, names, whole)
+    except BaseException:
+        for old, new in made.values():
+            fuse_experts(model, new, old)
+        raise
+
+
+def _plan(
+    model: nn.Module,
+    files: TensorFiles,
+    layers: Mapping[str, tuple[int, int]],
+    names: Names,
+    whole: bool,
+) -> Plan:
+    """`plan`, once the experts that have compressed matrices are apart."""
     found = Plan(names)
     modules = dict(model.named_modules(remove_duplicate=False))
-    replaced = {id(modules[name]) for name in names.layers if name in modules}
+    inside = [*names.layers, *names.experts.matrices]
+    replaced = {id(modules[name]) for name in inside if name in modules}
     for name, layer in names.layers.items():
         _check_layer(files, layer, name, modules.get(name), layers[layer])
 

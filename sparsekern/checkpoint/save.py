@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.checkpoint.arguments import folder_path, parse_size
+from sparsekern.checkpoint.experts import Stored, apart, stored_experts
 from sparsekern.checkpoint.names import SAVE_OP, Conversion, DiskNames, disk_names
 from sparsekern.checkpoint.skeleton import linear_shape, own_tensors, skeleton_of
 from sparsekern.errors import check
@@ -114,9 +115,18 @@ def save_pretrained(
     skeleton = skeleton_of(model, untied=_compressed_head(model, sparse))
     _warn_lost_buffers(model, skeleton)
     dense = _dense_tensors(model, skeleton)
-    names = disk_names(model, dense, sparse)
-    config = model_config(model, sparse, dense, names, skeleton)
-    groups = [_sparse_group(names.layers[name], module) for name, module in sparse.items()]
+    inside = _inside_experts(model)
+    plain = {name: tensor for name, tensor in dense.items() if name not in inside}
+    alone = {name: module for name, module in sparse.items() if name not in inside}
+    names = disk_names(model, plain, alone)
+    experts, entries = stored_experts(model, names.rename, names.split)
+    config = model_config(model, sparse, dense, names, skeleton, experts, entries)
+    groups = [_sparse_group(names.layers[name], module) for name, module in alone.items()]
+    for stored in experts:
+        if stored.whole is not None:
+            groups.append(_sparse_group(stored.name, stored.whole))
+        else:
+            groups.append((stored.nbytes, stored.tensors))
     groups += [_dense_group(stored, dense[name]) for stored, name in names.plain.items()]
     for conversion in names.groups:
         groups += _converted_groups(model, conversion, dense, names)
@@ -157,16 +167,28 @@ def model_config(
     dense: Mapping[str, Tensor],
     names: DiskNames,
     skeleton: nn.Module | None,
+    experts: Collection[Stored] = (),
+    entries: Collection[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """config.json of a model with the entries that announce its compressed layers."""
     own: dict[str, Any] = {}
     config = _config(model, sparse, dense)
-    linears = {names.module(n): kind for n, kind in _linears(model, sparse, skeleton).items()}
-    stored = {names.layers[name] for name in sparse}
+    inside = _inside_experts(model)
+    linears = {
+        names.module(n): kind
+        for n, kind in _linears(model, sparse, skeleton).items()
+        if n not in inside
+    }
+    linears |= {entry.layer: "Linear" for entry in experts if entry.stack is None}
+    stored = {names.layers[name] for name in sparse if name not in inside}
+    stored |= {entry.name for entry in experts if entry.compressed}
     if sparse:
         total = sum(m.out_features * m.in_features for m in sparse.values())
         share = total / 2 / (total + sum(tensor.numel() for tensor in dense.values()))
-        specs = {names.layers[name]: m.weight.spec for name, m in sparse.items()}
+        specs = {
+            names.layers[name]: m.weight.spec for name, m in sparse.items() if name not in inside
+        }
+        specs |= {entry.name: entry.spec for entry in experts if entry.compressed}
         quantized = {name: spec for name, spec in specs.items() if not spec.element.plain}
         entry = compression_config(linears, stored, share, quantized)
         config["quantization_config"] = entry
@@ -177,9 +199,22 @@ def model_config(
     transposed = sorted(name for name in stored if linears[name] == "Conv1D")
     if transposed:
         own["transposed"] = transposed  # export_dense writes these as [in, out]
+    if entries:
+        own["experts"] = list(entries)  # and these as one tensor of all experts
     if own:
         config["sparsekern"] = own
     return config
+
+
+def _inside_experts(model: nn.Module) -> set[str]:
+    """Names of the linear layers of experts, and of their dense weights."""
+    layers = {
+        join(name, f"{i}.{key}")
+        for name, experts in apart(model).items()
+        for i in range(experts.recipe.experts)
+        for key, _ in experts.recipe.matrices
+    }
+    return layers | {join(layer, "weight") for layer in layers}
 
 
 def numbers_name(specs: Iterable[WeightSpec]) -> str:

@@ -101,6 +101,8 @@ class SparseKernConfig(QuantizationConfig):
                 storage = self.layers.storage(prefix, self.packed_modules_mapping)
                 return SparseKernLinearMethod(prefix, storage)
             return UnquantizedLinearMethod()
+        if any("FusedMoE" in kind.__name__ for kind in type(layer).__mro__):
+            plugin.refuse_experts(prefix, plugin.has_sparse_experts(self.layers, prefix))
         if isinstance(layer, ParallelLMHead) and prefix in (self.layers.sparse or ()):
             raise NotImplementedError(
                 message(

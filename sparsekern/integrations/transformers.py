@@ -23,6 +23,7 @@ import importlib.abc
 import importlib.machinery
 import inspect
 import os
+import re
 import sys
 import threading
 import warnings
@@ -34,6 +35,7 @@ import torch
 from torch import nn
 
 from sparsekern.checkpoint.decompress import decompress_model
+from sparsekern.checkpoint.experts import ExpertReader, Part, check_columns
 from sparsekern.checkpoint.names import match_names
 from sparsekern.checkpoint.save import save_pretrained
 from sparsekern.checkpoint.skeleton import linear_shape
@@ -50,6 +52,7 @@ from sparsekern.formats.disk import (
     values_name,
 )
 from sparsekern.formats.dtypes import ElementType, element
+from sparsekern.nn.sparse_experts import unfuse_experts
 from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
 from sparsekern.utils.safetensors_io import TensorFiles, require
 
@@ -62,7 +65,8 @@ _registered = False
 
 
 class WaitingLayer(nn.Module):
-    """Stands for a compressed layer while Transformers loads the dense tensors.
+    """Stands for a compressed layer, or for a matrix of an expert beside compressed ones, while
+    Transformers loads the dense tensors.
 
     It has the bias, which Transformers fills, and the sizes of what is to come, which device_map
     counts; both buffers are kept out of state dicts.
@@ -196,7 +200,7 @@ class _Quantizer:
         parts = list(parts_of(self.files, layers))
         names = match_names(model, self.files.info, layers, parts)
         modules = dict(model.named_modules())
-        self.waiting: dict[str, str] = {}
+        self.waiting: dict[str, str | list[Part]] = {}
         for name, layer in names.layers.items():
             if name not in modules:
                 continue  # of a head that this class of model lacks; Transformers lists it
@@ -213,18 +217,40 @@ class _Quantizer:
             kind = element(storage_of(self.files, layer) or self.files.info[values].dtype)
             _replace(model, modules[name], WaitingLayer(modules[name], kind))
             self.waiting[name] = layer
+        check_columns(self.files, layers, names.experts, names.known)
+        unfuse_experts(model, names.experts.modules)
+        for name, expert_parts in names.experts.matrices.items():
+            first = expert_parts[0]
+            coded = storage_of(self.files, first.name) if first.compressed else None
+            stored = values_name(self.files, first.name) if first.compressed else first.name
+            kind = element(coded or self.files.info[stored].dtype)
+            above, _, key = name.rpartition(".")
+            home = model.get_submodule(above)
+            home._modules[key] = WaitingLayer(home.get_submodule(key), kind)
+            self.waiting[name] = expert_parts
+        dense = {part.name for found in names.experts.matrices.values() for part in found}
+        fused = {re.escape(place.name) for place in names.known.values()}
         model._keys_to_ignore_on_load_unexpected = {  # type: ignore[assignment]
             *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
             PART_NAMES,
+            *(rf"^{re.escape(name)}$" for name in dense if name in self.files.info),
+            *(rf"^{name}$" for name in fused),
         }
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> Any:
         dtype = getattr(self, "dtype", None) or getattr(model, "dtype", None)
+        experts = ExpertReader(self.files, dtype, self.numbers)
         for name, layer in self.waiting.items():
             waiting: Any = model.get_submodule(name)
             device = waiting.values.device
             device = torch.device("cpu") if device.type == "meta" else device
+            if isinstance(layer, list):
+                above, _, key = name.rpartition(".")
+                model.get_submodule(above)._modules[key] = experts.module(layer, device).train(
+                    waiting.training
+                )
+                continue
             weight = read_sparse24(self.files, layer, device, dtype, self.numbers)
             bias = (
                 waiting.bias

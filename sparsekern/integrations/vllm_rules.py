@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import dtypes
 from sparsekern.formats.disk import FORMAT, METHOD, compressed_layers, join
-from sparsekern.utils.safetensors_io import TensorFiles
+from sparsekern.utils.safetensors_io import CONFIG_FILE, TensorFiles, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 NAME = METHOD
 TESTED = "0.24"
 OP = "sparsekern.vllm"
+# Names of experts' matrices in files that have a tensor for each.
+_EXPERT = re.compile(r"(^|\.)experts\.(\d+\.|gate_up_proj$|down_proj$)")
 
 
 def sparsity_entry(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -120,10 +122,45 @@ def _parts(prefix: str, fused: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def sparse_layers(folder: str) -> list[str] | None:
-    """Names of the 2:4 layers in a local folder, by its files' headers; None for other places."""
+    """Names of the 2:4 layers in a local folder, by its files' headers; None for other places.
+
+    Raises:
+        NotImplementedError: experts are among them.
+    """
     if not Path(folder).is_dir() or not any(Path(folder).glob("*.safetensors")):
         return None
-    return compressed_layers(TensorFiles(Path(folder)))
+    names = compressed_layers(TensorFiles(Path(folder)))
+    own: Any = {}
+    if (Path(folder) / CONFIG_FILE).is_file():
+        own = read_json(Path(folder) / CONFIG_FILE).get("sparsekern") or {}
+    stacked = bool(own.get("experts")) if isinstance(own, dict) else False
+    experts = [name for name in names if _EXPERT.search(name)]
+    refuse_experts(experts[0] if experts else folder, bool(experts) or stacked)
+    return names
+
+
+def refuse_experts(what: str, sparse: bool) -> None:
+    """NotImplementedError where experts are 2:4: vLLM computes all of a layer in kernels of its
+    own, which read dense weights."""
+    check(
+        not sparse,
+        OP,
+        f"dense experts in {what}",
+        "2:4 ones, which vLLM's fused experts cannot read",
+        "Run the model with sparsekern.from_pretrained, or write dense weights with zeros: "
+        "sparsekern export DIR OUT --to dense.",
+        NotImplementedError,
+    )
+
+
+def has_sparse_experts(layers: Layers, prefix: str) -> bool:
+    """Whether experts that vLLM has at `prefix` are 2:4 in the folder, as far as is known."""
+    if layers.sparse is not None:
+        return any(name.startswith(f"{prefix}.") or name == prefix for name in layers.sparse)
+    return bool(layers.dense) and not any(
+        re.match(rule[3:], prefix) if rule.startswith("re:") else rule.startswith(f"{prefix}.")
+        for rule in layers.dense
+    )
 
 
 def coded_layers(folder: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from sparsekern.nn.count import num_parameters
 from sparsekern.nn.replace import replace_module
 from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
 from sparsekern.oneshot import discovery as models
+from sparsekern.oneshot.experts import with_experts_apart
 from sparsekern.oneshot.layerwise import new_report
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.oneshot.selection import select
@@ -25,6 +26,7 @@ from sparsekern.ops.quantize import quantize as quantized
 OP = "sparsekern.compress_model"
 
 
+@with_experts_apart
 def compress_model(
     model: nn.Module,
     skip: Any = (),
@@ -36,7 +38,7 @@ def compress_model(
     """Replace every linear layer whose weight is 2:4 by a SparseLinear, in place; W' = W.
 
     Args:
-        model: any nn.Module.
+        model: any nn.Module; experts in 3-D parameters count one by one.
         skip, targets: as in prune_model; nothing is skipped by default.
         quantize: None, or "fp8" | "int8" | "int4": the weights become levels with scales, each
             weight its nearest one (prune.rtn). prune_model has the quantiser that reads inputs.
@@ -75,7 +77,7 @@ def compress_model(
                         row.quantized = f"{quantize}{group_text} rtn"
                     bias: Any = getattr(old, "bias", None)
                     new: SparseLinear = SparseLinear.from_sparse24(w24, bias)
-                    replace_module(model, old, new)
+                    replace_module(layer.home or model, old, new)
                     layer.module = new
                     row.skipped, row.method, row.is_24 = False, "as it was", True
                     row.bytes_sparse = w24.nbytes

@@ -70,7 +70,7 @@ def new_report(layer: Layer, options: Options | None = None) -> LayerReport:
     stays as it is."""
     row = LayerReport(layer.name, layer.shape, layer.dtype, layer.block)
     row.bytes_dense, row.bytes_sparse = layer.bytes_dense, layer.bytes_now
-    row.is_24 = layer.is_24
+    row.is_24, row.tokens = layer.is_24, layer.tokens
     if options is None:
         row.skipped, row.reason = True, layer.reason
     else:
@@ -167,7 +167,11 @@ def _prune(layers: list[Layer], hessian: prune.Hessian | None, options: Options)
             )
         if given and not method.updates:
             report.method = "mask"
-        report.damp, report.note = details.damp, note
+        few = None
+        if report.few_tokens:
+            few = f"saw {layer.tokens} tokens, fewer than in_features"
+        report.damp = details.damp
+        report.note = "; ".join(text for text in (few, note) if text) or None
         report.is_24 = options.pattern == (2, 4) or bool(given)
         if levels is not None:
             describe_quantized(report, weight, levels, hessian, options)

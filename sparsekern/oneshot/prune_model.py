@@ -30,6 +30,7 @@ from sparsekern.oneshot import keep_dense as dense_rule
 from sparsekern.oneshot.calibration import Batch, digest, make_batches
 from sparsekern.oneshot.estimate import Progress, free_host_bytes
 from sparsekern.oneshot.executor import Calibration, Stage, on_device
+from sparsekern.oneshot.experts import with_experts_apart
 from sparsekern.oneshot.layerwise import (
     DAMP,
     Options,
@@ -55,6 +56,7 @@ OP = "sparsekern.prune_model"
 logger = logging.getLogger("sparsekern")
 
 
+@with_experts_apart
 def prune_model(
     model: nn.Module,
     method: str | Method | Callable[[Tensor, Hessian | None], Tensor] = "sparsegpt",
@@ -183,6 +185,10 @@ def prune_model(
         UserWarning: nothing, or less than half of what was asked for, is 2:4 in the end
             (report.partial); it names the largest reasons.
     Notes:
+        Experts in 3-D parameters are pruned one by one, as layers `<module>.<expert>.<parameter>`,
+        each on the tokens that reach it and, the fewer these are, on others of its layer
+        (oneshot/experts.py has the rule); the report names those that saw fewer tokens than they
+        have in_features (report.few_tokens). With compress their module becomes a SparseExperts.
         Training flags, hooks, config.use_cache, tied weights and the model's device are left as
         they were. The output is deterministic for one device and batch size. Progress is logged to
         "sparsekern".

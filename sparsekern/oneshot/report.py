@@ -50,6 +50,7 @@ class LayerReport:
             nothing is compressed.
         is_24: the weight is 2:4 now, pruned by this run or before it.
         asked: the layer was to be pruned; False where a rule of the caller leaves it dense.
+        tokens: that an expert saw in the calibration; None for other layers.
     """
 
     name: str
@@ -67,6 +68,7 @@ class LayerReport:
     bytes_sparse: int = 0
     is_24: bool = False
     asked: bool = True
+    tokens: int | None = None
     quantized: str | None = None
     quantize_error: float | None = None
 
@@ -74,6 +76,12 @@ class LayerReport:
     def elements(self) -> int:
         """Number of weights, counted dense."""
         return math.prod(self.shape)
+
+    @property
+    def few_tokens(self) -> bool:
+        """Whether an expert saw fewer tokens than it has in_features; oneshot/experts.py says what
+        it is pruned on."""
+        return self.tokens is not None and self.tokens < self.shape[1]
 
 
 @dataclass
@@ -125,6 +133,12 @@ class PruneReport:
         return [layer for layer in self.layers if layer.skipped]
 
     @property
+    def few_tokens(self) -> list[LayerReport]:
+        """Matrices of experts that saw fewer tokens in the calibration than they have
+        in_features."""
+        return [layer for layer in self.pruned if layer.few_tokens]
+
+    @property
     def share(self) -> float:
         """Of the weights of all rows, the share that is 2:4 now; 0 without rows."""
         return _share(self.layers)
@@ -174,6 +188,8 @@ class PruneReport:
         )
         if sparse != dense:
             text += f", pruned weights {_size(dense)} -> {_size(sparse)}"
+        if self.few_tokens:
+            text += f", {len(self.few_tokens)} matrices of experts saw few tokens"
         text += f", {self.share:.1%} of the linear weights are 2:4"
         if self.preset:
             text += f", preset {self.preset}"
