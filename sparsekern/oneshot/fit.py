@@ -170,9 +170,11 @@ def fit(
                     group["lr"] = rate
                 losses.append(_backward(loss, train[number], parameters))
                 moves = moving is not None and step < options.reselect * total
-                gradients = [cast(Tensor, p.grad) for p in parameters]
+                # None: of an expert that no token of the batch reached.
+                gradients = [p.grad for p in parameters]
                 if not moves:
-                    torch._foreach_mul_(gradients, masks)
+                    there = [(g, m) for g, m in zip(gradients, masks) if g is not None]
+                    torch._foreach_mul_([g for g, _ in there], [m for _, m in there])
                 if moving is not None:
                     moving.step(optimizer, gradients, moves and step % RESELECT_EVERY == 0)
                 else:
