@@ -101,7 +101,9 @@ class Moving:
         self.latent = [nn.Parameter(t.parameter.detach().clone()) for t in trained]
 
     @torch.no_grad()
-    def step(self, optimizer: torch.optim.Optimizer, gradients: list[Tensor], select: bool) -> None:
+    def step(
+        self, optimizer: torch.optim.Optimizer, gradients: list[Tensor | None], select: bool
+    ) -> None:
         """One step of the optimizer, on the gradients of the parameters."""
         for latent, gradient in zip(self.latent, gradients):
             latent.grad = gradient
