@@ -65,6 +65,7 @@ EXPLORE: dict[str, tuple[float, str, Any]] = {
     "recut, batch 2, 8 epochs": (35, "start", LONG),
     "channel loss": (35, "start", _with(LONG, loss="channel")),
     "rotate": (35, "prune", {"rotate": True, "untie": True, "reconstruct": BLOCK}),
+    "recut, batch 2, reselect": (40, "start", _with(LONG, reselect=0.5)),
     "recut, batch 2, noise": (35, "start", _with(LONG, noise=0.1)),
     "recut, batch 2, lr x 2": (35, "start", _with(LONG, lr=1.2e-3)),
     "block, channel loss": (25, "prune", {"reconstruct": _with(BLOCK, loss="channel")}),

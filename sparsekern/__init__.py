@@ -33,9 +33,10 @@ from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.compress_model import compress_model
 from sparsekern.oneshot.executor import calibrate
 from sparsekern.oneshot.prune_model import prune_model
-from sparsekern.oneshot.reconstruct import Fit, Reconstruction, reconstruct
+from sparsekern.oneshot.reconstruct import reconstruct
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.oneshot.rotation import RotationReport, rotate
+from sparsekern.oneshot.rounds import Fit, Reconstruction
 from sparsekern.ops.compress import compress, decompress, prune_compress, verify
 from sparsekern.ops.gated_op import gated_linear
 from sparsekern.ops.linear_op import Explanation, explain, linear

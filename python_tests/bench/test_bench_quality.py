@@ -71,7 +71,7 @@ def test_the_matrix(tmp_path):
 
 
 def test_every_row_of_explore_is_valid():
-    from sparsekern.oneshot.reconstruct import as_rounds
+    from sparsekern.oneshot.rounds import as_rounds
 
     for name, (seconds, kind, what) in bench_quality.EXPLORE.items():
         assert kind in ("start", "prune") and 0 < seconds < 120, name

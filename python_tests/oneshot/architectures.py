@@ -118,7 +118,11 @@ KINDS = {
         "deepseek-v2": (
             "DeepseekV2ForCausalLM",
             "DeepseekV2Config",
-            {k: v for k, v in MODELS["deepseek-v3"][2].items() if k not in ("topk_group", "n_group")}
+            {
+                k: v
+                for k, v in MODELS["deepseek-v3"][2].items()
+                if k not in ("topk_group", "n_group")
+            }
             | {"topk_method": "greedy"},
         ),
         "deepseek-v3": MODELS["deepseek-v3"],

@@ -16,9 +16,7 @@ from sparsekern.nn.sparse_linear import SparseLinear
 
 transformers = pytest.importorskip("transformers")
 # What may keep more than a tenth of a model dense; docs/architectures.md says what they mean.
-KNOWN = re.compile(
-    r"weight tied to |convolution$|\w+ reads the weight itself$"
-)
+KNOWN = re.compile(r"weight tied to |convolution$|\w+ reads the weight itself$")
 
 
 @pytest.fixture(scope="module", params=list(architectures.ALL))

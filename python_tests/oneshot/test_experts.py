@@ -169,7 +169,9 @@ def test_rules_name_experts(rule, left):
         if ".experts." in row.name
     }
     if left is None:
-        every = {f"{b}.{i}.{k}_proj" for b in range(2) for i in range(4) for k in ("gate_up", "down")}
+        every = {
+            f"{b}.{i}.{k}_proj" for b in range(2) for i in range(4) for k in ("gate_up", "down")
+        }
         left = every if rule == "MixtralExperts" else {n for n in every if n.startswith("0.")}
     assert dense == left
     with pytest.raises(ValueError, match="Near matches: .*experts"):
@@ -311,7 +313,9 @@ def test_calibrate_puts_together_what_nobody_replaced():
     for group in sk.calibrate(model, ids(), device="cpu"):
         if group.layers[0].name == "model.layers.1.mlp.experts.0.down_proj":
             weight = group.layers[0].weight
-            group.replace(group.layers[0].name, sk.compress(weight, sk.prune.magnitude_mask(weight)))
+            group.replace(
+                group.layers[0].name, sk.compress(weight, sk.prune.magnitude_mask(weight))
+            )
     assert list(experts_of(model)) == ["model.layers.1.mlp.experts"]
     assert fused(model) == names[:2]
     assert model.get_parameter(names[0]) is parameters[names[0]]

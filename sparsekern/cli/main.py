@@ -346,7 +346,7 @@ def _calibration(
         print(f"calibration: {made.tokens} tokens in {len(made)} rows ({parts}), seed {args.seed}")
         return made
     ids = texts.tokenize(tokenizer, "".join(texts.read_rows(args.calibration, "train")))
-    draw = texts.side_by_side if apart else texts.calibration_windows
+    draw: Any = texts.side_by_side if apart else texts.calibration_windows
     windows: Tensor = draw(ids, samples, window, args.seed)
     print(
         f"calibration: {windows.shape[0]} windows of {window} tokens from {args.calibration} "

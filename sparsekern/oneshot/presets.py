@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsekern.errors import check
-from sparsekern.oneshot.reconstruct import Reconstruction
+from sparsekern.oneshot.rounds import Reconstruction
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Preset:
     Attributes:
         help: one line, for the command line.
         rotate: change the basis first, where the architecture allows it (oneshot/rotation.py).
-        rounds: of reconstruction (oneshot/reconstruct.py).
+        rounds: of reconstruction (oneshot/rounds.py).
         samples: calibration windows of 2048 tokens that the command line draws, and whether they
             lie side by side (no token twice) or begin at random places, as published.
     """

@@ -40,24 +40,15 @@ from sparsekern.oneshot.layerwise import (
 )
 from sparsekern.oneshot.layerwise import quantize as quantize_layer
 from sparsekern.oneshot.presets import find_preset
-from sparsekern.oneshot.reconstruct import (
-    Fit,
-    Given,
-    Reconstruction,
-    SpanRound,
-    as_rounds,
-    described,
-    final_norm,
-    fitting,
-    rebatch,
-    reconstruct_block,
-)
+from sparsekern.oneshot.reconstruct import reconstruct_block
 from sparsekern.oneshot.report import LayerReport, PruneReport
 from sparsekern.oneshot.resume import ResumeDir, rotate_resumed
 from sparsekern.oneshot.rotation import rotate_on
+from sparsekern.oneshot.rounds import Fit, Given, Reconstruction, as_rounds, described
 from sparsekern.oneshot.selection import check_options, check_weights, describe, select
 from sparsekern.oneshot.sequential import Walk
 from sparsekern.oneshot.skip import DEFAULT_RULE
+from sparsekern.oneshot.spans import SpanRound, final_norm, fitting, rebatch
 from sparsekern.prune import Hessian, Method
 from sparsekern.prune.methods import find_method
 
@@ -470,6 +461,9 @@ class _Run:
                 fitting(options, blocks, self.walk.batches, memory) for options in extra.spans
             ]
             self.report.options |= extra.described()
+        moving = any(options.reselect for options in extra.spans)
+        fixed = not (moving and self.options.masks)
+        check(fixed, OP, "masks or reselect", "both of them", "Pass reselect=0.")
         if extra.spans:
             self.teachers = [copy.deepcopy(b).to("cpu").requires_grad_(False) for b in blocks]
 

@@ -175,9 +175,7 @@ class _Rules:
             return [n for n in names if self.fused.get(n) == rule]
         if rule in self.modules or rule in names:
             return [n for n in names if _below(n, rule)]
-        return [
-            n for n in names if any(rule in _class_names(m) for m in _holders(n, self.modules))
-        ]
+        return [n for n in names if any(rule in _class_names(m) for m in _holders(n, self.modules))]
 
     def _texts(self, name: str) -> tuple[str, ...]:
         return (name, self.fused[name]) if name in self.fused else (name,)

@@ -1,0 +1,160 @@
+"""Rounds of reconstruction: what a caller can ask for, and what comes out of one fit. How it works
+is in oneshot/reconstruct.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from sparsekern.errors import check
+
+OP = "sparsekern.reconstruct"
+TARGETS, PARTS, LOSSES = ("dense", "pruned"), ("block", "sublayers"), ("token", "channel", "mse")
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """One round of reconstruction.
+
+    Attributes:
+        span: blocks that are trained together; 1: each block right after it is pruned; None: all of
+            them, after the walk. Windows of more than one block move on by half of their span.
+        epochs: passes over the calibration rows that are not held out.
+        lr: of AdamW (betas 0.9 and 0.95, no decay), after `warmup` of the steps; then a cosine to
+            0. One step is one forward batch (prune_model's batch_size).
+        target: "dense": what the dense model has there; "pruned": the dense blocks on the inputs
+            that the pruned model gives them.
+        between: weight of the blocks inside the span.
+        parts: "block", or "sublayers": attention on the hidden states between it and the MLP
+            first, then the MLP (span 1 only).
+        loss: "token": each token's error relative to its size, as the next norm sees it; "channel":
+            of that each channel relative to its variance; "mse": the sum of squares.
+        recut: rows are cut and joined anew for each epoch, in other places and another order, so
+            that tokens are seen in other contexts (all blocks, rows of token ids only).
+        noise: with recut, the share of the tokens that are exchanged for random tokens of the text.
+            Nothing has to be predicted: the dense model's hidden states are known for any input.
+        batch: rows per step, for rounds after the walk on rows of token ids; None: as they are
+            batched for the walk. More and smaller steps go further with the same tokens.
+        reselect: share of the steps in which masks move, for rounds after the walk: pruned weights
+            are kept track of, too, moved by the gradient that they would have, and every 10 steps
+            the two largest of each group are taken. An experiment; 0 leaves the masks.
+        warmup: share of the steps.      held_out: share of the batches, at least one where there
+            are two; they decide when to stop and which weights are kept.
+        patience: epochs without a lower held-out error before it stops; None: all epochs run, and
+            the best weights count. While the rate is high the error may be, too.
+        checkpoint: keep only the inputs of blocks for the backward pass (less memory, more time).
+        compile: torch.compile the blocks; worth its start on long runs.
+        seed: of the order of batches, and of recut.
+    """
+
+    span: int | None = 1
+    epochs: int = 6
+    lr: float = 6e-4
+    target: str = "dense"
+    between: float = 0.0
+    parts: str = "block"
+    loss: str = "token"
+    recut: bool = False
+    noise: float = 0.0
+    batch: int | None = None
+    reselect: float = 0.0
+    warmup: float = 0.05
+    held_out: float = 0.1
+    patience: int | None = None
+    checkpoint: bool = False
+    compile: bool = False
+    seed: int = 0
+
+    def check(self, op: str = OP) -> None:
+        """Raises ValueError for a value that does not fit."""
+
+        def number(value: Any, low: float, high: float = math.inf) -> bool:
+            return type(value) in (int, float) and low <= value <= high and math.isfinite(value)
+
+        whole = type(self.span) is int and self.span >= 1
+        check(self.span is None or whole, op, "span >= 1 or None", repr(self.span))
+        for name, low in (("epochs", 1), ("patience", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if name == "patience" and value is None:
+                continue
+            check(type(value) is int and value >= low, op, f"{name} >= {low}", repr(value))
+        check(number(self.lr, 0) and self.lr > 0, op, "lr > 0", repr(self.lr))
+        check(number(self.reselect, 0, 1), op, "reselect from 0 to 1", repr(self.reselect))
+        fixed = self.span != 1 or not self.reselect
+        check(fixed, op, "reselect=0 with span=1", repr(self.reselect))
+        check(number(self.between, 0), op, "between >= 0", repr(self.between))
+        for name in ("warmup", "held_out", "noise"):
+            value = getattr(self, name)
+            check(number(value, 0, 0.5), op, f"{name} from 0 to 0.5", repr(value))
+        for name, known in (("target", TARGETS), ("parts", PARTS), ("loss", LOSSES)):
+            value = getattr(self, name)
+            check(value in known, op, f"{name} in {known}", repr(value))
+        whole_block = self.parts == "block" or self.span == 1
+        check(whole_block, op, 'parts="block" with a span of several blocks', repr(self.parts))
+        check(not self.recut or self.span is None, op, "span=None with recut", repr(self.span))
+        rows = self.batch is None or (type(self.batch) is int and self.batch >= 1)
+        check(rows, op, "batch >= 1 or None", repr(self.batch))
+        later = self.batch is None or self.span != 1
+        check(later, op, "batch=None with span=1", self.batch, "prune_model(batch_size=) is it.")
+        check(self.recut or not self.noise, op, "noise=0 without recut", repr(self.noise))
+
+
+Given = Reconstruction | Mapping[str, Any] | Sequence[Any] | bool | None
+
+
+def as_rounds(given: Given, op: str = OP) -> tuple[Reconstruction, ...]:
+    """The rounds that a caller means: True is one with the defaults, a dict its keywords.
+
+    Raises:
+        ValueError: values that do not fit; a round inside the walk after one behind it.
+        TypeError: something else.
+    """
+    if given is None or given is False:
+        return ()
+    items = given if isinstance(given, Sequence) else [given]
+    rounds = []
+    for item in items:
+        if item is True:
+            item = Reconstruction()
+        elif isinstance(item, Mapping):
+            known = [f.name for f in fields(Reconstruction)]
+            unknown = sorted(set(item) - set(known))
+            check(not unknown, op, f"keywords of Reconstruction: {known}", unknown)
+            item = Reconstruction(**item)
+        remedy = "Pass sparsekern.Reconstruction(...), or a list of them."
+        kind = type(item).__name__
+        check(isinstance(item, Reconstruction), op, "a Reconstruction", kind, remedy, TypeError)
+        item.check(op)
+        rounds.append(item)
+    late = [r.span != 1 for r in rounds]
+    check(late == sorted(late), op, "rounds with span=1 before the others", "another order")
+    check(late.count(False) <= 1, op, "at most one round with span=1", late.count(False))
+    return tuple(rounds)
+
+
+def described(rounds: Sequence[Reconstruction]) -> list[dict[str, Any]]:
+    """The rounds as JSON-able values."""
+    return [asdict(r) for r in rounds]
+
+
+@dataclass
+class Fit:
+    """What one fit did. before, after: the held-out error E (of the training batches where nothing
+    is held out). train: mean of E over the last epoch's steps; far below `after` it is over-fitted.
+    epochs: that ran. kept: whether the new weights were better, and are in place."""
+
+    blocks: list[int]
+    before: float
+    after: float
+    epochs: int
+    steps: int
+    kept: bool
+    seconds: float
+    train: float
+    part: str = "block"
+
+    def row(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
