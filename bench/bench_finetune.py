@@ -257,7 +257,9 @@ class Recovery:
             self.say(f"FAILED: {report.violations} violations of the masks")
             return 1
         if report.stopped:
-            self.say(f"{start}: stopped at step {report.steps}; the same call goes on from {folder}")
+            self.say(
+                f"{start}: stopped at step {report.steps}; the same call goes on from {folder}"
+            )
             return 0
         if not self.first:
             return 0

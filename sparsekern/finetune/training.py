@@ -206,7 +206,9 @@ class SparseTrainingLinear(nn.Module):
         got = list(x.shape)
         check(x.shape[-1] == self.in_features, OP, f"x [..., {self.in_features}]", got)
         made = self._ready()
-        y: Tensor = _Product.apply(x.reshape(-1, self.in_features), self.values, self.bias, self, made)
+        y: Tensor = _Product.apply(
+            x.reshape(-1, self.in_features), self.values, self.bias, self, made
+        )
         return y.view(*x.shape[:-1], self.out_features)
 
     def _choose(self, direction: str, rows: Tensor, made: _Made) -> bool:
