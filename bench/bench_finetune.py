@@ -186,14 +186,16 @@ class Recovery:
         return texts.tokenize(self.tokenizer, text)
 
     def measure(self) -> int:
-        run, args = self.run, self.args
+        args = self.args
         self.dense = self.perplexities(copy.deepcopy(self.teacher).float()) if self.first else {}
         self.say(f"dense: {_shown(self.dense)}")
         begin = time.perf_counter()
         self.corpus, self.dropped, self.made = self.in_turn(self.make_corpus)
         self.seconds_sample = time.perf_counter() - begin
-        self.say(f"{self.corpus.tokens} training tokens, {self.made} of them the teacher's, "
-                f"{self.seconds_sample:.1f} s, {self.dropped} rows with test text left out")  # fmt: skip
+        self.say(
+            f"{self.corpus.tokens} training tokens, {self.made} of them the teacher's, "
+            f"{self.seconds_sample:.1f} s, {self.dropped} rows with test text left out"
+        )
         self.dense_tokens_per_s = None
         if args.baseline and self.first:
             self.dense_tokens_per_s = round(self.dense_speed(self.corpus))

@@ -6,8 +6,14 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="needs transformers")
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig
-from transformers import MistralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from sparsekern.finetune import attention, data, sampler
 from sparsekern.finetune.sampler import Sampler
