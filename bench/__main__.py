@@ -47,8 +47,9 @@ def main(arguments: list[str]) -> int:
     gpu = re.sub(r"[^a-z0-9]+", "-", gpu).strip("-")
     path = HERE / "records" / f"{time.strftime('%Y-%m-%d', time.gmtime())}-{gpu}.jsonl"
     code = 0
-    # An older build to compare with, or a vLLM and room for its folders: run by name alone.
-    needs_another = {"compat", "hosttime", "vllm"}
+    # An older build to compare with, a vLLM and room for its folders, minutes of compilation: these
+    # run by name alone.
+    needs_another = {"compat", "generate", "hosttime", "serve", "vllm"}
     for name in chosen or sorted(set(names()) - needs_another):
         print(f"== {name}", flush=True)
         code |= importlib.import_module(f"bench.bench_{name}").main(path, options) or 0

@@ -94,6 +94,10 @@ def load_module(path: str | Path, package: str = "sparsekern_old") -> ModuleType
     return module
 
 
+# Of a config, beside what makes it that one. Promoted tiles are not for the 16-bit types of here.
+_NOT_FIELDS = ("index", "types", "promoted")
+
+
 def configs(module: Any, kernel: str) -> dict[Config, int]:
     """{fields: index} of a kernel's configs, of a binding by name or by position."""
     if hasattr(module, "kernels"):
@@ -101,10 +105,11 @@ def configs(module: Any, kernel: str) -> dict[Config, int]:
     else:
         listed = getattr(module, f"{kernel}_configs")()
     return {
-        tuple(sorted((key, value) for key, value in config.items() if key != "index")): config[
-            "index"
-        ]
+        tuple(
+            sorted((key, value) for key, value in config.items() if key not in _NOT_FIELDS)
+        ): config["index"]
         for config in listed
+        if not config.get("promoted")
     }
 
 

@@ -146,6 +146,7 @@ def vendor(out_features, in_features, tokens, dtype, run: Run) -> dict:
     plan, workspace_bytes, _ = native.cusparselt_plan(
         device=index,
         dtype=cusparselt_library.DTYPES[dtype],
+        y_dtype=cusparselt_library.DTYPES[dtype],
         out_features=out_features,
         tokens=x.shape[0],
         in_features=in_features,
@@ -153,6 +154,7 @@ def vendor(out_features, in_features, tokens, dtype, run: Run) -> dict:
         y_stride=out_features,
         bias=0,
         relu=False,
+        channel_scale=False,
         **cusparselt_backend.Algorithm()._asdict(),
     )
     workspace = x.new_empty(workspace_bytes, dtype=torch.uint8)

@@ -1,9 +1,10 @@
-"""Tokens per second of a model in a real vLLM: 2:4 through the plugin, dense bfloat16, dense fp8.
+"""Tokens per second of a model in a real vLLM: 2:4 through the plugin, in bfloat16 and in fp8,
+against dense bfloat16 and vLLM's own fp8.
 
     python -m bench vllm --preset 8b --layers 32 --folder /tmp/models
 
-Writes an 8B-shaped Llama of random weights to the folder, dense and 2:4 (magnitude), unless they
-are there, then starts one engine after the other, each in a process of its own (vllm_child.py)
+Writes an 8B-shaped Llama of random weights to the folder, dense and 2:4 (magnitude; "sparse-fp8":
+its kept weights rounded to e4m3, "sparse-int8"), unless they are there, then starts one engine after the other, each in a process of its own (vllm_child.py)
 with vLLM's own compilation and CUDA graphs. The fp8 engine is vLLM's own dynamic fp8 over the
 dense folder. lm_head and embeddings are dense everywhere.
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +38,7 @@ def make_parser():
     result.add_argument("--layers", type=int, default=32)
     result.add_argument("--batch", default="1,8,32,128", help="comma-separated")
     result.add_argument("--folder", type=Path, required=True, help="where the models are written")
-    result.add_argument("--engines", default="dense,sparse,fp8", help="comma-separated")
+    result.add_argument("--engines", default="dense,sparse,sparse-fp8,fp8", help="comma-separated")
     result.add_argument("--repeats", type=int, default=3)
     result.add_argument(
         "--same-answers",
@@ -78,7 +80,9 @@ def main(path, arguments=()) -> int:
                 case=f"{args.preset}, {args.layers} layers, {case}",
                 dtype="bfloat16",
                 metrics=metrics,
-                details={key: result[key] for key in ("start_s", "weights_gb", "peak_gb")}
+                details={
+                    key: result[key] for key in ("start_s", "phases_s", "weights_gb", "peak_gb")
+                }
                 | {"vllm": record._version("vllm"), "repeats": args.repeats},
             )
             run.say(f"{name:6} {case:18} {rate:10.1f} tokens/s  {metrics.get('speedup', '')}")
@@ -142,20 +146,41 @@ def engine(name: str, folders: dict, args, run: Run) -> dict:
         tail = (done.stdout + done.stderr)[-4000:]
         raise RuntimeError(f"bench.vllm: expected an engine {name} that runs, got:\n{tail}")
     result = json.loads(lines[-1].removeprefix("RESULT "))
-    run.say(f"{name}: started in {result['start_s']} s, weights {result['weights_gb']} GB")
+    result["phases_s"] = phases(done.stdout + done.stderr)
+    run.say(
+        f"{name}: started in {result['start_s']} s {result['phases_s']}, "
+        f"weights {result['weights_gb']} GB"
+    )
     return result
+
+
+# What vLLM says of starting, and the words for it in the records.
+_PHASES = {
+    "weights": r"Loading weights took ([\d.]+)",
+    "load": r"Model loading took [\d.]+ GiB memory and ([\d.]+)",
+    "compile": r"torch\.compile (?:takes|took) ([\d.]+)",
+    "capture": r"Graph capturing finished in ([\d.]+)",
+    "engine": r"init engine .*? took ([\d.]+)",
+}
+
+
+def phases(log: str) -> dict[str, float]:
+    """{phase: seconds} of an engine's start, as far as its log says them; the last of each."""
+    found = {name: re.findall(pattern, log) for name, pattern in _PHASES.items()}
+    return {name: float(times[-1]) for name, times in found.items() if times}
 
 
 def write_models(
     preset: str, layers: int, folder: Path, kinds: list[str], run: Run
 ) -> dict[str, Path]:
-    """{kind: folder} of one random model: "dense"; "sparse"; "zeros", the 2:4 weights dense.
+    """{kind: folder} of one random model: "dense"; "sparse", "sparse-fp8", "sparse-int8"; "zeros",
+    the 2:4 weights dense.
 
     Tensor by tensor, pruned on the device, so that host memory stays at one shard.
     """
     from safetensors.torch import save_file
 
-    from sparsekern import prune_compress
+    from sparsekern import prune_compress, quantize
     from sparsekern.formats.disk import compression_config
 
     folders = {name: folder / f"{preset}-{layers}-{name}" for name in kinds}
@@ -204,6 +229,13 @@ def write_models(
                 files["sparse"][f"{key}.compressed"] = w24.values.cpu()
                 files["sparse"][f"{key}.bitmask"] = w24.bitmask().cpu()
                 files["sparse"][f"{key}.shape"] = torch.tensor([[shape[0]], [shape[1]]])
+            for kind in ("fp8", "int8"):
+                if (to := files.get(f"sparse-{kind}")) is not None:
+                    coded = quantize(w24, kind)
+                    to[f"{key}.compressed"] = coded.values.cpu()
+                    to[f"{key}.bitmask"] = coded.bitmask().cpu()
+                    to[f"{key}.weight_scale"] = coded.tensors["weight_scale"].cpu()
+                    to[f"{key}.shape"] = torch.tensor([[shape[0]], [shape[1]]])
         for name in ("input_layernorm", "post_attention_layernorm"):
             for tensors in files.values():
                 tensors[f"{prefix}{name}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
@@ -236,7 +268,7 @@ def write_models(
     names = {f"model.layers.{i}.{name}": "Linear" for i in range(layers) for name in linears}
     for name, path in folders.items():
         entry = dict(config)
-        if name == "sparse":
+        if name.startswith("sparse"):
             kinds = {**names, "lm_head": "Linear"}
             entry["quantization_config"] = compression_config(kinds, set(names), 0.5)
         text = {"metadata": {}, "weight_map": index[name]}

@@ -74,8 +74,14 @@ def linear(compressed: Tensor, x: Tensor, algorithm: Algorithm) -> Tensor:
     )
 
 
-def probe(dtype: torch.dtype, out_features=4096, in_features=4096, tokens=16, timeout=120) -> str:
-    """Tries the library in a child process; empty when it computes, else what happened."""
+def probe(
+    dtype: torch.dtype | str, out_features=4096, in_features=4096, tokens=16, timeout=120
+) -> str:
+    """Tries the library in a child process; empty when it computes, else what happened.
+
+    dtype: of everything; "float8_e4m3fn" and "int8": of weight and x, in sparsekern's own use of
+    the library (backends/cusparselt).
+    """
     name = str(dtype).removeprefix("torch.")
     command = [sys.executable, "-m", "bench.cusparselt", name]
     command += [str(n) for n in (out_features, in_features, tokens)]
@@ -97,6 +103,8 @@ def last_error(stderr: str, code: int) -> str:
 def main(arguments: list[str]) -> int:
     dtype = getattr(torch, arguments[0])
     out_features, in_features, tokens = map(int, arguments[1:])
+    if dtype.itemsize == 1:
+        return quantized(arguments[0], out_features, in_features, tokens)
     if reason := available():
         print(f"Error: {reason}", file=sys.stderr)
         return 3
@@ -112,6 +120,34 @@ def main(arguments: list[str]) -> int:
     error = (y.double() - x.double() @ pruned.double().t()).abs().max().item()
     print(f"{torch.backends.cusparselt.version()}: largest error {error:.3g}")
     return 0 if error < 0.1 else 1
+
+
+def quantized(storage: str, out_features: int, in_features: int, tokens: int) -> int:
+    """`main` for levels of 8 bits, by backends/cusparselt."""
+    from sparsekern import prune_compress, quantize
+    from sparsekern.backends.cusparselt import library, linear
+    from sparsekern.backends.cusparselt.search import search
+    from sparsekern.backends.quantize_rows import quantize as quantize_x
+
+    why = library.refusal(torch.cuda.current_device(), getattr(torch, storage))
+    if why := why or library.shape_refusal(out_features, in_features, getattr(torch, storage)):
+        print(f"Error: {why}", file=sys.stderr)
+        return 3
+    torch.manual_seed(0)
+    weight = torch.randn(out_features, in_features, device="cuda") * in_features**-0.5
+    rows = quantize(
+        prune_compress(weight.bfloat16(), layout="rowmajor"), storage, layout="rowmajor"
+    )
+    packed = linear.pack(rows)
+    rows_of_x = linear.padded_tokens(tokens, packed.spec.element.storage)
+    x, _ = quantize_x(torch.randn(rows_of_x, in_features, device="cuda").bfloat16(), storage)
+    found = search(packed, rows_of_x, store=False)
+    y = linear.product(x, packed)
+    torch.cuda.synchronize()
+    wanted = x.double() @ rows.to_dense().double().t()
+    error = ((y.double() - wanted).abs().max() / wanted.abs().max()).item()
+    print(f"{found}; largest error {error:.3g} of the largest output")
+    return 0 if error < 0.02 else 1
 
 
 if __name__ == "__main__":

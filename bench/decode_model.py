@@ -66,7 +66,7 @@ class LastPositionCache:
         return self.length - 1
 
 
-def attention(module, query, key, value, mask, scaling=None, dropout=0.0, **_):
+def grouped_attention(module, query, key, value, mask, scaling=None, dropout=0.0, **_):
     """One query over the whole cache; query heads share key heads in groups."""
     y = nn.functional.scaled_dot_product_attention(
         query, key, value, scale=scaling, enable_gqa=True
@@ -74,24 +74,33 @@ def attention(module, query, key, value, mask, scaling=None, dropout=0.0, **_):
     return y.transpose(1, 2).contiguous(), None
 
 
-def build(preset: str, layers: int, dtype, device, sparse: bool, seed: int = 0) -> nn.Module:
+def build(
+    preset: str,
+    layers: int,
+    dtype,
+    device,
+    sparse: bool,
+    seed: int = 0,
+    attention: str | None = ATTENTION,
+) -> nn.Module:
     """LlamaForCausalLM with random weights made on the device, one tensor at a time.
 
     Args:
         sparse: every Linear but lm_head becomes a SparseLinear of a random 2:4 weight; the dense
             weight lives only until it is compressed.
+        attention: None for the model as Transformers has it, norms included.
     """
     import transformers
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, grouped_attention)
     config = transformers.LlamaConfig(
         **PRESETS[preset],
         num_hidden_layers=layers,
         max_position_embeddings=8192,
         tie_word_embeddings=False,
-        attn_implementation=ATTENTION,
+        attn_implementation=attention or "sdpa",
     )
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
@@ -111,7 +120,7 @@ def build(preset: str, layers: int, dtype, device, sparse: bool, seed: int = 0) 
                 setattr(module, key, nn.Parameter(value, requires_grad=False))
     model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
     for module in model.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
+        if attention and type(module).__name__ == "LlamaRMSNorm":
             _fuse_norm(module)
     return model.eval()
 

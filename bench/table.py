@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from . import figure, headline, record, recovery_table, results
+from . import figure, headline, record, recovery_table, results, results8
 
 README = record.ROOT / "README.md"
 RESULTS = record.ROOT / "bench" / "RESULTS.md"
@@ -35,10 +35,15 @@ NOTHING = "No measurements are recorded yet."
 # In this order; ops that are not here follow, under their own name.
 TITLES = {
     "linear": "Linear layers",
+    "linear8": "Linear layers with quantised 2:4 weights",
+    "activations": "Quantising activations",
     "mma_era": "mma.sp against dense mma.sync kernels on this GPU",
     "vllm": "A real vLLM 0.24, tokens per second, 8B shape of random weights",
+    "generate": "Decoding in Transformers, static cache, compiled",
+    "serve": "Behind vLLM's HTTP server",
     "decode_model": "Decoding a whole model",
     "prune_model": "Pruning",
+    "quantize": "Quantised 2:4 weights, and quantising before pruning",
     "checkpoint": "Checkpoints",
     "compress": "Compression",
     "public_call": "What a caller gets who compresses and calls",
@@ -168,6 +173,15 @@ def linear_tables(records: list[dict]) -> str:
     return "\n\n".join([*parts, f'Medians of campaigns {campaigns}; "-": not timed.'])
 
 
+def quantized_tables(records: list[dict]) -> str:
+    """The grids of results8. All records have op "linear8" and the same GPU."""
+    parts = [
+        f"{title}\n\n{markdown(header, rows)}" for title, header, rows in results8.grids(records)
+    ]
+    campaigns = ", ".join(sorted({cell.campaign for cell in results8.cells(records)}))
+    return "\n\n".join([*parts, f'Medians of campaigns {campaigns}; "-": not timed.'])
+
+
 def losses(records: list[dict]) -> str:
     """What is slower than a peer on one GPU: linear layers, the Triton and the mma.sp kernel."""
     linear = [entry for entry in records if entry["op"] == "linear" and "us" in entry]
@@ -181,6 +195,10 @@ def losses(records: list[dict]) -> str:
             f"The Triton kernel is slower than cuBLAS in {lost} of {len(ratios)} comparisons, "
             f"{min(ratios):.2f} to {max(ratios):.2f}."
         )
+    quantized = results8.losses_table(records)
+    if quantized is not None:
+        text, header, rows = quantized
+        parts.append(f"{text}\n\n{markdown(header, rows)}" if rows else f"{text}.")
     eras = [entry for entry in records if entry["op"] == "mma_era" and "us" in entry]
     base, ratios = BASES["mma_era"], []
     for _, found in newest(
@@ -236,6 +254,8 @@ def render(records: list[dict]) -> str:
         (op, gpu, kind), entries = key, tables[key]
         if op == "linear" and kind == "us":
             table = linear_tables(entries)
+        elif op == "linear8" and kind == "us":
+            table = quantized_tables(entries)
         else:
             base = BASES.get(op, "dense")
             table = timing_table(entries, base) if kind == "us" else metrics_table(entries)

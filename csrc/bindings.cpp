@@ -1,7 +1,7 @@
 // bindings.cpp — the pybind11 module sparsekern._C: plain pointers, sizes and a stream in; nothing
 // that knows of torch.
 //
-// Here: introspection of the build and of the device, the weights, and the registration of
+// Here: introspection of the build and of the device, the weights, activations, and the registration of
 // everything else (linear/linear_type.cpp, cusparselt/binding.cpp). Python owns shapes, dtypes,
 // allocation and dispatch; typed surface: sparsekern/_C.pyi.
 #include <cuda_runtime_api.h>
@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <string>
 
+#include "activations/quantize_rows.h"
 #include "build_lists.h"  // written by CMakeLists.txt
 #include "core/fastcall.h"
 #include "core/problem.h"
@@ -108,10 +109,10 @@ void prune_compress(Address w, Address values, Address metadata, Address bad_chu
 }
 
 void pack(Address values, Address metadata, Address packed_values, Address packed_metadata,
-          int out_features, int in_features, Address stream) {
+          int out_features, int in_features, int storage_bits, Address stream) {
   raise_if_error(bind_thread("sparsekern.pack"));
   raise_if_error(launch_pack(in(values), in(metadata), out(packed_values), out(packed_metadata),
-                             out_features, in_features, as_stream(stream)));
+                             out_features, in_features, storage_bits, as_stream(stream)));
 }
 
 // 0 when the stream is not being captured into a CUDA graph; else a number of this one capture.
@@ -131,10 +132,40 @@ void bind_weights(py::module_& m) {
                                  "launch_prune_compress");
   fastcall::def<&pack>(m, "pack",
                        "*, values, metadata, packed_values, packed_metadata, out_features, "
-                       "in_features, stream",
+                       "in_features, storage_bits, stream",
                        "launch_pack");
   fastcall::def<&capture_id>(m, "capture_id", "stream, /",
                              "0, or a number of the stream's current graph capture.");
+}
+
+// ---- activations --------------------------------------------------------------------------------
+
+void quantize_rows(Address x, std::int64_t x_stride, std::int64_t tokens, int features, DType dtype,
+                   Address up, std::int64_t up_stride, Address norm_weight, double eps,
+                   Address residual, std::int64_t residual_stride, Address y, std::int64_t y_stride,
+                   DType storage, Address q, std::int64_t q_stride, Address scale, Address stream) {
+  QuantizeRowsProblem problem = {};
+  problem.source = norm_weight != 0 ? RowSource::kNorm
+                   : up != 0        ? RowSource::kGated
+                                    : RowSource::kPlain;
+  problem.tokens = tokens, problem.features = features;
+  problem.x = {out(x), x_stride, dtype};
+  problem.up = in(up), problem.up_stride = up_stride;
+  problem.norm_weight = in(norm_weight), problem.eps = static_cast<float>(eps);
+  problem.residual = out(residual), problem.residual_stride = residual_stride;
+  problem.y = out(y), problem.y_stride = y_stride;
+  problem.storage = storage, problem.q = out(q), problem.q_stride = q_stride;
+  problem.scale = static_cast<float*>(out(scale));
+  raise_if_error(bind_thread("sparsekern.quantize_rows"));
+  raise_if_error(launch_quantize_rows(problem, as_stream(stream)));
+}
+
+void bind_activations(py::module_& m) {
+  fastcall::def<&quantize_rows>(m, "quantize_rows",
+                                "*, x, x_stride, tokens, features, dtype, up, up_stride, "
+                                "norm_weight, eps, residual, residual_stride, y, y_stride, "
+                                "storage, q, q_stride, scale, stream",
+                                "launch_quantize_rows");
 }
 
 }  // namespace
@@ -146,6 +177,7 @@ PYBIND11_MODULE(_C, m) {
       "the right device.";
   sparsekern::bind_introspection(m);
   sparsekern::bind_weights(m);
+  sparsekern::bind_activations(m);
   sparsekern::bind_linear(m);
   sparsekern::cusparselt::bind(m);
 }

@@ -163,22 +163,22 @@ class RowScales:
 
 
 @pytest.fixture
-def int8():
-    """The declared type "int8" with a codec."""
-    declared = dtypes.element("int8")
+def rows8():
+    """A type "rows8" that is declared, and then gets a codec."""
+    declared = sk.ElementType("rows8", torch.int8, 8, scale="row")
+    dtypes._TABLE["rows8"] = declared
     assert not declared.storable and (declared.bits, declared.values_per_byte) == (8, 1)
     yield sk.register_dtype(replace(declared, codec=RowScales()))
-    dtypes.unregister_dtype("int8")
-    dtypes._TABLE["int8"] = declared
+    dtypes.unregister_dtype("rows8")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_an_element_type_from_outside(int8, dtype):
+def test_an_element_type_from_outside(rows8, dtype):
     w, x = random_weight(8, 20, dtype), random_input((2, 3, 20), dtype)
-    w24 = sk.compress(w, dtype="int8")
+    w24 = sk.compress(w, dtype="rows8")
     assert list(w24.tensors) == ["values", "metadata", "weight_scale"]
     assert (w24.dtype, w24.values.dtype) == (dtype, torch.int8)
-    assert w24.nbytes == 8 * 10 + 8 * 3 + 8 * 4 and "stored as int8" not in repr(w)
+    assert w24.nbytes == 8 * 10 + 8 * 3 + 8 * 4 and "stored as rows8" not in repr(w)
     dense = sk.decompress(w24)
     step = w.float().abs().amax(dim=1, keepdim=True) / 127
     assert dense.dtype == dtype and ((dense == 0) >= (w == 0)).all()
@@ -203,13 +203,13 @@ def test_an_element_type_from_outside(int8, dtype):
         w24.to_layout("tile64")
 
 
-def test_modules_of_an_element_type_from_outside(int8):
+def test_modules_of_an_element_type_from_outside(rows8):
     linear = torch.nn.Linear(20, 8)
     linear.weight.data = random_weight(8, 20, torch.float32)
-    module = sk.SparseLinear.from_linear(linear, dtype="int8")
+    module = sk.SparseLinear.from_linear(linear, dtype="rows8")
     x = random_input((3, 20), torch.float32)
     assert dict(module.named_buffers()).keys() == {"values", "metadata", "weight_scale"}
-    assert "stored as int8" in repr(module)
+    assert "stored as rows8" in repr(module)
     state = module.state_dict()
     assert set(state) == {"compressed", "bitmask", "shape", "weight_scale", "storage", "bias"}
     other = sk.SparseLinear(20, 8)
@@ -236,9 +236,12 @@ def test_modules_of_an_element_type_from_outside(int8):
 
 def test_what_is_declared_and_has_no_codec():
     w = random_weight(8, 16, BF16)
-    for name in ("float8_e4m3fn", "int8", "int4"):
-        with pytest.raises(TypeError, match=f"not only declared \\({name!r}\\).*register_dtype"):
-            sk.compress(w, dtype=name)
+    dtypes._TABLE["int7"] = sk.ElementType("int7", torch.int8, 7)
+    try:
+        with pytest.raises(TypeError, match=r"not only declared \('int7'\).*register_dtype"):
+            sk.compress(w, dtype="int7")
+    finally:
+        dtypes.unregister_dtype("int7")
     with pytest.raises(TypeError, match="an element type in float32, .*, got 'int3'"):
         sk.compress(w, dtype="int3")
     assert sk.compress(w, dtype=torch.float16).dtype == torch.float16
@@ -297,10 +300,10 @@ def test_the_table_is_right():
         assert int(bits) == kind.infinity_bits and dtypes.element(kind.name) is kind
         assert kind.columns(64) == 32
     assert dtypes.element("int4").columns(64) == 16
-    assert {kind.name for kind in dtypes.elements() if not kind.storable} == {
-        "float8_e4m3fn",
-        "int8",
-        "int4",
+    assert dtypes.element("fp8") is dtypes.element("float8_e4m3fn")
+    assert all(kind.storable for kind in dtypes.elements())
+    assert {kind.name for kind in dtypes.elements() if kind.scaled} == {
+        dtypes.element(name).name for name in dtypes.QUANTIZED
     }
 
 

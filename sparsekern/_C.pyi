@@ -1,8 +1,9 @@
 """The typed surface of the CUDA module (csrc/bindings.cpp). Addresses and streams are integers.
 
 Addresses are of memory of the current device, 0 is null; strides count elements. A dtype that is a
-number is its place in csrc/core/dtype.h: 0 float16, 1 bfloat16. Nothing is allocated and nothing
-waits for the GPU. No function takes more than six positional integers; what has more takes names.
+number is its place in csrc/core/dtype.h: 0 float16, 1 bfloat16, 2 float8_e4m3fn, 3 int8, 4 int4.
+Nothing is allocated and nothing waits for the GPU. No function takes more than six positional
+integers; what has more takes names.
 """
 
 from typing import TypedDict, final
@@ -30,10 +31,13 @@ def build_info() -> BuildInfo: ...
 def device_count() -> int: ...
 def device_info(device: int) -> DeviceInfo: ...
 
+Types = list[tuple[str, str, str]]  # of the weight's values, of x and of y
+
 class DecodeConfig(TypedDict):
     index: int  # what Linear takes as config
     rows: int  # out_features of a thread block
     split: int  # thread blocks that share the in_features of those rows
+    types: Types
 
 class PrefillConfig(TypedDict):
     index: int
@@ -42,12 +46,15 @@ class PrefillConfig(TypedDict):
     cluster_rows: int  # tiles of a cluster along out_features
     cluster_tokens: int  # and along tokens
     streamed: bool  # the last wave is shared evenly along in_features
+    promoted: bool  # sums of e4m3 in float32, not with the bits of the tensor cores
+    types: Types
 
 class SplitConfig(TypedDict):
     index: int
     rows: int  # out_features of a tile
     tokens: int  # tokens of a tile
     split: int  # thread blocks, a cluster, that share the in_features of a tile
+    types: Types
 
 class MmaConfig(TypedDict):
     index: int
@@ -57,11 +64,13 @@ class MmaConfig(TypedDict):
     warps_tokens: int  # along tokens
     split: int  # along in_features, whose sums it adds at the end
     stages: int  # parts of the ring in shared memory; each holds 64 * split in_features
+    types: Types
 
 class NaiveConfig(TypedDict):
     index: int
     rows: int
     tokens: int
+    types: Types
 
 class Kernels(TypedDict):
     decode: list[DecodeConfig]  # up to 64 tokens, Hopper
@@ -71,7 +80,7 @@ class Kernels(TypedDict):
     mma: list[MmaConfig]  # compute capability 8.0 and later
     naive: list[NaiveConfig]  # the readable kernel, for tests, Hopper
 
-def kernels() -> Kernels: ...  # csrc/linear/kernels.h and configs.h
+def kernels() -> Kernels: ...  # csrc/linear/kernels.h and configs.h, with the types of each config
 
 @final
 class Linear:
@@ -83,12 +92,15 @@ class Linear:
     Args:
         kernel: a key of `kernels`.
         config: index of one of its configs.
-        dtype: of x, y, bias and residual: "float16" | "bfloat16".
-        weight: storage type of the values; None is dtype, which is all that the kernels have.
+        dtype: of y, bias and residual: "float16" | "bfloat16".
+        weight_dtype: storage type of the values; None is dtype.
+        x_dtype: of x; None is dtype. `kernels` says which of these types a config takes together.
         activation: None | "relu" | "gelu" | "silu".
+        scale_group: of int4, 64 | 128: in_features that share a scale, which the metadata holds;
+            0: none but channel_scale.
     Raises:
-        ValueError: an unknown kernel, config, dtype or activation; a size that the kernel does not
-            take.
+        ValueError: an unknown kernel, config, dtype or activation; types or a size that the kernel
+            does not take.
         TypeError: a missing or unknown keyword; a value of another type.
     """
 
@@ -104,8 +116,10 @@ class Linear:
         y_stride: int,
         residual_stride: int = 0,
         dtype: str,
-        weight: str | None = None,
+        weight_dtype: str | None = None,
+        x_dtype: str | None = None,
         activation: str | None = None,
+        scale_group: int = 0,
     ) -> None: ...
 
     needs_workspace: bool  # whether a call should pass one; 0 does without, and is slower
@@ -123,8 +137,8 @@ class Linear:
         workspace: int = 0,  # zeroed once, of one stream alone; others than prefill leave it
         up_values: int = 0,  # of a gated kernel
         up_metadata: int = 0,
-        channel_scale: int = 0,  # float32 [out_features]; the naive kernel
-        token_scale: int = 0,  # float32 [tokens]; the naive kernel
+        channel_scale: int = 0,  # float32 [out_features]; of 8 or 4 bits, or the naive kernel
+        token_scale: int = 0,  # float32 [tokens]; of an 8-bit x, or the naive kernel
     ) -> None:
         """Launches. ValueError for an operand that the kernel does not take, or that is missing."""
 
@@ -143,6 +157,28 @@ def pack(
     packed_metadata: int,
     out_features: int,
     in_features: int,
+    storage_bits: int,  # of a value: 16 or 8
+    stream: int,
+) -> None: ...
+def quantize_rows(
+    *,
+    x: int,  # [tokens, features]; the gate, when there is up
+    x_stride: int,
+    tokens: int,
+    features: int,
+    dtype: int,  # of x, up, norm_weight, residual and y: 0 or 1
+    up: int,  # 0, or: silu(x) * up is quantised
+    up_stride: int,
+    norm_weight: int,  # 0, or [features]: RMSNorm(x + residual) * norm_weight is quantised
+    eps: float,
+    residual: int,  # 0, or rows that become x + residual
+    residual_stride: int,
+    y: int,  # 0, or rows for what is quantised, before it is
+    y_stride: int,
+    storage: int,  # of q: 2 or 3
+    q: int,
+    q_stride: int,
+    scale: int,  # float32 [tokens]
     stream: int,
 ) -> None: ...
 def prune_compress(
@@ -179,7 +215,8 @@ def cusparselt_compress(
 def cusparselt_plan(
     *,
     device: int,
-    dtype: int,
+    dtype: int,  # of the weight and of x
+    y_dtype: int,
     out_features: int,
     tokens: int,
     in_features: int,
@@ -187,6 +224,7 @@ def cusparselt_plan(
     y_stride: int,
     bias: int,
     relu: bool,
+    channel_scale: bool,  # for cusparselt_matmul_scaled
     algorithm: int,  # -1: the library's choice; then the next two do not count
     split_k: int,
     split_k_mode: int,
@@ -198,6 +236,16 @@ def cusparselt_matmul(
 CUSPARSELT_UNKNOWN_PLAN: int  # it has left the cache
 CUSPARSELT_NO_WORKSPACE: int  # none that is large enough was lent, or a graph captures the stream
 
+def cusparselt_matmul_scaled(
+    *,
+    plan: int,
+    blob: int,
+    x: int,
+    y: int,
+    workspace: int,
+    channel_scale: int,  # float32 [out_features]
+    stream: int,
+) -> int: ...  # as cusparselt_matmul
 def cusparselt_lend_workspace(
     device: int, stream: int, workspace: int, bytes: int, /
 ) -> None: ...  # for later calls on this stream; the caller keeps it alive

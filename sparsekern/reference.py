@@ -71,6 +71,41 @@ def decompress(values: Tensor, metadata: Tensor, in_features: int) -> Tensor:
     return dense.reshape(out_features, in_features)
 
 
+def fp8_numbers() -> Tensor:
+    """The 253 numbers of e4m3fn in float64, ascending: ±m/8 · 2^e; at most 448, no infinity."""
+    positive = [m / 8 * 2.0**-6 for m in range(8)]
+    positive += [(1 + m / 8) * 2.0**e for e in range(-6, 9) for m in range(8) if (e, m) != (8, 7)]
+    numbers = torch.tensor(positive, dtype=torch.float64)
+    return torch.cat((-numbers[1:].flip(0), numbers))
+
+
+def quantize(w: Tensor, scale: Tensor, storage: str, group: int = 0) -> Tensor:
+    """The levels nearest to w / scale, a float32 quotient; ties to even, saturating; float64.
+
+    w is [out, in], scale [out, ceil(in / group)] (group 0: one a row), storage "fp8", "int8" or
+    "int4" with levels up to ±448, in -127..127 and in -8..7. The kept numbers are the non-zeros.
+    """
+    ratio = (w.float() / column_scales(scale, w.shape[1], group).float()).double()
+    if storage != "fp8":
+        low, top = {"int8": (-127, 127), "int4": (-8, 7)}[storage]
+        return ratio.round().clamp(low, top)
+    numbers = fp8_numbers().to(w.device)
+    above = torch.searchsorted(numbers, ratio).clamp(1, len(numbers) - 1)
+    below, distance = above - 1, numbers[above] + numbers[above - 1] - 2 * ratio
+    even = torch.where((above - len(numbers) // 2) % 2 == 0, above, below)  # of the mantissa
+    return numbers[torch.where(distance == 0, even, torch.where(distance < 0, above, below))] + 0.0
+
+
+def dequantize(levels: Tensor, scale: Tensor, group: int = 0) -> Tensor:
+    """levels * scale in float64: [out, in] and scale [out, ceil(in / group)]."""
+    return levels.double() * column_scales(scale, levels.shape[1], group)
+
+
+def column_scales(scale: Tensor, in_features: int, group: int) -> Tensor:
+    """scale [out, groups] -> float64 [out, in], that of every dense column."""
+    return scale.double().repeat_interleave(group or in_features, dim=1)[:, :in_features]
+
+
 def linear(
     x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str | None = None
 ) -> Tensor:

@@ -3,6 +3,7 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 #include <type_traits>
@@ -14,13 +15,14 @@ namespace sparsekern {
 template <class T>
 struct Element;
 
-#define SK_ELEMENT(enumerator, name, type, bits, operand, accumulator, ...) \
-  template <>                                                               \
-  struct Element<type> {                                                    \
-    static constexpr DType kDType = DType::enumerator;                      \
-    static constexpr int kStorageBits = bits;                               \
-    static constexpr int kPerByte = bits < 8 ? 8 / bits : 1;                \
-    using Accumulator = accumulator;                                        \
+#define SK_ELEMENT(enumerator, name, type, bits, operand, accumulator, ...)            \
+  template <>                                                                          \
+  struct Element<type> {                                                               \
+    static constexpr int kStorageBits = bits;                                          \
+    static constexpr int kPerByte = bits < 8 ? 8 / bits : 1;                           \
+    using Accumulator = accumulator;                                                   \
+    /* Sums of float32 that tensor cores keep with fewer bits. */                      \
+    static constexpr bool kPromotes = bits == 8 && std::is_same_v<accumulator, float>; \
   };
 SK_DTYPES(SK_ELEMENT)
 #undef SK_ELEMENT

@@ -4,8 +4,8 @@
 // The launch of a small kernel is bound by the host, and pybind11 takes longer to find out which
 // overload a call means than to convert its arguments. The parameters are a text as in Python: of
 // keyword arguments alone ("*, ...") or of positional ones alone ("..., /", at most six, since
-// nobody can read more). Integers, bool and whatever has __index__ are integers; a DType is its
-// number; a TypeError for anything else, for missing and unknown arguments and for an integer that
+// nobody can read more). Integers, bool and whatever has __index__ are integers; a double is what has
+// __float__; a DType is its number; a TypeError for anything else, for missing and unknown arguments and for an integer that
 // the C++ type cannot hold. The GIL is held throughout. Functions may throw as under pybind11.
 //
 //   fastcall::def<&pack>(m, "pack", "*, values, metadata, ..., stream", "launch_pack");

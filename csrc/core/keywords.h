@@ -1,5 +1,5 @@
 // keywords.h: arguments that CPython passes by name (vectorcall): which is which, and integers,
-// element types and truth values out of them.
+// numbers, element types and truth values out of them.
 //
 // A call site passes its names as one constant tuple of interned strings. So whoever is called
 // keeps the tuple it saw last with the places of its names, and a call like the one before costs
@@ -42,6 +42,11 @@ bool read(PyObject* object, T& value) {
   return overflow == 0 && static_cast<long long>(value) == narrow;
 }
 
+inline bool read(PyObject* object, double& value) {
+  value = PyFloat_AsDouble(object);
+  return value != -1.0 || PyErr_Occurred() == nullptr;
+}
+
 inline bool read(PyObject* object, bool& value) {
   value = object == Py_True;
   return PyBool_Check(object);
@@ -60,6 +65,8 @@ template <class T>
 std::string expectation() {
   if constexpr (std::is_same_v<T, bool>) {
     return "True or False";
+  } else if constexpr (std::is_same_v<T, double>) {
+    return "a number";
   } else if constexpr (std::is_same_v<T, DType>) {
     std::string numbers;
     for (int i = 0; i < kDTypeCount; ++i)

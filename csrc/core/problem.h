@@ -46,11 +46,12 @@ struct EpilogueArguments {
 };
 
 // y = activation(x · Wᵀ * channel_scale * token_scale + bias) + residual, accumulated in float32
-// and rounded once; a gated kernel: y = silu(x · Wᵀ) * (x · Upᵀ).
+// (int32 for int8) and rounded once; a gated kernel: y = silu(x · Wᵀ) * (x · Upᵀ).
 struct LinearProblem {
   int tokens, out_features, in_features;
   Rows x;
   DType weight_dtype;  // storage type of the values
+  int scale_group;     // of int4: columns that share a scale of the metadata (tile64.cuh); 0: none
   Operand weight;
   Operand up;  // of a gated kernel, same shape; else null
   EpilogueArguments epilogue;
@@ -61,9 +62,10 @@ struct LinearProblem {
 // A kernel of linear/kernels.h with one of its rows of linear/configs.h.
 using LinearLaunch = Status (*)(const LinearProblem& problem, int config, cudaStream_t stream);
 
-// Row-major values and metadata -> layout "tile64".
+// Row-major values of 16 or 8 bits and metadata -> layout "tile64".
 Status launch_pack(const void* values, const void* metadata, void* packed_values,
-                   void* packed_metadata, int out_features, int in_features, cudaStream_t stream);
+                   void* packed_metadata, int out_features, int in_features, int storage_bits,
+                   cudaStream_t stream);
 
 // Row-major values [out, in/2] and metadata [out, in/8] of a contiguous 16-bit w, pruned by
 // magnitude. `bad_chunks` counts what holds NaN or Inf; the caller zeroes it.

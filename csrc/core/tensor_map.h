@@ -45,7 +45,7 @@ inline Status check_x(const char* op, const LinearProblem& p) {
   const auto x = reinterpret_cast<uintptr_t>(p.x.data);
   const int64_t x_stride = p.x.stride, elements = 128 / info(p.x.dtype).storage_bits;
   SK_CHECK_MULTIPLE(op, x, uintptr_t{16}, "Copy x to aligned memory.");
-  SK_CHECK_MULTIPLE(op, x_stride, elements, "Make x contiguous, or pad in_features to 8.");
+  SK_CHECK_MULTIPLE(op, x_stride, elements, "Make x contiguous, or pad its rows to 16 bytes.");
   return {};
 }
 

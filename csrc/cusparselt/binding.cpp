@@ -47,13 +47,14 @@ void py_compress(int device, DType dtype, std::int64_t out_features, std::int64_
                           out(buffer), as_stream(stream)));
 }
 
-py::tuple py_plan(int device, DType dtype, std::int64_t out_features, std::int64_t tokens,
-                  std::int64_t in_features, std::int64_t x_stride, std::int64_t y_stride,
-                  Address bias, bool relu, int algorithm, int split_k, int split_k_mode) {
+py::tuple py_plan(int device, DType dtype, DType y_dtype, std::int64_t out_features,
+                  std::int64_t tokens, std::int64_t in_features, std::int64_t x_stride,
+                  std::int64_t y_stride, Address bias, bool relu, bool channel_scale, int algorithm,
+                  int split_k, int split_k_mode) {
   bind_thread_if_possible();
   PlanInfo info;
-  raise_if_error(plan({device, dtype, out_features, tokens, in_features, x_stride, y_stride,
-                       in(bias), relu, algorithm, split_k, split_k_mode},
+  raise_if_error(plan({device, dtype, y_dtype, out_features, tokens, in_features, x_stride,
+                       y_stride, in(bias), relu, channel_scale, algorithm, split_k, split_k_mode},
                       info));
   return py::make_tuple(info.id, info.workspace_bytes, info.algorithms);
 }
@@ -66,7 +67,17 @@ int py_matmul(std::uint64_t id, Address blob, Address x, Address y, Address work
               Address stream) {
   bind_thread_if_possible();
   Outcome outcome = Outcome::kDone;
-  raise_if_error(matmul(id, in(blob), in(x), out(y), out(workspace), as_stream(stream), outcome));
+  raise_if_error(
+      matmul(id, in(blob), in(x), out(y), out(workspace), nullptr, as_stream(stream), outcome));
+  return static_cast<int>(outcome);
+}
+
+int py_matmul_scaled(std::uint64_t id, Address blob, Address x, Address y, Address workspace,
+                     Address channel_scale, Address stream) {
+  bind_thread_if_possible();
+  Outcome outcome = Outcome::kDone;
+  raise_if_error(matmul(id, in(blob), in(x), out(y), out(workspace), in(channel_scale),
+                        as_stream(stream), outcome));
   return static_cast<int>(outcome);
 }
 
@@ -93,13 +104,16 @@ void bind(py::module_& m) {
                     "*, device, dtype, out_features, in_features, dense, blob, buffer, stream",
                     "A dense 2:4 weight into its blob.");
   def<&py_plan>(m, "cusparselt_plan",
-                "*, device, dtype, out_features, tokens, in_features, x_stride, y_stride, bias, "
-                "relu, algorithm, split_k, split_k_mode",
+                "*, device, dtype, y_dtype, out_features, tokens, in_features, x_stride, y_stride, "
+                "bias, relu, channel_scale, algorithm, split_k, split_k_mode",
                 "(id, workspace bytes, number of algorithms).");
   def<&py_lend_workspace>(m, "cusparselt_lend_workspace", "device, stream, workspace, bytes, /",
                           "Memory for later calls on a stream.");
   def<&py_matmul>(m, "cusparselt_matmul", "plan, blob, x, y, workspace, stream, /",
                   "0: done; else what is missing.");
+  def<&py_matmul_scaled>(m, "cusparselt_matmul_scaled",
+                         "*, plan, blob, x, y, workspace, channel_scale, stream",
+                         "The same for a plan with channel_scale.");
   def<&py_time_matmul>(m, "cusparselt_time_matmul", "*, plan, blob, x, y, workspace, stream, calls",
                        "Host seconds of so many bare calls.");
 }

@@ -19,6 +19,7 @@
 #include <mutex>
 #include <new>
 #include <tuple>
+#include <type_traits>
 #include <unordered_map>
 #include <utility>
 
@@ -77,14 +78,23 @@ struct Functions {
 constexpr int kOrderColumn = 1, kOrderRow = 2;
 constexpr int kNonTranspose = 0, kTranspose = 1;
 constexpr int kSparsity50Percent = 0;
-constexpr int kComputeFloat32 = 2;
-constexpr int kAttributeRelu = 0, kAttributeBiasPointer = 8;
+constexpr int kComputeInt32 = 0, kComputeFloat32 = 2;
+constexpr int kAttributeRelu = 0, kAttributeAlphaVector = 5, kAttributeBiasPointer = 8;
 constexpr int kAlgorithmDefault = 0;
 constexpr int kAttributeId = 0, kAttributeMaxId = 1, kAttributeSplitK = 3, kAttributeSplitKMode = 4;
 
 cudaDataType data_type(DType dtype) {
 #define SK_TYPE(enumerator, name, type, bits, operand, accumulator, map, library, ...) library,
   constexpr cudaDataType kTypes[] = {SK_DTYPES(SK_TYPE)};
+#undef SK_TYPE
+  return kTypes[static_cast<int>(dtype)];
+}
+
+// That of the sums of products.
+int compute_type(DType dtype) {
+#define SK_TYPE(enumerator, name, type, bits, operand, accumulator, ...) \
+  std::is_integral_v<accumulator> ? kComputeInt32 : kComputeFloat32,
+  constexpr int kTypes[] = {SK_DTYPES(SK_TYPE)};
 #undef SK_TYPE
   return kTypes[static_cast<int>(dtype)];
 }
@@ -171,20 +181,30 @@ struct Plan {
 
   int device = 0;
   const void* handle = nullptr;
+  bool channel_scale = false;
   Object weight, x, y, matmul, selection, plan;
   PlanInfo info;
 };
 
-using Key = std::tuple<int, int, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
-                       std::int64_t, const void*, bool, int, int, int>;
+using Key = std::tuple<int, int, int, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
+                       std::int64_t, const void*, bool, bool, int, int, int>;
 
 Key key_of(const Problem& p) {
-  return {p.device,   static_cast<int>(p.dtype),
-          p.m,        p.n,
-          p.k,        p.x_stride,
-          p.y_stride, p.bias,
-          p.relu,     p.algorithm,
-          p.split_k,  p.split_k_mode};
+  return {p.device,
+          static_cast<int>(p.dtype),
+          static_cast<int>(p.y_dtype),
+          p.m,
+          p.n,
+          p.k,
+          p.x_stride,
+          p.y_stride,
+          p.bias,
+          p.relu,
+          p.channel_scale,
+          p.algorithm,
+          p.split_k,
+          p.split_k_mode};
+  ;
 }
 
 // Memory of Python's, see lend_workspace.
@@ -275,8 +295,8 @@ Status find_version(Library& library) {
 
 Status init_weight(const Library& library, const void* handle, DType dtype, std::int64_t m,
                    std::int64_t k, Object& weight) {
-  SK_CHECK_MULTIPLE(kOp, m, kSparseMultiple, "Leave this layer in another layout.");
-  SK_CHECK_MULTIPLE(kOp, k, kSparseMultiple, "Leave this layer in another layout.");
+  SK_CHECK_MULTIPLE(kOp, m, sparse_multiple(dtype), "Leave this layer in another layout.");
+  SK_CHECK_MULTIPLE(kOp, k, sparse_multiple(dtype), "Leave this layer in another layout.");
   SK_CSLT(library.functions, StructuredDescriptorInit, handle, weight.get(), m, k, k, kAlignment,
           data_type(dtype), kOrderRow, kSparsity50Percent);
   weight.destroy = library.functions.MatDescriptorDestroy;
@@ -285,7 +305,7 @@ Status init_weight(const Library& library, const void* handle, DType dtype, std:
 
 Status init_dense(const Library& library, const void* handle, DType dtype, std::int64_t rows,
                   std::int64_t columns, std::int64_t stride, int order, Object& matrix) {
-  SK_CHECK_MULTIPLE(kOp, stride, kDenseMultiple, "Copy x.");
+  SK_CHECK_MULTIPLE(kOp, stride, dense_multiple(dtype), "Copy x.");
   SK_CSLT(library.functions, DenseDescriptorInit, handle, matrix.get(), rows, columns, stride,
           kAlignment, data_type(dtype), order);
   matrix.destroy = library.functions.MatDescriptorDestroy;
@@ -297,6 +317,9 @@ Status init_epilogue(const Functions& functions, const void* handle, const Probl
   const int on = 1;
   if (problem.relu)
     SK_CSLT(functions, MatmulDescSetAttribute, handle, matmul.get(), kAttributeRelu, &on,
+            sizeof(on));
+  if (problem.channel_scale)
+    SK_CSLT(functions, MatmulDescSetAttribute, handle, matmul.get(), kAttributeAlphaVector, &on,
             sizeof(on));
   if (problem.bias != nullptr)
     SK_CSLT(functions, MatmulDescSetAttribute, handle, matmul.get(), kAttributeBiasPointer,
@@ -331,10 +354,11 @@ Status build_plan(Library& library, const Problem& problem, std::unique_ptr<Plan
   const auto& [m, n, k] = std::tie(problem.m, problem.n, problem.k);
   auto plan = std::make_unique<Plan>(library.object_bytes);
   plan->device = problem.device;
+  plan->channel_scale = problem.channel_scale;
   SK_RETURN_IF_ERROR(handle_of(problem.device, library, plan->handle));
   const void* handle = plan->handle;
   SK_CHECK_REL(kOp, n, >, 0, "Handle zero tokens before.");
-  SK_CHECK_MULTIPLE(kOp, n, kDenseMultiple, "Pad the tokens.");
+  SK_CHECK_MULTIPLE(kOp, n, dense_multiple(problem.dtype), "Pad the tokens.");
   SK_CHECK_REL(kOp, problem.x_stride, >=, k, "Copy x.");
   SK_CHECK_REL(kOp, problem.y_stride, >=, m, "Pass a larger y.");
 
@@ -342,9 +366,10 @@ Status build_plan(Library& library, const Problem& problem, std::unique_ptr<Plan
   SK_RETURN_IF_ERROR(
       init_dense(library, handle, problem.dtype, n, k, problem.x_stride, kOrderRow, plan->x));
   SK_RETURN_IF_ERROR(
-      init_dense(library, handle, problem.dtype, m, n, problem.y_stride, kOrderColumn, plan->y));
+      init_dense(library, handle, problem.y_dtype, m, n, problem.y_stride, kOrderColumn, plan->y));
   SK_CSLT(functions, MatmulDescriptorInit, handle, plan->matmul.get(), kNonTranspose, kTranspose,
-          plan->weight.get(), plan->x.get(), plan->y.get(), plan->y.get(), kComputeFloat32);
+          plan->weight.get(), plan->x.get(), plan->y.get(), plan->y.get(),
+          compute_type(problem.dtype));
   SK_RETURN_IF_ERROR(init_epilogue(functions, handle, problem, plan->matmul));
   SK_RETURN_IF_ERROR(init_selection(functions, handle, problem, *plan));
   SK_CSLT(functions, MatmulPlanInit, handle, plan->plan.get(), plan->matmul.get(),
@@ -356,10 +381,17 @@ Status build_plan(Library& library, const Problem& problem, std::unique_ptr<Plan
 }
 
 Code run(const Functions& functions, const Plan& plan, const void* blob, const void* x, void* y,
-         void* workspace, cudaStream_t stream) {
-  const float alpha = 1.0f, beta = 0.0f;
-  return functions.Matmul(plan.handle, plan.plan.get(), &alpha, blob, x, &beta, y, y, workspace,
-                          &stream, 1);
+         void* workspace, const void* channel_scale, cudaStream_t stream) {
+  const float one = 1.0f, zero = 0.0f;
+  return functions.Matmul(plan.handle, plan.plan.get(), plan.channel_scale ? channel_scale : &one,
+                          blob, x, &zero, y, y, workspace, &stream, 1);
+}
+
+Status check_channel_scale(const Plan& plan, const void* channel_scale) {
+  if (plan.channel_scale == (channel_scale != nullptr)) return {};
+  return make_status(StatusKind::value, kOp, ": expected channel_scale ",
+                     plan.channel_scale ? "for" : "only for", " a plan that has it, got ",
+                     channel_scale == nullptr ? "none" : "one", ". Pass it as in the plan.");
 }
 
 // What was lent for this stream; null where that is too small, or a graph captures the stream.
@@ -455,12 +487,13 @@ void lend_workspace(int device, cudaStream_t stream, void* workspace, std::size_
 }
 
 Status matmul(std::uint64_t id, const void* blob, const void* x, void* y, void* workspace,
-              cudaStream_t stream, Outcome& outcome) {
+              const void* channel_scale, cudaStream_t stream, Outcome& outcome) {
   const std::lock_guard<std::mutex> guard(lock);
   const auto found = state().plans.find(id);
   outcome = Outcome::kUnknownPlan;
   if (found == state().plans.end()) return {};
   const Plan& plan = *found->second;
+  SK_RETURN_IF_ERROR(check_channel_scale(plan, channel_scale));
   if (workspace == nullptr && plan.info.workspace_bytes > 0) {
     workspace = lent_workspace(plan.device, stream, plan.info.workspace_bytes);
     outcome = Outcome::kNoWorkspace;
@@ -468,7 +501,8 @@ Status matmul(std::uint64_t id, const void* blob, const void* x, void* y, void* 
   }
   outcome = Outcome::kDone;
   const Functions& functions = state().library->functions;
-  return code_status("cusparseLtMatmul", run(functions, plan, blob, x, y, workspace, stream));
+  return code_status("cusparseLtMatmul",
+                     run(functions, plan, blob, x, y, workspace, channel_scale, stream));
 }
 
 Status time_matmul(std::uint64_t id, const void* blob, const void* x, void* y, void* workspace,
@@ -478,11 +512,12 @@ Status time_matmul(std::uint64_t id, const void* blob, const void* x, void* y, v
   if (found == state().plans.end())
     return make_status(StatusKind::value, kOp, ": expected the id of a plan, got ", id,
                        ". Call plan again.");
+  SK_RETURN_IF_ERROR(check_channel_scale(*found->second, nullptr));
   const Functions& functions = state().library->functions;
   const auto begin = std::chrono::steady_clock::now();
   Code code = 0;
   for (int call = 0; call < calls && code == 0; ++call)
-    code = run(functions, *found->second, blob, x, y, workspace, stream);
+    code = run(functions, *found->second, blob, x, y, workspace, nullptr, stream);
   seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   return code_status("cusparseLtMatmul", code);
 }

@@ -31,8 +31,9 @@ struct Version {
   int major = 0, minor = 0, patch = 0;
 };
 
-constexpr int kSparseMultiple = 16;    // M and K of a 16-bit weight; the library takes no others
-constexpr int kDenseMultiple = 8;      // N, and row strides, of 16-bit x and y
+// Of M and K of a weight, and of N and the row strides of x and y; the library takes no others.
+constexpr int sparse_multiple(DType dtype) { return 256 / info(dtype).storage_bits; }  // 16, 32
+constexpr int dense_multiple(DType dtype) { return 128 / info(dtype).storage_bits; }   // 8, 16
 constexpr unsigned kAlignment = 16;    // bytes: of every address that it gets
 constexpr int kDefaultAlgorithm = -1;  // let the library choose
 constexpr std::size_t kMaxPlans = 2048;
@@ -41,15 +42,17 @@ constexpr std::size_t kMaxPlans = 2048;
 // part of it, because the library stores it in the plan.
 struct Problem {
   int device;
-  DType dtype;
+  DType dtype;    // of the weight and of x
+  DType y_dtype;  // dtype, or one of 16 bits where that has 8
   std::int64_t m, n, k;
   std::int64_t x_stride, y_stride;  // of rows, in elements
   const void* bias;                 // [M], or null
   bool relu;
-  int algorithm;     // an id below Plan::algorithms, or kDefaultAlgorithm; with it the next two
-                     // do not count
-  int split_k;       // 1: none; > 1: parts of K; -1: the library's "segment-K"
-  int split_k_mode;  // a value of cusparseLtSplitKMode_t; 0: as the library chooses
+  bool channel_scale;  // `matmul` multiplies the sums of each row of W with a factor
+  int algorithm;       // an id below Plan::algorithms, or kDefaultAlgorithm; with it the next two
+                       // do not count
+  int split_k;         // 1: none; > 1: parts of K; -1: the library's "segment-K"
+  int split_k_mode;    // a value of cusparseLtSplitKMode_t; 0: as the library chooses
 };
 
 // What `plan` tells of a plan.
@@ -90,9 +93,11 @@ enum class Outcome : int {
           // which may be replayed on any other: pass one of this call alone
 };
 
-// y = x · Wᵀ + bias, with relu where the plan has it. workspace: null takes the lent one.
+// y = x · Wᵀ * channel_scale + bias, with relu where the plan has it. workspace: null takes the lent
+// one. channel_scale: float32 [M] on the GPU where the plan has it, else null. The library has no
+// factor for each token beside it.
 Status matmul(std::uint64_t id, const void* blob, const void* x, void* y, void* workspace,
-              cudaStream_t stream, Outcome& outcome);
+              const void* channel_scale, cudaStream_t stream, Outcome& outcome);
 
 // The same matmul `calls` times, bare, and the seconds of the host for all of them: what one call
 // of the C function costs, for bench/bench_overhead.py.

@@ -31,6 +31,18 @@
 //   g = lane / 4, t = lane % 4
 // Lanes t = 0, 1 serve the first k32 step of the tile (selector 0), lanes t = 2, 3 the second
 // (selector 1).
+//
+// Of 8-bit values: two words per thread, one after the other for the tile's two k64 steps s:
+//   word(s, w, lane) at byte s * 512 + (32w + lane) * 4
+//     = nibbles of row 16w + g + 8 (t % 2), dense k 64s + 32 (t / 2) .. + 31
+// Every lane serves (selector 0).
+//
+// Of int4, 256 dense columns in four chunks of 64. Word t of a row's 16 bytes of a chunk has the kept
+// pairs of the groups t, 4 + t, 8 + t and 12 + t (of 4 columns) of the chunk's columns: of pair j, the
+// first value in bits 4j .. 4j+3 and the second in bits 16+4j .. 19+4j, each as value + 8 (padding:
+// 8). The metadata is that of four tiles of 16-bit values side by side, 2048
+// bytes; with scales of groups of 64 or 128 columns, those of the tile follow as float32
+// [group][row], 0 outside the weight. One scale per row is not in the tile.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -45,6 +57,9 @@ constexpr int kChunkStride = kRows / 8 * kCoreMatrixBytes;  // LBO: 1024
 constexpr int kPanelsPerGroup = 4;
 constexpr int kGroupRows = kPanelsPerGroup * kRows;  // 256
 
+constexpr int kSteps = 2;             // k steps of a tile, whatever the type
+constexpr int kWordsBytes = 4 * 128;  // one word of metadata per thread of a warpgroup
+
 // What depends on the bits of a stored value.
 template <int kStorageBits>
 struct Tile {
@@ -53,6 +68,11 @@ struct Tile {
   static constexpr int kDenseK = 2 * kKeptK;                      // dense columns: 64
   static constexpr int kValueBytes = kRows * kChunks * 16;        // 4096
   static constexpr int kMetadataBytes = kRows * kDenseK / 4 / 2;  // 512
+  static constexpr int kWords = kMetadataBytes / kWordsBytes;     // per thread: 1, at 8 bits 2
+
+  // Which of its words a k step takes, and with which selector.
+  static constexpr __host__ __device__ int word(int step) { return kWords == 1 ? 0 : step; }
+  static constexpr __host__ __device__ int selector(int step) { return kWords == 1 ? step : 0; }
 
   // Byte offset of kept column c of a row, inside a tile's values.
   static constexpr __host__ __device__ int value_offset(int row, int c) {
@@ -60,6 +80,11 @@ struct Tile {
            c % kChunkValues * kStorageBits / 8;
   }
 };
+
+// Of the scales that follow the metadata of an int4 tile; group: columns, or 0.
+constexpr __host__ __device__ int scale_bytes(int group) {
+  return group == 0 ? 0 : Tile<4>::kDenseK / group * kRows * 4;
+}
 
 // Of non-negative numbers; no sum, so that it does not overflow near 2^31.
 constexpr __host__ __device__ int ceil_div(int a, int b) { return a / b + (a % b != 0); }

@@ -2,34 +2,39 @@
 // Python sees (kernels.h), the tests' parameters and the sweep.
 //
 // X(index, panels per consumer, BLOCK_N tokens, cluster along out_features, cluster along tokens,
-//   streamed)
+//   streamed, promoted)
 // BLOCK_M = 128 * panels. A cluster of CM x CN shares x among its CM rows and the weights among its
 // CN columns. Streamed: the tiles of the last, partly filled wave are laid end to end along K, and
 // every cluster takes an equal piece of that; otherwise each tile is cut into equal parts, if there
-// are clusters for two parts or more.
+// are clusters for two parts or more. Promoted: e4m3 alone, sums in float32 (mainloop_sm90.cuh).
 #pragma once
 
-#define SK_PREFILL_CONFIGS(X)                                           \
-  X(0, 2, 192, 1, 1, 0) /* 256 x 192: most FLOPs per byte */            \
-  X(1, 2, 192, 2, 1, 0)                                                 \
-  X(2, 2, 192, 1, 2, 0)                                                 \
-  X(3, 2, 192, 2, 2, 0)                                                 \
-  X(4, 2, 192, 4, 1, 0)                                                 \
-  X(5, 2, 192, 4, 2, 0) /* eight share: fewest bytes from L2 */         \
-  X(6, 2, 192, 2, 1, 1)                                                 \
-  X(7, 2, 160, 1, 1, 0)                                                 \
-  X(8, 2, 160, 2, 1, 0)                                                 \
-  X(9, 2, 128, 1, 1, 0) /* 256 x 128: fills the chip at fewer tokens */ \
-  X(10, 2, 128, 2, 1, 0)                                                \
-  X(11, 2, 128, 1, 2, 0)                                                \
-  X(12, 2, 128, 2, 2, 0)                                                \
-  X(13, 2, 128, 4, 2, 0)                                                \
-  X(14, 2, 128, 2, 1, 1)                                                \
-  X(15, 2, 96, 1, 1, 0)                                                 \
-  X(16, 2, 64, 1, 1, 0)                                                 \
-  X(17, 2, 64, 2, 1, 0)                                                 \
-  X(18, 2, 208, 2, 1, 0) /* five columns are 1024 tokens, nearly */     \
-  X(19, 2, 208, 1, 2, 0)
+#define SK_PREFILL_CONFIGS(X)                                                       \
+  X(0, 2, 192, 1, 1, 0, 0) /* 256 x 192: most FLOPs per byte */                     \
+  X(1, 2, 192, 2, 1, 0, 0)                                                          \
+  X(2, 2, 192, 1, 2, 0, 0)                                                          \
+  X(3, 2, 192, 2, 2, 0, 0)                                                          \
+  X(4, 2, 192, 4, 1, 0, 0)                                                          \
+  X(5, 2, 192, 4, 2, 0, 0) /* eight share: fewest bytes from L2 */                  \
+  X(6, 2, 192, 2, 1, 1, 0)                                                          \
+  X(7, 2, 160, 1, 1, 0, 0)                                                          \
+  X(8, 2, 160, 2, 1, 0, 0)                                                          \
+  X(9, 2, 128, 1, 1, 0, 0) /* 256 x 128: fills the chip at fewer tokens */          \
+  X(10, 2, 128, 2, 1, 0, 0)                                                         \
+  X(11, 2, 128, 1, 2, 0, 0)                                                         \
+  X(12, 2, 128, 2, 2, 0, 0)                                                         \
+  X(13, 2, 128, 4, 2, 0, 0)                                                         \
+  X(14, 2, 128, 2, 1, 1, 0)                                                         \
+  X(15, 2, 96, 1, 1, 0, 0)                                                          \
+  X(16, 2, 64, 1, 1, 0, 0)                                                          \
+  X(17, 2, 64, 2, 1, 0, 0)                                                          \
+  X(18, 2, 208, 2, 1, 0, 0) /* five columns are 1024 tokens, nearly */              \
+  X(19, 2, 208, 1, 2, 0, 0)                                                         \
+  X(20, 1, 192, 1, 1, 0, 1) /* promoted: a tile and its sums share the registers */ \
+  X(21, 1, 192, 2, 1, 0, 1)                                                         \
+  X(22, 1, 128, 1, 1, 0, 1)                                                         \
+  X(23, 1, 128, 2, 1, 0, 1)
+#define SK_PREFILL_UNPROMOTED 20  // the first of them, which all types have
 
 // The split kernel's tiles.
 // X(index, panels per consumer, BLOCK_N tokens, CTAs that share the K of a tile)
@@ -100,8 +105,8 @@ struct ConfigTable {
   constexpr int at(int row, int column) const { return values[row * columns + column]; }
 };
 
-#define SK_PREFILL_ROW(index, panels, tokens, cluster_m, cluster_n, streamed) \
-  index, 128 * panels, tokens, cluster_m, cluster_n, streamed,
+#define SK_PREFILL_ROW(index, panels, tokens, cluster_m, cluster_n, streamed, promoted) \
+  index, 128 * panels, tokens, cluster_m, cluster_n, streamed, promoted,
 #define SK_SPLIT_ROW(index, panels, tokens, split) index, 128 * panels, tokens, split,
 #define SK_DECODE_ROW(index, panels, split) index, 64 * panels, split,
 #define SK_MMA_ROW(...) __VA_ARGS__,
@@ -115,7 +120,7 @@ struct ConfigTable {
       sizeof(k##name##Values) / sizeof(int) * sizeof(const char*) / sizeof(k##name##Fields)};
 
 SK_CONFIG_TABLE(Prefill, SK_PREFILL_CONFIGS, SK_PREFILL_ROW, "index", "rows", "tokens",
-                "cluster_rows", "cluster_tokens", "streamed?")
+                "cluster_rows", "cluster_tokens", "streamed?", "promoted?")
 SK_CONFIG_TABLE(Split, SK_SPLIT_CONFIGS, SK_SPLIT_ROW, "index", "rows", "tokens", "split")
 SK_CONFIG_TABLE(Decode, SK_DECODE_CONFIGS, SK_DECODE_ROW, "index", "rows", "split")
 SK_CONFIG_TABLE(Mma, SK_MMA_CONFIGS, SK_MMA_ROW, "index", "rows", "tokens", "warps_rows",

@@ -1,5 +1,5 @@
 // decode_launch_sm90.cuh: host side of the decode kernel: its launch, and the choice of the token
-// tile. Templates over the element type and the number of weights, which linear/instantiate
+// tile. Templates over the element types and the number of weights, which linear/instantiate
 // compiles in parallel.
 #pragma once
 #include "core/device.h"
@@ -20,15 +20,7 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
   const LaunchShape shape = {kThreads, Cfg::kSmemBytes, kRanks};
   CUtensorMap x_map;
   SK_RETURN_IF_ERROR(make_activation_map(kOp, x_map, p, Cfg::kTokens));
-  Params<typename Cfg::T> params = {};
-  params.values[0] = static_cast<const uint8_t*>(p.weight.values);
-  params.values[1] = static_cast<const uint8_t*>(p.up.values);
-  params.metadata[0] = static_cast<const uint8_t*>(p.weight.metadata);
-  params.metadata[1] = static_cast<const uint8_t*>(p.up.metadata);
-  params.out = make_epilogue<typename Cfg::T>(p);
-  params.extent = tile64::Extent::of<typename Cfg::Tile>(p.out_features, p.in_features);
-  params.row_blocks = tile64::ceil_div(params.extent.panels, Cfg::kPanels);
-  params.tokens = p.tokens;
+  const Params<Cfg> params = make_params<Cfg>(p);
   int resident = 0;
   SK_RETURN_IF_ERROR(kernel.resident_clusters(shape, resident));
   const bool persistent = kRanks == 1 && resident < params.row_blocks;
@@ -36,38 +28,42 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
   return kernel.launch(shape, int64_t{clusters} * kRanks, stream, x_map, params);
 }
 
-template <class T, int kTokenTiles, int kWeights>
+template <class W, class X, class Y, int kTokenTiles, int kWeights, int kScaleGroup>
 Status launch_config(const LinearProblem& p, int config, cudaStream_t stream) {
   switch (config) {
 #define SK_CASE(index, panels, split) \
   case index:                         \
-    return launch<Config<T, kTokenTiles, kWeights, panels>, split>(p, stream);
+    return launch<Config<W, X, Y, kTokenTiles, kWeights, panels, kScaleGroup>, split>(p, stream);
     SK_DECODE_CONFIGS(SK_CASE)
 #undef SK_CASE
   }
   return unknown_config(kOp, kDecodeConfigs, config);
 }
 
-template <class T, int kWeights>
+template <class W, class X, class Y, int kWeights, int kScaleGroup = 0>
 Status launch_for_tokens(const LinearProblem& p, int config, cudaStream_t stream) {
   constexpr int kMaxTokens = kWeights == 1 ? 64 : 32;
   SK_CHECK_REL(kOp, p.tokens, <=, kMaxTokens, "Use the prefill kernel.");
   if (p.tokens == 0) return {};
-  if (p.tokens <= 8) return launch_config<T, 1, kWeights>(p, config, stream);
-  if (p.tokens <= 16) return launch_config<T, 2, kWeights>(p, config, stream);
-  if (p.tokens <= 32) return launch_config<T, 4, kWeights>(p, config, stream);
-  if constexpr (kWeights == 1) return launch_config<T, 8, 1>(p, config, stream);
+  if (p.tokens <= 8) return launch_config<W, X, Y, 1, kWeights, kScaleGroup>(p, config, stream);
+  if (p.tokens <= 16) return launch_config<W, X, Y, 2, kWeights, kScaleGroup>(p, config, stream);
+  if (p.tokens <= 32) return launch_config<W, X, Y, 4, kWeights, kScaleGroup>(p, config, stream);
+  if constexpr (kWeights == 1) return launch_config<W, X, Y, 8, 1, kScaleGroup>(p, config, stream);
   return {};
 }
 
-template <class T>
+template <class W, class X, class Y>
 Status linear(const LinearProblem& p, int config, cudaStream_t stream) {
-  return launch_for_tokens<T, 1>(p, config, stream);
+  if constexpr (std::is_same_v<W, Int4>) {
+    if (p.scale_group == 64) return launch_for_tokens<W, X, Y, 1, 64>(p, config, stream);
+    if (p.scale_group == 128) return launch_for_tokens<W, X, Y, 1, 128>(p, config, stream);
+  }
+  return launch_for_tokens<W, X, Y, 1>(p, config, stream);
 }
 
-template <class T>
+template <class W, class X, class Y>
 Status gated(const LinearProblem& p, int config, cudaStream_t stream) {
-  return launch_for_tokens<T, 2>(p, config, stream);
+  return launch_for_tokens<W, X, Y, 2>(p, config, stream);
 }
 
 }  // namespace sparsekern::decode

@@ -8,7 +8,7 @@
 // So the kernel is a copy loop with a little arithmetic in its shadow:
 //
 //   one CTA      = one row block of 256 rows (a tile row group) or 128, and one slice of K
-//   one stage    = 64 dense columns: [x tile | 16 KiB values | 2 KiB metadata], three copies
+//   one stage    = the 64 dense columns of a tile: [x tile | 16 KiB values | 2 KiB metadata]
 //   one cluster  = the 1, 2, 4 or 8 CTAs that share a row block; each takes 1/C of K, partial sums
 //                  meet in shared memory
 //
@@ -28,6 +28,17 @@
 // ldmatrix of B and 4 mma.sp per 8 tokens. The gated form streams two weights, gate and up, and
 // writes silu(gate) * up.
 //
+// Weights of 8 bits: a tile has 128 dense columns, so x comes in two boxes of 64 and the metadata is
+// 4 KiB. They are widened to the type of x in registers (decode_widen.cuh); the sums are scaled by
+// the channel's scale. Per stage and warp: 4 ldmatrix and 4 8-byte words of metadata, 64 values per
+// lane to widen, 16 words of B and 8 mma.sp per 8 tokens.
+//
+// Weights of 4 bits: a tile has 256 dense columns, x comes in four boxes. The values lie so that a
+// word gives the instruction's pairs in their places, and the metadata is that of 16-bit values. With
+// scales of groups of 64 or 128 columns, which follow the metadata of a tile, each group is summed
+// alone, then scaled and added. Per stage and warp: 4 ldmatrix and 8 words of metadata, 128 values per
+// lane to widen, 8 ldmatrix of B and 16 mma.sp per 8 tokens, and a multiplication per sum and group.
+//
 // Programmatic dependent launch: weights are constants, so their copies start before the previous
 // kernel of the stream has finished; x, residual and y are touched only after it has.
 #pragma once
@@ -40,6 +51,7 @@
 #include "ptx/mma_sp.cuh"
 #include "ptx/named_barrier.cuh"
 #include "ptx/tma.cuh"
+#include "linear/decode_widen.cuh"
 #include "linear/epilogue.cuh"
 
 namespace sparsekern::decode {
@@ -50,12 +62,19 @@ constexpr int kThreads = kConsumerThreads + 32;
 constexpr int kConsumerBarrier = 1;
 constexpr int kSmemCapacity = 227 * 1024;
 
-// kTokenTiles: tokens in units of 8. kWeights: 1, or 2 for the gated form. kPanels: row panels of a
-// row block, 4 or 2.
-template <class T_, int kTokenTiles_, int kWeights_, int kPanels_>
+// W, X, Y: types of the weight's values, of x and of y. kTokenTiles: tokens in units of 8. kWeights:
+// 1, or 2 for the gated form. kPanels: row panels of a row block, 4 or 2. kScaleGroup: columns that
+// share a scale of the metadata (int4), or 0.
+template <class W_, class X_, class Y_, int kTokenTiles_, int kWeights_, int kPanels_,
+          int kScaleGroup_ = 0>
 struct Config {
-  using T = T_;
-  using Tile = tile64::Tile<Element<T>::kStorageBits>;
+  using W = W_;
+  using X = X_;
+  using Tile = tile64::Tile<Element<W>::kStorageBits>;
+  using Y = Y_;
+  static constexpr bool kWidens = Element<W>::kStorageBits < Element<X>::kStorageBits;
+  static constexpr bool kScaled = kWidens;
+  static constexpr int kScaleGroup = kScaleGroup_;
   static constexpr int kPanels = kPanels_;
   static constexpr int kRows = kPanels * tile64::kRows;
   static constexpr int kWarpRows = kRows / kConsumerWarps;  // 32 or 16
@@ -63,9 +82,13 @@ struct Config {
   static constexpr int kTokenTiles = kTokenTiles_;
   static constexpr int kWeights = kWeights_;
   static constexpr int kTokens = kTokenTiles * 8;
-  static constexpr int kXBytes = kTokens * 128;
+  static constexpr int kXBoxColumns = 64;
+  static constexpr int kXBoxBytes = kTokens * 128;
+  static constexpr int kXBoxes = Tile::kDenseK / kXBoxColumns;
+  static constexpr int kXBytes = kXBoxes * kXBoxBytes;
   static constexpr int kValueBytes = kPanels * Tile::kValueBytes;
-  static constexpr int kMetadataBytes = kPanels * Tile::kMetadataBytes;
+  static constexpr int kTileMetadataBytes = Tile::kMetadataBytes + tile64::scale_bytes(kScaleGroup);
+  static constexpr int kMetadataBytes = kPanels * kTileMetadataBytes;
   static constexpr int kWeightBytes = kValueBytes + kMetadataBytes;
   static constexpr int kStageBytes = kXBytes + kWeights * kWeightBytes;
   static constexpr int kSumPitch = kRows + 4;  // words; +4 spreads the banks
@@ -73,18 +96,34 @@ struct Config {
   static constexpr int kFit = (kSmemCapacity - 256 - kSumBytes) / kStageBytes;
   static constexpr int kStages = kFit < 12 ? kFit : 12;
   static constexpr int kSmemBytes = kStages * kStageBytes + kSumBytes + 2 * kStages * 8;
-  static_assert(kStages >= 3 && kSmemBytes <= kSmemCapacity);
+  static_assert(kStages >= (Element<W>::kStorageBits < 8 ? 2 : 3) && kSmemBytes <= kSmemCapacity);
+  static_assert(Element<X>::kStorageBits == 16 && (kWidens || std::is_same_v<W, X>));
+  static_assert(kWeights == 1 || !kWidens, "the epilogue has the scales of one weight");
 };
 
-template <class T>
+template <class Cfg>
 struct Params {
   const uint8_t* values[2];
   const uint8_t* metadata[2];
-  Epilogue<T> out;
+  Epilogue<typename Cfg::Y, Cfg::kScaled> out;
   tile64::Extent extent;
   int row_blocks;
   int tokens;
 };
+
+template <class Cfg>
+Params<Cfg> make_params(const LinearProblem& p) {
+  Params<Cfg> params = {};
+  params.values[0] = static_cast<const uint8_t*>(p.weight.values);
+  params.values[1] = static_cast<const uint8_t*>(p.up.values);
+  params.metadata[0] = static_cast<const uint8_t*>(p.weight.metadata);
+  params.metadata[1] = static_cast<const uint8_t*>(p.up.metadata);
+  params.out = make_epilogue<typename Cfg::Y, Cfg::kScaled>(p);
+  params.extent = tile64::Extent::of<typename Cfg::Tile>(p.out_features, p.in_features);
+  params.row_blocks = tile64::ceil_div(params.extent.panels, Cfg::kPanels);
+  params.tokens = p.tokens;
+  return params;
+}
 
 template <class Cfg>
 __device__ __forceinline__ int panels_in(const tile64::Extent& extent, int row_block) {
@@ -146,7 +185,7 @@ struct KTiles {
 template <class Cfg>
 struct Producer {
   const CUtensorMap* x_map;
-  const Params<typename Cfg::T>& p;
+  const Params<Cfg>& p;
   const Smem<Cfg>& smem;
   RingPosition<Cfg::kStages> ring = {};
 
@@ -154,7 +193,7 @@ struct Producer {
     constexpr int kBlocksPerGroup = tile64::kPanelsPerGroup / Cfg::kPanels;
     const int panels = panels_in<Cfg>(p.extent, row_block);
     const uint32_t value_bytes = panels * Cfg::Tile::kValueBytes,
-                   metadata_bytes = panels * Cfg::Tile::kMetadataBytes;
+                   metadata_bytes = panels * Cfg::kTileMetadataBytes;
     const uint32_t full = smem.full(stage);
     ptx::mbarrier_arrive_expect_bytes(
         full, Cfg::kXBytes + Cfg::kWeights * (value_bytes + metadata_bytes));
@@ -164,13 +203,16 @@ struct Producer {
     for (int w = 0; w < Cfg::kWeights; ++w) {
       ptx::bulk_copy(smem.values(stage, w), p.values[w] + tile * Cfg::Tile::kValueBytes,
                      value_bytes, full, ptx::L2Hint::kEvictFirst);
-      ptx::bulk_copy(smem.metadata(stage, w), p.metadata[w] + tile * Cfg::Tile::kMetadataBytes,
+      ptx::bulk_copy(smem.metadata(stage, w), p.metadata[w] + tile * Cfg::kTileMetadataBytes,
                      metadata_bytes, full, ptx::L2Hint::kEvictFirst);
     }
   }
   __device__ __forceinline__ void copy_x(int stage, int k_tile) const {
-    ptx::tensor_copy(smem.x(stage), x_map, k_tile * Cfg::Tile::kDenseK, 0, smem.full(stage),
-                     ptx::L2Hint::kEvictLast);
+#pragma unroll
+    for (int box = 0; box < Cfg::kXBoxes; ++box)
+      ptx::tensor_copy(smem.x(stage) + box * Cfg::kXBoxBytes, x_map,
+                       k_tile * Cfg::Tile::kDenseK + box * Cfg::kXBoxColumns, 0, smem.full(stage),
+                       ptx::L2Hint::kEvictLast);
   }
   // The first turn of the ring: weights at once, x when the kernel that made it has finished.
   // Returns the tiles issued.
@@ -197,17 +239,31 @@ struct Producer {
 template <class Cfg>
 using Accumulators = float[Cfg::kWeights][Cfg::kWarpTiles][Cfg::kTokenTiles][4];
 
+// Where a warp's rows are in the values and the metadata of a stage: offsets of lane i, which names
+// row i % 8 of matrix i / 8 of the first ldmatrix and has word i of the first m16 tile's metadata
+// and the scale of its row i / 4.
+template <class Cfg>
+struct WarpRows {
+  uint32_t values, metadata, scales;
+
+  __device__ __forceinline__ WarpRows(int warp_idx, int lane_idx) {
+    const int panel = warp_idx * Cfg::kWarpRows / tile64::kRows;
+    const int first_m16 = warp_idx * Cfg::kWarpRows % tile64::kRows / 16;
+    const int row_in_matrix = lane_idx % 8, matrix = lane_idx / 8;
+    values = panel * Cfg::Tile::kValueBytes + (matrix / 2) * tile64::kChunkStride +
+             (first_m16 * 2 + matrix % 2) * tile64::kRowGroupStride + row_in_matrix * 16;
+    metadata = panel * Cfg::kTileMetadataBytes + first_m16 * 128 + lane_idx * 4;
+    scales = panel * Cfg::kTileMetadataBytes + Cfg::Tile::kMetadataBytes +
+             (first_m16 * 16 + lane_idx / 4) * 4;
+  }
+};
+
 // One stage for one warp: its m16 tiles of each weight times all tokens, two k-steps.
 template <class Cfg>
 __device__ __forceinline__ void multiply_stage(Accumulators<Cfg>& d, const Smem<Cfg>& smem,
                                                int stage, int warp_idx, int lane_idx) {
-  const int panel = warp_idx * Cfg::kWarpRows / tile64::kRows;
-  const int first_m16 = warp_idx * Cfg::kWarpRows % tile64::kRows / 16;
+  const WarpRows<Cfg> rows(warp_idx, lane_idx);
   const int row_in_matrix = lane_idx % 8, matrix = lane_idx / 8;
-  const uint32_t a_lane = panel * Cfg::Tile::kValueBytes + (matrix / 2) * tile64::kChunkStride +
-                          (first_m16 * 2 + matrix % 2) * tile64::kRowGroupStride +
-                          row_in_matrix * 16;
-  const uint32_t metadata_lane = panel * Cfg::Tile::kMetadataBytes + first_m16 * 128 + lane_idx * 4;
   const uint32_t b_lane = smem.x(stage) + row_in_matrix * 128;
 
   uint32_t metadata[Cfg::kWeights][Cfg::kWarpTiles];
@@ -215,7 +271,7 @@ __device__ __forceinline__ void multiply_stage(Accumulators<Cfg>& d, const Smem<
   for (int w = 0; w < Cfg::kWeights; ++w) {
 #pragma unroll
     for (int i = 0; i < Cfg::kWarpTiles; ++i)
-      metadata[w][i] = ptx::load_shared_u32(smem.metadata(stage, w) + metadata_lane + i * 128);
+      metadata[w][i] = ptx::load_shared_u32(smem.metadata(stage, w) + rows.metadata + i * 128);
   }
 #pragma unroll
   for (int step = 0; step < 2; ++step) {
@@ -224,7 +280,8 @@ __device__ __forceinline__ void multiply_stage(Accumulators<Cfg>& d, const Smem<
     for (int w = 0; w < Cfg::kWeights; ++w) {
 #pragma unroll
       for (int i = 0; i < Cfg::kWarpTiles; ++i)
-        ptx::ldmatrix_x4(a[w][i], smem.values(stage, w) + a_lane + step * 2 * tile64::kChunkStride +
+        ptx::ldmatrix_x4(a[w][i], smem.values(stage, w) + rows.values +
+                                      step * 2 * tile64::kChunkStride +
                                       i * 2 * tile64::kRowGroupStride);
     }
 #pragma unroll
@@ -235,8 +292,145 @@ __device__ __forceinline__ void multiply_stage(Accumulators<Cfg>& d, const Smem<
       for (int w = 0; w < Cfg::kWeights; ++w) {
 #pragma unroll
         for (int i = 0; i < Cfg::kWarpTiles; ++i) {
-          if (step == 0) ptx::mma_sp<typename Cfg::T, 0>(d[w][i][n], a[w][i], b, metadata[w][i]);
-          else ptx::mma_sp<typename Cfg::T, 1>(d[w][i][n], a[w][i], b, metadata[w][i]);
+          if (step == 0) ptx::mma_sp<typename Cfg::X, 0>(d[w][i][n], a[w][i], b, metadata[w][i]);
+          else ptx::mma_sp<typename Cfg::X, 1>(d[w][i][n], a[w][i], b, metadata[w][i]);
+        }
+      }
+    }
+  }
+}
+
+// The same with weights of 8 bits: two units of two k-steps. See decode_widen.cuh.
+template <class Cfg>
+__device__ __forceinline__ void multiply_widened_stage(Accumulators<Cfg>& d, const Smem<Cfg>& smem,
+                                                       int stage, int warp_idx, int lane_idx) {
+  constexpr int kUnits = Cfg::Tile::kDenseK / 64, kUnitMetadataBytes = 512;
+  const WarpRows<Cfg> rows(warp_idx, lane_idx);
+  const Widen<typename Cfg::W, typename Cfg::X> widen(lane_idx);
+  const uint32_t metadata_pair = rows.metadata & ~7u;  // rows g and g + 8 of the lane's k-step
+  const uint32_t b_lane = smem.x(stage) + widened_b_offset(lane_idx);
+#pragma unroll
+  for (int unit = 0; unit < kUnits; ++unit) {
+    uint32_t narrow[Cfg::kWeights][Cfg::kWarpTiles][4], metadata[Cfg::kWeights][Cfg::kWarpTiles];
+#pragma unroll
+    for (int w = 0; w < Cfg::kWeights; ++w) {
+#pragma unroll
+      for (int i = 0; i < Cfg::kWarpTiles; ++i) {
+        ptx::ldmatrix_x4(narrow[w][i], smem.values(stage, w) + rows.values +
+                                           unit * 2 * tile64::kChunkStride +
+                                           i * 2 * tile64::kRowGroupStride);
+        metadata[w][i] =
+            widened_metadata(ptx::load_shared_u64(smem.metadata(stage, w) + metadata_pair +
+                                                  unit * kUnitMetadataBytes + i * 128),
+                             lane_idx);
+      }
+    }
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      uint32_t a[Cfg::kWeights][Cfg::kWarpTiles][4];
+#pragma unroll
+      for (int w = 0; w < Cfg::kWeights; ++w) {
+#pragma unroll
+        for (int i = 0; i < Cfg::kWarpTiles; ++i) {
+          widen(a[w][i][0], a[w][i][2], narrow[w][i][2 * step]);
+          widen(a[w][i][1], a[w][i][3], narrow[w][i][2 * step + 1]);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < Cfg::kTokenTiles; ++n) {
+        uint32_t b[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+          b[r] = ptx::load_shared_u32((b_lane ^ widened_b_flip(step, r)) + unit * Cfg::kXBoxBytes +
+                                      n * 1024);
+#pragma unroll
+        for (int w = 0; w < Cfg::kWeights; ++w) {
+#pragma unroll
+          for (int i = 0; i < Cfg::kWarpTiles; ++i) {
+            if (step == 0) ptx::mma_sp<typename Cfg::X, 0>(d[w][i][n], a[w][i], b, metadata[w][i]);
+            else ptx::mma_sp<typename Cfg::X, 1>(d[w][i][n], a[w][i], b, metadata[w][i]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// The same with weights of 4 bits, in parts of one or two boxes of columns (two or four k-steps), whose
+// sums are scaled. With many tokens a part is one box even where two have the same scale, and parts are
+// not interleaved, for the registers.
+template <class Cfg>
+__device__ __forceinline__ void multiply_int4_stage(Accumulators<Cfg>& d, const Smem<Cfg>& smem,
+                                                    int stage, int warp_idx, int lane_idx) {
+  constexpr bool kManyTokens = Cfg::kTokenTiles >= 8;
+  constexpr int kBoxes = kManyTokens || Cfg::kScaleGroup == 64 ? 1 : 2;  // of a part
+  constexpr int kParts = Cfg::kXBoxes / kBoxes, kSteps = 2 * kBoxes;
+  const WarpRows<Cfg> rows(warp_idx, lane_idx);
+  const int row_in_matrix = lane_idx % 8, matrix = lane_idx / 8;
+  // ldmatrix takes both chunks of a part for one m16 tile, or one chunk for the warp's one or two.
+  constexpr int kLoads = kBoxes == 2 ? Cfg::kWarpTiles : 1;
+  const int upper = matrix / 2;
+  const uint32_t values =
+      smem.values(stage, 0) + rows.values +
+      (kBoxes == 2 ? 0
+                   : upper * (Cfg::kWarpTiles - 1) * 2 * tile64::kRowGroupStride -
+                         upper * tile64::kChunkStride);
+  const uint32_t metadata_lane = smem.metadata(stage, 0) + rows.metadata;
+  const uint32_t scales_lane = smem.metadata(stage, 0) + rows.scales;
+  const uint32_t b_lane = smem.x(stage) + row_in_matrix * 128;
+#pragma unroll(kManyTokens ? 1 : 2)
+  for (int part = 0; part < kParts; ++part) {
+    uint32_t narrow[kLoads][4];
+#pragma unroll
+    for (int load = 0; load < kLoads; ++load)
+      ptx::ldmatrix_x4(narrow[load], values + part * kBoxes * tile64::kChunkStride +
+                                         load * 2 * tile64::kRowGroupStride);
+    uint32_t a[kSteps][Cfg::kWarpTiles][4], metadata[kBoxes][Cfg::kWarpTiles];
+    float scale[Cfg::kWarpTiles][2];  // of rows g and g + 8
+#pragma unroll
+    for (int i = 0; i < Cfg::kWarpTiles; ++i) {
+#pragma unroll
+      for (int box = 0; box < kBoxes; ++box) {
+        const uint32_t* words = kBoxes == 2 ? &narrow[i % kLoads][2 * box] : &narrow[0][2 * i];
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r)
+            a[2 * box + step][i][r] = widened_int4<typename Cfg::X>(words[r % 2], step * 2 + r / 2);
+        }
+        metadata[box][i] = ptx::load_shared_u32(
+            metadata_lane + (part * kBoxes + box) * tile64::kWordsBytes + i * 128);
+      }
+      if constexpr (Cfg::kScaleGroup != 0) {
+        const int group = part * kBoxes * Cfg::kXBoxColumns / Cfg::kScaleGroup;
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          scale[i][half] = __uint_as_float(
+              ptx::load_shared_u32(scales_lane + (group * tile64::kRows + i * 16 + half * 8) * 4));
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < Cfg::kTokenTiles; ++n) {
+      float sums[Cfg::kWarpTiles][4] = {};
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4(b, b_lane + (part * kBoxes + step / 2) * Cfg::kXBoxBytes + n * 1024 +
+                                ((step % 2 * 4 + matrix) ^ row_in_matrix) * 16);
+#pragma unroll
+        for (int i = 0; i < Cfg::kWarpTiles; ++i) {
+          float (&to)[4] = Cfg::kScaleGroup != 0 ? sums[i] : d[0][i][n];
+          if (step % 2 == 0)
+            ptx::mma_sp<typename Cfg::X, 0>(to, a[step][i], b, metadata[step / 2][i]);
+          else ptx::mma_sp<typename Cfg::X, 1>(to, a[step][i], b, metadata[step / 2][i]);
+        }
+      }
+      if constexpr (Cfg::kScaleGroup != 0) {
+#pragma unroll
+        for (int i = 0; i < Cfg::kWarpTiles; ++i) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            d[0][i][n][e] = fmaf(sums[i][e], scale[i][e / 2], d[0][i][n][e]);
         }
       }
     }
@@ -288,8 +482,8 @@ __device__ __forceinline__ void reduce_segment(float (&v)[4], const Smem<Cfg>& s
 
 // Each CTA of the cluster finishes its share of the (token, 4 rows) segments.
 template <class Cfg, int kRanks>
-__device__ __forceinline__ void store_outputs(const Params<typename Cfg::T>& p,
-                                              const Smem<Cfg>& smem, int row_block, int rank) {
+__device__ __forceinline__ void store_outputs(const Params<Cfg>& p, const Smem<Cfg>& smem,
+                                              int row_block, int rank) {
   constexpr int kSegments = Cfg::kRows / 4;
   const int total = p.tokens * kSegments;
   const int begin = total * rank / kRanks, end = total * (rank + 1) / kRanks;
@@ -311,7 +505,7 @@ __device__ __forceinline__ void store_outputs(const Params<typename Cfg::T>& p,
 template <class Cfg, int kRanks>
 __global__ void __launch_bounds__(kThreads, 1)
     spmm_decode_sm90_kernel(const __grid_constant__ CUtensorMap x_map,
-                            const __grid_constant__ Params<typename Cfg::T> p) {
+                            const __grid_constant__ Params<Cfg> p) {
   extern __shared__ __align__(1024) uint8_t raw_smem[];
   const Smem<Cfg> smem(raw_smem);
   const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
@@ -355,7 +549,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         warp_idx * Cfg::kWarpRows / tile64::kRows < panels_in<Cfg>(p.extent, row_block);
     for (int i = 0; i < k.count; ++i) {
       ptx::mbarrier_wait(smem.full(ring.stage), ring.parity);
-      if (has_rows) multiply_stage<Cfg>(d, smem, ring.stage, warp_idx, lane_idx);
+      if (has_rows) {
+        if constexpr (std::is_same_v<typename Cfg::W, Int4>)
+          multiply_int4_stage<Cfg>(d, smem, ring.stage, warp_idx, lane_idx);
+        else if constexpr (Cfg::kWidens)
+          multiply_widened_stage<Cfg>(d, smem, ring.stage, warp_idx, lane_idx);
+        else multiply_stage<Cfg>(d, smem, ring.stage, warp_idx, lane_idx);
+      }
       ptx::mbarrier_arrive_warp(smem.empty(ring.stage));
       ring.advance();
     }

@@ -168,9 +168,9 @@ Epilogue<T, kScaled> make_epilogue(const LinearProblem& p) {
   return epilogue;
 }
 
-// 16-byte pieces of y are sums, plus bias where there is one, rounded.
-template <class T>
-bool only_adds_bias(const Epilogue<T>& epilogue) {
+// 16-byte pieces of y are sums, scaled and plus bias where they are, rounded.
+template <class T, bool kScaled>
+bool only_adds_bias(const Epilogue<T, kScaled>& epilogue) {
   return epilogue.activation == Activation::kNone && epilogue.residual == nullptr &&
          epilogue.aligned;
 }

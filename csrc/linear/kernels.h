@@ -1,17 +1,16 @@
 // kernels.h: the table of the kernels of y = linear(x, W). What is not in a row no caller knows: a
-// new kernel is its two files (kernel, instantiations), a row here and its list in configs.h.
+// new kernel is its two files (kernel, instantiations), a row here and its list in configs.h; more
+// types of one are a line in its launches.
 #pragma once
-#include <type_traits>
-
 #include "core/dtype.h"
 #include "core/problem.h"
 #include "linear/configs.h"
 
 namespace sparsekern {
 
-// One instantiation per element type: linear/instantiate/*.cu.
-#define SK_LINEAR(name) \
-  template <class T>    \
+// Compiled in linear/instantiate/*.cu, for the types of the weight's values W, of x X and of y Y.
+#define SK_LINEAR(name)                \
+  template <class W, class X, class Y> \
   Status name(const LinearProblem& problem, int config, cudaStream_t stream);
 namespace decode {
 SK_LINEAR(linear)
@@ -31,49 +30,72 @@ SK_LINEAR(linear)
 }
 #undef SK_LINEAR
 
-struct LaunchOfDType {
-  LinearLaunch of[kDTypeCount];
+// One instantiation. It takes the first `configs` rows of its kernel's.
+struct Launch {
+  DType weight, x, y;
+  LinearLaunch launch;
+  int configs;
+};
+#define SK_LAUNCH(W, X, Y, function, configs) \
+  {kDTypeOf<W>, kDTypeOf<X>, kDTypeOf<Y>, &function<W, X, Y>, configs},
+
+inline constexpr Launch kDecode[] = {SK_PLAIN(SK_LAUNCH, decode::linear, kDecodeConfigs.rows)  //
+                                     SK_W8A16(SK_LAUNCH, decode::linear, kDecodeConfigs.rows)
+                                         SK_W4A16(SK_LAUNCH, decode::linear, kDecodeConfigs.rows)};
+inline constexpr Launch kDecodeGated[] = {SK_PLAIN(SK_LAUNCH, decode::gated, kDecodeConfigs.rows)};
+inline constexpr Launch kPrefill[] = {
+    SK_PLAIN(SK_LAUNCH, prefill::linear, SK_PREFILL_UNPROMOTED)  //
+    SK_E4M3_A8(SK_LAUNCH, prefill::linear, kPrefillConfigs.rows)
+        SK_INT8_A8(SK_LAUNCH, prefill::linear, SK_PREFILL_UNPROMOTED)};
+inline constexpr Launch kSplit[] = {SK_PLAIN(SK_LAUNCH, split::linear, kSplitConfigs.rows)  //
+                                    SK_W8A8(SK_LAUNCH, split::linear, kSplitConfigs.rows)};
+inline constexpr Launch kMma[] = {SK_PLAIN(SK_LAUNCH, mma::linear, kMmaConfigs.rows)};
+inline constexpr Launch kNaive[] = {SK_PLAIN(SK_LAUNCH, naive::linear, kNaiveConfigs.rows)  //
+                                    SK_W8A8(SK_LAUNCH, naive::linear, kNaiveConfigs.rows)};
+#undef SK_LAUNCH
+
+struct Launches {
+  const Launch* of;
+  int count;
+
+  template <int kCount>
+  constexpr Launches(const Launch (&launches)[kCount]) : of(launches), count(kCount) {}
+  constexpr const Launch* begin() const { return of; }
+  constexpr const Launch* end() const { return of + count; }
 };
 
 // What else a kernel takes or needs.
 enum Takes : unsigned {
-  kTakesEpilogue = 1,   // bias, activation, residual
-  kTakesScales = 2,     // channel_scale, token_scale
-  kTakesUp = 4,         // a second weight: gated
-  kTakesWorkspace = 8,  // linear/workspace.h
+  kTakesEpilogue = 1,      // bias, activation, residual
+  kTakesChannelScale = 2,  // whatever the types; see takes()
+  kTakesTokenScale = 4,    // the same
+  kTakesUp = 8,            // a second weight: gated
+  kTakesWorkspace = 16,    // linear/workspace.h
 };
 
 struct Kernel {
   const char* name;
-  LaunchOfDType launch;
+  Launches launches;
   ConfigTable configs;
   int max_tokens;  // 0: any number
   unsigned takes;
 };
 
-namespace detail {
-template <class Of>
-constexpr LaunchOfDType launches(Of of) {
-#define SK_LAUNCH(enumerator, name, type, ...) of(static_cast<type*>(nullptr)),
-  return {{SK_DTYPES(SK_LAUNCH)}};
-#undef SK_LAUNCH
-}
-}  // namespace detail
-
-#define SK_LAUNCHES(function) \
-  detail::launches(           \
-      [](auto* type) -> LinearLaunch { return &function<std::remove_pointer_t<decltype(type)>>; })
-
 // decode, prefill, split, mma: the weights are read before the predecessor in the stream has
 // finished (programmatic dependent launch), so they must not come from it.
 inline constexpr Kernel kKernels[] = {
-    {"decode", SK_LAUNCHES(decode::linear), kDecodeConfigs, 64, kTakesEpilogue},
-    {"decode_gated", SK_LAUNCHES(decode::gated), kDecodeConfigs, 32, kTakesUp},
-    {"prefill", SK_LAUNCHES(prefill::linear), kPrefillConfigs, 0, kTakesEpilogue | kTakesWorkspace},
-    {"split", SK_LAUNCHES(split::linear), kSplitConfigs, 0, kTakesEpilogue},
-    {"mma", SK_LAUNCHES(mma::linear), kMmaConfigs, 0, kTakesEpilogue},
-    {"naive", SK_LAUNCHES(naive::linear), kNaiveConfigs, 0, kTakesEpilogue | kTakesScales},
+    {"decode", kDecode, kDecodeConfigs, 64, kTakesEpilogue},
+    {"decode_gated", kDecodeGated, kDecodeConfigs, 32, kTakesUp},
+    {"prefill", kPrefill, kPrefillConfigs, 0, kTakesEpilogue | kTakesWorkspace},
+    {"split", kSplit, kSplitConfigs, 0, kTakesEpilogue},
+    {"mma", kMma, kMmaConfigs, 0, kTakesEpilogue},
+    {"naive", kNaive, kNaiveConfigs, 0, kTakesEpilogue | kTakesChannelScale | kTakesTokenScale},
 };
-#undef SK_LAUNCHES
+
+// Of one launch: numbers of fewer than 16 bits have scales.
+constexpr unsigned takes(const Kernel& kernel, const Launch& launch) {
+  return kernel.takes | (info(launch.weight).storage_bits < 16 ? kTakesChannelScale : 0u) |
+         (info(launch.x).storage_bits < 16 ? kTakesTokenScale : 0u);
+}
 
 }  // namespace sparsekern

@@ -7,8 +7,8 @@
 namespace sparsekern {
 
 // For the files of linear/instantiate.
-#define SK_INSTANTIATE_LINEAR(name, T) \
-  template Status name<T>(const LinearProblem& problem, int config, cudaStream_t stream);
+#define SK_INSTANTIATE_LINEAR(W, X, Y, name) \
+  template Status name<W, X, Y>(const LinearProblem& problem, int config, cudaStream_t stream);
 
 inline Status unknown_config(const char* op, const ConfigTable& configs, int config) {
   return make_status(StatusKind::value, op, ": expected config from 0 to ", configs.rows - 1,

@@ -27,9 +27,10 @@ constexpr const char* kOp = "sparsekern._C.Linear";
 // ---- the fixed part -----------------------------------------------------------------------------
 
 // The parameters in the order of Init and Call; the first kRequired of them must be passed.
-constexpr const char* kInitNames[] = {"kernel",          "config",   "tokens",    "out_features",
-                                      "in_features",     "x_stride", "y_stride",  "dtype",
-                                      "residual_stride", "weight",   "activation"};
+constexpr const char* kInitNames[] = {"kernel",          "config",       "tokens",   "out_features",
+                                      "in_features",     "x_stride",     "y_stride", "dtype",
+                                      "residual_stride", "weight_dtype", "x_dtype",  "activation",
+                                      "scale_group"};
 struct Init {
   enum {
     kKernel,
@@ -42,8 +43,10 @@ struct Init {
     kDtype,
     kRequired,
     kResidualStride = kRequired,
-    kWeight,
+    kWeightDtype,
+    kXDtype,
     kActivation,
+    kScaleGroup,
     kCount
   };
 };
@@ -83,14 +86,15 @@ struct Optional {
 };
 constexpr Optional kOptional[] = {
     {kTakesEpilogue, bit(Call::kBias) | bit(Call::kResidual)},
-    {kTakesScales, bit(Call::kChannelScale) | bit(Call::kTokenScale)},
+    {kTakesChannelScale, bit(Call::kChannelScale)},
+    {kTakesTokenScale, bit(Call::kTokenScale)},
     {kTakesUp, bit(Call::kUpValues) | bit(Call::kUpMetadata)},
 };
 
 struct LinearObject {
   PyObject_HEAD vectorcallfunc vectorcall;
   const Kernel* kernel;
-  LinearLaunch launch;
+  const Launch* launch;
   int config;
   char needs_workspace;
   std::uint32_t refused;  // fields of a call that must be null
@@ -152,6 +156,12 @@ bool read_dtype(PyObject* object, const char* argument, DType& dtype) {
   return false;
 }
 
+// None, or left out: as it is.
+bool read_optional_dtype(PyObject* const* values, int place, DType& dtype) {
+  PyObject* object = values[place];
+  return object == nullptr || object == Py_None || read_dtype(object, kInitNames[place], dtype);
+}
+
 bool read_activation(PyObject* object, Activation& activation) {
   activation = Activation::kNone;
   if (object == nullptr || object == Py_None) return true;
@@ -171,6 +181,27 @@ bool read_activation(PyObject* object, Activation& activation) {
   return false;
 }
 
+std::string type_names(DType weight, DType x, DType y) {
+  return std::string("(") + info(weight).name + ", " + info(x).name + ", " + info(y).name + ")";
+}
+
+// The instantiation for the problem's types.
+Status find_launch(LinearObject& object) {
+  const LinearProblem& p = object.problem;
+  std::string known;
+  for (const Launch& launch : object.kernel->launches) {
+    if (launch.weight == p.weight_dtype && launch.x == p.x.dtype && launch.y == p.y.dtype)
+      object.launch = &launch;
+    known += (known.empty() ? "" : ", ") + type_names(launch.weight, launch.x, launch.y);
+  }
+  if (object.launch != nullptr) return {};
+  return make_status(StatusKind::value, kOp,
+                     ": expected (weight_dtype, x_dtype, dtype) of kernel '", object.kernel->name,
+                     "' to be one of ", known, ", got ",
+                     type_names(p.weight_dtype, p.x.dtype, p.y.dtype),
+                     ". Convert the tensors, or use another kernel.");
+}
+
 // Sizes, and what the kernel's row says of them.
 Status check(const LinearObject& object, bool has_activation) {
   const Kernel& kernel = *object.kernel;
@@ -178,10 +209,10 @@ Status check(const LinearObject& object, bool has_activation) {
   const int tokens = p.tokens, out_features = p.out_features, in_features = p.in_features;
   const int64_t x_stride = p.x.stride, y_stride = p.y.stride;
   const int64_t residual_stride = p.epilogue.residual_stride;
-  if (object.config < 0 || object.config >= kernel.configs.rows)
+  if (object.config < 0 || object.config >= object.launch->configs)
     return make_status(StatusKind::value, kOp, ": expected a config index below ",
-                       kernel.configs.rows, " with kernel '", kernel.name, "', got ", object.config,
-                       ". See sparsekern._C.kernels().");
+                       object.launch->configs, " with kernel '", kernel.name, "', got ",
+                       object.config, ". See sparsekern._C.kernels().");
   SK_CHECK_REL(kOp, tokens, >=, 0, "Pass the number of rows of x.");
   SK_CHECK_REL(kOp, out_features, >=, 0, "Pass the rows of the weight.");
   SK_CHECK_REL(kOp, in_features, >=, 0, "Pass the dense columns of the weight.");
@@ -192,13 +223,15 @@ Status check(const LinearObject& object, bool has_activation) {
     const int max_tokens = kernel.max_tokens;
     SK_CHECK_REL(kOp, tokens, <=, max_tokens, "Use the prefill kernel.");
   }
-  if (has_activation && !(kernel.takes & kTakesEpilogue))
+  const bool grouped = info(p.weight_dtype).storage_bits == 4;
+  if (p.scale_group != 0 && !(grouped && (p.scale_group == 64 || p.scale_group == 128)))
+    return make_status(StatusKind::value, kOp, ": expected scale_group 0",
+                       grouped ? ", 64 or 128" : "", " with weight_dtype '",
+                       info(p.weight_dtype).name, "', got ", p.scale_group,
+                       ". Quantise the weight with such groups.");
+  if (has_activation && !(takes(kernel, *object.launch) & kTakesEpilogue))
     return make_status(StatusKind::value, kOp, ": expected activation None with kernel '",
                        kernel.name, "', got one. Use another kernel.");
-  if (p.weight_dtype != p.y.dtype)
-    return make_status(StatusKind::value, kOp, ": expected weight None or '", info(p.y.dtype).name,
-                       "' with dtype '", info(p.y.dtype).name, "', got '",
-                       info(p.weight_dtype).name, "'. Convert the weight.");
   return {};
 }
 
@@ -212,26 +245,27 @@ bool fill(LinearObject& object, PyObject* const* values) {
       !read_init(values, Init::kXStride, p.x.stride) ||
       !read_init(values, Init::kYStride, p.y.stride) ||
       !read_init(values, Init::kResidualStride, p.epilogue.residual_stride) ||
-      !read_dtype(values[Init::kDtype], "dtype", p.x.dtype) ||
+      !read_init(values, Init::kScaleGroup, p.scale_group) ||
+      !read_dtype(values[Init::kDtype], "dtype", p.y.dtype) ||
       !read_activation(values[Init::kActivation], p.epilogue.activation))
     return false;
-  p.y.dtype = p.weight_dtype = p.x.dtype;
-  PyObject* weight = values[Init::kWeight];
-  if (weight != nullptr && weight != Py_None && !read_dtype(weight, "weight", p.weight_dtype))
+  p.weight_dtype = p.x.dtype = p.y.dtype;
+  if (!read_optional_dtype(values, Init::kWeightDtype, p.weight_dtype) ||
+      !read_optional_dtype(values, Init::kXDtype, p.x.dtype))
     return false;
-  const Status status = check(object, p.epilogue.activation != Activation::kNone);
+  Status status = find_launch(object);
+  if (status.ok()) status = check(object, p.epilogue.activation != Activation::kNone);
   if (!status.ok()) {
     set_error(status);
     return false;
   }
-  const unsigned takes = object.kernel->takes;
-  object.launch = object.kernel->launch.of[static_cast<int>(p.x.dtype)];
-  object.needs_workspace = (takes & kTakesWorkspace) != 0;
+  const unsigned taken = takes(*object.kernel, *object.launch);
+  object.needs_workspace = (taken & kTakesWorkspace) != 0;
   for (const Optional& optional : kOptional)
-    if (!(takes & optional.takes)) object.refused |= optional.fields;
+    if (!(taken & optional.takes)) object.refused |= optional.fields;
   if (p.tokens > 0 && p.out_features > 0 && p.in_features > 0) {
     object.needed = bit(Call::kX) | bit(Call::kValues) | bit(Call::kMetadata) | bit(Call::kY);
-    if (takes & kTakesUp) object.needed |= bit(Call::kUpValues) | bit(Call::kUpMetadata);
+    if (taken & kTakesUp) object.needed |= bit(Call::kUpValues) | bit(Call::kUpMetadata);
   }
   return true;
 }
@@ -263,7 +297,7 @@ Status launch(const LinearObject& object, const Address (&values)[Call::kCount])
   p.epilogue.residual = in(values[Call::kResidual]);
   p.y.data = out(values[Call::kY]);
   p.workspace = out(values[Call::kWorkspace]);
-  return object.launch(p, object.config, as_stream(values[Call::kStream]));
+  return object.launch->launch(p, object.config, as_stream(values[Call::kStream]));
 }
 
 PyObject* call(PyObject* self, PyObject* const* arguments, std::size_t flags, PyObject* names) {
@@ -337,7 +371,8 @@ PyMemberDef members[] = {
 PyType_Slot slots[] = {
     {Py_tp_doc,
      const_cast<char*>("Linear(*, kernel, config, tokens, out_features, in_features, x_stride, "
-                       "y_stride, residual_stride=0, dtype, weight=None, activation=None)\n--\n\n"
+                       "y_stride, residual_stride=0, dtype, weight_dtype=None, x_dtype=None, "
+                       "activation=None, scale_group=0)\n--\n\n"
                        "The fixed part of a launch, checked once; called with its addresses.")},
     {Py_tp_new, reinterpret_cast<void*>(&make)},
     {Py_tp_dealloc, reinterpret_cast<void*>(&destroy)},
@@ -350,7 +385,18 @@ PyType_Spec spec = {"sparsekern._C.Linear", sizeof(LinearObject), 0,
                     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_IMMUTABLETYPE,
                     slots};
 
-// {kernel: [{column of its table: value}]}
+// Names of the types (of weight, x and y) for which a kernel has a row of its table.
+py::list types(const Kernel& kernel, int row) {
+  py::list all;
+  for (const Launch& launch : kernel.launches) {
+    if (row < launch.configs)
+      all.append(
+          py::make_tuple(info(launch.weight).name, info(launch.x).name, info(launch.y).name));
+  }
+  return all;
+}
+
+// {kernel: [{column of its table: value, "types": ...}]}
 py::dict kernels() {
   py::dict all;
   for (const Kernel& kernel : kKernels) {
@@ -364,6 +410,7 @@ py::dict kernels() {
         if (flag) field.pop_back();
         config[py::str(field)] = flag ? py::object(py::bool_(value != 0)) : py::int_(value);
       }
+      config["types"] = types(kernel, row);
       configs.append(config);
     }
     all[kernel.name] = configs;

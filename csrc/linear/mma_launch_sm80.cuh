@@ -23,8 +23,9 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
   return kernel.launch(shape, blocks, stream, params);
 }
 
-template <class T>
+template <class T, class X, class Y>
 Status linear(const LinearProblem& p, int config, cudaStream_t stream) {
+  static_assert(std::is_same_v<T, X> && std::is_same_v<T, Y>);
   if (p.tokens == 0 || p.out_features == 0) return {};
   SK_RETURN_IF_ERROR(check_x(kOp, p));
   SK_CHECK_REL(kOp, p.in_features, >, 0, "The sum is empty: fill y with activation(bias).");

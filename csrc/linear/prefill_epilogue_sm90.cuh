@@ -1,6 +1,8 @@
 // prefill_epilogue_sm90.cuh: from the accumulators of one consumer warpgroup to y; first, where
 // the K of a tile is shared, the exchange of sums with the other clusters.
 #pragma once
+#include <type_traits>
+
 #include "ptx/matrix.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/named_barrier.cuh"
@@ -16,7 +18,7 @@ struct Finished {
   int row, token, split, splits;
 
   template <class Cfg>
-  static __device__ __forceinline__ Finished of(const Params<typename Cfg::T>& p,
+  static __device__ __forceinline__ Finished of(const Params<typename Cfg::Output>& p,
                                                 const Smem<Cfg>& smem, int consumer) {
     const int4 at = ptx::load_shared_int4(smem.progress(consumer));
     const int rest = at.z - p.whole_tiles;
@@ -32,6 +34,22 @@ constexpr __host__ __device__ int block_of(int step) {
   return step < Cfg::kBlocks ? step : Cfg::kBlocks - 1;
 }
 
+// Four sums on their way from one thread block to another: float32, or int32 as its bits.
+__device__ __forceinline__ float4 bits_of(const float* sums) {
+  return make_float4(sums[0], sums[1], sums[2], sums[3]);
+}
+__device__ __forceinline__ float4 bits_of(const int32_t* sums) {
+  return make_float4(__int_as_float(sums[0]), __int_as_float(sums[1]), __int_as_float(sums[2]),
+                     __int_as_float(sums[3]));
+}
+__device__ __forceinline__ void add_bits(float* sums, float4 add) {
+  sums[0] += add.x, sums[1] += add.y, sums[2] += add.z, sums[3] += add.w;
+}
+__device__ __forceinline__ void add_bits(int32_t* sums, float4 add) {
+  sums[0] += __float_as_int(add.x), sums[1] += __float_as_int(add.y);
+  sums[2] += __float_as_int(add.z), sums[3] += __float_as_int(add.w);
+}
+
 // A thread's sums of a step of 32 tokens (the last one may be shorter), to and from memory: 128
 // threads side by side.
 template <class Cfg>
@@ -39,8 +57,8 @@ __device__ __forceinline__ void write_block(const Accumulators<Cfg>& d, int step
 #pragma unroll
   for (int v = 0; v < Cfg::kPanels * 4; ++v) {
     if (step * 4 + v % 4 >= Cfg::kTokens / 8) continue;
-    const float* from = &d[v / 4][step * 16 + v % 4 * 4];
-    __stcg(to + v * 128, make_float4(from[0], from[1], from[2], from[3]));
+    const auto* from = &d[v / 4][step * 16 + v % 4 * 4];
+    __stcg(to + v * 128, bits_of(from));
   }
 }
 
@@ -49,9 +67,7 @@ __device__ __forceinline__ void add_block(Accumulators<Cfg>& d, int step, const 
 #pragma unroll
   for (int v = 0; v < Cfg::kPanels * 4; ++v) {
     if (step * 4 + v % 4 >= Cfg::kTokens / 8) continue;
-    const float4 add = __ldcg(from + v * 128);
-    float* to = &d[v / 4][step * 16 + v % 4 * 4];
-    to[0] += add.x, to[1] += add.y, to[2] += add.z, to[3] += add.w;
+    add_bits(&d[v / 4][step * 16 + v % 4 * 4], __ldcg(from + v * 128));
   }
 }
 
@@ -60,7 +76,7 @@ __device__ __forceinline__ void add_block(Accumulators<Cfg>& d, int step, const 
 template <class Cfg>
 constexpr int kBlockStride = kConsumers * Cfg::kPanels * 4 * 128;
 template <class Cfg>
-__device__ __forceinline__ float4* partial_sums(const Params<typename Cfg::T>& p, int index,
+__device__ __forceinline__ float4* partial_sums(const Params<typename Cfg::Output>& p, int index,
                                                 int consumer) {
   return p.partials + static_cast<size_t>(index) * Cfg::kSteps * kBlockStride<Cfg> +
          consumer * Cfg::kPanels * 4 * 128 + ptx::thread_idx_again() % 128;
@@ -70,7 +86,7 @@ __device__ __forceinline__ float4* partial_sums(const Params<typename Cfg::T>& p
 // of its own blocks, starting with the next split: a fixed order.
 template <class Cfg>
 __device__ __forceinline__ void exchange_sums(Accumulators<Cfg>& d,
-                                              const Params<typename Cfg::T>& p,
+                                              const Params<typename Cfg::Output>& p,
                                               const Smem<Cfg>& smem, int consumer) {
   const int rest = ptx::load_shared_int4(smem.progress(consumer)).z - p.whole_tiles;
   const int split = rest % p.splits, thread = threadIdx.x % 128;
@@ -124,7 +140,7 @@ __device__ __forceinline__ void exchange_sums(Accumulators<Cfg>& d,
 // this one has then given away its sums.
 template <class Cfg>
 __device__ __forceinline__ bool gather_streamed(Accumulators<Cfg>& d,
-                                                const Params<typename Cfg::T>& p,
+                                                const Params<typename Cfg::Output>& p,
                                                 const Smem<Cfg>& smem, int consumer) {
   const int index = ptx::load_shared_int4(smem.progress(consumer)).z, thread = threadIdx.x % 128;
   const int cluster = (index - p.whole_tiles) % p.clusters;
@@ -179,12 +195,12 @@ __device__ __forceinline__ bool gather_streamed(Accumulators<Cfg>& d,
 // Both begin each tile with slot 0.
 constexpr int kSlotThreads = 128 + 32;
 __device__ __forceinline__ int filled_barrier(int consumer, int slot) {
-  return 1 + kConsumers + consumer * kSlots + slot;
+  return 1 + kConsumers + consumer * kMostSlots + slot;
 }
 __device__ __forceinline__ int free_barrier(int consumer, int slot) {
   return filled_barrier(consumer + kConsumers, slot);
 }
-static_assert(1 + kConsumers + 2 * kConsumers * kSlots <= 16);  // named barriers of a CTA
+static_assert(1 + kConsumers + 2 * kConsumers * kMostSlots <= 16);  // named barriers of a CTA
 constexpr int kNoMore = -1;  // row of the order that ends the work of a store warp
 
 // Rounds a warp's 16 rows of 16 tokens and leaves them in a box, [token][64 rows of a panel]; a
@@ -201,7 +217,7 @@ __device__ __forceinline__ void stage_rounded(const float* v, uint32_t box) {
 
 // Adds the bias of a thread's rows: those of the upper and the lower half of its warp's 16.
 template <class Cfg>
-__device__ __forceinline__ void add_bias(Accumulators<Cfg>& d, const Epilogue<typename Cfg::T>& out,
+__device__ __forceinline__ void add_bias(Accumulators<Cfg>& d, const typename Cfg::Output& out,
                                          int first_row) {
   const int warp_idx = threadIdx.x % 128 / 32, lane_idx = threadIdx.x % 32;
 #pragma unroll
@@ -219,12 +235,104 @@ __device__ __forceinline__ void add_bias(Accumulators<Cfg>& d, const Epilogue<ty
   }
 }
 
+// The scales of a consumer's tile, to its shared memory: while the last products are under way,
+// because memory is far. Of tokens and rows that do not exist: 1.
+template <class Cfg>
+__device__ __forceinline__ void fetch_scales(const typename Cfg::Output& out, int tokens,
+                                             const Smem<Cfg>& smem, int consumer, int first_row,
+                                             int first_token) {
+  const int thread = ptx::thread_idx_again() % 128;
+  const auto fetch = [&](const float* scales, int at, int end, int place) {
+    const float scale = scales != nullptr && at < end ? __ldg(scales + at) : 1.0f;
+    ptx::store_shared_f32(smem.scales(consumer) + place * 4, scale);
+  };
+#pragma unroll
+  for (int i = 0; i < Cfg::kTokens; i += 128) {
+    if (i + 128 <= Cfg::kTokens || thread < Cfg::kTokens - i)
+      fetch(out.token_scale, first_token + i + thread, tokens, i + thread);
+  }
+  if (thread < Cfg::kConsumerRows)
+    fetch(out.channel_scale, first_row + thread, out.out_features, Cfg::kTokens + thread);
+}
+
+// What a thread's sums are multiplied with, and what is added: by rows g and g + 8 of its warp's 16
+// in each panel.
+template <class Cfg>
+struct Scaling {
+  float channel[Cfg::kPanels][2], bias[Cfg::kPanels][2];
+  uint32_t tokens;  // shared memory: scales of this thread's first two tokens
+
+  __device__ __forceinline__ Scaling(const typename Cfg::Output& out, const Smem<Cfg>& smem,
+                                     int consumer, int first_row) {
+    const int thread = ptx::thread_idx_again() % 128;
+    tokens = smem.scales(consumer) + thread % 4 * 8;
+#pragma unroll
+    for (int m = 0; m < Cfg::kPanels; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = m * 64 + thread / 32 * 16 + half * 8 + thread % 32 / 4;
+        channel[m][half] = ptx::load_shared_f32(smem.scales(consumer) + (Cfg::kTokens + row) * 4);
+        bias[m][half] = out.bias ? out.row_bias(first_row + row) : 0.0f;
+      }
+    }
+  }
+  // d: the sums of 16 tokens from first_token of the tile on, of panel m.
+  template <class Accumulator>
+  __device__ __forceinline__ void apply(float (&v)[8], const Accumulator* d, int m,
+                                        int first_token) const {
+#pragma unroll
+    for (int tokens8 = 0; tokens8 < 2; ++tokens8) {
+      const float2 of_tokens = ptx::load_shared_float2(tokens + (first_token + tokens8 * 8) * 4);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int i = tokens8 * 4 + half * 2;
+        const float low = ptx::as_float_here(d[i]) * of_tokens.x;
+        const float high = ptx::as_float_here(d[i + 1]) * of_tokens.y;
+        v[i] = low * channel[m][half] + bias[m][half];
+        v[i + 1] = high * channel[m][half] + bias[m][half];
+      }
+    }
+  }
+};
+// Of sums that need none.
+struct NoScaling {};
+template <class Cfg>
+using ScalingOf = std::conditional_t<Cfg::kScaled, Scaling<Cfg>, NoScaling>;
+
+// Rounds 16 tokens of panel m and leaves them in a box.
+template <class Cfg>
+__device__ __forceinline__ void stage_sums(const typename Cfg::Accumulator* d,
+                                           const ScalingOf<Cfg>& scaling, int m, int first_token,
+                                           uint32_t box) {
+  if constexpr (Cfg::kScaled) {
+    float v[8];
+    scaling.apply(v, d, m, first_token);
+    stage_rounded<typename Cfg::Y>(v, box);
+  } else {
+    stage_rounded<typename Cfg::Y>(d, box);
+  }
+}
+
+// Before stage_sums: adds the bias, or finds the scales and the bias.
+template <class Cfg>
+__device__ __forceinline__ ScalingOf<Cfg> prepare_sums(Accumulators<Cfg>& d,
+                                                       const typename Cfg::Output& out,
+                                                       const Smem<Cfg>& smem, int consumer,
+                                                       int first_row) {
+  if constexpr (Cfg::kScaled) {
+    return Scaling<Cfg>(out, smem, consumer, first_row);
+  } else {
+    if (out.bias) add_bias<Cfg>(d, out, first_row);
+    return {};
+  }
+}
+
 template <class Cfg>
 __device__ __forceinline__ void store_rounded(Accumulators<Cfg>& d,
-                                              const Params<typename Cfg::T>& p,
+                                              const Params<typename Cfg::Output>& p,
                                               const Smem<Cfg>& smem, int consumer) {
   const Finished at = Finished::of<Cfg>(p, smem, consumer);
-  if (p.out.bias) add_bias<Cfg>(d, p.out, at.row);
+  const ScalingOf<Cfg> scaling = prepare_sums<Cfg>(d, p.out, smem, consumer, at.row);
   int slot = 0, own = at.split;
 #pragma unroll
   for (int step = 0; step < Cfg::kSteps; ++step) {
@@ -241,8 +349,8 @@ __device__ __forceinline__ void store_rounded(Accumulators<Cfg>& d,
     for (int m = 0; m < Cfg::kPanels; ++m) {
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece)
-        stage_rounded<typename Cfg::T>(&d[m][first / 2 + piece * 8],
-                                       boxes + m * Cfg::kBoxBytes + piece * 16 * 128);
+        stage_sums<Cfg>(&d[m][first / 2 + piece * 8], scaling, m, first + piece * 16,
+                        boxes + m * Cfg::kBoxBytes + piece * 16 * 128);
     }
     if (threadIdx.x % 128 == 0) {
       const bool in_blocks = step < Cfg::kBlocks - 1;
@@ -253,7 +361,7 @@ __device__ __forceinline__ void store_rounded(Accumulators<Cfg>& d,
     }
     ptx::fence_before_tensor_store();
     ptx::named_barrier_arrive(filled_barrier(consumer, slot), kSlotThreads);
-    slot = slot + 1 == kSlots ? 0 : slot + 1;
+    slot = slot + 1 == Cfg::kSlots ? 0 : slot + 1;
   }
 }
 
@@ -270,7 +378,7 @@ template <class Cfg>
 __device__ __forceinline__ void store_boxes(const CUtensorMap* y_map, const Smem<Cfg>& smem,
                                             int consumer) {
   const bool issues = threadIdx.x % 32 == 0;
-  for (int slot = 0; slot < kSlots; ++slot)
+  for (int slot = 0; slot < Cfg::kSlots; ++slot)
     ptx::named_barrier_arrive(free_barrier(consumer, slot), kSlotThreads);
   int slot = 0, before = -1;
   while (true) {
@@ -295,7 +403,7 @@ __device__ __forceinline__ void store_boxes(const CUtensorMap* y_map, const Smem
       slot = 0, before = -1;
     } else {
       before = slot;
-      slot = slot + 1 == kSlots ? 0 : slot + 1;
+      slot = slot + 1 == Cfg::kSlots ? 0 : slot + 1;
     }
   }
   if (issues) ptx::tensor_store_wait<0>();
@@ -305,7 +413,7 @@ __device__ __forceinline__ void store_boxes(const CUtensorMap* y_map, const Smem
 // Both are asked in each part, and the thread's index, too: the accumulators leave no registers.
 template <class Cfg, class Origin, class Owns>
 __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
-                                                const Epilogue<typename Cfg::T>& out, int tokens,
+                                                const typename Cfg::Output& out, int tokens,
                                                 uint32_t smem, int consumer, Origin origin,
                                                 Owns owns) {
   constexpr int kVector = Cfg::kTokens > 192 ? 4 : 8, kPieces = Cfg::kConsumerRows / kVector;
@@ -326,7 +434,7 @@ __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
         for (int i = 0; i < 8; ++i)
           ptx::store_shared_f32(
               lane_smem + (i / 4 * 8 + i % 2) * Cfg::kSumPitch + (m * 64 + i / 2 % 2 * 8) * 4,
-              d[m][q * 8 + i]);
+              ptx::as_float_here(d[m][q * 8 + i]));
       }
     }
     ptx::named_barrier_sync(1 + consumer, 128);
@@ -346,7 +454,8 @@ __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
 }
 
 template <class Cfg>
-__device__ __forceinline__ void store_tile(Accumulators<Cfg>& d, const Params<typename Cfg::T>& p,
+__device__ __forceinline__ void store_tile(Accumulators<Cfg>& d,
+                                           const Params<typename Cfg::Output>& p,
                                            const Smem<Cfg>& smem, int consumer) {
   const bool rest = ptx::load_shared_int4(smem.progress(consumer)).z >= p.whole_tiles;
   if constexpr (Cfg::kStreamed) {

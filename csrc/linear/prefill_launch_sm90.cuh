@@ -32,9 +32,9 @@ inline int choose_stream(int rest, int resident, int k_tiles) {
                                                                         : 0;
 }
 
-template <class T, int kPanels, int kTokens, bool kStreamed>
+template <class T, class Y, int kPanels, int kTokens, bool kStreamed, bool kPromoted>
 Status launch(const LinearProblem& p, ClusterShape cluster, cudaStream_t stream) {
-  using Cfg = Config<T, kPanels, kTokens, kStreamed>;
+  using Cfg = Config<T, Y, kPanels, kTokens, kStreamed, kPromoted>;
   static_assert(Cfg::kRows * kTokens * sizeof(float) <= kPrefillTileBytes);
   static_assert(kTokens % 16 == 0);
   static KernelStates states;
@@ -45,10 +45,10 @@ Status launch(const LinearProblem& p, ClusterShape cluster, cudaStream_t stream)
   CUtensorMap x_map;
   SK_RETURN_IF_ERROR(make_activation_map(kOp, x_map, p, kTokens / cluster.m));
   CUtensorMap y_map = x_map;
-  Params<T> params = {};
+  Params<typename Cfg::Output> params = {};
   params.values = static_cast<const uint8_t*>(p.weight.values);
   params.metadata = static_cast<const uint8_t*>(p.weight.metadata);
-  params.out = make_epilogue<T>(p);
+  params.out = make_epilogue<Y, Cfg::kScaled>(p);
   params.whole_boxes = only_adds_bias(params.out);
   if (params.whole_boxes) SK_RETURN_IF_ERROR(make_output_map(kOp, y_map, p, kBlockTokens));
   params.extent = tile64::Extent::of<typename Cfg::Tile>(p.out_features, p.in_features);
@@ -67,7 +67,8 @@ Status launch(const LinearProblem& p, ClusterShape cluster, cudaStream_t stream)
   int64_t rest_items = 0;
   if constexpr (kStreamed) {
     params.stream_units = workspace ? choose_stream(rest, resident, params.extent.k_tiles) : 0;
-    if (params.stream_units == 0) return launch<T, kPanels, kTokens, false>(p, cluster, stream);
+    if (params.stream_units == 0)
+      return launch<T, Y, kPanels, kTokens, false, kPromoted>(p, cluster, stream);
     params.splits = 1;
     rest_items = int64_t{2} * resident;
   } else {
@@ -89,13 +90,16 @@ Status launch(const LinearProblem& p, ClusterShape cluster, cudaStream_t stream)
                        params);
 }
 
-template <class T>
+template <class T, class X, class Y>
 Status linear(const LinearProblem& p, int config, cudaStream_t stream) {
+  static_assert(std::is_same_v<T, X>);
   if (p.tokens == 0) return {};
   switch (config) {
-#define SK_CASE(index, panels, tokens, cluster_m, cluster_n, streamed) \
-  case index:                                                          \
-    return launch<T, panels, tokens, streamed>(p, {cluster_m, cluster_n}, stream);
+#define SK_CASE(index, panels, tokens, cluster_m, cluster_n, streamed, promoted)                  \
+  case index:                                                                                     \
+    if constexpr (!promoted || Element<T>::kPromotes)                                             \
+      return launch<T, Y, panels, tokens, streamed, promoted>(p, {cluster_m, cluster_n}, stream); \
+    break;
     SK_PREFILL_CONFIGS(SK_CASE)
 #undef SK_CASE
   }

@@ -52,8 +52,9 @@ namespace sparsekern::prefill {
 
 template <class Cfg>
 __device__ __forceinline__ void produce_x(const CUtensorMap* x_map,
-                                          const Params<typename Cfg::T>& p, const Smem<Cfg>& smem,
-                                          int index, RingPosition<Cfg::kStages>& ring) {
+                                          const Params<typename Cfg::Output>& p,
+                                          const Smem<Cfg>& smem, int index,
+                                          RingPosition<Cfg::kStages>& ring) {
   const int rank = ptx::cluster_cta_rank(), cluster_m = rank % p.cluster.m;
   const uint16_t mask = ((1u << p.cluster.m) - 1)
                         << (rank - cluster_m);  // every CTA of my column of the cluster
@@ -82,7 +83,7 @@ __device__ __forceinline__ void produce_x(const CUtensorMap* x_map,
 // This CTA's share of the tile's panels. Panels that the weight does not have are filled with
 // copies of the first, so that no stage ever holds uninitialised metadata.
 template <class Cfg>
-__device__ __forceinline__ void produce_weights(const Params<typename Cfg::T>& p,
+__device__ __forceinline__ void produce_weights(const Params<typename Cfg::Output>& p,
                                                 const Smem<Cfg>& smem, int index,
                                                 RingPosition<Cfg::kStages>& ring) {
   const int rank = ptx::cluster_cta_rank(), cluster_n = rank / p.cluster.m;
@@ -130,7 +131,7 @@ template <class Cfg>
 __global__ void __launch_bounds__(kThreads, 1)
     spmm_prefill_sm90_kernel(const __grid_constant__ CUtensorMap x_map,
                              const __grid_constant__ CUtensorMap y_map,
-                             const __grid_constant__ Params<typename Cfg::T> p) {
+                             const __grid_constant__ Params<typename Cfg::Output> p) {
   extern __shared__ __align__(1024) uint8_t raw_smem[];
   const Smem<Cfg> smem(raw_smem);
   const int warpgroup_idx = ptx::uniform(threadIdx.x / 128);
@@ -167,7 +168,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     int4 progress;
     do {  // the grid has no more clusters than there are items
       Accumulators<Cfg> d;
-      consumer.multiply(d);
+      consumer.multiply(d, [&](int4 at) {
+        if constexpr (Cfg::kScaled)
+          fetch_scales<Cfg>(p.out, p.tokens, smem, warpgroup_idx,
+                            at.x * Cfg::kRows + warpgroup_idx * Cfg::kConsumerRows,
+                            at.y * Cfg::kTokens);
+      });
       store_tile<Cfg>(d, p, smem, warpgroup_idx);
       progress = ptx::load_shared_int4(smem.progress(warpgroup_idx));
       consumer.ring.state = progress.w;

@@ -12,12 +12,12 @@ namespace sparsekern::split {
 constexpr const char* kOp = "sparsekern.linear (split)";
 
 // Fewer splits than kSplits where K has not as many column tiles.
-template <class T, int kPanels, int kTokens, int kSplits>
+template <class T, class Y, int kPanels, int kTokens, int kSplits>
 Status launch(const LinearProblem& p, cudaStream_t stream) {
-  using Cfg = Config<T, kPanels, kTokens, kSplits>;
+  using Cfg = Config<T, Y, kPanels, kTokens, kSplits>;
   const auto extent = tile64::Extent::of<typename Cfg::Tile>(p.out_features, p.in_features);
   if constexpr (kSplits > 1) {
-    if (extent.k_tiles < kSplits) return launch<T, kPanels, kTokens, kSplits / 2>(p, stream);
+    if (extent.k_tiles < kSplits) return launch<T, Y, kPanels, kTokens, kSplits / 2>(p, stream);
   }
   static KernelStates states;
   const DeviceKernel kernel(kOp, "spmm_split_sm90_kernel", spmm_split_sm90_kernel<Cfg>, states);
@@ -26,10 +26,10 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
   const int columns = tile64::ceil_div(p.tokens, kTokens);
   const int column_tokens = tile64::ceil_div(tile64::ceil_div(p.tokens, columns), 8) * 8;
   SK_RETURN_IF_ERROR(make_activation_map(kOp, x_map, p, column_tokens));
-  Params<T> params = {};
+  Params<typename Cfg::Output> params = {};
   params.values = static_cast<const uint8_t*>(p.weight.values);
   params.metadata = static_cast<const uint8_t*>(p.weight.metadata);
-  params.out = make_epilogue<T>(p);
+  params.out = make_epilogue<Y, Cfg::kScaled>(p);
   params.extent = extent;
   params.tokens = p.tokens;
   params.column_tokens = column_tokens;
@@ -41,13 +41,14 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
   return kernel.launch(shape, tiles * kSplits, stream, x_map, params);
 }
 
-template <class T>
+template <class T, class X, class Y>
 Status linear(const LinearProblem& p, int config, cudaStream_t stream) {
+  static_assert(std::is_same_v<T, X>);
   if (p.tokens == 0) return {};
   switch (config) {
 #define SK_CASE(index, panels, tokens, splits) \
   case index:                                  \
-    return launch<T, panels, tokens, splits>(p, stream);
+    return launch<T, Y, panels, tokens, splits>(p, stream);
     SK_SPLIT_CONFIGS(SK_CASE)
 #undef SK_CASE
   }

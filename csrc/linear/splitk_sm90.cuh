@@ -41,9 +41,9 @@ using prefill::kThreads;
 
 // As the prefill kernel's, but what is on its way to y lies in the ring of stages, which is empty
 // then, and the received sums take its place beside the ring.
-template <class T_, int kPanels_, int kTokens_, int kSplits_>
-struct Config : prefill::Config<T_, kPanels_, kTokens_, false> {
-  using Base = prefill::Config<T_, kPanels_, kTokens_, false>;
+template <class T_, class Y_, int kPanels_, int kTokens_, int kSplits_>
+struct Config : prefill::Config<T_, Y_, kPanels_, kTokens_, false> {
+  using Base = prefill::Config<T_, Y_, kPanels_, kTokens_, false>;
   static constexpr int kSplits = kSplits_;
   static constexpr int kOwnTokens = tile64::ceil_div(kTokens_ / kSumTokens, kSplits) * kSumTokens;
   static constexpr int kOwnVectors = kOwnTokens / 8 * kPanels_;  // float4 of sums per thread
@@ -55,20 +55,23 @@ struct Config : prefill::Config<T_, kPanels_, kTokens_, false> {
   static constexpr int kStagingBytes = kPanels_ * kBoxBytes > kSumTokens* Base::kSumPitch
                                            ? kPanels_ * kBoxBytes
                                            : kSumTokens * Base::kSumPitch;
-  static constexpr int kFit = (prefill::kSmemCapacity - 256 - kReceivedBytes) / Base::kStageBytes;
+  static constexpr int kFit =
+      (prefill::kSmemCapacity - 256 - kReceivedBytes - kConsumers * Base::kScaleBytes) /
+      Base::kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
-  static constexpr int kSmemBytes =
-      kStages * Base::kStageBytes + kReceivedBytes + 2 * kStages * 8 + (kStages + kConsumers) * 16;
+  static constexpr int kNotes = kStages + kConsumers;
+  static constexpr int kSmemBytes = kStages * Base::kStageBytes + kReceivedBytes + 2 * kStages * 8 +
+                                    kNotes * 16 + kConsumers * Base::kScaleBytes;
   static_assert(kTokens_ % kSumTokens == 0 && kStages >= 3 && kBoxBytes % 1024 == 0);
   static_assert(kConsumers * kStagingBytes <= kStages * Base::kStageBytes);
   static_assert(kSmemBytes <= prefill::kSmemCapacity);
 };
 
-template <class T>
+template <class Output>
 struct Params {
   const uint8_t* values;
   const uint8_t* metadata;
-  Epilogue<T> out;
+  Output out;
   tile64::Extent extent;
   int tokens;
   int column_tokens;  // of a column of tiles, up to kTokens; a multiple of 8
@@ -83,7 +86,7 @@ struct Part {
   int k_begin, k_end;    // column tiles
 
   template <class Cfg>
-  static __device__ __forceinline__ Part of(const Params<typename Cfg::T>& p) {
+  static __device__ __forceinline__ Part of(const Params<typename Cfg::Output>& p) {
     const int tile = ptx::cluster_idx(), rank = ptx::cluster_cta_rank(), k = p.extent.k_tiles;
     const int n = tile / p.tile_rows, token = n * p.column_tokens;
     return {tile % p.tile_rows,
@@ -114,8 +117,8 @@ __device__ __forceinline__ void produce_x(const CUtensorMap* x_map, int column_t
 // Panels that the weight does not have are filled with copies of its last, as in produce_weights of
 // the prefill kernel.
 template <class Cfg>
-__device__ __forceinline__ void produce_weights(const Params<typename Cfg::T>& p, const Part& part,
-                                                const prefill::Smem<Cfg>& smem) {
+__device__ __forceinline__ void produce_weights(const Params<typename Cfg::Output>& p,
+                                                const Part& part, const prefill::Smem<Cfg>& smem) {
   prefill::RingPosition<Cfg::kStages> ring;
   const int wanted = part.m * Cfg::kTilePanels, last = p.extent.panels - 1;
   const int available =
@@ -163,9 +166,8 @@ __device__ __forceinline__ void scatter_sums(const Accumulators<Cfg>& d,
     for (int v = 0; v < Cfg::kOwnVectors; ++v) {
       const int tokens8 = owner * Cfg::kOwnTokens / 8 + v / Cfg::kPanels;
       if (tokens8 >= Cfg::kTokens / 8) break;
-      const float* sums = &d[v % Cfg::kPanels][tokens8 * 4];
       ptx::store_cluster_float4(there + v * 128 * 16,
-                                make_float4(sums[0], sums[1], sums[2], sums[3]));
+                                prefill::bits_of(&d[v % Cfg::kPanels][tokens8 * 4]));
     }
   }
 }
@@ -179,9 +181,8 @@ __device__ __forceinline__ void reduce_sums(Accumulators<Cfg>& d, const prefill:
     for (int v = 0; v < Cfg::kOwnVectors; ++v) {
       const int tokens8 = kSplit * Cfg::kOwnTokens / 8 + v / Cfg::kPanels;
       if (tokens8 >= Cfg::kTokens / 8) break;
-      const float4 add = ptx::load_shared_float4(received(smem, i) + v * 128 * 16);
-      float* sums = &d[v % Cfg::kPanels][tokens8 * 4];
-      sums[0] += add.x, sums[1] += add.y, sums[2] += add.z, sums[3] += add.w;
+      prefill::add_bits(&d[v % Cfg::kPanels][tokens8 * 4],
+                        ptx::load_shared_float4(received(smem, i) + v * 128 * 16));
     }
   }
 }
@@ -189,19 +190,20 @@ __device__ __forceinline__ void reduce_sums(Accumulators<Cfg>& d, const prefill:
 // first_token: of the tile; the finished tokens begin kSplit * kOwnTokens later. Sums plus bias,
 // rounded, through boxes in shared memory, then 16 bytes per thread.
 template <class Cfg, int kSplit>
-__device__ __forceinline__ void store_rounded(Accumulators<Cfg>& d,
-                                              const Epilogue<typename Cfg::T>& out, int token_end,
+__device__ __forceinline__ void store_rounded(Accumulators<Cfg>& d, const typename Cfg::Output& out,
+                                              const prefill::Smem<Cfg>& smem, int token_end,
                                               int first_row, int first_token, uint32_t boxes,
                                               int consumer) {
-  if (out.bias) prefill::add_bias<Cfg>(d, out, first_row);
+  const prefill::ScalingOf<Cfg> scaling =
+      prefill::prepare_sums<Cfg>(d, out, smem, consumer, first_row);
 #pragma unroll
   for (int m = 0; m < Cfg::kPanels; ++m) {
 #pragma unroll
     for (int part = 0; part < Cfg::kOwnTokens / 16; ++part) {
       const int tokens16 = kSplit * Cfg::kOwnTokens / 16 + part;
       if (tokens16 >= Cfg::kTokens / 16) break;
-      prefill::stage_rounded<typename Cfg::T>(&d[m][tokens16 * 8],
-                                              boxes + m * Cfg::kBoxBytes + part * 16 * 128);
+      prefill::stage_sums<Cfg>(&d[m][tokens16 * 8], scaling, m, tokens16 * 16,
+                               boxes + m * Cfg::kBoxBytes + part * 16 * 128);
     }
   }
   ptx::named_barrier_sync(1 + consumer, 128);
@@ -222,7 +224,7 @@ __device__ __forceinline__ void store_rounded(Accumulators<Cfg>& d,
 }
 
 template <class Cfg, int kSplit = 0>
-__device__ __forceinline__ void finish(Accumulators<Cfg>& d, const Params<typename Cfg::T>& p,
+__device__ __forceinline__ void finish(Accumulators<Cfg>& d, const Params<typename Cfg::Output>& p,
                                        const prefill::Smem<Cfg>& smem, const Part& part, int rank,
                                        int consumer) {
   if constexpr (kSplit * Cfg::kOwnTokens >= Cfg::kTokens) return;
@@ -236,7 +238,7 @@ __device__ __forceinline__ void finish(Accumulators<Cfg>& d, const Params<typena
   const int row = part.m * Cfg::kRows + consumer * Cfg::kConsumerRows;
   const uint32_t staging = smem.base + consumer * Cfg::kStagingBytes;
   if (p.only_round)
-    store_rounded<Cfg, kSplit>(d, p.out, part.token_end, row, part.token, staging, consumer);
+    store_rounded<Cfg, kSplit>(d, p.out, smem, part.token_end, row, part.token, staging, consumer);
   else
     prefill::store_activated<Cfg>(
         d, p.out, part.token_end, staging, consumer, [&] { return make_int2(row, part.token); },
@@ -246,7 +248,7 @@ __device__ __forceinline__ void finish(Accumulators<Cfg>& d, const Params<typena
 template <class Cfg>
 __global__ void __launch_bounds__(kThreads, 1)
     spmm_split_sm90_kernel(const __grid_constant__ CUtensorMap x_map,
-                           const __grid_constant__ Params<typename Cfg::T> p) {
+                           const __grid_constant__ Params<typename Cfg::Output> p) {
   extern __shared__ __align__(1024) uint8_t raw_smem[];
   const prefill::Smem<Cfg> smem(raw_smem);
   const int warpgroup_idx = ptx::uniform(threadIdx.x / 128);
@@ -278,7 +280,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int rank = ptx::cluster_cta_rank();
     prefill::Consumer<Cfg> consumer{smem, {1, 1}, warpgroup_idx};
     Accumulators<Cfg> d;
-    consumer.multiply(d);
+    consumer.multiply(d, [&](int4) {
+      if constexpr (Cfg::kScaled)
+        prefill::fetch_scales<Cfg>(p.out, p.tokens, smem, warpgroup_idx,
+                                   part.m * Cfg::kRows + warpgroup_idx * Cfg::kConsumerRows,
+                                   part.token);
+    });
     ptx::cluster_wait();
     scatter_sums<Cfg>(d, smem, rank, part.token_end - part.token);
     ptx::cluster_sync();  // all sums have arrived; nobody reads the ring any more

@@ -14,16 +14,28 @@ constexpr int kThreads = (kConsumers + 1) * 128;
 constexpr int kSmemCapacity = 227 * 1024;
 constexpr int kBlockTokens =
     32;                         // tokens per step of the epilogue when it stages rounded values ...
-constexpr int kSlots = 3;       // ... and steps whose copies to y may be under way
+constexpr int kMostSlots = 3;   // ... and steps whose copies to y may be under way
 constexpr int kSumTokens = 16;  // tokens per step when it stages float32 sums
 constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
 
-// kPanels: m64 tiles per consumer. kTokens: BLOCK_N. kStreamed: the last wave is streamed (below).
-template <class T_, int kPanels_, int kTokens_, bool kStreamed_>
+constexpr int stages_that_fit(int consumer_bytes, int stage_bytes) {
+  const int fit = (kSmemCapacity - 512 - kConsumers * consumer_bytes) / stage_bytes;
+  return fit < 8 ? fit : 8;
+}
+
+// T: type of x and of the weight's values. Y: of y. kPanels: m64 tiles per consumer. kTokens:
+// BLOCK_N. kStreamed: the last wave is streamed (below). kPromoted: what the tensor cores have added
+// up goes to float32 sums at short intervals (mainloop_sm90.cuh).
+template <class T_, class Y_, int kPanels_, int kTokens_, bool kStreamed_, bool kPromoted_ = false>
 struct Config {
   using T = T_;
+  using Y = Y_;
+  using Accumulator = typename Element<T>::Accumulator;
   using Tile = tile64::Tile<Element<T>::kStorageBits>;
+  static constexpr bool kScaled = Element<T>::kStorageBits < 16;  // by channel and by token
+  using Output = Epilogue<Y, kScaled>;
   static constexpr bool kStreamed = kStreamed_;
+  static constexpr bool kPromoted = kPromoted_;
   static constexpr int kPanels = kPanels_;
   static constexpr int kTilePanels = kPanels * kConsumers;
   static constexpr int kRows = kTilePanels * tile64::kRows;  // BLOCK_M
@@ -37,13 +49,21 @@ struct Config {
   // epilogue goes through it in a step of its own.
   static constexpr int kBlocks = kTokens / kBlockTokens;
   static constexpr int kSteps = (kTokens + kBlockTokens - 1) / kBlockTokens;
-  static constexpr int kBoxBytes = kBlockTokens * tile64::kRows * kBytes<T>;  // 32 tokens x 64 rows
-  static constexpr int kSumPitch = (kConsumerRows + 4) * 4;       // +4 words spread the banks
+  static constexpr int kBoxBytes = kBlockTokens * tile64::kRows * kBytes<Y>;  // 32 tokens x 64 rows
+  static constexpr int kSumPitch = (kConsumerRows + 4) * 4;  // +4 words spread the banks
+  static constexpr int kScaleBytes = kScaled ? (kTokens + kConsumerRows) * 4 : 0;  // per consumer
+  // 8-bit stages are larger by their metadata: where that costs a stage, a slot makes room for it.
+  static constexpr int kFit =
+      stages_that_fit(kMostSlots * kPanels * kBoxBytes + kScaleBytes, kStageBytes);
+  static constexpr int kFitWithout =
+      stages_that_fit((kMostSlots - 1) * kPanels * kBoxBytes + kScaleBytes, kStageBytes);
+  static constexpr bool kGivesSlot = kScaled && kFitWithout > kFit;
+  static constexpr int kSlots = kGivesSlot ? kMostSlots - 1 : kMostSlots;
   static constexpr int kOutBytes = kSlots * kPanels * kBoxBytes;  // per consumer; covers both forms
-  static constexpr int kFit = (kSmemCapacity - 512 - kConsumers * kOutBytes) / kStageBytes;
-  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  static constexpr int kStages = kGivesSlot ? kFitWithout : kFit;
+  static constexpr int kNotes = kStages + kConsumers * (2 + kSlots);  // int4; see Smem::tile
   static constexpr int kSmemBytes = kStages * kStageBytes + kConsumers * kOutBytes +
-                                    2 * kStages * 8 + (kStages + kConsumers * (2 + kSlots)) * 16;
+                                    2 * kStages * 8 + kNotes * 16 + kConsumers * kScaleBytes;
   static_assert(kSumTokens * kSumPitch <= kOutBytes);
   static_assert(kStageBytes % 1024 == 0 && kBoxBytes % 1024 == 0);  // swizzled boxes
   static_assert(kStages >= 3 && kSmemBytes <= kSmemCapacity);
@@ -55,11 +75,11 @@ struct ClusterShape {
   int m, n;
 };
 
-template <class T>
+template <class Output>
 struct Params {
   const uint8_t* values;
   const uint8_t* metadata;
-  Epilogue<T> out;
+  Output out;
   tile64::Extent extent;
   int tokens;
   ClusterShape cluster;
@@ -111,7 +131,11 @@ struct Smem {
   }
   // Thread 0's memory while it exchanges sums: {index of the tile's counters}.
   __device__ __forceinline__ uint32_t exchange(int consumer) const {
-    return tile(Cfg::kStages + kConsumers * (1 + kSlots) + consumer);
+    return tile(Cfg::kStages + kConsumers * (1 + Cfg::kSlots) + consumer);
+  }
+  // float32 scales of a consumer's tile: of its tokens, then of its rows.
+  __device__ __forceinline__ uint32_t scales(int consumer) const {
+    return tile(Cfg::kNotes) + consumer * Cfg::kScaleBytes;
   }
   __device__ __forceinline__ uint32_t boxes(int consumer, int slot) const {
     return out(consumer) + slot * Cfg::kPanels * Cfg::kBoxBytes;
@@ -124,7 +148,7 @@ struct WorkItem {
 };
 
 template <class Cfg>
-__host__ __device__ __forceinline__ int work_items(const Params<typename Cfg::T>& p) {
+__host__ __device__ __forceinline__ int work_items(const Params<typename Cfg::Output>& p) {
   if constexpr (Cfg::kStreamed) return p.whole_tiles + 2 * p.clusters;
   return p.whole_tiles + (p.tile_rows * p.tile_columns - p.whole_tiles) * p.splits;
 }
@@ -139,18 +163,18 @@ __host__ __device__ __forceinline__ int work_items(const Params<typename Cfg::T>
 //
 // The cluster with the end of a tile finishes it; the others give it their sums. Each cluster first
 // does what others finish, so nobody waits for somebody who waits.
-template <class T>
-__host__ __device__ __forceinline__ int first_unit(const Params<T>& p, int cluster) {
+template <class Output>
+__host__ __device__ __forceinline__ int first_unit(const Params<Output>& p, int cluster) {
   return cluster * p.stream_units / p.clusters;
 }
-template <class T>
-__host__ __device__ __forceinline__ int cluster_of_unit(const Params<T>& p, int unit) {
+template <class Output>
+__host__ __device__ __forceinline__ int cluster_of_unit(const Params<Output>& p, int unit) {
   return ((unit + 1) * p.clusters - 1) / p.stream_units;
 }
 
 // Its first (0) or second (1) item; the second is empty when the piece lies in one tile.
-template <class T>
-__host__ __device__ __forceinline__ WorkItem streamed_item(const Params<T>& p, int cluster,
+template <class Output>
+__host__ __device__ __forceinline__ WorkItem streamed_item(const Params<Output>& p, int cluster,
                                                            int which) {
   const int k_tiles = p.extent.k_tiles;
   const int begin = first_unit(p, cluster), end = first_unit(p, cluster + 1);
@@ -162,7 +186,7 @@ __host__ __device__ __forceinline__ WorkItem streamed_item(const Params<T>& p, i
 }
 
 template <class Cfg>
-__host__ __device__ __forceinline__ WorkItem work_item(const Params<typename Cfg::T>& p,
+__host__ __device__ __forceinline__ WorkItem work_item(const Params<typename Cfg::Output>& p,
                                                        int index) {
   const int rest = index - p.whole_tiles, k_tiles = p.extent.k_tiles;
   if (rest < 0) return {index, 0, k_tiles};
@@ -174,7 +198,8 @@ __host__ __device__ __forceinline__ WorkItem work_item(const Params<typename Cfg
 
 // Whether a cluster has another item after this one.
 template <class Cfg>
-__host__ __device__ __forceinline__ bool has_next(const Params<typename Cfg::T>& p, int index) {
+__host__ __device__ __forceinline__ bool has_next(const Params<typename Cfg::Output>& p,
+                                                  int index) {
   const int next = index + p.clusters;
   if (next >= work_items<Cfg>(p)) return false;
   if (!Cfg::kStreamed || next < p.whole_tiles + p.clusters) return true;
@@ -188,8 +213,8 @@ struct TilePosition {
 
 // Cluster tile `index` -> this CTA's tile. Groups of group_m cluster rows; inside a group rows
 // fastest, then tokens.
-template <class T>
-__device__ __forceinline__ TilePosition tile_position(const Params<T>& p, int index) {
+template <class Output>
+__device__ __forceinline__ TilePosition tile_position(const Params<Output>& p, int index) {
   const int rank = ptx::cluster_cta_rank();
   const int group = index / (p.group_m * p.tile_columns),
             within = index % (p.group_m * p.tile_columns);
@@ -216,6 +241,6 @@ struct RingPosition {
 };
 
 template <class Cfg>
-using Accumulators = float[Cfg::kPanels][Cfg::kTokens / 2];
+using Accumulators = typename Cfg::Accumulator[Cfg::kPanels][Cfg::kTokens / 2];
 
 }  // namespace sparsekern::prefill

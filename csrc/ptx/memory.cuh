@@ -15,6 +15,12 @@ __device__ __forceinline__ uint32_t load_shared_u32(uint32_t smem) {
   return v;
 }
 
+__device__ __forceinline__ uint2 load_shared_u64(uint32_t smem) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(smem) : "memory");
+  return v;
+}
+
 __device__ __forceinline__ uint4 load_shared_u128(uint32_t smem) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -26,6 +32,18 @@ __device__ __forceinline__ uint4 load_shared_u128(uint32_t smem) {
 
 __device__ __forceinline__ void store_shared_f32(uint32_t smem, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(smem), "f"(v) : "memory");
+}
+
+__device__ __forceinline__ float load_shared_f32(uint32_t smem) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(smem) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ float2 load_shared_float2(uint32_t smem) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(smem) : "memory");
+  return v;
 }
 
 __device__ __forceinline__ float4 load_shared_float4(uint32_t smem) {

@@ -22,7 +22,7 @@ template <class T, int kSelector>
 __device__ __forceinline__ void mma_sp(float (&d)[4], const uint32_t (&a)[4],
                                        const uint32_t (&b)[4], uint32_t metadata) {
 #define SK_MMA_SP(enumerator, name, type, bits, TYPE, ...)                                         \
-  if constexpr (std::is_same_v<T, type>)                                                           \
+  if constexpr (std::is_same_v<T, type> && bits == 16)                                             \
     asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE       \
                  ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, " \
                  "%12, %13;"                                                                       \

@@ -1,5 +1,5 @@
-// registers.cuh: hints that save registers: uniform values, special registers read again, and the
-// register budget of a warpgroup (PTX ISA, "setmaxnreg"; sm_90a).
+// registers.cuh: hints that save registers: uniform values, special registers read again, integers
+// converted late, and the register budget of a warpgroup (PTX ISA, "setmaxnreg"; sm_90a).
 #pragma once
 #include <cstdint>
 
@@ -14,6 +14,15 @@ __device__ __forceinline__ uint32_t thread_idx_again() {
   uint32_t idx;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(idx));
   return idx;
+}
+
+// A sum as float32. Of integers just here: the compiler would convert all that a loop may need
+// before the loop, and has no registers for them.
+__device__ __forceinline__ float as_float_here(float sum) { return sum; }
+__device__ __forceinline__ float as_float_here(int32_t sum) {
+  float v;
+  asm volatile("cvt.rn.f32.s32 %0, %1;" : "=f"(v) : "r"(sum));
+  return v;
 }
 
 template <int kRegisters>

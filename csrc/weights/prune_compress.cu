@@ -90,6 +90,8 @@ __global__ void __launch_bounds__(kThreads)
 Status launch_prune_compress(const void* w, void* values, void* metadata, int* bad_chunks,
                              int64_t elements, DType dtype, cudaStream_t stream) {
   constexpr const char* kOp = "sparsekern.prune_compress";
+  const int bits = info(dtype).storage_bits;
+  SK_CHECK_REL(kOp, bits, ==, 16, "Quantise the compressed weight.");
   SK_CHECK_MULTIPLE(kOp, elements, int64_t{kChunkElements}, "Pad in_features to 8.");
   SK_CHECK_MULTIPLE(kOp, reinterpret_cast<uintptr_t>(w), uintptr_t{16},
                     "Copy w to aligned memory.");

@@ -61,6 +61,7 @@ def variants():
         for kernel, configs in kernels.items()
         if kernel != "decode_gated"
         for config in configs
+        if ("bfloat16",) * 3 in config["types"]
     ]
 
 

@@ -10,12 +10,12 @@ import torch
 import sparsekern
 from python_tests.linear_cases import random_weight
 from sparsekern.backends import memory, registry
-from sparsekern.backends.cuda import configs
+from sparsekern.backends.cuda import configs, scaled_linear
 from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.backends.cuda import tuned_tables as tuning
-from sparsekern.backends.cuda.backend import CudaBackend
-from sparsekern.backends.cuda.cost_model import TIMES, MmaTile, RowBlocks, Tile
+from sparsekern.backends.cuda.backend import CudaBackend, PreciseBackend
+from sparsekern.backends.cuda.cost_model import TIMES, MmaTile, RowBlocks, SplitTile, Tile
 from sparsekern.backends.protocol import problem_of
 from sparsekern.backends.triton.backend import TritonBackend
 from sparsekern.formats.sparse24 import compress
@@ -33,6 +33,20 @@ BLOCKS += [v for v in TIMES if isinstance(v, RowBlocks) and v not in BLOCKS]
 # Stages (and below, parts) that no tile of configs.h has: TIMES lacks them, so that Hopper chooses
 # another kernel.
 MMA_TILES = (MmaTile(128, 128, 2, 4, 1, 2), MmaTile(64, 8, 2, 1, 4, 3))
+
+
+# Tiles for e4m3 alone, and the types of kernels: of the weight, of x and of y.
+PROMOTED = [Tile(128, 192, 1, 1, promoted=True), Tile(128, 128, 2, 1, promoted=True)]
+PLAIN = [(F16,) * 3, (BF16,) * 3]
+EIGHT = [("float8_e4m3fn", "float8_e4m3fn", y) for y in (F16, BF16)]
+WIDENED = [(w, x, x) for w in ("float8_e4m3fn", "int8") for x in (F16, BF16)]
+
+
+def rows(variants, first=0, types=None):
+    """What kernels() says of variants; types: None for those of a kernel that has all but W8A16."""
+    every = [*PLAIN, *EIGHT, *(("int8", "int8", y) for y in (F16, BF16))]
+    of = dict(types=every if types is None else types)
+    return [v._asdict() | {"index": i} | of for i, v in enumerate(variants, first)]
 
 
 class FakeLinear:
@@ -60,11 +74,11 @@ def native(monkeypatch, tmp_path):
         PREFILL_COUNTER_BYTES=16,
         kernels=lambda: module.rows,
         rows={
-            "prefill": [tile._asdict() | {"index": i} for i, tile in enumerate(TILES)],
-            "decode": [b._asdict() | {"index": i} for i, b in enumerate(BLOCKS, 1)],
-            "decode_gated": [b._asdict() | {"index": i} for i, b in enumerate(BLOCKS, 1)],
-            "mma": [tile._asdict() | {"index": i} for i, tile in enumerate(MMA_TILES)],
-            "split": [dict(index=0, rows=128, tokens=64, split=16)],
+            "prefill": rows(TILES) + rows(PROMOTED, len(TILES), EIGHT),
+            "decode": rows(BLOCKS, 1, [*PLAIN, *WIDENED]),
+            "decode_gated": rows(BLOCKS, 1, PLAIN),
+            "mma": rows(MMA_TILES, 0, PLAIN),
+            "split": rows([SplitTile(128, 64, 16)]),
         },
         Linear=lambda **problem: FakeLinear(module.calls, problem),
         calls=[],
@@ -93,6 +107,7 @@ def native(monkeypatch, tmp_path):
 def forget():
     for name in CACHED:
         getattr(cuda_backend, name).cache_clear()
+    scaled_linear._built_for.cache_clear()
     tuning.forget()
     registry.changed()
 
@@ -206,7 +221,7 @@ def test_without_a_table_heuristics_choose(native):
 def test_heuristics_may_choose_mma_on_hopper(native, monkeypatch):
     """32x16: the fastest at 64 tokens of a weight with few rows."""
     tile = MmaTile(32, 16, 1, 1, 4, 5)
-    native.rows["mma"] = [tile._asdict() | {"index": 7}]
+    native.rows["mma"] = rows([tile], 7, PLAIN)
     assert cuda_backend._plan(64, 512, 2048, BF16, 0) == ("mma", 7)
     assert explained(64, 512, 2048)[0] == "mma 32x16, 1x1x4 warps"
 
@@ -244,10 +259,7 @@ def test_a_variant_that_this_build_lacks_is_ignored(native, tmp_path):
 
 def test_a_config_is_found_by_its_meaning_wherever_it_stands_in_the_list(native, tmp_path):
     tune(tmp_path / "shipped" / "gpu.json", {8: ("decode 128 rows, split 4", 3.0)})
-    native.rows["decode"] = [
-        {"index": 1, "rows": 128, "split": 4},
-        {"index": 2, "rows": 64, "split": 2},
-    ]
+    native.rows["decode"] = rows([RowBlocks(128, 4), RowBlocks(64, 2)], 1, PLAIN)
     forget()
     assert cuda_backend._plan(8, 4096, 4096, BF16, 0) == ("decode", 1)
 
@@ -293,7 +305,11 @@ def test_a_launcher_passes_what_the_module_takes(native, monkeypatch):
             y_stride=64,
             residual_stride=0,
             dtype="bfloat16",
+            weight_dtype="bfloat16",
+            x_dtype="bfloat16",
             activation=None,
+            channel_scale=0,
+            token_scale=0,
             x=x.data_ptr(),
             values=w24.values.data_ptr(),
             metadata=w24.metadata.data_ptr(),
@@ -350,6 +366,8 @@ def test_linear_passes_what_the_module_takes(on_cpu, leading, dtype):
         y_stride=64,
         residual_stride=0,
         dtype=name,
+        weight_dtype=name,
+        x_dtype=name,
         activation="gelu",
         x=x.data_ptr(),
         values=w24.values.data_ptr(),
@@ -655,3 +673,149 @@ def test_rows_that_are_copied():
         assert copy.data_ptr() != rows.data_ptr() and copy.data_ptr() % 16 == 0
         assert stride == copy.stride(0) and stride % 8 == 0
         assert torch.equal(copy, rows)
+
+
+# ---- weights of 8 bits ---------------------------------------------------------------------------
+
+E4M3, INT8 = "float8_e4m3fn", "int8"
+
+
+@pytest.fixture
+def scaled_on_cpu(on_cpu, monkeypatch):
+    """`on_cpu` for weights of 8 bits, whose refusals of the CPU are left out."""
+    for name in ("_current_device", "_current_stream", "_empty_strided"):
+        monkeypatch.setattr(scaled_linear, name, getattr(cuda_backend, name))
+    return on_cpu
+
+
+def quantized(storage, dtype=torch.bfloat16, out_features=64, in_features=256):
+    w24 = compress(random_weight(out_features, in_features, dtype))
+    return pack(sparsekern.quantize(w24, storage))
+
+
+def test_types_have_keys_for_tables():
+    assert configs.Types.of(BF16).key == BF16
+    assert configs.Types(INT8, INT8, F16).key == INT8
+    assert configs.Types(INT8, F16, F16).key == "int8 weight, float16"
+    assert configs.Types(E4M3, BF16, BF16).bits == heuristics.Bits(8, 16)
+
+
+@pytest.mark.parametrize("storage", [E4M3, INT8])
+def test_few_tokens_take_the_weights_as_they_are(scaled_on_cpu, storage):
+    w24 = quantized(storage)
+    x, bias = torch.ones(2, 4, 256, dtype=torch.bfloat16), torch.ones(64, dtype=torch.bfloat16)
+    launch = scaled_linear.bind(problem(x, w24, activation="silu", bias=True))
+    y = launch(x, w24, bias)
+    assert (y.shape, y.dtype) == ((2, 4, 64), torch.bfloat16)
+    (call,) = scaled_on_cpu.calls
+    wanted = dict(
+        kernel="decode",
+        tokens=8,
+        weight_dtype=storage,
+        x_dtype=BF16,
+        dtype=BF16,
+        x_stride=256,
+        activation="silu",
+        x=x.data_ptr(),
+        channel_scale=w24.tensors["weight_scale"].data_ptr(),
+        bias=bias.data_ptr(),
+        y=y.data_ptr(),
+    )
+    assert {name: call[name] for name in wanted} == wanted and "token_scale" not in call
+    scaled_on_cpu.calls.clear()
+    odd = torch.ones(8, 512, dtype=torch.bfloat16)[:, ::2]
+    assert scaled_linear.bind(problem(odd, w24))(odd, w24).shape == (8, 64)
+    assert scaled_on_cpu.calls[0]["x_stride"] == 256
+
+
+@pytest.mark.parametrize("storage", [E4M3, INT8])
+@pytest.mark.parametrize("in_features", [256, 260])
+def test_more_tokens_are_quantised(scaled_on_cpu, monkeypatch, storage, in_features):
+    w24 = quantized(storage, in_features=in_features)
+    x = torch.randn(5, 13, in_features).to(torch.bfloat16)
+    seen = []
+    quantize = scaled_linear.quantize_rows.quantize
+    monkeypatch.setattr(
+        scaled_linear.quantize_rows, "quantize", lambda *a: seen.append(quantize(*a)) or seen[-1]
+    )
+    y = scaled_linear.bind(problem(x, w24))(x, w24)
+    assert (y.shape, y.dtype) == ((5, 13, 64), torch.bfloat16)
+    ((q, scale),), (call,) = seen, scaled_on_cpu.calls
+    assert q.dtype == w24.values.dtype and q.shape == (65, in_features)
+    assert call["x_stride"] == q.stride(0) == -(-in_features // 16) * 16
+    assert (call["x"], call["token_scale"]) == (q.data_ptr(), scale.data_ptr())
+    assert call["kernel"] in ("prefill", "split") and call["workspace"]
+    assert (call["weight_dtype"], call["x_dtype"], call["dtype"]) == (storage, storage, BF16)
+
+
+def test_x_that_is_quantised_already(scaled_on_cpu):
+    w24 = quantized(INT8, torch.float16)
+    for tokens in (3, 65):
+        scaled_on_cpu.calls.clear()
+        x, scale = torch.ones(tokens, 256, dtype=torch.int8), torch.ones(tokens)
+        y = scaled_linear.bind(problem(x, w24))(x, w24, None, scale)
+        (call,) = scaled_on_cpu.calls
+        assert (y.shape, y.dtype) == ((tokens, 64), torch.float16)
+        assert (call["x"], call["token_scale"]) == (x.data_ptr(), scale.data_ptr())
+        assert (call["x_dtype"], call["dtype"]) == (INT8, F16) and call["kernel"] != "decode"
+    none = torch.ones(0, 256, dtype=torch.int8)
+    y = scaled_linear.bind(problem(none, w24))(none, w24, None, torch.ones(0))
+    assert y.shape == (0, 64) and y.dtype == torch.float16
+
+
+def test_precise_sums_are_asked_for_by_name(scaled_on_cpu, monkeypatch):
+    x, w24 = torch.ones(200, 256, dtype=torch.bfloat16), quantized(E4M3)
+    scaled_linear.bind(problem(x, w24), precise=True)(x, w24)
+    tile = PROMOTED[scaled_on_cpu.calls[0]["config"] - len(TILES)]
+    assert scaled_linear.explain(problem(x, w24), True).config == f"prefill {tile}"
+    types = configs.Types(E4M3, E4M3, BF16)
+    asked_for = {heuristics.name(tile) for tile in PROMOTED}
+    assert asked_for <= set(configs.variants(types))
+    assert not asked_for & set(configs.runnable(0, types))
+    assert not asked_for & set(configs.variants(types._replace(weight=INT8, x=INT8)))
+    cuda = torch.device("cuda", 0)
+    of_int8 = problem(x, quantized(INT8))._replace(device=cuda)
+    assert "exact" in PreciseBackend().supports(of_int8)
+    assert PreciseBackend().supports(problem(x, w24)._replace(device=cuda)) is None
+    plain = pack(compress(random_weight(64, 256, torch.bfloat16)))
+    assert "for quantised weights" in PreciseBackend().supports(problem(x, plain))
+
+
+def test_why_not_for_weights_of_8_bits(native):
+    cuda = torch.device("cuda", 0)
+    x, w24 = torch.ones(3, 256, dtype=torch.bfloat16), quantized(INT8)
+    backend = CudaBackend()
+    assert "needs x on a GPU" in backend.supports(problem(x, w24))
+    on_gpu = problem(x, w24)._replace(device=cuda, gpu=0)
+    assert backend.supports(on_gpu) is None
+    assert "needs layout 'tile64'" in backend.supports(on_gpu._replace(spec=w24.rowmajor().spec))
+    assert "got torch.float32" in backend.supports(on_gpu._replace(dtype=torch.float32))
+    native.rows["prefill"] = rows(TILES, 0, PLAIN)
+    forget()
+    assert "no kernel for weights of int8" in backend.supports(on_gpu)
+    native.capability = (8, 9)
+    forget()
+    assert "compute capability 9" in backend.supports(on_gpu)
+
+
+def test_explain_says_how_weights_of_8_bits_are_computed(native, tmp_path):
+    w24, backend = quantized(INT8), CudaBackend()
+
+    def told(tokens, dtype=torch.bfloat16):
+        x = torch.ones(tokens, 256).to(dtype)
+        return backend.explain(problem(x, w24)._replace(gpu=0))
+
+    assert "W8A16" in told(64).why and told(64).config.startswith("decode")
+    assert "x is quantised to int8, one scale a token" in told(65).why
+    assert "W8A8: x is int8" in told(1, torch.int8).why
+    tune(tmp_path / "shipped" / "a.json", {128: (f"prefill {TILES[0]}", 5.0)}, INT8, (64, 256))
+    tune(
+        tmp_path / "shipped" / "a.json",
+        {8: ("decode 128 rows, split 4", 2.5)},
+        "int8 weight, float16",
+        (64, 256),
+    )
+    assert told(128, torch.int8).expected_us == 5.0
+    assert (told(128).config, told(128).expected_us) == (f"prefill {TILES[0]}", None)
+    assert (told(8).config, told(8).expected_us) == ("decode 128 rows, split 4", None)
+    assert "measured in int8 weight, float16" in told(8).why

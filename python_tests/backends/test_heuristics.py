@@ -32,11 +32,12 @@ H100 = 132  # multiprocessors
 
 def tiles_of_the_source():
     """The entries of SK_PREFILL_CONFIGS: X(index, panels, tokens, cluster rows, cluster tokens,
-    streamed)."""
-    found = re.findall(r"X\((\d+), (\d+), (\d+), (\d+), (\d+), ([01])\)", CONFIGS.read_text())
-    rows = [tuple(map(int, entry)) for entry in found]
+    streamed, promoted)."""
+    rows = entries("SK_PREFILL_CONFIGS")
     assert [row[0] for row in rows] == list(range(len(rows))), "indices count up from 0"
-    return [Tile(128 * panels, *rest, bool(last)) for _, panels, *rest, last in rows]
+    tiles = [Tile(128 * row[1], *row[2:5], *map(bool, row[5:])) for row in rows]
+    assert len(tiles[0]) == 6 and any(tile.promoted for tile in tiles)
+    return tiles
 
 
 def entries(name):
@@ -95,6 +96,47 @@ def test_the_split_kernel_is_considered_for_small_problems():
     assert heuristics.considered(tile, 256, 2048, 2048)
     assert not heuristics.considered(tile, 31, 2048, 2048)
     assert not heuristics.considered(tile, 4096, 8192, 8192)
+
+
+EIGHT = heuristics.Bits(8, 8)
+
+
+def test_work_of_8_bits_by_hand():
+    """Half the stages of 128 in_features, and the bytes of the types: 80 a row of a stage."""
+    for variant in (Tile(256, 192, 2, 1), SplitTile(128, 128, 2), RowBlocks(256, 2)):
+        plain, eight = (
+            work(variant, 64, 4096, 4096, H100),
+            work(variant, 64, 4096, 4096, H100, EIGHT),
+        )
+        assert (eight.items, eight.exchanges) == (plain.items, plain.exchanges)
+        assert eight.stages == work(variant, 64, 4096, 2048, H100).stages < plain.stages
+        assert eight.megabytes == (4096 * 32 * 80 + 64 * (2 * 4096 + 4096)) / 1e6
+    split = work(SplitTile(128, 128, 4), 192, 2048, 4096, H100, EIGHT)
+    assert split.totals == pytest.approx(32 * 32 * (128 * 80 + 96 * 128) / 1e6)
+    widened = work(RowBlocks(256, 1), 8, 512, 1024, H100, heuristics.Bits(8, 16))
+    assert widened.megabytes == (512 * 8 * 80 + 8 * (2 * 512 + 2 * 1024)) / 1e6
+
+
+def test_8_bit_x_of_few_tokens_has_a_variant():
+    tiles = tuple(v for v in TIMES if isinstance(v, (Tile, SplitTile)))
+    for tokens in (1, 16, 31, 4096):
+        assert fastest(tokens, 4096, 4096, H100, tiles, EIGHT) in tiles
+    assert isinstance(fastest(4096, 28672, 4096, H100, tiles, EIGHT), Tile)
+
+
+def test_the_promoted_tile():
+    tiles = [tile for tile in tiles_of_the_source() if tile.promoted]
+    assert not set(tiles) & set(TIMES), "asked for by name alone"
+    assert str(tiles[0]) == "128x192 cluster 1x1, promoted"
+
+    def chosen(tokens, out_features):
+        return heuristics.promoted_tile(tokens, out_features, H100, tuple(tiles))
+
+    assert (
+        chosen(192, 4096) == Tile(128, 128, 2, 1, promoted=True) or chosen(192, 4096).tokens == 192
+    )
+    assert chosen(8192, 28672).cluster_rows == 2
+    assert chosen(1, 64) in tiles
 
 
 def test_resident_clusters():
@@ -276,9 +318,9 @@ def test_predictions_are_times(variant):
 
 def mma_tiles_of_the_source():
     """The entries of SK_MMA_CONFIGS: X(index, then the fields of MmaTile)."""
-    found = re.findall(r"X\((\d+)" + r", (\d+)" * 6 + r"\)", CONFIGS.read_text())
-    assert [int(entry[0]) for entry in found] == list(range(len(found))) and found
-    return tuple(MmaTile(*map(int, entry[1:])) for entry in found)
+    found = entries("SK_MMA_CONFIGS")
+    assert [entry[0] for entry in found] == list(range(len(found))) and found
+    return tuple(MmaTile(*entry[1:]) for entry in found)
 
 
 def test_mma_tiles_fit_the_shared_memory_of_every_gpu():

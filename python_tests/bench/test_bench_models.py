@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("transformers")
 
-from bench import bench_decode_model, bench_prune, decode_model  # noqa: E402
+from bench import bench_decode_model, bench_generate, bench_prune, decode_model  # noqa: E402
 from sparsekern import SparseLinear  # noqa: E402
 
 
@@ -111,6 +111,17 @@ def test_dry_run_of_decode_model(tmp_path):
     assert found["dense"]["metrics"]["speedup"] == 1.0
     assert found["sparse"]["metrics"]["tokens_s"] > 0
     assert found["sparse"]["case"] == "tiny, 2 layers, batch 1, context 8"
+
+
+def test_dry_run_of_generate(tmp_path):
+    path = tmp_path / "r.jsonl"
+    arguments = "--device cpu --quick --preset tiny --layers 2 --batch 1,2 --context 8"
+    arguments = [*arguments.split(), "--no-compile", "--dtype", "float32"]
+    assert bench_generate.main(path, arguments) == 0
+    found = {(entry["backend"], entry["case"]): entry for entry in lines_of(path)}
+    assert len(found) == 6
+    entry = found["optimized", "tiny, 2 layers, batch 2, context 8"]
+    assert entry["metrics"]["tokens_s"] > 0 and entry["details"]["logits_distance"] < 1e-5
 
 
 def test_decode_model_refuses_wrong_logits(tmp_path, monkeypatch):

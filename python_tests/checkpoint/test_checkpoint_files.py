@@ -304,7 +304,7 @@ DAMAGE = {
     "embedding of wrong shape": (put("table.weight", shape=[16, 10]), "table.weight.*shape"),
     "values of wrong dtype": (
         put("first.compressed", dtype="F8_E4M3", shape=[16, 12]),
-        "first.compressed.*8-bit",
+        "first.weight_scale.*8-bit",
     ),
     "values flattened": (put("first.compressed", shape=[96]), "first.compressed.*unstructured"),
     "odd values": (put("first.compressed", shape=[32, 3]), "first.compressed.*multiple of 4"),

@@ -5,13 +5,15 @@
 #include <string>
 
 #include "core/problem.h"
+#include "linear/launch.h"
 #include "linear/linear_type.h"
 
 namespace py = pybind11;
 using sparsekern::LinearProblem;
 
 struct {
-  std::string kernel, dtype;
+  std::string kernel;
+  sparsekern::DType weight, x, y;
   LinearProblem problem;
   int config;
   cudaStream_t stream;
@@ -20,28 +22,24 @@ bool records = true;
 
 namespace sparsekern {
 
-Status record(const char* kernel, DType dtype, const LinearProblem& p, int config,
-              cudaStream_t stream) {
+Status record(const char* kernel, DType weight, DType x, DType y, const LinearProblem& p,
+              int config, cudaStream_t stream) {
   if (p.tokens == 63) return make_status(StatusKind::unsupported, "63 tokens");
-  if (records) seen = {kernel, info(dtype).name, p, config, stream};
+  if (records) seen = {kernel, weight, x, y, p, config, stream};
   return {};
 }
 
-template <class T>
-constexpr DType kDTypeOf = DType{};
-#define SK_OF(enumerator, name, type, ...) \
-  template <>                              \
-  constexpr DType kDTypeOf<type> = DType::enumerator;
-SK_DTYPES(SK_OF)
-
-#define SK_RECORDER(space, function, text)                                          \
-  namespace space {                                                                 \
-  template <class T>                                                                \
-  Status function(const LinearProblem& p, int config, cudaStream_t stream) {        \
-    return record(text, kDTypeOf<T>, p, config, stream);                            \
-  }                                                                                 \
-  template Status function<__half>(const LinearProblem&, int, cudaStream_t);        \
-  template Status function<__nv_bfloat16>(const LinearProblem&, int, cudaStream_t); \
+// Every instantiation that kernels.h may name.
+#define SK_RECORDER(space, function, text)                                         \
+  namespace space {                                                                \
+  template <class W, class X, class Y>                                             \
+  Status function(const LinearProblem& p, int config, cudaStream_t stream) {       \
+    return record(text, kDTypeOf<W>, kDTypeOf<X>, kDTypeOf<Y>, p, config, stream); \
+  }                                                                                \
+  SK_PLAIN(SK_INSTANTIATE_LINEAR, function)                                        \
+  SK_W8A8(SK_INSTANTIATE_LINEAR, function)                                         \
+  SK_W8A16(SK_INSTANTIATE_LINEAR, function)                                        \
+  SK_W4A16(SK_INSTANTIATE_LINEAR, function)                                        \
   }
 SK_RECORDER(decode, linear, "decode")
 SK_RECORDER(decode, gated, "decode_gated")
@@ -71,11 +69,15 @@ std::uintptr_t number(const T* pointer) {
 py::dict last_launch() {
   const LinearProblem& p = seen.problem;
   py::dict d;
-  d["kernel"] = seen.kernel, d["dtype"] = seen.dtype, d["config"] = seen.config;
+  const auto name = [](sparsekern::DType dtype) { return sparsekern::info(dtype).name; };
+  d["kernel"] = seen.kernel, d["config"] = seen.config;
+  d["launched"] = py::make_tuple(name(seen.weight), name(seen.x), name(seen.y));
+  d["dtype"] = name(p.y.dtype), d["x_dtype"] = name(p.x.dtype);
   d["tokens"] = p.tokens, d["out_features"] = p.out_features, d["in_features"] = p.in_features;
   d["x_stride"] = p.x.stride, d["y_stride"] = p.y.stride;
   d["residual_stride"] = p.epilogue.residual_stride;
-  d["weight"] = sparsekern::info(p.weight_dtype).name;
+  d["scale_group"] = p.scale_group;
+  d["weight_dtype"] = name(p.weight_dtype);
   d["activation"] = static_cast<int>(p.epilogue.activation);
   d["x"] = number(p.x.data), d["values"] = number(p.weight.values);
   d["metadata"] = number(p.weight.metadata), d["y"] = number(p.y.data);
@@ -104,7 +106,8 @@ void by_pybind11(std::uintptr_t x, std::uintptr_t values, std::uintptr_t metadat
                 static_cast<sparsekern::Activation>(activation),
                 reinterpret_cast<void*>(residual),
                 residual_stride};
-  (void)sparsekern::record("decode", p.x.dtype, p, config, reinterpret_cast<cudaStream_t>(stream));
+  (void)sparsekern::record("decode", p.x.dtype, p.x.dtype, p.y.dtype, p, config,
+                           reinterpret_cast<cudaStream_t>(stream));
 }
 
 PYBIND11_MODULE(linear_probe, m) {

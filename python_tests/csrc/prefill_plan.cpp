@@ -7,7 +7,7 @@
 #include "linear/tile_scheduler_sm90.cuh"
 
 using namespace sparsekern::prefill;
-using Streamed = Config<__half, 2, 128, true>;
+using Streamed = Config<__half, __half, 2, 128, true>;
 
 struct Grid {
   int clusters, tiles, k_tiles, waves;  // tiles: of the last wave
@@ -20,7 +20,7 @@ int fail(const Grid& g, const char* what, int cluster, int tile) {
 }
 
 int check(const Grid& g) {
-  Params<__half> p = {};
+  Params<Streamed::Output> p = {};
   p.clusters = g.clusters;
   p.stream_units = g.tiles * g.k_tiles;
   p.whole_tiles = g.waves * g.clusters;

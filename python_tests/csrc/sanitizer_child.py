@@ -10,6 +10,7 @@ import sys
 import torch
 
 import sparsekern as sk
+from python_tests.backends import scaled_cases
 from python_tests.backends.cuda_cases import (
     BF16,
     F16,
@@ -39,6 +40,19 @@ def main(few):
                 torch.cuda.synchronize()
                 if not torch.equal(y.cpu(), expected[:tokens]):
                     wrong.append((kernel, variant, shape, dtype))
+        for storage, kernel, index in scaled_cases.CONFIGS if dtype is BF16 else ():
+            for shape in SHAPES[:1] if few else SHAPES:
+                p = scaled_cases.Problem(*shape, storage, dtype)
+                y64 = p.product * p.channel.double() * p.token.double()[:, None]
+                expected = (y64 + p.bias.double() + p.residual.double()).cpu().to(dtype)
+                for rest in (dict(bias=p.bias, residual=p.residual), {}):
+                    _, y = guarded(shape[0], p.out_features, dtype)
+                    scales = dict(channel_scale=p.channel, token_scale=p.token)
+                    scaled_cases.call(kernel, index, p, shape[0], y, **scales, **rest)
+                    torch.cuda.synchronize()
+                    wanted = expected if rest else y64.cpu().to(dtype)
+                    if not torch.equal(y.cpu(), wanted):
+                        wrong.append((storage, kernel, index, shape, bool(rest)))
         gate, up = (pack(compress(random_weight(325, 900, dtype, seed)).cuda()) for seed in (0, 1))
         for tokens in (1, 16, 32):
             y = sk.gated_linear(torch.ones(tokens, 900, dtype=dtype).cuda(), gate, up)

@@ -91,7 +91,10 @@ def test_named_functions_refuse_positions_and_gaps(native, name):
 def test_kernels_are_the_rows_of_configs_h(native):
     columns = dict(
         decode=("index", "rows", "split"),
-        prefill=("index", "rows", "tokens", "cluster_rows", "cluster_tokens", "streamed"),
+        decode_gated=("index", "rows", "split"),
+        prefill=(
+            *("index", "rows", "tokens", "cluster_rows", "cluster_tokens", "streamed", "promoted"),
+        ),
         split=("index", "rows", "tokens", "split"),
         mma=("index", "rows", "tokens", "warps_rows", "warps_tokens", "split", "stages"),
         naive=("index", "rows", "tokens"),
@@ -99,17 +102,44 @@ def test_kernels_are_the_rows_of_configs_h(native):
     row_unit = dict(decode=64, prefill=128, split=128, mma=1, naive=1)
     kernels = native.kernels()
     assert list(kernels) == ["decode", "decode_gated", "prefill", "split", "mma", "naive"]
-    assert kernels["decode_gated"] == kernels["decode"]
     for kernel, names in columns.items():
-        table = re.search(rf"#define SK_{kernel.upper()}_CONFIGS\(X\)(.*?)\n\n", CONFIGS, re.S)
+        listed_as = kernel.removesuffix("_gated").upper()
+        table = re.search(rf"#define SK_{listed_as}_CONFIGS\(X\)(.*?)\n\n", CONFIGS, re.S)
         rows = [
             list(map(int, re.findall(r"\d+", r))) for r in re.findall(r"X\(([\d, ]+)\)", table[1])
         ]
         assert rows and [row[0] for row in rows] == list(range(len(rows)))
         for row in rows:
-            row[1] *= row_unit[kernel]
-        assert kernels[kernel] == [dict(zip(names, row, strict=True)) for row in rows]
+            row[1] *= row_unit[listed_as.lower()]
+        listed = [{k: v for k, v in row.items() if k != "types"} for row in kernels[kernel]]
+        assert listed == [dict(zip(names, row, strict=True)) for row in rows]
     assert all(type(row["streamed"]) is bool for row in kernels["prefill"])
+
+
+def test_which_types_a_config_takes(native):
+    """Of the weight, x and y. Promoted tiles are for e4m3 alone."""
+    halves, eight = ("float16", "bfloat16"), ("float8_e4m3fn", "int8")
+    plain = {(y, y, y) for y in halves}
+    w8a8, w8a16 = (
+        {(w, w, y) for w in eight for y in halves},
+        {(w, y, y) for w in eight for y in halves},
+    )
+    taken = dict(
+        decode=plain | w8a16,
+        decode_gated=plain,
+        prefill=plain | w8a8,
+        split=plain | w8a8,
+        naive=plain | w8a8,
+    )
+    kernels = native.kernels()
+    for kernel, types in taken.items():
+        for row in kernels[kernel]:
+            fits = {(w, x, y) for w, x, y in types if not row.get("promoted") or w == eight[0]}
+            assert fits <= set(row["types"]), (kernel, row)
+            if row.get("promoted"):
+                assert fits == set(row["types"])
+    for row in kernels["mma"]:
+        assert plain <= set(row["types"])
 
 
 def test_a_kernel_without_a_gpu_says_so(native):

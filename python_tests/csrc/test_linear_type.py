@@ -46,20 +46,54 @@ def linear(probe, **changes):
 def test_every_field_arrives_in_its_place(probe):
     assert linear(probe)(**ADDRESSES, **OPTIONAL) is None
     nothing = dict(up_values=0, up_metadata=0, channel_scale=0, token_scale=0)
-    expected = {**FIXED, **ADDRESSES, **OPTIONAL, **nothing, "weight": "bfloat16", "activation": 2}
+    types = dict(weight_dtype="bfloat16", x_dtype="bfloat16", launched=("bfloat16",) * 3, scale_group=0)
+    expected = {**FIXED, **ADDRESSES, **OPTIONAL, **nothing, **types, "activation": 2}
     assert probe.last_launch() == expected
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_the_named_kernel_is_launched_with_the_named_config(probe, kernel, dtype):
+def test_the_named_kernel_is_launched_with_the_named_config_and_types(probe, kernel):
     up = dict(up_values=9, up_metadata=10) if kernel == "decode_gated" else {}
     for row in probe.kernels()[kernel]:
-        of = linear(probe, kernel=kernel, config=row["index"], dtype=dtype, activation=None)
-        of(**ADDRESSES, **up)
-        seen = probe.last_launch()
-        assert (seen["kernel"], seen["dtype"], seen["config"]) == (kernel, dtype, row["index"])
-        assert {name: seen[name] for name in up} == up
+        plain = {("float16",) * 3, ("bfloat16",) * 3}
+        assert plain.isdisjoint(row["types"]) if row.get("promoted") else plain <= {*row["types"]}
+        for types in row["types"]:
+            names = dict(zip(("weight_dtype", "x_dtype", "dtype"), types, strict=True))
+            of = linear(probe, kernel=kernel, config=row["index"], activation=None, **names)
+            of(**ADDRESSES, **up)
+            seen = probe.last_launch()
+            assert (seen["kernel"], seen["config"]) == (kernel, row["index"])
+            assert seen["launched"] == types
+            assert {name: seen[name] for name in (*names, *up)} == {**names, **up}
+
+
+EIGHT = ("float8_e4m3fn", "int8")
+
+
+@pytest.mark.parametrize("dtype", EIGHT)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_scales_belong_to_the_operands_of_8_bits(probe, kernel, dtype):
+    up = dict(up_values=9, up_metadata=10) if kernel == "decode_gated" else {}
+    for row in probe.kernels()[kernel]:
+        for weight, x, y in row["types"]:
+            if weight != dtype:
+                continue
+            names = dict(weight_dtype=weight, x_dtype=x, dtype=y)
+            of = linear(probe, kernel=kernel, config=row["index"], activation=None, **names)
+            of(**ADDRESSES, **up, channel_scale=11)
+            assert probe.last_launch()["channel_scale"] == 11
+            if x in EIGHT:
+                of(**ADDRESSES, **up, token_scale=12)
+                assert probe.last_launch()["token_scale"] == 12
+            elif kernel != "naive":
+                with pytest.raises(ValueError, match="expected token_scale 0 with kernel"):
+                    of(**ADDRESSES, **up, token_scale=12)
+
+
+def test_the_naive_kernel_takes_8_bit_weights_with_8_bit_x(probe):
+    (row,) = probe.kernels()["naive"]
+    eight = {(dtype, dtype, y) for dtype in EIGHT for y in ("float16", "bfloat16")}
+    assert eight <= set(row["types"])
 
 
 def test_scales_arrive_at_the_kernel_that_has_them(probe):
@@ -89,7 +123,7 @@ def test_activations_and_defaults(probe):
     of(**ADDRESSES)
     assert probe.last_launch()["residual_stride"] == 0
     for number, activation in enumerate((None, "relu", "gelu", "silu")):
-        linear(probe, activation=activation, weight="bfloat16")(**ADDRESSES)
+        linear(probe, activation=activation, weight_dtype="bfloat16")(**ADDRESSES)
         assert probe.last_launch()["activation"] == number
 
 
@@ -108,10 +142,10 @@ def test_the_workspace_has_counters_and_a_tile_of_sums_per_multiprocessor(probe)
 
 def test_the_signature_is_that_of_the_stub(probe):
     parameters = inspect.signature(probe.Linear).parameters
-    assert set(parameters) == {*FIXED, "weight"}
+    assert set(parameters) == {*FIXED, "weight_dtype", "x_dtype", "scale_group"}
     assert {p.kind for p in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
     optional = {name for name, p in parameters.items() if p.default is not p.empty}
-    assert optional == {"residual_stride", "weight", "activation"}
+    assert optional == {"residual_stride", "weight_dtype", "x_dtype", "activation", "scale_group"}
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -124,9 +158,22 @@ def test_the_signature_is_that_of_the_stub(probe):
         (dict(config=-1), "expected a config index below 20 with kernel 'prefill', got -1. See"),
         (dict(config=20), "expected a config index below 20 with kernel 'prefill', got 20. See"),
         (dict(kernel="naive", config=1), "expected a config index below 1 with kernel 'naive'"),
-        (dict(dtype="float32"), "expected dtype to be one of 'float16', 'bfloat16', got 'float32'"),
-        (dict(weight="int8"), "expected weight to be one of .*got 'int8'"),
-        (dict(weight="float16"), "expected weight None or 'bfloat16' .*got 'float16'. Convert"),
+        (dict(dtype="float32"), "expected dtype to be one of 'float16', .*, got 'float32'"),
+        (dict(weight_dtype="int9"), "expected weight_dtype to be one of .*got 'int9'"),
+        (dict(x_dtype="int9"), "expected x_dtype to be one of .*got 'int9'"),
+        (
+            dict(weight_dtype="float16"),
+            r"expected \(weight_dtype, x_dtype, dtype\) of kernel 'prefill' to be one of "
+            r"\(float16, float16, float16\), .*, got \(float16, bfloat16, bfloat16\). Convert",
+        ),
+        (
+            dict(kernel="naive", config=0, weight_dtype="int8", x_dtype="float8_e4m3fn"),
+            r"expected .* of kernel 'naive' .*, got \(int8, float8_e4m3fn, bfloat16\)",
+        ),
+        (
+            dict(dtype="int8"),
+            r"expected .* of kernel 'prefill' .*, got \(int8, int8, int8\)",
+        ),
         (dict(activation="tanh"), "expected activation to be None or one of 'relu', .*got 'tanh'"),
         (dict(tokens=-1), r"expected tokens >= 0 \(0\), got -1"),
         (dict(out_features=-1), r"expected out_features >= 0 \(0\), got -1"),

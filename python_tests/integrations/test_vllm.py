@@ -61,6 +61,33 @@ def test_a_shape_of_another_model():
         plugin.check_shape("p", torch.tensor([[64], [128]]), 64)
 
 
+def test_types_of_quantised_layers(tmp_path):
+    layers = plugin.Layers(sparse=["a.q_proj", "a.k_proj"], coded={"a.q_proj": "int8"})
+    fused = {"qk": ["q_proj", "k_proj"]}
+    assert layers.storage("a.q_proj", {}) == "int8" and layers.storage("a.k_proj", {}) is None
+    with pytest.raises(ValueError, match="values of one type.*a.k_proj not quantised"):
+        layers.storage("a.qk", fused)
+    layers.coded["a.k_proj"] = "int8"
+    assert layers.storage("a.qk", fused) == "int8"
+
+
+@pytest.mark.parametrize(
+    "weights, activations, readable",
+    [
+        ({"num_bits": 8, "strategy": "channel", "type": "float"}, None, True),
+        ({"num_bits": 8, "strategy": "channel"}, {"num_bits": 8, "dynamic": True}, True),
+        ({"num_bits": 8, "strategy": "channel"}, {"num_bits": 8, "dynamic": False}, False),
+        ({"num_bits": 8, "strategy": "channel", "symmetric": False}, None, False),
+        ({"num_bits": 8, "strategy": "tensor"}, None, False),
+        ({"num_bits": 4, "strategy": "group"}, None, False),
+    ],
+)
+def test_which_quantised_folders_are_read(weights, activations, readable):
+    group = {"weights": weights, "input_activations": activations}
+    assert (plugin.unreadable({"config_groups": {"group_0": group}}) is None) == readable
+    assert plugin.unreadable({}) is None
+
+
 @pytest.mark.parametrize(
     "config, known",
     [
@@ -82,13 +109,14 @@ def free_port():
 
 
 @needs_vllm
-@pytest.mark.parametrize("world", [1, 2])
-def test_layers_of_vllm_compute_the_dense_product(world):
+@pytest.mark.parametrize("world, kind", [(1, None), (2, None), (1, "int8"), (2, "fp8")])
+def test_layers_of_vllm_compute_the_dense_product(world, kind):
     """q/k/v, gate/up, o and down as vLLM builds, loads, splits and runs them, on 1 and 2 ranks."""
+    more = [kind] if kind else []
     port = free_port()
     children = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "vllm_layers.py"), str(rank), str(world), str(port)],
+            [sys.executable, str(HERE / "vllm_layers.py"), str(rank), str(world), str(port)] + more,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -113,7 +141,8 @@ def test_the_registered_method_answers_for_older_folders():
         " {'format': 'sparse-24-bitmask', 'ignore': ['lm_head']}}\n"
         "ours = get('sparsekern')\n"
         "assert ours.override_quantization_method(config, None) == 'sparsekern'\n"
-        "assert ours.override_quantization_method({**config, 'config_groups': {'g': 1}}, None)"
+        "four = {'g': {'weights': {'num_bits': 4, 'strategy': 'group'}}}\n"
+        "assert ours.override_quantization_method({**config, 'config_groups': four}, None)"
         " is None\n"
         "assert ours.from_config(config).layers.dense == ['lm_head']\n"
     )

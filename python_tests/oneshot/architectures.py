@@ -115,7 +115,25 @@ KINDS = {
         "qwen3-moe": MODELS["qwen3-moe"],
         "gpt-oss": MODELS["gpt-oss"],
         "phimoe": MODELS["phimoe"],
+        "deepseek-v2": (
+            "DeepseekV2ForCausalLM",
+            "DeepseekV2Config",
+            {k: v for k, v in MODELS["deepseek-v3"][2].items() if k not in ("topk_group", "n_group")}
+            | {"topk_method": "greedy"},
+        ),
         "deepseek-v3": MODELS["deepseek-v3"],
+        "llama4": (
+            "Llama4ForCausalLM",
+            "Llama4TextConfig",
+            TEXT
+            | {"num_local_experts": 4, "intermediate_size_mlp": 64, "head_dim": 16}
+            | {"interleave_moe_layer_step": 1},
+        ),
+        "jetmoe": (
+            "JetMoeForCausalLM",
+            "JetMoeConfig",
+            TEXT | {"num_local_experts": 4, "num_key_value_heads": 2, "kv_channels": 16},
+        ),
         "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", MOE),
         "granite-moe": (
             "GraniteMoeForCausalLM",

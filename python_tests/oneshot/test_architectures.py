@@ -11,12 +11,13 @@ from torch import nn
 
 import sparsekern as sk
 from python_tests.oneshot import architectures
+from sparsekern.nn.sparse_experts import find_experts
 from sparsekern.nn.sparse_linear import SparseLinear
 
 transformers = pytest.importorskip("transformers")
 # What may keep more than a tenth of a model dense; docs/architectures.md says what they mean.
 KNOWN = re.compile(
-    r"weight tied to |experts in one parameter |convolution$|\w+ reads the weight itself$"
+    r"weight tied to |convolution$|\w+ reads the weight itself$"
 )
 
 
@@ -47,10 +48,21 @@ def test_the_share_and_every_group_of_four(case):
         assert 0 <= row.relative_error < 1
     rows = {row.name for row in case.report.layers}
     linear = {n for n, m in case.dense.named_modules() if isinstance(m, nn.Linear)}
+    experts = find_experts(case.dense)
+    matrices = {
+        f"{name}.{i}.{key}"
+        for name, recipe in experts.items()
+        for i in range(recipe.experts)
+        for key, _ in recipe.matrices
+    }
+    assert linear - rows == set() == matrices - rows
     stacked = {
         n for n, p in case.dense.named_parameters() if p.dim() == 3 and "experts" in n.split(".")
     }
-    assert linear - rows == set() == {n for n in stacked if not n.endswith("bias")} - rows
+    apart = {f"{name}.{key}" for name, recipe in experts.items() for key, _ in recipe.matrices}
+    assert {n for n in stacked if not n.endswith("bias")} - apart - rows == set()
+    if case.name in architectures.KINDS["mixture of experts"]:
+        assert matrices <= found and case.report.share > 0.9
     total = sum(row.elements for row in case.report.layers)
     kept = sum(row.elements for row in case.report.pruned)
     assert case.report.share == pytest.approx(kept / total)

@@ -322,6 +322,9 @@ def test_copies_beyond_the_cache():
     assert layer_bench.copies_beyond_cache(size // 4, 3 * size) == 1
 
 
+PLAIN = [("float16",) * 3, ("bfloat16",) * 3]
+
+
 @pytest.fixture
 def stand_in(monkeypatch, tmp_path):
     """A GPU of which the CPU computes everything: two decode configs, three tiles, one of each not
@@ -330,10 +333,12 @@ def stand_in(monkeypatch, tmp_path):
     native = SimpleNamespace(
         prefill_workspace_bytes=lambda: 16,
         kernels=lambda: {
-            "decode": [b._asdict() | {"index": i} for i, b in enumerate(blocks, 1)],
+            "decode": [b._asdict() | {"index": i, "types": PLAIN} for i, b in enumerate(blocks, 1)],
             "mma": [],
             "split": [],
-            "prefill": [tile._asdict() | {"index": i} for i, tile in enumerate(tiles)],
+            "prefill": [
+                tile._asdict() | {"index": i, "types": PLAIN} for i, tile in enumerate(tiles)
+            ],
         },
     )
     launched = []
@@ -371,7 +376,7 @@ def test_candidates_start_with_the_choice_of_the_heuristics(stand_in):
 
 def test_other_kernels_are_candidates_where_they_may_be_chosen(stand_in, monkeypatch):
     everything = {f"{kernel} a": (kernel, 0) for kernel in ("decode", "prefill", "mma", "split")}
-    monkeypatch.setattr(cuda_backend, "runnable", lambda index: everything)
+    monkeypatch.setattr(cuda_backend, "runnable", lambda index, types: everything)
     monkeypatch.setattr(cuda_backend, "heuristic", lambda *problem: "prefill a")
     layer = tuner.Layer(96, 68, torch.bfloat16, torch.device("cpu"))
     assert {"mma a", "split a"} < set(layer.names(1000)), "little to compute"
@@ -444,7 +449,7 @@ def test_command_options(asked):
     "arguments, text",
     [
         (["--shapes", "64x128,8"], "expected OUTxIN such as 4096x14336, got '8'"),
-        (["--dtype", "fp32"], "expected bf16, fp16 or both, got 'fp32'"),
+        (["--dtype", "fp32"], "expected some of bf16, fp16, fp8, int8, got 'fp32'"),
         (["--tokens", "0"], "got '0'"),
         (["model", "--shapes", "8x8"], "not allowed with"),
     ],

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sparsekern.backends.protocol import Explained, Launch, Problem, folded
-from sparsekern.formats import codec
+from sparsekern.formats import codec, dtypes
+from sparsekern.formats.scaled import SCALE
 from sparsekern.formats.sparse24 import Sparse24
 
 # Dense float32 bytes decompressed at a time: small enough for the temporaries of decompress to stay
@@ -25,12 +26,18 @@ _CHUNK_BYTES = 4 * 2**20
 def dense_chunks(w24: Sparse24) -> Iterator[tuple[int, int, Tensor]]:
     """Yields (start, stop, W[start:stop] as a dense float32 tensor) over the rows of W."""
     w24 = w24.rowmajor()
-    numbers, metadata = w24.numbers(), w24.metadata
+    spec, metadata = w24.spec, w24.metadata
+    scaled = dtypes.scaled_codec(spec.storage) if spec.element.scaled else None
+    numbers = w24.numbers() if scaled is None else w24.values
     out_features, in_features = w24.shape
     rows = max(1, _CHUNK_BYTES // max(1, 4 * in_features))
     for start in range(0, out_features, rows):
         stop = min(start + rows, out_features)
-        part = codec.decompress_dense(numbers[start:stop], metadata[start:stop], in_features)
+        kept = numbers[start:stop]
+        if scaled is not None:  # their numbers are float32, whatever x is
+            some = {name: tensor[start:stop] for name, tensor in w24.tensors.items()}
+            kept = scaled.decode(some, torch.float32, spec.group)
+        part = codec.decompress_dense(kept, metadata[start:stop], in_features)
         yield start, stop, part.float()
 
 
@@ -49,6 +56,7 @@ class CpuBackend:
     """Every layout, element type and shape, on the CPU."""
 
     name = "cpu"
+    quantized = True
 
     def supports(self, problem: Problem) -> str | None:
         if problem.device.type != "cpu":
@@ -57,9 +65,15 @@ class CpuBackend:
 
     def bind(self, problem: Problem) -> Launch:
         activation = problem.activation
+        if problem.quantized is not None:
+            return folded(
+                lambda x, w24, bias, scale: quantized_linear(x, scale, w24, bias, activation)
+            )
         return folded(lambda x, w24, bias: linear(x, w24, bias, activation))
 
     def explain(self, problem: Problem) -> Explained:
+        if problem.quantized is not None:
+            return Explained("fp64_matmul", "x is on the CPU: levels multiplied in float64, exact")
         why = "x is on the CPU: decompress by rows, torch matmul in float32"
         return Explained("fp32_matmul", why)
 
@@ -76,6 +90,36 @@ def linear(
     if bias is not None:
         y += bias.float()
     return activate(y, activation).to(x.dtype)
+
+
+def quantized_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    w24: Sparse24,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """y = activation(x · levels(W)ᵀ * weight_scale * x_scale + bias), rounded once to w24.dtype.
+
+    x [tokens, in_features] of the weight's 8-bit type, x_scale float32 [tokens]. The sums are exact
+    (float64 holds those of int8 up to 2^39 columns, and of e4m3 up to 2^17); they become float32
+    first, then come the scales, the channel's before the token's.
+    """
+    w24 = w24.rowmajor()
+    scaled, (out_features, in_features) = dtypes.scaled_codec(w24.spec.storage), w24.shape
+    y = torch.empty(x.shape[0], out_features, dtype=torch.float32, device=x.device)
+    x64 = x.double()
+    rows = max(1, _CHUNK_BYTES // max(1, 8 * in_features))
+    for start in range(0, out_features, rows):
+        stop = min(start + rows, out_features)
+        levels, metadata = scaled.unpack(w24.values[start:stop]), w24.metadata[start:stop]
+        dense = codec.decompress_dense(levels, metadata, in_features)
+        y[:, start:stop] = x64 @ dense.double().t()
+    y *= w24.tensors[SCALE].view(-1)
+    y *= x_scale[:, None]
+    if bias is not None:
+        y += bias.float()
+    return activate(y, activation).to(w24.dtype)
 
 
 def input_grad(grad: Tensor, w24: Sparse24) -> Tensor:

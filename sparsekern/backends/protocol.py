@@ -18,10 +18,12 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from sparsekern.formats import dtypes
 from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
 
-# (x, weight, bias) -> y; a gated pair: (x, gate, up) -> y. Or None: see `Backend.bind`.
+# (x, weight, bias) -> y; a gated pair: (x, gate, up) -> y; quantised x: (x, weight, bias, scale of
+# its tokens) -> y. Or None: see `Backend.bind`.
 Launch = Callable[..., "Tensor | None"]
 
 ALIGNMENT = 16  # bytes of an address that `Problem.aligned` speaks of
@@ -39,6 +41,8 @@ class Problem(NamedTuple):
     activation: None, "relu", "gelu" or "silu".
     bias: whether there is one. It is [out_features], of dtype and device, contiguous.
     gated: the spec of the second weight of a gated pair, silu(x · Wᵀ) · (x · Gatedᵀ); else None.
+    quantized: None, or the 8-bit dtype of x, with a float32 scale for each token; it is that of the
+        weight's values, and `dtype` is then of y, bias and the numbers alone.
     """
 
     spec: WeightSpec
@@ -51,6 +55,7 @@ class Problem(NamedTuple):
     activation: str | None = None
     bias: bool = False
     gated: WeightSpec | None = None
+    quantized: torch.dtype | None = None
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -82,9 +87,10 @@ class Explained(NamedTuple):
 class Backend(Protocol):
     """One way to compute linear layers.
 
-    It may have two attributes more: `layout`, the name of the one layout that it reads (a weight
+    It may have three attributes more: `layout`, the name of the one layout that it reads (a weight
     that has it is offered to this backend first), and `gated = True` when it takes problems with
-    `gated`, which no other backend is ever asked about. And a method `prefers(spec, device)`: the
+    `gated`, which no other backend is ever asked about; `quantized = True` says the same of
+    problems with `quantized`. And a method `prefers(spec, device)`: the
     layout in which such a weight is best kept there, because its kernels read it, or None.
     """
 
@@ -117,27 +123,29 @@ def problem_of(
     gated: WeightSpec | None = None,
 ) -> Problem:
     """The problem of one call."""
+    plain = x.dtype in dtypes.PLAIN
     return Problem(
         spec,
         x.shape,
         None if x.is_contiguous() else x.stride(),
-        x.dtype,
+        x.dtype if plain else spec.dtype,
         x.device,
         x.get_device() if x.is_cuda else -1,
         x.is_meta or x.data_ptr() % ALIGNMENT == 0,
         activation,
         bias,
         gated,
+        None if plain else x.dtype,
     )
 
 
-def folded(compute: Callable[[Tensor, Sparse24, Tensor | None], Tensor]) -> Launch:
+def folded(compute: Callable[..., Tensor]) -> Launch:
     """The launch of a function that takes x [tokens, in_features] and returns [tokens, out]."""
 
     def launch(x: Tensor, weight: Sparse24, bias: Tensor | None, *more: Any) -> Tensor:
         if x.dim() == 2:
-            return compute(x, weight, bias)
+            return compute(x, weight, bias, *more)
         rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-        return compute(rows, weight, bias).view(*x.shape[:-1], weight.spec.shape[0])
+        return compute(rows, weight, bias, *more).view(*x.shape[:-1], weight.spec.shape[0])
 
     return launch

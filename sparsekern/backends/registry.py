@@ -2,6 +2,7 @@
 
     cuda        backends/cuda/backend.py, with the native module (sparsekern/_native.py)
     cuda-mma    the same with one kernel for every GPU, which is never preferred on Hopper
+    cuda-precise  quantised weights, with the sums of e4m3 in float32; only on request
     triton      backends/triton/backend.py
     cpu         backends/cpu.py
     cusparselt  backends/cusparselt/backend.py, for weights that were packed for it
@@ -94,6 +95,8 @@ def changed() -> None:
 def _refusal(backend: Backend, problem: Problem) -> str | None:
     if problem.gated is not None and not getattr(backend, "gated", False):
         return f"backend {backend.name!r} has no kernel for a gated pair"
+    if problem.quantized is not None and not getattr(backend, "quantized", False):
+        return f"backend {backend.name!r} has no kernel for quantised x"
     return backend.supports(problem)
 
 

@@ -1,5 +1,6 @@
 """Pruned models on disk: save_pretrained, from_pretrained, load_into, verify, export."""
 
+from sparsekern.checkpoint.decompress import decompress_model
 from sparsekern.checkpoint.export import export_dense
 from sparsekern.checkpoint.load import from_pretrained, load_into
 from sparsekern.checkpoint.save import save_pretrained
@@ -9,6 +10,7 @@ from sparsekern.utils.staging import check_writable
 __all__ = [
     "CheckpointReport",
     "check_writable",
+    "decompress_model",
     "export_dense",
     "from_pretrained",
     "load_into",

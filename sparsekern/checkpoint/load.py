@@ -8,6 +8,7 @@ in several tensors, those of one parameter (checkpoint/names.py).
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import warnings
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.checkpoint import arguments
+from sparsekern.checkpoint.experts import ExpertReader, check_columns
 from sparsekern.checkpoint.names import Conversion, Names, match_names
 from sparsekern.checkpoint.skeleton import (
     build_from_dict,
@@ -31,14 +33,20 @@ from sparsekern.checkpoint.skeleton import (
 from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import dtypes
 from sparsekern.formats.disk import (
-    PARTS,
+    FILE_KEYS,
+    PLAIN,
     VALUE_DTYPES,
     check_headers,
+    form_of,
     join,
+    numbers_dtype,
+    parts_of,
     read_compression_config,
     read_sparse24,
+    values_name,
 )
-from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.nn.sparse_experts import fuse_experts, unfuse_experts
+from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
 from sparsekern.utils.safetensors_io import (
     CONFIG_FILE,
     OP,
@@ -68,6 +76,24 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "tp_plan": (None,),
     "offload_folder": (None,),
     "low_cpu_mem_usage": (None, True, False),
+    "state_dict": (None,),
+    "from_tf": (None, False),
+    "from_flax": (None, False),
+    "load_in_8bit": (None, False),
+    "load_in_4bit": (None, False),
+    "generation_config": (None,),
+    "adapter_kwargs": (None,),
+    "proxies": (None,),
+    "mirror": (None,),
+    "resume_download": (None, True, False),
+    "use_auth_token": (None,),
+    "offload_state_dict": (None, True, False),
+    "offload_buffers": (None, False),
+    "tp_size": (None,),
+    "device_mesh": (None,),
+    "distributed_config": (None,),
+    "_from_auto": (None, True, False),
+    "_fast_init": (None, True, False),
 }
 M = TypeVar("M", bound=nn.Module)
 
@@ -88,6 +114,7 @@ def from_pretrained(
     subfolder: str = "",
     key_mapping: Mapping[str, str] | None = None,
     verify: bool = False,
+    config: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Load a model, compressed (sparse-24-bitmask) or dense, as a Transformers model.
@@ -107,6 +134,7 @@ def from_pretrained(
         key_mapping: {regular expression: replacement} for names in the files.
         verify: check SHA256SUMS (where the folder has it) before anything is read, and refuse
             NaN and Inf in any tensor.
+        config: a Transformers config, or its dict, in place of config.json's values.
         kwargs: attributes of the config to replace, as in Transformers; its other arguments only
             with the values that ask for nothing more.
     Returns:
@@ -144,21 +172,37 @@ def from_pretrained(
     if verify:
         require_sums(folder)
     files = TensorFiles(folder)
-    config, _ = read_compression_config(folder)
-    wanted = arguments.parse_dtype(LOAD_OP, dtype, config)
+    raw, _ = read_compression_config(folder)
+    raw = _with_config(raw, config)
+    wanted = arguments.parse_dtype(LOAD_OP, dtype, raw)
     if device_map is None:
         arguments.parse_device(LOAD_OP, device)  # before anything is built
-    model = build_from_dict(config, files.info, attn_implementation, kwargs)
-    device_of, spread = arguments.place(
-        LOAD_OP, model, device, device_map, max_memory, files.nbytes
-    )
-    _load(model, files, device_of, wanted, key_mapping, finite=verify, whole=True)
+    with torch.device("cpu"):  # whatever torch's default device is
+        model = build_from_dict(raw, files.info, attn_implementation, kwargs)
+        device_of, spread = arguments.place(
+            LOAD_OP, model, device, device_map, max_memory, files.nbytes
+        )
+        _load(model, files, device_of, wanted, key_mapping, raw, finite=verify, whole=True)
     if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         model.generation_config = _generation_config(folder)
     if spread is None:
         return model
     dispatched: nn.Module = arguments.accelerate(LOAD_OP).dispatch_model(model, device_map=spread)
     return dispatched
+
+
+def _with_config(raw: dict[str, Any], config: Any) -> dict[str, Any]:
+    """config.json with the values of the caller's config in it."""
+    if config is None:
+        return raw
+    to_dict = getattr(config, "to_dict", None)
+    given = to_dict() if callable(to_dict) else config
+    expected, got = "config to be a Transformers config or a dict", type(config).__name__
+    check(isinstance(given, Mapping), LOAD_OP, expected, got, exc=TypeError)
+    kept = {key: value for key, value in given.items() if key not in FILE_KEYS}
+    if not kept.get("architectures"):
+        kept.pop("architectures", None)
+    return {**raw, **kept}
 
 
 def _generation_config(folder: Path) -> Any:
@@ -206,7 +250,7 @@ def load_into(
         device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     place = arguments.parse_device(op, device)
     wanted = arguments.parse_dtype(op, dtype, config)
-    _load(model, files, lambda name: place, wanted, None, finite=verify, whole=False)
+    _load(model, files, lambda name: place, wanted, None, config, finite=verify, whole=False)
     return model
 
 
@@ -233,6 +277,7 @@ def _load(
     device_of: Callable[[str], torch.device],
     dtype: torch.dtype | None,
     key_mapping: Mapping[str, str] | None,
+    config: Mapping[str, Any],
     *,
     finite: bool,
     whole: bool,
@@ -254,9 +299,9 @@ def _load(
             stacklevel=3,
         )
     _untie(model, found)
-    reader = _Reader(model, files, dtype, finite)
+    reader = _Reader(model, files, dtype, finite, numbers_dtype(config))
     parents: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
+    for parent in list(model.modules()):
         for attribute, child in parent._modules.items():
             parents.setdefault(id(child), []).append((parent, attribute))
 
@@ -266,7 +311,7 @@ def _load(
     for name in [name for name, _ in model.named_modules()]:  # replaced modules are freed at once
         module = model.get_submodule(name)
         device = device_of(name)
-        if name in found.names.layers:
+        if name in found.names.layers or name in found.names.experts.matrices:
             sparse = reader.layer(name, found, module, device)
             for parent, attribute in parents[id(module)]:
                 setattr(parent, attribute, sparse)
@@ -298,6 +343,8 @@ def _load(
         f"no data for {listed(left)}",
         "This model cannot be rebuilt from its config.",
     )
+    if layers:
+        check_before_loading(model)
     if found.names.used is not None:
         model._weight_conversions = found.names.used  # type: ignore[assignment]
 
@@ -351,11 +398,19 @@ class _Reader:
     """Reads tensors of a folder for a model, one at a time, in the dtype that was asked for."""
 
     def __init__(
-        self, model: nn.Module, files: TensorFiles, dtype: torch.dtype | None, finite: bool
+        self,
+        model: nn.Module,
+        files: TensorFiles,
+        dtype: torch.dtype | None,
+        finite: bool,
+        numbers: torch.dtype | None,
     ) -> None:
         self.model, self.files, self.dtype, self.finite = model, files, dtype, finite
+        self.numbers = numbers  # dtype of quantised layers where none is asked for
         self.waiting: dict[str, Tensor] = {}  # converted with others, and not yet in the model
         self.precise = _precise(model, dtype)
+        finite_check = functools.partial(require_finite, files) if finite else None
+        self.experts = ExpertReader(files, dtype, numbers, finite_check)
 
     def read(self, name: str, device: torch.device) -> Tensor:
         tensor = self.files.read(name, device=device)[0]
@@ -394,13 +449,17 @@ class _Reader:
 
     def layer(
         self, name: str, found: Plan, module: nn.Module, device: torch.device
-    ) -> SparseLinear:
-        """SparseLinear for one compressed layer; `module` is what stands in its place on the
-        tree."""
+    ) -> nn.Module:
+        """SparseLinear for one compressed layer, or the linear layer of an expert; `module` is what
+        stands in its place on the tree."""
+        parts = found.names.experts.matrices.get(name)
+        if parts is not None:
+            trained = all(p.requires_grad for p in module.parameters())
+            return self.experts.module(parts, device, trained).train(module.training)
         stored = found.names.layers[name]
-        weight = read_sparse24(self.files, stored, device, self.dtype)
+        weight = read_sparse24(self.files, stored, device, self.dtype, self.numbers)
         if self.finite:
-            require_finite(self.files, join(stored, "compressed"), weight.values)
+            require_finite(self.files, values_name(self.files, stored), weight.numbers())
         bias = getattr(module, "bias", None)
         if bias is not None:
             source = found.sources[id(bias)]
@@ -453,11 +512,30 @@ def plan(
     Raises:
         FormatError: it lists what is missing, unexpected or misshapen.
     """
-    parts = [join(layer, part) for layer in layers for part in PARTS]
+    parts = list(parts_of(files, layers))
     names = match_names(model, files.info, layers, parts, key_mapping)
+    check_columns(files, layers, names.experts, names.known)
+    made = unfuse_experts(model, names.experts.modules) if names.experts.modules else {}
+    try:
+        return _plan(model, files, layers, names, whole)
+    except BaseException:
+        for old, new in made.values():
+            fuse_experts(model, new, old)
+        raise
+
+
+def _plan(
+    model: nn.Module,
+    files: TensorFiles,
+    layers: Mapping[str, tuple[int, int]],
+    names: Names,
+    whole: bool,
+) -> Plan:
+    """`plan`, once the experts that have compressed matrices are apart."""
     found = Plan(names)
     modules = dict(model.named_modules(remove_duplicate=False))
-    replaced = {id(modules[name]) for name in names.layers if name in modules}
+    inside = [*names.layers, *names.experts.matrices]
+    replaced = {id(modules[name]) for name in inside if name in modules}
     for name, layer in names.layers.items():
         _check_layer(files, layer, name, modules.get(name), layers[layer])
 
@@ -531,7 +609,7 @@ def _check_layer(
 ) -> None:
     """A compressed layer against the module that it is for."""
     expected = None if module is None else linear_shape(module)
-    where = files.where(join(layer, "compressed"))
+    where = files.where(values_name(files, layer))
     require(
         expected is not None,
         where,
@@ -580,7 +658,7 @@ def _check_dense(
         + (" | ".join(map(str, FLOATING)) if tensor.is_floating_point() else str(tensor.dtype)),
         dtype,
     )
-    if layer is not None:
+    if layer is not None and form_of(files, layer) is PLAIN:
         expected = files.info[join(layer, "compressed")].dtype
         require(dtype == expected, where, f"dtype {expected} as {layer}.compressed", dtype)
 

@@ -11,6 +11,7 @@ its dense weight would have. Modules that are not Transformers' have one name fo
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -19,11 +20,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekern.checkpoint.experts import (
+    ExpertNames,
+    Part,
+    Place,
+    apart,
+    converted_parts,
+    dense_parts,
+    own_place,
+    places,
+    stacked_parts,
+)
 from sparsekern.checkpoint.skeleton import own_tensors
 from sparsekern.errors import FormatError, message
 from sparsekern.formats.disk import join
 from sparsekern.utils.safetensors_io import OP, TensorInfo, listed, require
 
+SAVE_OP = "sparsekern.save_pretrained"
 OLD_NAMES = {  # of Transformers before release 5, in `_fix_state_dict_key_on_load`
     r"LayerNorm\.gamma$": "LayerNorm.weight",
     r"LayerNorm\.beta$": "LayerNorm.bias",
@@ -79,6 +92,7 @@ class Names:
     layers: {module of the model: its compressed layer in the files}. plain: {tensor of the model:
     tensor of the files}. converted: {tensor of the model: Conversion}. unexpected: names in the
     files that the model has no place for.  used: Transformers' mappings that matched something.
+    experts: matrices of experts of which the files hold some compressed; `known`: their places.
     """
 
     layers: dict[str, str] = field(default_factory=dict)
@@ -86,6 +100,8 @@ class Names:
     converted: dict[str, Conversion] = field(default_factory=dict)
     unexpected: list[str] = field(default_factory=list)
     used: list[Any] | None = None
+    experts: ExpertNames = field(default_factory=ExpertNames)
+    known: dict[str, Place] = field(default_factory=dict)
 
 
 def tree_names(model: nn.Module) -> set[str]:
@@ -103,7 +119,7 @@ def tree_names(model: nn.Module) -> set[str]:
 def match_names(
     model: nn.Module,
     info: Mapping[str, TensorInfo],
-    layers: Iterable[str],
+    layers: Mapping[str, tuple[int, int]],
     parts: Iterable[str],
     key_mapping: Mapping[str, str] | None = None,
 ) -> Names:
@@ -118,9 +134,9 @@ def match_names(
     Raises:
         FormatError: two names in the files for one in the model, or a conversion that does not fit.
     """
-    tree = tree_names(model)
+    found = Names(known=places(model) if layers or apart(model) else {})
+    tree = tree_names(model) | set(found.known)
     rename = _renamer(model, tree, key_mapping)
-    found = Names()
     conversions: dict[tuple[str, int], Conversion] = {}
     dense = {name: None for name in info if name not in set(parts)}
     compressed = {join(layer, "weight"): layer for layer in layers}
@@ -128,6 +144,23 @@ def match_names(
         target, converter, pattern = rename(name)
         if name in compressed:
             layer = compressed[name]
+            if converter is not None and target in found.known:
+                group = conversions.setdefault((target, id(converter)), Conversion(converter, target))
+                group.sources.append((pattern, name))
+                continue
+            if target not in found.known and target not in tree:
+                bare = rename(layer)
+                target = bare[0] if bare[1] is None and bare[0] in found.known else target
+            if target in found.known:
+                place = found.known[target]
+                found.experts.add(place, stacked_parts(place, layer, layers[layer][0]))
+                found.experts.modules.add(place.module)
+                continue
+            own = own_place(target.removesuffix(".weight"), found.known)
+            if own is not None and target not in tree:
+                found.experts.add(own[0], {own[1]: [Part(layer, 0, layers[layer][0], True)]})
+                found.experts.modules.add(own[0].module)
+                continue
             require(
                 converter is None,
                 f"{OP}: layer {layer}",
@@ -148,6 +181,7 @@ def match_names(
             found.plain[target] = name
         else:
             found.unexpected.append(name)
+    _assign_experts(model, found, conversions, info, compressed, layers)
     for group in conversions.values():
         if group.first not in tree:
             found.unexpected += [name for _, name in group.sources]
@@ -163,6 +197,46 @@ def match_names(
             found.converted[target] = group
     found.used = rename.used() if isinstance(rename, _Transforms) else None
     return found
+
+
+def _assign_experts(
+    model: nn.Module,
+    found: Names,
+    conversions: dict[tuple[str, int], Conversion],
+    info: Mapping[str, TensorInfo],
+    compressed: Mapping[str, str],
+    sizes: Mapping[str, tuple[int, int]],
+) -> None:
+    """Take what belongs to experts that are, or have to be, apart out of the plain names and the
+    conversions."""
+    experts = found.experts
+    experts.modules |= set(apart(model))
+    for group in conversions.values():
+        if any(name in compressed for _, name in group.sources):
+            experts.modules.add(found.known[group.first].module)
+    for key, group in list(conversions.items()):
+        place = found.known.get(group.first)
+        if place is not None and place.module in experts.modules:
+            experts.add(place, converted_parts(model, place, group, info, compressed, sizes))
+            del conversions[key]
+    for target, name in list(found.plain.items()):
+        place = found.known.get(target)
+        if place is not None and place.module in experts.modules:
+            experts.add(place, dense_parts(place, name))
+            del found.plain[target]
+    for pairs in (list(found.plain.items()), [(name, name) for name in found.unexpected]):
+        for target, name in pairs:
+            own = own_place(target.removesuffix(".weight"), found.known)
+            if own is None or own[0].module not in experts.modules:
+                continue
+            experts.add(own[0], {own[1]: [Part(name, 0, info[name].shape[0], False)]})
+            found.plain.pop(target, None)
+            found.unexpected = [other for other in found.unexpected if other != name]
+    for target, layer in list(found.layers.items()):
+        own = own_place(target, found.known)
+        if own is not None and own[0].module in experts.modules:
+            experts.add(own[0], {own[1]: [Part(layer, 0, sizes[layer][0], True)]})
+            del found.layers[target]
 
 
 def _check_once(found: Mapping[str, str], target: str, name: str) -> None:
@@ -299,13 +373,15 @@ class DiskNames:
 
     layers: {module of the model: name in the files} for the compressed ones. plain: {name in the
     files: name in the model}. groups: conversions that make one or more tensors of the files out of
-    tensors of the model, with `sources` and `targets` in that sense.
+    tensors of the model, with `sources` and `targets` in that sense. split: what a conversion
+    makes of one tensor of the model, None where it has none.
     """
 
     layers: dict[str, str] = field(default_factory=dict)
     plain: dict[str, str] = field(default_factory=dict)
     groups: list[Conversion] = field(default_factory=list)
     rename: Callable[[str], str] = lambda name: name
+    split: Callable[[str, Tensor], dict[str, Tensor] | None] = lambda name, tensor: None
 
     def module(self, name: str) -> str:
         """Name in the files of a module of the model."""
@@ -329,10 +405,20 @@ def disk_names(model: nn.Module, dense: Mapping[str, Tensor], layers: Iterable[s
             name = renaming(name)
         return name
 
-    found = DiskNames(rename=rename)
+    def split(name: str, tensor: Tensor) -> dict[str, Tensor] | None:
+        renamed, converter, pattern = _convert_name(name, converters)
+        if converter is None:
+            return None
+        one = Conversion(converter, renamed, [(pattern, name)])
+        return {rename(key): made for key, made in one.run(model, lambda _: tensor).items()}
+
+    found = DiskNames(rename=rename, split=split)
+    partial: set[tuple[str, int]] = set()  # groups that a compressed layer belongs to
     for layer in layers:
         key = join(layer, "weight")
-        _, converter, _ = _convert_name(key, converters)
+        renamed, converter, _ = _convert_name(key, converters)
+        if converter is not None:
+            partial.add((renamed, id(converter)))
         stored = rename(key) if converter is None else key
         stored = stored if stored.endswith("weight") else key
         found.layers[layer] = stored.removesuffix("weight").removesuffix(".")
@@ -344,11 +430,21 @@ def disk_names(model: nn.Module, dense: Mapping[str, Tensor], layers: Iterable[s
             continue
         group = groups.setdefault((renamed, id(converter)), Conversion(converter, renamed))
         group.sources.append((pattern, name))
-    for group in groups.values():
+    for pair, group in groups.items():
+        own = {name: name for _, name in group.sources}
+        if pair in partial:  # the rest of such a group keeps its name in memory
+            found.plain.update(own)
+            continue
         try:
             made = group.run(model, lambda name: dense[name].detach().to("meta"))
-        except Exception:  # part of the group is compressed; the rest keeps its name in memory
-            found.plain.update((name, name) for _, name in group.sources)
+        except Exception as error:  # of an operation of Transformers
+            warnings.warn(
+                f"{SAVE_OP}: Transformers cannot make its names on disk of {listed(own)} "
+                f"({type(error).__name__}: {error}). They are stored under their names in memory, "
+                "which sparsekern.from_pretrained reads.",
+                stacklevel=4,
+            )
+            found.plain.update(own)
             continue
         group.targets = {rename(name): tensor for name, tensor in made.items()}
         found.groups.append(group)

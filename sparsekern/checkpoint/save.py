@@ -16,28 +16,49 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsekern.checkpoint.arguments import folder_path, parse_size
-from sparsekern.checkpoint.names import Conversion, DiskNames, disk_names
+from sparsekern.checkpoint.experts import Stored, apart, stored_experts
+from sparsekern.checkpoint.names import SAVE_OP, Conversion, DiskNames, disk_names
 from sparsekern.checkpoint.skeleton import linear_shape, own_tensors, skeleton_of
 from sparsekern.errors import check
 from sparsekern.formats.disk import (
     FILE_KEYS,
+    PARTS,
     UNREADABLE_WITHOUT_US,
     compression_config,
     join,
+    require_storable,
+    stored_bytes,
+    stored_tensors,
 )
+from sparsekern.formats.layouts import WeightSpec
 from sparsekern.nn.replace import is_conv1d
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, listed
 from sparsekern.utils.staging import Group, StagedFolder, check_writable, write_shards, writing
 
-SAVE_OP = "sparsekern.save_pretrained"
+# Other arguments of Transformers' save_pretrained, with the values that ask for what is written.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "push_to_hub": (False, None),
+    "safe_serialization": (True, None),
+    "variant": (None,),
+    "save_original_format": (True,),
+    "distributed_checkpoint": (False,),
+    "save_peft_format": (True, False),
+    "token": (None, True, False),
+    "repo_id": (None,),
+    "commit_message": (None,),
+    "private": (None,),
+    "create_pr": (None, False),
+    "max_shard_size": (None,),
+    "save_function": (None, torch.save),
+}
 
 
 def save_pretrained(
@@ -46,6 +67,9 @@ def save_pretrained(
     *,
     tokenizer: Any = None,
     max_shard_size: int | str = 5 * 2**30,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> None:
     """Write a model to a folder: compressed layers as sparse-24-bitmask, the rest as it is.
 
@@ -59,6 +83,10 @@ def save_pretrained(
         directory: created if needed; the files of an earlier checkpoint in it are replaced.
         tokenizer: anything with save_pretrained(folder), or None.
         max_shard_size: bytes per safetensors file, or text such as "2GB".
+        is_main_process: False: check the arguments and write nothing, as in Transformers.
+        state_dict: None, or the model's own.
+        kwargs: other arguments of Transformers' save_pretrained, with values that ask for what is
+            written here.
     Raises:
         ValueError, TypeError: a parameter on the meta device, or an argument that is none of the
             above; it is named.
@@ -80,13 +108,25 @@ def save_pretrained(
     )
     folder = folder_path(SAVE_OP, "directory", directory)
     limit = parse_size(SAVE_OP, max_shard_size)
+    _check_fixed(model, state_dict, kwargs)
+    if not is_main_process:
+        return
     sparse = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
     skeleton = skeleton_of(model, untied=_compressed_head(model, sparse))
     _warn_lost_buffers(model, skeleton)
     dense = _dense_tensors(model, skeleton)
-    names = disk_names(model, dense, sparse)
-    config = model_config(model, sparse, dense, names, skeleton)
-    groups = [_sparse_group(names.layers[name], module) for name, module in sparse.items()]
+    inside = _inside_experts(model)
+    plain = {name: tensor for name, tensor in dense.items() if name not in inside}
+    alone = {name: module for name, module in sparse.items() if name not in inside}
+    names = disk_names(model, plain, alone)
+    experts, entries = stored_experts(model, names.rename, names.split)
+    config = model_config(model, sparse, dense, names, skeleton, experts, entries)
+    groups = [_sparse_group(names.layers[name], module) for name, module in alone.items()]
+    for stored in experts:
+        if stored.whole is not None:
+            groups.append(_sparse_group(stored.name, stored.whole))
+        else:
+            groups.append((stored.nbytes, stored.tensors))
     groups += [_dense_group(stored, dense[name]) for stored, name in names.plain.items()]
     for conversion in names.groups:
         groups += _converted_groups(model, conversion, dense, names)
@@ -102,27 +142,91 @@ def save_pretrained(
         stage.commit()
 
 
+def _check_fixed(
+    model: nn.Module, state_dict: Mapping[str, Any] | None, given: Mapping[str, Any]
+) -> None:
+    remedy = "Call sparsekern.save_pretrained(model, folder), then upload or convert the folder."
+    for name, value in given.items():
+        expected = f"arguments of save_pretrained: {', '.join(FIXED)}"
+        check(name in FIXED, SAVE_OP, expected, repr(name), exc=TypeError)
+        allowed = FIXED[name]
+        fits = any(value is entry for entry in allowed)
+        check(fits, SAVE_OP, f"{name}={allowed[0]!r}", repr(value)[:80], remedy)
+    if state_dict is not None:
+        own = model.state_dict()
+        same = own.keys() == state_dict.keys() and all(
+            name.endswith(PARTS) or own[name].data_ptr() == state_dict[name].data_ptr()
+            for name in own
+        )
+        check(same, SAVE_OP, "the model's own state_dict", "another", remedy)
+
+
 def model_config(
     model: nn.Module,
     sparse: Mapping[str, SparseLinear],
     dense: Mapping[str, Tensor],
     names: DiskNames,
     skeleton: nn.Module | None,
+    experts: Collection[Stored] = (),
+    entries: Collection[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """config.json of a model with the entries that announce its compressed layers."""
+    own: dict[str, Any] = {}
     config = _config(model, sparse, dense)
-    linears = {names.module(n): kind for n, kind in _linears(model, sparse, skeleton).items()}
-    stored = {names.layers[name] for name in sparse}
+    inside = _inside_experts(model)
+    linears = {
+        names.module(n): kind
+        for n, kind in _linears(model, sparse, skeleton).items()
+        if n not in inside
+    }
+    linears |= {entry.layer: "Linear" for entry in experts if entry.stack is None}
+    stored = {names.layers[name] for name in sparse if name not in inside}
+    stored |= {entry.name for entry in experts if entry.compressed}
     if sparse:
         total = sum(m.out_features * m.in_features for m in sparse.values())
         share = total / 2 / (total + sum(tensor.numel() for tensor in dense.values()))
-        config["quantization_config"] = compression_config(linears, stored, share)
+        specs = {
+            names.layers[name]: m.weight.spec for name, m in sparse.items() if name not in inside
+        }
+        specs |= {entry.name: entry.spec for entry in experts if entry.compressed}
+        quantized = {name: spec for name, spec in specs.items() if not spec.element.plain}
+        entry = compression_config(linears, stored, share, quantized)
+        config["quantization_config"] = entry
+        if quantized:
+            own["dtype"] = numbers_name(quantized.values())
         if "model_type" in config:
             config["transformers_weights"] = UNREADABLE_WITHOUT_US
     transposed = sorted(name for name in stored if linears[name] == "Conv1D")
     if transposed:
-        config["sparsekern"] = {"transposed": transposed}  # export_dense writes these as [in, out]
+        own["transposed"] = transposed  # export_dense writes these as [in, out]
+    if entries:
+        own["experts"] = list(entries)  # and these as one tensor of all experts
+    if own:
+        config["sparsekern"] = own
     return config
+
+
+def _inside_experts(model: nn.Module) -> set[str]:
+    """Names of the linear layers of experts, and of their dense weights."""
+    layers = {
+        join(name, f"{i}.{key}")
+        for name, experts in apart(model).items()
+        for i in range(experts.recipe.experts)
+        for key, _ in experts.recipe.matrices
+    }
+    return layers | {join(layer, "weight") for layer in layers}
+
+
+def numbers_name(specs: Iterable[WeightSpec]) -> str:
+    """The one dtype of the numbers of quantised weights, which no file holds.
+
+    Raises:
+        ValueError: they have several.
+    """
+    found = sorted({str(spec.dtype).removeprefix("torch.") for spec in specs})
+    remedy = "Cast them to one, with module.weight = module.weight.to(dtype)."
+    check(len(found) == 1, SAVE_OP, "quantised layers of one dtype", ", ".join(found), remedy)
+    return found[0]
 
 
 def _dense_tensors(model: nn.Module, skeleton: nn.Module | None) -> dict[str, Tensor]:
@@ -221,20 +325,14 @@ def _converted_groups(
 
 
 def _sparse_group(name: str, module: SparseLinear) -> Group:
-    """The three tensors of a compressed layer, under its name in the files."""
-    rows, columns = module.out_features, module.in_features
-    nbytes = rows * (columns // 2) * module.weight.dtype.itemsize + rows * -(-columns // 8) + 16
+    """The tensors of a compressed layer, under its name in the files."""
+    require_storable(f"{SAVE_OP}: {name}", module.weight.spec)
 
     def make() -> dict[str, Tensor]:
-        weight = module.weight.rowmajor()
-        tensors = {
-            "compressed": weight.values,
-            "bitmask": weight.bitmask(),
-            "shape": torch.tensor([[rows], [columns]]),
-        }
+        tensors = stored_tensors(module.weight)
         return {join(name, part): _on_cpu(tensor) for part, tensor in tensors.items()}
 
-    return nbytes, make
+    return stored_bytes(module.weight.spec), make
 
 
 def _config(

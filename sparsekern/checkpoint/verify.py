@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,14 +16,22 @@ from sparsekern.checkpoint.load import plan, require_finite
 from sparsekern.checkpoint.names import disk_names
 from sparsekern.checkpoint.skeleton import build_skeleton, linear_shape
 from sparsekern.errors import FormatError
+from sparsekern.formats import dtypes, sparse24
 from sparsekern.formats.disk import (
+    ALL_PARTS,
     HEADER_RULES,
+    PLAIN,
     check_headers,
     compressed_layers,
+    form_of,
     join,
     layer_shape,
+    numbers_dtype,
+    parts_of,
     read_compression_config,
     read_sparse24,
+    storage_of,
+    values_name,
 )
 from sparsekern.utils.safetensors_io import (
     CONFIG_FILE,
@@ -117,7 +126,8 @@ def verify_checkpoint(
     NaN or Inf in a dense tensor), config (the entry that announces the format), ignore (it
     lists the dense linear layers, no others), tree (the tensors are those of the model that
     config.json describes; needs transformers). Layer rules: tensors, dtypes, shapes, shape (what
-    the shape tensor says), bitmask (two bits in every nibble, padding zero), finite (no NaN, Inf).
+    the shape tensor says), bitmask (two bits in every nibble, padding zero), finite (no NaN, Inf),
+    scale (of quantised layers: finite and above 0).
 
     Returns:
         CheckpointReport. Damage is reported, not raised.
@@ -136,10 +146,14 @@ def verify_checkpoint(
     except FormatError as error:
         report.problems["files"] = str(error)
         return report
+    config: Mapping[str, Any] = {}
     sparsity: Mapping[str, Any] = {}
     names = compressed_layers(files)
     try:
-        _, sparsity = read_compression_config(folder)
+        config, sparsity = read_compression_config(folder)
+        entry = config.get("quantization_config") or {}
+        if not sparsity and entry.get("config_groups"):  # pack-quantized, marlin-24
+            sparsity = {"format": entry.get("format"), "ignore": entry.get("ignore") or ()}
         require(
             not names or sparsity.get("format"),
             f"{OP}: {CONFIG_FILE}",
@@ -157,14 +171,14 @@ def verify_checkpoint(
     except FormatError as error:
         report.problems["config"] = str(error)
     for name in names:
-        layer = _verify_layer(files, name, device)
+        layer = _verify_layer(files, name, device, numbers_dtype(config))
         report.layers.append(layer)
         if layer.shape:
-            values = files.info[join(name, "compressed")]
-            report.nbytes += sum(
-                files.info[join(name, part)].nbytes for part in ("compressed", "bitmask", "shape")
-            )
-            report.dense_nbytes += layer.shape[0] * layer.shape[1] * values.dtype.itemsize
+            parts = form_of(files, name).parts
+            report.nbytes += sum(files.info[join(name, part)].nbytes for part in parts)
+            storage = storage_of(files, name)
+            kind = files.info[values_name(files, name)].dtype if storage is None else storage
+            report.dense_nbytes += math.prod(layer.shape) * dtypes.element(kind).bits // 8
     if not report.problems and all(layer.ok for layer in report.layers):
         _verify_tree(report, files, sparsity)
     _verify_finite(report, files, device)
@@ -213,8 +227,9 @@ def _verify_tree(report: CheckpointReport, files: TensorFiles, sparsity: Mapping
 def _verify_finite(report: CheckpointReport, files: TensorFiles, device: torch.device) -> None:
     """Dense tensors; those of compressed layers are checked with their layer."""
     bad = []
+    compressed = parts_of(files, compressed_layers(files))
     for name in files.info:
-        if not name.endswith(".compressed"):
+        if name not in compressed:
             try:
                 require_finite(files, name, files.read(name, device=device)[0])
             except FormatError as error:
@@ -225,10 +240,10 @@ def _verify_finite(report: CheckpointReport, files: TensorFiles, device: torch.d
         )
 
 
-def _verify_layer(files: TensorFiles, name: str, device: torch.device) -> LayerResult:
-    first = next(
-        join(name, part) for part in ("compressed", "bitmask") if join(name, part) in files.info
-    )
+def _verify_layer(
+    files: TensorFiles, name: str, device: torch.device, numbers: torch.dtype | None
+) -> LayerResult:
+    first = next(join(name, part) for part in ALL_PARTS if join(name, part) in files.info)
     layer = LayerResult(name, files.file_of[first])
     for rule, rule_check in HEADER_RULES:
         try:
@@ -237,6 +252,18 @@ def _verify_layer(files: TensorFiles, name: str, device: torch.device) -> LayerR
             layer.problems[rule] = str(error)
             return layer  # later rules presume the earlier ones
     layer.shape = layer_shape(files, name)
+    form = form_of(files, name)
+    if form is not PLAIN:
+        layer.dtype = str(storage_of(files, name))
+        try:
+            w24 = read_sparse24(files, name, device, None, numbers)
+            layer.zero_values = int((w24.numbers(torch.float32) == 0).sum())
+            sparse24.verify(w24)
+        except FormatError as error:
+            text = str(error)
+            rule = "scale" if "_scale" in text or "scale_" in text else "bitmask"
+            layer.problems["finite" if "finite values" in text else rule] = text
+        return layer
     layer.dtype = str(files.info[join(name, "compressed")].dtype).removeprefix("torch.")
     values = files.read(join(name, "compressed"), device=device)[0]
     zero = values == 0

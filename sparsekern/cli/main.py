@@ -1,5 +1,5 @@
-"""The command line: sparsekern prune | eval | verify | export | bench | tune | finetune | doctor |
-demo.
+"""The command line: sparsekern prune | eval | verify | export | bench | tune | finetune |
+sensitivity | doctor | demo.
 
 Every command is a few lines around the public Python API. An error is one line on stderr and exit
 code 2 (--debug shows the traceback); `verify` exits with 1 when a folder breaks a rule; `prune`
@@ -15,14 +15,23 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsekern.cli.parser import make_parser
+from sparsekern.cli.parser import CPU_WINDOWS, GPU_WINDOWS, make_parser
 from sparsekern.errors import check, message
-from sparsekern.integrations.loading import folder_bytes, load_model
+from sparsekern.integrations.loading import (
+    cast_weights,
+    cpu_has_bfloat16,
+    folder_bytes,
+    load_model,
+)
+from sparsekern.oneshot.presets import find_preset
+
+if TYPE_CHECKING:
+    from sparsekern.eval.mix import Mix
 
 PARTIAL = 3  # exit code of a prune that left more than half of the weights dense
 
@@ -77,37 +86,42 @@ def run_prune(args: argparse.Namespace) -> int:
     import sparsekern as sk
 
     out = _new_folder(args.out)
-    check(
-        args.samples > 0 and args.window > 1,
-        "sparsekern prune",
-        "--samples > 0 and --window > 1",
-        f"{args.samples} and {args.window}",
-    )
+    for name, least in (("samples", 1), ("window", 2)):
+        value = getattr(args, name)
+        fits = value is None or value >= least
+        check(fits, "sparsekern prune", f"--{name} >= {least}", value)
     taken = sorted(set(dict(args.option or ())) & set(vars(args)))
     remedy = "Write --" + " --".join(name.replace("_", "-") for name in taken)
     check(not taken, "sparsekern prune", "--option with what is no flag", taken, f"{remedy}.")
     device = _device(args.device)
     model, tokenizer = load_model(args.model, "cpu", _dtype(args.dtype))
-    calibration = _calibration(args, model, tokenizer)
+    calibration = _calibration(args, model, tokenizer, device)
     options = dict(args.option or ())
+    stored = _compute_in_float32(model, device) if calibration is not None else None
     report = sk.prune_model(
         model,
         args.method,
         calibration,
         skip=_skip_rules(args.skip),
+        targets=args.target,
         device=device,
         batch_size=args.batch_size,
         true_sequential=args.true_sequential,
         damp=args.damp,
         refine=args.refine,
         match_dense=args.match_dense,
+        quantize=args.quantize,
+        quantize_method=args.quantize_method,
+        quantize_group=args.quantize_group,
         keep_dense=args.keep_dense,
         keep_dense_tokens=tuple(args.keep_dense_tokens),
         resume=args.resume,
         progress=not args.quiet,
+        preset=args.preset,
+        untie=args.untie,
         **options,
     )
-    sk.save_pretrained(model, out, tokenizer=tokenizer)
+    sk.save_pretrained(cast_weights(model, stored), out, tokenizer=tokenizer)
     report.save(out / "prune_report.json")
     print(report.summary() if args.quiet else report.table())
     print(f"saved    {out} ({folder_bytes(out)} bytes of weights), prune_report.json beside them")
@@ -128,7 +142,7 @@ def run_prune(args: argparse.Namespace) -> int:
 def run_eval(args: argparse.Namespace) -> None:
     """Perplexity, with everything that is needed to compare it."""
     import sparsekern as sk
-    from sparsekern.eval import texts
+    from sparsekern.eval import mix, texts
 
     device = _device(args.device)
     model, tokenizer = load_model(args.model, device, _dtype(args.dtype))
@@ -141,6 +155,9 @@ def run_eval(args: argparse.Namespace) -> None:
         model, ids, window=args.window, batch_size=args.batch_size, progress=not args.quiet
     )
     joined = "rows joined with a blank line" if as_rows else "as it is"
+    warned = mix.warning(_calibration_of(args.model), ids, args.text)
+    if warned:
+        print(f"warning: {warned}", file=sys.stderr)
     for name, content in (
         ("model", args.model),
         ("text", f"{args.text}, {joined}"),
@@ -175,7 +192,7 @@ def run_export(args: argparse.Namespace) -> None:
     from sparsekern.checkpoint import export_dense
 
     out = _new_folder(args.out)
-    export_dense(args.directory, out)
+    export_dense(args.directory, out, keep_quantized=args.keep_quantized)
     print(f"saved    {out} ({folder_bytes(out)} bytes of weights, dense)")
 
 
@@ -264,24 +281,73 @@ def _needed(tokenizer: Any, path: str) -> Any:
     return tokenizer
 
 
-def _calibration(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> Tensor | None:
-    """Windows by the published protocol, int64 [samples, window]; None where the method looks at
+def _compute_in_float32(model: nn.Module, device: str) -> torch.dtype | None:
+    """Cast a 16-bit model to float32 where a CPU is to run it that has no 16-bit matrix unit.
+    Returns its dtype, to be cast back to; None where nothing was changed."""
+    dtype: torch.dtype = next(model.parameters()).dtype
+    kinds = {p.dtype for p in model.parameters()}
+    if device != "cpu" or kinds - {dtype} or dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if dtype == torch.bfloat16 and cpu_has_bfloat16():
+        return None
+    print(f"computing in float32, which is faster on this CPU than {dtype}; saved as {dtype}")
+    cast_weights(model, torch.float32)
+    return dtype
+
+
+def _calibration(
+    args: argparse.Namespace, model: nn.Module, tokenizer: Any, device: str
+) -> Mix | None:
+    """Windows by the published protocol, or a mix of sources; None where the method looks at
     the weights alone."""
     import sparsekern as sk
 
     if sk.prune.methods()[args.method].needs == "weights":
         return None
-    from sparsekern.eval import texts
+    from sparsekern.eval import mix, texts
 
-    ids = texts.tokenize(
-        _needed(tokenizer, args.model), "".join(texts.read_rows(args.calibration, "train"))
-    )
+    tokenizer = _needed(tokenizer, args.model)
+    preset = find_preset("sparsekern prune", args.preset)
+    apart = preset.side_by_side
+    samples, window = CPU_WINDOWS if device == "cpu" else (preset.samples, GPU_WINDOWS[1])
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 1:
+        window = min(window, positions)
+    samples = samples if args.samples is None else args.samples
+    window = window if args.window is None else args.window
+    if mix.is_mix(args.calibration) or args.whole_documents:
+        made = mix.calibration_mix(
+            args.calibration,
+            tokenizer,
+            tokens=samples * window,
+            window=window,
+            seed=args.seed,
+            whole_documents=args.whole_documents,
+        )
+        parts = ", ".join(f"{row['taken']} of {row['name']}" for row in made.sources)
+        print(f"calibration: {made.tokens} tokens in {len(made)} rows ({parts}), seed {args.seed}")
+        return made
+    ids = texts.tokenize(tokenizer, "".join(texts.read_rows(args.calibration, "train")))
+    draw = texts.side_by_side if apart else texts.calibration_windows
+    windows: Tensor = draw(ids, samples, window, args.seed)
     print(
-        f"calibration: {args.samples} windows of {args.window} tokens from {args.calibration} "
-        f"({ids.numel()} tokens), seed {args.seed}"
+        f"calibration: {windows.shape[0]} windows of {window} tokens from {args.calibration} "
+        f"({ids.numel()} tokens), seed {args.seed}" + ", side by side" * apart
     )
-    windows: Tensor = texts.calibration_windows(ids, args.samples, args.window, args.seed)
-    return windows
+    source = {"name": str(args.calibration), "taken": windows.numel(), "tokens": ids.numel()}
+    settings = {"window": window, "seed": args.seed, "side_by_side": apart}
+    return mix.Mix(list(windows), [source], settings)
+
+
+def _calibration_of(path: str) -> dict[str, Any] | None:
+    """What the report beside a pruned model says of its calibration; None without one."""
+    from sparsekern.oneshot.report import PruneReport
+
+    try:
+        text = (Path(path) / "prune_report.json").read_text(encoding="utf-8")
+        return PruneReport.from_json(text).calibration
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _counted_shapes(path: str) -> dict[tuple[int, int], int]:
@@ -293,7 +359,9 @@ def _counted_shapes(path: str) -> dict[tuple[int, int], int]:
     return counts
 
 
-def _skip_rules(rules: Sequence[str] | None) -> tuple[str, ...]:
+def _skip_rules(rules: Sequence[str] | None) -> tuple[str, ...] | str:
+    if rules is not None and len(rules) == 1 and rules[0].endswith(".json"):
+        return rules[0]
     return ("lm_head",) if rules is None else tuple(rules)
 
 

@@ -7,10 +7,17 @@ import ast
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sparsekern.cli import finetune
+from sparsekern.cli import finetune, sensitivity
+from sparsekern.formats.dtypes import QUANTIZED
+from sparsekern.oneshot.presets import PRESETS
+from sparsekern.ops.quantize import GROUPS
 from sparsekern.prune import methods
+from sparsekern.prune.quantize import METHODS as QUANTIZE_METHODS
 
 DTYPES = ("float32", "float16", "bfloat16")
+# Calibration by default: samples and tokens of each. The first is that of the publications; the second
+# prunes SmolLM2-135M in minutes on a few cores.
+GPU_WINDOWS, CPU_WINDOWS = (128, 2048), (20, 512)
 SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -37,7 +44,10 @@ def make_parser(
         sub.set_defaults(run=runs[name])
         return sub
 
-    model_help = "folder with config.json and safetensors files (dense or pruned), or a .gguf file"
+    model_help = (
+        "folder with config.json and safetensors files (dense or pruned), a .gguf file, or the id of "
+        "a model on the Hub"
+    )
     device_help = "cpu, cuda or cuda:N (default: cuda if there is one)"
 
     sub = command("prune", "Prune a model to 2:4 and save it compressed.")
@@ -50,17 +60,50 @@ def make_parser(
         "--calibration",
         default="builtin",
         metavar="FILE|hf:NAME|builtin",
-        help="calibration text (default: builtin, the Python language reference)",
+        help="calibration text: .txt, .jsonl (texts or chats), .parquet, or shares of several: "
+        "a.txt=0.7,b.jsonl=0.3 (default: builtin, the Python language reference)",
     )
-    sub.add_argument("--samples", type=int, default=128, help="calibration windows (default 128)")
-    sub.add_argument("--window", type=int, default=2048, help="tokens per window (default 2048)")
+    sub.add_argument(
+        "--whole-documents",
+        action="store_true",
+        help="no calibration row holds tokens of two documents",
+    )
+    sub.add_argument(
+        "--samples",
+        type=int,
+        help=f"calibration windows (default {GPU_WINDOWS[0]} or the preset's, on a CPU "
+        f"{CPU_WINDOWS[0]})",
+    )
+    sub.add_argument(
+        "--window",
+        type=int,
+        help=f"tokens per window (default {GPU_WINDOWS[1]}, on a CPU {CPU_WINDOWS[1]}, or the "
+        "model's positions where those are fewer)",
+    )
     sub.add_argument("--seed", type=int, default=0, help="of the random window starts (default 0)")
+    sub.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="what is done beyond the layer-wise method (default: nothing): "
+        + "; ".join(f"{name}: {preset.help}" for name, preset in PRESETS.items()),
+    )
+    sub.add_argument(
+        "--untie",
+        action="store_true",
+        help="let a preset that rotates give a tied head a weight of its own",
+    )
     sub.add_argument(
         "--skip",
         action="append",
         metavar="RULE",
         help="layers to leave dense: name, glob, re:..., class, block:3 or block:20-29; may be "
         "repeated (default: lm_head)",
+    )
+    sub.add_argument(
+        "--target",
+        action="append",
+        metavar="RULE",
+        help="prune only layers that match; rules as for --skip; may be repeated",
     )
     sub.add_argument(
         "--true-sequential", action="store_true", help="prune inside a block in order of execution"
@@ -86,6 +129,20 @@ def make_parser(
         metavar="SHARE",
         help="with sparsegpt: this share of the correction for changed inputs (default: 0.25 on "
         "a chain of decoder blocks; 0 is the published method)",
+    )
+    sub.add_argument(
+        "--quantize",
+        choices=QUANTIZED,
+        help="then quantise the kept weights: fp8 or int8 with a scale for each output channel, or "
+        "int4 with one for each group of columns",
+    )
+    sub.add_argument(
+        "--quantize-method",
+        choices=QUANTIZE_METHODS,
+        help="gptq reads the Hessian of the inputs, rtn rounds to nearest (default: gptq)",
+    )
+    sub.add_argument(
+        "--quantize-group", type=int, choices=GROUPS, help="columns of a group (default 128)"
     )
     sub.add_argument(
         "--batch-size", type=int, help="calibration windows per forward (default: by tokens)"
@@ -154,6 +211,11 @@ def make_parser(
     )
     sub.add_argument(
         "--out", required=True, metavar="DIR", help="folder to write; must be new or empty"
+    )
+    sub.add_argument(
+        "--keep-quantized",
+        action="store_true",
+        help="leave quantised layers as dense fp8, int8 or packed int4 with their scales",
     )
 
     sub = command("bench", "Time sparse against dense layers, losses included.")
@@ -250,6 +312,7 @@ def make_parser(
     )
     sub.add_argument("--device", help=device_help)
     finetune.add_parser(commands)
+    sensitivity.add_parser(commands)
     return parser
 
 
@@ -296,12 +359,18 @@ def _shapes(text: str) -> list[tuple[int, int]]:
 
 
 def _tunable_dtypes(text: str) -> list[str]:
-    """The dtypes in a text such as "bf16,float16": ["bfloat16", "float16"]."""
-    names = [SHORT_DTYPES.get(part, part) for part in text.split(",")]
-    for name in names:
-        if name not in SHORT_DTYPES.values():
-            raise argparse.ArgumentTypeError(f"expected bf16, fp16 or both, got {name!r}")
-    return list(dict.fromkeys(names))
+    """The types in a text such as "bf16,float16": ["bfloat16", "float16"]; fp8 and int8 are those
+    of quantised weights, with x of the same type and of 16 bits."""
+    from sparsekern.profiling.tune import EIGHT, KINDS
+
+    kinds: list[str] = []
+    for part in text.split(","):
+        name = {**SHORT_DTYPES, "fp8": EIGHT[0]}.get(part, part)
+        if name not in (*SHORT_DTYPES.values(), *EIGHT):
+            expected = "expected some of bf16, fp16, fp8, int8"
+            raise argparse.ArgumentTypeError(f"{expected}, got {name!r}")
+        kinds += [key for key, types in KINDS.items() if types.weight == name]
+    return list(dict.fromkeys(kinds))
 
 
 def _counts(text: str) -> list[int]:

@@ -7,8 +7,10 @@ from torch import nn
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot import skip as skip_rules
+from sparsekern.oneshot.experts import with_experts_apart
 
 
+@with_experts_apart
 def count_shapes(model: nn.Module) -> dict[tuple[int, int], int]:
     """{(out_features, in_features): layers}, in model order, of the layers that `sparsekern prune`
     would convert without options, and of those that are SparseLinear already.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,11 +61,15 @@ def perplexity(
             for ids in _bar(torch.split(windows, batch_size), progress):
                 ids = ids.to(device)
                 output = model(ids, **kwargs)
-                logits = getattr(output, "logits", output)
+                first = output[0] if isinstance(output, (tuple, list)) and output else output
+                logits = getattr(output, "logits", first)
                 got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
                 fits = isinstance(logits, Tensor) and got[:-1] == tuple(ids.shape)
                 expected = f"logits of shape [{ids.shape[0]}, {ids.shape[1]}, vocabulary]"
                 check(fits, OP, expected, got, "The model has to score every token it is given.")
+                expected, most = "a logit for every token of the text", int(ids.max())
+                got = f"{logits.shape[-1]} logits for token {most}"
+                check(most < logits.shape[-1], OP, expected, got, "Use the model's own tokenizer.")
                 total += _sum_of_window_means(logits, ids)
     finally:
         for module, flag in flags:
@@ -80,7 +85,10 @@ def _windows(
     batch_size: int,
 ) -> Tensor:
     """The ids as int64 [windows, window], checked."""
-    ids = torch.as_tensor(token_ids)
+    ids = _as_ids(token_ids)
+    for name, value in (("window", window), ("batch_size", batch_size)):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        check(whole, OP, f"{name} to be an int", type(value).__name__, exc=TypeError)
     check(window >= 2, OP, "window >= 2", window, "One token predicts nothing.")
     check(batch_size >= 1, OP, "batch_size >= 1", batch_size)
     one_text = ids.dim() == 1 or (ids.dim() == 2 and ids.shape[0] == 1)
@@ -111,6 +119,18 @@ def _windows(
             "Use the model's own tokenizer.",
         )
     return ids[: ids.numel() // window * window].view(-1, window)
+
+
+def _as_ids(token_ids: Any) -> Tensor:
+    remedy = "Pass the input_ids of the model's tokenizer."
+    try:
+        ids = torch.as_tensor(token_ids)
+    except (TypeError, ValueError, RuntimeError):
+        check(False, OP, "token ids", type(token_ids).__name__, remedy, TypeError)
+    usable = not ids.is_meta and ids.layout == torch.strided
+    got = "a meta tensor" if ids.is_meta else str(ids.layout)
+    check(usable, OP, "token ids with data", got, remedy, TypeError)
+    return ids
 
 
 def _sum_of_window_means(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

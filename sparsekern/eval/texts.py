@@ -122,6 +122,33 @@ def calibration_windows(token_ids, samples=128, window=2048, seed=0):
     return torch.stack([token_ids[start : start + window] for start in starts.tolist()])
 
 
+def side_by_side(token_ids, samples=None, window=2048, seed=0):
+    """Windows that do not overlap, in random order: the text is cut from its start, the rest of
+    less than a window is left out.
+
+    What calibration_windows draws overlaps: of a short text the held-out rows of a reconstruction
+    would be rows that it is trained on, too.
+
+    Args:
+        token_ids: int64 [tokens].
+        samples: how many at most; None: all.      window: tokens in each.
+        seed: of the order, and so of the choice.
+    Returns:
+        int64 [windows, window].
+    Raises:
+        ValueError: the text has fewer tokens than one window, or a count is not positive.
+    """
+    op = "sparsekern.side_by_side"
+    positive = window > 0 and (samples is None or samples > 0)
+    check(positive, op, "positive samples and window", f"{samples} and {window}")
+    enough = token_ids.dim() == 1 and token_ids.numel() >= window
+    remedy = "Give a longer text or a smaller window."
+    check(enough, op, f"{window} tokens in one row", list(token_ids.shape), remedy)
+    rows = token_ids[: token_ids.numel() // window * window].view(-1, window)
+    order = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(seed))
+    return rows[order[:samples]]
+
+
 def language_reference():
     """The Python language reference from `pydoc_data.topics`, split into calibration and held-out
     paragraphs.

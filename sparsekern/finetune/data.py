@@ -358,21 +358,20 @@ def _sample_with_cache(
     from tqdm import tqdm
 
     op = f"{OP}.generate"
-    equal = not bool((prompts < 0).any())
-    check(equal, op, "prompts of one length with this model", "-1 in them")
     device = next(teacher.parameters()).device
+    length = int((prompts >= 0).sum(1).min())  # that all of them have: one forward
     generator = torch.Generator(device).manual_seed(seed)
     parts = []
-    steps = -(-count // batch) * (window - prompts.shape[1])
-    decoder = _Decoder(teacher, prompts[:2].to(device), autocast)
+    steps = -(-count // batch) * (window - length)
+    decoder = _Decoder(teacher, prompts[:2, :length].to(device), autocast)
     with tqdm(total=steps, desc="teacher text", unit="token", disable=not progress) as bar:
         for begin in range(0, count, batch):
             if deadline is not None and time.perf_counter() > deadline:
                 break
             numbers = torch.arange(begin, min(begin + batch, count)) % prompts.shape[0]
             ids = torch.empty(len(numbers), window, dtype=torch.int64, device=device)
-            length = prompts.shape[1]
-            ids[:, :length] = prompts[numbers].to(device)
+            given = prompts[numbers].to(device)
+            ids[:, :length] = given[:, :length]
             step = decoder.start(window)
             last = ids[:, :length]
             made = length
@@ -383,7 +382,10 @@ def _sample_with_cache(
                 logits = step(last).float() / temperature
                 # argmax(p / Exp(1)) is a sample of p.
                 noise = torch.empty_like(logits).exponential_(generator=generator)
-                ids[:, place] = (logits.softmax(-1) / noise).argmax(-1)
+                drawn = (logits.softmax(-1) / noise).argmax(-1)
+                if place < given.shape[1]:
+                    drawn = torch.where(given[:, place] >= 0, given[:, place], drawn)
+                ids[:, place] = drawn
                 last = ids[:, place : place + 1]
                 made = place + 1
                 if place % 8 == 0 or made == window:

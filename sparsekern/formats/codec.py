@@ -118,6 +118,29 @@ def decompress_dense(values: Tensor, metadata: Tensor, in_features: int) -> Tens
     return dense.view(out_features, in_features)
 
 
+def settle_slots(kept: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
+    """Kept numbers and metadata as `compress_dense` makes them of the same dense weight.
+
+    Args:
+        kept: [out, in/2] of a plain dtype, zeros among them.   metadata: uint8 [out, ceil(in/8)].
+    Returns:
+        (kept, metadata), new: groups with a kept zero have the slots of SLOT_TABLE.
+    """
+    groups = kept.shape[1] // 2
+    nibbles = unpack_nibbles(metadata, groups)
+    first, second = nibbles & 3, nibbles >> 2
+    a, b = kept.reshape(kept.shape[0], groups, 2).unbind(2)
+    one = torch.ones((), dtype=torch.uint8, device=kept.device)
+    code = (a != 0).to(torch.uint8) * (one << first) | (b != 0).to(torch.uint8) * (one << second)
+    settled = torch.tensor(SLOT_TABLE, dtype=torch.uint8, device=kept.device)[code.int()]
+
+    def at(column: Tensor) -> Tensor:
+        return torch.where(column == first, a, torch.where(column == second, b, 0))
+
+    values = torch.stack((at(settled & 3), at(settled >> 2)), dim=2).flatten(1)
+    return values, pack_nibbles(settled, PADDING_NIBBLE)
+
+
 def unpack_nibbles(metadata: Tensor, groups: int) -> Tensor:
     """metadata or bitmask uint8 [out, ceil(groups/2)] -> uint8 [out, groups], one nibble each."""
     nibbles = torch.stack((metadata & 0xF, metadata >> 4), dim=2)

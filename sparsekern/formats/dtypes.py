@@ -5,7 +5,8 @@ accumulated in, how scales belong to it, and which backends can have kernels for
 
     plain   float32, float16, bfloat16: the stored numbers are the weight's numbers
     coded   everything else: a Codec turns numbers into stored values and further named tensors
-            (scales), and back. Without a codec a coded type is declared and cannot be stored yet
+            (scales), and back. Those of the package are the quantised ones (formats/scaled.py);
+            without a codec a coded type is declared and cannot be stored yet
 
 No other file of the package lists dtypes: `PLAIN`, `names` and the fields here serve all of them.
 `register_dtype` adds a type, or gives a declared one its codec, from outside the package.
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import check, message
+from sparsekern.formats.scaled import ScaledCodec
 
 _OP = "sparsekern.register_dtype"
 
@@ -30,6 +32,9 @@ class Codec(Protocol):
 
     `values` is always among the stored tensors: [out, in/2 * bits / (8 * itemsize)] in the type's
     storage dtype, row-major; layouts permute it. `tensors` names the others, in order.
+
+    It may have two methods more, (op, spec, tensors) -> None, which raise FormatError: `check` for
+    shapes and dtypes of its tensors, `verify` for their contents.
     """
 
     @property
@@ -75,6 +80,11 @@ class ElementType:
         return self.infinity_bits is not None
 
     @property
+    def scaled(self) -> bool:
+        """True for the quantised types of the package, whose codec is a ScaledCodec."""
+        return isinstance(self.codec, ScaledCodec)
+
+    @property
     def values_per_byte(self) -> float:
         """2 for a 4-bit type, 0.25 for float32."""
         return 8 / self.bits
@@ -101,12 +111,37 @@ _TABLE: dict[str, ElementType] = {
         ElementType("float32", torch.float32, 32, 0x7F800000, backends=("cpu", "triton")),
         ElementType("float16", torch.float16, 16, 0x7C00, backends=_GPU, native_code=0),
         ElementType("bfloat16", torch.bfloat16, 16, 0x7F80, backends=_GPU, native_code=1),
-        # Declared: `register_dtype(replace(element("int8"), codec=...))` makes one storable.
-        ElementType("float8_e4m3fn", torch.float8_e4m3fn, 8, scale="row"),
-        ElementType("int8", torch.int8, 8, accumulator=torch.int32, scale="row"),
-        ElementType("int4", torch.uint8, 4, accumulator=torch.int32, scale="group"),
+        ElementType(
+            "float8_e4m3fn",
+            torch.float8_e4m3fn,
+            8,
+            scale="row",
+            native_code=2,
+            codec=ScaledCodec(torch.float8_e4m3fn, 448, -448, 8),
+        ),
+        ElementType(
+            "int8",
+            torch.int8,
+            8,
+            accumulator=torch.int32,
+            scale="row",
+            native_code=3,
+            codec=ScaledCodec(torch.int8, 127, -127, 8),
+        ),
+        ElementType(
+            "int4",
+            torch.uint8,
+            4,
+            accumulator=torch.int32,
+            scale="group",
+            codec=ScaledCodec(torch.uint8, 7, -8, 4),
+        ),
     )
 }
+# Short names that users write.
+ALIASES = {"fp8": "float8_e4m3fn"}
+# What weights are quantised to, in users' words.
+QUANTIZED = ("fp8", "int8", "int4")
 
 # Plain element types by their torch dtype: what weights, scores and inputs may have.
 PLAIN: dict[torch.dtype, ElementType] = {row.storage: row for row in _TABLE.values() if row.plain}
@@ -126,15 +161,43 @@ def elements() -> tuple[ElementType, ...]:
 
 
 def element(name: str | torch.dtype) -> ElementType:
-    """The row of a name, or of a plain torch dtype.
+    """The row of a name ("fp8" is that of float8_e4m3fn), or of a plain torch dtype.
 
     Raises:
         TypeError: there is none.
     """
-    found = PLAIN.get(name) if isinstance(name, torch.dtype) else _TABLE.get(name)
+    if isinstance(name, torch.dtype):
+        known, found = names(), PLAIN.get(name)
+    else:
+        known, found = ", ".join(_TABLE), _TABLE.get(ALIASES.get(name, name))
     if found is None:
-        known = names() if isinstance(name, torch.dtype) else ", ".join(_TABLE)
         raise TypeError(message("sparsekern.element", f"an element type in {known}", repr(name)))
+    return found
+
+
+def scaled_codec(name: str) -> ScaledCodec:
+    """The codec of a quantised type.
+
+    Raises:
+        TypeError: there is no such type, or it is none of the package's quantised ones.
+    """
+    codec = element(name).codec
+    if not isinstance(codec, ScaledCodec):
+        expected = f"a quantised type ({', '.join(QUANTIZED)})"
+        raise TypeError(message("sparsekern.element", expected, repr(name)))
+    return codec
+
+
+def quantized(op: str, name: object) -> ElementType:
+    """The row that users call "fp8", "int8" or "int4" (or by its own name).
+
+    Raises:
+        ValueError: none of them.
+    """
+    found = _TABLE.get(ALIASES.get(name, name)) if isinstance(name, str) else None
+    expected = f"one of {', '.join(map(repr, QUANTIZED))}"
+    if found is None or not found.scaled:
+        raise ValueError(message(op, expected, repr(name)))
     return found
 
 

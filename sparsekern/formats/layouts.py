@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import FormatError, check, message
-from sparsekern.formats import dtypes
+from sparsekern.formats import dtypes, scaled
 from sparsekern.formats.dtypes import ElementType
 
 Tensors = dict[str, Tensor]
@@ -71,13 +71,17 @@ class WeightSpec:
             storage: name of an element type, or a plain dtype.
             dtype: None for that of a plain type; float32 for a coded one.
             scale: None for what the element type says.
+            group: columns that share a scale; 0: one a row, or 128 columns where the element type
+                has scales of groups.
         Raises:
-            FormatError: sizes.   TypeError: no such element type, or one that cannot be stored.
+            FormatError: sizes, or a group that does not fit.   TypeError: no such element type.
         """
         kind = dtypes.element(storage)
         size = checked_shape("sparsekern.WeightSpec", shape)
         plain = kind.storage if kind.plain else torch.float32 if dtype is None else dtype
         scale = kind.scale if scale is None else scale
+        if kind.scaled:
+            group = scaled.checked_group(kind.name, scale, group, size[1])
         key = (*size, kind.name, plain, layout, scale, group)
         found = _SPECS.get(key)
         return _new_spec(key, size, kind) if found is None else found

@@ -25,6 +25,7 @@ Source: PTX ISA, "Sparse matrix storage"; Mishra et al. 2021 (arXiv:2104.08378) 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -32,8 +33,9 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import FormatError, check, message
-from sparsekern.formats import codec, dtypes, layouts
+from sparsekern.formats import codec, dtypes, layouts, scaled
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec, check_tensor_shape, checked_shape
+from sparsekern.formats.scaled import ScaledCodec
 
 _OP = "sparsekern.Sparse24"
 _STATE_VERSION = 2  # of pickles; those without a version are of the first one
@@ -124,6 +126,9 @@ class Sparse24:
             device = tensors[name].device
             _check(device == values.device, _OP, f"{name} on {values.device}", device)
         layout.check(_OP, spec, tensors)
+        own_check = getattr(kind.codec, "check", None)
+        if own_check is not None:
+            own_check(_OP, spec, tensors)
         self.spec = spec
         self.tensors = {name: tensors[name].contiguous() for name in names}
         self._twin = None
@@ -139,23 +144,8 @@ class Sparse24:
         Raises:
             FormatError: wrong shapes or dtypes, or a group whose mask does not have two bits.
         """
-        op = "sparsekern.Sparse24.from_bitmask"
-        size = checked_shape(op, shape)
-        groups = size[1] // 4
-        _check(isinstance(bitmask, Tensor), op, "a tensor as bitmask", type(bitmask).__name__)
-        _check(bitmask.dtype == torch.uint8, op, "bitmask of dtype uint8", bitmask.dtype)
-        check_tensor_shape(op, "bitmask", bitmask, [size[0], (size[1] + 7) // 8])
-        bits = codec.unpack_nibbles(bitmask, groups)
-        nibbles = _lookup(_NIBBLE_OF_BITMASK, bits)
-        if (nibbles == 0).any():
-            row, group = (nibbles == 0).nonzero()[0].tolist()
-            kept = bin(int(bits[row, group])).count("1")
-            _raise_at(op, "2 bits set in each group of 4 columns", f"{kept} bits", row, group)
-        if groups % 2 and (bitmask[:, -1] >> 4).any():
-            row = int((bitmask[:, -1] >> 4).nonzero()[0])
-            _raise_at(op, "padding bits that are 0", "a set bit", row, groups)
-        metadata = codec.pack_nibbles(nibbles, codec.PADDING_NIBBLE)
-        return cls(values, metadata, size)
+        metadata = metadata_of_bitmask(bitmask, shape, "sparsekern.Sparse24.from_bitmask")
+        return cls(values, metadata, shape)
 
     # ------------------------------------------------------------------ what it is
 
@@ -281,6 +271,49 @@ class Sparse24:
         """The same weight in layout "rowmajor"; self when it has it already."""
         return self if self.spec.layout == ROWMAJOR else self.to_layout(ROWMAJOR)
 
+    def narrow(self, dim: int, start: int, length: int) -> Sparse24:
+        """Rows (dim 0) or columns (dim 1) start .. start + length of the weight, never dense.
+
+        Args:
+            dim: 0 for out_features, 1 for in_features.
+            start, length: counted dense. Along columns both are multiples of 8, where a byte of the
+                metadata ends (length may also reach the last column), and of `group` where scales
+                belong to groups of columns.
+        Returns:
+            Sparse24 in the same layout, which shares no memory with this one.
+        Raises:
+            ValueError: a range outside of the weight, or columns that cannot be cut there.
+        """
+        op, size = f"{_OP}.narrow", self.spec.shape
+        check(dim in (0, 1), op, "dim 0 or 1", dim)
+        inside = 0 <= start and 0 <= length and start + length <= size[dim]
+        check(inside, op, f"a range within 0..{size[dim]}", f"{start}..{start + length}")
+        spec, whole = self.spec, self.rowmajor()
+        tensors = whole.tensors
+        if dim == 0:
+            cut = {name: t.narrow(0, start, length).clone() for name, t in tensors.items()}
+            shape = (length, size[1])
+        else:
+            unit = 8 if spec.scale != "group" else math.lcm(8, spec.group)
+            ends = start % unit == 0 and (length % unit == 0 or start + length == size[1])
+            got, remedy = f"{start}..{start + length}", "Cut elsewhere, or along rows."
+            check(ends, op, f"columns cut at multiples of {unit}", got, remedy)
+            kind, shape = spec.element, (size[0], length)
+            ranges = {
+                "values": (kind.columns(start), kind.columns(length)),
+                "metadata": (start // 8, -(-length // 8)),
+            }
+            if spec.scale == "group":
+                ranges |= dict.fromkeys(
+                    kind.tensors, (start // spec.group, -(-length // spec.group))
+                )
+            cut = {
+                name: t.narrow(1, *ranges[name]).clone() if name in ranges else t.clone()
+                for name, t in tensors.items()
+            }
+        of = WeightSpec.of(shape, spec.storage, ROWMAJOR, spec.dtype, spec.scale, spec.group)
+        return Sparse24.from_tensors(of, cut).to_layout(spec.layout)
+
     def twin(self, name: str) -> Sparse24:
         """The same weight in another layout, made at the first call and remembered on this object.
 
@@ -324,13 +357,26 @@ class Sparse24:
         columns = torch.arange(4, device=bits.device, dtype=torch.uint8)
         return ((bits.unsqueeze(2) >> columns) & 1).bool().flatten(1)
 
-    def numbers(self) -> Tensor:
-        """The kept numbers [out, in/2] in `dtype`, row-major: `values`, decoded where coded."""
+    def columns(self) -> Tensor:
+        """The dense column of every kept number, int64 [out, in/2]."""
+        groups = self.in_features // 4
+        nibbles = codec.unpack_nibbles(self.rowmajor().metadata, groups).long()
+        within = torch.stack((nibbles & 3, nibbles >> 2), dim=2)
+        first = 4 * torch.arange(groups, device=nibbles.device)[:, None]
+        return (within + first).flatten(1)
+
+    def numbers(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The kept numbers [out, in/2], row-major: `values`, decoded where coded.
+
+        Args:
+            dtype: plain; None for `self.dtype`, to which a coded type rounds its numbers.
+        """
         w24 = self.rowmajor()
+        dtype = self.spec.dtype if dtype is None else dtype
         coder = self.spec.element.codec
         if coder is None:
-            return w24.values
-        return coder.decode(w24.tensors, self.spec.dtype, self.spec.group)
+            return w24.values.to(dtype)
+        return coder.decode(w24.tensors, dtype, self.spec.group)
 
     def to_dense(self) -> Tensor:
         """The dense weight [out, in], exact, in torch alone; `sparsekern.decompress` is faster
@@ -352,13 +398,14 @@ class Sparse24:
         known = isinstance(version, int) and 1 < version <= _STATE_VERSION
         _check(known, _OP, f"a pickled state of version {_STATE_VERSION}", version, newer)
         _check(isinstance(tensors, dict), _OP, "a dict of tensors", type(tensors).__name__)
-        self._set(WeightSpec.parse(state["spec"]), tensors)
+        spec = WeightSpec.parse(state["spec"])
+        self._set(spec, from_pickle(spec, tensors))
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy, deepcopy and pickle. What one GPU alone can read (the blob of "cusparselt") is
         not part of it: the row-major weight stands for it."""
         w24 = self if layouts.layout(self.spec.layout).converts else self.rowmajor()
-        return dict(version=_STATE_VERSION, spec=w24.spec.text, tensors=dict(w24.tensors))
+        return dict(version=_STATE_VERSION, spec=w24.spec.text, tensors=for_pickle(w24.tensors))
 
     def __repr__(self) -> str:
         out_features, in_features = self.spec.shape
@@ -371,6 +418,21 @@ class Sparse24:
 
 # The second is its name in files of 0.1.
 torch.serialization.add_safe_globals([Sparse24, (Sparse24, "sparsekern.sparse24.Sparse24")])
+
+
+def for_pickle(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with fp8 as bytes: torch's fp8 tensors cannot be unpickled by pickle alone."""
+    kinds = [kind.storage for kind in dtypes.elements() if kind.bits == 8]
+    floats = [kind for kind in kinds if kind.is_floating_point]
+    return {k: t.view(torch.uint8) if t.dtype in floats else t for k, t in tensors.items()}
+
+
+def from_pickle(spec: WeightSpec, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `for_pickle`."""
+    values, wanted = tensors.get("values"), spec.element.storage
+    if isinstance(values, Tensor) and values.dtype == torch.uint8 and wanted.itemsize == 1:
+        return {**tensors, "values": values.view(wanted)}
+    return dict(tensors)
 
 
 # ---- row-major weights, in torch alone -----------------------------------------------------------
@@ -406,8 +468,66 @@ def encode(w24: Sparse24, storage: str | torch.dtype, group: int = 0) -> Sparse2
         remedy = "Register one with sparsekern.register_dtype."
         raise TypeError(message("sparsekern.compress", expected, "none", remedy))
     spec = WeightSpec.of(w24.shape, kind.name, ROWMAJOR, w24.dtype, None, group)
-    stored = kind.codec.encode(w24.numbers(), group)
+    if isinstance(kind.codec, ScaledCodec):
+        numbers = w24.numbers()
+        scale = kind.codec.absmax(numbers, spec.group)
+        return of_levels(spec, kind.codec.levels(numbers, scale, spec.group), scale, w24.metadata)
+    stored = kind.codec.encode(w24.numbers(), spec.group)
     return Sparse24.from_tensors(spec, {**stored, "metadata": w24.metadata})
+
+
+def of_levels(spec: WeightSpec, levels: Tensor, scale: Tensor, metadata: Tensor) -> Sparse24:
+    """The row-major weight of a quantised type with these levels, whose zeros free their slots.
+
+    Args:
+        levels: float32 [out, in/2], of the kept slots.
+        scale: float32 [out, groups].   metadata: uint8 [out, ceil(in/8)].
+    Returns:
+        Sparse24 that depends on the dense content alone, as `compress` makes it: a group with less
+        than two levels other than 0 has the slots of codec.SLOT_TABLE.
+    """
+    coder = dtypes.scaled_codec(spec.storage)
+    values, metadata = codec.settle_slots(levels, metadata)
+    tensors = {"values": coder.pack(values), "metadata": metadata, scaled.SCALE: scale}
+    return Sparse24.from_tensors(spec, tensors)
+
+
+def metadata_of_bitmask(
+    bitmask: Tensor, shape: Sequence[int], op: str = "sparsekern.Sparse24.from_bitmask"
+) -> Tensor:
+    """Row-major metadata uint8 [out, ceil(in/8)] of a file's bitmask, which is as large.
+
+    Raises:
+        FormatError: as `Sparse24.from_bitmask`.
+    """
+    size = checked_shape(op, shape)
+    groups = size[1] // 4
+    _check(isinstance(bitmask, Tensor), op, "a tensor as bitmask", type(bitmask).__name__)
+    _check(bitmask.dtype == torch.uint8, op, "bitmask of dtype uint8", bitmask.dtype)
+    check_tensor_shape(op, "bitmask", bitmask, [size[0], (size[1] + 7) // 8])
+    bits = codec.unpack_nibbles(bitmask, groups)
+    nibbles = _lookup(_NIBBLE_OF_BITMASK, bits)
+    if (nibbles == 0).any():
+        row, group = (nibbles == 0).nonzero()[0].tolist()
+        kept = bin(int(bits[row, group])).count("1")
+        _raise_at(op, "2 bits set in each group of 4 columns", f"{kept} bits", row, group)
+    if groups % 2 and (bitmask[:, -1] >> 4).any():
+        row = int((bitmask[:, -1] >> 4).nonzero()[0])
+        _raise_at(op, "padding bits that are 0", "a set bit", row, groups)
+    return codec.pack_nibbles(nibbles, codec.PADDING_NIBBLE)
+
+
+def split_rows(w24: Sparse24, rows: Sequence[int]) -> list[Sparse24]:
+    """The weights whose rows, one after the other, are those of a row-major w24; shares memory."""
+    parts, start = [], 0
+    for count in rows:
+        old = w24.spec
+        shape = (count, old.shape[1])
+        spec = WeightSpec.of(shape, old.storage, old.layout, old.dtype, old.scale, old.group)
+        some = {name: tensor[start : start + count] for name, tensor in w24.tensors.items()}
+        parts.append(Sparse24.from_tensors(spec, some))
+        start += count
+    return parts
 
 
 def decompress(w24: Sparse24) -> Tensor:
@@ -417,7 +537,7 @@ def decompress(w24: Sparse24) -> Tensor:
 
 
 def verify(w24: Sparse24) -> None:
-    """Check the contents: six valid nibbles, 0x4 in the padding, finite values.
+    """Check the contents: six valid nibbles, 0x4 in the padding, finite values and good scales.
 
     Raises:
         FormatError: naming the first row and column that break a rule, and what stands there.
@@ -437,6 +557,9 @@ def verify(w24: Sparse24) -> None:
         if wrong.any():
             row = int(wrong.nonzero()[0])
             _raise_at(op, "0x4 in the padding nibble", f"{int(padding[row]):#x}", row, groups)
+    own_verify = getattr(w24.spec.element.codec, "verify", None)
+    if own_verify is not None:
+        own_verify(op, w24.spec, w24.tensors)
     numbers = w24.numbers()
     infinite = ~torch.isfinite(numbers)
     if infinite.any():

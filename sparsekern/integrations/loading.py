@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 
+_WANTED = (
+    "Give a folder with config.json and safetensors files, a .gguf file, or the id of a model on "
+    "the Hub."
+)
+
 
 def load_model(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
@@ -15,7 +20,8 @@ def load_model(
     """A model for any command.
 
     Args:
-        path: folder with config.json and safetensors (dense or compressed), or a .gguf file.
+        path: folder with config.json and safetensors (dense or compressed), a .gguf file, or the id
+            of a model on the Hub.
         device, dtype: None keeps the stored dtype; a GGUF is rounded to bfloat16 first in any case.
     Returns:
         (model in eval mode, tokenizer or None when the folder has none).
@@ -23,6 +29,7 @@ def load_model(
         FileNotFoundError, FormatError.
     """
     from sparsekern.checkpoint import from_pretrained
+    from sparsekern.checkpoint.arguments import ModelNotFound, find_folder
 
     place = Path(path)
     if place.suffix == ".gguf":
@@ -30,12 +37,13 @@ def load_model(
 
         model, tokenizer = load_gguf(place)
         return cast_weights(model, dtype).to(device), tokenizer
-    if not place.is_dir():
-        raise FileNotFoundError(
-            f"sparsekern: no model at {path}. "
-            "Give a folder with config.json and safetensors files, or a .gguf file."
-        )
-    return from_pretrained(place, device=device, dtype=dtype), load_tokenizer(place)
+    try:
+        folder = find_folder("sparsekern", path)
+    except ModelNotFound as error:
+        raise FileNotFoundError(f"sparsekern: no model at {path}. {_WANTED} ({error})") from None
+    if not folder.is_dir():
+        raise FileNotFoundError(f"sparsekern: no model at {path}. {_WANTED}")
+    return from_pretrained(folder, device=device, dtype=dtype), load_tokenizer(folder)
 
 
 def cast_weights(model: Any, dtype: torch.dtype | None) -> Any:
@@ -44,15 +52,20 @@ def cast_weights(model: Any, dtype: torch.dtype | None) -> Any:
     Unlike model.to(dtype) this keeps buffers such as the rotary frequencies in float32. With dtype
     None nothing changes.
     """
-    from sparsekern.nn.sparse_linear import SparseLinear
-
     if dtype is not None:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         for module in model.modules():
-            if isinstance(module, SparseLinear):
-                module.weight = module.weight.to(dtype=dtype)
+            if type(module).__module__.startswith("sparsekern.nn."):
+                module.to(dtype)
     return model
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices in hardware (AMX); where it does not, float32 is
+    the faster dtype."""
+    ask = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(ask is not None and ask())
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -61,9 +74,24 @@ def load_tokenizer(folder: Path) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=False
-    )
+    from sparsekern.errors import FormatError, message
+    from sparsekern.utils.files import open_regular
+
+    try:
+        for path in folder.glob("*token*"):
+            open_regular(path).close()  # no pipe, which would make the next line wait
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+        tokenizer("a")  # some damage shows only in use
+    except BaseException as error:  # whatever Transformers, and Rust below it, make of these files
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        got = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        expected = "a tokenizer that Transformers can load"
+        remedy = "Copy the tokenizer's files of the model there."
+        raise FormatError(message(f"sparsekern: {folder}", expected, got, remedy)) from error
+    return tokenizer
 
 
 def folder_bytes(folder: str | Path) -> int:

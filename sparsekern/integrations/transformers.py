@@ -23,6 +23,7 @@ import importlib.abc
 import importlib.machinery
 import inspect
 import os
+import re
 import sys
 import threading
 import warnings
@@ -33,51 +34,54 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsekern.checkpoint.decompress import decompress_model
+from sparsekern.checkpoint.experts import ExpertReader, Part, check_columns
 from sparsekern.checkpoint.names import match_names
-from sparsekern.checkpoint.save import SAVE_OP, save_pretrained
+from sparsekern.checkpoint.save import save_pretrained
 from sparsekern.checkpoint.skeleton import linear_shape
 from sparsekern.errors import check
 from sparsekern.formats.disk import (
+    ALL_PARTS,
     METHOD,
-    PARTS,
     check_headers,
-    join,
+    numbers_dtype,
+    parts_of,
     read_compression_config,
     read_sparse24,
+    storage_of,
+    values_name,
 )
-from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.formats.dtypes import ElementType, element
+from sparsekern.nn.sparse_experts import unfuse_experts
+from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
 from sparsekern.utils.safetensors_io import TensorFiles, require
 
 OP = "sparsekern.integrations.transformers"
 WATCHED = "transformers.modeling_utils"
-PART_NAMES = r"(^|\.)(compressed|bitmask|shape)$"
-# Arguments of PreTrainedModel.save_pretrained, with the values that ask for what is written.
-SAVE_FIXED: dict[str, tuple[Any, ...]] = {
-    "push_to_hub": (False,),
-    "safe_serialization": (True,),
-    "variant": (None,),
-    "save_original_format": (True,),
-    "distributed_checkpoint": (False,),
-}
+PART_NAMES = rf"(^|\.)({'|'.join(ALL_PARTS)})$"
 
 _lock = threading.RLock()
 _registered = False
 
 
 class WaitingLayer(nn.Module):
-    """Stands for a compressed layer while Transformers loads the dense tensors.
+    """Stands for a compressed layer, or for a matrix of an expert beside compressed ones, while
+    Transformers loads the dense tensors.
 
     It has the bias, which Transformers fills, and the sizes of what is to come, which device_map
     counts; both buffers are kept out of state dicts.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Module, kind: ElementType) -> None:
         super().__init__()
         shape = linear_shape(module)
         assert shape is not None
         self.size = shape
         rows, columns = shape
-        values = torch.empty(rows, columns // 2, dtype=dtype, device="meta")
+        # For code that initialises a model's own kind of layer by their sizes.
+        self.out_features = self.nf = rows
+        self.in_features = self.nx = columns
+        values = torch.empty(rows, kind.columns(columns), dtype=kind.storage, device="meta")
         metadata = torch.empty(rows, (columns + 7) // 8, dtype=torch.uint8, device="meta")
         self.register_buffer("values", values, persistent=False)
         self.register_buffer("metadata", metadata, persistent=False)
@@ -190,16 +194,18 @@ class _Quantizer:
         assert checkpoint_files
         folder = os.path.dirname(checkpoint_files[0])
         self.files = TensorFiles(folder)
-        read_compression_config(self.files.folder)
+        config, _ = read_compression_config(self.files.folder)
+        self.numbers = numbers_dtype(config)
         layers = check_headers(self.files)
-        parts = [join(layer, part) for layer in layers for part in PARTS]
+        parts = list(parts_of(self.files, layers))
         names = match_names(model, self.files.info, layers, parts)
         modules = dict(model.named_modules())
-        self.waiting: dict[str, str] = {}
+        self.waiting: dict[str, str | list[Part]] = {}
         for name, layer in names.layers.items():
             if name not in modules:
                 continue  # of a head that this class of model lacks; Transformers lists it
-            where = self.files.where(join(layer, "compressed"))
+            values = values_name(self.files, layer)
+            where = self.files.where(values)
             expected = linear_shape(modules[name])
             require(
                 expected == layers[layer],
@@ -208,22 +214,44 @@ class _Quantizer:
                 expected or type(modules[name]).__name__,
                 "The folder belongs to another model.",
             )
-            dtype = self.files.info[join(layer, "compressed")].dtype
-            _replace(model, modules[name], WaitingLayer(modules[name], dtype))
+            kind = element(storage_of(self.files, layer) or self.files.info[values].dtype)
+            _replace(model, modules[name], WaitingLayer(modules[name], kind))
             self.waiting[name] = layer
+        check_columns(self.files, layers, names.experts, names.known)
+        unfuse_experts(model, names.experts.modules)
+        for name, expert_parts in names.experts.matrices.items():
+            first = expert_parts[0]
+            coded = storage_of(self.files, first.name) if first.compressed else None
+            stored = values_name(self.files, first.name) if first.compressed else first.name
+            kind = element(coded or self.files.info[stored].dtype)
+            above, _, key = name.rpartition(".")
+            home = model.get_submodule(above)
+            home._modules[key] = WaitingLayer(home.get_submodule(key), kind)
+            self.waiting[name] = expert_parts
+        dense = {part.name for found in names.experts.matrices.values() for part in found}
+        fused = {re.escape(place.name) for place in names.known.values()}
         model._keys_to_ignore_on_load_unexpected = {  # type: ignore[assignment]
             *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
             PART_NAMES,
+            *(rf"^{re.escape(name)}$" for name in dense if name in self.files.info),
+            *(rf"^{name}$" for name in fused),
         }
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> Any:
         dtype = getattr(self, "dtype", None) or getattr(model, "dtype", None)
+        experts = ExpertReader(self.files, dtype, self.numbers)
         for name, layer in self.waiting.items():
             waiting: Any = model.get_submodule(name)
             device = waiting.values.device
             device = torch.device("cpu") if device.type == "meta" else device
-            weight = read_sparse24(self.files, layer, device, dtype)
+            if isinstance(layer, list):
+                above, _, key = name.rpartition(".")
+                model.get_submodule(above)._modules[key] = experts.module(layer, device).train(
+                    waiting.training
+                )
+                continue
+            weight = read_sparse24(self.files, layer, device, dtype, self.numbers)
             bias = (
                 waiting.bias
                 if waiting.bias is None
@@ -234,7 +262,12 @@ class _Quantizer:
             )
             sparse = SparseLinear.from_sparse24(weight, bias)
             _replace(model, waiting, sparse.train(waiting.training))
+        check_before_loading(model)
         return model
+
+    def _dequantize(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        """What model.dequantize() calls."""
+        return decompress_model(model)
 
 
 def _readable(config: Any) -> Any:
@@ -259,36 +292,11 @@ def _wrap_save(cls: Any) -> None:
         adapters_only = getattr(self, "_hf_peft_config_loaded", False)
         if adapters_only or not any(isinstance(m, SparseLinear) for m in self.modules()):
             return original(self, *args, **kwargs)
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        extra = bound.arguments.pop("kwargs", {})
-        return _save(self, **{**{k: v for k, v in bound.arguments.items() if k != "self"}, **extra})
+        bound = signature.bind(self, *args, **kwargs).arguments
+        asked = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
+        return save_pretrained(asked.pop("self"), asked.pop("save_directory"), **asked)
 
     cls.save_pretrained = wrapped
-
-
-def _save(
-    model: nn.Module,
-    save_directory: Any,
-    is_main_process: bool = True,
-    state_dict: Mapping[str, Any] | None = None,
-    max_shard_size: int | str = 5 * 2**30,
-    **kwargs: Any,
-) -> None:
-    """model.save_pretrained of a model with SparseLinear layers: sparsekern.save_pretrained."""
-    remedy = "Call sparsekern.save_pretrained(model, folder), then upload or convert the folder."
-    for name, allowed in SAVE_FIXED.items():
-        value = kwargs.get(name, allowed[0])
-        check(value in allowed, SAVE_OP, f"{name}={allowed[0]!r}", repr(value)[:80], remedy)
-    if state_dict is not None:
-        own = model.state_dict()
-        same = own.keys() == state_dict.keys() and all(
-            name.endswith(PARTS) or own[name].data_ptr() == state_dict[name].data_ptr()
-            for name in own
-        )
-        check(same, SAVE_OP, "the model's own state_dict", "another", remedy)
-    if is_main_process:
-        save_pretrained(model, save_directory, max_shard_size=max_shard_size)
 
 
 # ---- when Transformers comes after sparsekern ---------------------------------------------------

@@ -16,6 +16,7 @@ uint8 text.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -23,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.backends import registry
-from sparsekern.errors import FormatError, message
+from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import dtypes
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
 from sparsekern.formats.layouts import layout as layout_named
-from sparsekern.formats.sparse24 import Sparse24, verify
+from sparsekern.formats.sparse24 import Sparse24, for_pickle, from_pickle, verify
 from sparsekern.nn.replace import dense_weight, is_linear
 from sparsekern.ops import linear_op as ops
 from sparsekern.ops.compress import compress
@@ -35,6 +36,7 @@ from sparsekern.ops.compress import compress
 _OP = "sparsekern.SparseLinear"
 _WEIGHT_KEYS = ("compressed", "bitmask", "shape")
 _STORAGE_KEY = "storage"
+_DAMAGED = "The file is damaged or of another model."
 # `packed=` of earlier versions, in layouts.
 _LAYOUT_OF_PACKED = {None: None, True: "tile64", False: ROWMAJOR, "cusparselt": "cusparselt"}
 # What compress stores for all-zero groups: nibble 0xE (columns 2 and 3), 0x4 in the padding nibble.
@@ -148,7 +150,8 @@ class SparseLinear(nn.Module):
         Args:
             linear: nn.Linear, or transformers' Conv1D, whose weight is [in_features, out_features].
             mask: bool [out_features, in_features], True = kept; None for a weight that is 2:4.
-            layout: see SparseLinear.   dtype: see sparsekern.compress.
+            layout: see SparseLinear.   dtype: see sparsekern.compress; "fp8", "int8" and "int4"
+                quantise.
         Returns:
             SparseLinear with copies of weight and bias, the bias' requires_grad, and
             linear.training.
@@ -166,6 +169,21 @@ class SparseLinear(nn.Module):
             copied = bias.detach().clone()
             module.bias = nn.Parameter(copied, requires_grad=bias.requires_grad)
         return module.train(linear.training)
+
+    def to_linear(self) -> nn.Linear:
+        """The same layer as torch.nn.Linear, dense and trainable, with the zeros in its weight.
+
+        Returns:
+            nn.Linear with copies of weight and bias, the bias' requires_grad, and self.training;
+            out_features * in_features numbers of `weight.dtype` on its device.
+        """
+        dense = self.weight.to_dense()
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(dense)
+        if self.bias is not None:
+            copied = self.bias.detach().clone()
+            linear.bias = nn.Parameter(copied, requires_grad=self.bias.requires_grad)
+        return linear.train(self.training)
 
     # ------------------------------------------------------------------ the weight
 
@@ -263,26 +281,54 @@ class SparseLinear(nn.Module):
             view = self.weight  # which says what this means; asking it always would be a call more
         # self.bias would first search the wrong places, in 0.5 µs.
         bias = parameters["bias"] if "bias" in parameters else self.bias
-        return ops.linear(x, view, bias)
+        try:
+            return ops.linear(x, view, bias)
+        except TypeError:
+            if type(x).__name__ != "Proxy" or not hasattr(x, "tracer"):
+                raise
+            return self._as_leaf(x)
+
+    def _as_leaf(self, x: Any) -> Any:
+        """The node of this module in a graph that torch.fx traces: one call, as of nn.Linear."""
+        path = x.tracer.path_of_module(self)
+        if not path:
+            got, remedy = "the layer alone", "Put it into nn.Sequential."
+            raise TypeError(message(_OP, "a model to trace, with this layer in it", got, remedy))
+        return x.tracer.create_proxy("call_module", path, (x,), {})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        """.to() and its kin; values that a narrower dtype rounds to -0.0 become +0.0."""
-        if not layout_named(self._spec.layout).converts:
-            self._hold(self.weight.rowmajor())  # what it holds is no numbers that fn could convert
+        """.to() and its kin; values that a narrower dtype rounds to -0.0 become +0.0.
+
+        Raises:
+            TypeError: a dtype that a 2:4 weight cannot have, before anything of this module changes.
+        Warns:
+            UserWarning: numbers that were finite are beyond the new dtype; it counts them.
+        """
         spec = self._spec
+        dtype = fn(torch.empty(0, dtype=spec.dtype, device=self._tensor("values").device)).dtype
+        if dtype not in dtypes.PLAIN:
+            expected = f"a dtype in {dtypes.names()}"
+            remedy = "Call sparsekern.decompress_model(model), or to_linear(), first."
+            raise TypeError(message(f"{_OP}.to", expected, str(dtype), remedy))
+        if not layout_named(spec.layout).converts:
+            self._hold(self.weight.rowmajor())  # what it holds is no numbers that fn could convert
+            spec = self._spec
         before = {name: self._tensor(name) for name in spec.tensors}
+        bias = None if self.bias is None else self.bias.detach()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if spec.element.plain:
             values = self._tensor("values")
             if values.dtype != spec.dtype:
                 self._buffers["values"] = values.masked_fill(values.eq(0), 0)
+                _warn_overflow("weight", before["values"], values)
         else:
-            dtype = fn(torch.empty(0, dtype=spec.dtype, device=before["values"].device)).dtype
             for name in spec.tensors:  # stored as they are, whatever the numbers' dtype
                 old, new = before[name], self._tensor(name)
                 if new.dtype != old.dtype:
                     self._buffers[name] = old.to(new.device)
             self._spec = spec.with_(dtype=dtype)
+        if bias is not None and self.bias is not None and bias.dtype != self.bias.dtype:
+            _warn_overflow("bias", bias, self.bias.detach())
         self._arrange()
         return self
 
@@ -293,6 +339,9 @@ class SparseLinear(nn.Module):
         if not layout_named(spec.layout).converts:
             w24 = self.weight.rowmajor()
             spec, state["_buffers"] = w24.spec, {**self._buffers, **w24.tensors}
+        if not spec.element.plain:
+            own = {name: state["_buffers"][name] for name in spec.tensors}
+            state["_buffers"] = {**state["_buffers"], **for_pickle(own)}
         state["_spec"] = spec.text
         return state
 
@@ -305,6 +354,7 @@ class SparseLinear(nn.Module):
             spec = WeightSpec.of(shape, state["_buffers"]["values"].dtype, present)
         else:
             spec = WeightSpec.parse(state["_spec"])
+            state["_buffers"] = from_pickle(spec, state["_buffers"])
         state["_spec"] = spec
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._arrange()
@@ -314,6 +364,7 @@ class SparseLinear(nn.Module):
         text = f"in_features={self.in_features}, out_features={self.out_features}"
         text += f", bias={self.bias is not None}, dtype={spec.dtype}"
         text += "" if spec.element.plain else f", stored as {spec.storage}"
+        text += f", group={spec.group}" if spec.group else ""
         return text if spec.layout == ROWMAJOR else f"{text}, layout={spec.layout}"
 
     # ------------------------------------------------------------------ state_dict
@@ -353,17 +404,14 @@ class SparseLinear(nn.Module):
         if version > self._version:
             expected, got = f"a state_dict of version {self._version} or older", f"{version}"
             raise FormatError(message(_OP, expected, got, "Read it with a newer sparsekern."))
-        present = [key for key in _WEIGHT_KEYS if prefix + key in state_dict]
-        found = {key: state_dict[prefix + key] for key in present}
+        found = self._stored(state_dict, prefix)
+        bias = state_dict.get(f"{prefix}bias")
         if not found:
             missing_keys.extend(prefix + key for key in _WEIGHT_KEYS)
-        else:
+        elif self.bias is None or bias is None or getattr(bias, "shape", None) == self.bias.shape:
             assign = local_metadata.get("assign_to_params_buffers", False)
-            if prefix + _STORAGE_KEY in state_dict:
-                start = len(prefix)
-                own = {k[start:] for k in state_dict if k.startswith(prefix)} - {"bias"}
-                found |= {key: state_dict[prefix + key] for key in own}
-            self._load_weight(found, prefix, assign)
+            self.weight = self._checked_weight(found, prefix, assign)
+        # else the bias does not fit, which nn.Module says: then the weight stays, too
         rest = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
         for key in found:
             del rest[prefix + key]
@@ -371,13 +419,24 @@ class SparseLinear(nn.Module):
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _load_weight(self, found: dict[str, Any], prefix: str, assign: bool) -> None:
+    @staticmethod
+    def _stored(state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """What a state_dict has of the weight of the module at `prefix`."""
+        present = [key for key in _WEIGHT_KEYS if prefix + key in state_dict]
+        found = {key: state_dict[prefix + key] for key in present}
+        if found and prefix + _STORAGE_KEY in state_dict:
+            start = len(prefix)
+            own = {k[start:] for k in state_dict if k.startswith(prefix)} - {"bias"}
+            found |= {key: state_dict[prefix + key] for key in own}
+        return found
+
+    def _checked_weight(self, found: dict[str, Any], prefix: str, assign: bool) -> Sparse24:
+        """The weight that a state_dict describes; FormatError for one that breaks a rule."""
         op = f"{_OP}.load_state_dict({prefix.rstrip('.')!r})"
 
         def require(condition: bool, expected: str, got: object) -> None:
             if not condition:
-                remedy = "The file is damaged or of another model."
-                raise FormatError(message(op, expected, str(got), remedy))
+                raise FormatError(message(op, expected, str(got), _DAMAGED))
 
         out_features, in_features = self.out_features, self.in_features
         for key in _WEIGHT_KEYS:
@@ -394,8 +453,7 @@ class SparseLinear(nn.Module):
         storage, group = _stored_as(found.get(_STORAGE_KEY), require)
         kind = dtypes.PLAIN.get(values.dtype) if storage is None else dtypes.element(storage)
         if kind is None:
-            require(False, f"'compressed' in {dtypes.names()}", values.dtype)
-            return
+            raise FormatError(message(op, f"'compressed' in {dtypes.names()}", str(values.dtype)))
         for key, tensor, columns in (
             ("compressed", values, kind.columns(in_features)),
             ("bitmask", bitmask, (in_features + 7) // 8),
@@ -427,7 +485,48 @@ class SparseLinear(nn.Module):
             verify(loaded)
         except FormatError as error:
             raise FormatError(f"{op}: {error}") from error
-        self.weight = loaded
+        return loaded
+
+
+def check_before_loading(model: nn.Module) -> None:
+    """Let model.load_state_dict look at every compressed layer of a state_dict before it changes
+    anything, so that a damaged one leaves the whole model as it was. Once per model is enough."""
+    hooks = model._load_state_dict_pre_hooks.values()
+    if not any(getattr(hook, "hook", hook) is _check_state_dict for hook in hooks):
+        model.register_load_state_dict_pre_hook(_check_state_dict)
+
+
+def _check_state_dict(
+    model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, *_: Any
+) -> None:
+    assign = bool((metadata or {}).get("assign_to_params_buffers", False))
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear) and module is not model:
+            own = f"{prefix}{name}."
+            found = module._stored(state_dict, own)
+            if found:
+                module._checked_weight(found, own, assign)
+            bias = state_dict.get(f"{own}bias")
+            if module.bias is not None and isinstance(bias, Tensor):
+                expected = f"'bias' of shape {list(module.bias.shape)}"
+                got = list(bias.shape)
+                op = f"{_OP}.load_state_dict({own.rstrip('.')!r})"
+                check(list(module.bias.shape) == got, op, expected, got, _DAMAGED, FormatError)
+
+
+def _warn_overflow(name: str, old: Tensor, new: Tensor) -> None:
+    """Say how many finite numbers a narrower dtype has made infinite."""
+    wider = torch.finfo(old.dtype).max > torch.finfo(new.dtype).max
+    if not wider or new.is_meta or old.is_meta:
+        return
+    lost = int((new.isinf() & old.to(new.device).isfinite()).sum())
+    if lost:
+        warnings.warn(
+            f"{_OP}.to: {lost} of {old.numel()} numbers of a {name} are beyond {new.dtype} and "
+            "became Inf. Use torch.bfloat16, or scale the weight.",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def _stored_as(

@@ -174,6 +174,9 @@ class _Transformers:
             parameters = inspect.signature(model.forward).parameters
         except (TypeError, ValueError):
             parameters = {}  # type: ignore[assignment]
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        # What the forward takes; None where that is anything.
+        self.known = None if open_ended or not parameters else {*parameters, "labels"}
         self.extra = {"use_cache": False} if "use_cache" in parameters else {}
         self.main = getattr(model, "main_input_name", "input_ids")
         self.doubled = (
@@ -242,13 +245,17 @@ class _Transformers:
         return list(ids.to(torch.int64).reshape(-1, ids.shape[-1]).unbind())
 
     def _check_ids(self, ids: Tensor, name: str) -> None:
+        usable = not ids.is_meta and ids.layout == torch.strided
+        got = "a meta tensor" if ids.is_meta else str(ids.layout)
+        check(usable, self.op, f"token ids with data as {name}", got, "", TypeError)
         integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
         remedy = "Tokenise the text first."
         check(integer, self.op, f"integer token ids as {name}", ids.dtype, remedy, TypeError)
         right = ids.dim() in (1, 2) and ids.numel() > 0
         remedy = f"Reshape the {name}."
         check(right, self.op, "token ids [samples, tokens]", tuple(ids.shape), remedy)
-        low, high = int(ids.min()), int(ids.max())
+        wide = ids.to(torch.int64)
+        low, high = int(wide.min()), int(wide.max())
         embedding = input_embedding(self.model)
         size = getattr(getattr(embedding, "weight", None), "shape", None)
         if size is not None:
@@ -328,10 +335,33 @@ class _Transformers:
                 with contextlib.suppress(TypeError, ValueError, RuntimeError):
                     value = torch.as_tensor(value)
             made[str(key)] = value
-        for key in ("input_ids", "decoder_input_ids"):
-            if isinstance(made.get(key), Tensor):
-                self._check_ids(made[key], key)
+        for key, mask_key in (
+            ("input_ids", "attention_mask"),
+            ("decoder_input_ids", "decoder_attention_mask"),
+        ):
+            ids, mask = made.get(key), made.get(mask_key)
+            if not isinstance(ids, Tensor):
+                continue
+            self._check_ids(ids, key)
+            made[key] = ids.to(torch.int64)
+            if isinstance(mask, Tensor) and mask.dim() == ids.dim():
+                expected, got = f"{mask_key} of shape {list(ids.shape)} as {key}", list(mask.shape)
+                check(mask.shape == ids.shape, self.op, expected, got)
+        self._check_range(made, "position_ids", self.positions)
+        types = getattr(self.model.config, "type_vocab_size", None)
+        self._check_range(made, "token_type_ids", types if isinstance(types, int) else None)
+        unknown = [] if self.known is None else sorted(set(made) - self.known)
+        expected = f"inputs of {type(self.model).__name__}.forward in every dict"
+        check(not unknown, self.op, expected, ", ".join(unknown), "Leave them out.")
         return made
+
+    def _check_range(self, item: dict[str, Any], key: str, count: int | None) -> None:
+        """Numbers that look up a table of `count` rows."""
+        value = item.get(key)
+        if count is None or not isinstance(value, Tensor) or value.is_floating_point():
+            return
+        low, high = int(value.min()), int(value.max())
+        check(low >= 0 and high < count, self.op, f"{key} in 0..{count - 1}", f"{low}..{high}")
 
     def _single_row(self, item: dict[str, Any]) -> Tensor | None:
         """The ids of a sample that has nothing else to say: a row of a dataset."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsekern.oneshot.discovery import Layer
+from sparsekern.oneshot.experts import ExpertPools
 from sparsekern.prune import Hessian
 
 
@@ -30,7 +31,8 @@ class HessianCollector:
     its Hessian is made without.
 
     Positions that `keep` calls padding stay out: an input [samples, tokens, ...], or its rows
-    [samples * tokens, in_features], is cut to the tokens that are kept.
+    [samples * tokens, in_features], is cut to the tokens that are kept. Experts, which get some of
+    the rows, are run without the others (experts.py); `fill` makes up for those that saw few.
 
     Args:
         layers: layers to watch.
@@ -53,11 +55,33 @@ class HessianCollector:
         # Inputs of the dense model in this batch, by layer, in order of the calls.
         self._dense: dict[str, list[Tensor]] = {}
         self._dense_rows = 0  # of the first layer that was called there: the batch's tokens
-        self.watches_dense = False  # what runs now is the dense model
-        self.keep: tuple[Tensor, ...] = ()  # bool [samples, tokens] each, of the batch that runs
+        self.experts = ExpertPools(layers, device)
         self._handles: list[RemovableHandle] = []
 
+    @property
+    def watches_dense(self) -> bool:
+        """Whether what runs now is the dense model."""
+        return self.experts.watches_dense
+
+    @watches_dense.setter
+    def watches_dense(self, value: bool) -> None:
+        self.experts.watches_dense = value
+
+    @property
+    def keep(self) -> tuple[Tensor, ...]:
+        """bool [samples, tokens] each, of the batch that runs: False is padding."""
+        return self.experts.keep
+
+    @keep.setter
+    def keep(self, value: tuple[Tensor, ...]) -> None:
+        self.experts.keep = value
+
+    def fill(self) -> None:
+        """After the last batch, within the context: the rule for experts that saw few tokens."""
+        self.experts.fill(self.hessians, self._leader)
+
     def __enter__(self) -> HessianCollector:
+        self._handles += self.experts.watch()
         for layer in self.layers:
             hook = self._make_hook(layer.name)
             self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -90,12 +114,25 @@ class HessianCollector:
     def _make_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+            if not self.experts.listens(name):
+                return
+            if self.experts.filling is not None:
+                hessian, rows = self.experts.filling.get(name) or (
+                    Hessian(x.shape[-1], self.device),
+                    0,
+                )
+                hessian.add(x.to(self.device))
+                self.experts.filling[name] = hessian, rows + x.numel() // x.shape[-1]
+                return
             if self.watches_dense:
                 self._dense.setdefault(name, []).append(x)
                 self._dense_rows = self._dense_rows or x.numel() // x.shape[-1]
                 return
             key = (id(x), x._version)
             self._calls[name] = self._calls.get(name, 0) + 1
+            if name in self.experts.tokens:
+                bare = self._without_padding(x)
+                self.experts.tokens[name] += 0 if bare is None else bare.numel() // x.shape[-1]
             if self.share and name not in self._leader and self._first_batch and key in self._seen:
                 leader = self._seen[key][1]
                 if self._calls[leader] == 1:  # its Hessian holds this input and nothing else
@@ -119,8 +156,8 @@ class HessianCollector:
 
     def _without_padding(self, x: Tensor | None) -> Tensor | None:
         """x, cut to the positions that count where it has one row or more for each of them."""
-        if x is None:
-            return None
+        if x is None or self.experts.bare:
+            return x
         for keep in self.keep:
             samples, tokens = keep.shape
             if tuple(x.shape[:2]) == (samples, tokens) and x.dim() > 2:

@@ -1,5 +1,5 @@
 """compress_model: a model whose weights are 2:4 already, from elsewhere or trained under a mask,
-becomes one with SparseLinear layers. No weight changes."""
+becomes one with SparseLinear layers. No weight changes, unless they are to be quantised."""
 
 from __future__ import annotations
 
@@ -11,22 +11,38 @@ import torch
 from torch import nn
 
 from sparsekern.backends.compress import compress
+from sparsekern.formats.layouts import ROWMAJOR
+from sparsekern.nn.count import num_parameters
 from sparsekern.nn.replace import replace_module
-from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
 from sparsekern.oneshot import discovery as models
+from sparsekern.oneshot.experts import with_experts_apart
 from sparsekern.oneshot.layerwise import new_report
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.oneshot.selection import select
+from sparsekern.ops.quantize import GROUPS, checked_group
+from sparsekern.ops.quantize import quantize as quantized
 
 OP = "sparsekern.compress_model"
 
 
-def compress_model(model: nn.Module, skip: Any = (), *, targets: Any = None) -> PruneReport:
+@with_experts_apart
+def compress_model(
+    model: nn.Module,
+    skip: Any = (),
+    *,
+    targets: Any = None,
+    quantize: str | None = None,
+    quantize_group: int | None = None,
+) -> PruneReport:
     """Replace every linear layer whose weight is 2:4 by a SparseLinear, in place; W' = W.
 
     Args:
-        model: any nn.Module.
+        model: any nn.Module; experts in 3-D parameters count one by one.
         skip, targets: as in prune_model; nothing is skipped by default.
+        quantize: None, or "fp8" | "int8" | "int4": the weights become levels with scales, each
+            weight its nearest one (prune.rtn). prune_model has the quantiser that reads inputs.
+        quantize_group: columns that share a scale, of int4: 64, 128 or None (128).
     Returns:
         PruneReport: one row per weight that takes part in matrix products, method "as it was";
         others stay dense with the reason, "not 2:4" among them.
@@ -36,9 +52,14 @@ def compress_model(model: nn.Module, skip: Any = (), *, targets: Any = None) -> 
         UserWarning: nothing, or less than half of the weights that no rule leaves out, is 2:4.
     """
     start = time.perf_counter()
+    if quantize is not None:
+        checked_group(OP, quantize, quantize_group, max(GROUPS))
     model = models.unwrapped(model)
     selection = select(model, skip, (2, 4), True, targets=targets, op=OP)
-    report = PruneReport(type(model).__name__, "as it was", {"skip": [str(s) for s in skip]})
+    options: dict[str, Any] = {"skip": [str(s) for s in skip]}
+    if quantize is not None:
+        options |= {"quantize": quantize, "quantize_group": quantize_group}
+    report = PruneReport(type(model).__name__, "as it was", options)
     with torch.inference_mode(False), torch.no_grad():
         for layer in selection.layers:
             row = new_report(layer)
@@ -49,15 +70,23 @@ def compress_model(model: nn.Module, skip: Any = (), *, targets: Any = None) -> 
                 finite = bool(weight.isfinite().all())
                 if most <= 2 and finite:
                     old, w24 = layer.module, compress(weight.contiguous())
+                    if quantize is not None:
+                        group = quantize_group
+                        w24 = quantized(w24, quantize, group=group, scale="mse", layout=ROWMAJOR)
+                        group_text = f" g{w24.spec.group}" if w24.spec.group else ""
+                        row.quantized = f"{quantize}{group_text} rtn"
                     bias: Any = getattr(old, "bias", None)
                     new: SparseLinear = SparseLinear.from_sparse24(w24, bias)
-                    replace_module(model, old, new)
+                    replace_module(layer.home or model, old, new)
                     layer.module = new
                     row.skipped, row.method, row.is_24 = False, "as it was", True
                     row.bytes_sparse = w24.nbytes
                 else:
                     row.reason = f"not 2:4 ({most} of 4 kept)" if finite else "NaN or Inf"
             report.layers.append(row)
+    check_before_loading(model)
+    counted = num_parameters(model)
+    report.parameters = {"dense": counted.dense, "stored": counted.stored}
     report.seconds = time.perf_counter() - start
     if report.partial:
         why = "; ".join(f"{share:.0%} {text} ({n})" for text, n, share in report.why_dense()[:4])

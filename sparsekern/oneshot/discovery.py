@@ -30,6 +30,7 @@ from torch.nn.utils import parametrize
 from sparsekern.errors import check
 from sparsekern.formats import dtypes
 from sparsekern.nn.replace import dense_weight, is_conv1d, is_linear
+from sparsekern.nn.sparse_experts import SparseExperts
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.prune.hessian import exact_float32
 
@@ -63,6 +64,8 @@ class Layer:
     reason: why it stays as it is, None if it is to be pruned.
     parameter: the attribute that holds the weight.
     asked: False where a rule of the caller left it dense.
+    owner, expert: of a matrix of an expert, the SparseExperts that holds it, and (its name, index
+        of the expert, parameter).      tokens: that the expert saw in the calibration.
     """
 
     name: str
@@ -71,6 +74,9 @@ class Layer:
     reason: str | None = None
     parameter: str = "weight"
     asked: bool = True
+    owner: nn.Module | None = None
+    expert: tuple[str, int, str] | None = None
+    tokens: int | None = None
     raw: bool = field(default=False, repr=False)  # no linear layer: shape and bytes as stored
 
     @property
@@ -93,6 +99,13 @@ class Layer:
         if isinstance(self.module, SparseLinear):
             return str(self.module.weight.dtype).removeprefix("torch.")
         return str(self.weight.dtype).removeprefix("torch.")
+
+    @property
+    def home(self) -> nn.Module | None:
+        """The module right above a matrix of an expert, which nothing else holds; else None."""
+        if self.owner is None or self.expert is None:
+            return None
+        return self.owner._modules[str(self.expert[1])]
 
     @property
     def is_24(self) -> bool:
@@ -234,11 +247,19 @@ def find_layers(
         for key, child in parent.named_children():
             parents[id(child)].append((parent, key))
     tied, adapters, read = tied_names(model), _adapters(model), _Readers()
+    experts = {
+        f"{name}.{i}.{key}".lstrip("."): (module, (name, i, key))
+        for name, module in model.named_modules()
+        if isinstance(module, SparseExperts)
+        for i in range(module.recipe.experts)
+        for key, _ in module.recipe.matrices
+    }
     layers: list[Layer] = []
     for name, module in model.named_modules():
         block = index_of.get(id(module))
         if isinstance(module, SparseLinear):
             layers.append(Layer(name, module, block, ALREADY))
+            layers[-1].owner, layers[-1].expert = experts.get(name, (None, None))
             continue
         linear = is_linear(module) or computes_linear(module)
         if linear and isinstance(getattr(module, "weight", None), Tensor):
@@ -247,6 +268,7 @@ def find_layers(
                 not meta, op, f"weights in memory, {name}", "a meta tensor", "Load the model first."
             )
             layer = Layer(name, module, block)
+            layer.owner, layer.expert = experts.get(name, (None, None))
             layer.raw = layer.weight.dim() != 2
             layer.reason = _why_not(layer, tied.get(name), pattern)
             if layer.reason is None and name in adapters:

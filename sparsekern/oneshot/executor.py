@@ -29,11 +29,13 @@ from torch import Tensor, nn
 from sparsekern.errors import check
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.replace import replace_module, write_weight
+from sparsekern.nn.sparse_experts import unfuse_experts
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot.calibration import Batch, make_batches
 from sparsekern.oneshot.collector import HessianCollector, SharingChanged
 from sparsekern.oneshot.discovery import Layer
+from sparsekern.oneshot.experts import merge_passes, put_together, split_passes
 from sparsekern.oneshot.selection import Selection, select
 from sparsekern.oneshot.sequential import Walk, call_block, probe
 from sparsekern.oneshot.skip import DEFAULT_RULE
@@ -92,7 +94,8 @@ def calibrate(
             anything runs.
     Notes:
         Training flags and config.use_cache are changed while an iteration is open, and put back
-        when it ends, is closed or fails. Weights that were replaced stay replaced. What only a
+        when it ends, is closed or fails, and so are modules with experts in 3-D parameters, which
+        are taken apart from the call on. Weights that were replaced stay replaced. What only a
         caller with several processes needs: give each its own part of the data, add its Hessians up
         (Hessian.merge) before each solve, and replace by the same weights everywhere.
     """
@@ -107,21 +110,27 @@ def calibrate(
         "both of them",
     )
     model = models.unwrapped(model)
-    selection = select(model, skip, (2, 4), True, targets=targets, op=op)
-    calibration = Calibration(
-        model,
-        selection,
-        op=op,
-        device=device,
-        true_sequential=true_sequential,
-        beside_dense=beside_dense,
-        offload=None if offload_activations == "auto" else bool(offload_activations),
-        hessians=hessians,
-    )
-    if data is not None:
-        calibration.batches = make_batches(
-            data, model, batch_size, calibration.device, tokenizer, op
+    apart = unfuse_experts(model)
+    try:
+        selection = select(model, skip, (2, 4), True, targets=targets, op=op)
+        calibration = Calibration(
+            model,
+            selection,
+            op=op,
+            device=device,
+            true_sequential=true_sequential,
+            beside_dense=beside_dense,
+            offload=None if offload_activations == "auto" else bool(offload_activations),
+            hessians=hessians,
         )
+        if data is not None:
+            calibration.batches = make_batches(
+                data, model, batch_size, calibration.device, tokenizer, op
+            )
+    except BaseException:
+        put_together(model, apart)
+        raise
+    calibration.apart = apart
     return calibration
 
 
@@ -266,6 +275,10 @@ class Stage:
 
     # ---------------------------------------------------------------------------------- the run's
 
+    def _tick(self, what: str, done: int) -> None:
+        if self._run.on_tick is not None:
+            self._run.on_tick(self.key, what, done, len(self._run.batches))
+
     def _walk(self) -> Walk:
         walk = self._run.walk
         if walk is None or self.index is None:
@@ -277,12 +290,16 @@ class Stage:
         """Which layers are calibrated together: all of the stage, or with true_sequential one group
         of them per pass."""
         if self._forwards is None or not self._run.true_sequential:
-            return [self.layers] if self.layers else []
+            return split_passes(self.layers) if self._forwards is not None else self._at_once()
         groups, _ = self._collect(self.layers, first_batch_only=True)
         called = {name for group in groups for name in group}
         rest = [layer for layer in self.layers if layer.name not in called]
         passes = [[layer for layer in self.layers if layer.name in group] for group in groups]
-        return [*passes, rest] if rest else passes
+        passes = merge_passes([*passes, rest] if rest else passes)
+        return [part for layers in passes for part in split_passes(layers)]
+
+    def _at_once(self) -> list[list[Layer]]:
+        return [self.layers] if self.layers else []
 
     @_quiet
     def _collect(
@@ -311,10 +328,18 @@ class Stage:
             self._run.collector = collector
             try:
                 batches = cast(Forwards, self._forwards)()
-                for _ in self._beside_dense(collector, batches) if self._dense else batches:
+                # Later passes find changed weights, and no dense model.
+                beside = self._dense is not None and not self._dense_done
+                walked = self._beside_dense(collector, batches) if beside else batches
+                for done, _ in enumerate(walked, 1):
                     collector.end_batch()
                     if first_batch_only:
                         break
+                    self._tick("hessian", done)
+                if not first_batch_only:
+                    collector.fill()
+                    for layer in layers:
+                        layer.tokens = collector.experts.tokens.get(layer.name)
             finally:
                 self._run.collector = None
         return collector.groups(), collector.hessians
@@ -335,8 +360,8 @@ class Stage:
         if self._dense is not None and not self._dense_done and self._run.goes_on:
             self._dense_done = True
             with self._run.phase("forward"):
-                for _ in self._dense():
-                    pass
+                for done, _ in enumerate(self._dense(), 1):
+                    self._tick("dense", done)
 
     @_quiet
     def _finish(self) -> None:
@@ -344,8 +369,8 @@ class Stage:
         self._walk_dense()
         if self._advance is not None and self._run.goes_on:
             with self._run.phase("capture" if self.key == "stem" else "forward"):
-                for _ in self._advance():
-                    pass
+                for done, _ in enumerate(self._advance(), 1):
+                    self._tick("forward", done)
         for layer in self.layers:
             weight = self._new.pop(layer.name, None)
             if isinstance(weight, Sparse24):
@@ -362,6 +387,7 @@ class Calibration:
         beside_dense: as asked; with optional_dense it becomes False where the model is no chain.
         undo: what `rollback` takes back: the "run", the last "stage", or None: nothing.
         phases: seconds by phase: capture, hessian, forward and what the caller adds.
+        on_tick: called with (stage, phase, batches done, of how many) after each batch; or None.
     """
 
     def __init__(
@@ -393,13 +419,16 @@ class Calibration:
         )
         self.hessians = None if hessians is None else self._checked(hessians)
         self.phases: dict[str, float] = {}
+        self.on_tick: Callable[[str, str, int, int], None] | None = None
         self.walk: Walk | None = None
         self.collector: HessianCollector | None = None
         self.goes_on = True  # whether a stage after the present one needs its outputs
         self.chained = False
         self.optional_dense, self.undo = optional_dense, undo
         self._undo: list[tuple[nn.Module, Tensor, torch.device]] | None = [] if undo else None
-        self._replaced: list[tuple[nn.Module, nn.Module]] = []  # (old, new) since the last forget
+        # (above, old, new) since the last forget
+        self._replaced: list[tuple[nn.Module, nn.Module, nn.Module]] = []
+        self.apart: dict[str, Any] = {}  # modules with experts that the end puts together again
         self._training: dict[int, tuple[nn.Module, bool]] = {}
         self._planned: list[Stage] | None = None
         self._homes = {id(a.module): a.weight.device for a in selection.active}
@@ -414,7 +443,9 @@ class Calibration:
         done: keys of stages that are not calibrated, because the caller replaces their layers from
             what it stored.
         """
-        with self._evaluation_mode():
+        with contextlib.ExitStack() as stack:
+            stack.callback(put_together, self.model, self.apart)
+            stack.enter_context(self.evaluating())
             stages = self.plan()
             pending = [i for i, s in enumerate(stages) if s.layers and s.key not in done]
             last_needed = max(pending, default=-1)
@@ -446,7 +477,7 @@ class Calibration:
             return self._planned
         shown = None
         if blocks:
-            with self._evaluation_mode():
+            with self.evaluating():
                 shown = probe(model, blocks, outside, self.batches[0].probe(), self.home)
         if shown is None or not shown.chained:
             self._check_whole(bool(blocks))
@@ -473,6 +504,18 @@ class Calibration:
             stages.append(block_stage(i, **forwards))
         self._planned = [*stages, Stage("head", None, after, None, self, walk.head)]
         return self._planned
+
+    @_quiet
+    def captured(self, batches: list[Batch] | None = None) -> Walk:
+        """Another walk over the chain, at the inputs of its first block; of other batches where
+        they are given. To be called inside `evaluating`."""
+        known = cast(Walk, self.walk)
+        batches = self.batches if batches is None else batches
+        where = (self.device, self.home, known.offload)
+        walk = Walk(self.model, self.selection.blocks, batches, known.shown, *where)
+        for _ in walk.capture():
+            pass
+        return walk
 
     def _check_whole(self, has_blocks: bool) -> None:
         """The blocks are no chain: say so, or refuse what needs one."""
@@ -540,11 +583,12 @@ class Calibration:
         parameter = cast(Tensor, old.weight)
         bias = cast("Tensor | None", getattr(old, "bias", None))
         new: SparseLinear = SparseLinear.from_sparse24(weight.to(parameter.device), bias)
-        replace_module(self.model, old, new)
+        root = layer.home or self.model
+        replace_module(root, old, new)
         if id(old) in self._training:
             self._training[id(new)] = (new, self._training.pop(id(old))[1])
         if self._undo is not None:
-            self._replaced.append((old, new))
+            self._replaced.append((root, old, new))
             parameter.data = parameter.data.new_empty(0)
         # Nothing may hold on to the dense layer: its memory is freed here.
         layer.module = new
@@ -552,8 +596,8 @@ class Calibration:
     @_quiet
     def rollback(self) -> None:
         """Put back every layer as it was before the run, with undo."""
-        for old, new in reversed(self._replaced):
-            replace_module(self.model, new, old)
+        for root, old, new in reversed(self._replaced):
+            replace_module(root, new, old)
             if id(new) in self._training:
                 self._training[id(old)] = (old, self._training.pop(id(new))[1])
         for module, kept, where in self._undo or []:
@@ -573,7 +617,7 @@ class Calibration:
             self._undo.clear()
 
     @contextlib.contextmanager
-    def _evaluation_mode(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """model.eval() and use_cache = False in every config of the model for the duration; every
         module's own flag is restored."""
         before = self._training

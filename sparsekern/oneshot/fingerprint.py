@@ -15,6 +15,7 @@ import enum
 import functools
 import hashlib
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -31,27 +32,47 @@ _NOT_THE_MODEL = frozenset({"training", "name_or_path", "warnings_issued", "mode
 _NOT_THE_CONFIG = frozenset(
     {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"}
 )
+# What nn.Module itself keeps in every module, and what Transformers and accelerate leave there.
+_INTERNAL = frozenset(vars(nn.Module())) | {
+    "_compiled_call_impl",
+    "_hf_hook",
+    "_hf_peft_config_loaded",
+    "_is_hf_initialized",
+    "_old_forward",
+    "_weight_conversions",
+}
+# Choices of a config that its to_dict leaves out, and that results depend on.
+_CHOICES = ("_attn_implementation", "_experts_implementation")
+# Modules whose functions are what their names say; everything else is read.
+_LIBRARIES = frozenset({"torch", "numpy", "transformers", "sparsekern"}) | sys.stdlib_module_names
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+
+
+# {id: (value, its fingerprint)} of what a walk has met; "again" while it is still inside.
+Seen = dict[int, tuple[Any, str]]
 
 
 def of_model(model: nn.Module) -> str:
     """A text of 64 letters that changes when anything does that the model's outputs depend on."""
     sha = hashlib.sha256()
     codes: dict[type, str] = {}
+    seen: Seen = {}
+    for name, module in model.named_modules():  # a method of one of them is not a model of its own
+        seen[id(module)] = module, f"module {name}"
     for name, module in model.named_modules(remove_duplicate=False):
         kind = type(module)
         if kind not in codes:
-            codes[kind] = _of_class(kind)
+            codes[kind] = _of_class(kind, seen)
         sha.update(f"{name} {kind.__module__}.{kind.__qualname__} {codes[kind]}\n".encode())
         for key, value in sorted(vars(module).items()):
-            if key.startswith("_") or key in _NOT_THE_MODEL or isinstance(value, nn.Module):
+            if key in _INTERNAL or key in _NOT_THE_MODEL or isinstance(value, nn.Module):
                 continue
-            part = _attribute(value)
+            part = _attribute(value, seen)
             if part is not None:
                 sha.update(f"{key}={part}\n".encode())
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for hook in hooks.values():
-                sha.update(f"hook {_attribute(hook) or ''}\n".encode())
+                sha.update(f"hook {_attribute(hook, seen) or ''}\n".encode())
     tensors = [
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
@@ -62,9 +83,8 @@ def of_model(model: nn.Module) -> str:
             known[id(tensor)] = of_tensor(tensor)
         sha.update(f"{name} {known[id(tensor)]}\n".encode())
     config = getattr(model, "config", None)
-    to_dict = getattr(config, "to_dict", None)
-    if callable(to_dict):
-        sha.update(_of_value(_configuration(to_dict()), set()).encode())
+    if callable(getattr(config, "to_dict", None)):
+        sha.update(_of_config(config).encode())
     return sha.hexdigest()
 
 
@@ -94,15 +114,21 @@ def of_function(function: Callable[..., Any]) -> str:
     Raises:
         ValueError: it depends on something whose content cannot be read.
     """
-    return hashlib.sha256(_of_value(function, set()).encode()).hexdigest()
+    return hashlib.sha256(_of_value(function, {}).encode()).hexdigest()
 
 
-def _attribute(value: Any) -> str | None:
+def _attribute(value: Any, seen: Seen) -> str | None:
     """The fingerprint of a module's attribute; None for what has none (caches, handles, ...)."""
     try:
-        return _of_value(value, set())
+        return _of_value(value, seen)
     except ValueError:
         return None
+
+
+def _of_config(config: Any) -> str:
+    """A Transformers config, without what changes no result."""
+    text = _of_value(_configuration(config.to_dict()), {})
+    return text + "".join(f" {key}={getattr(config, key, None)!r}" for key in _CHOICES)
 
 
 def _configuration(value: Any) -> Any:
@@ -114,19 +140,22 @@ def _configuration(value: Any) -> Any:
     return value if isinstance(value, _PLAIN) else str(value)
 
 
-def _of_class(kind: type) -> str:
-    """The code of every function of a class, its bases up to nn.Module included."""
+def _of_class(kind: type, seen: Seen) -> str:
+    """The functions and attributes of a class, its bases up to nn.Module included; of functions
+    outside libraries what they read from their globals, too."""
     texts = []
     for base in kind.__mro__:
         if base in (nn.Module, object):
             break
         for name, value in sorted(vars(base).items()):
+            value = value.fget if isinstance(value, property) else value
             function = inspect.unwrap(getattr(value, "__func__", value))
             code = getattr(function, "__code__", None)
             if isinstance(code, CodeType):
-                texts.append(f"{name} {_of_code(code)}")
-            elif not name.startswith("_") and isinstance(value, _PLAIN):
-                texts.append(f"{name} {value!r}")
+                whole = None if _of_library(base.__module__) else _attribute(function, seen)
+                texts.append(f"{name} {whole or _of_code(code)}")
+            elif not name.startswith("__"):
+                texts.append(f"{name} {_attribute(value, seen) or ''}")
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
@@ -141,25 +170,36 @@ def _of_code(code: CodeType) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _of_value(value: Any, open_ids: set[int]) -> str:
+def _of_value(value: Any, seen: Seen) -> str:
     """The content of a value as text."""
     if isinstance(value, _PLAIN):
         return f"{type(value).__name__}:{value!r}"
-    if isinstance(value, Tensor):
-        return f"tensor:{of_tensor(value)}"
     if isinstance(value, enum.Enum):
         return f"enum:{value!r}"
     if isinstance(value, ModuleType):
         return f"module:{value.__name__}"
-    if isinstance(value, type):
-        return f"class:{value.__module__}.{value.__qualname__}"
-    if id(value) in open_ids:
-        return "again"
-    open_ids = open_ids | {id(value)}
+    if id(value) not in seen:
+        seen[id(value)] = value, "again"
+        try:
+            text = _of_object(value, seen)
+        except BaseException:
+            del seen[id(value)]
+            raise
+        seen[id(value)] = value, hashlib.sha256(text.encode()).hexdigest()
+    return seen[id(value)][1]
 
+
+def _of_object(value: Any, seen: Seen) -> str:
     def inner(part: Any) -> str:
-        return _of_value(part, open_ids)
+        return _of_value(part, seen)
 
+    if isinstance(value, Tensor):
+        return f"tensor:{of_tensor(value)}"
+    if isinstance(value, type):
+        text = f"class:{value.__module__}.{value.__qualname__}"
+        return text if _of_library(value.__module__) else f"{text}({_of_class(value, seen)})"
+    if hasattr(value, "to_json_string") and callable(getattr(value, "to_dict", None)):
+        return f"config:{_of_config(value)}"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{inner(k)}: {inner(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (set, frozenset)):
@@ -184,7 +224,8 @@ def _of_value(value: Any, open_ids: set[int]) -> str:
         return inner(torch.as_tensor(value))
     if dataclasses.is_dataclass(value) or (hasattr(value, "__dict__") and callable(value)):
         kind = type(value)
-        return f"{kind.__module__}.{kind.__qualname__}({_of_class(kind)}, {inner(vars(value))})"
+        code = _of_class(kind, seen)
+        return f"{kind.__module__}.{kind.__qualname__}({code}, {inner(vars(value))})"
     expected = "functions and models made of code, tensors and plain values"
     got = f"a {type(value).__module__}.{type(value).__qualname__}"
     remedy = (
@@ -194,9 +235,8 @@ def _of_value(value: Any, open_ids: set[int]) -> str:
 
 
 def _of_python_function(function: FunctionType, inner: Callable[[Any], str]) -> str:
-    library = (function.__module__ or "").split(".")[0]
     name = f"{function.__module__}.{function.__qualname__}"
-    if library in ("torch", "numpy", "transformers"):
+    if _of_library(function.__module__):
         return f"function:{name}:{_of_code(function.__code__)}"
     parts = [name, _of_code(function.__code__)]
     parts += [inner(function.__defaults__), inner(function.__kwdefaults__)]
@@ -208,10 +248,21 @@ def _of_python_function(function: FunctionType, inner: Callable[[Any], str]) -> 
                 parts.append("empty cell")
             else:
                 raise
-    for key in _global_names(function.__code__):
-        if key in function.__globals__:
-            parts.append(f"{key}={inner(function.__globals__[key])}")
+    names = _global_names(function.__code__)
+    for key in names:
+        if key not in function.__globals__:
+            continue
+        value = function.__globals__[key]
+        parts.append(f"{key}={inner(value)}")
+        if isinstance(value, ModuleType) and not _of_library(value.__name__):
+            # Names that the code reads from it: which of them, the code says.
+            found = {k: vars(value)[k] for k in names if k in vars(value)}
+            parts += [f"{key}.{k}={inner(v)}" for k, v in found.items()]
     return f"function({', '.join(parts)})"
+
+
+def _of_library(module: str | None) -> bool:
+    return (module or "").split(".")[0] in _LIBRARIES
 
 
 def _global_names(code: CodeType) -> list[str]:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from sparsekern import prune
 from sparsekern.errors import check
+from sparsekern.formats import sparse24
+from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.report import LayerReport
 from sparsekern.prune.methods import Method, apply_mask
@@ -30,6 +32,9 @@ class Options:
 
     masks: layer name -> bool [out_features, in_features], True = kept.
     values: of the method's own options.      damp: of refine and match_dense.
+    quantize: None or "fp8" | "int8" | "int4", of weights that are 2:4.
+    quantize_method: "gptq", "rtn", or None: gptq where there is a Hessian.
+    quantize_group: of int4.
     op: who asks, for messages.
     """
 
@@ -41,6 +46,9 @@ class Options:
     refine: int = 0
     match_dense: float = 0.0
     on_error: str = "raise"
+    quantize: str | None = None
+    quantize_method: str | None = None
+    quantize_group: int | None = None
     op: str = "sparsekern.oneshot.prune_group"
 
 
@@ -48,12 +56,13 @@ class Options:
 class Pruned:
     """One layer after pruning. weight [out_features, in_features] is zero where mask (bool, same
     shape) is False; both are None when the layer was skipped on error, and report.reason says
-    why."""
+    why. quantized: the weight as levels and scales, row-major, where that was asked for."""
 
     layer: Layer
     report: LayerReport
     weight: Tensor | None = None
     mask: Tensor | None = None
+    quantized: Sparse24 | None = None
 
 
 def new_report(layer: Layer, options: Options | None = None) -> LayerReport:
@@ -61,7 +70,7 @@ def new_report(layer: Layer, options: Options | None = None) -> LayerReport:
     stays as it is."""
     row = LayerReport(layer.name, layer.shape, layer.dtype, layer.block)
     row.bytes_dense, row.bytes_sparse = layer.bytes_dense, layer.bytes_now
-    row.is_24 = layer.is_24
+    row.is_24, row.tokens = layer.is_24, layer.tokens
     if options is None:
         row.skipped, row.reason = True, layer.reason
     else:
@@ -125,15 +134,18 @@ def _prune(layers: list[Layer], hessian: prune.Hessian | None, options: Options)
             pruned, kept, details = apply_mask(stacked, mask)
         else:
             pruned, kept, details = _call(method, layers, stacked, hessian, mask, options)
+        if options.refine and hessian is not None:
+            knobs: dict[str, Any] = {"steps": options.refine, "damp": options.damp}
+            pruned = prune.refine(stacked, pruned, kept, hessian, **knobs)
+        quantized = None
+        if options.quantize and method.finish is None:
+            quantized, _ = quantize(stacked, pruned, kept, hessian, options)
     except prune.PruneError as error:
         if options.on_error == "raise":
             raise
         if len(layers) > 1:
             return [p for layer in layers for p in _prune([layer], hessian, options)]
         return [_failed(layers[0], options, str(error))]
-    if options.refine and hessian is not None:
-        knobs: dict[str, Any] = {"steps": options.refine, "damp": options.damp}
-        pruned = prune.refine(stacked, pruned, kept, hessian, **knobs)
     details = details or prune.Details()
     notes = ["mask given"] if given and method.updates else []
     if hessian is not None and hessian.unmatched:
@@ -144,8 +156,9 @@ def _prune(layers: list[Layer], hessian: prune.Hessian | None, options: Options)
         known = None
     rows = [w.shape[0] for w in weights]
     outcome = []
-    parts = zip(layers, weights, torch.split(pruned, rows), torch.split(kept, rows))
-    for layer, weight, new, keep in parts:
+    split = [None] * len(rows) if quantized is None else sparse24.split_rows(quantized, rows)
+    parts = zip(layers, weights, torch.split(pruned, rows), torch.split(kept, rows), split)
+    for layer, weight, new, keep, levels in parts:
         report = new_report(layer, options)
         if hessian is not None:
             computes = known is None
@@ -154,13 +167,52 @@ def _prune(layers: list[Layer], hessian: prune.Hessian | None, options: Options)
             )
         if given and not method.updates:
             report.method = "mask"
-        report.damp, report.note = details.damp, note
+        few = None
+        if report.few_tokens:
+            few = f"saw {layer.tokens} tokens, fewer than in_features"
+        report.damp = details.damp
+        report.note = "; ".join(text for text in (few, note) if text) or None
         report.is_24 = options.pattern == (2, 4) or bool(given)
-        outcome.append(Pruned(layer, report, new, keep))
+        if levels is not None:
+            describe_quantized(report, weight, levels, hessian, options)
+        outcome.append(Pruned(layer, report, new, keep, levels))
     seconds = time.perf_counter() - start
     for p, count in zip(outcome, rows):
         p.report.seconds = seconds * count / max(1, sum(rows))
     return outcome
+
+
+def quantize(
+    dense: Tensor,
+    pruned: Tensor,
+    mask: Tensor,
+    hessian: prune.Hessian | None,
+    options: Options,
+) -> tuple[Sparse24, prune.QuantizeReport]:
+    """A pruned weight as levels and scales: prune.gptq towards the dense one, or prune.rtn."""
+    name, group = str(options.quantize), options.quantize_group
+    if hessian is None or options.quantize_method == "rtn":
+        return prune.rtn(pruned, name, mask=mask, hessian=hessian, group=group)
+    return prune.gptq(
+        pruned, hessian, name, mask=mask, target=dense, group=group, damp=options.damp
+    )
+
+
+def describe_quantized(
+    report: LayerReport,
+    dense: Tensor,
+    quantized: Sparse24,
+    hessian: prune.Hessian | None,
+    options: Options,
+) -> None:
+    """Enter into a row, which has the error of pruning, what quantisation adds to it."""
+    method = "rtn" if hessian is None else options.quantize_method or "gptq"
+    group = quantized.spec.group
+    report.quantized = f"{options.quantize}{f' g{group}' if group else ''} {method}"
+    if hessian is not None and report.relative_error is not None:
+        total = prune.relative_error(dense, quantized.to_dense(), hessian)
+        report.quantize_error = total - report.relative_error
+        report.relative_error = total
 
 
 def _given(layer: Layer, options: Options) -> bool:

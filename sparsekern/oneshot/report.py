@@ -21,6 +21,7 @@ SCHEMA = 1
 # Below this share of the weights that were to be pruned the run is partial: a warning, and exit
 # code 3 of the command line.
 PARTIAL = 0.5
+_RIGHT = ("pruning", "adds", "rel. error", "damp", "seconds")  # columns of numbers
 
 
 @dataclass
@@ -35,8 +36,10 @@ class LayerReport:
         block: index of its decoder block, None outside the blocks.
         method: "magnitude", "wanda", "sparsegpt", "mask" (mask passed in, weights kept) or the name
             of the score function.
-        relative_error: ‖(W − W')X‖²_F / ‖WX‖²_F over the calibration inputs X; None without
-            calibration.
+        relative_error: ‖(W − W')X‖²_F / ‖WX‖²_F over the calibration inputs X, of the weight as it
+            is left; None without calibration.
+        quantized: element type, group and method of the quantiser, as "int4 g128 gptq", or None.
+        quantize_error: the part of relative_error that quantisation added to that of pruning.
         damp: damping that SparseGPT used, as a share of the mean of the Hessian's diagonal; None
             for other methods.
         note: what was out of the ordinary (more damping, float64), or None.
@@ -47,6 +50,7 @@ class LayerReport:
             nothing is compressed.
         is_24: the weight is 2:4 now, pruned by this run or before it.
         asked: the layer was to be pruned; False where a rule of the caller leaves it dense.
+        tokens: that an expert saw in the calibration; None for other layers.
     """
 
     name: str
@@ -64,11 +68,20 @@ class LayerReport:
     bytes_sparse: int = 0
     is_24: bool = False
     asked: bool = True
+    tokens: int | None = None
+    quantized: str | None = None
+    quantize_error: float | None = None
 
     @property
     def elements(self) -> int:
         """Number of weights, counted dense."""
         return math.prod(self.shape)
+
+    @property
+    def few_tokens(self) -> bool:
+        """Whether an expert saw fewer tokens than it has in_features; oneshot/experts.py says what
+        it is pruned on."""
+        return self.tokens is not None and self.tokens < self.shape[1]
 
 
 @dataclass
@@ -82,6 +95,14 @@ class PruneReport:
         seconds: wall time of the call.
         phases: the same by phase: layer times (keep_dense), capture, hessian, prune, forward.
         resumed: stages that were loaded instead of computed.
+        preset: its name, None without.
+        rotation: the RotationReport's fields, or {"skipped": why}; None where none was asked for.
+        reconstruction: one dict per fit (reconstruct.Fit): blocks, held-out error before and after,
+            epochs, steps, kept, seconds, part.
+        estimate: what the run was expected to take: "seconds" and what that is "from", bytes of
+            "hidden_states" and "hessians".
+        parameters: {"dense": of the whole model, pruned numbers included, "stored": those that are
+            kept}; {} in reports of earlier versions.
         hessians: layer name -> Hessian, with keep_hessians; not in the JSON.
     """
 
@@ -94,6 +115,11 @@ class PruneReport:
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     resumed: int = 0
+    preset: str | None = None
+    rotation: dict[str, Any] | None = None
+    reconstruction: list[dict[str, Any]] = field(default_factory=list)
+    estimate: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
     hessians: dict[str, Hessian] | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -105,6 +131,12 @@ class PruneReport:
     def skipped(self) -> list[LayerReport]:
         """Layers that stayed dense; `.reason` says why."""
         return [layer for layer in self.layers if layer.skipped]
+
+    @property
+    def few_tokens(self) -> list[LayerReport]:
+        """Matrices of experts that saw fewer tokens in the calibration than they have
+        in_features."""
+        return [layer for layer in self.pruned if layer.few_tokens]
 
     @property
     def share(self) -> float:
@@ -145,32 +177,52 @@ class PruneReport:
         text = f"{self.model}: {counts}"
         if errors:
             text += f", relative error mean {sum(errors) / len(errors):.4g} worst {max(errors):.4g}"
+        kinds = sorted({row.quantized for row in self.pruned if row.quantized is not None})
+        if kinds:
+            text += f", quantised ({', '.join(kinds)})"
+            added = [e for e in (row.quantize_error for row in self.pruned) if e is not None]
+            text += f" which adds {sum(added) / len(added):.4g} in the mean" if added else ""
         dense, sparse = (
             sum(getattr(layer, key) for layer in self.pruned)
             for key in ("bytes_dense", "bytes_sparse")
         )
         if sparse != dense:
             text += f", pruned weights {_size(dense)} -> {_size(sparse)}"
+        if self.few_tokens:
+            text += f", {len(self.few_tokens)} matrices of experts saw few tokens"
         text += f", {self.share:.1%} of the linear weights are 2:4"
+        if self.preset:
+            text += f", preset {self.preset}"
+        if self.parameters and self.parameters["stored"] != self.parameters["dense"]:
+            text += (
+                f", {self.parameters['stored']:,} of {self.parameters['dense']:,} parameters kept"
+            )
         return f"{text}, {self.seconds:.1f} s"
 
     def table(self) -> str:
         """One row per layer, then the summary."""
-        head = ("layer", "shape", "method", "rel. error", "damp", "seconds", "note")
-        rows = [head]
+        head = ["layer", "shape", "method", "rel. error", "damp", "seconds", "note"]
+        with_levels = any(layer.quantized for layer in self.layers)
+        if with_levels:  # the columns of what each step adds
+            head[3:4] = ["pruning", "quantised", "adds", "rel. error"]
+        rows = [tuple(head)]
         for layer in self.layers:
             shape = "x".join(map(str, layer.shape))
             if layer.skipped:
-                rows.append((layer.name, shape, "dense", "", "", "", f"skipped: {layer.reason}"))
+                none = [""] * (len(head) - 4)
+                rows.append((layer.name, shape, "dense", *none, f"skipped: {layer.reason}"))
                 continue
             damp = "" if layer.damp is None else f"{layer.damp:g}"
-            error = "" if layer.relative_error is None else f"{layer.relative_error:.5f}"
-            note = layer.note or ""
-            rows.append(
-                (layer.name, shape, layer.method or "", error, damp, f"{layer.seconds:.3f}", note)
-            )
+            error, added = layer.relative_error, layer.quantize_error
+            errors = ["" if error is None else f"{error:.5f}"]
+            if with_levels:
+                before = error if error is None or added is None else error - added
+                steps = ("" if value is None else f"{value:.5f}" for value in (before, added))
+                errors[:0] = [next(steps), layer.quantized or "", next(steps)]
+            note, seconds = layer.note or "", f"{layer.seconds:.3f}"
+            rows.append((layer.name, shape, layer.method or "", *errors, damp, seconds, note))
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        right = {3, 4, 5}
+        right = {i for i, name in enumerate(head) if name in _RIGHT}
         lines = []
         for row in rows:
             cells = (
@@ -209,6 +261,7 @@ class PruneReport:
         for layer in self.layers:
             error = "" if layer.relative_error is None else f"{layer.relative_error:.5f}"
             result = "dense" if layer.skipped and not layer.is_24 else layer.method or "2:4"
+            result += f", {layer.quantized}" if layer.quantized else ""
             shape = "x".join(map(str, layer.shape))
             note = layer.reason or layer.note or ""
             rows.append((layer.name, shape, result, error, "yes" if layer.is_24 else "", note))

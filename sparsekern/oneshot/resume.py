@@ -3,10 +3,12 @@
     DIR/manifest.json              what was asked: calibration hash, method, options, fingerprints
     DIR/layer_times.json           what was measured for keep_dense
     DIR/block-00003.safetensors    the pruned layers of one stage; their LayerReports as metadata
+    DIR/rotation.safetensors       what was learnt before the walk (prune_model(rotate=))
     DIR/lock                       held while a process works in the folder
 
-A compressed layer is stored as NAME.compressed and NAME.bitmask (the tensors of a checkpoint), a
-masked dense one as NAME.weight. Files appear by rename, so a file that exists is complete; each
+A compressed layer is stored as NAME.compressed and NAME.bitmask (the tensors of a checkpoint), with
+NAME.weight_scale and NAME.spec (the text of its WeightSpec) where it is quantised, a masked dense
+one as NAME.weight. Files appear by rename, so a file that exists is complete; each
 carries a sha256 of its content together with the manifest, so that a flipped bit, or a file of
 another run, is noticed.
 """
@@ -22,17 +24,22 @@ from dataclasses import asdict
 from typing import IO, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsekern.errors import FormatError, check, message
-from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.formats.layouts import WeightSpec
+from sparsekern.formats.sparse24 import Sparse24, metadata_of_bitmask
 from sparsekern.oneshot import fingerprint
+from sparsekern.oneshot.calibration import Batch, digest
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.report import LayerReport
-from sparsekern.utils.files import write_atomic
+from sparsekern.oneshot.rotation import Rotated, rotate_on
+from sparsekern.utils.files import open_lock, open_regular, read_regular, write_atomic
 
 OP = "sparsekern.prune_model(resume=)"
 SCHEMA = 2
+ROTATION = "rotation.safetensors"
+MAX_JSON_BYTES = 2**26
 
 
 class ResumeDir:
@@ -54,7 +61,7 @@ class ResumeDir:
             remedy = "Give a folder."
             raise NotADirectoryError(message(OP, "a folder", f"the file {self.path}", remedy))
         os.makedirs(self.path, exist_ok=True)
-        self._lock: IO[str] | None = open(os.path.join(self.path, "lock"), "a")  # noqa: SIM115
+        self._lock: IO[bytes] | None = open_lock(os.path.join(self.path, "lock"))
         try:
             self._claim(json.loads(json.dumps({"schema": SCHEMA, **manifest})))
         except BaseException:
@@ -69,7 +76,7 @@ class ResumeDir:
             got, remedy = "another process at work in it", "Wait for it, or give another directory."
             raise ValueError(message(OP, f"{self.path} to be free", got, remedy)) from None
         file = os.path.join(self.path, "manifest.json")
-        if os.path.exists(file):
+        if os.path.lexists(file):
             stored = self._read_json(file)
             keys = [k for k in {**stored, **manifest} if stored.get(k) != manifest.get(k)]
             differences = "; ".join(
@@ -78,7 +85,8 @@ class ResumeDir:
             remedy = "Call it with the same model and arguments, or give another directory."
             check(not keys, OP, f"the run that {self.path} was started with", differences, remedy)
         else:
-            stages = [name for name in os.listdir(self.path) if name.endswith(".safetensors")]
+            stages = {name for name in os.listdir(self.path) if name.endswith(".safetensors")}
+            stages -= {ROTATION}
             expected = f"manifest.json beside the stages in {self.path}"
             remedy = "Delete the stages, or give another directory."
             check(not stages, OP, expected, "none", remedy)
@@ -99,7 +107,7 @@ class ResumeDir:
             FormatError: the stored file cannot be read, or is damaged.
         """
         file = os.path.join(self.path, f"{name}.json")
-        if os.path.exists(file):
+        if os.path.lexists(file):
             stored = self._read_json(file)
             sha = stored.pop("sha256", None)
             remedy = "Delete it to measure again."
@@ -123,9 +131,8 @@ class ResumeDir:
     def _read_json(self, file: str) -> dict[str, Any]:
         stored: Any
         try:
-            with open(file, encoding="utf-8") as stream:
-                stored = json.load(stream)
-        except (ValueError, RecursionError) as error:
+            stored = json.loads(read_regular(file, MAX_JSON_BYTES))
+        except (OSError, ValueError, RecursionError) as error:
             stored = error
         expected, remedy = f"{file} to hold JSON", "Delete the directory."
         check(isinstance(stored, dict), OP, expected, stored, remedy, FormatError)
@@ -136,7 +143,7 @@ class ResumeDir:
 
     def has(self, key: str) -> bool:
         """Whether the stage was finished."""
-        return os.path.exists(self._file(key))
+        return os.path.lexists(self._file(key))
 
     def save(
         self, key: str, results: dict[str, Sparse24 | Tensor], reports: list[LayerReport]
@@ -148,8 +155,14 @@ class ResumeDir:
         tensors: dict[str, Tensor] = {}
         for name, weight in results.items():
             if isinstance(weight, Sparse24):
-                tensors[f"{name}.compressed"] = weight.rowmajor().values.cpu().contiguous()
+                weight = weight.rowmajor()
+                tensors[f"{name}.compressed"] = weight.values.cpu().contiguous()
                 tensors[f"{name}.bitmask"] = weight.bitmask().cpu().contiguous()
+                if not weight.spec.element.plain:
+                    text = torch.tensor(list(weight.spec.text.encode()), dtype=torch.uint8)
+                    tensors[f"{name}.spec"] = text
+                    for part in weight.spec.element.tensors:
+                        tensors[f"{name}.{part}"] = weight.tensors[part].cpu().contiguous()
             else:
                 tensors[f"{name}.weight"] = weight.cpu().contiguous()
         rows = json.dumps([asdict(r) for r in reports])
@@ -172,6 +185,7 @@ class ResumeDir:
         shapes = {layer.name: layer.shape for layer in layers}
         results: dict[str, Sparse24 | Tensor] = {}
         try:
+            open_regular(self._file(key)).close()  # no pipe, which would make the next line wait
             with safe_open(self._file(key), "pt", device="cpu") as file:
                 metadata = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -185,11 +199,63 @@ class ResumeDir:
                 else:
                     parts = (tensors[f"{name}.{part}"] for part in ("compressed", "bitmask"))
                     values, bitmask = (part.to(device) for part in parts)
-                    results[name] = Sparse24.from_bitmask(values, bitmask, shapes[name])
-        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+                    if f"{name}.spec" not in tensors:
+                        results[name] = Sparse24.from_bitmask(values, bitmask, shapes[name])
+                        continue
+                    spec = WeightSpec.parse(bytes(tensors[f"{name}.spec"].tolist()).decode())
+                    named = {
+                        part: tensors[f"{name}.{part}"].to(device) for part in spec.element.tensors
+                    }
+                    metadata = metadata_of_bitmask(bitmask, shapes[name])
+                    results[name] = Sparse24.from_tensors(
+                        spec, {"values": values, "metadata": metadata, **named}
+                    )
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             problem = f"{OP}: {self._file(key)} is damaged ({error})."
             raise FormatError(f"{problem} Delete it to prune these layers again.") from error
         fits = all(tuple(results[name].shape) == shapes[name] for name in results)
         expected = f"{self._file(key)} to fit the model"
         check(fits, OP, expected, "other shapes", "Delete the file.", FormatError)
         return results, reports
+
+
+def rotate_resumed(
+    model: nn.Module,
+    batches: list[Batch],
+    device: torch.device,
+    path: str | os.PathLike[str],
+    options: dict[str, Any],
+) -> Rotated:
+    """rotate_on, with what was learnt stored in the folder `path`, or taken from there.
+
+    Raises:
+        ValueError: the folder holds the rotation of another model, calibration or options.
+        FormatError: the stored file cannot be read, or is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save
+
+    file = os.path.join(os.fspath(path), ROTATION)
+    asked = json.dumps([fingerprint.of_model(model), digest(batches), sorted(options.items())])
+    if not os.path.exists(file):
+        turned = rotate_on(model, batches, device, **options)
+        lost = [turned.report.lost_before, turned.report.lost_after]
+        tensors = {"basis": turned.basis, "lost": torch.tensor(lost, dtype=torch.float64)}
+        tensors |= {f"turns.{i}": turn for i, turn in enumerate(turned.turns)}
+        sha = fingerprint.of_tensors(sorted(tensors.items()), asked)
+        os.makedirs(os.fspath(path), exist_ok=True)
+        write_atomic(file, save(tensors, metadata={"sha256": sha, "asked": asked}))
+        return turned
+    try:
+        with safe_open(file, "pt", device="cpu") as stored:
+            metadata = stored.metadata()
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        was, sha = metadata["asked"], metadata["sha256"]
+        whole = sha == fingerprint.of_tensors(sorted(tensors.items()), was)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        text = f"{OP}: {file} is damaged ({error}). Delete the directory."
+        raise FormatError(text) from error
+    check(whole, OP, f"{file} as written", "other content", "Delete the directory.", FormatError)
+    remedy = "Call it with the same model and arguments, or give another directory."
+    check(was == asked, OP, f"the rotation that {path} was started with", "another", remedy)
+    return rotate_on(model, batches, device, known=tensors, **options)

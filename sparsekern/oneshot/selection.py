@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from sparsekern import prune
 from sparsekern.errors import check
+from sparsekern.formats.dtypes import quantized
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot import skip as skip_rules
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.layerwise import Options
+from sparsekern.ops.quantize import GROUPS, checked_group
+from sparsekern.prune.quantize import METHODS
 
 OP = "sparsekern.oneshot.select"
 
@@ -74,8 +77,31 @@ def check_options(
     check(not both, op, "match_dense or true_sequential", "both", remedy)
     on_error = options.on_error
     check(on_error in ("raise", "skip"), op, 'on_error "raise" or "skip"', repr(on_error))
+    _check_quantize(options, calibrated, op)
     expected = 'offload_activations True, False or "auto"'
     check(offload in (True, False, "auto"), op, expected, repr(offload))
+
+
+def _check_quantize(options: Options, calibrated: bool, op: str) -> None:
+    name, method, group = options.quantize, options.quantize_method, options.quantize_group
+    if name is None:
+        given = [
+            f"quantize_{k}" for k, v in (("method", method), ("group", group)) if v is not None
+        ]
+        check(not given, op, f"quantize= with {' and '.join(given)}", None, "Leave it out.")
+        return
+    quantized(op, name)
+    right = options.pattern == (2, 4)
+    check(right, op, "pattern (2, 4) with quantize=", options.pattern, "Leave quantize out.")
+    known = (None, *METHODS)
+    check(method in known, op, f"quantize_method in {known}", repr(method))
+    enough = calibrated or method != "gptq"
+    remedy = 'Pass token ids [samples, tokens] as calibration=, or quantize_method="rtn".'
+    check(enough, op, 'calibration for quantize_method="gptq"', None, remedy)
+    known_group = group is None or group in GROUPS
+    check(known_group, op, f"quantize_group None or one of {GROUPS}", repr(group))
+    if group is not None:
+        checked_group(op, name, group, max(GROUPS))
 
 
 def select(
@@ -127,7 +153,8 @@ def check_weights(selection: Selection, options: Options, compress: bool) -> Non
             Inf and on_error="raise".
         TypeError: a mask is not bool.
     """
-    _check_masks(selection.layers, options.masks, compress, options.op)
+    pairs = compress or options.quantize is not None
+    _check_masks(selection.layers, options.masks, pairs, options.op)
     for layer in selection.active:
         if not bool(layer.weight.isfinite().all()):
             remedy = 'Repair the checkpoint, or pass on_error="skip".'
@@ -176,6 +203,10 @@ def describe(
     described |= options.values
     if options.match_dense:
         described["match_dense"] = options.match_dense
+    if options.quantize:
+        described["quantize"] = options.quantize
+        described["quantize_method"] = options.quantize_method
+        described["quantize_group"] = options.quantize_group
     if options.refine:
         described |= {"refine": options.refine, "damp": options.damp}
     return described

@@ -257,7 +257,7 @@ class Walk:
             if self.offload is None:
                 self.offload = self._too_large(inputs[0])
             self.calls.append(calls)
-            self.hidden.append(self._keep(inputs[0]))
+            self.hidden.append(self.keep(inputs[0]))
             yield
 
     def block(self, index: int, keep: bool) -> Iterator[None]:
@@ -267,7 +267,7 @@ class Walk:
             self.begin(self.batches[i])
             output = call_block(self.blocks[index], calls[index], self.hidden[i].to(self.device))
             if keep:
-                self.hidden[i] = self._keep(output)
+                self.hidden[i] = self.keep(output)
             yield
 
     def dense_block(self, index: int) -> Iterator[None]:
@@ -280,7 +280,7 @@ class Walk:
         for i, calls in enumerate(self.calls):
             self.begin(self.batches[i])
             output = call_block(self.blocks[index], calls[index], self._dense[i].to(self.device))
-            self._dense_outputs[i] = self._keep(output)
+            self._dense_outputs[i] = self.keep(output)
             yield
 
     def stem(self) -> Iterator[None]:
@@ -322,7 +322,8 @@ class Walk:
         with stubbed(self.blocks, make), contextlib.suppress(StopForward):
             batch.run(self.model, self.home)
 
-    def _keep(self, hidden: Tensor) -> Tensor:
+    def keep(self, hidden: Tensor) -> Tensor:
+        """Hidden states where this walk keeps them: on the device, or on the host."""
         return hidden.to("cpu" if self.offload else self.device)
 
     def inputs(self) -> Iterator[Tensor]:
@@ -334,6 +335,14 @@ class Walk:
         """The same of the dense model, once `dense_block` has run for this block."""
         for hidden in self._dense:
             yield hidden.to(self.device)
+
+    def dense_input(self, index: int) -> Tensor:
+        """Batch `index` of them, on the device."""
+        return self._dense[index].to(self.device)
+
+    def dense_output(self, index: int) -> Tensor:
+        """What the dense block made of that."""
+        return self._dense_outputs[index].to(self.device)
 
     def _too_large(self, hidden: Tensor) -> bool:
         if self.device.type != "cuda":

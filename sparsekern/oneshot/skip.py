@@ -8,6 +8,13 @@ A rule is a string, an int or a range; the forms, tried in this order:
     "*.down_proj" "a.[0-3].*" glob on the full layer name (any of * ? [ makes a rule a glob)
     "model.layers.0.mlp"      exact name of a layer, or of a module: every layer below it
     "LlamaMLP" "Linear"       class name of a layer, or of a module that holds it
+    "rule-of-thumb"           the output embedding, and the attention of the first block
+    "skip.json"               a file: {"skip": [rules]} (SensitivityReport.save_skip); alone, not
+                              in a list
+
+The matrices of experts have one name for each expert, "model.layers.0.mlp.experts.3.down_proj"; the
+name of the parameter that holds all of them, "model.layers.0.mlp.experts.down_proj", stands for
+them in every form.
 
 A rule that matches no layer is an error that names the rule and the nearest names: a typing error
 must not silently prune what should have stayed dense. The one exception is "lm_head", the default:
@@ -19,25 +26,50 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from torch import nn
 
-from sparsekern.errors import check, message
+from sparsekern.errors import FormatError, check, message
+from sparsekern.nn.sparse_experts import SparseExperts
 
 OP = "sparsekern.oneshot.skip"
 DEFAULT_RULE = "lm_head"
+RULE_OF_THUMB = "rule-of-thumb"
+_ATTENTION = re.compile(r"\.(\w*attn|\w*attention)\.", re.IGNORECASE)
 
 
 def as_rules(skip: Any) -> tuple[Any, ...]:
-    """The rules as a tuple; a single string, int or range counts as one rule, None as no rule."""
+    """The rules as a tuple; a single string, int or range counts as one rule, None as no rule. The
+    rules of a file for the path of one.
+
+    Raises:
+        FileNotFoundError: there is no such file.      FormatError: it holds no rules.
+    """
     if skip is None:
         return ()
+    if isinstance(skip, os.PathLike) or (isinstance(skip, str) and skip.endswith(".json")):
+        return _read(os.fspath(skip))
     if isinstance(skip, (str, int, range)):
         return (skip,)
     return tuple(skip)
+
+
+def _read(path: str) -> tuple[Any, ...]:
+    """The rules in a file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except ValueError as error:
+        raise FormatError(message(OP, f"{path} to hold JSON", str(error))) from None
+    rules = content.get("skip") if isinstance(content, dict) else None
+    fits = isinstance(rules, list) and all(isinstance(rule, (str, int)) for rule in rules)
+    check(fits, OP, f'{{"skip": [rules]}} in {path}', repr(content)[:80], exc=FormatError)
+    return tuple(rules or ())
 
 
 def resolve(
@@ -91,6 +123,14 @@ class _Rules:
         self.names, self.block_of, self.block_count = names, block_of, block_count
         self.output_layers, self.kind, self.op = output_layers, kind, op
         self.modules = dict(model.named_modules())
+        # Experts go by the name of the parameter that holds all of them, too.
+        self.fused = {
+            f"{name}.{i}.{key}": f"{name}.{key}"
+            for name, module in self.modules.items()
+            if isinstance(module, SparseExperts)
+            for i in range(module.recipe.experts)
+            for key, _ in module.recipe.matrices
+        }
 
     def match(self, rule: Any) -> list[str]:
         """Names of the layers that one rule matches."""
@@ -100,6 +140,12 @@ class _Rules:
             return [
                 n for n in names if n in output or _below(n, rule) or n.endswith("." + DEFAULT_RULE)
             ]
+        if rule == RULE_OF_THUMB:
+            first = set(self._in_blocks({0}, rule))
+            attention = [n for n in names if n in first and _ATTENTION.search(n)]
+            if not attention:
+                self._fail(rule, "to find an attention in the first block", "none", "Use names.")
+            return [*self.match(DEFAULT_RULE), *attention]
         if not isinstance(rule, str):
             return self._in_blocks(self._indices(rule), rule)
         hits = self._match_text(rule)
@@ -122,14 +168,19 @@ class _Rules:
                 remedy = "Correct the pattern."
                 expected = f"{self.kind} rule {rule!r} to hold a regular expression"
                 raise ValueError(message(self.op, expected, str(error), remedy)) from None
-            return [n for n in names if pattern.match(n)]
+            return [n for n in names if any(pattern.match(text) for text in self._texts(n))]
         if any(c in rule for c in "*?["):
-            return [n for n in names if fnmatch.fnmatchcase(n, rule)]
+            return [n for n in names if any(fnmatch.fnmatchcase(t, rule) for t in self._texts(n))]
+        if rule in self.fused.values():
+            return [n for n in names if self.fused.get(n) == rule]
         if rule in self.modules or rule in names:
             return [n for n in names if _below(n, rule)]
         return [
-            n for n in names if any(type(m).__name__ == rule for m in _holders(n, self.modules))
+            n for n in names if any(rule in _class_names(m) for m in _holders(n, self.modules))
         ]
+
+    def _texts(self, name: str) -> tuple[str, ...]:
+        return (name, self.fused[name]) if name in self.fused else (name,)
 
     def _in_blocks(self, indices: set[int], rule: Any) -> list[str]:
         hits = [n for n in self.names if self.block_of.get(n) in indices]
@@ -182,13 +233,19 @@ def _holders(name: str, modules: dict[str, nn.Module]) -> list[nn.Module]:
     return [modules[path] for path in _ancestors(name) if path in modules]
 
 
+def _class_names(module: nn.Module) -> tuple[str, ...]:
+    name = type(module).__name__
+    return (name, module.kind.__name__) if isinstance(module, SparseExperts) else (name,)
+
+
 def near(rule: str, names: Sequence[str], modules: dict[str, nn.Module] | None = None) -> str:
     """The remedy of the error: what the rule (or the name of a mask) may have meant."""
     if modules and any(n.rsplit(".", 1)[-1] == rule for n in names):
         return f'To match every layer of that name, write "*.{rule}".'
     classes: set[str] = set()
     if modules:
-        classes = {type(m).__name__ for n in names for m in _holders(n, modules)}
+        holders = (m for n in names for m in _holders(n, modules))
+        classes = {kind for m in holders for kind in _class_names(m)}
     above = (p for n in names for p in _ancestors(n) if p)
     pool = list(dict.fromkeys([*names, *above, *sorted(classes)]))
     close = difflib.get_close_matches(rule.removeprefix("re:"), pool, n=3, cutoff=0.4)

@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsekern.backends import compress as fastest
 from sparsekern.backends import registry
 from sparsekern.errors import message
-from sparsekern.formats import sparse24
+from sparsekern.formats import dtypes, sparse24
 from sparsekern.formats.layouts import layout as layout_named
 from sparsekern.formats.sparse24 import Sparse24, verify
 
@@ -27,6 +27,7 @@ def compress(
     *,
     layout: str | None = None,
     dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
 ) -> Sparse24:
     """w, or w with the elements outside the mask set to zero, in 2:4 form.
 
@@ -41,6 +42,8 @@ def compress(
             or the name of a registered layout.
         dtype: None for that of w, or the element type to store the values as: a plain dtype, or
             the name of a coded type that has a codec (formats/dtypes.py).
+        quantize: None, or "fp8" | "int8" | "int4", as sparsekern.quantize(compress(w), quantize),
+            which has more options. Not together with dtype.
     Returns:
         Sparse24 on the device of w. It depends on the dense content alone: a kept element that is
         0.0 frees its slot (see codec.SLOT_TABLE).
@@ -49,7 +52,14 @@ def compress(
             message names the row, the columns and the counts.   TypeError: dtype.   And what
             Sparse24.to_layout raises.
     """
-    return _finished("sparsekern.compress", fastest.compress(w, mask), layout, dtype)
+    op = "sparsekern.compress"
+    if quantize is not None:
+        dtypes.quantized(op, quantize)
+        if dtype is not None:
+            got = f"dtype={dtype!r} and quantize={quantize!r}"
+            raise ValueError(message(op, "one of dtype and quantize", got, "Leave dtype out."))
+        dtype = quantize
+    return _finished(op, fastest.compress(w, mask), layout, dtype)
 
 
 def prune_compress(

@@ -16,6 +16,7 @@ from sparsekern.errors import message
 from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.ops import linear_op as ops
+from sparsekern.ops import transforms
 
 _OP = "sparsekern.gated_linear"
 
@@ -36,16 +37,21 @@ def gated_linear(x: Tensor, gate24: Sparse24, up24: Sparse24) -> Tensor:
         NotImplementedError: no backend can run this problem.
     Notes:
         Fused, it is rounded once; composed, both halves are rounded to x.dtype before the product.
-        Gradients flow to x. Under autocast, x is cast to the weights' dtype.
+        Gradients flow to x. Under autocast the result has its dtype: see sparsekern.linear.
     """
     ops.check_types(_OP, x, gate24)
     ops.check_types(_OP, x, up24)
-    if x.dtype != gate24.dtype and ops.autocast(x):
-        x = x.to(gate24.dtype)
+    rounded = ops.autocast(x)
+    if rounded is not None:
+        x, (gate24, up24) = ops.under_autocast(rounded, x, gate24, up24)
+        with torch.autocast(x.device.type, enabled=False):
+            return gated_linear(x, gate24, up24).to(rounded)
     _check(x, gate24.spec, gate24.values, up24.spec, up24.values)
-    if x.requires_grad and torch.is_grad_enabled():
+    transformed = transforms.active() and not torch.compiler.is_dynamo_compiling()
+    if transformed or (x.requires_grad and torch.is_grad_enabled()):
         return ops.linear(x, gate24, None, "silu") * ops.linear(x, up24)
     if ops.needs_custom_op(x, None):
+        ops.refuse_onnx(_OP)
         gate, up = list(gate24.tensors.values()), list(up24.tensors.values())
         y: Tensor = torch.ops.sparsekern.gated_linear(x, gate, gate24.spec.text, up, up24.spec.text)
         return y

@@ -24,13 +24,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad as _forward_ad
 
 from sparsekern.backends import compress as fastest
 from sparsekern.backends import cpu, memory, registry
 from sparsekern.backends.protocol import Launch, Problem, problem_of
 from sparsekern.errors import message
+from sparsekern.formats import dtypes
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.ops import transforms
 
 _OP = "sparsekern.linear"
 _ACTIVATIONS = (None, "relu", "gelu", "silu")
@@ -38,6 +41,8 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _is_compiling = torch.compiler.is_compiling
 _is_traced = torch.compiler.is_dynamo_compiling  # quicker; other tracers bring tensors of their own
 _is_grad_enabled = torch.is_grad_enabled
+_jit_trace = torch._C._get_tracing_state
+_any_autocast = torch._C._is_any_autocast_enabled
 
 # {what decides: launch}. What decides: shape and strides of x (None: contiguous), its dtype and
 # GPU, the weight's spec, the activation, whether there is a bias, the backend that is asked for.
@@ -98,8 +103,10 @@ def check_types(op: str, x: object, w24: object) -> None:
         remedy = "Call sparsekern.compress(w)."
         raise TypeError(message(op, "weight of type Sparse24", got, remedy))
     if not isinstance(x, Tensor):
-        got = type(x).__name__
-        raise TypeError(message(op, "x of type Tensor", got, "Call torch.as_tensor(x)."))
+        got, remedy = type(x).__name__, "Call torch.as_tensor(x)."
+        if got == "Proxy":  # of torch.fx: a graph cannot hold a Sparse24
+            remedy = "Trace a model whose layers are SparseLinear modules, or torch.fx.wrap a call."
+        raise TypeError(message(op, "x of type Tensor", got, remedy))
 
 
 # ---- computing -----------------------------------------------------------------------------------
@@ -315,10 +322,33 @@ _linear_op.register_autograd(_backward, setup_context=_save_for_backward)
 _input_grad_op.register_autograd(_double_backward, setup_context=_save_for_double_backward)
 
 
-def autocast(x: Tensor) -> bool:
-    """True where autocast is on for the device of x."""
+def autocast(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives linear layers on the device of x; None where it is off."""
     kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def under_autocast(
+    dtype: torch.dtype, x: Tensor, *weights: Sparse24
+) -> tuple[Tensor, tuple[Sparse24, ...]]:
+    """x and the weights in one dtype, for a result that is then rounded to autocast's `dtype`:
+    that of the weights, so that nothing but x is cast; where it is another 16-bit one, `dtype`."""
+    if weights[0].dtype not in (dtype, torch.float32) and dtype in dtypes.PLAIN:
+        weights = tuple(w24.to(dtype=dtype) for w24 in weights)
+    if x.dtype is not weights[0].dtype and x.is_floating_point():
+        x = x.to(weights[0].dtype)
+    return x, weights
+
+
+def refuse_onnx(op: str) -> None:
+    """NotImplementedError within torch.onnx.export, which has no operator for these weights."""
+    watched = _jit_trace() is not None or (_is_compiling() and not _is_traced())
+    if watched and torch.onnx.is_in_onnx_export():
+        expected, got = "a dense model for ONNX", "one with compressed layers"
+        remedy = "Export sparsekern.decompress_model(copy.deepcopy(model))."
+        raise NotImplementedError(message(op, expected, got, remedy))
 
 
 def _wants_gradient(bias: Tensor | None) -> bool:
@@ -327,7 +357,7 @@ def _wants_gradient(bias: Tensor | None) -> bool:
 
 def needs_custom_op(x: Tensor, bias: Tensor | None) -> bool:
     """True where the call must be seen: gradients, tracing, tensors without data."""
-    if _is_compiling() or type(x) not in _PLAIN_TYPES or x.is_meta:
+    if _is_compiling() or type(x) not in _PLAIN_TYPES or x.is_meta or _jit_trace() is not None:
         return True
     if not _is_grad_enabled():  # first, because then no tensor is asked
         return False
@@ -368,7 +398,11 @@ def linear(
         without layout=, holds one copy. Within torch.compile, in a graph capture before the first
         call, and with backend=, it is used as it is.
         Gradients flow to x and bias, twice if wanted; the weight is frozen. The pre-activation is
-        computed again in backward. Under autocast, x and bias are cast to the weight's dtype.
+        computed again in backward. Under autocast the result has autocast's dtype, as with
+        nn.Linear; x and bias are cast to the weight's dtype (a 16-bit weight to autocast's, call by
+        call, where that is the other one), and what is accumulated is rounded once more.
+        Under torch.func (grad, jvp, vmap, ...) and forward-mode AD the product is rounded before
+        bias and activation, which are then added in float32.
         float32 never runs in TF32. On the CPU 16-bit inputs are multiplied in float32 (exact
         products, and no need for fast 16-bit matmuls; see backends/cpu.py).
         Bitwise reproducible for a fixed config; the config depends on the number of tokens.
@@ -385,6 +419,9 @@ def linear(
     if (
         type(x) is Tensor
         and not _is_traced()
+        and _forward_ad._current_level < 0
+        and not _any_autocast()
+        and _jit_trace() is None
         and not (_is_grad_enabled() and (x.requires_grad or _wants_gradient(bias)))
     ):
         dtype, index = x.dtype, x.get_device()
@@ -412,11 +449,17 @@ def linear(
             y = launch(x, w24, bias)
             if y is not None:
                 return y
-    if x.dtype is not spec.dtype and autocast(x):
-        x = x.to(spec.dtype)
-        bias = None if bias is None else bias.to(spec.dtype)
+    rounded = autocast(x)
+    if rounded is not None:
+        x, (w24,) = under_autocast(rounded, x, w24)
+        bias = None if bias is None else bias.to(w24.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return linear(x, w24, bias, activation, backend=backend).to(rounded)
     check_linear(_OP, x, spec, values, bias, activation)
+    if transforms.active() and not _is_traced():
+        return transforms.linear(x, w24, bias, activation, backend)
     if needs_custom_op(x, bias):
+        refuse_onnx(_OP)
         if backend is None and spec.layout == ROWMAJOR and _is_eager(x):
             w24 = in_best_layout(w24)
             spec, tensors = w24.spec, w24.tensors

@@ -1,6 +1,6 @@
 """Measures every variant of the CUDA kernels on every problem: what `sparsekern tune` does.
 
-A cell is a shape, a dtype and a number of tokens. In each cell
+A cell is a shape, the types of weight and x (KINDS), and a number of tokens. In each cell
 
     1. every variant gets one short sample, the one that heuristics choose first, then in order of
        their predictions, until the screening time is used up;
@@ -28,17 +28,32 @@ from dataclasses import dataclass, field
 import torch
 
 from sparsekern import _native
+from sparsekern.backends import quantize_rows
 from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.backends.cuda import tuned_tables as tuning
+from sparsekern.backends.cuda.configs import Types
 from sparsekern.errors import message
 from sparsekern.formats import dtypes
 from sparsekern.formats.tile64 import pack
 from sparsekern.ops.compress import decompress, prune_compress
+from sparsekern.ops.quantize import quantize
 from sparsekern.profiling.layer_bench import copies_beyond_cache, graph_sampler
 
 OP = "sparsekern tune"
 DTYPES = {dtypes.PLAIN[dtype].name: dtype for dtype in dtypes.NATIVE}
+# What can be tuned, by the names that tables use. Of quantised weights with x of 16 bits up to
+# DECODE_TOKENS alone, since more tokens are quantised; y in the 16-bit type of the widest range.
+EIGHT = tuple(kind.name for kind in dtypes.elements() if kind.scaled and kind.bits == 8)
+_16 = dtypes.PLAIN[dtypes.DEFAULT_16_BIT].name
+KINDS = {
+    types.key: types
+    for types in (
+        *(Types.of(name) for name in DTYPES),
+        *(Types(name, name, _16) for name in EIGHT),
+        *(Types(name, _16, _16) for name in EIGHT),
+    )
+}
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 # (out_features, in_features) of Llama-3 1B, 3B, 8B and 70B, one line each: q+k+v, o, gate+up, down,
 # then gate or up alone, k or v alone.
@@ -149,18 +164,26 @@ def _turn(sample: Callable[[], float], burst_s: float, clock: Callable[[], float
 
 
 class Layer:
-    """One shape and dtype on a GPU: weights for timing, weights of whole numbers for the check."""
+    """One shape and its types on a GPU: weights for timing, weights of whole numbers for the check.
 
-    def __init__(self, out_features, in_features, dtype, device):
+    dtype is that of y; types: those of weight and x, too, where they are not the same.
+    """
+
+    def __init__(self, out_features, in_features, dtype, device, types: Types | None = None):
         self.shape, self.dtype, self.device = (out_features, in_features), dtype, device
+        self.types = Types.of(dtypes.PLAIN[dtype].name) if types is None else types
         self.generator = torch.Generator(device).manual_seed(0)
         weight = torch.empty(self.shape, dtype=dtype, device=device)
         weight.normal_(0, in_features**-0.5, generator=self.generator)
-        self.weights = [pack(prune_compress(weight))]
+        plain = self.types.weight == self.types.y
+        timed = prune_compress(weight)
+        self.weights = [pack(timed if plain else quantize(timed, self.types.weight))]
         count = copies_beyond_cache(self.weights[0].nbytes)
         self.weights += [self.weights[0].clone() for _ in range(count - 1)]
         rows = prune_compress(self._integers(weight))
-        self.exact, self.exact_dense = pack(rows), decompress(rows)
+        self.exact_dense = decompress(rows)
+        ones = torch.ones(out_features, 1, device=device)
+        self.exact = pack(rows if plain else quantize(rows, self.types.weight, scale=ones))
         size = _native.module().prefill_workspace_bytes()
         self.workspace = torch.zeros(size, dtype=torch.uint8, device=device)
         torch.cuda.synchronize(device)  # kernels may read weights before queued work has ended
@@ -172,7 +195,11 @@ class Layer:
     def names(self, tokens: int) -> list[str]:
         """The variants that can run, in the order to try them: heuristics' choice first."""
         index = self.device.index
-        chosen = cuda_backend.heuristic(tokens, *self.shape, index)
+        runnable = cuda_backend.runnable(index, self.types)
+        kernels = {name: kernel for name, (kernel, _) in runnable.items()}
+        if tokens > heuristics.DECODE_TOKENS and {*kernels.values()} <= {"decode"}:
+            return []
+        chosen = cuda_backend.heuristic(tokens, *self.shape, index, self.types)
         multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
 
         known = {heuristics.name(variant): variant for variant in heuristics.TIMES}
@@ -180,9 +207,9 @@ class Layer:
         def predicted(name):
             if name not in known:
                 return math.inf
-            return heuristics.predicted_us(known[name], tokens, *self.shape, multiprocessors)
+            problem = tokens, *self.shape, multiprocessors, self.types.bits
+            return heuristics.predicted_us(known[name], *problem)
 
-        kernels = {name: kernel for name, (kernel, _) in cuda_backend.runnable(index).items()}
         decode = tokens <= heuristics.DECODE_TOKENS
         mma = heuristics.mma_considered(tokens, *self.shape) or "prefill" not in kernels.values()
         split = heuristics.split_considered(tokens, *self.shape)
@@ -211,12 +238,17 @@ class LayerCell:
         options = dict(dtype=layer.dtype, device=layer.device)
         padded = torch.empty(tokens, -(-in_features // 8) * 8, **options)  # rows need no copy
         self.x = padded.normal_(generator=layer.generator)[:, :in_features]
+        self.x_scale = self.ones = None
+        if layer.types.x != layer.types.y:
+            self.x, self.x_scale = quantize_rows.quantize(self.x, layer.types.x, 16)
+            self.ones = torch.ones_like(self.x_scale)
         self.y = torch.empty(tokens, out_features, **options)
         self.expected = self.exact_x = None
 
     def launcher(self, name, weight, x=None):
-        x = self.x if x is None else x
-        return cuda_backend.launcher(name, x, weight, self.y, self.layer.workspace)
+        x, x_scale = (self.x, self.x_scale) if x is None else (x, self.ones)
+        scale = () if x_scale is None else (x_scale,)
+        return cuda_backend.launcher(name, x, weight, self.y, self.layer.workspace, *scale)
 
     def sampler(self, name: str) -> Callable[[], float]:
         out_features, in_features = self.layer.shape
@@ -234,9 +266,10 @@ class LayerCell:
     def wrong(self, name: str) -> str:
         layer = self.layer
         if self.expected is None:
-            self.exact_x = layer._integers(self.x)
+            numbers = layer._integers(self.y.new_empty(self.x.shape))
             with _full_precision_sums():
-                self.expected = torch.nn.functional.linear(self.exact_x, layer.exact_dense)
+                self.expected = torch.nn.functional.linear(numbers, layer.exact_dense)
+            self.exact_x = numbers.to(self.x.dtype)
         self.y.fill_(float("nan"))
         self.launcher(name, layer.exact, self.exact_x)()
         if torch.equal(self.y, self.expected):
@@ -276,7 +309,7 @@ def tune(
 
     Args:
         shapes: (out_features, in_features), in_features a multiple of 4.
-        tokens: numbers of tokens. dtypes: "float16", "bfloat16".
+        tokens: numbers of tokens. dtypes: names of KINDS.
         device: a GPU that has the CUDA kernels.
         path: of the table file; None: the user's own.
         budget: seconds; no cell is begun after them.
@@ -300,7 +333,9 @@ def tune(
                 if clock() - begin >= budget:
                     untuned += len(tokens)
                     continue
-                layer, found = make_layer(*shape, DTYPES[dtype], device), []
+                types, found = KINDS[dtype], []
+                more = () if dtype in DTYPES else (types,)
+                layer = make_layer(*shape, DTYPES[types.y], device, *more)
                 layer.warm_up()
                 for number in sorted(set(tokens)):
                     if clock() - begin >= budget:
@@ -310,6 +345,8 @@ def tune(
                     products = number * shape[0] * shape[1]
                     burst_s = BURST_S if products >= heuristics.SUSTAINED_PRODUCTS else 0.0
                     names = layer.names(number)
+                    if not names:
+                        continue
                     cell = tune_cell(number, names, at.sampler, at.wrong, burst_s=burst_s)
                     say(f"{what}, {cell or f'{number} tokens: NO CORRECT VARIANT'}")
                     found += [cell] if cell else []

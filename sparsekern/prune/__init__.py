@@ -9,6 +9,7 @@ True = kept; every rule is deterministic and keeps the higher column of a tie, o
     sparsegpt.py   sparsegpt, SparseGPTReport
     retarget.py    retarget (aim at the dense model's outputs)
     refine.py      refine (least squares for the weights that a mask keeps)
+    quantize.py    gptq, rtn (the kept weights as fp8, int8 or int4)
     methods.py     Method, register_method: the registry that prune_model and the command line read
 """
 
@@ -24,6 +25,7 @@ from sparsekern.prune.methods import (
     register_method,
     unregister_method,
 )
+from sparsekern.prune.quantize import QuantizeReport, gptq, rtn
 from sparsekern.prune.refine import refine
 from sparsekern.prune.retarget import retarget
 from sparsekern.prune.sparsegpt import METHOD as SPARSEGPT
@@ -39,7 +41,9 @@ __all__ = [
     "Method",
     "Option",
     "PruneError",
+    "QuantizeReport",
     "SparseGPTReport",
+    "gptq",
     "magnitude_mask",
     "methods",
     "nm_mask",
@@ -47,6 +51,7 @@ __all__ = [
     "register_method",
     "relative_error",
     "retarget",
+    "rtn",
     "sparsegpt",
     "unregister_method",
     "wanda_mask",

@@ -1,9 +1,47 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and files that are read only if they are files."""
 
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
+from typing import BinaryIO
+
+
+class NotRegular(OSError):
+    """A pipe, a device or a folder where a file is expected."""
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """A regular file, opened for reading without waiting, as somebody at the other end of a pipe
+    could make one do. A link to a regular file is one.
+
+    Raises:
+        FileNotFoundError: nothing of that name.   NotRegular: something else.   OSError: not
+        readable.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        kind = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(kind):
+            raise NotRegular(f"{os.fspath(path)} is no regular file")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        FileNotFoundError, OSError: as open_regular; OSError for more than max_bytes.
+    """
+    with open_regular(path) as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(f"{os.fspath(path)} has more than {max_bytes} bytes")
+    return data
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
@@ -22,3 +60,17 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def open_lock(path: str | os.PathLike[str]) -> BinaryIO:
+    """A file to hold a lock on, made where there is none and never emptied.
+
+    Raises:
+        OSError: something else of that name, or the folder cannot be written.
+    """
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags, 0o644)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NotRegular(f"{os.fspath(path)} is no regular file")
+    return os.fdopen(descriptor, "ab")

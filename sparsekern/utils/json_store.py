@@ -23,9 +23,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsekern.utils.files import write_atomic
+from sparsekern.utils.files import open_lock, read_regular, write_atomic
 
 VERSION = 1
+MAX_BYTES = 2**26  # the shipped tables have some 100 KiB
 
 _warned: set[str] = set()
 
@@ -85,21 +86,26 @@ def update(
 def _read(path: str | os.PathLike[str], version: int) -> tuple[dict[str, Any], str]:
     """(entries, ""), or ({}, why the file cannot be used)."""
     try:
-        content = json.loads(Path(path).read_bytes())
+        content = json.loads(read_regular(path, MAX_BYTES), parse_constant=_no_number)
     except FileNotFoundError:
         return {}, ""
     except (OSError, ValueError, RecursionError) as error:
         return {}, f"{type(error).__name__}: {error}"
     if not isinstance(content, dict) or not isinstance(content.get("entries"), dict):
         return {}, 'expected {"version": ..., "entries": {...}}'
-    if content.get("version") != version:
-        return {}, f"expected version {version}, got {content.get('version')!r}"
+    found = content.get("version")
+    if type(found) is not int or found != version:
+        return {}, f"expected version {version}, got {str(found)[:40]}"
     return content["entries"], ""
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no JSON")
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Holds the exclusive lock of `path`, against other processes and other threads."""
-    with open(f"{path}.lock", "a") as file:
+    with open_lock(f"{path}.lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield  # closing the file releases the lock

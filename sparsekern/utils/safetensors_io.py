@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsekern.errors import FormatError, check, message
+from sparsekern.utils import files
 
 OP = "sparsekern.checkpoint"
 SINGLE_FILE = "model.safetensors"
@@ -83,7 +83,10 @@ def open_regular(path: Path, where: str) -> BinaryIO:
     """A file opened for reading; FormatError for a pipe, a device, a folder, or what cannot be
     read. It never waits: opening a pipe without a writer would."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        return files.open_regular(path)
+    except files.NotRegular:
+        got = "a pipe, a device or a folder of this name"
+        raise FormatError(message(where, "a regular file", got)) from None
     except (OSError, ValueError) as error:
         raise FormatError(
             message(
@@ -93,10 +96,6 @@ def open_regular(path: Path, where: str) -> BinaryIO:
                 f"Is {path.parent} a model folder?",
             )
         ) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        require(False, where, "a regular file", "a pipe, a device or a folder of this name")
-    return os.fdopen(descriptor, "rb")
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:

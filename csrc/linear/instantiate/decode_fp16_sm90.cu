@@ -2,5 +2,5 @@
 #include "linear/decode_launch_sm90.cuh"
 
 namespace sparsekern {
-SK_INSTANTIATE_LINEAR(decode::linear, __half)
+SK_INSTANTIATE_LINEAR(__half, __half, __half, decode::linear)
 }

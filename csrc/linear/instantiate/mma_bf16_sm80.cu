@@ -2,5 +2,5 @@
 #include "linear/mma_launch_sm80.cuh"
 
 namespace sparsekern {
-SK_INSTANTIATE_LINEAR(mma::linear, __nv_bfloat16)
+SK_INSTANTIATE_LINEAR(__nv_bfloat16, __nv_bfloat16, __nv_bfloat16, mma::linear)
 }

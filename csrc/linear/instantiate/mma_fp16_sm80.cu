@@ -2,5 +2,5 @@
 #include "linear/mma_launch_sm80.cuh"
 
 namespace sparsekern {
-SK_INSTANTIATE_LINEAR(mma::linear, __half)
+SK_INSTANTIATE_LINEAR(__half, __half, __half, mma::linear)
 }

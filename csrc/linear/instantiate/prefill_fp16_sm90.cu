@@ -2,5 +2,5 @@
 #include "linear/prefill_launch_sm90.cuh"
 
 namespace sparsekern {
-SK_INSTANTIATE_LINEAR(prefill::linear, __half)
+SK_INSTANTIATE_LINEAR(__half, __half, __half, prefill::linear)
 }

@@ -2,5 +2,5 @@
 #include "linear/splitk_launch_sm90.cuh"
 
 namespace sparsekern {
-SK_INSTANTIATE_LINEAR(split::linear, __nv_bfloat16)
+SK_INSTANTIATE_LINEAR(__nv_bfloat16, __nv_bfloat16, __nv_bfloat16, split::linear)
 }

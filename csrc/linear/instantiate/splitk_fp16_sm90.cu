@@ -2,5 +2,5 @@
 #include "linear/splitk_launch_sm90.cuh"
 
 namespace sparsekern {
-SK_INSTANTIATE_LINEAR(split::linear, __half)
+SK_INSTANTIATE_LINEAR(__half, __half, __half, split::linear)
 }

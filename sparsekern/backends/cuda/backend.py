@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sparsekern.backends.cuda import configs
+from sparsekern.backends.cuda import configs, scaled_linear
 from sparsekern.backends.cuda import linear as kernels
 from sparsekern.backends.protocol import Explained, Launch, Problem
 from sparsekern.formats import dtypes
@@ -20,22 +20,51 @@ class CudaBackend:
     name = "cuda"
     layout = LAYOUT
     gated = True
+    quantized = True
 
     def supports(self, problem: Problem) -> str | None:
         if problem.gated is not None:
             return kernels.why_not_gated(problem)
+        if not problem.spec.element.plain:
+            return scaled_linear.why_not(problem)
         return kernels.why_not(problem)
 
     def bind(self, problem: Problem) -> Launch:
-        return kernels.bind(problem) if problem.gated is None else kernels.bind_gated(problem)
+        if problem.gated is not None:
+            return kernels.bind_gated(problem)
+        if not problem.spec.element.plain:
+            return scaled_linear.bind(problem)
+        return kernels.bind(problem)
 
     def explain(self, problem: Problem) -> Explained:
+        if not problem.spec.element.plain:
+            return _on_tile64(scaled_linear.explain(problem))
         dtype = dtypes.PLAIN[problem.dtype].name
         chosen = configs.choose(problem.tokens, *problem.sizes, dtype, problem.gpu)
         return Explained(chosen.variant, f"{_RUNS}; {chosen.why}", chosen.us)
 
     def prefers(self, spec: WeightSpec, device: torch.device) -> str | None:
-        return LAYOUT if spec.element.plain and kernels.packs(device, spec.dtype) else None
+        if spec.element.plain:
+            return LAYOUT if kernels.packs(device, spec.dtype) else None
+        return LAYOUT if scaled_linear.packs(spec, device) else None
+
+
+class PreciseBackend:
+    """Weights of e4m3 with sums in float32 (csrc/linear/mainloop_sm90.cuh); only on request."""
+
+    name = "cuda-precise"
+    quantized = True
+
+    def supports(self, problem: Problem) -> str | None:
+        if problem.spec.element.plain:
+            return f"backend 'cuda-precise' is for quantised weights, got {problem.spec.storage}"
+        return scaled_linear.why_not(problem, precise=True)
+
+    def bind(self, problem: Problem) -> Launch:
+        return scaled_linear.bind(problem, precise=True)
+
+    def explain(self, problem: Problem) -> Explained:
+        return _on_tile64(scaled_linear.explain(problem, precise=True))
 
 
 class MmaBackend:
@@ -52,3 +81,7 @@ class MmaBackend:
     def explain(self, problem: Problem) -> Explained:
         tile = configs.mma_tile(problem.tokens, *problem.sizes, problem.gpu)
         return Explained(f"mma {tile}", _RUNS)
+
+
+def _on_tile64(explained: Explained) -> Explained:
+    return explained._replace(why=f"the layout is 'tile64'; {explained.why}")

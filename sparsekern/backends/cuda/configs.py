@@ -15,7 +15,15 @@ import torch
 from sparsekern import _native
 from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda import tuned_tables as tuning
-from sparsekern.backends.cuda.cost_model import MmaTile, RowBlocks, SplitTile, Tile, Variant
+from sparsekern.backends.cuda.cost_model import (
+    Bits,
+    MmaTile,
+    RowBlocks,
+    SplitTile,
+    Tile,
+    Variant,
+)
+from sparsekern.formats import dtypes
 
 # ---- what can run --------------------------------------------------------------------------------
 
@@ -65,48 +73,82 @@ def hopper_refusal(index: int) -> str:
 # ---- what to run ---------------------------------------------------------------------------------
 
 
-def _rows(kernel: str, kind: type[Any]) -> dict[Any, int]:
-    """{variant: index of its config} of one kernel of the native module."""
-    rows = _native.module().kernels()[kernel]
+class Types(NamedTuple):
+    """Names of element types: of a weight's values, of x and of y."""
+
+    weight: str
+    x: str
+    y: str
+
+    @staticmethod
+    def of(dtype: str) -> Types:
+        """All the same."""
+        return Types(dtype, dtype, dtype)
+
+    @property
+    def key(self) -> str:
+        """What tuned tables call them: y matters little."""
+        return self.x if self.weight == self.x else f"{self.weight} weight, {self.x}"
+
+    @property
+    def bits(self) -> Bits:
+        return Bits(dtypes.element(self.weight).bits, dtypes.element(self.x).bits)
+
+
+_PLAIN = Types.of(dtypes.PLAIN[dtypes.DEFAULT_16_BIT].name)
+
+
+def _rows(kernel: str, kind: type[Any], types: Types) -> dict[Any, int]:
+    """{variant: index of its config} of one kernel of the native module, for these types."""
+    rows = (row for row in _native.module().kernels()[kernel] if types in row["types"])
     return {kind(*(row[field] for field in kind._fields)): row["index"] for row in rows}
 
 
 @cache
-def _tiles() -> dict[Tile, int]:
-    return _rows("prefill", Tile)
+def _tiles(types: Types = _PLAIN) -> dict[Tile, int]:
+    return _rows("prefill", Tile, types)
 
 
 @cache
-def _mma_tiles() -> dict[MmaTile, int]:
-    return _rows("mma", MmaTile)
+def _mma_tiles(types: Types = _PLAIN) -> dict[MmaTile, int]:
+    return _rows("mma", MmaTile, types)
 
 
-def _built() -> dict[Variant, tuple[str, int]]:
+def _built(types: Types = _PLAIN) -> dict[Variant, tuple[str, int]]:
     """{variant as in cost_model.py: (kernel, its config)} of the native module."""
     found: dict[Variant, tuple[str, int]] = {}
     for kernel, rows in (
-        ("decode", _rows("decode", RowBlocks)),
-        ("prefill", _tiles()),
-        ("split", _rows("split", SplitTile)),
-        ("mma", _mma_tiles()),
+        ("decode", _rows("decode", RowBlocks, types)),
+        ("prefill", _tiles(types)),
+        ("split", _rows("split", SplitTile, types)),
+        ("mma", _mma_tiles(types)),
     ):
         found |= {variant: (kernel, index) for variant, index in rows.items()}
     return found
 
 
 @cache
-def variants() -> dict[str, tuple[str, int]]:
-    """{name: (kernel, its config)} of everything that the module was built with.
+def variants(types: Types = _PLAIN) -> dict[str, tuple[str, int]]:
+    """{name: (kernel, its config)} of everything that the module was built with for these types.
 
     The names are what `sparsekern.explain` shows and what tuned tables hold.
     """
-    return {heuristics.name(variant): of for variant, of in _built().items()}
+    return {heuristics.name(variant): of for variant, of in _built(types).items()}
 
 
-def runnable(index: int) -> dict[str, tuple[str, int]]:
-    """The variants that GPU `index` chooses among: all on Hopper, elsewhere mma."""
-    hopper = _capability(index)[0] == 9
-    return {name: of for name, of in variants().items() if hopper or of[0] == "mma"}
+def runnable(index: int, types: Types = _PLAIN) -> dict[str, tuple[str, int]]:
+    """The variants that GPU `index` chooses among: on Hopper all but the promoted ones, which are
+    asked for by name; elsewhere mma."""
+    hopper, asked_for = _capability(index)[0] == 9, {*_promoted_names(types)}
+    return {
+        name: of
+        for name, of in variants(types).items()
+        if (hopper or of[0] == "mma") and name not in asked_for
+    }
+
+
+def _promoted_names(types: Types) -> list[str]:
+    return [heuristics.name(tile) for tile in _tiles(types) if tile.promoted]
 
 
 class Choice(NamedTuple):
@@ -117,22 +159,34 @@ class Choice(NamedTuple):
     us: float | None = None
 
 
-def heuristic(tokens: int, out_features: int, in_features: int, index: int) -> str:
+def heuristic(
+    tokens: int, out_features: int, in_features: int, index: int, types: Types = _PLAIN
+) -> str:
     """The name of the variant that heuristics choose on GPU `index`."""
     if _capability(index)[0] != 9:
-        return f"mma {mma_tile(tokens, out_features, in_features, index)}"
+        return f"mma {mma_tile(tokens, out_features, in_features, index, types)}"
     multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
     problem = tokens, out_features, in_features, multiprocessors
-    return heuristics.name(heuristics.fastest(*problem, tuple(_built())))
+    return heuristics.name(heuristics.fastest(*problem, tuple(_built(types)), types.bits))
 
 
-def choose(tokens: int, out_features: int, in_features: int, dtype: str, index: int) -> Choice:
-    """The Choice for a problem on GPU `index`; dtype is its name."""
-    gpu, known = tuning.gpu_name(index), runnable(index)
-    problem = dtype, out_features, in_features, tokens
+def promoted(tokens: int, out_features: int, index: int, types: Types) -> str:
+    """The name of the variant with promoted sums for a problem on GPU `index`."""
+    multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
+    tiles = tuple(tile for tile in _tiles(types) if tile.promoted)
+    return heuristics.name(heuristics.promoted_tile(tokens, out_features, multiprocessors, tiles))
+
+
+def choose(
+    tokens: int, out_features: int, in_features: int, dtype: str | Types, index: int
+) -> Choice:
+    """The Choice for a problem on GPU `index`; dtype is the name of all its types, or they."""
+    types = Types.of(dtype) if isinstance(dtype, str) else dtype
+    gpu, known = tuning.gpu_name(index), runnable(index, types)
+    problem = types.key, out_features, in_features, tokens
     tuned = tuning.lookup(gpu, *problem, known)
     if tuned is None:
-        name = heuristic(tokens, out_features, in_features, index)
+        name = heuristic(tokens, out_features, in_features, index, types)
         return Choice(name, "variant by heuristics, no tuned table knows this problem")
     which = "your tuned table" if tuned.source == tuning.YOURS else "the shipped tuned table"
     why, exact = f"variant from {which}", (tuned.dtype, tuned.tokens) == (problem[0], tokens)
@@ -141,9 +195,11 @@ def choose(tokens: int, out_features: int, in_features: int, dtype: str, index: 
     return Choice(tuned.variant, why, tuned.us if exact else None)
 
 
-def mma_tile(tokens: int, out_features: int, in_features: int, index: int) -> MmaTile:
+def mma_tile(
+    tokens: int, out_features: int, in_features: int, index: int, types: Types = _PLAIN
+) -> MmaTile:
     """The tile of the mma.sp kernel that the cost model chooses."""
     multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
     problem = tokens, out_features, in_features, multiprocessors
     rates = heuristics.mma_rates(_capability(index))
-    return heuristics.mma_tile(*problem, rates, tuple(_mma_tiles()))
+    return heuristics.mma_tile(*problem, rates, tuple(_mma_tiles(types)))

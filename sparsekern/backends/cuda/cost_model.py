@@ -14,7 +14,8 @@ The products, first, are what can be the limit of the main loop: the busiest clu
 blocks, which computes its stages one after the other; something that all blocks share; the memory,
 which delivers weights, x and y once. The others are added because nothing hides them. The
 coefficients, on the left of each product, are those of the variant in TIMES. The counts, on the
-right, follow from the problem and the number of multiprocessors (Work; of 64 in_features a stage):
+right, follow from the problem and the number of multiprocessors (Work; of 64 in_features a stage,
+of 128 with 8-bit weights):
 
                  prefill (prefill_work)     decode (decode_work)       mma.sp (mma_work)
     stages       of the busiest cluster     of the busiest cluster     of a multiprocessor's blocks,
@@ -65,6 +66,11 @@ times; on average, at worst), and hit the measured winner less often:
     the most frequent winner of other
     shapes at this number of tokens     125    21.6 %   223 %
 
+8-bit operands: a stage has the bytes of a 16-bit one, but for its metadata, and takes the tensor
+cores as long, for twice as many in_features. So the model is that of the 16-bit variant with half
+the stages and with the bytes of the types (Bits): an estimate, no coefficient is fitted to 8 bits.
+The promoted tiles are not in it, because they are asked for by name (`promoted_tile`).
+
 Units: microseconds; megabytes are 1e6 bytes, so rate is in megabytes per microsecond, TB/s.
 Where TIMES comes from: see there. `python -m bench.fit` makes it.
 
@@ -87,11 +93,30 @@ SPLIT_PRODUCTS = 2**36  # the split kernel is considered up to so many tokens * 
 # As in the kernels: in_features of a stage, the fewest stages in a part of a tile, the fewest
 # tokens that a part finishes, and rows of a tile of tile64.
 STAGE, STAGES_OF_PART, TOKENS_OF_PART, PANEL = 64, 4, 32, 64
-BYTES = 2  # of a value, x and y: all of TIMES was measured with 16-bit types
 
 SMOOTH = 4  # exponent of the smooth maximum
 SUSTAINED_PRODUCTS = 2**33  # tokens * out * in that draw all the power there is, one after another
 SM_BYTES, BLOCK_BYTES = 228 * 1024, 1024  # shared memory of a multiprocessor; the system's, a block
+
+
+class Bits(NamedTuple):
+    """Bits of a value of the weight and of x; y has 16. TIMES was measured with 16 of both."""
+
+    weight: int = 16
+    x: int = 16
+
+    @property
+    def stage(self) -> int:
+        """in_features of a stage."""
+        return STAGE * 16 // self.weight
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of the weight in a stage: 64 of values, and a nibble per group of four."""
+        return 64 + self.stage // 8
+
+
+PLAIN = Bits()
 
 
 class RowBlocks(NamedTuple):
@@ -112,11 +137,12 @@ class Tile(NamedTuple):
     cluster_rows: int
     cluster_tokens: int
     streamed: bool = False  # how the last wave is shared: see SK_PREFILL_CONFIGS
+    promoted: bool = False  # sums of e4m3 in float32, not with the bits of the tensor cores
 
     def __str__(self) -> str:
         cluster = f"{self.cluster_rows}x{self.cluster_tokens}"
         text = f"{self.rows}x{self.tokens} cluster {cluster}"
-        return f"{text}, streamed" if self.streamed else text
+        return text + ", streamed" * self.streamed + ", promoted" * self.promoted
 
 
 class MmaTile(NamedTuple):
@@ -265,9 +291,10 @@ def work(
     out_features: int,
     in_features: int,
     multiprocessors: int,
+    bits: Bits = PLAIN,
 ) -> Work:
     """What this variant does for one layer."""
-    problem = tokens, out_features, in_features, multiprocessors
+    problem = tokens, out_features, in_features, multiprocessors, bits
     if isinstance(variant, Tile):
         return prefill_work(variant, *problem)
     other = {RowBlocks: decode_work, MmaTile: mma_work, SplitTile: split_work}
@@ -284,10 +311,16 @@ def us(times: Times, of: Work) -> float:
 
 
 def predicted_us(
-    variant: Variant, tokens: int, out_features: int, in_features: int, multiprocessors: int
+    variant: Variant,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    multiprocessors: int,
+    bits: Bits = PLAIN,
 ) -> float:
     """The modelled time of one layer with this variant, one of TIMES."""
-    return us(TIMES[variant], work(variant, tokens, out_features, in_features, multiprocessors))
+    problem = tokens, out_features, in_features, multiprocessors, bits
+    return us(TIMES[variant], work(variant, *problem))
 
 
 @lru_cache(maxsize=4096)
@@ -297,30 +330,60 @@ def fastest(
     in_features: int,
     multiprocessors: int,
     variants: tuple[Variant, ...] = tuple(TIMES),
+    bits: Bits = PLAIN,
 ) -> Variant:
     """The variant for a problem on Hopper: the shortest predicted time; of equal ones the first.
 
     Args:
-        variants: those that the native module was built with; what TIMES lacks is left out.
+        variants: those that the native module was built with for these types; what TIMES lacks is
+            left out. Of 8-bit x those for many tokens are considered for few, too.
     Raises:
         ValueError: none of them is in TIMES and takes so many tokens.
     """
-    problem = tokens, out_features, in_features, multiprocessors
-    known = [v for v in TIMES if v in variants and considered(v, tokens, out_features, in_features)]
+    problem = tokens, out_features, in_features, multiprocessors, bits
+    counted = tokens if bits.x == 16 else max(tokens, PREFILL_TOKENS)
+    size = counted, out_features, in_features
+    known = [v for v in TIMES if v in variants and considered(v, *size)]
     return min(known, key=lambda variant: predicted_us(variant, *problem))
 
 
-def _megabytes(tokens: int, out_features: int, in_features: int) -> float:
-    dense = -(-out_features // PANEL) * PANEL * -(-in_features // STAGE) * STAGE
-    weights = dense * (BYTES / 2 + 1 / 8)  # half of the values, and a nibble per group of four
-    return (weights + BYTES * tokens * (out_features + in_features)) / 1e6
+@lru_cache(maxsize=4096)
+def promoted_tile(
+    tokens: int, out_features: int, multiprocessors: int, tiles: tuple[Tile, ...]
+) -> Tile:
+    """The one of the promoted `tiles` that leaves the fewest outputs to the busiest multiprocessor;
+    of equal ones the one with the largest cluster, whose tiles share x. Nothing here is measured.
+
+    Raises:
+        ValueError: no tiles.
+    """
+
+    def cost(tile: Tile) -> tuple[int, int]:
+        size = tile.cluster_rows * tile.cluster_tokens
+        columns = -(-tokens // (tile.tokens * tile.cluster_tokens))
+        count = -(-out_features // (tile.rows * tile.cluster_rows)) * columns
+        waves = -(-count // resident_clusters(size, multiprocessors))
+        return waves * tile.rows * tile.tokens, -size
+
+    return min(tiles, key=cost)
+
+
+def _megabytes(tokens: int, out_features: int, in_features: int, bits: Bits) -> float:
+    stages = -(-in_features // bits.stage)
+    weights = -(-out_features // PANEL) * PANEL * stages * bits.row_bytes
+    return (weights + tokens * (2 * out_features + bits.x / 8 * in_features)) / 1e6
 
 
 def prefill_work(
-    tile: Tile, tokens: int, out_features: int, in_features: int, multiprocessors: int
+    tile: Tile,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    multiprocessors: int,
+    bits: Bits = PLAIN,
 ) -> Work:
     """What the prefill kernel does with this tile; see the top of the file."""
-    stages = -(-in_features // STAGE)
+    stages = -(-in_features // bits.stage)
     size = tile.cluster_rows * tile.cluster_tokens
     columns = -(-tokens // (tile.tokens * tile.cluster_tokens))
     tiles = -(-out_features // (tile.rows * tile.cluster_rows)) * columns
@@ -344,7 +407,7 @@ def prefill_work(
         stages=busiest,
         extras=busiest * absent,
         totals=tiles * stages * size / multiprocessors if sustained else 0.0,
-        megabytes=_megabytes(tokens, out_features, in_features),
+        megabytes=_megabytes(tokens, out_features, in_features, bits),
         items=items,
         exchanges=exchanges,
         crowds=crowds,
@@ -352,20 +415,25 @@ def prefill_work(
 
 
 def split_work(
-    tile: SplitTile, tokens: int, out_features: int, in_features: int, multiprocessors: int
+    tile: SplitTile,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    multiprocessors: int,
+    bits: Bits = PLAIN,
 ) -> Work:
     """What the split kernel does with this tile; see the top of the file."""
-    stages, columns = -(-in_features // STAGE), -(-tokens // tile.tokens)
+    stages, columns = -(-in_features // bits.stage), -(-tokens // tile.tokens)
     wide = -(-tokens // (8 * columns)) * 8  # tokens of a column of tiles, which are equally wide
     tiles = -(-out_features // tile.rows) * columns
     waves = -(-tiles // resident_clusters(tile.split, multiprocessors))
     busiest = waves * -(-stages // tile.split)
-    read = tiles * stages * (72 * tile.rows + 128 * wide)
+    read = tiles * stages * (bits.row_bytes * tile.rows + 128 * wide)
     return Work(
         stages=busiest,
         extras=busiest * wide / tile.tokens,
         totals=read / 1e6,
-        megabytes=_megabytes(tokens, out_features, in_features),
+        megabytes=_megabytes(tokens, out_features, in_features, bits),
         items=waves,
         exchanges=waves * (tile.split - 1) / tile.split,
         crowds=0.0,
@@ -373,10 +441,15 @@ def split_work(
 
 
 def decode_work(
-    blocks: RowBlocks, tokens: int, out_features: int, in_features: int, multiprocessors: int
+    blocks: RowBlocks,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    multiprocessors: int,
+    bits: Bits = PLAIN,
 ) -> Work:
     """What the decode kernel does with these row blocks."""
-    stages, rows = -(-in_features // STAGE), -(-out_features // blocks.rows)
+    stages, rows = -(-in_features // bits.stage), -(-out_features // blocks.rows)
     wide = next(wide for wide in (8, 16, 32, 64) if tokens <= wide or wide == DECODE_TOKENS) / 64
     waves = -(-rows // resident_clusters(blocks.split, multiprocessors))
     busiest = waves * -(-stages // blocks.split)
@@ -384,7 +457,7 @@ def decode_work(
         stages=busiest,
         extras=busiest * wide,
         totals=rows * stages * wide / multiprocessors,
-        megabytes=_megabytes(tokens, out_features, in_features),
+        megabytes=_megabytes(tokens, out_features, in_features, bits),
         items=waves,
         exchanges=waves * wide,
         crowds=0.0,
@@ -392,13 +465,18 @@ def decode_work(
 
 
 def mma_work(
-    tile: MmaTile, tokens: int, out_features: int, in_features: int, multiprocessors: int
+    tile: MmaTile,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    multiprocessors: int,
+    bits: Bits = PLAIN,
 ) -> Work:
     """What the mma.sp kernel does with this tile on Hopper, where shared memory alone limits how
     many blocks of a small tile a multiprocessor holds."""
-    stages = -(-in_features // (STAGE * tile.split))
+    stages = -(-in_features // (bits.stage * tile.split))
     blocks = -(-out_features // tile.rows) * -(-tokens // tile.tokens)
-    weight_bytes, x_bytes = tile.split * tile.rows * 72, tile.split * 128  # x: of a token
+    weight_bytes, x_bytes = tile.split * tile.rows * bits.row_bytes, tile.split * 128  # x: a token
     ring = tile.stages * (weight_bytes + x_bytes * tile.tokens)
     waves = -(-blocks // (multiprocessors * max(1, SM_BYTES // (ring + BLOCK_BYTES))))
     read = blocks * stages * (weight_bytes + x_bytes * min(tokens, tile.tokens))
@@ -406,7 +484,7 @@ def mma_work(
         stages=waves * stages,
         extras=-(-blocks // multiprocessors) * stages,
         totals=read / 1e6,
-        megabytes=_megabytes(tokens, out_features, in_features),
+        megabytes=_megabytes(tokens, out_features, in_features, bits),
         items=waves,
         exchanges=0.0,
         crowds=0.0,

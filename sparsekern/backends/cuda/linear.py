@@ -6,7 +6,7 @@
     Ampere, Ada, newer GPUs   mma: mma.sp, any number            csrc/linear/mma_sm80.cuh
 
 The last one runs on Hopper, too: where it is the fastest, for few tokens, and when asked for as
-backend "cuda-mma" (`mma_linear`).
+backend "cuda-mma" (`mma_linear`). Weights of 8 bits: scaled_linear.py.
 
 A variant is chosen in configs.py. Which one a problem gets is bound once (`bind`); a call at one
 token takes a few microseconds on the GPU, so what is left for a call is little work on the host: no
@@ -29,7 +29,9 @@ from sparsekern.backends.cpu import activate
 from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda import tuned_tables as tuning
 from sparsekern.backends.cuda.configs import (  # the tools' names for them
+    _PLAIN,
     Choice,
+    Types,
     _built,
     _mma_tiles,
     _tiles,
@@ -47,6 +49,7 @@ from sparsekern.backends.memory import nothing_kept
 from sparsekern.backends.protocol import ALIGNMENT, Launch, Problem, problem_of
 from sparsekern.errors import message
 from sparsekern.formats import dtypes
+from sparsekern.formats.scaled import SCALE
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.formats.tile64 import LAYOUT
 from sparsekern.utils.torch_raw import current_device as _current_device
@@ -55,6 +58,7 @@ from sparsekern.utils.torch_raw import empty_strided as _empty_strided
 
 __all__ = [
     "Choice",
+    "Types",
     "_built",
     "_mma_tiles",
     "_tiles",
@@ -158,10 +162,13 @@ def _native_linear(
     in_features: int,
     x_stride: int,
     residual_stride: int,
-    dtype: str,
+    dtype: str | Types,
     activation: str | None,
+    scale_group: int = 0,
 ) -> Any:
-    """The native module's Linear for a problem; it holds no memory of the GPU."""
+    """The native module's Linear for a problem; it holds no memory of the GPU. dtype: the name of
+    all types, or they. scale_group: of int4, see tile64.scale_group."""
+    types = Types.of(dtype) if isinstance(dtype, str) else dtype
     return _native.module().Linear(
         kernel=kernel,
         config=config,
@@ -171,8 +178,11 @@ def _native_linear(
         x_stride=x_stride,
         y_stride=out_features,
         residual_stride=residual_stride,
-        dtype=dtype,
+        dtype=types.y,
+        weight_dtype=types.weight,
+        x_dtype=types.x,
         activation=activation,
+        **({"scale_group": scale_group} if scale_group else {}),
     )
 
 
@@ -399,30 +409,42 @@ def mma_linear(
 
 
 def launcher(
-    variant: str, x: Tensor, w24: Sparse24, y: Tensor, workspace: Tensor
+    variant: str,
+    x: Tensor,
+    w24: Sparse24,
+    y: Tensor,
+    workspace: Tensor,
+    x_scale: Tensor | None = None,
 ) -> Callable[[], None]:
     """A function without arguments that computes y = x · Wᵀ by one variant, on the current stream.
 
     For measuring: nothing is checked or allocated in a call, so a CUDA graph can hold many.
 
     Args:
-        variant: a key of `variants`.
+        variant: a key of `variants` for these types.
         x: [tokens, in_features], y: [tokens, out_features], both contiguous, on the current GPU.
         workspace: uint8 [prefill_workspace_bytes], zero, for launches that follow each other.
+        x_scale: float32 [tokens], of an x of 8 bits.
     """
-    (kernel, number), device = variants()[variant], x.get_device()
+    spec, device = w24.spec, x.get_device()
+    of_x = _name(x.dtype) if x.dtype in dtypes.PLAIN else spec.storage
+    types = Types(spec.storage, of_x, _name(y.dtype))
+    kernel, number = variants(_PLAIN if spec.element.plain else types)[variant]
     tokens, (out_features, in_features) = x.shape[0], w24.shape
     rows, x_stride = _aligned_rows(x, tokens, in_features)
     size = tokens, out_features, in_features
-    run = _native_linear(kernel, number, *size, x_stride, 0, _name(x.dtype), None)
+    run = _native_linear(kernel, number, *size, x_stride, 0, types, None)
+    channel_scale = w24.tensors.get(SCALE)
     addresses = dict(
         x=rows.data_ptr(),
         values=w24.values.data_ptr(),
         metadata=w24.metadata.data_ptr(),
         y=y.data_ptr(),
         workspace=workspace.data_ptr() if run.needs_workspace else 0,
+        channel_scale=0 if channel_scale is None else channel_scale.data_ptr(),
+        token_scale=0 if x_scale is None else x_scale.data_ptr(),
     )
-    keep = rows, w24, y, workspace
+    keep = rows, w24, y, workspace, x_scale
 
     def launch(keep: object = keep) -> None:
         run(**addresses, stream=_current_stream(device))

@@ -22,8 +22,9 @@ only (a) for at least half as many tokens and (b) on its own side of the decode 
 Above the highest tuned number that one decides when it is MANY at least: then all multiprocessors
 have several tiles, and the best tile hardly changes any more.
 
-float16 and bfloat16 move the same bytes through the same instructions, so where one of them was
-not tuned, the cells of the other decide.
+The dtype is that of weight and x; of an 8-bit weight with x of 16 bits it is, say, "int8 weight,
+bfloat16" (`configs.Types.key`). float16 and bfloat16 move the same bytes through the same
+instructions, so where one of them was not tuned, the cells of the other decide.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ TABLES = Path(__file__).parent / "tables"
 YOURS, SHIPPED = "yours", "shipped"
 VERSION = 1  # raised when the meaning of an entry changes
 MANY = 4096  # tokens
+_MOST_US = 1e12  # of a cell: eleven days
 _SIBLINGS = {"float16": "bfloat16", "bfloat16": "float16"}
 
 
@@ -79,16 +81,22 @@ def deciding_tokens(tuned: Container[int], tokens: int) -> int | None:
     return above
 
 
+def _sibling(dtype: str) -> str:
+    """The same with the other 16-bit type; itself where there is none."""
+    first, comma, last = dtype.rpartition(", ")
+    return first + comma + _SIBLINGS.get(last, last)
+
+
 def lookup(
     gpu: str, dtype: str, out_features: int, in_features: int, tokens: int, known: Container[str]
 ) -> Tuned | None:
     """The tuned variant for a problem, or None: then heuristics decide.
 
     Args:
-        gpu: from `gpu_name`.      dtype: "float16" or "bfloat16".
+        gpu: from `gpu_name`.      dtype: "bfloat16", "int8", "int8 weight, bfloat16", ...
         known: names of the variants that can run; others are ignored.
     """
-    for name in (dtype, _SIBLINGS[dtype]):
+    for name in dict.fromkeys((dtype, _sibling(dtype))):
         for source, table in _tables(gpu):
             cells = table.get(name, {}).get((out_features, in_features), {})
             cells = {count: cell for count, cell in cells.items() if cell[0] in known}
@@ -173,14 +181,15 @@ def _parse(entry) -> dict:
 
 def _numbers(text: str, count: int) -> tuple[int, ...]:
     parts = text.split("x")
-    if len(parts) != count or not all(part.isdecimal() and int(part) for part in parts):
+    good = (part.isascii() and part.isdecimal() and len(part) < 19 and int(part) for part in parts)
+    if len(parts) != count or not all(good):
         expected = "OUTxIN" if count == 2 else "a number of tokens"
-        raise ValueError(f"expected {expected}, got {text!r}")
+        raise ValueError(f"expected {expected}, got {text[:80]!r}")
     return tuple(map(int, parts))
 
 
 def _cell(cell) -> tuple[str, float]:
     good = isinstance(cell, list) and list(map(type, cell)) in ([str, float], [str, int])
-    if not good or not cell[1] > 0:
-        raise ValueError(f"expected [variant, microseconds], got {cell!r}")
+    if not good or not 0 < cell[1] < _MOST_US:
+        raise ValueError(f"expected [variant, microseconds], got {str(cell)[:80]}")
     return cell[0], float(cell[1])

@@ -14,6 +14,7 @@ class CusparseltBackend:
 
     name = "cusparselt"
     layout = layout.NAME
+    quantized = True
 
     def supports(self, problem: Problem) -> str | None:
         return library_calls.why_not(problem)

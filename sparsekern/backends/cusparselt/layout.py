@@ -1,7 +1,8 @@
 """Layout "cusparselt": the vendor library's opaque blob, on one GPU and of one version.
 
-    values      the blob, viewed in the weight's dtype: [its bytes / 2]
+    values      the blob, viewed in the dtype of the values: [its bytes / those of a value]
     metadata    uint8 [0]
+    (scales)    as they are; the blob holds the levels
 
 It is made at load and never saved: what is copied, moved or pickled becomes row-major. Packing
 multiplies the blob with the identity and compares; so does unpacking.
@@ -19,12 +20,12 @@ from sparsekern import _native
 from sparsekern.backends import compress
 from sparsekern.backends.cusparselt.library import (
     DTYPES,
-    SPARSE_MULTIPLE,
     library,
     refusal,
     shape_refusal,
+    sparse_multiple,
 )
-from sparsekern.backends.cusparselt.linear import LAYOUT, linear
+from sparsekern.backends.cusparselt.linear import LAYOUT, linear, product
 from sparsekern.errors import check, message
 from sparsekern.formats import dtypes
 from sparsekern.formats.layouts import (
@@ -34,6 +35,7 @@ from sparsekern.formats.layouts import (
     check_tensor_shape,
     register_layout,
 )
+from sparsekern.formats.scaled import SCALE
 from sparsekern.formats.sparse24 import Sparse24
 
 NAME = LAYOUT
@@ -63,37 +65,40 @@ def _pack(spec: WeightSpec, tensors: Tensors) -> Tensors:
         About 0.56 of the dense bytes. Needs the dense weight for a moment, twice.
     """
     op, remedy = "sparsekern.cusparselt_backend.pack", "Use layout=None for this layer."
+    kind, storage = spec.element, spec.element.storage
+    known = (kind.plain or kind.scaled) and storage in DTYPES and spec.dtype in dtypes.NATIVE
     check(
-        spec.element.plain and spec.dtype in DTYPES,
+        known,
         op,
-        f"a weight of dtype {dtypes.native_names()}",
-        spec.element.storage,
+        f"a weight of 8-bit levels, {dtypes.native_names()}",
+        spec.dtype if kind.plain else f"{spec.storage} of {spec.dtype}",
         "Call weight.to(torch.bfloat16).",
         TypeError,
     )
-    why = shape_refusal(*spec.shape)
+    why = shape_refusal(*spec.shape, storage)
     check(not why, op, "a weight that the library takes", why, remedy)
-    index, code = tensors["values"].get_device(), DTYPES[spec.dtype]
-    why = refusal(index, spec.dtype)
+    index, code = tensors["values"].get_device(), DTYPES[storage]
+    why = refusal(index, storage)
     check(not why, op, "a usable cuSPARSELt", why, remedy, NotImplementedError)
     native: Any = _native.module()
     out_features, in_features = spec.shape
     with torch.cuda.device(index):
-        dense = compress.decompress(Sparse24.from_tensors(spec, tensors))
+        dense = compress.decompress(_levels(spec, tensors))
+        stored = dense.to(storage)
         blob_bytes, buffer_bytes = native.cusparselt_compressed_bytes(index, code, *spec.shape)
-        values = dense.new_empty(-(-blob_bytes // dense.element_size()))
+        values = stored.new_empty(-(-blob_bytes // storage.itemsize))
         buffer = dense.new_empty(max(1, buffer_bytes), dtype=torch.uint8)
         native.cusparselt_compress(
             device=index,
             dtype=code,
             out_features=out_features,
             in_features=in_features,
-            dense=dense.data_ptr(),
+            dense=stored.data_ptr(),
             blob=values.data_ptr(),
             buffer=buffer.data_ptr(),
             stream=torch.cuda.current_stream(index).cuda_stream if index >= 0 else 0,
         )
-        packed = {"values": values, "metadata": tensors["metadata"].new_empty(0)}
+        packed = {**tensors, "values": values, "metadata": tensors["metadata"].new_empty(0)}
         for start, columns in _dense_columns(spec, packed):
             if not torch.equal(columns, dense[:, start : start + columns.shape[1]]):
                 found = library()[0]
@@ -101,6 +106,14 @@ def _pack(spec: WeightSpec, tensors: Tensors) -> Tensors:
                 got = f"another one from {name}, from column {start} on"
                 raise RuntimeError(message(op, "the weight back from its blob", got, remedy))
     return packed
+
+
+def _levels(spec: WeightSpec, tensors: Tensors) -> Sparse24:
+    """The row-major weight with its levels as numbers, which every 16-bit dtype holds exactly."""
+    if spec.element.plain:
+        return Sparse24.from_tensors(spec, tensors)
+    levels = dtypes.scaled_codec(spec.storage).unpack(tensors["values"]).to(spec.dtype)
+    return Sparse24(levels, tensors["metadata"], spec.shape)
 
 
 def _unpack(spec: WeightSpec, tensors: Tensors) -> Tensors:
@@ -114,22 +127,30 @@ def _unpack(spec: WeightSpec, tensors: Tensors) -> Tensors:
     metadata = tensors["metadata"].new_empty(out_features, in_features // 8)
     for start, columns in _dense_columns(spec, tensors):
         part, stop = compress.compress(columns), start + columns.shape[1]
-        values[:, start // 2 : stop // 2] = part.values
+        values[:, start // 2 : stop // 2] = part.values.to(values.dtype)
         metadata[:, start // 8 : stop // 8] = part.metadata
-    return {"values": values, "metadata": metadata}
+    return {**tensors, "values": values, "metadata": metadata}
 
 
 def _dense_columns(spec: WeightSpec, tensors: Tensors) -> Iterator[tuple[int, Tensor]]:
-    """Yields (start, W[:, start:stop]) over the columns of a weight in this layout."""
-    w24 = Sparse24.from_tensors(spec.with_(layout=LAYOUT), tensors)
+    """Yields (start, W[:, start:stop]) over the columns of a weight in this layout: of the levels
+    where it has such."""
     out_features, in_features = spec.shape
+    plain, storage = spec.element.plain, spec.element.storage
+    tensors = dict(tensors)
+    if not plain:
+        tensors[SCALE] = torch.ones_like(tensors[SCALE])
+    w24 = Sparse24.from_tensors(spec.with_(layout=LAYOUT), tensors)
+    multiple = sparse_multiple(storage)
     size = _UNPACK_ELEMENTS // (out_features + in_features)
-    size = max(1, size // SPARSE_MULTIPLE) * SPARSE_MULTIPLE
+    size = max(1, size // multiple) * multiple
     for start in range(0, in_features, size):
         count = min(size, in_features - start)
-        identity = w24.values.new_zeros(count, in_features)
+        # Of spec.dtype first: torch cannot fill a diagonal of every 8-bit dtype.
+        identity = torch.zeros(count, in_features, dtype=spec.dtype, device=w24.device)
         identity.diagonal(start).fill_(1)
-        yield start, linear(identity, w24).t()
+        multiply = linear if plain else product
+        yield start, multiply(identity.to(storage), w24).t()
 
 
 register_layout(

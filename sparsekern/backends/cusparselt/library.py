@@ -20,8 +20,23 @@ from sparsekern.formats import dtypes
 
 VARIABLE = "SPARSEKERN_CUSPARSELT"  # path of the library, before every other place
 SYSTEM_NAMES = ("libcusparseLt.so.0", "libcusparseLt.so")  # for the system's own search
-DTYPES = dtypes.NATIVE  # those of the library, and their DType in csrc/core/problem.h
-SPARSE_MULTIPLE = 16  # of a weight's sizes, as in csrc/cusparselt/cusparselt.h
+# What a weight's values may be stored as, and their DType in csrc/core/dtype.h.
+DTYPES = {
+    row.storage: row.native_code
+    for row in dtypes.elements()
+    if row.native_code is not None and row.bits >= 8
+}
+_FP8_CAPABILITY = (8, 9)
+
+
+def sparse_multiple(storage: torch.dtype) -> int:
+    """What a weight's sizes are multiples of: 16 at 16 bits, 32 at 8."""
+    return 32 // storage.itemsize
+
+
+def dense_multiple(storage: torch.dtype) -> int:
+    """What tokens and the row strides of x are multiples of: 8 at 16 bits, 16 at 8."""
+    return 16 // storage.itemsize
 
 
 # ---- the library ---------------------------------------------------------------------------------
@@ -111,15 +126,20 @@ def _capability(index: int) -> tuple[int, int] | None:
 
 @cache
 def refusal(index: int, dtype: torch.dtype) -> str:
-    """Why the library cannot be used for this dtype on GPU `index`; empty when it can."""
+    """Why the library cannot be used on GPU `index` for weights whose values are stored as this
+    dtype; empty when it can."""
     if dtype not in DTYPES:
-        return f"backend 'cusparselt' needs {dtypes.native_names()}, got {dtype}"
+        known = f"8-bit levels, {dtypes.native_names()}"
+        return f"backend 'cusparselt' needs {known}, got {dtype}"
     capability = _capability(index)
     if capability is None:
         return "backend 'cusparselt' needs x and the weight on a GPU, got the CPU"
     if capability < (8, 0):
         got = ".".join(map(str, capability))
         return f"backend 'cusparselt' needs compute capability 8.0 or newer, cuda:{index} has {got}"
+    if dtype.itemsize == 1 and dtype.is_floating_point and capability < _FP8_CAPABILITY:
+        got = ".".join(map(str, capability))
+        return f"backend 'cusparselt' needs compute capability 8.9 for {dtype}, got {got}"
     found, why = library()
     if found is None:
         return f"backend 'cusparselt' needs the library: {why}"
@@ -130,12 +150,15 @@ def refusal(index: int, dtype: torch.dtype) -> str:
     return ""
 
 
-def shape_refusal(out_features: int, in_features: int) -> str:
+def shape_refusal(
+    out_features: int, in_features: int, storage: torch.dtype = dtypes.DEFAULT_16_BIT
+) -> str:
     """Why the library does not take a weight of this shape; empty when it does."""
-    small = min(out_features, in_features) < SPARSE_MULTIPLE
-    if not small and out_features % SPARSE_MULTIPLE == in_features % SPARSE_MULTIPLE == 0:
+    multiple = sparse_multiple(storage)
+    small = min(out_features, in_features) < multiple
+    if not small and out_features % multiple == in_features % multiple == 0:
         return ""
     return (
         "backend 'cusparselt' needs out_features and in_features that are multiples of "
-        f"{SPARSE_MULTIPLE}, got {out_features} and {in_features}"
+        f"{multiple}, got {out_features} and {in_features}"
     )

@@ -9,9 +9,14 @@ It is a choice of the user (layout="cusparselt"): nothing prefers it by default.
 algorithm is used unless `search` has found a better one; a search result is stored in the user's
 cache folder (utils/json_store.py), per GPU and version.
 
-Rules of the library that show: out_features and in_features are multiples of 16, tokens are padded
-to a multiple of 8 here. It fuses bias and relu; "gelu" and "silu" are applied here to the rounded
-pre-activation, so with these two the result is rounded twice.
+Rules of the library that show: out_features and in_features are multiples of 16 (32 at 8 bits),
+tokens are padded to a multiple of 8 (16) here. It fuses bias and relu; "gelu" and "silu" are
+applied here to the rounded pre-activation, so with these two the result is rounded twice.
+
+Weights of 8 bits (float8_e4m3fn, int8) are multiplied with x of the same type, to 16 bits. The
+library multiplies with one vector, the scales of the channels; it has none for tokens beside it. So
+that scale, bias and activation are applied here to the rounded product, which is rounded again. A
+16-bit x is quantised first, by token (backends/quantize_rows.py).
 
 Source: cusparseLt.h of 0.6.3 to 0.8.1; NVIDIA's cuSPARSELt documentation.
 """
@@ -27,18 +32,25 @@ import torch
 from torch import Tensor
 
 from sparsekern import _native
-from sparsekern.backends import memory
+from sparsekern.backends import memory, quantize_rows
 from sparsekern.backends.cpu import activate
-from sparsekern.backends.cusparselt.library import DTYPES, Library, library, refusal
+from sparsekern.backends.cusparselt.library import (
+    DTYPES,
+    Library,
+    dense_multiple,
+    library,
+    refusal,
+)
 from sparsekern.backends.protocol import ALIGNMENT, Launch, Problem, problem_of
 from sparsekern.errors import message
+from sparsekern.formats import dtypes
 from sparsekern.formats.layouts import WeightSpec
+from sparsekern.formats.scaled import SCALE
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.utils import json_store
 from sparsekern.utils.torch_raw import current_device, current_stream, empty_strided
 
 LAYOUT = "cusparselt"
-_DENSE_MULTIPLE = 8  # of tokens, as in csrc/cusparselt/cusparselt.h
 _KEPT_BYTES = 2**25  # of a workspace that is kept for later calls
 
 
@@ -52,7 +64,9 @@ def why_not(problem: Problem) -> str | None:
             f"backend 'cusparselt' needs layout 'cusparselt', got {problem.spec.layout!r}; make "
             "one with SparseLinear(layout='cusparselt') or weight.to_layout('cusparselt')"
         )
-    return refusal(problem.gpu, problem.dtype) or None
+    if problem.dtype not in dtypes.NATIVE:
+        return f"backend 'cusparselt' computes {dtypes.native_names()}, got {problem.dtype}"
+    return refusal(problem.gpu, problem.spec.element.storage) or None
 
 
 def pack(w24: Sparse24) -> Sparse24:
@@ -99,8 +113,15 @@ def _gpu_name(index: int) -> str:
     return torch.cuda.get_device_name(index) if index >= 0 else "cpu"
 
 
+def types_of(spec: WeightSpec) -> torch.dtype | str:
+    """What `algorithm_key` calls the types: the dtype, or "int8-bfloat16" of a weight of 8 bits."""
+    if spec.element.plain:
+        return spec.dtype
+    return f"{spec.storage}-{dtypes.PLAIN[spec.dtype].name}"
+
+
 def algorithm_key(
-    index: int, dtype: torch.dtype, out_features: int, in_features: int, tokens: int
+    index: int, dtype: torch.dtype | str, out_features: int, in_features: int, tokens: int
 ) -> str:
     """The key of a search result: "NVIDIA H100|0.8.1|bfloat16|4096x14336|16"; tokens padded."""
     version = ".".join(map(str, _found().version))
@@ -109,7 +130,7 @@ def algorithm_key(
 
 
 def algorithm_for(
-    index: int, dtype: torch.dtype, out_features: int, in_features: int, tokens: int
+    index: int, dtype: torch.dtype | str, out_features: int, in_features: int, tokens: int
 ) -> Algorithm:
     """The Algorithm that `search` found for this problem, here or in the user's file, or the
     library's default."""
@@ -120,7 +141,7 @@ def algorithm_for(
     fields: list[Any] = (
         [entry.get(name) for name in Algorithm._fields] if isinstance(entry, dict) else []
     )
-    if len(fields) == 3 and all(type(value) is int for value in fields):
+    if len(fields) == 3 and all(type(v) is int and abs(v) < 2**31 for v in fields):
         return Algorithm(*fields)
     return _DEFAULT
 
@@ -149,9 +170,11 @@ def config(x: Tensor, w24: Sparse24) -> str:
 
 def config_of(problem: Problem) -> str:
     """The same for a problem."""
-    tokens = padded_tokens(problem.tokens)
-    chosen = algorithm_for(problem.gpu, problem.dtype, *problem.sizes, tokens)
-    return f"{_found().name}, {chosen}"
+    spec = problem.spec
+    tokens = padded_tokens(problem.tokens, spec.element.storage)
+    chosen = algorithm_for(problem.gpu, types_of(spec), *problem.sizes, tokens)
+    dynamic = not spec.element.plain and problem.quantized is None
+    return f"{_found().name}, {chosen}" + (", x quantised by token" if dynamic else "")
 
 
 # ---- running it ----------------------------------------------------------------------------------
@@ -190,8 +213,9 @@ def forget_plans() -> None:
 _workspaces: dict[tuple[int, int], Tensor] = {}
 
 
-def padded_tokens(tokens: int) -> int:
-    return -(-tokens // _DENSE_MULTIPLE) * _DENSE_MULTIPLE
+def padded_tokens(tokens: int, storage: torch.dtype = dtypes.DEFAULT_16_BIT) -> int:
+    multiple = dense_multiple(storage)
+    return -(-tokens // multiple) * multiple
 
 
 def bind(problem: Problem) -> Launch:
@@ -203,11 +227,63 @@ def bind(problem: Problem) -> Launch:
     a layer's, costs nothing; a new one at every call costs a plan whenever its address is new.
     """
     if not problem.tokens:
-        sizes = (*problem.x_shape[:-1], problem.out_features)
-        return lambda x, w24, bias=None: x.new_empty(sizes)
+        sizes, dtype = (*problem.x_shape[:-1], problem.out_features), problem.dtype
+        return lambda x, w24, bias=None, x_scale=None: x.new_empty(sizes, dtype=dtype)
+    if problem.spec.element.plain:
+        return _bind_product(problem)
+    return _bind_dynamic(problem) if problem.quantized is None else _bind_scaled(problem)
+
+
+def _bind_product(problem: Problem) -> Launch:
+    """What the library computes: with x as it is, or a copy of it."""
     if not (problem.aligned and _fits(problem)):
         return _bind_copy(problem)
     return _bind_in_place(problem)
+
+
+def _bind_scaled(problem: Problem) -> Launch:
+    """For x of 8 bits: the library's product with the scales of the channels, and the rest."""
+    activation, dtype = problem.activation, problem.dtype
+    inner = _bind_product(problem._replace(activation=None, bias=False))
+
+    def launch(x: Tensor, w24: Sparse24, bias: Tensor | None, x_scale: Tensor) -> Tensor | None:
+        y = inner(x, w24, None)
+        if y is None:
+            return None
+        z = y.float().mul_(x_scale.view(*y.shape[:-1], 1))
+        if bias is not None:
+            z += bias
+        return activate(z, activation).to(dtype)
+
+    return launch
+
+
+def _bind_dynamic(problem: Problem) -> Launch:
+    """For x of 16 bits on a weight of 8: it is quantised by token."""
+    kind, rows, features = problem.spec.element, problem.tokens, problem.in_features
+    shape = torch.Size((rows, features))
+    inner = _bind_scaled(
+        problem._replace(x_shape=shape, x_stride=None, aligned=True, quantized=kind.storage)
+    )
+
+    def launch(x: Tensor, w24: Sparse24, bias: Tensor | None = None) -> Tensor | None:
+        flat = x.reshape(shape)
+        flat = flat if flat.stride(1) == 1 else flat.contiguous()
+        x8, x_scale = quantize_rows.quantize(flat, kind.name)
+        y = inner(x8, w24, bias, x_scale)
+        return None if y is None else y.view(*x.shape[:-1], problem.out_features)
+
+    return launch
+
+
+def product(x: Tensor, w24: Sparse24) -> Tensor:
+    """x · Wᵀ * weight_scale for x of 8 bits, rounded to w24.dtype: all that the library computes.
+
+    x [tokens, in_features] of the storage type of w24, a weight in layout "cusparselt".
+    """
+    y = _bind_product(problem_of(x, w24.spec))(x, w24, None)
+    assert y is not None  # the problem is that of x
+    return y
 
 
 def _bind_in_place(problem: Problem, copies: bool = True) -> Launch:
@@ -220,7 +296,7 @@ def _bind_in_place(problem: Problem, copies: bool = True) -> Launch:
     sizes = (*problem.x_shape[:-1], problem.out_features)
     strides = tuple(math.prod(sizes[place + 1 :]) for place in range(len(sizes)))
     native: Any = _native.module()
-    matmul = native.cusparselt_matmul
+    matmul, plain = native.cusparselt_matmul, problem.spec.element.plain
     later = None if relu else activation
     anywhere = _bind_copy(problem) if copies else None
 
@@ -246,11 +322,15 @@ def _bind_in_place(problem: Problem, copies: bool = True) -> Launch:
             y.data_ptr(),
             current_stream(index),
         )
-        missing = matmul(known[0], blob, address, y_address, 0, stream)
+        addresses, scale = (blob, address, y_address), 0
+        if plain:
+            missing = matmul(known[0], blob, address, y_address, 0, stream)
+        else:
+            scale = w24.tensors[SCALE].data_ptr()
+            missing = multiply(native, known[0], addresses, 0, scale, stream)
         if missing:
             if missing == native.CUSPARSELT_NO_WORKSPACE:
-                addresses = blob, address, y_address
-                missing = _matmul_with_workspace(native, index, known, addresses, stream)
+                missing = _matmul_with_workspace(native, index, known, addresses, scale, stream)
             if missing:  # the plan has left the native cache
                 plans.pop(bias_address, None)
                 return launch(x, w24, bias)
@@ -259,8 +339,34 @@ def _bind_in_place(problem: Problem, copies: bool = True) -> Launch:
     return launch
 
 
+def multiply(
+    native: Any, plan: int, addresses: tuple[int, int, int], workspace: int, scale: int, stream: int
+) -> int:
+    """The native call; scale: address of the factors of the channels, 0 without."""
+    blob, x, y = addresses
+    missing: int
+    if scale:
+        missing = native.cusparselt_matmul_scaled(
+            plan=plan,
+            blob=blob,
+            x=x,
+            y=y,
+            workspace=workspace,
+            channel_scale=scale,
+            stream=stream,
+        )
+    else:
+        missing = native.cusparselt_matmul(plan, blob, x, y, workspace, stream)
+    return missing
+
+
 def _matmul_with_workspace(
-    native: Any, index: int, plan: tuple[int, int], addresses: tuple[int, int, int], stream: int
+    native: Any,
+    index: int,
+    plan: tuple[int, int],
+    addresses: tuple[int, int, int],
+    scale: int,
+    stream: int,
 ) -> int:
     """The native call with memory of its own, where it found none that was lent for its stream.
 
@@ -272,7 +378,7 @@ def _matmul_with_workspace(
     number, size = plan
     space = empty_strided((size,), (1,), torch.uint8)
     address = space.data_ptr()
-    missing: int = native.cusparselt_matmul(number, *addresses, address, stream)
+    missing = multiply(native, number, addresses, address, scale, stream)
     if not memory.depth and size <= _KEPT_BYTES and not native.capture_id(stream):
         native.cusparselt_lend_workspace(index, stream, address, size)
         _workspaces[index, stream] = space
@@ -281,20 +387,22 @@ def _matmul_with_workspace(
 
 def _fits(problem: Problem) -> bool:
     """True when the library takes x as it is; its address is another matter."""
-    if problem.tokens % _DENSE_MULTIPLE:
+    multiple = dense_multiple(problem.spec.element.storage)
+    if problem.tokens % multiple:
         return False
     if problem.x_stride is None:
         return True
     if len(problem.x_shape) != 2:
         return False
     stride, step = problem.x_stride
-    return step == 1 and stride >= problem.in_features and stride % _DENSE_MULTIPLE == 0
+    return step == 1 and stride >= problem.in_features and stride % multiple == 0
 
 
 def _bind_copy(problem: Problem) -> Launch:
     """For rows that must be copied. What is in those that only fill up reaches no other row."""
     tokens, (out_features, in_features) = problem.tokens, problem.spec.shape
-    dtype, index, padded = problem.dtype, problem.gpu, padded_tokens(problem.tokens)
+    dtype, index = problem.spec.element.storage, problem.gpu
+    padded = padded_tokens(tokens, dtype)
     inner = _bind_in_place(
         problem._replace(x_shape=torch.Size((padded, in_features)), x_stride=None, aligned=True),
         copies=False,
@@ -317,11 +425,12 @@ def _bind_copy(problem: Problem) -> Launch:
 
 def _make_plan(of: _Signature, bias_address: int) -> tuple[int, int]:
     out_features, in_features = of.spec.shape
-    algorithm = algorithm_for(of.index, of.dtype, out_features, in_features, of.tokens)
+    algorithm = algorithm_for(of.index, types_of(of.spec), out_features, in_features, of.tokens)
     native: Any = _native.module()
     plan, workspace_bytes, _ = native.cusparselt_plan(
         device=of.index,
-        dtype=DTYPES[of.dtype],
+        dtype=DTYPES[of.spec.element.storage],
+        y_dtype=DTYPES[of.dtype],
         out_features=out_features,
         tokens=of.tokens,
         in_features=in_features,
@@ -329,6 +438,7 @@ def _make_plan(of: _Signature, bias_address: int) -> tuple[int, int]:
         y_stride=out_features,
         bias=bias_address,
         relu=of.relu,
+        channel_scale=not of.spec.element.plain,
         **algorithm._asdict(),
     )
     if sum(map(len, _plans.values())) >= native.CUSPARSELT_MAX_PLANS:

@@ -5,7 +5,8 @@ fastest, its own search misses the best, and some algorithms of some versions co
 changing results (pytorch#155333). So every candidate must first compute this exactly:
 
     whole numbers    every sum is exact in float32, so y must be the result rounded once, bit for
-                     bit; into an output full of NaN, plain and with bias and relu
+                     bit; into an output full of NaN, plain and with bias and relu, or at 8 bits
+                     with channel scales that are powers of two
     again            after it was timed, since some change from run to run
 
 and only then may it win: median of CUDA events, L2 overwritten before every call, as between layers
@@ -21,11 +22,15 @@ from dataclasses import dataclass
 import torch
 
 from sparsekern import _native
+from sparsekern.backends import quantize_rows
 from sparsekern.backends.compress import decompress, prune_compress
 from sparsekern.backends.cusparselt import linear as backend
 from sparsekern.backends.cusparselt.library import DTYPES, refusal
 from sparsekern.backends.cusparselt.linear import LAYOUT, Algorithm
 from sparsekern.errors import check
+from sparsekern.formats.layouts import ROWMAJOR
+from sparsekern.formats.scaled import SCALE
+from sparsekern.formats.sparse24 import Sparse24
 
 # (split_k, split_k_mode) beside (1, 0): modes 1 and 2 sum in one kernel and in two; -1 is the
 # library's "segment-K". What a version or an algorithm does not have, it refuses.
@@ -80,8 +85,9 @@ def search(w24, tokens, *, store=True):
         "Call weight.to_layout('cusparselt').",
     )
     check(tokens >= 1, op, "tokens >= 1", tokens)
-    index, tokens = w24.values.get_device(), backend.padded_tokens(tokens)
-    why = refusal(index, w24.dtype)
+    storage = w24.spec.element.storage
+    index, tokens = w24.values.get_device(), backend.padded_tokens(tokens, storage)
+    why = refusal(index, storage)
     check(not why, op, "a usable cuSPARSELt", why, "Use another layout.", NotImplementedError)
     with torch.cuda.device(index), torch.no_grad():
         problem = _Problem(w24, tokens, index)
@@ -100,7 +106,7 @@ def search(w24, tokens, *, store=True):
         "Use another layout.",
         RuntimeError,
     )
-    key = backend.algorithm_key(index, w24.dtype, *w24.shape, tokens)
+    key = backend.algorithm_key(index, backend.types_of(w24.spec), *w24.shape, tokens)
     backend.remember(key, winner, us, store)
     return SearchResult(key, winner, us, default_us, len(candidates), tuple(refused), tuple(wrong))
 
@@ -138,6 +144,7 @@ class _Problem:
     def __init__(self, w24, tokens, index):
         self.native, self.w24, self.tokens, self.index = _native.module(), w24, tokens, index
         (out_features, in_features), device = w24.shape, w24.device
+        self.storage, self.plain_type = w24.spec.element.storage, w24.spec.element.plain
         generator = torch.Generator(device).manual_seed(0)
 
         def integers(*shape):
@@ -145,13 +152,21 @@ class _Problem:
             return drawn.to(w24.dtype)
 
         rowmajor = prune_compress(integers(out_features, in_features))
-        self.whole24 = backend.pack(rowmajor)
-        self.whole_x, self.bias = integers(tokens, in_features), integers(out_features)
-        exact = self.whole_x.float() @ decompress(rowmajor).float().t()
-        self.plain = exact.to(w24.dtype)
-        self.fused = (exact + self.bias.float()).relu().to(w24.dtype)
-        self.x = torch.empty(tokens, in_features, dtype=w24.dtype, device=device)
-        self.x.normal_(generator=generator)
+        exact = integers(tokens, in_features)
+        self.whole_x, self.bias = exact.to(self.storage), integers(out_features)
+        exact = exact.float() @ decompress(rowmajor).float().t()
+        if self.plain_type:
+            self.whole24 = backend.pack(rowmajor)
+            self.plain = exact.to(w24.dtype)
+            self.fused = (exact + self.bias.float()).relu().to(w24.dtype)
+        else:
+            scale = torch.randint(-2, 3, (out_features, 1), generator=generator, device=device)
+            scale = torch.exp2(scale.float())
+            self.whole24 = backend.pack(_with_levels(w24.spec, rowmajor, scale))
+            self.plain = (exact * scale.view(-1)).to(w24.dtype)
+        x = torch.empty(tokens, in_features, dtype=w24.dtype, device=device)
+        x.normal_(generator=generator)
+        self.x = x if self.plain_type else quantize_rows.quantize(x, w24.spec.storage)[0]
         self.y = torch.empty(tokens, out_features, dtype=w24.dtype, device=device)
         self.flush = None
         if device.type == "cuda":
@@ -165,7 +180,8 @@ class _Problem:
 
     def verdict(self, algorithm):
         """ "right", "refused" (by the library) or "wrong"; an error of the GPU is raised."""
-        for fused, expected in ((False, self.plain), (True, self.fused)):
+        wanted = [(False, self.plain)] + ([(True, self.fused)] if self.plain_type else [])
+        for fused, expected in wanted:
             y = self._output()
             try:
                 self._call(algorithm, fused, self.whole24, self.whole_x, y)()
@@ -205,7 +221,8 @@ class _Problem:
         bias = self.bias.data_ptr() if fused else 0
         return self.native.cusparselt_plan(
             device=self.index,
-            dtype=DTYPES[self.w24.dtype],
+            dtype=DTYPES[self.storage],
+            y_dtype=DTYPES[self.w24.dtype],
             out_features=out_features,
             tokens=self.tokens,
             in_features=in_features,
@@ -213,6 +230,7 @@ class _Problem:
             y_stride=out_features,
             bias=bias,
             relu=fused,
+            channel_scale=not self.plain_type,
             **algorithm._asdict(),
         )
 
@@ -220,19 +238,23 @@ class _Problem:
         plan, workspace_bytes, _ = self._plan(algorithm, fused)
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=x.device)
 
+        scale = 0 if self.plain_type else w24.tensors[SCALE].data_ptr()
+
         def call():
-            missing = self.native.cusparselt_matmul(
-                plan,
-                w24.values.data_ptr(),
-                x.data_ptr(),
-                y.data_ptr(),
-                workspace.data_ptr(),
-                backend.current_stream(self.index),
-            )
+            addresses = w24.values.data_ptr(), x.data_ptr(), y.data_ptr()
+            stream, space = backend.current_stream(self.index), workspace.data_ptr()
+            missing = backend.multiply(self.native, plan, addresses, space, scale, stream)
             if missing:
                 raise RuntimeError("sparsekern.cusparselt: the plan has left the cache")
 
         return call
+
+
+def _with_levels(spec, rowmajor, scale):
+    """The quantised row-major weight whose levels are the numbers of a plain one."""
+    levels = rowmajor.values.to(spec.element.storage)
+    tensors = {"values": levels, "metadata": rowmajor.metadata, SCALE: scale}
+    return Sparse24.from_tensors(spec.with_(layout=ROWMAJOR), tensors)
 
 
 def _wall_us(call):

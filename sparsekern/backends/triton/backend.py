@@ -1,5 +1,5 @@
-"""The Triton backend of sparsekern.linear: row-major weights of every dtype, on every GPU of 8.0 or
-newer. The kernels are in backends/triton/linear.py, which is imported when one is wanted."""
+"""The Triton backend of sparsekern.linear: row-major weights of every dtype, plain or quantised,
+on GPUs of 8.0 or newer. The kernels are in backends/triton/linear.py, imported when one is wanted."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsekern.backends import triton
 from sparsekern.backends.protocol import Explained, Launch, Problem, folded
 from sparsekern.formats.layouts import ROWMAJOR
+from sparsekern.formats.scaled import SCALE
 from sparsekern.formats.sparse24 import Sparse24
 
 
@@ -22,6 +23,7 @@ class TritonBackend:
     """Dense arithmetic on weights that are read compressed: backends/triton/linear.py."""
 
     name = "triton"
+    quantized = True
 
     def supports(self, problem: Problem) -> str | None:
         if not triton.available():
@@ -30,18 +32,29 @@ class TritonBackend:
             return f"backend 'triton' needs x on a GPU, got {problem.device}"
         if problem.spec.layout != ROWMAJOR:
             return f"backend 'triton' needs layout 'rowmajor', got {problem.spec.layout!r}"
-        if not problem.spec.element.plain:
+        if not (problem.spec.element.plain or problem.spec.element.scaled):
             return f"backend 'triton' has no kernel for {problem.spec.storage}"
         return None
 
     def bind(self, problem: Problem) -> Launch:
-        linear, activation = _kernels().linear, problem.activation
+        linear, activation, spec = _kernels().linear, problem.activation, problem.spec
         in_features = problem.in_features
 
-        def compute(x: Tensor, w24: Sparse24, bias: Tensor | None) -> Tensor:
+        def compute(
+            x: Tensor, w24: Sparse24, bias: Tensor | None, x_scale: Tensor | None = None
+        ) -> Tensor:
             tensors = w24.tensors
-            values, metadata = tensors["values"], tensors["metadata"]
-            y: Tensor = linear(x, values, metadata, in_features, bias, activation)
+            y: Tensor = linear(
+                x if x_scale is None else x.to(spec.dtype),  # levels fit every plain dtype
+                tensors["values"],
+                tensors["metadata"],
+                in_features,
+                bias,
+                activation,
+                scale=tensors.get(SCALE),
+                group=spec.group,
+                x_scale=x_scale,
+            )
             return y
 
         return folded(compute)
@@ -49,4 +62,7 @@ class TritonBackend:
     def explain(self, problem: Problem) -> Explained:
         spec = problem.spec
         config = _kernels().pick_config(problem.tokens, *spec.shape, problem.dtype)
-        return Explained(str(config), "x is on a GPU and the layout is 'rowmajor'")
+        why = "x is on a GPU and the layout is 'rowmajor'"
+        if not spec.element.plain:
+            why += "; levels are widened, and multiplied as dense numbers of the dtype of x"
+        return Explained(str(config), why)

@@ -14,6 +14,14 @@ every GPU that Triton supports; it does dense arithmetic and saves memory traffi
     bias        [out]                dtype of x         optional
     out         [tokens, out]        dtype of x         row-major
 
+Quantised weights: values are levels, which every dtype of x holds exactly, so they are widened, and
+the sums get the scales. e4m3 is widened by its bits, because older GPUs have no such type.
+
+    values      [out, in/2] int8 | float8_e4m3fn, [out, in/4] uint8 (int4, low nibble first)
+    scales      [out, 1] or, per group of 64 or 128 columns, [out, groups]   fp32; a group's come
+                with the sums of its tiles along in, a row's at the end
+    x_scale     [tokens]             fp32               of an x that was quantised; optional
+
 With few tokens and few rows the grid would not fill the GPU: in_features is then divided among
 SPLIT_IN programs, which write float32 partial sums that a second kernel adds in ascending order.
 The config depends on shapes and dtype alone, so results are reproducible from run to run and from
@@ -48,6 +56,9 @@ class LinearConfig(NamedTuple):
 # that the order of summation does not change with the GPU.
 _PROGRAMS_WANTED = 264
 _MAX_SPLIT_IN = 8
+_SMALLEST_GROUP = 64
+# What the kernel calls the dtypes of levels.
+_STORAGES = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.uint8: "int4"}
 
 
 def pick_config(tokens, out_features, in_features, dtype):
@@ -72,6 +83,24 @@ def pick_config(tokens, out_features, in_features, dtype):
     ):
         split_in *= 2
     return LinearConfig(block_out, block_in, block_tokens, split_in, num_warps, num_stages)
+
+
+@triton.jit
+def _widened(stored, dtype: tl.constexpr, STORAGE: tl.constexpr):
+    """Levels of int8 or of the bits of e4m3 as numbers of dtype, exactly."""
+    if STORAGE == "int8":
+        return stored.to(tl.float32).to(dtype)
+    # The exponent of float16 has 8 more in its bias and as many bits, from bit 10 on.
+    bits = stored.to(tl.int16)
+    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+    return (half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(dtype)
+
+
+@triton.jit
+def _widened_int4(bytes, dtype: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr):
+    """[BLOCK_OUT, BLOCK_IN/4] bytes -> [BLOCK_OUT, BLOCK_IN/2] levels of dtype."""
+    nibbles = tl.join(bytes & 0xF, bytes >> 4).reshape(BLOCK_OUT, BLOCK_IN // 2).to(tl.int32)
+    return ((nibbles ^ 8) - 8).to(tl.float32).to(dtype)
 
 
 @triton.jit
@@ -110,6 +139,8 @@ def sparse_linear_kernel(
     x_ptr,
     values_ptr,
     metadata_ptr,
+    scale_ptr,
+    x_scale_ptr,
     bias_ptr,
     out_ptr,
     tokens,
@@ -118,9 +149,13 @@ def sparse_linear_kernel(
     stride_x,
     stride_values,
     stride_metadata,
+    stride_scale,
     split_length,
     HAS_BIAS: tl.constexpr,
+    HAS_X_SCALE: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    STORAGE: tl.constexpr,  # "plain", "int8", "e4m3" or "int4"
+    GROUP: tl.constexpr,  # columns that share a scale, a multiple of BLOCK_IN; 0: all
     SPLIT_IN: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -151,18 +186,23 @@ def sparse_linear_kernel(
     values_row = values_ptr + rows.to(tl.int64)[:, None] * stride_values
     metadata_row = metadata_ptr + rows.to(tl.int64)[:, None] * stride_metadata
     x_row = x_ptr + token_idx.to(tl.int64)[None, :] * stride_x
+    if STORAGE != "plain":
+        scale_row = scale_ptr + rows.to(tl.int64) * stride_scale
 
     acc = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), dtype=tl.float32)
     start = split_idx * split_length
     stop = tl.minimum(start + split_length, in_features)
     for k in range(start, stop, BLOCK_IN):
-        value_idx = k // 2 + tl.arange(0, BLOCK_IN // 2)
         byte_idx = k // 8 + tl.arange(0, BLOCK_IN // 8)
         column = k + tl.arange(0, BLOCK_IN)
+        if STORAGE == "int4":
+            value_idx = k // 4 + tl.arange(0, BLOCK_IN // 4)
+            value_ok = value_idx < in_features // 4
+        else:
+            value_idx = k // 2 + tl.arange(0, BLOCK_IN // 2)
+            value_ok = value_idx < in_features // 2
         values = tl.load(
-            values_row + value_idx[None, :],
-            mask=row_ok[:, None] & (value_idx < in_features // 2)[None, :],
-            other=0.0,
+            values_row + value_idx[None, :], mask=row_ok[:, None] & value_ok[None, :], other=0
         )
         metadata = tl.load(
             metadata_row + byte_idx[None, :],
@@ -174,9 +214,22 @@ def sparse_linear_kernel(
             mask=token_ok[None, :] & (column < in_features)[:, None],
             other=0.0,
         )
+        if STORAGE == "int4":
+            values = _widened_int4(values, x.dtype, BLOCK_OUT, BLOCK_IN)
+        elif STORAGE != "plain":
+            values = _widened(values, x.dtype, STORAGE)
         dense = _decompress_tile(values, metadata, BLOCK_OUT, BLOCK_IN)
-        acc = tl.dot(dense, x, acc, input_precision="ieee")
+        if GROUP > 0:
+            of_tile = tl.load(scale_row + k // GROUP, mask=row_ok, other=0.0)
+            acc += tl.dot(dense, x, input_precision="ieee") * of_tile[:, None]
+        else:
+            acc = tl.dot(dense, x, acc, input_precision="ieee")
 
+    if STORAGE != "plain":
+        if GROUP == 0:
+            acc *= tl.load(scale_row, mask=row_ok, other=0.0)[:, None]
+        if HAS_X_SCALE:
+            acc *= tl.load(x_scale_ptr + token_idx, mask=token_ok, other=0.0)[None, :]
     if SPLIT_IN == 1:
         if HAS_BIAS:
             bias = tl.load(bias_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)
@@ -217,17 +270,33 @@ def split_reduce_kernel(
     tl.store(out_ptr + idx, acc.to(out_ptr.dtype.element_ty), mask=ok)
 
 
-def linear(x, values, metadata, in_features, bias=None, activation=None, config=None):
+def linear(
+    x,
+    values,
+    metadata,
+    in_features,
+    bias=None,
+    activation=None,
+    config=None,
+    *,
+    scale=None,
+    group=0,
+    x_scale=None,
+):
     """Launches the kernels on x's device: y = activation(x · Wᵀ + bias), one rounding to x.dtype.
 
     Args:
         x: [tokens, in_features] float32 | float16 | bfloat16. Copied if its last stride is not 1.
-        values: [out_features, in_features / 2], dtype of x, contiguous.
+        values: [out_features, in_features / 2], dtype of x, contiguous; with scale the stored
+            levels, int8 | float8_e4m3fn, or uint8 [out_features, in_features / 4] of int4.
         metadata: uint8 [out_features, ceil(in_features / 8)], contiguous.
         in_features: dense count, a multiple of 4.
         bias: [out_features], dtype of x, contiguous, or None.
         activation: None | "relu" | "gelu" (exact) | "silu".
         config: LinearConfig; None means pick_config.
+        scale: float32 [out_features, groups], contiguous, or None for plain values.
+        group: columns that share a scale where there are several groups: a multiple of 64.
+        x_scale: float32 [tokens], contiguous: y = activation(x · Wᵀ * x_scale + bias).
     Returns:
         [tokens, out_features], dtype of x, contiguous.
     Notes:
@@ -241,6 +310,13 @@ def linear(x, values, metadata, in_features, bias=None, activation=None, config=
     if x.stride(1) != 1:
         x = x.contiguous()
     config = config or pick_config(tokens, out_features, in_features, x.dtype)
+    storage = "plain" if scale is None else _STORAGES[values.dtype]
+    if scale is None or scale.shape[1] == 1:
+        group = 0
+    elif group % config.block_in:
+        config = config._replace(block_in=_SMALLEST_GROUP)
+    if storage == "e4m3":
+        values = values.view(torch.uint8)
     split_length = triton.cdiv(in_features, config.split_in)
     split_length = triton.cdiv(split_length, config.block_in) * config.block_in
     target = out
@@ -249,11 +325,14 @@ def linear(x, values, metadata, in_features, bias=None, activation=None, config=
         target = torch.empty(shape, dtype=torch.float32, device=x.device)
     tiles = triton.cdiv(out_features, config.block_out) * triton.cdiv(tokens, config.block_tokens)
     flags = {"HAS_BIAS": bias is not None, "ACTIVATION": activation, "SPLIT_IN": config.split_in}
+    kinds = {"STORAGE": storage, "GROUP": group, "HAS_X_SCALE": x_scale is not None}
     with torch.cuda.device_of(x):
         sparse_linear_kernel[(tiles, config.split_in)](
             x,
             values,
             metadata,
+            scale,
+            x_scale,
             bias,
             target,
             tokens,
@@ -262,8 +341,10 @@ def linear(x, values, metadata, in_features, bias=None, activation=None, config=
             x.stride(0),
             values.stride(0),
             metadata.stride(0),
+            0 if scale is None else scale.stride(0),
             split_length,
             **flags,
+            **kinds,
             BLOCK_OUT=config.block_out,
             BLOCK_IN=config.block_in,
             BLOCK_TOKENS=config.block_tokens,

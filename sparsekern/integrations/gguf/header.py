@@ -9,7 +9,7 @@ bounded by the file's own size, and only what it says is used afterwards:
                       to the end of the file: a changed type, shape or offset breaks that
     values            numbers of the metadata are finite, rope bases and epsilons positive
 
-Nothing is copied from arrays of numbers and from tensors: they are views of the mapped file.
+Nothing is copied from arrays of numbers and from tensors: they are views of the file's bytes.
 
 Source: the GGUF specification (ggml, docs/gguf.md), versions 2 and 3, little-endian.
 """
@@ -18,14 +18,16 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from sparsekern.errors import FormatError, check, message
+from sparsekern.utils.files import NotRegular, open_regular
 
 OP = "sparsekern.load_gguf"
 MAGIC = 0x46554747  # "GGUF"
@@ -34,6 +36,7 @@ ALIGNMENT = 32  # without general.alignment
 MAX_ALIGNMENT = 2**16
 MAX_NAME = 2**10  # bytes of a key or of a tensor's name
 MAX_DIMENSIONS = 4
+READ_WHOLE = 2**28  # bytes; larger files are mapped
 STRING, ARRAY = 8, 9
 # Value type -> numpy type, of those that have a fixed size.
 SCALARS = {
@@ -77,7 +80,7 @@ class Header:
     values: dict[str, Any]
     spans: dict[str, tuple[int, int]]
     tensors: tuple[TensorEntry, ...]
-    data: mmap.mmap
+    data: bytes | mmap.mmap
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T | None:
         """The value of an optional key; FormatError when it has another type."""
@@ -115,7 +118,7 @@ class Header:
 class _Cursor:
     """A position in the mapped file; every read is bounded by the file's end."""
 
-    def __init__(self, data: mmap.mmap, path: Path):
+    def __init__(self, data: bytes | mmap.mmap, path: Path):
         self.data, self.path, self.at, self.size = data, path, 0, len(data)
 
     def fail(self, expected: str, got: object) -> FormatError:
@@ -169,6 +172,10 @@ class _Cursor:
         return [self.string(key) for _ in range(count)]
 
 
+def _mapped(file: BinaryIO) -> mmap.mmap:
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 def read_header(path: str | Path) -> Header:
     """Read and check the header of a GGUF file.
 
@@ -177,12 +184,15 @@ def read_header(path: str | Path) -> Header:
         FormatError: no GGUF file, cut off, or damaged in what the header says.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{OP}: no file at {path}.")
-    with open(path, "rb") as file:
-        if path.stat().st_size < 24:
-            raise FormatError(message(OP, "a complete GGUF file", str(path), "Fetch it again."))
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 24:
+                raise FormatError(message(OP, "a complete GGUF file", str(path), "Fetch it again."))
+            # A mapped file that somebody shortens kills the process that reads on.
+            data = file.read(size) if size <= READ_WHOLE else _mapped(file)
+    except (FileNotFoundError, NotADirectoryError, NotRegular):
+        raise FileNotFoundError(f"{OP}: no file at {path}.") from None
     cursor = _Cursor(data, path)
     magic, version = cursor.number("<I", "the magic"), cursor.number("<I", "the version")
     if magic != MAGIC or version not in VERSIONS:

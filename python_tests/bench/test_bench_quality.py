@@ -1,0 +1,84 @@
+"""The quality benchmark, whole, on a tiny GGUF on the CPU."""
+
+import json
+
+import pytest
+
+pytest.importorskip("gguf", reason="needs gguf")
+pytest.importorskip("transformers", reason="needs transformers")
+from bench import bench_quality
+from python_tests.integrations import gguf_cases as cases
+
+WORDS = "the and then an hand 12 than these 34 a band stand other that is all there is to say "
+
+
+def options(tmp_path, *more):
+    model = tmp_path / "tiny.gguf"
+    cases.write_gguf(model, cases.gguf_tensors(cases.tiny_llama()), cases.metadata())
+    train, test = tmp_path / "a.txt", tmp_path / "test.txt"
+    train.write_text("\n".join(WORDS[i:] for i in range(60)))
+    test.write_text("\n".join(WORDS[::2] for _ in range(12)))
+    given = ["--gguf", model, "--calibration", train, "--test", test, "--window", 32]
+    given += ["--samples", 6, "--batch-size", 2, "--device", "cpu", "--out", tmp_path / "r.jsonl"]
+    return [str(option) for option in [*given, *more]]
+
+
+def records(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+
+
+def test_a_row_per_run_and_seed(tmp_path, monkeypatch, capsys):
+    short = {**bench_quality.RUNS, "span": {"reconstruct": {"span": None, "epochs": 2}}}
+    monkeypatch.setattr(bench_quality, "RUNS", short)
+    arguments = options(tmp_path, "--runs", "fast,span", "--seeds", 2)
+    assert bench_quality.main(tmp_path / "r.jsonl", arguments) == 0
+    rows = records(tmp_path)
+    names = [(row["backend"], row["seed"]) for row in rows]
+    assert names == [("fast", 0), ("span", 0), ("fast", 1), ("span", 1)]
+    assert len({row["case"] for row in rows}) == 4
+    assert rows[1]["details"]["fits"][0]["epochs"] == 2
+    assert all(row["metrics"]["perplexity"] > 1 for row in rows)
+    assert "over 2 seeds" in capsys.readouterr().out
+
+
+def test_a_row_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
+    """explore: one pruned start; a wrong row is a line of the table and exit code 1."""
+    rows = {
+        "span": (0, "start", bench_quality._with(bench_quality.SPAN, epochs=1)),
+        "wrong": (0, "prune", {"reconstruct": {"span": 0}}),
+        "again": (0, "prune", {"reconstruct": {"span": 1, "epochs": 1}}),
+    }
+    monkeypatch.setattr(bench_quality, "EXPLORE", rows)
+    arguments = options(tmp_path, "--explore")
+    assert bench_quality.main(tmp_path / "r.jsonl", arguments) == 1
+    assert [row["backend"] for row in records(tmp_path)] == ["block", "span", "again"]
+    out = capsys.readouterr().out
+    assert "FAILED wrong, seed 0: ValueError" in out and "wrong" in out.splitlines()[-3]
+
+
+def test_the_matrix(tmp_path):
+    """Each calibration on each held-out tail, and the blend."""
+    other = tmp_path / "b.txt"
+    other.write_text("\n".join(WORDS[::-1][i:] for i in range(60)))
+    arguments = options(tmp_path, "--matrix", f"{tmp_path / 'a.txt'},{other}", "--tail", 400)
+    assert bench_quality.main(tmp_path / "r.jsonl", arguments) == 0
+    rows = records(tmp_path)
+    assert [row["backend"] for row in rows] == ["a.txt", "b.txt", "blend"]
+    for row in rows:
+        assert {"perplexity a.txt", "perplexity b.txt", "perplexity test.txt"} < set(row["metrics"])
+        assert 0 <= row["details"]["distance"]["a.txt"] <= 1
+    assert rows[0]["details"]["distance"]["a.txt"] < rows[0]["details"]["distance"]["b.txt"] + 0.1
+
+
+def test_every_row_of_explore_is_valid():
+    from sparsekern.oneshot.reconstruct import as_rounds
+
+    for name, (seconds, kind, what) in bench_quality.EXPLORE.items():
+        assert kind in ("start", "prune") and 0 < seconds < 120, name
+        rounds = what if kind == "start" else what.get("reconstruct")
+        assert as_rounds(rounds) or "rotate" in what, name
+
+
+def test_unknown_runs_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected runs in .*'fastest'"):
+        bench_quality.main(tmp_path / "r.jsonl", ["--gguf", "none.gguf", "--runs", "fastest"])

@@ -1,0 +1,304 @@
+// emulator.h: thread blocks, shared memory and warp instructions of a GPU on the CPU, by the words of
+// the PTX ISA, for mma_emulator.cpp and decode_emulator.cpp, which compile a kernel's source as it is.
+//
+// Each CUDA thread is a ucontext fiber that runs until a barrier or a warp instruction that not all
+// have reached. Two freedoms of the hardware are settings, so that a missing wait shows: a copy
+// lands at once or when a wait forces it, and threads run in rising or falling order. Shared memory
+// starts as 0xFF, which is NaN. The first violation of a rule is reported and the rest goes on.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+#include <cuda_runtime.h>
+
+#undef __global__
+#undef __launch_bounds__
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+namespace emulator {
+
+constexpr uint32_t kSmemBase = 1024;  // shared memory does not begin at address 0
+constexpr int kCtaShift = 20;         // of an address in a cluster: thread block + 1
+constexpr size_t kFiberStack = 1 << 16;
+
+struct Copy {
+  uint32_t smem;
+  const void* gmem;
+  int bytes;
+};
+enum class State { kReady, kWaits, kPolls, kDone };
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(kFiberStack);
+  State state;
+  std::function<bool()> passes;           // what a fiber that polls waits for
+  bool waited;                            // for the kernel before this one
+  std::vector<Copy> open;                 // copies of the group that is not closed
+  std::vector<std::vector<Copy>> groups;  // closed groups under way, oldest first
+};
+
+std::vector<Fiber> fibers;
+int threads;  // of a thread block
+std::vector<std::vector<uint8_t>> smem;  // of each
+std::vector<int> at_warp;  // lanes that have reached the warp instruction
+std::map<int, std::vector<int>> meetings;  // fibers at a barrier
+std::vector<std::function<void()>> in_flight;  // copies of the copy engine
+int current, first_block, blocks;
+ucontext_t scheduler;
+bool copies_land_late, falling_order;
+std::vector<std::pair<const uint8_t*, const uint8_t*>> readable;  // global memory, x first
+std::string error;
+
+void require(bool condition, const char* rule) {
+  if (!condition && error.empty()) error = rule;
+}
+
+int cta() { return current / threads; }
+
+void* shared(uint32_t address, uint32_t bytes) {
+  static uint8_t nowhere[16];
+  const int named = address >> kCtaShift;
+  auto& memory = smem[named ? named - 1 : cta()];
+  address &= (1u << kCtaShift) - 1;
+  const bool good =
+      address >= kSmemBase && address % bytes == 0 && address + bytes <= kSmemBase + memory.size();
+  require(good, "an access inside shared memory, aligned to its size");
+  return good ? &memory[address - kSmemBase] : nowhere;
+}
+
+void require_readable(const void* from, int bytes) {
+  const auto* first = static_cast<const uint8_t*>(from);
+  bool inside = bytes == 0;
+  for (const auto& [begin, end] : readable) inside |= first >= begin && first + bytes <= end;
+  require(inside, "a copy from inside x, the values or the metadata");
+}
+
+void yield(State state) {
+  fibers[current].state = state;
+  swapcontext(&fibers[current].context, &scheduler);
+}
+
+void wait_until(std::function<bool()> passes) {
+  if (passes()) return;
+  fibers[current].passes = std::move(passes);
+  yield(State::kPolls);
+}
+
+// A barrier of `count` threads.
+void meet(int key, int count) {
+  std::vector<int>& waiting = meetings[key];
+  if (static_cast<int>(waiting.size()) + 1 < count) {
+    waiting.push_back(current);
+    return yield(State::kWaits);
+  }
+  for (int fiber : waiting) fibers[fiber].state = State::kReady;
+  waiting.clear();
+}
+constexpr int kOfCluster = -1;
+int of_block(int id) { return cta() * 16 + id; }
+
+// One warp instruction: the last lane to arrive executes it for all.
+struct Lane {
+  const uint32_t *a, *b;
+  uint32_t word;  // an address, or metadata
+  void* result;
+};
+std::vector<Lane> lanes;
+
+template <class Execute>
+void warp_instruction(const Lane& lane, Execute execute) {
+  const int warp = current / 32;
+  lanes[current] = lane;
+  if (++at_warp[warp] < 32) return yield(State::kWaits);
+  at_warp[warp] = 0;
+  execute(&lanes[warp * 32]);
+  for (int i = warp * 32; i < warp * 32 + 32; ++i)
+    if (i != current) fibers[i].state = State::kReady;
+}
+
+// A copy of the copy engine.
+void fly(std::function<void()> land) {
+  if (copies_land_late) in_flight.push_back(std::move(land));
+  else land();
+}
+
+// Runs a cluster of thread blocks; false when its threads wait for each other for ever.
+bool run_cluster(int ctas, int threads_each, int smem_bytes, std::function<void()> kernel) {
+  static std::function<void()> entry;
+  entry = std::move(kernel);
+  threads = threads_each;
+  fibers.resize(ctas * threads);
+  lanes.resize(ctas * threads);
+  at_warp.assign(ctas * threads / 32, 0);
+  meetings.clear();
+  in_flight.clear();
+  smem.assign(ctas, std::vector<uint8_t>(smem_bytes, 0xFF));
+  for (Fiber& fiber : fibers) {
+    fiber.state = State::kReady;
+    fiber.waited = false;
+    fiber.open.clear();
+    fiber.groups.clear();
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    makecontext(&fiber.context, +[] { entry(), yield(State::kDone); }, 0);
+  }
+  const int count = static_cast<int>(fibers.size());
+  for (bool progress = true; progress;) {
+    progress = false;
+    for (int i = 0; i < count; ++i) {
+      current = falling_order ? count - 1 - i : i;
+      Fiber& fiber = fibers[current];
+      if (fiber.state == State::kPolls && fiber.passes()) fiber.state = State::kReady;
+      if (fiber.state != State::kReady) continue;
+      progress = true;
+      swapcontext(&scheduler, &fiber.context);
+    }
+    if (!progress && !in_flight.empty()) {
+      progress = true;
+      in_flight.front()();
+      in_flight.erase(in_flight.begin());
+    }
+  }
+  return std::all_of(fibers.begin(), fibers.end(),
+                     [](const Fiber& fiber) { return fiber.state == State::kDone; });
+}
+
+}  // namespace emulator
+
+// ---- what the kernels' sources use of CUDA ------------------------------------------------------
+
+struct ThreadIdx {
+  struct {
+    operator unsigned() const { return emulator::current % emulator::threads; }
+  } x;
+} threadIdx;
+struct BlockIdx {
+  struct {
+    operator unsigned() const { return emulator::first_block + emulator::cta(); }
+  } x;
+} blockIdx;
+struct GridDim {
+  struct {
+    operator unsigned() const { return emulator::blocks; }
+  } x;
+} gridDim;
+
+void __syncthreads() { emulator::meet(emulator::of_block(0), emulator::threads); }
+void __syncwarp() {
+  emulator::warp_instruction({}, [](emulator::Lane*) {});
+}
+void __trap() { emulator::require(false, "no trap"); }
+float __int_as_float(int bits) {
+  float v;
+  memcpy(&v, &bits, 4);
+  return v;
+}
+float __uint_as_float(unsigned bits) { return __int_as_float(static_cast<int>(bits)); }
+#define __expf expf
+using std::max;
+using std::min;
+
+// ---- csrc/ptx -----------------------------------------------------------------------------------
+
+namespace sparsekern::ptx {
+
+using emulator::Lane;
+
+uint32_t smem_address(const void*) { return emulator::kSmemBase; }
+void wait_for_predecessor() { emulator::fibers[emulator::current].waited = true; }
+void let_successor_start() {}
+
+// Matrix m is the eight rows that lanes 8m .. 8m+7 name; lane i gets elements 2 (i % 4), + 1 of row
+// i / 4. Eight rows in eight groups of banks are read at once.
+void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
+  emulator::warp_instruction({nullptr, nullptr, smem, r}, [](Lane* lanes) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      unsigned groups = 0;
+      for (int row = 0; row < 8; ++row) groups |= 1u << lanes[matrix * 8 + row].word / 16 % 8;
+      emulator::require(groups == 0xFF, "ldmatrix without bank conflicts");
+      for (int i = 0; i < 32; ++i) {
+        const auto* row = emulator::shared(lanes[matrix * 8 + i / 4].word, 16);
+        static_cast<uint32_t*>(lanes[i].result)[matrix] = static_cast<const uint32_t*>(row)[i % 4];
+      }
+    }
+  });
+}
+
+template <class T>
+float element(uint32_t word, int half) {
+  const uint16_t bits = word >> (16 * half);
+  T v;
+  memcpy(&v, &bits, 2);
+  return static_cast<float>(v);
+}
+
+// PTX ISA, "Matrix fragments for sparse mma.m16n8k32" and "Sparse matrix storage".
+template <class T, int kSelector>
+void mma_sp(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
+  emulator::warp_instruction({a, b, metadata, d}, [](Lane* lanes) {
+    float a[16][16], b[32][8];
+    for (int row = 0; row < 16; ++row)
+      for (int kept = 0; kept < 16; ++kept)
+        a[row][kept] =
+            element<T>(lanes[row % 8 * 4 + kept % 8 / 2].a[row / 8 + kept / 8 * 2], kept % 2);
+    for (int k = 0; k < 32; ++k)
+      for (int n = 0; n < 8; ++n) b[k][n] = element<T>(lanes[4 * n + k % 8 / 2].b[k / 8], k % 2);
+    for (int row = 0; row < 16; ++row) {
+      const int g = row % 8, upper = row / 8;
+      for (int kept = 0; kept < 16; ++kept) {
+        const int group = kept / 2;
+        const uint32_t word = lanes[4 * g + 2 * kSelector + group / 4].word;
+        const uint32_t nibble = word >> (16 * upper + 4 * (group % 4)) & 15;
+        const int first = nibble % 4, second = nibble / 4;
+        emulator::require(first < second, "metadata with two rising columns");
+        const float* of_k = b[4 * group + (kept % 2 ? second : first)];
+        for (int n = 0; n < 8; ++n)
+          static_cast<float*>(lanes[4 * g + n / 2].result)[2 * upper + n % 2] +=
+              a[row][kept] * of_k[n];
+      }
+    }
+  });
+}
+
+// One word per lane; a bank has one address.
+uint32_t load_shared_u32(uint32_t smem) {
+  uint32_t v;
+  emulator::warp_instruction({nullptr, nullptr, smem, &v}, [](Lane* lanes) {
+    uint32_t of_bank[32] = {};
+    for (int i = 0; i < 32; ++i) {
+      uint32_t& word = of_bank[lanes[i].word / 4 % 32];
+      emulator::require(word == 0 || word == lanes[i].word, "a load without bank conflicts");
+      word = lanes[i].word;
+      *static_cast<uint32_t*>(lanes[i].result) =
+          *static_cast<uint32_t*>(emulator::shared(word, 4));
+    }
+  });
+  return v;
+}
+uint2 load_shared_u64(uint32_t smem) { return *static_cast<uint2*>(emulator::shared(smem, 8)); }
+// The last thing before a store to y, which the kernel before this one may still be reading.
+int4 load_shared_int4(uint32_t smem) {
+  emulator::require(emulator::fibers[emulator::current].waited, "y to be written after that, too");
+  return *static_cast<int4*>(emulator::shared(smem, 16));
+}
+void store_shared_f32(uint32_t smem, float v) {
+  *static_cast<float*>(emulator::shared(smem, 4)) = v;
+}
+
+}  // namespace sparsekern::ptx

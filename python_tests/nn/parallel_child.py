@@ -1,0 +1,86 @@
+"""A program for test_parallel.py: one rank. Usage: parallel_child.py RANK WORLD PORT BACKEND."""
+
+import copy
+import sys
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import nn
+
+import sparsekern as sk
+
+SIZES = dict(
+    hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
+)
+
+
+def refuses(part, call):
+    try:
+        call()
+    except ValueError as error:
+        assert part in str(error), error
+    else:
+        raise AssertionError(f"not refused: {part}")
+
+
+def main(rank, world, port, backend):
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+    )
+    mesh = dist.device_mesh.init_device_mesh(device.type, (world,))
+    for quantize, bias in ((None, True), ("fp8", False)):
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, attention_bias=bias)
+        model = transformers.LlamaForCausalLM(config).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                nn.init.normal_(parameter)
+        sk.prune_model(
+            model,
+            "magnitude",
+            progress=False,
+            quantize=quantize,
+            skip=("lm_head", "*.1.mlp.up_proj"),
+        )
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model = model.to(device, dtype)
+        ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1)).to(device)
+        x = model.get_input_embeddings()(ids).detach().requires_grad_()
+        wanted = model(inputs_embeds=x).logits
+        wanted.float().square().sum().backward()
+        gradient, x.grad = x.grad, None
+        split = sk.tensor_parallel(copy.deepcopy(model), mesh if rank >= 0 else None)
+        mlp = split.model.layers[0].mlp
+        assert mlp.up_proj.layer.out_features == 256 // world
+        assert mlp.down_proj.layer.in_features == 256 // world
+        assert isinstance(mlp.down_proj.layer, sk.SparseLinear)
+        got = split(inputs_embeds=x).logits
+        got.float().square().sum().backward()
+        near = dict(atol=1e-4, rtol=1e-4) if dtype == torch.float32 else dict(atol=0.1, rtol=0.1)
+        torch.testing.assert_close(got, wanted, **near)
+        far = {key: 20 * value for key, value in near.items()}
+        torch.testing.assert_close(x.grad, gradient, **far)
+        with torch.no_grad():
+            report = sk.optimize(split)
+            torch.testing.assert_close(split(inputs_embeds=x).logits, wanted, **near)
+            if device.type == "cpu":
+                compiled = torch.compile(split, backend="aot_eager", fullgraph=True)
+                torch.testing.assert_close(compiled(inputs_embeds=x).logits, wanted, **near)
+        assert len(report.groups) == 3, report  # one up_proj is dense
+    model = nn.Sequential(nn.Linear(24, 7), nn.Linear(7, 8))
+    refuses("a multiple of 2", lambda: sk.tensor_parallel(model, plan={"0": "colwise"}))
+    refuses("names linear layers", lambda: sk.tensor_parallel(model, plan={"x": "colwise"}))
+    refuses("'diagonal'", lambda: sk.tensor_parallel(model, plan={"0": "diagonal"}))
+    sparse = nn.Sequential(sk.SparseLinear(24, 8))
+    refuses("a multiple of 16", lambda: sk.tensor_parallel(sparse, plan={"0": "rowwise"}))
+    assert type(sparse[0]) is sk.SparseLinear
+    dist.destroy_process_group()
+    print("all equal")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

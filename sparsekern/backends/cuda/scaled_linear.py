@@ -1,0 +1,332 @@
+"""The CUDA backend for quantised weights: 8 bits with a scale per output channel (e4m3, int8), int4.
+
+    x of 16 bits, few tokens    W8A16: decode widens the weights     csrc/linear/decode_sm90.cuh
+    x of 16 bits, more tokens   W8A8: x is quantised, then as below  csrc/activations/
+    x of 8 bits, with scales    W8A8: prefill, split in 8 bits       csrc/linear/prefill_sm90.cuh
+    int4, x of 16 bits          W4A16: decode, 64 tokens at a time
+
+    y = activation(x · levels(W)ᵀ * weight_scale * x_scale + bias)       rounded once to 16 bits
+
+int8 is summed in int32, exactly. The tensor cores add up products of e4m3 with some 14 bits;
+`precise` (backend "cuda-precise") has their sums of every 256 in_features added up in float32.
+
+What can run for which types the native module says (kernels()). Hopper only.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekern import _native
+from sparsekern.backends import quantize_rows, registry
+from sparsekern.backends.cuda import configs
+from sparsekern.backends.cuda import cost_model as heuristics
+from sparsekern.backends.cuda.configs import Types
+from sparsekern.backends.cuda.linear import (
+    _aligned_rows,
+    _check_sizes,
+    _contiguous_strides,
+    _current_device,
+    _current_stream,
+    _degenerate,
+    _empty_strided,
+    _name,
+    _native_linear,
+    _workspace,
+)
+from sparsekern.backends.protocol import ALIGNMENT, Explained, Launch, Problem
+from sparsekern.formats import dtypes
+from sparsekern.formats.layouts import WeightSpec
+from sparsekern.formats.scaled import SCALE
+from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.formats.tile64 import LAYOUT, fits, scale_group
+
+_ROW = 16  # bytes, and so elements of 8 bits, that every row of x begins at a multiple of
+
+
+# ---- what can run, and how -----------------------------------------------------------------------
+
+
+@cache
+def _built_for(kernel: str, types: Types) -> bool:
+    """Whether the native module has this kernel for these types."""
+    return any(types in row["types"] for row in _native.module().kernels()[kernel])
+
+
+def _eight(problem: Problem) -> Types:
+    storage = problem.spec.storage
+    return Types(storage, storage, _name(problem.dtype))
+
+
+def _widened(problem: Problem) -> Types:
+    dtype = _name(problem.dtype)
+    return Types(problem.spec.storage, dtype, dtype)
+
+
+def widens(problem: Problem) -> bool:
+    """True when the weights are widened for x as it is: 16-bit x of few tokens, or of int4 weights,
+    for which there is nothing else."""
+    few = problem.tokens <= heuristics.DECODE_TOKENS or problem.spec.element.bits == 4
+    return problem.quantized is None and few and _built_for("decode", _widened(problem))
+
+
+def why_not(problem: Problem, precise: bool = False) -> str | None:
+    """Why the kernels cannot compute a problem with a quantised weight; None when they can."""
+    spec = problem.spec
+    if spec.layout != LAYOUT:
+        return f"backend 'cuda' needs layout 'tile64' (SparseLinear), got {spec.layout!r}"
+    if problem.device.type != "cuda":
+        return f"backend 'cuda' needs x on a GPU, got {problem.device}"
+    if problem.dtype not in dtypes.NATIVE:
+        return f"backend 'cuda' needs {dtypes.native_names()}, got {problem.dtype}"
+    refusal = configs.hopper_refusal(problem.gpu)
+    if refusal:
+        return refusal
+    if not (widens(problem) or _built_for("prefill", _eight(problem))):
+        return f"backend 'cuda' has no kernel for weights of {spec.storage}"
+    if precise and not any(tile.promoted for tile in configs._tiles(_eight(problem))):
+        return f"sums of {spec.storage} are exact, there is nothing to promote"
+    return None
+
+
+def packs(spec: WeightSpec, device: torch.device) -> bool:
+    """True where such a weight is best kept in layout "tile64", because kernels run it."""
+    if device.type != "cuda" or not spec.element.scaled or spec.dtype not in dtypes.NATIVE:
+        return False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    dtype = _name(spec.dtype)
+    if spec.element.bits == 4:
+        built = fits(spec) and _built_for("decode", Types(spec.storage, dtype, dtype))
+    else:
+        built = _built_for("prefill", Types(spec.storage, spec.storage, dtype))
+    return built and not configs.hopper_refusal(index)
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    tokens: int, out_features: int, in_features: int, types: Types, index: int, precise: bool
+) -> tuple[str, int]:
+    """(kernel, its config) for a problem on GPU `index`."""
+    _check_sizes(tokens, out_features, in_features)
+    if precise:
+        name = configs.promoted(tokens, out_features, index, types)
+    else:
+        name = configs.choose(tokens, out_features, in_features, types, index).variant
+    return configs.variants(types)[name]
+
+
+registry.watch(_plan.cache_clear)
+
+
+def explain(problem: Problem, precise: bool = False) -> Explained:
+    """What `bind` would choose, and why."""
+    storage, tokens, index = problem.spec.storage, problem.tokens, problem.gpu
+    if precise:
+        name = configs.promoted(tokens, problem.out_features, index, _eight(problem))
+        return Explained(name, f"{_rows_are(problem)}; sums of 256 in_features added in float32")
+    if problem.spec.element.bits == 4:
+        part = min(tokens, heuristics.DECODE_TOKENS)
+        chosen = configs.choose(part, *problem.sizes, _widened(problem), index)
+        why = f"W4A16: {storage} is widened for x as it is, {part} tokens at a time"
+        return Explained(
+            chosen.variant, f"{why}; {chosen.why}", chosen.us if part == tokens else None
+        )
+    if widens(problem):
+        chosen = configs.choose(tokens, *problem.sizes, _widened(problem), index)
+        why = f"W8A16: up to {heuristics.DECODE_TOKENS} tokens {storage} is widened for x as it is"
+        return Explained(chosen.variant, f"{why}; {chosen.why}", chosen.us)
+    chosen = configs.choose(tokens, *problem.sizes, _eight(problem), index)
+    us = None if problem.quantized is None else chosen.us  # without the time to quantise
+    return Explained(chosen.variant, f"{_rows_are(problem)}; {chosen.why}", us)
+
+
+def _rows_are(problem: Problem) -> str:
+    if problem.quantized is not None:
+        return f"W8A8: x is {problem.spec.storage}"
+    return f"W8A8: x is quantised to {problem.spec.storage}, one scale a token"
+
+
+# ---- running it ----------------------------------------------------------------------------------
+
+
+def bind(problem: Problem, precise: bool = False) -> Launch:
+    """The launch of a problem with a quantised weight; see the top of the file.
+
+    As with `linear.bind`, x is copied when its rows are not 16-byte aligned and evenly spaced, and
+    the weight's tensors must be complete.
+    """
+    (out_features, in_features), tokens = problem.spec.shape, problem.tokens
+    if not (tokens and out_features and in_features):
+        return _bind_degenerate(problem)
+    if problem.quantized is not None:
+        return _bind_quantized(problem, precise)
+    if problem.spec.element.bits == 4:
+        return _bind_int4(problem)
+    if not precise and widens(problem):
+        return _bind_widened(problem)
+    return _bind_dynamic(problem, precise)
+
+
+def _bind_degenerate(problem: Problem) -> Launch:
+    sizes, dtype = (*problem.x_shape[:-1], problem.out_features), problem.dtype
+
+    def launch(
+        x: Tensor, w24: Sparse24, bias: Tensor | None = None, x_scale: Tensor | None = None
+    ) -> Tensor:
+        return _degenerate(x.new_empty(sizes, dtype=dtype), bias, problem.activation, None)
+
+    return launch
+
+
+class _Product:
+    """x · Wᵀ and what follows for one problem, whatever the stride of x."""
+
+    def __init__(self, problem: Problem, types: Types, precise: bool) -> None:
+        (out_features, in_features), tokens = problem.spec.shape, problem.tokens
+        self.size = tokens, out_features, in_features
+        self.types, self.index, self.activation = types, problem.gpu, problem.activation
+        self.plan = _plan(*self.size, types, problem.gpu, precise)
+        self.sizes = (*problem.x_shape[:-1], out_features)
+        self.strides, self.dtype = _contiguous_strides(self.sizes), problem.dtype
+
+    def run(self, x_stride: int) -> Any:
+        """The native launch for rows of this stride."""
+        return _native_linear(*self.plan, *self.size, x_stride, 0, self.types, self.activation)
+
+    def __call__(
+        self,
+        x: Tensor,
+        x_stride: int,
+        w24: Sparse24,
+        bias: Tensor | None,
+        x_scale: Tensor | None = None,
+    ) -> Tensor:
+        """y of aligned rows, on the current GPU."""
+        run, tensors = self.run(x_stride), w24.tensors
+        y = _empty_strided(self.sizes, self.strides, self.dtype)
+        stream = _current_stream(self.index)
+        space = _workspace(self.index, stream) if run.needs_workspace else (0, 0, None)
+        run(
+            x=x.data_ptr(),
+            values=tensors["values"].data_ptr(),
+            metadata=tensors["metadata"].data_ptr(),
+            channel_scale=tensors[SCALE].data_ptr(),
+            y=y.data_ptr(),
+            stream=stream,
+            bias=0 if bias is None else bias.data_ptr(),
+            workspace=space[1],
+            token_scale=0 if x_scale is None else x_scale.data_ptr(),
+        )
+        return y
+
+
+def _bind_quantized(problem: Problem, precise: bool) -> Launch:
+    """x of 8 bits, with float32 [tokens] contiguous as its scales."""
+    product = _Product(problem, _eight(problem), precise)
+    tokens, index, in_features = problem.tokens, problem.gpu, problem.in_features
+
+    def launch(x: Tensor, w24: Sparse24, bias: Tensor | None, x_scale: Tensor) -> Tensor:
+        if index != _current_device():
+            with torch.cuda.device(index):
+                return launch(x, w24, bias, x_scale)
+        rows, x_stride = _aligned_rows(x, tokens, in_features)
+        return product(rows, x_stride, w24, bias, x_scale)
+
+    return launch
+
+
+def _bind_dynamic(problem: Problem, precise: bool) -> Launch:
+    """x of 16 bits, quantised on the way."""
+    product, storage = _Product(problem, _eight(problem), precise), problem.spec.storage
+    shape, index = (problem.tokens, problem.in_features), problem.gpu
+
+    def launch(x: Tensor, w24: Sparse24, bias: Tensor | None = None) -> Tensor:
+        if index != _current_device():
+            with torch.cuda.device(index):
+                return launch(x, w24, bias)
+        rows = x if x.dim() == 2 else x.reshape(shape)
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        q, x_scale = quantize_rows.quantize(rows, storage, _ROW)
+        return product(q, q.stride(0), w24, bias, x_scale)
+
+    return launch
+
+
+def _bind_int4(problem: Problem) -> Launch:
+    """x of 16 bits as it is, in parts that the decode kernel takes."""
+    tokens, (out_features, in_features) = problem.tokens, problem.sizes
+    types, index, group = _widened(problem), problem.gpu, scale_group(problem.spec)
+    sizes, dtype, activation = (
+        (*problem.x_shape[:-1], out_features),
+        problem.dtype,
+        problem.activation,
+    )
+    strides, part = _contiguous_strides(sizes), min(tokens, heuristics.DECODE_TOKENS)
+    parts = [(start, min(part, tokens - start)) for start in range(0, tokens, part)]
+    plans = {
+        count: _plan(count, out_features, in_features, types, index, False)
+        for count in {count for _, count in parts}
+    }
+
+    def launch(x: Tensor, w24: Sparse24, bias: Tensor | None = None) -> Tensor:
+        if index != _current_device():
+            with torch.cuda.device(index):
+                return launch(x, w24, bias)
+        rows, x_stride = _aligned_rows(x, tokens, in_features)
+        y, tensors = _empty_strided(sizes, strides, dtype), w24.tensors
+        x_address, y_address, stream = rows.data_ptr(), y.data_ptr(), _current_stream(index)
+        for start, count in parts:
+            size = count, out_features, in_features
+            run = _native_linear(*plans[count], *size, x_stride, 0, types, activation, group)
+            run(
+                x=x_address + start * x_stride * dtype.itemsize,
+                values=tensors["values"].data_ptr(),
+                metadata=tensors["metadata"].data_ptr(),
+                channel_scale=0 if group else tensors[SCALE].data_ptr(),
+                y=y_address + start * out_features * dtype.itemsize,
+                stream=stream,
+                bias=0 if bias is None else bias.data_ptr(),
+            )
+        return y
+
+    return launch
+
+
+def _bind_widened(problem: Problem) -> Launch:
+    """x of 16 bits as it is, with weights that the kernel widens."""
+    product, index = _Product(problem, _widened(problem), False), problem.gpu
+    tokens, in_features, dtype = problem.tokens, problem.in_features, problem.dtype
+
+    def anywhere(x: Tensor, w24: Sparse24, bias: Tensor | None = None) -> Tensor:
+        if index != _current_device():
+            with torch.cuda.device(index):
+                return anywhere(x, w24, bias)
+        return product(*_aligned_rows(x, tokens, in_features), w24, bias)
+
+    whole_rows = in_features * dtype.itemsize % _ROW == 0
+    if not (problem.aligned and problem.x_stride is None and whole_rows):
+        return anywhere
+    run, sizes, strides = product.run(in_features), product.sizes, product.strides
+
+    def launch(x: Tensor, w24: Sparse24, bias: Tensor | None = None) -> Tensor:
+        address = x.data_ptr()
+        if address % ALIGNMENT or index != _current_device():
+            return anywhere(x, w24, bias)
+        tensors = w24.tensors
+        y = _empty_strided(sizes, strides, dtype)
+        run(
+            x=address,
+            values=tensors["values"].data_ptr(),
+            metadata=tensors["metadata"].data_ptr(),
+            channel_scale=tensors[SCALE].data_ptr(),
+            y=y.data_ptr(),
+            stream=_current_stream(index),
+            bias=0 if bias is None else bias.data_ptr(),
+        )
+        return y
+
+    return anywhere if run.needs_workspace else launch

@@ -1,0 +1,69 @@
+"""decompress_model: a pruned model in memory as an ordinary dense one with zeros in its weights."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from sparsekern.checkpoint.skeleton import skeleton_of
+from sparsekern.errors import check
+from sparsekern.nn.replace import is_conv1d, replace_module
+from sparsekern.nn.sparse_experts import decompress_experts
+from sparsekern.nn.sparse_linear import SparseLinear
+
+OP = "sparsekern.decompress_model"
+# What Transformers sets on a model that its quantizers have loaded.
+_OF_QUANTIZERS = ("hf_quantizer", "is_quantized", "quantization_method", "_is_quantized")
+M = TypeVar("M", bound=nn.Module)
+
+
+@torch.no_grad()
+def decompress_model(model: M) -> M:
+    """Replace every SparseLinear of a model by a dense layer, in place; W' = W, zeros included.
+
+    For what knows no 2:4 weights: ONNX (`torch.onnx.export`), other quantizers, other engines.
+
+    Args:
+        model: any nn.Module. Layers that were transformers' Conv1D become Conv1D again, and experts
+            one parameter.
+    Returns:
+        model; all parameters are trainable that were, and the new weights are.
+    Raises:
+        TypeError: no nn.Module, or a SparseLinear itself (use its `to_linear()`).
+    Notes:
+        Memory: the dense weights, layer by layer. `export_dense` does the same to a folder.
+    """
+    remedy = "Use layer.to_linear()." if isinstance(model, SparseLinear) else ""
+    fits = isinstance(model, nn.Module) and not isinstance(model, SparseLinear)
+    check(fits, OP, "a model", type(model).__name__, remedy, TypeError)
+    apart = decompress_experts(model)
+    names = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+    head = getattr(model, "get_output_embeddings", lambda: None)() if names else None
+    tree = skeleton_of(model, untied=any(m is head for m in names.values())) if names else None
+    built = {} if tree is None else dict(tree.named_modules())
+    for name, module in names.items():
+        before = built.get(name)
+        dense: nn.Module = module.to_linear()
+        if before is not None and is_conv1d(before):
+            dense = _conv1d(type(before), module)
+        replace_module(model, module, dense)
+        if module is head and getattr(model.config, "tie_word_embeddings", False):
+            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    for attribute in _OF_QUANTIZERS:
+        model.__dict__.pop(attribute, None)
+    config: Any = getattr(model, "config", None)
+    if (names or apart) and hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return model
+
+
+def _conv1d(kind: Any, module: SparseLinear) -> nn.Module:
+    with torch.device("meta"):
+        made: nn.Module = kind(module.out_features, module.in_features)
+    made.weight = nn.Parameter(module.weight.to_dense().t().contiguous())
+    bias = module.bias
+    zeros = module.weight.values.new_zeros(module.out_features, dtype=module.weight.dtype)
+    made.bias = nn.Parameter(zeros if bias is None else bias.detach().clone())
+    return made.train(module.training)

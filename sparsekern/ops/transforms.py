@@ -1,0 +1,74 @@
+"""The linear op under torch.func's transforms (grad, jvp, vmap, ...) and forward-mode AD.
+
+torch derives the rules of neither from a custom op that takes a list of tensors, and a kernel that
+reads memory would lose a tangent without a word. Here is one function that is closed under all of
+them: the product with a frozen weight, P(x) = x · Wᵀ or x · W, whose every derivative is such a
+product again. Bias and activation are then torch's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from sparsekern.formats.sparse24 import Sparse24
+
+_interpreter = torch._C._functorch.peek_interpreter_stack
+
+
+def active() -> bool:
+    """Whether a transform of torch.func or a level of forward-mode AD is open."""
+    return forward_ad._current_level >= 0 or _interpreter() is not None
+
+
+class Product(torch.autograd.Function):
+    """apply(x, w24, transposed, backend): x [..., in] -> x · Wᵀ [..., out]; transposed: x · W."""
+
+    @staticmethod
+    def forward(x: Tensor, w24: Sparse24, transposed: bool, backend: str | None) -> Tensor:
+        tensors, spec = list(w24.tensors.values()), w24.spec.text
+        y: Tensor
+        if transposed:
+            y = torch.ops.sparsekern.linear_input_grad(x.contiguous(), tensors, spec)
+        else:
+            y = torch.ops.sparsekern.linear(x, tensors, spec, None, None, backend)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.w24, ctx.transposed, ctx.backend = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return product(grads[0], ctx.w24, not ctx.transposed, ctx.backend), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return product(tangents[0], ctx.w24, ctx.transposed, ctx.backend)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
+        return product(inputs[0].movedim(in_dims[0], 0), *inputs[1:]), 0
+
+
+def product(x: Tensor, w24: Sparse24, transposed: bool, backend: str | None) -> Tensor:
+    """P(x), differentiable as often as wanted."""
+    y: Tensor = Product.apply(x, w24, transposed, backend)  # type: ignore[no-untyped-call]
+    return y
+
+
+def linear(
+    x: Tensor, w24: Sparse24, bias: Tensor | None, activation: str | None, backend: str | None
+) -> Tensor:
+    """sparsekern.linear of checked arguments, differentiable in x and bias. The product is rounded
+    to x.dtype before bias and activation, which are computed in float32 and rounded again."""
+    y = product(x, w24, False, backend)
+    if bias is None and activation is None:
+        return y
+    z = y.float() if bias is None else y.float() + bias.float()
+    if activation is not None:
+        z = getattr(torch.nn.functional, activation)(z)
+    return z.to(x.dtype)
