@@ -7,7 +7,8 @@ NAMES = {
     "magnitude": ("magnitude", "ASP (magnitude, then training)"),
     "wanda": ("Wanda", "Wanda, then training"),
     "sparsegpt": ("SparseGPT", "SparseGPT, then training"),
-    "best": ("the best preset without training", "the best preset, then training"),
+    "default": ("the default preset", "the default preset, then training"),
+    "best": ("the best preset", "the best preset, then training"),
 }
 
 
