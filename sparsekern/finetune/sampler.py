@@ -82,9 +82,9 @@ class Sampler:
         keys.index_copy_(1, self.place, key.reshape(pairs, 1, size))
         values.index_copy_(1, self.place, value.reshape(pairs, 1, size))
         n = self.length
-        options = {"out_dtype": torch.float32} if self.wide else {}
-        query = query.reshape(pairs, -1, size)
-        scores = torch.bmm(query, keys[:, :n].transpose(1, 2), **options)
+        query, turned = query.reshape(pairs, -1, size), keys[:, :n].transpose(1, 2)
+        wide = self.wide and query.dtype != torch.float32
+        scores = torch.bmm(query, turned, torch.float32) if wide else torch.bmm(query, turned)
         scores = (scores.float() * scale).masked_fill_(self.later, float("-inf"))
         y = torch.bmm(scores.softmax(-1).to(values.dtype), values[:, :n])
         return y.view(rows, 1, heads, size)
@@ -213,7 +213,7 @@ def _wide_products(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     try:
         one = torch.ones(2, 8, 8, device=device, dtype=dtype)
-        return torch.bmm(one, one, out_dtype=torch.float32).dtype == torch.float32
+        return torch.bmm(one, one, torch.float32).dtype == torch.float32
     except Exception:
         return False
 
