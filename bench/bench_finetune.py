@@ -18,8 +18,8 @@ training stops with a checkpoint, and the same call goes on.
 On several GPUs: torchrun --nproc-per-node N -m bench finetune --starts ..., with --cache: the first
 process samples, prunes, evaluates and records, and --batch is that of all together.
 
-Starts: magnitude; sparsegpt (the default preset); wanda; best (the best preset without training:
-rotate, then sparsegpt).
+Starts: magnitude, wanda and sparsegpt, layer by layer, calibrated on windows of --calibration; and
+prune_model's presets default and best, calibrated on windows of all training texts.
 
 Perplexities are computed in float32 from the weights as they are stored (bfloat16): the test by
 the WikiText protocol (rows joined with a blank line, windows of 2048 side by side), held-out tails
@@ -46,12 +46,13 @@ from sparsekern.eval import texts
 from sparsekern.finetune import data, schedule
 from sparsekern.finetune.trainer import distill, eval_batch, read_metrics
 from sparsekern.integrations.loading import load_model
+from sparsekern.oneshot.presets import PRESETS
 
 from .options import Run, parser, watchdog
 
 PROMPT, SAMPLE = 16, 512  # tokens that a prompt has, and that a sampled text has
 KINDS = {"magnitude": "Magnitude", "sr-ste": "SRSTE", "rigl": "RigL"}
-STARTS = ("sparsegpt", "magnitude", "wanda", "best")
+STARTS = ("sparsegpt", "magnitude", "wanda", "default", "best")
 AFTERWARDS = 25.0  # seconds that a start takes after its training, and the next one to begin
 
 
@@ -73,7 +74,7 @@ def make_parser():
         help=f"of {', '.join(STARTS)}",
     )
     result.add_argument("--calibration", metavar="FILE", help="default: the first of --train")
-    result.add_argument("--samples", type=int, default=128)
+    result.add_argument("--samples", type=int, help="default: 128, or the preset's")
     per_start = "; one number, or one for each start"
     result.add_argument("--minutes", default="4", metavar="N,...", help="of training" + per_start)
     result.add_argument("--steps", type=int, help="instead of --minutes")
@@ -186,14 +187,16 @@ class Recovery:
         return texts.tokenize(self.tokenizer, text)
 
     def measure(self) -> int:
-        run, args = self.run, self.args
+        args = self.args
         self.dense = self.perplexities(copy.deepcopy(self.teacher).float()) if self.first else {}
         self.say(f"dense: {_shown(self.dense)}")
         begin = time.perf_counter()
         self.corpus, self.dropped, self.made = self.in_turn(self.make_corpus)
         self.seconds_sample = time.perf_counter() - begin
-        self.say(f"{self.corpus.tokens} training tokens, {self.made} of them the teacher's, "
-                f"{self.seconds_sample:.1f} s, {self.dropped} rows with test text left out")  # fmt: skip
+        self.say(
+            f"{self.corpus.tokens} training tokens, {self.made} of them the teacher's, "
+            f"{self.seconds_sample:.1f} s, {self.dropped} rows with test text left out"
+        )
         self.dense_tokens_per_s = None
         if args.baseline and self.first:
             self.dense_tokens_per_s = round(self.dense_speed(self.corpus))
@@ -257,7 +260,9 @@ class Recovery:
             self.say(f"FAILED: {report.violations} violations of the masks")
             return 1
         if report.stopped:
-            self.say(f"{start}: stopped at step {report.steps}; the same call goes on from {folder}")
+            self.say(
+                f"{start}: stopped at step {report.steps}; the same call goes on from {folder}"
+            )
             return 0
         if not self.first:
             return 0
@@ -300,7 +305,8 @@ class Recovery:
             settings={
                 **{k: v for k, v in report.recipe.items() if not k.endswith("_every")},
                 "schedule": args.schedule,
-                "calibration_samples": args.samples,
+                "calibration_samples": args.samples
+                or (PRESETS[start].samples if start in PRESETS else 128),
                 "training_tokens": self.corpus.tokens,
                 "sampled_tokens": self.made,
                 "rows_left_out": self.dropped,
@@ -357,36 +363,41 @@ class Recovery:
         file = self.cached(f"start-{start}", args.calibration, args.samples, args.seed)
         if file is not None and file.exists():
             state = torch.load(file, map_location="cpu", weights_only=True)
-            if start == "best":
+            if state["untied"]:
                 _untie(student)
             student.load_state_dict(state["model"])
             self.say(f"{start}: weights of {file}")
             return student.to(self.run.device), state["seconds"]
-        calibration = None
-        if start != "magnitude":
+        calibration, options = None, {}
+        positions = getattr(student.config, "max_position_embeddings", 2048)
+        if start in PRESETS:
+            ids = torch.cat(list(self.train_ids.values()))
+            window = min(2048, positions, ids.numel())
+            samples = args.samples or PRESETS[start].samples
+            calibration = texts.side_by_side(ids, samples, window, args.seed)
+            options = {"preset": start, "untie": True}
+        elif start != "magnitude":
             name = Path(args.calibration).name if args.calibration else next(iter(self.train_ids))
             ids = self.train_ids[name]
-            positions = getattr(student.config, "max_position_embeddings", 2048)
             window = min(2048, positions, ids.numel() - 1)
-            calibration = texts.calibration_windows(ids, args.samples, window, args.seed)
+            calibration = texts.calibration_windows(ids, args.samples or 128, window, args.seed)
         begin = time.perf_counter()
-        if start == "best":
-            rotation = sparsekern.rotate(
-                student, calibration, untie=True, device=self.run.device, seed=args.seed
-            )
-            self.say(str(rotation))
         report = sparsekern.prune_model(
             student,
-            "sparsegpt" if start == "best" else start,
+            "sparsegpt" if start in PRESETS else start,
             calibration,
             compress=False,
             device=self.run.device,
             progress=False,
+            **options,
         )
         self.say(report.summary())
         seconds = time.perf_counter() - begin
         if file is not None:
-            torch.save({"model": student.state_dict(), "seconds": seconds}, file)
+            head, embedding = student.get_output_embeddings(), student.get_input_embeddings()
+            untied = head.weight is not embedding.weight
+            state = {"model": student.state_dict(), "seconds": seconds, "untied": untied}
+            torch.save(state, file)
         return student.to(self.run.device), seconds
 
     def cached(self, *what: Any) -> Path | None:

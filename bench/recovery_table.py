@@ -1,4 +1,4 @@
-"""The table that articles on 2:4 sparsity promise, of one model, out of records of `bench finetune`:
+"""The table that articles on 2:4 sparsity promise, of one model, out of `bench finetune`'s records:
 dense, pruned, and pruned and trained, with the GPU's minutes and the tokens that each took."""
 
 from __future__ import annotations
@@ -7,7 +7,8 @@ NAMES = {
     "magnitude": ("magnitude", "ASP (magnitude, then training)"),
     "wanda": ("Wanda", "Wanda, then training"),
     "sparsegpt": ("SparseGPT", "SparseGPT, then training"),
-    "best": ("the best preset without training", "the best preset, then training"),
+    "default": ("the default preset", "the default preset, then training"),
+    "best": ("the best preset", "the best preset, then training"),
 }
 
 

@@ -13,16 +13,22 @@ from torch import nn
 from python_tests.finetune.small import adamw, batch, pruned
 from sparsekern.finetune import Magnitude, Masked
 
-STEPS, WORLD = 6, 2
+STEPS, LONG, WORLD = 6, 2000, 2
 
 
-def run(model, masked, optimizer, rank, world, device):
-    for step in range(STEPS):
+def run(model, masked, optimizer, rank, world, device, steps=STEPS):
+    """Violations; of a long run, in all looks at it, with clipping."""
+    wrong = 0
+    for step in range(steps):
         x, y = (t.to(device) for t in batch(step))
         optimizer.zero_grad()
         nn.functional.mse_loss(model(x[rank::world]), y[rank::world]).backward()
+        if steps == LONG:
+            masked.mask_gradients()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            wrong += masked.check() if step % 100 == 0 else 0
         optimizer.step()
-    return masked.check()
+    return wrong + masked.check()
 
 
 def schedule_of(kind):
@@ -42,12 +48,13 @@ def worker(rank, kind, folder):
         world_size=WORLD,
     )
     model = pruned().to(device)
+    steps = LONG if "long" in kind else STEPS
     schedule = schedule_of(kind)
     if kind.startswith("ddp"):
         masked = Masked(model, schedule=schedule)
         wrapped = nn.parallel.DistributedDataParallel(model)
         optimizer = masked.attach(adamw(wrapped))
-        wrong = run(wrapped, masked, optimizer, rank, WORLD, device)
+        wrong = run(wrapped, masked, optimizer, rank, WORLD, device, steps)
         weights = {n: p.detach() for n, p in model.named_parameters()}
     else:
         from torch.distributed.device_mesh import init_device_mesh
@@ -59,14 +66,17 @@ def worker(rank, kind, folder):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         optimizer = masked.attach(adamw(model))
-        wrong = run(model, masked, optimizer, rank, WORLD, device)
+        wrong = run(model, masked, optimizer, rank, WORLD, device, steps)
         weights = {n: p.full_tensor().detach() for n, p in model.named_parameters()}
     state = masked.state_dict()
     masked.load_state_dict(state)
     wrong += masked.check()
     weights = {name: weight.cpu() for name, weight in weights.items()}
     if rank == 0:
-        torch.save({"weights": weights, "wrong": wrong, "state": state}, Path(folder) / "out.pt")
+        torch.save(
+            {"weights": weights, "wrong": wrong, "state": state, "steps": masked.step},
+            Path(folder) / "out.pt",
+        )
     dist.destroy_process_group()
 
 

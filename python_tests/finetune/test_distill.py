@@ -10,7 +10,7 @@ import torch
 
 import sparsekern as sk
 from python_tests.finetune.distill_child import SAVING
-from python_tests.finetune.tiny import WINDOW, pair, rows, run, weights
+from python_tests.finetune.tiny import OPTIONS, WINDOW, pair, rows, run, weights
 from python_tests.oneshot.driver_models import build, tokens
 from sparsekern.errors import FormatError
 from sparsekern.finetune import SRSTE, Masked, build_cache, data, distill
@@ -154,6 +154,30 @@ def test_minutes_end_the_run_and_the_rate_falls():
     recipe = Recipe(lr=1.0, warmup=0.1, final=0.1)
     rates = [recipe.rate(x) for x in (0.0, 0.05, 0.1, 0.55, 1.0)]
     assert rates == pytest.approx([0.0, 0.5, 1.0, 0.55, 0.1])
+
+
+def test_limit_stops_with_a_checkpoint_and_goes_on(tmp_path):
+    teacher, one = pair()
+    two = copy.deepcopy(one)
+    run(one, teacher, log_every=1)
+    options = dict(folder=tmp_path, log_every=1)
+    first = run(two, teacher, limit_seconds=1e-6, **options)
+    assert first.stopped and 1 <= first.steps < OPTIONS["steps"] and first.violations == 0
+    assert (tmp_path / "checkpoint.pt").exists()
+    teacher, again = pair()
+    second = run(again, teacher, **options)
+    assert not second.stopped and second.resumed == first.steps
+    torch.testing.assert_close(weights(again), weights(one), rtol=0, atol=0)
+
+
+def test_limit_shortens_a_run_by_minutes():
+    teacher, student = pair()
+    report = run(student, teacher, steps=None, minutes=60, limit_seconds=4, shorten=True)
+    assert not report.stopped and report.seconds < 5 and report.recipe["minutes"] < 0.1
+    with pytest.raises(ValueError, match="shorten"):
+        run(student, teacher, limit_seconds=4)
+    with pytest.raises(ValueError, match="minutes with shorten"):
+        run(student, teacher, limit_seconds=4, shorten=True)
 
 
 def test_text_made_by_the_teacher(tmp_path):

@@ -55,6 +55,16 @@ def test_prune_distil_compress_save(folder, capsys):
     assert "new or empty folder" in capsys.readouterr().err
 
 
+def test_limit_and_the_same_command_again(folder, capsys):
+    options = ["--out", str(folder / "out"), "--text", str(folder / "train.txt")]
+    options += ["--steps", "40", "--method", "magnitude"]
+    assert call(folder, *options, "--limit-seconds", "0.001") == 0
+    assert "goes on from" in capsys.readouterr().out and not (folder / "out").exists()
+    assert call(folder, *options, "--limit-seconds", "600") == 0
+    report = json.loads((folder / "out" / "finetune_report.json").read_text())
+    assert report["steps"] == 40 and 0 < report["resumed"] < 40 and not report["stopped"]
+
+
 def test_densify_is_exact():
     model = cases.tiny_llama()
     sk.prune_model(model, "magnitude", device="cpu", progress=False)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sparsekern.finetune import losses
 from sparsekern.finetune.losses import IGNORED, Target, distillation_loss, square_head
 
 TOKENS, D, TD, V = 37, 8, 12, 29
@@ -29,17 +30,23 @@ def reference(hidden, head, teacher_logits, labels, alpha, temperature):
     return (1 - alpha) * temperature**2 * kl + alpha * ce, kl, ce
 
 
+def uncompiled(alpha, temperature):
+    return lambda *tensors: losses.one_chunk(*tensors, alpha, temperature)
+
+
 @pytest.mark.parametrize("alpha,temperature", [(0, 1), (0.3, 1), (0.3, 2.5), (1, 1)])
 @pytest.mark.parametrize("chunk", [5, 64])
-@pytest.mark.parametrize("side", ["hidden", "logits"])
-def test_value_and_gradients(alpha, temperature, chunk, side, device):
+@pytest.mark.parametrize("side", ["hidden", "logits", "fused"])
+def test_value_and_gradients(alpha, temperature, chunk, side, device, monkeypatch):
     hidden, head, th, thead, labels = (t.to(device) for t in case())
     h64, w64 = hidden.double().requires_grad_(), head.double().requires_grad_()
     want = reference(h64, w64, th.double() @ thead.double().t(), labels, alpha, temperature)
     want[0].backward()
     h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
-    target = Target(th, thead) if side == "hidden" else Target(logits=th @ thead.t())
-    options = dict(alpha=alpha, temperature=temperature, chunk=chunk)
+    target = Target(logits=th @ thead.t()) if side == "logits" else Target(th, thead)
+    options = dict(alpha=alpha, temperature=temperature, chunk=chunk, fused=side == "fused")
+    if device.type == "cpu":  # the same function; compiling it takes a minute
+        monkeypatch.setattr(losses, "compiled", uncompiled)
     loss, kl, ce = distillation_loss(h, w, target, labels, **options)
     (3 * loss).backward()
     close = dict(rtol=1e-4, atol=1e-6)
@@ -135,3 +142,29 @@ def test_errors():
         distillation_loss(hidden, head, target, temperature=2.0)
     with pytest.raises(ValueError, match="target.hidden of 37 tokens"):
         distillation_loss(hidden, head, Target(th[:5], thead))
+
+
+@pytest.mark.gpu
+def test_fused_holds_no_float32_logits():
+    """bfloat16 at the size of a real vocabulary: memory beside the inputs, and the values."""
+    g = torch.Generator("cuda").manual_seed(0)
+    vocabulary, d, tokens = 49152, 64, 8192
+    hidden = torch.randn(tokens, d, device="cuda", generator=g).bfloat16()
+    head = (torch.randn(vocabulary, d, device="cuda", generator=g) / 8).bfloat16()
+    other = (head.float() + torch.randn_like(head.float()) / 16).bfloat16()
+    labels = torch.randint(0, vocabulary, (tokens,), device="cuda", generator=g)
+    found = []
+    for fused in (True, False):
+        h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        distillation_loss(h[:4096], w, Target(hidden[:4096], other), labels[:4096], fused=fused)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss, kl, ce = distillation_loss(h, w, Target(hidden, other), labels, fused=fused)
+        peak = torch.cuda.max_memory_allocated() - before
+        loss.backward()
+        found.append([loss.detach(), ce, h.grad.float(), w.grad.float()])
+        if fused:  # three chunks of logits in bfloat16, less than those of all tokens in float32
+            assert peak < tokens * vocabulary * 4 * 0.85, peak
+    for one, two in zip(*found):
+        assert float((one - two).norm() / two.norm()) < 0.02

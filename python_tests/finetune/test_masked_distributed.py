@@ -20,16 +20,32 @@ pytestmark = pytest.mark.skipif(
 GPUS = [pytest.param(f"{kind}-cuda", marks=pytest.mark.gpu) for kind in ("ddp", "fsdp-moving")]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "ddp-moving", "fsdp", "fsdp-moving", *GPUS])
-def test_two_processes_equal_one(kind, tmp_path):
+def in_two_processes(kind, folder):
+    """What the child saved."""
     if kind.endswith("cuda") and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    command = [sys.executable, "-m", "python_tests.finetune.dist_child", kind, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "python_tests.finetune.dist_child", kind, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    result = torch.load(tmp_path / "out.pt", weights_only=True)
+    result = torch.load(folder / "out.pt", weights_only=True)
     assert result["wrong"] == 0
+    return result
 
+
+LONG = [pytest.param(f"{kind}-long-cuda", marks=pytest.mark.gpu) for kind in ("ddp", "fsdp")]
+
+
+@pytest.mark.parametrize("kind", [pytest.param("ddp-long", marks=pytest.mark.slow), *LONG])
+def test_two_thousand_steps_without_a_violation(kind, tmp_path):
+    """AdamW, weight decay, clipping; looked at every 100 steps."""
+    result = in_two_processes(kind, tmp_path)
+    assert result["steps"] == 2000
+    assert all(bool(weight.isfinite().all()) for weight in result["weights"].values())
+
+
+@pytest.mark.parametrize("kind", ["ddp", "ddp-moving", "fsdp", "fsdp-moving", *GPUS])
+def test_two_processes_equal_one(kind, tmp_path):
+    result = in_two_processes(kind, tmp_path)
     model = pruned()
     masked = Masked(model, schedule=dist_child.schedule_of(kind))
     optimizer = masked.attach(adamw(model))

@@ -198,7 +198,7 @@ def test_gpu_steps_equal_a_masked_dense_layer():
     dense, mask = dense_layer(torch.bfloat16, "cuda", bias=False, rows=1024, columns=2048)
     layer = SparseTrainingLinear.from_linear(dense, mask, when="always")
     one = torch.optim.SGD(layer.parameters(), lr=0.05)
-    for step in range(20):
+    for _ in range(20):
         x = torch.randn(512, 2048, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         w = layer.to_linear().weight.detach()
         y = layer(x)

@@ -54,6 +54,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="tokens of text that the teacher samples (default: 4000000 without --text, else 0)",
     )
     sub.add_argument(
+        "--teacher-seconds", type=float, metavar="N", help="sample for at most N seconds"
+    )
+    sub.add_argument(
         "--eval",
         action="append",
         default=[],
@@ -87,6 +90,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     sub.add_argument("--offload-teacher", action="store_true", help="keep its weights on the host")
     sub.add_argument("--eval-every", type=int, default=0, metavar="STEPS")
     sub.add_argument("--save-every", type=int, default=200, metavar="STEPS")
+    sub.add_argument(
+        "--limit-seconds",
+        type=float,
+        metavar="N",
+        help="end training after N seconds with a checkpoint; the same command goes on",
+    )
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     sub.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -117,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
         evaluate={Path(name).name: _ids(tokenizer, name, "test") for name in args.eval},
         eval_window=args.eval_window,
         folder=work,
+        limit_seconds=args.limit_seconds,
         device=device,
         offload_teacher=args.offload_teacher,
         progress=not args.quiet,
@@ -138,6 +148,10 @@ def run(args: argparse.Namespace) -> int:
     )
     parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
     if parallel and torch.distributed.get_rank() > 0:
+        return 0
+    if result.stopped:
+        print(result.summary())
+        print(f"stopped  at step {result.steps}; the same command goes on from {work}")
         return 0
     assert result.masked is not None
     dense = result.masked.compress()
@@ -223,6 +237,7 @@ def _corpus(args: argparse.Namespace, teacher: Any, tokenizer: Any, device: str)
             made,
             args.seed,
             window=args.window,
+            seconds=args.teacher_seconds,
             autocast=autocast,
             progress=not args.quiet,
         )

@@ -262,6 +262,7 @@ def _read_rows(
     return rows, json.loads(metadata.get("details", "{}"))
 
 
+@torch.no_grad()
 def _own_text(
     teacher: nn.Module, rows: Tensor, temperature: float, autocast: torch.dtype | None, given: int
 ) -> dict[str, float]:

@@ -275,7 +275,7 @@ def one_chunk(
         log_q = torch.log_softmax(theirs.float() / temperature, 1)
         log_pt = log_p if temperature == 1 else torch.log_softmax(z / temperature, 1)
         q = log_q.exp()
-        kl = (q * (log_q - log_pt)).sum()
+        kl = (q * (log_q - log_pt)).sum(1).sum()  # rows first: one pass with the softmax
         slope = slope + (log_pt.exp() - q) * (temperature * (1 - alpha))
     return kl, ce, slope.to(raw.dtype)
 

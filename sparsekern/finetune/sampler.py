@@ -63,6 +63,7 @@ class Sampler:
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values
         self.graphs: dict[int, Any] = {}
         self.how = "eager"
+        self.wide = _wide_products(self.device, self.autocast or first.dtype)
 
     # ------------------------------------------------------------------ one step
 
@@ -81,7 +82,9 @@ class Sampler:
         keys.index_copy_(1, self.place, key.reshape(pairs, 1, size))
         values.index_copy_(1, self.place, value.reshape(pairs, 1, size))
         n = self.length
-        scores = torch.bmm(query.reshape(pairs, -1, size), keys[:, :n].transpose(1, 2))
+        query, turned = query.reshape(pairs, -1, size), keys[:, :n].transpose(1, 2)
+        wide = self.wide and query.dtype != torch.float32
+        scores = torch.bmm(query, turned, torch.float32) if wide else torch.bmm(query, turned)
         scores = (scores.float() * scale).masked_fill_(self.later, float("-inf"))
         y = torch.bmm(scores.softmax(-1).to(values.dtype), values[:, :n])
         return y.view(rows, 1, heads, size)
@@ -202,6 +205,17 @@ class Sampler:
         self._reset()
         self.ids.copy_(ids)
         self.given.copy_(given)
+
+
+def _wide_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch.bmm here gives float32 for factors of a 16-bit dtype."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return False
+    try:
+        one = torch.ones(2, 8, 8, device=device, dtype=dtype)
+        return torch.bmm(one, one, torch.float32).dtype == torch.float32
+    except Exception:
+        return False
 
 
 def _attend(

@@ -50,6 +50,7 @@ PRECISIONS: dict[str, torch.dtype | None] = {
     "float32": None,
     **{dtypes.PLAIN[dtype].name: dtype for dtype in dtypes.NATIVE},
 }
+ROWS_ON_DEVICE = 2 << 30  # bytes of training rows that a GPU may hold
 Evaluation = Callable[[nn.Module], float]
 
 
@@ -443,6 +444,9 @@ class _Run:
             rows = text.pack([data], window) if data.dim() == 1 else data
             data = Corpus(rows.cpu(), [text.Source("text", "ids", rows.numel())])
         self.corpus = data
+        self.rows = data.rows
+        if self.device.type == "cuda" and data.rows.nbytes <= ROWS_ON_DEVICE:
+            self.rows = data.rows.to(self.device)  # no copy that waits for the step before
         described = data.describe()
         count = data.rows.shape[0]
         steps = self.recipe.steps
@@ -597,7 +601,10 @@ class _Run:
                     self.spent += took
                 if not last and self.steps is None and self._finished(step):
                     last = True
+                    waited = time.perf_counter()
                     values = (world.mean(sums.clone()) / sums[3].clamp(min=1)).tolist()
+                    self._synchronise()
+                    self.spent += time.perf_counter() - waited
                 if step % recipe.log_every == 0 or last:
                     loss = values[0]
                     check(math.isfinite(loss), OP, "a finite loss", loss, "Lower lr.")
@@ -644,7 +651,7 @@ class _Run:
         count = self.corpus.rows.shape[0]
         numbers = text.batch_rows(count, recipe.batch, recipe.seed, step)[world.rank :: world.size]
         parts = numbers.split(self.micro)
-        batches = [self.corpus.rows[part].to(self.device, torch.int64) for part in parts]
+        batches = [self._ids(part) for part in parts]
         empty: tuple[Target, list[Tensor]] = (Target(), [])
         if self.teacher is None:
             targets = [empty] * len(parts)
@@ -671,6 +678,12 @@ class _Run:
         self.scaler.update()
         total[3] = 1
         return total
+
+    def _ids(self, numbers: Tensor) -> Tensor:
+        """Rows of these numbers, int64 on the device."""
+        if self.rows.device.type == "cuda":
+            numbers = numbers.pin_memory().to(self.device, non_blocking=True)
+        return self.rows[numbers].to(self.device, torch.int64)
 
     def _progress(self, step: int) -> float:
         """The share of the run that is behind, for the rate: in the middle of this step."""

@@ -152,7 +152,8 @@ class SparseTrainingLinear(nn.Module):
         bias = self.bias is not None
         dense = nn.Linear(self.in_features, self.out_features, bias, device="meta")
         dense.weight = nn.Parameter(self._dense(self.values.dtype))
-        dense.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().clone())
         return dense.train(self.training)
 
     def to_sparse_linear(self, dtype: torch.dtype | None = None) -> SparseLinear:
@@ -206,9 +207,8 @@ class SparseTrainingLinear(nn.Module):
         got = list(x.shape)
         check(x.shape[-1] == self.in_features, OP, f"x [..., {self.in_features}]", got)
         made = self._ready()
-        y: Tensor = _Product.apply(
-            x.reshape(-1, self.in_features), self.values, self.bias, self, made
-        )
+        rows = x.reshape(-1, self.in_features)
+        y: Tensor = _Product.apply(rows, self.values, self.bias, self, made)  # type: ignore[no-untyped-call, unused-ignore]
         return y.view(*x.shape[:-1], self.out_features)
 
     def _choose(self, direction: str, rows: Tensor, made: _Made) -> bool:
