@@ -308,6 +308,7 @@ class TensorFiles:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
+        self._held: tuple[tuple[object, ...], Any] | None = None
         self.files, weight_map = _weight_files(self.folder)
         self.info: dict[str, TensorInfo] = {}
         self.file_of: dict[str, str] = {}
@@ -354,10 +355,10 @@ class TensorFiles:
         tensors: dict[str, Tensor] = {}
         for file in dict.fromkeys(self.file_of[name] for name in names):
             try:
-                with safe_open(self.folder / file, framework="pt", device=str(device)) as handle:
-                    for name in (n for n in names if self.file_of[n] == file):
-                        tensor = handle.get_tensor(name)
-                        tensors[name] = tensor.clone() if tensor.device.type == "cpu" else tensor
+                handle = self._opened(file, str(device))
+                for name in (n for n in names if self.file_of[n] == file):
+                    tensor = handle.get_tensor(name)
+                    tensors[name] = tensor.clone() if tensor.device.type == "cpu" else tensor
             except (SafetensorError, OSError) as error:
                 raise FormatError(
                     message(
@@ -377,6 +378,17 @@ class TensorFiles:
                 "The file changed while it was read.",
             )
         return [tensors[name] for name in names]
+
+    def _opened(self, file: str, device: str) -> Any:
+        """A file open for reading, the one of the call before where it is the same and unchanged:
+        each opening reads the whole header, which is long where layers have many experts."""
+        status = os.stat(self.folder / file)
+        key = (file, device, status.st_ino, status.st_size, status.st_mtime_ns)
+        held = self._held
+        if held is None or held[0] != key:
+            handle = safe_open(self.folder / file, framework="pt", device=device)
+            held = self._held = (key, handle)
+        return held[1]
 
 
 def sha256(path: Path, where: str) -> str:
