@@ -76,16 +76,7 @@ def build(tmp_path_factory):
                 assert old in source.read_text()
                 source.write_text(source.read_text().replace(old, new))
             library = folder / "emulator.so"
-            command = [
-                compiler,
-                "-std=c++17",
-                "-O1",
-                "-w",
-                "-Wno-psabi",
-                "-shared",
-                "-fPIC",
-                f"-I{include}",
-            ]
+            command = [compiler, "-std=c++17", "-O1", "-w", "-Wno-psabi", "-shared", "-fPIC", f"-I{include}"]
             command += [f"-I{folder / 'csrc'}", *(["-DEMULATE_FEW"] if edit else [])]
             emulator = Path(__file__).with_name("decode_emulator.cpp")
             subprocess.run([*command, str(emulator), "-o", str(library)], check=True)
@@ -314,9 +305,7 @@ def test_epilogue(build, weight, dtype, group):
         scale = 2.0 ** (torch.arange(out_features) % 3 - 1)
         what = dict(weight=weight, group=group, relu=True)
         for config in (0, 5):
-            assert not wrong(
-                build(), config, w, x, scale=scale, bias=bias, residual=residual, **what
-            )
+            assert not wrong(build(), config, w, x, scale=scale, bias=bias, residual=residual, **what)
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,7 @@ def linear(probe, **changes):
 def test_every_field_arrives_in_its_place(probe):
     assert linear(probe)(**ADDRESSES, **OPTIONAL) is None
     nothing = dict(up_values=0, up_metadata=0, channel_scale=0, token_scale=0)
-    types = dict(
-        weight_dtype="bfloat16", x_dtype="bfloat16", launched=("bfloat16",) * 3, scale_group=0
-    )
+    types = dict(weight_dtype="bfloat16", x_dtype="bfloat16", launched=("bfloat16",) * 3, scale_group=0)
     expected = {**FIXED, **ADDRESSES, **OPTIONAL, **nothing, **types, "activation": 2}
     assert probe.last_launch() == expected
 
