@@ -15,6 +15,9 @@ training. --limit-seconds is for the whole call: without --resume the runs are s
 every start ends, with its rates falling to zero, in equal parts of what is left; with --resume
 training stops with a checkpoint, and the same call goes on.
 
+On several GPUs: torchrun --nproc-per-node N -m bench finetune --starts ..., with --cache: the first
+process samples, prunes, evaluates and records, and --batch is that of all together.
+
 Starts: magnitude; sparsegpt (the default preset); wanda; best (the best preset without training:
 rotate, then sparsegpt).
 
@@ -30,6 +33,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -62,7 +66,11 @@ def make_parser():
     result.add_argument("--test", default="builtin", metavar="FILE")
     result.add_argument("--eval-window", type=int, default=2048)
     result.add_argument(
-        "--start", default="sparsegpt", metavar="NAME,...", help=f"of {', '.join(STARTS)}"
+        "--start",
+        "--starts",  # torchrun would take --start for an option of its own
+        default="sparsegpt",
+        metavar="NAME,...",
+        help=f"of {', '.join(STARTS)}",
     )
     result.add_argument("--calibration", metavar="FILE", help="default: the first of --train")
     result.add_argument("--samples", type=int, default=128)
@@ -107,10 +115,19 @@ def main(path, arguments=()) -> int:
     if not (args.gguf or args.model):
         print("bench finetune: give --gguf FILE or --model DIR; nothing was measured.", flush=True)
         return 0
+    parallel = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if parallel and args.cache is None:
+        options.error("argument --cache: needed with several processes, which share it")
+    if args.device == "cuda" and parallel:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if parallel:
+        torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
     run = Run(path, args)
     longest = args.limit_seconds or sum(args.minutes) * 60 + args.budget
     with watchdog(longest + 300):
         code = Recovery(run, args).measure()
+    if parallel:
+        torch.distributed.destroy_process_group()
     run.close()
     return code
 
@@ -121,6 +138,8 @@ class Recovery:
     def __init__(self, run: Run, args: Any):
         self.run, self.args = run, args
         self.bf16 = torch.bfloat16 if run.device.type == "cuda" else None
+        self.parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.first = not self.parallel or torch.distributed.get_rank() == 0
         self.source = Path(args.gguf or args.model)
         self.teacher, self.tokenizer = load_model(self.source, "cpu", None)
         self.teacher.to(run.device)
@@ -139,7 +158,27 @@ class Recovery:
                 self.tests[f"{Path(name).name} tail"] = texts.tokenize(self.tokenizer, tail)
             self.train_ids[Path(name).name] = texts.tokenize(self.tokenizer, text)
         counts = {name: ids.numel() for name, ids in self.tests.items()}
-        run.say(f"evaluation tokens {counts}")
+        self.say(f"evaluation tokens {counts}")
+
+    def say(self, text: str) -> None:
+        """Progress, of the first process."""
+        if self.first:
+            self.run.say(text)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.parallel:
+            torch.distributed.barrier()
+
+    def in_turn(self, function, *arguments: Any):
+        """The function's result; of several processes the first one calls it first and leaves in
+        --cache what the others then find."""
+        if not self.first:
+            self.wait()
+        result = function(*arguments)
+        if self.first:
+            self.wait()
+        return result
 
     def _test_ids(self) -> torch.Tensor:
         rows = texts.read_rows(self.args.test, "test")
@@ -148,17 +187,17 @@ class Recovery:
 
     def measure(self) -> int:
         run, args = self.run, self.args
-        self.dense = self.perplexities(copy.deepcopy(self.teacher).float())
-        run.say(f"dense: {_shown(self.dense)}")
+        self.dense = self.perplexities(copy.deepcopy(self.teacher).float()) if self.first else {}
+        self.say(f"dense: {_shown(self.dense)}")
         begin = time.perf_counter()
-        self.corpus, self.dropped, self.made = self.make_corpus()
+        self.corpus, self.dropped, self.made = self.in_turn(self.make_corpus)
         self.seconds_sample = time.perf_counter() - begin
-        run.say(f"{self.corpus.tokens} training tokens, {self.made} of them the teacher's, "
+        self.say(f"{self.corpus.tokens} training tokens, {self.made} of them the teacher's, "
                 f"{self.seconds_sample:.1f} s, {self.dropped} rows with test text left out")  # fmt: skip
         self.dense_tokens_per_s = None
-        if args.baseline:
+        if args.baseline and self.first:
             self.dense_tokens_per_s = round(self.dense_speed(self.corpus))
-            run.say(f"dense training: {self.dense_tokens_per_s} tokens/s")
+            self.say(f"dense training: {self.dense_tokens_per_s} tokens/s")
         code = 0
         # Every start is a model of its own to the compiler.
         with torch._dynamo.config.patch(recompile_limit=64):
@@ -167,7 +206,7 @@ class Recovery:
                 try:
                     code |= self.one(number, start, left)
                 except _NoTime as error:
-                    run.say(f"{start}: {error}; not begun")
+                    self.say(f"{start}: {error}; not begun")
                     code = 1
         return code
 
@@ -179,9 +218,9 @@ class Recovery:
         folder = kept / f"{number}-{start}" if kept else None
         done = None if args.resume is None else args.resume / f"{number}-{start}" / "record.json"
         if done is not None and done.exists():
-            run.say(f"{start}: finished, see {done}")
+            self.say(f"{start}: finished, see {done}")
             return 0
-        student, seconds_prune = self.prune(start)
+        student, seconds_prune = self.in_turn(self.prune, start)
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -213,12 +252,14 @@ class Recovery:
             seed=args.seed,
             log_every=20,
         )
-        run.say(f"{start}: dense {_shown(self.dense)}; {report.summary()}")
+        self.say(f"{start}: dense {_shown(self.dense)}; {report.summary()}")
         if report.violations or report.masked is None:
-            run.say(f"FAILED: {report.violations} violations of the masks")
+            self.say(f"FAILED: {report.violations} violations of the masks")
             return 1
         if report.stopped:
-            run.say(f"{start}: stopped at step {report.steps}; the same call goes on from {folder}")
+            self.say(f"{start}: stopped at step {report.steps}; the same call goes on from {folder}")
+            return 0
+        if not self.first:
             return 0
         final = self.perplexities(copy.deepcopy(student).float())  # of the weights as stored
         layers = report.masked.compress()
@@ -227,6 +268,7 @@ class Recovery:
             if isinstance(module, SparseLinear):
                 sparsekern.verify(module.weight)
                 count += 1
+        processes = torch.distributed.get_world_size() if self.parallel else 1
         first = {name: report.evaluations[0][name] for name in self.tests}
         metrics = {f"perplexity {name}": round(value, 4) for name, value in final.items()}
         metrics |= {f"start {name}": round(value, 4) for name, value in first.items()}
@@ -236,7 +278,10 @@ class Recovery:
             "steps": report.steps,
             "tokens": report.tokens,
             "tokens_per_s": round(report.tokens_per_second),
-            "gpu_seconds": round(seconds_prune + self.seconds_sample + report.seconds, 1),
+            "gpu_seconds": round(
+                seconds_prune + self.seconds_sample + processes * report.seconds, 1
+            ),
+            "processes": processes,
             "wall_seconds": round(time.perf_counter() - begin, 1),
         }
         if run.device.type == "cuda":
@@ -275,7 +320,7 @@ class Recovery:
             },
             metrics=metrics,
         )
-        run.say(f"{start}: {_shown(final)} after {metrics['minutes']} minutes, {report.tokens} "
+        self.say(f"{start}: {_shown(final)} after {metrics['minutes']} minutes, {report.tokens} "
                 f"tokens at {metrics['tokens_per_s']} tokens/s: recorded")  # fmt: skip
         if done is not None:
             done.write_text(json.dumps(record))
@@ -289,6 +334,10 @@ class Recovery:
         if self.args.limit_seconds is None:
             return None
         seconds = (self.args.limit_seconds - self.run.elapsed) / left - AFTERWARDS
+        if self.parallel:  # the first process' clock counts
+            shared = torch.tensor(seconds, dtype=torch.float64, device=self.run.device)
+            torch.distributed.broadcast(shared, 0)
+            seconds = float(shared)
         if seconds < 10:
             raise _NoTime(f"{seconds:.0f} s are left for it")
         return seconds
@@ -311,7 +360,7 @@ class Recovery:
             if start == "best":
                 _untie(student)
             student.load_state_dict(state["model"])
-            self.run.say(f"{start}: weights of {file}")
+            self.say(f"{start}: weights of {file}")
             return student.to(self.run.device), state["seconds"]
         calibration = None
         if start != "magnitude":
@@ -325,7 +374,7 @@ class Recovery:
             rotation = sparsekern.rotate(
                 student, calibration, untie=True, device=self.run.device, seed=args.seed
             )
-            self.run.say(str(rotation))
+            self.say(str(rotation))
         report = sparsekern.prune_model(
             student,
             "sparsegpt" if start == "best" else start,
@@ -334,7 +383,7 @@ class Recovery:
             device=self.run.device,
             progress=False,
         )
-        self.run.say(report.summary())
+        self.say(report.summary())
         seconds = time.perf_counter() - begin
         if file is not None:
             torch.save({"model": student.state_dict(), "seconds": seconds}, file)
@@ -373,7 +422,7 @@ class Recovery:
                 autocast=self.bf16,
                 progress=False,
             )
-            self.run.say(f"sampled: {part.sources[0].details}")
+            self.say(f"sampled: {part.sources[0].details}")
             whole = part.rows.flatten()
             whole = whole[: whole.numel() // args.window * args.window]
             corpus = corpus + data.Corpus(whole.view(-1, args.window), part.sources)

@@ -9,9 +9,14 @@ calibration text alone, and perplexity in float32 of the weights as they are sto
 protocol. `seconds` is the whole call, rotation and reconstruction included. Rows are independent:
 one that fails, or that is over --row-seconds, is a line of the table and exit code 1.
 
+    python -m bench quality ... --matrix c4.utf8,wiki.utf8,code.utf8,technical.utf8
+
+--matrix calibrates on each of the texts, and on all of them in equal shares, and evaluates on the
+last --tail bytes of each, which no calibration sees, with the distance of their token frequencies.
+
 Rows of --runs: the presets; published (SparseGPT without refine and match_dense); reconstruct (each
 block in the walk), span (all blocks after it), and "rotate+" before any of them. Rows of --explore
-train copies of one pruned model (sparsekern.reconstruct) or vary the walk.
+train copies of one model, reconstructed block by block (sparsekern.reconstruct), or vary the walk.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ import torch
 
 import sparsekern
 from sparsekern import Reconstruction
-from sparsekern.eval import texts
+from sparsekern.eval import mix, texts
 from sparsekern.integrations.loading import load_model
 from sparsekern.nn.replace import dense_weight, is_linear
 from sparsekern.oneshot.presets import PRESETS
@@ -41,6 +46,7 @@ from .options import Run, parser, watchdog
 WINDOW = 2048
 SPAN = Reconstruction(span=None, epochs=4, between=1.0)
 BLOCK = Reconstruction(span=1, epochs=4)
+LONG = Reconstruction(span=None, epochs=8, between=1.0, recut=True, batch=2)
 RUNS: dict[str, dict[str, Any]] = {
     **{name: {"preset": name} for name in PRESETS},
     "published": {"refine": 0, "match_dense": 0.0},
@@ -56,24 +62,21 @@ def _with(options: Reconstruction, **changes: Any) -> Reconstruction:
 # What --explore tries: name -> (seconds it may need on an H200, from the pruned start or by
 # prune_model anew, what). The most telling ones are first: the budget ends the list.
 EXPLORE: dict[str, tuple[float, str, Any]] = {
-    "span": (15, "start", SPAN),
-    "span, end alone": (15, "start", _with(SPAN, between=0.0)),
-    "span, lr x 2": (15, "start", _with(SPAN, lr=1.2e-3)),
-    "block": (30, "prune", {"reconstruct": BLOCK}),
-    "span, recut, 8 epochs": (25, "start", _with(SPAN, epochs=8, recut=True)),
-    "block + span": (45, "prune", {"reconstruct": [BLOCK, SPAN]}),
-    "rotate": (35, "prune", {"rotate": True, "untie": True}),
-    "span, recut, noise, 8 epochs": (25, "start", _with(SPAN, epochs=8, recut=True, noise=0.1)),
-    "span, channel loss": (15, "start", _with(SPAN, loss="channel")),
-    "block, pruned targets": (30, "prune", {"reconstruct": _with(BLOCK, target="pruned")}),
-    "span, lr / 2": (15, "start", _with(SPAN, lr=3e-4)),
-    "span 4": (25, "start", _with(SPAN, span=4, epochs=3)),
-    "span, compiled, 16 epochs": (45, "start", _with(SPAN, epochs=16, compile=True)),
-    "block, lr / 2": (30, "prune", {"reconstruct": _with(BLOCK, lr=3e-4)}),
-    "block, sublayers": (40, "prune", {"reconstruct": _with(BLOCK, parts="sublayers")}),
-    "rotate 1000 steps": (50, "prune", {"rotate": {"steps": 1000}, "untie": True}),
-    "rotate + block + span": (60, "prune", {"rotate": True, "untie": True,
-                                            "reconstruct": [BLOCK, SPAN]}),
+    "recut, batch 2, 8 epochs": (35, "start", LONG),
+    "channel loss": (35, "start", _with(LONG, loss="channel")),
+    "rotate": (35, "prune", {"rotate": True, "untie": True, "reconstruct": BLOCK}),
+    "recut, batch 2, noise": (35, "start", _with(LONG, noise=0.1)),
+    "recut, batch 2, lr x 2": (35, "start", _with(LONG, lr=1.2e-3)),
+    "block, channel loss": (25, "prune", {"reconstruct": _with(BLOCK, loss="channel")}),
+    "block, lr x 2": (25, "prune", {"reconstruct": _with(BLOCK, lr=1.2e-3)}),
+    "block, pruned targets": (25, "prune", {"reconstruct": _with(BLOCK, target="pruned")}),
+    "recut, batch 2, end alone": (35, "start", _with(LONG, between=0.0)),
+    "recut, batch 8, 8 epochs": (35, "start", _with(LONG, batch=8)),
+    "block, sublayers": (35, "prune", {"reconstruct": _with(BLOCK, parts="sublayers")}),
+    "rotate 1000 steps": (50, "prune", {"rotate": {"steps": 1000}, "untie": True,
+                                        "reconstruct": BLOCK}),
+    "recut, batch 2, compiled": (60, "start", _with(LONG, compile=True)),
+    "windows of 4": (35, "start", _with(SPAN, span=4, epochs=3)),
 }  # fmt: skip
 
 
@@ -87,6 +90,8 @@ def make_parser():
     result.add_argument("--runs", default="fast,default", metavar="NAME,...")
     result.add_argument("--explore", action="store_true", help="the table of EXPLORE, not --runs")
     result.add_argument("--only", default="", metavar="TEXT,...", help="rows of --explore with it")
+    result.add_argument("--matrix", default="", metavar="FILE,...", help="not --runs, see above")
+    result.add_argument("--tail", type=int, default=120_000, help="bytes (default 120000)")
     result.add_argument("--seeds", type=int, default=1, help="repeat each row (default 1)")
     result.add_argument("--samples", type=int, help="windows (default: the preset's, else 128)")
     result.add_argument("--batch-size", type=int, help="windows per forward and step")
@@ -110,7 +115,12 @@ def main(path, arguments=()) -> int:
     run = Run(path, args)
     with watchdog(args.budget + args.row_seconds + 120):
         table = Table(run, args)
-        table.explore() if args.explore else table.rows()
+        if args.matrix:
+            table.matrix()
+        elif args.explore:
+            table.explore()
+        else:
+            table.rows()
         table.show()
     run.close()
     return 1 if table.failed else 0
@@ -167,8 +177,8 @@ class Table:
         """Everything with the windows of the text side by side, one seed."""
         samples, start = self.args.samples or 256, None
         wanted = [text for text in self.args.only.split(",") if text]
-        with self.row("fast", 0):
-            start, _ = self.prune("fast", {}, 0, samples, True)
+        with self.row("block", 0):
+            start, _ = self.prune("block", {"reconstruct": BLOCK}, 0, samples, True)
         for name, (seconds, kind, what) in EXPLORE.items():
             if wanted and not any(text in name for text in wanted):
                 continue
@@ -180,6 +190,67 @@ class Table:
                     self.prune(name, what, 0, samples, True)
                 elif start is not None:
                     self.train_copy(name, start, what, samples)
+
+    def matrix(self) -> None:
+        """The preset of --runs, calibrated on each text and on all of them, evaluated on each."""
+        preset = self.args.runs.split(",")[0]
+        train, tails = {}, {}
+        for name in self.args.matrix.split(","):
+            raw = "".join(texts.read_rows(name, "train")).encode()
+            label, cut = Path(name).name, self.args.tail
+            head, tail = raw[:-cut].decode("utf-8", "ignore"), raw[-cut:].decode("utf-8", "ignore")
+            train[label] = texts.tokenize(self.tokenizer, head)
+            tails[label] = texts.tokenize(self.tokenizer, tail)
+        tails[Path(self.args.test).name] = self.test
+        samples = self.args.samples or 32
+        rows = {
+            label: texts.side_by_side(ids, samples, self.window, 0) for label, ids in train.items()
+        }
+        count = min(ids.shape[0] for ids in rows.values())
+        rows = {label: ids[:count] for label, ids in rows.items()}
+        part = max(1, count // len(rows))
+        rows["blend"] = torch.cat([ids[:part] for ids in rows.values()])
+        dense = copy.deepcopy(self.model).to(self.run.device)
+        values = {label: self.perplexity(copy.deepcopy(dense), ids) for label, ids in tails.items()}
+        self.lines.append(("dense on each", *_cells(values)))
+        for label, ids in rows.items():
+            if self.run.left < 0:
+                self.run.say(f"no time for {label}")
+                continue
+            with self.row(label, 0):
+                self.calibrated_on(label, ids, tails, values, preset)
+
+    def calibrated_on(
+        self,
+        label: str,
+        ids: torch.Tensor,
+        tails: dict[str, torch.Tensor],
+        dense: dict[str, float],
+        preset: str,
+    ) -> None:
+        """One row of the matrix; recorded."""
+        model = copy.deepcopy(self.model).to(self.run.device)
+        report = sparsekern.prune_model(
+            model, "sparsegpt", ids, compress=False, device=self.run.device, preset=preset,
+            untie=preset == "best", progress=False, undo=False,
+        )  # fmt: skip
+        layers = check_24(model)
+        values = {n: self.perplexity(copy.deepcopy(model), test) for n, test in tails.items()}
+        known = mix.sketch(ids)
+        apart = {name: round(mix.distance(known, test), 4) for name, test in tails.items()}
+        self.run.add(
+            op="calibration",
+            backend=label,
+            check=f"{layers} layers have two of four",
+            case=f"{self.source.name}, calibrated on {label}, {preset}",
+            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            settings={"samples": ids.shape[0], "window": ids.shape[1], "preset": preset},
+            details={"dense": dense, "distance": apart},
+            metrics={"seconds": round(report.seconds, 2)}
+            | {f"perplexity {name}": round(value, 4) for name, value in values.items()},
+        )
+        self.lines.append((label, *_cells(values)))
+        self.run.say(f"{label}: {values}; distance {apart}")
 
     @contextlib.contextmanager
     def row(self, name: str, seed: int) -> Iterator[None]:
@@ -293,20 +364,23 @@ class Table:
             details=details,
             metrics=metrics,
         )
-        error = f"{last['before']:.4f}>{last['after']:.4f}" if last else ""
+        error = ""
+        if last:
+            error = f"{last['before']:.4f}>{last['after']:.4f} (train {last['train']:.4f})"
         note = " ".join(f"{k} {v}" for k, v in shown.items())
         self.lines.append(
             (name, f"{value:.2f}", f"{seconds:.1f}", f"{peak:.1f}", str(seed), error, note)
         )
         self.run.say(f"{name}, seed {seed}: {value:.3f} in {seconds:.1f} s  {error}  {note}")
 
-    def perplexity(self, model: Any) -> float:
+    def perplexity(self, model: Any, ids: torch.Tensor | None = None) -> float:
         """In float32, of a model that is the caller's to spend."""
+        ids = self.test if ids is None else ids
         model = model.to(self.run.device)
         for parameter in model.parameters():
             parameter.data = parameter.data.float()
-        window = min(self.window, self.test.numel())
-        return sparsekern.perplexity(model, self.test, window=window, batch_size=2)
+        window = min(self.window, ids.numel())
+        return sparsekern.perplexity(model, ids, window=window, batch_size=2)
 
     def reset_peak(self) -> None:
         if self.run.device.type == "cuda":
@@ -320,11 +394,17 @@ class Table:
             print("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip())
         by_name: dict[str, list[float]] = {}
         for entry in self.run.records:
-            by_name.setdefault(entry["backend"], []).append(entry["metrics"]["perplexity"])
+            if entry["op"] == "quality":
+                by_name.setdefault(entry["backend"], []).append(entry["metrics"]["perplexity"])
         for name, values in by_name.items():
             if len(values) > 1:
                 mean, spread = statistics.fmean(values), statistics.stdev(values)
                 print(f"{name}: {mean:.2f} +- {spread:.2f} over {len(values)} seeds")
+
+
+def _cells(values: dict[str, float]) -> tuple[str, ...]:
+    """One line of the table for a row of the matrix."""
+    return ("", "", "", "", "", " ".join(f"{name} {value:.2f}" for name, value in values.items()))
 
 
 def check_24(model: Any) -> int:
@@ -348,6 +428,7 @@ def _short(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "blocks": [row["blocks"][0], row["blocks"][-1]],
             "before": round(row["before"], 6),
             "after": round(row["after"], 6),
+            "train": round(row["train"], 6) if row["train"] == row["train"] else None,
             "epochs": row["epochs"],
             "steps": row["steps"],
             "kept": row["kept"],

@@ -3,6 +3,7 @@
     w8a16           ours, x of 16 bits, weight widened in the kernel; up to 64 tokens
     w8a8            ours, x quantised before and not timed, scales of tokens and channels applied
     w8a8+quantize   the same with the quantisation of x
+    w8a8 precise    w8a8 with sums of e4m3 in float32 (backend "cuda-precise")
     w4a16           ours, int4 weights with groups of 128
     cuda            ours, 2:4 weight of 16 bits
     dense           torch, that is cuBLAS in 16 bits, on the weight before it was pruned
@@ -54,12 +55,13 @@ DECODE_TOKENS = 64  # W8A16 takes no more
 INT_MM_ROWS = 32  # torch._int_mm wants more than 16
 CHECKED = 1024  # tokens
 GROUP = 128  # of int4
-OURS = ("w8a16", "w8a8", "w8a8+quantize", "w4a16", "cuda")
+OURS = ("w8a16", "w8a8", "w8a8+quantize", "w8a8 precise", "w4a16", "cuda")
 PROVIDERS = {
     "float8_e4m3fn": (
         "w8a16",
         "w8a8",
         "w8a8+quantize",
+        "w8a8 precise",
         "cuda",
         "dense",
         "scaled_mm",
@@ -170,6 +172,7 @@ class Layer8:
             "w8a16": self._w8a16,
             "w4a16": self._w8a16,
             "w8a8": self._w8a8,
+            "w8a8 precise": self._w8a8,
             "w8a8+quantize": self._w8a8_quantize,
             "cuda": self._cuda,
             "dense": self._dense,
@@ -195,19 +198,20 @@ class Layer8:
         )
 
     def _w8a8(self, name, weight) -> Provider:
-        weights = self._copies("ours", self.best24)
+        weights, backend = self._copies("ours", self.best24), _backend(name)
         return Provider(
             name,
-            lambda ready, copy: linear_quantized(*ready, weights[copy]),
+            lambda ready, copy: linear_quantized(*ready, weights[copy], backend=backend),
             self.pruned,
             self.best24.nbytes,
             self._x8,
             self._dequantized,
-            self._config,
+            lambda x: self._config(x, backend),
         )
 
-    def _config(self, x: Tensor) -> str:
-        return str(explain_quantized(self._x8(x)[0], self.best24)).partition(":")[0]
+    def _config(self, x: Tensor, backend: str | None = None) -> str:
+        explained = explain_quantized(self._x8(x)[0], self.best24, backend=backend)
+        return str(explained).partition(":")[0]
 
     def _w8a8_quantize(self, name, weight) -> Provider:
         weights = self._copies("ours", self.best24)
@@ -337,9 +341,9 @@ class Layer8:
         provider, tokens = self.providers[name], x.shape[0]
         y = provider.call(provider.prepare(x), self.copies - 1)[:tokens]
         some, ours = _ends(tokens, x.device), name in OURS
-        e4m3 = self.storage == "float8_e4m3fn" and name not in ("cuda", "dense", "w8a16")
-        slack = OURS_SLACK if ours and not e4m3 else PEER_SLACK
-        _check_bounded(name, y[some], provider.numbers(x)[some], provider.weight, slack, ours)
+        e4m3 = self.storage == "float8_e4m3fn" and name in ("w8a8", "w8a8+quantize")
+        strict = ours and not e4m3
+        _check_bounded(name, y[some], provider.numbers(x)[some], provider.weight, strict)
         if not ours or name == "cuda":
             return "bounded"
         x = self.inputs(tokens).random_(0, 5, generator=self._generator).sub_(2)
@@ -348,11 +352,16 @@ class Layer8:
         else:
             factor = torch.empty(tokens, dtype=torch.float32, device=x.device)
             factor.random_(0, 3, generator=self._generator).sub_(1).exp2_()
-            y = linear_quantized(x.to(self.kind.storage), factor, self._whole24)
+            x8 = x.to(self.kind.storage)
+            y = linear_quantized(x8, factor, self._whole24, backend=_backend(name))
             factor = factor.double()[some, None]
         for columns, y64 in reference_blocks(x[some], self._whole_dense):
             _require(name, y[some][:, columns], y64 * factor, columns)
         return "exact+bounded"
+
+
+def _backend(name: str) -> str | None:
+    return "cuda-precise" if name == "w8a8 precise" else None
 
 
 def _ends(tokens: int, device) -> Tensor | slice:
@@ -372,9 +381,10 @@ def _padded_to(x: Tensor, rows: int) -> Tensor:
     return wide.view(x.dtype)
 
 
-def _check_bounded(name: str, y: Tensor, x: Tensor, weight: Tensor, slack: float, ours: bool):
+def _check_bounded(name: str, y: Tensor, x: Tensor, weight: Tensor, strict: bool) -> None:
     """As layers.check_bounded, also for the integers of torch._int_mm."""
-    roundoff = (1.01 * ROUNDOFF[y.dtype] if ours else slack) if y.is_floating_point() else 0.0
+    slack = OURS_SLACK if strict else PEER_SLACK
+    roundoff = (1.01 * ROUNDOFF[y.dtype] if strict else slack) if y.is_floating_point() else 0.0
     for columns, y64 in reference_blocks(x, weight):
         part = y[:, columns].double()
         bound = roundoff * y64.abs() + slack * y64.square().mean().sqrt()

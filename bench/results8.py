@@ -22,6 +22,7 @@ PEERS = {
 OURS = {
     "W8A8": ("w8a8",),
     "W8A8 with quantisation": ("w8a8+quantize",),
+    "W8A8 precise": ("w8a8 precise",),
     "W8A16": ("w8a16",),
     "W4A16": ("w4a16",),
 }

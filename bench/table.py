@@ -43,6 +43,7 @@ TITLES = {
     "serve": "Behind vLLM's HTTP server",
     "decode_model": "Decoding a whole model",
     "prune_model": "Pruning",
+    "quantize": "Quantised 2:4 weights, and quantising before pruning",
     "checkpoint": "Checkpoints",
     "compress": "Compression",
     "public_call": "What a caller gets who compresses and calls",

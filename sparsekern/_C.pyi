@@ -1,8 +1,9 @@
 """The typed surface of the CUDA module (csrc/bindings.cpp). Addresses and streams are integers.
 
 Addresses are of memory of the current device, 0 is null; strides count elements. A dtype that is a
-number is its place in csrc/core/dtype.h: 0 float16, 1 bfloat16, 2 float8_e4m3fn, 3 int8, 4 int4. Nothing is
-allocated and nothing waits for the GPU. No function takes more than six positional integers; what has more takes names.
+number is its place in csrc/core/dtype.h: 0 float16, 1 bfloat16, 2 float8_e4m3fn, 3 int8, 4 int4.
+Nothing is allocated and nothing waits for the GPU. No function takes more than six positional
+integers; what has more takes names.
 """
 
 from typing import TypedDict, final
@@ -45,6 +46,7 @@ class PrefillConfig(TypedDict):
     cluster_rows: int  # tiles of a cluster along out_features
     cluster_tokens: int  # and along tokens
     streamed: bool  # the last wave is shared evenly along in_features
+    promoted: bool  # sums of e4m3 in float32, not with the bits of the tensor cores
     types: Types
 
 class SplitConfig(TypedDict):

@@ -87,20 +87,6 @@ Status launch_source(RowSource source, const Params& params, Cut cut, cudaStream
   }
 }
 
-template <class T>
-Status launch_storage(const QuantizeRowsProblem& p, const Params& params, Cut cut,
-                      cudaStream_t stream) {
-  switch (p.storage) {
-    case DType::kFloat8E4M3:
-      return launch_source<T, E4m3>(p.source, params, cut, stream);
-    case DType::kInt8:
-      return launch_source<T, Int8>(p.source, params, cut, stream);
-    default:
-      return make_status(StatusKind::type, kOp, ": expected storage float8_e4m3fn or int8, got ",
-                         info(p.storage).name, ". Choose one of them.");
-  }
-}
-
 }  // namespace
 
 Status launch_quantize_rows(const QuantizeRowsProblem& p, cudaStream_t stream) {
@@ -118,15 +104,21 @@ Status launch_quantize_rows(const QuantizeRowsProblem& p, cudaStream_t stream) {
   params.scale = p.scale;
   params.tokens = p.tokens, params.features = p.features;
   params.warps = cut.warps;
-  switch (p.x.dtype) {
-    case DType::kFloat16:
-      return launch_storage<__half>(p, params, cut, stream);
-    case DType::kBFloat16:
-      return launch_storage<__nv_bfloat16>(p, params, cut, stream);
-    default:
-      return make_status(StatusKind::type, kOp, ": expected x of float16 or bfloat16, got ",
-                         info(p.x.dtype).name, ". Convert x.");
-  }
+  Status status;
+  bool known_storage = false;
+  const bool known_x = with_type<__half, __nv_bfloat16>(p.x.dtype, [&](auto x) {
+    known_storage = with_type<__nv_fp8_e4m3, int8_t>(p.storage, [&](auto q) {
+      using T = typename decltype(x)::Of;
+      using Q = typename LevelsOf<typename decltype(q)::Of>::Of;
+      (void)(status = launch_source<T, Q>(p.source, params, cut, stream));
+    });
+  });
+  if (known_x && known_storage) return status;
+  if (known_x)
+    return make_status(StatusKind::type, kOp, ": expected storage float8_e4m3fn or int8, got ",
+                       info(p.storage).name, ". Choose one of them.");
+  return make_status(StatusKind::type, kOp, ": expected x of float16 or bfloat16, got ",
+                     info(p.x.dtype).name, ". Convert x.");
 }
 
 }  // namespace sparsekern

@@ -102,6 +102,18 @@ struct Int8 {
   }
 };
 
+// By the type of an element of q.
+template <class T>
+struct LevelsOf;
+template <>
+struct LevelsOf<__nv_fp8_e4m3> {
+  using Of = E4m3;
+};
+template <>
+struct LevelsOf<int8_t> {
+  using Of = Int8;
+};
+
 // What the largest magnitude of a row (the bits of a float) makes of it.
 struct Scale {
   float scale, inverse;

@@ -35,6 +35,7 @@ struct Int4;  // two of them are a byte; a name for templates
 #define SK_INT8_A8(X, ...)               \
   X(int8_t, int8_t, __half, __VA_ARGS__) \
   X(int8_t, int8_t, __nv_bfloat16, __VA_ARGS__)
+#define SK_W8A8(X, ...) SK_E4M3_A8(X, __VA_ARGS__) SK_INT8_A8(X, __VA_ARGS__)
 #define SK_W8A16(X, ...)                                      \
   X(__nv_fp8_e4m3, __half, __half, __VA_ARGS__)               \
   X(__nv_fp8_e4m3, __nv_bfloat16, __nv_bfloat16, __VA_ARGS__) \
@@ -72,6 +73,16 @@ SK_DTYPES(SK_DTYPE_OF)
 #undef SK_DTYPE_OF
 template <class T>
 constexpr DType kDTypeOf = DTypeOf<T>::kValue;
+
+// Calls function(Type<T>{}) with the one of the C++ types T... that dtype is; false: it is none.
+template <class T>
+struct Type {
+  using Of = T;
+};
+template <class... T, class Function>
+bool with_type(DType dtype, Function&& function) {
+  return ((kDTypeOf<T> == dtype && (function(Type<T>{}), true)) || ...);
+}
 
 constexpr const DTypeInfo& info(DType dtype) { return kDTypes[static_cast<int>(dtype)]; }
 

@@ -19,6 +19,7 @@
 #include <mutex>
 #include <new>
 #include <tuple>
+#include <type_traits>
 #include <unordered_map>
 #include <utility>
 
@@ -85,6 +86,15 @@ constexpr int kAttributeId = 0, kAttributeMaxId = 1, kAttributeSplitK = 3, kAttr
 cudaDataType data_type(DType dtype) {
 #define SK_TYPE(enumerator, name, type, bits, operand, accumulator, map, library, ...) library,
   constexpr cudaDataType kTypes[] = {SK_DTYPES(SK_TYPE)};
+#undef SK_TYPE
+  return kTypes[static_cast<int>(dtype)];
+}
+
+// That of the sums of products.
+int compute_type(DType dtype) {
+#define SK_TYPE(enumerator, name, type, bits, operand, accumulator, ...) \
+  std::is_integral_v<accumulator> ? kComputeInt32 : kComputeFloat32,
+  constexpr int kTypes[] = {SK_DTYPES(SK_TYPE)};
 #undef SK_TYPE
   return kTypes[static_cast<int>(dtype)];
 }
@@ -359,7 +369,7 @@ Status build_plan(Library& library, const Problem& problem, std::unique_ptr<Plan
       init_dense(library, handle, problem.y_dtype, m, n, problem.y_stride, kOrderColumn, plan->y));
   SK_CSLT(functions, MatmulDescriptorInit, handle, plan->matmul.get(), kNonTranspose, kTranspose,
           plan->weight.get(), plan->x.get(), plan->y.get(), plan->y.get(),
-          problem.dtype == DType::kInt8 ? kComputeInt32 : kComputeFloat32);
+          compute_type(problem.dtype));
   SK_RETURN_IF_ERROR(init_epilogue(functions, handle, problem, plan->matmul));
   SK_RETURN_IF_ERROR(init_selection(functions, handle, problem, *plan));
   SK_CSLT(functions, MatmulPlanInit, handle, plan->plan.get(), plan->matmul.get(),

@@ -378,7 +378,7 @@ __device__ __forceinline__ void multiply_int4_stage(Accumulators<Cfg>& d, const 
   const uint32_t metadata_lane = smem.metadata(stage, 0) + rows.metadata;
   const uint32_t scales_lane = smem.metadata(stage, 0) + rows.scales;
   const uint32_t b_lane = smem.x(stage) + row_in_matrix * 128;
-#pragma unroll(kManyTokens ? 1 : kParts)
+#pragma unroll(kManyTokens ? 1 : 2)
   for (int part = 0; part < kParts; ++part) {
     uint32_t narrow[kLoads][4];
 #pragma unroll

@@ -112,7 +112,6 @@ Status linear(const LinearProblem& p, int config, cudaStream_t stream) {
 }
 
 SK_PLAIN(SK_INSTANTIATE_LINEAR, linear)
-SK_E4M3_A8(SK_INSTANTIATE_LINEAR, linear)
-SK_INT8_A8(SK_INSTANTIATE_LINEAR, linear)
+SK_W8A8(SK_INSTANTIATE_LINEAR, linear)
 
 }  // namespace sparsekern::naive

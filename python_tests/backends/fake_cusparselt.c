@@ -1,4 +1,4 @@
-/* fake_cusparselt.c: a cuSPARSELt for tests, on host memory, bfloat16 alone; built by
+/* fake_cusparselt.c: a cuSPARSELt for tests, on host memory, bfloat16, and int8 to bfloat16; built by
  * test_cusparselt.py with cc -DMINOR=8 -DPATCH=1 -DOBJECT_BYTES=512.
  *
  * It computes what the real library computes (the blob is values and 4-bit patterns, 9/16 of the
@@ -10,7 +10,7 @@
  *              2  fastest; the last row of y is wrong
  *              3  not supported
  *              4  fast; right for the first five runs of a plan, then wrong
- *              5  fast; forgets the bias
+ *              5  fast; forgets the bias and the factors of the rows
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -18,7 +18,7 @@
 #include <time.h>
 
 enum { OK = 0, INVALID_VALUE = 3, INTERNAL_ERROR = 7, TYPE_NOT_SUPPORTED = 8, NOT_SUPPORTED = 10 };
-enum { ALGORITHMS = 6, WORKSPACE = 64, BUFFER = 16, BFLOAT16 = 14 };
+enum { ALGORITHMS = 6, WORKSPACE = 64, BUFFER = 16, BFLOAT16 = 14, INT8 = 3 };
 
 /* What the tests read: calls, and objects that are alive. */
 int fake_inits, fake_handles, fake_matrices, fake_selections, fake_plans_built, fake_plans;
@@ -27,13 +27,13 @@ int fake_matmuls, fake_fail_next_matmul;
 typedef struct {
   void* self; /* its own address while it is initialised: notices moves and early destruction */
   int64_t rows, columns, stride;
-  int order, structured;
+  int type, order, structured;
 } Matrix;
 typedef struct { void* self; } Handle;
 typedef struct {
   void* self;
   const Matrix *a, *b, *d;
-  int transpose_b, relu;
+  int transpose_b, relu, alpha_vector;
   const uint16_t* bias;
 } Matmul;
 typedef struct {
@@ -78,9 +78,9 @@ int cusparseLtDestroy(const void* handle) { return stop(handle, &fake_handles); 
 
 static int describe(const void* handle, Matrix* matrix, int64_t rows, int64_t columns,
                     int64_t stride, uint32_t alignment, int type, int order, int structured) {
-  const int multiple = structured ? 16 : 8;
+  const int multiple = (structured ? 16 : 8) * (type == INT8 ? 2 : 1);
   if (!alive(handle)) return INTERNAL_ERROR;
-  if (type != BFLOAT16) return TYPE_NOT_SUPPORTED;
+  if (type != BFLOAT16 && type != INT8) return TYPE_NOT_SUPPORTED;
   if (rows % multiple || columns % multiple || stride % multiple || alignment != 16)
     return NOT_SUPPORTED;
   if (stride < (order == 1 ? rows : columns)) return INVALID_VALUE;
@@ -88,6 +88,7 @@ static int describe(const void* handle, Matrix* matrix, int64_t rows, int64_t co
   matrix->rows = rows;
   matrix->columns = columns;
   matrix->stride = stride;
+  matrix->type = type;
   matrix->order = order;
   matrix->structured = structured;
   ++fake_matrices;
@@ -114,14 +115,15 @@ int cusparseLtMatmulDescriptorInit(const void* handle, void* matmul, int operati
   Matmul* m = matmul;
   const Matrix *ma = a, *mb = b, *md = d;
   if (!alive(handle) || !alive(a) || !alive(b) || !alive(c) || !alive(d)) return INTERNAL_ERROR;
-  if (compute_type != 2 || operation_a != 0 || !ma->structured || mb->structured)
+  if (ma->type != mb->type || md->type != BFLOAT16) return NOT_SUPPORTED;
+  if (compute_type != (ma->type == INT8 ? 0 : 2) || operation_a != 0 || !ma->structured || mb->structured)
     return INVALID_VALUE;
   start(m);
   m->a = ma;
   m->b = mb;
   m->d = md;
   m->transpose_b = operation_b;
-  m->relu = 0;
+  m->relu = m->alpha_vector = 0;
   m->bias = 0;
   return OK;
 }
@@ -132,6 +134,8 @@ int cusparseLtMatmulDescSetAttribute(const void* handle, void* matmul, int attri
   if (!alive(handle) || !alive(m)) return INTERNAL_ERROR;
   if (attribute == 0 && bytes == sizeof(int)) {
     m->relu = *(const int*)data;
+  } else if (attribute == 5 && bytes == sizeof(int)) {
+    m->alpha_vector = *(const int*)data;
   } else if (attribute == 8 && bytes == sizeof(void*)) {
     m->bias = *(const uint16_t* const*)data;
   } else {
@@ -217,7 +221,7 @@ int cusparseLtSpMMACompressedSize2(const void* handle, const void* matrix, size_
                                    size_t* buffer) {
   const Matrix* m = matrix;
   if (!alive(handle) || !alive(m)) return INTERNAL_ERROR;
-  *blob = (size_t)(m->rows * m->columns + m->rows * m->columns / 8);
+  *blob = (size_t)(m->rows * m->columns / (m->type == INT8 ? 2 : 1) + m->rows * m->columns / 8);
   *buffer = BUFFER;
   return OK;
 }
@@ -226,9 +230,10 @@ int cusparseLtSpMMACompress2(const void* handle, const void* matrix, int is_spar
                              int operation, const void* dense, void* blob, void* buffer,
                              void* stream) {
   const Matrix* m = matrix;
-  const uint16_t* w = dense;
-  uint16_t* values = blob;
-  uint8_t* patterns = (uint8_t*)(values + m->rows * m->columns / 2);
+  const int size = m->type == INT8 ? 1 : 2;
+  const uint8_t* w = dense;
+  uint8_t* values = blob;
+  uint8_t* patterns = values + m->rows * m->columns / 2 * size;
   (void)stream;
   if (!alive(handle) || !alive(m) || is_sparse_a != 1 || operation != 0) return INTERNAL_ERROR;
   memset(buffer, 0, BUFFER);
@@ -236,12 +241,13 @@ int cusparseLtSpMMACompress2(const void* handle, const void* matrix, int is_spar
   for (int64_t group = 0; group < m->rows * m->columns / 4; ++group) {
     int kept[2] = {2, 3}, count = 0;
     for (int column = 0; column < 4; ++column)
-      if (w[4 * group + column] != 0) {
+      if (w[(4 * group + column) * size] || w[(4 * group + column) * size + size - 1]) {
         if (count == 2) return INVALID_VALUE;
         kept[count++] = column;
       }
     if (count == 1) kept[1] = kept[0] == 3 ? 0 : 3;
-    for (int slot = 0; slot < 2; ++slot) values[2 * group + slot] = w[4 * group + kept[slot]];
+    for (int slot = 0; slot < 2; ++slot)
+      memcpy(values + (2 * group + slot) * size, w + (4 * group + kept[slot]) * size, size);
     patterns[group / 2] |= (uint8_t)((kept[0] | kept[1] << 2) << 4 * (group % 2));
   }
   return OK;
@@ -252,6 +258,10 @@ static float from_bits(uint16_t bits) {
   float value;
   memcpy(&value, &wide, 4);
   return value;
+}
+
+static float element(int type, const void* of, int64_t at) {
+  return type == INT8 ? ((const int8_t*)of)[at] : from_bits(((const uint16_t*)of)[at]);
 }
 
 static uint16_t to_bits(float value) {
@@ -279,15 +289,15 @@ int cusparseLtMatmul(const void* handle, const void* plan, const void* alpha, co
     fake_fail_next_matmul = 0;
     return code;
   }
-  if (*(const float*)alpha != 1 || *(const float*)beta != 0 || c != d) return INVALID_VALUE;
+  if ((!m->alpha_vector && *(const float*)alpha != 1) || *(const float*)beta != 0 || c != d) return INVALID_VALUE;
   if (stream_count != 1 || !streams || ((uintptr_t)a | (uintptr_t)b | (uintptr_t)d) % 16)
     return INVALID_VALUE;
   if (p->selection.split_k > 1) memset(workspace, 0x77, WORKSPACE);
   wait_us(id == 0 ? 2000 / (p->selection.split_k > 1 ? 2 : 1) : id == 2 ? 0 : id == 1 ? 400 : 100);
 
   const int64_t rows = m->a->rows, columns = m->a->columns, count = m->d->columns;
-  const uint16_t *values = a, *x = b;
-  const uint8_t* patterns = (const uint8_t*)(values + rows * columns / 2);
+  const int type = m->a->type;
+  const uint8_t* patterns = (const uint8_t*)a + rows * columns / 2 * (type == INT8 ? 1 : 2);
   ++p->runs;
   for (int64_t token = 0; token < count; ++token)
     for (int64_t row = 0; row < rows; ++row) {
@@ -297,11 +307,12 @@ int cusparseLtMatmul(const void* handle, const void* plan, const void* alpha, co
         const int pattern = patterns[at / 2] >> 4 * (at % 2) & 15;
         for (int slot = 0; slot < 2; ++slot) {
           const int64_t column = 4 * group + (slot ? pattern >> 2 : pattern & 3);
-          sum += from_bits(values[2 * at + slot]) *
-                 from_bits(m->transpose_b ? x[token * m->b->stride + column]
-                                          : x[column * m->b->stride + token]);
+          sum += element(type, a, 2 * at + slot) *
+                 element(type, b, m->transpose_b ? token * m->b->stride + column
+                                                 : column * m->b->stride + token);
         }
       }
+      if (m->alpha_vector && id != 5) sum *= ((const float*)alpha)[row];
       if (m->bias && id != 5) sum += from_bits(m->bias[row]);
       if (m->relu && sum < 0) sum = 0;
       if ((id == 2 && row == rows - 1) || (id == 4 && p->runs > 5)) sum += 1;

@@ -1,8 +1,9 @@
-"""The decode kernel with weights of 8 bits and x of 16: numbers, guards, edges, graphs."""
+"""The decode kernel with weights of 8 and 4 bits and x of 16: numbers, guards, edges, graphs."""
 
 import pytest
 import torch
 
+import sparsekern as sk
 from python_tests.backends.cuda_cases import (
     BF16,
     DEVICE,
@@ -23,12 +24,19 @@ from sparsekern import _native, reference
 from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.sparse24 import compress, of_levels
-from sparsekern.formats.tile64 import pack
+from sparsekern.formats.tile64 import pack, scale_group
+from sparsekern.nn.sparse_linear import SparseLinear
 
 pytestmark = pytest.mark.gpu
 
-F32, E4M3, INT8 = torch.float32, torch.float8_e4m3fn, torch.int8
-TYPES = [(weight, x) for weight in (E4M3, INT8) for x in (BF16, F16)]
+F32 = torch.float32
+E4M3, INT8, INT4 = "float8_e4m3fn", "int8", "int4"
+# (storage type of the weight, columns that share a scale or 0 for one per row, x)
+TYPES = [
+    (weight, group, x)
+    for weight, group in ((E4M3, 0), (INT8, 0), (INT4, 64), (INT4, 128), (INT4, 0))
+    for x in (BF16, F16)
+]
 TOKENS = (0, 1, 2, 7, 8, 9, 16, 17, 32, 33, 63, 64)
 
 # (out_features, in_features), with what each is there for.
@@ -59,20 +67,30 @@ def name(dtype):
 
 
 class Problem:
-    """A weight of levels (small integers) and power-of-two scales, x, bias, residual; float64 y."""
+    """A weight of levels (small integers) and power-of-two scales, x, bias, residual; float64 y.
 
-    def __init__(self, tokens, out_features, in_features, weight, dtype, levels=None):
+    product: x · levelsᵀ with the scales of groups, if there are such; scale: of the channels, which
+    the kernel is given as channel_scale.
+    """
+
+    def __init__(self, tokens, out_features, in_features, weight, group, dtype, levels=None):
         w = random_weight(out_features, in_features, F32, integers=True)
         w = w if levels is None else levels
         self.out_features, self.in_features, self.dtype = out_features, in_features, dtype
         self.weight = weight
         self.scale = 2.0 ** (torch.arange(out_features, device=DEVICE) % 3 - 1)
         plain = compress(w)
-        spec = WeightSpec.of((out_features, in_features), name(weight), dtype=dtype)
-        scale = self.scale.cpu()[:, None]
-        w24 = of_levels(spec, plain.values, scale, plain.metadata)
-        self.w24 = pack(w24.to(DEVICE))
-        self.w = w.to(DEVICE)
+        size = (out_features, in_features)
+        columns = (group or in_features) if weight == INT4 else 0
+        spec = WeightSpec.of(size, weight, dtype=dtype, group=columns)
+        self.scale_group = scale_group(spec)
+        if self.scale_group:
+            count = -(-in_features // group)
+            scale = 2.0 ** (torch.arange(out_features * count).view(out_features, count) % 3 - 1)
+            self.w = (w * scale.repeat_interleave(group, 1)[:, :in_features]).to(DEVICE)
+        else:
+            scale, self.w = self.scale.cpu()[:, None], w.to(DEVICE)
+        self.w24 = pack(of_levels(spec, plain.values, scale, plain.metadata).to(DEVICE))
         self.x = self.rows(random_input((tokens, in_features), dtype, integers=True))
         self.bias = random_input((out_features,), dtype, seed=2, integers=True).to(DEVICE)
         shape = (tokens, out_features)
@@ -99,7 +117,8 @@ def launcher(p, config, tokens, y, scaled=True, bias=None, residual=None, activa
         y_stride=y.stride(0),
         residual_stride=0 if residual is None else residual.stride(0),
         dtype=name(p.dtype),
-        weight_dtype=name(p.weight),
+        weight_dtype=p.weight,
+        scale_group=p.scale_group,
         x_dtype=name(p.dtype),
         activation=activation,
     )
@@ -126,35 +145,37 @@ def assert_exact(p, config, tokens, y64, **options):
     wrong = (buffer.view(torch.int16) != expected.view(torch.int16)).nonzero()
     first = tuple(wrong[0].tolist())
     raise AssertionError(
-        f"config {config} {sorted(options)}, {p.weight} x {p.dtype}, {tokens} tokens, "
-        f"{p.out_features} x {p.in_features}: {len(wrong)} wrong; the first at {first} of the "
-        f"buffer: got {buffer[first].item()}, expected {expected[first].item()}"
+        f"config {config} {sorted(options)}, {p.weight} {p.scale_group} x {p.dtype}, "
+        f"{tokens} tokens, {p.out_features} x {p.in_features}: {len(wrong)} wrong; the first at "
+        f"{first} of the buffer: got {buffer[first].item()}, expected {expected[first].item()}"
     )
 
 
-@pytest.mark.parametrize("weight, dtype", TYPES, ids=str)
+@pytest.mark.parametrize("weight, group, dtype", TYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_exact_on_small_integers_in_every_config(shape, weight, dtype):
-    p = Problem(max(TOKENS), *shape, weight, dtype)
+def test_exact_on_small_integers_in_every_config(shape, weight, group, dtype):
+    p = Problem(max(TOKENS), *shape, weight, group, dtype)
     for config in configs():
         for tokens in TOKENS:
             assert_exact(p, config, tokens, p.product, scaled=False)
         assert_exact(p, config, max(TOKENS), p.product * p.scale)
 
 
-@pytest.mark.parametrize("weight, dtype", TYPES, ids=str)
-def test_exact_with_more_row_blocks_than_multiprocessors(weight, dtype):
+@pytest.mark.parametrize(
+    "weight, group, dtype", [(E4M3, 0, BF16), (INT8, 0, F16), (INT4, 128, BF16)], ids=str
+)
+def test_exact_with_more_row_blocks_than_multiprocessors(weight, group, dtype):
     """Without a split a thread block walks several row blocks then."""
-    p = Problem(60, 256 * 300 + 70, 320, weight, dtype)
+    p = Problem(60, 256 * 300 + 70, 320, weight, group, dtype)
     for config in configs():
         for tokens in (1, 16, 40, 60):
             assert_exact(p, config, tokens, p.product * p.scale)
 
 
 @pytest.mark.parametrize("out_features", [320, 323], ids=["aligned", "unaligned"])
-@pytest.mark.parametrize("weight, dtype", TYPES, ids=str)
-def test_epilogue_in_every_config(weight, dtype, out_features):
-    p = Problem(60, out_features, 132, weight, dtype)
+@pytest.mark.parametrize("weight, group, dtype", TYPES, ids=str)
+def test_epilogue_in_every_config(weight, group, dtype, out_features):
+    p = Problem(60, out_features, 132, weight, group, dtype)
     scaled, bias, residual = p.product * p.scale, p.bias.double(), p.residual.double()
     for config in configs():
         run = (p, config, 60)
@@ -165,18 +186,23 @@ def test_epilogue_in_every_config(weight, dtype, out_features):
         assert_exact(*run, (scaled + bias).relu() + residual, **everything)
 
 
-@pytest.mark.parametrize("weight, dtype", TYPES, ids=str)
-def test_every_code_of_the_weight(weight, dtype):
+@pytest.mark.parametrize("weight, group, dtype", TYPES, ids=str)
+def test_every_code_of_the_weight(weight, group, dtype):
     """All numbers that the storage type has, subnormals too, through an x of unit vectors."""
-    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(weight).float()
-    codes = codes[codes.isfinite() & (codes != 0) & (codes > -128 if weight == INT8 else True)]
+    if weight == INT4:
+        codes = torch.arange(-8.0, 8.0)
+    else:
+        codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+        codes = codes.view(getattr(torch, weight)).float()
+        codes = codes[codes.isfinite() & ((codes > -128) | (weight == E4M3))]
+    codes = codes[codes != 0]
     w = torch.zeros(256, 256)
     for row in range(256):
         for group in range(64):
             first, second = PAIRS[(row + group) % 6].tolist()
             w[row, 4 * group + first] = codes[(row * 7 + group * 2) % len(codes)]
             w[row, 4 * group + second] = codes[(row * 7 + group * 2 + 1) % len(codes)]
-    p = Problem(64, 256, 256, weight, dtype, levels=w)
+    p = Problem(64, 256, 256, weight, group, dtype, levels=w)
     for first in range(0, 256, 64):
         p.x = p.rows(torch.eye(256, dtype=dtype)[first : first + 64])
         for config in configs():
@@ -184,16 +210,16 @@ def test_every_code_of_the_weight(weight, dtype):
 
 
 @pytest.mark.parametrize("activation", [None, "gelu", "silu"])
-@pytest.mark.parametrize("weight, dtype", TYPES, ids=str)
-def test_random_within_bound_in_every_config(weight, dtype, activation):
+@pytest.mark.parametrize("weight, group, dtype", TYPES, ids=str)
+def test_random_within_bound_in_every_config(weight, group, dtype, activation):
     levels = random_weight(323, 1032, F32)
-    levels = levels * (100 / levels.abs().max())
-    levels = (levels.round() if weight == INT8 else levels).to(weight).float()
-    p = Problem(60, 323, 1032, weight, dtype, levels=levels)
+    levels = levels * ((7 if weight == INT4 else 100) / levels.abs().max())
+    levels = levels.to(getattr(torch, weight)).float() if weight == E4M3 else levels.round()
+    p = Problem(60, 323, 1032, weight, group, dtype, levels=levels)
     p.scale = torch.rand(323, generator=torch.Generator().manual_seed(4)).to(DEVICE) / 50 + 0.001
     p.x = p.rows(random_input((60, 1032), dtype))
     x, bias = p.x.cpu(), p.bias.cpu()
-    w = levels.double() * p.scale.cpu().double()[:, None]
+    w = p.w.cpu().double() * p.scale.cpu().double()[:, None]
     y64 = reference.linear(x.double(), w, bias.double(), activation)
     bound = error_bound(x, w, bias, y64, dtype)
     for config in configs():
@@ -203,7 +229,7 @@ def test_random_within_bound_in_every_config(weight, dtype, activation):
 
 
 def test_infinite_and_nan_tokens_stay_alone():
-    p = Problem(16, 320, 576, E4M3, BF16)
+    p = Problem(16, 320, 576, E4M3, 0, BF16)
     p.x[3], p.x[5] = float("nan"), float("inf")
     others = [token for token in range(16) if token not in (3, 5)]
     for config in configs():
@@ -212,8 +238,9 @@ def test_infinite_and_nan_tokens_stay_alone():
         assert y[3].isnan().all() and torch.equal(y[others], (p.product * p.scale)[others].to(BF16))
 
 
-def test_bitwise_identical_over_100_runs():
-    p = Problem(64, 1100, 3080, E4M3, BF16)
+@pytest.mark.parametrize("weight, group", [(E4M3, 0), (INT4, 128)])
+def test_bitwise_identical_over_100_runs(weight, group):
+    p = Problem(64, 1100, 3080, weight, group, BF16)
     p.x = p.rows(random_input((64, 3080), BF16))
     for config in configs():
         first = torch.full((64, 1100), float("nan"), dtype=BF16, device=DEVICE)
@@ -229,7 +256,7 @@ def test_bitwise_identical_over_100_runs():
 
 
 def test_a_launch_reads_what_the_one_before_it_wrote():
-    """In a graph: launches in a row, each on the output of the last; the weight permutes columns."""
+    """In a graph, launches in a row, each on the output of the last; W permutes columns."""
     size, steps, tokens = 2048, 12, 16
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
     w = torch.zeros(size, size)
@@ -237,8 +264,8 @@ def test_a_launch_reads_what_the_one_before_it_wrote():
     expected = torch.arange(size)
     for _ in range(2 * steps):
         expected = expected[order]
-    for weight in (E4M3, INT8):
-        p = Problem(tokens, size, size, weight, BF16, levels=w)
+    for weight in (E4M3, INT8, INT4):
+        p = Problem(tokens, size, size, weight, 0, BF16, levels=w)
         for config in configs():
             start = random_input((tokens, size), BF16, integers=True).to(DEVICE)
             here, there = start.clone(), torch.full_like(start, float("nan"))
@@ -263,13 +290,38 @@ def test_a_launch_reads_what_the_one_before_it_wrote():
 
 
 def test_refusals():
-    p = Problem(64, 64, 128, E4M3, BF16)
+    p = Problem(64, 64, 128, E4M3, 0, BF16)
     _, y = guarded(64, 64, BF16)
     with pytest.raises(ValueError, match="config index"):
         launcher(p, len(configs()), 8, y)
     p.dtype = F16
     with pytest.raises(ValueError, match="tokens <= max_tokens .*got 65"):
         launcher(p, 0, 65, y)
-    p.weight = torch.float32
+    p.scale_group = 64
+    with pytest.raises(ValueError, match="expected scale_group 0 with .*'float8_e4m3fn'"):
+        launcher(p, 0, 8, y)
+    p.weight, p.scale_group = INT4, 32
+    with pytest.raises(ValueError, match="expected scale_group 0, 64 or 128 .*got 32"):
+        launcher(p, 0, 8, y)
+    p.weight, p.scale_group = "float32", 0
     with pytest.raises(ValueError, match="weight_dtype"):
         launcher(p, 0, 8, y)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("group", [64, 128, 0])
+@pytest.mark.parametrize("tokens", [0, 1, 16, 64, 65, 300])
+def test_int4_through_the_public_function(tokens, group, dtype):
+    """Any number of tokens, 64 at a time; packed for Hopper by SparseLinear."""
+    p = Problem(300, 323, 580, INT4, group, dtype)
+    y64 = p.product if p.scale_group else p.product * p.scale
+    x, w24 = p.x[:tokens], p.w24
+    y = sk.linear(x, w24, p.bias, "relu")
+    assert torch.equal(y, (y64[:tokens] + p.bias.double()).relu().to(dtype))
+    three = sk.linear(x.reshape(tokens, 1, 580), w24)
+    assert torch.equal(three, y64[:tokens, None].to(dtype))
+    told = sk.explain(x, w24)
+    assert told.backend == "cuda" and "W4A16" in told.why
+    module = SparseLinear.from_sparse24(w24.rowmajor(), p.bias).to(DEVICE)
+    assert module.weight.layout == "tile64"
+    assert torch.equal(module(x), (y64[:tokens] + p.bias.double()).to(dtype))

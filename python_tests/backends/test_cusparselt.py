@@ -24,7 +24,16 @@ import pytest
 import torch
 
 from python_tests.linear_cases import assert_within, error_bound, random_input, random_weight
-from sparsekern import SparseLinear, _native, explain, linear, reference
+from sparsekern import (
+    SparseLinear,
+    _native,
+    explain,
+    linear,
+    linear_quantized,
+    quantize,
+    quantize_rows,
+    reference,
+)
 from sparsekern.backends import memory, registry
 from sparsekern.backends.cusparselt import layout
 from sparsekern.backends.cusparselt import library as vendor
@@ -140,6 +149,92 @@ def expected(x, w, bias=None, activation=None):
     """The float64 result, rounded once."""
     y = reference.linear(x.double(), w.double(), None if bias is None else bias.double())
     return backend.activate(y, activation).to(x.dtype)
+
+
+# ---- weights of 8 bits ---------------------------------------------------------------------------
+
+
+def levels(out_features=32, in_features=64, seed=0):
+    """An int8 weight, row-major, and its dense levels."""
+    w24 = quantize(compress(random_weight(out_features, in_features, BF16, seed)), "int8")
+    plain = Sparse24(w24.values.float(), w24.metadata, w24.shape)
+    return w24, decompress(plain)
+
+
+def rounded_product(x8, w24, dense):
+    """What the library computes: exact sums times the channel's scale, rounded once."""
+    return ((x8.float() @ dense.t()) * w24.tensors["weight_scale"].view(-1)).to(BF16)
+
+
+@needs_fake
+def test_int8_weights_pack_compute_and_unpack(fake):
+    w24, dense = levels()
+    packed = w24.to_layout("cusparselt")
+    assert packed.values.dtype == torch.int8 and packed.nbytes <= 0.64 * dense.numel() + 4 * 32
+    back = packed.rowmajor()
+    assert all(torch.equal(back.tensors[name], w24.tensors[name]) for name in w24.tensors)
+    bias = random_input((32,), BF16, seed=2)
+    for tokens in (16, 3):  # as they are, and padded
+        x8, scale = quantize_rows(random_input((tokens, 64), BF16), "int8")
+        y = linear_quantized(x8, scale, packed, bias, "silu", backend="cusparselt")
+        z = rounded_product(x8, w24, dense).float() * scale[:, None] + bias.float()
+        assert torch.equal(y, torch.nn.functional.silu(z).to(BF16))
+    wide = torch.randint(-127, 128, (16, 80), dtype=torch.int8)
+    for x8 in (wide[:, :64], wide[:, 1:65]):  # a stride, and an address that is not aligned
+        y = linear_quantized(x8, torch.ones(16), packed, backend="cusparselt")
+        assert torch.equal(y, rounded_product(x8, w24, dense))
+    empty = linear_quantized(x8[:0], torch.ones(0), packed, backend="cusparselt")
+    assert empty.shape == (0, 32) and empty.dtype == BF16
+
+
+@needs_fake
+def test_a_16_bit_x_is_quantised_for_int8_weights(fake):
+    w24, dense = levels()
+    packed, x = w24.to_layout("cusparselt"), random_input((2, 5, 64), BF16)
+    x8, scale = quantize_rows(x, "int8")
+    wanted = linear_quantized(x8, scale, packed, backend="cusparselt")
+    assert torch.equal(linear(x, packed, backend="cusparselt"), wanted)
+    assert "x quantised by token" in explain(x, packed, backend="cusparselt").config
+
+
+@needs_fake
+def test_int8_weights_that_the_library_does_not_take(fake):
+    for shape in ((48, 64), (64, 48)):
+        w24, _ = levels(*shape)
+        with pytest.raises(ValueError, match="multiples of 32, got"):
+            w24.to_layout("cusparselt")
+    single = quantize(compress(random_weight(32, 64, torch.float32)), "int8")
+    with pytest.raises(TypeError, match="8-bit levels, .*got int8 of torch.float32"):
+        single.to_layout("cusparselt")
+    int4 = quantize(compress(random_weight(32, 64, BF16)), "int4")
+    with pytest.raises(TypeError, match="got int4"):
+        int4.to_layout("cusparselt")
+
+
+@needs_fake
+def test_channel_scales_belong_to_the_plan(fake):
+    backend.pack(weight()[1])  # loads the library
+    native = _native.module()
+    plain = plan_arguments(-1, 3, 32, 16, 64, 64, 32, 0, False, -1, 1, 0) | {"y_dtype": 1}
+    scaled = native.cusparselt_plan(**(plain | {"channel_scale": True}))[0]
+    unscaled = native.cusparselt_plan(**plain)[0]
+    assert scaled != unscaled
+    addresses = dict(blob=0, x=0, y=0, workspace=0, stream=0)
+    with pytest.raises(ValueError, match="channel_scale for a plan that has it, got none"):
+        native.cusparselt_matmul_scaled(plan=scaled, channel_scale=0, **addresses)
+    with pytest.raises(ValueError, match="channel_scale only for a plan that has it, got one"):
+        native.cusparselt_matmul_scaled(plan=unscaled, channel_scale=16, **addresses)
+    with pytest.raises(ValueError, match="n to be a multiple of 16, got 8"):
+        native.cusparselt_plan(**(plain | {"tokens": 8}))
+
+
+@needs_fake
+def test_search_of_an_int8_weight(fake):
+    packed = levels()[0].to_layout("cusparselt")
+    result = search(packed, 6, store=False)
+    assert result.key == "cpu|0.8.1|int8-bfloat16|32x64|16"
+    assert {a.algorithm for a in result.wrong} >= {2, 5}
+    assert str(result.algorithm) in explain(random_input((6, 64), BF16), packed).config
 
 
 # ---- the library and its refusals ----------------------------------------------------------------

@@ -46,14 +46,28 @@ def test_a_row_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
     rows = {
         "span": (0, "start", bench_quality._with(bench_quality.SPAN, epochs=1)),
         "wrong": (0, "prune", {"reconstruct": {"span": 0}}),
-        "block": (0, "prune", {"reconstruct": {"span": 1, "epochs": 1}}),
+        "again": (0, "prune", {"reconstruct": {"span": 1, "epochs": 1}}),
     }
     monkeypatch.setattr(bench_quality, "EXPLORE", rows)
     arguments = options(tmp_path, "--explore")
     assert bench_quality.main(tmp_path / "r.jsonl", arguments) == 1
-    assert [row["backend"] for row in records(tmp_path)] == ["fast", "span", "block"]
+    assert [row["backend"] for row in records(tmp_path)] == ["block", "span", "again"]
     out = capsys.readouterr().out
     assert "FAILED wrong, seed 0: ValueError" in out and "wrong" in out.splitlines()[-3]
+
+
+def test_the_matrix(tmp_path):
+    """Each calibration on each held-out tail, and the blend."""
+    other = tmp_path / "b.txt"
+    other.write_text("\n".join(WORDS[::-1][i:] for i in range(60)))
+    arguments = options(tmp_path, "--matrix", f"{tmp_path / 'a.txt'},{other}", "--tail", 400)
+    assert bench_quality.main(tmp_path / "r.jsonl", arguments) == 0
+    rows = records(tmp_path)
+    assert [row["backend"] for row in rows] == ["a.txt", "b.txt", "blend"]
+    for row in rows:
+        assert {"perplexity a.txt", "perplexity b.txt", "perplexity test.txt"} < set(row["metrics"])
+        assert 0 <= row["details"]["distance"]["a.txt"] <= 1
+    assert rows[0]["details"]["distance"]["a.txt"] < rows[0]["details"]["distance"]["b.txt"] + 0.1
 
 
 def test_every_row_of_explore_is_valid():

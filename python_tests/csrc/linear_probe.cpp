@@ -37,9 +37,9 @@ Status record(const char* kernel, DType weight, DType x, DType y, const LinearPr
     return record(text, kDTypeOf<W>, kDTypeOf<X>, kDTypeOf<Y>, p, config, stream); \
   }                                                                                \
   SK_PLAIN(SK_INSTANTIATE_LINEAR, function)                                        \
-  SK_E4M3_A8(SK_INSTANTIATE_LINEAR, function)                                      \
-  SK_INT8_A8(SK_INSTANTIATE_LINEAR, function)                                      \
+  SK_W8A8(SK_INSTANTIATE_LINEAR, function)                                         \
   SK_W8A16(SK_INSTANTIATE_LINEAR, function)                                        \
+  SK_W4A16(SK_INSTANTIATE_LINEAR, function)                                        \
   }
 SK_RECORDER(decode, linear, "decode")
 SK_RECORDER(decode, gated, "decode_gated")

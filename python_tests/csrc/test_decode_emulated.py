@@ -1,7 +1,7 @@
 """The decode kernel without a GPU: its source, run by decode_emulator.cpp, against float64.
 
-Addresses, fragments, metadata, the widening of 8-bit values, edges, the ring of stages, clusters and
-who waits for whom; not that the hardware does what the PTX ISA says.
+Addresses, fragments, metadata, the widening of 8-bit and 4-bit values, edges, the ring of stages,
+clusters and who waits for whom; not that the hardware does what the PTX ISA says.
 """
 
 import ctypes
@@ -15,6 +15,7 @@ import torch
 
 from python_tests.csrc.building import ROOT, cuda_include
 from python_tests.linear_cases import PAIRS, random_input, random_weight
+from python_tests.tile64_by_formula import tiles
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 E4M3, INT8 = torch.float8_e4m3fn, torch.int8
@@ -76,7 +77,16 @@ def build(tmp_path_factory):
                 assert old in source.read_text()
                 source.write_text(source.read_text().replace(old, new))
             library = folder / "emulator.so"
-            command = [compiler, "-std=c++17", "-O1", "-w", "-Wno-psabi", "-shared", "-fPIC", f"-I{include}"]
+            command = [
+                compiler,
+                "-std=c++17",
+                "-O1",
+                "-w",
+                "-Wno-psabi",
+                "-shared",
+                "-fPIC",
+                f"-I{include}",
+            ]
             command += [f"-I{folder / 'csrc'}", *(["-DEMULATE_FEW"] if edit else [])]
             emulator = Path(__file__).with_name("decode_emulator.cpp")
             subprocess.run([*command, str(emulator), "-o", str(library)], check=True)
@@ -86,70 +96,6 @@ def build(tmp_path_factory):
         return built[edit]
 
     return make
-
-
-def tiles(w, weight, group=0, scale=None):
-    """(values, metadata) of layout "tile64", by its formulas.
-
-    w: the stored numbers, dense; scale [out, groups]: those of groups of columns, of int4.
-    """
-    bits_each = 4 if weight == "int4" else 8 * weight.itemsize
-    dense_k, chunk = 1024 // bits_each, 128 // bits_each  # columns of a tile, values of 16 bytes
-    rows, columns = -(-w.shape[0] // 64) * 64, -(-w.shape[1] // dense_k) * dense_k
-    if weight == "int4":
-        stored, padding = w.to(torch.int16) + 8, 8
-    else:
-        stored, padding = w.to(weight).view({1: torch.uint8, 2: torch.int16}[weight.itemsize]), 0
-    bits = torch.full((rows, columns), padding, dtype=stored.dtype)
-    bits[: w.shape[0], : w.shape[1]] = stored
-    groups = bits.view(rows, -1, 4)
-    full = torch.zeros(*groups.shape)
-    full[: w.shape[0], : w.shape[1] // 4] = (w != 0).float().view(w.shape[0], -1, 4)
-    # Two columns of each group: those that are not zero, else the first that are; rising.
-    order = torch.sort(full, dim=2, descending=True, stable=True).indices[:, :, :2].sort(2).values
-    kept = torch.gather(groups, 2, order).view(rows, -1)
-    nibbles = order[:, :, 0] + 4 * order[:, :, 1]
-
-    panels, k_tiles = rows // 64, columns // dense_k
-    values = torch.zeros(panels * k_tiles, 4 * 64 * chunk, dtype=bits.dtype)
-    words = torch.zeros(panels * k_tiles, dense_k * 2, dtype=torch.int64)
-    row, c = torch.meshgrid(torch.arange(64), torch.arange(dense_k // 2), indexing="ij")
-    in_chunk = c % chunk
-    if weight == "int4":  # nibbles of a row's 16 bytes
-        pair = in_chunk // 2
-        in_chunk = pair % 4 * 8 + in_chunk % 2 * 4 + pair // 4
-    place = c // chunk * 64 * chunk + row // 8 * 8 * chunk + row % 8 * chunk + in_chunk
-    tile_of = {}
-    for first in range(0, panels, 4):
-        for k in range(k_tiles):
-            for panel in range(first, min(first + 4, panels)):
-                tile_of[panel, k] = len(tile_of)
-    word = torch.arange(words.shape[1])
-    step, warp, g, t = word // 128, word // 32 % 4, word // 4 % 8, word % 4
-    for (panel, k), tile in tile_of.items():
-        of_tile = slice(panel * 64, panel * 64 + 64)
-        values[tile, place] = kept[of_tile, k * dense_k // 2 : (k + 1) * dense_k // 2]
-        of_groups = nibbles[of_tile, k * dense_k // 4 : (k + 1) * dense_k // 4]
-        for bit in range(8):
-            if bits_each == 8:
-                nibble = of_groups[16 * warp + g + 8 * (t % 2), 16 * step + 8 * (t // 2) + bit]
-            else:
-                at = 16 * step + 4 * t + bit % 4
-                nibble = of_groups[16 * warp + g + 8 * (bit // 4), at]
-            words[tile] += nibble << 4 * bit
-    metadata = words.to(torch.uint32).view(torch.uint8)
-    if weight == "int4":
-        values = (values[:, 0::2] + 16 * values[:, 1::2]).to(torch.uint8)
-    if group:
-        per_tile = 256 // group
-        padded = torch.zeros(rows, k_tiles * per_tile)
-        padded[: w.shape[0], : scale.shape[1]] = scale
-        of_tile = torch.zeros(len(tile_of), per_tile, 64)
-        for (panel, k), tile in tile_of.items():
-            part = padded[panel * 64 : panel * 64 + 64, k * per_tile : (k + 1) * per_tile]
-            of_tile[tile] = part.t()
-        metadata = torch.cat((metadata, of_tile.flatten(1).view(torch.uint8)), 1)
-    return values, metadata
 
 
 def aligned_rows(x):
@@ -303,9 +249,11 @@ def test_epilogue(build, weight, dtype, group):
         bias = random_input((out_features,), dtype, seed=2, integers=True)
         residual = random_input((35, out_features), dtype, seed=3, integers=True)
         scale = 2.0 ** (torch.arange(out_features) % 3 - 1)
-        what = dict(weight=weight, group=group, relu=True)
+        what = dict(weight=weight, group=group, scale=scale, bias=bias, residual=residual)
         for config in (0, 5):
-            assert not wrong(build(), config, w, x, scale=scale, bias=bias, residual=residual, **what)
+            assert not wrong(
+                build(), config, w, x, scale=scale, bias=bias, residual=residual, **what
+            )
 
 
 @pytest.mark.parametrize(

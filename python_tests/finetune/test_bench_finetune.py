@@ -1,6 +1,9 @@
 """The benchmark of recovery, whole, on a tiny GGUF on the CPU."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -79,6 +82,18 @@ def test_resume_after_the_limit(options, tmp_path, monkeypatch):
     code, (record,) = measure(options, *more, tmp_path / "c")
     assert code == 0 and record["metrics"]["steps"] == 60
     assert len(measure(options, *more, tmp_path / "c")[1]) == 1  # finished: nothing to do
+
+
+def test_two_processes_make_one_record(options, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
+    command += ["bench", "finetune", *map(str, options), "--starts", "magnitude", "--minutes", "1"]
+    command += ["--limit-seconds", "70", "--cache", str(tmp_path / "c")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (record,) = [json.loads(line) for line in options[-1].read_text().splitlines()]
+    assert record["metrics"]["processes"] == 2 and record["check"].startswith("0 violations")
+    assert done.stdout.count("recorded") == 1
 
 
 def test_unknown_starts_and_counts_are_refused(options):

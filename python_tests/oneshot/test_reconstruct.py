@@ -57,7 +57,7 @@ def linear_weights(model):
         {**BLOCK, "target": "pruned"},
         {**BLOCK, "parts": "sublayers"},
         SPAN,
-        {**SPAN, "recut": True, "loss": "channel"},
+        {**SPAN, "recut": True, "loss": "channel", "batch": 3},
         {**SPAN, "span": 2, "loss": "mse", "checkpoint": True},
         [BLOCK, SPAN],
     ],
@@ -220,6 +220,17 @@ def test_windows():
     assert windows(7, 4) == [(0, 4), (2, 6), (3, 7)]
 
 
+def test_rebatch():
+    batches = [Batch((), {"input_ids": tokens(5, 8)}, 5, 40)]
+    made = reconstruct.rebatch(batches, 2)
+    assert [b.samples for b in made] == [2, 2, 1] and [b.tokens for b in made] == [16, 16, 8]
+    assert torch.equal(torch.cat([b.kwargs["input_ids"] for b in made]), tokens(5, 8))
+    assert reconstruct.rebatch(batches, None) == batches
+    masked = [Batch((), {"input_ids": tokens(2), "attention_mask": tokens(2) > 0}, 2, 40)]
+    with pytest.raises(ValueError, match="rows of token ids with batch, got calls with more"):
+        reconstruct.rebatch(masked, 2)
+
+
 def test_a_preset_fits_the_memory():
     """As it is, with checkpoints, in windows: with less and less memory."""
     model = build(layers=4)
@@ -264,6 +275,7 @@ def test_recut_keeps_every_token():
         (dict(target="mean"), ValueError, "target in .* got 'mean'"),
         (dict(span=2, parts="sublayers"), ValueError, 'parts="block" with a span'),
         (dict(recut=True), ValueError, "span=None with recut, got 1"),
+        (dict(batch=2), ValueError, "batch=None with span=1, got 2"),
         (dict(noise=0.1), ValueError, "noise=0 without recut, got 0.1"),
         (dict(steps=3), ValueError, r"keywords of Reconstruction: .* got \['steps'\]"),
         ([SPAN, BLOCK], ValueError, "rounds with span=1 before the others"),

@@ -236,7 +236,13 @@ CALLS = {
     "on_error": (dict(on_error="skip"), "refused"),
     "refine": (dict(refine=2), "refused"),
     "a mask": (
-        dict(masks={"model.layers.0.mlp.up_proj": torch.tensor([True, True, False, False] * 8).expand(64, -1)}),
+        dict(
+            masks={
+                "model.layers.0.mlp.up_proj": torch.tensor([True, True, False, False] * 8).expand(
+                    64, -1
+                )
+            }
+        ),
         "refused",
     ),
     "undo": (dict(undo=False), "equal"),
@@ -251,7 +257,9 @@ def test_another_call(name, begun, tmp_path):
     assert continued(begun("wanda"), tmp_path, **call) == expected
 
 
-@pytest.mark.parametrize("change", [dict(damp=0.1), dict(blocksize=8), dict(match_dense=0.5)], ids=str)
+@pytest.mark.parametrize(
+    "change", [dict(damp=0.1), dict(blocksize=8), dict(match_dense=0.5)], ids=str
+)
 def test_another_option_of_sparsegpt(change, begun, tmp_path):
     folder = begun("sparsegpt", refine=0)
     assert continued(folder, tmp_path, method="sparsegpt", refine=0, **change) == "refused"

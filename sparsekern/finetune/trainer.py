@@ -531,6 +531,11 @@ class _Run:
         if isinstance(self.teacher, LiveTeacher) and not self.teacher.offload:
             models.append(self.teacher.split.model)
         with contextlib.ExitStack() as stack:
+            if self.world.size > 1 and self.recipe.compile:
+                # One graph: gradients of all layers are exchanged at its end.
+                import torch._dynamo
+
+                stack.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
             for model in models:
                 if not attention.why_not_causal(model, self.corpus.window):
                     stack.enter_context(attention.use(model, attention.CAUSAL, attention.causal))

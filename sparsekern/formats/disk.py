@@ -293,7 +293,7 @@ def _marlin_shapes(files: TensorFiles, layer: str) -> None:
     where = files.where(join(layer, "meta"))
     require(fits, where, "[in_features/32, 2 * out_features], of 64 rows each", list(meta))
     rows, columns = meta[1] // 2, 32 * meta[0]
-    words = {(meta[0], rows * bits // 2): bits for bits in (4, 8)}
+    words: dict[tuple[int, ...], int] = {(meta[0], rows * bits // 2): bits for bits in (4, 8)}
     where = files.where(join(layer, "weight_packed"))
     packed = shapes["weight_packed"]
     require(packed in words, where, f"one of {[list(shape) for shape in words]}", list(packed))

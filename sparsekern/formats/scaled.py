@@ -61,10 +61,14 @@ class ScaledCodec:
 
     def round(self, ratios: Tensor) -> Tensor:
         """The nearest levels of numbers over their scale, float32, any shape; saturating."""
-        ratios = ratios.clamp(self.low, self.top)
+        return self.round_(ratios.clone()) + 0.0  # -0.0 becomes +0.0
+
+    def round_(self, ratios: Tensor) -> Tensor:
+        """`round` in place, for loops: few and small operations. It may leave -0.0."""
+        ratios.clamp_(self.low, self.top)
         if self.storage.is_floating_point:
-            return ratios.to(self.storage).float() + 0.0  # -0.0 becomes +0.0
-        return ratios.round() + 0.0
+            return ratios.copy_(ratios.to(self.storage))
+        return ratios.round_()
 
     def pack(self, levels: Tensor) -> Tensor:
         """Levels float32 [out, in/2] -> the values tensor."""

@@ -430,8 +430,9 @@ def for_pickle(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_pickle(spec: WeightSpec, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `for_pickle`."""
     values, wanted = tensors.get("values"), spec.element.storage
-    bytes_of = isinstance(values, Tensor) and values.dtype == torch.uint8 and wanted.itemsize == 1
-    return {**tensors, "values": values.view(wanted)} if bytes_of else dict(tensors)
+    if isinstance(values, Tensor) and values.dtype == torch.uint8 and wanted.itemsize == 1:
+        return {**tensors, "values": values.view(wanted)}
+    return dict(tensors)
 
 
 # ---- row-major weights, in torch alone -----------------------------------------------------------

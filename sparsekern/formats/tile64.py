@@ -79,14 +79,14 @@ def packed_shape(out_features: int, in_features: int, bits: int = 16) -> tuple[i
 
 def packable(w24: Sparse24) -> bool:
     """True when the weight's storage type fits this layout."""
-    return _fits(w24.spec)
+    return fits(w24.spec)
 
 
-def _fits(spec: WeightSpec) -> bool:
-    kind = spec.element
-    if kind.plain:
-        return kind.native_code is not None
-    return kind.bits == 8 or (kind.name == "int4" and scale_group(spec) in _SCALE_GROUPS)
+def fits(spec: WeightSpec) -> bool:
+    """True when such a weight has this layout, whatever its present one."""
+    if spec.storage == "int4":
+        return scale_group(spec) in _SCALE_GROUPS
+    return spec.element.native_code is not None
 
 
 def pack(w24: Sparse24) -> Sparse24:
@@ -115,7 +115,7 @@ def unpack(w24: Sparse24) -> Sparse24:
 
 def _pack(spec: WeightSpec, tensors: Tensors) -> Tensors:
     check(
-        _fits(spec),
+        fits(spec),
         "sparsekern.pack",
         f"a weight of 8-bit values, of int4 in groups of 64 or 128, {dtypes.native_names()}",
         f"{spec.storage}, group {spec.group}" if spec.element.bits == 4 else spec.element.storage,
@@ -156,7 +156,7 @@ def wait_for_weight(values: Tensor) -> None:
 def _packed_sizes(spec: WeightSpec) -> tuple[list[int], list[int]]:
     """Shapes of the packed values and of the packed metadata."""
     bits = spec.element.bits
-    panels, k_tiles = packed_shape(*spec.shape, bits)
+    panels, k_tiles = packed_shape(spec.shape[0], spec.shape[1], bits)
     tiles, per_byte = panels * k_tiles, max(1, 8 // bits)
     metadata = TILE * tile_columns(bits) // 8
     if group := scale_group(spec):
@@ -188,7 +188,7 @@ def _unpack(spec: WeightSpec, tensors: Tensors) -> Tensors:
 
 def _pack_torch(spec: WeightSpec, rows: Tensor, nibbles: Tensor) -> tuple[Tensor, Tensor]:
     bits = spec.element.bits
-    panels, k_tiles = packed_shape(*spec.shape, bits)
+    panels, k_tiles = packed_shape(spec.shape[0], spec.shape[1], bits)
     kept, bytes_k, chunk = TILE * 8 // bits, tile_columns(bits) // 8, _CHUNK * 8 // bits
     values = _padded(_movable(rows), panels * TILE, k_tiles * kept, 0)
     # row = (panel, 8 rows, row of them), kept column = (k_tile, 16-byte chunk, element)
@@ -209,28 +209,31 @@ def _pack_torch(spec: WeightSpec, rows: Tensor, nibbles: Tensor) -> tuple[Tensor
 def _pack_int4(spec: WeightSpec, tensors: Tensors) -> tuple[Tensor, Tensor]:
     """Word t of a row's 16 bytes of 64 columns: the pairs of the groups t, 4 + t, 8 + t, 12 + t;
     all first values, then all second ones, each as level + 8."""
-    panels, k_tiles = packed_shape(*spec.shape, 4)
+    panels, k_tiles = packed_shape(spec.shape[0], spec.shape[1], 4)
     stored = tensors["values"]
     nibbles = torch.stack((stored & 0xF, stored >> 4), dim=2).flatten(1) ^ 8
     nibbles = _padded(nibbles, panels * TILE, k_tiles * 128, 8)
     # row = (panel, 8 rows, row of them), kept column = (k_tile, chunk, pair of a word, t, half)
     nibbles = nibbles.view(panels, 8, 8, k_tiles, 4, 4, 4, 2).permute(0, 3, 4, 1, 2, 6, 7, 5)
-    nibbles = nibbles.reshape(panels, k_tiles, -1, 2)
+    nibbles = nibbles.reshape(panels, k_tiles, TILE * TILE, 2)
     values = nibbles[..., 0] | nibbles[..., 1] << 4
     metadata = _padded(tensors["metadata"], panels * TILE, k_tiles * 32, _PADDING_BYTE)
     # as of four tiles of 16 bits
     metadata = metadata.view(panels, 4, 2, 8, k_tiles, 4, 4, 2).permute(0, 4, 5, 1, 3, 6, 2, 7)
-    metadata = metadata.reshape(panels, k_tiles, -1)
+    metadata = metadata.reshape(panels, k_tiles, TILE * 32)
     if group := scale_group(spec):
         scale = _padded(tensors[SCALE], panels * TILE, k_tiles * 256 // group, 0)
         scale = scale.view(panels, TILE, k_tiles, 256 // group).permute(0, 2, 3, 1)
-        scale = scale.contiguous().view(torch.uint8).view(panels, k_tiles, -1)
+        scale = scale.contiguous().view(torch.uint8).view(panels, k_tiles, 1024 // group * TILE)
         metadata = torch.cat((metadata, scale), dim=2)
     return _to_groups(values), _to_groups(metadata)
 
 
 def _unpack_int4(spec: WeightSpec, tensors: Tensors) -> Tensors:
-    (out_features, in_features), (panels, k_tiles) = spec.shape, packed_shape(*spec.shape, 4)
+    (out_features, in_features), (panels, k_tiles) = (
+        spec.shape,
+        packed_shape(spec.shape[0], spec.shape[1], 4),
+    )
     values = _from_groups(tensors["values"], panels, k_tiles)
     nibbles = torch.stack((values & 0xF, values >> 4), dim=3) ^ 8
     nibbles = nibbles.view(panels, k_tiles, 4, 8, 8, 4, 2, 4).permute(0, 3, 4, 1, 2, 7, 5, 6)

@@ -80,14 +80,18 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         for path in folder.glob("*token*"):
             open_regular(path).close()  # no pipe, which would make the next line wait
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # whatever Transformers makes of these files
+        tokenizer("a")  # some damage shows only in use
+    except BaseException as error:  # whatever Transformers, and Rust below it, make of these files
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         got = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         expected = "a tokenizer that Transformers can load"
         remedy = "Copy the tokenizer's files of the model there."
         raise FormatError(message(f"sparsekern: {folder}", expected, got, remedy)) from error
+    return tokenizer
 
 
 def folder_bytes(folder: str | Path) -> int:

@@ -34,16 +34,17 @@ class Preset:
 PRESETS = {
     "fast": Preset("the layer-wise solver alone"),
     "default": Preset(
-        "then all blocks together on the hidden states behind the last one, a few passes",
-        rounds=(Reconstruction(span=None, epochs=5, between=1.0),),
+        "then each block by gradient descent on its output, before the next one is pruned",
+        rounds=(Reconstruction(span=1, epochs=5),),
+        samples=256,
         side_by_side=True,
     ),
     "best": Preset(
-        "a rotation first, each block after its solver, then all blocks together for longer",
+        "a rotation first, each block as by default, then all blocks together for longer",
         rotate=True,
         rounds=(
-            Reconstruction(span=1, epochs=6),
-            Reconstruction(span=None, epochs=30, between=1.0, recut=True, patience=8),
+            Reconstruction(span=1, epochs=8),
+            Reconstruction(span=None, epochs=30, between=1.0, recut=True, batch=2),
         ),
         samples=256,
         side_by_side=True,

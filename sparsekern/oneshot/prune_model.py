@@ -49,6 +49,7 @@ from sparsekern.oneshot.reconstruct import (
     described,
     final_norm,
     fitting,
+    rebatch,
     reconstruct_block,
 )
 from sparsekern.oneshot.report import LayerReport, PruneReport
@@ -689,7 +690,7 @@ class _Run:
             for number, options in enumerate(self.extra.spans):
                 with self.walk.phase("capture"):
                     spans = SpanRound(
-                        self.walk.captured(),
+                        self.walk.captured(rebatch(self.walk.batches, options.batch)),
                         self.teachers,
                         masks,
                         options,

@@ -85,6 +85,8 @@ class Reconstruction:
             that tokens are seen in other contexts (all blocks, rows of token ids only).
         noise: with recut, the share of the tokens that are exchanged for random tokens of the text.
             Nothing has to be predicted: the dense model's hidden states are known for any input.
+        batch: rows per step, for rounds after the walk on rows of token ids; None: as they are
+            batched for the walk. More and smaller steps go further with the same tokens.
         warmup: share of the steps.      held_out: share of the batches, at least one where there
             are two; they decide when to stop and which weights are kept.
         patience: epochs without a lower held-out error before it stops; None: all epochs run, and
@@ -103,6 +105,7 @@ class Reconstruction:
     loss: str = "token"
     recut: bool = False
     noise: float = 0.0
+    batch: int | None = None
     warmup: float = 0.05
     held_out: float = 0.1
     patience: int | None = None
@@ -134,6 +137,10 @@ class Reconstruction:
         whole_block = self.parts == "block" or self.span == 1
         check(whole_block, op, 'parts="block" with a span of several blocks', repr(self.parts))
         check(not self.recut or self.span is None, op, "span=None with recut", repr(self.span))
+        rows = self.batch is None or (type(self.batch) is int and self.batch >= 1)
+        check(rows, op, "batch >= 1 or None", repr(self.batch))
+        later = self.batch is None or self.span != 1
+        check(later, op, "batch=None with span=1", self.batch, "prune_model(batch_size=) is it.")
         check(self.recut or not self.noise, op, "noise=0 without recut", repr(self.noise))
 
 
@@ -178,7 +185,8 @@ def described(rounds: Sequence[Reconstruction]) -> list[dict[str, Any]]:
 @dataclass
 class Fit:
     """What one fit did. before, after: the held-out error E (of the training batches where nothing
-    is held out). epochs: that ran. kept: whether the new weights were better, and are in place."""
+    is held out). train: mean of E over the last epoch's steps; far below `after` it is over-fitted.
+    epochs: that ran. kept: whether the new weights were better, and are in place."""
 
     blocks: list[int]
     before: float
@@ -187,6 +195,7 @@ class Fit:
     steps: int
     kept: bool
     seconds: float
+    train: float
     part: str = "block"
 
     def row(self) -> dict[str, Any]:
@@ -495,14 +504,7 @@ class _Rows:
         self.recapture = recapture if options.recut and first == 0 else None
         self._new: Walk | None = None
         if options.recut:
-            plain = all(
-                not batch.args
-                and isinstance(batch.kwargs.get("input_ids"), Tensor)
-                and set(batch.kwargs) <= {"input_ids", "use_cache"}
-                for batch in walk.batches
-            )
-            got = "calls with more in them"
-            check(plain, OP, "rows of token ids with recut", got, "Use recut=False.")
+            _check_plain(walk.batches, "recut")
 
     def new_epoch(self, epoch: int) -> None:
         """Other rows for the batches that are trained on; epoch 0 sees the given ones."""
@@ -559,6 +561,33 @@ def recut(batches: Sequence[Batch], seed: int, noise: float = 0.0) -> list[Batch
         used[length] += samples
         result.append(Batch((), {**batch.kwargs, "input_ids": rows}, samples, batch.tokens))
     return result
+
+
+def rebatch(batches: Sequence[Batch], rows: int | None) -> list[Batch]:
+    """The rows of token ids in batches of `rows`; as they are with None.
+
+    Raises:
+        ValueError: calls that hold more than token ids.
+    """
+    if rows is None:
+        return list(batches)
+    _check_plain(batches, "batch")
+    made = []
+    for batch in batches:
+        for ids in torch.split(batch.kwargs["input_ids"], rows):
+            made.append(Batch((), {**batch.kwargs, "input_ids": ids}, ids.shape[0], ids.numel()))
+    return made
+
+
+def _check_plain(batches: Sequence[Batch], name: str) -> None:
+    plain = all(
+        not batch.args
+        and not batch.keep
+        and isinstance(batch.kwargs.get("input_ids"), Tensor)
+        and set(batch.kwargs) <= {"input_ids", "use_cache"}
+        for batch in batches
+    )
+    check(plain, OP, f"rows of token ids with {name}", "calls with more", f"Leave {name} out.")
 
 
 def final_norm(
@@ -645,7 +674,8 @@ def reconstruct(
         with walk.evaluating():
             final = final_norm(model, blocks, walk.batches[0].probe(), walk.home)
             for number, options in enumerate(chosen):
-                spans = SpanRound(walk.captured(), teachers, masks, options, final, walk.captured)
+                start = walk.captured(rebatch(walk.batches, options.batch))
+                spans = SpanRound(start, teachers, masks, options, final, walk.captured)
                 count, name = range(len(spans.windows)), f"reconstruct {number + 1}"
                 for window in tqdm(count, name, unit="window", disable=not progress):
                     fits.append(spans.fit(window))
@@ -791,20 +821,22 @@ def _fit(
     )
     masks = [t.mask for t in trained]
     generator = torch.Generator().manual_seed(options.seed * 7919 + blocks[0])
-    total, step, stale, epoch = options.epochs * len(train), 0, 0, 0
+    total, step, stale, epoch, last = options.epochs * len(train), 0, 0, 0, math.nan
     try:
         for epoch in range(options.epochs):
             new_epoch(epoch)
+            losses = []
             for number in torch.randperm(len(train), generator=generator).tolist():
                 rate = options.lr * _schedule(step, total, options.warmup)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                _backward(loss, train[number], parameters)
+                losses.append(_backward(loss, train[number], parameters))
                 gradients = [cast(Tensor, p.grad) for p in parameters]
                 torch._foreach_mul_(gradients, masks)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 step += 1
+            last = float(torch.stack(losses).mean())
             now = error()
             if now < best_error:
                 best, best_error, stale = [p.detach().clone() for p in parameters], now, 0
@@ -829,7 +861,7 @@ def _fit(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start_time
-    return Fit(blocks, before, best_error, epoch + 1, step, kept, seconds, part)
+    return Fit(blocks, before, best_error, epoch + 1, step, kept, seconds, last, part)
 
 
 def _repeatable(function: Callable[[], T]) -> T:
@@ -850,15 +882,17 @@ def _repeatable(function: Callable[[], T]) -> T:
 @torch.enable_grad()
 def _backward(
     loss: Callable[[int], Tensor], index: int, parameters: Sequence[nn.Parameter]
-) -> None:
-    """The gradients of one batch."""
+) -> Tensor:
+    """The gradients of one batch; returns its error."""
 
-    def run() -> None:
+    def run() -> Tensor:
         for p in parameters:
             p.grad = None
-        loss(index).backward()
+        value = loss(index)
+        value.backward()
+        return value.detach()
 
-    _repeatable(run)
+    return _repeatable(run)
 
 
 @torch.no_grad()

@@ -231,6 +231,7 @@ class _Solver:
             scale = self._scale(offset)
             inverse = scale.reciprocal()
             vt = v.t().contiguous()
+            levels, steps = torch.empty_like(block), torch.empty_like(block)
             for i in range(0, block.shape[0], 4):
                 j = min(i + 4, block.shape[0])
                 group = block[i:j]
@@ -238,14 +239,15 @@ class _Solver:
                     group.addmm_(vt[i:j, :i], removed[:i], alpha=-1)
                 if choose:
                     keep[i:j] = rank_mask(group.square() * ranks[i:j, None], 2)
-                steps = keep[i:j] * scale
-                for c in range(j - i):
-                    column, error = group[c], removed[i + c]
+                torch.mul(keep[i:j], scale, out=steps[i:j])
+                rows = (group, levels[i:j], steps[i:j], removed[i:j])
+                columns_of = zip(*(tensor.unbind() for tensor in rows))
+                for c, (column, level, step, error) in enumerate(columns_of):
                     if c > 0:
                         column.addmv_(removed[i : i + c].t(), vt[i + c, i : i + c], alpha=-1)
-                    level = codec.round(column * inverse).mul_(steps[c])
-                    torch.sub(column, level, out=error)
-                    column.copy_(level)
+                    codec.round_(torch.mul(column, inverse, out=level))
+                    torch.addcmul(column, level, step, value=-1, out=error)
+            torch.mul(levels, steps, out=block)
 
         return sweep_block
 
@@ -258,17 +260,20 @@ class _Solver:
         for i in range(0, qt.shape[0], self.block):
             j = min(i + self.block, qt.shape[0])
             scale = self._scale(i)
-            inverse, steps = scale.reciprocal(), keep[i:j] * scale
-            moved, inner = torch.empty_like(qt[i:j]), a[i:j, i:j].contiguous()
+            inverse, steps, old = scale.reciprocal(), keep[i:j] * scale, qt[i:j]
+            moved, levels = torch.empty_like(old), torch.empty_like(old)
+            inner = a[i:j, i:j].contiguous()
+            # A level's best place is q / s − G / (A_ii · s).
+            starts, factors = old * inverse, inverse_diagonal[i:j, None] * inverse
             with _few_threads(qt):
-                for c in range(j - i):
-                    q, g = qt[i + c], slope[i + c]
+                rows = (slope[i:j], starts, factors, levels, steps, -old, moved)
+                for c, row in enumerate(zip(*(tensor.unbind() for tensor in rows))):
+                    g, start, factor, level, step, negative, move = row
                     if c > 0:
                         g.addmv_(moved[:c].t(), inner[c, :c])
-                    best = torch.addcmul(q, g, inverse_diagonal[i + c], value=-1)
-                    level = self.codec.round(best.mul_(inverse)).mul_(steps[c])
-                    torch.sub(level, q, out=moved[c])
-                    q.copy_(level)
+                    self.codec.round_(torch.addcmul(start, g, factor, value=-1, out=level))
+                    torch.addcmul(negative, level, step, out=move)
+            torch.mul(levels, steps, out=old)
             if j < qt.shape[0]:
                 slope[j:].addmm_(a[j:, i:j], moved)
 

@@ -93,7 +93,6 @@ SPLIT_PRODUCTS = 2**36  # the split kernel is considered up to so many tokens * 
 # As in the kernels: in_features of a stage, the fewest stages in a part of a tile, the fewest
 # tokens that a part finishes, and rows of a tile of tile64.
 STAGE, STAGES_OF_PART, TOKENS_OF_PART, PANEL = 64, 4, 32, 64
-_STAGE_8 = 128  # in_features of a stage of 8-bit weights
 
 SMOOTH = 4  # exponent of the smooth maximum
 SUSTAINED_PRODUCTS = 2**33  # tokens * out * in that draw all the power there is, one after another
@@ -109,7 +108,7 @@ class Bits(NamedTuple):
     @property
     def stage(self) -> int:
         """in_features of a stage."""
-        return STAGE if self.weight == 16 else _STAGE_8
+        return STAGE * 16 // self.weight
 
     @property
     def row_bytes(self) -> int:

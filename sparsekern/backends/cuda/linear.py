@@ -164,9 +164,10 @@ def _native_linear(
     residual_stride: int,
     dtype: str | Types,
     activation: str | None,
+    scale_group: int = 0,
 ) -> Any:
     """The native module's Linear for a problem; it holds no memory of the GPU. dtype: the name of
-    all types, or they."""
+    all types, or they. scale_group: of int4, see tile64.scale_group."""
     types = Types.of(dtype) if isinstance(dtype, str) else dtype
     return _native.module().Linear(
         kernel=kernel,
@@ -181,6 +182,7 @@ def _native_linear(
         weight_dtype=types.weight,
         x_dtype=types.x,
         activation=activation,
+        **({"scale_group": scale_group} if scale_group else {}),
     )
 
 

@@ -1,8 +1,9 @@
-"""The CUDA backend for weights of 8 bits with a scale per output channel (e4m3, int8).
+"""The CUDA backend for quantised weights: 8 bits with a scale per output channel (e4m3, int8), int4.
 
     x of 16 bits, few tokens    W8A16: decode widens the weights     csrc/linear/decode_sm90.cuh
     x of 16 bits, more tokens   W8A8: x is quantised, then as below  csrc/activations/
     x of 8 bits, with scales    W8A8: prefill, split in 8 bits       csrc/linear/prefill_sm90.cuh
+    int4, x of 16 bits          W4A16: decode, 64 tokens at a time
 
     y = activation(x · levels(W)ᵀ * weight_scale * x_scale + bias)       rounded once to 16 bits
 
@@ -42,7 +43,7 @@ from sparsekern.formats import dtypes
 from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.scaled import SCALE
 from sparsekern.formats.sparse24 import Sparse24
-from sparsekern.formats.tile64 import LAYOUT
+from sparsekern.formats.tile64 import LAYOUT, fits, scale_group
 
 _ROW = 16  # bytes, and so elements of 8 bits, that every row of x begins at a multiple of
 
@@ -67,9 +68,10 @@ def _widened(problem: Problem) -> Types:
 
 
 def widens(problem: Problem) -> bool:
-    """True when the weights are widened for x as it is: 16-bit x of few tokens."""
-    few = problem.quantized is None and problem.tokens <= heuristics.DECODE_TOKENS
-    return few and _built_for("decode", _widened(problem))
+    """True when the weights are widened for x as it is: 16-bit x of few tokens, or of int4 weights,
+    for which there is nothing else."""
+    few = problem.tokens <= heuristics.DECODE_TOKENS or problem.spec.element.bits == 4
+    return problem.quantized is None and few and _built_for("decode", _widened(problem))
 
 
 def why_not(problem: Problem, precise: bool = False) -> str | None:
@@ -84,7 +86,7 @@ def why_not(problem: Problem, precise: bool = False) -> str | None:
     refusal = configs.hopper_refusal(problem.gpu)
     if refusal:
         return refusal
-    if not _built_for("prefill", _eight(problem)):
+    if not (widens(problem) or _built_for("prefill", _eight(problem))):
         return f"backend 'cuda' has no kernel for weights of {spec.storage}"
     if precise and not any(tile.promoted for tile in configs._tiles(_eight(problem))):
         return f"sums of {spec.storage} are exact, there is nothing to promote"
@@ -96,8 +98,12 @@ def packs(spec: WeightSpec, device: torch.device) -> bool:
     if device.type != "cuda" or not spec.element.scaled or spec.dtype not in dtypes.NATIVE:
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
-    types = Types(spec.storage, spec.storage, _name(spec.dtype))
-    return not configs.hopper_refusal(index) and _built_for("prefill", types)
+    dtype = _name(spec.dtype)
+    if spec.element.bits == 4:
+        built = fits(spec) and _built_for("decode", Types(spec.storage, dtype, dtype))
+    else:
+        built = _built_for("prefill", Types(spec.storage, spec.storage, dtype))
+    return built and not configs.hopper_refusal(index)
 
 
 @lru_cache(maxsize=4096)
@@ -122,6 +128,13 @@ def explain(problem: Problem, precise: bool = False) -> Explained:
     if precise:
         name = configs.promoted(tokens, problem.out_features, index, _eight(problem))
         return Explained(name, f"{_rows_are(problem)}; sums of 256 in_features added in float32")
+    if problem.spec.element.bits == 4:
+        part = min(tokens, heuristics.DECODE_TOKENS)
+        chosen = configs.choose(part, *problem.sizes, _widened(problem), index)
+        why = f"W4A16: {storage} is widened for x as it is, {part} tokens at a time"
+        return Explained(
+            chosen.variant, f"{why}; {chosen.why}", chosen.us if part == tokens else None
+        )
     if widens(problem):
         chosen = configs.choose(tokens, *problem.sizes, _widened(problem), index)
         why = f"W8A16: up to {heuristics.DECODE_TOKENS} tokens {storage} is widened for x as it is"
@@ -151,6 +164,8 @@ def bind(problem: Problem, precise: bool = False) -> Launch:
         return _bind_degenerate(problem)
     if problem.quantized is not None:
         return _bind_quantized(problem, precise)
+    if problem.spec.element.bits == 4:
+        return _bind_int4(problem)
     if not precise and widens(problem):
         return _bind_widened(problem)
     return _bind_dynamic(problem, precise)
@@ -204,7 +219,7 @@ class _Product:
             stream=stream,
             bias=0 if bias is None else bias.data_ptr(),
             workspace=space[1],
-            **({} if x_scale is None else {"token_scale": x_scale.data_ptr()}),
+            token_scale=0 if x_scale is None else x_scale.data_ptr(),
         )
         return y
 
@@ -237,6 +252,46 @@ def _bind_dynamic(problem: Problem, precise: bool) -> Launch:
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         q, x_scale = quantize_rows.quantize(rows, storage, _ROW)
         return product(q, q.stride(0), w24, bias, x_scale)
+
+    return launch
+
+
+def _bind_int4(problem: Problem) -> Launch:
+    """x of 16 bits as it is, in parts that the decode kernel takes."""
+    tokens, (out_features, in_features) = problem.tokens, problem.sizes
+    types, index, group = _widened(problem), problem.gpu, scale_group(problem.spec)
+    sizes, dtype, activation = (
+        (*problem.x_shape[:-1], out_features),
+        problem.dtype,
+        problem.activation,
+    )
+    strides, part = _contiguous_strides(sizes), min(tokens, heuristics.DECODE_TOKENS)
+    parts = [(start, min(part, tokens - start)) for start in range(0, tokens, part)]
+    plans = {
+        count: _plan(count, out_features, in_features, types, index, False)
+        for count in {count for _, count in parts}
+    }
+
+    def launch(x: Tensor, w24: Sparse24, bias: Tensor | None = None) -> Tensor:
+        if index != _current_device():
+            with torch.cuda.device(index):
+                return launch(x, w24, bias)
+        rows, x_stride = _aligned_rows(x, tokens, in_features)
+        y, tensors = _empty_strided(sizes, strides, dtype), w24.tensors
+        x_address, y_address, stream = rows.data_ptr(), y.data_ptr(), _current_stream(index)
+        for start, count in parts:
+            size = count, out_features, in_features
+            run = _native_linear(*plans[count], *size, x_stride, 0, types, activation, group)
+            run(
+                x=x_address + start * x_stride * dtype.itemsize,
+                values=tensors["values"].data_ptr(),
+                metadata=tensors["metadata"].data_ptr(),
+                channel_scale=0 if group else tensors[SCALE].data_ptr(),
+                y=y_address + start * out_features * dtype.itemsize,
+                stream=stream,
+                bias=0 if bias is None else bias.data_ptr(),
+            )
+        return y
 
     return launch
 

@@ -1,0 +1,314 @@
+"""Perplexity of a 2:4 model whose kept weights are quantised, and of the wrong order.
+
+    python -m bench quantize --gguf SmolLM2-135M-Instruct.Q4_1.gguf --calibration c4.txt \\
+        --eval wiki.test.raw
+
+One mask: the model is pruned once by prune_model with its defaults, and every row "2:4, ..." below
+is those weights, with the Hessians of that run, as levels. Rows:
+
+    dense, 2:4               16 bits
+    2:4, NAME METHOD         fp8, int8, int4 (groups of 128): nearest levels, or prune.gptq
+    one run                  prune_model(quantize="int4"): later blocks are calibrated on the levels
+    NAME METHOD              the dense model quantised, not pruned
+    NAME METHOD, then 2:4    the wrong order: that model pruned as above, and its kept weights put
+                             back to the nearest levels of the scales that it has
+    wanda, then int4; int4, then wanda      both orders of a method that leaves kept weights alone
+
+Calibration windows, evaluation in float32 and the text's protocol are those of `bench prune`. The
+weights are evaluated dense, as the numbers that the levels stand for, so that no kernel is needed;
+the levels themselves are checked (sparsekern.verify) and their bits a weight counted.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+
+import torch
+
+import sparsekern
+from sparsekern.eval import texts
+from sparsekern.formats import dtypes
+from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
+from sparsekern.integrations.loading import cast_weights, load_model
+from sparsekern.nn.replace import dense_weight, write_weight
+from sparsekern.prune.hessian import exact_float32
+from sparsekern.prune.quantize import PASSES, _Solver
+
+from .bench_prune import dense_twin
+from .options import Run, parser, watchdog
+
+GROUP = 128
+HANG_S = 500.0
+# (row, seconds that it needs on a GPU), in the order in which they are measured.
+CASES = {
+    "dense": 4,
+    "2:4": 15,
+    "2:4, fp8 rtn": 4,
+    "2:4, int8 rtn": 4,
+    "2:4, int4 g128 rtn": 4,
+    "2:4, int4 g128 gptq": 12,
+    "2:4, fp8 gptq": 14,
+    "2:4, int8 gptq": 12,
+    "int4 g128 gptq": 14,
+    "int4 g128 gptq, then 2:4": 14,
+    "fp8 rtn": 5,
+    "fp8 rtn, then 2:4": 14,
+    "wanda, then int4 g128 gptq": 16,
+    "int4 g128 gptq, then wanda": 10,
+    "one run, int4 g128 gptq": 22,
+}
+
+
+def make_parser():
+    result = parser("quantize", "Quantise the kept weights of a pruned model.", budget=85)
+    source = result.add_mutually_exclusive_group()
+    source.add_argument("--gguf", metavar="FILE", help="a .gguf file")
+    source.add_argument("--model", metavar="DIR", help="a folder of safetensors files")
+    result.add_argument("--calibration", default="builtin", metavar="FILE|hf:NAME|builtin")
+    result.add_argument("--eval", default="builtin", metavar="FILE|hf:NAME|builtin")
+    result.add_argument(
+        "--cases",
+        default="",
+        metavar="ROW;ROW",
+        help="those rows alone, and what they start from; default: all",
+    )
+    result.add_argument("--samples", type=int, default=128)
+    result.add_argument("--window", type=int, default=2048)
+    result.add_argument("--seed", type=int, default=0)
+    return result
+
+
+def main(path, arguments=()) -> int:
+    args = make_parser().parse_args(list(arguments))
+    if not (args.gguf or args.model):
+        print("bench quantize: give --gguf FILE or --model DIR; nothing was measured.", flush=True)
+        return 0
+    wanted = [name.strip() for name in args.cases.split(";") if name.strip()] or list(CASES)
+    if unknown := set(wanted) - set(CASES):
+        raise ValueError(f"bench quantize: expected rows in {list(CASES)}, got {sorted(unknown)}.")
+    run = Run(path, args)
+    if run.quick:
+        args.samples = min(args.samples, 16)
+    with watchdog(max(HANG_S, args.budget + 60)):
+        problem = Problem(run, args)
+        for name in [case for case in CASES if case in wanted]:
+            needed = CASES[name] if run.device.type == "cuda" else 0
+            if run.left < needed:
+                run.say(f"no time for {name!r}: {run.left:.0f} s left, {needed} s needed")
+                continue
+            problem.measure(name)
+    run.close()
+    return 0
+
+
+class Problem:
+    """The model, its text, and what several rows start from, made when it is first needed."""
+
+    def __init__(self, run: Run, args):
+        self.run, self.args = run, args
+        source = args.gguf or args.model
+        model, tokenizer = load_model(source, "cpu", torch.bfloat16)
+        self.dense = model.to(run.device)
+        train = texts.tokenize(tokenizer, "".join(texts.read_rows(args.calibration, "train")))
+        test = texts.tokenize(tokenizer, texts.join_rows(texts.read_rows(args.eval, "test")))
+        self.calibration = texts.calibration_windows(train, args.samples, args.window, args.seed)
+        self.test = test[: 8 * args.window] if run.quick else test
+        self.case = f"{Path(source).name}, {Path(args.eval).name}, window {args.window}"
+        if run.quick:
+            self.case += f", quick: {args.samples} samples"
+        self.settings = {
+            "calibration": Path(args.calibration).name,
+            "samples": args.samples,
+            "calibration_tokens": train.numel(),
+            "eval_tokens": test.numel(),
+            "window": args.window,
+            "group": GROUP,
+            "passes": PASSES,
+        }
+        self.base: float | None = None  # perplexity of the 16-bit 2:4 model
+        self._starts: dict = {}
+        run.say(f"{self.case}: {train.numel()} calibration tokens, {test.numel()} of evaluation")
+
+    # ------------------------------------------------------------------ rows
+
+    def measure(self, name: str) -> None:
+        """Makes the model of a row, evaluates it, records it."""
+        begin = time.perf_counter()
+        model, metrics, check = self.make(name)
+        seconds = time.perf_counter() - begin
+        value = self.perplexity(model)
+        if name == "2:4":
+            self.base = value
+        found = {"perplexity": round(value, 4)}
+        if self.base is not None:
+            found["of_16_bit_2:4"] = round(value / self.base, 4)
+        self.run.add(
+            op="quantize",
+            backend=name,
+            check=check,
+            case=self.case,
+            seed=self.args.seed,
+            dtype="bfloat16",
+            settings=self.settings,
+            metrics={**found, **metrics, "seconds": round(seconds, 2)},
+        )
+        self.run.say(f"{name}: {found} {metrics}, {seconds:.1f} s")
+
+    def make(self, name: str):
+        """(model with dense weights, metrics, what was checked) of a row."""
+        if name == "dense":
+            return self.dense, {}, "finite"
+        if name == "2:4":
+            model, report, _ = self.pruned("sparsegpt")
+            return model, _errors(report), "2:4"
+        if name.startswith("2:4, "):
+            return self.levels("sparsegpt", *_kind(name.removeprefix("2:4, ")))
+        if name.startswith("wanda, then "):
+            return self.levels("wanda", *_kind(name.removeprefix("wanda, then ")))
+        if name.startswith("one run, "):
+            quantize, method = _kind(name.removeprefix("one run, "))
+            model, report = self.prune("sparsegpt", self.dense, quantize, method)
+            return model, _errors(report), "2:4"
+        first, _, then = name.partition(", then ")
+        model, scales = self.quantized(*_kind(first))
+        if not then:
+            return model, {}, "finite"
+        method = "sparsegpt" if then == "2:4" else then
+        pruned, report = self.prune(method, model)
+        self.put_back(pruned, scales, _kind(first)[0])
+        return pruned, _errors(report), "2:4"
+
+    # ------------------------------------------------------------------ steps
+
+    def prune(self, method, model, quantize=None, quantize_method=None, compress=False, **more):
+        """(copy of the model with 2:4 weights, its report)."""
+        model = copy.deepcopy(model)
+        report = sparsekern.prune_model(
+            model,
+            method,
+            None if "hessians" in more else self.calibration,
+            device=self.run.device,
+            compress=compress,
+            quantize=quantize,
+            quantize_method=quantize_method,
+            progress=False,
+            **more,
+        )
+        return model, report
+
+    def pruned(self, method: str):
+        """(model, report, masks) of the dense model pruned by a method, once."""
+        if method not in self._starts:
+            model, report = self.prune(method, self.dense, keep_hessians=True)
+            masks = {}
+            for row in report.pruned:
+                weight = dense_weight(model.get_submodule(row.name))
+                masks[row.name] = sparsekern.prune.magnitude_mask(weight)
+                if bool((weight.masked_fill(masks[row.name], 0) != 0).any()):
+                    raise RuntimeError(f"bench quantize: expected a 2:4 {row.name}, got another.")
+            self._starts[method] = model, report, masks
+        return self._starts[method]
+
+    def levels(self, start: str, quantize: str, method: str):
+        """The pruned model's weights as levels, with the same masks and Hessians."""
+        model, report, masks = self.pruned(start)
+        model, quantized = self.prune(
+            "magnitude",
+            model,
+            quantize,
+            method,
+            masks=masks,
+            hessians=report.hessians,
+            refine=0,
+            compress=True,
+        )
+        bits = weights = 0
+        for row in quantized.pruned:
+            w24 = model.get_submodule(row.name).weight
+            sparsekern.verify(w24)
+            if bool((w24.to_dense().masked_fill(masks[row.name], 0) != 0).any()):
+                raise RuntimeError(f"bench quantize: expected the mask of {row.name}, got more.")
+            bits += 8 * w24.nbytes
+            weights += w24.shape.numel()
+        errors = [row.relative_error for row in quantized.pruned]
+        metrics = {
+            "added_error": round(sum(errors) / len(errors), 6),  # of the pruned weights
+            "bits_per_weight": round(bits / weights, 4),
+        }
+        return dense_twin(model), metrics, "masks kept, levels verified"
+
+    def quantized(self, quantize: str, method: str):
+        """(the dense model with levels in every layer that is pruned, their scales), once."""
+        key = f"{quantize} {method}"
+        if key not in self._starts:
+            model, scales = copy.deepcopy(self.dense), {}
+            data = self.calibration
+            for group in sparsekern.calibrate(model, data, device=self.run.device):
+                for layer in group.layers:
+                    weight = layer.weight
+                    new, scale = dense_levels(weight, group.hessian.matrix, quantize, method)
+                    scales[layer.name] = scale
+                    group.replace(layer.name, new.to(weight.dtype))
+            self._starts[key] = model, scales
+        return self._starts[key]
+
+    def put_back(self, model, scales, quantize: str) -> None:
+        """Kept weights to the nearest levels of the scales that the model was quantised with."""
+        codec = dtypes.scaled_codec(quantize)
+        for name, scale in scales.items():
+            module = model.get_submodule(name)
+            weight = dense_weight(module)
+            wide = wide_scale(scale.to(weight.device), weight.shape[1])
+            write_weight(module, (codec.round(weight.float() / wide) * wide).to(weight.dtype))
+
+    def perplexity(self, model) -> float:
+        model = cast_weights(copy.deepcopy(model), torch.float32).to(self.run.device)
+        value = sparsekern.perplexity(model, self.test, window=self.args.window)
+        if not value < float("inf"):
+            raise RuntimeError(f"bench quantize: expected a finite perplexity, got {value}.")
+        return value
+
+
+def dense_levels(weight, hessian, quantize: str, method: str):
+    """(numbers float32 [out, in], scale [out, groups]) of a dense weight: the loops of prune.gptq
+    with every weight kept, and for rtn the nearest levels of the same kind of scales."""
+    kind = dtypes.element(quantize)
+    group = GROUP if kind.scale == "group" else 0
+    spec = WeightSpec.of(weight.shape, kind.name, ROWMAJOR, torch.float32, None, group)
+    with exact_float32(weight.device):
+        h = hessian / hessian.diagonal().mean()
+        solver = _Solver(spec, h, "mse")
+        wt = weight.float().t().contiguous()
+        keep, aim = torch.ones_like(wt, dtype=torch.bool), wt.clone()
+        if method == "gptq":
+            attempts = solver.sweep(wt, keep, 0.01, choose=False)
+            for _ in range(PASSES):
+                solver.descend(wt, aim, keep, attempts[-1][0])
+            return wt.t().contiguous(), solver.scales.t().contiguous()
+        size = solver.block if solver.grouped else wt.shape[0]
+        parts = [slice(i, i + size) for i in range(0, wt.shape[0], size)]
+        scale = torch.stack([solver._fit(aim[p], keep[p].t(), p) for p in parts], dim=1)
+        wide = wide_scale(scale, weight.shape[1])
+        return solver.codec.round(weight.float() / wide) * wide, scale
+
+
+def wide_scale(scale, in_features: int):
+    """Scales [out, groups] by column."""
+    if scale.shape[1] == 1:
+        return scale
+    return scale.repeat_interleave(GROUP, dim=1)[:, :in_features]
+
+
+def _kind(text: str) -> tuple[str, str]:
+    """("int4", "gptq") of "int4 g128 gptq"."""
+    words = text.split()
+    return words[0], words[-1]
+
+
+def _errors(report) -> dict:
+    errors = [row.relative_error for row in report.pruned if row.relative_error is not None]
+    found = {"mean_error": round(sum(errors) / len(errors), 6)} if errors else {}
+    added = [row.quantize_error for row in report.pruned if row.quantize_error is not None]
+    return found | ({"added_error": round(sum(added) / len(added), 6)} if added else {})
