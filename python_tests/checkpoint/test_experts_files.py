@@ -50,7 +50,9 @@ def test_the_names_are_those_that_transformers_writes(family, tmp_path):
     sk.save_pretrained(pruned(family), tmp_path / "sparse")
     dense, sparse = tensors(tmp_path / "dense"), tensors(tmp_path / "sparse")
     layers = {n.removesuffix(".compressed") for n in sparse if n.endswith(".compressed")}
-    mapped = {n.removesuffix(".weight") if n.removesuffix(".weight") in layers else n for n in dense}
+    mapped = {
+        n.removesuffix(".weight") if n.removesuffix(".weight") in layers else n for n in dense
+    }
     parts = (".compressed", ".bitmask", ".shape")
     assert mapped == {n for n in sparse if not n.endswith(parts)} | layers
     assert any(".3." in n for n in layers) != (family in FUSED)
@@ -162,7 +164,7 @@ def test_what_is_missing_or_misshapen_is_named(family, tmp_path):
         damaged(tmp_path, change)
         model = build(family)
         parameters, before = dict(model.named_parameters()), logits(model)
-        for load in (sk.from_pretrained, lambda folder: sk.load_into(model, folder)):
+        for load in (sk.from_pretrained, lambda folder, m=model: sk.load_into(m, folder)):
             with pytest.raises(FormatError, match=text):
                 load(tmp_path)
         assert torch.equal(logits(model), before)
@@ -208,3 +210,32 @@ def test_the_vllm_plugin_takes_dense_experts(tmp_path):
     none = vllm_rules.Layers(dense=["re:.*experts"])
     assert not vllm_rules.has_sparse_experts(none, "model.layers.0.mlp.experts")
 
+
+@pytest.mark.parametrize("storage", ["fp8", "int4"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_quantised_experts(family, storage, tmp_path):
+    """Levels and scales go by rows as the values do: split, stacked, loaded, exported."""
+    model = pruned(family, PARTLY, quantize=storage)
+    expected = logits(model)
+    sk.save_pretrained(model, tmp_path / "sparse")
+    loaded = sk.from_pretrained(tmp_path / "sparse")
+    assert kinds(loaded) == kinds(model)
+    assert torch.equal(logits(loaded), expected)
+    plain = type(model).from_pretrained(tmp_path / "sparse").eval()
+    assert torch.equal(logits(plain), expected)
+    report = verify_checkpoint(tmp_path / "sparse")
+    assert report.ok, report.table()
+    export_dense(tmp_path / "sparse", tmp_path / "dense")
+    dense = type(model).from_pretrained(tmp_path / "dense").eval()
+    torch.testing.assert_close(logits(dense), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_decompressed_by_the_public_name():
+    model = pruned("gpt-oss")
+    expected = logits(model)
+    names = {name for name, _ in build("gpt-oss").named_parameters()}
+    count = sk.num_parameters(model)
+    assert sk.decompress_model(model) is model
+    assert {name for name, _ in model.named_parameters()} == names
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    assert count.dense == sk.num_parameters(model).dense > count.stored

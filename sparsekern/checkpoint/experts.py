@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,16 +36,21 @@ from sparsekern.nn.sparse_experts import SparseExperts, find_experts, linear_of
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.utils.safetensors_io import OP, TensorFiles, TensorInfo, listed, require
 
-if TYPE_CHECKING:
-    from sparsekern.checkpoint.names import Conversion
-
 # Columns of the tensors of row numbers, and the distance between the numbers of two tensors.
 _COLUMNS, _STEP = 4, 2**40
 
 
+class Conversion(Protocol):
+    """What of a names.Conversion is used here."""
+
+    sources: list[tuple[str, str]]
+
+    def run(self, model: nn.Module, read: Callable[[str], Tensor]) -> dict[str, Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Place:
-    """A parameter of experts: module.key [experts, out, in], or [experts, in, out] if transposed."""
+    """A parameter of experts: module.key [experts, out, in]; [experts, in, out] if transposed."""
 
     module: str
     key: str
@@ -486,9 +491,7 @@ def read_entries(
     return cast("list[dict[str, Any]]", entries)
 
 
-def fused_dense(
-    entry: Mapping[str, Any], dense: Callable[[str], Tensor]
-) -> dict[str, Tensor]:
+def fused_dense(entry: Mapping[str, Any], dense: Callable[[str], Tensor]) -> dict[str, Tensor]:
     """{name: the dense parameter} of an entry. dense: layer -> its dense weight."""
     weights = [dense(name) for name in entry["layers"]]
     if len(weights) == 1:

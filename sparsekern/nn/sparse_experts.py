@@ -29,6 +29,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn import functional
 
 from sparsekern.errors import check, message
@@ -106,7 +107,7 @@ class _Stack:
         return self._turned()
 
     @property
-    def mT(self) -> Any:  # noqa: N802
+    def mT(self) -> Any:
         return self._turned()
 
     def contiguous(self) -> Any:
@@ -163,9 +164,7 @@ class _Stack:
 class _Matrix(_Stack):
     """Stands for the matrix of one expert."""
 
-    def __init__(
-        self, owner: Any, key: str, stored: torch.Size, flipped: bool, index: int
-    ) -> None:
+    def __init__(self, owner: Any, key: str, stored: torch.Size, flipped: bool, index: int) -> None:
         super().__init__(owner, key, stored, flipped)
         self._index, self.shape = index, self.shape[1:]
 
@@ -173,7 +172,7 @@ class _Matrix(_Stack):
         return _Matrix(self._owner, self._key, self._stored, not self._flipped, self._index)
 
     @property
-    def T(self) -> Any:  # noqa: N802
+    def T(self) -> Any:
         return self._turned()
 
     def t(self) -> Any:
@@ -205,7 +204,7 @@ class _Matrix(_Stack):
         width = self.shape[0 if columns else 1]
         if x.shape[-1] != width:
             raise ValueError(
-                message(_OP, f"inputs of {width} features for {self._key}", list(x.shape))
+                message(_OP, f"inputs of {width} features for {self._key}", str(list(x.shape)))
             )
         return cast(
             Tensor, self._owner._multiply(self._key, self._index, x, columns != self._flipped)
@@ -346,10 +345,10 @@ class SparseExperts(nn.Module):
         return tuple(part(a) for a in args), {k: part(v) for k, v in kwargs.items()}
 
     def _dtype_of(self, key: str) -> torch.dtype:
-        return cast(torch.dtype, self.expert(0)[key].weight.dtype)  # type: ignore[union-attr]
+        return cast(torch.dtype, self.expert(0)[key].weight.dtype)
 
     def _device_of(self, key: str) -> torch.device:
-        return cast(torch.device, self.expert(0)[key].weight.device)  # type: ignore[union-attr]
+        return cast(torch.device, self.expert(0)[key].weight.device)
 
     def _multiply(self, key: str, index: int, x: Tensor, transposed: bool) -> Tensor:
         if transposed != dict(self.recipe.matrices)[key]:
@@ -365,7 +364,7 @@ class SparseExperts(nn.Module):
         return f"SparseExperts({self.kind.__name__}: {', '.join(parts)})"
 
 
-@torch._disable_dynamo
+@_disable_dynamo
 def _run(module: SparseExperts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _code_of(module.kind)(module, *args, **kwargs)
 
@@ -425,7 +424,7 @@ def fuse_experts(model: nn.Module, new: SparseExperts, old: nn.Module | None = N
     """
     check(not new.is_sparse, _OP, "dense experts", repr(new), "Decompress them first.")
     if old is None:
-        old = cast(nn.Module, new.kind.__new__(new.kind))
+        old = new.kind.__new__(new.kind)
         nn.Module.__init__(old)
         own = {"recipe", "kind", "_shapes", "_trained", "_names"}
         old.__dict__.update(
@@ -641,14 +640,14 @@ class _Probe:
         return getattr(module, name)
 
     def _dtype_of(self, key: str) -> torch.dtype:
-        return cast(torch.dtype, self._module._parameters[key].dtype)
+        return cast(Tensor, self._module._parameters[key]).dtype
 
     def _device_of(self, key: str) -> torch.device:
         return torch.device("cpu")
 
     def _multiply(self, key: str, index: int, x: Tensor, transposed: bool) -> Tensor:
         self.seen.setdefault(key, set()).add(transposed)
-        _, a, b = self._module._parameters[key].shape
+        _, a, b = cast(Tensor, self._module._parameters[key]).shape
         return x.new_zeros(*x.shape[:-1], b if transposed else a)
 
 

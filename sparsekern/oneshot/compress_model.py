@@ -91,5 +91,5 @@ def compress_model(
     if report.partial:
         why = "; ".join(f"{share:.0%} {text} ({n})" for text, n, share in report.why_dense()[:4])
         text = f"{report.share:.1%} of the linear weights of {report.model} are 2:4"
-        warnings.warn(f"{OP}: {text}. Dense: {why or 'none'}.", stacklevel=2)
+        warnings.warn(f"{OP}: {text}. Dense: {why or 'none'}.", stacklevel=3)
     return report

@@ -769,4 +769,4 @@ class _Run:
         if already:
             done += f", {already} layers were 2:4 already"
         text = f"{done}: {report.share:.1%} of the linear weights of {report.model} are 2:4"
-        warnings.warn(f"{OP}: {text}. Dense: {why or 'none'}.", stacklevel=3)
+        warnings.warn(f"{OP}: {text}. Dense: {why or 'none'}.", stacklevel=4)

@@ -296,6 +296,10 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     return sorted(set(weight_map.values())), weight_map
 
 
+# Bytes that are read from a file before it is opened anew.
+HELD_BYTES = 2**22
+
+
 class TensorFiles:
     """The tensors of one model folder: headers checked on construction, data read on demand.
 
@@ -308,6 +312,8 @@ class TensorFiles:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
+        self._held: tuple[tuple[object, ...], Any] | None = None
+        self._held_bytes = 0
         self.files, weight_map = _weight_files(self.folder)
         self.info: dict[str, TensorInfo] = {}
         self.file_of: dict[str, str] = {}
@@ -354,10 +360,11 @@ class TensorFiles:
         tensors: dict[str, Tensor] = {}
         for file in dict.fromkeys(self.file_of[name] for name in names):
             try:
-                with safe_open(self.folder / file, framework="pt", device=str(device)) as handle:
-                    for name in (n for n in names if self.file_of[n] == file):
-                        tensor = handle.get_tensor(name)
-                        tensors[name] = tensor.clone() if tensor.device.type == "cpu" else tensor
+                wanted = [n for n in names if self.file_of[n] == file]
+                handle = self._opened(file, str(device), sum(self.info[n].nbytes for n in wanted))
+                for name in wanted:
+                    tensor = handle.get_tensor(name)
+                    tensors[name] = tensor.clone() if tensor.device.type == "cpu" else tensor
             except (SafetensorError, OSError) as error:
                 raise FormatError(
                     message(
@@ -377,6 +384,21 @@ class TensorFiles:
                 "The file changed while it was read.",
             )
         return [tensors[name] for name in names]
+
+    def _opened(self, file: str, device: str, nbytes: int) -> Any:
+        """A file open for reading, the one of the call before where it is the same and unchanged:
+        each opening reads the whole header, which is long where layers have many experts. What was
+        read stays in memory while the file is open: not beyond HELD_BYTES."""
+        status = os.stat(self.folder / file)
+        key = (file, device, status.st_ino, status.st_size, status.st_mtime_ns)
+        held = self._held
+        self._held_bytes += nbytes
+        if held is None or held[0] != key or self._held_bytes > HELD_BYTES:
+            self._held, self._held_bytes = None, nbytes
+            del held
+            handle = safe_open(self.folder / file, framework="pt", device=device)
+            held = self._held = (key, handle)
+        return held[1]
 
 
 def sha256(path: Path, where: str) -> str:
