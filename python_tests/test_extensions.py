@@ -265,15 +265,12 @@ EXCEPTIONS = {
     "cli/demo.py": "the dtype that the demo shows",
     "cli/doctor.py": "the dtype that its smoke test runs",
     "integrations/gguf/model.py": "the dtype that a model is loaded in by default",
-    "prune/sparsegpt.py": "what a dense weight to prune may have, float64 included",
     "oneshot/discovery.py": "what a dense weight to prune may have",
-    "oneshot/rotation.py": "the bounds of a check, one for each dtype of a dense weight",
     "checkpoint/load.py": "how a file's 16-bit numbers are compared",
     "cli/finetune.py": "the dtypes that a command computes and writes in",
     "finetune/data.py": "the dtype of autocast",
     "finetune/teacher.py": "the dtype of autocast, and of stored log-probabilities",
     "finetune/trainer.py": "the dtypes of autocast",
-    "integrations/_vllm_method.py": "what vLLM asks of a quantization method",
 }
 
 

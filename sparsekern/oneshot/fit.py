@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import deterministic as deterministic_options
 
 from sparsekern.backends.compress import mask24
+from sparsekern.formats.dtypes import DEFAULT_16_BIT
 from sparsekern.nn.replace import is_conv1d
 from sparsekern.oneshot.rounds import OP, Fit, Reconstruction
 from sparsekern.oneshot.sequential import Walk
@@ -295,7 +296,7 @@ def training(
             for module, _ in calls:
                 module.compile()
         lower = device.type == "cuda" or half
-        products = torch.autocast(device.type, torch.bfloat16, enabled=lower, cache_enabled=False)
+        products = torch.autocast(device.type, DEFAULT_16_BIT, enabled=lower, cache_enabled=False)
         with _deterministic(device), products:
             yield trained
     finally:
