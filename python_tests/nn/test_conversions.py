@@ -13,7 +13,15 @@ import sparsekern as sk
 from sparsekern.errors import FormatError
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
+from python_tests.nn.expert_models import build as build_mixture  # noqa: E402
+from python_tests.nn.expert_models import logits  # noqa: E402
 from python_tests.oneshot.driver_models import build, tokens  # noqa: E402
+
+
+def mixture(**options):
+    """A small mixture of experts, pruned, and its report."""
+    pruned = build_mixture("mixtral")
+    return pruned, sk.prune_model(pruned, "magnitude", device="cpu", progress=False, **options)
 
 
 def model(dtype=torch.float32):
@@ -98,6 +106,24 @@ def test_what_decompress_model_refuses():
         sk.decompress_model(3)
     with pytest.raises(TypeError, match="to_linear"):
         sk.decompress_model(model()[0])
+    experts = mixture()[0].model.layers[0].mlp.experts
+    with pytest.raises(TypeError, match="got SparseExperts. Pass the model that holds it"):
+        sk.decompress_model(experts)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_models_with_experts(quantize):
+    pruned, report = mixture(quantize=quantize)
+    dense, gone = build_mixture("mixtral"), sum(row.elements for row in report.pruned)
+    before, after = sk.num_parameters(dense), sk.num_parameters(pruned)
+    assert before.dense == after.dense == dense.num_parameters()
+    assert after.stored == before.dense - gone // 2 and after.nbytes < before.nbytes
+    assert sk.optimize(pruned).groups and sk.num_parameters(pruned) == after
+    expected = logits(pruned)
+    again = sk.decompress_model(copy.deepcopy(pruned))
+    assert not any(isinstance(m, (sk.SparseExperts, sk.SparseLinear)) for m in again.modules())
+    assert sk.num_parameters(again) == before
+    torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-4)
 
 
 # ---- parameters ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import nn
 from sparsekern.checkpoint.skeleton import skeleton_of
 from sparsekern.errors import check
 from sparsekern.nn.replace import is_conv1d, replace_module
-from sparsekern.nn.sparse_experts import decompress_experts
+from sparsekern.nn.sparse_experts import SparseExperts, decompress_experts
 from sparsekern.nn.sparse_linear import SparseLinear
 
 OP = "sparsekern.decompress_model"
@@ -21,7 +21,8 @@ M = TypeVar("M", bound=nn.Module)
 
 @torch.no_grad()
 def decompress_model(model: M) -> M:
-    """Replace every SparseLinear of a model by a dense layer, in place; W' = W, zeros included.
+    """Replace every SparseLinear and SparseExperts of a model by what is dense, in place; W' = W,
+    zeros included.
 
     For what knows no 2:4 weights: ONNX (`torch.onnx.export`), other quantizers, other engines.
 
@@ -31,12 +32,13 @@ def decompress_model(model: M) -> M:
     Returns:
         model; all parameters are trainable that were, and the new weights are.
     Raises:
-        TypeError: no nn.Module, or a SparseLinear itself (use its `to_linear()`).
+        TypeError: no nn.Module; a SparseLinear itself (use its `to_linear()`), or a SparseExperts.
     Notes:
         Memory: the dense weights, layer by layer. `export_dense` does the same to a folder.
     """
     remedy = "Use layer.to_linear()." if isinstance(model, SparseLinear) else ""
-    fits = isinstance(model, nn.Module) and not isinstance(model, SparseLinear)
+    remedy = "Pass the model that holds it." if isinstance(model, SparseExperts) else remedy
+    fits = isinstance(model, nn.Module) and not isinstance(model, (SparseExperts, SparseLinear))
     check(fits, OP, "a model", type(model).__name__, remedy, TypeError)
     apart = decompress_experts(model)
     names = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}

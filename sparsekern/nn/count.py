@@ -34,7 +34,8 @@ class ParameterCount:
 
 def num_parameters(model: nn.Module) -> ParameterCount:
     """Parameters of a model, those of compressed layers included, which are no nn.Parameter and
-    which `model.num_parameters()` of Transformers therefore leaves out. Shared ones count once.
+    which `model.num_parameters()` of Transformers therefore leaves out, and of experts
+    (SparseExperts). Shared ones count once.
 
     Raises:
         TypeError: no nn.Module.
