@@ -20,6 +20,7 @@ PACKAGE = ROOT / "sparsekern"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 README_BYTES = 14 * 1024
 
+
 def name_of(path):
     """Path from the root, as text."""
     return str(path.relative_to(ROOT))

@@ -318,7 +318,7 @@ def _dense_of(w24: Sparse24) -> Tensor:
 def _permuted(index: Tensor, metadata: Tensor, shape: tuple[int, int], layout: str) -> Tensor:
     """int32 `index` in the order in which the layout holds values, -1 where it pads them.
 
-    Layouts permute values whatever they mean: each half of the numbers goes through as 16-bit values.
+    Layouts permute values whatever they mean: each half of a number goes through as 16 bits.
     """
     stored = dtypes.DEFAULT_16_BIT
     halves = (index + 1).view(torch.int16).view(*index.shape, 2)

@@ -387,8 +387,8 @@ def linear(
         w24: Sparse24 of shape [out_features, in_features], dtype and device of x.
         bias: [out_features], dtype and device of x, or None.
         activation: None | "relu" | "gelu" (exact, with erf) | "silu".
-        backend: None chooses; "cpu", "triton", "cuda", "cuda-mma", "cusparselt" or the name of a
-            registered one forces it. See `explain`.
+        backend: None chooses; "cpu", "triton", "cuda", "cuda-mma", "cuda-precise" (e4m3 alone),
+            "cusparselt" or the name of a registered one forces it. See `explain`.
     Returns:
         [..., out_features], dtype of x, contiguous. No aliasing with inputs.
     Raises:
