@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import faulthandler
 import logging
 import os
@@ -13,8 +14,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -211,6 +213,16 @@ class Told(logging.Handler):
         if self.run.elapsed - self.last >= self.pause:
             self.last = self.run.elapsed
             self.run.say(f"  {entry.getMessage().splitlines()[0][:160]}")
+
+
+def timed(rounds: Sequence[Any], rotate: bool, seconds: float) -> dict[str, Any]:
+    """Options of prune_model: these rounds, and a rotation, in so many seconds together. Rounds
+    after the walk get three parts, the one inside it two, the rotation one."""
+    parts = [2 if r.span == 1 else 3 for r in rounds]
+    each = max(0.1, seconds) / max(1, sum(parts) + rotate)
+    made = [dataclasses.replace(r, seconds=n * each) for r, n in zip(rounds, parts)]
+    found: dict[str, Any] = {"reconstruct": made} if made else {}
+    return found | ({"rotate": {"seconds": each}} if rotate else {})
 
 
 @contextlib.contextmanager
