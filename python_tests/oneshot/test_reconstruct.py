@@ -98,10 +98,10 @@ def test_what_is_no_better_is_not_kept():
 @pytest.mark.parametrize(
     "rounds, fits",
     [
-        ({**BLOCK, "seconds": 1.5}, 3),
-        ({**SPAN, "seconds": 0.7}, 1),
-        ({**SPAN, "span": 2, "seconds": 1.5}, 2),
-        ({**SPAN, "recut": True, "batch": 3, "seconds": 0.8}, 1),
+        ({**BLOCK, "seconds": 3.0}, 3),
+        ({**SPAN, "seconds": 3.0}, 1),
+        ({**SPAN, "span": 2, "seconds": 3.0}, 2),
+        ({**SPAN, "recut": True, "batch": 3, "seconds": 3.0}, 1),
         ({**BLOCK, "parts": "sublayers", "seconds": 3.0}, 6),
     ],
     ids=["block", "all", "windows", "recut", "sublayers"],

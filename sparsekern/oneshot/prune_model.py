@@ -168,9 +168,9 @@ def prune_model(
         reconstruct: rounds of gradient descent on the hidden states that pruned blocks return: a
             Reconstruction, its keywords as a dict, a list of them, True for one with the defaults,
             () for none. For a model that is a chain of decoder blocks.
-        rotate: True, or keywords of sparsekern.rotate (steps, seconds, rate, heads, seed): change the basis
-            of the residual stream first. The dense model stays the same up to rounding. False:
-            not.
+        rotate: True, or keywords of sparsekern.rotate (steps, seconds, rate, heads, seed): change
+            the basis of the residual stream first. The dense model stays the same up to rounding.
+            False: not.
         untie: allow `rotate` to give the head a weight of its own.
         **options: of a registered method.
     Returns:

@@ -81,8 +81,9 @@ class RotationReport:
     logits_distance: float
 
     def __str__(self) -> str:
-        text = f"rotated in {self.seconds:.1f} s, {self.steps} steps: lost importance {self.lost_before:.4f} -> "
-        text += f"{self.lost_after:.4f}, logits within {self.logits_distance:.1e}"
+        text = f"rotated in {self.seconds:.1f} s, {self.steps} steps: "
+        text += f"lost importance {self.lost_before:.4f} -> {self.lost_after:.4f}, "
+        text += f"logits within {self.logits_distance:.1e}"
         return f"{text}, head untied (+{self.untied_bytes} bytes)" if self.untied_bytes else text
 
 
