@@ -67,10 +67,10 @@ times; on average, at worst), and hit the measured winner less often:
     shapes at this number of tokens     125    21.6 %   223 %
 
 8-bit operands: a stage has the bytes of a 16-bit one, but for its metadata, and takes the tensor
-cores as long, for twice as many in_features. So the counts are those of the 16-bit variant with half
-the stages and with the bytes of the types (Bits), and the coefficients their own (TIMES_8), because
-widening weights costs a decode stage much of what its bytes save. int4 has those of 16 bits. The
-promoted tiles are not in it, because they are asked for by name (`promoted_tile`).
+cores as long, for twice as many in_features. So the counts are those of the 16-bit variant with
+half the stages and with the bytes of the types (Bits), and the coefficients their own (TIMES_8),
+because widening weights costs a decode stage much of what its bytes save. int4 has those of 16
+bits. The promoted tiles are not in it, because they are asked for by name (`promoted_tile`).
 
 Units: microseconds; megabytes are 1e6 bytes, so rate is in megabytes per microsecond, TB/s.
 Where TIMES comes from: see there. `python -m bench.fit` makes it.
@@ -247,12 +247,13 @@ TIMES: dict[Variant, Times] = {
     SplitTile(256, 128, 2): Times(0.544, 0.0252, 0.0625, 2.62, 3.37, 3.48, 0, 0),
 }
 
-# The same for weights of 8 bits: Tile and SplitTile with x of 8 bits, RowBlocks with x of 16. From an
-# H200 (132 multiprocessors, 700 W), e4m3 with bfloat16 out: the q+k+v, o, gate+up and down layers of
-# Llama-3 8B and 70B, 13 numbers of tokens from 1 to 8192, up to 64 of x of 16 bits (152 cells; with x
-# of 8 bits and fewer than 32 tokens one SplitTile alone was sampled). The picks are 0.34 % slower than
-# the fastest on average and 5.6 % at worst; by the coefficients of 16 bits 9.1 % and 133 %. More, and
-# shapes that were left out of a fit: csrc/notes/splitk.md. int8 has the same bytes and clocks.
+# The same for weights of 8 bits: Tile and SplitTile with x of 8 bits, RowBlocks with x of 16. From
+# an H200 (132 multiprocessors, 700 W), e4m3 with bfloat16 out: the q+k+v, o, gate+up and down
+# layers of Llama-3 8B and 70B, 13 numbers of tokens from 1 to 8192, up to 64 of x of 16 bits (152
+# cells; with x of 8 bits and fewer than 32 tokens one SplitTile alone was sampled). The picks are
+# 0.34 % slower than the fastest on average and 5.6 % at worst; by the coefficients of 16 bits 9.1 %
+# and 133 %. More, and shapes that were left out of a fit: csrc/notes/splitk.md. int8 has the same
+# bytes and clocks.
 TIMES_8: dict[Variant, Times] = {
     RowBlocks(256, 1): Times(0.378, 0.72, 0.836, 4.72, 0, 2.01, 0, 3.85),
     RowBlocks(256, 2): Times(0.407, 0.514, 0.956, 3.96, 1.79, 6, 0, 0),
