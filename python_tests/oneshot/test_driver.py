@@ -434,7 +434,7 @@ def test_no_dense_copy_outlives_its_block(method, monkeypatch):
             alive.append(sum(ref() is not None for ref in dense))
         return prune_group(layers, hessian, options)
 
-    monkeypatch.setattr("sparsekern.oneshot.prune_model.prune_group", watch)
+    monkeypatch.setattr("sparsekern.oneshot.run.prune_group", watch)
     assert len(dense) == 7
     run_prune(model, method, undo=False)
     assert alive and not any(alive)

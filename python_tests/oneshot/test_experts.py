@@ -223,7 +223,7 @@ def test_interrupted_and_resumed(compress, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return prune_group(layers, hessian, options)
 
-    monkeypatch.setattr("sparsekern.oneshot.prune_model.prune_group", second_block_fails)
+    monkeypatch.setattr("sparsekern.oneshot.run.prune_group", second_block_fails)
     with pytest.raises(KeyboardInterrupt):
         prune(model, "wanda", **again)
     monkeypatch.undo()

@@ -127,7 +127,7 @@ def test_interrupted_before_the_first_block_too(monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsekern.oneshot.prune_model.prune_group", interrupt)
+        patch.setattr("sparsekern.oneshot.run.prune_group", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(build("llama"), resume=tmp_path)
     other = Bench(monkeypatch, [UP])

@@ -96,7 +96,7 @@ def test_a_finished_run_is_only_loaded(tmp_path, monkeypatch):
         "head.safetensors",
     ]
     monkeypatch.setattr(
-        "sparsekern.oneshot.prune_model.prune_group", lambda *args: pytest.fail("pruned again")
+        "sparsekern.oneshot.run.prune_group", lambda *args: pytest.fail("pruned again")
     )
     report = run(again, tmp_path)
     assert report.resumed == 3
@@ -116,7 +116,7 @@ def test_interrupted_inside_a_process(options, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return prune_group(layers, hessian, arguments)
 
-    monkeypatch.setattr("sparsekern.oneshot.prune_model.prune_group", interrupt)
+    monkeypatch.setattr("sparsekern.oneshot.run.prune_group", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(build("llama"), tmp_path, **options)
     assert len(seen) == 1

@@ -11,7 +11,7 @@ from python_tests.oneshot.test_resume import assert_same_state
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.layerwise import prune_group
 
-PLACE = "sparsekern.oneshot.prune_model.prune_group"
+PLACE = "sparsekern.oneshot.run.prune_group"
 
 
 def failing(block, name):

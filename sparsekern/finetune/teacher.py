@@ -106,8 +106,8 @@ def compiled(split: Split, whole: bool = False) -> Any:
             result: tuple[Tensor, list[Tensor]] = split(ids, blocks)
             return result
         finally:
-            for (block, _), function in zip(calls, before):
-                block._compiled_call_impl = function
+            for (block, _), earlier in zip(calls, before):
+                block._compiled_call_impl = earlier
 
     return call
 

@@ -1,0 +1,115 @@
+"""What prune_model does beside pruning: a rotation before the walk over the blocks, reconstruction
+in it and after it, as presets and arguments ask for."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsekern.errors import check
+from sparsekern.oneshot.calibration import Batch
+from sparsekern.oneshot.presets import find_preset
+from sparsekern.oneshot.report import PruneReport
+from sparsekern.oneshot.resume import rotate_resumed
+from sparsekern.oneshot.rotation import rotate_on
+from sparsekern.oneshot.rounds import Given, as_rounds, described
+
+OP = "sparsekern.prune_model"
+
+
+class Extra:
+    """What a preset or the caller adds to the walk: a rotation before it, reconstruction in it and
+    after it.
+
+    Attributes:
+        block: the round inside the walk.      spans: the rounds after it.
+        rotate: keywords of rotate_on, None for no rotation.
+        optional: what the model does not allow is left out with a warning.
+    """
+
+    def __init__(
+        self,
+        preset: str | None,
+        reconstruct: Given,
+        rotate: bool | Mapping[str, Any] | None,
+        untie: bool,
+        calibration: Any,
+        hessians: Any,
+        true_sequential: bool,
+    ) -> None:
+        row = find_preset(OP, preset)
+        self.optional = reconstruct is None
+        rounds = row.rounds if reconstruct is None else as_rounds(reconstruct, OP)
+        self.turn_optional = rotate is None
+        wanted = row.rotate if rotate is None else rotate
+        kinds = isinstance(wanted, (bool, Mapping))
+        expected = "rotate as a bool or keywords of sparsekern.rotate"
+        check(kinds, OP, expected, type(wanted).__name__, exc=TypeError)
+        self.rotate: dict[str, Any] | None = None
+        if wanted is not False:
+            self.rotate = {**(wanted if isinstance(wanted, Mapping) else {}), "untie": untie}
+            known = {"steps", "seconds", "rate", "heads", "seed", "untie"}
+            unknown = sorted(set(self.rotate) - known)
+            check(not unknown, OP, f"keywords of sparsekern.rotate: {sorted(known)}", unknown)
+        possible = calibration is not None and hessians is None
+        for name, asked, optional in (
+            ("reconstruct", bool(rounds), self.optional),
+            ("rotate", self.rotate is not None, self.turn_optional),
+        ):
+            if asked and not possible:
+                check(optional, OP, f"calibration data for {name}", "none")
+                warnings.warn(f"{OP}: preset {preset} without calibration: no {name}", stacklevel=4)
+        if not possible:
+            rounds, self.rotate = (), None
+        both = true_sequential and any(r.span == 1 and r.target == "dense" for r in rounds)
+        remedy = 'Use target="pruned".'
+        check(
+            not both, OP, 'a round of span 1 with target="dense" or true_sequential', "both", remedy
+        )
+        self.block = next((r for r in rounds if r.span == 1), None)
+        self.spans = [r for r in rounds if r.span != 1]
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether the dense model is walked beside the pruned one."""
+        return self.block is not None and self.block.target == "dense"
+
+    def drop(self) -> None:
+        """Leave out the rounds."""
+        self.block, self.spans = None, []
+
+    def described(self) -> dict[str, Any]:
+        """As options of the report and of the manifest."""
+        rounds = described([r for r in (self.block, *self.spans) if r is not None])
+        made: dict[str, Any] = {"reconstruct": rounds} if rounds else {}
+        return made | ({"rotate": dict(self.rotate)} if self.rotate is not None else {})
+
+    def turn(
+        self,
+        model: nn.Module,
+        batches: list[Batch],
+        device: torch.device,
+        resume: str | os.PathLike[str] | None,
+        report: PruneReport,
+    ) -> Callable[[], None] | None:
+        """Rotate the model; returns how to take it back, None where the preset does without."""
+        assert self.rotate is not None
+        try:
+            if resume is None:
+                turned = rotate_on(model, batches, device, **self.rotate)
+            else:
+                turned = rotate_resumed(model, batches, device, resume, self.rotate)
+        except (ValueError, RuntimeError) as error:
+            if not self.turn_optional:
+                raise
+            report.rotation, self.rotate = {"skipped": str(error)}, None
+            warnings.warn(f"{OP}: preset {report.preset} without rotation. {error}", stacklevel=3)
+            return None
+        report.rotation = asdict(turned.report)
+        return turned.undo
