@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,7 @@ pytest.importorskip("gguf", reason="needs gguf")
 pytest.importorskip("transformers", reason="needs transformers")
 from bench import bench_finetune, recovery_table
 from python_tests.integrations import gguf_cases as cases
+from sparsekern.oneshot.presets import PRESETS
 
 WORDS = "the and then an hand 12 than these 34 a band stand other that is all there is to say "
 
@@ -67,6 +69,8 @@ def test_a_record_for_each_start(options, tmp_path):
 
 
 def test_best_and_minutes_that_a_limit_shortens(options, monkeypatch):
+    rounds = tuple(replace(step, epochs=1) for step in PRESETS["best"].rounds)
+    monkeypatch.setitem(PRESETS, "best", replace(PRESETS["best"], rounds=rounds))
     monkeypatch.setattr(bench_finetune.Recovery, "limit", lambda self, share: 3.0)
     code, records = measure(options, "--start", "best", "--minutes", 30)
     assert code == 0 and [r["backend"] for r in records] == ["best"]
@@ -87,8 +91,8 @@ def test_resume_after_the_limit(options, tmp_path, monkeypatch):
 
 def test_two_processes_make_one_record(options, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
-    command += ["bench", "finetune", *map(str, options), "--starts", "magnitude", "--minutes", "1"]
-    command += ["--limit-seconds", "70", "--cache", str(tmp_path / "c")]
+    command += ["bench", "finetune", *map(str, options), "--starts", "magnitude", "--minutes", "0.05"]
+    command += ["--limit-seconds", "280", "--cache", str(tmp_path / "c")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
