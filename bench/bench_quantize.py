@@ -144,7 +144,8 @@ class Problem:
         self.base: float | None = None  # perplexity of the 16-bit 2:4 model
         self.eval_s = EVAL_S
         self._starts: dict = {}
-        run.say(f"{self.case}: {train.numel()} calibration tokens, {self.test.numel()} of evaluation")
+        of_eval = self.test.numel()
+        run.say(f"{self.case}: {train.numel()} calibration tokens, {of_eval} of evaluation")
 
     # ------------------------------------------------------------------ rows
 
