@@ -57,4 +57,10 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    from . import options
+
+    options.BEGAN = options.process_began()
+    for stream in (sys.stdout, sys.stderr):  # a pipe has what was said when the process is killed
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True)
     sys.exit(main(sys.argv[1:]))

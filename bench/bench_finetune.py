@@ -11,9 +11,13 @@ Rows that share a 13-gram with any evaluation text are left out, and counted.
 
 Model, text and compiled code are shared by all starts; each start appends its record when it is
 finished. --cache keeps sampled text and pruned weights for a later call, --resume checkpoints of
-training. --limit-seconds is for the whole call: without --resume the runs are shortened so that
-every start ends, with its rates falling to zero, in equal parts of what is left; with --resume
-training stops with a checkpoint, and the same call goes on.
+training. --limit-seconds is for the whole process: without --resume the runs are shortened so that
+every start ends, with its rates falling to zero, in equal parts of what is left, the last
+evaluation (as long as the dense one took) and the record kept back; with --resume training stops
+with a checkpoint, and the same call goes on. A last evaluation that is out of time covers the first
+windows of each text, which case and details say. At the limit less 5 s, and on SIGTERM, a record of
+op finetune_stopped says how far it came, whatever the process is doing; on SIGTERM training ends
+with its step, and what 10 s allow is evaluated.
 
 On several GPUs: torchrun --nproc-per-node N -m bench finetune --starts ..., with --cache: the first
 process samples, prunes, evaluates and records, and --batch is that of all together.
@@ -23,7 +27,7 @@ prune_model's presets default and best, calibrated on windows of all training te
 
 Perplexities are computed in float32 from the weights as they are stored (bfloat16): the test by
 the WikiText protocol (rows joined with a blank line, windows of 2048 side by side), held-out tails
-as they are; those of the start and before_rounding are of the weights while they are trained.
+as they are; those of the start, with a limit, over the first --start-windows of each text.
 `minutes` counts training from the end of the first step; `gpu_seconds` pruning, sampling and
 training.
 """
@@ -33,8 +37,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +54,15 @@ from sparsekern.finetune.trainer import distill, eval_batch, read_metrics
 from sparsekern.integrations.loading import load_model
 from sparsekern.oneshot.presets import PRESETS
 
-from .options import Run, parser, watchdog
+from .options import Run, Watch, parser, timed, told, watchdog
 
 PROMPT, SAMPLE = 16, 512  # tokens that a prompt has, and that a sampled text has
 KINDS = {"magnitude": "Magnitude", "sr-ste": "SRSTE", "rigl": "RigL"}
 STARTS = ("sparsegpt", "magnitude", "wanda", "default", "best")
-AFTERWARDS = 25.0  # seconds that a start takes after its training, and the next one to begin
+LAST = 5.0  # seconds before the limit at which the process ends, whatever it does
+AFTERWARDS = 10.0  # seconds that checks and the record take after the last evaluation, and LAST
+START_WINDOWS = 24  # of each text, that a start is evaluated on where there is a limit
+GROWTH = 1.2  # a last evaluation may take this many times the dense one
 
 
 def make_parser():
@@ -98,7 +107,13 @@ def make_parser():
     result.add_argument("--work", type=Path, metavar="DIR", help="metrics, plot, report")
     result.add_argument("--cache", type=Path, metavar="DIR", help="sampled text, pruned weights")
     result.add_argument("--resume", type=Path, metavar="DIR", help="checkpoints to go on from")
-    result.add_argument("--limit-seconds", type=float, metavar="N", help="for the whole call")
+    result.add_argument(
+        "--start-windows",
+        type=int,
+        metavar="N",
+        help=f"of each text, for the starts; 0: all (default: {START_WINDOWS} with a limit)",
+    )
+    result.add_argument("--limit-seconds", type=float, metavar="N", help="for the whole process")
     return result
 
 
@@ -125,12 +140,51 @@ def main(path, arguments=()) -> int:
         torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
     run = Run(path, args)
     longest = args.limit_seconds or sum(args.minutes) * 60 + args.budget
-    with watchdog(longest + 300):
-        code = Recovery(run, args).measure()
+    if args.start_windows is None:
+        args.start_windows = START_WINDOWS if args.limit_seconds else 0
+    recovery = Recovery(run, args)
+    last = None if args.limit_seconds is None else args.limit_seconds - LAST
+    with watchdog(longest + 300), Watch(run, last, recovery.rescue) as watch:
+        recovery.watch = watch
+        code = recovery.measure()
     if parallel:
         torch.distributed.destroy_process_group()
     run.close()
     return code
+
+
+@dataclass
+class Evaluated:
+    """Perplexities over windows, batch by batch.
+
+    sums: name of a text -> [windows, sum of their mean cross-entropies] of each batch, in order.
+    windows: how many each text has.      seconds: that it took.
+    """
+
+    sums: dict[str, list[list[float]]] = field(default_factory=dict)
+    windows: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def used(self) -> dict[str, int]:
+        """Windows of each text that it covers."""
+        return {name: int(sum(n for n, _ in rows)) for name, rows in self.sums.items()}
+
+    @property
+    def whole(self) -> bool:
+        return self.used() == self.windows
+
+    def values(self, like: Evaluated | None = None) -> dict[str, float]:
+        """Perplexity of each text; over the batches that `like` has, too."""
+        found = {}
+        for name, rows in self.sums.items():
+            rows = rows if like is None else rows[: len(like.sums[name])]
+            mean = sum(total for _, total in rows) / sum(n for n, _ in rows)
+            found[name] = math.exp(mean) if mean < 700 else math.inf
+        return found
+
+    def per_window(self) -> float:
+        """Seconds."""
+        return self.seconds / max(1, sum(self.used().values()))
 
 
 class Recovery:
@@ -142,8 +196,20 @@ class Recovery:
         self.parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.first = not self.parallel or torch.distributed.get_rank() == 0
         self.source = Path(args.gguf or args.model)
+        self.watch: Watch | None = None
+        self.state: dict[str, Any] = {}  # of the start that runs: what `rescue` records
+        self.stopped = 0  # records of that kind
+        self.dense = Evaluated()
+        with run.phase("load"):
+            self.load()
+        counts = {name: ids.numel() for name, ids in self.tests.items()}
+        self.say(f"evaluation tokens {counts}")
+
+    def load(self) -> None:
+        """The teacher, and the texts as ids."""
+        args = self.args
         self.teacher, self.tokenizer = load_model(self.source, "cpu", None)
-        self.teacher.to(run.device)
+        self.teacher.to(self.run.device)
         names = args.train.split(",")
         tails = set(filter(None, args.held_out.split(",")))
         if unknown := tails - set(names):
@@ -158,8 +224,6 @@ class Recovery:
                 tail = raw[-args.tail :].decode("utf-8", "ignore")
                 self.tests[f"{Path(name).name} tail"] = texts.tokenize(self.tokenizer, tail)
             self.train_ids[Path(name).name] = texts.tokenize(self.tokenizer, text)
-        counts = {name: ids.numel() for name, ids in self.tests.items()}
-        self.say(f"evaluation tokens {counts}")
 
     def say(self, text: str) -> None:
         """Progress, of the first process."""
@@ -188,8 +252,10 @@ class Recovery:
 
     def measure(self) -> int:
         args = self.args
-        self.dense = self.perplexities(copy.deepcopy(self.teacher).float()) if self.first else {}
-        self.say(f"dense: {_shown(self.dense)}")
+        with self.run.phase("dense evaluation"):
+            if self.first:
+                self.dense = self.remembered("dense", self.teacher, 0)
+        self.say(f"dense: {_shown(self.dense.values())}")
         begin = time.perf_counter()
         self.corpus, self.dropped, self.made = self.in_turn(self.make_corpus)
         self.seconds_sample = time.perf_counter() - begin
@@ -209,53 +275,67 @@ class Recovery:
                 try:
                     code |= self.one(number, start, left)
                 except _NoTime as error:
-                    self.say(f"{start}: {error}; not begun")
+                    self.say(f"{start}: {error}; training is not begun")
+                    self.rescue(str(error))
                     code = 1
+                if self.watch is not None and self.watch.asked:
+                    return 1
         return code
 
     def one(self, number: int, start: str, left: int) -> int:
         """One start: 0 when its record is written."""
         run, args = self.run, self.args
         begin = time.perf_counter()
+        self.state = {"start": start}
         kept = args.resume or args.work
         folder = kept / f"{number}-{start}" if kept else None
         done = None if args.resume is None else args.resume / f"{number}-{start}" / "record.json"
         if done is not None and done.exists():
             self.say(f"{start}: finished, see {done}")
             return 0
-        student, seconds_prune = self.in_turn(self.prune, start)
+        with run.phase(f"{start}: prune"), told(run):
+            student, seconds_prune = self.in_turn(self.prune, start, left)
+        begun = Evaluated()
+        with run.phase(f"{start}: start's evaluation"):
+            if self.first:
+                begun = self.remembered(f"start-{start}", student, args.start_windows)
+                self.state["begun"] = begun.values()
+                shown = _shown(self.dense.values(begun))
+                self.say(f"{start}: dense {shown}; pruned {_shown(begun.values())}")
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         moving = None
         if args.schedule != "frozen":
             moving = schedule.KINDS[KINDS[args.schedule]](freeze_at=args.freeze_at)
-        limit = self.limit(left)
-        report = distill(
-            student,
-            self.teacher,
-            self.corpus,
-            schedule=moving,
-            evaluate=self.tests,
-            eval_window=args.eval_window,
-            folder=folder,
-            resume=args.resume is not None,
-            limit_seconds=limit,
-            shorten=args.resume is None and args.steps is None,
-            device=run.device,
-            progress=False,
-            steps=args.steps,
-            minutes=None if args.steps else args.minutes[number],
-            batch=args.batch,
-            micro_batch=args.micro_batch,
-            lr=args.lr[number],
-            alpha=args.alpha,
-            block=args.block,
-            compile=args.compile,
-            seed=args.seed,
-            log_every=20,
-        )
-        self.say(f"{start}: dense {_shown(self.dense)}; {report.summary()}")
+        share = self.share(left)
+        limit = self.limit(share)
+        self.told = run.elapsed
+        with run.phase(f"{start}: train"):
+            report = distill(
+                student,
+                self.teacher,
+                self.corpus,
+                schedule=moving,
+                folder=folder,
+                resume=args.resume is not None,
+                limit_seconds=limit,
+                shorten=args.resume is None and args.steps is None,
+                device=run.device,
+                progress=False,
+                steps=args.steps,
+                minutes=None if args.steps else args.minutes[number],
+                batch=args.batch,
+                micro_batch=args.micro_batch,
+                lr=args.lr[number],
+                alpha=args.alpha,
+                block=args.block,
+                compile=args.compile,
+                seed=args.seed,
+                log_every=20,
+                on_step=self.on_step,
+            )
+        self.say(f"{start}: first step, compiled: {report.first_step:.1f} s; {report.summary()}")
         if report.violations or report.masked is None:
             self.say(f"FAILED: {report.violations} violations of the masks")
             return 1
@@ -266,18 +346,21 @@ class Recovery:
             return 0
         if not self.first:
             return 0
-        final = self.perplexities(copy.deepcopy(student).float())  # of the weights as stored
-        layers = report.masked.compress()
-        count = 0
-        for module in student.modules():
-            if isinstance(module, SparseLinear):
-                sparsekern.verify(module.weight)
-                count += 1
+        with run.phase(f"{start}: last evaluation"):  # of the weights as they are stored
+            final = self.evaluate(student, 0, None if share is None else share - AFTERWARDS)
+        with run.phase(f"{start}: compress and verify"):
+            layers = report.masked.compress()
+            count = 0
+            for module in student.modules():
+                if isinstance(module, SparseLinear):
+                    sparsekern.verify(module.weight)
+                    count += 1
         processes = torch.distributed.get_world_size() if self.parallel else 1
-        first = {name: report.evaluations[0][name] for name in self.tests}
-        metrics = {f"perplexity {name}": round(value, 4) for name, value in final.items()}
-        metrics |= {f"start {name}": round(value, 4) for name, value in first.items()}
-        metrics |= {f"dense {name}": round(value, 4) for name, value in self.dense.items()}
+        values = final.values()
+        metrics = {f"perplexity {name}": _number(value) for name, value in values.items()}
+        metrics |= {f"start {name}": _number(v) for name, v in begun.values().items()}
+        dense = self.dense.values(None if final.whole else final)
+        metrics |= {f"dense {name}": _number(value) for name, value in dense.items()}
         metrics |= {
             "minutes": round(report.seconds / 60, 3),
             "steps": report.steps,
@@ -295,11 +378,12 @@ class Recovery:
             metrics["dense_training_tokens_per_s"] = self.dense_tokens_per_s
         finished = [row for row in read_metrics(folder) if "loss" in row] if folder else []
         thin = max(1, len(finished) // 20)
+        part = "" if final.whole else f", the first {max(final.used().values())} windows"
         record = run.add(
             op="finetune",
             backend=start,
             check=f"0 violations, {count} layers verified",
-            case=f"{self.source.name}, {Path(args.test).name}, window {args.eval_window}",
+            case=self.case + part,
             seed=args.seed,
             dtype="bfloat16" if self.bf16 else "float32",
             settings={
@@ -313,20 +397,24 @@ class Recovery:
             },
             details={
                 "sources": report.data["sources"],
-                "overlap": report.overlap,
-                "before_rounding": {name: report.final[name] for name in self.tests},
+                "overlap": self.overlap,
+                "windows": {"all": final.windows, "last": final.used(), "start": begun.used()},
+                "dense_as_start": self.dense.values(begun),
                 "left_dense": layers,
                 "seconds": {
                     "prune": round(seconds_prune, 1),
                     "sample": round(self.seconds_sample, 1),
+                    "first_step": round(report.first_step, 1),
                 },
-                "loss": report.loss,
+                "phases": run.phases,
+                "loss": None if math.isnan(report.loss) else report.loss,
                 "losses": [round(row["loss"], 5) for row in finished[::thin]],
                 "notes": report.notes,
             },
             metrics=metrics,
         )
-        self.say(f"{start}: {_shown(final)} after {metrics['minutes']} minutes, {report.tokens} "
+        self.state = {}
+        self.say(f"{start}: {_shown(values)} after {metrics['minutes']} minutes, {report.tokens} "
                 f"tokens at {metrics['tokens_per_s']} tokens/s: recorded")  # fmt: skip
         if done is not None:
             done.write_text(json.dumps(record))
@@ -335,28 +423,111 @@ class Recovery:
             sparsekern.save_pretrained(student.cpu(), place, tokenizer=self.tokenizer)
         return 0
 
-    def limit(self, left: int) -> float | None:
-        """Seconds that this start's training may take, of those that the call has."""
+    @property
+    def case(self) -> str:
+        args = self.args
+        return f"{self.source.name}, {Path(args.test).name}, window {args.eval_window}"
+
+    def share(self, left: int) -> float | None:
+        """When this start is to be recorded, in seconds of the run; `left` starts are left."""
         if self.args.limit_seconds is None:
             return None
-        seconds = (self.args.limit_seconds - self.run.elapsed) / left - AFTERWARDS
+        now = self.run.elapsed
+        return now + (self.args.limit_seconds - now) / left
+
+    def limit(self, share: float | None) -> float | None:
+        """Seconds that this start's training may take."""
+        if share is None:
+            return None
+        seconds = share - self.run.elapsed - AFTERWARDS - GROWTH * self.dense.seconds
         if self.parallel:  # the first process' clock counts
             shared = torch.tensor(seconds, dtype=torch.float64, device=self.run.device)
             torch.distributed.broadcast(shared, 0)
             seconds = float(shared)
-        if seconds < 10:
-            raise _NoTime(f"{seconds:.0f} s are left for it")
+        self.say(f"{seconds:.0f} s for training")
+        if seconds < 1:
+            raise _NoTime(f"{seconds:.0f} s are left for training")
         return seconds
 
-    def perplexities(self, model) -> dict[str, float]:
-        found = {}
+    def on_step(self, step: int) -> bool:
+        """Says how far training is; True ends it: SIGTERM."""
+        self.state["steps"] = step
+        if step == 1 or self.run.elapsed - self.told > 20:
+            self.told = self.run.elapsed
+            self.say(f"  step {step}, {step * self.args.batch * self.args.window} tokens")
+        return self.watch is not None and self.watch.asked and not self.parallel
+
+    def rescue(self, why: str) -> None:
+        """Record how far the start came that runs, where it is not recorded."""
+        if not self.first or not (self.state or self.dense.sums):
+            return
+        args, state, steps = self.args, self.state, self.state.get("steps", 0)
+        dense = self.dense.values() if self.dense.sums else {}
+        metrics: dict[str, Any] = {f"dense {name}": _number(v) for name, v in dense.items()}
+        metrics |= {f"start {name}": _number(v) for name, v in state.get("begun", {}).items()}
+        self.stopped += 1
+        self.run.add(
+            op="finetune_stopped",
+            backend=state.get("start", "dense"),
+            check=f"not trained to the end: {why}",
+            case=f"{self.case}, stopped {self.stopped}",
+            seed=args.seed,
+            dtype="bfloat16" if self.bf16 else "float32",
+            settings={"minutes": args.minutes, "limit_seconds": args.limit_seconds},
+            details={"why": why, "phase": self.run.now, "phases": dict(self.run.phases)},
+            metrics={
+                **metrics,
+                "steps": steps,
+                "tokens": steps * args.batch * args.window,
+                "wall_seconds": round(self.run.elapsed, 1),
+            },
+        )
+        self.say(f"{why}: {steps} steps, phase {self.run.now or 'none'}: recorded as stopped")
+
+    def evaluate(self, model: Any, count: int, until: float | None = None) -> Evaluated:
+        """In float32: `count` windows of each text (0: all), the texts in turn; where `until` (of
+        the run's seconds) does not allow all, the first ones, at least a batch of each."""
+        model = copy.deepcopy(model).float()
+        begin, found = time.perf_counter(), Evaluated()
+        parts: dict[str, list[torch.Tensor]] = {}
         for name, ids in self.tests.items():
             window = min(self.args.eval_window, ids.numel())
             batch = eval_batch(model, window, self.run.device)
-            found[name] = sparsekern.perplexity(model, ids, window=window, batch_size=batch)
+            found.windows[name], found.sums[name] = ids.numel() // window, []
+            kept = min(found.windows[name], count or found.windows[name])
+            parts[name] = list(ids.flatten()[: kept * window].split(batch * window))
+        longest = 0.0
+        for number in range(max(map(len, parts.values()))):
+            for name in [name for name, rows in parts.items() if number < len(rows)]:
+                end = until
+                if self.watch is not None and self.watch.asked:
+                    end = min(until or math.inf, (self.watch.limit or math.inf) - 3)
+                if number and end is not None and self.run.elapsed + longest > end:
+                    break
+                ids, start = parts[name][number], time.perf_counter()
+                window = min(self.args.eval_window, ids.numel())
+                windows = ids.numel() // window
+                value = sparsekern.perplexity(model, ids, window=window, batch_size=windows)
+                found.sums[name].append([windows, windows * math.log(value)])
+                longest = time.perf_counter() - start
+        found.seconds = time.perf_counter() - begin
         return found
 
-    def prune(self, start: str):
+    def remembered(self, what: str, model: Any, count: int) -> Evaluated:
+        """`evaluate`, or what --cache has of it."""
+        tests = {name: ids.numel() for name, ids in self.tests.items()}
+        asked = (f"{what}-evaluated", count, self.args.eval_window, tests)
+        if what != "dense":
+            asked += (self.args.calibration, self.args.samples, self.args.seed)
+        file = self.cached(*asked)
+        if file is not None and file.exists():
+            return Evaluated(**json.loads(file.read_text()))
+        found = self.evaluate(model, count)
+        if file is not None:
+            file.write_text(json.dumps(asdict(found)))
+        return found
+
+    def prune(self, start: str, left: int = 1):
         """(the student with dense 2:4 weights on the device, seconds that pruning took)."""
         args = self.args
         student = copy.deepcopy(self.teacher).requires_grad_(True)  # a teacher is frozen
@@ -375,7 +546,7 @@ class Recovery:
             window = min(2048, positions, ids.numel())
             samples = args.samples or PRESETS[start].samples
             calibration = texts.side_by_side(ids, samples, window, args.seed)
-            options = {"preset": start, "untie": True}
+            options = {"preset": start, "untie": True, **self.timed(start, left)}
         elif start != "magnitude":
             name = Path(args.calibration).name if args.calibration else next(iter(self.train_ids))
             ids = self.train_ids[name]
@@ -400,6 +571,13 @@ class Recovery:
             torch.save(state, file)
         return student.to(self.run.device), seconds
 
+    def timed(self, start: str, left: int) -> dict[str, Any]:
+        """A preset's rounds and rotation, with 40 % of the start's time in all."""
+        share, preset = self.share(left), PRESETS[start]
+        if share is None:
+            return {}
+        return timed(preset.rounds, preset.rotate, 0.4 * (share - self.run.elapsed))
+
     def cached(self, *what: Any) -> Path | None:
         """The file of --cache for this, whatever model and text these are."""
         if self.args.cache is None:
@@ -420,19 +598,23 @@ class Recovery:
         corpus = data.Corpus(rows, sources)
         made = 0
         length = min(args.sample_window, args.window)
-        if args.teacher_seconds:
-            part = data.generate(
-                self.teacher,
-                1 << 40,
-                args.seed + 1,
-                window=length,
-                batch=args.teacher_rows,
-                prompts=self.prompts(end, length),
-                seconds=args.teacher_seconds,
-                cache=False if args.cache is None else args.cache,
-                autocast=self.bf16,
-                progress=False,
-            )
+        seconds = args.teacher_seconds
+        if args.limit_seconds is not None:
+            seconds = min(seconds, max(1.0, 0.3 * (args.limit_seconds - self.run.elapsed)))
+        if seconds:
+            with self.run.phase("sample"):
+                part = data.generate(
+                    self.teacher,
+                    1 << 40,
+                    args.seed + 1,
+                    window=length,
+                    batch=args.teacher_rows,
+                    prompts=self.prompts(end, length),
+                    seconds=seconds,
+                    cache=False if args.cache is None else args.cache,
+                    autocast=self.bf16,
+                    progress=False,
+                )
             self.say(f"sampled: {part.sources[0].details}")
             whole = part.rows.flatten()
             whole = whole[: whole.numel() // args.window * args.window]
@@ -441,9 +623,12 @@ class Recovery:
             if self.run.device.type == "cuda":
                 torch.cuda.empty_cache()  # of the sampling
         dropped = 0
-        for ids in self.tests.values():
-            corpus, count = data.without_overlap(corpus, ids)
-            dropped += count
+        with self.run.phase("text apart from the tests"):
+            for ids in self.tests.values():
+                corpus, count = data.without_overlap(corpus, ids)
+                dropped += count
+            rows = corpus.rows
+            self.overlap = {n: asdict(data.overlap(rows, i)) for n, i in self.tests.items()}
         return corpus, dropped, made
 
     def prompts(self, end: int, length: int, count: int = 1 << 17) -> torch.Tensor:
@@ -491,6 +676,11 @@ def _untie(model: Any) -> None:
 
 def _shown(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+
+
+def _number(value: float) -> float | None:
+    """As JSON has it."""
+    return round(value, 4) if math.isfinite(value) else None
 
 
 def _synchronise(device: torch.device) -> None:

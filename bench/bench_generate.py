@@ -79,34 +79,43 @@ def main(path, arguments=()) -> int:
     run = Run(path, args)
     dtype = getattr(torch, args.dtype)
     batches = [int(text) for text in args.batch.split(",")]
-    steps: dict[str, dict[int, Step]] = {}
+    models, forwards = {}, {}
     with torch.inference_mode():
         for name in ("dense", "sparse", "optimized"):
-            model = decode_model.build(
-                args.preset,
-                args.layers,
-                dtype,
-                run.device,
-                sparse=name != "dense",
-                attention=None,
-            )
-            if name == "optimized":
-                run.say(str(sparsekern.optimize(model)))
-            forward = model.forward
+            with run.phase(f"{name}: build"), watchdog(HANG_S):
+                models[name] = decode_model.build(
+                    args.preset,
+                    args.layers,
+                    dtype,
+                    run.device,
+                    sparse=name != "dense",
+                    attention=None,
+                )
+                if name == "optimized":
+                    run.say(str(sparsekern.optimize(models[name])))
+            forwards[name] = models[name].forward
             if not args.no_compile:
-                forward = torch.compile(forward, mode="reduce-overhead", fullgraph=True)
-            steps[name] = {b: Step(forward, model, b, args.context) for b in batches}
-            with watchdog(HANG_S):
-                for step in steps[name].values():
-                    for _ in range(3):
-                        logits = step()
-                    _check_finite(name, logits)
-            if name == "optimized":
-                distance = _distance(model, steps[name], batches, args.context)
-            run.say(f"{name}: compiled")
+                forwards[name] = torch.compile(
+                    forwards[name], mode="reduce-overhead", fullgraph=True
+                )
+        needed = 0.0  # seconds of the longest batch so far
         for batch in batches:
-            with watchdog(HANG_S):
-                _measure(run, args, batch, {n: s[batch] for n, s in steps.items()}, distance[batch])
+            if run.left < needed:
+                run.say(f"no time for batch {batch}: {run.left:.0f} s left, {needed:.0f} s needed")
+                continue
+            begin = run.elapsed
+            steps = {}
+            for name, forward in forwards.items():
+                steps[name] = Step(forward, models[name], batch, args.context)
+                with run.phase(f"batch {batch}, {name}: compile"), watchdog(HANG_S):
+                    for _ in range(3):
+                        logits = steps[name]()
+                    _check_finite(name, logits)
+            with run.phase(f"batch {batch}: check"), watchdog(HANG_S):
+                distance = _distance(models["optimized"], steps["optimized"], batch, args.context)
+            with run.phase(f"batch {batch}: measure"), watchdog(HANG_S):
+                _measure(run, args, batch, steps, distance)
+            needed = max(needed, run.elapsed - begin)
     run.close()
     return 0
 
@@ -116,20 +125,18 @@ def _check_finite(name: str, logits: torch.Tensor) -> None:
         raise RuntimeError(f"bench.generate: expected finite logits from {name}.")
 
 
-def _distance(model, steps, batches, context) -> dict[int, float]:
-    """Of the compiled steps' logits from those of the decompressed weights, eager."""
-    result = {}
-    for batch in batches:
-        got = steps[batch]().double().clone()
-        plain = Step(model.forward, model, batch, context)
-        with decode_model.reference_linears():
-            wanted = plain().double()
-        result[batch] = round(float((got - wanted).norm() / wanted.norm()), 5)
-        if not result[batch] <= LOGITS_DISTANCE:
-            raise RuntimeError(
-                f"bench.generate: expected logits within {LOGITS_DISTANCE} of the reference, got a "
-                f"distance of {result[batch]}."
-            )
+def _distance(model, step, batch: int, context: int) -> float:
+    """Of the compiled step's logits from those of the decompressed weights, eager."""
+    got = step().double().clone()
+    plain = Step(model.forward, model, batch, context)
+    with decode_model.reference_linears():
+        wanted = plain().double()
+    result = round(float((got - wanted).norm() / wanted.norm()), 5)
+    if not result <= LOGITS_DISTANCE:
+        raise RuntimeError(
+            f"bench.generate: expected logits within {LOGITS_DISTANCE} of the reference, got a "
+            f"distance of {result}."
+        )
     return result
 
 

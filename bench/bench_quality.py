@@ -7,7 +7,9 @@
 A row is prune_model on a fresh copy of the model (GGUF rounded to bfloat16), calibrated on the
 calibration text alone, and perplexity in float32 of the weights as they are stored, by the WikiText
 protocol. `seconds` is the whole call, rotation and reconstruction included. Rows are independent:
-one that fails, or that is over --row-seconds, is a line of the table and exit code 1.
+one that fails, or that is over --row-seconds, is a line of the table and exit code 1. Rotation and
+rounds of a row have three quarters of its time (of --row-seconds, or of what --budget leaves,
+without the evaluation): they end there with what they have, which `fits` of the record says.
 
     python -m bench quality ... --matrix c4.utf8,wiki.utf8,code.utf8,technical.utf8
 
@@ -40,10 +42,13 @@ from sparsekern.eval import mix, texts
 from sparsekern.integrations.loading import load_model
 from sparsekern.nn.replace import dense_weight, is_linear
 from sparsekern.oneshot.presets import PRESETS
+from sparsekern.oneshot.rounds import as_rounds
 
-from .options import Run, parser, watchdog
+from .options import Run, Watch, parser, timed, told, watchdog
 
 WINDOW = 2048
+LATE = 20.0  # seconds after the budget at which the process ends, whatever it does
+SHARE = 0.75  # of a row's time, for its rotation and rounds
 SPAN = Reconstruction(span=None, epochs=4, between=1.0)
 BLOCK = Reconstruction(span=1, epochs=4)
 LONG = Reconstruction(span=None, epochs=8, between=1.0, recut=True, batch=2)
@@ -114,8 +119,8 @@ def main(path, arguments=()) -> int:
         if known not in RUNS and name != "rotate":
             raise ValueError(f"bench quality: expected runs in {[*RUNS]}, got {name!r}.")
     run = Run(path, args)
-    with watchdog(args.budget + args.row_seconds + 120):
-        table = Table(run, args)
+    table = Table(run, args)
+    with watchdog(args.budget + 120), Watch(run, args.budget + LATE, table.rescue):
         if args.matrix:
             table.matrix()
         elif args.explore:
@@ -150,7 +155,10 @@ class Table:
         self.lines: list[tuple[str, ...]] = []
         self.failed = 0
         run.say(f"{self.case}; {self.train.numel()} calibration tokens")
-        self.dense = self.perplexity(copy.deepcopy(self.model).to(run.device))
+        begin, self.name = time.perf_counter(), "dense"
+        with run.phase("dense evaluation"):
+            self.dense = self.perplexity(copy.deepcopy(self.model).to(run.device))
+        self.evaluation = time.perf_counter() - begin
         self.lines.append(("dense", f"{self.dense:.2f}", "", "", "", "", ""))
         run.say(f"dense: {self.dense:.3f}")
 
@@ -234,6 +242,7 @@ class Table:
         report = sparsekern.prune_model(
             model, "sparsegpt", ids, compress=False, device=self.run.device, preset=preset,
             untie=preset == "best", progress=False, undo=False,
+            **{k: v for k, v in self.limited({"preset": preset}).items() if k != "preset"},
         )  # fmt: skip
         layers = check_24(model)
         values = {n: self.perplexity(copy.deepcopy(model), test) for n, test in tails.items()}
@@ -258,10 +267,12 @@ class Table:
         """One row, whatever becomes of it."""
 
         def over(number: int, frame: Any) -> None:
-            raise TimeoutError(f"over --row-seconds {self.args.row_seconds:g}")
+            raise TimeoutError(f"over its {seconds:.0f} s, in phase {self.run.now}")
 
+        self.name, seconds = name, max(0.1, min(self.args.row_seconds, self.run.left))
+        self.end = time.perf_counter() + seconds
         before = signal.signal(signal.SIGALRM, over)
-        signal.setitimer(signal.ITIMER_REAL, self.args.row_seconds)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             yield
         except Exception as error:
@@ -276,6 +287,32 @@ class Table:
             if self.run.device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def rescue(self, why: str) -> None:
+        """A record that says which row was not finished."""
+        self.run.add(
+            op="quality_stopped",
+            backend=self.name,
+            check=f"not finished: {why}",
+            case=f"{self.case}, {self.name}, stopped",
+            details={"why": why, "phase": self.run.now, "phases": dict(self.run.phases)},
+            metrics={"dense": round(self.dense, 4), "seconds": round(self.run.elapsed, 1)},
+        )
+        self.run.say(f"{why}: {self.name} is not finished, phase {self.run.now or 'none'}")
+        self.show()
+
+    def limited(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options with times for rotation and rounds."""
+        preset = PRESETS.get(options.get("preset", ""))
+        rounds = as_rounds(options.get("reconstruct", preset.rounds if preset else ()))
+        turn = options.get("rotate", preset.rotate if preset else False)
+        if not rounds and not turn:
+            return options
+        left = self.end - time.perf_counter() - self.evaluation
+        made = timed(rounds, bool(turn), SHARE * left)
+        if isinstance(turn, dict):
+            made["rotate"] |= turn
+        return {**options, **made}
+
     def windows(self, seed: int, samples: int, apart: bool) -> torch.Tensor:
         """Calibration windows: side by side, or at random places as published."""
         if apart:
@@ -289,18 +326,20 @@ class Table:
         if seed and "reconstruct" not in options and "preset" in options:
             rounds = PRESETS[options["preset"]].rounds
             options["reconstruct"] = [dataclasses.replace(r, seed=seed) for r in rounds]
+        options = self.limited(options)
         self.reset_peak()
-        report = sparsekern.prune_model(
-            model,
-            "sparsegpt",
-            ids,
-            compress=False,
-            device=self.run.device,
-            batch_size=self.args.batch_size,
-            progress=False,
-            undo=False,
-            **options,
-        )
+        with self.run.phase(f"{name}: prune_model"), told(self.run):
+            report = sparsekern.prune_model(
+                model,
+                "sparsegpt",
+                ids,
+                compress=False,
+                device=self.run.device,
+                batch_size=self.args.batch_size,
+                progress=False,
+                undo=False,
+                **options,
+            )
         shown = {key: round(value, 1) for key, value in report.phases.items()}
         errors = [row.relative_error for row in report.pruned if row.relative_error is not None]
         details = {
@@ -319,15 +358,18 @@ class Table:
         ids = self.windows(0, samples, True)
         self.reset_peak()
         begin = time.perf_counter()
-        fits = sparsekern.reconstruct(
-            model,
-            self.model,
-            ids,
-            options,
-            device=self.run.device,
-            batch_size=self.args.batch_size,
-            progress=False,
-        )
+        left = self.end - begin - self.evaluation
+        options = _with(options, seconds=max(0.1, SHARE * left))
+        with self.run.phase(f"{name}: reconstruct"), told(self.run):
+            fits = sparsekern.reconstruct(
+                model,
+                self.model,
+                ids,
+                options,
+                device=self.run.device,
+                batch_size=self.args.batch_size,
+                progress=False,
+            )
         seconds = time.perf_counter() - begin
         rows = [fit.row() for fit in fits]
         details = {"options": dataclasses.asdict(options), "fits": _short(rows)}
@@ -339,7 +381,8 @@ class Table:
         if self.run.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 1e9
         layers = check_24(model)
-        value = self.perplexity(copy.deepcopy(model))
+        with self.run.phase(f"{name}: evaluation"):
+            value = self.perplexity(copy.deepcopy(model))
         fits = details.get("fits") or []
         last = fits[-1] if fits else None
         metrics = {
@@ -435,6 +478,7 @@ def _short(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "kept": row["kept"],
             "seconds": round(row["seconds"], 2),
             "part": row["part"],
+            "stopped": row["stopped"],
         }
         for row in rows
     ]

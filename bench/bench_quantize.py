@@ -37,7 +37,7 @@ from sparsekern.prune.hessian import exact_float32
 from sparsekern.prune.quantize import PASSES, _Solver
 
 from .bench_prune import dense_twin
-from .options import Run, parser, watchdog
+from .options import Run, parser, told, watchdog
 
 GROUP = 128
 HANG_S = 500.0
@@ -92,13 +92,15 @@ def main(path, arguments=()) -> int:
     if run.quick:
         args.samples = min(args.samples, 16)
     with watchdog(max(HANG_S, args.budget + 60)):
-        problem = Problem(run, args)
+        with run.phase("load"):
+            problem = Problem(run, args)
         for name in [case for case in CASES if case in wanted]:
             needed = CASES[name] if run.device.type == "cuda" else 0
             if run.left < needed:
                 run.say(f"no time for {name!r}: {run.left:.0f} s left, {needed} s needed")
                 continue
-            problem.measure(name)
+            with run.phase(name), told(run):
+                problem.measure(name)
     run.close()
     return 0
 

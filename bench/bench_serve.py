@@ -29,7 +29,7 @@ from sparsekern.eval import texts
 from sparsekern.integrations.loading import load_model
 
 from . import record
-from .options import Run, parser
+from .options import Run, Watch, parser
 from .vllm_child import SETTINGS
 
 LOGPROB_DISTANCE = 0.15  # as in bench_vllm
@@ -40,6 +40,7 @@ PROMPTS = (
     "The three primary colours are",
 )
 NEW_TOKENS = 24
+SERVERS: list[subprocess.Popen] = []  # that run
 
 
 def make_parser():
@@ -64,11 +65,33 @@ def main(path, arguments=()) -> int:
         return 0
     run = Run(path, args)
     folders = {name: args.folder / name for name in ("sparse", "zeros")}
-    prepare(args, run, folders)
     answers, seconds = {}, {}
-    for name, folder in folders.items():
-        answers[name], seconds[name] = serve(folder, args, run)
-        run.say(f"{name}: {answers[name][0]['text']!r}")
+    case = f"{Path(args.gguf or args.model).name}, {args.method}, vllm serve"
+
+    def rescue(why: str) -> None:
+        for server in SERVERS:
+            server.kill()
+        known = {name: [a["text"] for a in given] for name, given in answers.items()}
+        run.add(
+            op="serve_stopped",
+            backend="sparse",
+            check=f"not compared: {why}",
+            case=f"{case}, stopped",
+            metrics={"seconds": round(run.elapsed, 1), "servers": len(known)},
+            details={"why": why, "phases": dict(run.phases), "start_s": seconds, "answers": known},
+        )
+        for name in folders:
+            log = args.folder / f"{name}.log"
+            if name not in known and log.exists():
+                run.say(f"{log}:\n{tail(log)}")
+
+    with Watch(run, args.budget, rescue):
+        with run.phase("prune and save"):
+            prepare(args, run, folders)
+        for name, folder in folders.items():
+            with run.phase(f"{name}: serve"):
+                answers[name], seconds[name] = serve(folder, args, run)
+            run.say(f"{name}: {answers[name][0]['text']!r}")
     worst, same = distance(answers["sparse"], answers["zeros"])
     if not worst <= LOGPROB_DISTANCE:
         raise RuntimeError(
@@ -80,12 +103,13 @@ def main(path, arguments=()) -> int:
         op="serve",
         backend="sparse",
         check=f"logprobs within {worst:.3f} of dense with zeros",
-        case=f"{Path(args.gguf or args.model).name}, {args.method}, vllm serve",
+        case=case,
         dtype="bfloat16",
         metrics={"same_tokens": same, "of_tokens": tokens, "logprob_distance": round(worst, 4)},
         details={
             "vllm": record._version("vllm"),
             "start_s": seconds,
+            "phases": run.phases,
             "answers": {name: [a["text"] for a in given] for name, given in answers.items()},
         },
     )
@@ -127,6 +151,7 @@ def serve(folder: Path, args, run: Run) -> tuple[list[dict], float]:
     begin = time.monotonic()
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=root)
+    SERVERS.append(server)
     try:
         url = f"http://127.0.0.1:{port}"
         while True:
@@ -160,6 +185,7 @@ def serve(folder: Path, args, run: Run) -> tuple[list[dict], float]:
             server.wait(30)
         except subprocess.TimeoutExpired:
             server.kill()
+        SERVERS.remove(server)
 
 
 def tail(log: Path) -> str:

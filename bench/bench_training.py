@@ -52,8 +52,10 @@ def main(path, arguments=()) -> int:
     args = make_parser().parse_args(list(arguments))
     run = Run(path, args)
     with watchdog(300 + args.budget):
-        step(run, args)
-        lora(run, args)
+        with run.phase("training step"):
+            step(run, args)
+        with run.phase("LoRA step"):
+            lora(run, args)
     run.close()
     return 0
 
@@ -102,7 +104,8 @@ def step(run: Run, args) -> None:
         masked = None
         if name == "sparse":
             sparse_training(block, dtype=low)
-            run.say(f"masks: {check(block, x, slope, autocast)}")
+            with run.phase("sparse: check"):
+                run.say(f"masks: {check(block, x, slope, autocast)}")
         optimizer = torch.optim.AdamW(block.parameters(), 1e-4, fused=cuda)
         if name == "masked":
             masks = {
@@ -115,7 +118,8 @@ def step(run: Run, args) -> None:
         layers = [m for m in block.modules() if isinstance(m, SparseTrainingLinear)]
         refresh[name] = lambda layers=layers: [layer.refresh() for layer in layers]
         blocks[name] = (block, optimizer, masked)
-        one_step(blocks[name], x, slope, autocast, refresh[name], cuda)
+        with run.phase(f"{name}: first step"):
+            one_step(blocks[name], x, slope, autocast, refresh[name], cuda)
         if cuda:
             torch.cuda.synchronize()
             memory[name] = torch.cuda.memory_allocated() - before
@@ -133,7 +137,9 @@ def step(run: Run, args) -> None:
     for name, layer in layers.items():
         if not is_transposable(layer.to_linear().weight):
             raise RuntimeError(f"bench training: {name} is no longer transposable")
-    parts = single_parts(run, layers, x, slope) if cuda else {}
+    run.say(f"{args.rounds} rounds at most, {number + 1} run")
+    with run.phase("parts"):
+        parts = single_parts(run, layers, x, slope) if cuda and run.left > 20 else {}
     totals = {
         name: [sum(values) for values in zip(*by_part.values())] for name, by_part in times.items()
     }

@@ -4,9 +4,10 @@ against dense bfloat16 and vLLM's own fp8.
     python -m bench vllm --preset 8b --layers 32 --folder /tmp/models
 
 Writes an 8B-shaped Llama of random weights to the folder, dense and 2:4 (magnitude; "sparse-fp8":
-its kept weights rounded to e4m3, "sparse-int8"), unless they are there, then starts one engine after the other, each in a process of its own (vllm_child.py)
-with vLLM's own compilation and CUDA graphs. The fp8 engine is vLLM's own dynamic fp8 over the
-dense folder. lm_head and embeddings are dense everywhere.
+its kept weights rounded to e4m3, "sparse-int8"), unless they are there, then starts one engine
+after the other, each in a process of its own (vllm_child.py) with vLLM's own compilation and CUDA
+graphs. The fp8 engine is vLLM's own dynamic fp8 over the dense folder. lm_head and embeddings are
+dense everywhere.
 
 Decode: tokens per second over the difference of two lengths, median of the repeats. Prefill:
 prompts of 2048 tokens, one token each. Check: the 2:4 engine answers, greedy, with the tokens of

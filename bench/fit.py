@@ -38,6 +38,8 @@ import numpy
 
 from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda.cost_model import (
+    PLAIN,
+    Bits,
     MmaTile,
     RowBlocks,
     SplitTile,
@@ -46,6 +48,7 @@ from sparsekern.backends.cuda.cost_model import (
     Variant,
     Work,
 )
+from sparsekern.profiling.tune import KINDS
 
 CONFIGS = Path(__file__).resolve().parent.parent / "csrc" / "linear/configs.h"
 NEAR = 0.15  # 15 % slower than the fastest: half the weight
@@ -58,7 +61,7 @@ STARTS = (
     Times(0.15, 0.3, 0.2, 2.8, 1.0, 1.0, 1.0, 1.0),
 )
 LOWEST, HIGHEST = 1e-3, 1e3  # of a coefficient
-FASTEST = 3.35  # highest rate: what the data sheet of the H100 SXM says of its memory, in TB/s
+FASTEST = 4.8  # highest rate: what the data sheet of the H200 says of its memory, in TB/s
 STEPS, EASE = 60, 1e-4  # most steps of a fit; step of a numeric derivative
 # Of `refined`: how uncertain a prediction is taken to be, what staying close to the measured times
 # is worth, and the descent's steps and their length in logarithms of coefficients.
@@ -76,11 +79,12 @@ CLASSES = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One shape and number of tokens, with the measured us of each variant."""
+    """One shape, number of tokens and bits of its types, with the measured us of each variant."""
 
     shape: tuple[int, int]
     tokens: int
     times: dict[Variant, float]
+    bits: Bits = PLAIN
 
     @property
     def best(self) -> float:
@@ -88,10 +92,11 @@ class Cell:
 
     def offers(self, variant: Variant) -> bool:
         """True when the variant was sampled here and may be chosen."""
-        return variant in self.times and heuristics.considered(variant, self.tokens, *self.shape)
+        size = self.tokens, *self.shape, self.bits
+        return variant in self.times and heuristics.considered(variant, *size)
 
     def work(self, variant: Variant, multiprocessors: int) -> Work:
-        return heuristics.work(variant, self.tokens, *self.shape, multiprocessors)
+        return heuristics.work(variant, self.tokens, *self.shape, multiprocessors, self.bits)
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,9 @@ def variants() -> dict[str, Variant]:
 
     for panels, split in entries("SK_DECODE_CONFIGS"):
         found.append(RowBlocks(heuristics.PANEL * panels, split))
-    for panels, *rest, streamed in entries("SK_PREFILL_CONFIGS"):
-        found.append(Tile(2 * heuristics.PANEL * panels, *rest, bool(streamed)))
+    for panels, *rest, streamed, promoted in entries("SK_PREFILL_CONFIGS"):
+        rows = 2 * heuristics.PANEL * panels
+        found.append(Tile(rows, *rest, bool(streamed), bool(promoted)))
     found += [MmaTile(*numbers) for numbers in entries("SK_MMA_CONFIGS")]
     for panels, *rest in entries("SK_SPLIT_CONFIGS"):
         found.append(SplitTile(2 * heuristics.PANEL * panels, *rest))
@@ -151,7 +157,8 @@ def read(paths: Iterable[str | Path]) -> list[Cell]:
                 text = f"{path}:{number}: not a cell of `sparsekern tune --log`"
                 raise ValueError(text) from error
             if times:
-                cells[key] = Cell(key[2], key[3], times)
+                bits = KINDS[row["dtype"]].bits if row.get("dtype") in KINDS else PLAIN
+                cells[key] = Cell(key[2], key[3], times, bits)
     if not cells:
         raise ValueError("no cell with a time of a variant in csrc/linear/configs.h")
     return list(cells.values())
@@ -414,16 +421,16 @@ def _belongs(cell, shapes, fewest):
     return cell.tokens >= fewest and (shapes is None or cell.shape in shapes)
 
 
-def source(table: dict[Variant, Times]) -> str:
+def source(table: dict[Variant, Times], name: str = "TIMES") -> str:
     """The table as it stands in backends/cuda/cost_model.py."""
-    lines = ["TIMES: dict[Variant, Times] = {"]
+    lines = [f"{name}: dict[Variant, Times] = {{"]
     lines += [f"    {_call(variant)}: {_call(times)}," for variant, times in table.items()]
     return "\n".join([*lines, "}"])
 
 
 def _call(values: Variant | Times) -> str:
     shown = list(values)
-    if isinstance(values, Tile) and not values.streamed:
+    while isinstance(values, Tile) and shown[-1] is False:
         shown.pop()  # the default
     text = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in shown)
     return f"{type(values).__name__}({text})"
@@ -440,10 +447,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument("--cross", action="store_true", help="also gaps of shapes left out of a fit")
     args = parser.parse_args(arguments)
     cells = read(args.cells)
-    table = heuristics.TIMES
+    tables = {id(table): table for table in (heuristics.table(cell.bits) for cell in cells)}
+    if len(tables) > 1:
+        raise ValueError("expected cells of one table, got weights of 8 bits and of others")
+    (table,) = tables.values()
+    name = "TIMES" if table is heuristics.TIMES else "TIMES_8"
     if not args.check:
         table = fit_table(cells, args.multiprocessors)
-        print(source(table), end="\n\n")
+        print(source(table, name), end="\n\n")
     print(summary(gaps(cells, table, args.multiprocessors)))
     if args.cross:
         print("\nShapes left out of the fit:")

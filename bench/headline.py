@@ -1,28 +1,29 @@
-"""The numbers of the README, from the records: size, speed and quality in three facts, and a table
-of how much faster on average, from where to where. Losses are in the same ranges, and counted; one
-by one they are in bench/RESULTS.md.
+"""The numbers of the README, from the records: what is lost, in quality and in speed; then size and
+speed, tables of engines and of layers with means and extremes. Losses are in the same ranges, and
+counted; one by one they are in bench/RESULTS.md.
 """
 
 from __future__ import annotations
 
-from . import results
+from . import engines, results, results8
 
 RANGES = ((1, 16), (17, 64), (65, 512), (513, 10**9))
-DTYPE = "bfloat16"
+DTYPE, FP8 = "bfloat16", "float8_e4m3fn"
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 
 
 def render(records: list[dict]) -> str:
-    """Three facts and a table of ratios by number of tokens; "" without records of a GPU."""
+    """Losses, facts, and tables of ratios; "" without records of a GPU."""
     clean = [entry for entry in records if entry["dirty"] is False]
     gpu = chosen_gpu(clean)
     if gpu is None:
         return ""
     mine = [entry for entry in clean if entry.get("gpu") == gpu]
     found = [cell for cell in results.cells(mine) if cell.dtype == DTYPE]
-    facts = [_size(mine), _speed(mine, clean), _quality(mine)]
+    facts = [_quality(clean, gpu), _lost(found), _lost_8_bits(clean), _size(mine), _speed(mine)]
     lines = [
         *(fact for fact in facts if fact),
+        *_engines(clean),
         "",
         f"Linear layers of Llama-3 shapes on one {gpu} in {DTYPE}: time of the peer over ours,",
         "geometric mean and extremes of all that were timed.",
@@ -37,7 +38,7 @@ def render(records: list[dict]) -> str:
         most = max(cell.tokens for cell in cells)
         ratios = [_ratios(cells, peer) for peer in results.PEERS]
         lines.append(f"| {first} to {most} tokens | {ratios[0]} | {ratios[1]} |")
-    return "\n".join([*lines, "", _lost(found)]).strip()
+    return "\n".join([*lines, *_layers_8_bits(clean)]).strip()
 
 
 def chosen_gpu(clean: list[dict]) -> str | None:
@@ -47,11 +48,15 @@ def chosen_gpu(clean: list[dict]) -> str | None:
 
 
 def _ratios(cells: list[results.Cell], peer: str) -> str:
-    values = [cell.ratio(peer) for cell in cells if cell.ratio(peer) is not None]
+    return _spread([cell.ratio(peer) for cell in cells])
+
+
+def _spread(ratios: list[float | None]) -> str:
+    """ "1.43 (1.21 to 1.94)": geometric mean and extremes; "-" for none."""
+    values = [value for value in ratios if value is not None]
     if not values:
         return "-"
-    mean = results.geometric_mean(values)
-    return f"{mean:.2f} ({min(values):.2f} to {max(values):.2f})"
+    return f"{results.geometric_mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def _lost(found: list[results.Cell]) -> str:
@@ -62,7 +67,54 @@ def _lost(found: list[results.Cell]) -> str:
         ratios = [ratio for _, loser, ratio in losses if loser == peer]
         text = f"{name} is faster in {len(ratios)} of {of} cells"
         parts.append(f"{text}, at worst {min(ratios):.2f}" if ratios else text)
-    return f"**Lost**: {'; '.join(parts)}."
+    return f"- **Lost, 16-bit layers**: {'; '.join(parts)}."
+
+
+def _lost_8_bits(records: list[dict]) -> str:
+    """Ratios of what is slower on average among the ways to compute with fp8 weights."""
+    found = [cell for cell in results8.cells(records) if cell.dtype == FP8]
+    ways = (
+        ("x of 16 bits at 33 to 64 tokens", 33, 64, "W8A16", "2:4 16-bit", "our 16-bit kernel"),
+        (
+            "sums in float32 above 512 tokens",
+            513,
+            10**9,
+            "W8A8 precise",
+            "dense 8-bit",
+            "dense fp8",
+        ),
+    )
+    parts = []
+    for text, first, last, ours, peer, name in ways:
+        members = [cell for cell in found if first <= cell.tokens <= last]
+        ratios = [v for cell in members if (v := results8.ratio(cell, ours, peer)) is not None]
+        if ratios and results.geometric_mean(ratios) < 1:
+            parts.append(f"{text} run at {_spread(ratios)} of the speed of {name}")
+    return f"- **Lost, fp8 layers**: {'; '.join(parts)}." if parts else ""
+
+
+def _layers_8_bits(records: list[dict]) -> list[str]:
+    """Two lines of a table: fp8 weights with x of 16 bits (few tokens) and of 8 bits (more)."""
+    found = [cell for cell in results8.cells(records) if cell.dtype == FP8]
+    lines = []
+    for ours, first, last, text in (
+        ("W8A16", 1, 64, "x of 16 bits"),
+        ("W8A8", 65, 10**9, "x of fp8"),
+    ):
+        cells = [cell for cell in found if first <= cell.tokens <= last]
+        if not cells:
+            continue
+        spreads = [
+            _spread([results8.ratio(cell, ours, peer) for cell in cells])
+            for peer in ("dense 8-bit", "cuBLAS 16-bit")
+        ]
+        most = max(cell.tokens for cell in cells)
+        lines.append(f"| {first} to {most} tokens, {text} | {spreads[0]} | {spreads[1]} |")
+    if not lines:
+        return []
+    gpus = sorted({cell.found[name]["gpu"] for cell in found for name in cell.found})
+    head = f"| fp8 2:4 layers, {', '.join(gpus)} | over dense fp8 | over cuBLAS bfloat16 |"
+    return ["", head, "| --- | ---: | ---: |", *lines]
 
 
 def _newest(records: list[dict], op: str) -> list[dict]:
@@ -94,7 +146,7 @@ def _size(records: list[dict]) -> str:
     )
 
 
-def _speed(records: list[dict], everywhere: list[dict]) -> str:
+def _speed(records: list[dict]) -> str:
     models = _models(records)
     if models is None:
         return ""
@@ -102,38 +154,66 @@ def _speed(records: list[dict], everywhere: list[dict]) -> str:
     rates = f"{best['tokens_s']:.0f} instead of {dense['tokens_s']:.0f} tokens/s"
     return (
         f"- **Speed**: decoding with that model ({case.partition('layers, ')[2]}): {rates}, "
-        f"{best['tokens_s'] / dense['tokens_s']:.2f} times as fast.{_engine(everywhere)}"
+        f"{best['tokens_s'] / dense['tokens_s']:.2f} times as fast."
     )
 
 
-def _engine(records: list[dict]) -> str:
-    """What the newest records of a real vLLM say, and what they do not."""
-    entries = [entry for entry in _newest(records, "vllm") if entry["backend"] == "sparse"]
-    gains = {
-        entry["case"].rpartition(", ")[2]: entry["metrics"]["speedup"]
-        for entry in entries
-        if "speedup" in entry["metrics"]
-    }
-    if not gains:
-        return " No record compares an inference engine, or fp8."
-    parts = ", ".join(f"{gain:.2f} at {case}" for case, gain in gains.items())
-    fp8 = any(entry["backend"] == "fp8" for entry in _newest(records, "vllm"))
-    text = f" In vLLM on one {entries[0]['gpu']}, over bfloat16: {parts}."
-    return text if fp8 else f"{text} No record compares dense fp8."
+def _engines(records: list[dict]) -> list[str]:
+    """Lines of a table: a real vLLM, every engine over dense bfloat16 of its own run, and 2:4 fp8
+    over dense fp8 of the same run."""
+    found = engines.campaigns(records)
+    if not found:
+        return []
+    newest = found[0]
+    title = f"{newest.model} in vLLM {newest.version}".strip()
+    shown = [case.rpartition(", ")[2] for case in newest.cases]
+    rates = [f"{newest.rate('dense', case) or 0:.0f}" for case in newest.cases]
+    rows = {"dense": [f"{engines.NAMES['dense']}, tokens/s", _gb(newest, "dense"), *rates]}
+    for campaign in found:
+        for engine in campaign.engines:
+            ratios = [campaign.ratio(engine, "dense", case) for case in newest.cases]
+            if engine not in rows and any(value is not None for value in ratios):
+                texts = ["" if value is None else f"{value:.2f} x" for value in ratios]
+                rows[engine] = [engines.NAMES.get(engine, engine), _gb(campaign, engine), *texts]
+    order = [engine for engine in engines.NAMES if engine in rows]
+    lines = [rows[engine] for engine in order]
+    ratios = [newest.ratio(engines.OURS, engines.PEER, case) for case in newest.cases]
+    if any(value is not None for value in ratios):
+        texts = ["" if value is None else f"{value:.2f} x" for value in ratios]
+        lines.append(["**2:4 fp8 over dense fp8**", "", *texts])
+    return [
+        "",
+        f"Whole engines on one {newest.gpu}, random weights, dense lm_head; each over the dense",
+        "bfloat16 of its own run.",
+        "",
+        f"| {title} | weights | {' | '.join(shown)} |",
+        "| --- |" + " ---: |" * (len(shown) + 1),
+        *(f"| {' | '.join(line)} |" for line in lines),
+    ]
 
 
-def _quality(records: list[dict]) -> str:
-    """Perplexity of the newest record of each method, and of the dense model."""
+def _gb(campaign: engines.Campaign, engine: str) -> str:
+    weights = campaign.weights_gb(engine)
+    return "" if weights is None else f"{weights:.1f} GB"
+
+
+def _quality(records: list[dict], gpu: str) -> str:
+    """Perplexity of the newest record of each method and of the dense model, made on this GPU; with
+    what reconstruction and quantisation do to it, made on any."""
     found = {}
     for entry in records:
-        if entry["op"] != "prune_model":
+        if entry["op"] != "prune_model" or entry.get("gpu") != gpu:
             continue
         details = entry.get("details") or {}
         name = entry["backend"]
         if name == "sparsegpt":
             name += _variant(details)
         found[name] = entry["metrics"]["perplexity"]
+    for entry in records:
+        if entry["op"] == "quality":
+            found[entry["backend"]] = entry["metrics"]["perplexity"]
     wanted = {
+        "block": "with each block trained on its output (`reconstruct`)",
         "sparsegpt default": "with the default (SparseGPT, refined, matched to dense)",
         "sparsegpt published": "with SparseGPT as published",
         "wanda": "with Wanda",
@@ -143,9 +223,23 @@ def _quality(records: list[dict]) -> str:
     if "dense" not in found or not parts:
         return ""
     return (
-        f"- **Quality**: one-shot pruning costs much, and a small model pays most. SmolLM2-135M, "
-        f"perplexity on WikiText-2: dense {found['dense']:.1f}; {', '.join(parts)}."
+        f"- **Lost, quality**: one-shot pruning costs much, and a small model pays most. "
+        f"SmolLM2-135M, perplexity on WikiText-2: dense {found['dense']:.1f}; {', '.join(parts)}."
+        f"{_quantised(records)}"
     )
+
+
+def _quantised(records: list[dict]) -> str:
+    """What levels instead of 16 bits add to the perplexity of the 2:4 model."""
+    parts = {}
+    for entry in records:
+        share = entry["metrics"].get("of_16_bit_2:4") if entry["op"] == "quantize" else None
+        if share is not None and entry["backend"].startswith("2:4, "):
+            parts[entry["backend"].removeprefix("2:4, ")] = f"{share - 1:.1%}"
+    if not parts:
+        return ""
+    texts = ", ".join(f"{name} {value}" for name, value in parts.items())
+    return f" Quantising the kept weights adds: {texts} (rtn: to the nearest level)."
 
 
 def _variant(details: dict) -> str:

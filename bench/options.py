@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import faulthandler
+import logging
+import os
+import select
+import signal
+import socket
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import record
+
+BEGAN: float | None = None  # of time.monotonic(): when the process did; None: with each Run
+
+
+def process_began() -> float:
+    """When this process began, as time.monotonic() counts; now where the system does not say."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, AttributeError, IndexError):
+        age = 0.0
+    return time.monotonic() - max(0.0, age)
 
 
 def parser(name: str, text: str, budget: float) -> argparse.ArgumentParser:
@@ -65,7 +85,10 @@ class Run:
         self.quick = args.quick
         self.timer = "graph" if self.device.type == "cuda" else "wall"
         self.records: list[dict] = []  # of this run
-        self._begin, self._budget = time.monotonic(), args.budget
+        self._begin = time.monotonic() if BEGAN is None else BEGAN
+        self._budget = args.budget
+        self.phases: dict[str, float] = {}  # seconds of each
+        self.now = ""  # the phase that runs
         self._env = record.environment()
         known = record.read(self.path) if self.path.exists() else []
         self._done = {case_key(entry) for entry in known if entry.get("campaign") == self.campaign}
@@ -96,8 +119,124 @@ class Run:
         """Progress: one line with the seconds since the start, not held back in a buffer."""
         print(f"{self.elapsed:6.1f} s  {text}", flush=True)
 
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times the block, and says how long it took when it ends, however it does."""
+        begin, outer, self.now = time.monotonic(), self.now, name
+        try:
+            yield
+        finally:
+            took, self.now = time.monotonic() - begin, outer
+            self.phases[name] = round(self.phases.get(name, 0.0) + took, 2)
+            self.say(f"phase {name}: {took:.1f} s")
+
     def close(self) -> None:
         self.say(f"{len(self.records)} records in {self.path}, campaign {self.campaign}")
+
+
+class Watch:
+    """The end of a process that has a limit, or that is asked to end.
+
+    A thread of its own waits for it, as the main one may be in a compiler or a kernel: at `limit`
+    seconds of the run, or `GRACE` after SIGTERM, it calls `rescue(why)` and ends the process with
+    code 3. From SIGTERM on `asked` is true; `rescue` is called at once, too.
+
+    Args:
+        run: whose clock counts.      limit: seconds, None for none.
+        rescue: writes what is known. Called from the thread.
+    """
+
+    GRACE = 10.0
+    CODE = 3
+
+    def __init__(self, run: Run, limit: float | None, rescue: Callable[[str], None]):
+        self.run, self.limit, self.rescue = run, limit, rescue
+        self.asked = False
+        self._ours, self._theirs = socket.socketpair()
+        self._theirs.setblocking(False)
+        self._done = threading.Event()
+
+    def __enter__(self) -> Watch:
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._fd = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
+            self._before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+        self._thread = threading.Thread(target=self._wait, name="watch", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        with contextlib.suppress(OSError):
+            self._theirs.send(b"\0")
+        self._thread.join(5)
+        if self._main:
+            signal.set_wakeup_fd(self._fd)
+            signal.signal(signal.SIGTERM, self._before)
+        self._ours.close()
+        self._theirs.close()
+
+    def _wait(self) -> None:
+        while not self._done.is_set():
+            left = None if self.limit is None else self.limit - self.run.elapsed
+            if left is not None and left <= 0:
+                self._end("the limit is reached")
+            ready, _, _ = select.select([self._ours], [], [], left)
+            if ready and signal.SIGTERM in self._ours.recv(64) and not self.asked:
+                self.asked = True
+                self._call("SIGTERM")
+                end = self.run.elapsed + self.GRACE
+                self.limit = end if self.limit is None else min(self.limit, end)
+
+    def _call(self, why: str) -> None:
+        try:
+            self.rescue(why)
+        except Exception as error:
+            self.run.say(f"{why}: nothing could be recorded: {type(error).__name__}: {error}")
+
+    def _end(self, why: str) -> None:
+        self._call(why)
+        self.run.say(f"{why} in phase {self.run.now or 'none'}: ended")
+        sys.stderr.flush()
+        os._exit(self.CODE)
+
+
+class Told(logging.Handler):
+    """What the package logs, as progress of a run; lines closer than `pause` seconds to the one
+    before are left out."""
+
+    def __init__(self, run: Run, pause: float = 5.0):
+        super().__init__(logging.INFO)
+        self.run, self.pause, self.last = run, pause, -pause
+
+    def emit(self, entry: logging.LogRecord) -> None:
+        if self.run.elapsed - self.last >= self.pause:
+            self.last = self.run.elapsed
+            self.run.say(f"  {entry.getMessage().splitlines()[0][:160]}")
+
+
+def timed(rounds: Sequence[Any], rotate: bool, seconds: float) -> dict[str, Any]:
+    """Options of prune_model: these rounds, and a rotation, in so many seconds together. Rounds
+    after the walk get three parts, the one inside it two, the rotation one."""
+    parts = [2 if r.span == 1 else 3 for r in rounds]
+    each = max(0.1, seconds) / max(1, sum(parts) + rotate)
+    made = [dataclasses.replace(r, seconds=n * each) for r, n in zip(rounds, parts)]
+    found: dict[str, Any] = {"reconstruct": made} if made else {}
+    return found | ({"rotate": {"seconds": each}} if rotate else {})
+
+
+@contextlib.contextmanager
+def told(run: Run) -> Iterator[None]:
+    """The package's log as progress of the run, in the block."""
+    logger, handler = logging.getLogger("sparsekern"), Told(run)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def case_key(entry: dict) -> tuple:

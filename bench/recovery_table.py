@@ -42,7 +42,8 @@ def _of_case(records: list[dict]) -> tuple[list[str], list[list[str]]]:
         entry = [e for e in records if e["backend"] == backend][-1]
         values = [f"{entry['metrics'][f'start {name}']:.2f}" for name in tests]
         seconds = entry["details"]["seconds"]["prune"]
-        lines.append([NAMES[backend][0], *values, f"{seconds / 60:.1f}", "0"])
+        name = NAMES[backend][0] + _part(entry["details"].get("windows"))
+        lines.append([name, *values, f"{seconds / 60:.1f}", "0"])
     for entry in records:
         metrics = entry["metrics"]
         values = [f"{metrics[f'perplexity {name}']:.2f}" for name in tests]
@@ -50,3 +51,10 @@ def _of_case(records: list[dict]) -> tuple[list[str], list[list[str]]]:
         minutes, tokens = metrics["gpu_seconds"] / 60, metrics["tokens"] / 1e6
         lines.append([name, *values, f"{minutes:.1f}", f"{tokens:.1f} M"])
     return header, lines
+
+
+def _part(windows: dict | None) -> str:
+    """What to say of a start that was evaluated on the first windows of its texts."""
+    if windows is None or windows["start"] == windows["all"]:
+        return ""
+    return f" (the first {max(windows['start'].values())} windows)"

@@ -110,6 +110,22 @@ def losses_table(records: Iterable[dict]) -> tuple[str, list[str], list[list[str
     return text, ["out x in", "tokens", "dtype", "ours", "faster", "its time / ours"], rows
 
 
+def more_losses(records: Iterable[dict]) -> list[str]:
+    """Sentences on the ways to compute that the list leaves out: sums in float32, which are for
+    accuracy, and the time with the quantisation of x."""
+    found, texts = cells(records), []
+    for ours in ("W8A8 precise", "W8A8 with quantisation"):
+        for peer in PEERS:
+            ratios = [v for cell in found if (v := ratio(cell, ours, peer)) is not None]
+            lost = sum(value < 1 for value in ratios)
+            if lost:
+                texts.append(
+                    f"{ours} is slower than {peer} in {lost} of {len(ratios)} comparisons, "
+                    f"{min(ratios):.2f} to {max(ratios):.2f}."
+                )
+    return ["\n".join(texts)] if texts else []
+
+
 def grids(records: Iterable[dict]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, header, rows): for each type and each of ours, shapes down and tokens across, the
     ratios to PEERS in their order."""
@@ -126,10 +142,14 @@ def grids(records: Iterable[dict]) -> list[tuple[str, list[str], list[list[str]]
                 [shape, *(_text(table.get((shape, n)), ours, peers) for n in tokens)]
                 for shape in dict.fromkeys(cell.shape for cell in members)
             ]
-            header = ["out x in", *(f"{n} tokens" if n == tokens[0] else str(n) for n in tokens)]
+            header = ["out x in", *(_tokens(n) if n == tokens[0] else str(n) for n in tokens)]
             title = f"{ours}, {dtype}: time of {' / '.join(peers)} over ours, and (microseconds)"
             tables.append((title, header, rows))
     return tables
+
+
+def _tokens(number: int) -> str:
+    return f"{number} token{'s' * (number > 1)}"
 
 
 def _text(cell: Cell | None, ours: str, peers: list[str]) -> str:

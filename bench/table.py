@@ -9,16 +9,19 @@ each dtype a table for few tokens (decode) and one for many (prefill), with the 
 cuSPARSELt (results.py). Other records with "us" become one table per op and GPU: a row per shape, a
 column per backend with the median in microseconds and, where the same campaign timed the backend
 "dense" (or that of BASES), the speed-up over it. Records with "metrics" become one table per op and
-GPU: a row per case and backend. Of several campaigns for the same row the newest is shown. Records
-of changed sources (dirty) are left out, and so are sweeps (HIDDEN).
+GPU: a row per case and backend. Of several campaigns for the same row the newest is shown. Engines
+become one table per campaign (engines.py), quantised layers one per type and way to compute
+(results8.py), recovery the table of recovery_table.py. Records of changed sources (dirty) are left
+out, and so are sweeps (HIDDEN).
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
-from . import figure, headline, record, recovery_table, results, results8
+from . import engines, figure, headline, record, recovery_table, results, results8
 
 README = record.ROOT / "README.md"
 RESULTS = record.ROOT / "bench" / "RESULTS.md"
@@ -26,9 +29,10 @@ INTRODUCTION = """# Results
 
 Made from bench/records by `python -m bench table`; not to be edited. How it is measured, and how to
 repeat it, is in bench/README.md. Ratios are the time of the peer over ours: below 1 the peer is
-faster. In the pruning tables m.gguf is SmolLM2-135M-Instruct.Q4_1.gguf, calibrated on 128 windows
-of C4 and evaluated on WikiText-2; "refine 0" is each method as published. Those made on a CPU use
-the demo's text, with 20 windows of 512 tokens.
+faster. In the tables of pruning and quantisation m.gguf and s.gguf are
+SmolLM2-135M-Instruct.Q4_1.gguf, calibrated on C4 (128 windows of 2048 tokens where the case names
+no other number) and evaluated on WikiText-2; "refine 0" is each method as published. Those made on
+a CPU use the demo's text, with 20 windows of 512 tokens.
 """
 NOTHING = "No measurements are recorded yet."
 
@@ -38,11 +42,12 @@ TITLES = {
     "linear8": "Linear layers with quantised 2:4 weights",
     "activations": "Quantising activations",
     "mma_era": "mma.sp against dense mma.sync kernels on this GPU",
-    "vllm": "A real vLLM 0.24, tokens per second, 8B shape of random weights",
+    "vllm": "A real vLLM, tokens per second (times dense bfloat16), random weights",
     "generate": "Decoding in Transformers, static cache, compiled",
     "serve": "Behind vLLM's HTTP server",
     "decode_model": "Decoding a whole model",
     "prune_model": "Pruning",
+    "quality": "Pruning, what each part is worth",
     "quantize": "Quantised 2:4 weights, and quantising before pruning",
     "checkpoint": "Checkpoints",
     "compress": "Compression",
@@ -124,7 +129,7 @@ def metrics_table(records: list[dict]) -> str:
     groups = newest(records, lambda entry: (_case(entry), entry["backend"]))
     entries = [
         (case, backend, found[backend], campaign)
-        for (case, backend), (campaign, found) in sorted(groups.items())
+        for (case, backend), (campaign, found) in sorted(groups.items(), key=_natural)
     ]
     names = list(dict.fromkeys(name for _, _, entry, _ in entries for name in entry["metrics"]))
     rows = []
@@ -135,9 +140,18 @@ def metrics_table(records: list[dict]) -> str:
     return markdown(["case", "backend", *names, "campaign"], rows)
 
 
+def _natural(item: tuple) -> list:
+    """Orders texts with their numbers by value: 256 x 4096 before 4096 x 4096."""
+    parts = (re.split(r"(\d+)", text) for text in item[0])
+    return [[int(part) if part.isdigit() else part for part in text] for text in parts]
+
+
 def _case(entry: dict) -> str:
-    """The case; of a pruning also the dtype, the steps of refinement and the batch size."""
+    """The case without the backend; of a pruning also the dtype, the steps of refinement and the
+    batch size."""
     case, details = entry.get("case", ""), entry.get("details") or {}
+    if entry["op"] == "quality":
+        case = case.replace(f", {entry['backend']}, ", ", ")
     if entry["op"] == "prune_model" and "refine" in details:
         case += f", {entry['dtype']}, refine {details['refine']}"
         if share := details.get("match_dense"):
@@ -182,8 +196,48 @@ def quantized_tables(records: list[dict]) -> str:
     return "\n\n".join([*parts, f'Medians of campaigns {campaigns}; "-": not timed.'])
 
 
+def engine_tables(records: list[dict]) -> str:
+    """A table per campaign. All records have op "vllm" and the same GPU."""
+    parts = []
+    for campaign in engines.campaigns(records):
+        version = f"vLLM {campaign.version}, " if campaign.version else ""
+        title = f"{version}{campaign.model}, campaign {campaign.name}"
+        parts.append(f"{title}\n\n{markdown(*campaign.table())}")
+    return "\n\n".join(parts)
+
+
+def activation_losses(records: list[dict]) -> str:
+    """How often quantising activations moves bytes more slowly than a copy; "" without records."""
+    entries = [e for e in records if e["op"] == "activations"]
+    groups = newest(entries, lambda e: (_case(e), e["backend"])).values()
+    shares = [e["metrics"]["of_copy"] for _, found in groups for e in found.values()]
+    if not shares:
+        return ""
+    lost = sum(share < 1 for share in shares)
+    return (
+        f"Quantising activations moves bytes more slowly than a copy in {lost} of {len(shares)} "
+        f"cases, {min(shares):.2f} to {max(shares):.2f} of its bandwidth."
+    )
+
+
+def engine_losses(records: list[dict]) -> str:
+    """Where a dense engine is faster than a 2:4 one; "" without records of engines."""
+    found = engines.campaigns(records)
+    lost = [(e, p, case, v) for c in found for e, p, case, v in c.losses()]
+    if not found:
+        return ""
+    if not lost:
+        return "Engines: 2:4 is slower than dense in none of the cases."
+    rows = [
+        [case, engines.NAMES[engine], engines.NAMES[peer], f"{value:.3f}"]
+        for engine, peer, case, value in sorted(lost, key=lambda item: item[3])
+    ]
+    return "Engines\n\n" + markdown(["case", "ours", "faster", "ours / its tokens/s"], rows)
+
+
 def losses(records: list[dict]) -> str:
-    """What is slower than a peer on one GPU: linear layers, the Triton and the mma.sp kernel."""
+    """What is slower than a peer on one GPU: linear layers, the Triton and the mma.sp kernel,
+    quantised layers, quantising activations, engines."""
     linear = [entry for entry in records if entry["op"] == "linear" and "us" in entry]
     parts = [losses_table(results.cells(linear))] if linear else []
     with_triton = {entry.get("campaign") for entry in linear if entry["backend"] == "triton"}
@@ -199,6 +253,8 @@ def losses(records: list[dict]) -> str:
     if quantized is not None:
         text, header, rows = quantized
         parts.append(f"{text}\n\n{markdown(header, rows)}" if rows else f"{text}.")
+        parts += results8.more_losses(records)
+    parts += [text for text in (activation_losses(records), engine_losses(records)) if text]
     eras = [entry for entry in records if entry["op"] == "mma_era" and "us" in entry]
     base, ratios = BASES["mma_era"], []
     for _, found in newest(
@@ -256,6 +312,8 @@ def render(records: list[dict]) -> str:
             table = linear_tables(entries)
         elif op == "linear8" and kind == "us":
             table = quantized_tables(entries)
+        elif op == "vllm":
+            table = engine_tables(entries)
         else:
             base = BASES.get(op, "dense")
             table = timing_table(entries, base) if kind == "us" else metrics_table(entries)

@@ -16,7 +16,9 @@ import torch
 
 import sparsekern as sk
 from python_tests.linear_cases import random_input, random_weight
+from sparsekern import _native
 from sparsekern.backends import registry
+from sparsekern.backends.cusparselt import library as cusparselt_library
 from sparsekern.backends.protocol import Explained, folded
 from sparsekern.errors import FormatError
 from sparsekern.formats import dtypes, layouts
@@ -265,15 +267,12 @@ EXCEPTIONS = {
     "cli/demo.py": "the dtype that the demo shows",
     "cli/doctor.py": "the dtype that its smoke test runs",
     "integrations/gguf/model.py": "the dtype that a model is loaded in by default",
-    "prune/sparsegpt.py": "what a dense weight to prune may have, float64 included",
     "oneshot/discovery.py": "what a dense weight to prune may have",
-    "oneshot/rotation.py": "the bounds of a check, one for each dtype of a dense weight",
     "checkpoint/load.py": "how a file's 16-bit numbers are compared",
     "cli/finetune.py": "the dtypes that a command computes and writes in",
     "finetune/data.py": "the dtype of autocast",
     "finetune/teacher.py": "the dtype of autocast, and of stored log-probabilities",
     "finetune/trainer.py": "the dtypes of autocast",
-    "integrations/_vllm_method.py": "what vLLM asks of a quantization method",
 }
 
 
@@ -301,6 +300,10 @@ def test_the_table_is_right():
     assert dtypes.element("int4").columns(64) == 16
     assert dtypes.element("fp8") is dtypes.element("float8_e4m3fn")
     assert all(kind.storable for kind in dtypes.elements())
+    assert all({"cpu", "triton"} <= set(kind.backends) for kind in dtypes.elements())
+    assert {name for kind in dtypes.elements() for name in kind.backends} == set(
+        registry.backends()
+    )
     assert {kind.name for kind in dtypes.elements() if kind.scaled} == {
         dtypes.element(name).name for name in dtypes.QUANTIZED
     }
@@ -487,6 +490,29 @@ def test_a_row_major_weight_is_as_quick_as_a_module():
             y = sk.linear(x, rows)
         graph.replay()
         assert torch.equal(y, module(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [kind.name for kind in dtypes.elements()])
+def test_the_table_names_the_backends_of_a_type(name):
+    if not _native.available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs the native module and a GPU of compute capability 9.0")
+    kind, found = dtypes.element(name), set()
+    dtype = kind.storage if kind.plain else BF16
+    w24 = sk.compress(random_weight(256, 512, dtype), layout="rowmajor")
+    w24 = w24 if kind.plain else sk.quantize(w24, name, layout="rowmajor")
+    for backend in registry.backends():
+        device = "cpu" if backend == "cpu" else "cuda"
+        x, there = random_input((4, 512), dtype).to(device), w24.to(device)
+        try:
+            own = registry._own_layout(backend) or "rowmajor"
+            layout = "tile64" if backend.startswith("cuda") else own
+            sk.linear(x, there.to_layout(layout), backend=backend)
+            found.add(backend)
+        except (NotImplementedError, TypeError, ValueError):
+            continue
+    absent = {"cusparselt"} if cusparselt_library.refusal(0, torch.float16) else set()
+    assert found == set(kind.backends) - absent
 
 
 @pytest.mark.gpu

@@ -20,8 +20,6 @@ PACKAGE = ROOT / "sparsekern"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 README_BYTES = 14 * 1024
 
-# Takes away what branches that are not merged yet repair; the lead deletes it and its uses.
-
 
 def name_of(path):
     """Path from the root, as text."""

@@ -42,5 +42,16 @@ def script(x: Tensor, w: Tensor, model: nn.Module, ours: Backend, layout: sk.Lay
     dense: nn.Linear = layer.to_linear()
     plain: nn.Module = sk.decompress_model(model)
     print(counted.stored, dense.weight.shape, plain)
-    z: Tensor = layer(x)
+    joined: sk.OptimizeReport = sk.optimize(model)
+    joined.undo()
+    split: nn.Module = sk.tensor_parallel(model, plan={"*.q_proj": "colwise"})
+    experts: list[str] = [n for n, m in split.named_modules() if isinstance(m, sk.SparseExperts)]
+    print(joined, experts)
+    levels: sk.Sparse24 = sk.quantize(w24, "int8", scale="mse", importance=torch.ones(32))
+    numbers: sk.Sparse24 = sk.dequantize(levels)
+    x8, scale = sk.quantize_rows(x, "int8")
+    normed: Tensor = sk.rms_norm_quantize(x, torch.ones(32), "int8", eps=1e-5)[0]
+    gated: Tensor | None = sk.silu_mul_quantize(x, x, "fp8", with_y=True)[2]
+    print(numbers.nbytes, normed.shape, gated)
+    z: Tensor = layer(x) + sk.linear_quantized(x8, scale, levels)
     return y + z + sk.gated_linear(x, w24, again)

@@ -321,7 +321,7 @@ def test_int4_through_the_public_function(tokens, group, dtype):
     three = sk.linear(x.reshape(tokens, 1, 580), w24)
     assert torch.equal(three, y64[:tokens, None].to(dtype))
     told = sk.explain(x, w24)
-    assert told.backend == "cuda" and "W4A16" in told.why
+    assert told.backend == "cuda" and "W4A16" in told.reason, str(told)
     module = SparseLinear.from_sparse24(w24.rowmajor(), p.bias).to(DEVICE)
     assert module.weight.layout == "tile64"
     assert torch.equal(module(x), (y64[:tokens] + p.bias.double()).to(dtype))

@@ -233,7 +233,7 @@ def test_compiles_for_hopper_without_spills(dtype, tokens, tmp_path, monkeypatch
     assert stack_bytes(compiled.asm["cubin"], tmp_path) == 0
 
 
-@pytest.mark.parametrize("storage", ["int8", "e4m3", "int4"])
+@pytest.mark.parametrize("storage", ["int8", "float8_e4m3fn", "int4"])
 def test_quantised_weights_compile_for_hopper_without_spills(storage, tmp_path, monkeypatch):
     from sparsekern.backends.triton import linear as kernels
 

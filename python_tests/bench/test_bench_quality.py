@@ -1,6 +1,9 @@
 """The quality benchmark, whole, on a tiny GGUF on the CPU."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -82,3 +85,40 @@ def test_every_row_of_explore_is_valid():
 def test_unknown_runs_are_refused(tmp_path):
     with pytest.raises(ValueError, match="expected runs in .*'fastest'"):
         bench_quality.main(tmp_path / "r.jsonl", ["--gguf", "none.gguf", "--runs", "fastest"])
+
+
+def test_a_row_ends_in_its_time_with_what_it_has(tmp_path, monkeypatch, capsys):
+    """Rounds and a rotation that would never end: the row is recorded, and says so."""
+    from sparsekern import Reconstruction
+    from sparsekern.oneshot import presets
+
+    rounds = (
+        Reconstruction(span=1, epochs=10**6),
+        Reconstruction(span=None, epochs=10**6, between=1.0, recut=True, batch=2),
+    )
+    long = presets.Preset("", rotate=True, rounds=rounds, samples=6, side_by_side=True)
+    monkeypatch.setitem(presets.PRESETS, "best", long)
+    arguments = options(tmp_path, "--runs", "best,fast", "--row-seconds", 20)
+    assert bench_quality.main(tmp_path / "r.jsonl", arguments) == 0
+    row, fast = records(tmp_path)
+    assert (row["backend"], fast["backend"]) == ("best", "fast")
+    assert all(fit["stopped"] for fit in row["details"]["fits"]) and row["metrics"]["seconds"] < 20
+    out = capsys.readouterr().out
+    assert "phase best: prune_model: " in out and "out of time" in out and "rotated in" in out
+
+
+def test_a_row_that_hangs_is_a_record(tmp_path):
+    """No exception reaches it: the process ends after the budget."""
+    script = tmp_path / "child.py"
+    script.write_text(
+        "import sys, time\nfrom bench import bench_quality as b\nb.LATE = 1.0\n"
+        "def hang(*a, **k):\n    b.signal.setitimer(b.signal.ITIMER_REAL, 0)\n    time.sleep(1e4)\n"
+        "b.sparsekern.prune_model = hang\nb.main(sys.argv[1], sys.argv[2:])\n"
+    )
+    arguments = options(tmp_path, "--runs", "best", "--budget", 8)
+    command = [sys.executable, str(script), str(tmp_path / "r.jsonl"), *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 3, done.stderr[-2000:]
+    (row,) = records(tmp_path)
+    assert row["op"] == "quality_stopped" and row["details"]["phase"] == "best: prune_model"

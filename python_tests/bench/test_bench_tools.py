@@ -20,6 +20,7 @@ from bench import (  # noqa: E402
     bench_linear,
     bench_overhead,
     cusparselt,
+    engines,
     headline,
     layers,
     monitor,
@@ -110,6 +111,7 @@ def test_options_go_to_one_benchmark(capsys):
     assert "options go to one benchmark" in capsys.readouterr().out
     names = {"compat", "compress", "decode_model", "dense_mma", "hosttime", "linear", "overhead"}
     names |= {"finetune", "generate", "serve", "prune", "training", "vllm"}
+    names |= {"activations", "layers8", "quality", "quantize"}
     assert set(entry.names()) == names
 
 
@@ -281,6 +283,64 @@ def test_headline_gives_means_and_extremes_of_one_gpu():
     assert "(batch 1, context 64): 151 instead of 100 tokens/s, 1.51 times" in text
     assert "cuBLAS is faster in 1 of 4 cells, at worst 0.80" in text
     assert headline.render([{**entry, "dirty": True} for entry in RECORDS]) == ""
+
+
+def engine(backend, case, tokens_s, campaign, **details):
+    return {
+        **ENV,
+        "id": f"{backend}{case}{campaign}",
+        "op": "vllm",
+        "backend": backend,
+        "campaign": campaign,
+        "case": f"8b, 2 layers, {case}",
+        "metrics": {"tokens_s": tokens_s},
+        "details": {"vllm": "0.24.0", **details},
+    }
+
+
+def test_engines_are_compared_within_one_campaign():
+    old = [engine("dense", "batch 1", 50.0, "c1"), engine("sparse", "batch 1", 75.0, "c1")]
+    old += [engine("sparse-fp8", "batch 1", 500.0, "c1")]
+    new = [
+        engine("dense", "batch 1", 100.0, "c2", weights_gb=16.0),
+        engine("fp8", "batch 1", 140.0, "c2", weights_gb=10.0),
+        engine("sparse-fp8", "batch 1", 126.0, "c2", weights_gb=6.0),
+    ]
+    first, second = engines.campaigns([*old, *new])
+    assert (first.name, second.name) == ("c2", "c1")
+    assert [e.name for e in engines.campaigns([*old[::2], *new])] == ["c2"]
+    header, rows = first.table()
+    assert header == ["engine", "weights, GB", "batch 1"]
+    assert rows[2:] == [
+        ["2:4 fp8", "6.0", "126 (1.26)"],
+        ["2:4 fp8 over dense fp8", "0.60 x", "0.90"],
+    ]
+    assert first.losses() == [("sparse-fp8", "fp8", "8b, 2 layers, batch 1", 0.9)]
+    text = table.render([*old, *new])
+    head, _, rest = text.partition("**A real vLLM")
+    assert "| 8b, 2 layers, batch 1 | 2:4 fp8 | dense fp8 (vLLM's own) | 0.900 |" in head
+    assert rest.count("| 2:4 bfloat16 |") == 1 and "| 75 (1.50) |" in rest
+    lines = headline._engines([*old, *new])
+    assert "| 2:4 bfloat16 |  | 1.50 x |" in lines and "| 2:4 fp8 | 6.0 GB | 1.26 x |" in lines
+    assert lines[-1] == "| **2:4 fp8 over dense fp8** |  | 0.90 x |"
+
+
+def test_headline_shows_8_bit_layers_in_two_lines():
+    def of(tokens, **us):
+        return [
+            {**entry, "op": "linear8", "dtype": "float8_e4m3fn"}
+            for name, value in us.items()
+            for entry in timings("4096x4096", tokens, **{name: value})
+        ]
+
+    found = of(64, w8a16=20.0, cuda=12.0, scaled_mm=16.0, dense=30.0)
+    found += of(1024, w8a8=10.0, scaled_mm=14.0, dense=25.0)
+    assert headline._layers_8_bits(found)[-2:] == [
+        "| 1 to 64 tokens, x of 16 bits | 0.80 (0.80 to 0.80) | 1.50 (1.50 to 1.50) |",
+        "| 65 to 1024 tokens, x of fp8 | 1.40 (1.40 to 1.40) | 2.50 (2.50 to 2.50) |",
+    ]
+    assert "x of 16 bits at 33 to 64 tokens run at 0.60" in headline._lost_8_bits(found)
+    assert headline._layers_8_bits([]) == [] and headline._lost_8_bits([]) == ""
 
 
 def test_losses_table_without_losses_and_with_many(monkeypatch):

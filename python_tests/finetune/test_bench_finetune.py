@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -69,7 +71,7 @@ def test_a_record_for_each_start(options, tmp_path):
 def test_best_and_minutes_that_a_limit_shortens(options, monkeypatch):
     rounds = tuple(replace(step, epochs=1) for step in PRESETS["best"].rounds)
     monkeypatch.setitem(PRESETS, "best", replace(PRESETS["best"], rounds=rounds))
-    monkeypatch.setattr(bench_finetune.Recovery, "limit", lambda self, left: 3.0)
+    monkeypatch.setattr(bench_finetune.Recovery, "limit", lambda self, share: 3.0)
     code, records = measure(options, "--start", "best", "--minutes", 30)
     assert code == 0 and [r["backend"] for r in records] == ["best"]
     assert records[0]["metrics"]["minutes"] < 0.5
@@ -77,9 +79,8 @@ def test_best_and_minutes_that_a_limit_shortens(options, monkeypatch):
 
 
 def test_resume_after_the_limit(options, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_finetune, "AFTERWARDS", 0.0)
     limits = iter([0.2, None])
-    monkeypatch.setattr(bench_finetune.Recovery, "limit", lambda self, left: next(limits))
+    monkeypatch.setattr(bench_finetune.Recovery, "limit", lambda self, share: next(limits))
     more = ["--start", "magnitude", "--steps", 60, "--resume", tmp_path / "r", "--cache"]
     assert measure(options, *more, tmp_path / "c") == (0, [])
     assert (tmp_path / "r" / "0-magnitude" / "checkpoint.pt").exists()
@@ -104,3 +105,100 @@ def test_unknown_starts_and_counts_are_refused(options):
     for bad in (["--start", "nearest"], ["--start", "magnitude,best", "--minutes", "1,2,3"]):
         with pytest.raises(SystemExit):
             measure(options, *bad)
+
+
+def child(options, *more):
+    """The benchmark as a process of its own, its lines as they come."""
+    command = [sys.executable, "-m", "bench", "finetune", *map(str, [*options, *more])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def written(options):
+    return [json.loads(line) for line in options[-1].read_text().splitlines()]
+
+
+def test_a_limit_that_training_is_cut_for(options, tmp_path):
+    """Hours are asked for; training has what is left, and the record is there in time."""
+    begin = time.monotonic()
+    with child(options, "--start", "magnitude", "--minutes", 60, "--limit-seconds", 75) as process:
+        out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0 and time.monotonic() - begin < 80, out
+    (record,) = written(options)
+    assert record["op"] == "finetune" and record["metrics"]["minutes"] < 1.2
+    phases = record["details"]["phases"]
+    assert {"load", "dense evaluation", "sample", "magnitude: prune", "magnitude: train"} < {
+        *phases
+    }
+    windows = record["details"]["windows"]
+    assert windows["last"] == windows["all"] and max(windows["start"].values()) <= 24
+    assert all(f"phase {name}: " in out for name in phases)
+
+
+def test_sigterm_in_training_ends_with_a_record(options):
+    with child(options, "--start", "magnitude", "--minutes", 60) as process:
+        for line in process.stdout:
+            if "  step " in line:
+                process.send_signal(signal.SIGTERM)
+                break
+        out, _ = process.communicate(timeout=100)
+    stopped, record = written(options)
+    assert stopped["op"] == "finetune_stopped" and stopped["details"]["why"] == "SIGTERM"
+    assert stopped["details"]["phase"] == "magnitude: train" and stopped["metrics"]["steps"] >= 1
+    assert record["op"] == "finetune" and record["metrics"]["perplexity test.txt"] > 1, out
+    assert "ended by on_step" in record["details"]["notes"][-1]
+
+
+@pytest.mark.parametrize("phase", ["dense", "make_corpus", "prune", "evaluate", "compress"])
+def test_the_limit_in_every_phase_leaves_a_record(options, tmp_path, phase):
+    """A phase that never ends: at the limit less 5 s the process does, with what is known."""
+    script = tmp_path / "child.py"
+    script.write_text(STUCK)
+    command = [sys.executable, script, phase, "40", *options, "--start", "magnitude", "--steps", 2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment,
+                          timeout=150)  # fmt: skip
+    assert done.returncode == 3, done.stderr[-2000:]
+    assert "the limit is reached in phase" in done.stdout
+    if phase == "dense":  # nothing is known yet
+        assert not options[-1].exists()
+        return
+    (record,) = written(options)
+    assert record["op"] == "finetune_stopped" and record["metrics"]["dense test.txt"] > 1
+    assert ("start test.txt" in record["metrics"]) == (phase in ("evaluate", "compress"))
+    assert record["metrics"]["steps"] == (2 if phase in ("evaluate", "compress") else 0)
+
+
+# A call of the phase sleeps where no Python exception could reach it, until the watch ends it.
+STUCK = """
+import sys, time
+from bench import bench_finetune as b, options
+phase, limit = sys.argv[1], sys.argv[2]
+def stuck(*a, **k):
+    time.sleep(10_000)
+real, calls = b.Recovery.evaluate, []
+def evaluate(self, *a, **k):
+    calls.append(1)
+    if (phase, len(calls)) in (("dense", 1), ("evaluate", 3)):
+        stuck()
+    return real(self, *a, **k)
+b.Recovery.evaluate = evaluate
+if phase in ("make_corpus", "prune"):
+    setattr(b.Recovery, phase, stuck)
+if phase == "compress":
+    b.sparsekern.finetune.masked.Masked.compress = stuck
+out = sys.argv[sys.argv.index("--out") + 1]
+sys.exit(b.main(out, [*sys.argv[3:], "--limit-seconds", limit]))
+"""
+
+
+def test_a_last_evaluation_that_is_out_of_time_takes_the_first_windows(options, monkeypatch):
+    monkeypatch.setattr(bench_finetune, "AFTERWARDS", 1e6)
+    monkeypatch.setattr(bench_finetune.Recovery, "limit", lambda self, share: 1.0)
+    code, (record,) = measure(
+        options, "--start", "magnitude", "--minutes", 1, "--limit-seconds", 500
+    )
+    windows = record["details"]["windows"]
+    assert code == 0 and set(windows["last"].values()) == {1} != set(windows["all"].values())
+    assert record["case"].endswith(", the first 1 windows")
+    assert record["metrics"]["dense test.txt"] > 1 < record["metrics"]["perplexity test.txt"]

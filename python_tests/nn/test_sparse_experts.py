@@ -99,7 +99,10 @@ def test_on_meta():
         model = Mixture()
     assert list(unfuse_experts(model)) == ["bank"]
     assert model.bank.expert(3)["last"].weight.is_meta
-    assert (model.bank.expert(3)["last"].in_features, model.bank.expert(3)["last"].out_features) == (
+    assert (
+        model.bank.expert(3)["last"].in_features,
+        model.bank.expert(3)["last"].out_features,
+    ) == (
         32,
         16,
     )

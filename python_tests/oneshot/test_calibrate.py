@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_an_iteration_that_is_left_leaves_the_model_usable():
 def test_hessians_out_and_in():
     first, second, third = build(), build(), build()
     report = run_prune(first, refine=0, match_dense=0, keep_hessians=True)
-    assert len(report.hessians) == 14 and "hessians" not in report.to_json()
+    assert len(report.hessians) == 14 and "hessians" not in json.loads(report.to_json())
     again = sk.prune_model(second, "sparsegpt", hessians=report.hessians, refine=0, progress=False)
     assert_same_state(first, second)
     assert again.calibration is None

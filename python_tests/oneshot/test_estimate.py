@@ -121,12 +121,20 @@ def windows(monkeypatch, device, positions=8192, **given):
     monkeypatch.setattr(texts, "read_rows", lambda source, split: ["text"])
     monkeypatch.setattr(texts, "tokenize", lambda tokenizer, text: torch.arange(100_000))
     args = SimpleNamespace(
-        method="wanda", calibration="builtin", model="m", seed=0, samples=None, window=None
+        method="wanda",
+        calibration="builtin",
+        model="m",
+        seed=0,
+        samples=None,
+        window=None,
+        preset=None,
+        whole_documents=False,
     )
     vars(args).update(given)
     model = torch.nn.Linear(4, 4)
     model.config = SimpleNamespace(max_position_embeddings=positions)
-    return tuple(main._calibration(args, model, object(), device).shape)
+    drawn = main._calibration(args, model, object(), device)
+    return len(drawn), drawn.rows[0].numel()
 
 
 def test_windows_by_default(monkeypatch):

@@ -95,6 +95,47 @@ def test_what_is_no_better_is_not_kept():
     assert "no better" in report["model.layers.1.mlp.up_proj"].note
 
 
+@pytest.mark.parametrize(
+    "rounds, fits",
+    [
+        ({**BLOCK, "seconds": 3.0}, 3),
+        ({**SPAN, "seconds": 3.0}, 1),
+        ({**SPAN, "span": 2, "seconds": 3.0}, 2),
+        ({**SPAN, "recut": True, "batch": 3, "seconds": 3.0}, 1),
+        ({**BLOCK, "parts": "sublayers", "seconds": 3.0}, 6),
+    ],
+    ids=["block", "all", "windows", "recut", "sublayers"],
+)
+def test_seconds_end_a_round_with_the_best_so_far(rounds, fits):
+    """A hundred thousand epochs; every fit gets its part, and what it reached is kept."""
+    _, report = pruned({**rounds, "epochs": 100_000})
+    found = report.reconstruction
+    assert len(found) == fits and all(fit["stopped"] for fit in found)
+    assert all(fit["after"] <= fit["before"] for fit in found)
+    assert all(fit["steps"] >= 1 and fit["epochs"] <= fit["steps"] for fit in found)
+    assert any(fit["kept"] for fit in found)
+    taken = sum(fit["seconds"] for fit in found)
+    assert taken < rounds["seconds"] + 3  # a loaded machine
+
+
+def test_seconds_that_are_over_at_once():
+    """No step, no error: the weights are those of the walk."""
+    before, _ = pruned()
+    after, report = pruned({**BLOCK, "seconds": 1e-9})
+    for fit in report.reconstruction:
+        assert fit["stopped"] and fit["steps"] == 0 and not fit["kept"]
+    for name, weight in linear_weights(after).items():
+        assert torch.equal(weight, before.get_submodule(name).weight), name
+    assert report.from_json(report.to_json()).reconstruction == report.reconstruction
+
+
+def test_seconds_that_are_not_needed_change_nothing():
+    plain_, _ = pruned([BLOCK, SPAN])
+    timed, report = pruned([{**BLOCK, "seconds": 1e6}, {**SPAN, "seconds": 1e6}])
+    assert not any(fit["stopped"] for fit in report.reconstruction)
+    assert all(torch.equal(a, b) for a, b in zip(plain_.parameters(), timed.parameters()))
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_one_others():
     first, again = pruned([BLOCK, SPAN])[0], pruned([BLOCK, SPAN])[0]
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
@@ -326,6 +367,7 @@ def test_recut_keeps_every_token():
         (dict(reselect=0.5), ValueError, "reselect=0 with span=1, got 0.5"),
         (dict(batch=2), ValueError, "batch=None with span=1, got 2"),
         (dict(noise=0.1), ValueError, "noise=0 without recut, got 0.1"),
+        (dict(seconds=0), ValueError, "seconds > 0 or None, got 0"),
         (dict(steps=3), ValueError, r"keywords of Reconstruction: .* got \['steps'\]"),
         ([SPAN, BLOCK], ValueError, "rounds with span=1 before the others"),
         ([BLOCK, BLOCK], ValueError, "at most one round with span=1, got 2"),

@@ -124,3 +124,12 @@ def test_cayley_is_orthogonal():
     q = rotation.cayley(a)
     assert torch.allclose(q @ q.transpose(1, 2), torch.eye(8, dtype=torch.float64).expand(3, 8, 8))
     assert torch.equal(rotation.cayley(torch.zeros(4, 4)), torch.eye(4))
+
+
+def test_seconds_end_the_search():
+    model = build(num_key_value_heads=2)
+    report = rotate(model, ids(), steps=1_000_000, seconds=0.5)
+    assert 0 < report.steps < 1_000_000 and report.lost_after < report.lost_before
+    assert report.seconds < 10 and report.logits_distance < 1e-3
+    with pytest.raises(ValueError, match="seconds > 0 or None, got 0"):
+        rotate(build(), ids(), seconds=0)

@@ -193,7 +193,7 @@ ERRORS = {
     "backend name": (
         dict(backend="tpu"),
         ValueError,
-        r"backend in 'cuda', 'cuda-mma', 'triton', 'cpu', 'cusparselt', got 'tpu'",
+        r"backend in 'cuda', 'cuda-mma', 'cuda-precise', 'triton', 'cpu', 'cusparselt', got 'tpu'",
     ),
     "triton on cpu": (
         dict(backend="triton"),

@@ -1,11 +1,17 @@
 """gptq and rtn: against scalar code, better than rounding, monotone passes, masks kept."""
 
+import math
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import sparsekern as sk
 from sparsekern.formats import dtypes
 from sparsekern.prune import Hessian, PruneError, gptq, relative_error, rtn, sparsegpt
+from sparsekern.prune import quantize as loops
 from sparsekern.prune.masks import nm_mask
 
 KINDS = [("fp8", None), ("int8", None), ("int4", 64), ("int4", 128), ("int4", 192)]
@@ -168,6 +174,7 @@ REFUSALS = [
     (dict(w=torch.full((24, 192), float("nan"))), ValueError, "a finite w, got nan at row 0"),
     (dict(w=torch.ones(24, 192, dtype=torch.float64)), TypeError, "float64"),
     (dict(hessian=-torch.eye(192)), PruneError, "positive definite"),
+    (dict(backend="cuda"), ValueError, "backend None, 'torch' or 'triton', got 'cuda'"),
 ]
 
 
@@ -185,15 +192,142 @@ def test_rtn_refuses_dense_weights():
         rtn(w, "fp8")
 
 
+def test_triton_is_refused_without_a_gpu_or_the_interpreter():
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("this process runs the Triton interpreter")
+    _, pruned, mask, hessian = problem()
+    with pytest.raises(NotImplementedError, match="w is on cpu"):
+        gptq(pruned, hessian, "int4", mask=mask, backend="triton")
+
+
+def numbers_of_every_kind(codec):
+    """[4, rows]: every level, the ties between neighbours, what lies beside them, and extremes."""
+    if codec.storage.is_floating_point:
+        bits = torch.arange(256, dtype=torch.uint8).view(codec.storage).float()
+        levels = bits[bits.isfinite()].unique()
+    else:
+        levels = torch.arange(codec.low, codec.top + 1)
+    ties = (levels[1:] + levels[:-1]) / 2
+    beside = [torch.nextafter(ties, torch.tensor(sign * 1e9)) for sign in (1, -1)]
+    extremes = torch.tensor([1e-30, -1e-30, 464.0, 480.0, -1e20, math.inf, -math.inf, 1e-3, 0.0])
+    numbers = torch.cat([levels, ties, *beside, extremes, torch.randn(100) * 200])
+    return numbers[: len(numbers) // 4 * 4].view(4, -1).contiguous()
+
+
+def compare_kernels_with_torch(device):
+    """Each kernel against its oracle: levels to the bit, then tails of rows and columns."""
+    from sparsekern.backends.triton import gptq as kernels
+
+    for name in ("fp8", "int8", "int4"):
+        codec = dtypes.scaled_codec(dtypes.quantized("test", name).name)
+        block = numbers_of_every_kind(codec).to(device)
+        rows = block.shape[1]
+        scale, ranks = torch.ones(rows, device=device), torch.ones(4, device=device)
+        keep = torch.ones_like(block, dtype=torch.bool)
+        expected, removed = codec.round(block), torch.empty_like(block)
+        still = torch.eye(4, device=device)
+        kernels.sweep_block(codec, scale, False, block, keep, removed, still, ranks)
+        assert torch.equal(block, expected)
+        nothing = torch.full_like(block, math.nan)
+        kernels.sweep_block(codec, scale, False, nothing, keep, removed, still, ranks)
+        assert nothing.isnan().all(), "NaN is not hidden"
+
+        for columns, rows in ((128, 37), (44, 16), (12, 2), (300, 20)):
+            generator = torch.Generator().manual_seed(columns)
+            wt = torch.randn(columns, rows, generator=generator)
+            wt[:, 0] = 0
+            x = torch.randn(3 * columns, columns, generator=generator)
+            a = x.t() @ x / columns
+            keep = nm_mask(wt.t().contiguous(), 2, 4).t().contiguous()
+            worth = a.diagonal().contiguous()
+            wt, a, keep, worth = (tensor.to(device) for tensor in (wt, a, keep, worth))
+            wanted = codec.least_squares((wt * keep).t(), 0, worth.expand(rows, columns))[:, 0]
+            scale = kernels.fit(codec, wt, keep, worth)
+            # Two scales may be worth the same but for rounding.
+            close = (scale - wanted).abs() <= 1e-6 * wanted
+            assert close.double().mean() > 0.9 and (scale - wanted).abs().max() <= 0.1 * wanted.max()
+            assert scale[0] == 1, "nothing but zeros"
+            if columns > 256:
+                continue
+            u = torch.linalg.cholesky(torch.linalg.inv(a), upper=True)
+            v, ranks = (u / u.diagonal()[:, None]).contiguous(), u.diagonal() ** -2
+            for choose in (False, True):
+                found = []
+                for of in (loops._sweep_block_torch, kernels.sweep_block):
+                    block, kept, removed = wt.clone(), keep.clone(), torch.empty_like(wt)
+                    of(codec, wanted, choose, block, kept, removed, v, ranks)
+                    found.append((block, kept, removed))
+                same = (found[0][1] == found[1][1]).all(dim=0)
+                same &= found[0][0].isclose(found[1][0], rtol=1e-6, atol=0).all(dim=0)
+                assert float(same.double().mean()) >= 0.9, (name, columns, choose)
+                gap = (found[0][2] - found[1][2])[:, same].abs().max()
+                assert gap <= 1e-3 * float(wanted.max())
+            old, found = found[0][0], []
+            keep = old != 0
+            for of in (loops._descend_block_torch, kernels.descend_block):
+                block, slope = old.clone(), a @ (old - wt)
+                moved = of(codec, wanted, block, keep, slope, a, 1 / worth)
+                torch.testing.assert_close(block - old, moved, rtol=1e-4, atol=1e-5)
+                assert not block[~keep].any()
+                found.append(block)
+            same = found[0].isclose(found[1], rtol=1e-6, atol=0).all(dim=0)
+            assert float(same.double().mean()) >= 0.9, (name, columns)
+            assert (found[1] != old).any()
+
+    w, pruned, mask, hessian = problem(out_features=20, dead=(5, 64))
+    matrix = hessian.to(device)
+    for name, group in KINDS:
+        for kept, start in ((mask, pruned), (None, w)):
+            on = None if kept is None else kept.to(device)
+            results = []
+            for backend in ("torch", "triton"):
+                w24, report = gptq(
+                    start.to(device), matrix, name, mask=on, group=group, backend=backend
+                )
+                sk.verify(w24)
+                assert report.backend == backend
+                results.append(added(start, w24.to(device="cpu"), hessian))
+            assert results[1] == pytest.approx(results[0], rel=0.03 if kept is not None else 0.1)
+
+
+def test_triton_kernels_through_the_interpreter():
+    """In a process of its own, because Triton reads TRITON_INTERPRET when a kernel is defined."""
+    pytest.importorskip("triton")
+    code = (
+        "from python_tests.prune import test_quantize; "
+        "test_quantize.compare_kernels_with_torch('cpu')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.gpu
+def test_triton_kernels_on_the_gpu():
+    pytest.importorskip("triton")
+    compare_kernels_with_torch("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", None])
 @pytest.mark.parametrize("name, group", KINDS)
-def test_the_gpu_finds_as_good_levels(name, group):
+def test_the_gpu_finds_as_good_levels(name, group, backend):
     w, pruned, mask, hessian = problem(out_features=64)
     ours, _ = gptq(pruned, hessian, name, mask=mask, group=group)
-    theirs, report = gptq(pruned.cuda(), hessian.to("cuda"), name, mask=mask.cuda(), group=group)
-    assert added(pruned, theirs.cpu(), hessian) == pytest.approx(
+    options = dict(group=group, backend=backend)
+    theirs, report = gptq(pruned.cuda(), hessian.to("cuda"), name, mask=mask.cuda(), **options)
+    assert report.backend == (backend or "triton")
+    assert added(pruned, theirs.to(device="cpu"), hessian) == pytest.approx(
         added(pruned, ours, hessian), rel=0.02
     )
     sk.verify(theirs)
-    joint, _ = gptq(w.cuda(), hessian.to("cuda"), name, group=group)
+    again, _ = gptq(pruned.cuda(), hessian.to("cuda"), name, mask=mask.cuda(), **options)
+    assert torch.equal(again.to_dense(), theirs.to_dense())
+    joint, _ = gptq(w.cuda(), hessian.to("cuda"), name, **options)
     sk.verify(joint)

@@ -447,9 +447,7 @@ class _Reader:
                 )
             ) from error
 
-    def layer(
-        self, name: str, found: Plan, module: nn.Module, device: torch.device
-    ) -> nn.Module:
+    def layer(self, name: str, found: Plan, module: nn.Module, device: torch.device) -> nn.Module:
         """SparseLinear for one compressed layer, or the linear layer of an expert; `module` is what
         stands in its place on the tree."""
         parts = found.names.experts.matrices.get(name)

@@ -145,7 +145,9 @@ def match_names(
         if name in compressed:
             layer = compressed[name]
             if converter is not None and target in found.known:
-                group = conversions.setdefault((target, id(converter)), Conversion(converter, target))
+                group = conversions.setdefault(
+                    (target, id(converter)), Conversion(converter, target)
+                )
                 group.sources.append((pattern, name))
                 continue
             if target not in found.known and target not in tree:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sparsekern.cli.parser import CPU_WINDOWS, GPU_WINDOWS, make_parser
 from sparsekern.errors import check, message
+from sparsekern.formats import dtypes
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.integrations.loading import (
     cast_weights,
@@ -290,7 +291,7 @@ def _compute_in_float32(model: nn.Module, device: str) -> torch.dtype | None:
     Returns its dtype, to be cast back to; None where nothing was changed."""
     dtype: torch.dtype = next(model.parameters()).dtype
     kinds = {p.dtype for p in model.parameters()}
-    if device != "cpu" or kinds - {dtype} or dtype not in (torch.float16, torch.bfloat16):
+    if device != "cpu" or kinds - {dtype} or dtype not in dtypes.PLAIN or dtype.itemsize != 2:
         return None
     if dtype == torch.bfloat16 and cpu_has_bfloat16():
         return None

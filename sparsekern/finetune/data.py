@@ -507,14 +507,12 @@ def overlap(rows: Tensor, test: Tensor, n: int = 13) -> Overlap:
     wanted = _ngram_hashes(test.reshape(1, -1), n)
     if rows.shape[1] < n:
         return Overlap(n, wanted.size, 0)
-    unique = np.unique(wanted)
-    hit = np.zeros(unique.size, dtype=bool)
+    known = _Known(wanted)
+    found = []
     for part in rows.split(max(1, (1 << 22) // rows.shape[1])):  # 4 M tokens at a time
-        hashes = np.unique(_ngram_hashes(part, n))
-        places = np.searchsorted(unique, hashes)
-        places = np.minimum(places, unique.size - 1)
-        hit[places[unique[places] == hashes]] = True
-    seen = hit[np.searchsorted(unique, wanted)]
+        hashes = _ngram_hashes(part, n)
+        found.append(np.unique(hashes[known.holds(hashes)]))
+    seen = np.isin(wanted, np.unique(np.concatenate(found)))
     return Overlap(n, wanted.size, int(seen.sum()))
 
 
@@ -527,15 +525,34 @@ def without_overlap(corpus: Corpus, test: Tensor, n: int = 13) -> tuple[Corpus, 
         ValueError: no row is left.
     """
     op = f"{OP}.without_overlap"
-    wanted = np.unique(_ngram_hashes(test.reshape(1, -1), n))
+    known = _Known(_ngram_hashes(test.reshape(1, -1), n))
     keep = []
     for part in corpus.rows.split(max(1, (1 << 22) // corpus.window)):
-        hashes = _ngram_hashes(part, n).reshape(part.shape[0], -1)
-        places = np.minimum(np.searchsorted(wanted, hashes), wanted.size - 1)
-        keep.append(torch.from_numpy((wanted[places] != hashes).all(axis=1)))
+        held = known.holds(_ngram_hashes(part, n)).reshape(part.shape[0], -1)
+        keep.append(torch.from_numpy(~held.any(axis=1)))
     kept = torch.cat(keep)
     check(bool(kept.any()), op, "rows without test text", "none", "Give other training text.")
     return Corpus(corpus.rows[kept], corpus.sources), int((~kept).sum())
+
+
+class _Known:
+    """A set of hashes: their low bits mark a table that leaves few to look for."""
+
+    BITS = 24
+
+    def __init__(self, hashes: Any) -> None:
+        self.sorted = np.unique(hashes)
+        self.mask = np.uint64((1 << self.BITS) - 1)
+        self.table = np.zeros(1 << self.BITS, dtype=bool)
+        self.table[self.sorted & self.mask] = True
+
+    def holds(self, hashes: Any) -> Any:
+        """bool, of the same shape."""
+        found = self.table[hashes & self.mask]
+        some = hashes[found]
+        places = np.minimum(np.searchsorted(self.sorted, some), self.sorted.size - 1)
+        found[found] = self.sorted[places] == some
+        return found
 
 
 def _ngram_hashes(rows: Tensor, n: int) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor
 from sparsekern.errors import check
 from sparsekern.formats import codec
 from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.ops.linear_op import autocast
 
 OP = "sparsekern.finetune.lora"
 ROWS = 1024  # of the product at a time
@@ -82,9 +83,8 @@ def masked_product(x: Tensor, a: Tensor, b: Tensor, bitmask: Tensor, scale: floa
         [..., out], dtype of x. Gradients flow to x, a and b.
     """
     _check_shapes(f"{OP}.masked_product", torch.Size((bitmask.shape[0], x.shape[-1])), a, b)
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast(x)
+    if dtype is not None:
         x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
     folded = x.reshape(-1, x.shape[-1])
     y: Tensor = _MaskedProduct.apply(folded, a, b, bitmask, scale)  # type: ignore[no-untyped-call]

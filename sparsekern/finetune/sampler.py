@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.finetune import attention
+from sparsekern.formats import dtypes
 
 LENGTH = 128  # attention runs over multiples of it
 LOOK = 16  # steps between looks at the clock
@@ -96,7 +97,7 @@ class Sampler:
         self.later = torch.arange(self.length, device=self.device) > self.place
         positions = self.place.view(1, 1).expand(self.rows, 1)
         kind, on = self.device.type, self.autocast is not None
-        dtype = self.autocast or torch.bfloat16
+        dtype = self.autocast or dtypes.DEFAULT_16_BIT
         with torch.autocast(kind, dtype, enabled=on, cache_enabled=False):
             output = self.model(input_ids=last, position_ids=positions, use_cache=False)
         logits: Tensor = output.logits[:, -1].float()
@@ -258,7 +259,7 @@ def why_not(model: nn.Module, prompt: Tensor, window: int, autocast: torch.dtype
             if not probe.kept:
                 return "its layers do not use Transformers' AttentionInterface"
             kind, on = ids.device.type, probe.autocast is not None
-            with torch.autocast(kind, probe.autocast or torch.bfloat16, enabled=on):
+            with torch.autocast(kind, probe.autocast or dtypes.DEFAULT_16_BIT, enabled=on):
                 theirs = model(input_ids=ids, use_cache=False).logits.float()
         distance = float((ours.softmax(-1) - theirs.softmax(-1)).abs().sum(-1).max() / 2)
     except Exception as error:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparsekern.errors import FormatError, check
 from sparsekern.finetune.data import Corpus
 from sparsekern.finetune.losses import Target
+from sparsekern.oneshot.discovery import find_blocks
 from sparsekern.oneshot.fingerprint import of_model as fingerprint
 from sparsekern.utils.files import write_atomic
 
@@ -88,6 +89,29 @@ class Split(nn.Module):
                 module.training = flag
 
 
+def compiled(split: Split, whole: bool = False) -> Any:
+    """The split, called as it is, by torch.compile: decoder blocks one by one, whose code is the
+    same, so that one of them is compiled; the whole where a model has no blocks, or with `whole`.
+    Shapes are taken as fixed. The model itself stays as it is."""
+    _, blocks = ("", []) if whole else find_blocks(split.model)
+    if not blocks:
+        return torch.compile(split, dynamic=False)
+    calls = [(block, torch.compile(block._call_impl, dynamic=False)) for block in blocks]
+
+    def call(ids: Tensor, blocks: bool = False) -> tuple[Tensor, list[Tensor]]:
+        before = [block._compiled_call_impl for block, _ in calls]
+        try:
+            for block, function in calls:
+                block._compiled_call_impl = function
+            result: tuple[Tensor, list[Tensor]] = split(ids, blocks)
+            return result
+        finally:
+            for (block, _), function in zip(calls, before):
+                block._compiled_call_impl = function
+
+    return call
+
+
 def _body(model: nn.Module) -> nn.Module | None:
     """The part of a Transformers causal model below its output embedding, or None."""
     output = getattr(model, "get_output_embeddings", None)
@@ -107,7 +131,9 @@ class LiveTeacher:
         device: where it runs.
         offload: keep the weights in host memory between the steps: they travel to the device once
             per optimizer step, for all its micro-batches together.
-        autocast: dtype of its matmuls, or None.      compile: torch.compile its body.
+        autocast: dtype of its matmuls, or None.
+        compile: torch.compile its blocks, or, with `blocks` (their outputs are asked for), its
+            body.
     """
 
     def __init__(
@@ -118,9 +144,10 @@ class LiveTeacher:
         offload: bool = False,
         autocast: torch.dtype | None = None,
         compile: bool = False,
+        blocks: bool = False,
     ) -> None:
         self.split = Split(model.eval().requires_grad_(False).to("cpu" if offload else device))
-        self._body: Any = torch.compile(self.split) if compile else self.split
+        self._body: Any = compiled(self.split, blocks) if compile else self.split
         self.device, self.offload, self.autocast = device, offload, autocast
 
     @contextmanager

@@ -38,7 +38,7 @@ from sparsekern.finetune.data import Corpus
 from sparsekern.finetune.losses import IGNORED, Target, distillation_loss, square_head
 from sparsekern.finetune.masked import Masked
 from sparsekern.finetune.schedule import Schedule
-from sparsekern.finetune.teacher import CachedTeacher, LiveTeacher, Split
+from sparsekern.finetune.teacher import CachedTeacher, LiveTeacher, Split, compiled
 from sparsekern.formats import dtypes
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.utils.files import write_atomic
@@ -72,7 +72,9 @@ class Recipe:
         block: weight of the matching of block outputs (SquareHead), 0 for none.
         precision: "float32" | "bfloat16" | "float16" of the matmuls, by autocast (float16 with a
             GradScaler); None: bfloat16 on a GPU, float32 elsewhere.
-        compile: torch.compile the bodies of student and teacher, and the loss of a chunk.
+        compile: torch.compile the decoder blocks of student and teacher (one of each is compiled,
+            the others share its code; without blocks, or with `block`, the whole body), and the
+            loss of a chunk.
         seed: of the order of the rows, and of torch's generators at the start.
         log_every, eval_every, save_every: in steps; 0: only at the end (save: never).
     """
@@ -137,6 +139,8 @@ class DistillReport:
         recipe: as given, steps resolved.      data: Corpus.describe() of the training rows.
         teacher: "live", "offloaded", "cache" or "none".
         steps, tokens, seconds: of the whole run, resumed parts included.
+        first_step: seconds of this process' first step, which compiles; with minutes not counted
+            in `seconds`.
         tokens_per_second: over the steps after the first (which compiles), without evaluations.
         evaluations: [{"step", name: value, ...}].      final: the last of them.
         loss: of the last logged steps.
@@ -154,6 +158,7 @@ class DistillReport:
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    first_step: float = 0.0
     tokens_per_second: float = 0.0
     evaluations: list[dict[str, float]] = field(default_factory=list)
     loss: float = float("nan")
@@ -205,7 +210,7 @@ def distill(
     device: torch.device | str | None = None,
     offload_teacher: bool = False,
     progress: bool = True,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int], object] | None = None,
     recipe: Recipe | None = None,
     **options: Any,
 ) -> DistillReport:
@@ -233,7 +238,8 @@ def distill(
         device: None: "cuda" if there is one (under torchrun this process' own), else the CPU.
         offload_teacher: keep the teacher's weights on the host between steps.
         progress: show a progress bar with the time left.
-        on_step: called with the number of each finished step.
+        on_step: called with the number of each finished step; where it returns True the run ends
+            with this step, and a note says so (the same on every process).
         recipe, options: a Recipe, or its fields by name.
     Returns:
         DistillReport; report.masked.compress() then makes SparseLinear layers.
@@ -395,7 +401,7 @@ class _Run:
         world: _World,
         folder: str | Path | None,
         progress: bool,
-        on_step: Callable[[int], None] | None,
+        on_step: Callable[[int], object] | None,
         schedule: Schedule | None,
         eval_window: int,
     ) -> None:
@@ -502,6 +508,7 @@ class _Run:
                 offload=offload,
                 autocast=self.autocast,
                 compile=self.recipe.compile and not offload,
+                blocks=self.recipe.block > 0,
             )
             self.report.teacher = "offloaded" if offload else "live"
         elif teacher is not None:
@@ -594,6 +601,7 @@ class _Run:
                     values = (world.mean(sums.clone()) / sums[3].clamp(min=1)).tolist()
                     self._synchronise()
                 took = time.perf_counter() - start
+                report.first_step = report.first_step if first_done else took
                 if first_done:
                     self.spent += took
                     seen += 1
@@ -629,8 +637,11 @@ class _Run:
                     module.train()
                 if recipe.save_every and step % recipe.save_every == 0 and not last:
                     self._save(step)
-                if self.on_step is not None:
-                    self.on_step(step)
+                asked = self.on_step is not None and self.on_step(step) is True
+                if asked and not last:
+                    report.notes.append(f"ended by on_step with step {step}")
+                    report.loss = values[0] if math.isnan(report.loss) else report.loss
+                    break
                 if not last and self._out_of_time(step):
                     report.stopped = True
                     break
@@ -643,7 +654,9 @@ class _Run:
         return self.world.same(self.deadline - time.perf_counter()) < 0
 
     def _body(self) -> Any:
-        return torch.compile(self.split) if self.recipe.compile else self.split
+        if not self.recipe.compile:
+            return self.split
+        return compiled(self.split, whole=self.recipe.block > 0)
 
     def _one_step(self, module: Any, step: int, rate: float) -> Tensor:
         """Returns [loss, kl, ce, 1] of this process."""

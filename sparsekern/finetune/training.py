@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable imports Triton
 
 from sparsekern.backends import registry
 from sparsekern.backends import triton as triton_kernels
@@ -105,7 +106,7 @@ class SparseTrainingLinear(nn.Module):
         check(fits, OP, "weight [out, in], both multiples of 4", shape, "Leave this layer dense.")
         check(when in ("measured", "always"), OP, 'when "measured" or "always"', repr(when))
         if dtype is None:
-            wide = torch.bfloat16 if weight.is_cuda else torch.float32
+            wide = dtypes.DEFAULT_16_BIT if weight.is_cuda else torch.float32
             dtype = weight.dtype if weight.dtype in dtypes.NATIVE else wide
         known = tuple(dtypes.PLAIN)
         check(dtype in known, OP, f"dtype in {known}", dtype, exc=TypeError)
@@ -198,7 +199,7 @@ class SparseTrainingLinear(nn.Module):
 
     # ------------------------------------------------------------------ forward
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    @_disable_dynamo
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] of the dtype of the matmuls."""
         if x.dtype != self.dtype and autocast(x):
@@ -317,11 +318,12 @@ def _dense_of(w24: Sparse24) -> Tensor:
 def _permuted(index: Tensor, metadata: Tensor, shape: tuple[int, int], layout: str) -> Tensor:
     """int32 `index` in the order in which the layout holds values, -1 where it pads them.
 
-    Layouts permute values whatever they mean: each half of the numbers goes through as float16.
+    Layouts permute values whatever they mean: each half of a number goes through as 16 bits.
     """
+    stored = dtypes.DEFAULT_16_BIT
     halves = (index + 1).view(torch.int16).view(*index.shape, 2)
     moved = [
-        Sparse24(half.contiguous().view(torch.float16), metadata, shape).to_layout(layout).values
+        Sparse24(half.contiguous().view(stored), metadata, shape).to_layout(layout).values
         for half in halves.unbind(-1)
     ]
     bits = torch.stack([half.contiguous().view(torch.int16) for half in moved], dim=-1)

@@ -32,7 +32,7 @@ from sparsekern.errors import FormatError, check, message
 SCALE = "weight_scale"
 DEFAULT_GROUP = 128  # of types whose scales belong to groups
 _SMALLEST = torch.finfo(torch.float32).tiny
-_SHRINK = tuple(1 - 0.02 * step for step in range(31))
+SHRINKS, SHRINK = 31, 0.02  # of "mse": scales that are tried, and from one to the next
 _BLOCK = 1 << 20  # values for which every scale is tried at a time
 
 
@@ -120,8 +120,8 @@ class ScaledCodec:
         numbers = numbers.float()
         best = torch.full_like(largest, torch.inf)
         chosen = largest.clone()
-        for factor in _SHRINK:
-            scale = (largest * factor).clamp_(min=_SMALLEST)
+        for step in range(SHRINKS):
+            scale = (largest * (1 - SHRINK * step)).clamp_(min=_SMALLEST)
             spread = self.spread(scale, numbers.shape[1], group)
             error = (numbers - self.round(numbers / spread) * spread).square_()
             error = _by_group(error if weights is None else error.mul_(weights), group).sum(dim=2)

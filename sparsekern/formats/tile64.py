@@ -86,7 +86,8 @@ def fits(spec: WeightSpec) -> bool:
     """True when such a weight has this layout, whatever its present one."""
     if spec.storage == "int4":
         return scale_group(spec) in _SCALE_GROUPS
-    return spec.element.native_code is not None
+    kind = spec.element
+    return kind.native_code is not None if kind.plain else kind.bits == 8
 
 
 def pack(w24: Sparse24) -> Sparse24:

@@ -71,7 +71,7 @@ class ColwiseLinear(PassesOn):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
-            x = cast(Tensor, _ToRanks.apply(x, self.group))
+            x = cast(Tensor, _ToRanks.apply(x, self.group))  # type: ignore[no-untyped-call]
         return cast(Tensor, self.layer(x))
 
 
@@ -83,7 +83,7 @@ class RowwiseLinear(nn.Module):
         self.layer, self.group, self.bias = layer, group, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = cast(Tensor, _SumOfRanks.apply(self.layer(x), self.group))
+        y: Tensor = _SumOfRanks.apply(self.layer(x), self.group)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import deterministic as deterministic_options
 
 from sparsekern.backends.compress import mask24
+from sparsekern.formats.dtypes import DEFAULT_16_BIT
 from sparsekern.nn.replace import is_conv1d
 from sparsekern.oneshot.rounds import OP, Fit, Reconstruction
 from sparsekern.oneshot.sequential import Walk
@@ -26,6 +27,8 @@ logger = logging.getLogger("sparsekern")
 T = TypeVar("T")
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 RESELECT_EVERY = 10  # steps
+SAID = 10.0  # seconds between lines of a long fit in the log
+LOOK = 0.25  # seconds between looks at the clock, for which a GPU is waited for
 
 
 class Loss:
@@ -117,6 +120,34 @@ class Moving:
             t.parameter.data.copy_(latent.detach() * t.mask)
 
 
+class Clock:
+    """The time of a fit; without `seconds` it never ends."""
+
+    def __init__(self, seconds: float | None, device: torch.device) -> None:
+        self.seconds, self.device = seconds, device
+        self.begin = self.looked = self.first = time.perf_counter()
+
+    def share(self) -> float:
+        """Of the seconds, what is behind: 0 to 1."""
+        if not self.seconds:
+            return 0.0
+        return min(1.0, (time.perf_counter() - self.begin) / self.seconds)
+
+    def over(self, step: int, after: int) -> bool:
+        """Whether no step is to follow `step`: time for `after` more steps is kept back."""
+        if self.seconds is None:
+            return False
+        if step > 1 and time.perf_counter() - self.looked < LOOK:
+            return False
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = self.looked = time.perf_counter()
+        if step <= 1:
+            self.first = now  # compilation and the like are behind
+        each = (now - self.first) / max(1, step - 1)
+        return now - self.begin + (after + 1) * each >= self.seconds
+
+
 def held_out(batches: int, options: Reconstruction) -> int:
     """How many of the last batches are held out."""
     if batches < 2 or options.held_out == 0:
@@ -132,15 +163,17 @@ def fit(
     blocks: list[int],
     part: str,
     new_epoch: Callable[[int], None] = lambda epoch: None,
+    seconds: float | None = None,
 ) -> Fit:
     """AdamW on the kept weights; the weights in the end are the best of the held-out error, those
-    before included."""
+    before included. `seconds` end it early."""
     start_time = time.perf_counter()
     count = held_out(batches, options)
     train, held = list(range(batches - count)), list(range(batches - count, batches))
     judged = held or train
     parameters = [t.parameter for t in trained]
     device = parameters[0].device
+    clock, after = Clock(seconds, device), 2 * len(judged)
 
     @torch.no_grad()
     def error() -> float:
@@ -161,13 +194,15 @@ def fit(
     if moving is not None:
         optimizer.param_groups[0]["params"] = moving.latent
     generator = torch.Generator().manual_seed(options.seed * 7919 + blocks[0])
-    total, step, stale, epoch, last = options.epochs * len(train), 0, 0, 0, math.nan
+    total, step, stale, epochs, last = options.epochs * len(train), 0, 0, 0, before
+    stopped, said = clock.over(0, after), start_time
     try:
-        for epoch in range(options.epochs):
+        for epoch in range(0 if stopped else options.epochs):
             new_epoch(epoch)
-            losses = []
+            losses, epochs = [], epoch + 1
             for number in torch.randperm(len(train), generator=generator).tolist():
-                rate = options.lr * schedule(step, total, options.warmup)
+                place = max(step, min(total - 1, int(total * clock.share())))
+                rate = options.lr * schedule(place, total, options.warmup)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 losses.append(_backward(loss, train[number], parameters))
@@ -184,14 +219,23 @@ def fit(
                 for p in parameters:
                     p.grad = None
                 step += 1
+                stopped = step < total and clock.over(step, after)
+                if stopped:
+                    break
             last = float(torch.stack(losses).mean())
             now = error()
+            if time.perf_counter() - said > SAID:
+                said = time.perf_counter()
+                text = f"{step} of {total} steps, error {before:.4g} -> {now:.4g}"
+                logger.info("%s: blocks %d-%d, %s", OP, blocks[0], blocks[-1], text)
             if now < best_error:
                 best, best_error, stale = [p.detach().clone() for p in parameters], now, 0
             else:
                 stale += 1
                 if not math.isfinite(now) or (options.patience and stale >= options.patience):
                     break
+            if stopped:
+                break
         kept = best is not first
         if kept:
             with torch.no_grad():
@@ -208,8 +252,10 @@ def fit(
         raise
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - start_time
-    return Fit(blocks, before, best_error, epoch + 1, step, kept, seconds, last, part)
+    took = time.perf_counter() - start_time
+    done = Fit(blocks, before, best_error, epochs, step, kept, took, last, part, stopped)
+    logger.info("%s: %s", OP, done)
+    return done
 
 
 def repeatable(function: Callable[[], T]) -> T:
@@ -295,7 +341,7 @@ def training(
             for module, _ in calls:
                 module.compile()
         lower = device.type == "cuda" or half
-        products = torch.autocast(device.type, torch.bfloat16, enabled=lower, cache_enabled=False)
+        products = torch.autocast(device.type, DEFAULT_16_BIT, enabled=lower, cache_enabled=False)
         with _deterministic(device), products:
             yield trained
     finally:

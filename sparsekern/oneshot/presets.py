@@ -44,7 +44,7 @@ PRESETS = {
         rotate=True,
         rounds=(
             Reconstruction(span=1, epochs=8),
-            Reconstruction(span=None, epochs=30, between=1.0, recut=True, batch=2),
+            Reconstruction(span=None, epochs=10, between=1.0, recut=True, batch=4),
         ),
         samples=256,
         side_by_side=True,

@@ -168,9 +168,9 @@ def prune_model(
         reconstruct: rounds of gradient descent on the hidden states that pruned blocks return: a
             Reconstruction, its keywords as a dict, a list of them, True for one with the defaults,
             () for none. For a model that is a chain of decoder blocks.
-        rotate: True, or keywords of sparsekern.rotate (steps, rate, heads, seed): change the basis
-            of the residual stream first. The dense model stays the same up to rounding. False:
-            not.
+        rotate: True, or keywords of sparsekern.rotate (steps, seconds, rate, heads, seed): change
+            the basis of the residual stream first. The dense model stays the same up to rounding.
+            False: not.
         untie: allow `rotate` to give the head a weight of its own.
         **options: of a registered method.
     Returns:
@@ -325,7 +325,7 @@ class _Extra:
         self.rotate: dict[str, Any] | None = None
         if wanted is not False:
             self.rotate = {**(wanted if isinstance(wanted, Mapping) else {}), "untie": untie}
-            known = {"steps", "rate", "heads", "seed", "untie"}
+            known = {"steps", "seconds", "rate", "heads", "seed", "untie"}
             unknown = sorted(set(self.rotate) - known)
             check(not unknown, OP, f"keywords of sparsekern.rotate: {sorted(known)}", unknown)
         possible = calibration is not None and hessians is None
@@ -663,8 +663,12 @@ class _Run:
         block = cast(nn.Module, stage.module)
         options = cast(Reconstruction, self.extra.block)
         final = self.final if index == len(walk.blocks) - 1 else None
+        seconds = None
+        if options.seconds is not None:
+            spent = sum(row["seconds"] for row in self.report.reconstruction)
+            seconds = max(0.0, options.seconds - spent) / (len(walk.blocks) - index)
         with self.walk.phase("reconstruct"), on_device(final, self.walk.device):
-            fits = reconstruct_block(block, index, walk, masks, dense, options, final)
+            fits = reconstruct_block(block, index, walk, masks, dense, options, final, seconds)
         self.report.reconstruction += [fit.row() for fit in fits]
         return _said(fits[-1]) if fits else ""
 

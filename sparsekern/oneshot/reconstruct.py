@@ -57,6 +57,7 @@ def reconstruct_block(
     dense: Mapping[nn.Module, Tensor],
     options: Reconstruction,
     final: nn.Module | None = None,
+    seconds: float | None = None,
 ) -> list[Fit]:
     """Move the kept weights of one pruned block towards the dense block's outputs, in place.
 
@@ -66,6 +67,7 @@ def reconstruct_block(
             model has been walked through this block (Walk.dense_block).
         masks, dense: of each pruned linear layer, bool and dense weight [out, in].
         final: the norm behind the block, for the last one.
+        seconds: for this block, or None.
     """
     device = walk.device
     calls = [batch_calls[index] for batch_calls in walk.calls]
@@ -123,7 +125,8 @@ def reconstruct_block(
 
         loss = Loss(options, [1.0], given, goal, walk)
         with training(kept_weights(modules, masks), options, device, [block]) as trained:
-            fits.append(fit(trained, len(calls), loss, options, [index], part))
+            share = None if seconds is None else seconds / len(parts)
+            fits.append(fit(trained, len(calls), loss, options, [index], part, seconds=share))
     return fits
 
 

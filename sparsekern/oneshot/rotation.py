@@ -26,6 +26,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -39,6 +41,7 @@ from sparsekern.oneshot.calibration import Batch, make_batches
 from sparsekern.oneshot.discovery import find_blocks, input_embedding
 
 OP = "sparsekern.rotate"
+logger = logging.getLogger("sparsekern")
 STEPS, RATE = 200, 0.02
 SKIPPED_POSITIONS = 4  # of a sequence: attention sinks
 OUTLIER = 3.0  # times the median norm: such tokens are left out, too
@@ -78,8 +81,9 @@ class RotationReport:
     logits_distance: float
 
     def __str__(self) -> str:
-        text = f"rotated in {self.seconds:.1f} s: lost importance {self.lost_before:.4f} -> "
-        text += f"{self.lost_after:.4f}, logits within {self.logits_distance:.1e}"
+        text = f"rotated in {self.seconds:.1f} s, {self.steps} steps: "
+        text += f"lost importance {self.lost_before:.4f} -> {self.lost_after:.4f}, "
+        text += f"logits within {self.logits_distance:.1e}"
         return f"{text}, head untied (+{self.untied_bytes} bytes)" if self.untied_bytes else text
 
 
@@ -89,6 +93,7 @@ def rotate(
     calibration: object,
     *,
     steps: int = STEPS,
+    seconds: float | None = None,
     rate: float = RATE,
     heads: bool = True,
     untie: bool = False,
@@ -104,6 +109,8 @@ def rotate(
             SmolLM, ...).
         calibration: token ids [samples, tokens], or whatever prune_model takes.
         steps, rate: of Adam; 0 steps fold the gains alone.
+        seconds: time for all of it; the search ends with the step that it is in when they are over,
+            its rate fallen by then. How far it comes depends on the machine.
         heads: also learn one rotation per key-value head between v and o.
         untie: allow a head of its own where it shares the embedding's weight: the gain of the last
             norm stands in the one and not in the other. Costs the bytes of an embedding.
@@ -119,6 +126,7 @@ def rotate(
     target = _target(model, device)
     batches = make_batches(calibration, model, None, target)
     knobs: dict[str, Any] = {"steps": steps, "rate": rate, "heads": heads, "untie": untie}
+    knobs["seconds"] = seconds
     return rotate_on(model, batches, target, seed=seed, **knobs).report
 
 
@@ -139,6 +147,7 @@ def rotate_on(
     target: torch.device,
     *,
     steps: int = STEPS,
+    seconds: float | None = None,
     rate: float = RATE,
     heads: bool = True,
     untie: bool = False,
@@ -148,6 +157,7 @@ def rotate_on(
     """`rotate` on batches. known: tensors of an earlier search ("basis", "turns.0", ..., "lost"),
     which is then not made again."""
     start = time.perf_counter()
+    check(seconds is None or seconds > 0, OP, "seconds > 0 or None", seconds)
     home = next(model.parameters()).device
     probe = batches[0].probe()
     stream = find_stream(model, probe, home)
@@ -165,6 +175,7 @@ def rotate_on(
     undo = functools.partial(_restore, model, kept, tied is not None, tie_flag)
     width = stream.embedding.weight.shape[1]
     basis, turns, lost = torch.eye(width, dtype=torch.float64), list[Tensor](), (0.0, 0.0)
+    made = steps
     try:
         untied = _untie(model, stream) if tied is not None else 0
         _fold_gains(stream)
@@ -173,7 +184,9 @@ def rotate_on(
             turns = [known[f"turns.{i}"] for i in range(len(known) - 2)]
         elif steps:
             grams = collect_grams(model, stream, batches, target)
-            basis, turns, lost = learn(stream, grams, steps, rate, heads, target, seed)
+            end = None if seconds is None else start + seconds
+            found = learn(stream, grams, steps, rate, heads, target, seed, end)
+            basis, turns, lost, made = found
         if steps:
             _apply(stream, basis, turns)
         after = _logits(model, probe, home)
@@ -187,8 +200,9 @@ def rotate_on(
     except BaseException:
         undo()
         raise
-    seconds = time.perf_counter() - start
-    report = RotationReport(steps, seconds, *lost, untied, distance)
+    took = time.perf_counter() - start
+    report = RotationReport(made, took, *lost, untied, distance)
+    logger.info("%s", report)
     return Rotated(report, basis.cpu(), [turn.cpu() for turn in turns], undo)
 
 
@@ -467,9 +481,10 @@ def learn(
     heads: bool,
     device: torch.device,
     seed: int = 0,
-) -> tuple[Tensor, list[Tensor], tuple[float, float]]:
-    """Q [width, width], R of each attention [heads, size, size], and the share lost before and
-    after."""
+    end: float | None = None,
+) -> tuple[Tensor, list[Tensor], tuple[float, float], int]:
+    """Q [width, width], R of each attention [heads, size, size], the share lost before and after,
+    and the steps that there was time for until `end` of time.perf_counter()."""
     width = stream.embedding.weight.shape[1]
     inside = [(readers, grams[id(readers[0])]) for _, readers in stream.norms[:-1]]
     energies = {id(m): grams[id(m)].diagonal() for m in stream.writers}
@@ -527,7 +542,13 @@ def learn(
                 return float(torch.stack(losses(matrices)).mean())
 
         before = mean_share()
-        for _ in range(steps):
+        begin, made = time.perf_counter(), 0
+        for made in range(1, steps + 1):
+            if end is not None:
+                behind = (time.perf_counter() - begin) / max(1e-9, end - begin)
+                share = min(1.0, max((made - 1) / steps, behind))
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * share))
             order = torch.randperm(len(matrices), generator=generator).tolist()
             chosen, elements = [], 0
             for index in order:
@@ -539,12 +560,18 @@ def learn(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
+            if end is None:
+                schedule.step()
+                continue
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if time.perf_counter() >= end:
+                break
         after = mean_share()
         with torch.no_grad():
             q = _orthonormal(cayley(a.double()))
             r = [_orthonormal(cayley(x.double())) for x in b]
-    return q.detach(), [x.detach() for x in r], (before, after)
+    return q.detach(), [x.detach() for x in r], (before, after), made
 
 
 def _orthonormal(q: Tensor) -> Tensor:

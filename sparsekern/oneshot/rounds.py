@@ -22,6 +22,10 @@ class Reconstruction:
         span: blocks that are trained together; 1: each block right after it is pruned; None: all of
             them, after the walk. Windows of more than one block move on by half of their span.
         epochs: passes over the calibration rows that are not held out.
+        seconds: time for the whole round, in equal parts for the fits that it still has; None: all
+            epochs run. A fit that is out of time ends with the step that it is in, and the weights
+            of the lowest held-out error stay; its rate has fallen with the time by then. How far it
+            comes depends on the machine.
         lr: of AdamW (betas 0.9 and 0.95, no decay), after `warmup` of the steps; then a cosine to
             0. One step is one forward batch (prune_model's batch_size).
         target: "dense": what the dense model has there; "pruned": the dense blocks on the inputs
@@ -51,6 +55,7 @@ class Reconstruction:
 
     span: int | None = 1
     epochs: int = 6
+    seconds: float | None = None
     lr: float = 6e-4
     target: str = "dense"
     between: float = 0.0
@@ -80,6 +85,8 @@ class Reconstruction:
             if name == "patience" and value is None:
                 continue
             check(type(value) is int and value >= low, op, f"{name} >= {low}", repr(value))
+        time_ = self.seconds is None or (number(self.seconds, 0) and self.seconds > 0)
+        check(time_, op, "seconds > 0 or None", repr(self.seconds))
         check(number(self.lr, 0) and self.lr > 0, op, "lr > 0", repr(self.lr))
         check(number(self.reselect, 0, 1), op, "reselect from 0 to 1", repr(self.reselect))
         fixed = self.span != 1 or not self.reselect
@@ -143,7 +150,8 @@ def described(rounds: Sequence[Reconstruction]) -> list[dict[str, Any]]:
 class Fit:
     """What one fit did. before, after: the held-out error E (of the training batches where nothing
     is held out). train: mean of E over the last epoch's steps; far below `after` it is over-fitted.
-    epochs: that ran. kept: whether the new weights were better, and are in place."""
+    epochs: that ran, a part of one included. kept: whether the new weights were better, and are in
+    place. stopped: the seconds of the round ended it."""
 
     blocks: list[int]
     before: float
@@ -154,6 +162,13 @@ class Fit:
     seconds: float
     train: float
     part: str = "block"
+    stopped: bool = False
+
+    def __str__(self) -> str:
+        first, end = self.blocks[0], self.blocks[-1]
+        text = f"blocks {first}-{end}, {self.part}: error {self.before:.4g} -> {self.after:.4g}"
+        text += f", {self.steps} steps, {self.epochs} epochs, {self.seconds:.1f} s"
+        return text + (", out of time" if self.stopped else "")
 
     def row(self) -> dict[str, Any]:
         """As plain values."""

@@ -4,6 +4,7 @@ trained on. oneshot/reconstruct.py says what is fitted to what."""
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -85,19 +86,32 @@ class SpanRound:
         self.windows = windows(len(walk.blocks), options.span)
         self._dense = list(walk.hidden)
         self._at = 0  # the block whose inputs `hidden` are
+        self._left = options.seconds
 
     def fit(self, number: int) -> Fit:
         """Train window `number`; windows before it hold their final weights."""
+        begin = time.perf_counter()
         first, end = self.windows[number]
+        seconds = None if self._left is None else self._left / (len(self.windows) - number)
         self._advance(first)
         blocks = self.walk.blocks[first:end]
         teachers = self.teachers[first:end]
         final = [self.final] if self.final is not None else []
         with all_on([*blocks, *teachers, *final], self.walk.device):
-            return self._train(first, end, blocks, teachers)
+            if seconds is not None:
+                seconds = max(0.0, seconds - (time.perf_counter() - begin))
+            done = self._train(first, end, blocks, teachers, seconds)
+        if self._left is not None:
+            self._left = max(0.0, self._left - (time.perf_counter() - begin))
+        return done
 
     def _train(
-        self, first: int, end: int, blocks: list[nn.Module], teachers: list[nn.Module]
+        self,
+        first: int,
+        end: int,
+        blocks: list[nn.Module],
+        teachers: list[nn.Module],
+        seconds: float | None,
     ) -> Fit:
         walk, options = self.walk, self.options
         final = self.final if end == len(walk.blocks) else None
@@ -141,7 +155,7 @@ class SpanRound:
         numbers = list(range(first, end))
         with training(weights_of, options, walk.device, blocks) as trained:
             count = len(walk.calls)
-            done = fit(trained, count, loss, options, numbers, "span", data.new_epoch)
+            done = fit(trained, count, loss, options, numbers, "span", data.new_epoch, seconds)
         if options.reselect and done.kept:
             for module in self.masks:
                 if id(module) in inside:

@@ -42,7 +42,12 @@ _is_compiling = torch.compiler.is_compiling
 _is_traced = torch.compiler.is_dynamo_compiling  # quicker; other tracers bring tensors of their own
 _is_grad_enabled = torch.is_grad_enabled
 _jit_trace = torch._C._get_tracing_state
+_has_autocast = torch.amp.is_autocast_available
 _any_autocast = torch._C._is_any_autocast_enabled
+# Device types that have an autocast; asked here because torch.compile of torch 2.11 cannot.
+_AUTOCAST = frozenset(
+    kind for kind in ("cpu", "cuda", "mps", "mtia", "xla", "xpu") if _has_autocast(kind)
+)
 
 # {what decides: launch}. What decides: shape and strides of x (None: contiguous), its dtype and
 # GPU, the weight's spec, the activation, whether there is a bias, the backend that is asked for.
@@ -326,7 +331,7 @@ _input_grad_op.register_autograd(_double_backward, setup_context=_save_for_doubl
 def autocast(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives linear layers on the device of x; None where it is off."""
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind in _AUTOCAST and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 
@@ -382,8 +387,8 @@ def linear(
         w24: Sparse24 of shape [out_features, in_features], dtype and device of x.
         bias: [out_features], dtype and device of x, or None.
         activation: None | "relu" | "gelu" (exact, with erf) | "silu".
-        backend: None chooses; "cpu", "triton", "cuda", "cuda-mma", "cusparselt" or the name of a
-            registered one forces it. See `explain`.
+        backend: None chooses; "cpu", "triton", "cuda", "cuda-mma", "cuda-precise" (e4m3 alone),
+            "cusparselt" or the name of a registered one forces it. See `explain`.
     Returns:
         [..., out_features], dtype of x, contiguous. No aliasing with inputs.
     Raises:
@@ -456,7 +461,7 @@ def linear(
         with torch.autocast(x.device.type, enabled=False):
             return linear(x, w24, bias, activation, backend=backend).to(rounded)
     check_linear(_OP, x, spec, values, bias, activation)
-    if transforms.active() and not _is_traced():
+    if not _is_traced() and transforms.active():
         return transforms.linear(x, w24, bias, activation, backend)
     if needs_custom_op(x, bias):
         if not _is_compiling() and _jit_trace() is not None:

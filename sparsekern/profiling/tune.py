@@ -202,17 +202,19 @@ class Layer:
         chosen = cuda_backend.heuristic(tokens, *self.shape, index, self.types)
         multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
 
-        known = {heuristics.name(variant): variant for variant in heuristics.TIMES}
+        bits = self.types.bits
+        known = {heuristics.name(variant): variant for variant in heuristics.table(bits)}
 
         def predicted(name):
             if name not in known:
                 return math.inf
-            problem = tokens, *self.shape, multiprocessors, self.types.bits
+            problem = tokens, *self.shape, multiprocessors, bits
             return heuristics.predicted_us(known[name], *problem)
 
         decode = tokens <= heuristics.DECODE_TOKENS
         mma = heuristics.mma_considered(tokens, *self.shape) or "prefill" not in kernels.values()
-        split = heuristics.split_considered(tokens, *self.shape)
+        many = max(tokens, heuristics.PREFILL_TOKENS) if bits.x == 8 else tokens
+        split = heuristics.split_considered(many, *self.shape)
         wanted = {"prefill": True, "decode": decode, "mma": mma, "split": split}
         names = [name for name, kernel in kernels.items() if wanted[kernel]]
         return list(dict.fromkeys([chosen, *sorted(names, key=predicted)]))

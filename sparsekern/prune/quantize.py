@@ -11,13 +11,16 @@ w − mask ⊙ q(w).
 The sweep is SparseGPT's (prune/sparsegpt.py) with another q. The error goes to all later columns,
 pruned ones too: what one of them receives is its own error when the sweep reaches it, and goes on
 to the kept columns after it. The passes know the mask exactly.
+
+The loops over the columns of a block have two implementations, torch operations on any device and
+Triton kernels (backends/triton/gptq.py) on a GPU; what a block leaves to the others is a matmul.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -51,6 +54,7 @@ class QuantizeReport:
         attempts: [(damp, dtype, outcome), ...] of the factorisation, as in SparseGPTReport.
         moved: share of the kept weights whose level the passes changed.
         seconds: wall time of the call.
+        backend: "torch" or "triton", which ran the loops.
     """
 
     method: str
@@ -61,6 +65,7 @@ class QuantizeReport:
     attempts: list[tuple[float, str, str]]
     moved: float
     seconds: float
+    backend: str = "torch"
 
 
 def rtn(
@@ -113,6 +118,7 @@ def gptq(
     scale: str = "mse",
     damp: float = 0.01,
     passes: int = PASSES,
+    backend: str | None = None,
 ) -> tuple[Sparse24, QuantizeReport]:
     """Levels and scales that lower ‖(T − Q)X‖² + λ‖T − Q‖² over the weights that the mask keeps.
 
@@ -135,11 +141,14 @@ def gptq(
         damp: λ as a multiple of mean(diag H); it grows where the factorisation fails, as in
             `sparsegpt`.
         passes: over all columns; 0 is the published sweep.
+        backend: of the loops; None picks, "torch" or "triton" insists. They differ by rounding,
+            which may move a weight that is near a tie to its other level.
     Returns:
         (Sparse24 row-major of w's dtype, QuantizeReport).
     Raises:
         ValueError: shapes, devices or options that do not fit; NaN or Inf; a mask that keeps more
             than two of four.   TypeError: dtypes.   PruneError: H cannot be inverted.
+        NotImplementedError: backend="triton" where its kernels cannot run.
     Source: Frantar et al. 2022, "GPTQ" (arXiv:2210.17323); the joint sweep: Frantar and Alistarh
     2023 (arXiv:2301.00774), section 3.4; the passes: Behdin et al. 2023, "QuantEase"
     (arXiv:2309.01885).
@@ -148,10 +157,11 @@ def gptq(
     op = "sparsekern.prune.gptq"
     spec = _checked(op, w, dtype, mask, target, group, scale, damp, passes)
     h = as_matrix(op, hessian, w)
+    backend = _picked(op, backend, w)
     with exact_float32(w.device):
         # The result does not depend on the scale of H: bring it to where float32 is at home.
         h = h / h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-        solver = _Solver(spec, h, scale)
+        solver = _Solver(spec, h, scale, backend)
         wt = torch.empty(w.shape[1], w.shape[0], dtype=torch.float32, device=w.device)
         wt.copy_(w.detach().t())
         aim = wt.clone() if target is None else target.detach().t().float().contiguous()
@@ -174,14 +184,14 @@ def gptq(
     used = attempts[-1][0]
     seconds = time.perf_counter() - start
     return w24, QuantizeReport(
-        name, spec.storage, spec.group, error, used, attempts, moved, seconds
+        name, spec.storage, spec.group, error, used, attempts, moved, seconds, backend
     )
 
 
 class _Solver:
     """The sweep and the passes over transposed weights [in_features, out_features], float32."""
 
-    def __init__(self, spec: WeightSpec, h: Tensor, scale: str) -> None:
+    def __init__(self, spec: WeightSpec, h: Tensor, scale: str, backend: str) -> None:
         self.spec, self.h, self.scale = spec, h, scale
         self.codec: ScaledCodec = dtypes.scaled_codec(spec.storage)
         out_features, in_features = spec.shape
@@ -190,6 +200,11 @@ class _Solver:
         # A block is a group of scales, so that all earlier errors have arrived when one is fitted.
         self.block = spec.group if self.grouped else BLOCK
         self.scales = torch.ones(groups, out_features, device=h.device)
+        self.kernels: ModuleType | None = None
+        if backend == "triton":
+            from sparsekern.backends.triton import gptq as kernels
+
+            self.kernels = kernels
 
     def sweep(
         self, wt: Tensor, keep: Tensor, damp: float, choose: bool
@@ -205,51 +220,38 @@ class _Solver:
         if choose:
             wt.masked_fill_(dead[:, None], 0.0)
         if not self.grouped:
-            kept = slots.mask24((wt.square() * ranks[:, None]).t()) if choose else keep.t()
-            self.scales[0] = self._fit(wt, kept, slice(None))
-        _sweep(wt, keep, v, ranks, self.block, self._sweep_block(choose))
-        return attempts
-
-    def _fit(self, wt: Tensor, kept: Tensor, columns: slice) -> Tensor:
-        """The scales [out] of some columns; kept is bool [out, columns]."""
-        numbers = wt.t() * kept
-        if self.scale == "absmax":
-            return self.codec.absmax(numbers, 0)[:, 0]
-        importance = self.h.diagonal()[columns].expand(numbers.shape)
-        return self.codec.least_squares(numbers, 0, importance)[:, 0]
-
-    def _sweep_block(self, choose: bool) -> Callable[..., None]:
-        codec = self.codec
+            self.scales[0] = self._fit(wt, self._likely(wt, keep, ranks, choose), slice(None))
 
         def sweep_block(
             block: Tensor, keep: Tensor, removed: Tensor, v: Tensor, ranks: Tensor, offset: int
         ) -> None:
-            columns = slice(offset, offset + block.shape[0])
             if self.grouped:
-                kept = slots.mask24((block.square() * ranks[:, None]).t()) if choose else keep.t()
+                columns = slice(offset, offset + block.shape[0])
+                kept = self._likely(block, keep, ranks, choose)
                 self.scales[offset // self.block] = self._fit(block, kept, columns)
-            scale = self._scale(offset)
-            inverse = scale.reciprocal()
-            vt = v.t().contiguous()
-            levels, steps = torch.empty_like(block), torch.empty_like(block)
-            for i in range(0, block.shape[0], 4):
-                j = min(i + 4, block.shape[0])
-                group = block[i:j]
-                if i > 0:
-                    group.addmm_(vt[i:j, :i], removed[:i], alpha=-1)
-                if choose:
-                    keep[i:j] = rank_mask(group.square() * ranks[i:j, None], 2)
-                torch.mul(keep[i:j], scale, out=steps[i:j])
-                rows = (group, levels[i:j], steps[i:j], removed[i:j])
-                columns_of = zip(*(tensor.unbind() for tensor in rows))
-                for c, (column, level, step, error) in enumerate(columns_of):
-                    if c > 0:
-                        column.addmv_(removed[i : i + c].t(), vt[i + c, i : i + c], alpha=-1)
-                    codec.round_(torch.mul(column, inverse, out=level))
-                    torch.addcmul(column, level, step, value=-1, out=error)
-            torch.mul(levels, steps, out=block)
+            of = _sweep_block_torch if self.kernels is None else self.kernels.sweep_block
+            of(self.codec, self._scale(offset), choose, block, keep, removed, v, ranks)
 
-        return sweep_block
+        _sweep(wt, keep, v, ranks, self.block, sweep_block)
+        return attempts
+
+    @staticmethod
+    def _likely(wt: Tensor, keep: Tensor, ranks: Tensor, choose: bool) -> Tensor:
+        """The mask of wt as it stands where it is yet to be chosen, else keep."""
+        if not choose:
+            return keep
+        return slots.mask24((wt.square() * ranks[:, None]).t()).t().contiguous()
+
+    def _fit(self, wt: Tensor, kept: Tensor, columns: slice) -> Tensor:
+        """The scales [out] of some columns of wt; kept is bool of its shape."""
+        importance = self.h.diagonal()[columns].contiguous()
+        if self.kernels is not None and self.scale == "mse":
+            fitted: Tensor = self.kernels.fit(self.codec, wt, kept, importance)
+            return fitted
+        numbers = wt.t() * kept.t()
+        if self.scale == "absmax":
+            return self.codec.absmax(numbers, 0)[:, 0]
+        return self.codec.least_squares(numbers, 0, importance.expand(numbers.shape))[:, 0]
 
     def descend(self, qt: Tensor, aim: Tensor, keep: Tensor, damp: float) -> None:
         """One pass of coordinate descent over the levels, in place."""
@@ -257,23 +259,12 @@ class _Solver:
         a.diagonal().add_(damp * a.diagonal().mean())
         inverse_diagonal = a.diagonal().clamp(min=torch.finfo(torch.float32).tiny).reciprocal()
         slope = a @ (qt - aim)
+        of = _descend_block_torch if self.kernels is None else self.kernels.descend_block
         for i in range(0, qt.shape[0], self.block):
             j = min(i + self.block, qt.shape[0])
-            scale = self._scale(i)
-            inverse, steps, old = scale.reciprocal(), keep[i:j] * scale, qt[i:j]
-            moved, levels = torch.empty_like(old), torch.empty_like(old)
-            inner = a[i:j, i:j].contiguous()
-            # A level's best place is q / s − G / (A_ii · s).
-            starts, factors = old * inverse, inverse_diagonal[i:j, None] * inverse
+            rows = (qt[i:j], keep[i:j], slope[i:j], a[i:j, i:j], inverse_diagonal[i:j])
             with _few_threads(qt):
-                rows = (slope[i:j], starts, factors, levels, steps, -old, moved)
-                for c, row in enumerate(zip(*(tensor.unbind() for tensor in rows))):
-                    g, start, factor, level, step, negative, move = row
-                    if c > 0:
-                        g.addmv_(moved[:c].t(), inner[c, :c])
-                    self.codec.round_(torch.addcmul(start, g, factor, value=-1, out=level))
-                    torch.addcmul(negative, level, step, out=move)
-            torch.mul(levels, steps, out=old)
+                moved = of(self.codec, self._scale(i), *rows)
             if j < qt.shape[0]:
                 slope[j:].addmm_(a[j:, i:j], moved)
 
@@ -288,6 +279,83 @@ class _Solver:
         levels = self.codec.round(qt.t() / wide)
         plain = sparse24.compress(levels.contiguous(), keep.t().contiguous())
         return sparse24.of_levels(self.spec, plain.values, scale, plain.metadata)
+
+
+def _sweep_block_torch(
+    codec: ScaledCodec,
+    scale: Tensor,
+    choose: bool,
+    block: Tensor,
+    keep: Tensor,
+    removed: Tensor,
+    v: Tensor,
+    ranks: Tensor,
+) -> None:
+    """The sweep of one block; the oracle of the Triton kernel, which says what the tensors are."""
+    inverse = scale.reciprocal()
+    vt = v.t().contiguous()
+    levels, steps = torch.empty_like(block), torch.empty_like(block)
+    for i in range(0, block.shape[0], 4):
+        j = min(i + 4, block.shape[0])
+        group = block[i:j]
+        if i > 0:
+            group.addmm_(vt[i:j, :i], removed[:i], alpha=-1)
+        if choose:
+            keep[i:j] = rank_mask(group.square() * ranks[i:j, None], 2)
+        torch.mul(keep[i:j], scale, out=steps[i:j])
+        rows = (group, levels[i:j], steps[i:j], removed[i:j])
+        columns = zip(*(tensor.unbind() for tensor in rows))
+        for c, (column, level, step, error) in enumerate(columns):
+            if c > 0:
+                column.addmv_(removed[i : i + c].t(), vt[i + c, i : i + c], alpha=-1)
+            codec.round_(torch.mul(column, inverse, out=level))
+            torch.addcmul(column, level, step, value=-1, out=error)
+    torch.mul(levels, steps, out=block)
+
+
+def _descend_block_torch(
+    codec: ScaledCodec,
+    scale: Tensor,
+    block: Tensor,
+    keep: Tensor,
+    slope: Tensor,
+    a: Tensor,
+    inverse_diagonal: Tensor,
+) -> Tensor:
+    """One pass over a block, in place; the oracle of the Triton kernel, whose arguments it has."""
+    inverse, steps = scale.reciprocal(), keep * scale
+    moved, levels = torch.empty_like(block), torch.empty_like(block)
+    inner = a.contiguous()
+    # A level's best place is q / s − G / (A_ii · s).
+    starts, factors = block * inverse, inverse_diagonal[:, None] * inverse
+    rows = (slope, starts, factors, levels, steps, -block, moved)
+    for c, row in enumerate(zip(*(tensor.unbind() for tensor in rows))):
+        g, start, factor, level, step, negative, move = row
+        if c > 0:
+            g.addmv_(moved[:c].t(), inner[c, :c])
+        codec.round_(torch.addcmul(start, g, factor, value=-1, out=level))
+        torch.addcmul(negative, level, step, out=move)
+    torch.mul(levels, steps, out=block)
+    return moved
+
+
+def _picked(op: str, backend: str | None, w: Tensor) -> str:
+    """The backend of the loops for w."""
+    known = backend in (None, "torch", "triton")
+    check(known, op, "backend None, 'torch' or 'triton'", repr(backend))
+    if backend == "torch" or (backend is None and not w.is_cuda):
+        return "torch"
+    reason: str | None
+    try:
+        from sparsekern.backends.triton import gptq as kernels
+    except ImportError as error:
+        reason = f"Triton cannot be imported: {error}"
+    else:
+        reason = kernels.refusal(w, BLOCK)
+    expected, remedy = "a case that backend='triton' can run", "Leave backend=None."
+    fits = backend is None or reason is None
+    check(fits, op, expected, reason, remedy, NotImplementedError)
+    return "torch" if reason else "triton"
 
 
 def _checked(

@@ -67,9 +67,10 @@ times; on average, at worst), and hit the measured winner less often:
     shapes at this number of tokens     125    21.6 %   223 %
 
 8-bit operands: a stage has the bytes of a 16-bit one, but for its metadata, and takes the tensor
-cores as long, for twice as many in_features. So the model is that of the 16-bit variant with half
-the stages and with the bytes of the types (Bits): an estimate, no coefficient is fitted to 8 bits.
-The promoted tiles are not in it, because they are asked for by name (`promoted_tile`).
+cores as long, for twice as many in_features. So the counts are those of the 16-bit variant with half
+the stages and with the bytes of the types (Bits), and the coefficients their own (TIMES_8), because
+widening weights costs a decode stage much of what its bytes save. int4 has those of 16 bits. The
+promoted tiles are not in it, because they are asked for by name (`promoted_tile`).
 
 Units: microseconds; megabytes are 1e6 bytes, so rate is in megabytes per microsecond, TB/s.
 Where TIMES comes from: see there. `python -m bench.fit` makes it.
@@ -246,6 +247,38 @@ TIMES: dict[Variant, Times] = {
     SplitTile(256, 128, 2): Times(0.544, 0.0252, 0.0625, 2.62, 3.37, 3.48, 0, 0),
 }
 
+# The same for weights of 8 bits: Tile and SplitTile with x of 8 bits, RowBlocks with x of 16. From an
+# H200 (132 multiprocessors, 700 W), e4m3 with bfloat16 out: the q+k+v, o, gate+up and down layers of
+# Llama-3 8B and 70B, 13 numbers of tokens from 1 to 8192, up to 64 of x of 16 bits (152 cells; with x
+# of 8 bits and fewer than 32 tokens one SplitTile alone was sampled). The picks are 0.34 % slower than
+# the fastest on average and 5.6 % at worst; by the coefficients of 16 bits 9.1 % and 133 %. More, and
+# shapes that were left out of a fit: csrc/notes/splitk.md. int8 has the same bytes and clocks.
+TIMES_8: dict[Variant, Times] = {
+    RowBlocks(256, 1): Times(0.378, 0.72, 0.836, 4.72, 0, 2.01, 0, 3.85),
+    RowBlocks(256, 2): Times(0.407, 0.514, 0.956, 3.96, 1.79, 6, 0, 0),
+    RowBlocks(256, 4): Times(0.296, 0.713, 0.987, 2.7, 0.649, 3.41, 0, 1.26),
+    RowBlocks(128, 2): Times(0.219, 0.539, 0.476, 4.28, 3.37, 1.32, 0, 0.287),
+    Tile(256, 192, 2, 1): Times(0.647, 1.2, 0.328, 4.8, 4.39, 2.01, 2.99, 5.21),
+    Tile(256, 192, 4, 1): Times(0.646, 0, 0.785, 3.68, 1.06, 0, 21.7, 0.306),
+    Tile(256, 192, 2, 1, True): Times(0.149, 3.19, 0.617, 1.29, 6.83, 3.55, 6.64, 1.97),
+    Tile(256, 128, 2, 1): Times(0.379, 0.32, 0.495, 4.33, 3.77, 1.91, 7.04, 1.6),
+    Tile(256, 128, 2, 2): Times(0.509, 0.206, 0.469, 2.62, 1, 10.9, 14.5, 0),
+    Tile(256, 64, 2, 1): Times(0.303, 0, 0.353, 4.14, 1.04, 1.32, 8.51, 2.79),
+    Tile(256, 208, 2, 1): Times(0.788, 0.174, 0.392, 4.8, 6.16, 8.12, 13.8, 0),
+    SplitTile(128, 64, 2): Times(0.211, 0, 0.0803, 4.62, 1.68, 2.72, 0, 0),
+    SplitTile(128, 64, 3): Times(0.173, 0, 0.126, 4.06, 1.49, 2.23, 0, 0),
+    SplitTile(128, 96, 1): Times(0.206, 0, 0.108, 4.04, 2.27, 0, 0, 0),
+    SplitTile(128, 128, 1): Times(0.249, 0.0173, 0.102, 3.58, 1.26, 0, 0, 0),
+    SplitTile(128, 128, 2): Times(0.29, 0, 0.0877, 4.54, 1.81, 2.66, 0, 0),
+    SplitTile(256, 64, 1): Times(0.256, 0.0606, 0.172, 4.8, 1.19, 0, 0, 0.018),
+    SplitTile(256, 128, 2): Times(0.367, 0.143, 0.0961, 3.63, 2.6, 4.09, 0, 0),
+}
+
+
+def table(bits: Bits) -> dict[Variant, Times]:
+    """The coefficients for these operands: TIMES_8 or TIMES."""
+    return TIMES_8 if bits.weight == 8 else TIMES
+
 
 def name(variant: Variant) -> str:
     """What `sparsekern.explain` calls it: the kernel, then the variant."""
@@ -254,8 +287,13 @@ def name(variant: Variant) -> str:
     return f"{kernel} {variant}"
 
 
-def considered(variant: Variant, tokens: int, out_features: int, in_features: int) -> bool:
-    """True when the variant may be chosen for this problem on Hopper."""
+def considered(
+    variant: Variant, tokens: int, out_features: int, in_features: int, bits: Bits = PLAIN
+) -> bool:
+    """True when the variant may be chosen for this problem on Hopper. Of 8-bit x those for many
+    tokens are considered for few, too: it has no others."""
+    if bits.x == 8:
+        tokens = max(tokens, PREFILL_TOKENS)
     if isinstance(variant, Tile):
         return tokens >= PREFILL_TOKENS
     if isinstance(variant, RowBlocks):
@@ -318,9 +356,9 @@ def predicted_us(
     multiprocessors: int,
     bits: Bits = PLAIN,
 ) -> float:
-    """The modelled time of one layer with this variant, one of TIMES."""
+    """The modelled time of one layer with this variant, one of `table(bits)`."""
     problem = tokens, out_features, in_features, multiprocessors, bits
-    return us(TIMES[variant], work(variant, *problem))
+    return us(table(bits)[variant], work(variant, *problem))
 
 
 @lru_cache(maxsize=4096)
@@ -335,15 +373,14 @@ def fastest(
     """The variant for a problem on Hopper: the shortest predicted time; of equal ones the first.
 
     Args:
-        variants: those that the native module was built with for these types; what TIMES lacks is
-            left out. Of 8-bit x those for many tokens are considered for few, too.
+        variants: those that the native module was built with for these types; what `table(bits)`
+            lacks is left out.
     Raises:
-        ValueError: none of them is in TIMES and takes so many tokens.
+        ValueError: none of them is in the table and takes so many tokens.
     """
     problem = tokens, out_features, in_features, multiprocessors, bits
-    counted = tokens if bits.x == 16 else max(tokens, PREFILL_TOKENS)
-    size = counted, out_features, in_features
-    known = [v for v in TIMES if v in variants and considered(v, *size)]
+    size = tokens, out_features, in_features, bits
+    known = [v for v in table(bits) if v in variants and considered(v, *size)]
     return min(known, key=lambda variant: predicted_us(variant, *problem))
 
 

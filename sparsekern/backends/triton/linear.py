@@ -36,6 +36,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sparsekern.formats import dtypes
+
 
 class LinearConfig(NamedTuple):
     """Tile sizes of one launch; `str()` is the name that sparsekern.explain shows."""
@@ -57,8 +59,8 @@ class LinearConfig(NamedTuple):
 _PROGRAMS_WANTED = 264
 _MAX_SPLIT_IN = 8
 _SMALLEST_GROUP = 64
-# What the kernel calls the dtypes of levels.
-_STORAGES = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.uint8: "int4"}
+# What the kernel calls levels, by their dtype: names of the element types.
+_STORAGES = {row.storage: row.name for row in dtypes.elements() if row.scaled}
 
 
 def pick_config(tokens, out_features, in_features, dtype):
@@ -154,7 +156,7 @@ def sparse_linear_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_X_SCALE: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    STORAGE: tl.constexpr,  # "plain", "int8", "e4m3" or "int4"
+    STORAGE: tl.constexpr,  # "plain", "int8", "float8_e4m3fn" or "int4"
     GROUP: tl.constexpr,  # columns that share a scale, a multiple of BLOCK_IN; 0: all
     SPLIT_IN: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
@@ -315,7 +317,7 @@ def linear(
         group = 0
     elif group % config.block_in:
         config = config._replace(block_in=_SMALLEST_GROUP)
-    if storage == "e4m3":
+    if storage == "float8_e4m3fn":
         values = values.view(torch.uint8)
     split_length = triton.cdiv(in_features, config.split_in)
     split_length = triton.cdiv(split_length, config.block_in) * config.block_in

@@ -36,6 +36,23 @@ def _column(tile, cols, index):
 
 
 @triton.jit
+def _keep_two(s0, s1, s2, s3):
+    """Whether each of four scores is among the best two; a tie goes to the higher column."""
+    # b_ij = column i goes before column j > i.
+    b01 = (s0 > s1).to(tl.int32)
+    b02 = (s0 > s2).to(tl.int32)
+    b03 = (s0 > s3).to(tl.int32)
+    b12 = (s1 > s2).to(tl.int32)
+    b13 = (s1 > s3).to(tl.int32)
+    b23 = (s2 > s3).to(tl.int32)
+    keep0 = b01 + b02 + b03 >= 2
+    keep1 = (1 - b01) + b12 + b13 >= 2
+    keep2 = (1 - b02) + (1 - b12) + b23 >= 2
+    keep3 = (1 - b03) + (1 - b13) + (1 - b23) >= 2
+    return keep0, keep1, keep2, keep3
+
+
+@triton.jit
 def _store(block_ptr, removed_ptr, keep_ptr, offset, inside, w, keep):
     tl.store(block_ptr + offset, tl.where(keep, w, 0.0), mask=inside)
     tl.store(removed_ptr + offset, tl.where(keep, 0.0, w), mask=inside)
@@ -71,21 +88,12 @@ def _sweep_kernel(
         w2 = _column(tile, cols, g + 2)
         w3 = _column(tile, cols, g + 3)
 
-        # Mask: b_ij = column i goes before column j > i; a tie goes to the higher column.
-        s0 = w0 * w0 * tl.load(weight_ptr + g)
-        s1 = w1 * w1 * tl.load(weight_ptr + g + 1)
-        s2 = w2 * w2 * tl.load(weight_ptr + g + 2)
-        s3 = w3 * w3 * tl.load(weight_ptr + g + 3)
-        b01 = (s0 > s1).to(tl.int32)
-        b02 = (s0 > s2).to(tl.int32)
-        b03 = (s0 > s3).to(tl.int32)
-        b12 = (s1 > s2).to(tl.int32)
-        b13 = (s1 > s3).to(tl.int32)
-        b23 = (s2 > s3).to(tl.int32)
-        keep0 = b01 + b02 + b03 >= 2
-        keep1 = (1 - b01) + b12 + b13 >= 2
-        keep2 = (1 - b02) + (1 - b12) + b23 >= 2
-        keep3 = (1 - b03) + (1 - b13) + (1 - b23) >= 2
+        keep0, keep1, keep2, keep3 = _keep_two(
+            w0 * w0 * tl.load(weight_ptr + g),
+            w1 * w1 * tl.load(weight_ptr + g + 1),
+            w2 * w2 * tl.load(weight_ptr + g + 2),
+            w3 * w3 * tl.load(weight_ptr + g + 3),
+        )
 
         # Sweep the group; r = w - q is what a pruned weight leaves to its right.
         v0_ptr = v_ptr + g * v_stride
