@@ -91,7 +91,15 @@ def test_resume_after_the_limit(options, tmp_path, monkeypatch):
 
 def test_two_processes_make_one_record(options, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
-    command += ["bench", "finetune", *map(str, options), "--starts", "magnitude", "--minutes", "0.05"]
+    command += [
+        "bench",
+        "finetune",
+        *map(str, options),
+        "--starts",
+        "magnitude",
+        "--minutes",
+        "0.05",
+    ]
     command += ["--limit-seconds", "280", "--cache", str(tmp_path / "c")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
