@@ -246,7 +246,9 @@ def compare_kernels_with_torch(device):
             scale = kernels.fit(codec, wt, keep, worth)
             # Two scales may be worth the same but for rounding.
             close = (scale - wanted).abs() <= 1e-6 * wanted
-            assert close.double().mean() > 0.9 and (scale - wanted).abs().max() <= 0.1 * wanted.max()
+            assert (
+                close.double().mean() > 0.9 and (scale - wanted).abs().max() <= 0.1 * wanted.max()
+            )
             assert scale[0] == 1, "nothing but zeros"
             if columns > 256:
                 continue

@@ -123,25 +123,17 @@ def _sweep_kernel(
         v1_ptr = v0_ptr + v_stride
         v2_ptr = v1_ptr + v_stride
         v3_ptr = v2_ptr + v_stride
-        r0 = _settle(
-            block_ptr, removed_ptr, o0, inside, w0, keep0, scale, inverse, TOP, LOW, FLOAT
-        )
+        r0 = _settle(block_ptr, removed_ptr, o0, inside, w0, keep0, scale, inverse, TOP, LOW, FLOAT)
         w1 -= r0 * tl.load(v0_ptr + g + 1)
-        r1 = _settle(
-            block_ptr, removed_ptr, o1, inside, w1, keep1, scale, inverse, TOP, LOW, FLOAT
-        )
+        r1 = _settle(block_ptr, removed_ptr, o1, inside, w1, keep1, scale, inverse, TOP, LOW, FLOAT)
         w2 -= r0 * tl.load(v0_ptr + g + 2) + r1 * tl.load(v1_ptr + g + 2)
-        r2 = _settle(
-            block_ptr, removed_ptr, o2, inside, w2, keep2, scale, inverse, TOP, LOW, FLOAT
-        )
+        r2 = _settle(block_ptr, removed_ptr, o2, inside, w2, keep2, scale, inverse, TOP, LOW, FLOAT)
         w3 -= (
             r0 * tl.load(v0_ptr + g + 3)
             + r1 * tl.load(v1_ptr + g + 3)
             + r2 * tl.load(v2_ptr + g + 3)
         )
-        r3 = _settle(
-            block_ptr, removed_ptr, o3, inside, w3, keep3, scale, inverse, TOP, LOW, FLOAT
-        )
+        r3 = _settle(block_ptr, removed_ptr, o3, inside, w3, keep3, scale, inverse, TOP, LOW, FLOAT)
 
         right = (cols >= g + 4) & (cols < COLUMNS)
         tile -= (
@@ -181,7 +173,7 @@ def _descend_kernel(
         mask=inside[:, None] & (cols < COLUMNS)[None, :],
         other=0.0,
     )
-    for c in range(0, COLUMNS):
+    for c in range(COLUMNS):
         offset = c * out_features + rows
         old = tl.load(old_ptr + offset, mask=inside, other=0.0)
         keep = tl.load(keep_ptr + offset, mask=inside, other=0) != 0
@@ -236,7 +228,7 @@ def _fit_kernel(
     largest = tl.maximum(tl.div_rn(most, TOP), SMALLEST)
     best = tl.full([BLOCK_ROWS], float("inf"), tl.float32)
     chosen = largest
-    for step in range(0, SHRINKS):
+    for step in range(SHRINKS):
         scale = tl.maximum(largest * (1.0 - SHRINK * step), SMALLEST)
         error = tl.zeros([BLOCK_ROWS], tl.float32)
         if ONE_TILE:
@@ -258,9 +250,7 @@ def _fit_kernel(
 
 
 def _rounding(codec: ScaledCodec) -> dict[str, Any]:
-    return dict(
-        TOP=float(codec.top), LOW=float(codec.low), FLOAT=codec.storage.is_floating_point
-    )
+    return dict(TOP=float(codec.top), LOW=float(codec.low), FLOAT=codec.storage.is_floating_point)
 
 
 def _device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
