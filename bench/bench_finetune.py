@@ -598,9 +598,7 @@ class Recovery:
         corpus = data.Corpus(rows, sources)
         made = 0
         length = min(args.sample_window, args.window)
-        seconds = args.teacher_seconds
-        if args.limit_seconds is not None:
-            seconds = min(seconds, max(1.0, 0.3 * (args.limit_seconds - self.run.elapsed)))
+        seconds = self.sampling_seconds(length)
         if seconds:
             with self.run.phase("sample"):
                 part = data.generate(
@@ -630,6 +628,20 @@ class Recovery:
             rows = corpus.rows
             self.overlap = {n: asdict(data.overlap(rows, i)) for n, i in self.tests.items()}
         return corpus, dropped, made
+
+    def sampling_seconds(self, length: int) -> float:
+        """--teacher-seconds, or less where a limit does not leave them; as it was where --cache has
+        the text."""
+        args = self.args
+        file = self.cached("sampled", args.teacher_seconds, args.teacher_rows, length, args.seed)
+        if file is not None and file.exists():
+            return float(json.loads(file.read_text()))
+        seconds = args.teacher_seconds
+        if args.limit_seconds is not None:
+            seconds = min(seconds, max(1.0, 0.3 * (args.limit_seconds - self.run.elapsed)))
+        if file is not None:
+            file.write_text(json.dumps(seconds))
+        return seconds
 
     def prompts(self, end: int, length: int, count: int = 1 << 17) -> torch.Tensor:
         """Random windows of the training text and starts alone in turn, int64 [count, PROMPT]."""

@@ -8,7 +8,7 @@ is those weights, with the Hessians of that run, as levels. Rows:
 
     dense, 2:4               16 bits
     2:4, NAME METHOD         fp8, int8, int4 (groups of 128): nearest levels, or prune.gptq
-    one run                  prune_model(quantize="int4"): later blocks are calibrated on the levels
+    one run                  prune_model(quantize=NAME): later blocks are calibrated on the levels
     NAME METHOD              the dense model quantised, not pruned
     NAME METHOD, then 2:4    the wrong order: that model pruned as above, and its kept weights put
                              back to the nearest levels of the scales that it has
@@ -17,6 +17,10 @@ is those weights, with the Hessians of that run, as levels. Rows:
 Calibration windows, evaluation in float32 and the text's protocol are those of `bench prune`. The
 weights are evaluated dense, as the numbers that the levels stand for, so that no kernel is needed;
 the levels themselves are checked (sparsekern.verify) and their bits a weight counted.
+
+The rows come in the order of what they are worth, each is written when it is there, and what the
+budget has no time for is named. --eval-windows 48 evaluates on a third of the text: for numbers
+relative to the row "2:4" of the same run.
 """
 
 from __future__ import annotations
@@ -28,37 +32,43 @@ from pathlib import Path
 import torch
 
 import sparsekern
+from sparsekern import prune
 from sparsekern.eval import texts
+from sparsekern.finetune.trainer import eval_batch
 from sparsekern.formats import dtypes
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
 from sparsekern.integrations.loading import cast_weights, load_model
 from sparsekern.nn.replace import dense_weight, write_weight
 from sparsekern.prune.hessian import exact_float32
-from sparsekern.prune.quantize import PASSES, _Solver
+from sparsekern.prune.quantize import PASSES, _picked, _Solver
 
-from .bench_prune import dense_twin
 from .options import Run, parser, told, watchdog
 
 GROUP = 128
 HANG_S = 500.0
-# (row, seconds that it needs on a GPU), in the order in which they are measured.
+# Row -> seconds on an H200 to make its model from what it starts from, in the order in which they
+# are measured; the evaluation comes on top.
 CASES = {
-    "dense": 4,
-    "2:4": 15,
-    "2:4, fp8 rtn": 4,
-    "2:4, int8 rtn": 4,
-    "2:4, int4 g128 rtn": 4,
-    "2:4, int4 g128 gptq": 12,
-    "2:4, fp8 gptq": 14,
-    "2:4, int8 gptq": 12,
-    "int4 g128 gptq": 14,
-    "int4 g128 gptq, then 2:4": 14,
-    "fp8 rtn": 5,
-    "fp8 rtn, then 2:4": 14,
-    "wanda, then int4 g128 gptq": 16,
-    "int4 g128 gptq, then wanda": 10,
-    "one run, int4 g128 gptq": 22,
+    "dense": 0,
+    "2:4": 0,
+    "2:4, fp8 rtn": 2,
+    "2:4, fp8 gptq": 6,
+    "2:4, int8 rtn": 2,
+    "2:4, int8 gptq": 6,
+    "2:4, int4 g128 rtn": 2,
+    "2:4, int4 g128 gptq": 6,
+    "int4 g128 gptq, then 2:4": 15,
+    "int4 g128 gptq": 0,
+    "one run, fp8 gptq": 20,
+    "one run, int4 g128 gptq": 20,
+    "fp8 rtn, then 2:4": 15,
+    "fp8 rtn": 0,
+    "wanda, then int4 g128 gptq": 6,
+    "int4 g128 gptq, then wanda": 6,
 }
+# What rows start from: seconds to make it.
+STARTS = {"sparsegpt": 15, "wanda": 6, "int4 gptq": 10, "fp8 rtn": 6}
+EVAL_S = 10.0  # of a row, until the first one is evaluated
 
 
 def make_parser():
@@ -76,6 +86,7 @@ def make_parser():
     )
     result.add_argument("--samples", type=int, default=128)
     result.add_argument("--window", type=int, default=2048)
+    result.add_argument("--eval-windows", type=int, help="of the test text (default: all)")
     result.add_argument("--seed", type=int, default=0)
     return result
 
@@ -90,17 +101,21 @@ def main(path, arguments=()) -> int:
         raise ValueError(f"bench quantize: expected rows in {list(CASES)}, got {sorted(unknown)}.")
     run = Run(path, args)
     if run.quick:
-        args.samples = min(args.samples, 16)
+        args.samples, args.eval_windows = min(args.samples, 16), args.eval_windows or 8
     with watchdog(max(HANG_S, args.budget + 60)):
         with run.phase("load"):
             problem = Problem(run, args)
+        missing = []
         for name in [case for case in CASES if case in wanted]:
-            needed = CASES[name] if run.device.type == "cuda" else 0
+            needed = problem.needed(name) if run.device.type == "cuda" else 0
             if run.left < needed:
-                run.say(f"no time for {name!r}: {run.left:.0f} s left, {needed} s needed")
+                missing.append(name)
+                run.say(f"no time for {name!r}: {run.left:.0f} s left, {needed:.0f} s needed")
                 continue
             with run.phase(name), told(run):
                 problem.measure(name)
+        if missing:
+            run.say(f"not measured: {'; '.join(missing)}")
     run.close()
     return 0
 
@@ -116,31 +131,44 @@ class Problem:
         train = texts.tokenize(tokenizer, "".join(texts.read_rows(args.calibration, "train")))
         test = texts.tokenize(tokenizer, texts.join_rows(texts.read_rows(args.eval, "test")))
         self.calibration = texts.calibration_windows(train, args.samples, args.window, args.seed)
-        self.test = test[: 8 * args.window] if run.quick else test
+        self.test = test[: args.eval_windows * args.window] if args.eval_windows else test
         self.case = f"{Path(source).name}, {Path(args.eval).name}, window {args.window}"
         if run.quick:
             self.case += f", quick: {args.samples} samples"
+        if args.eval_windows:
+            self.case += f", {self.test.numel() // args.window} windows"
         self.settings = {
             "calibration": Path(args.calibration).name,
             "samples": args.samples,
             "calibration_tokens": train.numel(),
-            "eval_tokens": test.numel(),
+            "eval_tokens": self.test.numel(),
             "window": args.window,
             "group": GROUP,
             "passes": PASSES,
         }
         self.base: float | None = None  # perplexity of the 16-bit 2:4 model
+        self.eval_s = EVAL_S
         self._starts: dict = {}
-        run.say(f"{self.case}: {train.numel()} calibration tokens, {test.numel()} of evaluation")
+        run.say(
+            f"{self.case}: {train.numel()} calibration tokens, {self.test.numel()} of evaluation"
+        )
 
     # ------------------------------------------------------------------ rows
+
+    def needed(self, name: str) -> float:
+        """Seconds that a row will take."""
+        start = start_of(name)
+        begin = STARTS[start] if start and start not in self._starts else 0
+        return begin + CASES[name] + self.eval_s
 
     def measure(self, name: str) -> None:
         """Makes the model of a row, evaluates it, records it."""
         begin = time.perf_counter()
         model, metrics, check = self.make(name)
         seconds = time.perf_counter() - begin
+        begin = time.perf_counter()
         value = self.perplexity(model)
+        self.eval_s = time.perf_counter() - begin
         if name == "2:4":
             self.base = value
         found = {"perplexity": round(value, 4)}
@@ -156,7 +184,7 @@ class Problem:
             settings=self.settings,
             metrics={**found, **metrics, "seconds": round(seconds, 2)},
         )
-        self.run.say(f"{name}: {found} {metrics}, {seconds:.1f} s")
+        self.run.say(f"{name}: {found} {metrics}, {seconds:.1f} s + {self.eval_s:.1f} s")
 
     def make(self, name: str):
         """(model with dense weights, metrics, what was checked) of a row."""
@@ -214,32 +242,41 @@ class Problem:
         return self._starts[method]
 
     def levels(self, start: str, quantize: str, method: str):
-        """The pruned model's weights as levels, with the same masks and Hessians."""
-        model, report, masks = self.pruned(start)
-        model, quantized = self.prune(
-            "magnitude",
-            model,
-            quantize,
-            method,
-            masks=masks,
-            hessians=report.hessians,
-            refine=0,
-            compress=True,
-        )
-        bits = weights = 0
-        for row in quantized.pruned:
-            w24 = model.get_submodule(row.name).weight
+        """The pruned model's weights as levels, with the same masks and Hessians: what prune_model
+        does with a layer once it is pruned, for the layers that read one input together."""
+        pruned, report, masks = self.pruned(start)
+        model, inputs = copy.deepcopy(pruned), {}
+        for name in masks:
+            inputs.setdefault(id(report.hessians[name]), []).append(name)
+        bits = weights = seconds = 0
+        errors = []
+        for names in inputs.values():
+            layers = [dense_weight(model.get_submodule(name)) for name in names]
+            hessian = report.hessians[names[0]].to(self.run.device)
+            w = torch.cat(layers).to(self.run.device)
+            mask = torch.cat([masks[name] for name in names]).to(w.device)
+            group = GROUP if dtypes.quantized("bench quantize", quantize).scale == "group" else None
+            if method == "rtn":
+                w24, found = prune.rtn(w, quantize, mask=mask, hessian=hessian, group=group)
+            else:
+                w24, found = prune.gptq(w, hessian, quantize, mask=mask, group=group)
+            seconds += found.seconds
             sparsekern.verify(w24)
-            if bool((w24.to_dense().masked_fill(masks[row.name], 0) != 0).any()):
-                raise RuntimeError(f"bench quantize: expected the mask of {row.name}, got more.")
+            dense = w24.to_dense()
+            if bool((dense.masked_fill(mask, 0) != 0).any()):
+                raise RuntimeError(f"bench quantize: expected the mask of {names}, got more.")
             bits += 8 * w24.nbytes
             weights += w24.shape.numel()
-        errors = [row.relative_error for row in quantized.pruned]
+            parts = dense.split([len(layer) for layer in layers])
+            for name, layer, part in zip(names, layers, parts, strict=True):
+                errors.append(prune.relative_error(layer.to(w.device), part, hessian))
+                write_weight(model.get_submodule(name), part.to(layer.device))
         metrics = {
             "added_error": round(sum(errors) / len(errors), 6),  # of the pruned weights
             "bits_per_weight": round(bits / weights, 4),
+            f"{method}_seconds": round(seconds, 2),
         }
-        return dense_twin(model), metrics, "masks kept, levels verified"
+        return model, metrics, "masks kept, levels verified"
 
     def quantized(self, quantize: str, method: str):
         """(the dense model with levels in every layer that is pruned, their scales), once."""
@@ -267,7 +304,9 @@ class Problem:
 
     def perplexity(self, model) -> float:
         model = cast_weights(copy.deepcopy(model), torch.float32).to(self.run.device)
-        value = sparsekern.perplexity(model, self.test, window=self.args.window)
+        window = self.args.window
+        batch = eval_batch(model, window, self.run.device)
+        value = sparsekern.perplexity(model, self.test, window=window, batch_size=batch)
         if not value < float("inf"):
             raise RuntimeError(f"bench quantize: expected a finite perplexity, got {value}.")
         return value
@@ -281,7 +320,7 @@ def dense_levels(weight, hessian, quantize: str, method: str):
     spec = WeightSpec.of(weight.shape, kind.name, ROWMAJOR, torch.float32, None, group)
     with exact_float32(weight.device):
         h = hessian / hessian.diagonal().mean()
-        solver = _Solver(spec, h, "mse")
+        solver = _Solver(spec, h, "mse", _picked("bench quantize", None, weight))
         wt = weight.float().t().contiguous()
         keep, aim = torch.ones_like(wt, dtype=torch.bool), wt.clone()
         if method == "gptq":
@@ -291,7 +330,7 @@ def dense_levels(weight, hessian, quantize: str, method: str):
             return wt.t().contiguous(), solver.scales.t().contiguous()
         size = solver.block if solver.grouped else wt.shape[0]
         parts = [slice(i, i + size) for i in range(0, wt.shape[0], size)]
-        scale = torch.stack([solver._fit(aim[p], keep[p].t(), p) for p in parts], dim=1)
+        scale = torch.stack([solver._fit(aim[p], keep[p], p) for p in parts], dim=1)
         wide = wide_scale(scale, weight.shape[1])
         return solver.codec.round(weight.float() / wide) * wide, scale
 
@@ -301,6 +340,17 @@ def wide_scale(scale, in_features: int):
     if scale.shape[1] == 1:
         return scale
     return scale.repeat_interleave(GROUP, dim=1)[:, :in_features]
+
+
+def start_of(name: str) -> str | None:
+    """What a row starts from, which another one may have made."""
+    if name == "2:4" or name.startswith("2:4, "):
+        return "sparsegpt"
+    if name.startswith("wanda, then "):
+        return "wanda"
+    if name == "dense" or name.startswith("one run, "):
+        return None
+    return " ".join(_kind(name.partition(", then ")[0]))
 
 
 def _kind(text: str) -> tuple[str, str]:

@@ -30,6 +30,7 @@ import argparse
 import json
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "csrc" / "linear/configs.h"
 NEAR = 0.15  # 15 % slower than the fastest: half the weight
 TRUST = 0.05  # error from which on a sample is distrusted
 MATTERS, FEW_CELLS = 0.03, 3  # kept: within 3 % of the fastest in at least three cells
+OFTEN = 0.05  # see `scaled`
 DREAD, MISSED = 20, 1e-4  # a gap of 5 % counts twice; see `needed`
 STARTS = (
     Times(0.3, 0.1, 0.1, 2.8, 2.0, 3.0, 2.0, 2.0),
@@ -169,13 +171,18 @@ def read(paths: Iterable[str | Path]) -> list[Cell]:
 
 def that_matter(cells: Sequence[Cell]) -> list[Variant]:
     """The variants that are close to the fastest often enough to be chosen (MATTERS, FEW_CELLS)."""
-    close = [
+    close = _close(cells)
+    return [variant for variant in variants().values() if close[variant] >= FEW_CELLS]
+
+
+def _close(cells):
+    """{variant: in how many of the cells it is close to the fastest}."""
+    return Counter(
         variant
         for cell in cells
         for variant, us in cell.times.items()
         if us <= (1 + MATTERS) * cell.best and cell.offers(variant)
-    ]
-    return [variant for variant in variants().values() if close.count(variant) >= FEW_CELLS]
+    )
 
 
 def fit_variant(of: Work, us: numpy.ndarray, weights: numpy.ndarray) -> Times:
@@ -189,12 +196,14 @@ def fit_variant(of: Work, us: numpy.ndarray, weights: numpy.ndarray) -> Times:
     return Times(*(0.0 if value <= 1.01 * LOWEST else value for value in numpy.exp(logs).tolist()))
 
 
-def _fit_from(start, of, us, weights):
-    """(cost, logarithms of the coefficients) of the local optimum that is reached from here."""
+def _fit_from(start, of, us, weights, unit=1.0):
+    """(cost, logarithms of the coefficients) of the local optimum that is reached from here; unit:
+    what coefficients are multiples of."""
     measured = numpy.log(us)
 
     def errors(logs):
-        return numpy.log(heuristics.us(Times(*numpy.exp(logs)), of)) - measured
+        times = Times(*(numpy.exp(logs)[:, None] * unit))
+        return numpy.log(heuristics.us(times, of)) - measured
 
     def cost(error):
         return numpy.sum(weights * numpy.log1p((error / TRUST) ** 2))
@@ -250,9 +259,39 @@ def fit_all(cells: Sequence[Cell], multiprocessors: int) -> dict[Variant, Times]
 
 
 def fit_table(cells: Sequence[Cell], multiprocessors: int) -> dict[Variant, Times]:
-    """The table TIMES for these cells: `fit_all`, `needed`, `refined`."""
+    """The table for these cells: `fit_all`, `needed`, `refined`; for 8-bit x `scaled`."""
+    of_8 = [cell for cell in cells if cell.bits.x == 8]
+    if of_8:
+        others = [cell for cell in cells if cell.bits.x != 8]
+        more = scaled(of_8, multiprocessors)
+        return (fit_table(others, multiprocessors) if others else {}) | more
     table = needed(fit_all(cells, multiprocessors), cells, multiprocessors)
     return refined(table, cells, multiprocessors)
+
+
+def scaled(cells: Sequence[Cell], multiprocessors: int) -> dict[Variant, Times]:
+    """Tiles and split tiles of TIMES with their coefficients scaled to these cells, all tiles by one
+    set of eight factors and all split tiles by another; and those of their own (`fit_all`) of what
+    else is close to the fastest in OFTEN of the cells.
+
+    For 8-bit x, whose cells are few: with coefficients of their own the variants of the shipped
+    cells are picked better, and those of shapes that were left out worse.
+    """
+    table = {}
+    for kind in (Tile, SplitTile):
+        of = {v: times for v, times in heuristics.TIMES.items() if isinstance(v, kind)}
+        pairs = [(v, cell) for cell in cells for v in of if cell.offers(v)]
+        if not pairs:
+            continue
+        counts = numpy.array([cell.work(v, multiprocessors) for v, cell in pairs], float)
+        us = numpy.array([cell.times[v] for v, cell in pairs])
+        slower = us / numpy.array([cell.best for _, cell in pairs]) - 1
+        weights, unit = 1 / (1 + (slower / NEAR) ** 2), numpy.array([of[v] for v, _ in pairs]).T
+        factors = numpy.exp(_fit_from(Times(*[1.0] * 8), Work(*counts.T), us, weights, unit)[1])
+        factors[factors <= 1.01 * LOWEST] = 0.0
+        table |= {v: rounded(Times(*(times * factors))) for v, times in of.items()}
+    own = {v for v, count in _close(cells).items() if count >= OFTEN * len(cells)} - {*table}
+    return table | {v: of for v, of in fit_all(cells, multiprocessors).items() if v in own}
 
 
 class _Grid:

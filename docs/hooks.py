@@ -53,9 +53,14 @@ def _rows(tree: ast.AST) -> list[tuple[str, str, str]]:
     rows: dict[tuple[str, str, str], None] = {}
     for function in ast.walk(tree):
         if isinstance(function, (ast.FunctionDef, ast.Module)):
-            known = _assigned(function)
+            assigned = _assigned(function)
             for node in ast.walk(function):
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                    known = {
+                        name: expression
+                        for line, name, expression in assigned
+                        if line < node.lineno
+                    }
                     skip = {"check": 2, "_check": 2, "message": 1}.get(node.func.id)
                     if skip is not None and len(node.args) > skip:
                         texts = [_text(arg, known) for arg in node.args[skip : skip + 3]]
@@ -65,18 +70,19 @@ def _rows(tree: ast.AST) -> list[tuple[str, str, str]]:
     return list(rows)
 
 
-def _assigned(function: ast.AST) -> dict[str, ast.expr]:
-    """{name: expression} of what a function assigns to names."""
-    known = {}
+def _assigned(function: ast.AST) -> list[tuple[int, str, ast.expr]]:
+    """(line, name, expression) of what a function assigns to names, in order."""
+    found = []
     for node in ast.walk(function):
         if isinstance(node, ast.Assign):
             for target in node.targets:
                 if isinstance(target, ast.Name):
-                    known[target.id] = node.value
+                    found.append((node.lineno, target.id, node.value))
                 elif isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
-                    names = (t.id for t in target.elts if isinstance(t, ast.Name))
-                    known.update(zip(names, node.value.elts))
-    return known
+                    for name, value in zip(target.elts, node.value.elts):
+                        if isinstance(name, ast.Name):
+                            found.append((node.lineno, name.id, value))
+    return sorted(found, key=lambda item: item[0])
 
 
 def _text(node: ast.expr, known: dict[str, ast.expr]) -> str:

@@ -68,3 +68,16 @@ def assert_within(y, y64, bound):
         f"{int((excess > 0).sum())} of {excess.numel()} elements out of bounds; the worst, number "
         f"{worst}: got {y.flatten()[worst]}, expected {y64.flatten()[worst]}"
     )
+
+
+def assert_same(y, expected, what=""):
+    """The same shape, dtype and numbers; the failure says in one line where the first differs."""
+    y, expected = y.detach().cpu(), expected.detach().cpu()
+    got, wanted = (f"{t.dtype} {list(t.shape)}" for t in (y, expected))
+    assert got == wanted, f"{what}: got {got}, expected {wanted}"
+    wrong = (y != expected).nonzero()
+    first = tuple(wrong[0].tolist()) if len(wrong) else ()
+    assert not len(wrong), (
+        f"{what}: {len(wrong)} of {y.numel()} elements differ; the first at {first}: "
+        f"got {y[first]}, expected {expected[first]}"
+    )

@@ -14,7 +14,7 @@ from sparsekern.backends.cuda import configs, scaled_linear
 from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.backends.cuda import tuned_tables as tuning
-from sparsekern.backends.cuda.backend import CudaBackend, PreciseBackend
+from sparsekern.backends.cuda.backend import CudaBackend, PreciseBackend, SixteenBitBackend
 from sparsekern.backends.cuda.cost_model import TIMES, MmaTile, RowBlocks, SplitTile, Tile
 from sparsekern.backends.protocol import problem_of
 from sparsekern.backends.triton.backend import TritonBackend
@@ -702,7 +702,8 @@ def test_types_have_keys_for_tables():
 
 
 @pytest.mark.parametrize("storage", [E4M3, INT8])
-def test_few_tokens_take_the_weights_as_they_are(scaled_on_cpu, storage):
+def test_few_tokens_take_the_weights_as_they_are(scaled_on_cpu, monkeypatch, storage):
+    expect(monkeypatch, 1.0, 10.0)
     w24 = quantized(storage)
     x, bias = torch.ones(2, 4, 256, dtype=torch.bfloat16), torch.ones(64, dtype=torch.bfloat16)
     launch = scaled_linear.bind(problem(x, w24, activation="silu", bias=True))
@@ -727,6 +728,79 @@ def test_few_tokens_take_the_weights_as_they_are(scaled_on_cpu, storage):
     odd = torch.ones(8, 512, dtype=torch.bfloat16)[:, ::2]
     assert scaled_linear.bind(problem(odd, w24))(odd, w24).shape == (8, 64)
     assert scaled_on_cpu.calls[0]["x_stride"] == 256
+
+
+def expect(monkeypatch, of_16, of_8):
+    """Have W8A16, and W8A8 without the quantisation of x, expected to take so long."""
+    monkeypatch.setattr(configs, "expected_us", lambda *problem: [of_16, of_8])
+    registry.changed()
+
+
+@pytest.mark.parametrize("storage", [E4M3, INT8])
+def test_few_tokens_are_quantised_where_that_is_faster(scaled_on_cpu, monkeypatch, storage):
+    w24 = quantized(storage)
+    x, bias = torch.ones(8, 256, dtype=torch.bfloat16), torch.ones(64, dtype=torch.bfloat16)
+    asked, extra = problem(x, w24, bias=True), heuristics.quantize_us(8, 256)
+    for of_16, of_8, kind in (
+        (10.0, 10.0 - extra, "W8A16"),
+        (10.0, 9.6 - extra, "W8A16"),
+        (10.0, 9.5 - extra, "W8A8"),
+        (10.0, 3.0, "W8A8"),
+    ):
+        expect(monkeypatch, of_16, of_8)
+        told = scaled_linear.explain(asked)
+        assert told.why.startswith(kind)
+        text = f"{of_16:.1f} us are expected with x as it is, {of_8 + extra:.1f} with x of 8 bits"
+        assert text in told.why
+        scaled_on_cpu.calls.clear()
+        scaled_linear.bind(asked)(x, w24, bias)
+        (call,) = scaled_on_cpu.calls
+        assert (call["kernel"] == "decode") == (kind == "W8A16")
+        assert call["x_dtype"] == (BF16 if kind == "W8A16" else storage)
+    more = problem(x[:1].expand(65, 256).contiguous(), w24)
+    assert "expected" not in scaled_linear.explain(more).why, "there is nothing to compare"
+
+
+@pytest.mark.parametrize("tokens", [8, 150])
+def test_x_of_16_bits_is_asked_for_by_name(scaled_on_cpu, monkeypatch, tokens):
+    expect(monkeypatch, 10.0, 1.0)
+    x, w24 = torch.ones(tokens, 256, dtype=torch.bfloat16), quantized(INT8)
+    asked = problem(x, w24)
+    y = registry._BACKENDS["cuda-a16"].bind(asked)(x, w24)
+    assert y.shape == (tokens, 64)
+    calls = scaled_on_cpu.calls
+    assert [call["tokens"] for call in calls] == ([8] if tokens == 8 else [64, 64, 22])
+    assert all(call["kernel"] == "decode" and call["x_dtype"] == BF16 for call in calls)
+    scale = w24.tensors["weight_scale"].data_ptr()
+    assert all(call["channel_scale"] == scale for call in calls)
+    told = SixteenBitBackend().explain(asked)
+    assert "W8A16" in told.why and ("64 tokens at a time" in told.why) == (tokens > 64)
+
+
+def test_what_x_of_16_bits_cannot_be_asked_for(native):
+    cuda = torch.device("cuda", 0)
+    x, w24 = torch.ones(8, 256, dtype=torch.bfloat16), quantized(INT8)
+    on_gpu = problem(x, w24)._replace(device=cuda, gpu=0)
+    assert SixteenBitBackend().supports(on_gpu) is None
+    quantized_x = on_gpu._replace(quantized=torch.int8)
+    assert "int8 already" in SixteenBitBackend().supports(quantized_x)
+    plain = problem(x, pack(compress(random_weight(64, 256, torch.bfloat16))))
+    assert "for quantised weights" in SixteenBitBackend().supports(plain)
+
+
+def test_expected_times_are_tables_where_they_know_all_else_the_cost_model(native):
+    widened, eight = configs.Types(INT8, BF16, BF16), configs.Types(INT8, INT8, BF16)
+    asked = 8, 4096, 4096, (widened, eight), 0
+    modelled = configs.expected_us(*asked)
+    for types, us in zip(asked[3], modelled, strict=True):
+        name = configs.heuristic(8, 4096, 4096, 0, types)
+        variant = next(v for v in heuristics.TIMES_8 if heuristics.name(v) == name)
+        assert us == heuristics.predicted_us(variant, 8, 4096, 4096, 132, types.bits)
+    blocks = heuristics.name(BLOCKS[2])
+    tune(tuning.user_path(), {8: (blocks, 5.0)}, widened.key)
+    assert configs.expected_us(*asked) == modelled, "measured and modelled do not compare"
+    tune(tuning.user_path(), {16: (heuristics.name(TILES[0]), 4.0)}, eight.key)
+    assert configs.expected_us(*asked) == [5.0, 4.0]
 
 
 @pytest.mark.parametrize("storage", [E4M3, INT8])

@@ -15,6 +15,7 @@ from python_tests.backends.cuda_cases import (
 )
 from python_tests.linear_cases import (
     PAIRS,
+    assert_same,
     assert_within,
     error_bound,
     random_input,
@@ -317,11 +318,11 @@ def test_int4_through_the_public_function(tokens, group, dtype):
     y64 = p.product if p.scale_group else p.product * p.scale
     x, w24 = p.x[:tokens], p.w24
     y = sk.linear(x, w24, p.bias, "relu")
-    assert torch.equal(y, (y64[:tokens] + p.bias.double()).relu().to(dtype))
+    assert_same(y, (y64[:tokens] + p.bias.double()).relu().to(dtype), "bias, relu")
     three = sk.linear(x.reshape(tokens, 1, 580), w24)
-    assert torch.equal(three, y64[:tokens, None].to(dtype))
+    assert_same(three, y64[:tokens, None].to(dtype), "three dimensions")
     told = sk.explain(x, w24)
     assert told.backend == "cuda" and "W4A16" in told.reason, str(told)
     module = SparseLinear.from_sparse24(w24.rowmajor(), p.bias).to(DEVICE)
     assert module.weight.layout == "tile64"
-    assert torch.equal(module(x), (y64[:tokens] + p.bias.double()).to(dtype))
+    assert_same(module(x), (y64[:tokens] + p.bias.double()).to(dtype), "SparseLinear")

@@ -27,7 +27,7 @@ from python_tests.backends.scaled_cases import (
     call,
     promoted,
 )
-from python_tests.linear_cases import assert_within, random_input, random_weight
+from python_tests.linear_cases import assert_same, assert_within, random_input, random_weight
 from sparsekern import _native
 from sparsekern.backends import cpu, quantize_rows
 from sparsekern.formats.tile64 import pack
@@ -259,6 +259,8 @@ def test_linear_of_a_quantised_weight(storage, dtype, in_features):
     host = sk.quantize(sk.compress(w), short)
     w24 = sk.quantize(sk.compress(w).to(DEVICE), short)
     assert w24.layout == "tile64"
+    for name, tensor in w24.rowmajor().tensors.items():
+        assert_same(tensor.view(torch.uint8), host.tensors[name].view(torch.uint8), name)
     numbers = sk.dequantize(host.to(torch.float32), layout="rowmajor").to_dense().double()
     bias = random_input((520,), dtype, seed=4)
     for tokens in (1, 8, 64, 65, 300):
@@ -295,7 +297,8 @@ def test_linear_quantized_gives_the_bits_of_linear(storage):
         x = random_input(shape, BF16).to(DEVICE)
         q, scale = sk.quantize_rows(x, storage)
         y = sk.linear_quantized(q, scale, w24)
-        assert y.shape == (*shape[:-1], 520) and torch.equal(y, sk.linear(x, w24))
+        assert y.shape == (*shape[:-1], 520)
+        assert_same(y, sk.linear(x, w24), f"{shape}")
     one = sk.linear_quantized(q[0, :1], scale[0, :1], w24)
     assert one.shape == (1, 520)
     none = sk.linear_quantized(q[0, :0], scale[0, :0], w24)
@@ -334,7 +337,7 @@ def test_a_graph_captures_all_of_it(storage):
             x.copy_(random_input((tokens, 4096), BF16, seed=seed))
             graph.replay()
             torch.cuda.synchronize()
-            assert torch.equal(y, sk.linear(x, w24))
+            assert_same(y, sk.linear(x, w24), f"{tokens} tokens, replayed")
 
 
 @pytest.mark.parametrize("group", [64, 128, 1024])

@@ -1037,7 +1037,9 @@ def run_child(*arguments):
     )
     if done.stdout.startswith("skip: "):
         pytest.skip(done.stdout.strip())
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    lines = done.stderr.strip().splitlines() or ["no message"]
+    told = f"{' '.join(arguments)}: {lines[-1]}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+    assert done.returncode == 0, told
     return done.stdout
 
 

@@ -115,7 +115,7 @@ def test_a_row_that_hangs_is_a_record(tmp_path):
         "def hang(*a, **k):\n    b.signal.setitimer(b.signal.ITIMER_REAL, 0)\n    time.sleep(1e4)\n"
         "b.sparsekern.prune_model = hang\nb.main(sys.argv[1], sys.argv[2:])\n"
     )
-    arguments = options(tmp_path, "--runs", "best", "--budget", 8)
+    arguments = options(tmp_path, "--runs", "best", "--budget", 30)
     command = [sys.executable, str(script), str(tmp_path / "r.jsonl"), *arguments]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)

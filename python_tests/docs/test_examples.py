@@ -10,6 +10,8 @@ PROMISES = {
     "prune_a_model": ["dense", "sparsegpt", "left dense: lm_head"],
     "plain_torch_module": ["dense accuracy", "skip rule 'head'", "SparseLinear(in_features=32"],
     "save_and_load": ["same bits: True", "exported"],
+    "quantize_and_serve": ["int4     perplexity", "14 layers", "vllm serve"],
+    "reconstruct": ["left dense: ", "reconstructed: error on held-out rows", "2:4   perplexity"],
     "own_scores": ["weight_times_deviation", "sparsegpt"],
     "inspect_and_explain": ["of dense", "0x", "1024 tokens: "],
 }

@@ -13,7 +13,7 @@ from python_tests.finetune.distill_child import SAVING
 from python_tests.finetune.tiny import OPTIONS, WINDOW, pair, rows, run, weights
 from python_tests.oneshot.driver_models import build, tokens
 from sparsekern.errors import FormatError
-from sparsekern.finetune import SRSTE, Masked, build_cache, data, distill
+from sparsekern.finetune import SRSTE, Masked, build_cache, data, distill, losses
 from sparsekern.finetune.teacher import LiveTeacher, Split, cache_bytes
 from sparsekern.finetune.trainer import Recipe, plot, read_metrics
 
@@ -276,3 +276,32 @@ def test_errors():
     Masked(student).compress()
     with pytest.raises(ValueError, match="14 SparseLinear"):
         run(student, teacher)
+
+
+def test_one_block_is_compiled_for_all_of_them(monkeypatch):
+    """Student and teacher are one graph each, however many blocks there are; evaluations are not
+    compiled."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    graphs, original = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_ = lambda f, **options: original(f, **{**options, "backend": backend})  # noqa: E731
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(losses, "compiled", lambda a, t: lambda *x: losses.one_chunk(*x, a, t))
+    teacher, student = pair(layers=4)
+    run(student, teacher, compile=True, evaluate={"text": rows(4, 5)}, eval_every=3)
+    assert len(graphs) == 2, len(graphs)
+    assert all(m._compiled_call_impl is None for x in (teacher, student) for m in x.modules())
+
+
+def test_on_step_ends_a_run():
+    teacher, student = pair()
+    report = run(student, teacher, on_step=lambda step: step == 3)
+    assert report.steps == 3 and report.violations == 0 and not report.stopped
+    assert report.notes[-1] == "ended by on_step with step 3" and report.loss == report.loss
+    assert report.first_step > 0

@@ -259,6 +259,15 @@ def test_pack_wants_16_bits(device):
         pack(weight((8, 8), torch.float32).to(device))
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_packed_weight_that_becomes_float32_can_be_unpacked(shape, device):
+    w24 = weight(shape).to(device)
+    wide = pack(w24).to(torch.float32)
+    assert wide.layout == "tile64" and wide.dtype == torch.float32
+    same(unpack(wide), w24.to(torch.float32))
+    same(wide.to(BF16), pack(w24))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [F16, BF16])
 def test_the_kernel_packs_as_torch_does(dtype, monkeypatch):

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from python_tests.linear_cases import ACTIVATIONS, random_input, random_weight
+from python_tests.linear_cases import (
+    ACTIVATIONS,
+    assert_within,
+    error_bound,
+    random_input,
+    random_weight,
+)
 from sparsekern import reference
 from sparsekern.backends import cpu, memory
 from sparsekern.formats.sparse24 import compress
@@ -281,10 +287,14 @@ def test_cuda_graph_replays_on_new_data():
 
 @pytest.mark.gpu
 def test_inductor_on_gpu():
-    w24 = compress(random_weight(96, 256, torch.bfloat16).cuda())
-    x = random_input((4, 256), torch.bfloat16).cuda()
+    """Compiled the weight is read row-major, otherwise in the layout that the GPU reads best."""
+    w, x = random_weight(96, 256, torch.bfloat16), random_input((4, 256), torch.bfloat16)
+    w24 = compress(w.cuda())
     compiled = torch.compile(lambda x: linear(x, w24, None, "silu"), fullgraph=True)
-    assert torch.equal(compiled(x), linear(x, w24, None, "silu"))
+    y64 = reference.linear(x.double(), w.double(), None, "silu")
+    bound = error_bound(x, w, None, y64, torch.bfloat16)
+    for function in (compiled, lambda x: linear(x, w24, None, "silu")):
+        assert_within(function(x.cuda()), y64, bound)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
     cuda        backends/cuda/backend.py, with the native module (sparsekern/_native.py)
     cuda-mma    the same with one kernel for every GPU, which is never preferred on Hopper
     cuda-precise  quantised weights, with the sums of e4m3 in float32; only on request
+    cuda-a16    quantised weights, with x in its 16 bits whatever the tokens; only on request
     triton      backends/triton/backend.py
     cpu         backends/cpu.py
     cusparselt  backends/cusparselt/backend.py, for weights that were packed for it

@@ -77,6 +77,12 @@ def packed_shape(out_features: int, in_features: int, bits: int = 16) -> tuple[i
     return -(-out_features // TILE), -(-in_features // tile_columns(bits))
 
 
+def _bits(spec: WeightSpec) -> int:
+    """Of a value that decides the tiles. A packed weight that became float32 (.to, .float()) keeps
+    those of 16 bits until it is unpacked."""
+    return min(spec.element.bits, 16)
+
+
 def packable(w24: Sparse24) -> bool:
     """True when the weight's storage type fits this layout."""
     return fits(w24.spec)
@@ -156,7 +162,7 @@ def wait_for_weight(values: Tensor) -> None:
 
 def _packed_sizes(spec: WeightSpec) -> tuple[list[int], list[int]]:
     """Shapes of the packed values and of the packed metadata."""
-    bits = spec.element.bits
+    bits = _bits(spec)
     panels, k_tiles = packed_shape(spec.shape[0], spec.shape[1], bits)
     tiles, per_byte = panels * k_tiles, max(1, 8 // bits)
     metadata = TILE * tile_columns(bits) // 8
@@ -166,7 +172,7 @@ def _packed_sizes(spec: WeightSpec) -> tuple[list[int], list[int]]:
 
 
 def _unpack(spec: WeightSpec, tensors: Tensors) -> Tensors:
-    (out_features, in_features), bits = spec.shape, spec.element.bits
+    (out_features, in_features), bits = spec.shape, _bits(spec)
     if bits == 4:
         return _unpack_int4(spec, tensors)
     panels, k_tiles = packed_shape(out_features, in_features, bits)

@@ -67,6 +67,23 @@ class PreciseBackend:
         return _on_tile64(scaled_linear.explain(problem, precise=True))
 
 
+class SixteenBitBackend:
+    """Quantised weights widened for x as it is, whatever the tokens; only on request."""
+
+    name = "cuda-a16"
+
+    def supports(self, problem: Problem) -> str | None:
+        if problem.spec.element.plain:
+            return f"backend 'cuda-a16' is for quantised weights, got {problem.spec.storage}"
+        return scaled_linear.why_not(problem, widened=True)
+
+    def bind(self, problem: Problem) -> Launch:
+        return scaled_linear.bind(problem, widened=True)
+
+    def explain(self, problem: Problem) -> Explained:
+        return _on_tile64(scaled_linear.explain(problem, widened=True))
+
+
 class MmaBackend:
     """The same with the mma.sp kernel, whatever the GPU; only on request."""
 

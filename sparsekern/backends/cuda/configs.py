@@ -7,6 +7,7 @@ everything, others the mma.sp kernel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -193,6 +194,26 @@ def choose(
     why += "" if tuned.tokens == tokens else f" at {tuned.tokens} tokens"
     why += "" if tuned.dtype == problem[0] else f", measured in {tuned.dtype}"
     return Choice(tuned.variant, why, tuned.us if exact else None)
+
+
+def expected_us(
+    tokens: int, out_features: int, in_features: int, kinds: Sequence[Types], index: int
+) -> list[float]:
+    """Times of one problem in each of these types, to be compared: those that tuned tables have,
+    at the number of tokens that decides there, where they know all; else those of the cost model.
+    Hopper only."""
+    gpu, size = tuning.gpu_name(index), (out_features, in_features, tokens)
+    cells = [tuning.lookup(gpu, types.key, *size, runnable(index, types)) for types in kinds]
+    known = [cell.us for cell in cells if cell is not None]
+    if len(known) == len(kinds):
+        return known
+    multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
+    problem = tokens, out_features, in_features, multiprocessors
+    modelled = []
+    for types in kinds:
+        variant = heuristics.fastest(*problem, tuple(_built(types)), types.bits)
+        modelled.append(heuristics.predicted_us(variant, *problem, types.bits))
+    return modelled
 
 
 def mma_tile(

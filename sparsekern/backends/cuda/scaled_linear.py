@@ -1,11 +1,18 @@
 """The CUDA backend for quantised weights: e4m3 and int8 with a scale per output channel, int4.
 
-    x of 16 bits, few tokens    W8A16: decode widens the weights     csrc/linear/decode_sm90.cuh
-    x of 16 bits, more tokens   W8A8: x is quantised, then as below  csrc/activations/
-    x of 8 bits, with scales    W8A8: prefill, split in 8 bits       csrc/linear/prefill_sm90.cuh
-    int4, x of 16 bits          W4A16: decode, 64 tokens at a time
+    x of 16 bits       W8A16: decode widens the weights     csrc/linear/decode_sm90.cuh
+                       W8A8: x is quantised, then as below  csrc/activations/
+    x of 8 bits        W8A8: prefill, split in 8 bits       csrc/linear/prefill_sm90.cuh
+    int4               W4A16: decode, 64 tokens at a time
 
     y = activation(x · levels(W)ᵀ * weight_scale * x_scale + bias)       rounded once to 16 bits
+
+x of 16 bits is quantised with more than 64 tokens, and with fewer where that is expected to be
+faster by WORTH at least (`widens`): W8A16 is bound by the instructions that widen, and from some 16
+tokens on slower than weights of 16 bits. What is expected depends on the sizes, on the tuned tables
+and on nothing else, so a problem is computed in the same way every time. The error of quantised x
+is about that of the quantised weights; whoever wants x as it is asks for backend "cuda-a16", which
+takes 64 tokens at a time.
 
 int8 is summed in int32, exactly. The tensor cores add up products of e4m3 with some 14 bits;
 `precise` (backend "cuda-precise") has their sums of every 256 in_features added up in float32.
@@ -45,6 +52,7 @@ from sparsekern.formats.scaled import SCALE
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.formats.tile64 import LAYOUT, fits, scale_group
 
+WORTH = 1.05  # how much faster x of 8 bits must be where x of 16 bits would do
 _ROW = 16  # bytes, and so elements of 8 bits, that every row of x begins at a multiple of
 
 
@@ -68,14 +76,42 @@ def _widened(problem: Problem) -> Types:
 
 
 def widens(problem: Problem) -> bool:
-    """True when the weights are widened for x as it is: 16-bit x of few tokens, or of int4 weights,
-    for which there is nothing else."""
-    few = problem.tokens <= heuristics.DECODE_TOKENS or problem.spec.element.bits == 4
-    return problem.quantized is None and few and _built_for("decode", _widened(problem))
+    """True when the weights are widened for x as it is: 16-bit x of few tokens, if x of 8 bits is
+    not faster, or of int4 weights, for which there is nothing else."""
+    if problem.quantized is not None or not _built_for("decode", _widened(problem)):
+        return False
+    if problem.spec.element.bits == 4:
+        return True
+    if problem.tokens > heuristics.DECODE_TOKENS:
+        return False
+    widened, quantized = _expected(problem)
+    return widened <= WORTH * quantized
 
 
-def why_not(problem: Problem, precise: bool = False) -> str | None:
-    """Why the kernels cannot compute a problem with a quantised weight; None when they can."""
+def _expected(problem: Problem) -> tuple[float, float]:
+    """us of W8A16, and of quantising x and W8A8."""
+    return _expected_us(
+        problem.tokens, *problem.sizes, _widened(problem), _eight(problem), problem.gpu
+    )
+
+
+@lru_cache(maxsize=4096)
+def _expected_us(
+    tokens: int, out_features: int, in_features: int, widened: Types, eight: Types, index: int
+) -> tuple[float, float]:
+    size = tokens, out_features, in_features
+    if min(size) == 0:
+        return 0.0, 0.0
+    of_16, of_8 = configs.expected_us(*size, (widened, eight), index)
+    return of_16, of_8 + heuristics.quantize_us(tokens, in_features)
+
+
+def why_not(problem: Problem, precise: bool = False, widened: bool = False) -> str | None:
+    """Why the kernels cannot compute a problem with a quantised weight; None when they can.
+
+    Args:
+        precise: with sums of e4m3 in float32.   widened: with x as it is, in 16 bits.
+    """
     spec = problem.spec
     if spec.layout != LAYOUT:
         return f"backend 'cuda' needs layout 'tile64' (SparseLinear), got {spec.layout!r}"
@@ -86,8 +122,13 @@ def why_not(problem: Problem, precise: bool = False) -> str | None:
     refusal = configs.hopper_refusal(problem.gpu)
     if refusal:
         return refusal
-    of_int4 = spec.element.bits == 4
-    if not (widens(problem) if of_int4 else _built_for("prefill", _eight(problem))):
+    if widened and problem.quantized is not None:
+        return f"x is {spec.storage} already"
+    if widened or spec.element.bits == 4:
+        built = problem.quantized is None and _built_for("decode", _widened(problem))
+    else:
+        built = _built_for("prefill", _eight(problem))
+    if not built:
         return f"backend 'cuda' has no kernel for weights of {spec.storage}"
     if precise and not any(tile.promoted for tile in configs._tiles(_eight(problem))):
         return f"sums of {spec.storage} are exact, there is nothing to promote"
@@ -121,28 +162,30 @@ def _plan(
 
 
 registry.watch(_plan.cache_clear)
+registry.watch(_expected_us.cache_clear)
 
 
-def explain(problem: Problem, precise: bool = False) -> Explained:
+def explain(problem: Problem, precise: bool = False, widened: bool = False) -> Explained:
     """What `bind` would choose, and why."""
     storage, tokens, index = problem.spec.storage, problem.tokens, problem.gpu
     if precise:
         name = configs.promoted(tokens, problem.out_features, index, _eight(problem))
         return Explained(name, f"{_rows_are(problem)}; sums of 256 in_features added in float32")
-    if problem.spec.element.bits == 4:
+    few = tokens <= heuristics.DECODE_TOKENS
+    compared = few and problem.quantized is None and problem.spec.element.bits == 8 and not widened
+    why = ""
+    if compared:
+        of_16, of_8 = _expected(problem)
+        why = f"{of_16:.1f} us are expected with x as it is, {of_8:.1f} with x of 8 bits; "
+    if widened or widens(problem):
         part = min(tokens, heuristics.DECODE_TOKENS)
         chosen = configs.choose(part, *problem.sizes, _widened(problem), index)
-        why = f"W4A16: {storage} is widened for x as it is, {part} tokens at a time"
-        return Explained(
-            chosen.variant, f"{why}; {chosen.why}", chosen.us if part == tokens else None
-        )
-    if widens(problem):
-        chosen = configs.choose(tokens, *problem.sizes, _widened(problem), index)
-        why = f"W8A16: up to {heuristics.DECODE_TOKENS} tokens {storage} is widened for x as it is"
-        return Explained(chosen.variant, f"{why}; {chosen.why}", chosen.us)
+        kind = f"W{problem.spec.element.bits}A16: {storage} is widened for x as it is"
+        kind += "" if few else f", {part} tokens at a time"
+        return Explained(chosen.variant, f"{kind}; {why}{chosen.why}", chosen.us if few else None)
     chosen = configs.choose(tokens, *problem.sizes, _eight(problem), index)
     us = None if problem.quantized is None else chosen.us  # without the time to quantise
-    return Explained(chosen.variant, f"{_rows_are(problem)}; {chosen.why}", us)
+    return Explained(chosen.variant, f"{_rows_are(problem)}; {why}{chosen.why}", us)
 
 
 def _rows_are(problem: Problem) -> str:
@@ -154,8 +197,8 @@ def _rows_are(problem: Problem) -> str:
 # ---- running it ----------------------------------------------------------------------------------
 
 
-def bind(problem: Problem, precise: bool = False) -> Launch:
-    """The launch of a problem with a quantised weight; see the top of the file.
+def bind(problem: Problem, precise: bool = False, widened: bool = False) -> Launch:
+    """The launch of a problem with a quantised weight; see `why_not` and the top of the file.
 
     As with `linear.bind`, x is copied when its rows are not 16-byte aligned and evenly spaced, and
     the weight's tensors must be complete.
@@ -165,11 +208,11 @@ def bind(problem: Problem, precise: bool = False) -> Launch:
         return _bind_degenerate(problem)
     if problem.quantized is not None:
         return _bind_quantized(problem, precise)
-    if problem.spec.element.bits == 4:
-        return _bind_int4(problem)
-    if not precise and widens(problem):
-        return _bind_widened(problem)
-    return _bind_dynamic(problem, precise)
+    if precise or not (widened or widens(problem)):
+        return _bind_dynamic(problem, precise)
+    if problem.spec.element.bits == 4 or tokens > heuristics.DECODE_TOKENS:
+        return _bind_parts(problem)
+    return _bind_widened(problem)
 
 
 def _bind_degenerate(problem: Problem) -> Launch:
@@ -257,7 +300,7 @@ def _bind_dynamic(problem: Problem, precise: bool) -> Launch:
     return launch
 
 
-def _bind_int4(problem: Problem) -> Launch:
+def _bind_parts(problem: Problem) -> Launch:
     """x of 16 bits as it is, in parts that the decode kernel takes."""
     tokens, (out_features, in_features) = problem.tokens, problem.sizes
     types, index, group = _widened(problem), problem.gpu, scale_group(problem.spec)
