@@ -105,6 +105,7 @@ class ElementType:
 
 
 _GPU = ("cpu", "triton", "cuda", "cuda-mma", "cusparselt")
+_QUANTIZED_ON = ("cpu", "triton", "cuda", "cuda-a16")
 _TABLE: dict[str, ElementType] = {
     row.name: row
     for row in (
@@ -116,7 +117,7 @@ _TABLE: dict[str, ElementType] = {
             torch.float8_e4m3fn,
             8,
             scale="row",
-            backends=("cpu", "triton", "cuda", "cuda-precise", "cusparselt"),
+            backends=(*_QUANTIZED_ON, "cuda-precise", "cusparselt"),
             native_code=2,
             codec=ScaledCodec(torch.float8_e4m3fn, 448, -448, 8),
         ),
@@ -126,7 +127,7 @@ _TABLE: dict[str, ElementType] = {
             8,
             accumulator=torch.int32,
             scale="row",
-            backends=("cpu", "triton", "cuda", "cusparselt"),
+            backends=(*_QUANTIZED_ON, "cusparselt"),
             native_code=3,
             codec=ScaledCodec(torch.int8, 127, -127, 8),
         ),
@@ -135,7 +136,7 @@ _TABLE: dict[str, ElementType] = {
             torch.uint8,
             4,
             scale="group",
-            backends=("cpu", "triton", "cuda"),
+            backends=_QUANTIZED_ON,
             codec=ScaledCodec(torch.uint8, 7, -8, 4),
         ),
     )

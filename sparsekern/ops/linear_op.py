@@ -388,7 +388,8 @@ def linear(
         bias: [out_features], dtype and device of x, or None.
         activation: None | "relu" | "gelu" (exact, with erf) | "silu".
         backend: None chooses; "cpu", "triton", "cuda", "cuda-mma", "cuda-precise" (e4m3 alone),
-            "cusparselt" or the name of a registered one forces it. See `explain`.
+            "cuda-a16" (quantised weights alone), "cusparselt" or the name of a registered one
+            forces it. See `explain`.
     Returns:
         [..., out_features], dtype of x, contiguous. No aliasing with inputs.
     Raises:
