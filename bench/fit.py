@@ -270,7 +270,7 @@ def fit_table(cells: Sequence[Cell], multiprocessors: int) -> dict[Variant, Time
 
 
 def scaled(cells: Sequence[Cell], multiprocessors: int) -> dict[Variant, Times]:
-    """Tiles and split tiles of TIMES with their coefficients scaled to these cells, all tiles by one
+    """Tiles and split tiles of TIMES with coefficients scaled to these cells, all tiles by one
     set of eight factors and all split tiles by another; and those of their own (`fit_all`) of what
     else is close to the fastest in OFTEN of the cells.
 
