@@ -42,9 +42,10 @@ def main() -> None:
             assert verify_checkpoint(folder).ok
             loaded = sk.from_pretrained(folder, device="cpu")
             perplexity = sk.perplexity(loaded, text, window=64)
-            name, layers = kind or "32 bits", len(report.pruned)
-            size = f"{folder_bytes(folder)} bytes, {layers} layers"
-            print(f"{name:<8} perplexity {perplexity:.2f}, {size}")
+            print(
+                f"{kind or '32 bits':<8} perplexity {perplexity:.2f}, {folder_bytes(folder)} bytes"
+                f", {len(report.pruned)} layers"
+            )
     print("serve a folder of your own: vllm serve FOLDER")
 
 
