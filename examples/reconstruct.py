@@ -41,7 +41,7 @@ def main() -> None:
         model = copy.deepcopy(dense)
         options = {"skip": skip, "batch_size": 4, "progress": False}
         sk.prune_model(model, "sparsegpt", calibration, **options)
-    rounds = {"span": None, "epochs": 8, "lr": 2e-3}
+    rounds = {"span": None, "epochs": 8, "lr": 1e-4}
     for fit in sk.reconstruct(model, dense, calibration, rounds, batch_size=4, progress=False):
         print(f"reconstructed: error on held-out rows {fit.before:.4f} -> {fit.after:.4f}")
     for name, of in (("dense", dense), ("2:4", model)):

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from bench import figure, headline, record, table
+from bench import engines, figure, headline, record, table
 from python_tests.docs.pages import ROOT, blocks
 from sparsekern import __version__
 from sparsekern.cli import main as cli
@@ -29,6 +29,28 @@ def test_the_example_is_as_short_as_promised():
 def test_numbers_and_figure_are_those_of_the_records():
     assert table.main(["--check"]) == 0
     assert figure.up_to_date(record.read())
+
+
+def test_the_promise_is_that_of_the_records():
+    """Its numbers are typed by hand: of the newest campaign with 2:4 fp8 in vLLM."""
+    clean = [entry for entry in record.read() if entry["dirty"] is False]
+    run = next(c for c in engines.campaigns(clean) if {"sparse-fp8", "fp8"} <= set(c.engines))
+    over = {
+        peer: {case: run.ratio("sparse-fp8", peer, case) for case in run.cases}
+        for peer in ("dense", "fp8")
+    }
+    decoding = [value for case, value in over["dense"].items() if "batch" in case]
+    prefill = next(value for case, value in over["dense"].items() if "prefill" in case)
+    share = run.weights_gb("sparse-fp8") / run.weights_gb("dense")
+    promise = " ".join(README.partition("## ")[0].split())
+    for text in (
+        f"{share:.2f} of the bfloat16 weights' bytes",
+        f"{min(decoding):.2f} to {max(decoding):.2f} times as fast as bfloat16 in decoding",
+        f"{prefill:.2f} times in prefill",
+        f"{min(over['fp8'].values()):.2f} to {max(over['fp8'].values()):.2f} times as fast as "
+        "dense fp8",
+    ):
+        assert text in promise, text
 
 
 def test_the_figure_holds_what_it_shows():
