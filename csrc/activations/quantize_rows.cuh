@@ -238,9 +238,9 @@ struct TokenRows {
 
   __device__ __forceinline__ TokenRows(const Params& p, int64_t token)
       : x(static_cast<const T*>(p.x) + offset(token, p.x_stride)),
-        up(static_cast<const T*>(p.up) + offset(token, p.up_stride)),
-        residual(static_cast<T*>(p.residual) + offset(token, p.residual_stride)),
-        y(static_cast<T*>(p.y) + offset(token, p.y_stride)),
+        up(static_cast<const T*>(p.up) + token * p.up_stride),
+        residual(static_cast<T*>(p.residual) + token * p.residual_stride),
+        y(static_cast<T*>(p.y) + token * p.y_stride),
         q(p.q + offset(token, p.q_stride)) {}
 
   // Once: what the compiler can see through it works out anew for every chunk.
@@ -268,13 +268,17 @@ __device__ __forceinline__ void quantize_aligned(const Params& p, Shared& shared
 
   // Without a condition, where there is no chunk once more the last: so all loads are under way
   // before the first is waited for. With a predicate each, of which there are seven, they are not.
-  // (Sixteen chunks of a norm: registers for that many are not left on 8.0.)
-  constexpr bool kPredicated = kSource == RowSource::kNorm && kChunks == 16;
+  // (Sixteen chunks and what a norm or a gate needs beside them: too few registers.)
+  constexpr bool kPredicated = kSource != RowSource::kPlain && kChunks == 16;
   Chunk kept[kChunks];  // x, or h, or y
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
-    kept[i] = {};
-    if (!kPredicated || exists(i)) kept[i] = load_chunk(at.x + min(place(i), last));
+    if constexpr (!kPredicated) {
+      kept[i] = load_chunk(at.x + min(place(i), last));
+    } else {
+      kept[i] = {};
+      if (exists(i)) kept[i] = load_chunk(at.x + place(i));
+    }
   }
   float sum = 0.0f;
   uint32_t top = 0, top_pair = 0;

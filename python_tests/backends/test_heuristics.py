@@ -63,10 +63,10 @@ def splits_of_the_source():
 def test_every_variant_is_compiled():
     built = [*tiles_of_the_source(), *blocks_of_the_source(), *mma_tiles_of_the_source()]
     built += splits_of_the_source()
-    assert set(TIMES) <= set(built)
+    assert set(TIMES) | set(heuristics.TIMES_8) <= set(built)
     assert all(
         times.stage + times.extra > 0 and times.rate > 0 and min(times) >= 0
-        for times in TIMES.values()
+        for times in (*TIMES.values(), *heuristics.TIMES_8.values())
     )
 
 
@@ -120,8 +120,25 @@ def test_work_of_8_bits_by_hand():
 def test_8_bit_x_of_few_tokens_has_a_variant():
     tiles = tuple(v for v in TIMES if isinstance(v, (Tile, SplitTile)))
     for tokens in (1, 16, 31, 4096):
-        assert fastest(tokens, 4096, 4096, H100, tiles, EIGHT) in tiles
+        chosen = fastest(tokens, 4096, 4096, H100, tiles, EIGHT)
+        assert chosen in tiles and considered(chosen, tokens, 4096, 4096, EIGHT)
+    assert not considered(SplitTile(128, 64, 2), 1, 4096, 4096), "x of 16 bits has decode"
     assert isinstance(fastest(4096, 28672, 4096, H100, tiles, EIGHT), Tile)
+
+
+def test_8_bits_have_coefficients_of_their_own():
+    """Two picks that are measured winners: bench/records, and csrc/notes/splitk.md."""
+    assert heuristics.table(heuristics.PLAIN) is heuristics.table(heuristics.Bits(4, 16)) is TIMES
+    tiles = tuple(v for v in heuristics.TIMES_8 if not isinstance(v, RowBlocks))
+    assert fastest(16, 8192, 8192, H100, tiles, EIGHT) == SplitTile(128, 64, 2)
+    blocks = tuple(v for v in heuristics.TIMES_8 if isinstance(v, RowBlocks))
+    widened = heuristics.Bits(8, 16)
+    assert fastest(8, 8192, 8192, H100, blocks, widened) == RowBlocks(128, 2)
+
+
+def test_quantising_takes_longer_with_more_of_it():
+    us = heuristics.quantize_us
+    assert 0 < us(1, 4096) < us(16, 4096) < us(64, 4096) < us(64, 28672) < 10
 
 
 def test_the_promoted_tile():

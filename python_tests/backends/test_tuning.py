@@ -249,36 +249,26 @@ def test_writers_in_several_processes_lose_nothing(tmp_path):
 # ---- what is shipped -----------------------------------------------------------------------------
 
 
-def test_shipped_tables_are_whole_and_name_variants_of_the_source(monkeypatch):
-    """Every cell of every shipped file, if there is one, names a line of csrc/linear/configs.h."""
-    import re
+def test_shipped_tables_are_whole_and_name_variants_of_the_source():
+    """Every cell of every shipped file names a line of csrc/linear/configs.h that may run there."""
+    from bench import fit
+    from sparsekern.backends.cuda.cost_model import RowBlocks
+    from sparsekern.profiling.tune import KINDS
 
-    from sparsekern.backends.cuda.cost_model import MmaTile, SplitTile, Tile
-
-    source = (ROOT / "csrc" / "linear/configs.h").read_text()
-    entries = [
-        tuple(map(int, numbers.split(", "))) for numbers in re.findall(r"X\(([\d, ]+)\)", source)
-    ]
-    names = {
-        f"prefill {Tile(128 * panels, *rest, bool(streamed))}"
-        for _, panels, *rest, streamed in (entry for entry in entries if len(entry) == 6)
-    }
-    names |= {f"mma {MmaTile(*entry[1:])}" for entry in entries if len(entry) == 7}
-    names |= {
-        f"decode {64 * int(panels)} rows, split {split}"
-        for _, panels, split in (entry for entry in entries if len(entry) == 3)
-    }
-    names |= {
-        f"split {SplitTile(128 * panels, *rest)}"
-        for _, panels, *rest in (entry for entry in entries if len(entry) == 4)
-    }
-    assert len(names) == len(entries) > 40
-    for path in (ROOT / "sparsekern" / "tables").glob("*.json"):
+    names = fit.variants()
+    paths = sorted(tuning.TABLES.glob("*.json"))
+    assert len(paths) >= 2
+    found = set()
+    for path in paths:
         content = json.loads(path.read_text())
         assert content["version"] == tuning.VERSION and content["entries"]
         for table in content["entries"].values():
-            for shapes in tuning._parse(table).values():
+            for dtype, shapes in tuning._parse(table).items():
+                found.add(dtype)
                 for cells in shapes.values():
                     for tokens, (name, _) in cells.items():
-                        assert name in names, (path.name, name)
-                        assert tokens <= 64 or not name.startswith("decode")
+                        variant = names[name]
+                        assert not getattr(variant, "promoted", False)
+                        assert tokens <= 64 or not isinstance(variant, RowBlocks)
+                        assert KINDS[dtype].bits.x == 16 or not isinstance(variant, RowBlocks)
+    assert {"bfloat16", "float8_e4m3fn", "float8_e4m3fn weight, bfloat16"} <= found

@@ -8,7 +8,7 @@ import pytest
 
 from bench import fit
 from sparsekern.backends.cuda import cost_model as heuristics
-from sparsekern.backends.cuda.cost_model import MmaTile, RowBlocks, Tile, Times
+from sparsekern.backends.cuda.cost_model import MmaTile, RowBlocks, SplitTile, Tile, Times
 
 SMS = 132
 TRUE = {
@@ -147,6 +147,37 @@ def test_refined_picks_better_and_stays_near_the_times(cells):
     for gap in fit.gaps(read, moved, SMS):
         predicted = heuristics.us(moved[gap.picked], gap.cell.work(gap.picked, SMS))
         assert predicted == pytest.approx(gap.cell.times[gap.picked], rel=0.1)
+
+
+def test_cells_of_8_bits_are_fitted_by_scaling_what_there_is(tmp_path, capsys):
+    """Times of 8 bits made from TIMES by one factor per kernel, and of row blocks of their own."""
+    tiles = [v for v in heuristics.TIMES if isinstance(v, (Tile, SplitTile))]
+    factors = {Tile: 1.2, SplitTile: 0.8}
+    lines = []
+    for shape in SHAPES:
+        for tokens in TOKENS:
+            for bits, dtype, table in (
+                (heuristics.Bits(8, 8), "float8_e4m3fn", tiles),
+                (heuristics.Bits(8, 16), "float8_e4m3fn weight, bfloat16", [RowBlocks(256, 4)]),
+            ):
+                if bits.x == 16 and tokens > 64:
+                    continue
+                times = {}
+                for v in table:
+                    of = TRUE[v] if bits.x == 16 else heuristics.TIMES[v]
+                    us = heuristics.us(of, heuristics.work(v, tokens, *shape, SMS, bits))
+                    times[heuristics.name(v)] = us * factors.get(type(v), 1.0)
+                lines.append(line(shape, tokens) | dict(times=times, dtype=dtype))
+    path = write(tmp_path / "eight.jsonl", lines)
+    read = fit.read([path])
+    assert {cell.bits for cell in read} == {heuristics.Bits(8, 8), heuristics.Bits(8, 16)}
+    table = fit.fit_table(read, SMS)
+    assert set(table) == {*tiles, RowBlocks(256, 4)}
+    assert all(gap.share < 0.02 for gap in fit.gaps(read, table, SMS))
+    assert fit.main([path, "--check"]) == 0
+    assert capsys.readouterr().out.startswith("all cells, ")
+    with pytest.raises(ValueError, match="cells of one table"):
+        fit.main([path, write(tmp_path / "16.jsonl", [line((512, 2048), 1)]), "--check"])
 
 
 def test_gaps_are_those_of_the_picks(cells):
