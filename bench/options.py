@@ -146,7 +146,7 @@ class Watch:
         rescue: writes what is known. Called from the thread.
     """
 
-    GRACE = 10.0
+    GRACE, POLL = 10.0, 1.0
     CODE = 3
 
     def __init__(self, run: Run, limit: float | None, rescue: Callable[[str], None]):
@@ -181,7 +181,8 @@ class Watch:
             left = None if self.limit is None else self.limit - self.run.elapsed
             if left is not None and left <= 0:
                 self._end("the limit is reached")
-            ready, _, _ = select.select([self._ours], [], [], left)
+            pause = self.POLL if left is None else min(left, self.POLL)
+            ready, _, _ = select.select([self._ours], [], [], pause)
             if ready and signal.SIGTERM in self._ours.recv(64) and not self.asked:
                 self.asked = True
                 self._call("SIGTERM")

@@ -61,7 +61,8 @@ TITLES = {
     "bandwidth": "Memory bandwidth of the machine",
 }
 BASES = {"mma_era": "dense mma.sync"}  # the backend whose time is divided; others: "dense"
-HIDDEN = ("linear_config",)  # one record per config: for csrc/NOTES.md, not for the README
+# One record per config, for csrc/NOTES.md and not for the README; what was not finished.
+HIDDEN = ("linear_config", "finetune_stopped", "quality_stopped", "serve_stopped")
 DECODE_TOKENS = 64  # up to here a cell stands in the decode table
 MAX_LOSSES = 20  # to cuSPARSELt in the list, the worst first; the rest is counted
 

@@ -129,11 +129,11 @@ def written(options):
 def test_a_limit_that_training_is_cut_for(options, tmp_path):
     """Hours are asked for; training has what is left, and the record is there in time."""
     begin = time.monotonic()
-    with child(options, "--start", "magnitude", "--minutes", 60, "--limit-seconds", 40) as process:
-        out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0 and time.monotonic() - begin < 45, out
+    with child(options, "--start", "magnitude", "--minutes", 60, "--limit-seconds", 120) as process:
+        out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and time.monotonic() - begin < 125, out
     (record,) = written(options)
-    assert record["op"] == "finetune" and record["metrics"]["minutes"] < 0.6
+    assert record["op"] == "finetune" and record["metrics"]["minutes"] < 1.9
     phases = record["details"]["phases"]
     assert {"load", "dense evaluation", "sample", "magnitude: prune", "magnitude: train"} < {
         *phases
@@ -149,7 +149,7 @@ def test_sigterm_in_training_ends_with_a_record(options):
             if "  step " in line:
                 process.send_signal(signal.SIGTERM)
                 break
-        out, _ = process.communicate(timeout=100)
+        out, _ = process.communicate(timeout=200)
     stopped, record = written(options)
     assert stopped["op"] == "finetune_stopped" and stopped["details"]["why"] == "SIGTERM"
     assert stopped["details"]["phase"] == "magnitude: train" and stopped["metrics"]["steps"] >= 1
@@ -157,17 +157,15 @@ def test_sigterm_in_training_ends_with_a_record(options):
     assert "ended by on_step" in record["details"]["notes"][-1]
 
 
-@pytest.mark.parametrize("phase", ["dense", "make_corpus", "prune", "evaluate", "compress"])
+@pytest.mark.parametrize("phase", ["dense", "prune", "evaluate", "compress"])
 def test_the_limit_in_every_phase_leaves_a_record(options, tmp_path, phase):
-    """A phase that never ends: at the limit less 5 s the process does, with what is known. Only the
-    first one waits for it; in the others the clock is put forward."""
+    """A phase that never ends, and then the limit: the process does, with what is known."""
     script = tmp_path / "child.py"
     script.write_text(STUCK)
-    limit = 12 if phase == "dense" else 1000
-    command = [sys.executable, script, phase, limit, *options, "--start", "magnitude", "--steps", 2]
+    command = [sys.executable, script, phase, "1000", *options, "--start", "magnitude", "--steps", 2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment,
-                          timeout=150)  # fmt: skip
+                          timeout=300)  # fmt: skip
     assert done.returncode == 3, done.stderr[-2000:]
     assert "the limit is reached in phase" in done.stdout
     if phase == "dense":  # nothing is known yet
@@ -184,25 +182,18 @@ STUCK = """
 import sys, time
 from bench import bench_finetune as b, options
 phase, limit = sys.argv[1], sys.argv[2]
-watches, enter = [], options.Watch.__enter__
-def entered(self):
-    watches.append(self)
-    return enter(self)
-options.Watch.__enter__ = entered
-def stuck(*a, **k):
-    if phase != "dense":
-        watches[0].run._begin -= 1000
-        watches[0]._theirs.send(b"\1")  # it looks at the clock again
-    time.sleep(10_000)
 real, calls = b.Recovery.evaluate, []
+def stuck(*a, **k):
+    calls[-1].watch.limit = 0.0
+    time.sleep(10_000)
 def evaluate(self, *a, **k):
-    calls.append(1)
+    calls.append(self)
     if (phase, len(calls)) in (("dense", 1), ("evaluate", 3)):
         stuck()
     return real(self, *a, **k)
 b.Recovery.evaluate = evaluate
-if phase in ("make_corpus", "prune"):
-    setattr(b.Recovery, phase, stuck)
+if phase == "prune":
+    b.Recovery.prune = stuck
 if phase == "compress":
     b.sparsekern.finetune.masked.Masked.compress = stuck
 out = sys.argv[sys.argv.index("--out") + 1]

@@ -589,6 +589,7 @@ class _Run:
         before = self.spent
         if step == 0 and self.evaluations:
             self._evaluate(0)
+            module.train()
         with tqdm(total=total, initial=step, desc="distill", unit=unit, disable=not shown) as bar:
             while not self._finished(step):
                 start = time.perf_counter()
