@@ -20,8 +20,8 @@ The table is made in three steps:
 A pick that is slower by `gap` costs gap + DREAD * gap^2. A cell counts once for each of CLASSES
 that it is in.
 
-Cells of 8-bit weights make TIMES_8: row blocks in these steps, from the cells with x of 16 bits, and
-tiles and split tiles from those of TIMES (`scaled`).
+Cells of 8-bit weights make TIMES_8: row blocks in these steps, from the cells with x of 16 bits,
+and tiles and split tiles from those of TIMES (`scaled`).
 
 These gaps are of the data that was fitted. --cross tells those of data that was not: each shape's
 picks by a table fitted to the other shapes.

@@ -162,7 +162,17 @@ def test_the_limit_in_every_phase_leaves_a_record(options, tmp_path, phase):
     """A phase that never ends, and then the limit: the process does, with what is known."""
     script = tmp_path / "child.py"
     script.write_text(STUCK)
-    command = [sys.executable, script, phase, "1000", *options, "--start", "magnitude", "--steps", 2]
+    command = [
+        sys.executable,
+        script,
+        phase,
+        "1000",
+        *options,
+        "--start",
+        "magnitude",
+        "--steps",
+        2,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment,
                           timeout=300)  # fmt: skip
