@@ -43,8 +43,8 @@ def main() -> None:
             loaded = sk.from_pretrained(folder, device="cpu")
             perplexity = sk.perplexity(loaded, text, window=64)
             print(
-                f"{kind or '32 bits':<8} perplexity {perplexity:.2f}, {folder_bytes(folder)} bytes"
-                f", {len(report.pruned)} layers"
+                f"{kind or '32 bits':<8} perplexity {perplexity:.2f}, "
+                f"{folder_bytes(folder)} bytes, {len(report.pruned)} layers"
             )
     print("serve a folder of your own: vllm serve FOLDER")
 
