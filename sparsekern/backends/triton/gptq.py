@@ -36,14 +36,14 @@ from sparsekern.formats.scaled import SHRINK, SHRINKS, ScaledCodec
 __all__ = ["descend_block", "fit", "refusal", "sweep_block"]
 
 _BLOCK_ROWS = 16
-_FIT_COLUMNS = 128
+_BLOCK_COLS = 128  # most columns of a block; one size, so that few kernels are compiled
 
 
 @triton.jit
-def _level(x, TOP: tl.constexpr, LOW: tl.constexpr, FLOAT: tl.constexpr):
+def _level(x, top, low, FLOAT: tl.constexpr):
     """The nearest level of x, saturating; NaN stays NaN."""
-    x = tl.where(x > TOP, TOP, x)
-    x = tl.where(x < LOW, LOW, x)
+    x = tl.where(x > top, top, x)
+    x = tl.where(x < low, low, x)
     if FLOAT:
         exponent = (x.to(tl.int32, bitcast=True) >> 23) & 255
         power = (tl.maximum(exponent, 121) + 20) << 23  # 2^(e − 3 + 23)
@@ -54,10 +54,11 @@ def _level(x, TOP: tl.constexpr, LOW: tl.constexpr, FLOAT: tl.constexpr):
 
 
 @triton.jit
-def _settle(block_ptr, removed_ptr, offset, inside, w, keep, scale, inverse, TOP: tl.constexpr,
-            LOW: tl.constexpr, FLOAT: tl.constexpr):  # fmt: skip
+def _settle(
+    block_ptr, removed_ptr, offset, inside, w, keep, scale, inverse, top, low, FLOAT: tl.constexpr
+):
     """Quantise a column, store it, and return what it leaves to its right."""
-    q = tl.where(keep, _level(w * inverse, TOP, LOW, FLOAT) * scale, 0.0)
+    q = tl.where(keep, _level(w * inverse, top, low, FLOAT) * scale, 0.0)
     tl.store(block_ptr + offset, q, mask=inside)
     tl.store(removed_ptr + offset, w - q, mask=inside)
     return w - q
@@ -71,13 +72,13 @@ def _sweep_kernel(
     v_ptr,
     ranks_ptr,
     removed_ptr,
+    columns,
     out_features,
     v_stride,
+    top,
+    low,
     CHOOSE: tl.constexpr,
-    TOP: tl.constexpr,
-    LOW: tl.constexpr,
     FLOAT: tl.constexpr,
-    COLUMNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -88,12 +89,12 @@ def _sweep_kernel(
     inverse = tl.div_rn(1.0, scale)
     tile = tl.load(
         block_ptr + cols[None, :] * out_features + rows[:, None],
-        mask=inside[:, None] & (cols < COLUMNS)[None, :],
+        mask=inside[:, None] & (cols < columns)[None, :],
         other=0.0,
     )
     # The stores below go to the memory just read, by other threads of this program.
     tl.debug_barrier()
-    for g in range(0, COLUMNS, 4):
+    for g in range(0, columns, 4):
         w0 = _column(tile, cols, g)
         w1 = _column(tile, cols, g + 1)
         w2 = _column(tile, cols, g + 2)
@@ -123,19 +124,19 @@ def _sweep_kernel(
         v1_ptr = v0_ptr + v_stride
         v2_ptr = v1_ptr + v_stride
         v3_ptr = v2_ptr + v_stride
-        r0 = _settle(block_ptr, removed_ptr, o0, inside, w0, keep0, scale, inverse, TOP, LOW, FLOAT)
+        r0 = _settle(block_ptr, removed_ptr, o0, inside, w0, keep0, scale, inverse, top, low, FLOAT)
         w1 -= r0 * tl.load(v0_ptr + g + 1)
-        r1 = _settle(block_ptr, removed_ptr, o1, inside, w1, keep1, scale, inverse, TOP, LOW, FLOAT)
+        r1 = _settle(block_ptr, removed_ptr, o1, inside, w1, keep1, scale, inverse, top, low, FLOAT)
         w2 -= r0 * tl.load(v0_ptr + g + 2) + r1 * tl.load(v1_ptr + g + 2)
-        r2 = _settle(block_ptr, removed_ptr, o2, inside, w2, keep2, scale, inverse, TOP, LOW, FLOAT)
+        r2 = _settle(block_ptr, removed_ptr, o2, inside, w2, keep2, scale, inverse, top, low, FLOAT)
         w3 -= (
             r0 * tl.load(v0_ptr + g + 3)
             + r1 * tl.load(v1_ptr + g + 3)
             + r2 * tl.load(v2_ptr + g + 3)
         )
-        r3 = _settle(block_ptr, removed_ptr, o3, inside, w3, keep3, scale, inverse, TOP, LOW, FLOAT)
+        r3 = _settle(block_ptr, removed_ptr, o3, inside, w3, keep3, scale, inverse, top, low, FLOAT)
 
-        right = (cols >= g + 4) & (cols < COLUMNS)
+        right = (cols >= g + 4) & (cols < columns)
         tile -= (
             r0[:, None] * tl.load(v0_ptr + cols, mask=right, other=0.0)[None, :]
             + r1[:, None] * tl.load(v1_ptr + cols, mask=right, other=0.0)[None, :]
@@ -154,12 +155,12 @@ def _descend_kernel(
     inverse_diagonal_ptr,
     new_ptr,
     moved_ptr,
+    columns,
     out_features,
     a_stride,
-    TOP: tl.constexpr,
-    LOW: tl.constexpr,
+    top,
+    low,
     FLOAT: tl.constexpr,
-    COLUMNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -170,19 +171,19 @@ def _descend_kernel(
     inverse = tl.div_rn(1.0, scale)
     tile = tl.load(
         slope_ptr + cols[None, :] * out_features + rows[:, None],
-        mask=inside[:, None] & (cols < COLUMNS)[None, :],
+        mask=inside[:, None] & (cols < columns)[None, :],
         other=0.0,
     )
-    for c in range(COLUMNS):
+    for c in range(columns):
         offset = c * out_features + rows
         old = tl.load(old_ptr + offset, mask=inside, other=0.0)
         keep = tl.load(keep_ptr + offset, mask=inside, other=0) != 0
-        right = (cols > c) & (cols < COLUMNS)
+        right = (cols > c) & (cols < columns)
         row = tl.load(a_ptr + c * a_stride + cols, mask=right, other=0.0)
         # A level's best place is q / s − G / (A_ii · s).
         factor = tl.load(inverse_diagonal_ptr + c) * inverse
         place = old * inverse - _column(tile, cols, c) * factor
-        new = tl.where(keep, _level(place, TOP, LOW, FLOAT) * scale, 0.0)
+        new = tl.where(keep, _level(place, top, low, FLOAT) * scale, 0.0)
         move = new - old
         tl.store(new_ptr + offset, new, mask=inside)
         tl.store(moved_ptr + offset, move, mask=inside)
@@ -205,11 +206,11 @@ def _fit_kernel(
     scale_ptr,
     columns,
     out_features,
+    top,
+    low,
     SMALLEST: tl.constexpr,
     SHRINKS: tl.constexpr,
     SHRINK: tl.constexpr,
-    TOP: tl.constexpr,
-    LOW: tl.constexpr,
     FLOAT: tl.constexpr,
     ONE_TILE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -225,14 +226,14 @@ def _fit_kernel(
         for start in range(BLOCK_COLS, columns, BLOCK_COLS):
             tile = _kept_tile(w_ptr, keep_ptr, rows, start + first, inside, columns, out_features)
             most = tl.maximum(most, tl.max(tl.abs(tile), axis=1))
-    largest = tl.maximum(tl.div_rn(most, TOP), SMALLEST)
+    largest = tl.maximum(tl.div_rn(most, top), SMALLEST)
     best = tl.full([BLOCK_ROWS], float("inf"), tl.float32)
     chosen = largest
     for step in range(SHRINKS):
         scale = tl.maximum(largest * (1.0 - SHRINK * step), SMALLEST)
         error = tl.zeros([BLOCK_ROWS], tl.float32)
         if ONE_TILE:
-            level = _level(tile / scale[:, None], TOP, LOW, FLOAT)
+            level = _level(tile / scale[:, None], top, low, FLOAT)
             gap = tile - level * scale[:, None]
             error += tl.sum(gap * gap * worth[None, :], axis=1)
         else:
@@ -240,17 +241,13 @@ def _fit_kernel(
                 cols = start + first
                 part = _kept_tile(w_ptr, keep_ptr, rows, cols, inside, columns, out_features)
                 worth = tl.load(importance_ptr + cols, mask=cols < columns, other=0.0)
-                level = _level(part / scale[:, None], TOP, LOW, FLOAT)
+                level = _level(part / scale[:, None], top, low, FLOAT)
                 gap = part - level * scale[:, None]
                 error += tl.sum(gap * gap * worth[None, :], axis=1)
         better = error < best
         best = tl.where(better, error, best)
         chosen = tl.where(better, scale, chosen)
     tl.store(scale_ptr + rows, tl.where(most == 0, 1.0, chosen), mask=inside)
-
-
-def _rounding(codec: ScaledCodec) -> dict[str, Any]:
-    return dict(TOP=float(codec.top), LOW=float(codec.low), FLOAT=codec.storage.is_floating_point)
 
 
 def _device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -270,7 +267,6 @@ def fit(
     """
     columns, out_features = wt.shape
     scale = torch.empty(out_features, device=wt.device)
-    size = min(_FIT_COLUMNS, triton.next_power_of_2(columns))
     with _device(wt):
         _fit_kernel[(triton.cdiv(out_features, _BLOCK_ROWS),)](
             wt,
@@ -279,13 +275,15 @@ def fit(
             scale,
             columns,
             out_features,
+            float(codec.top),
+            float(codec.low),
             SMALLEST=torch.finfo(torch.float32).tiny,
             SHRINKS=SHRINKS,
             SHRINK=SHRINK,
-            **_rounding(codec),
-            ONE_TILE=columns <= size,
+            FLOAT=codec.storage.is_floating_point,
+            ONE_TILE=columns <= _BLOCK_COLS,
             BLOCK_ROWS=_BLOCK_ROWS,
-            BLOCK_COLS=size,
+            BLOCK_COLS=_BLOCK_COLS,
             num_warps=4,
         )
     return scale
@@ -317,13 +315,15 @@ def sweep_block(
             v,
             ranks,
             removed,
+            columns,
             out_features,
             v.stride(0),
+            float(codec.top),
+            float(codec.low),
             CHOOSE=choose,
-            **_rounding(codec),
-            COLUMNS=columns,
+            FLOAT=codec.storage.is_floating_point,
             BLOCK_ROWS=_BLOCK_ROWS,
-            BLOCK_COLS=triton.next_power_of_2(columns),
+            BLOCK_COLS=_BLOCK_COLS,
             num_warps=4,
         )
 
@@ -357,12 +357,14 @@ def descend_block(
             inverse_diagonal,
             block,
             moved,
+            columns,
             out_features,
             a.stride(0),
-            **_rounding(codec),
-            COLUMNS=columns,
+            float(codec.top),
+            float(codec.low),
+            FLOAT=codec.storage.is_floating_point,
             BLOCK_ROWS=_BLOCK_ROWS,
-            BLOCK_COLS=triton.next_power_of_2(columns),
+            BLOCK_COLS=_BLOCK_COLS,
             num_warps=4,
         )
     return moved
