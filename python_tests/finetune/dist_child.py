@@ -1,6 +1,6 @@
 """Two processes that train one masked model with gloo; what differs from one process is printed.
 
-python -m python_tests.finetune.dist_child ddp|fsdp FOLDER
+python -m python_tests.finetune.dist_child ddp,fsdp,... FOLDER   (writes FOLDER/ddp/out.pt, ...)
 """
 
 import sys
@@ -75,10 +75,17 @@ def worker(rank, kind, folder):
     if rank == 0:
         torch.save(
             {"weights": weights, "wrong": wrong, "state": state, "steps": masked.step},
-            Path(folder) / "out.pt",
+            folder / "out.pt",
         )
     dist.destroy_process_group()
 
 
+def workers(rank, kinds, folder):
+    for kind in kinds.split(","):
+        inside = Path(folder, kind)
+        inside.mkdir(exist_ok=True)
+        worker(rank, kind, inside)
+
+
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(worker, args=(sys.argv[1], sys.argv[2]), nprocs=WORLD)
+    torch.multiprocessing.spawn(workers, args=(sys.argv[1], sys.argv[2]), nprocs=WORLD)

@@ -17,19 +17,24 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+CPU = ("ddp", "ddp-moving", "fsdp", "fsdp-moving")
 GPUS = [pytest.param(f"{kind}-cuda", marks=pytest.mark.gpu) for kind in ("ddp", "fsdp-moving")]
 
 
-def in_two_processes(kind, folder):
-    """What the child saved."""
-    if kind.endswith("cuda") and torch.cuda.device_count() < 2:
+def in_two_processes(kinds, folder):
+    """{kind: what the child saved}."""
+    if kinds[0].endswith("cuda") and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    command = [sys.executable, "-m", "python_tests.finetune.dist_child", kind, str(folder)]
+    command = [sys.executable, "-m", "python_tests.finetune.dist_child", ",".join(kinds), folder]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    result = torch.load(folder / "out.pt", weights_only=True)
-    assert result["wrong"] == 0
-    return result
+    return {kind: torch.load(folder / kind / "out.pt", weights_only=True) for kind in kinds}
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu(tmp_path_factory):
+    """All of CPU, by the same two processes."""
+    return in_two_processes(CPU, tmp_path_factory.mktemp("distributed"))
 
 
 LONG = [pytest.param(f"{kind}-long-cuda", marks=pytest.mark.gpu) for kind in ("ddp", "fsdp")]
@@ -38,14 +43,18 @@ LONG = [pytest.param(f"{kind}-long-cuda", marks=pytest.mark.gpu) for kind in ("d
 @pytest.mark.parametrize("kind", [pytest.param("ddp-long", marks=pytest.mark.slow), *LONG])
 def test_two_thousand_steps_without_a_violation(kind, tmp_path):
     """AdamW, weight decay, clipping; looked at every 100 steps."""
-    result = in_two_processes(kind, tmp_path)
-    assert result["steps"] == 2000
+    result = in_two_processes([kind], tmp_path)[kind]
+    assert result["wrong"] == 0 and result["steps"] == 2000
     assert all(bool(weight.isfinite().all()) for weight in result["weights"].values())
 
 
-@pytest.mark.parametrize("kind", ["ddp", "ddp-moving", "fsdp", "fsdp-moving", *GPUS])
-def test_two_processes_equal_one(kind, tmp_path):
-    result = in_two_processes(kind, tmp_path)
+@pytest.mark.parametrize("kind", [*CPU, *GPUS])
+def test_two_processes_equal_one(kind, tmp_path, request):
+    if kind in CPU:
+        result = request.getfixturevalue("on_the_cpu")[kind]
+    else:
+        result = in_two_processes([kind], tmp_path)[kind]
+    assert result["wrong"] == 0
     model = pruned()
     masked = Masked(model, schedule=dist_child.schedule_of(kind))
     optimizer = masked.attach(adamw(model))

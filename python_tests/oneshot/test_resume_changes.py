@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from python_tests.oneshot.driver_models import build, tokens
+from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot.prune_model import prune_model
 
 LAST = "block-00001.safetensors"
@@ -203,6 +204,19 @@ def test_a_changed_model(change, begun, tmp_path):
 @pytest.mark.parametrize("change", [training_flag, name_or_path], ids=lambda c: c.__name__)
 def test_a_model_that_computes_the_same(change, begun, tmp_path):
     assert continued(begun("wanda"), tmp_path, change) == "equal"
+
+
+@pytest.mark.parametrize("name", sorted(fingerprint._CACHED))
+def test_what_transformers_notes_in_a_class_is_not_the_model(name, monkeypatch):
+    """It is there or not according to what else the process did."""
+    model = build()
+    kind = type(model)
+    monkeypatch.setattr(kind, name, None, raising=False)
+    before = fingerprint.of_model(model)
+    monkeypatch.setattr(kind, name, True)
+    assert fingerprint.of_model(model) == before
+    monkeypatch.setattr(kind, "_something_else", True, raising=False)
+    assert fingerprint.of_model(model) != before
 
 
 # ---- data and options ----------------------------------------------------------------------------

@@ -41,6 +41,14 @@ _INTERNAL = frozenset(vars(nn.Module())) | {
     "_old_forward",
     "_weight_conversions",
 }
+# What Transformers notes in a class the first time that it is asked.
+_CACHED = frozenset(
+    {
+        "_auto_class",
+        "_can_set_attn_implementation_cached_value",
+        "_can_set_experts_implementation_cached_value",
+    }
+)
 # Choices of a config that its to_dict leaves out, and that results depend on.
 _CHOICES = ("_attn_implementation", "_experts_implementation")
 # Modules whose functions are what their names say; everything else is read.
@@ -155,7 +163,7 @@ def _of_class(kind: type, seen: Seen) -> str:
             if isinstance(code, CodeType):
                 whole = None if _of_library(base.__module__) else _attribute(function, seen)
                 texts.append(f"{name} {whole or _of_code(code)}")
-            elif not name.startswith("__"):
+            elif not name.startswith("__") and name not in _CACHED:
                 texts.append(f"{name} {_attribute(value, seen) or ''}")
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
