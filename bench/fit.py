@@ -20,8 +20,8 @@ The table is made in three steps:
 A pick that is slower by `gap` costs gap + DREAD * gap^2. A cell counts once for each of CLASSES
 that it is in.
 
-Cells of 8-bit weights make TIMES_8: row blocks in these steps, from the cells with x of 16 bits, and
-tiles and split tiles from those of TIMES (`scaled`).
+Cells of 8-bit weights make TIMES_8: row blocks in these steps, from the cells with x of 16 bits,
+and tiles and split tiles from those of TIMES (`scaled`).
 
 These gaps are of the data that was fitted. --cross tells those of data that was not: each shape's
 picks by a table fitted to the other shapes.
@@ -273,9 +273,9 @@ def fit_table(cells: Sequence[Cell], multiprocessors: int) -> dict[Variant, Time
 
 
 def scaled(cells: Sequence[Cell], multiprocessors: int) -> dict[Variant, Times]:
-    """Tiles and split tiles of TIMES with their coefficients scaled to these cells, all tiles by one
-    set of eight factors and all split tiles by another; and those of their own (`fit_all`) of what
-    else is close to the fastest in OFTEN of the cells.
+    """Tiles and split tiles of TIMES with their coefficients scaled to these cells, all tiles by
+    one set of eight factors and all split tiles by another; and those of their own (`fit_all`) of
+    what else is close to the fastest in OFTEN of the cells.
 
     For 8-bit x, whose cells are few: with coefficients of their own the variants of the shipped
     cells are picked better, and those of shapes that were left out worse.

@@ -67,10 +67,10 @@ times; on average, at worst), and hit the measured winner less often:
     shapes at this number of tokens     125    21.6 %   223 %
 
 8-bit operands: a stage has the bytes of a 16-bit one, but for its metadata, and takes the tensor
-cores as long, for twice as many in_features. So the counts are those of the 16-bit variant with half
-the stages and with the bytes of the types (Bits), and the coefficients their own (TIMES_8), because
-widening weights costs a decode stage much of what its bytes save. int4 has those of 16 bits. The
-promoted tiles are not in it, because they are asked for by name (`promoted_tile`).
+cores as long, for twice as many in_features. So the counts are those of the 16-bit variant with
+half the stages and with the bytes of the types (Bits), and the coefficients their own (TIMES_8),
+because widening weights costs a decode stage much of what its bytes save. int4 has those of 16
+bits. The promoted tiles are not in it, because they are asked for by name (`promoted_tile`).
 
 Units: microseconds; megabytes are 1e6 bytes, so rate is in megabytes per microsecond, TB/s.
 Where TIMES comes from: see there. `python -m bench.fit` makes it.
@@ -247,12 +247,12 @@ TIMES: dict[Variant, Times] = {
     SplitTile(256, 128, 2): Times(0.544, 0.0252, 0.0625, 2.62, 3.37, 3.48, 0, 0),
 }
 
-# The same for weights of 8 bits: tiles and split tiles with x of 8 bits, row blocks with x of 16. From
-# an H200 (132 multiprocessors, 700 W), e4m3 with y of bfloat16: the q+k+v, o, gate+up and down layers
-# of Llama-3 8B and 70B, 13 numbers of tokens from 1 to 8192, up to 64 with x of 16 bits: 152 cells. So
-# few cannot fit every variant, and those of tiles are the ones above, scaled (`scaled` in bench/fit.py)
-# but for the few that are not there. How well it picks: csrc/notes/splitk.md, "8 bits". int8 moves the
-# same bytes in the same clocks.
+# The same for weights of 8 bits: tiles and split tiles with x of 8 bits, row blocks with x of 16.
+# From an H200 (132 multiprocessors, 700 W), e4m3 with y of bfloat16: the q+k+v, o, gate+up and down
+# layers of Llama-3 8B and 70B, 13 numbers of tokens from 1 to 8192, up to 64 with x of 16 bits: 152
+# cells. So few cannot fit every variant, and those of tiles are the ones above, scaled (`scaled` in
+# bench/fit.py) but for the few that are not there. How well it picks: csrc/notes/splitk.md, "8
+# bits". int8 moves the same bytes in the same clocks.
 TIMES_8: dict[Variant, Times] = {
     RowBlocks(256, 1): Times(0.379, 0.719, 0.831, 4.73, 0, 2.05, 0, 3.87),
     RowBlocks(256, 2): Times(0.406, 0.519, 0.943, 3.97, 1.8, 5.98, 0, 0),
