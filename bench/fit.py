@@ -273,9 +273,9 @@ def fit_table(cells: Sequence[Cell], multiprocessors: int) -> dict[Variant, Time
 
 
 def scaled(cells: Sequence[Cell], multiprocessors: int) -> dict[Variant, Times]:
-    """Tiles and split tiles of TIMES with coefficients scaled to these cells, all tiles by one
-    set of eight factors and all split tiles by another; and those of their own (`fit_all`) of what
-    else is close to the fastest in OFTEN of the cells.
+    """Tiles and split tiles of TIMES with their coefficients scaled to these cells, all tiles by
+    one set of eight factors and all split tiles by another; and those of their own (`fit_all`) of
+    what else is close to the fastest in OFTEN of the cells.
 
     For 8-bit x, whose cells are few: with coefficients of their own the variants of the shipped
     cells are picked better, and those of shapes that were left out worse.

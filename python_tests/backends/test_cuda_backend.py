@@ -913,7 +913,8 @@ def test_why_not_for_weights_of_8_bits(native):
     assert "compute capability 9" in backend.supports(on_gpu)
 
 
-def test_explain_says_how_weights_of_8_bits_are_computed(native, tmp_path):
+def test_explain_says_how_weights_of_8_bits_are_computed(native, monkeypatch, tmp_path):
+    expect(monkeypatch, 1.0, 10.0)
     w24, backend = quantized(INT8), CudaBackend()
 
     def told(tokens, dtype=torch.bfloat16):
