@@ -319,7 +319,8 @@ class Recovery:
                 schedule=moving,
                 folder=folder,
                 resume=args.resume is not None,
-                limit_seconds=limit,
+                # A run of so many steps without a folder is ended by the watch alone.
+                limit_seconds=limit if folder is not None or args.steps is None else None,
                 shorten=args.resume is None and args.steps is None,
                 device=run.device,
                 progress=False,

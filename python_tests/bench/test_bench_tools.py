@@ -560,13 +560,15 @@ def test_sweep_times_every_config_and_drops_a_wrong_one(
 ):
     from sparsekern.backends.cuda import linear as cuda_backend
 
+    types = [("bfloat16",) * 3]
+
     class Native:
         """The functions that the sweep calls; config 3 of decode is wrong."""
 
         kernels = staticmethod(
             lambda: {
                 "decode": [
-                    {"index": i, "rows": 256, "split": split}
+                    {"index": i, "rows": 256, "split": split, "types": types}
                     for i, split in ((1, 1), (2, 2), (3, 4))
                 ],
                 "prefill": [
@@ -577,6 +579,8 @@ def test_sweep_times_every_config_and_drops_a_wrong_one(
                         "cluster_rows": 2,
                         "cluster_tokens": 1,
                         "streamed": False,
+                        "promoted": False,
+                        "types": types,
                     }
                 ],
                 "mma": [
@@ -588,6 +592,7 @@ def test_sweep_times_every_config_and_drops_a_wrong_one(
                         "warps_tokens": 1,
                         "split": 4,
                         "stages": 4,
+                        "types": types,
                     }
                 ],
                 "split": [],

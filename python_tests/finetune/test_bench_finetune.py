@@ -139,7 +139,9 @@ def test_a_limit_that_training_is_cut_for(options, tmp_path):
         *phases
     }
     windows = record["details"]["windows"]
-    assert windows["last"] == windows["all"] and max(windows["start"].values()) <= 24
+    # As many of the last as there was time for, one of each text at least.
+    assert all(1 <= windows["last"][name] <= count for name, count in windows["all"].items())
+    assert max(windows["start"].values()) <= 24
     assert all(f"phase {name}: " in out for name in phases)
 
 

@@ -193,7 +193,8 @@ ERRORS = {
     "backend name": (
         dict(backend="tpu"),
         ValueError,
-        r"backend in 'cuda', 'cuda-mma', 'cuda-precise', 'triton', 'cpu', 'cusparselt', got 'tpu'",
+        "backend in 'cuda', 'cuda-mma', 'cuda-precise', 'cuda-a16', 'triton', 'cpu', "
+        "'cusparselt', got 'tpu'",
     ),
     "triton on cpu": (
         dict(backend="triton"),

@@ -296,6 +296,7 @@ def compare_gptq_with_torch(device, kinds=KINDS):
             assert results[1] == pytest.approx(results[0], rel=0.03 if kept is not None else 0.1)
 
 
+@pytest.mark.slow
 def test_triton_kernels_through_the_interpreter():
     """In a process of its own, because Triton reads TRITON_INTERPRET when a kernel is defined."""
     pytest.importorskip("triton")
