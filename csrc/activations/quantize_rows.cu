@@ -20,18 +20,14 @@ struct Cut {
   int warps;
 };
 
-// The fewest chunks with which `most` warps hold a row, or as many as may (most_warps). Few tokens
-// of a maximum: all warps that there are, because each token has a multiprocessor of its own. Else
-// eight, and of a maximum sixteen for four chunks: so a block is small, and several overlap.
-Cut cut_row(const QuantizeRowsProblem& p) {
-  const int chunks = p.features / kChunkValues;
-  const bool sums = p.source == RowSource::kNorm, few = !sums && p.tokens <= kFewBlocks;
+// The fewest chunks with which eight warps hold a row, and from eight chunks on sixteen.
+Cut cut_row(int features) {
+  const int chunks = features / kChunkValues;
   for (const int each : {2, 4, 8, 16}) {
-    const int shared = each == 2 || (each == 4 && sums) ? kBlockWarps : 16;
     const int warps = (chunks + each * kWarpThreads - 1) / (each * kWarpThreads);
-    if (warps <= (few ? most_warps(each) : shared)) return {each, std::max(warps, 1)};
+    if (warps <= (each < 8 ? kBlockWarps : kMaxWarps)) return {each, std::max(warps, 1)};
   }
-  return {0, kBlockWarps};
+  return {0, kMaxWarps};
 }
 
 // A row may be absent: then its address is null and its stride does not count.
@@ -48,7 +44,7 @@ bool aligned_rows(const QuantizeRowsProblem& p) {
 }
 
 template <class T, class Q, RowSource kSource, int kChunks>
-Status launch(Params params, int warps, cudaStream_t stream) {
+Status launch(const Params& params, int warps, cudaStream_t stream) {
   static KernelStates states;
   const DeviceKernel kernel(kOp, "quantize_rows_kernel",
                             &quantize_rows_kernel<T, Q, kSource, kChunks>, states);
@@ -56,7 +52,6 @@ Status launch(Params params, int warps, cudaStream_t stream) {
   if (kChunks > 0)
     rows = static_cast<int>(
         std::clamp<int64_t>(params.tokens / kFewBlocks, 1, std::max(1, kBlockWarps / warps)));
-  params.rows = rows;
   LaunchShape shape = {rows * warps * kWarpThreads, 0};
   SK_RETURN_IF_ERROR(kernel.prepare(shape.smem_bytes, shape.dependent));
   const int64_t blocks = (params.tokens + rows - 1) / rows;
@@ -98,7 +93,7 @@ Status launch_quantize_rows(const QuantizeRowsProblem& p, cudaStream_t stream) {
   if (p.tokens == 0) return {};
   SK_CHECK_REL(kOp, p.tokens, >, 0, "Pass the rows of x.");
   SK_CHECK_REL(kOp, p.features, >=, 0, "Pass the columns of x.");
-  const Cut cut = p.features > 0 && aligned_rows(p) ? cut_row(p) : Cut{0, kBlockWarps};
+  const Cut cut = aligned_rows(p) ? cut_row(p.features) : Cut{0, kBlockWarps};
   Params params;
   params.x = p.x.data, params.x_stride = p.x.stride;
   params.up = p.up, params.up_stride = p.up_stride;
@@ -108,7 +103,7 @@ Status launch_quantize_rows(const QuantizeRowsProblem& p, cudaStream_t stream) {
   params.q = static_cast<uint8_t*>(p.q), params.q_stride = p.q_stride;
   params.scale = p.scale;
   params.tokens = p.tokens, params.features = p.features;
-  params.warps = cut.warps, params.inverse = ((1 << 16) + cut.warps - 1) / cut.warps;
+  params.warps = cut.warps;
   Status status;
   bool known_storage = false;
   const bool known_x = with_type<__half, __nv_bfloat16>(p.x.dtype, [&](auto x) {

@@ -7,9 +7,9 @@
 //   q = rounded to nearest even(y * (1 / scale)), saturated to +-limit
 //   limit = 448 (e4m3fn) or 127 (int8). NaN or Inf in y: the scale is NaN and q is 0
 //
-// A row is kept in registers, kChunks pieces of 16 bytes a thread, by 1 to 32 warps; short rows
-// share a thread block. How a row of a norm is cut depends on `features` alone, so its sums do too:
-// a token gets the same bits in every batch. A maximum is the same however a row is cut.
+// A row is kept in registers, kChunks pieces of 16 bytes a thread, by 1 to 16 warps; short rows
+// share a thread block. How a row is cut depends on `features` alone, so the sums of a norm do too:
+// a token gets the same bits in every batch.
 //
 //   load      x (and residual: h = x + residual, written back; or up: y = silu(x) * up)
 //   reduce    kNorm: sum of h * h, and max |h * weight|; else: max |y|
@@ -35,10 +35,7 @@ namespace sparsekern::quantize_rows {
 
 constexpr int kWarpThreads = 32;
 constexpr int kChunkValues = 8;  // of 16 bits, in 16 bytes
-constexpr int kMaxWarps = 32;
-
-// The most warps of a row, kChunks pieces a thread: few pieces leave registers for 1024 threads.
-constexpr int most_warps(int chunks) { return chunks == 2 || chunks == 4 ? kMaxWarps : 16; }
+constexpr int kMaxWarps = 16;
 constexpr uint32_t kMagnitude = 0x7FFFFFFF, kInfinity = 0x7F800000;
 constexpr float kSmallestScale = 0x1p-126f;  // whose inverse is finite
 
@@ -53,9 +50,7 @@ struct Params {
   int64_t x_stride, up_stride, residual_stride, y_stride, q_stride;
   int64_t tokens;
   int features;
-  int warps;    // of a row
-  int inverse;  // ceil(2^16 / warps)
-  int rows;     // of a thread block
+  int warps;  // of a row
   float eps;
 };
 
@@ -237,54 +232,36 @@ struct TokenRows {
   uint8_t* q;
 
   __device__ __forceinline__ TokenRows(const Params& p, int64_t token)
-      : x(static_cast<const T*>(p.x) + offset(token, p.x_stride)),
+      : x(static_cast<const T*>(p.x) + token * p.x_stride),
         up(static_cast<const T*>(p.up) + token * p.up_stride),
         residual(static_cast<T*>(p.residual) + token * p.residual_stride),
         y(static_cast<T*>(p.y) + token * p.y_stride),
-        q(p.q + offset(token, p.q_stride)) {}
-
-  // Once: what the compiler can see through it works out anew for every chunk.
-  static __device__ __forceinline__ int64_t offset(int64_t token, int64_t stride) {
-    int64_t elements = token * stride;
-    asm("" : "+l"(elements));
-    return elements;
-  }
+        q(p.q + token * p.q_stride) {}
 };
 
 // 16-byte aligned rows of a multiple of 8 features, at most kChunks * 8 * the threads of a row.
 template <class T, class Q, RowSource kSource, int kChunks>
 __device__ __forceinline__ void quantize_aligned(const Params& p, Shared& shared) {
-  const int row_threads = p.warps * kWarpThreads, step = row_threads * kChunkValues;
-  const int row = static_cast<int>(threadIdx.x) / kWarpThreads * p.inverse >> 16;
-  const int thread = static_cast<int>(threadIdx.x) - row * row_threads;
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * p.rows + row;
+  const int row_threads = p.warps * kWarpThreads;
+  const int row = threadIdx.x / row_threads, thread = threadIdx.x % row_threads;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * (blockDim.x / row_threads) + row;
   const bool inside = token < p.tokens;
   const TokenRows<T> at(p, inside ? token : 0);
   const T* norm_weight = static_cast<const T*>(p.norm_weight);
-  const int last = p.features - kChunkValues;
-  const auto place = [&](int i) { return thread * kChunkValues + i * step; };
-  const auto exists = [&](int i) { return inside && place(i) <= last; };
-  ptx::wait_for_predecessor();
+  const auto place = [&](int i) { return (thread + i * row_threads) * kChunkValues; };
+  const auto exists = [&](int i) { return inside && place(i) < p.features; };
 
-  // Without a condition, where there is no chunk once more the last: so all loads are under way
-  // before the first is waited for. With a predicate each, of which there are seven, they are not.
-  // (Sixteen chunks and what a norm or a gate needs beside them: too few registers.)
-  constexpr bool kPredicated = kSource != RowSource::kPlain && kChunks == 16;
   Chunk kept[kChunks];  // x, or h, or y
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
-    if constexpr (!kPredicated) {
-      kept[i] = load_chunk(at.x + min(place(i), last));
-    } else {
-      kept[i] = {};
-      if (exists(i)) kept[i] = load_chunk(at.x + place(i));
-    }
+    kept[i] = {};
+    if (exists(i)) kept[i] = load_chunk(at.x + place(i));
   }
   float sum = 0.0f;
   uint32_t top = 0, top_pair = 0;
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
-    if (kSource != RowSource::kPlain && !exists(i)) continue;
+    if (!exists(i)) continue;
     Chunk& c = kept[i];
     if constexpr (kSource == RowSource::kNorm) {
       if (p.residual != nullptr) {
@@ -360,7 +337,6 @@ __device__ __forceinline__ void quantize_any(const Params& p, Shared& shared) {
   const T* norm_weight = static_cast<const T*>(p.norm_weight);
   float sum = 0.0f;
   uint32_t top = 0;
-  ptx::wait_for_predecessor();
   for (int i = threadIdx.x; i < p.features; i += blockDim.x) {
     float v = to_float(at.x[i]);
     if constexpr (kSource == RowSource::kNorm) {
@@ -400,10 +376,10 @@ __device__ __forceinline__ void quantize_any(const Params& p, Shared& shared) {
 }
 
 template <class T, class Q, RowSource kSource, int kChunks>
-__global__ void __launch_bounds__(most_warps(kChunks) * kWarpThreads)
-    quantize_rows_kernel(const Params p) {
+__global__ void __launch_bounds__(kMaxWarps* kWarpThreads) quantize_rows_kernel(const Params p) {
   __shared__ Shared shared;
   ptx::let_successor_start();
+  ptx::wait_for_predecessor();
   if constexpr (kChunks == 0) quantize_any<T, Q, kSource>(p, shared);
   else quantize_aligned<T, Q, kSource, kChunks>(p, shared);
 }
