@@ -46,7 +46,10 @@ def test_output_and_gradients(half, rows, columns, device):
     scale = float(dense.weight.grad.float().abs().max())
     kept = dense.weight.grad[mask].view_as(layer.values)
     torch.testing.assert_close(layer.values.grad, kept, rtol=0.02, atol=0.02 * scale)
-    torch.testing.assert_close(layer.bias.grad, dense.bias.grad, rtol=0.05, atol=0.2)
+    # A sum of the slopes of all tokens: rounded once, or added up in the dtype, token by token.
+    total, sizes = (s.double().sum((0, 1)) for s in (slope, slope.abs()))
+    bound = torch.finfo(dtype).eps * sizes + 1e-6
+    assert bool(((layer.bias.grad.double() - total).abs() <= bound).all())
     assert is_transposable(layer.to_linear().weight)
     assert torch.equal(layer.to_linear().weight, dense.weight)
 

@@ -15,6 +15,11 @@ SIZES = dict(
 )
 
 
+def distance(got, wanted):
+    """‖got − wanted‖ / ‖wanted‖: a shard left out, or added twice, gives more than 0.3."""
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+
+
 def refuses(part, call):
     try:
         call()
@@ -53,23 +58,22 @@ def main(rank, world, port, backend):
         wanted = model(inputs_embeds=x).logits
         wanted.float().square().sum().backward()
         gradient, x.grad = x.grad, None
-        split = sk.tensor_parallel(copy.deepcopy(model), mesh if rank >= 0 else None)
+        split = sk.tensor_parallel(copy.deepcopy(model), mesh if quantize is None else None)
         mlp = split.model.layers[0].mlp
         assert mlp.up_proj.layer.out_features == 256 // world
         assert mlp.down_proj.layer.in_features == 256 // world
         assert isinstance(mlp.down_proj.layer, sk.SparseLinear)
         got = split(inputs_embeds=x).logits
         got.float().square().sum().backward()
-        near = dict(atol=1e-4, rtol=1e-4) if dtype == torch.float32 else dict(atol=0.1, rtol=0.1)
-        torch.testing.assert_close(got, wanted, **near)
-        far = {key: 20 * value for key, value in near.items()}
-        torch.testing.assert_close(x.grad, gradient, **far)
+        near = 1e-5 if dtype == torch.float32 else 0.03
+        assert distance(got, wanted) < near, distance(got, wanted)
+        assert distance(x.grad, gradient) < 2 * near, distance(x.grad, gradient)
         with torch.no_grad():
             report = sk.optimize(split)
-            torch.testing.assert_close(split(inputs_embeds=x).logits, wanted, **near)
+            assert distance(split(inputs_embeds=x).logits, wanted) < near
             if device.type == "cpu":
                 compiled = torch.compile(split, backend="aot_eager", fullgraph=True)
-                torch.testing.assert_close(compiled(inputs_embeds=x).logits, wanted, **near)
+                assert distance(compiled(inputs_embeds=x).logits, wanted) < near
         assert len(report.groups) == 3, report  # one up_proj is dense
     model = nn.Sequential(nn.Linear(24, 7), nn.Linear(7, 8))
     refuses("a multiple of 2", lambda: sk.tensor_parallel(model, plan={"0": "colwise"}))
