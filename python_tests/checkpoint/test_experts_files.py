@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import sparsekern as sk
 from python_tests.nn.expert_models import FAMILIES, Mixture, build, logits
+from sparsekern.checkpoint import experts as experts_files
 from sparsekern.checkpoint import export_dense, verify_checkpoint
 from sparsekern.checkpoint.experts import read_entries
 from sparsekern.errors import FormatError
@@ -239,3 +240,14 @@ def test_decompressed_by_the_public_name():
     assert {name for name, _ in model.named_parameters()} == names
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
     assert count.dense == sk.num_parameters(model).dense > count.stored
+
+
+def test_a_conversion_that_needs_the_numbers_is_said(caplog):
+    place = experts_files.Place("mlp.experts", "down_proj", (2, 3, 4), False)
+
+    def split(name, ids):
+        raise RuntimeError("needs floating point")
+
+    assert experts_files._pieces(place, split) == {}
+    assert f"{place.name} is stored under its name in memory" in caplog.text
+    assert "needs floating point" in caplog.text

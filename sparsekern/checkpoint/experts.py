@@ -14,6 +14,7 @@ Transformers' own conversion is run on tensors that hold their row numbers.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from sparsekern.nn.sparse_experts import SparseExperts, find_experts, linear_of
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.utils.safetensors_io import OP, TensorFiles, TensorInfo, listed, require
 
+_log = logging.getLogger("sparsekern")
 # Columns of the tensors of row numbers, and the distance between the numbers of two tensors.
 _COLUMNS, _STEP = 4, 2**40
 
@@ -444,7 +446,14 @@ def _pieces(
     ids = (ids.transpose(1, 2) if place.transposed else ids).contiguous()
     try:
         made = split(place.name, ids)
-    except Exception:  # an operation that needs the numbers themselves
+    except Exception as error:  # an operation that needs the numbers themselves
+        _log.warning(
+            "sparsekern: %s is stored under its name in memory; Transformers' conversion of it "
+            "does not work on row numbers (%s: %s)",
+            place.name,
+            type(error).__name__,
+            error,
+        )
         return {}
     if made is None:
         return None
