@@ -336,10 +336,13 @@ def test_headline_shows_8_bit_layers_in_two_lines():
     found = of(64, w8a16=20.0, cuda=12.0, scaled_mm=16.0, dense=30.0)
     found += of(1024, w8a8=10.0, scaled_mm=14.0, dense=25.0)
     assert headline._layers_8_bits(found)[-2:] == [
-        "| 1 to 64 tokens, x of 16 bits | 0.80 (0.80 to 0.80) | 1.50 (1.50 to 1.50) |",
+        "| 1 to 64 tokens, x kept in 16 bits | 0.80 (0.80 to 0.80) | 1.50 (1.50 to 1.50) |",
         "| 65 to 1024 tokens, x of fp8 | 1.40 (1.40 to 1.40) | 2.50 (2.50 to 2.50) |",
     ]
-    assert "x of 16 bits at 33 to 64 tokens run at 0.60" in headline._lost_8_bits(found)
+    assert (
+        "x kept in 16 bits (backend `cuda-a16`) at 33 to 64 tokens run at 0.60"
+        in headline._lost_8_bits(found)
+    )
     assert headline._layers_8_bits([]) == [] and headline._lost_8_bits([]) == ""
 
 

@@ -54,7 +54,8 @@ def linear_quantized(
         not the one asked for, can run this problem.
     Notes:
         A scale that is NaN makes the token's y NaN. Scales are not looked at otherwise.
-        int8: bit for bit the same on every backend without gelu and silu. A row-major weight on a
+        int8 without gelu and silu: the bits of the CPU on CUDA; Triton, where it splits
+        in_features, may round otherwise, because it scales the parts. A row-major weight on a
         GPU whose kernels read another layout is packed once, as `linear` does.
     """
     ops.check_types(_OP, x, w24)
