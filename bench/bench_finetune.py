@@ -50,7 +50,8 @@ import sparsekern
 from sparsekern import SparseLinear
 from sparsekern.eval import texts
 from sparsekern.finetune import data, schedule
-from sparsekern.finetune.trainer import distill, eval_batch, read_metrics
+from sparsekern.finetune.metrics import read_metrics
+from sparsekern.finetune.trainer import distill, eval_batch
 from sparsekern.integrations.loading import load_model
 from sparsekern.oneshot.presets import PRESETS
 
