@@ -35,6 +35,7 @@ from sparsekern.oneshot.selection import check_options, check_weights, describe,
 from sparsekern.oneshot.skip import DEFAULT_RULE
 from sparsekern.prune import Hessian, Method
 from sparsekern.prune.methods import find_method
+from sparsekern.prune.pattern import Pattern
 
 
 @with_experts_apart
@@ -49,7 +50,7 @@ def prune_model(
     device: torch.device | str | None = None,
     batch_size: int | None = None,
     tokenizer: Callable[..., Any] | None = None,
-    pattern: tuple[int, int] = (2, 4),
+    pattern: tuple[int, int] | str = (2, 4),
     masks: Mapping[str, Tensor] | None = None,
     true_sequential: bool = False,
     damp: float | None = None,
@@ -100,7 +101,9 @@ def prune_model(
             where the model is.
         batch_size: samples per forward; None: by tokens, 16384 on a GPU and 4096 on a CPU.
         tokenizer: for texts as calibration: a callable text -> {"input_ids": [...]}.
-        pattern: (n, m), n kept of each m; compress=True needs (2, 4).
+        pattern: (n, m) or "n:m", n kept of each m, or "4:8 in pairs": of each four consecutive
+            pairs of columns two are kept, as Blackwell's instructions for fp4 read them (in_features
+            a multiple of 8). compress=True needs 2:4.
         masks: layer name -> bool [out_features, in_features], True = kept; other layers get the
             method's mask. A method that updates weights ("sparsegpt") still does.
         true_sequential: prune the layers of a block in order of execution, each group on the
@@ -185,7 +188,7 @@ def prune_model(
     may_match = may_match and hessians is None
     wanted = Options(
         chosen,
-        tuple(pattern),  # type: ignore[arg-type]
+        Pattern.of(pattern, OP),
         dict(masks or {}),
         _values(chosen, {"damp": damp, "blocksize": blocksize}, options),
         DAMP if damp is None else damp,

@@ -19,6 +19,7 @@ from sparsekern.oneshot import skip as skip_rules
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.layerwise import Options
 from sparsekern.ops.quantize import GROUPS, checked_group
+from sparsekern.prune.pattern import Pattern
 from sparsekern.prune.quantize import METHODS
 
 OP = "sparsekern.oneshot.select"
@@ -55,10 +56,9 @@ def check_options(
     remedy = "Pass token ids [samples, tokens] as calibration=."
     enough = calibrated or method.needs == "weights"
     check(enough, op, f"calibration for {method.name}", None, remedy)
-    integers = len(pattern) == 2 and all(type(v) is int for v in pattern)
-    right = integers and 0 < pattern[0] < pattern[1]
-    check(right, op, "pattern (n, m) with 0 < n < m", pattern, "2:4 is (2, 4).")
-    remedy = "Pass compress=False for other patterns."
+    remedy = "Pass compress=False: dense weights with zeros."
+    if pattern.unit > 1:
+        remedy = f"No kernel here runs it, and it is in general not 2:4. {remedy}"
     whole = not compress or pattern == (2, 4)
     check(whole, op, "pattern (2, 4) with compress=True", pattern, remedy)
     steps = options.refine
@@ -107,7 +107,7 @@ def _check_quantize(options: Options, calibrated: bool, op: str) -> None:
 def select(
     model: nn.Module,
     skip: Any,
-    pattern: tuple[int, int],
+    pattern: Pattern,
     compress: bool,
     *,
     targets: Any = None,
@@ -192,7 +192,7 @@ def describe(
         return [rule if isinstance(rule, int) else str(rule) for rule in rules]
 
     described: dict[str, Any] = {
-        "pattern": list(options.pattern),
+        "pattern": options.pattern.described(),
         "compress": compress,
         "skip": texts(skip),
         "true_sequential": true_sequential,

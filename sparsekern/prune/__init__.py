@@ -3,6 +3,7 @@
 Nothing here walks a module, moves a tensor or prints. A mask is bool [out_features, in_features],
 True = kept; every rule is deterministic and keeps the higher column of a tie, on any device.
 
+    pattern.py     Pattern: 2:4, n:m, 4:8 in pairs
     masks.py       nm_mask, magnitude_mask, wanda_mask
     by_score.py    those two as methods
     hessian.py     Hessian (running calibration statistics), relative_error
@@ -25,6 +26,7 @@ from sparsekern.prune.methods import (
     register_method,
     unregister_method,
 )
+from sparsekern.prune.pattern import Pattern
 from sparsekern.prune.quantize import QuantizeReport, gptq, rtn
 from sparsekern.prune.refine import refine
 from sparsekern.prune.retarget import retarget
@@ -40,6 +42,7 @@ __all__ = [
     "Hessian",
     "Method",
     "Option",
+    "Pattern",
     "PruneError",
     "QuantizeReport",
     "SparseGPTReport",
