@@ -106,6 +106,13 @@ def make_parser(
         help="prune only layers that match; rules as for --skip; may be repeated",
     )
     sub.add_argument(
+        "--pattern",
+        default="2:4",
+        metavar="N:M",
+        help="weights kept of each M, or '4:8 in pairs' (Blackwell's fp4); all but 2:4 are saved "
+        "as dense weights with zeros (default 2:4)",
+    )
+    sub.add_argument(
         "--true-sequential", action="store_true", help="prune inside a block in order of execution"
     )
     sub.add_argument("--damp", type=float, help="of the SparseGPT Hessian (default 0.01)")

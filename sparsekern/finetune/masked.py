@@ -549,7 +549,8 @@ class Masked:
             The hooks are removed: this is the end of training.
         """
         op, model = f"{OP}.compress", self.model
-        check(self.pattern == (2, 4), op, "pattern (2, 4)", self.pattern)
+        remedy = "No kernel here runs another one: keep the dense weights with zeros."
+        check(self.pattern == (2, 4), op, "pattern (2, 4)", repr(self.pattern), remedy)
         remedy = "Gather the weights first (full_tensor), then build Masked on that model."
         sharded = any(is_dtensor(entry.parameter) for entry in self.entries)
         check(not sharded, op, "whole weights", "shards of FSDP", remedy)

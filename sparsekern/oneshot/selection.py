@@ -60,7 +60,7 @@ def check_options(
     if pattern.unit > 1:
         remedy = f"No kernel here runs it, and it is in general not 2:4. {remedy}"
     whole = not compress or pattern == (2, 4)
-    check(whole, op, "pattern (2, 4) with compress=True", pattern, remedy)
+    check(whole, op, "pattern (2, 4) with compress=True", repr(pattern), remedy)
     steps = options.refine
     good = type(steps) is int and steps >= 0
     check(good, op, "refine >= 0, a number of steps", repr(steps))
@@ -92,7 +92,8 @@ def _check_quantize(options: Options, calibrated: bool, op: str) -> None:
         return
     quantized(op, name)
     right = options.pattern == (2, 4)
-    check(right, op, "pattern (2, 4) with quantize=", options.pattern, "Leave quantize out.")
+    got = repr(options.pattern)
+    check(right, op, "pattern (2, 4) with quantize=", got, "Leave quantize out.")
     known = (None, *METHODS)
     check(method in known, op, f"quantize_method in {known}", repr(method))
     enough = calibrated or method != "gptq"

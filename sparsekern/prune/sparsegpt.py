@@ -31,7 +31,7 @@ from sparsekern.prune.methods import (
     is_count,
     is_number,
 )
-from sparsekern.prune.pattern import Pattern
+from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
 
 _OP = "sparsekern.prune.sparsegpt"
 _WEIGHT_DTYPES = (*dtypes.PLAIN, torch.float64)
@@ -112,7 +112,7 @@ def sparsegpt(
     Source: Frantar and Alistarh 2023, "SparseGPT" (arXiv:2301.00774), fasterprune of its code.
     """
     start = time.perf_counter()
-    kept = Pattern.of(pattern, _OP)
+    kept = Pattern.of(pattern, _OP) if mask is None else TWO_OF_FOUR
     _check_arguments(w, kept, mask, score, blocksize, damp)
     h = as_matrix(_OP, hessian, w).clone()
     backend = _pick_backend(backend, w, kept, mask, score, blocksize)
