@@ -8,12 +8,15 @@ True = kept; every rule is deterministic and keeps the higher column of a tie, o
     by_score.py    those two as methods
     hessian.py     Hessian (running calibration statistics), relative_error
     sparsegpt.py   sparsegpt, SparseGPTReport
+    admm.py        admm (masks and weights in turn)
     retarget.py    retarget (aim at the dense model's outputs)
     refine.py      refine (least squares for the weights that a mask keeps)
     quantize.py    gptq, rtn (the kept weights as fp8, int8 or int4)
     methods.py     Method, register_method: the registry that prune_model and the command line read
 """
 
+from sparsekern.prune.admm import METHOD as ADMM
+from sparsekern.prune.admm import admm
 from sparsekern.prune.by_score import MAGNITUDE, WANDA
 from sparsekern.prune.hessian import Hessian, relative_error
 from sparsekern.prune.masks import magnitude_mask, nm_mask, wanda_mask
@@ -34,6 +37,7 @@ from sparsekern.prune.sparsegpt import METHOD as SPARSEGPT
 from sparsekern.prune.sparsegpt import SparseGPTReport, sparsegpt
 
 register_method(SPARSEGPT)
+register_method(ADMM)
 register_method(WANDA)
 register_method(MAGNITUDE)
 
@@ -46,6 +50,7 @@ __all__ = [
     "PruneError",
     "QuantizeReport",
     "SparseGPTReport",
+    "admm",
     "gptq",
     "magnitude_mask",
     "methods",

@@ -60,6 +60,20 @@ def rank_mask(scores: Tensor, n: int) -> Tensor:
     return beaten >= m - n
 
 
+def select(scores: Tensor, pattern: Pattern) -> Tensor:
+    """Keep the units of highest score; no checks, no host synchronisation.
+
+    Args:
+        scores: [..., in_features] real, without NaN; those of a unit are added.
+    Returns:
+        bool of its shape, exactly n of each m.
+    """
+    units = pattern.folded(scores)
+    n, m = pattern.in_units()
+    groups = units.reshape(*units.shape[:-1], units.shape[-1] // m, m).movedim(-1, 0)
+    return pattern.unfolded(rank_mask(groups, n).movedim(0, -1).reshape(units.shape))
+
+
 def nm_mask(scores: Tensor, n: int = 2, m: int = 4, unit: int = 1) -> Tensor:
     """Keep the n highest scores of each aligned group of m columns; with unit=2 the n / 2 pairs of
     highest sums.
@@ -167,10 +181,6 @@ def _nm_mask(op: str, name: str, scores: Tensor, pattern: Pattern) -> Tensor:
     if scores.is_floating_point() and scores.element_size() == 1:
         scores = scores.float()
     check_no_nan(op, name, scores)
-    units = pattern.folded(scores)
-    if pattern.unit > 1:
-        check_no_nan(op, f"sums of pairs of {name}", units)  # infinities of both signs
-    n, m = pattern.in_units()
-    groups = units.reshape(*units.shape[:-1], units.shape[-1] // m, m).movedim(-1, 0)
-    kept = rank_mask(groups, n).movedim(0, -1).reshape(units.shape)
-    return pattern.unfolded(kept)
+    if pattern.unit > 1:  # infinities of both signs
+        check_no_nan(op, f"sums of pairs of {name}", pattern.folded(scores))
+    return select(scores, pattern)
