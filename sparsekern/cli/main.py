@@ -126,6 +126,7 @@ def run_prune(args: argparse.Namespace) -> int:
         progress=not args.quiet,
         preset=args.preset,
         untie=args.untie,
+        permute=args.permute,
         **options,
     )
     if stored is not None:

@@ -93,6 +93,12 @@ def make_parser(
         help="let a preset that rotates give a tied head a weight of its own",
     )
     sub.add_argument(
+        "--permute",
+        action="store_true",
+        help="first change the order of the channels inside MLPs and attention heads, which folds "
+        "away, so that 2:4 loses less",
+    )
+    sub.add_argument(
         "--skip",
         action="append",
         metavar="RULE",

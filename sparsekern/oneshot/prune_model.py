@@ -73,6 +73,7 @@ def prune_model(
     reconstruct: Given = None,
     rotate: bool | Mapping[str, Any] | None = None,
     untie: bool = False,
+    permute: bool | Mapping[str, Any] = False,
     **options: Any,
 ) -> PruneReport:
     """Prune the linear layers of `model` to 2:4, in place: W' minimises ‖(W − W')X‖² layer by layer
@@ -156,6 +157,9 @@ def prune_model(
             the basis of the residual stream first. The dense model stays the same up to rounding.
             False: not.
         untie: allow `rotate` to give the head a weight of its own.
+        permute: True, or keywords of sparsekern.permute (rounds, heads, seed): change the order of
+            the channels inside MLPs and heads first, after `rotate`. The dense model stays the same
+            up to rounding. Needs pattern 2:4.
         **options: of a registered method.
     Returns:
         PruneReport with one row per weight that takes part in matrix products.
@@ -183,7 +187,9 @@ def prune_model(
     model = models.unwrapped(model)
     chosen = find_method(OP, method)
     calibrated = calibration is not None or hessians is not None
-    extra = Extra(preset, reconstruct, rotate, untie, calibration, hessians, true_sequential)
+    extra = Extra(
+        preset, reconstruct, rotate, untie, calibration, hessians, true_sequential, permute
+    )
     may_match = match_dense is None and bool(chosen.match_dense) and not true_sequential
     may_match = may_match and hessians is None
     wanted = Options(
@@ -201,6 +207,10 @@ def prune_model(
         OP,
     )
     check_options(wanted, true_sequential, compress, calibrated, offload_activations, OP)
+    ordered = extra.permute is None or wanted.pattern == (2, 4)
+    check(ordered, OP, "pattern (2, 4) with permute", repr(wanted.pattern), "Leave permute out.")
+    fixed = extra.permute is None or not masks
+    check(fixed, OP, "masks or permute", "both of them", "Call sparsekern.permute first.")
     late = bool(extra.spans) and quantize_method == "gptq"
     expected = 'quantize_method "rtn" or None with rounds of reconstruction after the walk'
     check(not late, OP, expected, "'gptq'", "No Hessian is left after them.")
@@ -238,6 +248,11 @@ def prune_model(
                 phases = {"rotate": report.rotation["seconds"]} if report.rotation else {}
                 walk = walked()  # the head may have a weight of its own now
                 walk.phases |= phases
+        if extra.permute is not None:
+            undo_order = extra.reorder(model, batches, walk.device, resume, report)
+            if walk.undo == "run":
+                stack.push(_on_error(undo_order))
+            walk.phases["permute"] = report.permutation["seconds"] if report.permutation else 0.0
         walk.batches = batches
         report.phases = walk.phases
         report.options = describe(skip, wanted, compress, true_sequential, targets)

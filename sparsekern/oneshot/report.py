@@ -105,6 +105,7 @@ class PruneReport:
         resumed: stages that were loaded instead of computed.
         preset: its name, None without.
         rotation: the RotationReport's fields, or {"skipped": why}; None where none was asked for.
+        permutation: the PermutationReport's fields; None where none was asked for.
         reconstruction: one dict per fit (reconstruct.Fit): blocks, held-out error before and after,
             epochs, steps, kept, seconds, part.
         estimate: what the run was expected to take: "seconds" and what that is "from", bytes of
@@ -125,6 +126,7 @@ class PruneReport:
     resumed: int = 0
     preset: str | None = None
     rotation: dict[str, Any] | None = None
+    permutation: dict[str, Any] | None = None
     reconstruction: list[dict[str, Any]] = field(default_factory=list)
     estimate: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
