@@ -161,7 +161,9 @@ def test_masked_finds_pairs_and_counts_what_breaks_them():
     with torch.no_grad():
         model.up.weight.masked_fill_(~masked.masks["up"], 1.0)
     assert masked.check() == model.up.weight.numel() // 8
-    with pytest.raises(ValueError, match="at most 4 kept per group of 8, pairs whole, in mask 'up'"):
+    with pytest.raises(
+        ValueError, match="at most 4 kept per group of 8, pairs whole, in mask 'up'"
+    ):
         Masked(network(), masks_of(network()), pattern=PAIRS)
 
 

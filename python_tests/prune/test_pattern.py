@@ -9,15 +9,20 @@ import pytest
 import torch
 
 import sparsekern as sk
-from sparsekern.prune import Hessian, Pattern, magnitude_mask, nm_mask, refine, sparsegpt, wanda_mask
+from sparsekern.prune import (
+    Hessian,
+    Pattern,
+    magnitude_mask,
+    nm_mask,
+    refine,
+    sparsegpt,
+    wanda_mask,
+)
 
 PAIRS = Pattern.of("4:8 in pairs")
 # The six ways to keep two of four pairs, as bool [6, 8].
 SIX = torch.tensor(
-    [
-        [column // 2 in kept for column in range(8)]
-        for kept in itertools.combinations(range(4), 2)
-    ]
+    [[column // 2 in kept for column in range(8)] for kept in itertools.combinations(range(4), 2)]
 )
 
 
@@ -83,7 +88,9 @@ def test_masks_in_pairs_are_the_best_of_six():
 
 
 def test_mistakes_of_masks_in_pairs():
-    with pytest.raises(ValueError, match=r"in_features % 8 == 0 for pattern 4:8 in pairs, got .*12"):
+    with pytest.raises(
+        ValueError, match=r"in_features % 8 == 0 for pattern 4:8 in pairs, got .*12"
+    ):
         magnitude_mask(torch.randn(2, 12), 4, 8, 2)
     with pytest.raises(ValueError, match=r"unit in \(1, 2\), got 4"):
         nm_mask(torch.randn(2, 8), 4, 8, 4)

@@ -133,9 +133,7 @@ class Extra:
         return turned.undo
 
 
-def _keywords(
-    name: str, given: bool | Mapping[str, Any], known: set[str]
-) -> dict[str, Any] | None:
+def _keywords(name: str, given: bool | Mapping[str, Any], known: set[str]) -> dict[str, Any] | None:
     """Keywords of a step that is asked for by True or by keywords; None for False."""
     kinds = isinstance(given, (bool, Mapping))
     expected = f"{name} as a bool or keywords of sparsekern.{name}"
