@@ -48,8 +48,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekern.errors import check, message
-from sparsekern.finetune.masked import Entry, Masked, unwrap, unwrap_optimizer
+from sparsekern.finetune.masked import Entry, Masked
 from sparsekern.finetune.schedule import Frozen
+from sparsekern.finetune.tensors import unwrap, unwrap_optimizer
 from sparsekern.finetune.transposable import transposable_mask
 from sparsekern.prune.masks import nm_mask
 
