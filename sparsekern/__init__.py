@@ -32,8 +32,8 @@ from sparsekern.nn.sparse_experts import SparseExperts
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.compress_model import compress_model
 from sparsekern.oneshot.executor import calibrate
-from sparsekern.oneshot.prune_model import prune_model
 from sparsekern.oneshot.permutation import PermutationReport, permute
+from sparsekern.oneshot.prune_model import prune_model
 from sparsekern.oneshot.reconstruct import reconstruct
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.oneshot.rotation import RotationReport, rotate

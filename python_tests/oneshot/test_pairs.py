@@ -12,7 +12,7 @@ from python_tests.oneshot.driver_models import build, tokens
 from sparsekern import prune
 from sparsekern.asp import ASP, create_mask
 from sparsekern.finetune import Masked
-from sparsekern.finetune.schedule import Magnitude, RigL, SRSTE, zeros_mask
+from sparsekern.finetune.schedule import SRSTE, Magnitude, RigL, zeros_mask
 from sparsekern.oneshot.prune_model import prune_model
 from sparsekern.oneshot.report import PruneReport
 

@@ -287,8 +287,8 @@ class Masked:
 
     def __repr__(self) -> str:
         state = "on" if self.enabled else "off"
-        text = f"Masked({len(self)} weights, {self.pattern}, {self.schedule}, step {self.step}, {state})"
-        return text
+        text = f"{len(self)} weights, {self.pattern}, {self.schedule}, step {self.step}, {state}"
+        return f"Masked({text})"
 
     # ------------------------------------------------------------------ optimizers
 

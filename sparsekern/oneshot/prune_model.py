@@ -83,7 +83,8 @@ def prune_model(
         model: a Transformers model, or any nn.Module. Where it is a chain of blocks they are
             calibrated one by one on what the pruned blocks before them return; else, with a
             warning, every layer in one pass on the unpruned model.
-        method: "sparsegpt" (mask and weight update), "wanda" (|W|·‖x‖₂), "magnitude" (|W|), the
+        method: "sparsegpt" (mask and weight update), "admm" (masks and weights in turn, see
+            prune.admm: lower errors, more time), "wanda" (|W|·‖x‖₂), "magnitude" (|W|), the
             name of a method registered with prune.register_method, a prune.Method, or a function
             (w [out_features, in_features], Hessian or None) -> scores of the same shape, higher =
             kept.
@@ -103,8 +104,8 @@ def prune_model(
         batch_size: samples per forward; None: by tokens, 16384 on a GPU and 4096 on a CPU.
         tokenizer: for texts as calibration: a callable text -> {"input_ids": [...]}.
         pattern: (n, m) or "n:m", n kept of each m, or "4:8 in pairs": of each four consecutive
-            pairs of columns two are kept, as Blackwell's instructions for fp4 read them (in_features
-            a multiple of 8). compress=True needs 2:4.
+            pairs of columns two are kept, as Blackwell's instructions for fp4 read them, where
+            in_features is a multiple of 8. compress=True needs 2:4.
         masks: layer name -> bool [out_features, in_features], True = kept; other layers get the
             method's mask. A method that updates weights ("sparsegpt") still does.
         true_sequential: prune the layers of a block in order of execution, each group on the

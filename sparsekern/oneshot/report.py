@@ -167,8 +167,8 @@ class PruneReport:
         return not self.pruned or (bool(asked) and _share(asked) < PARTIAL)
 
     def why_dense(self) -> list[tuple[str, int, float]]:
-        """[(reason, layers, share of all weights)] of what is not sparse, largest share first; reasons
-        that differ only in the numbers count as one."""
+        """[(reason, layers, share of all weights)] of what is not sparse, largest share first;
+        reasons that differ only in the numbers count as one."""
         total = sum(layer.elements for layer in self.layers)
         found: dict[str, tuple[int, int]] = {}
         for layer in self.layers:

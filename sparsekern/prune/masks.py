@@ -1,5 +1,5 @@
-"""N:M masks from scores: of each m consecutive columns of a row, keep the n highest, one by one or in
-pairs (pattern.py).
+"""N:M masks from scores: of each m consecutive columns of a row, keep the n highest, one by one or
+in pairs (pattern.py).
 
 A mask must be the same on every device and in every run, because a checkpoint is compared by its
 bytes. Sorting and topk leave the order of equal scores open, so the rank of a column is counted

@@ -120,7 +120,7 @@ class Pattern(tuple[int, int]):
         return apart.to(wide).sum(-1)
 
     def unfolded(self, units: Tensor) -> Tensor:
-        """[..., in_features / unit] -> [..., in_features], the value of its unit for each column."""
+        """[..., in_features / unit] -> [..., in_features]: to each column the value of its unit."""
         return units if self.unit == 1 else units.repeat_interleave(self.unit, dim=-1)
 
     def in_units(self) -> tuple[int, int]:
