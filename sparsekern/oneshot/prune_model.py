@@ -113,12 +113,12 @@ def prune_model(
         damp, blocksize: as in prune.sparsegpt; None: 0.01 and 128. damp is also that of refine and
             match_dense.
         refine: steps of prune.refine after each layer's own method: the kept weights move towards
-            the least-squares fit under the mask. None: the method's default, 16 with "sparsegpt",
-            else 0. With 0 the method is the published one.
-        match_dense: with "sparsegpt", the share (0 to 1) of prune.retarget that is applied before
-            it: layers then make up for what pruning has changed in their inputs. Costs one more
+            the least-squares fit under the mask. None: the method's default, 16 with "sparsegpt"
+            and "admm", else 0. With 0 the method is the published one.
+        match_dense: with these two, the share (0 to 1) of prune.retarget that is applied before
+            them: layers then make up for what pruning has changed in their inputs. Costs one more
             forward per block and a second set of hidden states. 0 is the published method. None:
-            the method's default (0.25 with "sparsegpt") on a model that is a chain of decoder
+            the method's default (0.25 with these two) on a model that is a chain of decoder
             blocks, unless true_sequential or hessians; else 0. Layers that get only some of the
             tokens, as experts do, are left out.
         on_error: "raise" or "skip" (leave the layer dense, reason in the report): NaN or Inf in a

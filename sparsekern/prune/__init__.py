@@ -37,9 +37,9 @@ from sparsekern.prune.sparsegpt import METHOD as SPARSEGPT
 from sparsekern.prune.sparsegpt import SparseGPTReport, sparsegpt
 
 register_method(SPARSEGPT)
-register_method(ADMM)
 register_method(WANDA)
 register_method(MAGNITUDE)
+register_method(ADMM)
 
 __all__ = [
     "Details",
