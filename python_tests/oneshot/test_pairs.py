@@ -79,7 +79,7 @@ def test_compress_is_refused_with_reason_and_remedy():
 
 
 def test_a_width_of_12_stays_dense_with_the_reason():
-    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8))
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 32))
     report = prune_model(model, "magnitude", **KNOBS)
     assert [row.name for row in report.pruned] == ["2"]
     assert report["0"].reason == "in_features 12 is not a multiple of 8"

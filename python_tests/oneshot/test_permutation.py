@@ -217,3 +217,13 @@ def test_opt_permutes_its_mlp_and_zero_rounds_change_nothing():
     report = permute(model, ids(), rounds=10)
     assert report.sites == 4 and close(logits(model, ids(2, 16)), before)
     assert permute(model, ids(), rounds=10, heads=False).sites <= 2
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_logits_stay_and_less_is_lost():
+    model = build(num_key_value_heads=2, **WIDE)
+    before = logits(model, ids(2, 16))
+    report = permute(model, ids(), rounds=20)  # the search on CUDA, the model where it was
+    assert next(model.parameters()).device.type == "cpu"
+    assert close(logits(model, ids(2, 16)), before)
+    assert report.sites == 4 and report.lost_after < 0.97 * report.lost_before

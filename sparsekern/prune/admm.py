@@ -56,7 +56,7 @@ def admm(
         V ← V + ρ(Y − D)
 
     Rows do not depend on each other. One matmul [out, in] x [in, in] a round, and one inverse of
-    [in, in] in three rounds.
+    [in, in] in three rounds; three float32 matrices of w's size are held.
 
     Args:
         w: [out_features, in_features] floating point; never modified.
