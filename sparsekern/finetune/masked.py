@@ -421,7 +421,8 @@ class Masked:
         if pattern.unit > 1:
 
             def norms(apart: Tensor) -> Tensor:
-                return apart.float().norm(dim=-1)
+                norm: Tensor = apart.float().norm(dim=-1)
+                return norm
 
             rows, mask = pattern.folded(rows, norms), pattern.folded(mask, lambda a: a.any(-1))
             gradient = None if gradient is None else pattern.folded(gradient, norms)

@@ -159,8 +159,7 @@ def permute_on(
     for number, site in enumerate(sites):
         scores = _scores(site, energies[site.name], target)
         if known is not None:
-            _check_order(known.get(site.name), site)
-            order = known[site.name].to(target)
+            order = _checked(known.get(site.name), site).to(target)
         else:
             generator = torch.Generator().manual_seed(seed * 7919 + number)
             found = [search(part, rounds, generator) for part in scores]
@@ -197,10 +196,11 @@ def permute_on(
 def find_sites(model: nn.Module, heads: bool = True) -> list[Site]:
     """Every place of the model whose channels may change their order, in tree order; those too
     small for two groups are left out."""
-    config = getattr(model, "config", None)
-    count = getattr(config, "num_attention_heads", None)
-    kv = getattr(config, "num_key_value_heads", None) or count
+    config: Any = getattr(model, "config", None)
+    count: Any = getattr(config, "num_attention_heads", None)
+    kv: Any = getattr(config, "num_key_value_heads", None) or count
     found = []
+    known = isinstance(kv, int) and isinstance(count, int) and kv and count % kv == 0
     for prefix, module in model.named_modules():
         for makers, reader in MLPS:
             layers = [_linear(module, name) for name in makers]
@@ -210,10 +210,10 @@ def find_sites(model: nn.Module, heads: bool = True) -> list[Site]:
                 continue
             if all(one.out_features == down.in_features for one in rows):
                 found.append(Site(f"{prefix}.{reader}".lstrip("."), rows, down))
-        v = _linear(module, "v_proj") if heads and kv and count else None
+        v = _linear(module, "v_proj") if heads and known else None
         for name in OUTPUTS:
             o = _linear(module, name)
-            if v is None or o is None or v.out_features % kv or count % kv:
+            if v is None or o is None or v.out_features % kv:
                 continue
             if v.out_features // kv * count == o.in_features:
                 found.append(Site(f"{prefix}.{name}".lstrip("."), [v], o, kv, count // kv))
@@ -264,11 +264,14 @@ def _distance(before: Tensor, after: Tensor) -> float:
     return float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
 
 
-def _check_order(order: Tensor | None, site: Site) -> None:
-    right = order is not None and order.shape == (site.heads, site.size)
-    right = right and torch.equal(order.sort(1).values, torch.arange(site.size).expand_as(order))
+def _checked(order: Tensor | None, site: Site) -> Tensor:
+    """A stored order, if it is one of this place; else FormatError."""
+    if order is None or order.shape != (site.heads, site.size):
+        order = torch.zeros(1, 1)
+    right = torch.equal(order.sort(1).values, torch.arange(site.size).expand(site.heads, -1))
     expected = f"an order of {site.heads} x {site.size} channels for {site.name}"
     check(right, OP, expected, "none that fits", "Delete the directory.", FormatError)
+    return order
 
 
 # -------------------------------------------------------------------------------------- the search

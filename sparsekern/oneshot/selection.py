@@ -19,7 +19,6 @@ from sparsekern.oneshot import skip as skip_rules
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.layerwise import Options
 from sparsekern.ops.quantize import GROUPS, checked_group
-from sparsekern.prune.pattern import Pattern
 from sparsekern.prune.quantize import METHODS
 
 OP = "sparsekern.oneshot.select"
@@ -108,7 +107,7 @@ def _check_quantize(options: Options, calibrated: bool, op: str) -> None:
 def select(
     model: nn.Module,
     skip: Any,
-    pattern: Pattern,
+    pattern: tuple[int, int],
     compress: bool,
     *,
     targets: Any = None,

@@ -117,7 +117,8 @@ class Pattern(tuple[int, int]):
         if join is not None:
             return join(apart)
         wide = torch.float64 if values.is_floating_point() else torch.int64
-        return apart.to(wide).sum(-1)
+        sums: Tensor = apart.to(wide).sum(-1)
+        return sums
 
     def unfolded(self, units: Tensor) -> Tensor:
         """[..., in_features / unit] -> [..., in_features]: to each column the value of its unit."""

@@ -310,7 +310,8 @@ def _costs(group: Tensor, v: Tensor, weight: Tensor, unit: int) -> Tensor:
     left, right = weight.view(-1, 2).t()
     beside = v.diagonal(1)[::2, None]
     rest = torch.addcmul(second, first, beside, value=-1)
-    return first.square().mul_(left[:, None]).addcmul_(rest.square(), right[:, None])
+    costs: Tensor = first.square().mul_(left[:, None]).addcmul_(rest.square(), right[:, None])
+    return costs
 
 
 def _custom_scores(
