@@ -33,6 +33,7 @@ def groups_of(model, report):
         ("sparsegpt", {}),
         ("sparsegpt", {"match_dense": 0.0, "refine": 0}),
         ("sparsegpt", {"true_sequential": True}),
+        ("admm", {"rounds": 12}),
         (lambda weight, hessian: weight.abs(), {}),
     ],
 )
@@ -48,7 +49,7 @@ def test_every_method_prunes_in_pairs(method, options):
         assert row.pattern == "4:8 in pairs" and not row.is_24 and row.sparse
         assert row.relative_error is not None and 0 < row.relative_error < 1
         changed = (weight != dense[f"{row.name}.weight"])[weight != 0].any()
-        assert bool(changed) == (method == "sparsegpt")
+        assert bool(changed) == (method in ("sparsegpt", "admm"))
     assert "of the linear weights are 4:8 in pairs" in report.summary()
     assert PruneReport.from_json(report.to_json()) == report
     assert report.why_dense()[0][0].startswith("skip rule 'lm_head'")
@@ -110,13 +111,14 @@ def test_given_masks_are_reported_as_what_they_are():
 
 def test_reconstruction_and_resume_keep_pairs(tmp_path):
     model, twin = build(), build()
-    knobs = dict(KNOBS, reconstruct={"span": 1, "epochs": 2}, batch_size=2)
+    rounds = [{"span": 1, "epochs": 2}, {"span": None, "epochs": 1}]
+    knobs = dict(KNOBS, reconstruct=rounds, batch_size=2)
     report = prune_model(model, "sparsegpt", tokens(), **knobs, resume=tmp_path / "run")
     assert any(fit["kept"] for fit in report.reconstruction)
     for _, weight in groups_of(model, report):
         assert not PAIRS.broken(weight).any()
     again = prune_model(twin, "sparsegpt", tokens(), **knobs, resume=tmp_path / "run")
-    assert again.resumed == 2
+    assert again.resumed == 3  # two blocks, and the window of the round after them
     for one, other in zip(model.parameters(), twin.parameters()):
         assert torch.equal(one, other)
     with pytest.raises(ValueError, match="pattern"):

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import sparsekern as sk
 from sparsekern.prune import (
     Hessian,
     Pattern,
@@ -137,6 +138,28 @@ def test_overflow_is_an_error():
     h = torch.full((4, 4), 0.9).fill_diagonal_(1.0)
     with pytest.raises(PruneError, match="finite in torch.float16"):
         admm(w, h)
+
+
+def test_prune_model_takes_it_compresses_and_keeps_given_masks():
+    pytest.importorskip("transformers", reason="needs transformers")
+    from python_tests.oneshot.driver_models import build, tokens
+
+    name = "model.layers.0.mlp.up_proj"
+    errors = {}
+    for method in ("sparsegpt", "admm"):
+        model = build()
+        report = sk.prune_model(model, method, tokens(24), match_dense=0.0, progress=False)
+        assert report.method == method and isinstance(model.get_submodule(name), sk.SparseLinear)
+        errors[method] = report[name].relative_error
+    assert errors["admm"] < errors["sparsegpt"] and report.options["rounds"] == 48
+    model = build()
+    weight = model.get_submodule(name).weight.detach().clone()
+    mask = nm_mask(torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)))
+    knobs = {"masks": {name: mask}, "compress": False, "progress": False}
+    report = sk.prune_model(model, "admm", tokens(), rounds=3, damp=0.05, **knobs)
+    kept = model.get_submodule(name).weight.detach()
+    assert not kept[~mask].any() and not torch.equal(kept, weight * mask)
+    assert report[name].note == "mask given" and report[name].damp == 0.05
 
 
 @pytest.mark.gpu
