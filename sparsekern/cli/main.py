@@ -32,6 +32,7 @@ from sparsekern.integrations.loading import (
 )
 from sparsekern.oneshot.presets import find_preset
 from sparsekern.oneshot.report import PruneReport
+from sparsekern.prune import Pattern
 
 if TYPE_CHECKING:
     from sparsekern.eval.mix import Mix
@@ -93,6 +94,7 @@ def run_prune(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         fits = value is None or value >= least
         check(fits, "sparsekern prune", f"--{name} >= {least}", value)
+    pattern = Pattern.of(args.pattern, "sparsekern prune")
     taken = sorted(set(dict(args.option or ())) & set(vars(args)))
     remedy = "Write --" + " --".join(name.replace("_", "-") for name in taken)
     check(not taken, "sparsekern prune", "--option with what is no flag", taken, f"{remedy}.")
@@ -106,6 +108,8 @@ def run_prune(args: argparse.Namespace) -> int:
         args.method,
         calibration,
         skip=_skip_rules(args.skip),
+        compress=pattern == (2, 4),
+        pattern=pattern,
         targets=args.target,
         device=device,
         batch_size=args.batch_size,
@@ -122,6 +126,7 @@ def run_prune(args: argparse.Namespace) -> int:
         progress=not args.quiet,
         preset=args.preset,
         untie=args.untie,
+        permute=args.permute,
         **options,
     )
     if stored is not None:
@@ -135,7 +140,7 @@ def run_prune(args: argparse.Namespace) -> int:
     print(
         message(
             "sparsekern prune",
-            "at least half of the weights to be 2:4",
+            f"at least half of the weights to be {report.pattern}",
             f"{report.share:.1%} of all",
             "prune_report.json has the reasons; --allow-partial makes this exit code 0.",
         ),
@@ -180,6 +185,7 @@ def run_eval(args: argparse.Namespace) -> None:
 def run_verify(args: argparse.Namespace) -> int:
     """Exit code 0 when every rule holds, 1 otherwise."""
     from sparsekern.checkpoint import verify_checkpoint
+    from sparsekern.cli.pattern import other_pattern, verify_pattern
 
     check(
         Path(args.directory).is_dir(),
@@ -188,6 +194,8 @@ def run_verify(args: argparse.Namespace) -> int:
         f"no folder at {args.directory}",
         exc=FileNotFoundError,
     )
+    if (pruned := other_pattern(args.directory)) is not None:
+        return verify_pattern(args.directory, pruned)
     report = verify_checkpoint(args.directory)
     print(report.table())
     return 0 if report.ok else 1

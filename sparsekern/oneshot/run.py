@@ -95,6 +95,9 @@ class Run:
             ]
             self.report.options |= extra.described()
         moving = any(options.reselect for options in extra.spans)
+        right = not moving or self.options.pattern == (2, 4)
+        expected = "pattern (2, 4) with reselect"
+        check(right, OP, expected, repr(self.options.pattern), "Pass reselect=0.")
         fixed = not (moving and self.options.masks)
         check(fixed, OP, "masks or reselect", "both of them", "Pass reselect=0.")
         if extra.spans:
@@ -405,7 +408,8 @@ class Run:
         already = sum(row.is_24 for row in report.skipped)
         if already:
             done += f", {already} layers were 2:4 already"
-        text = f"{done}: {report.share:.1%} of the linear weights of {report.model} are 2:4"
+        text = f"{done}: {report.share:.1%} of the linear weights of {report.model}"
+        text += f" are {report.pattern}"
         warnings.warn(f"{OP}: {text}. Dense: {why or 'none'}.", stacklevel=4)
 
 
