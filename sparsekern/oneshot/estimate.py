@@ -16,7 +16,8 @@ import warnings
 from typing import Any
 
 from sparsekern.oneshot.discovery import input_embedding
-from sparsekern.oneshot.executor import Calibration, Stage
+from sparsekern.oneshot.executor import Calibration
+from sparsekern.oneshot.stages import Stage
 
 # A run that is expected to take longer says so on stderr, beside the progress bar.
 LONG_SECONDS = 60.0

@@ -22,8 +22,9 @@ from sparsekern.nn.replace import dense_weight, write_weight
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot import keep_dense as dense_rule
+from sparsekern.oneshot.devices import on_device
 from sparsekern.oneshot.estimate import Progress
-from sparsekern.oneshot.executor import Calibration, Stage, on_device
+from sparsekern.oneshot.executor import Calibration
 from sparsekern.oneshot.extra import OP, Extra
 from sparsekern.oneshot.layerwise import (
     Options,
@@ -38,6 +39,7 @@ from sparsekern.oneshot.resume import ResumeDir
 from sparsekern.oneshot.rounds import Fit, Reconstruction
 from sparsekern.oneshot.sequential import Walk
 from sparsekern.oneshot.spans import SpanRound, final_norm, fitting, rebatch
+from sparsekern.oneshot.stages import Stage
 from sparsekern.prune import Hessian, Method
 
 logger = logging.getLogger("sparsekern")
