@@ -36,8 +36,10 @@ from sparsekern.oneshot.collector import HessianCollector
 from sparsekern.oneshot.devices import eager, home_of, on_device, quiet
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.experts import put_together
+from sparsekern.oneshot.ranks import Ranks
 from sparsekern.oneshot.selection import Selection, select
 from sparsekern.oneshot.sequential import Walk, probe
+from sparsekern.oneshot.shared_collector import SharedCollector
 from sparsekern.oneshot.skip import DEFAULT_RULE
 from sparsekern.oneshot.stages import NEVER_CALLED, Forwards, Group, Stage
 from sparsekern.prune import Hessian
@@ -88,9 +90,10 @@ def calibrate(
     Notes:
         Training flags and config.use_cache are changed while an iteration is open, and put back
         when it ends, is closed or fails, and so are modules with experts in 3-D parameters, which
-        are taken apart from the call on. Weights that were replaced stay replaced. What only a
-        caller with several processes needs: give each its own part of the data, add its Hessians up
-        (Hessian.merge) before each solve, and replace by the same weights everywhere.
+        are taken apart from the call on. Weights that were replaced stay replaced. A caller
+        with several processes gives each its own part of the data, adds its Hessians up
+        (Hessian.merge) before each solve, and replaces by the same weights everywhere; prune_model
+        does more than that (oneshot/ranks.py).
     """
     op = "sparsekern.calibrate"
     fits = offload_activations in (True, False, "auto")
@@ -135,6 +138,7 @@ class Calibration:
         device: where blocks run.      home: where the rest of the model is.
         chained: whether the blocks run one by one; known after `plan`.
         beside_dense: as asked; with optional_dense it becomes False where the model is no chain.
+        ranks: the processes that share this walk, or None.
         undo: what `rollback` takes back: the "run", the last "stage", or None: nothing.
         phases: seconds by phase: capture, hessian, forward and what the caller adds.
         on_tick: called with (stage, phase, batches done, of how many) after each batch; or None.
@@ -154,14 +158,12 @@ class Calibration:
         hessians: Mapping[str, Hessian | Tensor] | None = None,
         optional_dense: bool = False,
         undo: str | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.selection, self.op = model, selection, op
         self.batches = batches or []
         self.home = home_of(model)
-        default = torch.device("cuda") if torch.cuda.is_available() else self.home
-        self.device = torch.device(device) if device is not None else default
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.device = self.device_of(model, device)
         self.true_sequential, self.beside_dense, self.offload = (
             true_sequential,
             beside_dense,
@@ -175,6 +177,7 @@ class Calibration:
         self.goes_on = True  # whether a stage after the present one needs its outputs
         self.chained = False
         self.optional_dense, self.undo = optional_dense, undo
+        self.ranks = ranks
         self._undo: list[tuple[nn.Module, Tensor, torch.device]] | None = [] if undo else None
         # (above, old, new) since the last forget
         self._replaced: list[tuple[nn.Module, nn.Module, nn.Module]] = []
@@ -182,6 +185,15 @@ class Calibration:
         self._training: dict[int, tuple[nn.Module, bool]] = {}
         self._planned: list[Stage] | None = None
         self._homes = {id(a.module): a.weight.device for a in selection.active}
+
+    @staticmethod
+    def device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
+        """Where blocks run: `device`, or CUDA if there is one, else where the model is."""
+        default = torch.device("cuda") if torch.cuda.is_available() else home_of(model)
+        chosen = torch.device(device) if device is not None else default
+        if chosen.type == "cuda" and chosen.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
+        return chosen
 
     def __iter__(self) -> Iterator[Group]:
         for stage in self.stages():
@@ -234,7 +246,7 @@ class Calibration:
             self._planned = [Stage("whole", model, active, None, self, self._whole)]
             return self._planned
         self.chained = True
-        walk = Walk(model, blocks, self.batches, shown, self.device, self.home, self.offload)
+        walk = Walk(model, blocks, self.mine, shown, self.device, self.home, self.offload)
         walk.sets = 2 if self.beside_dense else 1
         walk.begin = self._begin
         self.walk = walk
@@ -284,12 +296,25 @@ class Calibration:
             )
             warnings.warn(f"{self.op}: {text}, on the unpruned model.", stacklevel=5)
 
+    @property
+    def mine(self) -> list[Batch]:
+        """The batches that this process runs."""
+        ranks = self.ranks
+        return self.batches if ranks is None else self.batches[ranks.rank :: ranks.world]
+
+    def collecting(self, layers: list[Layer], share: bool, beside: bool) -> HessianCollector:
+        """What collects the Hessians of these layers."""
+        if self.ranks is None:
+            return HessianCollector(layers, self.device, share)
+        knobs = (self.ranks, self.batches, beside)
+        return SharedCollector(layers, self.device, share, *knobs)
+
     def _begin(self, batch: Batch) -> None:
         if self.collector is not None:
             self.collector.keep = batch.keep
 
     def _whole(self) -> Iterator[None]:
-        for batch in self.batches:
+        for batch in self.mine:
             self._begin(batch)
             batch.run(self.model, self.device)
             yield

@@ -27,6 +27,7 @@ from sparsekern.oneshot.layerwise import (
     DAMP,
     Options,
 )
+from sparsekern.oneshot.ranks import joined
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.oneshot.resume import ResumeDir
 from sparsekern.oneshot.rounds import Given
@@ -72,6 +73,7 @@ def prune_model(
     reconstruct: Given = None,
     rotate: bool | Mapping[str, Any] | None = None,
     untie: bool = False,
+    ranks: Any = "auto",
     **options: Any,
 ) -> PruneReport:
     """Prune the linear layers of `model` to 2:4, in place: W' minimises ‖(W − W')X‖² layer by layer
@@ -153,6 +155,11 @@ def prune_model(
             the basis of the residual stream first. The dense model stays the same up to rounding.
             False: not.
         untie: allow `rotate` to give the head a weight of its own.
+        ranks: "auto": all processes of an initialised torch.distributed prune together, each called
+            with the same model and arguments; a process group: those; False: this one by itself.
+            The result is that of one process, bit for bit (oneshot/ranks.py), and the same on all.
+            Rank 0 alone writes, logs and shows progress. What trains (reconstruct) needs one
+            process.
         **options: of a registered method.
     Returns:
         PruneReport with one row per weight that takes part in matrix products.
@@ -162,6 +169,8 @@ def prune_model(
             changed.
         TypeError: arguments of the wrong type.
         PruneError (a RuntimeError): the method failed on a layer.
+        RankError (a RuntimeError): another rank failed or is gone; it is named, and the model is as
+            it is after an exception of one's own.
     Warns:
         UserWarning: nothing, or less than half of what was asked for, is 2:4 in the end
             (report.partial); it names the largest reasons.
@@ -176,93 +185,129 @@ def prune_model(
     Source: Frantar and Alistarh 2023 (arXiv:2301.00774); Sun et al. 2024, "Wanda"
     (arXiv:2306.11695).
     """
-    start = time.perf_counter()
-    model = models.unwrapped(model)
-    chosen = find_method(OP, method)
-    calibrated = calibration is not None or hessians is not None
-    extra = Extra(preset, reconstruct, rotate, untie, calibration, hessians, true_sequential)
-    may_match = match_dense is None and bool(chosen.match_dense) and not true_sequential
-    may_match = may_match and hessians is None
-    wanted = Options(
-        chosen,
-        tuple(pattern),  # type: ignore[arg-type]
-        dict(masks or {}),
-        _values(chosen, {"damp": damp, "blocksize": blocksize}, options),
-        DAMP if damp is None else damp,
-        chosen.refine if refine is None else refine,
-        float(chosen.match_dense or 0) if may_match else match_dense or 0.0,
-        on_error,
-        quantize,
-        quantize_method,
-        quantize_group,
-        OP,
-    )
-    check_options(wanted, true_sequential, compress, calibrated, offload_activations, OP)
-    late = bool(extra.spans) and quantize_method == "gptq"
-    expected = 'quantize_method "rtn" or None with rounds of reconstruction after the walk'
-    check(not late, OP, expected, "'gptq'", "No Hessian is left after them.")
-    check(undo in (True, False, "auto"), OP, 'undo True, False or "auto"', repr(undo))
-    timed_tokens = dense_rule.check_arguments(keep_dense, keep_dense_tokens, compress, OP)
-
-    def walked() -> Calibration:
-        selection = select(model, skip, wanted.pattern, compress, targets=targets, op=OP)
-        check_weights(selection, wanted, compress)
-        keeps = undo if isinstance(undo, bool) else _fits_twice(selection.active)
-        return Calibration(
-            model,
-            selection,
-            op=OP,
-            device=device,
-            true_sequential=true_sequential,
-            beside_dense=bool(wanted.match_dense) or extra.needs_dense,
-            optional_dense=may_match or not wanted.match_dense,
-            offload=None if offload_activations == "auto" else bool(offload_activations),
-            hessians=hessians,
-            undo="stage" if resume is not None or not keeps else "run",
+    start, model = time.perf_counter(), models.unwrapped(model)
+    with joined(ranks, OP) as crew:
+        first = crew is None or crew.rank == 0
+        chosen = find_method(OP, method)
+        calibrated = calibration is not None or hessians is not None
+        extra = Extra(preset, reconstruct, rotate, untie, calibration, hessians, true_sequential)
+        may_match = match_dense is None and bool(chosen.match_dense) and not true_sequential
+        may_match = may_match and hessians is None
+        wanted = Options(
+            chosen,
+            tuple(pattern),  # type: ignore[arg-type]
+            dict(masks or {}),
+            _values(chosen, {"damp": damp, "blocksize": blocksize}, options),
+            DAMP if damp is None else damp,
+            chosen.refine if refine is None else refine,
+            float(chosen.match_dense or 0) if may_match else match_dense or 0.0,
+            on_error,
+            quantize,
+            quantize_method,
+            quantize_group,
+            OP,
         )
+        check_options(wanted, true_sequential, compress, calibrated, offload_activations, OP)
+        late = bool(extra.spans) and quantize_method == "gptq"
+        expected = 'quantize_method "rtn" or None with rounds of reconstruction after the walk'
+        check(not late, OP, expected, "'gptq'", "No Hessian is left after them.")
+        check(undo in (True, False, "auto"), OP, 'undo True, False or "auto"', repr(undo))
+        timed_tokens = dense_rule.check_arguments(keep_dense, keep_dense_tokens, compress, OP)
 
-    walk = walked()
-    batches = []
-    if calibration is not None and hessians is None:
-        batches = make_batches(calibration, model, batch_size, walk.device, tokenizer, OP)
-    report = PruneReport(type(model).__name__, chosen.name, device=str(walk.device), preset=preset)
-    with torch.inference_mode(False), torch.no_grad(), contextlib.ExitStack() as stack:
-        if extra.rotate is not None:
-            undo_rotation = extra.turn(model, batches, walk.device, resume, report)
-            if undo_rotation is not None:
-                if walk.undo == "run":
-                    stack.push(_on_error(undo_rotation))
-                phases = {"rotate": report.rotation["seconds"]} if report.rotation else {}
-                walk = walked()  # the head may have a weight of its own now
-                walk.phases |= phases
-        walk.batches = batches
-        report.phases = walk.phases
-        report.options = describe(skip, wanted, compress, true_sequential, targets)
-        report.options |= extra.described()
-        if keep_dense:
-            report.options |= {"keep_dense": keep_dense, "keep_dense_tokens": list(timed_tokens)}
-        if batches:
-            keys = ("samples", "tokens")
-            totals = {key: sum(getattr(b, key) for b in walk.batches) for key in keys}
-            report.calibration = {**totals, "sha256": digest(walk.batches)}
-            more = getattr(calibration, "described", None)  # eval/mix.py
-            report.calibration |= more() if callable(more) else {}
-        if keep_hessians:
-            report.hessians = {}
-        run = Run(model, wanted, compress, walk, report, extra)
-        if resume is not None:
-            run.resume = ResumeDir(resume, run.manifest(method, hessians))
-            stack.callback(run.resume.close)
-        if keep_dense:
-            run.leave_slow_layers_dense(timed_tokens)
-        run.execute(progress)
-    if compress and report.pruned:
-        check_before_loading(model)
-    counted = num_parameters(model)
-    report.parameters = {"dense": counted.dense, "stored": counted.stored}
-    report.seconds = time.perf_counter() - start
-    run.say()
-    return report
+        def walked() -> Calibration:
+            selection = select(model, skip, wanted.pattern, compress, targets=targets, op=OP)
+            check_weights(selection, wanted, compress)
+            keeps = undo if isinstance(undo, bool) else _fits_twice(selection.active)
+            keeps = keeps if crew is None else bool(crew.share(keeps, 0))
+            return Calibration(
+                model,
+                selection,
+                op=OP,
+                device=device,
+                true_sequential=true_sequential,
+                beside_dense=bool(wanted.match_dense) or extra.needs_dense,
+                optional_dense=may_match or not wanted.match_dense,
+                offload=None if offload_activations == "auto" else bool(offload_activations),
+                hessians=hessians,
+                undo="stage" if resume is not None or not keeps else "run",
+                ranks=crew,
+            )
+
+        if crew is not None:
+            crew.device = Calibration.device_of(model, device)
+            _check_together(chosen, extra, preset)
+        walk = walked()
+        batches = []
+        if calibration is not None and hessians is None:
+            batches = make_batches(calibration, model, batch_size, walk.device, tokenizer, OP)
+        report = PruneReport(
+            type(model).__name__, chosen.name, device=str(walk.device), preset=preset
+        )
+        with torch.inference_mode(False), torch.no_grad(), contextlib.ExitStack() as stack:
+            if extra.rotate is not None:
+                undo_rotation = extra.turn(model, batches, walk.device, resume, report, crew)
+                if undo_rotation is not None:
+                    if walk.undo == "run":
+                        stack.push(_on_error(undo_rotation))
+                    phases = {"rotate": report.rotation["seconds"]} if report.rotation else {}
+                    walk = walked()  # the head may have a weight of its own now
+                    walk.phases |= phases
+            walk.batches = batches
+            report.phases = walk.phases
+            report.options = describe(skip, wanted, compress, true_sequential, targets)
+            report.options |= extra.described()
+            if keep_dense:
+                report.options |= {
+                    "keep_dense": keep_dense,
+                    "keep_dense_tokens": list(timed_tokens),
+                }
+            if batches:
+                keys = ("samples", "tokens")
+                totals = {key: sum(getattr(b, key) for b in walk.batches) for key in keys}
+                report.calibration = {**totals, "sha256": digest(walk.batches)}
+                more = getattr(calibration, "described", None)  # eval/mix.py
+                report.calibration |= more() if callable(more) else {}
+            if keep_hessians:
+                report.hessians = {}
+            run = Run(model, wanted, compress, walk, report, extra)
+            if crew is not None:
+                found = [(a.name, a.shape, a.dtype, a.reason) for a in walk.selection.layers]
+                calls = [b.samples for b in batches]
+                remedy = "Call it with the same model, data and arguments on each."
+                crew.same(
+                    "call",
+                    [report.method, report.options, report.calibration, calls, found],
+                    remedy,
+                )
+            run.resumes = resume is not None
+            if resume is not None and first:
+                run.resume = ResumeDir(resume, run.manifest(method, hessians))
+                stack.callback(run.resume.close)
+            if keep_dense:
+                run.leave_slow_layers_dense(timed_tokens)
+            run.execute(progress and first)
+        if compress and report.pruned:
+            check_before_loading(model)
+        counted = num_parameters(model)
+        report.parameters = {"dense": counted.dense, "stored": counted.stored}
+        report.seconds = time.perf_counter() - start
+        run.say()
+        return report
+
+
+def _check_together(chosen: Method, extra: Extra, preset: str | None) -> None:
+    """Refuse what one process alone does as it is meant."""
+    remedy = "Leave it out, or run it in one process, with ranks=False."
+    trains = extra.block is not None or bool(extra.spans)
+    reason = (
+        "which takes one step for each batch in turn: with several ranks it would train another way"
+    )
+    name = f"reconstruct (of preset {preset}) " if extra.optional else "reconstruct "
+    expected = "one process for what trains"
+    check(not trains, OP, expected, f"{name}on several ranks, {reason}", remedy)
+    got = f"{chosen.name} on several ranks, each of which has some of the outputs"
+    remedy = "Run it in one process, with ranks=False."
+    check(chosen.finish is None, OP, "one process for a method that reads outputs", got, remedy)
 
 
 def _on_error(undo: Callable[[], None]) -> Callable[..., None]:

@@ -239,9 +239,7 @@ def rotate_resumed(
     asked = json.dumps([fingerprint.of_model(model), digest(batches), sorted(options.items())])
     if not os.path.exists(file):
         turned = rotate_on(model, batches, device, **options)
-        lost = [turned.report.lost_before, turned.report.lost_after]
-        tensors = {"basis": turned.basis, "lost": torch.tensor(lost, dtype=torch.float64)}
-        tensors |= {f"turns.{i}": turn for i, turn in enumerate(turned.turns)}
+        tensors = turned.tensors()
         sha = fingerprint.of_tensors(sorted(tensors.items()), asked)
         os.makedirs(os.fspath(path), exist_ok=True)
         write_atomic(file, save(tensors, metadata={"sha256": sha, "asked": asked}))

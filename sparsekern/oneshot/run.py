@@ -8,6 +8,7 @@ import copy
 import functools
 import logging
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -28,18 +29,20 @@ from sparsekern.oneshot.executor import Calibration
 from sparsekern.oneshot.extra import OP, Extra
 from sparsekern.oneshot.layerwise import (
     Options,
+    Pruned,
     describe_quantized,
     new_report,
     prune_group,
 )
 from sparsekern.oneshot.layerwise import quantize as quantize_layer
+from sparsekern.oneshot.ranks import assigned
 from sparsekern.oneshot.reconstruct import reconstruct_block
 from sparsekern.oneshot.report import LayerReport, PruneReport
 from sparsekern.oneshot.resume import ResumeDir
 from sparsekern.oneshot.rounds import Fit, Reconstruction
 from sparsekern.oneshot.sequential import Walk
 from sparsekern.oneshot.spans import SpanRound, final_norm, fitting, rebatch
-from sparsekern.oneshot.stages import Stage
+from sparsekern.oneshot.stages import Group, Stage
 from sparsekern.prune import Hessian, Method
 
 logger = logging.getLogger("sparsekern")
@@ -60,7 +63,8 @@ class Run:
         self.model, self.options, self.compress = model, options, compress
         self.late: Options | None = None  # how weights are quantised after the last round
         self.walk, self.report, self.extra = walk, report, extra
-        self.resume: ResumeDir | None = None
+        self.resume: ResumeDir | None = None  # of several ranks the first alone has it
+        self.resumes = False
         self.rows: dict[str, LayerReport] = {}
         self.final: nn.Module | None = None  # the norm behind the last block
         self.teachers: list[nn.Module] = []  # dense copies of the blocks, for the rounds after
@@ -134,7 +138,11 @@ class Run:
         layers, device = self.walk.selection.active, self.walk.device
         with self.walk.phase("layer times"):
             measure = functools.partial(dense_rule.measure, layers, tokens, device)
-            times = self.resume.remember("layer_times", measure) if self.resume else measure()
+            ranks, times = self.walk.ranks, None
+            if ranks is None or ranks.rank == 0:
+                times = self.resume.remember("layer_times", measure) if self.resume else measure()
+            if ranks is not None:
+                times = ranks.share(times, 0)
         dense_rule.decide(layers, times, tokens, device, OP)
         for layer in layers:
             layer.asked = layer.reason is None
@@ -183,19 +191,27 @@ class Run:
         self.report.layers = [self.rows[layer.name] for layer in self.walk.selection.layers]
 
     def _finished(self, stages: list[Stage]) -> set[str]:
-        """Keys of the leading stages that the resume directory holds."""
+        """Keys of the leading stages that the resume directory holds, which rank 0 has."""
         done: set[str] = set()
+        ranks = self.walk.ranks
+        if ranks is not None and ranks.rank:
+            found: set[str] = ranks.share(None, 0)
+            return found
         for stage in stages:
             if stage.layers:
                 if self.resume is None or not self.resume.has(stage.key):
                     break
                 done.add(stage.key)
-        return done
+        return done if ranks is None else cast("set[str]", ranks.share(done, 0))
 
     def _load(self, stage: Stage) -> None:
-        assert self.resume is not None
         device = self.walk.device if stage.module is not None else self.walk.home
-        results, reports = self.resume.load(stage.key, stage.layers, device)
+        loaded: Any = None
+        if self.resume is not None:
+            loaded = self.resume.load(stage.key, stage.layers, device)
+        if self.walk.ranks is not None:
+            loaded = self.walk.ranks.share(loaded, 0)
+        results, reports = loaded
         self.report.resumed += 1
         self.rows.update({r.name: r for r in reports})
         for name, weight in results.items():
@@ -209,14 +225,12 @@ class Run:
         kept: dict[str, tuple[Tensor, Tensor, Hessian | None]] = {}
         finish = self.options.method.finish is not None
         finish |= self.extra.block is not None and stage.index is not None
-        with contextlib.closing(stage.groups()) as groups:
-            for group in groups:
-                if self.report.hessians is not None and group.hessian is not None:
-                    stored = group.hessian.to("cpu")
-                    self.report.hessians |= {layer.name: stored for layer in group.layers}
+        if self.walk.ranks is not None:
+            self.walk.ranks.same_weights(stage.layers, stage.key)
+        with contextlib.closing(self._solved(stage)) as groups:
+            for group, solved in groups:
                 with self.walk.phase("prune"):
-                    for pruned in prune_group(group.layers, group.hessian, self.options):
-                        self._tick(stage)
+                    for pruned in solved:
                         layer, weight, mask = pruned.layer, pruned.weight, pruned.mask
                         self.rows[layer.name] = pruned.report
                         if weight is None or mask is None:
@@ -237,6 +251,55 @@ class Run:
         if self.resume is not None:
             rows = [self.rows[layer.name] for layer in stage.layers]
             self.resume.save(stage.key, results, rows)
+
+    def _solved(self, stage: Stage) -> Iterator[tuple[Group, Iterable[Pruned]]]:
+        """Each group, on the device, with what its layers become. With several ranks each solves
+        some of the groups, and has the others' results."""
+        ranks = self.walk.ranks
+        if ranks is None:
+            with contextlib.closing(stage.groups()) as groups:
+                for group in groups:
+                    self._keep_hessian(group)
+                    yield group, self._ticked(stage, prune_group, group)
+            return
+        for groups in stage.passes():
+            owners = assigned([self._cost(group) for group in groups], ranks.world)
+            mine: dict[int, list[Any]] = {}
+            for number, (group, owner) in enumerate(zip(groups, owners)):
+                self._keep_hessian(group)
+                if owner == ranks.rank:
+                    with group.on_device(), self.walk.phase("prune"):
+                        found = self._ticked(stage, prune_group, group)
+                        mine[number] = [(p.report, p.weight, p.mask, p.quantized) for p in found]
+                group.hessian = None
+            solved: dict[int, list[Any]] = {}
+            with self.walk.phase("exchange"):
+                for source in range(ranks.world):
+                    solved |= ranks.share(mine if source == ranks.rank else None, source)
+            mine.clear()
+            for number, group in enumerate(groups):
+                parts = zip(group.layers, solved.pop(number))
+                with group.on_device():
+                    yield group, [Pruned(layer, *part) for layer, part in parts]
+
+    def _cost(self, group: Group) -> float:
+        """About the multiplications of a group's solver: its factorisation, its sweep over the
+        columns, and the steps of refine."""
+        rows, width = sum(layer.shape[0] for layer in group.layers), group.layers[0].shape[1]
+        if group.hessian is None:
+            return float(rows * width)
+        return float(width) ** 2 * (width + rows * (2 + self.options.refine))
+
+    def _keep_hessian(self, group: Group) -> None:
+        if self.report.hessians is not None and group.hessian is not None:
+            stored = group.hessian.to("cpu")
+            self.report.hessians |= {layer.name: stored for layer in group.layers}
+
+    def _ticked(self, stage: Stage, solve: Callable[..., list[Pruned]], group: Group) -> Any:
+        """The results of a group one by one, with a tick for each."""
+        for pruned in solve(group.layers, group.hessian, self.options):
+            self._tick(stage)
+            yield pruned
 
     def _tick(self, stage: Stage) -> None:
         if self.walk.on_tick is not None:
@@ -382,11 +445,11 @@ class Run:
 
     def _note(self, error: BaseException, last: str) -> None:
         """Say with the exception what state the model is in."""
-        if self.resume is None and self.walk.undo == "run":
+        if self.walk.undo == "run":
             text = "every weight of the model is as it was before the call"
         elif last:
             text = f"the model is pruned up to and with stage {last}; the rest is as it was"
-            if self.resume is not None:
+            if self.resumes:
                 text += ". The same call on a freshly loaded model continues there"
         else:
             text = "no weight of the model was changed"

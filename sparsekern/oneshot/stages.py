@@ -37,6 +37,8 @@ class Course(Protocol):
     goes_on: bool
     on_tick: Callable[[str, str, int, int], None] | None
 
+    def collecting(self, layers: list[Layer], share: bool, beside: bool) -> HessianCollector: ...
+
     def phase(self, name: str) -> contextlib.AbstractContextManager[None]: ...
 
     def remember(self, layer: Layer) -> None: ...
@@ -75,6 +77,14 @@ class Group:
         check(name in names, "sparsekern.calibrate", f"one of {names}", repr(name))
         self.stage.replace(name, weight)
 
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """The layers on the calibration's device."""
+        with contextlib.ExitStack() as stack:
+            for layer in self.layers:
+                stack.enter_context(on_device(layer.module, self.stage.device))
+            yield
+
     def inputs(self) -> Iterator[Tensor]:
         """The inputs of the first layer, call by call, as it gets them now: [..., in_features] on
         the calibration's device, padding included. Runs the stage once more."""
@@ -105,22 +115,33 @@ class Stage:
     _dense_done: bool = field(default=False, repr=False)
     _new: dict[str, Tensor | Sparse24] = field(default_factory=dict, repr=False)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the calibration runs."""
+        return self._run.device
+
     def groups(self) -> Generator[Group, None, None]:
         """The groups of this stage. Layers that no batch reaches are in none; they then have a
         reason."""
+        for found in self.passes():
+            while found:
+                group = found.pop(0)
+                with group.on_device():
+                    yield group
+
+    def passes(self) -> Generator[list[Group], None, None]:
+        """The same, those together whose Hessians come from one pass over the data; where their
+        layers are. What is replaced changes the passes that follow."""
         by_name = {layer.name: layer for layer in self.layers}
         visited = set()
         for layers in self._passes():
             names, hessians = self._collect(layers)
+            visited |= {name for group in names for name in group}
+            found = []
             for group in names:
-                members = [by_name[name] for name in group]
-                with contextlib.ExitStack() as stack:
-                    for layer in members:
-                        stack.enter_context(on_device(layer.module, self._run.device))
-                    yield Group(members, hessians.get(group[0]), self)
-                visited |= set(group)
-                for name in group:
-                    hessians.pop(name, None)
+                own = [hessians.pop(name, None) for name in group]
+                found.append(Group([by_name[name] for name in group], own[0], self))
+            yield found
         for layer in self.layers:
             if layer.name not in visited:
                 layer.reason = NEVER_CALLED
@@ -234,20 +255,18 @@ class Stage:
     def _forward_with_hooks(
         self, layers: list[Layer], share: bool, first_batch_only: bool
     ) -> tuple[list[list[str]], dict[str, Hessian]]:
-        with HessianCollector(layers, self._run.device, share) as collector:
+        # Later passes find changed weights, and no dense model.
+        beside = self._dense is not None and not self._dense_done
+        with self._run.collecting(layers, share, beside) as collector:
             self._run.collector = collector
             try:
                 batches = cast(Forwards, self._forwards)()
-                # Later passes find changed weights, and no dense model.
-                beside = self._dense is not None and not self._dense_done
                 walked = self._beside_dense(collector, batches) if beside else batches
-                for done, _ in enumerate(walked, 1):
-                    collector.end_batch()
-                    if first_batch_only:
-                        break
-                    self._tick("hessian", done)
+                for done in collector.walked(walked, first_batch_only):
+                    if not first_batch_only:
+                        self._tick("hessian", done)
                 if not first_batch_only:
-                    collector.fill()
+                    collector.finish()
                     for layer in layers:
                         layer.tokens = collector.experts.tokens.get(layer.name)
             finally:
