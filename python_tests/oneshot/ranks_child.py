@@ -128,10 +128,12 @@ def case_absent(folder):
     return refusal(build(), uneven())
 
 
-def mixtral():
-    from python_tests.oneshot.architectures import build as build_named
+def experts(folder):
+    """Two passes of Hessians, and experts that see few tokens."""
+    from python_tests.nn.expert_models import build as mixture
+    from python_tests.nn.expert_models import ids
 
-    return build_named("mixtral")
+    return pruned(mixture("mixtral", num_hidden_layers=1), list(ids(5, 8).split(2)))
 
 
 CASES = {
@@ -144,7 +146,7 @@ CASES = {
     "rotated": lambda folder: pruned(
         build(tie_word_embeddings=True), uneven(), rotate={"steps": 4}, untie=True
     ),
-    "experts": lambda folder: pruned(mixtral(), tokens(samples=5)),
+    "experts": experts,
     "failure": case_failure,
     "resumed": case_resumed,
     "other-data": lambda folder: refusal(build(), tokens(seed=dist.get_rank())),

@@ -106,15 +106,18 @@ class Ranks:
         self._members = dist.get_process_group_ranks(group)
         self.seconds = _seconds(op)
         alone = len(self._members) < dist.get_world_size()
-        self._control = dist.new_group(
-            self._members,
-            timeout=timedelta(seconds=self.seconds),
-            backend="gloo",
-            use_local_synchronization=alone,
-        )
         self.device = torch.device("cpu")
         self._broken = False
         self._step = 0
+        try:
+            self._control = dist.new_group(
+                self._members,
+                timeout=timedelta(seconds=self.seconds),
+                backend="gloo",
+                use_local_synchronization=alone,
+            )
+        except RuntimeError as problem:
+            raise self._gone(problem) from problem
 
     def close(self) -> None:
         """Give the group of the agreements back."""
@@ -153,19 +156,22 @@ class Ranks:
             own = None if error is None else _in_words(error)
             dist.all_gather_object(texts, own, group=self._control)
         except RuntimeError as problem:  # a closed connection, or the timeout
-            self._broken = True
-            got = " ".join(str(problem).split())[:200]
-            remedy = (
-                f"A rank is gone, was never started with this call, or took longer than "
-                f"{self.seconds} s; give it more with {TIMEOUT}=SECONDS, or pass ranks=False where "
-                "only one rank calls."
-            )
-            text = message(self.op, f"all {self.world} ranks at step {self._step}", got, remedy)
-            raise RankError(text) from problem
+            raise self._gone(problem) from problem
         self._broken = True
         said = "; ".join(f"rank {i} failed: {text}" for i, text in enumerate(texts) if text)
         steps = f"ranks at steps {-first} to {last}: they were called with different arguments"
         raise RankError(f"{self.op}: {said or steps}")
+
+    def _gone(self, problem: RuntimeError) -> RankError:
+        self._broken = True
+        got = " ".join(str(problem).split())[:200]
+        remedy = (
+            f"A rank is gone, was never started with this call, or took longer than "
+            f"{self.seconds} s; give it more with {TIMEOUT}=SECONDS, or pass ranks=False where "
+            "only one rank calls."
+        )
+        expected = f"all {self.world} ranks at step {self._step}"
+        return RankError(message(self.op, expected, got, remedy))
 
     # -------------------------------------------------------------------------------- exchanges
 
