@@ -74,7 +74,7 @@ def test_an_error_on_one_rank_ends_all_and_changes_nothing(two):
 
 
 def test_a_run_of_two_ranks_goes_on(two):
-    """Block 0 was stored; the rest is pruned on, by rank 0's folder alone, on the same data only."""
+    """Block 0 was stored, in rank 0's folder; the rest comes on the same data only."""
     assert_equal(two["resumed"])
     first, second = two["resumed"]
     assert first["resumed"] == second["resumed"] == 1

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable, Container, Generator, Iterator, Mapping
@@ -37,10 +38,11 @@ from sparsekern.oneshot.devices import eager, home_of, on_device, quiet
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.experts import put_together
 from sparsekern.oneshot.ranks import Ranks
-from sparsekern.oneshot.selection import Selection, select
+from sparsekern.oneshot.selection import Selection, check_offload, select
 from sparsekern.oneshot.sequential import Walk, probe
 from sparsekern.oneshot.shared_collector import SharedCollector
 from sparsekern.oneshot.skip import DEFAULT_RULE
+from sparsekern.oneshot.source import Source
 from sparsekern.oneshot.stages import NEVER_CALLED, Forwards, Group, Stage
 from sparsekern.prune import Hessian
 
@@ -57,7 +59,7 @@ def calibrate(
     batch_size: int | None = None,
     true_sequential: bool = False,
     beside_dense: bool = False,
-    offload_activations: bool | str = "auto",
+    offload_activations: bool | str | os.PathLike[str] = "auto",
     hessians: Mapping[str, Hessian | Tensor] | None = None,
     tokenizer: Callable[..., Any] | None = None,
 ) -> Calibration:
@@ -96,9 +98,7 @@ def calibrate(
         does more than that (oneshot/ranks.py).
     """
     op = "sparsekern.calibrate"
-    fits = offload_activations in (True, False, "auto")
-    expected = 'offload_activations True, False or "auto"'
-    check(fits, op, expected, repr(offload_activations))
+    check_offload(offload_activations, op)
     check(
         not (beside_dense and true_sequential),
         op,
@@ -116,7 +116,7 @@ def calibrate(
             device=device,
             true_sequential=true_sequential,
             beside_dense=beside_dense,
-            offload=None if offload_activations == "auto" else bool(offload_activations),
+            offload=None if offload_activations == "auto" else offload_activations,
             hessians=hessians,
         )
         if data is not None:
@@ -139,6 +139,7 @@ class Calibration:
         chained: whether the blocks run one by one; known after `plan`.
         beside_dense: as asked; with optional_dense it becomes False where the model is no chain.
         ranks: the processes that share this walk, or None.
+        source: of blocks whose weights are in memory only while they run, or None.
         undo: what `rollback` takes back: the "run", the last "stage", or None: nothing.
         phases: seconds by phase: capture, hessian, forward and what the caller adds.
         on_tick: called with (stage, phase, batches done, of how many) after each batch; or None.
@@ -154,11 +155,12 @@ class Calibration:
         device: torch.device | str | None = None,
         true_sequential: bool = False,
         beside_dense: bool = False,
-        offload: bool | None = None,
+        offload: bool | str | os.PathLike[str] | None = None,
         hessians: Mapping[str, Hessian | Tensor] | None = None,
         optional_dense: bool = False,
         undo: str | None = None,
         ranks: Ranks | None = None,
+        source: Source | None = None,
     ) -> None:
         self.model, self.selection, self.op = model, selection, op
         self.batches = batches or []
@@ -177,7 +179,7 @@ class Calibration:
         self.goes_on = True  # whether a stage after the present one needs its outputs
         self.chained = False
         self.optional_dense, self.undo = optional_dense, undo
-        self.ranks = ranks
+        self.ranks, self.source = ranks, source
         self._undo: list[tuple[nn.Module, Tensor, torch.device]] | None = [] if undo else None
         # (above, old, new) since the last forget
         self._replaced: list[tuple[nn.Module, nn.Module, nn.Module]] = []
@@ -213,7 +215,7 @@ class Calibration:
             last_needed = max(pending, default=-1)
             for i, stage in enumerate(stages):
                 self.goes_on = i < last_needed
-                with on_device(stage.module, self.device):
+                with self.present(stage):
                     yield stage
                     stage._finish()
                 if self.undo == "stage":
@@ -239,7 +241,7 @@ class Calibration:
             return self._planned
         shown = None
         if blocks:
-            with self.evaluating():
+            with self.evaluating(), self.lazily():
                 shown = probe(model, blocks, outside, self.batches[0].probe(), self.home)
         if shown is None or not shown.chained:
             self._check_whole(bool(blocks))
@@ -266,6 +268,16 @@ class Calibration:
             stages.append(block_stage(i, **forwards))
         self._planned = [*stages, Stage("head", None, after, None, self, walk.head)]
         return self._planned
+
+    def present(self, stage: Stage) -> contextlib.AbstractContextManager[None]:
+        """Within: the weights of the stage's module are on the device."""
+        if self.source is not None and stage.index is not None and stage.module is not None:
+            return self.source.present(stage.module, self.device)
+        return on_device(stage.module, self.device)
+
+    def lazily(self) -> contextlib.AbstractContextManager[None]:
+        """Within: the whole model can be run, where it is."""
+        return contextlib.nullcontext() if self.source is None else self.source.lazily()
 
     @quiet
     def captured(self, batches: list[Batch] | None = None) -> Walk:

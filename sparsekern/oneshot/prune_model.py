@@ -34,6 +34,7 @@ from sparsekern.oneshot.rounds import Given
 from sparsekern.oneshot.run import Run
 from sparsekern.oneshot.selection import check_options, check_weights, describe, select
 from sparsekern.oneshot.skip import DEFAULT_RULE
+from sparsekern.oneshot.source import Source
 from sparsekern.prune import Hessian, Method
 from sparsekern.prune.methods import find_method
 
@@ -58,7 +59,7 @@ def prune_model(
     refine: int | None = None,
     match_dense: float | None = None,
     on_error: str = "raise",
-    offload_activations: bool | str = "auto",
+    offload_activations: bool | str | os.PathLike[str] = "auto",
     keep_dense: str | None = None,
     keep_dense_tokens: Sequence[int] = dense_rule.TOKENS,
     hessians: Mapping[str, Hessian | Tensor] | None = None,
@@ -74,6 +75,7 @@ def prune_model(
     rotate: bool | Mapping[str, Any] | None = None,
     untie: bool = False,
     ranks: Any = "auto",
+    source: Source | None = None,
     **options: Any,
 ) -> PruneReport:
     """Prune the linear layers of `model` to 2:4, in place: W' minimises ‖(W − W')X‖² layer by layer
@@ -123,7 +125,7 @@ def prune_model(
             method could prune (in_features, dtype, tied weights, never called) are always skipped
             with the reason.
         offload_activations: True keeps the hidden states of the calibration on the host, False on
-            `device`, "auto" decides by free memory.
+            `device`, a folder in files there, "auto" decides by free memory.
         keep_dense: "if-slower" measures every distinct layer shape on `device`, dense and 2:4, and
             leaves those dense whose time, summed over keep_dense_tokens, is longer with 2:4. They
             are in the report with the times. On a CPU that is every layer, with a warning.
@@ -160,6 +162,9 @@ def prune_model(
             The result is that of one process, bit for bit (oneshot/ranks.py), and the same on all.
             Rank 0 alone writes, logs and shows progress. What trains (reconstruct) needs one
             process.
+        source: where the blocks' weights are while they are not in memory: a checkpoint.Streamed.
+            Needs `resume`, where the result is; a rotation, and rounds of reconstruction after the
+            walk, need the whole model.
         **options: of a registered method.
     Returns:
         PruneReport with one row per weight that takes part in matrix products.
@@ -215,10 +220,13 @@ def prune_model(
         timed_tokens = dense_rule.check_arguments(keep_dense, keep_dense_tokens, compress, OP)
 
         def walked() -> Calibration:
-            selection = select(model, skip, wanted.pattern, compress, targets=targets, op=OP)
+            selection = select(
+                model, skip, wanted.pattern, compress, targets=targets, op=OP, source=source
+            )
             check_weights(selection, wanted, compress)
             keeps = undo if isinstance(undo, bool) else _fits_twice(selection.active)
             keeps = keeps if crew is None else bool(crew.share(keeps, 0))
+            kept_for = "run" if keeps and resume is None else "stage"
             return Calibration(
                 model,
                 selection,
@@ -227,12 +235,15 @@ def prune_model(
                 true_sequential=true_sequential,
                 beside_dense=bool(wanted.match_dense) or extra.needs_dense,
                 optional_dense=may_match or not wanted.match_dense,
-                offload=None if offload_activations == "auto" else bool(offload_activations),
+                offload=None if offload_activations == "auto" else offload_activations,
                 hessians=hessians,
-                undo="stage" if resume is not None or not keeps else "run",
+                undo=None if source is not None else kept_for,
                 ranks=crew,
+                source=source,
             )
 
+        if source is not None:
+            _check_streamed(extra, compress, resume, preset)
         if crew is not None:
             crew.device = Calibration.device_of(model, device)
             _check_together(chosen, extra, preset)
@@ -308,6 +319,18 @@ def _check_together(chosen: Method, extra: Extra, preset: str | None) -> None:
     got = f"{chosen.name} on several ranks, each of which has some of the outputs"
     remedy = "Run it in one process, with ranks=False."
     check(chosen.finish is None, OP, "one process for a method that reads outputs", got, remedy)
+
+
+def _check_streamed(extra: Extra, compress: bool, resume: Any, preset: str | None) -> None:
+    """Refuse what needs the whole model in memory."""
+    check(resume is not None, OP, "a folder as resume, for source", None)
+    check(compress, OP, "compress=True with source", compress)
+    remedy = "Leave it out, or prune the model in memory."
+    of = f" (of preset {preset})"
+    got = "a rotation" + of * extra.turn_optional
+    check(extra.rotate is None, OP, "one block at a time, for source", got, remedy)
+    got = "reconstruct of several blocks together" + of * extra.optional
+    check(not extra.spans, OP, "one block at a time, for source", got, remedy)
 
 
 def _on_error(undo: Callable[[], None]) -> Callable[..., None]:

@@ -40,6 +40,7 @@ from sparsekern.oneshot.reconstruct import reconstruct_block
 from sparsekern.oneshot.report import LayerReport, PruneReport
 from sparsekern.oneshot.resume import ResumeDir
 from sparsekern.oneshot.rounds import Fit, Reconstruction
+from sparsekern.oneshot.selection import check_finite
 from sparsekern.oneshot.sequential import Walk
 from sparsekern.oneshot.spans import SpanRound, final_norm, fitting, rebatch
 from sparsekern.oneshot.stages import Group, Stage
@@ -91,7 +92,7 @@ class Run:
             self.report.options.pop("reconstruct", None)
             return
         blocks = self.walk.selection.blocks
-        with self.walk.evaluating():
+        with self.walk.evaluating(), self.walk.lazily():
             probe = self.walk.batches[0].probe()
             self.final = final_norm(self.model, blocks, probe, self.walk.home)
         if extra.optional and self.walk.device.type == "cuda":
@@ -112,7 +113,9 @@ class Run:
         module = "" if isinstance(method, str) else f"{getattr(method, '__module__', '')}."
         made: dict[str, Any] = {
             "model": self.report.model,
-            "weights": fingerprint.of_model(self.model),
+            "weights": fingerprint.of_model(self.model)
+            if self.walk.source is None
+            else self.walk.source.fingerprint(),
             "method": module + chosen.name,
             "function": [
                 fingerprint.of_function(f)
@@ -221,6 +224,9 @@ class Run:
         """Prune the layers of a stage in place, dense; what replaces them later is kept by it."""
         if not stage.layers:
             return
+        if self.walk.source is not None:  # what could not be looked at before
+            check_finite(stage.layers, self.options)
+            stage.layers = [layer for layer in stage.layers if layer.reason is None]
         results: dict[str, Sparse24 | Tensor] = {}
         kept: dict[str, tuple[Tensor, Tensor, Hessian | None]] = {}
         finish = self.options.method.finish is not None
