@@ -293,7 +293,7 @@ def _packed(value: Any, tensors: list[Tensor]) -> tuple[bytes]:
 def _unpacked(text: bytes, tensors: Sequence[Tensor]) -> Any:
     class Unpickler(pickle.Unpickler):
         def persistent_load(self, number: Any) -> Tensor:
-            return tensors[number]
+            return tensors[int(number)]
 
     return Unpickler(io.BytesIO(text)).load()
 

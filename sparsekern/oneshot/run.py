@@ -4,26 +4,22 @@ compressed and stored; what an exception leaves is put right."""
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from sparsekern import prune
 from sparsekern.backends.compress import compress as compress_weight
 from sparsekern.errors import check
 from sparsekern.formats.sparse24 import Sparse24
-from sparsekern.nn.replace import dense_weight, write_weight
-from sparsekern.oneshot import discovery as models
+from sparsekern.nn.replace import dense_weight
 from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot import keep_dense as dense_rule
-from sparsekern.oneshot.devices import on_device
 from sparsekern.oneshot.estimate import Progress
 from sparsekern.oneshot.executor import Calibration
 from sparsekern.oneshot.extra import OP, Extra
@@ -36,20 +32,17 @@ from sparsekern.oneshot.layerwise import (
 )
 from sparsekern.oneshot.layerwise import quantize as quantize_layer
 from sparsekern.oneshot.ranks import assigned
-from sparsekern.oneshot.reconstruct import reconstruct_block
 from sparsekern.oneshot.report import LayerReport, PruneReport
 from sparsekern.oneshot.resume import ResumeDir
-from sparsekern.oneshot.rounds import Fit, Reconstruction
+from sparsekern.oneshot.run_rounds import Rounds
 from sparsekern.oneshot.selection import check_finite
-from sparsekern.oneshot.sequential import Walk
-from sparsekern.oneshot.spans import SpanRound, final_norm, fitting, rebatch
 from sparsekern.oneshot.stages import Group, Stage
 from sparsekern.prune import Hessian, Method
 
 logger = logging.getLogger("sparsekern")
 
 
-class Run:
+class Run(Rounds):
     """One call of prune_model."""
 
     def __init__(
@@ -61,14 +54,12 @@ class Run:
         report: PruneReport,
         extra: Extra,
     ) -> None:
+        super().__init__()
         self.model, self.options, self.compress = model, options, compress
-        self.late: Options | None = None  # how weights are quantised after the last round
         self.walk, self.report, self.extra = walk, report, extra
         self.resume: ResumeDir | None = None  # of several ranks the first alone has it
         self.resumes = False
         self.rows: dict[str, LayerReport] = {}
-        self.final: nn.Module | None = None  # the norm behind the last block
-        self.teachers: list[nn.Module] = []  # dense copies of the blocks, for the rounds after
 
     def _matched(self) -> float:
         """match_dense, left out where it is the default and the model is no chain."""
@@ -76,36 +67,6 @@ class Run:
             self.report.options.pop("match_dense", None)
             return 0.0
         return self.options.match_dense
-
-    def _prepare_rounds(self) -> None:
-        """What reconstruction needs of the dense model; nothing where the blocks are no chain."""
-        extra = self.extra
-        if extra.block is None and not extra.spans:
-            return
-        kind, remedy = type(self.model).__name__, "Leave reconstruct out."
-        if not self.walk.chained:
-            expected = "a model that is a chain of decoder blocks, for reconstruct"
-            check(extra.optional, OP, expected, kind, remedy)
-            text = f"preset {self.report.preset} without reconstruction: {kind} is no chain"
-            warnings.warn(f"{OP}: {text} of decoder blocks.", stacklevel=4)
-            extra.drop()
-            self.report.options.pop("reconstruct", None)
-            return
-        blocks = self.walk.selection.blocks
-        with self.walk.evaluating(), self.walk.lazily():
-            probe = self.walk.batches[0].probe()
-            self.final = final_norm(self.model, blocks, probe, self.walk.home)
-        if extra.optional and self.walk.device.type == "cuda":
-            memory = torch.cuda.get_device_properties(self.walk.device).total_memory
-            extra.spans = [
-                fitting(options, blocks, self.walk.batches, memory) for options in extra.spans
-            ]
-            self.report.options |= extra.described()
-        moving = any(options.reselect for options in extra.spans)
-        fixed = not (moving and self.options.masks)
-        check(fixed, OP, "masks or reselect", "both of them", "Pass reselect=0.")
-        if extra.spans:
-            self.teachers = [copy.deepcopy(b).to("cpu").requires_grad_(False) for b in blocks]
 
     def manifest(self, method: Any, hessians: Any) -> dict[str, Any]:
         """What a resumed run has to share with this one."""
@@ -141,7 +102,7 @@ class Run:
         layers, device = self.walk.selection.active, self.walk.device
         with self.walk.phase("layer times"):
             measure = functools.partial(dense_rule.measure, layers, tokens, device)
-            ranks, times = self.walk.ranks, None
+            ranks, times = self.walk.ranks, cast("dict[str, list[float]]", {})
             if ranks is None or ranks.rank == 0:
                 times = self.resume.remember("layer_times", measure) if self.resume else measure()
             if ranks is not None:
@@ -258,13 +219,13 @@ class Run:
             rows = [self.rows[layer.name] for layer in stage.layers]
             self.resume.save(stage.key, results, rows)
 
-    def _solved(self, stage: Stage) -> Iterator[tuple[Group, Iterable[Pruned]]]:
+    def _solved(self, stage: Stage) -> Generator[tuple[Group, Iterable[Pruned]], None, None]:
         """Each group, on the device, with what its layers become. With several ranks each solves
         some of the groups, and has the others' results."""
         ranks = self.walk.ranks
         if ranks is None:
-            with contextlib.closing(stage.groups()) as groups:
-                for group in groups:
+            with contextlib.closing(stage.groups()) as one_by_one:
+                for group in one_by_one:
                     self._keep_hessian(group)
                     yield group, self._ticked(stage, prune_group, group)
             return
@@ -356,99 +317,6 @@ class Run:
             results[name] = self._final(row, new, mask, quantized)
             stage.replace(name, results[name])
 
-    def _reconstruct(
-        self,
-        stage: Stage,
-        masks: dict[nn.Module, Tensor],
-        dense: dict[nn.Module, Tensor],
-    ) -> str:
-        """Reconstruct one block; returns what its layers' rows say."""
-        walk, index = cast(Walk, self.walk.walk), cast(int, stage.index)
-        block = cast(nn.Module, stage.module)
-        options = cast(Reconstruction, self.extra.block)
-        final = self.final if index == len(walk.blocks) - 1 else None
-        seconds = None
-        if options.seconds is not None:
-            spent = sum(row["seconds"] for row in self.report.reconstruction)
-            seconds = max(0.0, options.seconds - spent) / (len(walk.blocks) - index)
-        with self.walk.phase("reconstruct"), on_device(final, self.walk.device):
-            fits = reconstruct_block(block, index, walk, masks, dense, options, final, seconds)
-        self.report.reconstruction += [fit.row() for fit in fits]
-        return _said(fits[-1]) if fits else ""
-
-    def _train_spans(self, progress: bool) -> None:
-        """The rounds after the walk, then compression."""
-        from tqdm import tqdm
-
-        layers = {
-            layer.name: layer
-            for layer in self.walk.selection.active
-            if layer.name in self.rows and not self.rows[layer.name].skipped
-        }
-        inside = {name: layer for name, layer in layers.items() if layer.block is not None}
-        # As a resumed run sees it: what is stored is the weights.
-        masks = {layer.module: layer.weight != 0 for layer in inside.values()}
-        with self.walk.evaluating():
-            for number, options in enumerate(self.extra.spans):
-                with self.walk.phase("capture"):
-                    spans = SpanRound(
-                        self.walk.captured(rebatch(self.walk.batches, options.batch)),
-                        self.teachers,
-                        masks,
-                        options,
-                        self.final,
-                        self.walk.captured,
-                    )
-                count = len(spans.windows)
-                name = f"reconstruct {number + 1}"
-                for window in tqdm(range(count), name, unit="window", disable=not progress):
-                    self._train_window(spans, number, window, inside)
-        if self.compress or self.late:
-            with self.walk.phase("prune"):
-                for name, layer in layers.items():
-                    compressed = self._compressed(self.rows[name], layer.weight)
-                    if self.compress:
-                        self.walk.compress(layer, compressed)
-                    else:
-                        write_weight(layer.module, compressed.to_dense())
-
-    def _compressed(self, row: LayerReport, weight: Tensor) -> Sparse24:
-        if self.late is None:
-            compressed = compress_weight(weight, weight != 0)
-        else:
-            compressed, _ = quantize_layer(weight, weight, weight != 0, None, self.late)
-            describe_quantized(row, weight, compressed, None, self.late)
-        row.bytes_sparse = compressed.nbytes if self.compress else row.bytes_sparse
-        return compressed
-
-    def _train_window(
-        self, spans: SpanRound, number: int, window: int, layers: dict[str, models.Layer]
-    ) -> None:
-        """One window of a round after the walk, or what the resume folder has of it."""
-        first, end = spans.windows[window]
-        mine = {
-            name: layer
-            for name, layer in layers.items()
-            if layer.block is not None and first <= layer.block < end
-        }
-        rows = [self.rows[name] for name in mine]
-        key = f"round-{number}-window-{window:05d}"
-        if self.resume is not None and self.resume.has(key):
-            results, rows = self.resume.load(key, list(mine.values()), self.walk.home)
-            self.report.resumed += 1
-            self.rows.update({row.name: row for row in rows})
-            for name, weight in results.items():
-                write_weight(mine[name].module, cast(Tensor, weight))
-            return
-        with self.walk.phase("reconstruct"):
-            fit = spans.fit(window)
-        self.report.reconstruction.append(fit.row())
-        for row in rows:
-            row.note = "; ".join(filter(None, (row.note, _said(fit))))
-        if self.resume is not None:
-            weights: dict[str, Sparse24 | Tensor] = {n: la.weight for n, la in mine.items()}
-            self.resume.save(key, weights, rows)
-
     def _note(self, error: BaseException, last: str) -> None:
         """Say with the exception what state the model is in."""
         if self.walk.undo == "run":
@@ -478,11 +346,3 @@ class Run:
             done += f", {already} layers were 2:4 already"
         text = f"{done}: {report.share:.1%} of the linear weights of {report.model} are 2:4"
         warnings.warn(f"{OP}: {text}. Dense: {why or 'none'}.", stacklevel=4)
-
-
-def _said(fit: Fit) -> str:
-    """A fit in the words of a layer's note."""
-    first, last = fit.blocks[0], fit.blocks[-1]
-    where = f"block {first}" if first == last else f"blocks {first}-{last}"
-    text = f"{where} reconstructed: held-out error {fit.before:.4g} -> {fit.after:.4g}"
-    return text if fit.kept else f"{where}: reconstruction was no better ({fit.before:.4g})"
