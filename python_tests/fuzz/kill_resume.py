@@ -42,7 +42,7 @@ KINDS = {
         "quantize": "int8",
         "reconstruct": [
             {"span": 1, "epochs": 1, "parts": "sublayers"},
-            {"span": 2, "epochs": 1, "reselect": 0.9, "lr": 0.01},
+            {"span": 2, "epochs": 3, "reselect": 0.9, "lr": 3e-3, "held_out": 0.0},
             {"span": 2, "epochs": 1, "target": "pruned", "seed": 1},
         ],
     },
