@@ -1,14 +1,18 @@
 """Ranks that prune together, each a fork of this process, for test_ranks.py.
 
-python -m python_tests.oneshot.ranks_child WORLD FOLDER CASE,CASE,...
+python -m python_tests.oneshot.ranks_child FOLDER WORLD:CASE,CASE,... ...
 
-Rank r writes FOLDER/CASE-r.pt: what the case returns, or {"error": its text}.
+The cases of each argument run in one group of WORLD ranks; rank r writes FOLDER/CASE-r.pt, what the
+case returns.
 """
 
 import copy
 import os
+import signal
+import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -118,6 +122,39 @@ def refusal(model, data, **options):
     return {"error": "none"}
 
 
+def case_killed(folder):
+    """Rank 1 dies while it solves a group."""
+    before = run_module.prune_group
+    if dist.get_rank() == 0:
+        return refusal(build(), uneven())
+    torch.save({"error": "killed"}, folder / "killed-1.pt")
+
+    def die(layers, hessian, options):
+        if layers[0].block == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return before(layers, hessian, options)
+
+    run_module.prune_group = die
+    return refusal(build(), uneven())
+
+
+def case_command(folder):
+    """The command line, in the environment that torchrun makes, from the files block by block."""
+    from sparsekern.cli import main, prune
+    from sparsekern.eval import texts
+
+    prune.needed = lambda tokenizer, path: object()
+    texts.read_rows = lambda source, split: ["text"]
+    texts.tokenize = lambda tokenizer, text: tokens(1, 4000)[0]
+    given = f"prune {folder}/dense --samples 5 --window 32 --batch-size 2 --quiet --device cpu"
+    codes = [main.main([*given.split(), "--out", f"{folder}/two", "--stream"])]
+    rank = os.environ["RANK"]
+    if rank == "0":
+        del os.environ["RANK"], os.environ["WORLD_SIZE"]
+        codes.append(main.main([*given.split(), "--out", f"{folder}/one"]))
+    return {"error": codes, "initialised": dist.is_initialized()}
+
+
 def case_absent(folder):
     """Rank 1 does not call."""
     if dist.get_rank():
@@ -143,6 +180,7 @@ CASES = {
     "magnitude": lambda folder: pruned(build("qwen3"), None, "magnitude", compress=False),
     "levels": lambda folder: pruned(build(), uneven(), quantize="int8"),
     "whole": lambda folder: pruned(plain(), [torch.randn(3, 5, 16) for _ in range(3)]),
+    "many": lambda folder: pruned(build(), tokens(samples=5)),
     "rotated": lambda folder: pruned(
         build(tie_word_embeddings=True), uneven(), rotate={"steps": 4}, untie=True
     ),
@@ -153,42 +191,63 @@ CASES = {
     "other-weights": lambda folder: refusal(build(seed=dist.get_rank()), uneven()),
     "reconstruct": lambda folder: refusal(build(), uneven(), preset="default"),
     "absent": case_absent,
+    "killed": case_killed,
+    "command": case_command,
 }
 
 
-def work(rank, world, folder, cases):
+def work(rank, world, folder, cases, port):
     torch.manual_seed(0)
     if GPU:
         torch.cuda.set_device(rank)
-    backend = "nccl" if GPU else "gloo"
-    where = f"file://{folder}/rendezvous"
-    dist.init_process_group(backend, init_method=where, rank=rank, world_size=world)
+    if cases == ["command"]:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    else:
+        backend, where = "nccl" if GPU else "gloo", f"file://{folder}/rendezvous-{cases[0]}"
+        dist.init_process_group(backend, init_method=where, rank=rank, world_size=world)
     for case in cases:
         torch.manual_seed(0)
         torch.save(CASES[case](folder), folder / f"{case}-{rank}.tmp")
         os.replace(folder / f"{case}-{rank}.tmp", folder / f"{case}-{rank}.pt")
 
 
-def main(world, folder, cases):
+def free_port():
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
+
+
+def forked(world, folder, cases):
     """Fork the ranks; the exit code is that of the worst."""
-    hessian_module._CPU_COLUMNS = 16  # several blocks in each Hessian
-    torch.set_num_threads(1)
-    children = []
-    for rank in range(int(world)):
+    children, port = [], free_port()
+    for rank in range(world):
         child = os.fork()
         if not child:
+            code = 1
             try:
-                work(rank, int(world), Path(folder), cases.split(","))
+                work(rank, world, folder, cases, port)
                 code = 0
             except BaseException:
-                import traceback
-
                 traceback.print_exc()
-                code = 1
+            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
         children.append(child)
     return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+
+
+def main(folder, *groups):
+    """One group of ranks after the other."""
+    hessian_module._CPU_COLUMNS = 16  # several blocks in each Hessian
+    torch.set_num_threads(1)
+    folder = Path(folder)
+    build(layers=3).to(torch.bfloat16).save_pretrained(folder / "dense")
+    worst = 0
+    for group in groups:
+        world, cases = group.split(":")
+        worst = max(worst, forked(int(world), folder, cases.split(",")))
+    return worst
 
 
 if __name__ == "__main__":

@@ -22,23 +22,28 @@ TWO = (
 EQUAL = TWO[:8]
 
 
-def run(world, folder, cases, **environment):
-    """{case: what each rank wrote}."""
-    command = [sys.executable, "-m", "python_tests.oneshot.ranks_child", str(world), str(folder)]
+def run(folder, groups, **environment):
+    """{case: what each rank wrote}; groups of (ranks, cases)."""
+    command = [sys.executable, "-m", "python_tests.oneshot.ranks_child", str(folder)]
+    command += [f"{world}:{','.join(cases)}" for world, cases in groups]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(
-        [*command, ",".join(cases)], capture_output=True, text=True, timeout=900, env=environment
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return {
         case: [torch.load(folder / f"{case}-{r}.pt", weights_only=False) for r in range(world)]
+        for world, cases in groups
         for case in cases
     }
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return run(2, tmp_path_factory.mktemp("two"), TWO)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    return run(folder, [(2, TWO), (2, ["killed"]), (2, ["command"]), (4, ["many"])])
 
 
 def assert_equal(results):
@@ -60,9 +65,9 @@ def test_two_ranks_give_the_weights_of_one_process(case, two):
         assert together == alone and any(row[2] for row in together)
 
 
-def test_more_ranks_than_batches(tmp_path):
+def test_more_ranks_than_batches(two):
     """Four ranks, three batches."""
-    assert_equal(run(4, tmp_path, ["whole"])["whole"])
+    assert_equal(two["many"])
 
 
 def test_an_error_on_one_rank_ends_all_and_changes_nothing(two):
@@ -103,6 +108,20 @@ def test_a_rank_that_is_not_there_is_not_waited_for_for_ever(two):
     assert "expected all 2 ranks at step 0" in text and "SPARSEKERN_RANK_TIMEOUT=SECONDS" in text
 
 
+def test_a_rank_that_is_killed_ends_the_other(two):
+    assert "expected all 2 ranks at step" in two["killed"][0]["error"]
+
+
+def test_the_command_line_under_torchrun(two, folder):
+    """Two ranks with --stream write what one process does without, byte for byte."""
+    assert [result["error"] for result in two["command"]] == [[0, 0], [0]]
+    assert not any(result["initialised"] for result in two["command"])
+    names = {path.name for path in (folder / "one").iterdir()}
+    assert names == {path.name for path in (folder / "two").iterdir()} and "SHA256SUMS" in names
+    for name in names - {"prune_report.json"}:
+        assert (folder / "one" / name).read_bytes() == (folder / "two" / name).read_bytes(), name
+
+
 def test_parts_of_a_work():
     assert assigned([1, 5, 1, 2, 1], 2) == [1, 0, 1, 1, 1]
     assert assigned([3.0, 3.0, 3.0], 4) == [0, 1, 2]
@@ -115,5 +134,5 @@ def test_two_gpus_give_the_weights_of_one(tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     cases = ["sparsegpt", "padding", "magnitude", "levels", "rotated", "experts"]
-    for results in run(2, tmp_path, cases, RANKS_ON_GPU="1").values():
+    for results in run(tmp_path, [(2, cases)], RANKS_ON_GPU="1").values():
         assert_equal(results)

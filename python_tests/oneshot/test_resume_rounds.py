@@ -1,5 +1,5 @@
 """A run that rotates, reconstructs and trains windows after the walk, stopped after each thing that
-it stores: what resumes is the undisturbed run. python_tests/fuzz/kill_resume.py kills it anywhere."""
+it stores: what resumes is the undisturbed run. fuzz/kill_resume.py kills it anywhere."""
 
 import os
 import shutil

@@ -196,9 +196,10 @@ class Ranks:
         ]
         if buffers:
             self.agree()
+        group = self._data if wire.type == "cuda" else self._control
         for buffer in buffers:
             if buffer.numel():
-                dist.broadcast(buffer, src=sender, group=self._data)
+                dist.broadcast(buffer, src=sender, group=group)
         if here:
             return value
         found = []
@@ -210,8 +211,9 @@ class Ranks:
     def add_up(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over the ranks, in place."""
         sent = tensor.to(self._wire())
+        group = self._data if sent.is_cuda else self._control
         self.agree()
-        torch.distributed.all_reduce(sent, group=self._data)
+        torch.distributed.all_reduce(sent, group=group)
         if sent is not tensor:
             tensor.copy_(sent)
 
