@@ -4,8 +4,8 @@ undisturbed run.
 python -m python_tests.fuzz.kill_resume [--kills 10] [--seed 0] [--kind best|short|windows]
 
 Every attempt is a fork that kills itself (SIGKILL) at the n-th call of a function of sparsekern, n
-drawn from the calls of an undisturbed run; the next one resumes in its folder. One that comes to its end
-is compared, and the next begins in a new folder, until there were enough kills.
+drawn from the calls of an undisturbed run; the next one resumes in its folder. One that comes to
+its end is compared, and the next begins in a new folder, until there were enough kills.
 """
 
 from __future__ import annotations

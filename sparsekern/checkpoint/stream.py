@@ -74,7 +74,8 @@ class Streamed:
         _untie(self.model, found)
         self._reader = _Reader(self.model, self.files, wanted, False, numbers_dtype(raw))
         if found.names.used is not None:
-            self.model._weight_conversions = found.names.used
+            conversions: Any = found.names.used
+            self.model._weight_conversions = conversions
         self._inside = {id(m) for block in self.blocks for m in block.modules()}
         # By name, of tensors inside blocks: where they come from, and what stands for them.
         self._sources: dict[str, tuple[str, str | Conversion]] = {}
@@ -166,8 +167,12 @@ class Streamed:
             if id(block) in open_now:
                 open_now.pop(id(block)).close()
 
+        def close_all() -> None:
+            for left in open_now.values():
+                left.close()
+
         with contextlib.ExitStack() as stack:
-            stack.callback(lambda: [left.close() for left in open_now.values()])
+            stack.callback(close_all)
             for block in self.blocks:
                 stack.callback(block.register_forward_pre_hook(before).remove)
                 # Outside of every other hook on the block, and after an exception, too.

@@ -284,7 +284,7 @@ def prune_model(
             if crew is not None:
                 found = [(a.name, a.shape, a.dtype, a.reason) for a in walk.selection.layers]
                 calls = [b.samples for b in batches]
-                remedy = "Call it with the same model, data and arguments on each."
+                remedy = "Give the same model, data and arguments on each, or ranks=False."
                 crew.same(
                     "call",
                     [report.method, report.options, report.calibration, calls, found],
