@@ -152,6 +152,17 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch):
     assert_same_files(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.gpu
+def test_the_same_on_a_gpu(tmp_path):
+    """Blocks go to the GPU and become weights in its layout there."""
+    folder = dense_folder(tmp_path / "dense", hidden_size=64, intermediate_size=128)
+    options = {"device": "cuda"}
+    expected = ordinary(folder, tmp_path / "a", **options)
+    report = streamed(folder, tmp_path / "b", tmp_path / "parts", **options)
+    assert_same_files(tmp_path / "a", tmp_path / "b")
+    assert rows(report) == rows(expected)
+
+
 def test_the_command_line(tmp_path, monkeypatch, capsys):
     """--stream, computed in float32 and saved in bfloat16; by itself where memory is short."""
     from sparsekern.cli import main, prune
