@@ -263,6 +263,7 @@ LITERALS = {"float16", "half", "bfloat16", "float8_e4m3fn", "float8_e5m2"}
 EXCEPTIONS = {
     "formats/dtypes.py": "the table",
     "utils/safetensors_io.py": "the names of the file format, weights or not",
+    "cli/prune.py": "the dtype that a CPU may have a unit for",
     "cli/main.py": "the dtype that a command takes by default",
     "cli/demo.py": "the dtype that the demo shows",
     "cli/doctor.py": "the dtype that its smoke test runs",

@@ -109,6 +109,10 @@ def test_bash_blocks_parse(block):
         if words[0] == "sparsekern":
             if "--help" not in words:
                 assert cli.build_parser().parse_args(words[1:]).command == words[1]
+        elif words[0] == "torchrun":
+            given = words[words.index("-m") + 1 :]
+            assert given[0] == "sparsekern"
+            assert cli.build_parser().parse_args(given[1:]).command == given[1]
         elif words[0] == "make":
             assert {word for word in words[1:] if "=" not in word} <= targets
         elif words[:3] == ["python", "-m", "bench"]:

@@ -115,7 +115,7 @@ def test_an_exception_keeps_what_was_known(monkeypatch):
 def windows(monkeypatch, device, positions=8192, **given):
     from types import SimpleNamespace
 
-    from sparsekern.cli import main
+    from sparsekern.cli import prune
     from sparsekern.eval import texts
 
     monkeypatch.setattr(texts, "read_rows", lambda source, split: ["text"])
@@ -133,7 +133,7 @@ def windows(monkeypatch, device, positions=8192, **given):
     vars(args).update(given)
     model = torch.nn.Linear(4, 4)
     model.config = SimpleNamespace(max_position_embeddings=positions)
-    drawn = main._calibration(args, model, object(), device)
+    drawn = prune.calibration_of(args, model, object(), device)
     return len(drawn), drawn.rows[0].numel()
 
 
@@ -145,7 +145,7 @@ def test_windows_by_default(monkeypatch):
 
 
 def test_a_cpu_without_16_bit_units_computes_in_float32(monkeypatch, capsys):
-    from sparsekern.cli import main
+    from sparsekern.cli import prune
 
     for dtype, unit, changed in (
         (torch.bfloat16, False, True),
@@ -153,25 +153,25 @@ def test_a_cpu_without_16_bit_units_computes_in_float32(monkeypatch, capsys):
         (torch.float16, True, True),
         (torch.float32, False, False),
     ):
-        monkeypatch.setattr(main, "cpu_has_bfloat16", lambda unit=unit: unit)
+        monkeypatch.setattr(prune, "cpu_has_bfloat16", lambda unit=unit: unit)
         model = build().to(dtype)
-        assert main._compute_in_float32(model, "cpu") == (dtype if changed else None)
+        assert prune.compute_in_float32(model, "cpu") == (dtype if changed else None)
         assert next(model.parameters()).dtype == (torch.float32 if changed else dtype)
         assert ("saved as" in capsys.readouterr().out) == changed
-        assert main._compute_in_float32(build().to(dtype), "cuda") is None
+        assert prune.compute_in_float32(build().to(dtype), "cuda") is None
 
 
 def test_a_16_bit_model_is_saved_in_its_dtype(tmp_path, monkeypatch):
     """prune on a CPU: computed in float32, and what is saved are the 16-bit numbers."""
     import sparsekern as sk
-    from sparsekern.cli import main
+    from sparsekern.cli import main, prune
     from sparsekern.eval import texts
 
     transformers = pytest.importorskip("transformers")
     assert transformers
     build().to(torch.bfloat16).save_pretrained(tmp_path / "dense")
-    monkeypatch.setattr(main, "cpu_has_bfloat16", lambda: False)
-    monkeypatch.setattr(main, "_needed", lambda tokenizer, path: object())
+    monkeypatch.setattr(prune, "cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(prune, "needed", lambda tokenizer, path: object())
     monkeypatch.setattr(texts, "read_rows", lambda source, split: ["text"])
     monkeypatch.setattr(texts, "tokenize", lambda tokenizer, text: tokens(1, 4000)[0])
     code = main.main(

@@ -284,7 +284,7 @@ def test_more_experts_than_one_pass_holds(monkeypatch):
         return made
 
     monkeypatch.setattr(rules, "PASS_BYTES", 60_000)
-    monkeypatch.setattr("sparsekern.oneshot.executor.split_passes", split)
+    monkeypatch.setattr("sparsekern.oneshot.stages.split_passes", split)
     model, zeros = build("mixtral"), build("mixtral")
     report = prune(model)
     assert sizes == [8, 4, 8, 4] and sum(sizes) == len(report.pruned)

@@ -428,6 +428,10 @@ class _Reader:
             tensor = self.waiting.pop(name).to(device)
             if tensor.untyped_storage().nbytes() != tensor.nbytes:
                 tensor = tensor.clone()  # a part of what was converted would keep all of it
+        return self.as_asked(name, tensor)
+
+    def as_asked(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the model in the dtype that was asked for."""
         if self.dtype is None or not tensor.is_floating_point():
             return tensor
         keep = self.precise is not None and self.precise.search(name)

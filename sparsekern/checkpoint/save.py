@@ -38,6 +38,7 @@ from sparsekern.formats.disk import (
     stored_tensors,
 )
 from sparsekern.formats.layouts import WeightSpec
+from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.replace import is_conv1d
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, listed
@@ -69,6 +70,7 @@ def save_pretrained(
     max_shard_size: int | str = 5 * 2**30,
     is_main_process: bool = True,
     state_dict: Mapping[str, Any] | None = None,
+    fetch: Fetch | None = None,
     **kwargs: Any,
 ) -> None:
     """Write a model to a folder: compressed layers as sparse-24-bitmask, the rest as it is.
@@ -85,6 +87,7 @@ def save_pretrained(
         max_shard_size: bytes per safetensors file, or text such as "2GB".
         is_main_process: False: check the arguments and write nothing, as in Transformers.
         state_dict: None, or the model's own.
+        fetch: where the weights are that the model has on meta (checkpoint/stream.py).
         kwargs: other arguments of Transformers' save_pretrained, with values that ask for what is
             written here.
     Raises:
@@ -114,22 +117,23 @@ def save_pretrained(
     sparse = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
     skeleton = skeleton_of(model, untied=_compressed_head(model, sparse))
     _warn_lost_buffers(model, skeleton)
-    dense = _dense_tensors(model, skeleton)
+    dense = _dense_tensors(model, skeleton, fetch is not None)
+    get = Fetch() if fetch is None else fetch
     inside = _inside_experts(model)
     plain = {name: tensor for name, tensor in dense.items() if name not in inside}
     alone = {name: module for name, module in sparse.items() if name not in inside}
     names = disk_names(model, plain, alone)
     experts, entries = stored_experts(model, names.rename, names.split)
     config = model_config(model, sparse, dense, names, skeleton, experts, entries)
-    groups = [_sparse_group(names.layers[name], module) for name, module in alone.items()]
+    groups = [_sparse_group(names.layers[name], name, m, get) for name, m in alone.items()]
     for stored in experts:
         if stored.whole is not None:
-            groups.append(_sparse_group(stored.name, stored.whole))
+            groups.append(_sparse_group(stored.name, stored.name, stored.whole, get))
         else:
             groups.append((stored.nbytes, stored.tensors))
-    groups += [_dense_group(stored, dense[name]) for stored, name in names.plain.items()]
+    groups += [_dense_group(stored, name, dense[name], get) for stored, name in names.plain.items()]
     for conversion in names.groups:
-        groups += _converted_groups(model, conversion, dense, names)
+        groups += _converted_groups(model, conversion, dense, names, get)
     check_writable(folder, SAVE_OP)
     with writing(SAVE_OP, folder), StagedFolder(folder) as stage:
         write_shards(stage, groups, limit)
@@ -229,11 +233,14 @@ def numbers_name(specs: Iterable[WeightSpec]) -> str:
     return found[0]
 
 
-def _dense_tensors(model: nn.Module, skeleton: nn.Module | None) -> dict[str, Tensor]:
+def _dense_tensors(
+    model: nn.Module, skeleton: nn.Module | None, absent: bool = False
+) -> dict[str, Tensor]:
     """{name: tensor} of everything that is stored as it is, biases of compressed layers included.
 
     Tied weights go under one name: the one that Transformers ties the others to, else the first;
-    under all names where the model that the config builds would not tie them.
+    under all names where the model that the config builds would not tie them. absent: some may be
+    on meta.
     """
     dependent = set(getattr(model, "all_tied_weights_keys", None) or ())
     built = {} if skeleton is None else {n: id(t) for n, t in _tensors(skeleton)}
@@ -246,7 +253,7 @@ def _dense_tensors(model: nn.Module, skeleton: nn.Module | None) -> dict[str, Te
             if full in computed:  # position tables that Transformers keeps out of files
                 continue
             check(
-                not tensor.is_meta,
+                absent or not tensor.is_meta,
                 f"{OP}: {full}",
                 "a tensor with data",
                 "one on meta",
@@ -301,12 +308,29 @@ def _on_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
 
 
-def _dense_group(name: str, tensor: Tensor) -> Group:
-    return tensor.numel() * tensor.element_size(), lambda: {name: _on_cpu(tensor)}
+class Fetch:
+    """Where the data of tensors is when they are written: in the model."""
+
+    def dense(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor `name` of the model."""
+        return tensor
+
+    def sparse(self, name: str, module: SparseLinear) -> Sparse24:
+        """The weight of the layer `name`."""
+        return module.weight
+
+
+def _dense_group(stored: str, name: str, tensor: Tensor, get: Fetch) -> Group:
+    size = tensor.numel() * tensor.element_size()
+    return size, lambda: {stored: _on_cpu(get.dense(name, tensor))}
 
 
 def _converted_groups(
-    model: nn.Module, conversion: Conversion, dense: Mapping[str, Tensor], names: DiskNames
+    model: nn.Module,
+    conversion: Conversion,
+    dense: Mapping[str, Tensor],
+    names: DiskNames,
+    get: Fetch,
 ) -> list[Group]:
     """One group for each tensor of the files that a conversion makes; the conversion runs when the
     first of them is written, and its results are dropped with the last."""
@@ -314,7 +338,7 @@ def _converted_groups(
 
     def one(name: str) -> dict[str, Tensor]:
         if name not in made:
-            result = conversion.run(model, lambda key: dense[key].detach())
+            result = conversion.run(model, lambda key: get.dense(key, dense[key]).detach())
             made.update((names.rename(key), tensor) for key, tensor in result.items())
         return {name: _on_cpu(made.pop(name))}
 
@@ -324,13 +348,13 @@ def _converted_groups(
     ]
 
 
-def _sparse_group(name: str, module: SparseLinear) -> Group:
-    """The tensors of a compressed layer, under its name in the files."""
-    require_storable(f"{SAVE_OP}: {name}", module.weight.spec)
+def _sparse_group(stored: str, name: str, module: SparseLinear, get: Fetch) -> Group:
+    """The tensors of the compressed layer `name`, under its name in the files."""
+    require_storable(f"{SAVE_OP}: {stored}", module.weight.spec)
 
     def make() -> dict[str, Tensor]:
-        tensors = stored_tensors(module.weight)
-        return {join(name, part): _on_cpu(tensor) for part, tensor in tensors.items()}
+        tensors = stored_tensors(get.sparse(name, module))
+        return {join(stored, part): _on_cpu(tensor) for part, tensor in tensors.items()}
 
     return stored_bytes(module.weight.spec), make
 

@@ -51,6 +51,7 @@ def make_parser(
     device_help = "cpu, cuda or cuda:N (default: cuda if there is one)"
 
     sub = command("prune", "Prune a model to 2:4 and save it compressed.")
+    sub.epilog = "torchrun --nproc-per-node N -m sparsekern prune ... shares the work among N GPUs."
     sub.add_argument("model", metavar="MODEL", help=model_help)
     sub.add_argument(
         "--out", required=True, metavar="DIR", help="folder to write; must be new or empty"
@@ -178,6 +179,23 @@ def make_parser(
     )
     sub.add_argument(
         "--resume", metavar="DIR", help="store each finished block here, and go on from it"
+    )
+    sub.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="read one block at a time from the folder and keep what is done in DIR of --resume "
+        "(default OUT.parts); without it where the folder is larger than free memory",
+    )
+    sub.add_argument(
+        "--activations",
+        default="auto",
+        metavar="auto|device|host|DIR",
+        help="where the calibration's hidden states are kept; DIR: in files there (default: auto, "
+        "by free GPU memory)",
+    )
+    sub.add_argument(
+        "--max-shard-size", metavar="SIZE", help="of a written file, such as 2GB (default 5 GiB)"
     )
     sub.add_argument(
         "--allow-partial",

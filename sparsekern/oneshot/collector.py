@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,16 +23,16 @@ class HessianCollector:
     one Hessian.
 
     q, k and v (or gate and up) receive the same tensor object. They form a group: the first of
-    them, the leader, adds the input, the others only check that it is the leader's. Call
-    `end_batch` after each batch; when a group turns out not to hold, SharingChanged is raised and
-    the caller starts again with share=False. Inputs that pass while `watches_dense` is set are
+    them, the leader, adds the input, the others only check that it is the leader's. `walked`
+    calls `end_batch` after each batch; when a group turns out not to hold, SharingChanged is raised
+    and the caller starts again with share=False. Inputs that pass while `watches_dense` is set are
     the dense model's: each goes into the Hessian with the input of the same call that follows. A
     layer that gets only some of a batch's tokens (an expert) may get others in the dense model, so
     its Hessian is made without.
 
     Positions that `keep` calls padding stay out: an input [samples, tokens, ...], or its rows
     [samples * tokens, in_features], is cut to the tokens that are kept. Experts, which get some of
-    the rows, are run without the others (experts.py); `fill` makes up for those that saw few.
+    the rows, are run without the others (experts.py); `finish` makes up for those that saw few.
 
     Args:
         layers: layers to watch.
@@ -76,9 +76,21 @@ class HessianCollector:
     def keep(self, value: tuple[Tensor, ...]) -> None:
         self.experts.keep = value
 
-    def fill(self) -> None:
+    def walked(self, forwards: Iterator[None], first_only: bool) -> Iterator[int]:
+        """Run the batches (the first alone with first_only); yields how many are behind."""
+        for done, _ in enumerate(forwards, 1):
+            self.end_batch()
+            yield done
+            if first_only:
+                return
+
+    def finish(self) -> None:
         """After the last batch, within the context: the rule for experts that saw few tokens."""
         self.experts.fill(self.hessians, self._leader)
+
+    def new_hessian(self, width: int) -> Hessian:
+        """For a layer's inputs."""
+        return Hessian(width, self.device)
 
     def __enter__(self) -> HessianCollector:
         self._handles += self.experts.watch()
@@ -124,35 +136,47 @@ class HessianCollector:
                 hessian.add(x.to(self.device))
                 self.experts.filling[name] = hessian, rows + x.numel() // x.shape[-1]
                 return
-            if self.watches_dense:
-                self._dense.setdefault(name, []).append(x)
-                self._dense_rows = self._dense_rows or x.numel() // x.shape[-1]
-                return
-            key = (id(x), x._version)
-            self._calls[name] = self._calls.get(name, 0) + 1
-            if name in self.experts.tokens:
-                bare = self._without_padding(x)
-                self.experts.tokens[name] += 0 if bare is None else bare.numel() // x.shape[-1]
-            if self.share and name not in self._leader and self._first_batch and key in self._seen:
-                leader = self._seen[key][1]
-                if self._calls[leader] == 1:  # its Hessian holds this input and nothing else
-                    self._leader[name] = leader
-                    self.hessians[name] = self.hessians[leader]
-                    return
-            leader = self._leader.setdefault(name, name)
-            if leader != name:
-                if key not in self._seen or self._seen[key][1] != leader:
-                    raise SharingChanged(name)
-                return
-            if name not in self.hessians:
-                self.hessians[name] = Hessian(x.shape[-1], self.device)
-            dense = self._dense_of(name, x)
-            kept, dense = self._without_padding(x), self._without_padding(dense)
-            if kept is not None:
-                self.hessians[name].add(kept.to(self.device), dense)
-            self._seen.setdefault(key, (x, name))
+            self.see(name, x)
 
         return hook
+
+    def see(self, name: str, x: Tensor) -> None:
+        """A layer was called with x."""
+        if self.watches_dense:
+            self.take_dense(name, x)
+        else:
+            self.take(name, x)
+
+    def take_dense(self, name: str, x: Tensor) -> None:
+        """Keep what the dense model feeds a layer for the call that follows."""
+        self._dense.setdefault(name, []).append(x)
+        self._dense_rows = self._dense_rows or x.numel() // x.shape[-1]
+
+    def take(self, name: str, x: Tensor) -> None:
+        """Add x to the Hessian of a layer, or of the group that it is the first of."""
+        key = (id(x), x._version)
+        self._calls[name] = self._calls.get(name, 0) + 1
+        if name in self.experts.tokens:
+            bare = self._without_padding(x)
+            self.experts.tokens[name] += 0 if bare is None else bare.numel() // x.shape[-1]
+        if self.share and name not in self._leader and self._first_batch and key in self._seen:
+            leader = self._seen[key][1]
+            if self._calls[leader] == 1:  # its Hessian holds this input and nothing else
+                self._leader[name] = leader
+                self.hessians[name] = self.hessians[leader]
+                return
+        leader = self._leader.setdefault(name, name)
+        if leader != name:
+            if key not in self._seen or self._seen[key][1] != leader:
+                raise SharingChanged(name)
+            return
+        if name not in self.hessians:
+            self.hessians[name] = self.new_hessian(x.shape[-1])
+        dense = self._dense_of(name, x)
+        kept, dense = self._without_padding(x), self._without_padding(dense)
+        if kept is not None:
+            self.hessians[name].add(kept.to(self.device), dense)
+        self._seen.setdefault(key, (x, name))
 
     def _without_padding(self, x: Tensor | None) -> Tensor | None:
         """x, cut to the positions that count where it has one row or more for each of them."""

@@ -18,7 +18,7 @@ import inspect
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any, cast
@@ -223,7 +223,11 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
 
 
 def find_layers(
-    model: nn.Module, pattern: tuple[int, int], compress: bool, op: str = OP
+    model: nn.Module,
+    pattern: tuple[int, int],
+    compress: bool,
+    op: str = OP,
+    absent: Callable[[nn.Module], bool] = lambda module: False,
 ) -> list[Layer]:
     """Every weight of the model that takes part in matrix products, in tree order, with the reason
     for those that cannot be pruned.
@@ -233,6 +237,7 @@ def find_layers(
         compress: the layers are to be replaced, so that a module which reads their weight itself
             rules them out.
         op: who asks, for messages.
+        absent: of which modules the weights are not in memory now, and may be on meta.
     Raises:
         ValueError: the model itself is a linear layer (it cannot be replaced in place), or a weight
             is on the meta device.
@@ -263,7 +268,7 @@ def find_layers(
             continue
         linear = is_linear(module) or computes_linear(module)
         if linear and isinstance(getattr(module, "weight", None), Tensor):
-            meta = cast(Tensor, module.weight).is_meta
+            meta = cast(Tensor, module.weight).is_meta and not absent(module)
             check(
                 not meta, op, f"weights in memory, {name}", "a meta tensor", "Load the model first."
             )

@@ -7,16 +7,19 @@ block; time is that of the first batches, then of the first whole block, times w
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 from sparsekern.oneshot.discovery import input_embedding
-from sparsekern.oneshot.executor import Calibration, Stage
+from sparsekern.oneshot.executor import Calibration
+from sparsekern.oneshot.stages import Stage
 
 # A run that is expected to take longer says so on stderr, beside the progress bar.
 LONG_SECONDS = 60.0
@@ -31,6 +34,26 @@ def free_host_bytes() -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return None
+
+
+def available_host_bytes() -> int | None:
+    """Bytes that a process may still take: free memory, with what the system would give up for it,
+    within the limit of its control group; None where nothing says."""
+    found = []
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file if ":" in line)
+        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    except (OSError, KeyError, ValueError):
+        free = free_host_bytes()
+        found += [] if free is None else [free]
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (
+            int(Path("/sys/fs/cgroup", name).read_text())
+            for name in ("memory.max", "memory.current")
+        )
+        found.append(max(0, limit - used))
+    return min(found, default=None)
 
 
 def memory(walk: Calibration, stages: list[Stage]) -> dict[str, int]:

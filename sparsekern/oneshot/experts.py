@@ -142,17 +142,24 @@ class ExpertPools:
         self.bare = self.watches_dense = False
         self.keep: tuple[Tensor, ...] = ()
         self.filling: dict[str, tuple[Hessian, int]] | None = None
+        # Of each mixture, by id: what passes it, on its way into its pool.
+        self.on_rows: Callable[[int, Tensor], None] = self.pool
         self._pools: dict[int, list[Tensor]] = {}
         self._owner_of = {layer.name: id(layer.owner) for layer in self.layers}
 
     def watch(self) -> list[RemovableHandle]:
         """Put the hooks on."""
         handles = []
-        for owner in {id(layer.owner): layer.owner for layer in self.layers}.values():
+        for owner in self.owners.values():
             if isinstance(owner, SparseExperts):
                 handles.append(owner.register_forward_pre_hook(self._before, with_kwargs=True))
                 handles.append(owner.register_forward_hook(self._after))
         return handles
+
+    @property
+    def owners(self) -> dict[int, nn.Module | None]:
+        """The mixtures by id, in order."""
+        return {id(layer.owner): layer.owner for layer in self.layers}
 
     def listens(self, name: str) -> bool:
         """Whether the hook of a layer counts what comes."""
@@ -178,10 +185,19 @@ class ExpertPools:
             break
         if owner.recipe.form == "sorted":
             rows = rows[(rows != 0).any(-1)]
-        pool = self._pools.setdefault(id(owner), [])
-        room = min(CALL_TOKENS, POOL_TOKENS - sum(part.shape[0] for part in pool))
+        self.on_rows(id(owner), rows)
+
+    def room(self, owner: int) -> int:
+        """How many tokens of a call the pool of a mixture takes."""
+        pool = self._pools.get(owner, ())
+        return min(CALL_TOKENS, POOL_TOKENS - sum(part.shape[0] for part in pool))
+
+    def pool(self, owner: int, rows: Tensor) -> None:
+        """Keep some of the rows that reach a mixture."""
+        room = self.room(owner)
         if room > 0 and rows.shape[0]:
-            pool.append(rows[:: -(-rows.shape[0] // room)].to("cpu", copy=True))
+            kept = rows[:: -(-rows.shape[0] // room)].to("cpu", copy=True)
+            self._pools.setdefault(owner, []).append(kept)
 
     def _after(self, owner: nn.Module, args: Any, output: Any) -> None:
         self.muted.discard(id(owner))

@@ -10,12 +10,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsekern.errors import check
 from sparsekern.oneshot.calibration import Batch
 from sparsekern.oneshot.permutation import permute_on, permute_resumed
 from sparsekern.oneshot.presets import find_preset
+from sparsekern.oneshot.ranks import RankError, Ranks
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.oneshot.resume import rotate_resumed
 from sparsekern.oneshot.rotation import rotate_on
@@ -98,13 +99,22 @@ class Extra:
         device: torch.device,
         resume: str | os.PathLike[str] | None,
         report: PruneReport,
+        ranks: Ranks | None = None,
     ) -> Callable[[], None]:
-        """Permute the model; returns how to take it back."""
+        """Permute the model; returns how to take it back. Of several ranks the first searches, and
+        all apply what it has found."""
         assert self.permute is not None
-        if resume is None:
-            made = permute_on(model, batches, device, **self.permute)
-        else:
-            made = permute_resumed(model, batches, device, resume, self.permute)
+        orders: dict[str, Tensor] | None = None
+        if ranks is None or ranks.rank == 0:
+            if resume is None:
+                made = permute_on(model, batches, device, **self.permute)
+            else:
+                made = permute_resumed(model, batches, device, resume, self.permute)
+            orders = made.orders
+        if ranks is not None:
+            orders = ranks.share(orders, 0)
+            if ranks.rank:
+                made = permute_on(model, batches, device, known=orders, **self.permute)
         report.permutation = asdict(made.report)
         return made.undo
 
@@ -115,16 +125,32 @@ class Extra:
         device: torch.device,
         resume: str | os.PathLike[str] | None,
         report: PruneReport,
+        ranks: Ranks | None = None,
     ) -> Callable[[], None] | None:
-        """Rotate the model; returns how to take it back, None where the preset does without."""
+        """Rotate the model; returns how to take it back, None where the preset does without. Of
+        several ranks the first searches, and all apply what it has found."""
         assert self.rotate is not None
+        found: dict[str, Tensor] | ValueError | RuntimeError | None = None
         try:
-            if resume is None:
-                turned = rotate_on(model, batches, device, **self.rotate)
-            else:
-                turned = rotate_resumed(model, batches, device, resume, self.rotate)
+            if ranks is None or ranks.rank == 0:
+                if resume is None:
+                    turned = rotate_on(model, batches, device, **self.rotate)
+                else:
+                    turned = rotate_resumed(model, batches, device, resume, self.rotate)
+                found = turned.tensors()
         except (ValueError, RuntimeError) as error:
             if not self.turn_optional:
+                raise
+            found = error
+        if ranks is not None:
+            found = ranks.share(found, 0)
+        try:
+            if isinstance(found, Exception):
+                raise found
+            if ranks is not None and ranks.rank:
+                turned = rotate_on(model, batches, device, known=found, **self.rotate)
+        except (ValueError, RuntimeError) as error:
+            if not self.turn_optional or isinstance(error, RankError):
                 raise
             report.rotation, self.rotate = {"skipped": str(error)}, None
             warnings.warn(f"{OP}: preset {report.preset} without rotation. {error}", stacklevel=3)

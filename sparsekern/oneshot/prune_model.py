@@ -27,12 +27,14 @@ from sparsekern.oneshot.layerwise import (
     DAMP,
     Options,
 )
+from sparsekern.oneshot.ranks import joined
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.oneshot.resume import ResumeDir
 from sparsekern.oneshot.rounds import Given
 from sparsekern.oneshot.run import Run
 from sparsekern.oneshot.selection import check_options, check_weights, describe, select
 from sparsekern.oneshot.skip import DEFAULT_RULE
+from sparsekern.oneshot.source import Source
 from sparsekern.prune import Hessian, Method
 from sparsekern.prune.methods import find_method
 from sparsekern.prune.pattern import Pattern
@@ -58,7 +60,7 @@ def prune_model(
     refine: int | None = None,
     match_dense: float | None = None,
     on_error: str = "raise",
-    offload_activations: bool | str = "auto",
+    offload_activations: bool | str | os.PathLike[str] = "auto",
     keep_dense: str | None = None,
     keep_dense_tokens: Sequence[int] = dense_rule.TOKENS,
     hessians: Mapping[str, Hessian | Tensor] | None = None,
@@ -74,6 +76,8 @@ def prune_model(
     rotate: bool | Mapping[str, Any] | None = None,
     untie: bool = False,
     permute: bool | Mapping[str, Any] = False,
+    ranks: Any = "auto",
+    source: Source | None = None,
     **options: Any,
 ) -> PruneReport:
     """Prune the linear layers of `model` to 2:4, in place: W' minimises ‖(W − W')X‖² layer by layer
@@ -126,7 +130,7 @@ def prune_model(
             method could prune (in_features, dtype, tied weights, never called) are always skipped
             with the reason.
         offload_activations: True keeps the hidden states of the calibration on the host, False on
-            `device`, "auto" decides by free memory.
+            `device`, a folder in files there, "auto" decides by free memory.
         keep_dense: "if-slower" measures every distinct layer shape on `device`, dense and 2:4, and
             leaves those dense whose time, summed over keep_dense_tokens, is longer with 2:4. They
             are in the report with the times. On a CPU that is every layer, with a warning.
@@ -161,6 +165,14 @@ def prune_model(
         permute: True, or keywords of sparsekern.permute (rounds, heads, seed): change the order of
             the channels inside MLPs and heads first, after `rotate`. The dense model stays the same
             up to rounding. Needs pattern 2:4.
+        ranks: "auto": all processes of an initialised torch.distributed prune together, each called
+            with the same model and arguments; a process group: those; False: this one by itself.
+            The result is that of one process, bit for bit (oneshot/ranks.py), and the same on all.
+            Rank 0 alone writes, logs and shows progress. What trains (reconstruct) needs one
+            process.
+        source: where the blocks' weights are while they are not in memory: a checkpoint.Streamed.
+            Needs `resume`, where the result is; a rotation, and rounds of reconstruction after the
+            walk, need the whole model.
         **options: of a registered method.
     Returns:
         PruneReport with one row per weight that takes part in matrix products.
@@ -170,6 +182,8 @@ def prune_model(
             changed.
         TypeError: arguments of the wrong type.
         PruneError (a RuntimeError): the method failed on a layer.
+        RankError (a RuntimeError): another rank failed or is gone; it is named, and the model is as
+            it is after an exception of one's own.
     Warns:
         UserWarning: nothing, or less than half of what was asked for, is 2:4 in the end
             (report.partial); it names the largest reasons.
@@ -184,104 +198,161 @@ def prune_model(
     Source: Frantar and Alistarh 2023 (arXiv:2301.00774); Sun et al. 2024, "Wanda"
     (arXiv:2306.11695).
     """
-    start = time.perf_counter()
-    model = models.unwrapped(model)
-    chosen = find_method(OP, method)
-    calibrated = calibration is not None or hessians is not None
-    extra = Extra(
-        preset, reconstruct, rotate, untie, calibration, hessians, true_sequential, permute
-    )
-    may_match = match_dense is None and bool(chosen.match_dense) and not true_sequential
-    may_match = may_match and hessians is None
-    wanted = Options(
-        chosen,
-        Pattern.of(pattern, OP),
-        dict(masks or {}),
-        _values(chosen, {"damp": damp, "blocksize": blocksize}, options),
-        DAMP if damp is None else damp,
-        chosen.refine if refine is None else refine,
-        float(chosen.match_dense or 0) if may_match else match_dense or 0.0,
-        on_error,
-        quantize,
-        quantize_method,
-        quantize_group,
-        OP,
-    )
-    check_options(wanted, true_sequential, compress, calibrated, offload_activations, OP)
-    ordered = extra.permute is None or wanted.pattern == (2, 4)
-    check(ordered, OP, "pattern (2, 4) with permute", repr(wanted.pattern), "Leave permute out.")
-    fixed = extra.permute is None or not masks
-    check(fixed, OP, "masks or permute", "both of them", "Call sparsekern.permute first.")
-    late = bool(extra.spans) and quantize_method == "gptq"
-    expected = 'quantize_method "rtn" or None with rounds of reconstruction after the walk'
-    check(not late, OP, expected, "'gptq'", "No Hessian is left after them.")
-    check(undo in (True, False, "auto"), OP, 'undo True, False or "auto"', repr(undo))
-    timed_tokens = dense_rule.check_arguments(keep_dense, keep_dense_tokens, compress, OP)
-
-    def walked() -> Calibration:
-        selection = select(model, skip, wanted.pattern, compress, targets=targets, op=OP)
-        check_weights(selection, wanted, compress)
-        keeps = undo if isinstance(undo, bool) else _fits_twice(selection.active)
-        return Calibration(
-            model,
-            selection,
-            op=OP,
-            device=device,
-            true_sequential=true_sequential,
-            beside_dense=bool(wanted.match_dense) or extra.needs_dense,
-            optional_dense=may_match or not wanted.match_dense,
-            offload=None if offload_activations == "auto" else bool(offload_activations),
-            hessians=hessians,
-            undo="stage" if resume is not None or not keeps else "run",
+    start, model = time.perf_counter(), models.unwrapped(model)
+    with joined(ranks, OP) as crew:
+        first = crew is None or crew.rank == 0
+        chosen = find_method(OP, method)
+        calibrated = calibration is not None or hessians is not None
+        extra = Extra(
+            preset, reconstruct, rotate, untie, calibration, hessians, true_sequential, permute
         )
+        may_match = match_dense is None and bool(chosen.match_dense) and not true_sequential
+        may_match = may_match and hessians is None
+        wanted = Options(
+            chosen,
+            Pattern.of(pattern, OP),
+            dict(masks or {}),
+            _values(chosen, {"damp": damp, "blocksize": blocksize}, options),
+            DAMP if damp is None else damp,
+            chosen.refine if refine is None else refine,
+            float(chosen.match_dense or 0) if may_match else match_dense or 0.0,
+            on_error,
+            quantize,
+            quantize_method,
+            quantize_group,
+            OP,
+        )
+        check_options(wanted, true_sequential, compress, calibrated, offload_activations, OP)
+        ordered = extra.permute is None or wanted.pattern == (2, 4)
+        remedy = "Leave permute out."
+        check(ordered, OP, "pattern (2, 4) with permute", repr(wanted.pattern), remedy)
+        fixed = extra.permute is None or not masks
+        check(fixed, OP, "masks or permute", "both of them", "Call sparsekern.permute first.")
+        late = bool(extra.spans) and quantize_method == "gptq"
+        expected = 'quantize_method "rtn" or None with rounds of reconstruction after the walk'
+        check(not late, OP, expected, "'gptq'", "No Hessian is left after them.")
+        check(undo in (True, False, "auto"), OP, 'undo True, False or "auto"', repr(undo))
+        timed_tokens = dense_rule.check_arguments(keep_dense, keep_dense_tokens, compress, OP)
 
-    walk = walked()
-    batches = []
-    if calibration is not None and hessians is None:
-        batches = make_batches(calibration, model, batch_size, walk.device, tokenizer, OP)
-    report = PruneReport(type(model).__name__, chosen.name, device=str(walk.device), preset=preset)
-    with torch.inference_mode(False), torch.no_grad(), contextlib.ExitStack() as stack:
-        if extra.rotate is not None:
-            undo_rotation = extra.turn(model, batches, walk.device, resume, report)
-            if undo_rotation is not None:
+        def walked() -> Calibration:
+            selection = select(
+                model, skip, wanted.pattern, compress, targets=targets, op=OP, source=source
+            )
+            check_weights(selection, wanted, compress)
+            keeps = undo if isinstance(undo, bool) else _fits_twice(selection.active)
+            keeps = keeps if crew is None else bool(crew.share(keeps, 0))
+            kept_for = "run" if keeps and resume is None else "stage"
+            return Calibration(
+                model,
+                selection,
+                op=OP,
+                device=device,
+                true_sequential=true_sequential,
+                beside_dense=bool(wanted.match_dense) or extra.needs_dense,
+                optional_dense=may_match or not wanted.match_dense,
+                offload=None if offload_activations == "auto" else offload_activations,
+                hessians=hessians,
+                undo=None if source is not None else kept_for,
+                ranks=crew,
+                source=source,
+            )
+
+        if source is not None:
+            _check_streamed(extra, compress, resume, preset)
+        if crew is not None:
+            crew.device = Calibration.device_of(model, device)
+            _check_together(chosen, extra, preset)
+        walk = walked()
+        batches = []
+        if calibration is not None and hessians is None:
+            batches = make_batches(calibration, model, batch_size, walk.device, tokenizer, OP)
+        report = PruneReport(
+            type(model).__name__, chosen.name, device=str(walk.device), preset=preset
+        )
+        with torch.inference_mode(False), torch.no_grad(), contextlib.ExitStack() as stack:
+            if extra.rotate is not None:
+                undo_rotation = extra.turn(model, batches, walk.device, resume, report, crew)
+                if undo_rotation is not None:
+                    if walk.undo == "run":
+                        stack.push(_on_error(undo_rotation))
+                    phases = {"rotate": report.rotation["seconds"]} if report.rotation else {}
+                    walk = walked()  # the head may have a weight of its own now
+                    walk.phases |= phases
+            if extra.permute is not None:
+                undo_order = extra.reorder(model, batches, walk.device, resume, report, crew)
                 if walk.undo == "run":
-                    stack.push(_on_error(undo_rotation))
-                phases = {"rotate": report.rotation["seconds"]} if report.rotation else {}
-                walk = walked()  # the head may have a weight of its own now
-                walk.phases |= phases
-        if extra.permute is not None:
-            undo_order = extra.reorder(model, batches, walk.device, resume, report)
-            if walk.undo == "run":
-                stack.push(_on_error(undo_order))
-            walk.phases["permute"] = report.permutation["seconds"] if report.permutation else 0.0
-        walk.batches = batches
-        report.phases = walk.phases
-        report.options = describe(skip, wanted, compress, true_sequential, targets)
-        report.options |= extra.described()
-        if keep_dense:
-            report.options |= {"keep_dense": keep_dense, "keep_dense_tokens": list(timed_tokens)}
-        if batches:
-            keys = ("samples", "tokens")
-            totals = {key: sum(getattr(b, key) for b in walk.batches) for key in keys}
-            report.calibration = {**totals, "sha256": digest(walk.batches)}
-            more = getattr(calibration, "described", None)  # eval/mix.py
-            report.calibration |= more() if callable(more) else {}
-        if keep_hessians:
-            report.hessians = {}
-        run = Run(model, wanted, compress, walk, report, extra)
-        if resume is not None:
-            run.resume = ResumeDir(resume, run.manifest(method, hessians))
-            stack.callback(run.resume.close)
-        if keep_dense:
-            run.leave_slow_layers_dense(timed_tokens)
-        run.execute(progress)
-    if compress and report.pruned:
-        check_before_loading(model)
-    counted = num_parameters(model)
-    report.parameters = {"dense": counted.dense, "stored": counted.stored}
-    report.seconds = time.perf_counter() - start
-    run.say()
-    return report
+                    stack.push(_on_error(undo_order))
+                seconds = report.permutation["seconds"] if report.permutation else 0.0
+                walk.phases["permute"] = seconds
+            walk.batches = batches
+            report.phases = walk.phases
+            report.options = describe(skip, wanted, compress, true_sequential, targets)
+            report.options |= extra.described()
+            if keep_dense:
+                report.options |= {
+                    "keep_dense": keep_dense,
+                    "keep_dense_tokens": list(timed_tokens),
+                }
+            if batches:
+                keys = ("samples", "tokens")
+                totals = {key: sum(getattr(b, key) for b in walk.batches) for key in keys}
+                report.calibration = {**totals, "sha256": digest(walk.batches)}
+                more = getattr(calibration, "described", None)  # eval/mix.py
+                report.calibration |= more() if callable(more) else {}
+            if keep_hessians:
+                report.hessians = {}
+            run = Run(model, wanted, compress, walk, report, extra)
+            if crew is not None:
+                found = [(a.name, a.shape, a.dtype, a.reason) for a in walk.selection.layers]
+                calls = [b.samples for b in batches]
+                remedy = "Give the same model, data and arguments on each, or ranks=False."
+                crew.same(
+                    "call",
+                    [report.method, report.options, report.calibration, calls, found],
+                    remedy,
+                )
+            run.resumes = resume is not None
+            if resume is not None and first:
+                run.resume = ResumeDir(resume, run.manifest(method, hessians))
+                stack.callback(run.resume.close)
+            if keep_dense:
+                run.leave_slow_layers_dense(timed_tokens)
+            run.execute(progress and first)
+        if compress and report.pruned:
+            check_before_loading(model)
+        counted = num_parameters(model)
+        report.parameters = {"dense": counted.dense, "stored": counted.stored}
+        report.seconds = time.perf_counter() - start
+        run.say()
+        return report
+
+
+def _check_together(chosen: Method, extra: Extra, preset: str | None) -> None:
+    """Refuse what one process alone does as it is meant."""
+    remedy = "Leave it out, or run it in one process, with ranks=False."
+    trains = extra.block is not None or bool(extra.spans)
+    reason = (
+        "which takes one step for each batch in turn: with several ranks it would train another way"
+    )
+    name = f"reconstruct (of preset {preset}) " if extra.optional else "reconstruct "
+    expected = "one process for what trains"
+    check(not trains, OP, expected, f"{name}on several ranks, {reason}", remedy)
+    got = f"{chosen.name} on several ranks, each of which has some of the outputs"
+    remedy = "Run it in one process, with ranks=False."
+    check(chosen.finish is None, OP, "one process for a method that reads outputs", got, remedy)
+
+
+def _check_streamed(extra: Extra, compress: bool, resume: Any, preset: str | None) -> None:
+    """Refuse what needs the whole model in memory."""
+    check(resume is not None, OP, "a folder as resume, for source", None)
+    check(compress, OP, "compress=True with source", compress)
+    remedy = "Leave it out, or prune the model in memory."
+    of = f" (of preset {preset})"
+    got = "a rotation" + of * extra.turn_optional
+    check(extra.rotate is None, OP, "one block at a time, for source", got, remedy)
+    check(extra.permute is None, OP, "one block at a time, for source", "permute", remedy)
+    got = "reconstruct of several blocks together" + of * extra.optional
+    check(not extra.spans, OP, "one block at a time, for source", got, remedy)
 
 
 def _on_error(undo: Callable[[], None]) -> Callable[..., None]:

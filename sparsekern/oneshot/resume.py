@@ -68,6 +68,25 @@ class ResumeDir:
             self.close()
             raise
 
+    @classmethod
+    def opened(cls, path: str | os.PathLike[str]) -> ResumeDir:
+        """The folder of a run as it is, to read from it.
+
+        Raises:
+            FormatError: there is no manifest, or it cannot be read.   ValueError: in use.
+        """
+        made = cls.__new__(cls)
+        made.path = os.fspath(path)
+        file = os.path.join(made.path, "manifest.json")
+        check(os.path.isfile(file), OP, f"{file}", "none", "Prune with resume= first.", FormatError)
+        made._lock = open_lock(os.path.join(made.path, "lock"))
+        try:
+            made._claim(made._read_json(file))
+        except BaseException:
+            made.close()
+            raise
+        return made
+
     def _claim(self, manifest: dict[str, Any]) -> None:
         assert self._lock is not None
         try:
@@ -180,9 +199,19 @@ class ResumeDir:
         Raises:
             FormatError: the file is damaged, of another run, or does not fit the layers.
         """
+        shapes = {layer.name: layer.shape for layer in layers}
+        return self._load(key, shapes, device)
+
+    def tensors_of(self, key: str) -> dict[str, Sparse24 | Tensor]:
+        """The weights of a stage, on the host."""
+        return self._load(key, None, torch.device("cpu"))[0]
+
+    def _load(
+        self, key: str, shapes: dict[str, tuple[int, ...]] | None, device: torch.device
+    ) -> tuple[dict[str, Sparse24 | Tensor], list[LayerReport]]:
+        """`load`; without shapes those of the reports."""
         from safetensors import SafetensorError, safe_open
 
-        shapes = {layer.name: layer.shape for layer in layers}
         results: dict[str, Sparse24 | Tensor] = {}
         try:
             open_regular(self._file(key)).close()  # no pipe, which would make the next line wait
@@ -193,6 +222,7 @@ class ResumeDir:
                 raise ValueError("its sha256 is that of other content, or of another run")
             rows = json.loads(metadata["reports"])
             reports = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in rows]
+            shapes = {r.name: r.shape for r in reports} if shapes is None else shapes
             for name in (r.name for r in reports if not r.skipped):
                 if f"{name}.weight" in tensors:
                     results[name] = tensors[f"{name}.weight"].to(device)
@@ -239,9 +269,7 @@ def rotate_resumed(
     asked = json.dumps([fingerprint.of_model(model), digest(batches), sorted(options.items())])
     if not os.path.exists(file):
         turned = rotate_on(model, batches, device, **options)
-        lost = [turned.report.lost_before, turned.report.lost_after]
-        tensors = {"basis": turned.basis, "lost": torch.tensor(lost, dtype=torch.float64)}
-        tensors |= {f"turns.{i}": turn for i, turn in enumerate(turned.turns)}
+        tensors = turned.tensors()
         sha = fingerprint.of_tensors(sorted(tensors.items()), asked)
         os.makedirs(os.fspath(path), exist_ok=True)
         write_atomic(file, save(tensors, metadata={"sha256": sha, "asked": asked}))

@@ -139,6 +139,12 @@ class Rotated:
     turns: list[Tensor]
     undo: Callable[[], None]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What was learnt, as `rotate_on(known=)` takes it."""
+        lost = [self.report.lost_before, self.report.lost_after]
+        made = {"basis": self.basis, "lost": torch.tensor(lost, dtype=torch.float64)}
+        return made | {f"turns.{i}": turn for i, turn in enumerate(self.turns)}
+
 
 @torch.no_grad()
 def rotate_on(

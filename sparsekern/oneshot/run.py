@@ -4,46 +4,45 @@ compressed and stored; what an exception leaves is put right."""
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import logging
 import warnings
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from sparsekern import prune
 from sparsekern.backends.compress import compress as compress_weight
 from sparsekern.errors import check
 from sparsekern.formats.sparse24 import Sparse24
-from sparsekern.nn.replace import dense_weight, write_weight
-from sparsekern.oneshot import discovery as models
+from sparsekern.nn.replace import dense_weight
 from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot import keep_dense as dense_rule
 from sparsekern.oneshot.estimate import Progress
-from sparsekern.oneshot.executor import Calibration, Stage, on_device
+from sparsekern.oneshot.executor import Calibration
 from sparsekern.oneshot.extra import OP, Extra
 from sparsekern.oneshot.layerwise import (
     Options,
+    Pruned,
     describe_quantized,
     new_report,
     prune_group,
 )
 from sparsekern.oneshot.layerwise import quantize as quantize_layer
-from sparsekern.oneshot.reconstruct import reconstruct_block
+from sparsekern.oneshot.ranks import assigned
 from sparsekern.oneshot.report import LayerReport, PruneReport
 from sparsekern.oneshot.resume import ResumeDir
-from sparsekern.oneshot.rounds import Fit, Reconstruction
-from sparsekern.oneshot.sequential import Walk
-from sparsekern.oneshot.spans import SpanRound, final_norm, fitting, rebatch
+from sparsekern.oneshot.run_rounds import Rounds
+from sparsekern.oneshot.selection import check_finite
+from sparsekern.oneshot.stages import Group, Stage
 from sparsekern.prune import Hessian, Method
 
 logger = logging.getLogger("sparsekern")
 
 
-class Run:
+class Run(Rounds):
     """One call of prune_model."""
 
     def __init__(
@@ -55,13 +54,12 @@ class Run:
         report: PruneReport,
         extra: Extra,
     ) -> None:
+        super().__init__()
         self.model, self.options, self.compress = model, options, compress
-        self.late: Options | None = None  # how weights are quantised after the last round
         self.walk, self.report, self.extra = walk, report, extra
-        self.resume: ResumeDir | None = None
+        self.resume: ResumeDir | None = None  # of several ranks the first alone has it
+        self.resumes = False
         self.rows: dict[str, LayerReport] = {}
-        self.final: nn.Module | None = None  # the norm behind the last block
-        self.teachers: list[nn.Module] = []  # dense copies of the blocks, for the rounds after
 
     def _matched(self) -> float:
         """match_dense, left out where it is the default and the model is no chain."""
@@ -70,46 +68,15 @@ class Run:
             return 0.0
         return self.options.match_dense
 
-    def _prepare_rounds(self) -> None:
-        """What reconstruction needs of the dense model; nothing where the blocks are no chain."""
-        extra = self.extra
-        if extra.block is None and not extra.spans:
-            return
-        kind, remedy = type(self.model).__name__, "Leave reconstruct out."
-        if not self.walk.chained:
-            expected = "a model that is a chain of decoder blocks, for reconstruct"
-            check(extra.optional, OP, expected, kind, remedy)
-            text = f"preset {self.report.preset} without reconstruction: {kind} is no chain"
-            warnings.warn(f"{OP}: {text} of decoder blocks.", stacklevel=4)
-            extra.drop()
-            self.report.options.pop("reconstruct", None)
-            return
-        blocks = self.walk.selection.blocks
-        with self.walk.evaluating():
-            probe = self.walk.batches[0].probe()
-            self.final = final_norm(self.model, blocks, probe, self.walk.home)
-        if extra.optional and self.walk.device.type == "cuda":
-            memory = torch.cuda.get_device_properties(self.walk.device).total_memory
-            extra.spans = [
-                fitting(options, blocks, self.walk.batches, memory) for options in extra.spans
-            ]
-            self.report.options |= extra.described()
-        moving = any(options.reselect for options in extra.spans)
-        right = not moving or self.options.pattern == (2, 4)
-        expected = "pattern (2, 4) with reselect"
-        check(right, OP, expected, repr(self.options.pattern), "Pass reselect=0.")
-        fixed = not (moving and self.options.masks)
-        check(fixed, OP, "masks or reselect", "both of them", "Pass reselect=0.")
-        if extra.spans:
-            self.teachers = [copy.deepcopy(b).to("cpu").requires_grad_(False) for b in blocks]
-
     def manifest(self, method: Any, hessians: Any) -> dict[str, Any]:
         """What a resumed run has to share with this one."""
         chosen, batches = self.options.method, self.walk.batches
         module = "" if isinstance(method, str) else f"{getattr(method, '__module__', '')}."
         made: dict[str, Any] = {
             "model": self.report.model,
-            "weights": fingerprint.of_model(self.model),
+            "weights": fingerprint.of_model(self.model)
+            if self.walk.source is None
+            else self.walk.source.fingerprint(),
             "method": module + chosen.name,
             "function": [
                 fingerprint.of_function(f)
@@ -135,7 +102,11 @@ class Run:
         layers, device = self.walk.selection.active, self.walk.device
         with self.walk.phase("layer times"):
             measure = functools.partial(dense_rule.measure, layers, tokens, device)
-            times = self.resume.remember("layer_times", measure) if self.resume else measure()
+            ranks, times = self.walk.ranks, cast("dict[str, list[float]]", {})
+            if ranks is None or ranks.rank == 0:
+                times = self.resume.remember("layer_times", measure) if self.resume else measure()
+            if ranks is not None:
+                times = ranks.share(times, 0)
         dense_rule.decide(layers, times, tokens, device, OP)
         for layer in layers:
             layer.asked = layer.reason is None
@@ -184,19 +155,27 @@ class Run:
         self.report.layers = [self.rows[layer.name] for layer in self.walk.selection.layers]
 
     def _finished(self, stages: list[Stage]) -> set[str]:
-        """Keys of the leading stages that the resume directory holds."""
+        """Keys of the leading stages that the resume directory holds, which rank 0 has."""
         done: set[str] = set()
+        ranks = self.walk.ranks
+        if ranks is not None and ranks.rank:
+            found: set[str] = ranks.share(None, 0)
+            return found
         for stage in stages:
             if stage.layers:
                 if self.resume is None or not self.resume.has(stage.key):
                     break
                 done.add(stage.key)
-        return done
+        return done if ranks is None else cast("set[str]", ranks.share(done, 0))
 
     def _load(self, stage: Stage) -> None:
-        assert self.resume is not None
         device = self.walk.device if stage.module is not None else self.walk.home
-        results, reports = self.resume.load(stage.key, stage.layers, device)
+        loaded: Any = None
+        if self.resume is not None:
+            loaded = self.resume.load(stage.key, stage.layers, device)
+        if self.walk.ranks is not None:
+            loaded = self.walk.ranks.share(loaded, 0)
+        results, reports = loaded
         self.report.resumed += 1
         self.rows.update({r.name: r for r in reports})
         for name, weight in results.items():
@@ -206,18 +185,19 @@ class Run:
         """Prune the layers of a stage in place, dense; what replaces them later is kept by it."""
         if not stage.layers:
             return
+        if self.walk.source is not None:  # what could not be looked at before
+            check_finite(stage.layers, self.options)
+            stage.layers = [layer for layer in stage.layers if layer.reason is None]
         results: dict[str, Sparse24 | Tensor] = {}
         kept: dict[str, tuple[Tensor, Tensor, Hessian | None]] = {}
         finish = self.options.method.finish is not None
         finish |= self.extra.block is not None and stage.index is not None
-        with contextlib.closing(stage.groups()) as groups:
-            for group in groups:
-                if self.report.hessians is not None and group.hessian is not None:
-                    stored = group.hessian.to("cpu")
-                    self.report.hessians |= {layer.name: stored for layer in group.layers}
+        if self.walk.ranks is not None:
+            self.walk.ranks.same_weights(stage.layers, stage.key)
+        with contextlib.closing(self._solved(stage)) as groups:
+            for group, solved in groups:
                 with self.walk.phase("prune"):
-                    for pruned in prune_group(group.layers, group.hessian, self.options):
-                        self._tick(stage)
+                    for pruned in solved:
                         layer, weight, mask = pruned.layer, pruned.weight, pruned.mask
                         self.rows[layer.name] = pruned.report
                         if weight is None or mask is None:
@@ -238,6 +218,55 @@ class Run:
         if self.resume is not None:
             rows = [self.rows[layer.name] for layer in stage.layers]
             self.resume.save(stage.key, results, rows)
+
+    def _solved(self, stage: Stage) -> Generator[tuple[Group, Iterable[Pruned]], None, None]:
+        """Each group, on the device, with what its layers become. With several ranks each solves
+        some of the groups, and has the others' results."""
+        ranks = self.walk.ranks
+        if ranks is None:
+            with contextlib.closing(stage.groups()) as one_by_one:
+                for group in one_by_one:
+                    self._keep_hessian(group)
+                    yield group, self._ticked(stage, prune_group, group)
+            return
+        for groups in stage.passes():
+            owners = assigned([self._cost(group) for group in groups], ranks.world)
+            mine: dict[int, list[Any]] = {}
+            for number, (group, owner) in enumerate(zip(groups, owners)):
+                self._keep_hessian(group)
+                if owner == ranks.rank:
+                    with group.on_device(), self.walk.phase("prune"):
+                        found = self._ticked(stage, prune_group, group)
+                        mine[number] = [(p.report, p.weight, p.mask, p.quantized) for p in found]
+                group.hessian = None
+            solved: dict[int, list[Any]] = {}
+            with self.walk.phase("exchange"):
+                for source in range(ranks.world):
+                    solved |= ranks.share(mine if source == ranks.rank else None, source)
+            mine.clear()
+            for number, group in enumerate(groups):
+                parts = zip(group.layers, solved.pop(number))
+                with group.on_device():
+                    yield group, [Pruned(layer, *part) for layer, part in parts]
+
+    def _cost(self, group: Group) -> float:
+        """About the multiplications of a group's solver: its factorisation, its sweep over the
+        columns, and the steps of refine."""
+        rows, width = sum(layer.shape[0] for layer in group.layers), group.layers[0].shape[1]
+        if group.hessian is None:
+            return float(rows * width)
+        return float(width) ** 2 * (width + rows * (2 + self.options.refine))
+
+    def _keep_hessian(self, group: Group) -> None:
+        if self.report.hessians is not None and group.hessian is not None:
+            stored = group.hessian.to("cpu")
+            self.report.hessians |= {layer.name: stored for layer in group.layers}
+
+    def _ticked(self, stage: Stage, solve: Callable[..., list[Pruned]], group: Group) -> Any:
+        """The results of a group one by one, with a tick for each."""
+        for pruned in solve(group.layers, group.hessian, self.options):
+            self._tick(stage)
+            yield pruned
 
     def _tick(self, stage: Stage) -> None:
         if self.walk.on_tick is not None:
@@ -288,106 +317,13 @@ class Run:
             results[name] = self._final(row, new, mask, quantized)
             stage.replace(name, results[name])
 
-    def _reconstruct(
-        self,
-        stage: Stage,
-        masks: dict[nn.Module, Tensor],
-        dense: dict[nn.Module, Tensor],
-    ) -> str:
-        """Reconstruct one block; returns what its layers' rows say."""
-        walk, index = cast(Walk, self.walk.walk), cast(int, stage.index)
-        block = cast(nn.Module, stage.module)
-        options = cast(Reconstruction, self.extra.block)
-        final = self.final if index == len(walk.blocks) - 1 else None
-        seconds = None
-        if options.seconds is not None:
-            spent = sum(row["seconds"] for row in self.report.reconstruction)
-            seconds = max(0.0, options.seconds - spent) / (len(walk.blocks) - index)
-        with self.walk.phase("reconstruct"), on_device(final, self.walk.device):
-            fits = reconstruct_block(block, index, walk, masks, dense, options, final, seconds)
-        self.report.reconstruction += [fit.row() for fit in fits]
-        return _said(fits[-1]) if fits else ""
-
-    def _train_spans(self, progress: bool) -> None:
-        """The rounds after the walk, then compression."""
-        from tqdm import tqdm
-
-        layers = {
-            layer.name: layer
-            for layer in self.walk.selection.active
-            if layer.name in self.rows and not self.rows[layer.name].skipped
-        }
-        inside = {name: layer for name, layer in layers.items() if layer.block is not None}
-        # As a resumed run sees it: what is stored is the weights.
-        masks = {layer.module: layer.weight != 0 for layer in inside.values()}
-        with self.walk.evaluating():
-            for number, options in enumerate(self.extra.spans):
-                with self.walk.phase("capture"):
-                    spans = SpanRound(
-                        self.walk.captured(rebatch(self.walk.batches, options.batch)),
-                        self.teachers,
-                        masks,
-                        options,
-                        self.final,
-                        self.walk.captured,
-                    )
-                count = len(spans.windows)
-                name = f"reconstruct {number + 1}"
-                for window in tqdm(range(count), name, unit="window", disable=not progress):
-                    self._train_window(spans, number, window, inside)
-        if self.compress or self.late:
-            with self.walk.phase("prune"):
-                for name, layer in layers.items():
-                    compressed = self._compressed(self.rows[name], layer.weight)
-                    if self.compress:
-                        self.walk.compress(layer, compressed)
-                    else:
-                        write_weight(layer.module, compressed.to_dense())
-
-    def _compressed(self, row: LayerReport, weight: Tensor) -> Sparse24:
-        if self.late is None:
-            compressed = compress_weight(weight, weight != 0)
-        else:
-            compressed, _ = quantize_layer(weight, weight, weight != 0, None, self.late)
-            describe_quantized(row, weight, compressed, None, self.late)
-        row.bytes_sparse = compressed.nbytes if self.compress else row.bytes_sparse
-        return compressed
-
-    def _train_window(
-        self, spans: SpanRound, number: int, window: int, layers: dict[str, models.Layer]
-    ) -> None:
-        """One window of a round after the walk, or what the resume folder has of it."""
-        first, end = spans.windows[window]
-        mine = {
-            name: layer
-            for name, layer in layers.items()
-            if layer.block is not None and first <= layer.block < end
-        }
-        rows = [self.rows[name] for name in mine]
-        key = f"round-{number}-window-{window:05d}"
-        if self.resume is not None and self.resume.has(key):
-            results, rows = self.resume.load(key, list(mine.values()), self.walk.home)
-            self.report.resumed += 1
-            self.rows.update({row.name: row for row in rows})
-            for name, weight in results.items():
-                write_weight(mine[name].module, cast(Tensor, weight))
-            return
-        with self.walk.phase("reconstruct"):
-            fit = spans.fit(window)
-        self.report.reconstruction.append(fit.row())
-        for row in rows:
-            row.note = "; ".join(filter(None, (row.note, _said(fit))))
-        if self.resume is not None:
-            weights: dict[str, Sparse24 | Tensor] = {n: la.weight for n, la in mine.items()}
-            self.resume.save(key, weights, rows)
-
     def _note(self, error: BaseException, last: str) -> None:
         """Say with the exception what state the model is in."""
-        if self.resume is None and self.walk.undo == "run":
+        if self.walk.undo == "run":
             text = "every weight of the model is as it was before the call"
         elif last:
             text = f"the model is pruned up to and with stage {last}; the rest is as it was"
-            if self.resume is not None:
+            if self.resumes:
                 text += ". The same call on a freshly loaded model continues there"
         else:
             text = "no weight of the model was changed"
@@ -411,11 +347,3 @@ class Run:
         text = f"{done}: {report.share:.1%} of the linear weights of {report.model}"
         text += f" are {report.pattern}"
         warnings.warn(f"{OP}: {text}. Dense: {why or 'none'}.", stacklevel=4)
-
-
-def _said(fit: Fit) -> str:
-    """A fit in the words of a layer's note."""
-    first, last = fit.blocks[0], fit.blocks[-1]
-    where = f"block {first}" if first == last else f"blocks {first}-{last}"
-    text = f"{where} reconstructed: held-out error {fit.before:.4g} -> {fit.after:.4g}"
-    return text if fit.kept else f"{where}: reconstruction was no better ({fit.before:.4g})"

@@ -4,7 +4,8 @@ changed."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot import skip as skip_rules
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.layerwise import Options
+from sparsekern.oneshot.source import Source
 from sparsekern.ops.quantize import GROUPS, checked_group
 from sparsekern.prune.quantize import METHODS
 
@@ -77,8 +79,15 @@ def check_options(
     on_error = options.on_error
     check(on_error in ("raise", "skip"), op, 'on_error "raise" or "skip"', repr(on_error))
     _check_quantize(options, calibrated, op)
-    expected = 'offload_activations True, False or "auto"'
-    check(offload in (True, False, "auto"), op, expected, repr(offload))
+    check_offload(offload, op)
+
+
+def check_offload(offload: Any, op: str) -> None:
+    """Check offload_activations. Raises ValueError."""
+    expected = 'offload_activations True, False, "auto" or a folder'
+    known = offload in (True, False, "auto")
+    fits = known or (isinstance(offload, (str, os.PathLike)) and os.path.isdir(offload))
+    check(fits, op, expected, repr(offload))
 
 
 def _check_quantize(options: Options, calibrated: bool, op: str) -> None:
@@ -112,18 +121,21 @@ def select(
     *,
     targets: Any = None,
     op: str = OP,
+    source: Source | None = None,
 ) -> Selection:
     """Find the layers and apply the rules.
 
     Args:
         model, skip, pattern, compress, targets: as in prune_model.
         op: who asks, for messages.
+        source: of blocks whose weights are not in memory.
     Raises:
         ValueError: nothing that takes part in matrix products; a rule that matches nothing.
     """
     check(isinstance(model, nn.Module), op, "an nn.Module", type(model).__name__, exc=TypeError)
     _, blocks = models.find_blocks(model)
-    selection = Selection(models.find_layers(model, pattern, compress, op), blocks)
+    absent = {} if source is None else {"absent": source.holds}
+    selection = Selection(models.find_layers(model, pattern, compress, op, **absent), blocks)
     names = [layer.name for layer in selection.layers]
     got = f"{type(model).__name__} without any"
     check(bool(names), op, "a model with Linear layers", got)
@@ -155,7 +167,12 @@ def check_weights(selection: Selection, options: Options, compress: bool) -> Non
     """
     pairs = compress or options.quantize is not None
     _check_masks(selection.layers, options.masks, pairs, options.op)
-    for layer in selection.active:
+    check_finite([layer for layer in selection.active if not layer.weight.is_meta], options)
+
+
+def check_finite(layers: Iterable[Layer], options: Options) -> None:
+    """check_weights of layers whose weights are in memory, without masks."""
+    for layer in layers:
         if not bool(layer.weight.isfinite().all()):
             remedy = 'Repair the checkpoint, or pass on_error="skip".'
             may_skip = options.on_error == "skip"

@@ -15,6 +15,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -207,8 +209,8 @@ class Walk:
         model, blocks: blocks as found by models.find_blocks.
         batches: calibration.      shown: result of `probe`.
         device: where blocks run.  home: where the rest of the model is.
-        offload: True keeps the hidden states on the host, False on `device`, None decides by free
-            memory.
+        offload: True keeps the hidden states on the host, False on `device`, a folder in files of
+            it that go with the process; None decides by free memory.
     """
 
     def __init__(
@@ -219,7 +221,7 @@ class Walk:
         shown: Probe,
         device: torch.device,
         home: torch.device,
-        offload: bool | None,
+        offload: bool | str | os.PathLike[str] | None,
     ) -> None:
         self.model, self.blocks, self.batches, self.shown = model, blocks, batches, shown
         self.device, self.home = device, home
@@ -323,7 +325,9 @@ class Walk:
             batch.run(self.model, self.home)
 
     def keep(self, hidden: Tensor) -> Tensor:
-        """Hidden states where this walk keeps them: on the device, or on the host."""
+        """Hidden states where this walk keeps them: on the device, on the host, or in a file."""
+        if isinstance(self.offload, (str, os.PathLike)):
+            return _in_file(hidden, self.offload)
         return hidden.to("cpu" if self.offload else self.device)
 
     def inputs(self) -> Iterator[Tensor]:
@@ -351,6 +355,18 @@ class Walk:
         free = torch.cuda.mem_get_info(self.device)[0]
         size = self.sets * tokens * hidden.element_size() * hidden.shape[-1]
         return size > RESIDENT_SHARE * free
+
+
+def _in_file(tensor: Tensor, folder: str | os.PathLike[str]) -> Tensor:
+    """The tensor in the memory of a file without a name, which ends with it. What is not in use can
+    leave the host's memory."""
+    descriptor, name = tempfile.mkstemp(prefix="sparsekern-", dir=folder)
+    try:
+        os.close(descriptor)
+        kept = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        return kept.view(tensor.shape).copy_(tensor)
+    finally:
+        os.unlink(name)
 
 
 class _SharedTensors:

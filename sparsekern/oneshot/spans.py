@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsekern.errors import check
 from sparsekern.nn.replace import dense_weight, is_linear
 from sparsekern.oneshot.calibration import Batch
-from sparsekern.oneshot.executor import on_device
+from sparsekern.oneshot.devices import on_device
 from sparsekern.oneshot.fit import Loss, fit, held_out, kept_weights, repeatable, training
 from sparsekern.oneshot.rounds import OP, Fit, Reconstruction
 from sparsekern.oneshot.sequential import Call, Walk, call_block, first_tensor

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
@@ -69,6 +69,8 @@ class Hessian:
     Attributes:
         samples: sequences added so far.
         unmatched: True after `drop_dense`.
+        parts: first columns of the `blocks` that `add` computes; None: all. The others stay zero,
+            for somebody else to compute.
     Source: Frantar and Alistarh 2023, "SparseGPT" (arXiv:2301.00774), add_batch of its code.
     """
 
@@ -85,6 +87,7 @@ class Hessian:
         self._h = torch.zeros(in_features, in_features, dtype=torch.float32, device=self.device)
         self._drift: Tensor | None = None
         self.unmatched = False
+        self.parts: Container[int] | None = None
         self._symmetric = True
         self._columns = _CPU_COLUMNS if self.device.type == "cpu" else _GPU_COLUMNS
 
@@ -123,19 +126,33 @@ class Hessian:
         batch = math.prod(x.shape[:-2])
         keep = self.samples / (self.samples + batch)
         self.samples += batch
+        if dense is not None and self._drift is None:
+            self._drift = torch.zeros_like(self._h)
+        mine = [i for i, _ in self.blocks() if self.parts is None or i in self.parts]
         with exact_float32(self.device):
             factor = math.sqrt(2 / self.samples)
-            x = self._rows(x) * factor
-            if dense is not None:
-                if self._drift is None:
-                    self._drift = torch.zeros_like(self._h)
-                self._drift.addmm_((self._rows(dense) * factor - x).t(), x, beta=keep)
+            x = self._rows(x) * factor if mine else x
+            moved = self._rows(dense) * factor - x if mine and dense is not None else None
             # Only the blocks on and above the diagonal: H is symmetric, `matrix` mirrors them.
-            for i in range(0, self.in_features, self._columns):
-                self._h[i : i + self._columns, i:].addmm_(
-                    x[:, i : i + self._columns].t(), x[:, i:], beta=keep
-                )
+            for i in mine:
+                end = i + self._columns
+                if self._drift is not None and moved is not None:
+                    self._drift[i:end].addmm_(moved[:, i:end].t(), x, beta=keep)
+                self._h[i:end, i:].addmm_(x[:, i:end].t(), x[:, i:], beta=keep)
         self._symmetric = self.in_features <= self._columns
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """(first column, number of columns) of the blocks that `add` computes one by one."""
+        width, columns = self.in_features, self._columns
+        return [(i, min(columns, width - i)) for i in range(0, width, columns)]
+
+    def complete(self, add_up: Callable[[Tensor], None]) -> None:
+        """After inputs with `parts`: H and `drift` with the parts of the others, by a function that
+        replaces a tensor by its sum over all who hold some."""
+        add_up(self._h)
+        if self._drift is not None:
+            add_up(self._drift)
+        self.parts = None
 
     @classmethod
     def from_matrix(cls, matrix: Tensor, samples: int = 1) -> Hessian:

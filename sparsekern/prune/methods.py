@@ -63,7 +63,7 @@ class Details:
 
 
 class Block(Protocol):
-    """A block of the model that a method with needs="outputs" may run (oneshot/executor.py)."""
+    """A block of the model that a method with needs="outputs" may run (oneshot/stages.py)."""
 
     module: nn.Module
 

@@ -1,0 +1,161 @@
+"""Seconds and memory of prune_model for each block of a large model's shape, on one GPU or several:
+
+    python -m bench.blocks --preset 8b --layers 3
+    torchrun --nproc-per-node 2 -m bench.blocks --preset 8b --layers 3
+    python -m bench.blocks --preset 70b --layers 3 --activations host
+
+A Llama of random weights with few blocks, random token ids. The first block pays for what is done
+once; a whole model takes about `rest` seconds for each of its blocks. The sum of all weights' bits
+is printed: one GPU and several give the same. Rank 0 appends a record to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import resource
+import sys
+import time
+
+import torch
+from torch import nn
+
+import sparsekern
+from sparsekern.cli.prune import launched
+from sparsekern.nn.sparse_linear import SparseLinear
+
+from . import record
+
+# hidden, intermediate, heads, key-value heads, blocks of the model itself
+PRESETS = {
+    "8b": (4096, 14336, 32, 8, 32),
+    "70b": (8192, 28672, 64, 8, 80),
+    "tiny": (64, 128, 4, 2, 2),
+}
+VOCABULARY = 2048
+
+
+def make_parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(prog="python -m bench.blocks", description=__doc__)
+    result.add_argument("--preset", choices=tuple(PRESETS), default="8b")
+    result.add_argument("--layers", type=int, default=3, help="blocks that are pruned")
+    result.add_argument("--samples", type=int, default=128)
+    result.add_argument("--window", type=int, default=2048)
+    result.add_argument("--batch-size", type=int)
+    result.add_argument("--refine", type=int)
+    result.add_argument("--match-dense", type=float)
+    result.add_argument("--prune-preset", help="preset of prune_model, such as default")
+    result.add_argument("--activations", default="auto", choices=("auto", "device", "host"))
+    result.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    result.add_argument("--out", help="file to append a record to")
+    return result
+
+
+def build(args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The model, on the host; equal on every rank with one kind of GPU."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, inner, heads, kv, _ = PRESETS[args.preset]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        num_hidden_layers=args.layers,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=max(args.window, 64),
+    )
+    torch.manual_seed(0)
+    with device:
+        model = LlamaForCausalLM(config)
+    return model.to(torch.bfloat16).cpu().eval()
+
+
+class Clock(logging.Handler):
+    """Seconds of each stage, from the lines that say that it is done."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.last, self.seconds = time.perf_counter(), dict[str, float]()
+
+    def emit(self, entry: logging.LogRecord) -> None:
+        words = entry.getMessage().split()
+        if len(words) > 2 and words[2] == "done,":
+            now = time.perf_counter()
+            self.seconds[words[1]], self.last = round(now - self.last, 3), now
+
+
+def checksum(model: nn.Module) -> int:
+    """The sum of the bytes of all compressed weights, each of which is verified."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, SparseLinear):
+            sparsekern.verify(module.weight)
+            for tensor in module.weight.rowmajor().tensors.values():
+                total += int(tensor.contiguous().view(torch.uint8).sum(dtype=torch.int64))
+    return total
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = make_parser().parse_args(arguments)
+    with launched() as rank:
+        device = torch.device(args.device)
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())
+        model = build(args, device)
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(0, VOCABULARY, (args.samples, args.window), generator=generator)
+        clock, logger = Clock(), logging.getLogger("sparsekern")
+        logger.addHandler(clock)
+        logger.setLevel(logging.INFO)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        clock.last = time.perf_counter()
+        report = sparsekern.prune_model(
+            model,
+            "sparsegpt",
+            ids,
+            device=device,
+            batch_size=args.batch_size,
+            refine=args.refine,
+            match_dense=args.match_dense,
+            preset=args.prune_preset,
+            offload_activations={"auto": "auto", "device": False, "host": True}[args.activations],
+            undo=False,
+            progress=False,
+        )
+        logger.removeHandler(clock)
+        blocks = [s for key, s in clock.seconds.items() if key.startswith("block")]
+        if rank:
+            return 0
+        rest = sum(blocks[1:]) / max(1, len(blocks) - 1)
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        metrics = {
+            "seconds": round(report.seconds, 2),
+            "first": blocks[0],
+            "rest": round(rest, 3),
+            "whole_minutes": round((blocks[0] + rest * (PRESETS[args.preset][4] - 1)) / 60, 2),
+            "peak_gb": round(peak / 1e9, 2),
+            "host_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+        }
+        details = {
+            "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+            "phases": {name: round(seconds, 2) for name, seconds in report.phases.items()},
+            "stages": clock.seconds,
+            "checksum": checksum(model),
+            "options": report.options,
+        }
+        print(json.dumps({**vars(args), **metrics, **details}), flush=True)
+        if args.out:
+            case = f"{args.preset}, {args.layers} blocks, {args.samples} x {args.window}"
+            measured = {"op": "prune_blocks", "backend": "sparsegpt", "check": "masks verified"}
+            measured |= {"case": case, "metrics": metrics, "details": details, "seed": 0}
+            record.append(args.out, measured, record.environment())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

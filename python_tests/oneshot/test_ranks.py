@@ -1,0 +1,138 @@
+"""prune_model over ranks of torch.distributed: the weights of one process, bit for bit; an error on
+one rank ends all of them."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sparsekern.oneshot.ranks import assigned
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch without distributed"
+)
+TWO = (
+    "sparsegpt published padding magnitude levels whole rotated experts failure resumed other-data "
+    "other-weights reconstruct absent"
+).split()
+EQUAL = TWO[:8]
+
+
+def run(folder, groups, **environment):
+    """{case: what each rank wrote}; groups of (ranks, cases)."""
+    command = [sys.executable, "-m", "python_tests.oneshot.ranks_child", str(folder)]
+    command += [f"{world}:{','.join(cases)}" for world, cases in groups]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        case: [torch.load(folder / f"{case}-{r}.pt", weights_only=False) for r in range(world)]
+        for world, cases in groups
+        for case in cases
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    return run(folder, [(2, TWO), (2, ["killed"]), (2, ["command"]), (4, ["many"])])
+
+
+def assert_equal(results):
+    for result in results:
+        got, expected = result["got"], result["expected"]
+        assert got.keys() == expected.keys() and got
+        for name, tensor in got.items():
+            assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), (
+                name
+            )
+
+
+@pytest.mark.parametrize("case", EQUAL)
+def test_two_ranks_give_the_weights_of_one_process(case, two):
+    """All methods, with padding, experts, levels, a rotation, a model that is no chain."""
+    assert_equal(two[case])
+    for result in two[case]:
+        together, alone = result["rows"]
+        assert together == alone and any(row[2] for row in together)
+
+
+def test_more_ranks_than_batches(two):
+    """Four ranks, three batches."""
+    assert_equal(two["many"])
+
+
+def test_an_error_on_one_rank_ends_all_and_changes_nothing(two):
+    first, second = two["failure"]
+    assert "RankError" in first["error"]
+    assert "rank 1 failed: RuntimeError: no luck" in first["error"]
+    assert "RuntimeError: no luck" in second["error"] and "rank 1 of 2" in second["error"]
+    assert_equal(two["failure"])
+
+
+def test_a_run_of_two_ranks_goes_on(two):
+    """Block 0 was stored, in rank 0's folder; the rest comes on the same data only."""
+    assert_equal(two["resumed"])
+    first, second = two["resumed"]
+    assert first["resumed"] == second["resumed"] == 1
+    assert (
+        "block-00000.safetensors" in first["files"] and "block-00001.safetensors" in first["files"]
+    )
+    assert "calibration" in first["refused"] and "rank 0 failed" in second["refused"]
+
+
+@pytest.mark.parametrize(
+    "case, text",
+    [
+        ("other-data", "the same call on every rank, got other on rank 1"),
+        ("other-weights", "the same weights in block-00000 on every rank, got other on rank 1"),
+        ("reconstruct", r"reconstruct \(of preset default\) on several ranks"),
+    ],
+)
+def test_what_ranks_cannot_do_together_is_refused_on_each(case, text, two):
+    for result in two[case]:
+        assert re.search(text, result["error"])
+
+
+def test_a_rank_that_is_not_there_is_not_waited_for_for_ever(two):
+    """After SPARSEKERN_RANK_TIMEOUT seconds, with the remedy."""
+    text = two["absent"][0]["error"]
+    assert "expected all 2 ranks at step 0" in text and "SPARSEKERN_RANK_TIMEOUT=SECONDS" in text
+
+
+def test_a_rank_that_is_killed_ends_the_other(two):
+    assert "expected all 2 ranks at step" in two["killed"][0]["error"]
+
+
+def test_the_command_line_under_torchrun(two, folder):
+    """Two ranks with --stream write what one process does without, byte for byte."""
+    assert [result["error"] for result in two["command"]] == [[0, 0], [0]]
+    assert not any(result["initialised"] for result in two["command"])
+    names = {path.name for path in (folder / "one").iterdir()}
+    assert names == {path.name for path in (folder / "two").iterdir()} and "SHA256SUMS" in names
+    for name in names - {"prune_report.json"}:
+        assert (folder / "one" / name).read_bytes() == (folder / "two" / name).read_bytes(), name
+
+
+def test_parts_of_a_work():
+    assert assigned([1, 5, 1, 2, 1], 2) == [1, 0, 1, 1, 1]
+    assert assigned([3.0, 3.0, 3.0], 4) == [0, 1, 2]
+    assert assigned([], 2) == []
+
+
+@pytest.mark.gpu
+def test_two_gpus_give_the_weights_of_one(tmp_path):
+    """NCCL; both kinds of groups on their GPUs."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    cases = ["sparsegpt", "padding", "magnitude", "levels", "rotated", "experts"]
+    for results in run(tmp_path, [(2, cases)], RANKS_ON_GPU="1").values():
+        assert_equal(results)

@@ -1,0 +1,69 @@
+"""What several commands share: folders, devices and dtypes as the command line has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsekern.errors import check
+
+
+def needed(tokenizer: Any, path: str) -> Any:
+    check(
+        tokenizer is not None,
+        "sparsekern",
+        "a tokenizer beside the model",
+        f"no tokenizer files in {path}",
+        "Copy tokenizer.json and tokenizer_config.json of the model there.",
+        exc=FileNotFoundError,
+    )
+    return tokenizer
+
+
+def new_folder(path: str) -> Path:
+    """The folder as a Path, asked before any work is done for it.
+
+    Raises:
+        OSError: it cannot be written.   ValueError: something is in it.
+    """
+    from sparsekern.checkpoint import check_writable
+
+    folder = check_writable(path, "sparsekern --out")
+    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    check(empty, "sparsekern", "--out to be a new or empty folder", path, "Choose another name.")
+    return folder
+
+
+def device_of(name: str | None) -> str:
+    """The device as a string; ValueError for one that this process does not have."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    number = index.isascii() and index.isdecimal()
+    known = kind in ("cpu", "cuda") and (not index or (kind == "cuda" and number))
+    check(known, "sparsekern", "--device cpu, cuda or cuda:N", name)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    check(
+        kind == "cpu" or int(index or 0) < count,
+        "sparsekern",
+        "a CUDA device that torch can see",
+        f"{name} with {count} of them",
+        "Run: sparsekern doctor.",
+    )
+    return name
+
+
+def device_name(device: str) -> str:
+    return (
+        torch.cuda.get_device_name(device)
+        if device.startswith("cuda")
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """torch's dtype of that name, as the choices of --dtype spell it."""
+    dtype: torch.dtype | None = None if name is None else getattr(torch, name)
+    return dtype

@@ -1,0 +1,284 @@
+"""sparsekern prune: load, prune, save; in one process, in the ranks of torchrun, or block by block
+from the files."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.cli.common import device_of, dtype_of, needed, new_folder
+from sparsekern.cli.parser import CPU_WINDOWS, GPU_WINDOWS
+from sparsekern.errors import check, message
+from sparsekern.formats import dtypes
+from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.integrations.loading import (
+    cast_weights,
+    cpu_has_bfloat16,
+    folder_bytes,
+    load_model,
+    load_tokenizer,
+)
+from sparsekern.oneshot.estimate import available_host_bytes, size
+from sparsekern.oneshot.presets import find_preset
+from sparsekern.oneshot.report import PruneReport
+from sparsekern.prune import Pattern
+
+if TYPE_CHECKING:
+    from sparsekern.checkpoint.stream import Streamed
+    from sparsekern.eval.mix import Mix
+
+OP = "sparsekern prune"
+PARTIAL = 3  # exit code of a prune that left more than half of the weights dense
+GROUP_HOURS = 24  # for what is exchanged; oneshot/ranks.py has its own, shorter time to wait
+
+
+def run_prune(args: argparse.Namespace) -> int:
+    """Load, prune, save; prints the report's table and where everything went. Returns PARTIAL
+    where that is less than was asked for. Under torchrun every rank prunes, and the first one
+    prints and saves."""
+    with launched() as rank:
+        return _run(args, rank)
+
+
+@contextlib.contextmanager
+def launched() -> Iterator[int]:
+    """The number of this process under torchrun, within its process group; else 0."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    dist = torch.distributed
+    if world < 2 or "RANK" not in os.environ or dist.is_initialized():
+        yield dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(_local_rank())
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=GROUP_HOURS))
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
+def _local_rank() -> int:
+    rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
+    count, remedy = torch.cuda.device_count(), "Start as many processes on it as it has GPUs."
+    check(rank < count, OP, f"a GPU for rank {rank} of this machine", f"{count} of them", remedy)
+    return rank
+
+
+def _device(name: str | None) -> str:
+    """device_of, and the rank's own GPU under torchrun."""
+    device = device_of(name)
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized()) or not device.startswith("cuda"):
+        return device
+    check(":" not in device, OP, "--device cuda or cpu under torchrun", device)
+    return f"cuda:{torch.cuda.current_device()}"
+
+
+def _run(args: argparse.Namespace, rank: int) -> int:
+    import sparsekern as sk
+
+    out = new_folder(args.out) if rank == 0 else Path(args.out)
+    for name, least in (("samples", 1), ("window", 2)):
+        value = getattr(args, name)
+        fits = value is None or value >= least
+        check(fits, OP, f"--{name} >= {least}", value)
+    pattern = Pattern.of(args.pattern, OP)
+    taken = sorted(set(dict(args.option or ())) & set(vars(args)))
+    remedy = "Write --" + " --".join(name.replace("_", "-") for name in taken)
+    check(not taken, OP, "--option with what is no flag", taken, f"{remedy}.")
+    device = _device(args.device)
+    with contextlib.ExitStack() as stack:
+        if rank:
+            stack.enter_context(contextlib.redirect_stdout(None))
+        streamed = _streamed(args)
+        if streamed is None:
+            model, tokenizer = load_model(args.model, "cpu", dtype_of(args.dtype))
+        else:
+            model, tokenizer = streamed.model, load_tokenizer(streamed.folder)
+        calibration = calibration_of(args, model, tokenizer, device)
+        options = dict(args.option or ())
+        stored = compute_in_float32(model, device) if calibration is not None else None
+        parts = args.resume
+        if streamed is not None and parts is None:
+            parts = f"{args.out.rstrip('/')}.parts"
+        report = sk.prune_model(
+            model,
+            args.method,
+            calibration,
+            skip=skip_rules(args.skip),
+            compress=pattern == (2, 4),
+            pattern=pattern,
+            targets=args.target,
+            device=device,
+            batch_size=args.batch_size,
+            true_sequential=args.true_sequential,
+            damp=args.damp,
+            refine=args.refine,
+            match_dense=args.match_dense,
+            quantize=args.quantize,
+            quantize_method=args.quantize_method,
+            quantize_group=args.quantize_group,
+            keep_dense=args.keep_dense,
+            keep_dense_tokens=tuple(args.keep_dense_tokens),
+            offload_activations=_activations(args.activations),
+            resume=parts,
+            progress=not args.quiet,
+            preset=args.preset,
+            untie=args.untie,
+            permute=args.permute,
+            source=streamed,
+            **options,
+        )
+        if stored is not None:
+            as_stored(report, cast_weights(model, stored), stored)
+        if rank:
+            return 0
+        knobs: dict[str, Any] = {"tokenizer": tokenizer}
+        if args.max_shard_size is not None:
+            knobs["max_shard_size"] = args.max_shard_size
+        if streamed is None:
+            sk.save_pretrained(model, out, **knobs)
+        else:
+            from sparsekern.checkpoint.stream import save_streamed
+
+            save_streamed(streamed, parts, out, **knobs)
+            if args.resume is None:
+                shutil.rmtree(parts)
+    return _say(args, out, report)
+
+
+def _say(args: argparse.Namespace, out: Path, report: PruneReport) -> int:
+    """Write the report, say what there is; the exit code."""
+    report.save(out / "prune_report.json")
+    print(report.summary() if args.quiet else report.table())
+    print(f"saved    {out} ({folder_bytes(out)} bytes of weights), prune_report.json beside them")
+    if not report.partial:
+        return 0
+    print(
+        message(
+            OP,
+            f"at least half of the weights to be {report.pattern}",
+            f"{report.share:.1%} of all",
+            "prune_report.json has the reasons; --allow-partial makes this exit code 0.",
+        ),
+        file=sys.stderr,
+    )
+    return 0 if args.allow_partial else PARTIAL
+
+
+def _streamed(args: argparse.Namespace) -> Streamed | None:
+    """The model for --stream, and without it for a folder that is larger than free memory."""
+    if args.stream is False:
+        return None
+    folder = Path(args.model)
+    if args.stream is None:
+        needs = folder_bytes(folder) if folder.is_dir() else 0
+        needs *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free = available_host_bytes()
+        if not needs or free is None or needs < free:
+            return None
+        print(
+            f"{args.model} needs {size(needs)} of memory, and {size(free)} are free: block by "
+            "block from the files, as with --stream (--no-stream loads all of it)"
+        )
+    from sparsekern.checkpoint.stream import Streamed
+
+    got, remedy = f"{args.model}", "Give a folder, or leave --stream out."
+    check(folder.is_dir(), OP, "--stream with a model folder", got, remedy)
+    return Streamed(folder, dtype_of(args.dtype))
+
+
+def _activations(text: str) -> bool | str:
+    """offload_activations in the words of --activations."""
+    words: dict[str, bool | str] = {"auto": "auto", "device": False, "host": True}
+    return words.get(text, text)
+
+
+def compute_in_float32(model: nn.Module, device: str) -> torch.dtype | None:
+    """Cast a 16-bit model to float32 where a CPU is to run it that has no 16-bit matrix unit.
+    Returns its dtype, to be cast back to; None where nothing was changed."""
+    dtype: torch.dtype = next(model.parameters()).dtype
+    kinds = {p.dtype for p in model.parameters()}
+    if device != "cpu" or kinds - {dtype} or dtype not in dtypes.PLAIN or dtype.itemsize != 2:
+        return None
+    if dtype == torch.bfloat16 and cpu_has_bfloat16():
+        return None
+    print(f"computing in float32, which is faster on this CPU than {dtype}; saved as {dtype}")
+    cast_weights(model, torch.float32)
+    return dtype
+
+
+def as_stored(report: PruneReport, model: nn.Module, dtype: torch.dtype) -> None:
+    """Bytes and dtypes of a report for a model that was cast to `dtype` after it was pruned."""
+    modules = dict(model.named_modules())
+    for row in report.layers:
+        if row.dtype != "float32":
+            continue
+        row.dtype, row.bytes_dense = (
+            str(dtype).removeprefix("torch."),
+            row.elements * dtype.itemsize,
+        )
+        w24 = getattr(modules.get(row.name), "weight", None)
+        row.bytes_sparse = w24.nbytes if isinstance(w24, Sparse24) else row.bytes_dense
+
+
+def calibration_of(
+    args: argparse.Namespace, model: nn.Module, tokenizer: Any, device: str
+) -> Mix | None:
+    """Windows by the published protocol, or a mix of sources; None where the method looks at
+    the weights alone."""
+    import sparsekern as sk
+
+    if sk.prune.methods()[args.method].needs == "weights":
+        return None
+    from sparsekern.eval import mix, texts
+
+    tokenizer = needed(tokenizer, args.model)
+    preset = find_preset(OP, args.preset)
+    apart = preset.side_by_side
+    samples, window = CPU_WINDOWS if device == "cpu" else (preset.samples, GPU_WINDOWS[1])
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 1:
+        window = min(window, positions)
+    samples = samples if args.samples is None else args.samples
+    window = window if args.window is None else args.window
+    if mix.is_mix(args.calibration) or args.whole_documents:
+        made = mix.calibration_mix(
+            args.calibration,
+            tokenizer,
+            tokens=samples * window,
+            window=window,
+            seed=args.seed,
+            whole_documents=args.whole_documents,
+        )
+        parts = ", ".join(f"{row['taken']} of {row['name']}" for row in made.sources)
+        print(f"calibration: {made.tokens} tokens in {len(made)} rows ({parts}), seed {args.seed}")
+        return made
+    ids = texts.tokenize(tokenizer, "".join(texts.read_rows(args.calibration, "train")))
+    draw: Any = texts.side_by_side if apart else texts.calibration_windows
+    windows: Tensor = draw(ids, samples, window, args.seed)
+    print(
+        f"calibration: {windows.shape[0]} windows of {window} tokens from {args.calibration} "
+        f"({ids.numel()} tokens), seed {args.seed}" + ", side by side" * apart
+    )
+    source = {"name": str(args.calibration), "taken": windows.numel(), "tokens": ids.numel()}
+    settings = {"window": window, "seed": args.seed, "side_by_side": apart}
+    return mix.Mix(list(windows), [source], settings)
+
+
+def skip_rules(rules: Sequence[str] | None) -> tuple[str, ...] | str:
+    if rules is not None and len(rules) == 1 and rules[0].endswith(".json"):
+        return rules[0]
+    return ("lm_head",) if rules is None else tuple(rules)

@@ -1,0 +1,57 @@
+"""Where modules are while a model is walked, and how it runs: without autograd, eagerly."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.oneshot import discovery as models
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def quiet(function: F) -> F:
+    """Run without autograd, and outside inference mode: its tensors could not be trained later."""
+    return torch.inference_mode(False)(torch.no_grad()(function))
+
+
+def home_of(model: nn.Module) -> torch.device:
+    """Where the inputs of the model have to be: with its embedding, or with its first parameter."""
+    holder = models.input_embedding(model) or model
+    tensor: Tensor | None = next(holder.parameters(), None)
+    if tensor is None:
+        tensor = next(model.buffers(), None)
+    return tensor.device if isinstance(tensor, Tensor) else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def on_device(module: nn.Module | None, device: torch.device) -> Iterator[None]:
+    """Move a module to `device` and back to where its first parameter was."""
+    home = home_of(module) if module is not None else device
+    moves = module is not None and home != device
+    try:
+        if moves:
+            cast(nn.Module, module).to(device)
+        yield
+    finally:
+        if moves:
+            cast(nn.Module, module).to(home)
+
+
+@contextlib.contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """Run torch.compile'd parts eagerly, so that hooks see their layers. Only models that have any
+    pay for the import of the compiler."""
+    compiled = any(
+        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+    if not compiled:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
