@@ -16,10 +16,10 @@ pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch without distributed"
 )
 TWO = (
-    "sparsegpt published padding magnitude levels whole rotated experts failure resumed other-data "
+    "sparsegpt published padding magnitude levels whole rotated permuted experts failure resumed other-data "
     "other-weights reconstruct absent"
 ).split()
-EQUAL = TWO[:8]
+EQUAL = TWO[:9]
 
 
 def run(folder, groups, **environment):
@@ -58,7 +58,8 @@ def assert_equal(results):
 
 @pytest.mark.parametrize("case", EQUAL)
 def test_two_ranks_give_the_weights_of_one_process(case, two):
-    """All methods, with padding, experts, levels, a rotation, a model that is no chain."""
+    """All methods, with padding, experts, levels, a rotation, a permutation, a model that is no
+    chain."""
     assert_equal(two[case])
     for result in two[case]:
         together, alone = result["rows"]
@@ -133,6 +134,6 @@ def test_two_gpus_give_the_weights_of_one(tmp_path):
     """NCCL; both kinds of groups on their GPUs."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    cases = ["sparsegpt", "padding", "magnitude", "levels", "rotated", "experts"]
+    cases = ["sparsegpt", "padding", "magnitude", "levels", "rotated", "permuted", "experts"]
     for results in run(tmp_path, [(2, cases)], RANKS_ON_GPU="1").values():
         assert_equal(results)
