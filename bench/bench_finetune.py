@@ -50,7 +50,8 @@ import sparsekern
 from sparsekern import SparseLinear
 from sparsekern.eval import texts
 from sparsekern.finetune import data, schedule
-from sparsekern.finetune.trainer import distill, eval_batch, read_metrics
+from sparsekern.finetune.metrics import read_metrics
+from sparsekern.finetune.trainer import distill, eval_batch
 from sparsekern.integrations.loading import load_model
 from sparsekern.oneshot.presets import PRESETS
 
@@ -88,6 +89,7 @@ def make_parser():
     result.add_argument("--minutes", default="4", metavar="N,...", help="of training" + per_start)
     result.add_argument("--steps", type=int, help="instead of --minutes")
     result.add_argument("--teacher-seconds", type=float, default=60.0)
+    result.add_argument("--teacher-tokens", type=int, metavar="N", help="no more than N sampled")
     result.add_argument("--teacher-rows", type=int, default=4096, help="sampled at once")
     result.add_argument(
         "--sample-window", type=int, default=SAMPLE, help=f"tokens of a row (default {SAMPLE})"
@@ -604,7 +606,7 @@ class Recovery:
             with self.run.phase("sample"):
                 part = data.generate(
                     self.teacher,
-                    1 << 40,
+                    args.teacher_tokens or 1 << 40,
                     args.seed + 1,
                     window=length,
                     batch=args.teacher_rows,

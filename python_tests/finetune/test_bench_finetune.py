@@ -29,7 +29,7 @@ def options(tmp_path):
     test.write_text("\n".join(WORDS[::2] for _ in range(12)))
     found = ["--gguf", model, "--train", f"{train},{other}", "--held-out", other, "--tail", 400]
     found += ["--test", test, "--samples", 4, "--window", 32, "--batch", 4]
-    found += ["--teacher-rows", 8, "--teacher-seconds", 1, "--eval-window", 64]
+    found += ["--teacher-rows", 8, "--teacher-tokens", 256, "--eval-window", 64]
     return [*found, "--device", "cpu", "--out", tmp_path / "records.jsonl"]
 
 

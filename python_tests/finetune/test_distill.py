@@ -14,8 +14,9 @@ from python_tests.finetune.tiny import OPTIONS, WINDOW, pair, rows, run, weights
 from python_tests.oneshot.driver_models import build, tokens
 from sparsekern.errors import FormatError
 from sparsekern.finetune import SRSTE, Masked, build_cache, data, distill, losses
+from sparsekern.finetune.metrics import plot, read_metrics
+from sparsekern.finetune.recipe import Recipe
 from sparsekern.finetune.teacher import LiveTeacher, Split, cache_bytes
-from sparsekern.finetune.trainer import Recipe, plot, read_metrics
 
 
 def test_recovers_towards_the_teacher_and_compresses(tmp_path):

@@ -13,8 +13,8 @@ import sparsekern as sk
 from python_tests.finetune.small import adamw, batch, bits, masks_of, network, pruned, train
 from sparsekern.errors import FormatError
 from sparsekern.finetune import SRSTE, Frozen, Magnitude, Masked, RigL
-from sparsekern.finetune.masked import pack_bits, unpack_bits
 from sparsekern.finetune.schedule import make, zeros_mask
+from sparsekern.finetune.tensors import pack_bits, unpack_bits
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.01, nesterov=True),

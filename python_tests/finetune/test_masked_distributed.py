@@ -10,7 +10,7 @@ from torch import nn
 from python_tests.finetune import dist_child
 from python_tests.finetune.small import adamw, batch, pruned
 from sparsekern.finetune import Masked
-from sparsekern.finetune.masked import unpack_bits
+from sparsekern.finetune.tensors import unpack_bits
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch without distributed"

@@ -22,13 +22,29 @@ needs_vllm = pytest.mark.skipif(
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
-def test_fused_layers_are_sparse_when_all_of_them_are():
+def test_the_parts_of_fused_layers():
     layers = plugin.Layers(dense=["lm_head", "model.layers.0.mlp.gate_proj"])
-    assert layers.runs_sparse("model.layers.0.self_attn.qkv_proj", FUSED)
-    assert layers.runs_sparse("model.layers.0.mlp.down_proj", FUSED)
-    assert not layers.runs_sparse("lm_head", FUSED)
-    with pytest.raises(ValueError, match="gate_proj dense.* skip list"):
-        layers.runs_sparse("model.layers.0.mlp.gate_up_proj", FUSED)
+    assert layers.sparse_parts("model.layers.0.self_attn.qkv_proj", FUSED) == [True] * 3
+    assert layers.sparse_parts("model.layers.0.mlp.down_proj", FUSED) == [True]
+    assert layers.sparse_parts("lm_head", FUSED) == [False]
+    assert layers.sparse_parts("model.layers.0.mlp.gate_up_proj", FUSED) == [False, True]
+
+
+@pytest.mark.parametrize(
+    "sparse, rows, expected",
+    [
+        ([True], [8, 4, 4], [(True, 0, 16)]),
+        ([True, True, True], [8, 4, 4], [(True, 0, 16)]),
+        ([False, True, True], [8, 4, 4], [(False, 0, 8), (True, 8, 16)]),
+        ([True, False, True], [8, 4, 2], [(True, 0, 8), (False, 8, 12), (True, 12, 14)]),
+        ([False, False, True], [8, 4, 4], [(False, 0, 12), (True, 12, 16)]),
+    ],
+)
+def test_products_of_a_fused_layer(sparse, rows, expected):
+    found = plugin.runs(sparse, rows)
+    assert [(run.sparse, run.begin, run.end) for run in found] == expected
+    with pytest.raises(ValueError):
+        plugin.runs([True, False], [1, 2, 3])
 
 
 def test_patterns_of_older_folders():
@@ -50,9 +66,19 @@ def test_the_files_of_a_folder_decide(tmp_path):
 @pytest.mark.parametrize("per_rank, good", [(64, True), (24, True), (36, True), (12, False)])
 def test_columns_are_split_where_bytes_of_the_bitmask_end(per_rank, good):
     if good:
-        return plugin.check_columns("o_proj", 36 if per_rank == 36 else 2 * per_rank, per_rank)
+        columns = 36 if per_rank == 36 else 2 * per_rank
+        return plugin.check_columns("o_proj", columns, per_rank, None)
     with pytest.raises(ValueError, match="multiple of 8, got 12 of 24.*tensor_parallel_size"):
-        plugin.check_columns("o_proj", 24, per_rank)
+        plugin.check_columns("o_proj", 24, per_rank, plugin.Coding("int8"))
+
+
+def test_columns_of_int4_are_split_where_words_and_groups_end():
+    plugin.check_columns("o_proj", 256, 128, plugin.Coding("int4", 128))
+    plugin.check_columns("o_proj", 96, 48, plugin.Coding("int4"))
+    with pytest.raises(ValueError, match="multiple of 128, got 64 of 128"):
+        plugin.check_columns("o_proj", 128, 64, plugin.Coding("int4", 128))
+    with pytest.raises(ValueError, match="multiple of 16, got 24 of 48"):
+        plugin.check_columns("o_proj", 48, 24, plugin.Coding("int4"))
 
 
 def test_a_shape_of_another_model():
@@ -62,13 +88,27 @@ def test_a_shape_of_another_model():
 
 
 def test_types_of_quantised_layers(tmp_path):
-    layers = plugin.Layers(sparse=["a.q_proj", "a.k_proj"], coded={"a.q_proj": "int8"})
-    fused = {"qk": ["q_proj", "k_proj"]}
-    assert layers.storage("a.q_proj", {}) == "int8" and layers.storage("a.k_proj", {}) is None
+    int8, int4 = plugin.Coding("int8"), plugin.Coding("int4", 64)
+    layers = plugin.Layers(sparse=["a.q_proj", "a.k_proj"], coded={"a.q_proj": int8})
+    fused = {"qk": ["q_proj", "k_proj"], "qv": ["q_proj", "v_proj"]}
+    assert layers.coding("a.q_proj", {}) == int8 and layers.coding("a.k_proj", {}) is None
     with pytest.raises(ValueError, match="values of one type.*a.k_proj not quantised"):
-        layers.storage("a.qk", fused)
-    layers.coded["a.k_proj"] = "int8"
-    assert layers.storage("a.qk", fused) == "int8"
+        layers.coding("a.qk", fused)
+    layers.coded["a.k_proj"] = int4
+    with pytest.raises(ValueError, match="a.q_proj int8, a.k_proj int4 in groups of 64"):
+        layers.coding("a.qk", fused)
+    layers.coded["a.k_proj"] = int8
+    assert layers.coding("a.qk", fused) == int8
+    assert layers.coding("a.qv", fused) == int8  # v is dense
+
+
+@pytest.mark.parametrize("group, stored", [(64, 64), (128, 0)])  # 128 columns: one scale a row
+def test_the_coding_of_a_folder(tmp_path, group, stored):
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(128, 16), "b": torch.nn.Linear(128, 16)})
+    sk.prune_model(model, "magnitude", quantize="int4", quantize_group=group, progress=False)
+    sk.save_pretrained(model, tmp_path)
+    coding = plugin.Coding("int4", stored)
+    assert plugin.coded_layers(str(tmp_path)) == {"a": coding, "b": coding}
 
 
 @pytest.mark.parametrize(
@@ -84,7 +124,10 @@ def test_types_of_quantised_layers(tmp_path):
 )
 def test_which_quantised_folders_are_read(weights, activations, readable):
     group = {"weights": weights, "input_activations": activations}
-    assert (plugin.unreadable({"config_groups": {"group_0": group}}) is None) == readable
+    config = {"config_groups": {"group_0": group}}
+    assert (plugin.unreadable(config) is None) == readable
+    ours = plugin.unreadable({**config, "quant_method": "sparsekern"}) is None
+    assert ours == (readable or weights["num_bits"] == 4)  # int4 has a form in our folders alone
     assert plugin.unreadable({}) is None
 
 
@@ -109,9 +152,13 @@ def free_port():
 
 
 @needs_vllm
-@pytest.mark.parametrize("world, kind", [(1, None), (2, None), (1, "int8"), (2, "fp8")])
+@pytest.mark.parametrize(
+    "world, kind",
+    [(1, None), (2, None), (1, "int8"), (2, "fp8"), (2, "int4"), (1, "mixed"), (2, "mixed")],
+)
 def test_layers_of_vllm_compute_the_dense_product(world, kind):
-    """q/k/v, gate/up, o and down as vLLM builds, loads, splits and runs them, on 1 and 2 ranks."""
+    """q/k/v, gate/up, o, down and a head as vLLM builds, loads, splits and runs them, on 1 and 2
+    ranks; in "mixed" k and gate are dense."""
     more = [kind] if kind else []
     port = free_port()
     children = [
@@ -128,7 +175,7 @@ def test_layers_of_vllm_compute_the_dense_product(world, kind):
         output, errors = child.communicate(timeout=300)
         assert child.returncode == 0, errors[-3000:]
         differences = json.loads(output.splitlines()[-1])
-        assert set(differences) == {"qkv", "gate_up", "o", "down"}
+        assert set(differences) == {"qkv", "gate_up", "o", "down", "head"}
         assert max(differences.values()) < 2**-7  # a sum over ranks is rounded once more
 
 

@@ -1,8 +1,9 @@
 """A program for test_vllm.py: layers of a real vLLM with the plugin's method, on the CPU.
 
-Usage: vllm_layers.py RANK WORLD_SIZE PORT [TYPE]: builds q/k/v, gate/up, o and down of one block,
-loads them as vLLM's models do, and prints, as JSON, the largest difference of each output from the
-same layer dense. TYPE: "fp8" or "int8", of quantised weights.
+Usage: vllm_layers.py RANK WORLD_SIZE PORT [TYPE]: builds q/k/v, gate/up, o and down of one block
+and a head, loads them as vLLM's models do, and prints, as JSON, the largest difference of each
+output from the same layer dense. TYPE: "fp8", "int8" or "int4", of quantised weights; "mixed": of
+fused layers of which some are dense.
 """
 
 import json
@@ -11,7 +12,8 @@ import sys
 
 import torch
 
-HIDDEN, HEADS, KV_HEADS, INNER = 64, 4, 2, 96
+HIDDEN, HEADS, KV_HEADS, INNER, VOCABULARY = 256, 4, 2, 512, 100
+DENSE = ("k_proj", "gate_proj")  # of "mixed"
 
 
 def block(seed):
@@ -28,6 +30,7 @@ def block(seed):
         "gate_proj": (INNER, HIDDEN),
         "up_proj": (INNER, HIDDEN),
         "down_proj": (HIDDEN, INNER),
+        "lm_head": (VOCABULARY, HIDDEN),
     }
     weights = {}
     for name, shape in shapes.items():
@@ -36,20 +39,13 @@ def block(seed):
     return weights
 
 
-def stored(w, kind):
-    """The tensors of a folder for a weight."""
-    from sparsekern import compress
-
-    w24 = compress(w, quantize=kind)
-    scales = {k: v for k, v in w24.tensors.items() if k == "weight_scale"}
-    shape = torch.tensor([[w.shape[0]], [w.shape[1]]])
-    w24 = w24.rowmajor()
-    return {"compressed": w24.values, "bitmask": w24.bitmask(), "shape": shape, **scales}
-
-
 def load(layer, w, kind, shard=None):
-    """As the models of vLLM do it, with each tensor's own loader."""
-    for part, tensor in stored(w, kind).items():
+    """As the models of vLLM do it, with each tensor's own loader. kind: "dense" for w as it is."""
+    from sparsekern import compress
+    from sparsekern.formats.disk import stored_tensors
+
+    parts = {"weight": w} if kind == "dense" else stored_tensors(compress(w, quantize=kind))
+    for part, tensor in parts.items():
         parameter = getattr(layer, part)
         arguments = () if shard is None else (shard,)
         parameter.weight_loader(parameter, tensor, *arguments)
@@ -63,10 +59,12 @@ def main(rank, world, port, kind=None):
         QKVParallelLinear,
         RowParallelLinear,
     )
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.plugins import load_general_plugins
 
     from sparsekern import compress, decompress
     from sparsekern.integrations import vllm as plugin
+    from sparsekern.integrations.vllm_rules import Coding
 
     load_general_plugins()
     plugin.register()
@@ -79,14 +77,21 @@ def main(rank, world, port, kind=None):
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
     weights, differences = block(0), {}
+    names = {name: f"model.layers.0.mlp.{name}" for name in weights}
+    names |= {n: f"model.layers.0.self_attn.{n}" for n in weights if n[0] in "qkvo"}
+    names["lm_head"] = "lm_head"
+    mixed, kind = kind == "mixed", None if kind == "mixed" else kind
+    config.layers.sparse = [names[name] for name in weights if not (mixed and name in DENSE)]
     if kind:
-        storage = {"fp8": "float8_e4m3fn", "int8": "int8"}[kind]
-        where = {"o_proj": "self_attn", "q_proj": "self_attn"}
-        where |= {"k_proj": "self_attn", "v_proj": "self_attn"}
-        config.layers.coded = {
-            f"model.layers.0.{where.get(name, 'mlp')}.{name}": storage for name in weights
-        }
+        coding = {
+            "fp8": Coding("float8_e4m3fn"),
+            "int8": Coding("int8"),
+            "int4": Coding("int4", 128),
+        }[kind]
+        config.layers.coded = dict.fromkeys(config.layers.sparse, coding)
+    of = dict.fromkeys(weights, kind) | (dict.fromkeys(DENSE, "dense") if mixed else {})
     dense = {n: decompress(compress(w, quantize=kind)) for n, w in weights.items()}
+    dense |= {name: weights[name] for name, form in of.items() if form == "dense"}
     with set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device="cpu"))):
         init_distributed_environment(world, rank, f"tcp://127.0.0.1:{port}", rank, "gloo")
         initialize_model_parallel(world)
@@ -101,15 +106,26 @@ def main(rank, world, port, kind=None):
         )
         o = RowParallelLinear(HIDDEN, HIDDEN, prefix=f"{prefix}.o_proj", **common)
         down = RowParallelLinear(INNER, HIDDEN, prefix="model.layers.0.mlp.down_proj", **common)
+        head = ParallelLMHead(
+            VOCABULARY,
+            HIDDEN,
+            params_dtype=torch.bfloat16,
+            quant_config=config,
+            prefix="lm_head",
+        )
         for letter in "qkv":
-            load(qkv, weights[f"{letter}_proj"], kind, letter)
-        load(gate_up, weights["gate_proj"], kind, 0)
-        load(gate_up, weights["up_proj"], kind, 1)
+            load(qkv, weights[f"{letter}_proj"], of[f"{letter}_proj"], letter)
+        load(gate_up, weights["gate_proj"], of["gate_proj"], 0)
+        load(gate_up, weights["up_proj"], of["up_proj"], 1)
         load(o, weights["o_proj"], kind)
         load(down, weights["down_proj"], kind)
-        for layer in (qkv, gate_up, o, down):
+        load(head, weights["lm_head"], kind)
+        for layer in (qkv, gate_up, o, down, head):
             layer.quant_method.process_weights_after_loading(layer)
-            assert not hasattr(layer, "compressed") and layer.weight_packed is not None
+            assert not hasattr(layer, "bitmask") and layer.weight_packed is not None
+            assert not hasattr(layer, "weight") and len(layer.sparse_products) == 1 + (
+                mixed and layer in (gate_up,)
+            ) + 2 * (mixed and layer is qkv)
         x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
         inner = torch.randn(5, INNER, generator=torch.Generator().manual_seed(2)).bfloat16()
 
@@ -129,6 +145,11 @@ def main(rank, world, port, kind=None):
             "o": (o(columns(x))[0], x @ dense["o_proj"].t()),
             "down": (down(columns(inner))[0], inner @ dense["down_proj"].t()),
         }
+        logits = head.quant_method.apply(head, x)
+        own = head.shard_indices
+        mine = dense["lm_head"][own.org_vocab_start_index : own.org_vocab_end_index]
+        assert logits[:, mine.shape[0] :].count_nonzero() == 0  # padding
+        expected["head"] = (logits[:, : mine.shape[0]], x @ mine.t())
         for name, (got, wanted) in expected.items():
             scale = wanted.float().abs().max()
             differences[name] = float((got.float() - wanted.float()).abs().max() / scale)

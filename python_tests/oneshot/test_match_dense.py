@@ -126,7 +126,7 @@ def test_it_resumes_and_skipped_blocks_do_not_stop_it(tmp_path):
     "options, text",
     [
         (dict(match_dense=2.0), "match_dense, a share from 0 to 1"),
-        (dict(match_dense=0.5, method="wanda"), "sparsegpt with match_dense"),
+        (dict(match_dense=0.5, method="wanda"), "sparsegpt or admm with match_dense"),
         (dict(match_dense=0.5, true_sequential=True), "match_dense or true_sequential"),
     ],
 )

@@ -89,7 +89,7 @@ def test_its_options_are_checked_by_name(registered):
         run_prune(build(), "thinned", shrink=2)
     with pytest.raises(ValueError, match="options of wanda: none, got 'shrink'"):
         run_prune(build(), "wanda", shrink=0.5)
-    with pytest.raises(ValueError, match="sparsegpt with match_dense, got thinned"):
+    with pytest.raises(ValueError, match="sparsegpt or admm with match_dense, got thinned"):
         run_prune(build(), "thinned", match_dense=0.5)
     with pytest.raises(ValueError, match="method in .*'thinned'.* got 'thin'"):
         run_prune(build(), "thin")

@@ -327,7 +327,7 @@ W, EYE = torch.randn(4, 8), torch.eye(8)
         (dict(w=torch.tensor([[1.0, 0.0, math.inf, 0.0]])), ValueError, "inf at row 0, column 2"),
         (dict(w=torch.randn(4, 6)), ValueError, "in_features = 6"),
         (dict(pattern=(4, 4)), ValueError, "1 <= n < m"),
-        (dict(pattern=4), ValueError, r"pattern=\(n, m\)"),
+        (dict(pattern=4), ValueError, r"pattern \(n, m\), .* got 4"),
         (dict(blocksize=6), ValueError, r"blocksize % 4 == 0 .* blocksize = 6"),
         (dict(blocksize=0), ValueError, "blocksize >= 1"),
         (dict(damp=-0.1), ValueError, "damp >= 0"),

@@ -119,6 +119,7 @@ def run_eval(args: argparse.Namespace) -> None:
 def run_verify(args: argparse.Namespace) -> int:
     """Exit code 0 when every rule holds, 1 otherwise."""
     from sparsekern.checkpoint import verify_checkpoint
+    from sparsekern.cli.pattern import other_pattern, verify_pattern
 
     check(
         Path(args.directory).is_dir(),
@@ -127,6 +128,8 @@ def run_verify(args: argparse.Namespace) -> int:
         f"no folder at {args.directory}",
         exc=FileNotFoundError,
     )
+    if (pruned := other_pattern(args.directory)) is not None:
+        return verify_pattern(args.directory, pruned)
     report = verify_checkpoint(args.directory)
     print(report.table())
     return 0 if report.ok else 1

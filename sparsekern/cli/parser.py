@@ -94,6 +94,12 @@ def make_parser(
         help="let a preset that rotates give a tied head a weight of its own",
     )
     sub.add_argument(
+        "--permute",
+        action="store_true",
+        help="first change the order of the channels inside MLPs and attention heads, which folds "
+        "away, so that 2:4 loses less",
+    )
+    sub.add_argument(
         "--skip",
         action="append",
         metavar="RULE",
@@ -105,6 +111,13 @@ def make_parser(
         action="append",
         metavar="RULE",
         help="prune only layers that match; rules as for --skip; may be repeated",
+    )
+    sub.add_argument(
+        "--pattern",
+        default="2:4",
+        metavar="N:M",
+        help="weights kept of each M, or '4:8 in pairs' (Blackwell's fp4); all but 2:4 are saved "
+        "as dense weights with zeros (default 2:4)",
     )
     sub.add_argument(
         "--true-sequential", action="store_true", help="prune inside a block in order of execution"

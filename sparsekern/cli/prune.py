@@ -31,6 +31,7 @@ from sparsekern.integrations.loading import (
 from sparsekern.oneshot.estimate import available_host_bytes, size
 from sparsekern.oneshot.presets import find_preset
 from sparsekern.oneshot.report import PruneReport
+from sparsekern.prune import Pattern
 
 if TYPE_CHECKING:
     from sparsekern.checkpoint.stream import Streamed
@@ -93,6 +94,7 @@ def _run(args: argparse.Namespace, rank: int) -> int:
         value = getattr(args, name)
         fits = value is None or value >= least
         check(fits, OP, f"--{name} >= {least}", value)
+    pattern = Pattern.of(args.pattern, OP)
     taken = sorted(set(dict(args.option or ())) & set(vars(args)))
     remedy = "Write --" + " --".join(name.replace("_", "-") for name in taken)
     check(not taken, OP, "--option with what is no flag", taken, f"{remedy}.")
@@ -116,6 +118,8 @@ def _run(args: argparse.Namespace, rank: int) -> int:
             args.method,
             calibration,
             skip=skip_rules(args.skip),
+            compress=pattern == (2, 4),
+            pattern=pattern,
             targets=args.target,
             device=device,
             batch_size=args.batch_size,
@@ -133,6 +137,7 @@ def _run(args: argparse.Namespace, rank: int) -> int:
             progress=not args.quiet,
             preset=args.preset,
             untie=args.untie,
+            permute=args.permute,
             source=streamed,
             **options,
         )
@@ -164,7 +169,7 @@ def _say(args: argparse.Namespace, out: Path, report: PruneReport) -> int:
     print(
         message(
             OP,
-            "at least half of the weights to be 2:4",
+            f"at least half of the weights to be {report.pattern}",
             f"{report.share:.1%} of all",
             "prune_report.json has the reasons; --allow-partial makes this exit code 0.",
         ),

@@ -1,6 +1,7 @@
 """Recovery: training that keeps 2:4, and the distillation that wins back what pruning costs.
 
 masked.py         Masked: masks held through any optimizer and wrapper
+tensors.py        wrappers, shards and bits of the weights and masks
 schedule.py       how masks move: Frozen, Magnitude, SRSTE, RigL
 transposable.py   4 x 4 tiles that are 2:4 in both directions
 training.py       SparseTrainingLinear: forward and input gradient on sparse tensor cores
@@ -9,7 +10,8 @@ teacher.py        the dense model: live, on the host, or a top-k cache on disk
 sampler.py        many rows of text at once from the teacher, by CUDA graphs
 attention.py      attention functions that training and sampling put in a model's place
 data.py           packed rows of tokens, text made by the teacher, overlap with a test text
-trainer.py        distill: the loop, checkpoints, resume, metrics
+trainer.py        distill: the loop, checkpoints, resume
+recipe.py         Recipe, DistillReport; world.py: its processes; metrics.py: its lines and plot
 callback.py       MaskedCallback, for scripts around Transformers' Trainer
 lora.py           low-rank products under a mask; the peft layer is in integrations/peft.py
 """
@@ -20,9 +22,10 @@ from typing import Any
 
 from sparsekern.finetune import data
 from sparsekern.finetune.masked import Masked
+from sparsekern.finetune.recipe import DistillReport, Recipe
 from sparsekern.finetune.schedule import SRSTE, Frozen, Magnitude, RigL, Schedule, zeros_mask
 from sparsekern.finetune.teacher import build_cache
-from sparsekern.finetune.trainer import DistillReport, Recipe, distill
+from sparsekern.finetune.trainer import distill
 from sparsekern.finetune.training import (
     SparseTrainingLinear,
     finish_training,

@@ -18,6 +18,7 @@ Source: Mishra et al. 2021 (arXiv:2104.08378) for the recipe; Zhou et al. 2021 (
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,10 +30,21 @@ from torch.optim import Optimizer
 
 from sparsekern.errors import FormatError, check, message
 from sparsekern.finetune.schedule import Frozen, Schedule, grouped, make, zeros_mask
+from sparsekern.finetune.tensors import (
+    is_dtensor,
+    local,
+    pack_bits,
+    shard,
+    unpack_bits,
+    unshard,
+    unwrap,
+    unwrap_optimizer,
+)
 from sparsekern.nn import replace
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot import discovery
 from sparsekern.oneshot.report import PruneReport
+from sparsekern.prune.pattern import Pattern
 
 OP = "sparsekern.finetune.Masked"
 VERSION = 1
@@ -124,7 +136,8 @@ class Masked:
             Parameter of any shape -> bool of its shape. None: every Linear that is n:m sparse
             already gets the mask that its zeros imply (`zeros_mask`), as after
             prune_model(..., compress=False).
-        pattern: (n, m), checked on every Linear's mask: at most n of m kept.
+        pattern: (n, m), "n:m" or "4:8 in pairs", checked on every Linear's mask: at most n of m
+            kept, pairs whole.
         schedule: how masks move, see schedule.py; None: they do not.
         keep_dense: keep the values that the masks drop, so that `restore` can bring them back.
         dense_device: where those are kept; None: on the weight's device.
@@ -142,14 +155,14 @@ class Masked:
         model: nn.Module,
         masks: dict[str, Tensor] | None = None,
         *,
-        pattern: tuple[int, int] = (2, 4),
+        pattern: tuple[int, int] | str = (2, 4),
         schedule: Schedule | None = None,
         keep_dense: bool = False,
         dense_device: torch.device | str | None = None,
     ) -> None:
         inner = unwrap(model)
         self._model = weakref.ref(inner)
-        self.pattern = pattern
+        self.pattern = Pattern.of(pattern, OP)
         self.schedule = schedule or Frozen()
         self.keep_dense = keep_dense
         self.dense_device = None if dense_device is None else torch.device(dense_device)
@@ -173,7 +186,7 @@ class Masked:
         Raises:
             ValueError: a layer of the report is not in the model, is compressed, or not n:m.
         """
-        n, m = report.options.get("pattern", (2, 4))
+        pattern = report.pattern
         modules = dict(_named_modules(unwrap(model)))
         masks = {}
         for row in report.pruned:
@@ -183,10 +196,10 @@ class Masked:
             remedy = "Prune with compress=False."
             check(fits, f"{OP}.from_report", f"a dense Linear named {row.name}", got, remedy)
             assert module is not None
-            masks[row.name] = zeros_mask(replace.dense_weight(module), n, m)
+            masks[row.name] = zeros_mask(replace.dense_weight(module), *pattern, pattern.unit)
         remedy = "Its options say which layers it skipped, and why."
         check(masks, f"{OP}.from_report", "a report with pruned layers", "none", remedy)
-        return cls(model, masks, pattern=(n, m), **options)
+        return cls(model, masks, pattern=pattern, **options)
 
     # ------------------------------------------------------------------ what is masked
 
@@ -194,7 +207,7 @@ class Masked:
         self, model: nn.Module, masks: dict[str, Tensor] | None
     ) -> dict[str, tuple[nn.Module, str, Tensor]]:
         """name -> (module, key of the Parameter, mask in the Parameter's shape, True = kept)."""
-        n, m = self.pattern
+        pattern = self.pattern
         modules = dict(_named_modules(model))
         found: dict[str, tuple[nn.Module, str, Tensor]] = {}
         if masks is None:
@@ -202,13 +215,14 @@ class Masked:
                 if not replace.is_linear(module):
                     continue
                 weight = local(replace.dense_weight(module))
-                if weight.numel() == 0 or weight.shape[1] % m or is_dtensor(module.weight):
+                uneven = weight.numel() == 0 or weight.shape[1] % pattern[1]
+                if uneven or is_dtensor(module.weight):
                     continue
-                if int((weight != 0).reshape(-1, m).sum(1).max()) <= n:
-                    mask = zeros_mask(weight, n, m)
+                if pattern.most(weight) <= pattern[0]:
+                    mask = zeros_mask(weight, *pattern, pattern.unit)
                     found[name] = (module, "weight", grouped(mask, replace.is_conv1d(module)))
             remedy = "Call prune_model(..., compress=False) first, or pass masks=."
-            check(found, OP, f"a model with {n}:{m} sparse Linear layers", "none", remedy)
+            check(found, OP, f"a model with {pattern} sparse Linear layers", "none", remedy)
             return found
         check(masks, OP, "masks of at least one layer", "an empty dict")
         for name, mask in masks.items():
@@ -246,8 +260,10 @@ class Masked:
             rows = grouped(kept, transposed)
             columns = rows.shape[1]
             check(columns % m == 0, OP, f"{name} with in_features % {m} == 0", columns)
-            most = int(rows.reshape(-1, m).sum(1).max()) if rows.numel() else 0
-            check(most <= n, OP, f"at most {n} kept per group of {m} in mask {name!r}", most)
+            whole = ", pairs whole," if self.pattern.unit > 1 else ""
+            expected = f"at most {n} kept per group of {m}{whole} in mask {name!r}"
+            most = self.pattern.most(rows)
+            check(most <= n, OP, expected, most)
         moving = self.schedule.live(1)
         remedy = "Its mask cannot move: use schedule=None."
         check(linear or not moving, OP, f"{name} to be a matrix", shape, remedy)
@@ -270,10 +286,9 @@ class Masked:
         return len(self.entries)
 
     def __repr__(self) -> str:
-        n, m = self.pattern
         state = "on" if self.enabled else "off"
-        text = f"Masked({len(self)} weights, {n}:{m}, {self.schedule}, step {self.step}, {state})"
-        return text
+        text = f"{len(self)} weights, {self.pattern}, {self.schedule}, step {self.step}, {state}"
+        return f"Masked({text})"
 
     # ------------------------------------------------------------------ optimizers
 
@@ -395,8 +410,7 @@ class Masked:
             self.step = step
 
     def _move(self, entry: Entry, weight: Tensor, step: int) -> None:
-        n, m = self.pattern
-        drop = entry.drop()
+        pattern, drop = self.pattern, entry.drop()
         self._check_aligned(entry)
         if self.schedule.reads_gradients(step) and entry.gradient is None:
             return  # no gradient this time
@@ -404,7 +418,16 @@ class Masked:
         rows, mask = grouped(weight, entry.transposed), grouped(~drop, entry.transposed)
         if not rows.numel():
             return  # a shard without rows
-        chosen = self.schedule.reselect(rows, mask, gradient, step, n, m)
+        if pattern.unit > 1:
+
+            def norms(apart: Tensor) -> Tensor:
+                norm: Tensor = apart.float().norm(dim=-1)
+                return norm
+
+            rows, mask = pattern.folded(rows, norms), pattern.folded(mask, lambda a: a.any(-1))
+            gradient = None if gradient is None else pattern.folded(gradient, norms)
+        chosen = self.schedule.reselect(rows, mask, gradient, step, *pattern.in_units())
+        chosen = pattern.unfolded(chosen)
         entry.set_drop((~grouped(chosen, entry.transposed)).contiguous())
 
     def _check_aligned(self, entry: Entry) -> None:
@@ -506,8 +529,7 @@ class Masked:
         """Violations in the model: groups with a non-zero weight outside the mask, or with more
         than n non-zeros; 0 is what training keeps. Of weights that are no matrices, single weights
         are counted. Of shards, those of all processes: every process has to ask."""
-        n, m = self.pattern
-        total = 0
+        m, total = self.pattern[1], 0
         mesh: Any = None
         for entry in self.entries:
             nonzero = entry.weight() != 0
@@ -516,7 +538,7 @@ class Masked:
             if is_dtensor(parameter):
                 mesh = parameter.device_mesh
             if entry.linear and nonzero.numel() and _groups_whole(entry, m):
-                rows = grouped(nonzero, entry.transposed).reshape(-1, m).sum(1) > n
+                rows = self.pattern.broken(grouped(nonzero, entry.transposed))
                 wrong = grouped(outside, entry.transposed).reshape(-1, m).any(1)
                 total += int((rows | wrong).sum())
             else:
@@ -539,7 +561,8 @@ class Masked:
             The hooks are removed: this is the end of training.
         """
         op, model = f"{OP}.compress", self.model
-        check(self.pattern == (2, 4), op, "pattern (2, 4)", self.pattern)
+        remedy = "No kernel here runs another one: keep the dense weights with zeros."
+        check(self.pattern == (2, 4), op, "pattern (2, 4)", repr(self.pattern), remedy)
         remedy = "Gather the weights first (full_tensor), then build Masked on that model."
         sharded = any(is_dtensor(entry.parameter) for entry in self.entries)
         check(not sharded, op, "whole weights", "shards of FSDP", remedy)
@@ -581,7 +604,7 @@ class Masked:
             "version": VERSION,
             "step": self.step,
             "enabled": self.enabled,
-            "pattern": list(self.pattern),
+            "pattern": self.pattern.described(),
             "schedule": self.schedule.describe(),
             "shapes": {name: list(mask.shape) for name, mask in masks.items()},
             "masks": {name: pack_bits(mask).cpu() for name, mask in masks.items()},
@@ -616,10 +639,10 @@ class Masked:
             found = state["shapes"][entry.name]
             require(found == shape, f"mask {entry.name!r} of shape {shape}", found)
             packed = state["masks"][entry.name]
-            size = -(-_product(shape) // 8)
+            size = -(-math.prod(shape) // 8)
             require(packed.numel() == size, f"{size} bytes of mask {entry.name!r}", packed.numel())
             loaded[entry.name] = unpack_bits(packed, shape)
-        self.pattern = (int(state["pattern"][0]), int(state["pattern"][1]))
+        self.pattern = Pattern.of(state["pattern"], op)
         self.schedule = make(state["schedule"])
         self.step, self.enabled = int(state["step"]), bool(state["enabled"])
         for entry in self.entries:
@@ -639,96 +662,11 @@ class Masked:
 # ---------------------------------------------------------------------- helpers
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, torch.compile's wrapper and AveragedModel."""
-    wrappers = ("DistributedDataParallel", "DataParallel", "AveragedModel")
-    inner: Any = model
-    while True:
-        if hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
-        elif type(inner).__name__ in wrappers and isinstance(inner.module, nn.Module):
-            inner = inner.module
-        else:
-            return inner  # type: ignore[no-any-return]
-
-
-def unwrap_optimizer(optimizer: Any) -> Any:
-    """The torch optimizer inside a wrapper that has it as `.optimizer` (accelerate)."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
-
-
 def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """named_modules without the parts of names that torch.compile adds."""
     for name, module in model.named_modules():
         if name.rpartition(".")[2] != "_orig_mod":
             yield name.replace("_orig_mod.", ""), getattr(module, "_orig_mod", module)
-
-
-def is_dtensor(tensor: Any) -> bool:
-    """Whether it is a torch.distributed DTensor, asked without importing that."""
-    return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The shard of this process, sharing memory; a plain tensor as it is."""
-    if is_dtensor(tensor):
-        shard_of: Tensor = tensor.to_local()  # type: ignore[attr-defined]
-        return shard_of
-    return tensor
-
-
-def shard(tensor: Tensor, like: Tensor) -> Tensor:
-    """The part of a whole tensor that belongs to this process' shard of `like`."""
-    if not is_dtensor(like):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
-    placed = tensor.to(mesh.device_type)
-    # Every process has the whole tensor: nothing is sent.
-    return local(distribute_tensor(placed, mesh, like.placements, src_data_rank=None))  # type: ignore[attr-defined]
-
-
-def unshard(tensor: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `shard`, gathered from all processes."""
-    if not is_dtensor(like):
-        return tensor
-    from torch.distributed.tensor import DTensor
-
-    bits = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor
-    whole: Tensor = DTensor.from_local(
-        bits.to(local(like).device),
-        like.device_mesh,  # type: ignore[attr-defined]
-        like.placements,  # type: ignore[attr-defined]
-        shape=like.shape,
-        stride=like.stride(),
-    ).full_tensor()
-    return whole.to(tensor.dtype)
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """bool of any shape -> uint8 [ceil(elements / 8)], bit b of byte j = element 8j + b."""
-    flat = mask.reshape(-1).to(torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    weights = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (flat * weights).sum(1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: Tensor, shape: Iterable[int]) -> Tensor:
-    """The inverse of pack_bits."""
-    size = list(shape)
-    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    flat = ((packed.view(-1, 1) >> bits) & 1).bool().reshape(-1)
-    return flat[: _product(size)].view(size)
-
-
-def _product(shape: Iterable[int]) -> int:
-    total = 1
-    for extent in shape:
-        total *= extent
-    return total
 
 
 def _groups_whole(entry: Entry, m: int) -> bool:

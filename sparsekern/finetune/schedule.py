@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sparsekern.errors import check
 from sparsekern.prune.masks import nm_mask
+from sparsekern.prune.pattern import Pattern
 
 OP = "sparsekern.finetune.schedule"
 
@@ -77,7 +78,9 @@ class Schedule:
             weight: [rows, in_features] after the step; with trains_dropped the dense one.
             mask: bool of the same shape, True = kept.
             gradient: |∂loss/∂weight| of all weights, where reads_gradients asked for it.
-            step: from 1.      n, m: the pattern.
+            step: from 1.      n, m: the pattern. Where pairs of columns are kept together, every
+                argument is per pair: the norms of its weights and of their gradients, and n and m
+                count pairs.
         """
         return mask
 
@@ -208,24 +211,27 @@ def grouped(weight: Tensor, transposed: bool) -> Tensor:
     return weight.t() if transposed else weight
 
 
-def zeros_mask(weight: Tensor, n: int = 2, m: int = 4) -> Tensor:
+def zeros_mask(weight: Tensor, n: int = 2, m: int = 4, unit: int = 1) -> Tensor:
     """The mask that a pruned weight implies: its non-zeros, filled up to n per group.
 
     Args:
         weight: [rows, in_features] with at most n non-zeros in each group of m columns.
+        n, m, unit: the pattern; with unit=2 pairs count whole.
     Returns:
         bool, exactly n per group. Of a group's zeros the higher columns are added first.
     Raises:
         ValueError: a group with more than n non-zeros.
     """
+    op = "sparsekern.finetune.zeros_mask"
+    pattern = Pattern(n, m, unit, op=op)
     nonzero = weight.detach() != 0
-    counts = nonzero.reshape(-1, m).sum(1)
+    counts = pattern.counts(nonzero)
     most = int(counts.max()) if counts.numel() else 0
     check(
         most <= n,
-        "sparsekern.finetune.zeros_mask",
-        f"at most {n} non-zeros in each group of {m}",
+        op,
+        f"at most {n} non-zeros in each group of {m}{', pairs counted whole' if unit > 1 else ''}",
         f"{most} ({int((counts > n).sum())} of {counts.numel()} groups have more than {n})",
         "Prune the weight first, or pass its mask.",
     )
-    return nm_mask(nonzero.to(torch.float32), n, m)
+    return nm_mask(nonzero.to(torch.float32), n, m, unit)

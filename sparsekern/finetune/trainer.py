@@ -23,7 +23,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,164 +32,22 @@ from torch import Tensor, nn
 
 from sparsekern.errors import FormatError, check
 from sparsekern.eval.perplexity import perplexity
-from sparsekern.finetune import attention
+from sparsekern.finetune import attention, metrics
 from sparsekern.finetune import data as text
 from sparsekern.finetune.data import Corpus
 from sparsekern.finetune.losses import IGNORED, Target, distillation_loss, square_head
 from sparsekern.finetune.masked import Masked
+from sparsekern.finetune.recipe import OP, PRECISIONS, DistillReport, Recipe
+from sparsekern.finetune.recipe import from_options as recipe_from
 from sparsekern.finetune.schedule import Schedule
 from sparsekern.finetune.teacher import CachedTeacher, LiveTeacher, Split, compiled
-from sparsekern.formats import dtypes
+from sparsekern.finetune.world import World
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.utils.files import write_atomic
 
-OP = "sparsekern.finetune.distill"
-CHECKPOINT, METRICS, PLOT, REPORT = "checkpoint.pt", "metrics.jsonl", "plot.png", "report.json"
-# name -> dtype of autocast; float32 needs none
-PRECISIONS: dict[str, torch.dtype | None] = {
-    "float32": None,
-    **{dtypes.PLAIN[dtype].name: dtype for dtype in dtypes.NATIVE},
-}
+CHECKPOINT, REPORT = "checkpoint.pt", "report.json"
 ROWS_ON_DEVICE = 2 << 30  # bytes of training rows that a GPU may hold
 Evaluation = Callable[[nn.Module], float]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train.
-
-    Args:
-        steps: optimizer steps. minutes: or a time, counted from the end of the first step (which
-            compiles). With neither: `passes` passes over the rows.
-        batch: rows per step, over all processes.
-        micro_batch: rows per forward and process; None: all of a process' share at once.
-        lr: the highest rate.   warmup: share of the run in which it rises from 0.
-        final: share of lr at the end of the cosine.
-        betas, eps, weight_decay: of AdamW. No decay by default: kept weights need none in short
-            runs, and dropped ones are zero.
-        clip: largest norm of the gradient of the kept weights, 0 for no limit.
-        alpha, temperature: see losses.py. Pure KL is best in short runs.
-        block: weight of the matching of block outputs (SquareHead), 0 for none.
-        precision: "float32" | "bfloat16" | "float16" of the matmuls, by autocast (float16 with a
-            GradScaler); None: bfloat16 on a GPU, float32 elsewhere.
-        compile: torch.compile the decoder blocks of student and teacher (one of each is compiled,
-            the others share its code; without blocks, or with `block`, the whole body), and the
-            loss of a chunk.
-        seed: of the order of the rows, and of torch's generators at the start.
-        log_every, eval_every, save_every: in steps; 0: only at the end (save: never).
-    """
-
-    steps: int | None = None
-    minutes: float | None = None
-    passes: float = 1.0
-    batch: int = 16
-    micro_batch: int | None = None
-    lr: float = 6e-4
-    warmup: float = 0.03
-    final: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    alpha: float = 0.0
-    temperature: float = 1.0
-    block: float = 0.0
-    precision: str | None = None
-    compile: bool = False
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 0
-    save_every: int = 0
-
-    def __post_init__(self) -> None:
-        check(self.steps is None or self.steps >= 1, OP, "steps >= 1", self.steps)
-        check(self.minutes is None or self.minutes > 0, OP, "minutes > 0", self.minutes)
-        both = self.steps is not None and self.minutes is not None
-        check(not both, OP, "steps or minutes", "both", "Leave one out.")
-        check(self.passes > 0, OP, "passes > 0", self.passes)
-        check(self.batch >= 1, OP, "batch >= 1", self.batch)
-        check(
-            self.micro_batch is None or self.micro_batch >= 1,
-            OP,
-            "micro_batch >= 1",
-            self.micro_batch,
-        )
-        check(self.lr > 0, OP, "lr > 0", self.lr)
-        for name in ("warmup", "final", "alpha"):
-            value = getattr(self, name)
-            check(0 <= value <= 1, OP, f"0 <= {name} <= 1", value)
-        check(self.block >= 0, OP, "block >= 0", self.block)
-        known = self.precision is None or self.precision in PRECISIONS
-        check(known, OP, f"precision in {sorted(PRECISIONS)}", repr(self.precision))
-
-    def rate(self, progress: float) -> float:
-        """The learning rate at a share of the run, 0 to 1: linear warm-up, then a cosine."""
-        if progress < self.warmup:
-            return self.lr * progress / self.warmup
-        share = (progress - self.warmup) / max(1e-12, 1 - self.warmup)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-        return self.lr * (self.final + (1 - self.final) * cosine)
-
-
-@dataclass
-class DistillReport:
-    """What a run did.
-
-    Attributes:
-        recipe: as given, steps resolved.      data: Corpus.describe() of the training rows.
-        teacher: "live", "offloaded", "cache" or "none".
-        steps, tokens, seconds: of the whole run, resumed parts included.
-        first_step: seconds of this process' first step, which compiles; with minutes not counted
-            in `seconds`.
-        tokens_per_second: over the steps after the first (which compiles), without evaluations.
-        evaluations: [{"step", name: value, ...}].      final: the last of them.
-        loss: of the last logged steps.
-        violations: Masked.check() at the end: 0.
-        overlap: name of a test text -> {"n", "test", "found"}: its n-grams that are in training.
-        resumed: the step that this process started from.
-        stopped: the run is not at its end: limit_seconds was reached, a checkpoint is there.
-        notes: what was out of the ordinary.
-        masked: the Masked object, for .compress(). Not part of the JSON.
-    """
-
-    recipe: dict[str, Any]
-    data: dict[str, Any]
-    teacher: str
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    first_step: float = 0.0
-    tokens_per_second: float = 0.0
-    evaluations: list[dict[str, float]] = field(default_factory=list)
-    loss: float = float("nan")
-    violations: int = -1
-    overlap: dict[str, dict[str, int]] = field(default_factory=dict)
-    resumed: int = 0
-    stopped: bool = False
-    notes: list[str] = field(default_factory=list)
-    masked: Masked | None = None
-
-    @property
-    def final(self) -> dict[str, float]:
-        """The last evaluation, {} without any."""
-        return self.evaluations[-1] if self.evaluations else {}
-
-    def to_json(self) -> str:
-        """Everything but `masked`, as JSON; numbers that are not finite become null."""
-        rows = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "masked"}
-        return json.dumps({"schema": 1, **_finite(rows)}, indent=1, allow_nan=False)
-
-    def summary(self) -> str:
-        """One line: steps, tokens, time, loss, evaluations."""
-        made = sum(s["tokens"] for s in self.data["sources"] if s["kind"] == "teacher")
-        text = f"{self.steps} steps, {self.tokens} tokens in {self.seconds:.0f} s"
-        text += f" ({self.tokens_per_second:.0f} tokens/s), loss {self.loss:.4f}"
-        values = ", ".join(f"{k} {v:.4g}" for k, v in self.final.items() if k != "step")
-        text += f", {values}" if values else ""
-        text += f", {made} of {self.data['tokens']} tokens of text made by the teacher"
-        return f"{text}, {self.violations} violations of the masks"
-
-    __str__ = summary
 
 
 def distill(
@@ -257,8 +115,8 @@ def distill(
     check(good, OP, "limit_seconds > 0 and a folder for the checkpoint", limit_seconds, remedy)
     run = _Run(
         model,
-        recipe or _recipe(options),
-        _World.join(device),
+        recipe or recipe_from(options),
+        World.join(device),
         folder,
         progress,
         on_step,
@@ -284,73 +142,6 @@ def eval_batch(model: nn.Module, window: int, device: torch.device) -> int:
     embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
     size = getattr(getattr(embedding, "weight", None), "shape", [1 << 18])[0]
     return int(max(1, min(8, (1 << 30) // (window * size))))
-
-
-def _recipe(options: dict[str, Any]) -> Recipe:
-    known = {f.name for f in fields(Recipe)}
-    unknown = sorted(set(options) - known)
-    check(not unknown, OP, f"options in {sorted(known)}", unknown, exc=TypeError)
-    return Recipe(**options)
-
-
-# ---------------------------------------------------------------------- processes
-
-
-@dataclass
-class _World:
-    """The processes of a data-parallel run; one of one without torchrun."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @classmethod
-    def join(cls, device: torch.device | str | None) -> _World:
-        cuda = torch.cuda.is_available() and (device is None or torch.device(device).type == "cuda")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("nccl" if cuda else "gloo")
-        parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if parallel else 0
-        size = torch.distributed.get_world_size() if parallel else 1
-        if device is None or (size > 1 and cuda):
-            index = int(os.environ.get("LOCAL_RANK", "0"))
-            chosen = torch.device("cuda", index) if cuda else torch.device("cpu")
-        else:
-            chosen = torch.device(device)
-        if chosen.type == "cuda":
-            chosen = torch.device("cuda", chosen.index or 0)
-            torch.cuda.set_device(chosen)
-        return cls(rank, size, chosen)
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def same(self, number: float) -> float:
-        """The first process' number, on all."""
-        if self.size == 1:
-            return number
-        value = torch.tensor(number, dtype=torch.float64, device=self.device)
-        torch.distributed.broadcast(value, 0)
-        return float(value)
-
-    def mean(self, values: Tensor) -> Tensor:
-        if self.size > 1:
-            torch.distributed.all_reduce(values)
-            values /= self.size
-        return values
-
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every process' tensor, on all of them."""
-        if self.size == 1:
-            return [tensor]
-        found: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(found, tensor)
-        return found
-
-    def wait(self) -> None:
-        if self.size > 1:
-            torch.distributed.barrier()
 
 
 class _Step(nn.Module):
@@ -398,7 +189,7 @@ class _Run:
         self,
         model: nn.Module,
         recipe: Recipe,
-        world: _World,
+        world: World,
         folder: str | Path | None,
         progress: bool,
         on_step: Callable[[int], object] | None,
@@ -494,7 +285,7 @@ class _Run:
             fused=self.device.type == "cuda",
         )
         self.masked.attach(self.optimizer)
-        half = self.autocast == torch.float16
+        half = self.autocast is not None and self.autocast == PRECISIONS["float16"]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.trained = trained
 
@@ -574,7 +365,7 @@ class _Run:
         report.resumed = step
         if self.folder is not None and world.first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._truncate_metrics(step)
+            metrics.truncate(self.folder, step)
         module: Any = _Step(self.split, self._body(), recipe, self.autocast)
         module.train()
         if world.size > 1:
@@ -679,7 +470,7 @@ class _Run:
         for number, (ids, (target, theirs)) in enumerate(zip(batches, targets)):
             wait = number + 1 < len(batches) and world.size > 1
             with module.no_sync() if wait else contextlib.nullcontext():
-                with torch.autocast(kind, self.autocast or torch.bfloat16, enabled=on):
+                with torch.autocast(kind, self.autocast, enabled=on):
                     loss, kl, ce = module(ids, target, theirs)
                 weight = len(ids) / self.mine
                 self.scaler.scale(loss * weight).backward()
@@ -732,7 +523,7 @@ class _Run:
             parameter.data = parameter.data.to(self.dtypes[name])
         if self.folder is not None and self.world.first:
             try:
-                plot(self.folder)
+                metrics.plot(self.folder)
             except ImportError as error:
                 report.notes.append(str(error))
             write_atomic(self.folder / REPORT, report.to_json().encode())
@@ -749,17 +540,8 @@ class _Run:
     # ------------------------------------------------------------------ files
 
     def _log(self, row: dict[str, Any]) -> None:
-        if self.folder is None or not self.world.first:
-            return
-        with open(self.folder / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
-
-    def _truncate_metrics(self, step: int) -> None:
-        """Drop lines of steps that an interrupted process had made after its last checkpoint."""
-        assert self.folder is not None
-        file = self.folder / METRICS
-        kept = [row for row in read_metrics(self.folder) if row["step"] <= step and step > 0]
-        write_atomic(file, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        if self.folder is not None and self.world.first:
+            metrics.append(self.folder, row)
 
     def _save(self, step: int) -> None:
         rng = self.world.gather(torch.get_rng_state())
@@ -813,65 +595,3 @@ class _Run:
         self.report.evaluations = list(state["evaluations"])
         self.spent = float(state["seconds"])
         return int(state["step"])
-
-
-# ---------------------------------------------------------------------- metrics
-
-
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; [] when there is none. A last line that was cut off by
-    a crash is left out."""
-    file = Path(folder) / METRICS
-    if not file.exists():
-        return []
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def plot(folder: str | Path) -> Path:
-    """Draw loss and evaluations over the tokens into plot.png.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "sparsekern.finetune.plot: matplotlib is missing, so there is no plot. "
-            "pip install matplotlib."
-        ) from error
-    rows = read_metrics(folder)
-    losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    left = figure.subplots()
-    left.set(xlabel="step", ylabel="loss")
-    left.grid(alpha=0.3)
-    if losses:
-        left.plot(*zip(*losses), linewidth=1, color="tab:gray", label="loss")
-    names = sorted({name for row in rows for name in row.get("evaluation", {})})
-    if names:
-        right = left.twinx()
-        right.set_ylabel("evaluation")
-        for name in names:
-            points = [
-                (row["step"], row["evaluation"][name])
-                for row in rows
-                if row.get("evaluation", {}).get(name) is not None
-            ]
-            right.plot(*zip(*points), marker="o", label=name)
-        right.legend(fontsize="small")
-    path = Path(folder) / PLOT
-    figure.savefig(os.fspath(path))
-    return path
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

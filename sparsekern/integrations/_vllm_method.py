@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,9 +28,11 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from sparsekern.backends.quantize_rows import quantize_torch
 from sparsekern.errors import FormatError, message
-from sparsekern.formats import dtypes
+from sparsekern.formats import dtypes, packed, scaled
+from sparsekern.formats.disk import ALL_PARTS
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
-from sparsekern.formats.sparse24 import Sparse24, metadata_of_bitmask
+from sparsekern.formats.scaled import SCALE
+from sparsekern.formats.sparse24 import Sparse24, metadata_of_bitmask, of_levels
 from sparsekern.integrations import vllm_rules as plugin
 from sparsekern.nn.sparse_linear import SparseLinear
 
@@ -69,7 +72,7 @@ class SparseKernConfig(QuantizationConfig):
         why = str(config)[:120] if entry is None else plugin.unreadable(config)
         if entry is None or why is not None:
             expected = f"a quantization_config of format {plugin.FORMAT}"
-            expected += ", weights of 16 bits or of 8 with a scale per channel"
+            expected += ", weights of 16 bits, of 8 with a scale per channel, or int4"
             raise FormatError(message(_OP, expected, str(why)))
         return cls(plugin.Layers(dense=list(entry.get("ignore") or [])))
 
@@ -96,22 +99,16 @@ class SparseKernConfig(QuantizationConfig):
             layers.coded = hf_to_vllm_mapper.apply_dict(layers.coded)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        layers, fused = self.layers, self.packed_modules_mapping
         if isinstance(layer, LinearBase):
-            if self.layers.runs_sparse(prefix, self.packed_modules_mapping):
-                storage = self.layers.storage(prefix, self.packed_modules_mapping)
-                return SparseKernLinearMethod(prefix, storage)
+            sparse = layers.sparse_parts(prefix, fused)
+            if any(sparse):
+                return SparseKernLinearMethod(prefix, layers.coding(prefix, fused), sparse)
             return UnquantizedLinearMethod()
         if any("FusedMoE" in kind.__name__ for kind in type(layer).__mro__):
-            plugin.refuse_experts(prefix, plugin.has_sparse_experts(self.layers, prefix))
-        if isinstance(layer, ParallelLMHead) and prefix in (self.layers.sparse or ()):
-            raise NotImplementedError(
-                message(
-                    _OP,
-                    f"a dense {prefix}",
-                    "a 2:4 one, whose rows vLLM pads and splits in its own way",
-                    'Prune with skip=("lm_head",), the default.',
-                )
-            )
+            plugin.refuse_experts(prefix, plugin.has_sparse_experts(layers, prefix))
+        if isinstance(layer, ParallelLMHead) and prefix in (layers.sparse or ()):
+            return SparseKernLinearMethod(prefix, layers.coding(prefix, {}))
         return None
 
 
@@ -134,11 +131,18 @@ class _Shape(BasevLLMParameter):
 class SparseKernLinearMethod(LinearMethodBase):
     """A linear layer of vLLM with a 2:4 weight; q/k/v and gate/up are one weight.
 
-    storage: name of the element type of quantised values; None for those of the model's dtype.
+    coding: how its values are quantised; None for those of the model's dtype.
+    sparse: which of the layers that it is made of are 2:4; the others are dense products of their
+        own. An lm_head is one layer, whose rows vLLM pads.
     """
 
-    def __init__(self, prefix: str, storage: str | None = None) -> None:
-        self.prefix, self.storage = prefix, storage
+    def __init__(
+        self,
+        prefix: str,
+        coding: plugin.Coding | None = None,
+        sparse: Sequence[bool] = (True,),
+    ) -> None:
+        self.prefix, self.coding, self.sparse = prefix, coding, list(sparse)
 
     def create_weights(
         self,
@@ -152,55 +156,114 @@ class SparseKernLinearMethod(LinearMethodBase):
     ) -> None:
         loader = extra_weight_attrs.pop("weight_loader")
         rows, columns = sum(output_partition_sizes), input_size_per_partition
-        plugin.check_columns(self.prefix, input_size, columns)
-        stored = params_dtype if self.storage is None else dtypes.element(self.storage).storage
-        values = torch.empty(rows, columns // 2, dtype=stored)
-        bitmask = torch.empty(rows, -(-columns // 8), dtype=torch.uint8)
-        for name, data in (("compressed", values), ("bitmask", bitmask)):
-            parameter = ModelWeightParameter(
-                data=data, input_dim=1, output_dim=0, weight_loader=loader
-            )
+        plugin.check_columns(self.prefix, input_size, columns, self.coding)
+        layer.sparse_rows = plugin.runs(self.sparse, output_partition_sizes)
+        layer.sparse_columns, layer.sparse_dtype = columns, params_dtype
+
+        def add(name: str, data: Tensor, *, split_columns: bool = True) -> None:
+            words: dict[str, Any] = {"data": data, "output_dim": 0, "weight_loader": loader}
+            if split_columns:
+                parameter: Any = ModelWeightParameter(input_dim=1, **words)
+            else:
+                parameter = ChannelQuantScaleParameter(**words)
             layer.register_parameter(name, parameter)
             set_weight_attrs(parameter, extra_weight_attrs)
-        if self.storage is not None:
-            scale = ChannelQuantScaleParameter(
-                data=torch.empty(rows, 1, dtype=torch.float32), output_dim=0, weight_loader=loader
-            )
-            layer.register_parameter("weight_scale", scale)
-            set_weight_attrs(scale, extra_weight_attrs)
-        shape = _Shape(data=torch.empty(2, 1, dtype=torch.int64), weight_loader=loader)
+
+        coding = self.coding
+        kind = None if coding is None else dtypes.element(coding.storage)
+        sizes = torch.empty(2, 1, dtype=torch.int64)
+        if kind is not None and kind.bits == 4:
+            add("weight_packed", torch.empty(rows, -(-columns // 16), dtype=torch.int32))
+            sizes = sizes.flatten()
+        else:
+            stored = params_dtype if kind is None else kind.storage
+            add("compressed", torch.empty(rows, columns // 2, dtype=stored))
+        add("bitmask", torch.empty(rows, -(-columns // 8), dtype=torch.uint8))
+        if coding is not None:
+            count = scaled.groups(columns, coding.group)
+            scale = torch.empty(rows, count, dtype=torch.float32)
+            add(SCALE, scale, split_columns=coding.group > 0)
+        if not all(self.sparse):
+            add("weight", torch.empty(rows, columns, dtype=params_dtype))
+        shape = _Shape(data=sizes, weight_loader=loader)
         shape.prefix, shape.in_features = self.prefix, input_size
-        layer.register_parameter("shape", shape)
-        layer.sparse_shape, layer.sparse_dtype = (rows, columns), params_dtype
+        layer.register_parameter("weight_shape" if sizes.dim() == 1 else "shape", shape)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Pack what was loaded; the row-major tensors are gone afterwards."""
-        values, bitmask = layer.compressed.data, layer.bitmask.data
-        plugin.require_cuda_kernels(values.device)
-        if values.dtype.is_floating_point:  # -0.0, which others may write
-            bits = values.view(torch.int16 if values.itemsize == 2 else torch.int8)
-            bits.masked_fill_(bits == torch.iinfo(bits.dtype).min, 0)
-        shape, coded = layer.sparse_shape, self.storage is not None
-        spec = WeightSpec.of(shape, self.storage or values.dtype, ROWMAJOR, layer.sparse_dtype)
+        stored = {
+            name: getattr(layer, name).data
+            for name in (*ALL_PARTS, "weight")
+            if isinstance(getattr(layer, name, None), BasevLLMParameter)
+        }
+        device = stored["bitmask"].device
+        plugin.require_cuda_kernels(device)
+        if isinstance(layer, ParallelLMHead):
+            self._fill_padding(layer, stored)
+        for name in stored:
+            delattr(layer, name)
+        products = []
+        for number, run in enumerate(layer.sparse_rows):
+            rows = {name: t[run.begin : run.end] for name, t in stored.items()}
+            spec = None
+            if run.sparse:
+                packed = SparseLinear.from_sparse24(self._weight(layer, rows)).weight
+                spec, tensors = packed.spec.text, packed.tensors
+            else:
+                tensors = {"dense": rows["weight"].clone()}
+            # vLLM's LoRA looks for the device of a layer at weight_packed.
+            own = {
+                "values": "weight_packed",
+                "dense": "weight_packed",
+                "metadata": "weight_metadata",
+            }
+            names = [own.get(n, n) + (f"_{number}" if number else "") for n in tensors]
+            for name, tensor in zip(names, tensors.values()):
+                layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            products.append((names, spec, run.begin, run.end))
+        layer.sparse_products = products
+        bits = 0 if self.coding is None else dtypes.element(self.coding.storage).bits
+        layer.quantizes = bits == 8 and plugin.has_8bit_kernels(device)
+
+    def _weight(self, layer: nn.Module, stored: dict[str, Tensor]) -> Sparse24:
+        """The row-major weight of some rows."""
+        bitmask, coding = stored["bitmask"], self.coding
+        shape = (bitmask.shape[0], layer.sparse_columns)
         try:
             metadata = metadata_of_bitmask(bitmask, shape, _OP)
+            group = 0
+            if coding is not None and dtypes.element(coding.storage).bits == 4:
+                group = coding.group or shape[1]
+            storage = layer.sparse_dtype if coding is None else coding.storage
+            spec = WeightSpec.of(shape, storage, ROWMAJOR, layer.sparse_dtype, None, group)
+            if "weight_packed" in stored:
+                levels = packed.unpack_words(stored["weight_packed"], shape[1] // 2)
+                return of_levels(spec, levels, stored[SCALE].contiguous(), metadata)
+            values = stored["compressed"]
+            if values.dtype.is_floating_point:  # -0.0, which others may write
+                bits = values.view(torch.int16 if values.itemsize == 2 else torch.int8)
+                bits.masked_fill_(bits == torch.iinfo(bits.dtype).min, 0)
             tensors = {"values": values, "metadata": metadata}
-            if coded:
-                tensors["weight_scale"] = layer.weight_scale.data
-            w24 = Sparse24.from_tensors(spec, tensors)
+            tensors |= {SCALE: stored[SCALE]} if coding is not None else {}
+            return Sparse24.from_tensors(spec, {n: t.contiguous() for n, t in tensors.items()})
         except FormatError as error:
             raise FormatError(f"{_OP}: {self.prefix}: {error}") from error
-        for name in ("compressed", "bitmask", "shape", *(["weight_scale"] if coded else [])):
-            delattr(layer, name)
-        packed = SparseLinear.from_sparse24(w24).weight
-        # vLLM's LoRA looks for the device of a layer at weight_packed.
-        names = {"values": "weight_packed", "metadata": "weight_metadata"}
-        layer.sparse_names = [names.get(name, name) for name in packed.spec.tensors]
-        for name, own in zip(packed.spec.tensors, layer.sparse_names):
-            parameter = nn.Parameter(packed.tensors[name], requires_grad=False)
-            layer.register_parameter(own, parameter)
-        layer.weight_spec = packed.spec.text
-        layer.quantizes = coded and plugin.has_8bit_kernels(values.device)
+
+    def _fill_padding(self, layer: Any, stored: dict[str, Tensor]) -> None:
+        """Rows of the head that no token has: vLLM leaves zeros in all of their tensors."""
+        sizes = stored.get("shape", stored.get("weight_shape"))
+        assert sizes is not None
+        plugin.check_shape(self.prefix, sizes, layer.embedding_dim)
+        first = layer.shard_indices.num_org_elements
+        byte = torch.full((stored["bitmask"].shape[1],), 0x33, dtype=torch.uint8)
+        if layer.sparse_columns % 8:
+            byte[-1] = 0x03
+        stored["bitmask"][first:] = byte.to(stored["bitmask"].device)
+        if SCALE in stored:
+            stored[SCALE][first:] = 1
+        if "weight_packed" in stored:
+            zero = packed.pack_words(torch.zeros(1, 8))
+            stored["weight_packed"][first:] = zero.to(stored["weight_packed"].device)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The registered op itself: vLLM compiles the model, and its tracer reads no Sparse24.
@@ -208,12 +271,19 @@ class SparseKernLinearMethod(LinearMethodBase):
         Activations are quantised by torch, which the compiler fuses with what comes before: a norm,
         or silu(gate) * up.
         """
-        tensors = [getattr(layer, name) for name in layer.sparse_names]
-        if layer.quantizes:
-            q, scale = quantize_torch(x.reshape(-1, x.shape[-1]), self.storage)
-            y8: Tensor = torch.ops.sparsekern.linear_quantized(
-                q, scale, tensors, layer.weight_spec, bias, None, None
-            )
-            return y8.view(*x.shape[:-1], y8.shape[-1])
-        y: Tensor = torch.ops.sparsekern.linear(x, tensors, layer.weight_spec, bias, None, None)
-        return y
+        rows = x.reshape(-1, x.shape[-1])
+        eight = quantize_torch(rows, self.coding.storage) if layer.quantizes else None
+        parts = []
+        for names, spec, begin, end in layer.sparse_products:
+            tensors = [getattr(layer, name) for name in names]
+            b = bias if bias is None or len(layer.sparse_products) == 1 else bias[begin:end]
+            if spec is None:
+                parts.append(torch.nn.functional.linear(rows, tensors[0], b))
+            elif eight is not None:
+                parts.append(
+                    torch.ops.sparsekern.linear_quantized(*eight, tensors, spec, b, None, None)
+                )
+            else:
+                parts.append(torch.ops.sparsekern.linear(rows, tensors, spec, b, None, None))
+        y: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return y.view(*x.shape[:-1], y.shape[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,24 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import FormatError, check, message
-from sparsekern.formats import dtypes
-from sparsekern.formats.disk import FORMAT, METHOD, compressed_layers, join
+from sparsekern.formats import dtypes, scaled
+from sparsekern.formats.disk import (
+    FORMAT,
+    LEVELS,
+    METHOD,
+    PLAIN,
+    WORDS,
+    compressed_layers,
+    form_of,
+    join,
+    layer_shape,
+    storage_of,
+)
+from sparsekern.formats.scaled import SCALE
 from sparsekern.utils.safetensors_io import CONFIG_FILE, TensorFiles, read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 NAME = METHOD
 TESTED = "0.24"
@@ -37,23 +50,44 @@ def sparsity_entry(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def unreadable(config: Mapping[str, Any]) -> str | None:
     """What of a quantization_config with 2:4 weights cannot be run; None when all of it can.
 
-    Weights may be quantised to 8 bits, one symmetric scale per output channel. How activations are
-    quantised is left to the kernels: not at all for few tokens, dynamically per token for many.
+    Weights may be quantised to 8 bits, one symmetric scale per output channel, and in our own
+    folders to int4 with groups. How activations are quantised is left to the kernels: not at all
+    for few tokens, dynamically per token for many.
     """
-    groups = config.get("config_groups")
-    groups = groups if isinstance(groups, dict) else {}
-    for name, group in groups.items():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if not isinstance(weights, dict):
-            continue
+    known = [(8, "channel", True)]
+    if config.get("quant_method") == METHOD:
+        known += [(4, "channel", True), (4, "group", True)]
+    for name, weights, activations in _groups(config):
         kind = weights.get("num_bits"), weights.get("strategy"), weights.get("symmetric", True)
-        if kind != (8, "channel", True):
+        if kind not in known:
             words = "num_bits", "strategy", "symmetric"
             return f"{name}: weights {dict(zip(words, kind))}"
-        activations = group.get("input_activations")
         if isinstance(activations, dict) and not activations.get("dynamic", True):
             return f"{name}: activations with stored scales"
     return None
+
+
+def _groups(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """(name, weights, input_activations) of the config_groups that quantise weights."""
+    groups = config.get("config_groups")
+    for name, group in groups.items() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict):
+            yield name, weights, group.get("input_activations")
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How the values of a layer are quantised.
+
+    storage: name of the element type. group: columns that share a scale; 0: those of a row.
+    """
+
+    storage: str
+    group: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.storage} in groups of {self.group}" if self.group else self.storage
 
 
 @dataclass
@@ -62,12 +96,12 @@ class Layers:
 
     sparse: names with a tensor `compressed`, where the files could be asked; None otherwise.
     dense: what `ignore` in config.json lists, names or "re:..." patterns; used without `sparse`.
-    coded: {name: element type} of those whose values are quantised.
+    coded: {name: Coding} of those whose values are quantised.
     """
 
     sparse: list[str] | None = None
     dense: list[str] = field(default_factory=list)
-    coded: dict[str, str] = field(default_factory=dict)
+    coded: dict[str, Coding] = field(default_factory=dict)
 
     def is_sparse(self, name: str) -> bool:
         if self.sparse is not None:
@@ -77,42 +111,52 @@ class Layers:
             for rule in self.dense
         )
 
-    def runs_sparse(self, prefix: str, fused: Mapping[str, Sequence[str]]) -> bool:
-        """Whether a layer of vLLM is 2:4.
+    def sparse_parts(self, prefix: str, fused: Mapping[str, Sequence[str]]) -> list[bool]:
+        """Which parts of a layer of vLLM are 2:4.
 
         Args:
             prefix: its name in vLLM, such as "model.layers.0.self_attn.qkv_proj".
             fused: name of a fused layer -> names of the layers on disk that it is made of.
-        Raises:
-            ValueError: some of the fused layers are 2:4 and others dense.
         """
-        parts = _parts(prefix, fused)
-        sparse = [part for part in parts if self.is_sparse(part)]
-        if sparse and len(sparse) != len(parts):
-            rest = sorted(set(parts) - set(sparse))
-            raise ValueError(
-                message(
-                    OP,
-                    f"{prefix}, one launch in vLLM, to be 2:4 as a whole or dense as a whole",
-                    f"{', '.join(sparse)} 2:4 and {', '.join(rest)} dense",
-                    "Prune again with a skip list that names all of them or none.",
-                )
-            )
-        return bool(sparse)
+        return [self.is_sparse(part) for part in _parts(prefix, fused)]
 
-    def storage(self, prefix: str, fused: Mapping[str, Sequence[str]]) -> str | None:
-        """The element type of a 2:4 layer's values; None where they have the model's dtype.
+    def coding(self, prefix: str, fused: Mapping[str, Sequence[str]]) -> Coding | None:
+        """How the 2:4 parts of a layer are quantised; None where they have the model's dtype.
 
         Raises:
-            ValueError: the fused layers have several.
+            ValueError: they are in several ways.
         """
-        parts = _parts(prefix, fused)
+        parts = [part for part in _parts(prefix, fused) if self.is_sparse(part)]
         kinds = {self.coded.get(part) for part in parts}
         if len(kinds) > 1:
             got = ", ".join(f"{part} {self.coded.get(part, 'not quantised')}" for part in parts)
-            expected = f"{prefix}, one launch in vLLM, to have values of one type"
+            expected = f"the 2:4 parts of {prefix} to have values of one type"
             raise ValueError(message(OP, expected, got, "Quantise all of them or none."))
-        return kinds.pop()
+        return kinds.pop() if kinds else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows of a fused layer that follow each other and are one product."""
+
+    sparse: bool
+    begin: int
+    end: int
+
+
+def runs(sparse: Sequence[bool], rows: Sequence[int]) -> list[Run]:
+    """The products of a layer, from which of its parts are 2:4 and the rows of each.
+
+    One flag stands for all parts, as for a layer that is fused on disk.
+    """
+    flags = list(sparse) * (len(rows) if len(sparse) == 1 else 1)
+    found: list[Run] = []
+    end = 0
+    for flag, count in zip(flags, rows, strict=True):
+        begin = found.pop().begin if found and found[-1].sparse == flag else end
+        end += count
+        found.append(Run(flag, begin, end))
+    return found
 
 
 def _parts(prefix: str, fused: Mapping[str, Sequence[str]]) -> list[str]:
@@ -163,26 +207,44 @@ def has_sparse_experts(layers: Layers, prefix: str) -> bool:
     )
 
 
-def coded_layers(folder: str) -> dict[str, str]:
-    """{name: element type} of the quantised 2:4 layers in a local folder, by its headers."""
+def coded_layers(folder: str) -> dict[str, Coding]:
+    """{name: Coding} of the quantised 2:4 layers in a local folder, by its headers.
+
+    Raises:
+        NotImplementedError: a form whose tensors cannot be split between ranks.
+    """
     if sparse_layers(folder) is None:
         return {}
     files = TensorFiles(Path(folder))
-    of_storage = {kind.storage: kind.name for kind in dtypes.elements() if not kind.plain}
     found = {}
     for layer in compressed_layers(files):
-        info = files.info.get(join(layer, "compressed"))
-        if info is not None and info.dtype in of_storage:
-            found[layer] = of_storage[info.dtype]
+        form = form_of(files, layer)
+        expected = f"{layer} in the form plain, levels or words"
+        remedy = "Load it with sparsekern.from_pretrained and save it again."
+        read = form in (PLAIN, LEVELS, WORDS)
+        check(read, OP, expected, form.name, remedy, NotImplementedError)
+        storage = storage_of(files, layer)
+        if storage is None:
+            continue
+        group = 0
+        if form is WORDS:
+            columns = layer_shape(files, layer)[1]
+            group = scaled.group_of(columns, files.info[join(layer, SCALE)].shape[1])
+            group = group if group < columns else 0
+        found[layer] = Coding(storage, group)
     return found
 
 
-def check_columns(prefix: str, in_features: int, per_rank: int) -> None:
-    """Whether the columns of a rank end where a byte of the bitmask does. Raises ValueError."""
+def check_columns(prefix: str, in_features: int, per_rank: int, coding: Coding | None) -> None:
+    """Whether the columns of a rank end where a byte of the bitmask does, a word of int4 levels and
+    a group of scales. Raises ValueError."""
+    step = 8
+    if coding is not None and dtypes.element(coding.storage).bits == 4:
+        step = math.lcm(16, coding.group or 1)
     check(
-        per_rank == in_features or per_rank % 8 == 0,
+        per_rank == in_features or per_rank % step == 0,
         OP,
-        f"in_features of {prefix} on each rank to be a multiple of 8",
+        f"in_features of {prefix} on each rank to be a multiple of {step}",
         f"{per_rank} of {in_features}",
         "Choose a smaller tensor_parallel_size.",
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import check
 from sparsekern.oneshot.calibration import Batch
+from sparsekern.oneshot.permutation import permute_on, permute_resumed
 from sparsekern.oneshot.presets import find_preset
 from sparsekern.oneshot.ranks import RankError, Ranks
 from sparsekern.oneshot.report import PruneReport
@@ -30,7 +31,7 @@ class Extra:
 
     Attributes:
         block: the round inside the walk.      spans: the rounds after it.
-        rotate: keywords of rotate_on, None for no rotation.
+        rotate: keywords of rotate_on, None for no rotation.      permute: of permute_on.
         optional: what the model does not allow is left out with a warning.
     """
 
@@ -43,22 +44,21 @@ class Extra:
         calibration: Any,
         hessians: Any,
         true_sequential: bool,
+        permute: bool | Mapping[str, Any] = False,
     ) -> None:
         row = find_preset(OP, preset)
         self.optional = reconstruct is None
         rounds = row.rounds if reconstruct is None else as_rounds(reconstruct, OP)
         self.turn_optional = rotate is None
         wanted = row.rotate if rotate is None else rotate
-        kinds = isinstance(wanted, (bool, Mapping))
-        expected = "rotate as a bool or keywords of sparsekern.rotate"
-        check(kinds, OP, expected, type(wanted).__name__, exc=TypeError)
-        self.rotate: dict[str, Any] | None = None
-        if wanted is not False:
-            self.rotate = {**(wanted if isinstance(wanted, Mapping) else {}), "untie": untie}
-            known = {"steps", "seconds", "rate", "heads", "seed", "untie"}
-            unknown = sorted(set(self.rotate) - known)
-            check(not unknown, OP, f"keywords of sparsekern.rotate: {sorted(known)}", unknown)
+        known = {"steps", "seconds", "rate", "heads", "seed", "untie"}
+        self.rotate = _keywords("rotate", wanted, known)
+        if self.rotate is not None:
+            self.rotate["untie"] = untie
+        self.permute = _keywords("permute", permute, {"rounds", "heads", "seed"})
         possible = calibration is not None and hessians is None
+        remedy = "Pass token ids [samples, tokens] as calibration=."
+        check(possible or self.permute is None, OP, "calibration data for permute", "none", remedy)
         for name, asked, optional in (
             ("reconstruct", bool(rounds), self.optional),
             ("rotate", self.rotate is not None, self.turn_optional),
@@ -89,7 +89,30 @@ class Extra:
         """As options of the report and of the manifest."""
         rounds = described([r for r in (self.block, *self.spans) if r is not None])
         made: dict[str, Any] = {"reconstruct": rounds} if rounds else {}
-        return made | ({"rotate": dict(self.rotate)} if self.rotate is not None else {})
+        made |= {"rotate": dict(self.rotate)} if self.rotate is not None else {}
+        return made | ({"permute": dict(self.permute)} if self.permute is not None else {})
+
+    def reorder(
+        self,
+        model: nn.Module,
+        batches: list[Batch],
+        device: torch.device,
+        resume: str | os.PathLike[str] | None,
+        report: PruneReport,
+        ranks: Ranks | None = None,
+    ) -> Callable[[], None]:
+        """Permute the model; returns how to take it back. Of several ranks the first searches."""
+        assert self.permute is not None
+        if ranks is not None and ranks.rank:
+            made = permute_on(model, batches, device, known=ranks.share(None, 0), **self.permute)
+        elif resume is None:
+            made = permute_on(model, batches, device, **self.permute)
+        else:
+            made = permute_resumed(model, batches, device, resume, self.permute)
+        if ranks is not None and not ranks.rank:
+            ranks.share(made.orders, 0)
+        report.permutation = asdict(made.report)
+        return made.undo
 
     def turn(
         self,
@@ -130,3 +153,16 @@ class Extra:
             return None
         report.rotation = asdict(turned.report)
         return turned.undo
+
+
+def _keywords(name: str, given: bool | Mapping[str, Any], known: set[str]) -> dict[str, Any] | None:
+    """Keywords of a step that is asked for by True or by keywords; None for False."""
+    kinds = isinstance(given, (bool, Mapping))
+    expected = f"{name} as a bool or keywords of sparsekern.{name}"
+    check(kinds, OP, expected, type(given).__name__, exc=TypeError)
+    if given is False:
+        return None
+    keywords = dict(given) if isinstance(given, Mapping) else {}
+    unknown = sorted(set(keywords) - known)
+    check(not unknown, OP, f"keywords of sparsekern.{name}: {sorted(known)}", unknown)
+    return keywords

@@ -22,6 +22,7 @@ from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.report import LayerReport
 from sparsekern.prune.methods import Method, apply_mask
+from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
 
 DAMP = 0.01
 
@@ -39,7 +40,7 @@ class Options:
     """
 
     method: Method
-    pattern: tuple[int, int] = (2, 4)
+    pattern: Pattern = TWO_OF_FOUR
     masks: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     damp: float = DAMP
@@ -172,7 +173,7 @@ def _prune(layers: list[Layer], hessian: prune.Hessian | None, options: Options)
             few = f"saw {layer.tokens} tokens, fewer than in_features"
         report.damp = details.damp
         report.note = "; ".join(text for text in (few, note) if text) or None
-        report.is_24 = options.pattern == (2, 4) or bool(given)
+        _describe_mask(report, keep, options.pattern, bool(given))
         if levels is not None:
             describe_quantized(report, weight, levels, hessian, options)
         outcome.append(Pruned(layer, report, new, keep, levels))
@@ -255,7 +256,19 @@ def _call(
     )
     n, m = pattern
     if mask is None and weight.shape[1] % m == 0:
-        most = int(kept.reshape(-1, m).sum(1).max()) if kept.numel() else 0
-        expected = f"at most {n} of {m} kept in {names} by method {method.name}"
+        most = pattern.most(kept)
+        whole = ", pairs whole" if pattern.unit > 1 else ""
+        expected = f"at most {n} of {m} kept in {names} by method {method.name}{whole}"
         check(most <= n, options.op, expected, most)
     return pruned, kept, details
+
+
+def _describe_mask(report: LayerReport, kept: Tensor, pattern: Pattern, given: bool) -> None:
+    """Enter into a row what the weight is now; masks that were given may be of any form."""
+
+    def has(one: Pattern) -> bool:
+        return kept.shape[1] % one[1] == 0 and not bool(one.broken(kept).any())
+
+    report.is_24 = has(TWO_OF_FOUR) if given else pattern == TWO_OF_FOUR
+    if pattern != TWO_OF_FOUR and (not given or has(pattern)):
+        report.pattern = str(pattern)

@@ -37,6 +37,7 @@ from sparsekern.oneshot.skip import DEFAULT_RULE
 from sparsekern.oneshot.source import Source
 from sparsekern.prune import Hessian, Method
 from sparsekern.prune.methods import find_method
+from sparsekern.prune.pattern import Pattern
 
 
 @with_experts_apart
@@ -51,7 +52,7 @@ def prune_model(
     device: torch.device | str | None = None,
     batch_size: int | None = None,
     tokenizer: Callable[..., Any] | None = None,
-    pattern: tuple[int, int] = (2, 4),
+    pattern: tuple[int, int] | str = (2, 4),
     masks: Mapping[str, Tensor] | None = None,
     true_sequential: bool = False,
     damp: float | None = None,
@@ -74,6 +75,7 @@ def prune_model(
     reconstruct: Given = None,
     rotate: bool | Mapping[str, Any] | None = None,
     untie: bool = False,
+    permute: bool | Mapping[str, Any] = False,
     ranks: Any = "auto",
     source: Source | None = None,
     **options: Any,
@@ -85,7 +87,8 @@ def prune_model(
         model: a Transformers model, or any nn.Module. Where it is a chain of blocks they are
             calibrated one by one on what the pruned blocks before them return; else, with a
             warning, every layer in one pass on the unpruned model.
-        method: "sparsegpt" (mask and weight update), "wanda" (|W|·‖x‖₂), "magnitude" (|W|), the
+        method: "sparsegpt" (mask and weight update), "admm" (masks and weights in turn, see
+            prune.admm: lower errors, more time), "wanda" (|W|·‖x‖₂), "magnitude" (|W|), the
             name of a method registered with prune.register_method, a prune.Method, or a function
             (w [out_features, in_features], Hessian or None) -> scores of the same shape, higher =
             kept.
@@ -104,7 +107,9 @@ def prune_model(
             where the model is.
         batch_size: samples per forward; None: by tokens, 16384 on a GPU and 4096 on a CPU.
         tokenizer: for texts as calibration: a callable text -> {"input_ids": [...]}.
-        pattern: (n, m), n kept of each m; compress=True needs (2, 4).
+        pattern: (n, m) or "n:m", n kept of each m, or "4:8 in pairs": of each four consecutive
+            pairs of columns two are kept, as Blackwell's instructions for fp4 read them, where
+            in_features is a multiple of 8. compress=True needs 2:4.
         masks: layer name -> bool [out_features, in_features], True = kept; other layers get the
             method's mask. A method that updates weights ("sparsegpt") still does.
         true_sequential: prune the layers of a block in order of execution, each group on the
@@ -112,12 +117,12 @@ def prune_model(
         damp, blocksize: as in prune.sparsegpt; None: 0.01 and 128. damp is also that of refine and
             match_dense.
         refine: steps of prune.refine after each layer's own method: the kept weights move towards
-            the least-squares fit under the mask. None: the method's default, 16 with "sparsegpt",
-            else 0. With 0 the method is the published one.
-        match_dense: with "sparsegpt", the share (0 to 1) of prune.retarget that is applied before
-            it: layers then make up for what pruning has changed in their inputs. Costs one more
+            the least-squares fit under the mask. None: the method's default, 16 with "sparsegpt"
+            and "admm", else 0. With 0 the method is the published one.
+        match_dense: with these two, the share (0 to 1) of prune.retarget that is applied before
+            them: layers then make up for what pruning has changed in their inputs. Costs one more
             forward per block and a second set of hidden states. 0 is the published method. None:
-            the method's default (0.25 with "sparsegpt") on a model that is a chain of decoder
+            the method's default (0.25 with these two) on a model that is a chain of decoder
             blocks, unless true_sequential or hessians; else 0. Layers that get only some of the
             tokens, as experts do, are left out.
         on_error: "raise" or "skip" (leave the layer dense, reason in the report): NaN or Inf in a
@@ -157,6 +162,9 @@ def prune_model(
             the basis of the residual stream first. The dense model stays the same up to rounding.
             False: not.
         untie: allow `rotate` to give the head a weight of its own.
+        permute: True, or keywords of sparsekern.permute (rounds, heads, seed): change the order of
+            the channels inside MLPs and heads first, after `rotate`. The dense model stays the same
+            up to rounding. Needs pattern 2:4.
         ranks: "auto": all processes of an initialised torch.distributed prune together, each called
             with the same model and arguments; a process group: those; False: this one by itself.
             The result is that of one process, bit for bit (oneshot/ranks.py), and the same on all.
@@ -195,12 +203,14 @@ def prune_model(
         first = crew is None or crew.rank == 0
         chosen = find_method(OP, method)
         calibrated = calibration is not None or hessians is not None
-        extra = Extra(preset, reconstruct, rotate, untie, calibration, hessians, true_sequential)
+        extra = Extra(
+            preset, reconstruct, rotate, untie, calibration, hessians, true_sequential, permute
+        )
         may_match = match_dense is None and bool(chosen.match_dense) and not true_sequential
         may_match = may_match and hessians is None
         wanted = Options(
             chosen,
-            tuple(pattern),  # type: ignore[arg-type]
+            Pattern.of(pattern, OP),
             dict(masks or {}),
             _values(chosen, {"damp": damp, "blocksize": blocksize}, options),
             DAMP if damp is None else damp,
@@ -213,6 +223,11 @@ def prune_model(
             OP,
         )
         check_options(wanted, true_sequential, compress, calibrated, offload_activations, OP)
+        ordered = extra.permute is None or wanted.pattern == (2, 4)
+        expected = "pattern (2, 4) with permute"
+        check(ordered, OP, expected, repr(wanted.pattern), "Leave permute out.")
+        fixed = extra.permute is None or not masks
+        check(fixed, OP, "masks or permute", "both of them", "Call sparsekern.permute first.")
         late = bool(extra.spans) and quantize_method == "gptq"
         expected = 'quantize_method "rtn" or None with rounds of reconstruction after the walk'
         check(not late, OP, expected, "'gptq'", "No Hessian is left after them.")
@@ -263,6 +278,12 @@ def prune_model(
                     phases = {"rotate": report.rotation["seconds"]} if report.rotation else {}
                     walk = walked()  # the head may have a weight of its own now
                     walk.phases |= phases
+            if extra.permute is not None:
+                undo_order = extra.reorder(model, batches, walk.device, resume, report, crew)
+                if walk.undo == "run":
+                    stack.push(_on_error(undo_order))
+                seconds = report.permutation["seconds"] if report.permutation else 0.0
+                walk.phases["permute"] = seconds
             walk.batches = batches
             report.phases = walk.phases
             report.options = describe(skip, wanted, compress, true_sequential, targets)
@@ -329,6 +350,8 @@ def _check_streamed(extra: Extra, compress: bool, resume: Any, preset: str | Non
     of = f" (of preset {preset})"
     got = "a rotation" + of * extra.turn_optional
     check(extra.rotate is None, OP, "one block at a time, for source", got, remedy)
+    expected = "one block at a time, for source"
+    check(extra.permute is None, OP, expected, "a permutation", remedy)
     got = "reconstruct of several blocks together" + of * extra.optional
     check(not extra.spans, OP, "one block at a time, for source", got, remedy)
 

@@ -12,6 +12,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from sparsekern.errors import check
+from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
 from sparsekern.utils.files import write_atomic
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class LayerReport:
         bytes_dense, bytes_sparse: of the weight before and after; bytes_sparse is bytes_dense where
             nothing is compressed.
         is_24: the weight is 2:4 now, pruned by this run or before it.
+        pattern: the pattern that the run gave the weight, where it is another: "4:8 in pairs".
         asked: the layer was to be pruned; False where a rule of the caller leaves it dense.
         tokens: that an expert saw in the calibration; None for other layers.
     """
@@ -71,6 +73,12 @@ class LayerReport:
     tokens: int | None = None
     quantized: str | None = None
     quantize_error: float | None = None
+    pattern: str | None = None
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the weight is 2:4 now, or of the pattern that the run was asked for."""
+        return self.is_24 or self.pattern is not None
 
     @property
     def elements(self) -> int:
@@ -97,6 +105,7 @@ class PruneReport:
         resumed: stages that were loaded instead of computed.
         preset: its name, None without.
         rotation: the RotationReport's fields, or {"skipped": why}; None where none was asked for.
+        permutation: the PermutationReport's fields; None where none was asked for.
         reconstruction: one dict per fit (reconstruct.Fit): blocks, held-out error before and after,
             epochs, steps, kept, seconds, part.
         estimate: what the run was expected to take: "seconds" and what that is "from", bytes of
@@ -117,6 +126,7 @@ class PruneReport:
     resumed: int = 0
     preset: str | None = None
     rotation: dict[str, Any] | None = None
+    permutation: dict[str, Any] | None = None
     reconstruction: list[dict[str, Any]] = field(default_factory=list)
     estimate: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
@@ -139,8 +149,14 @@ class PruneReport:
         return [layer for layer in self.pruned if layer.few_tokens]
 
     @property
+    def pattern(self) -> Pattern:
+        """The pattern that was asked for."""
+        return Pattern.of(self.options.get("pattern", TWO_OF_FOUR))
+
+    @property
     def share(self) -> float:
-        """Of the weights of all rows, the share that is 2:4 now; 0 without rows."""
+        """Of the weights of all rows, the share that is 2:4 now, or of the pattern that was asked
+        for; 0 without rows."""
         return _share(self.layers)
 
     @property
@@ -151,13 +167,14 @@ class PruneReport:
         return not self.pruned or (bool(asked) and _share(asked) < PARTIAL)
 
     def why_dense(self) -> list[tuple[str, int, float]]:
-        """[(reason, layers, share of all weights)] of what is not 2:4, largest share first; reasons
-        that differ only in the numbers count as one."""
+        """[(reason, layers, share of all weights)] of what is not sparse, largest share first;
+        reasons that differ only in the numbers count as one."""
         total = sum(layer.elements for layer in self.layers)
         found: dict[str, tuple[int, int]] = {}
         for layer in self.layers:
-            if not layer.is_24:
-                reason = _short(layer.reason or f"pruned, but not to 2:4 ({self.method})")
+            if not layer.sparse:
+                reason = f"pruned, but not to {self.pattern} ({self.method})"
+                reason = _short(layer.reason or reason)
                 count, size = found.get(reason, (0, 0))
                 found[reason] = count + 1, size + layer.elements
         rows = [(reason, n, size / max(1, total)) for reason, (n, size) in found.items()]
@@ -190,7 +207,7 @@ class PruneReport:
             text += f", pruned weights {_size(dense)} -> {_size(sparse)}"
         if self.few_tokens:
             text += f", {len(self.few_tokens)} matrices of experts saw few tokens"
-        text += f", {self.share:.1%} of the linear weights are 2:4"
+        text += f", {self.share:.1%} of the linear weights are {self.pattern}"
         if self.preset:
             text += f", preset {self.preset}"
         if self.parameters and self.parameters["stored"] != self.parameters["dense"]:
@@ -256,15 +273,15 @@ class PruneReport:
 
     def _repr_html_(self) -> str:
         """The table for notebooks."""
-        head = ("layer", "shape", "result", "rel. error", "2:4", "note")
+        head = ("layer", "shape", "result", "rel. error", str(self.pattern), "note")
         rows = []
         for layer in self.layers:
             error = "" if layer.relative_error is None else f"{layer.relative_error:.5f}"
-            result = "dense" if layer.skipped and not layer.is_24 else layer.method or "2:4"
+            result = "dense" if layer.skipped and not layer.sparse else layer.method or "2:4"
             result += f", {layer.quantized}" if layer.quantized else ""
             shape = "x".join(map(str, layer.shape))
             note = layer.reason or layer.note or ""
-            rows.append((layer.name, shape, result, error, "yes" if layer.is_24 else "", note))
+            rows.append((layer.name, shape, result, error, "yes" if layer.sparse else "", note))
         lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
         for row in rows:
             lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
@@ -350,7 +367,7 @@ def _size(count: float) -> str:
 
 def _share(layers: list[LayerReport]) -> float:
     total = sum(layer.elements for layer in layers)
-    return sum(layer.elements for layer in layers if layer.is_24) / total if total else 0.0
+    return sum(layer.elements for layer in layers if layer.sparse) / total if total else 0.0
 
 
 def _short(reason: str) -> str:

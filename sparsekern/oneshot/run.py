@@ -344,5 +344,6 @@ class Run(Rounds):
         already = sum(row.is_24 for row in report.skipped)
         if already:
             done += f", {already} layers were 2:4 already"
-        text = f"{done}: {report.share:.1%} of the linear weights of {report.model} are 2:4"
+        text = f"{done}: {report.share:.1%} of the linear weights of {report.model}"
+        text += f" are {report.pattern}"
         warnings.warn(f"{OP}: {text}. Dense: {why or 'none'}.", stacklevel=4)

@@ -75,6 +75,9 @@ class Rounds:
             ]
             self.report.options |= extra.described()
         moving = any(options.reselect for options in extra.spans)
+        right = not moving or self.options.pattern == (2, 4)
+        expected = "pattern (2, 4) with reselect"
+        check(right, OP, expected, repr(self.options.pattern), "Pass reselect=0.")
         fixed = not (moving and self.options.masks)
         check(fixed, OP, "masks or reselect", "both of them", "Pass reselect=0.")
         if extra.spans:

@@ -57,12 +57,11 @@ def check_options(
     remedy = "Pass token ids [samples, tokens] as calibration=."
     enough = calibrated or method.needs == "weights"
     check(enough, op, f"calibration for {method.name}", None, remedy)
-    integers = len(pattern) == 2 and all(type(v) is int for v in pattern)
-    right = integers and 0 < pattern[0] < pattern[1]
-    check(right, op, "pattern (n, m) with 0 < n < m", pattern, "2:4 is (2, 4).")
-    remedy = "Pass compress=False for other patterns."
+    remedy = "Pass compress=False: dense weights with zeros."
+    if pattern.unit > 1:
+        remedy = f"No kernel here runs it, and it is in general not 2:4. {remedy}"
     whole = not compress or pattern == (2, 4)
-    check(whole, op, "pattern (2, 4) with compress=True", pattern, remedy)
+    check(whole, op, "pattern (2, 4) with compress=True", repr(pattern), remedy)
     steps = options.refine
     good = type(steps) is int and steps >= 0
     check(good, op, "refine >= 0, a number of steps", repr(steps))
@@ -101,7 +100,8 @@ def _check_quantize(options: Options, calibrated: bool, op: str) -> None:
         return
     quantized(op, name)
     right = options.pattern == (2, 4)
-    check(right, op, "pattern (2, 4) with quantize=", options.pattern, "Leave quantize out.")
+    got = repr(options.pattern)
+    check(right, op, "pattern (2, 4) with quantize=", got, "Leave quantize out.")
     known = (None, *METHODS)
     check(method in known, op, f"quantize_method in {known}", repr(method))
     enough = calibrated or method != "gptq"
@@ -209,7 +209,7 @@ def describe(
         return [rule if isinstance(rule, int) else str(rule) for rule in rules]
 
     described: dict[str, Any] = {
-        "pattern": list(options.pattern),
+        "pattern": options.pattern.described(),
         "compress": compress,
         "skip": texts(skip),
         "true_sequential": true_sequential,

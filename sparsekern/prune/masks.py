@@ -1,4 +1,5 @@
-"""N:M masks from scores: of each m consecutive columns of a row, keep the n highest.
+"""N:M masks from scores: of each m consecutive columns of a row, keep the n highest, one by one or
+in pairs (pattern.py).
 
 A mask must be the same on every device and in every run, because a checkpoint is compared by its
 bytes. Sorting and topk leave the order of equal scores open, so the rank of a column is counted
@@ -17,24 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import check
-
-
-def check_pattern(op: str, n: int, m: int, in_features: int) -> None:
-    """Raise ValueError unless 1 <= n < m and in_features is a multiple of m."""
-    check(
-        isinstance(n, int) and isinstance(m, int) and 1 <= n < m,
-        op,
-        "a pattern (n, m) of integers with 1 <= n < m",
-        f"({n!r}, {m!r})",
-        "2:4 is n=2, m=4.",
-    )
-    check(
-        in_features % m == 0,
-        op,
-        f"in_features % {m} == 0 for pattern {n}:{m}",
-        f"in_features = {in_features}",
-        "Skip this layer, or pad its input dimension.",
-    )
+from sparsekern.prune.pattern import Pattern
 
 
 def check_no_nan(op: str, name: str, tensor: Tensor) -> None:
@@ -76,13 +60,29 @@ def rank_mask(scores: Tensor, n: int) -> Tensor:
     return beaten >= m - n
 
 
-def nm_mask(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:
-    """Keep the n highest scores of each aligned group of m columns.
+def select(scores: Tensor, pattern: Pattern) -> Tensor:
+    """Keep the units of highest score; no checks, no host synchronisation.
+
+    Args:
+        scores: [..., in_features] real, without NaN; those of a unit are added.
+    Returns:
+        bool of its shape, exactly n of each m.
+    """
+    units = pattern.folded(scores)
+    n, m = pattern.in_units()
+    groups = units.reshape(*units.shape[:-1], units.shape[-1] // m, m).movedim(-1, 0)
+    return pattern.unfolded(rank_mask(groups, n).movedim(0, -1).reshape(units.shape))
+
+
+def nm_mask(scores: Tensor, n: int = 2, m: int = 4, unit: int = 1) -> Tensor:
+    """Keep the n highest scores of each aligned group of m columns; with unit=2 the n / 2 pairs of
+    highest sums.
 
     Args:
         scores: [..., in_features] real, higher = more worth keeping. Infinities are ordered as
             usual. Any strides; never modified.
         n, m: kept columns and group width, 1 <= n < m.
+        unit: 1, or 2: columns 2i and 2i + 1 are kept or dropped together; n and m are even.
     Returns:
         bool [..., in_features], True = kept, exactly n in each group. Bit for bit the same on CPU
         and GPU: of equal scores the higher column is kept, -0.0 equals 0.0.
@@ -91,15 +91,17 @@ def nm_mask(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:
             names its row and column).
         TypeError: complex scores.
     """
-    return _nm_mask("sparsekern.prune.nm_mask", "scores", scores, n, m)
+    op = "sparsekern.prune.nm_mask"
+    return _nm_mask(op, "scores", scores, Pattern(n, m, unit, op=op))
 
 
-def magnitude_mask(w: Tensor, n: int = 2, m: int = 4) -> Tensor:
-    """Keep the n largest |w| of each aligned group of m columns.
+def magnitude_mask(w: Tensor, n: int = 2, m: int = 4, unit: int = 1) -> Tensor:
+    """Keep the n largest |w| of each aligned group of m columns; with unit=2 the pairs of largest
+    sums of squares, in float64.
 
     Args:
         w: [..., in_features] real weight, any dtype; never modified.
-        n, m: as in nm_mask.
+        n, m, unit: as in nm_mask.
     Returns:
         bool [..., in_features], True = kept; deterministic as in nm_mask.
     Raises:
@@ -108,22 +110,26 @@ def magnitude_mask(w: Tensor, n: int = 2, m: int = 4) -> Tensor:
     op = "sparsekern.prune.magnitude_mask"
     _check_tensor(op, "w", w)
     check(not w.is_complex(), op, "a real weight", str(w.dtype), exc=TypeError)
+    pattern = Pattern(n, m, unit, op=op)
     w = w.detach()
+    if unit > 1:
+        return _nm_mask(op, "w", w.double().square(), pattern)
     if not w.is_floating_point() and w.element_size() > 1:
         # The smallest integer has no abs of its own type; the order of -|w| is the same, reversed.
-        return _nm_mask(op, "w", ~torch.where(w > 0, ~w + 1, w), n, m)
+        return _nm_mask(op, "w", ~torch.where(w > 0, ~w + 1, w), pattern)
     # 8-bit types have no usable abs (int8 wraps at -128, float8 lacks it); float32 holds them.
-    return _nm_mask(op, "w", (w.float() if w.element_size() == 1 else w).abs(), n, m)
+    return _nm_mask(op, "w", (w.float() if w.element_size() == 1 else w).abs(), pattern)
 
 
-def wanda_mask(w: Tensor, act_norm: Tensor, n: int = 2, m: int = 4) -> Tensor:
-    """Keep the n largest |w_ij| * ‖x_j‖₂ of each aligned group of m columns.
+def wanda_mask(w: Tensor, act_norm: Tensor, n: int = 2, m: int = 4, unit: int = 1) -> Tensor:
+    """Keep the n largest |w_ij| * ‖x_j‖₂ of each aligned group of m columns; with unit=2 the pairs
+    of largest sums of squares of these, in float64.
 
     Args:
         w: [..., in_features] real weight; never modified.
         act_norm: [in_features] norm of each input feature over the calibration set, not negative
             (Hessian.act_norm), same device as w.
-        n, m: as in nm_mask.
+        n, m, unit: as in nm_mask.
     Returns:
         bool [..., in_features], True = kept. The score is one float32 product, so CPU and GPU agree
         bit for bit; float64 where an input is float64 or a product leaves float32's range.
@@ -154,11 +160,12 @@ def wanda_mask(w: Tensor, act_norm: Tensor, n: int = 2, m: int = 4) -> Tensor:
         "a negative norm",
         "Pass norms, not means.",
     )
+    pattern = Pattern(n, m, unit, op=op)
     wide = torch.float64 in (w.dtype, act_norm.dtype)
     scores = w.detach().float().abs() * act_norm.detach().float()
-    if wide or bool(scores.isinf().any()):
+    if unit > 1 or wide or bool(scores.isinf().any()):
         scores = w.detach().double().abs() * act_norm.detach().double()
-    return _nm_mask(op, "|w| * act_norm", scores, n, m)
+    return _nm_mask(op, "|w| * act_norm", scores if unit == 1 else scores.square(), pattern)
 
 
 def _check_tensor(op: str, name: str, tensor: object) -> None:
@@ -166,13 +173,14 @@ def _check_tensor(op: str, name: str, tensor: object) -> None:
     check(isinstance(tensor, Tensor), op, f"{name} as a Tensor", got, exc=TypeError)
 
 
-def _nm_mask(op: str, name: str, scores: Tensor, n: int, m: int) -> Tensor:
+def _nm_mask(op: str, name: str, scores: Tensor, pattern: Pattern) -> Tensor:
     check(not scores.is_complex(), op, f"real {name}", str(scores.dtype), exc=TypeError)
     check(scores.dim() >= 1, op, f"{name} of shape [..., in_features]", "a scalar")
-    check_pattern(op, n, m, scores.shape[-1])
+    pattern.check_columns(op, scores.shape[-1])
     scores = scores.detach()
     if scores.is_floating_point() and scores.element_size() == 1:
         scores = scores.float()
     check_no_nan(op, name, scores)
-    groups = scores.reshape(*scores.shape[:-1], scores.shape[-1] // m, m).movedim(-1, 0)
-    return rank_mask(groups, n).movedim(0, -1).reshape(scores.shape)
+    if pattern.unit > 1:  # infinities of both signs
+        check_no_nan(op, f"sums of pairs of {name}", pattern.folded(scores))
+    return select(scores, pattern)

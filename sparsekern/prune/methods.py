@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sparsekern.errors import check
 from sparsekern.prune.hessian import Hessian
 from sparsekern.prune.masks import nm_mask
+from sparsekern.prune.pattern import Pattern
 
 # What a method can need of the calibration, least first.
 NEEDS = ("weights", "norms", "hessian", "outputs")
@@ -89,7 +90,8 @@ class Method:
         function: (weight [out_features, in_features], hessian, *, pattern, mask, **options) ->
             (weight', mask, Details or None). weight' has zeros where the bool mask is False and is
             new; so is the mask, True = kept. `hessian` is a Hessian, or None where there is no
-            calibration. `mask`: None, or one that was given and has to be kept to.
+            calibration. `mask`: None, or one that was given and has to be kept to. `pattern` is
+            the tuple (n, m) and has a `unit`: a Pattern.
         needs: "weights" (nothing of the calibration), "norms" (Hessian.act_norm), "hessian", or
             "outputs" (the block: see finish).
         options: the keywords of the function and of finish; each gets those that it takes.
@@ -212,7 +214,8 @@ def from_scores(score: Callable[..., Tensor], name: str | None = None, help: str
         remedy = "Return one score per weight, higher = kept."
         fits = is_tensor and scores.shape == weight.shape
         check(fits, f"sparsekern.prune method {label}", expected, shape, remedy)
-        mask = nm_mask(scores.to(weight.device), *pattern)
+        kept = Pattern.of(pattern)
+        mask = nm_mask(scores.to(weight.device), *kept, kept.unit)
         return weight.masked_fill(~mask, 0), mask, None
 
     label = name or str(getattr(score, "__qualname__", "score"))

@@ -21,7 +21,7 @@ from torch import Tensor
 from sparsekern.errors import check, message
 from sparsekern.formats import dtypes
 from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32, relative_error
-from sparsekern.prune.masks import check_no_nan, check_pattern, rank_mask
+from sparsekern.prune.masks import check_no_nan, rank_mask
 from sparsekern.prune.methods import (
     Details,
     Method,
@@ -31,6 +31,7 @@ from sparsekern.prune.methods import (
     is_count,
     is_number,
 )
+from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
 
 _OP = "sparsekern.prune.sparsegpt"
 _WEIGHT_DTYPES = (*dtypes.PLAIN, torch.float64)
@@ -67,7 +68,7 @@ def sparsegpt(
     w: Tensor,
     hessian: Hessian | Tensor,
     *,
-    pattern: tuple[int, int] = (2, 4),
+    pattern: tuple[int, int] | str = (2, 4),
     mask: Tensor | None = None,
     score: Callable[[Tensor, Tensor], Tensor] | None = None,
     blocksize: int = 128,
@@ -79,18 +80,21 @@ def sparsegpt(
     The published algorithm in float32: dead columns, H + damp·mean(diag H)·I, upper Cholesky factor
     U of its inverse; then column by column, e = (w_i − q_i)/U_ii and w_j −= e·U_ij for j > i, where
     the mask of each m columns is chosen when the sweep reaches them, by w_j²/U_jj² of the weights
-    compensated so far.
+    compensated so far. In pairs (j, j+1) it is chosen by what dropping both costs,
+    w_j²/U_jj² + (w_{j+1} − (w_j/U_jj)·U_{j,j+1})²/U_{j+1,j+1}².
 
     Args:
         w: [out_features, in_features] float16 | bfloat16 | float32 | float64; never modified.
         hessian: Hessian of the layer's inputs or its matrix [in_features, in_features], same
             device; never modified.
-        pattern: (n, m): n of each m consecutive columns are kept.
+        pattern: (n, m) or "n:m": n of each m consecutive columns are kept; "4:8 in pairs": two of
+            each four consecutive pairs.
         mask: bool [out_features, in_features], True = kept. Given, only the weight update runs, for
             any mask; pattern is not looked at.
         score: callable(w_block [out_features, m], hinv_diag_block [m]) -> scores [out_features, m],
             higher = kept, in place of w_block² / hinv_diag_block². It sees the compensated float32
-            weights of one group and the matching entries of diag(U).
+            weights of one group and the matching entries of diag(U). With pairs the two of a pair
+            are added.
         blocksize: columns between two updates of the whole remainder; a multiple of m. It changes
             the result by rounding only.
         damp: first multiple of mean(diag H) to try. When the factorisation fails it grows tenfold
@@ -108,9 +112,10 @@ def sparsegpt(
     Source: Frantar and Alistarh 2023, "SparseGPT" (arXiv:2301.00774), fasterprune of its code.
     """
     start = time.perf_counter()
-    n, m = _check_arguments(w, pattern, mask, score, blocksize, damp)
+    kept = Pattern.of(pattern, _OP) if mask is None else TWO_OF_FOUR
+    _check_arguments(w, kept, mask, score, blocksize, damp)
     h = as_matrix(_OP, hessian, w).clone()
-    backend = _pick_backend(backend, w, (n, m), mask, score, blocksize)
+    backend = _pick_backend(backend, w, kept, mask, score, blocksize)
     with exact_float32(w.device):
         dead = h.diagonal() == 0
         h.diagonal().masked_fill_(dead, 1.0)
@@ -132,7 +137,7 @@ def sparsegpt(
         if backend == "triton":
             from sparsekern.backends.triton.sparsegpt import sweep_block
         else:
-            sweep_block = _sweep_block_torch(n, m, mask is None, score, d.float())
+            sweep_block = _sweep_block_torch(kept, mask is None, score, d.float())
         energy = _sweep(wt, keep, v, weight, blocksize, sweep_block)
         pruned = torch.empty(w.shape, dtype=w.dtype, device=w.device).copy_(wt.t())
         loss = 0.5 * float(energy) / float(d.max()) ** 2
@@ -249,14 +254,18 @@ def _few_threads(wt: Tensor) -> Iterator[None]:
 
 
 def _sweep_block_torch(
-    n: int, m: int, choose: bool, score: Callable[[Tensor, Tensor], Tensor] | None, d: Tensor
+    pattern: Pattern,
+    choose: bool,
+    score: Callable[[Tensor, Tensor], Tensor] | None,
+    d: Tensor,
 ) -> Callable[..., None]:
     """Build the torch sweep of one block; it is the oracle of the Triton kernel.
 
     The sweep looks left: a group of columns collects the errors of all columns before it in the
     block with one matmul, just before its mask is chosen. The sums are the published ones.
     """
-    width = m if choose else 4
+    most, _ = pattern.in_units()
+    width = pattern[1] if choose else 4
 
     def sweep_block(
         block: Tensor, keep: Tensor, removed: Tensor, v: Tensor, weight: Tensor, offset: int
@@ -269,10 +278,11 @@ def _sweep_block_torch(
                 group.addmm_(vt[i:j, :i], removed[:i], alpha=-1)
             if choose:
                 if score is None:
-                    scores = group.square().mul_(weight[i:j, None])
+                    scores = _costs(group, v[i:j, i:j], weight[i:j], pattern.unit)
                 else:
                     scores = _custom_scores(score, group, d[offset + i : offset + j])
-                keep[i:j] = rank_mask(scores, n)
+                    scores = pattern.folded(scores.t()).t()
+                keep[i:j] = pattern.unfolded(rank_mask(scores, most).t()).t()
             dropped = ~keep[i:j]
             columns = zip(group.unbind(), dropped.float().unbind(), errors.unbind())
             for c, (column, factor, error) in enumerate(columns):
@@ -282,6 +292,26 @@ def _sweep_block_torch(
             group.masked_fill_(dropped, 0.0)
 
     return sweep_block
+
+
+def _costs(group: Tensor, v: Tensor, weight: Tensor, unit: int) -> Tensor:
+    """What dropping each unit of a group costs, with the columns to its right making up for it.
+
+    Args:
+        group: [m, rows] compensated weights.      v: [m, m] rows of U over their diagonal.
+        weight: [m] 1/U_jj², up to a factor.      unit: columns that are dropped together.
+    Returns:
+        [m / unit, rows]: Σ over the columns j of a unit of e_j²·weight_j, where
+        e_j = w_j − Σ_{i<j} v_ij·e_i over the columns i of the unit.
+    """
+    if unit == 1:
+        return group.square().mul_(weight[:, None])
+    first, second = group.unflatten(0, (-1, 2)).unbind(1)
+    left, right = weight.view(-1, 2).t()
+    beside = v.diagonal(1)[::2, None]
+    rest = torch.addcmul(second, first, beside, value=-1)
+    costs: Tensor = first.square().mul_(left[:, None]).addcmul_(rest.square(), right[:, None])
+    return costs
 
 
 def _custom_scores(
@@ -298,7 +328,7 @@ def _custom_scores(
 def _pick_backend(
     backend: str | None,
     w: Tensor,
-    pattern: tuple[int, int],
+    pattern: Pattern,
     mask: Tensor | None,
     score: Callable[[Tensor, Tensor], Tensor] | None,
     blocksize: int,
@@ -334,12 +364,12 @@ def _pick_backend(
 
 def _check_arguments(
     w: Tensor,
-    pattern: tuple[int, int],
+    pattern: Pattern,
     mask: Tensor | None,
     score: Callable[[Tensor, Tensor], Tensor] | None,
     blocksize: int,
     damp: float,
-) -> tuple[int, int]:
+) -> None:
     check(
         w.dim() == 2,
         _OP,
@@ -369,19 +399,12 @@ def _check_arguments(
         "both",
         "A given mask leaves nothing to score.",
     )
-    check(
-        isinstance(pattern, (tuple, list)) and len(pattern) == 2,
-        _OP,
-        "pattern=(n, m)",
-        repr(pattern),
-    )
-    n, m = pattern
     if mask is None:
-        check_pattern(_OP, n, m, w.shape[1])
+        pattern.check_columns(_OP, w.shape[1])
         check(
-            blocksize % m == 0,
+            blocksize % pattern[1] == 0,
             _OP,
-            f"blocksize % {m} == 0 for pattern {n}:{m}",
+            f"blocksize % {pattern[1]} == 0 for pattern {pattern}",
             f"blocksize = {blocksize}",
             "A group must not straddle two blocks.",
         )
@@ -398,7 +421,6 @@ def _check_arguments(
     if not bool(finite.all()):
         row, column = (~finite).nonzero()[0].tolist()
         check(False, _OP, "a finite w", f"{w[row, column].item()} at row {row}, column {column}")
-    return n, m
 
 
 # ------------------------------------------------------------------------------------- as a method

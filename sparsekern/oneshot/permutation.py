@@ -1,0 +1,396 @@
+"""Permutations that fold away: an order of the channels inside each MLP, and inside each attention
+head between v and o, in which 2:4 loses less.
+
+Nothing but the layers themselves can see that order, so that it costs nothing at run time:
+
+    gate, up, fc1:  rows, bias    ──►  P W, P b         what makes the channels
+    down, fc2:      columns       ──►  W Pᵀ             what reads them
+    v of a head:    rows, bias    ──►  P W, P b         the same P for all query heads that share
+    o of that head: columns       ──►  W Pᵀ             a key-value head
+
+Which four columns of down and o share a group decides what 2:4 drops. The search lowers the sum of
+the importance dropped, w_ij²·Σ x_j² of the two smallest of each group: in a round the groups are
+paired at random, and each pair takes the best of 16 exchanges of one column, if one helps. Rounds
+never raise the sum.
+
+Source: Zhang et al. 2024, "Plug-and-Play" (RIA, ICLR), for permuting the input channels of pruned
+layers; that these two places fold: the forward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.errors import FormatError, check
+from sparsekern.oneshot import fingerprint
+from sparsekern.oneshot.calibration import Batch, digest, make_batches
+from sparsekern.utils.files import write_atomic
+
+OP = "sparsekern.permute"
+logger = logging.getLogger("sparsekern")
+ROUNDS = 100
+FILE = "permutation.json"
+# Names of an MLP's layers in one module: what makes the channels, and what reads them.
+MLPS = ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2"), (("w1", "w3"), "w2"))
+OUTPUTS = ("o_proj", "out_proj")  # of an attention that has a v_proj
+_ELEMENTS = 2**26  # that a step of the search works on at a time
+
+
+@dataclass
+class Site:
+    """One place whose channels may change their order.
+
+    name: of the layer that reads them.      makers: layers with one row per channel.
+    reader: the layer whose in_features are `heads` x `repeat` x `size` channels; the makers have
+    `heads` x `size` rows, and heads are permuted inside, each by itself.
+    """
+
+    name: str
+    makers: list[nn.Linear]
+    reader: nn.Linear
+    heads: int = 1
+    repeat: int = 1
+
+    @property
+    def size(self) -> int:
+        """Channels of a head."""
+        return self.reader.in_features // (self.heads * self.repeat)
+
+
+@dataclass
+class PermutationReport:
+    """What `permute` did.
+
+    sites: places whose channels have another order now.
+    lost_before, lost_after: mean share of the importance w²·Σx² that 2:4 drops in their readers.
+    logits_distance: largest difference of an output before and after, over the largest output.
+    """
+
+    sites: int
+    rounds: int
+    seconds: float
+    lost_before: float
+    lost_after: float
+    logits_distance: float
+
+    def __str__(self) -> str:
+        text = f"permuted {self.sites} layers in {self.seconds:.1f} s, {self.rounds} rounds: "
+        text += f"lost importance {self.lost_before:.4f} -> {self.lost_after:.4f}, "
+        return f"{text}logits within {self.logits_distance:.1e}"
+
+
+@dataclass
+class Permuted:
+    """What `permute_on` did: its report, {name of a reader: order [heads, size]}, and how to take
+    it back."""
+
+    report: PermutationReport
+    orders: dict[str, Tensor]
+    undo: Callable[[], None]
+
+
+@torch.no_grad()
+def permute(
+    model: nn.Module,
+    calibration: object,
+    *,
+    rounds: int = ROUNDS,
+    heads: bool = True,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+) -> PermutationReport:
+    """Change the order of channels inside a dense model so that 2:4 loses less, in place.
+
+    Run it before prune_model, and after `rotate`. The function does not change, up to rounding.
+
+    Args:
+        model: with MLPs of gate_proj, up_proj and down_proj (or fc1 and fc2, or w1, w3 and w2) in
+            one module, or attention of v_proj and o_proj (out_proj), as nn.Linear.
+        calibration: token ids [samples, tokens], or whatever prune_model takes.
+        rounds: of the search, in every place; 0 changes nothing.
+        heads: also between v and o.
+        device: where it runs; None: CUDA if there is one, else where the model is.
+        seed: of which groups a round pairs.
+    Returns:
+        PermutationReport.
+    Raises:
+        ValueError: the model has no such place. Nothing is changed then.
+        RuntimeError: the outputs differ by more than rounding. The model is as it was before.
+    """
+    home = next(model.parameters()).device
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else home))
+    batches = make_batches(calibration, model, None, target)
+    return permute_on(model, batches, target, rounds=rounds, heads=heads, seed=seed).report
+
+
+@torch.no_grad()
+def permute_on(
+    model: nn.Module,
+    batches: list[Batch],
+    target: torch.device,
+    *,
+    rounds: int = ROUNDS,
+    heads: bool = True,
+    seed: int = 0,
+    known: Mapping[str, Tensor] | None = None,
+) -> Permuted:
+    """`permute` on batches. known: orders of an earlier search, which is then not made again."""
+    start = time.perf_counter()
+    check(type(rounds) is int and rounds >= 0, OP, "rounds, an int >= 0", repr(rounds))
+    home = next(model.parameters()).device
+    sites = find_sites(model, heads)
+    expected = f"{type(model).__name__} with an MLP or attention of layers {MLPS[0]} or v_proj"
+    check(sites, OP, expected, "none", "Prune it without permutation.")
+    probe = batches[0].probe()
+    before = _outputs(model, probe, home)
+    energies = input_energies(model, sites, batches, target)
+    orders: dict[str, Tensor] = {}
+    shares = []
+    for number, site in enumerate(sites):
+        scores = _scores(site, energies[site.name], target)
+        if known is not None:
+            order = _checked(known.get(site.name), site).to(target)
+        else:
+            generator = torch.Generator().manual_seed(seed * 7919 + number)
+            found = [search(part, rounds, generator) for part in scores]
+            order = torch.stack(found)
+        total = float(scores.sum().clamp_min(1e-30))
+        after = [part.index_select(1, o) for part, o in zip(scores, order)]
+        shares.append([float(sum(lost(part) for part in p)) / total for p in (scores, after)])
+        orders[site.name] = order.cpu()
+    undo = functools.partial(_restore, _copies(sites))
+    try:
+        for site in sites:
+            apply(site, orders[site.name])
+        distance = _distance(before, _outputs(model, probe, home))
+        bound = max(1e-3, 20 * torch.finfo(before.dtype).eps)
+        if not distance <= bound:
+            raise RuntimeError(
+                f"{OP}: expected the outputs of {type(model).__name__} to stay within {bound:g}, "
+                f"got a distance of {distance:.3g}. This architecture cannot be permuted."
+            )
+    except BaseException:
+        undo()
+        raise
+    mean = torch.tensor(shares, dtype=torch.float64).mean(0).tolist()
+    moved = sum(not torch.equal(o, torch.arange(o.shape[1]).expand_as(o)) for o in orders.values())
+    took = time.perf_counter() - start
+    report = PermutationReport(moved, rounds, took, mean[0], mean[1], distance)
+    logger.info("%s", report)
+    return Permuted(report, orders, undo)
+
+
+# -------------------------------------------------------------------------------------- the places
+
+
+def find_sites(model: nn.Module, heads: bool = True) -> list[Site]:
+    """Every place of the model whose channels may change their order, in tree order; those too
+    small for two groups are left out."""
+    config: Any = getattr(model, "config", None)
+    count: Any = getattr(config, "num_attention_heads", None)
+    kv: Any = getattr(config, "num_key_value_heads", None) or count
+    found = []
+    known = isinstance(kv, int) and isinstance(count, int) and kv and count % kv == 0
+    for prefix, module in model.named_modules():
+        for makers, reader in MLPS:
+            layers = [_linear(module, name) for name in makers]
+            down = _linear(module, reader)
+            rows = [one for one in layers if one is not None]
+            if down is None or len(rows) < len(makers):
+                continue
+            if all(one.out_features == down.in_features for one in rows):
+                found.append(Site(f"{prefix}.{reader}".lstrip("."), rows, down))
+        v = _linear(module, "v_proj") if heads and known else None
+        for name in OUTPUTS:
+            o = _linear(module, name)
+            if v is None or o is None or v.out_features % kv:
+                continue
+            if v.out_features // kv * count == o.in_features:
+                found.append(Site(f"{prefix}.{name}".lstrip("."), [v], o, kv, count // kv))
+    return [site for site in found if site.size % 4 == 0 and site.size >= 8]
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear | None:
+    layer = module._modules.get(name)
+    return layer if type(layer) is nn.Linear else None
+
+
+def apply(site: Site, order: Tensor) -> None:
+    """Write an order [heads, size] into the rows of the makers and the columns of the reader."""
+    for layer in site.makers:
+        rows = order.to(layer.weight.device)
+        rows = (rows + site.size * torch.arange(site.heads, device=rows.device)[:, None]).view(-1)
+        layer.weight.copy_(layer.weight[rows])
+        if layer.bias is not None:
+            layer.bias.copy_(layer.bias[rows])
+    weight = site.reader.weight
+    columns = order.to(weight.device)[:, None] + site.size * torch.arange(
+        site.heads * site.repeat, device=weight.device
+    ).view(site.heads, site.repeat, 1)
+    weight.copy_(weight[:, columns.reshape(-1)])
+
+
+def _copies(sites: list[Site]) -> list[tuple[Tensor, Tensor]]:
+    layers = [layer for site in sites for layer in (*site.makers, site.reader)]
+    own = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+    return [(p, p.detach().to("cpu", copy=True)) for p in own]
+
+
+def _restore(copies: list[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for parameter, value in copies:
+            parameter.copy_(value)
+
+
+def _outputs(model: nn.Module, probe: Batch, home: torch.device) -> Tensor:
+    output = probe.run(model, home)
+    if isinstance(output, Tensor):
+        return output
+    first: Tensor = output.logits if hasattr(output, "logits") else output[0]
+    return first
+
+
+def _distance(before: Tensor, after: Tensor) -> float:
+    return float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
+
+
+def _checked(order: Tensor | None, site: Site) -> Tensor:
+    """A stored order, if it is one of this place; else FormatError."""
+    if order is None or order.shape != (site.heads, site.size):
+        order = torch.zeros(1, 1)
+    right = torch.equal(order.sort(1).values, torch.arange(site.size).expand(site.heads, -1))
+    expected = f"an order of {site.heads} x {site.size} channels for {site.name}"
+    check(right, OP, expected, "none that fits", "Delete the directory.", FormatError)
+    return order
+
+
+# -------------------------------------------------------------------------------------- the search
+
+
+def input_energies(
+    model: nn.Module, sites: list[Site], batches: list[Batch], device: torch.device
+) -> dict[str, Tensor]:
+    """Σ x_j² over the calibration of the input of each reader, float64 [in_features], by name."""
+    sums: dict[str, Tensor] = {}
+
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+        sums[name] = sums.get(name, 0) + x.square().sum(0).double()
+
+    home = next(model.parameters()).device
+    handles = [
+        site.reader.register_forward_pre_hook(functools.partial(hook, site.name)) for site in sites
+    ]
+    model.to(device)
+    try:
+        for batch in batches:
+            batch.run(model, device)
+    finally:
+        model.to(home)
+        for handle in handles:
+            handle.remove()
+    unread = [site.name for site in sites if site.name not in sums]
+    check(not unread, OP, "calibration that reaches every layer", f"none for {unread[:3]}")
+    return sums
+
+
+def _scores(site: Site, energy: Tensor, device: torch.device) -> Tensor:
+    """Importance [heads, repeat x out_features, size] of the reader's weights."""
+    weight = site.reader.weight.detach().to(device).float()
+    scores = weight.square() * (energy.to(device) / energy.max().clamp_min(1e-30)).float()
+    apart = scores.view(-1, site.heads, site.repeat, site.size).permute(1, 2, 0, 3)
+    return apart.reshape(site.heads, -1, site.size)
+
+
+def lost(scores: Tensor) -> Tensor:
+    """Sum of the two smallest of each four columns of [rows, columns], in float64."""
+    return _two_least(scores.unflatten(1, (-1, 4)).unbind(2)).sum(dtype=torch.float64)
+
+
+def search(scores: Tensor, rounds: int, generator: torch.Generator) -> Tensor:
+    """An order of the columns of scores [rows, columns] with little lost; int64 [columns]."""
+    columns = scores.t().contiguous()
+    order = torch.arange(len(columns), device=scores.device)
+    places = torch.tensor(list(_exchanges()), device=scores.device)  # [17, 8]
+    least = max(1, _ELEMENTS // (8 * max(1, scores.shape[0])))
+    for _ in range(rounds):
+        mixed = torch.randperm(len(order) // 4, generator=generator).to(order.device)
+        pairs = mixed[: len(mixed) // 2 * 2].view(-1, 2)
+        for part in pairs.split(least):
+            eight = order.view(-1, 4)[part].reshape(-1, 8)
+            values = columns[eight]  # [pairs, 8, rows]
+            costs = torch.stack([_cost(values, place) for place in places.tolist()])
+            chosen = places[costs.argmin(0)]  # of equal ones the first, which changes nothing
+            order.view(-1, 4)[part] = eight.gather(1, chosen).view(-1, 2, 4)
+    return order
+
+
+def _exchanges() -> Iterator[list[int]]:
+    """Orders of 8 columns: as they are, then with one of the first four exchanged for one of the
+    others."""
+    yield list(range(8))
+    for i in range(4):
+        for j in range(4, 8):
+            order = list(range(8))
+            order[i], order[j] = j, i
+            yield order
+
+
+def _cost(values: Tensor, place: list[int]) -> Tensor:
+    first, second = ([values[:, i] for i in half] for half in (place[:4], place[4:]))
+    return _two_least(first).sum(1) + _two_least(second).sum(1)
+
+
+def _two_least(four: Any) -> Tensor:
+    """The sum of the two smallest of four tensors, elementwise; faster than a sort."""
+    a, b, c, d = four
+    low, other = torch.minimum(a, b), torch.minimum(c, d)
+    high = torch.minimum(torch.maximum(a, b), torch.maximum(c, d))
+    return torch.minimum(low, other) + torch.minimum(torch.maximum(low, other), high)
+
+
+# -------------------------------------------------------------------------------------- resumption
+
+
+def permute_resumed(
+    model: nn.Module,
+    batches: list[Batch],
+    device: torch.device,
+    path: str | os.PathLike[str],
+    options: dict[str, Any],
+) -> Permuted:
+    """permute_on, with the orders stored in the folder `path`, or taken from there.
+
+    Raises:
+        ValueError: the folder holds those of another model, calibration or options.
+        FormatError: the stored file cannot be read, or is damaged.
+    """
+    file = os.path.join(os.fspath(path), FILE)
+    asked = json.dumps([fingerprint.of_model(model), digest(batches), sorted(options.items())])
+    if not os.path.exists(file):
+        made = permute_on(model, batches, device, **options)
+        stored = {"asked": asked, "orders": {k: o.tolist() for k, o in made.orders.items()}}
+        os.makedirs(os.fspath(path), exist_ok=True)
+        write_atomic(file, json.dumps(stored).encode())
+        return made
+    try:
+        with open(file, encoding="utf-8") as stream:
+            data = json.load(stream)
+        was = data["asked"]
+        known = {name: torch.tensor(order) for name, order in data["orders"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        text = f"{OP}: {file} is damaged ({error}). Delete the directory."
+        raise FormatError(text) from error
+    remedy = "Call it with the same model and arguments, or give another directory."
+    check(was == asked, OP, f"the permutation that {path} was started with", "another", remedy)
+    return permute_on(model, batches, device, known=known, **options)

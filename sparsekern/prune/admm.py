@@ -1,0 +1,174 @@
+"""Find a mask and its weights together: alternate between the best dense weights near a sparse
+point and the best sparse point near them.
+
+SparseGPT chooses each group's mask once, from the left to the right, before it knows what becomes
+of the columns to the right. Here every group is chosen again in every round, against weights that
+all other groups have adjusted to. The two sides are pulled together by a penalty that grows:
+while it is small masks move, in the end they stand still and the weights are the least-squares
+fit under them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparsekern.errors import check, message
+from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32
+from sparsekern.prune.masks import check_no_nan, select
+from sparsekern.prune.methods import (
+    Details,
+    Method,
+    Option,
+    Pruned,
+    PruneError,
+    is_count,
+    is_number,
+)
+from sparsekern.prune.pattern import Pattern
+from sparsekern.prune.refine import refine
+from sparsekern.prune.sparsegpt import damping_steps
+
+_OP = "sparsekern.prune.admm"
+ROUNDS = 48
+FIRST, LAST = 0.1, 3.0  # the penalty, where the Hessian has a diagonal of ones
+EACH = 3  # rounds with one penalty, and one factorisation
+_ELEMENTS = 2**26  # of the rows that are worked on at a time: two float32 matrices of that size
+
+
+def admm(
+    w: Tensor,
+    hessian: Hessian | Tensor,
+    *,
+    pattern: tuple[int, int] | str = (2, 4),
+    rounds: int = ROUNDS,
+    damp: float = 0.01,
+) -> tuple[Tensor, Tensor, Details]:
+    """Prune w to a pattern, minimising ‖(W − D)X‖² + λ‖W − D‖² over all D of the pattern.
+
+    With columns scaled so that H has a diagonal of ones, A = H + damp·I, and a penalty ρ that grows
+    from 0.1 to 3, each round does
+
+        Y ← (W A + ρD − V)(A + ρI)⁻¹       the best dense weights near D
+        D ← Y + V/ρ, the n largest squares of each m columns (in pairs: the largest sums of two)
+        V ← V + ρ(Y − D)
+
+    Rows do not depend on each other. One matmul [out, in] x [in, in] a round, and one inverse of
+    [in, in] in three rounds; three float32 matrices of w's size are held.
+
+    Args:
+        w: [out_features, in_features] floating point; never modified.
+        hessian: Hessian of the layer's inputs or its matrix [in_features, in_features], on the same
+            device; never modified.
+        pattern: (n, m), "n:m" or "4:8 in pairs".
+        rounds: more of them change less and less; what is left is for `refine`.
+        damp: λ of a column as a multiple of its own H_jj; grows as in `sparsegpt` where A is not
+            positive definite.
+    Returns:
+        (w', mask, Details): w' of w's dtype, zero where the bool mask is False; new.
+    Raises:
+        ValueError: shapes, devices, pattern, rounds or damp that do not fit; NaN in w.
+        PruneError (a RuntimeError): no damping makes A positive definite, or w' is not finite.
+    Source: Meng et al. 2024, "ALPS" (arXiv:2406.07831): the splitting, the scaling and a growing
+    penalty; here it grows on a fixed schedule, so that rows do not depend on each other.
+    """
+    check(w.dim() == 2, _OP, "w of shape [out_features, in_features]", f"shape {list(w.shape)}")
+    kind = Pattern.of(pattern, _OP)
+    kind.check_columns(_OP, w.shape[1])
+    check(is_count(rounds, 1), _OP, "rounds, an int >= 1", repr(rounds))
+    check(math.isfinite(damp) and damp >= 0, _OP, "a finite damp >= 0", repr(damp))
+    check_no_nan(_OP, "w", w)
+    h = as_matrix(_OP, hessian, w)
+    with exact_float32(w.device):
+        scale = h.diagonal().sqrt()
+        dead = scale == 0
+        scale = scale.masked_fill(dead, 1.0)
+        a = h / scale[:, None] / scale
+        a.diagonal().fill_(1.0)
+        used = _damped(a, damp)
+        target = (w.detach().float() * scale).masked_fill_(dead, 0)
+        pulled = target @ a
+        sparse, dual = target, torch.zeros_like(target)  # D and V
+        keep = torch.empty(w.shape, dtype=torch.bool, device=w.device)
+        rows = max(1, _ELEMENTS // max(1, w.shape[1]))
+        steps = -(-rounds // EACH)
+        for step in range(steps):
+            penalty = FIRST * (LAST / FIRST) ** (step / max(1, steps - 1))
+            inverse = _inverse(a, penalty)
+            for _ in range(min(EACH, rounds - EACH * step)):
+                for i in range(0, w.shape[0], rows):
+                    d, v = sparse[i : i + rows], dual[i : i + rows]
+                    y = torch.add(pulled[i : i + rows], d, alpha=penalty).sub_(v) @ inverse
+                    torch.add(y, v, alpha=1 / penalty, out=d)
+                    keep[i : i + rows] = select(d.square(), kind)
+                    d.mul_(keep[i : i + rows])
+                    v.add_(y.sub_(d), alpha=penalty)
+        pruned = sparse.div_(scale).to(w.dtype)
+    expected = f"updated weights that are finite in {w.dtype}"
+    remedy = "Raise damp, or prune in float32."
+    check(bool(pruned.isfinite().all()), _OP, expected, "NaN or Inf", remedy, exc=PruneError)
+    count = int(dead.sum())
+    return pruned, keep, Details(used, (f"{count} inputs always zero",) if count else ())
+
+
+def _damped(a: Tensor, damp: float) -> float:
+    """Add to the diagonal of a what makes the factorisation with the smallest penalty succeed."""
+    for step in damping_steps(damp):
+        tried = a.clone()
+        tried.diagonal().add_(step + FIRST)
+        if int(torch.linalg.cholesky_ex(tried)[1]) == 0:
+            a.diagonal().add_(step)
+            return step
+    expected = "a Hessian that is positive definite after damping"
+    raise PruneError(message(_OP, expected, f"damp up to {step:g}", "Add calibration inputs."))
+
+
+def _inverse(a: Tensor, penalty: float) -> Tensor:
+    shifted = a.clone()
+    shifted.diagonal().add_(penalty)
+    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+
+
+def _method(
+    weight: Tensor,
+    hessian: Hessian,
+    *,
+    pattern: tuple[int, int],
+    mask: Tensor | None = None,
+    damp: float = 0.01,
+    rounds: int = ROUNDS,
+) -> Pruned:
+    if mask is not None:  # nothing to search: the fit under it
+        start = weight.masked_fill(~mask, 0)
+        return refine(weight, start, mask, hessian, damp=damp), mask.clone(), Details(damp)
+    return admm(weight, hessian, pattern=pattern, rounds=rounds, damp=damp)
+
+
+METHOD = Method(
+    "admm",
+    "mask and weights in turn, towards each other; slower than sparsegpt",
+    _method,
+    needs="hessian",
+    options=(
+        Option(
+            "damp",
+            0.01,
+            "added to the Hessian's diagonal, as a share of each entry",
+            "a finite number >= 0",
+            lambda value: is_number(value, 0),
+        ),
+        Option(
+            "rounds",
+            ROUNDS,
+            "of choosing masks and solving for the weights",
+            "an int >= 1",
+            lambda value: is_count(value, 1),
+        ),
+    ),
+    updates=True,
+    stacked=True,
+    refine=16,
+    match_dense=0.25,
+)
