@@ -16,10 +16,10 @@ pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch without distributed"
 )
 TWO = (
-    "sparsegpt published padding magnitude levels whole rotated experts failure resumed other-data "
+    "sparsegpt published padding permuted magnitude levels whole rotated experts failure resumed other-data "
     "other-weights reconstruct absent"
 ).split()
-EQUAL = TWO[:8]
+EQUAL = TWO[:9]
 
 
 def run(folder, groups, **environment):
