@@ -193,9 +193,28 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "states").iterdir())
 
 
-def test_what_needs_the_whole_model_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "family, skip",
+    [
+        ("mixtral", ("lm_head",)),
+        ("gpt-oss", ("lm_head", "*.0.mlp.experts.*")),
+        ("qwen3-moe", ("lm_head", "*.experts.1.down_proj")),
+    ],
+)
+def test_experts(family, skip, tmp_path):
+    """In one tensor and in one each, in the files; some left dense."""
     from python_tests.nn.expert_models import build as mixture
+    from python_tests.nn.expert_models import ids
 
+    mixture(family).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    options = {"data": ids(3, 8), "skip": skip, "method": "wanda"}
+    expected = ordinary(tmp_path / "dense", tmp_path / "a", **options)
+    report = streamed(tmp_path / "dense", tmp_path / "b", tmp_path / "parts", **options)
+    assert_same_files(tmp_path / "a", tmp_path / "b")
+    assert rows(report) == rows(expected)
+
+
+def test_what_needs_the_whole_model_is_refused(tmp_path):
     folder = dense_folder(tmp_path / "dense", layers=2)
     for options, text in (
         ({"preset": "best"}, r"a rotation \(of preset best\)"),
@@ -208,9 +227,6 @@ def test_what_needs_the_whole_model_is_refused(tmp_path):
     ordinary(folder, tmp_path / "sparse")
     with pytest.raises(ValueError, match="a dense model, got 14 compressed layers"):
         Streamed(tmp_path / "sparse")
-    mixture("mixtral").save_pretrained(tmp_path / "experts")
-    with pytest.raises(ValueError, match="experts in 3-D parameters"):
-        Streamed(tmp_path / "experts")
     model, _ = load_model(folder)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "nan")

@@ -177,6 +177,7 @@ CASES = {
     "sparsegpt": lambda folder: pruned(build(), uneven()),
     "published": lambda folder: pruned(build("gpt2"), uneven(), refine=0, match_dense=0.0),
     "padding": lambda folder: pruned(build("opt"), padded(), "wanda", true_sequential=True),
+    "permuted": lambda folder: pruned(build(), uneven(), "admm", permute={"rounds": 1}),
     "magnitude": lambda folder: pruned(build("qwen3"), None, "magnitude", compress=False),
     "levels": lambda folder: pruned(build(), uneven(), quantize="int8"),
     "whole": lambda folder: pruned(plain(), [torch.randn(3, 5, 16) for _ in range(3)]),
@@ -198,6 +199,9 @@ CASES = {
 
 
 def work(rank, world, folder, cases, port):
+    # Several blocks in each Hessian.
+    hessian_module._CPU_COLUMNS = hessian_module._GPU_COLUMNS = 16
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     if GPU:
         torch.cuda.set_device(rank)
@@ -220,8 +224,11 @@ def free_port():
 
 
 def forked(world, folder, cases):
-    """Fork the ranks; the exit code is that of the worst."""
+    """Fork the ranks; the exit code is that of the worst. With GPUs they are started anew."""
     children, port = [], free_port()
+    if GPU:
+        torch.multiprocessing.spawn(work, args=(world, folder, cases, port), nprocs=world)
+        return 0
     for rank in range(world):
         child = os.fork()
         if not child:
@@ -240,7 +247,6 @@ def forked(world, folder, cases):
 
 def main(folder, *groups):
     """One group of ranks after the other."""
-    hessian_module._CPU_COLUMNS = 16  # several blocks in each Hessian
     torch.set_num_threads(1)
     folder = Path(folder)
     build(layers=3).to(torch.bfloat16).save_pretrained(folder / "dense")

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch without distributed"
 )
 TWO = (
-    "sparsegpt published padding magnitude levels whole rotated permuted experts failure resumed other-data "
-    "other-weights reconstruct absent"
+    "sparsegpt published padding permuted magnitude levels whole rotated experts "
+    "failure resumed other-data other-weights reconstruct absent"
 ).split()
 EQUAL = TWO[:9]
 

@@ -13,6 +13,8 @@ reads.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import warnings
@@ -127,10 +129,7 @@ def save_pretrained(
     config = model_config(model, sparse, dense, names, skeleton, experts, entries)
     groups = [_sparse_group(names.layers[name], name, m, get) for name, m in alone.items()]
     for stored in experts:
-        if stored.whole is not None:
-            groups.append(_sparse_group(stored.name, stored.name, stored.whole, get))
-        else:
-            groups.append((stored.nbytes, stored.tensors))
+        groups.append((stored.nbytes, functools.partial(_of_experts, stored, get)))
     groups += [_dense_group(stored, name, dense[name], get) for stored, name in names.plain.items()]
     for conversion in names.groups:
         groups += _converted_groups(model, conversion, dense, names, get)
@@ -318,6 +317,18 @@ class Fetch:
     def sparse(self, name: str, module: SparseLinear) -> Sparse24:
         """The weight of the layer `name`."""
         return module.weight
+
+    def present(self, layers: Collection[nn.Module]) -> contextlib.AbstractContextManager[None]:
+        """Within: these linear layers of experts have their weights."""
+        return contextlib.nullcontext()
+
+
+def _of_experts(stored: Stored, get: Fetch) -> dict[str, Tensor]:
+    """The tensors of what is written for experts."""
+    with get.present([module for module, _, _ in stored.parts]):
+        if stored.whole is None:
+            return stored.tensors()
+        return _sparse_group(stored.name, stored.name, stored.whole, Fetch())[1]()
 
 
 def _dense_group(stored: str, name: str, tensor: Tensor, get: Fetch) -> Group:

@@ -14,9 +14,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from sparsekern.checkpoint.skeleton import build_from_dict, own_tensors
 from sparsekern.errors import check
 from sparsekern.formats.disk import check_headers, join, numbers_dtype, read_compression_config
 from sparsekern.formats.sparse24 import Sparse24
-from sparsekern.nn.sparse_experts import find_experts
+from sparsekern.nn.sparse_experts import fuse_experts, unfuse_experts
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.discovery import find_blocks
 from sparsekern.oneshot.resume import ResumeDir
@@ -49,8 +49,8 @@ class Streamed:
         model: in eval mode; parameters of the blocks are on meta, with the dtype and shape that
             they have when they are read.
     Raises:
-        ValueError: compressed layers, no decoder blocks, experts in 3-D parameters, a weight that
-            blocks share, or one that no file holds.
+        ValueError: compressed layers, no decoder blocks, a weight that blocks share, or one that no
+            file holds.
         FormatError: as sparsekern.from_pretrained.
     """
 
@@ -66,9 +66,6 @@ class Streamed:
         check(not layers, OP, "a dense model", f"{len(layers)} compressed layers", REMEDY)
         self.prefix, self.blocks = find_blocks(self.model)
         check(self.blocks, OP, "a model with decoder blocks", name, REMEDY)
-        experts = sorted(find_experts(self.model))
-        got = f"experts in 3-D parameters ({experts[:1]})"
-        check(not experts, OP, f"linear layers alone in the blocks of {name}", got, REMEDY)
         found = plan(self.model, self.files, layers, whole=True)
         check(not found.computed, OP, "every weight in the files", found.computed[:3], REMEDY)
         _untie(self.model, found)
@@ -76,7 +73,7 @@ class Streamed:
         if found.names.used is not None:
             conversions: Any = found.names.used
             self.model._weight_conversions = conversions
-        self._inside = {id(m) for block in self.blocks for m in block.modules()}
+        self._note_inside()
         # By name, of tensors inside blocks: where they come from, and what stands for them.
         self._sources: dict[str, tuple[str, str | Conversion]] = {}
         self._empty: dict[str, Tensor] = {}
@@ -100,8 +97,59 @@ class Streamed:
                 elif source is not None:
                     self._sources[full] = source
                     self._empty[full] = home[key] = _like(old, self._on_meta(source), is_parameter)  # type: ignore[assignment]
+        self._take_experts_apart()
         if (self.folder / "generation_config.json").is_file():
             self.model.generation_config = _generation_config(self.folder)
+
+    def _note_inside(self) -> None:
+        self._inside = {id(m) for block in self.blocks for m in block.modules()}
+
+    def _take_experts_apart(self) -> None:
+        """Give each matrix of an expert a layer of its own, as prune_model does."""
+        # Of each layer: the parameter that holds it, which of its matrices it is, and whether
+        # that is transposed. Of each block: its parameters, with their layers.
+        self._matrix_of: dict[int, tuple[str, int, bool]] = {}
+        self._stacks: dict[int, dict[str, list[nn.Linear]]] = {}
+        self._apart = unfuse_experts(self.model)
+        self._note_inside()
+        for path, (_, experts) in self._apart.items():
+            index = next((i for i, b in enumerate(self.blocks) if experts in b.modules()), None)
+            check(index is not None, OP, "experts inside blocks", path, REMEDY)
+            for key, turned in experts.recipe.matrices:
+                full = join(path, key)
+                layers = experts.layers(key)
+                self._stacks.setdefault(cast(int, index), {})[full] = layers
+                for i, layer in enumerate(layers):
+                    self._matrix_of[id(layer)] = full, i, turned
+                    self._empty[f"{path}.{i}.{key}.weight"] = layer.weight
+                del self._empty[full]
+
+    def put_together(self) -> None:
+        """After pruning: experts of which no matrix is compressed in one parameter again."""
+        for old, new in self._apart.values():
+            if not new.is_sparse:
+                fuse_experts(self.model, new, old)
+
+    def matrices(self, full: str, layers: list[nn.Linear], device: torch.device) -> list[Tensor]:
+        """The weights of all experts, views of one tensor as in a model that is in memory."""
+        stack = self._reader.dense(*self._sources[full], device)
+        stack = stack.to(self._empty[self._weight_name(full, 0)].dtype)
+        turned = [self._matrix_of[id(layer)][2] for layer in layers]
+        return [stack[i].t() if turn else stack[i] for i, turn in enumerate(turned)]
+
+    def stack(self, full: str) -> list[Tensor]:
+        """`matrices` of a parameter, on the host."""
+        layers = next(stacks[full] for stacks in self._stacks.values() if full in stacks)
+        return self.matrices(full, layers, _CPU)
+
+    def place_of(self, layer: nn.Module) -> tuple[str, int, bool]:
+        """Of a layer of an expert: the parameter that holds it, its index, whether transposed."""
+        return self._matrix_of[id(layer)]
+
+    @staticmethod
+    def _weight_name(full: str, index: int) -> str:
+        path, _, key = full.rpartition(".")
+        return f"{path}.{index}.{key}.weight"
 
     def _on_meta(self, source: tuple[str, str | Conversion]) -> Tensor:
         """A tensor as it will be read, without data."""
@@ -117,7 +165,7 @@ class Streamed:
     def read(self, name: str, device: torch.device) -> Tensor:
         """The tensor of this name in a block, in the dtype of what stands for it."""
         tensor = self._reader.dense(*self._sources[name], device)
-        return tensor.to(self._empty[name].dtype)
+        return tensor.to(self._empty[name].dtype) if name in self._empty else tensor
 
     # ------------------------------------------------------------------------------- as a Source
 
@@ -130,8 +178,11 @@ class Streamed:
         """Within: the block's weights are in memory, on `device`."""
         prefix = f"{self.prefix}.{self._index[id(block)]}"
         try:
+            for full, layers in self._stacks.get(self._index[id(block)], {}).items():
+                for layer, weight in zip(layers, self.matrices(full, layers, device)):
+                    layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
             for full, module, key, old, is_parameter in _tensors_of(block, prefix):
-                if full in self._empty:
+                if full in self._sources:
                     place = module._parameters if is_parameter else module._buffers
                     place[key] = _like(old, self.read(full, device), is_parameter)  # type: ignore[assignment]
             for module in block.modules():  # buffers that no file holds
@@ -228,6 +279,34 @@ class _Parts(Fetch):
     def __init__(self, streamed: Streamed, parts: ResumeDir) -> None:
         self.streamed, self.parts = streamed, parts
         self._held: tuple[str, dict[str, Any]] = ("", {})
+        self._stack: tuple[str, list[Tensor]] = ("", [])
+        self._names = {id(module): name for name, module in streamed.model.named_modules()}
+
+    @contextlib.contextmanager
+    def present(self, layers: Collection[nn.Module]) -> Iterator[None]:
+        changed: list[tuple[Any, Any]] = []
+        try:
+            for layer in layers:
+                weight: Any = layer.weight
+                if isinstance(layer, SparseLinear) and weight.values.is_meta:
+                    changed.append((layer, weight))
+                    layer.weight = self.sparse(self._names[id(layer)], layer)
+                elif isinstance(weight, Tensor) and weight.is_meta:
+                    changed.append((layer, weight))
+                    new = self._dense_matrix(cast(nn.Linear, layer)).to(weight.dtype)
+                    layer.weight = nn.Parameter(new, requires_grad=weight.requires_grad)
+            yield
+        finally:
+            for layer, weight in changed:
+                layer.weight = weight
+
+    def _dense_matrix(self, layer: nn.Linear) -> Tensor:
+        """The weight of an expert that stayed dense."""
+        full, index, _ = self.streamed.place_of(layer)
+        if self._stack[0] != full:
+            self._stack = "", []
+            self._stack = full, self.streamed.stack(full)
+        return self._stack[1][index]
 
     def dense(self, name: str, tensor: Tensor) -> Tensor:
         if not tensor.is_meta:
@@ -261,6 +340,7 @@ def save_streamed(
     Raises:
         FormatError: a stage of `parts` is missing or damaged.   OSError: as save_pretrained.
     """
+    streamed.put_together()
     with contextlib.closing(ResumeDir.opened(parts)) as folder:
         fetch = _Parts(streamed, folder)
         save_pretrained(

@@ -101,20 +101,16 @@ class Extra:
         report: PruneReport,
         ranks: Ranks | None = None,
     ) -> Callable[[], None]:
-        """Permute the model; returns how to take it back. Of several ranks the first searches, and
-        all apply what it has found."""
+        """Permute the model; returns how to take it back. Of several ranks the first searches."""
         assert self.permute is not None
-        orders: dict[str, Tensor] | None = None
-        if ranks is None or ranks.rank == 0:
-            if resume is None:
-                made = permute_on(model, batches, device, **self.permute)
-            else:
-                made = permute_resumed(model, batches, device, resume, self.permute)
-            orders = made.orders
-        if ranks is not None:
-            orders = ranks.share(orders, 0)
-            if ranks.rank:
-                made = permute_on(model, batches, device, known=orders, **self.permute)
+        if ranks is not None and ranks.rank:
+            made = permute_on(model, batches, device, known=ranks.share(None, 0), **self.permute)
+        elif resume is None:
+            made = permute_on(model, batches, device, **self.permute)
+        else:
+            made = permute_resumed(model, batches, device, resume, self.permute)
+        if ranks is not None and not ranks.rank:
+            ranks.share(made.orders, 0)
         report.permutation = asdict(made.report)
         return made.undo
 

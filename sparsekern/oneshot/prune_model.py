@@ -224,8 +224,8 @@ def prune_model(
         )
         check_options(wanted, true_sequential, compress, calibrated, offload_activations, OP)
         ordered = extra.permute is None or wanted.pattern == (2, 4)
-        remedy = "Leave permute out."
-        check(ordered, OP, "pattern (2, 4) with permute", repr(wanted.pattern), remedy)
+        expected = "pattern (2, 4) with permute"
+        check(ordered, OP, expected, repr(wanted.pattern), "Leave permute out.")
         fixed = extra.permute is None or not masks
         check(fixed, OP, "masks or permute", "both of them", "Call sparsekern.permute first.")
         late = bool(extra.spans) and quantize_method == "gptq"
@@ -350,7 +350,8 @@ def _check_streamed(extra: Extra, compress: bool, resume: Any, preset: str | Non
     of = f" (of preset {preset})"
     got = "a rotation" + of * extra.turn_optional
     check(extra.rotate is None, OP, "one block at a time, for source", got, remedy)
-    check(extra.permute is None, OP, "one block at a time, for source", "permute", remedy)
+    expected = "one block at a time, for source"
+    check(extra.permute is None, OP, expected, "a permutation", remedy)
     got = "reconstruct of several blocks together" + of * extra.optional
     check(not extra.spans, OP, "one block at a time, for source", got, remedy)
 
