@@ -182,7 +182,6 @@ CASES = {
     "levels": lambda folder: pruned(build(), uneven(), quantize="int8"),
     "whole": lambda folder: pruned(plain(), [torch.randn(3, 5, 16) for _ in range(3)]),
     "many": lambda folder: pruned(build(), tokens(samples=5)),
-    "permuted": lambda folder: pruned(build(), uneven(), permute={"rounds": 8}),
     "rotated": lambda folder: pruned(
         build(tie_word_embeddings=True), uneven(), rotate={"steps": 4}, untie=True
     ),
