@@ -73,22 +73,24 @@
 
 // The mma.sp kernel's tiles.
 // X(index, BLOCK_M rows, BLOCK_N tokens, warps along rows, along tokens, along K, stages)
-// Bytes of a stage: (72 * rows + 128 * tokens) * warps along K; all stages: at most 99 KiB.
-#define SK_MMA_CONFIGS(X)                                             \
-  X(0, 256, 128, 4, 2, 1, 2) /* warps of 64 x 64: least smem reads */ \
-  X(1, 256, 96, 4, 2, 1, 3)                                           \
-  X(2, 128, 256, 2, 4, 1, 2)                                          \
-  X(3, 128, 128, 2, 4, 1, 3)                                          \
-  X(4, 128, 128, 2, 2, 1, 3)                                          \
-  X(5, 128, 64, 2, 2, 1, 4)                                           \
-  X(6, 64, 128, 1, 4, 1, 4)                                           \
-  X(7, 64, 64, 2, 2, 2, 3) /* few tokens: warps share K           */  \
-  X(8, 64, 32, 2, 1, 2, 5)                                            \
-  X(9, 64, 16, 2, 1, 4, 3)                                            \
-  X(10, 64, 8, 2, 1, 4, 4)                                            \
-  X(11, 32, 32, 1, 1, 4, 3) /* few out_features: more blocks      */  \
-  X(12, 32, 16, 1, 1, 4, 5)                                           \
+// Bytes of a stage: (72 * rows + 128 * tokens) * warps along K, 80 instead of 72 at 8 bits; all
+// stages: at most 99 KiB.
+#define SK_MMA_CONFIGS(X)                                              \
+  X(0, 256, 128, 4, 2, 1, 2) /* warps of 64 x 64: least smem reads  */ \
+  X(1, 128, 64, 2, 2, 1, 4)                                            \
+  X(2, 64, 32, 2, 1, 2, 5) /* few tokens: warps share K             */ \
+  X(3, 64, 16, 2, 1, 4, 3)                                             \
+  X(4, 256, 96, 4, 2, 1, 3) /* from here on 16 bits alone           */ \
+  X(5, 128, 256, 2, 4, 1, 2)                                           \
+  X(6, 128, 128, 2, 4, 1, 3)                                           \
+  X(7, 128, 128, 2, 2, 1, 3)                                           \
+  X(8, 64, 128, 1, 4, 1, 4)                                            \
+  X(9, 64, 64, 2, 2, 2, 3)                                             \
+  X(10, 64, 8, 2, 1, 4, 4)                                             \
+  X(11, 32, 32, 1, 1, 4, 3) /* few out_features: more blocks        */ \
+  X(12, 32, 16, 1, 1, 4, 5)                                            \
   X(13, 32, 8, 1, 1, 4, 6)
+#define SK_MMA_BOTH 4  // the first of them, which 8 bits have, too
 
 // The naive kernel's one tile.
 // X(index, rows, tokens)
