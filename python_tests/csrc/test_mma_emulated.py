@@ -1,4 +1,5 @@
-"""The mma.sp kernel without a GPU: its source, run by mma_emulator.cpp, against float64.
+"""The mma.sp kernel without a GPU: its source, run by mma_emulator.cpp, against float64 and, of
+int8, int64. Values of 16 bits, and of 8 with scales.
 
 For the machines that compile the kernel for Ampere and Ada and have neither. What this proves is
 the arithmetic of addresses, fragments, metadata, edges and the order of copies and barriers, for
@@ -14,14 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 
+import sparsekern as sk
 from python_tests.csrc.building import ROOT, cuda_include
 from python_tests.linear_cases import PAIRS, random_input, random_weight
 from sparsekern.formats.sparse24 import compress
 from sparsekern.formats.tile64 import pack
 
 F16, BF16 = torch.float16, torch.bfloat16
+E4M3, INT8 = torch.float8_e4m3fn, torch.int8
+NUMBER = {F16: 0, BF16: 1, E4M3: 2, INT8: 3}  # csrc/core/dtype.h
 GUARD = 8  # elements around y that must stay NaN
-TABLE = re.compile(r"#define SK_MMA_CONFIGS\(X\).*?\n\n", re.S)
+TABLE = re.compile(r"#define SK_MMA_CONFIGS\(X\).*?SK_MMA_BOTH (\d+)[^\n]*\n\n", re.S)
 CONFIGS = [
     tuple(map(int, entry))
     for entry in re.findall(
@@ -31,6 +35,7 @@ CONFIGS = [
 ]  # (index, rows, tokens, split, stages)
 assert len(CONFIGS) >= 14
 FEW = CONFIGS[-1::-6]
+BOTH = CONFIGS[: int(TABLE.search((ROOT / "csrc/linear/configs.h").read_text()).group(1))]
 
 
 class Emulated(ctypes.Structure):
@@ -41,7 +46,7 @@ class Emulated(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("channel_scale", "token_scale", "y")),
         *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "residual_stride")),
         *((name, ctypes.c_int) for name in ("tokens", "out_features", "in_features", "dtype")),
-        *((name, ctypes.c_int) for name in ("activation", "config", "late", "falling")),
+        *((name, ctypes.c_int) for name in ("storage", "activation", "config", "late", "falling")),
     ]
 
 
@@ -93,14 +98,24 @@ def build(tmp_path_factory):
     return make
 
 
-def aligned_rows(x):
-    """x with a row stride that is a multiple of 8, on a 16-byte address, its padding NaN."""
+def aligned_rows(x, storage):
+    """x with a row stride that 16 bytes divide, on a 16-byte address, its padding NaN, or 127."""
     tokens, in_features = x.shape
-    stride = -(-in_features // 8) * 8 + 8
-    memory = torch.full((tokens * stride + 8,), float("nan"), dtype=x.dtype)
-    start = -memory.data_ptr() % 16 // 2
-    rows = memory[start : start + tokens * stride].view(tokens, stride)[:, :in_features]
-    return rows.copy_(x)
+    chunk = 16 // storage.itemsize
+    stride = (-(-in_features // chunk) + 1) * chunk
+    memory = torch.full((tokens * stride * storage.itemsize + 16,), 0x7F, dtype=torch.uint8)
+    start = -memory.data_ptr() % 16
+    rows = memory[start : start + tokens * stride * storage.itemsize].view(storage)
+    return rows.view(tokens, stride)[:, :in_features].copy_(x)
+
+
+def packed(w, storage):
+    """The whole numbers of w in layout "tile64", in 16 bits or as levels of 8."""
+    w24 = compress(w)
+    if storage.itemsize == 1:
+        kind = "fp8" if storage == E4M3 else "int8"
+        w24 = sk.quantize(w24, kind, scale=torch.ones(w.shape[0], 1))
+    return pack(w24)
 
 
 def wrong(
@@ -110,23 +125,30 @@ def wrong(
     x,
     bias=None,
     residual=None,
-    relu=False,
+    activation=None,
     late=True,
     falling=False,
     scales=(None, None),
+    storage=None,
 ):
-    """What is wrong with y = relu(x · wᵀ * scales + bias) + residual, in words; empty when exact.
+    """What is wrong with y = activation(x · wᵀ * scales + bias) + residual, in words; empty when
+    exact.
 
+    storage: dtype of w and x in memory, if not that of w, which is that of y.
     scales: of the channels and of the tokens, float32.
     """
     (tokens, in_features), out_features = x.shape, w.shape[0]
-    w24, x = pack(compress(w)), aligned_rows(x)
-    y64 = x.double() @ w.double().t()
+    storage = storage or w.dtype
+    w24, x = packed(w, storage), aligned_rows(x.to(storage), storage)
+    if storage == INT8:
+        y64 = (x.long() @ w.long().t()).double()
+    else:
+        y64 = x.double() @ w.double().t()
     channel_scale, token_scale = scales
     y64 = y64 if channel_scale is None else y64 * channel_scale.double()
     y64 = y64 if token_scale is None else y64 * token_scale.double()[:, None]
     y64 = y64 if bias is None else y64 + bias.double()
-    y64 = y64.relu() if relu else y64
+    y64 = y64 if activation is None else getattr(torch.nn.functional, activation)(y64)
     y64 = y64 if residual is None else y64 + residual.double()
     shape = (tokens + 2 * GUARD, -(-out_features // 8) * 8 + 2 * GUARD)
     buffer = torch.full(shape, float("nan"), dtype=w.dtype)
@@ -151,8 +173,9 @@ def wrong(
             tokens=tokens,
             out_features=out_features,
             in_features=in_features,
-            dtype=int(w.dtype == BF16),
-            activation=int(relu),
+            dtype=NUMBER[w.dtype],
+            storage=NUMBER[storage],
+            activation=(None, "relu", "gelu", "silu").index(activation),
             config=config,
             late=late,
             falling=falling,
@@ -160,7 +183,10 @@ def wrong(
     )
     if broken:
         return f"config {config}: expected {broken.decode()}"
-    differ = (buffer.view(torch.int16) != expected.view(torch.int16)).nonzero().tolist()
+    differ = buffer.view(torch.int16) != expected.view(torch.int16)
+    if activation not in (None, "relu"):  # expf and erff, not their like on a GPU
+        differ &= ~torch.isclose(buffer.double(), expected.double(), rtol=2.0**-7, atol=2.0**-9)
+    differ = differ.nonzero().tolist()
     return f"config {config}: {len(differ)} wrong, first {differ[0]}" if differ else ""
 
 
@@ -191,21 +217,7 @@ def test_epilogue(build, config):
         w, x = problem(35, out_features, 132, F16)
         bias = random_input((out_features,), F16, seed=2, integers=True)
         residual = random_input((35, out_features), F16, seed=3, integers=True)
-        assert not wrong(build(), config, w, x, bias, residual, relu=True)
-
-
-@pytest.mark.parametrize("config", [entry[0] for entry in FEW])
-@pytest.mark.parametrize("of", ["channels", "tokens", "both"])
-def test_scales_come_before_the_bias(build, config, of):
-    """The epilogue with scales, which no shipped mma kernel has yet; powers of two are exact."""
-    for out_features in (264, 197):
-        w, x = problem(35, out_features, 132)
-        bias = random_input((out_features,), BF16, seed=2, integers=True)
-        residual = random_input((35, out_features), BF16, seed=3, integers=True)
-        channels = 2.0 ** (torch.arange(out_features) % 3 - 1)
-        tokens = 2.0 ** (torch.arange(35) % 2)
-        scales = channels if of != "tokens" else None, tokens if of != "channels" else None
-        assert not wrong(build(), config, w, x, bias, residual, relu=True, scales=scales)
+        assert not wrong(build(), config, w, x, bias, residual, activation="relu")
 
 
 @pytest.mark.parametrize("config", [entry[0] for entry in CONFIGS])
@@ -215,6 +227,83 @@ def test_every_pattern_alone(build, config):
         first, second = PAIRS[row % 6].tolist()
         w[row, first::4], w[row, second::4] = 1 + row % 5, -2 - row % 3
     assert not wrong(build(), config, w, torch.eye(132, dtype=BF16))
+
+
+# ---- 8 bits --------------------------------------------------------------------------------------
+
+EIGHT = [(storage, *entry) for storage in (INT8, E4M3) for entry in BOTH]
+every_8_bit_config = pytest.mark.parametrize("storage, config, rows, tokens, split, stages", EIGHT)
+
+
+@every_8_bit_config
+def test_8_bits_are_exact_at_the_edges(build, storage, config, rows, tokens, split, stages):
+    emulate, stage = build(), 128 * split
+    few = min(tokens, 24)
+    for case, freedoms in (
+        ((1, 7, 4), dict(late=True)),
+        ((few + 1, 65, stage + 68), dict(late=True, falling=True)),
+        ((min(tokens + 1, 70), rows + 1, stage - 4), dict(late=False)),
+        ((few - 1, 33, stage * (stages + 1) - 60), dict(late=True)),
+        ((few - 1, 33, stage * (stages + 1) - 124), dict(late=False, falling=True)),
+    ):
+        assert not wrong(emulate, config, *problem(*case), storage=storage, **freedoms)
+
+
+@every_8_bit_config
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_8_bit_epilogue(build, storage, config, rows, tokens, split, stages, dtype):
+    """Each scale alone and both, before the bias; powers of two are exact. y of both types,
+    aligned rows and others, more than one tile row group."""
+    for out_features, activation in ((264, "relu"), (197, "gelu"), (72, "silu"), (30, None)):
+        w, x = problem(11, out_features, 132, dtype)
+        bias = random_input((out_features,), dtype, seed=2, integers=True)
+        residual = random_input((11, out_features), dtype, seed=3, integers=True)
+        channels = 2.0 ** (torch.arange(out_features) % 3 - 1)
+        of_tokens = 2.0 ** (torch.arange(11) % 2 - 2)
+        for scales in ((channels, None), (None, of_tokens), (channels, of_tokens)):
+            options = dict(scales=scales, storage=storage)
+            assert not wrong(build(), config, w, x, bias, residual, activation, **options)
+
+
+@every_8_bit_config
+def test_every_pattern_of_8_bits_alone(build, storage, config, rows, tokens, split, stages):
+    w = torch.zeros(66, 132, dtype=BF16)
+    for row in range(66):
+        first, second = PAIRS[row % 6].tolist()
+        w[row, first::4], w[row, second::4] = 1 + row % 5, -2 - row % 3
+    assert not wrong(build(), config, w, torch.eye(132, dtype=BF16), storage=storage)
+
+
+@pytest.mark.parametrize("config", [entry[0] for entry in BOTH])
+def test_int8_sums_are_those_of_int64(build, config):
+    """All levels, sums beyond 2^23: their upper bits, and those that are left without these."""
+    generator = torch.Generator().manual_seed(3)
+    pattern = random_weight(70, 1300, F16, integers=True).sign()
+    levels = torch.randint(1, 128, pattern.shape, generator=generator)
+    w = pattern.abs() * levels.to(F16)
+    w[1::2] *= pattern[1::2]
+    x = torch.randint(-127, 128, (9, 1300), generator=generator)
+    x[::2] = x[::2].abs()
+    scales = torch.full((70,), 2.0**-9), None
+    sums = (x @ w.long().t()).double()
+    assert sums.abs().max() > 2**21
+    assert not wrong(build(), config, w, x, scales=scales, storage=INT8)
+    upper = -(sums * 2.0**-9).to(F16)
+    assert not wrong(build(), config, w, x, residual=upper, scales=scales, storage=INT8)
+
+
+def test_every_e4m3_level(build):
+    """Subnormal ones and the largest, each alone in its row, times 1."""
+    bits = torch.arange(256).to(torch.uint8)
+    levels = bits.view(E4M3).float()
+    levels = levels[levels.isfinite()]
+    w = torch.zeros(len(levels), 128, dtype=BF16)
+    w[torch.arange(len(levels)), torch.arange(len(levels)) % 128] = levels.to(BF16)
+    for config, *_ in BOTH:
+        assert not wrong(build(), config, w, torch.ones(3, 128, dtype=BF16), storage=E4M3)
+
+
+# ---- the emulator itself -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -237,3 +326,19 @@ def test_the_emulator_sees_mistakes(build, old, new):
 
     assert found(build(old, new))
     assert not found(build("#pragma once", "#pragma once")), "without the edit all is right"
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("* kBytes<typename Cfg::T>, 16)", "* 2, 16)"),
+        ("in_panel / Cfg::kWordsBytes * tile64::kWordsBytes", "0"),
+        ("word * Cfg::kWordsBytes", "0"),
+        ("metadata[Tile::word(1)]", "metadata[0]"),
+        ("row / Cfg::kPanelRows * (Cfg::kPanelMetadataBytes - Cfg::kWordsBytes)", "0"),
+    ],
+)
+def test_the_emulator_sees_mistakes_at_8_bits(build, old, new):
+    case = problem(3, 129, 252)
+    emulate = build(old, new)
+    assert any(wrong(emulate, config, *case, storage=INT8) for config, *_ in BOTH)
