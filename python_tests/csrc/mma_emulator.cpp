@@ -38,6 +38,10 @@ void cp_async_wait() {
 
 }  // namespace sparsekern::ptx
 
+extern "C" {
+int mistake = -1;  // of those that test_mma_emulated.py puts into the kernel's source
+}
+
 // ---- the kernel: its own includes of csrc/ptx find empty files ----------------------------------
 
 #include "linear/configs.h"
@@ -80,8 +84,14 @@ struct Case {
   void (*run)(const sparsekern::LinearProblem& p, int config);
 };
 #define SK_RUN(W, X, Y, function) {sparsekern::kDTypeOf<W>, sparsekern::kDTypeOf<Y>, &function<W, Y>},
-constexpr Case kCases[] = {SK_PLAIN(SK_RUN, sparsekern::mma::run)
-                               SK_W8A8(SK_RUN, sparsekern::mma::run)};
+constexpr Case kCases[] = {
+#ifdef EMULATE_FEW
+    SK_RUN(__nv_bfloat16, , __nv_bfloat16, sparsekern::mma::run)
+    SK_RUN(int8_t, , __nv_bfloat16, sparsekern::mma::run)
+#else
+    SK_PLAIN(SK_RUN, sparsekern::mma::run) SK_W8A8(SK_RUN, sparsekern::mma::run)
+#endif
+};
 #undef SK_RUN
 
 // A problem as in csrc/core/problem.h, then the freedoms. dtype: of y; storage: of x and the weight.

@@ -50,24 +50,52 @@ class Emulated(ctypes.Structure):
     ]
 
 
+# What goes wrong in the kernel's source when the emulator's `mistake` is the place in this list.
+MISTAKES = [
+    ("ptx::cp_async_wait<Cfg::kStages - 2>();", "ptx::cp_async_wait<Cfg::kStages - 1>();"),
+    ("filled = stage;", "filled = smem;"),
+    ("j * kTokenStep < tokens_left", "true"),
+    ("ptx::wait_for_predecessor();", ";"),
+    ("matrix % 2 * 8", "matrix / 2 * 8"),
+    ("max(columns_left, 0) * kBytes<typename Cfg::T>", "max(columns_left, 0) * 2"),
+    ("in_panel / Cfg::kWordsBytes * tile64::kWordsBytes", "0"),
+    ("word * Cfg::kWordsBytes", "0"),
+    ("metadata[Tile::word(1)]", "metadata[0]"),
+    ("row / Cfg::kPanelRows * (Cfg::kPanelMetadataBytes - Cfg::kWordsBytes)", "0"),
+]
+AT_8_BITS = 5  # the first that 16 bits do not notice
+
+
+def spoil(source):
+    """The kernel's source with all MISTAKES, each in reserve."""
+    for number, (old, new) in enumerate(MISTAKES):
+        assert old in source
+        if old.endswith(";"):
+            both = f"if (mistake == {number}) {{ {new} }} else {{ {old} }}"
+        else:
+            both = f"(mistake == {number} ? {new} : {old})"
+        source = source.replace(old, both)
+    return source
+
+
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    """Compiles the emulator with the kernel's source; edited by (old, new), with FEW alone."""
+    """Compiles the emulator with the kernel's source; spoiled: with MISTAKES, FEW configs and types
+    alone."""
     include, compiler = cuda_include(), shutil.which("g++")
     if include is None or compiler is None:
         pytest.skip("needs g++ and the headers of an nvcc on PATH")
     built = {}
 
-    def make(*edit):
-        if edit not in built:
+    def make(spoiled=False):
+        if spoiled not in built:
             folder = tmp_path_factory.mktemp("emulator")
             shutil.copytree(ROOT / "csrc", folder / "csrc")
             for header in (folder / "csrc" / "ptx").iterdir():
                 header.write_text("")  # the emulator has its own
             kernel = folder / "csrc/linear/mma_sm80.cuh"
-            if edit:
-                assert edit[0] in kernel.read_text()
-                kernel.write_text(kernel.read_text().replace(*edit))
+            if spoiled:
+                kernel.write_text(spoil(kernel.read_text()))
                 configs = folder / "csrc" / "linear/configs.h"
                 other = r"X\((?!" + "|".join(f"{entry[0]}," for entry in FEW) + r")\d+(, \d+){6}\)"
                 configs.write_text(
@@ -82,6 +110,7 @@ def build(tmp_path_factory):
                     "-w",
                     "-shared",
                     "-fPIC",
+                    *(["-DEMULATE_FEW"] if spoiled else []),
                     f"-I{include}",
                     f"-I{folder / 'csrc'}",
                     str(Path(__file__).with_name("mma_emulator.cpp")),
@@ -90,11 +119,17 @@ def build(tmp_path_factory):
                 ],
                 check=True,
             )
-            built[edit] = ctypes.CDLL(str(library)).emulate
-            built[edit].restype = ctypes.c_char_p
-            built[edit].argtypes = [ctypes.POINTER(Emulated)]
-        return built[edit]
+            built[spoiled] = ctypes.CDLL(str(library))
+            built[spoiled].emulate.restype = ctypes.c_char_p
+            built[spoiled].emulate.argtypes = [ctypes.POINTER(Emulated)]
+        return built[spoiled].emulate
 
+    def with_mistake(number):
+        emulate = make(spoiled=True)
+        ctypes.c_int.in_dll(built[True], "mistake").value = number
+        return emulate
+
+    make.with_mistake = with_mistake
     return make
 
 
@@ -306,39 +341,26 @@ def test_every_e4m3_level(build):
 # ---- the emulator itself -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "old, new",
-    [
-        ("cp_async_wait<Cfg::kStages - 2>", "cp_async_wait<Cfg::kStages - 1>"),
-        ("filled = stage;", "filled = smem;"),
-        ("j * kTokenStep < tokens_left", "true"),
-        ("ptx::wait_for_predecessor();", ""),
-        ("(row % Cfg::kPanelRows + matrix % 2 * 8", "(row % Cfg::kPanelRows + matrix / 2 * 8"),
-    ],
-)
-def test_the_emulator_sees_mistakes(build, old, new):
-    def found(emulate):
-        return any(
-            wrong(emulate, config, *problem(tokens - 3, 65, 64 * split * (stages + 2)), late=late)
-            for config, _, tokens, split, stages in FEW
-            for late in (True, False)
+def found(emulate, storage=None):
+    """Whether any of FEW goes wrong."""
+    return any(
+        wrong(
+            emulate,
+            config,
+            *problem(tokens - 3, 65 if storage is None else 129, 64 * split * (stages + 2) - 4),
+            late=late,
+            storage=storage,
         )
+        for config, _, tokens, split, stages in FEW
+        for late in (True, False)
+        if storage is None or config < len(BOTH)
+    )
 
-    assert found(build(old, new))
-    assert not found(build("#pragma once", "#pragma once")), "without the edit all is right"
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)))
+def test_the_emulator_sees_mistakes(build, number):
+    assert found(build.with_mistake(number), INT8 if number >= AT_8_BITS else None)
 
 
-@pytest.mark.parametrize(
-    "old, new",
-    [
-        ("* kBytes<typename Cfg::T>, 16)", "* 2, 16)"),
-        ("in_panel / Cfg::kWordsBytes * tile64::kWordsBytes", "0"),
-        ("word * Cfg::kWordsBytes", "0"),
-        ("metadata[Tile::word(1)]", "metadata[0]"),
-        ("row / Cfg::kPanelRows * (Cfg::kPanelMetadataBytes - Cfg::kWordsBytes)", "0"),
-    ],
-)
-def test_the_emulator_sees_mistakes_at_8_bits(build, old, new):
-    case = problem(3, 129, 252)
-    emulate = build(old, new)
-    assert any(wrong(emulate, config, *case, storage=INT8) for config, *_ in BOTH)
+def test_without_mistakes_all_is_right(build):
+    assert not found(build.with_mistake(-1)) and not found(build.with_mistake(-1), INT8)
