@@ -104,6 +104,7 @@ struct Config {
   static_assert(kSmemBytes <= kSmemCapacity && kStages >= 2);
   static_assert(kRows % kPanelRows == 0 && tile64::kRows % kPanelRows == 0);
   static_assert(tile64::kGroupRows % kRows == 0);
+  static_assert(Tile::kWords == 1 || kPanelRows == tile64::kRows, "metadata is copied by panels");
   static_assert(kPanelRows % kWarpRows == 0 && kWarpRows % 16 == 0, "a warp has rows of one panel");
   static_assert(kTileBytes % 128 == 0, "x_offset swizzles address bits 4 to 6");
 };
@@ -205,12 +206,10 @@ struct Copier {
              thread_idx / Cfg::kPanelRows * tile64::kChunkStride +
              (row % tile64::kRows + thread_idx % Cfg::kPanelRows) * 16;
     const int in_tile = thread_idx % kMetadataPieces * 16;
-    const int in_panel = in_tile % Cfg::kPanelMetadataBytes;
+    constexpr int kPanelMetadata = Cfg::kPanelMetadataBytes;
     metadata_k = thread_idx / kMetadataPieces;
-    metadata = p.metadata +
-               (first + inside(in_tile / Cfg::kPanelMetadataBytes)) * Cfg::Tile::kMetadataBytes +
-               in_panel / Cfg::kWordsBytes * tile64::kWordsBytes + row % tile64::kRows * 8 +
-               in_panel % Cfg::kWordsBytes;
+    metadata = p.metadata + (first + inside(in_tile / kPanelMetadata)) * Cfg::Tile::kMetadataBytes +
+               row % tile64::kRows * 8 + in_tile % kPanelMetadata;
   }
 
   __device__ __forceinline__ void next_stage() {

@@ -58,7 +58,7 @@ MISTAKES = [
     ("ptx::wait_for_predecessor();", ";"),
     ("matrix % 2 * 8", "matrix / 2 * 8"),
     ("max(columns_left, 0) * kBytes<typename Cfg::T>", "max(columns_left, 0) * 2"),
-    ("in_panel / Cfg::kWordsBytes * tile64::kWordsBytes", "0"),
+    ("in_row * Cfg::Tile::kChunkValues", "in_row * 8"),
     ("word * Cfg::kWordsBytes", "0"),
     ("metadata[Tile::word(1)]", "metadata[0]"),
     ("row / Cfg::kPanelRows * (Cfg::kPanelMetadataBytes - Cfg::kWordsBytes)", "0"),
