@@ -66,10 +66,11 @@
   X(1, 4, 2)                 \
   X(2, 4, 4)                 \
   X(3, 4, 8)                 \
-  X(4, 2, 1)                 \
-  X(5, 2, 2)                 \
+  X(4, 2, 2)                 \
+  X(5, 2, 1)                 \
   X(6, 2, 4)                 \
   X(7, 2, 8)
+#define SK_DECODE_GATED 5  // the first of them, which a gated pair has, too
 
 // The mma.sp kernel's tiles.
 // X(index, BLOCK_M rows, BLOCK_N tokens, warps along rows, along tokens, along K, stages)

@@ -101,6 +101,11 @@ struct Config {
   static_assert(kWeights == 1 || !kWidens, "the epilogue has the scales of one weight");
 };
 
+// The split of K is an argument of the launch, so that one kernel has all of them; for weights of int8
+// and int4. The others have a kernel for each.
+template <class W>
+constexpr bool kLaunchedSplit = std::is_integral_v<typename Element<W>::Accumulator>;
+
 template <class Cfg>
 struct Params {
   const uint8_t* values[2];
@@ -461,6 +466,15 @@ __device__ __forceinline__ void write_sums(const Accumulators<Cfg>& d, const Sme
   }
 }
 
+// CTAs of a cluster, a power of two: a constant, or 0, as many as are launched.
+constexpr int kMostRanks = 8;
+template <int kRanks>
+__device__ __forceinline__ int ranks_of() {
+  static_assert(kRanks <= kMostRanks && (kRanks & (kRanks - 1)) == 0);
+  if constexpr (kRanks > 0) return kRanks;
+  else return ptx::cluster_ctas();
+}
+
 // Sum of 4 consecutive rows of one token over the CTAs of the cluster, starting with this one: a
 // fixed order, since an output always belongs to the same CTA, and not the same neighbour for
 // everybody at once. All loads first: a neighbour's shared memory is far away. Lanes read
@@ -468,16 +482,21 @@ __device__ __forceinline__ void write_sums(const Accumulators<Cfg>& d, const Sme
 template <class Cfg, int kRanks>
 __device__ __forceinline__ void reduce_segment(float (&v)[4], const Smem<Cfg>& smem, int weight,
                                                int token, int row, int rank) {
+  constexpr int kMost = kRanks > 0 ? kRanks : kMostRanks;
+  const int ranks = ranks_of<kRanks>();
   const uint32_t local = smem.sums() + ((weight * Cfg::kTokens + token) * Cfg::kSumPitch + row) * 4;
-  float4 part[kRanks];
+  float4 part[kMost];
 #pragma unroll
-  for (int i = 0; i < kRanks; ++i)
-    part[i] = ptx::load_cluster_float4(ptx::map_to_cta(local, (rank + i) % kRanks));
+  for (int i = 0; i < kMost; ++i) {
+    if (i < ranks)
+      part[i] = ptx::load_cluster_float4(ptx::map_to_cta(local, (rank + i) & (ranks - 1)));
+  }
 #pragma unroll
   for (int i = 0; i < 4; ++i) v[i] = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kRanks; ++i)
-    v[0] += part[i].x, v[1] += part[i].y, v[2] += part[i].z, v[3] += part[i].w;
+  for (int i = 0; i < kMost; ++i) {
+    if (i < ranks) v[0] += part[i].x, v[1] += part[i].y, v[2] += part[i].z, v[3] += part[i].w;
+  }
 }
 
 // Each CTA of the cluster finishes its share of the (token, 4 rows) segments.
@@ -485,8 +504,8 @@ template <class Cfg, int kRanks>
 __device__ __forceinline__ void store_outputs(const Params<Cfg>& p, const Smem<Cfg>& smem,
                                               int row_block, int rank) {
   constexpr int kSegments = Cfg::kRows / 4;
-  const int total = p.tokens * kSegments;
-  const int begin = total * rank / kRanks, end = total * (rank + 1) / kRanks;
+  const int total = p.tokens * kSegments, ranks = ranks_of<kRanks>();
+  const int begin = total * rank / ranks, end = total * (rank + 1) / ranks;
 #pragma unroll 1
   for (int item = begin + static_cast<int>(threadIdx.x); item < end; item += kConsumerThreads) {
     const int token = item / kSegments, row = item % kSegments * 4;
@@ -501,7 +520,8 @@ __device__ __forceinline__ void store_outputs(const Params<Cfg>& p, const Smem<C
   }
 }
 
-// kRanks: CTAs of a cluster. With more than one, a cluster has one row block (see the launcher).
+// kRanks: CTAs of a cluster, or 0: as many as are launched. With more than one, a cluster has one row
+// block (see the launcher).
 template <class Cfg, int kRanks>
 __global__ void __launch_bounds__(kThreads, 1)
     spmm_decode_sm90_kernel(const __grid_constant__ CUtensorMap x_map,
@@ -509,8 +529,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) uint8_t raw_smem[];
   const Smem<Cfg> smem(raw_smem);
   const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
-  const int rank = blockIdx.x % kRanks, first = blockIdx.x / kRanks, step = gridDim.x / kRanks;
-  const KTiles k = KTiles::of(p.extent.k_tiles, rank, kRanks);
+  const int ranks = ranks_of<kRanks>();
+  const int rank = blockIdx.x % ranks, first = blockIdx.x / ranks, step = gridDim.x / ranks;
+  const KTiles k = KTiles::of(p.extent.k_tiles, rank, ranks);
 
   if (threadIdx.x == kConsumerThreads) {
     for (int s = 0; s < Cfg::kStages; ++s) {
@@ -532,14 +553,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         producer.run(row_block, k, 0);
     }
     __syncwarp();
-    if constexpr (kRanks > 1) {  // the two barriers of the consumers below
+    if (ranks > 1) {  // the two barriers of the consumers below
       ptx::cluster_sync();
       ptx::cluster_sync();
     }
     return;
   }
-  const auto sync = [] {
-    if constexpr (kRanks > 1) ptx::cluster_sync();
+  const auto sync = [ranks] {
+    if (ranks > 1) ptx::cluster_sync();
     else ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
   };
   RingPosition<Cfg::kStages> ring;

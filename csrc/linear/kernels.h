@@ -42,7 +42,7 @@ struct Launch {
 inline constexpr Launch kDecode[] = {SK_PLAIN(SK_LAUNCH, decode::linear, kDecodeConfigs.rows)  //
                                      SK_W8A16(SK_LAUNCH, decode::linear, kDecodeConfigs.rows)
                                          SK_W4A16(SK_LAUNCH, decode::linear, kDecodeConfigs.rows)};
-inline constexpr Launch kDecodeGated[] = {SK_PLAIN(SK_LAUNCH, decode::gated, kDecodeConfigs.rows)};
+inline constexpr Launch kDecodeGated[] = {SK_PLAIN(SK_LAUNCH, decode::gated, SK_DECODE_GATED)};
 inline constexpr Launch kPrefill[] = {
     SK_PLAIN(SK_LAUNCH, prefill::linear, SK_PREFILL_UNPROMOTED)  //
     SK_E4M3_A8(SK_LAUNCH, prefill::linear, kPrefillConfigs.rows)
