@@ -21,7 +21,8 @@ Status launch(const LinearProblem& p, int split, cudaStream_t stream) {
   const LaunchShape shape = {kThreads, Cfg::kSmemBytes, split};
   CUtensorMap x_map;
   SK_RETURN_IF_ERROR(make_activation_map(kOp, x_map, p, Cfg::kTokens));
-  const Params<Cfg> params = make_params<Cfg>(p);
+  Params<Cfg> params = make_params<Cfg>(p);
+  params.ranks = split;
   int resident = 0;
   SK_RETURN_IF_ERROR(kernel.resident_clusters(shape, resident));
   const bool persistent = split == 1 && resident < params.row_blocks;

@@ -11,12 +11,6 @@ __device__ __forceinline__ uint32_t cluster_cta_rank() {
   return rank;
 }
 
-__device__ __forceinline__ int cluster_ctas() {
-  int ctas;
-  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(ctas));
-  return ctas;
-}
-
 __device__ __forceinline__ int cluster_idx() {
   int idx;
   asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(idx));

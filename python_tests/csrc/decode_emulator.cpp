@@ -106,7 +106,8 @@ void prefetch_tensor_map(const CUtensorMap*) {}
 
 void named_barrier_sync(int id, int threads) { emulator::meet(emulator::of_block(id), threads); }
 void cluster_sync() { emulator::meet(emulator::kOfCluster, emulator::fibers.size()); }
-int cluster_ctas() { return emulator::fibers.size() / emulator::threads; }
+int cluster_cta_rank() { return emulator::cta(); }
+int cluster_idx() { return blockIdx.x * emulator::threads / emulator::fibers.size(); }
 uint32_t map_to_cta(uint32_t smem, uint32_t rank) {
   return smem | (rank + 1) << emulator::kCtaShift;
 }
@@ -150,7 +151,8 @@ uint8_t raw_smem[1];  // the kernel's extern array; only its address is asked fo
 
 template <class Cfg, int kRanks>
 void run_clusters(const LinearProblem& p, int clusters, int ranks) {
-  const Params<Cfg> params = make_params<Cfg>(p);
+  Params<Cfg> params = make_params<Cfg>(p);
+  params.ranks = ranks;
   const ptx::Tensor tensor = {static_cast<const uint8_t*>(p.x.data), p.x.stride * 2, p.tokens,
                               p.in_features, Cfg::kTokens};
   CUtensorMap map;
