@@ -51,13 +51,14 @@
   X(9, 1, 128, 2)           \
   X(10, 1, 128, 3)          \
   X(11, 1, 128, 4)          \
-  X(12, 1, 128, 6)          \
-  X(13, 2, 64, 1)           \
-  X(14, 2, 64, 2)           \
-  X(15, 2, 96, 1)           \
-  X(16, 2, 96, 2)           \
-  X(17, 2, 128, 1)          \
-  X(18, 2, 128, 2)
+  X(12, 2, 64, 1)           \
+  X(13, 2, 96, 1)           \
+  X(14, 2, 96, 2)           \
+  X(15, 2, 128, 1)          \
+  X(16, 2, 128, 2)          \
+  X(17, 1, 128, 6)          \
+  X(18, 2, 64, 2)
+#define SK_SPLIT_BOTH 17  // the first of them, which 8 bits have, too
 
 // The decode kernel's row blocks and splits of K, with one weight or gated.
 // X(index, row panels of 64 per CTA, CTAs that share the K of a row block)
