@@ -37,7 +37,7 @@ class DecodeConfig(TypedDict):
     index: int  # what Linear takes as config
     rows: int  # out_features of a thread block
     split: int  # thread blocks that share the in_features of those rows
-    types: Types
+    types: Types  # none: not built
 
 class PrefillConfig(TypedDict):
     index: int
@@ -63,7 +63,7 @@ class MmaConfig(TypedDict):
     warps_rows: int  # its warps along out_features
     warps_tokens: int  # along tokens
     split: int  # along in_features, whose sums it adds at the end
-    stages: int  # parts of the ring in shared memory; each holds 64 * split in_features
+    stages: int  # parts of the ring in shared memory, of 64 * split in_features; 8 bits: 128 * split
     types: Types
 
 class NaiveConfig(TypedDict):
@@ -77,7 +77,7 @@ class Kernels(TypedDict):
     decode_gated: list[DecodeConfig]  # silu(x · Wᵀ) * (x · Upᵀ), up to 32 tokens, Hopper
     prefill: list[PrefillConfig]  # Hopper
     split: list[SplitConfig]  # for few tiles, Hopper
-    mma: list[MmaConfig]  # compute capability 8.0 and later
+    mma: list[MmaConfig]  # compute capability 8.0 and later, of e4m3 8.9 and later
     naive: list[NaiveConfig]  # the readable kernel, for tests, Hopper
 
 def kernels() -> Kernels: ...  # csrc/linear/kernels.h and configs.h, with the types of each config

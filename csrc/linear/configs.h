@@ -51,13 +51,14 @@
   X(9, 1, 128, 2)           \
   X(10, 1, 128, 3)          \
   X(11, 1, 128, 4)          \
-  X(12, 1, 128, 6)          \
-  X(13, 2, 64, 1)           \
-  X(14, 2, 64, 2)           \
-  X(15, 2, 96, 1)           \
-  X(16, 2, 96, 2)           \
-  X(17, 2, 128, 1)          \
-  X(18, 2, 128, 2)
+  X(12, 2, 64, 1)           \
+  X(13, 2, 96, 1)           \
+  X(14, 2, 96, 2)           \
+  X(15, 2, 128, 1)          \
+  X(16, 2, 128, 2)          \
+  X(17, 1, 128, 6)          \
+  X(18, 2, 64, 2)
+#define SK_SPLIT_BOTH 17  // the first of them, which 8 bits have, too
 
 // The decode kernel's row blocks and splits of K, with one weight or gated.
 // X(index, row panels of 64 per CTA, CTAs that share the K of a row block)
@@ -66,29 +67,32 @@
   X(1, 4, 2)                 \
   X(2, 4, 4)                 \
   X(3, 4, 8)                 \
-  X(4, 2, 1)                 \
-  X(5, 2, 2)                 \
+  X(4, 2, 2)                 \
+  X(5, 2, 1)                 \
   X(6, 2, 4)                 \
   X(7, 2, 8)
+#define SK_DECODE_GATED 5  // the first of them, which a gated pair has, too
 
 // The mma.sp kernel's tiles.
 // X(index, BLOCK_M rows, BLOCK_N tokens, warps along rows, along tokens, along K, stages)
-// Bytes of a stage: (72 * rows + 128 * tokens) * warps along K; all stages: at most 99 KiB.
-#define SK_MMA_CONFIGS(X)                                             \
-  X(0, 256, 128, 4, 2, 1, 2) /* warps of 64 x 64: least smem reads */ \
-  X(1, 256, 96, 4, 2, 1, 3)                                           \
-  X(2, 128, 256, 2, 4, 1, 2)                                          \
-  X(3, 128, 128, 2, 4, 1, 3)                                          \
-  X(4, 128, 128, 2, 2, 1, 3)                                          \
-  X(5, 128, 64, 2, 2, 1, 4)                                           \
-  X(6, 64, 128, 1, 4, 1, 4)                                           \
-  X(7, 64, 64, 2, 2, 2, 3) /* few tokens: warps share K           */  \
-  X(8, 64, 32, 2, 1, 2, 5)                                            \
-  X(9, 64, 16, 2, 1, 4, 3)                                            \
-  X(10, 64, 8, 2, 1, 4, 4)                                            \
-  X(11, 32, 32, 1, 1, 4, 3) /* few out_features: more blocks      */  \
-  X(12, 32, 16, 1, 1, 4, 5)                                           \
+// Bytes of a stage: (72 * rows + 128 * tokens) * warps along K, 80 instead of 72 at 8 bits; all
+// stages: at most 99 KiB.
+#define SK_MMA_CONFIGS(X)                                              \
+  X(0, 256, 128, 4, 2, 1, 2) /* warps of 64 x 64: least smem reads  */ \
+  X(1, 128, 64, 2, 2, 1, 4)                                            \
+  X(2, 64, 32, 2, 1, 2, 5) /* few tokens: warps share K             */ \
+  X(3, 64, 16, 2, 1, 4, 3)                                             \
+  X(4, 256, 96, 4, 2, 1, 3) /* from here on 16 bits alone           */ \
+  X(5, 128, 256, 2, 4, 1, 2)                                           \
+  X(6, 128, 128, 2, 4, 1, 3)                                           \
+  X(7, 128, 128, 2, 2, 1, 3)                                           \
+  X(8, 64, 128, 1, 4, 1, 4)                                            \
+  X(9, 64, 64, 2, 2, 2, 3)                                             \
+  X(10, 64, 8, 2, 1, 4, 4)                                             \
+  X(11, 32, 32, 1, 1, 4, 3) /* few out_features: more blocks        */ \
+  X(12, 32, 16, 1, 1, 4, 5)                                            \
   X(13, 32, 8, 1, 1, 4, 6)
+#define SK_MMA_BOTH 4  // the first of them, which 8 bits have, too
 
 // The naive kernel's one tile.
 // X(index, rows, tokens)

@@ -12,28 +12,33 @@ namespace sparsekern::decode {
 
 constexpr const char* kOp = "sparsekern.linear (decode)";
 
-template <class Cfg, int kRanks>
-Status launch(const LinearProblem& p, cudaStream_t stream) {
+// kSplit: the kernel's, or 0 where it has all.
+template <class Cfg, int kSplit>
+Status launch(const LinearProblem& p, int split, cudaStream_t stream) {
   static KernelStates states;
-  const DeviceKernel kernel(kOp, "spmm_decode_sm90_kernel", spmm_decode_sm90_kernel<Cfg, kRanks>,
+  const DeviceKernel kernel(kOp, "spmm_decode_sm90_kernel", spmm_decode_sm90_kernel<Cfg, kSplit>,
                             states);
-  const LaunchShape shape = {kThreads, Cfg::kSmemBytes, kRanks};
+  const LaunchShape shape = {kThreads, Cfg::kSmemBytes, split};
   CUtensorMap x_map;
   SK_RETURN_IF_ERROR(make_activation_map(kOp, x_map, p, Cfg::kTokens));
-  const Params<Cfg> params = make_params<Cfg>(p);
+  Params<Cfg> params = make_params<Cfg>(p);
+  params.ranks = split;
   int resident = 0;
   SK_RETURN_IF_ERROR(kernel.resident_clusters(shape, resident));
-  const bool persistent = kRanks == 1 && resident < params.row_blocks;
+  const bool persistent = split == 1 && resident < params.row_blocks;
   const int clusters = persistent ? resident : params.row_blocks;
-  return kernel.launch(shape, int64_t{clusters} * kRanks, stream, x_map, params);
+  return kernel.launch(shape, int64_t{clusters} * split, stream, x_map, params);
 }
 
 template <class W, class X, class Y, int kTokenTiles, int kWeights, int kScaleGroup>
 Status launch_config(const LinearProblem& p, int config, cudaStream_t stream) {
   switch (config) {
-#define SK_CASE(index, panels, split) \
-  case index:                         \
-    return launch<Config<W, X, Y, kTokenTiles, kWeights, panels, kScaleGroup>, split>(p, stream);
+#define SK_CASE(index, panels, split)                                            \
+  case index:                                                                    \
+    if constexpr (kWeights == 1 || index < SK_DECODE_GATED)                      \
+      return launch<Config<W, X, Y, kTokenTiles, kWeights, panels, kScaleGroup>, \
+                    kLaunchedSplit<W> ? 0 : split>(p, split, stream);            \
+    break;
     SK_DECODE_CONFIGS(SK_CASE)
 #undef SK_CASE
   }

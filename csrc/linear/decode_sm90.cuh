@@ -101,6 +101,11 @@ struct Config {
   static_assert(kWeights == 1 || !kWidens, "the epilogue has the scales of one weight");
 };
 
+// The split of K is an argument of the launch, so that one kernel has all of them; for weights of int8
+// and int4. The others have a kernel for each.
+template <class W>
+constexpr bool kLaunchedSplit = std::is_integral_v<typename Element<W>::Accumulator>;
+
 template <class Cfg>
 struct Params {
   const uint8_t* values[2];
@@ -109,6 +114,7 @@ struct Params {
   tile64::Extent extent;
   int row_blocks;
   int tokens;
+  int ranks;  // CTAs of a cluster, a power of two; for kernels that have all splits
 };
 
 template <class Cfg>
@@ -461,23 +467,29 @@ __device__ __forceinline__ void write_sums(const Accumulators<Cfg>& d, const Sme
   }
 }
 
+constexpr int kMostRanks = 8;
+
 // Sum of 4 consecutive rows of one token over the CTAs of the cluster, starting with this one: a
 // fixed order, since an output always belongs to the same CTA, and not the same neighbour for
 // everybody at once. All loads first: a neighbour's shared memory is far away. Lanes read
 // consecutive 16-byte pieces.
 template <class Cfg, int kRanks>
 __device__ __forceinline__ void reduce_segment(float (&v)[4], const Smem<Cfg>& smem, int weight,
-                                               int token, int row, int rank) {
+                                               int token, int row, int rank, int ranks) {
+  constexpr int kMost = kRanks > 0 ? kRanks : kMostRanks;
   const uint32_t local = smem.sums() + ((weight * Cfg::kTokens + token) * Cfg::kSumPitch + row) * 4;
-  float4 part[kRanks];
+  float4 part[kMost];
 #pragma unroll
-  for (int i = 0; i < kRanks; ++i)
-    part[i] = ptx::load_cluster_float4(ptx::map_to_cta(local, (rank + i) % kRanks));
+  for (int i = 0; i < kMost; ++i) {
+    if (i < ranks)
+      part[i] = ptx::load_cluster_float4(ptx::map_to_cta(local, (rank + i) & (ranks - 1)));
+  }
 #pragma unroll
   for (int i = 0; i < 4; ++i) v[i] = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kRanks; ++i)
-    v[0] += part[i].x, v[1] += part[i].y, v[2] += part[i].z, v[3] += part[i].w;
+  for (int i = 0; i < kMost; ++i) {
+    if (i < ranks) v[0] += part[i].x, v[1] += part[i].y, v[2] += part[i].z, v[3] += part[i].w;
+  }
 }
 
 // Each CTA of the cluster finishes its share of the (token, 4 rows) segments.
@@ -485,23 +497,24 @@ template <class Cfg, int kRanks>
 __device__ __forceinline__ void store_outputs(const Params<Cfg>& p, const Smem<Cfg>& smem,
                                               int row_block, int rank) {
   constexpr int kSegments = Cfg::kRows / 4;
-  const int total = p.tokens * kSegments;
-  const int begin = total * rank / kRanks, end = total * (rank + 1) / kRanks;
+  const int total = p.tokens * kSegments, ranks = kRanks > 0 ? kRanks : p.ranks;
+  const int begin = total * rank / ranks, end = total * (rank + 1) / ranks;
 #pragma unroll 1
   for (int item = begin + static_cast<int>(threadIdx.x); item < end; item += kConsumerThreads) {
     const int token = item / kSegments, row = item % kSegments * 4;
     float v[4];
-    reduce_segment<Cfg, kRanks>(v, smem, 0, token, row, rank);
+    reduce_segment<Cfg, kRanks>(v, smem, 0, token, row, rank, ranks);
     if constexpr (Cfg::kWeights == 2) {
       float up[4];
-      reduce_segment<Cfg, kRanks>(up, smem, 1, token, row, rank);
+      reduce_segment<Cfg, kRanks>(up, smem, 1, token, row, rank, ranks);
       gate(v, up);
     }
     p.out.template store<4>(v, token, row_block * Cfg::kRows + row);
   }
 }
 
-// kRanks: CTAs of a cluster. With more than one, a cluster has one row block (see the launcher).
+// kRanks: CTAs of a cluster, or 0: p.ranks. With more than one, a cluster has one row block (see the
+// launcher).
 template <class Cfg, int kRanks>
 __global__ void __launch_bounds__(kThreads, 1)
     spmm_decode_sm90_kernel(const __grid_constant__ CUtensorMap x_map,
@@ -509,8 +522,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) uint8_t raw_smem[];
   const Smem<Cfg> smem(raw_smem);
   const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
-  const int rank = blockIdx.x % kRanks, first = blockIdx.x / kRanks, step = gridDim.x / kRanks;
-  const KTiles k = KTiles::of(p.extent.k_tiles, rank, kRanks);
+  const int ranks = kRanks > 0 ? kRanks : p.ranks;
+  const int rank = blockIdx.x & (ranks - 1);
+  // Where all splits are possible no register should wait for the end of the loop: a step that is
+  // too large with more ranks than one, and the rank asked for once more.
+  const int first = kRanks > 0 ? blockIdx.x / ranks : ptx::cluster_idx();
+  const int step = kRanks > 0 ? gridDim.x / ranks : gridDim.x;
+  const KTiles k = KTiles::of(p.extent.k_tiles, rank, ranks);
 
   if (threadIdx.x == kConsumerThreads) {
     for (int s = 0; s < Cfg::kStages; ++s) {
@@ -532,14 +550,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         producer.run(row_block, k, 0);
     }
     __syncwarp();
-    if constexpr (kRanks > 1) {  // the two barriers of the consumers below
+    if (ranks > 1) {  // the two barriers of the consumers below
       ptx::cluster_sync();
       ptx::cluster_sync();
     }
     return;
   }
-  const auto sync = [] {
-    if constexpr (kRanks > 1) ptx::cluster_sync();
+  const auto sync = [&] {
+    if (ranks > 1) ptx::cluster_sync();
     else ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
   };
   RingPosition<Cfg::kStages> ring;
@@ -562,7 +580,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     write_sums<Cfg>(d, smem, warp_idx, lane_idx);
     sync();  // all sums are there
     ptx::wait_for_predecessor();
-    store_outputs<Cfg, kRanks>(p, smem, row_block, rank);
+    store_outputs<Cfg, kRanks>(p, smem, row_block, kRanks > 0 ? rank : ptx::cluster_cta_rank());
     sync();  // all sums have been read: they may be overwritten, a neighbour may leave
   }
 }

@@ -42,14 +42,15 @@ struct Launch {
 inline constexpr Launch kDecode[] = {SK_PLAIN(SK_LAUNCH, decode::linear, kDecodeConfigs.rows)  //
                                      SK_W8A16(SK_LAUNCH, decode::linear, kDecodeConfigs.rows)
                                          SK_W4A16(SK_LAUNCH, decode::linear, kDecodeConfigs.rows)};
-inline constexpr Launch kDecodeGated[] = {SK_PLAIN(SK_LAUNCH, decode::gated, kDecodeConfigs.rows)};
+inline constexpr Launch kDecodeGated[] = {SK_PLAIN(SK_LAUNCH, decode::gated, SK_DECODE_GATED)};
 inline constexpr Launch kPrefill[] = {
     SK_PLAIN(SK_LAUNCH, prefill::linear, SK_PREFILL_UNPROMOTED)  //
     SK_E4M3_A8(SK_LAUNCH, prefill::linear, kPrefillConfigs.rows)
         SK_INT8_A8(SK_LAUNCH, prefill::linear, SK_PREFILL_UNPROMOTED)};
 inline constexpr Launch kSplit[] = {SK_PLAIN(SK_LAUNCH, split::linear, kSplitConfigs.rows)  //
-                                    SK_W8A8(SK_LAUNCH, split::linear, kSplitConfigs.rows)};
-inline constexpr Launch kMma[] = {SK_PLAIN(SK_LAUNCH, mma::linear, kMmaConfigs.rows)};
+                                    SK_W8A8(SK_LAUNCH, split::linear, SK_SPLIT_BOTH)};
+inline constexpr Launch kMma[] = {SK_PLAIN(SK_LAUNCH, mma::linear, kMmaConfigs.rows)  //
+                                  SK_W8A8(SK_LAUNCH, mma::linear, SK_MMA_BOTH)};
 inline constexpr Launch kNaive[] = {SK_PLAIN(SK_LAUNCH, naive::linear, kNaiveConfigs.rows)  //
                                     SK_W8A8(SK_LAUNCH, naive::linear, kNaiveConfigs.rows)};
 #undef SK_LAUNCH

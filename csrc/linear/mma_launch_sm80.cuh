@@ -25,14 +25,16 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
 
 template <class T, class X, class Y>
 Status linear(const LinearProblem& p, int config, cudaStream_t stream) {
-  static_assert(std::is_same_v<T, X> && std::is_same_v<T, Y>);
+  static_assert(std::is_same_v<T, X> && (std::is_same_v<T, Y> || Element<T>::kStorageBits == 8));
   if (p.tokens == 0 || p.out_features == 0) return {};
   SK_RETURN_IF_ERROR(check_x(kOp, p));
   SK_CHECK_REL(kOp, p.in_features, >, 0, "The sum is empty: fill y with activation(bias).");
   switch (config) {
-#define SK_CASE(index, ...) \
-  case index:               \
-    return launch<Config<T, __VA_ARGS__>>(p, stream);
+#define SK_CASE(index, ...)                                              \
+  case index:                                                            \
+    if constexpr (Element<T>::kStorageBits == 16 || index < SK_MMA_BOTH) \
+      return launch<Config<T, Y, __VA_ARGS__>>(p, stream);               \
+    break;
     SK_MMA_CONFIGS(SK_CASE)
 #undef SK_CASE
   }

@@ -4,10 +4,13 @@
 //   M = out_features   N = tokens   K = in_features (dense count)
 //   Specification: sparsekern/reference.py, linear
 //
-// One block computes BLOCK_M x BLOCK_N outputs. It walks along K in stages of kWarpsK column tiles
-// (64 columns each); a ring of kStages of them lies in shared memory:
+// Values and x of 16 bits, or both of 8 (int8; e4m3 from 8.9 on), whose sums are scaled. The bytes
+// and the fragments are the same, only a row's metadata is twice as much.
 //
-//   stage = kWarpsK x [ x, BLOCK_N x 128 bytes | values, BLOCK_M x 64 | metadata, BLOCK_M x 8 ]
+// One block computes BLOCK_M x BLOCK_N outputs. It walks along K in stages of kWarpsK column tiles
+// (64 columns each, 128 at 8 bits); a ring of kStages of them lies in shared memory:
+//
+//   stage = kWarpsK x [ x, BLOCK_N x 128 bytes | values, BLOCK_M x 64 | metadata, BLOCK_M x 8 or 16 ]
 //                       chunks XORed with token % 8    as packed ("tile64")
 //
 // The warps are a box of kWarpsM x kWarpsN x kWarpsK. A warp owns a part of the rows and of the
@@ -19,11 +22,15 @@
 //
 //   multiply        (0,0)   (0,1) ... (0,last)  (1,0) ...           (1,last)
 //   load from smem  b(0,1)  b(0,2)    b(1,0)    b(1,1)   | barrier | a(0), b(0,0), metadata of the
-//                   a(1)                                           |            next stage
+//                   a(1), metadata of k-step 1 where it is another |            next stage
 //   copy            stage i + kStages - 1, a part each   |         |
 //
 // so every fragment is loaded one multiplication ahead. At the barrier all warps have read this
 // stage, and the copies of the next one have arrived: one barrier per stage does both.
+//
+// Sums: int8 in int32, exactly. The tensor cores of 8.9 add up products of e4m3 with some 14 bits,
+// and nothing here promotes them; on 9.0 the instruction is made of ones for float16, whose sums
+// are float32.
 //
 // Edges: columns and tokens outside x are filled with zeros by the copies; a row panel or a column
 // tile outside the weight is replaced by one inside, whose results are not stored, or meet zeros.
@@ -41,20 +48,23 @@ namespace sparsekern::mma {
 constexpr int kSmemCapacity = 99 * 1024;  // of a block on compute capability 8.6 and 8.9
 constexpr int kXRowBytes = 128;           // of a token: the dense columns of a tile
 
-// Byte offset of 16-byte chunk 0..7 of a token's 64 columns. The 8 rows of a matrix that ldmatrix
+// Byte offset of 16-byte chunk 0..7 of a token's row. The 8 rows of a matrix that ldmatrix
 // reads, one chunk of 8 tokens, lie in 8 different groups of 4 banks.
 constexpr __host__ __device__ int x_offset(int token, int chunk) {
   return token * kXRowBytes + (chunk ^ token % 8) * 16;
 }
 
-// One of SK_MMA_CONFIGS; rows: 32, or a multiple of 64. kScaled_: the epilogue has scales.
-template <class T_, int kRows_, int kTokens_, int kWarpsM_, int kWarpsN_, int kWarpsK_,
-          int kStages_, bool kScaled_ = false>
+// T: type of x and of the weight's values. Y: of y. The rest is one of SK_MMA_CONFIGS; rows: 32, or
+// a multiple of 64.
+template <class T_, class Y_, int kRows_, int kTokens_, int kWarpsM_, int kWarpsN_, int kWarpsK_,
+          int kStages_>
 struct Config {
   using T = T_;
+  using Y = Y_;
   using Tile = tile64::Tile<Element<T>::kStorageBits>;
-  static constexpr bool kScaled = kScaled_;
-  using Out = Epilogue<T, kScaled>;
+  using Accumulator = typename Element<T>::Accumulator;
+  static constexpr bool kScaled = Element<T>::kStorageBits < 16;
+  using Out = Epilogue<Y, kScaled>;
   static constexpr int kRows = kRows_, kTokens = kTokens_;
   static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kWarpsK = kWarpsK_;
   static constexpr int kStages = kStages_;
@@ -75,6 +85,8 @@ struct Config {
   // In shared memory a panel is as packed, but for its rows that the block does not have.
   static constexpr int kPanelBytes = kPanelRows * tile64::kChunks * 16;
   static constexpr int kChunkStride = kPanelRows * 16;
+  static constexpr int kWordsBytes = kPanelRows * 8;  // one word of metadata of every lane
+  static constexpr int kPanelMetadataBytes = kWordsBytes * Tile::kWords;
 
   // The epilogue's sums: kPassTiles token tiles of each warp at a time.
   static constexpr int kSumPitch = kRows + 4;  // words; +4 spreads the banks
@@ -92,6 +104,7 @@ struct Config {
   static_assert(kSmemBytes <= kSmemCapacity && kStages >= 2);
   static_assert(kRows % kPanelRows == 0 && tile64::kRows % kPanelRows == 0);
   static_assert(tile64::kGroupRows % kRows == 0);
+  static_assert(Tile::kWords == 1 || kPanelRows == tile64::kRows, "metadata is copied by panels");
   static_assert(kPanelRows % kWarpRows == 0 && kWarpRows % 16 == 0, "a warp has rows of one panel");
   static_assert(kTileBytes % 128 == 0, "x_offset swizzles address bits 4 to 6");
 };
@@ -114,7 +127,7 @@ Params<Cfg> make_params(const LinearProblem& p) {
   params.x = static_cast<const uint8_t*>(p.x.data);
   params.values = static_cast<const uint8_t*>(p.weight.values);
   params.metadata = static_cast<const uint8_t*>(p.weight.metadata);
-  params.out = make_epilogue<typename Cfg::T, Cfg::kScaled>(p);
+  params.out = make_epilogue<typename Cfg::Y, Cfg::kScaled>(p);
   params.extent = tile64::Extent::of<typename Cfg::Tile>(p.out_features, p.in_features);
   params.x_stride = p.x.stride * kBytes<typename Cfg::T>;
   params.tokens = p.tokens;
@@ -180,7 +193,7 @@ struct Copier {
     x_step = kTokenStep * p.x_stride;
     x_smem = in_row / 8 * Cfg::kTileBytes + x_offset(first_token, in_row % 8);
     tokens_left = p.tokens - token;
-    columns_left = p.in_features - in_row * 8;
+    columns_left = p.in_features - in_row * Cfg::Tile::kChunkValues;
 
     const int row = tile.row_block * Cfg::kRows;
     const int group = row / tile64::kGroupRows;
@@ -193,7 +206,7 @@ struct Copier {
              thread_idx / Cfg::kPanelRows * tile64::kChunkStride +
              (row % tile64::kRows + thread_idx % Cfg::kPanelRows) * 16;
     const int in_tile = thread_idx % kMetadataPieces * 16;
-    constexpr int kPanelMetadata = Cfg::kPanelRows * 8;
+    constexpr int kPanelMetadata = Cfg::kPanelMetadataBytes;
     metadata_k = thread_idx / kMetadataPieces;
     metadata = p.metadata + (first + inside(in_tile / kPanelMetadata)) * Cfg::Tile::kMetadataBytes +
                row % tile64::kRows * 8 + in_tile % kPanelMetadata;
@@ -220,7 +233,8 @@ struct Copier {
     // A step of 4 tokens flips a bit of the swizzle; the others keep it.
     static_assert(kTokenStep % 8 == 0 || kTokenStep == 4);
     const int smem = (x_smem ^ (j * kTokenStep % 8 * 16)) + j * kTokenStep * kXRowBytes;
-    const int bytes = j * kTokenStep < tokens_left ? min(max(columns_left, 0) * 2, 16) : 0;
+    const int bytes =
+        j * kTokenStep < tokens_left ? min(max(columns_left, 0) * kBytes<typename Cfg::T>, 16) : 0;
     ptx::cp_async_16(stage + smem, bytes > 0 ? x_piece : values, bytes);
     x_piece += x_step;
   }
@@ -288,7 +302,8 @@ struct FragmentOffsets {
     a = tile + Cfg::kXBytes + row / Cfg::kPanelRows * Cfg::kPanelBytes +
         matrix / 2 * Cfg::kChunkStride +
         (row % Cfg::kPanelRows + matrix % 2 * 8 + row_in_matrix) * 16;
-    metadata = tile + Cfg::kXBytes + Cfg::kValueBytes + row * 8 + warp.lane_idx * 4;
+    metadata = tile + Cfg::kXBytes + Cfg::kValueBytes + row * 8 + warp.lane_idx * 4 +
+               row / Cfg::kPanelRows * (Cfg::kPanelMetadataBytes - Cfg::kWordsBytes);
     for (int step = 0; step < 2; ++step)
       b[step] = tile + x_offset(warp.n * Cfg::kWarpTokens + row_in_matrix, step * 4 + matrix);
   }
@@ -297,10 +312,10 @@ struct FragmentOffsets {
 // The warp's registers: sums, and the fragments of the multiplications to come.
 template <class Cfg>
 struct WarpTile {
-  float d[Cfg::kRowTiles][Cfg::kTokenTiles][4];
+  typename Cfg::Accumulator d[Cfg::kRowTiles][Cfg::kTokenTiles][4];
   uint32_t a[2][Cfg::kRowTiles][4];  // of each k-step
   uint32_t b[2][4];                  // of the present token tile and of the next
-  uint32_t metadata[Cfg::kRowTiles];
+  uint32_t metadata[Cfg::Tile::kWords][Cfg::kRowTiles];
 
   __device__ __forceinline__ void load_a(int step, uint32_t stage,
                                          const FragmentOffsets<Cfg>& offsets) {
@@ -315,21 +330,25 @@ struct WarpTile {
     ptx::ldmatrix_x4(b[index % 2], stage + offsets.b[step] + n * 8 * kXRowBytes);
   }
   __device__ __forceinline__ void multiply(int index) {
+    using T = typename Cfg::T;
+    using Tile = typename Cfg::Tile;
     const int step = index / Cfg::kTokenTiles, n = index % Cfg::kTokenTiles;
 #pragma unroll
     for (int i = 0; i < Cfg::kRowTiles; ++i) {
-      if (step == 0) ptx::mma_sp<typename Cfg::T, 0>(d[i][n], a[0][i], b[index % 2], metadata[i]);
-      else ptx::mma_sp<typename Cfg::T, 1>(d[i][n], a[1][i], b[index % 2], metadata[i]);
+      if (step == 0) ptx::mma_sp<T, 0>(d[i][n], a[0][i], b[index % 2], metadata[0][i]);
+      else
+        ptx::mma_sp<T, Tile::selector(1)>(d[i][n], a[1][i], b[index % 2],
+                                          metadata[Tile::word(1)][i]);
     }
   }
 };
 
 template <class Cfg>
-__device__ __forceinline__ void load_metadata(uint32_t (&words)[Cfg::kRowTiles], uint32_t stage,
-                                              const FragmentOffsets<Cfg>& offsets) {
+__device__ __forceinline__ void load_metadata(uint32_t (&words)[Cfg::kRowTiles], int word,
+                                              uint32_t stage, const FragmentOffsets<Cfg>& offsets) {
 #pragma unroll
   for (int i = 0; i < Cfg::kRowTiles; ++i)
-    words[i] = ptx::load_shared_u32(stage + offsets.metadata + i * 128);
+    words[i] = ptx::load_shared_u32(stage + offsets.metadata + word * Cfg::kWordsBytes + i * 128);
 }
 
 template <class Cfg>
@@ -350,13 +369,15 @@ __device__ __forceinline__ void main_loop(WarpTile<Cfg>& warp_tile, Copier<Cfg> 
   __syncthreads();
   warp_tile.load_a(0, smem, offsets);
   warp_tile.load_b(0, smem, offsets);
-  load_metadata<Cfg>(warp_tile.metadata, smem, offsets);
+  load_metadata<Cfg>(warp_tile.metadata[0], 0, smem, offsets);
 
   uint32_t stage = smem, filled = smem + (Cfg::kStages - 1) * Cfg::kStageBytes;
 #pragma unroll 1
   for (int i = 0; i < stages; ++i) {
     const bool copies = i + Cfg::kStages - 1 < stages;
     warp_tile.load_a(1, stage, offsets);
+    if constexpr (Cfg::Tile::kWords > 1)
+      load_metadata<Cfg>(warp_tile.metadata[1], 1, stage, offsets);
 #pragma unroll
     for (int index = 0; index < kMultiplications - 1; ++index) {
       warp_tile.load_b(index + 1, stage, offsets);
@@ -372,12 +393,18 @@ __device__ __forceinline__ void main_loop(WarpTile<Cfg>& warp_tile, Copier<Cfg> 
     uint32_t next_metadata[Cfg::kRowTiles];
     warp_tile.load_a(0, stage, offsets);
     warp_tile.load_b(0, stage, offsets);
-    load_metadata<Cfg>(next_metadata, stage, offsets);
+    load_metadata<Cfg>(next_metadata, 0, stage, offsets);
     warp_tile.multiply(kMultiplications - 1);
 #pragma unroll
-    for (int m = 0; m < Cfg::kRowTiles; ++m) warp_tile.metadata[m] = next_metadata[m];
+    for (int m = 0; m < Cfg::kRowTiles; ++m) warp_tile.metadata[0][m] = next_metadata[m];
   }
 }
+
+// Sums on their way through shared memory: float32, or int32 as its bits.
+__device__ __forceinline__ float word_of(float sum) { return sum; }
+__device__ __forceinline__ float word_of(int32_t sum) { return __int_as_float(sum); }
+__device__ __forceinline__ void add_word(float& sum, int word) { sum += __int_as_float(word); }
+__device__ __forceinline__ void add_word(int32_t& sum, int word) { sum += word; }
 
 // Sums -> shared memory [place along K][token][row] -> y, some token tiles of every warp at a time.
 template <class Cfg>
@@ -401,7 +428,7 @@ __device__ __forceinline__ void store_outputs(const WarpTile<Cfg>& warp_tile,
         for (int e = 0; e < 4; ++e)
           ptx::store_shared_f32(
               lane + 4 * ((n % Cfg::kPassTiles * 8 + e % 2) * Cfg::kSumPitch + i * 16 + e / 2 * 8),
-              warp_tile.d[i][n][e]);
+              word_of(warp_tile.d[i][n][e]));
       }
     }
     __syncthreads();
@@ -412,14 +439,17 @@ __device__ __forceinline__ void store_outputs(const WarpTile<Cfg>& warp_tile,
       const int token =
           first_token + in_pass / kWarpPassTokens * Cfg::kWarpTokens + in_pass % kWarpPassTokens;
       if (token >= p.tokens) continue;
-      float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      typename Cfg::Accumulator sums[4] = {};
 #pragma unroll
       for (int k = 0; k < Cfg::kWarpsK; ++k) {
         const int4 part =
             ptx::load_shared_int4(smem + 4 * (k * kPlaneWords + in_pass * Cfg::kSumPitch + row));
-        v[0] += __int_as_float(part.x), v[1] += __int_as_float(part.y);
-        v[2] += __int_as_float(part.z), v[3] += __int_as_float(part.w);
+        add_word(sums[0], part.x), add_word(sums[1], part.y);
+        add_word(sums[2], part.z), add_word(sums[3], part.w);
       }
+      float v[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] = static_cast<float>(sums[i]);
       p.out.template store<4>(v, token, tile.row_block * Cfg::kRows + row);
     }
   }

@@ -46,9 +46,11 @@ Status linear(const LinearProblem& p, int config, cudaStream_t stream) {
   static_assert(std::is_same_v<T, X>);
   if (p.tokens == 0) return {};
   switch (config) {
-#define SK_CASE(index, panels, tokens, splits) \
-  case index:                                  \
-    return launch<T, Y, panels, tokens, splits>(p, stream);
+#define SK_CASE(index, panels, tokens, splits)                             \
+  case index:                                                              \
+    if constexpr (Element<T>::kStorageBits == 16 || index < SK_SPLIT_BOTH) \
+      return launch<T, Y, panels, tokens, splits>(p, stream);              \
+    break;
     SK_SPLIT_CONFIGS(SK_CASE)
 #undef SK_CASE
   }

@@ -106,6 +106,8 @@ void prefetch_tensor_map(const CUtensorMap*) {}
 
 void named_barrier_sync(int id, int threads) { emulator::meet(emulator::of_block(id), threads); }
 void cluster_sync() { emulator::meet(emulator::kOfCluster, emulator::fibers.size()); }
+int cluster_cta_rank() { return emulator::cta(); }
+int cluster_idx() { return blockIdx.x * emulator::threads / emulator::fibers.size(); }
 uint32_t map_to_cta(uint32_t smem, uint32_t rank) {
   return smem | (rank + 1) << emulator::kCtaShift;
 }
@@ -148,18 +150,19 @@ namespace sparsekern::decode {
 uint8_t raw_smem[1];  // the kernel's extern array; only its address is asked for
 
 template <class Cfg, int kRanks>
-void run_clusters(const LinearProblem& p, int clusters) {
-  const Params<Cfg> params = make_params<Cfg>(p);
+void run_clusters(const LinearProblem& p, int clusters, int ranks) {
+  Params<Cfg> params = make_params<Cfg>(p);
+  params.ranks = ranks;
   const ptx::Tensor tensor = {static_cast<const uint8_t*>(p.x.data), p.x.stride * 2, p.tokens,
                               p.in_features, Cfg::kTokens};
   CUtensorMap map;
   memcpy(&map, &tensor, sizeof(tensor));
-  if (kRanks > 1 || clusters == 0) clusters = params.row_blocks;
-  emulator::blocks = clusters * kRanks;
+  if (ranks > 1 || clusters == 0) clusters = params.row_blocks;
+  emulator::blocks = clusters * ranks;
   for (int cluster = 0; cluster < clusters && emulator::error.empty(); ++cluster) {
-    emulator::first_block = cluster * kRanks;
+    emulator::first_block = cluster * ranks;
     ptx::mbarriers.clear();
-    const bool ended = emulator::run_cluster(kRanks, kThreads, Cfg::kSmemBytes, [&] {
+    const bool ended = emulator::run_cluster(ranks, kThreads, Cfg::kSmemBytes, [&] {
       spmm_decode_sm90_kernel<Cfg, kRanks>(map, params);
     });
     emulator::require(ended, "barriers that all threads reach");
@@ -169,7 +172,7 @@ void run_clusters(const LinearProblem& p, int clusters) {
 template <class W, class X, int kTokenTiles, int kScaleGroup>
 void run(const LinearProblem& p, int config, int clusters) {
 #ifdef EMULATE_FEW
-#define SK_CONFIGS(X) X(0, 4, 1) X(5, 2, 2)
+#define SK_CONFIGS(X) X(0, 4, 1) X(4, 2, 2)
 #else
 #define SK_CONFIGS(X) SK_DECODE_CONFIGS(X)
 #endif
@@ -177,7 +180,8 @@ void run(const LinearProblem& p, int config, int clusters) {
 #define SK_CASE(index, panels, split) \
   case index:                         \
     if constexpr (split != 4)         \
-      return run_clusters<Config<W, X, X, kTokenTiles, 1, panels, kScaleGroup>, split>(p, clusters); \
+      return run_clusters<Config<W, X, X, kTokenTiles, 1, panels, kScaleGroup>, \
+                          kLaunchedSplit<W> ? 0 : split>(p, clusters, split); \
     else return;
     SK_CONFIGS(SK_CASE)
 #undef SK_CASE

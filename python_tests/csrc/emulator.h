@@ -240,37 +240,44 @@ void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
   });
 }
 
+// An element of a register.
 template <class T>
-float element(uint32_t word, int half) {
-  const uint16_t bits = word >> (16 * half);
+auto element(uint32_t word, int index) {
   T v;
-  memcpy(&v, &bits, 2);
-  return static_cast<float>(v);
+  memcpy(&v, reinterpret_cast<const char*>(&word) + index * sizeof(T), sizeof(T));
+  if constexpr (std::is_integral_v<T>) return static_cast<int32_t>(v);
+  else return static_cast<float>(v);
 }
 
-// PTX ISA, "Matrix fragments for sparse mma.m16n8k32" and "Sparse matrix storage".
-template <class T, int kSelector>
-void mma_sp(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
+// PTX ISA, "Matrix fragments for sparse mma.m16n8k32" and "m16n8k64", "Sparse matrix storage".
+template <class T, int kSelector, class Accumulator>
+void mma_sp(Accumulator (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+            uint32_t metadata) {
   emulator::warp_instruction({a, b, metadata, d}, [](Lane* lanes) {
-    float a[16][16], b[32][8];
+    constexpr int n = 4 / sizeof(T), kK = 16 * n;  // elements of a register
+    Accumulator a[16][kK / 2], b[kK][8];
     for (int row = 0; row < 16; ++row)
-      for (int kept = 0; kept < 16; ++kept)
-        a[row][kept] =
-            element<T>(lanes[row % 8 * 4 + kept % 8 / 2].a[row / 8 + kept / 8 * 2], kept % 2);
-    for (int k = 0; k < 32; ++k)
-      for (int n = 0; n < 8; ++n) b[k][n] = element<T>(lanes[4 * n + k % 8 / 2].b[k / 8], k % 2);
+      for (int kept = 0; kept < kK / 2; ++kept)
+        a[row][kept] = element<T>(
+            lanes[row % 8 * 4 + kept % (4 * n) / n].a[row / 8 + kept / (4 * n) * 2], kept % n);
+    for (int k = 0; k < kK; ++k)
+      for (int column = 0; column < 8; ++column)
+        b[k][column] =
+            element<T>(lanes[4 * column + k % (4 * n) / n].b[k / (4 * n)], k % n);
     for (int row = 0; row < 16; ++row) {
       const int g = row % 8, upper = row / 8;
-      for (int kept = 0; kept < 16; ++kept) {
+      for (int kept = 0; kept < kK / 2; ++kept) {
         const int group = kept / 2;
-        const uint32_t word = lanes[4 * g + 2 * kSelector + group / 4].word;
-        const uint32_t nibble = word >> (16 * upper + 4 * (group % 4)) & 15;
+        // 16 bits: half a word is four groups of a row. 8 bits: a word is eight.
+        const int lane = sizeof(T) == 2 ? 2 * kSelector + group / 4 : upper + 2 * (group / 8);
+        const int bit = sizeof(T) == 2 ? 16 * upper + 4 * (group % 4) : 4 * (group % 8);
+        const uint32_t nibble = lanes[4 * g + lane].word >> bit & 15;
         const int first = nibble % 4, second = nibble / 4;
         emulator::require(first < second, "metadata with two rising columns");
-        const float* of_k = b[4 * group + (kept % 2 ? second : first)];
-        for (int n = 0; n < 8; ++n)
-          static_cast<float*>(lanes[4 * g + n / 2].result)[2 * upper + n % 2] +=
-              a[row][kept] * of_k[n];
+        const Accumulator* of_k = b[4 * group + (kept % 2 ? second : first)];
+        for (int column = 0; column < 8; ++column)
+          static_cast<Accumulator*>(lanes[4 * g + column / 2].result)[2 * upper + column % 2] +=
+              a[row][kept] * of_k[column];
       }
     }
   });

@@ -38,6 +38,10 @@ void cp_async_wait() {
 
 }  // namespace sparsekern::ptx
 
+extern "C" {
+int mistake = -1;  // of those that test_mma_emulated.py puts into the kernel's source
+}
+
 // ---- the kernel: its own includes of csrc/ptx find empty files ----------------------------------
 
 #include "linear/configs.h"
@@ -59,25 +63,44 @@ void run_blocks(const LinearProblem& p) {
   }
 }
 
-template <class T, bool kScaled>
+template <class T, class Y>
 void run(const LinearProblem& p, int config) {
   switch (config) {
-#define SK_CASE(index, ...) \
-  case index:               \
-    return run_blocks<Config<T, __VA_ARGS__, kScaled>>(p);
+#define SK_CASE(index, ...)                            \
+  case index:                                          \
+    if constexpr (sizeof(T) == 2 || index < SK_MMA_BOTH) \
+      return run_blocks<Config<T, Y, __VA_ARGS__>>(p); \
+    break;
     SK_MMA_CONFIGS(SK_CASE)
 #undef SK_CASE
   }
+  emulator::require(false, "a config that these types have");
 }
 
 }  // namespace sparsekern::mma
 
-// A problem as in csrc/core/problem.h, then the freedoms. Returns "" or the rule that was broken.
+struct Case {
+  sparsekern::DType weight, y;
+  void (*run)(const sparsekern::LinearProblem& p, int config);
+};
+#define SK_RUN(W, X, Y, function) {sparsekern::kDTypeOf<W>, sparsekern::kDTypeOf<Y>, &function<W, Y>},
+constexpr Case kCases[] = {
+#ifdef EMULATE_FEW
+    SK_RUN(__nv_bfloat16, , __nv_bfloat16, sparsekern::mma::run)
+    SK_RUN(int8_t, , __nv_bfloat16, sparsekern::mma::run)
+#else
+    SK_PLAIN(SK_RUN, sparsekern::mma::run) SK_W8A8(SK_RUN, sparsekern::mma::run)
+#endif
+};
+#undef SK_RUN
+
+// A problem as in csrc/core/problem.h, then the freedoms. dtype: of y; storage: of x and the weight.
+// Returns "" or the rule that was broken.
 struct Emulated {
   const void *x, *values, *metadata, *bias, *residual, *channel_scale, *token_scale;
   void* y;
   int64_t x_stride, y_stride, residual_stride;
-  int tokens, out_features, in_features, dtype, activation, config, late, falling;
+  int tokens, out_features, in_features, dtype, storage, activation, config, late, falling;
 };
 
 extern "C" const char* emulate(const Emulated* e) {
@@ -87,10 +110,10 @@ extern "C" const char* emulate(const Emulated* e) {
   emulator::falling_order = e->falling;
   LinearProblem p = {};
   p.tokens = e->tokens, p.out_features = e->out_features, p.in_features = e->in_features;
-  const auto dtype = static_cast<DType>(e->dtype);
-  p.x = {const_cast<void*>(e->x), e->x_stride, dtype};
+  const auto dtype = static_cast<DType>(e->dtype), storage = static_cast<DType>(e->storage);
+  p.x = {const_cast<void*>(e->x), e->x_stride, storage};
   p.weight = {e->values, e->metadata};
-  p.weight_dtype = dtype;
+  p.weight_dtype = storage;
   p.epilogue.channel_scale = static_cast<const float*>(e->channel_scale);
   p.epilogue.token_scale = static_cast<const float*>(e->token_scale);
   p.epilogue.bias = e->bias;
@@ -102,15 +125,19 @@ extern "C" const char* emulate(const Emulated* e) {
     const auto* first = static_cast<const uint8_t*>(begin);
     return std::make_pair(first, first + bytes);
   };
-  using Tile = tile64::Tile<16>;
-  const int64_t tiles = tile64::Extent::of<Tile>(p.out_features, p.in_features).tiles();
-  emulator::readable = {range(e->x, ((p.tokens - 1) * e->x_stride + p.in_features) * 2),
-                        range(e->values, tiles * Tile::kValueBytes),
-                        range(e->metadata, tiles * Tile::kMetadataBytes)};
-  const bool scaled = e->channel_scale != nullptr || e->token_scale != nullptr;
-  const bool bf16 = dtype == DType::kBFloat16;
-  const auto run = bf16 ? (scaled ? mma::run<__nv_bfloat16, true> : mma::run<__nv_bfloat16, false>)
-                        : (scaled ? mma::run<__half, true> : mma::run<__half, false>);
-  run(p, e->config);
+  const int bits = info(storage).storage_bits;
+  const auto tiles = [&](auto tile, int bytes) {
+    return tile64::Extent::of<decltype(tile)>(p.out_features, p.in_features).tiles() * bytes;
+  };
+  using Wide = tile64::Tile<16>;
+  using Narrow = tile64::Tile<8>;
+  emulator::readable = {
+      range(e->x, ((p.tokens - 1) * e->x_stride + p.in_features) * bits / 8),
+      range(e->values, bits == 16 ? tiles(Wide{}, Wide::kValueBytes)
+                                  : tiles(Narrow{}, Narrow::kValueBytes)),
+      range(e->metadata, bits == 16 ? tiles(Wide{}, Wide::kMetadataBytes)
+                                    : tiles(Narrow{}, Narrow::kMetadataBytes))};
+  for (const Case& known : kCases)
+    if (known.weight == storage && known.y == dtype) known.run(p, e->config);
   return emulator::error.c_str();
 }

@@ -144,7 +144,8 @@ def test_kernels_of_this_checkout_pass_the_gate():
     reports, problems = ptxas_log.check(LOGS, KERNELS)
     assert problems == []
     archs = {report.arch.removeprefix("sm_") for report in reports}
-    assert archs == set(_native.module().build_info()["archs"])
+    named = set(_native.module().build_info()["archs"])
+    assert named <= archs <= named | {"89"}, "89: the kernels whose instruction it is the first with"
 
 
 @needs_module

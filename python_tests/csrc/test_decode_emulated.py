@@ -207,7 +207,7 @@ def test_exact_at_the_edges(build, config, panels, split, weight, dtype, group):
         assert not wrong(emulate, config, *problem(*case, dtype), **what)
 
 
-@pytest.mark.parametrize("config", [0, 5])
+@pytest.mark.parametrize("config", [0, 4])
 @pytest.mark.parametrize("weight, group", [(E4M3, 0), ("int4", 128)], ids=str)
 @pytest.mark.parametrize("late", [True, False])
 def test_more_stages_than_the_ring(build, config, weight, group, late):
@@ -250,7 +250,7 @@ def test_epilogue(build, weight, dtype, group):
         residual = random_input((35, out_features), dtype, seed=3, integers=True)
         scale = 2.0 ** (torch.arange(out_features) % 3 - 1)
         what = dict(weight=weight, group=group, scale=scale, bias=bias, residual=residual)
-        for config in (0, 5):
+        for config in (0, 4):
             assert not wrong(build(), config, w, x, relu=True, **what)
 
 
@@ -270,7 +270,7 @@ def test_epilogue(build, weight, dtype, group):
     ],
 )
 def test_the_emulator_sees_mistakes(build, file, old, new):
-    cases = [(0, problem(9, 65, 128 * 11)), (5, problem(16, 65, 260))]
+    cases = [(0, problem(9, 65, 128 * 11)), (4, problem(16, 65, 260))]
 
     def found(emulate):
         return any(

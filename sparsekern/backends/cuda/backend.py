@@ -85,17 +85,25 @@ class SixteenBitBackend:
 
 
 class MmaBackend:
-    """The same with the mma.sp kernel, whatever the GPU; only on request."""
+    """The same with the mma.sp kernel, whatever the GPU; weights of 8 bits with x of 8. Only on
+    request."""
 
     name = "cuda-mma"
+    quantized = True
 
     def supports(self, problem: Problem) -> str | None:
+        if not problem.spec.element.plain:
+            return scaled_linear.why_not(problem, mma=True)
         return kernels.why_not(problem)
 
     def bind(self, problem: Problem) -> Launch:
+        if not problem.spec.element.plain:
+            return scaled_linear.bind(problem, mma=True)
         return kernels.bind(problem, kernels._mma_plan)
 
     def explain(self, problem: Problem) -> Explained:
+        if not problem.spec.element.plain:
+            return _on_tile64(scaled_linear.explain(problem, mma=True))
         tile = configs.mma_tile(problem.tokens, *problem.sizes, problem.gpu)
         return Explained(f"mma {tile}", _RUNS)
 

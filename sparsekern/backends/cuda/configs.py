@@ -2,7 +2,7 @@
 
 In this order: the user's tuned table, the shipped one (both tuned_tables.py), the cost model
 (cost_model.py). Of what the native module was built with, a GPU of compute capability 9 runs
-everything, others the mma.sp kernel.
+everything, others the mma.sp kernel: of e4m3 from 8.9 on.
 """
 
 from __future__ import annotations
@@ -71,6 +71,24 @@ def hopper_refusal(index: int) -> str:
     return f"the kernel needs compute capability 9.x, cuda:{index} has {major}.{minor}"
 
 
+def hopper(index: int) -> bool:
+    """Whether GPU `index` is one."""
+    return _capability(index)[0] == 9
+
+
+def mma_refusal(index: int, types: Types) -> str:
+    """Why the mma.sp kernel cannot run for these types on GPU `index`; empty when it can."""
+    if why := refusal(index):
+        return why
+    if not _mma_tiles(types):
+        return f"the mma.sp kernel was not built for weights of {types.weight}"
+    capability = _capability(index)
+    if types.weight == _E4M3 and capability < _E4M3_CAPABILITY:
+        need, has = ("{}.{}".format(*of) for of in (_E4M3_CAPABILITY, capability))
+        return f"mma.sp of {types.weight} needs compute capability {need}, cuda:{index} has {has}"
+    return ""
+
+
 # ---- what to run ---------------------------------------------------------------------------------
 
 
@@ -96,6 +114,7 @@ class Types(NamedTuple):
         return Bits(dtypes.element(self.weight).bits, dtypes.element(self.x).bits)
 
 
+_E4M3, _E4M3_CAPABILITY = "float8_e4m3fn", (8, 9)
 _PLAIN = Types.of(dtypes.PLAIN[dtypes.DEFAULT_16_BIT].name)
 
 
@@ -138,13 +157,15 @@ def variants(types: Types = _PLAIN) -> dict[str, tuple[str, int]]:
 
 
 def runnable(index: int, types: Types = _PLAIN) -> dict[str, tuple[str, int]]:
-    """The variants that GPU `index` chooses among: on Hopper all but the promoted ones, which are
-    asked for by name; elsewhere mma."""
-    hopper, asked_for = _capability(index)[0] == 9, {*_promoted_names(types)}
+    """The variants that GPU `index` chooses among: on Hopper all but the promoted ones and, with x
+    of 8 bits, mma, which are asked for by name; elsewhere mma."""
+    if not hopper(index):
+        return {name: of for name, of in variants(types).items() if of[0] == "mma"}
+    asked_for = {*_promoted_names(types)}
     return {
         name: of
         for name, of in variants(types).items()
-        if (hopper or of[0] == "mma") and name not in asked_for
+        if name not in asked_for and not (of[0] == "mma" and types.bits.x == 8)
     }
 
 
@@ -164,7 +185,7 @@ def heuristic(
     tokens: int, out_features: int, in_features: int, index: int, types: Types = _PLAIN
 ) -> str:
     """The name of the variant that heuristics choose on GPU `index`."""
-    if _capability(index)[0] != 9:
+    if not hopper(index):
         return f"mma {mma_tile(tokens, out_features, in_features, index, types)}"
     multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
     problem = tokens, out_features, in_features, multiprocessors
@@ -222,5 +243,5 @@ def mma_tile(
     """The tile of the mma.sp kernel that the cost model chooses."""
     multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
     problem = tokens, out_features, in_features, multiprocessors
-    rates = heuristics.mma_rates(_capability(index))
-    return heuristics.mma_tile(*problem, rates, tuple(_mma_tiles(types)))
+    rates = heuristics.mma_rates(_capability(index), types.bits)
+    return heuristics.mma_tile(*problem, rates, tuple(_mma_tiles(types)), types.bits)

@@ -16,7 +16,8 @@ _FEW_BLOCKS = 66  # up to so many: twice as many of half the rows
 def _indices() -> dict[tuple[int, int], int]:
     """{(rows, split): index} of the kernel's configs."""
     configs = _native.module().kernels()["decode_gated"]
-    return {(config["rows"], config["split"]): config["index"] for config in configs}
+    built = (config for config in configs if config["types"])
+    return {(config["rows"], config["split"]): config["index"] for config in built}
 
 
 @lru_cache(maxsize=4096)

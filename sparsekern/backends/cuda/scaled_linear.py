@@ -4,6 +4,7 @@
                        W8A8: x is quantised, then as below  csrc/activations/
     x of 8 bits        W8A8: prefill, split in 8 bits       csrc/linear/prefill_sm90.cuh
     int4               W4A16: decode, 64 tokens at a time
+    other GPUs         W8A8: mma, whatever x is             csrc/linear/mma_sm80.cuh
 
     y = activation(x · levels(W)ᵀ * weight_scale * x_scale + bias)       rounded once to 16 bits
 
@@ -12,12 +13,14 @@ faster by WORTH at least (`widens`): W8A16 is bound by the instructions that wid
 tokens on slower than weights of 16 bits. What is expected depends on the sizes, on the tuned tables
 and on nothing else, so a problem is computed in the same way every time. The error of quantised x
 is about that of the quantised weights; whoever wants x as it is asks for backend "cuda-a16", which
-takes 64 tokens at a time.
+takes 64 tokens at a time. On other GPUs than Hopper no kernel widens: x is quantised at every
+number of tokens, weights of int8 run from 8.0 on and of e4m3 from 8.9 on, and int4 does not.
 
 int8 is summed in int32, exactly. The tensor cores add up products of e4m3 with some 14 bits;
 `precise` (backend "cuda-precise") has their sums of every 256 in_features added up in float32.
 
-What can run for which types the native module says (kernels()). Hopper only.
+What can run for which types the native module says (kernels()). Hopper has the mma.sp kernel for
+them, too, as backend "cuda-mma".
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ from sparsekern.formats.scaled import SCALE
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.formats.tile64 import LAYOUT, fits, scale_group
 
+_CHOSEN, _PRECISE, _MMA = "chosen", "precise", "mma"
 WORTH = 1.05  # how much faster x of 8 bits must be where x of 16 bits would do
 _ROW = 16  # bytes, and so elements of 8 bits, that every row of x begins at a multiple of
 
@@ -80,6 +84,8 @@ def widens(problem: Problem) -> bool:
     not faster, or of int4 weights, for which there is nothing else."""
     if problem.quantized is not None or not _built_for("decode", _widened(problem)):
         return False
+    if not configs.hopper(problem.gpu):
+        return False
     if problem.spec.element.bits == 4:
         return True
     if problem.tokens > heuristics.DECODE_TOKENS:
@@ -106,11 +112,14 @@ def _expected_us(
     return of_16, of_8 + heuristics.quantize_us(tokens, in_features)
 
 
-def why_not(problem: Problem, precise: bool = False, widened: bool = False) -> str | None:
+def why_not(
+    problem: Problem, precise: bool = False, widened: bool = False, mma: bool = False
+) -> str | None:
     """Why the kernels cannot compute a problem with a quantised weight; None when they can.
 
     Args:
         precise: with sums of e4m3 in float32.   widened: with x as it is, in 16 bits.
+        mma: by the mma.sp kernel.
     """
     spec = problem.spec
     if spec.layout != LAYOUT:
@@ -119,6 +128,8 @@ def why_not(problem: Problem, precise: bool = False, widened: bool = False) -> s
         return f"backend 'cuda' needs x on a GPU, got {problem.device}"
     if problem.dtype not in dtypes.NATIVE:
         return f"backend 'cuda' needs {dtypes.native_names()}, got {problem.dtype}"
+    if mma or not (widened or precise or spec.element.bits == 4 or configs.hopper(problem.gpu)):
+        return configs.mma_refusal(problem.gpu, _eight(problem)) or None
     refusal = configs.hopper_refusal(problem.gpu)
     if refusal:
         return refusal
@@ -141,6 +152,8 @@ def packs(spec: WeightSpec, device: torch.device) -> bool:
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
     dtype = _name(spec.dtype)
+    if spec.element.bits == 8 and not configs.hopper(index):
+        return not configs.mma_refusal(index, Types(spec.storage, spec.storage, dtype))
     if spec.element.bits == 4:
         built = fits(spec) and _built_for("decode", Types(spec.storage, dtype, dtype))
     else:
@@ -150,12 +163,14 @@ def packs(spec: WeightSpec, device: torch.device) -> bool:
 
 @lru_cache(maxsize=4096)
 def _plan(
-    tokens: int, out_features: int, in_features: int, types: Types, index: int, precise: bool
+    tokens: int, out_features: int, in_features: int, types: Types, index: int, way: str
 ) -> tuple[str, int]:
-    """(kernel, its config) for a problem on GPU `index`."""
+    """(kernel, its config) for a problem on GPU `index`; way: _CHOSEN, _PRECISE or _MMA."""
     _check_sizes(tokens, out_features, in_features)
-    if precise:
+    if way == _PRECISE:
         name = configs.promoted(tokens, out_features, index, types)
+    elif way == _MMA:
+        name = f"mma {configs.mma_tile(tokens, out_features, in_features, index, types)}"
     else:
         name = configs.choose(tokens, out_features, in_features, types, index).variant
     return configs.variants(types)[name]
@@ -165,13 +180,18 @@ registry.watch(_plan.cache_clear)
 registry.watch(_expected_us.cache_clear)
 
 
-def explain(problem: Problem, precise: bool = False, widened: bool = False) -> Explained:
+def explain(
+    problem: Problem, precise: bool = False, widened: bool = False, mma: bool = False
+) -> Explained:
     """What `bind` would choose, and why."""
     storage, tokens, index = problem.spec.storage, problem.tokens, problem.gpu
     if precise:
         name = configs.promoted(tokens, problem.out_features, index, _eight(problem))
         return Explained(name, f"{_rows_are(problem)}; sums of 256 in_features added in float32")
-    few = tokens <= heuristics.DECODE_TOKENS
+    if mma:
+        tile = configs.mma_tile(tokens, *problem.sizes, index, _eight(problem))
+        return Explained(f"mma {tile}", _rows_are(problem))
+    few = tokens <= heuristics.DECODE_TOKENS and configs.hopper(index)
     compared = few and problem.quantized is None and problem.spec.element.bits == 8 and not widened
     why = ""
     if compared:
@@ -197,7 +217,9 @@ def _rows_are(problem: Problem) -> str:
 # ---- running it ----------------------------------------------------------------------------------
 
 
-def bind(problem: Problem, precise: bool = False, widened: bool = False) -> Launch:
+def bind(
+    problem: Problem, precise: bool = False, widened: bool = False, mma: bool = False
+) -> Launch:
     """The launch of a problem with a quantised weight; see `why_not` and the top of the file.
 
     As with `linear.bind`, x is copied when its rows are not 16-byte aligned and evenly spaced, and
@@ -206,10 +228,11 @@ def bind(problem: Problem, precise: bool = False, widened: bool = False) -> Laun
     (out_features, in_features), tokens = problem.spec.shape, problem.tokens
     if not (tokens and out_features and in_features):
         return _bind_degenerate(problem)
+    way = _PRECISE if precise else _MMA if mma else _CHOSEN
     if problem.quantized is not None:
-        return _bind_quantized(problem, precise)
-    if precise or not (widened or widens(problem)):
-        return _bind_dynamic(problem, precise)
+        return _bind_quantized(problem, way)
+    if way != _CHOSEN or not (widened or widens(problem)):
+        return _bind_dynamic(problem, way)
     if problem.spec.element.bits == 4 or tokens > heuristics.DECODE_TOKENS:
         return _bind_parts(problem)
     return _bind_widened(problem)
@@ -229,11 +252,11 @@ def _bind_degenerate(problem: Problem) -> Launch:
 class _Product:
     """x · Wᵀ and what follows for one problem, whatever the stride of x."""
 
-    def __init__(self, problem: Problem, types: Types, precise: bool) -> None:
+    def __init__(self, problem: Problem, types: Types, way: str = _CHOSEN) -> None:
         (out_features, in_features), tokens = problem.spec.shape, problem.tokens
         self.size = tokens, out_features, in_features
         self.types, self.index, self.activation = types, problem.gpu, problem.activation
-        self.plan = _plan(*self.size, types, problem.gpu, precise)
+        self.plan = _plan(*self.size, types, problem.gpu, way)
         self.sizes = (*problem.x_shape[:-1], out_features)
         self.strides, self.dtype = _contiguous_strides(self.sizes), problem.dtype
 
@@ -268,9 +291,9 @@ class _Product:
         return y
 
 
-def _bind_quantized(problem: Problem, precise: bool) -> Launch:
+def _bind_quantized(problem: Problem, way: str) -> Launch:
     """x of 8 bits, with float32 [tokens] contiguous as its scales."""
-    product = _Product(problem, _eight(problem), precise)
+    product = _Product(problem, _eight(problem), way)
     tokens, index, in_features = problem.tokens, problem.gpu, problem.in_features
 
     def launch(x: Tensor, w24: Sparse24, bias: Tensor | None, x_scale: Tensor) -> Tensor:
@@ -283,9 +306,9 @@ def _bind_quantized(problem: Problem, precise: bool) -> Launch:
     return launch
 
 
-def _bind_dynamic(problem: Problem, precise: bool) -> Launch:
+def _bind_dynamic(problem: Problem, way: str) -> Launch:
     """x of 16 bits, quantised on the way."""
-    product, storage = _Product(problem, _eight(problem), precise), problem.spec.storage
+    product, storage = _Product(problem, _eight(problem), way), problem.spec.storage
     shape, index = (problem.tokens, problem.in_features), problem.gpu
 
     def launch(x: Tensor, w24: Sparse24, bias: Tensor | None = None) -> Tensor:
@@ -312,7 +335,7 @@ def _bind_parts(problem: Problem) -> Launch:
     strides, part = _contiguous_strides(sizes), min(tokens, heuristics.DECODE_TOKENS)
     parts = [(start, min(part, tokens - start)) for start in range(0, tokens, part)]
     plans = {
-        count: _plan(count, out_features, in_features, types, index, False)
+        count: _plan(count, out_features, in_features, types, index, _CHOSEN)
         for count in {count for _, count in parts}
     }
 
@@ -342,7 +365,7 @@ def _bind_parts(problem: Problem) -> Launch:
 
 def _bind_widened(problem: Problem) -> Launch:
     """x of 16 bits as it is, with weights that the kernel widens."""
-    product, index = _Product(problem, _widened(problem), False), problem.gpu
+    product, index = _Product(problem, _widened(problem)), problem.gpu
     tokens, in_features, dtype = problem.tokens, problem.in_features, problem.dtype
 
     def anywhere(x: Tensor, w24: Sparse24, bias: Tensor | None = None) -> Tensor:

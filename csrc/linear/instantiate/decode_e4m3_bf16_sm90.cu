@@ -1,6 +1,0 @@
-// decode_e4m3_bf16_sm90.cu: the decode kernel, e4m3 weights and bfloat16.
-#include "linear/decode_launch_sm90.cuh"
-
-namespace sparsekern {
-SK_INSTANTIATE_LINEAR(__nv_fp8_e4m3, __nv_bfloat16, __nv_bfloat16, decode::linear)
-}

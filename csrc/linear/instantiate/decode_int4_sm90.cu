@@ -1,0 +1,7 @@
+// decode_int4_sm90.cu: the decode kernel, int4 weights, for float16 and bfloat16.
+#include "linear/decode_launch_sm90.cuh"
+
+namespace sparsekern {
+SK_INSTANTIATE_LINEAR(Int4, __half, __half, decode::linear)
+SK_INSTANTIATE_LINEAR(Int4, __nv_bfloat16, __nv_bfloat16, decode::linear)
+}  // namespace sparsekern

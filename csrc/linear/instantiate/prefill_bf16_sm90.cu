@@ -1,6 +1,0 @@
-// prefill_bf16_sm90.cu: the prefill kernel, for bfloat16.
-#include "linear/prefill_launch_sm90.cuh"
-
-namespace sparsekern {
-SK_INSTANTIATE_LINEAR(__nv_bfloat16, __nv_bfloat16, __nv_bfloat16, prefill::linear)
-}

@@ -1,0 +1,6 @@
+// splitk_e4m3_sm90.cu: the split kernel, for e4m3, y in float16 and bfloat16.
+#include "linear/splitk_launch_sm90.cuh"
+
+namespace sparsekern {
+SK_E4M3_A8(SK_INSTANTIATE_LINEAR, split::linear)
+}
