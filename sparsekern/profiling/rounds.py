@@ -8,7 +8,8 @@ ratios, and how well it is known: an interval from order statistics, which assum
 the times are spread:
 
     n ratios, sorted: the median lies between the k-th from below and the k-th from above, but for a
-    risk of sum_{i<k} C(n, i) / 2^n on each side; k is the largest for which that is at most RISK
+    risk of sum_{i<k} C(n, i) / 2^n on each side; k is the largest for which that is at most
+    RISK * (FIRST / n)^2, because it is looked at after every round, and each look is a chance to err
 
 The first candidate is the best one until another is faster beyond its interval. One that is slower
 beyond it, or cannot be faster by more than the rule's `standard_error`, leaves. So a choice does
@@ -27,7 +28,7 @@ from typing import NamedTuple
 from sparsekern.backends.cuda.cost_model import SUSTAINED_PRODUCTS
 from sparsekern.profiling import timer
 
-RISK = 1 / 64  # of each side of an interval: the extremes of six ratios
+RISK, FIRST = 1 / 64, 6  # of each side of an interval: the extremes of six ratios
 # After so many rounds those leave that were never closer to the best than this.
 EARLY_ROUNDS, FAR = 3, 0.02
 
@@ -55,12 +56,12 @@ class Interval(NamedTuple):
 
 
 def interval(ratios: Sequence[float]) -> Interval:
-    """The median of the ratios and its interval; with too few of them for RISK (0, median, inf)."""
+    """The median of the ratios and its interval; of fewer than FIRST (0, median, inf)."""
     ordered, count = sorted(ratios), len(ratios)
     below, outer = 0.0, 0
     while outer < count // 2:
         below += math.comb(count, outer) / 2**count
-        if below > RISK:
+        if below > RISK * (FIRST / count) ** 2:
             break
         outer += 1
     middle = statistics.median(ordered)
@@ -128,7 +129,9 @@ def contest(
         if standing.best in failed:
             standing.best = min(alive, key=lambda n: (n in peers, statistics.median(values[n])))
         if count < rule.min_rounds:
-            alive[:] = [n for n in alive if n in peers or count < EARLY_ROUNDS or _near(standing, n)]
+            alive[:] = [
+                n for n in alive if n in peers or count < EARLY_ROUNDS or _near(standing, n)
+            ]
         else:
             _replace(standing, alive, peers)
             stay = {standing.best, *peers}
