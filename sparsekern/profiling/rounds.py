@@ -29,7 +29,7 @@ from sparsekern.backends.cuda.cost_model import SUSTAINED_PRODUCTS
 from sparsekern.profiling import timer
 
 RISK, FIRST = 1 / 64, 6  # of each side of an interval: the extremes of six ratios
-# After so many rounds those leave that were never closer to the best than this.
+# After so many rounds those leave that were always slower than the fastest by more than this.
 EARLY_ROUNDS, FAR = 3, 0.02
 
 # A launch at the power limit is measured for long: its clock falls only after a while under load,
@@ -124,14 +124,16 @@ def contest(
         for name, us in taken.us.items():
             values[name].append(us)
         alive[:] = [name for name in alive if name not in failed]
-        if not alive:
-            return None
         if standing.best in failed:
-            standing.best = min(alive, key=lambda n: (n in peers, statistics.median(values[n])))
+            left = alive or [name for name, us in values.items() if us and name not in failed]
+            if not left:
+                return None
+            standing.best = min(left, key=lambda n: (n in peers, statistics.median(values[n])))
+        if not alive:
+            break
         if count < rule.min_rounds:
-            alive[:] = [
-                n for n in alive if n in peers or count < EARLY_ROUNDS or _near(standing, n)
-            ]
+            if count >= EARLY_ROUNDS:
+                _drop_far(standing, alive, peers)
         else:
             _replace(standing, alive, peers)
             stay = {standing.best, *peers}
@@ -144,10 +146,15 @@ def contest(
     return standing
 
 
-def _near(standing: Standing, name: str) -> bool:
-    """True when it was once about as fast as the best one."""
-    pairs = zip(standing.values[name], standing.values[standing.best])
-    return any(us < (1 + FAR) * best for us, best in pairs)
+def _drop_far(standing: Standing, alive: list[str], peers: Collection[str]) -> None:
+    """Takes out, without waiting for an interval, who was never nearer than FAR to the fastest."""
+    values = standing.values
+    able = [name for name in alive if name not in peers]
+    if able:
+        lead = min(able, key=lambda name: standing.ratio(name, standing.best).middle)
+        far = {n for n in able if all(u > (1 + FAR) * v for u, v in zip(values[n], values[lead]))}
+        standing.best = lead if standing.best in far else standing.best
+        alive[:] = [name for name in alive if name not in far]
 
 
 def _replace(standing: Standing, alive: Collection[str], peers: Collection[str]) -> None:
