@@ -19,7 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.errors import check
+from sparsekern.formats import dtypes
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.ops.compress import compress
 from sparsekern.ops.linear_op import explain
@@ -135,6 +137,22 @@ def bench_shape(
         dense.nbytes,
         layers[0].weight.nbytes,
     )
+
+
+def tuned_times(
+    out_features: int, in_features: int, tokens: int, *, dtype: torch.dtype, device: str
+) -> tuple[float, float] | None:
+    """(dense us, sparse us) of just this layer and number of tokens, as `sparsekern tune` has
+    measured them on this GPU, in turns; None where no tuned table has both."""
+    where = torch.device(device)
+    if not cuda_backend.packs(where, dtype):
+        return None
+    index = torch.cuda.current_device() if where.index is None else where.index
+    name = dtypes.PLAIN[dtype].name
+    chosen = cuda_backend.choose(tokens, out_features, in_features, name, index)
+    if chosen.us is None or chosen.dense_us is None:
+        return None
+    return chosen.dense_us, chosen.us
 
 
 def tolerance(dtype: torch.dtype) -> float:
