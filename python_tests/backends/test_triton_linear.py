@@ -1,9 +1,4 @@
-"""The Triton kernel of sparsekern.linear: on a GPU, in Triton's interpreter, compiled for sm_90.
-
-Without a GPU the kernel's arithmetic still runs: this file, executed with TRITON_INTERPRET=1,
-computes every case of INTERPRETED on the CPU and prints what differs. bfloat16 is left to the GPU,
-because the interpreter of Triton 3.6 multiplies the bit patterns of bfloat16 operands.
-"""
+"""The Triton kernels of sparsekern.linear: on a GPU, in Triton's interpreter, compiled for sm_90."""
 
 import json
 import os
@@ -14,168 +9,41 @@ import sys
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="needs Triton")
+
+from python_tests.backends.triton_linear_cases import (
+    FEW,
+    MANY,
+    QUANTIZED,
+    TILES,
+    check,
+    check_quantized,
+    problem,
+)
 from python_tests.linear_cases import (
     ACTIVATIONS,
     DTYPES,
-    SHAPES,
     assert_within,
     error_bound,
-    random_input,
-    random_weight,
 )
 from sparsekern import linear_quantized, quantize, quantize_rows, reference
 from sparsekern.formats import dtypes
 from sparsekern.formats.sparse24 import Sparse24, compress, decompress
 from sparsekern.ops.linear_op import linear
 
-pytest.importorskip("triton", reason="needs Triton")
-
-# (tokens, out_features, in_features, activation, bias). 1024 columns and few rows: split over
-# in_features, with tiles that do not divide evenly among the splits at 1156.
-INTERPRETED = [(*shape, "relu", True) for shape in SHAPES]
-INTERPRETED += [
-    (1, 64, 1024, None, False),
-    (2, 9, 1156, "relu", True),
-    (5, 6, 20, "gelu", True),
-    (5, 6, 20, "silu", False),
-    (0, 6, 20, None, True),
-    (4, 6, 0, "relu", True),
-]
-
-
-# (storage, group, tokens, out_features, in_features, activation, bias, x_scale): one scale a row, a
-# last group that is shorter, tiles that span two groups, in_features % 8 == 4, a split.
-QUANTIZED = [
-    (storage, 0, *shape, "relu", True, x_scale)
-    for storage in ("float8_e4m3fn", "int8")
-    for shape in ((1, 64, 1024), (5, 9, 268), (33, 70, 132))
-    for x_scale in (False, True)
-]
-QUANTIZED += [
-    ("int4", 128, 1, 64, 1024, None, False, False),
-    ("int4", 64, 5, 9, 1156, "relu", True, False),
-    ("int4", 64, 33, 70, 132, "relu", True, False),
-    ("int4", 268, 5, 9, 268, "silu", True, False),
-    ("int4", 128, 3, 6, 20, None, True, False),
-]
-
-
-def check_quantized(case, dtype, device):
-    """Exact on whole levels and scales that are powers of two; within the bound on random data."""
-    from sparsekern.backends.triton import linear as kernels
-
-    storage, group, tokens, out_features, in_features, activation, with_bias, with_scale = case
-    shape = tokens, out_features, in_features, activation, with_bias
-    for integers in (True, False):
-        x, w, bias, _ = problem(shape, dtype, integers)
-        codec = dtypes.scaled_codec(storage)
-        w24 = quantize(compress(w), storage, group=group or None)
-        if integers:  # levels are the whole numbers of w, or -7 to 7 in int4
-            scale = torch.exp2(torch.randint(-2, 3, w24.tensors["weight_scale"].shape).float())
-            stored = codec.pack(compress(w).values.float().clamp(-7, 7))
-            tensors = {"values": stored, "metadata": compress(w).metadata, "weight_scale": scale}
-            w24 = Sparse24.from_tensors(w24.spec, tensors)
-        x_scale = torch.exp2(torch.randint(-2, 3, (tokens,)).float()) if with_scale else None
-        tensors = {name: tensor.to(device) for name, tensor in w24.tensors.items()}
-        y = kernels.linear(
-            x.to(device),
-            tensors["values"],
-            tensors["metadata"],
-            in_features,
-            None if bias is None else bias.to(device),
-            activation,
-            scale=tensors["weight_scale"],
-            group=w24.spec.group,
-            x_scale=None if x_scale is None else x_scale.to(device),
-        )
-        dense = decompress(Sparse24(w24.numbers(torch.float32), w24.metadata, w24.shape))
-        x64 = x.double() if x_scale is None else x.double() * x_scale[:, None]
-        y64 = reference.linear(x64, dense, bias, activation)
-        assert y.dtype == dtype and y.is_contiguous()
-        if integers and activation in (None, "relu"):
-            assert torch.equal(y.cpu(), y64.to(dtype)), f"{case} {dtype}"
-        else:
-            assert_within(y, y64, error_bound(x64, dense, bias, y64, dtype))
-
-
-def problem(case, dtype, integers):
-    tokens, out_features, in_features, activation, with_bias = case
-    w = random_weight(out_features, in_features, dtype, integers=integers)
-    x = random_input((tokens, in_features), dtype, integers=integers)
-    bias = random_input((out_features,), dtype, seed=2, integers=integers) if with_bias else None
-    return x, w, bias, activation
-
-
-def check(case, dtype, device, config=None):
-    """Exact on integers (None and relu), within the bound on random data; x has gaps in it."""
-    from sparsekern.backends.triton import linear as kernels
-
-    for integers in (True, False):
-        x, w, bias, activation = problem(case, dtype, integers)
-        w24 = compress(w).to(device)
-        padded = torch.full((x.shape[0], x.shape[1] + 3), float("nan"), dtype=dtype)
-        padded[:, : x.shape[1]] = x
-        on_device = None if bias is None else bias.to(device)
-        y = kernels.linear(
-            padded.to(device)[:, : x.shape[1]],
-            w24.values,
-            w24.metadata,
-            w.shape[1],
-            on_device,
-            activation,
-            config,
-        )
-        y64 = reference.linear(x, w, bias, activation)
-        assert y.dtype == dtype and y.is_contiguous()
-        if integers and activation in (None, "relu"):
-            assert torch.equal(y.cpu(), y64.to(dtype)), f"{case} {dtype} {config}"
-        else:
-            assert_within(y, y64, error_bound(x, w, bias, y64, dtype))
-
-
 # ---- without a GPU -------------------------------------------------------------------------------
 
 
-def run_interpreted():
-    """Executed in the child: {case: error or None}."""
-    import triton.runtime.interpreter as interpreter
-
-    # NumPy 2.4 refuses int() of the one-element arrays that stand for scalars in Triton 3.6.
-    patch_tensor = getattr(interpreter, "_patch_lang_tensor", None)
-
-    def patch_tensor_and_index(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    if patch_tensor is not None:
-        interpreter._patch_lang_tensor = patch_tensor_and_index
-    results = {}
-    for case in INTERPRETED:
-        dtype = torch.float32 if case[3] == "silu" or case[0] == 33 else torch.float16
-        try:
-            check(case, dtype, "cpu")
-            results[f"{dtype} {case}"] = None
-        except Exception as error:
-            results[f"{dtype} {case}"] = f"{type(error).__name__}: {error}"[:500]
-    for case in QUANTIZED:
-        try:
-            check_quantized(case, torch.float16, "cpu")
-            results[str(case)] = None
-        except Exception as error:
-            results[str(case)] = f"{type(error).__name__}: {error}"[:500]
-    return results
-
-
-def test_kernel_in_the_interpreter():
-    folder = os.path.dirname(os.path.abspath(__file__))
+def test_kernels_in_the_interpreter():
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "triton_linear_cases.py")
     path = os.pathsep.join(filter(None, sys.path))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     child = subprocess.run(
-        [sys.executable, __file__], env=environment, cwd=folder, capture_output=True, text=True
+        [sys.executable, script], env=environment, capture_output=True, text=True
     )
     assert child.returncode == 0, child.stderr[-3000:]
     results = json.loads(child.stdout.splitlines()[-1])
-    assert len(results) == len(INTERPRETED) + len(QUANTIZED)
+    assert len(results) == len(TILES) + 2 * len(FEW) + len(MANY) + len(QUANTIZED)
     assert {case: error for case, error in results.items() if error is not None} == {}
 
 
@@ -435,7 +303,3 @@ def test_agrees_with_the_cpu_backend(dtype):
     w24 = compress(w)
     on_gpu = linear(x.cuda(), w24.cuda(), bias.cuda(), activation, backend="triton")
     assert torch.equal(on_gpu.cpu(), linear(x, w24, bias, activation))
-
-
-if __name__ == "__main__":
-    print(json.dumps(run_interpreted()))
