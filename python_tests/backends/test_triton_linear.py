@@ -1,4 +1,4 @@
-"""The Triton kernels of sparsekern.linear: on a GPU, in Triton's interpreter, compiled for sm_90."""
+"""The Triton kernels of sparsekern.linear: on a GPU, interpreted, and compiled for sm_90."""
 
 import json
 import os
@@ -17,7 +17,9 @@ from python_tests.backends.triton_linear_cases import (
     QUANTIZED,
     TILES,
     check,
+    check_few,
     check_quantized,
+    check_tiles,
     problem,
 )
 from python_tests.linear_cases import (
@@ -27,6 +29,7 @@ from python_tests.linear_cases import (
     error_bound,
 )
 from sparsekern import linear_quantized, quantize, quantize_rows, reference
+from sparsekern.backends.triton import configs
 from sparsekern.formats import dtypes
 from sparsekern.formats.sparse24 import Sparse24, compress, decompress
 from sparsekern.ops.linear_op import linear
@@ -72,7 +75,7 @@ def test_compiles_for_hopper_without_spills(dtype, tokens, tmp_path, monkeypatch
     from sparsekern.backends.triton import linear as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    config = kernels.pick_config(tokens, 4096, 4096, dtype)
+    config = configs.tile_config(tokens, 4096, 4096, dtype)
     pointer = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
     out = "*fp32" if config.split_in > 1 else pointer
     types = {"x_ptr": pointer, "values_ptr": pointer, "metadata_ptr": "*u8", "bias_ptr": pointer}
@@ -106,7 +109,7 @@ def test_quantised_weights_compile_for_hopper_without_spills(storage, tmp_path, 
     from sparsekern.backends.triton import linear as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    config = kernels.pick_config(1, 4096, 4096, torch.bfloat16)
+    config = configs.tile_config(1, 4096, 4096, torch.bfloat16)
     values = "*i8" if storage == "int8" else "*u8"
     types = {"x_ptr": "*bf16", "values_ptr": values, "metadata_ptr": "*u8", "bias_ptr": "*bf16"}
     types |= {"scale_ptr": "*fp32", "x_scale_ptr": "*fp32", "out_ptr": "*fp32"}
@@ -132,14 +135,68 @@ def test_quantised_weights_compile_for_hopper_without_spills(storage, tmp_path, 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_reduction_compiles_for_hopper(bias, tmp_path, monkeypatch):
-    from sparsekern.backends.triton import linear as kernels
+    from sparsekern.backends.triton import epilogue
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {"HAS_BIAS": bias, "ACTIVATION": "silu", "SPLIT_IN": 8, "BLOCK": 1024}
     constants |= {} if bias else {"bias_ptr": None}
     types = {"partial_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
-    compiled = compile_for_hopper(kernels.split_reduce_kernel, constants, types, {"num_warps": 4})
+    compiled = compile_for_hopper(epilogue.split_reduce_kernel, constants, types, {"num_warps": 4})
     assert stack_bytes(compiled.asm["cubin"], tmp_path) == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_few_tokens_compile_to_few_instructions(tokens, tmp_path, monkeypatch):
+    """No spill; wide loads; nothing passes through shared memory in the loop; and at one token a
+    third of the instructions of a tile's expansion, which has 8 per dense weight."""
+    from sparsekern.backends.triton import few_tokens
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    config = configs.few_config(28672, 4096)
+    types = {"x_ptr": "*i64", "values_ptr": "*i64", "metadata_ptr": "*u8"}
+    constants = {
+        "TOKENS": tokens,
+        "ROWS": config.rows,
+        "HAS_BIAS": True,
+        "ACTIVATION": "silu",
+        "HALF": False,
+        "EVEN": True,
+        "SPLIT_IN": 1,
+        "BLOCK": 32 * config.num_warps,
+        "UNROLL": config.unroll,
+    }
+    types |= {"bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    options = {"num_warps": config.num_warps}
+    compiled = compile_for_hopper(few_tokens.few_tokens_kernel, constants, types, options)
+    assert stack_bytes(compiled.asm["cubin"], tmp_path) == 0
+    loop = inner_loop(compiled.asm["cubin"], tmp_path)
+    names = [line.split()[0] for line in loop]
+    weights = 8 * config.rows * config.unroll  # dense ones of a thread in a turn
+    assert not any(name.startswith(("STS", "LDS", "BAR", "SHFL")) for name in names)
+    loads = [name for name in names if name.startswith("LDG")]
+    assert len(loads) == config.unroll * (tokens + 2 * config.rows)
+    assert sum(name.startswith("LDG.E.128") for name in loads) == config.unroll * tokens
+    assert len(names) / weights < {1: 4.5, 2: 6.3, 4: 10.0}[tokens]
+
+
+def inner_loop(cubin, folder):
+    """The instructions of the largest loop of a compiled kernel, without predicates."""
+    from triton import knobs
+
+    file = folder / "loop.cubin"
+    file.write_bytes(cubin)
+    command = [knobs.nvidia.nvdisasm.path, "-c", file]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines, places, loops = [], {}, [[]]
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            places[label[1]] = len(lines)
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?\s*(.*?);", line):
+            lines.append(found[1])
+            back = re.match(r"BRA\S*\s.*`\((\.L_x_\d+)\)", found[1])
+            if back and back[1] in places:
+                loops.append(lines[places[back[1]] :])
+    return max(loops, key=len)
 
 
 def stack_bytes(cubin, folder):
@@ -155,14 +212,12 @@ def stack_bytes(cubin, folder):
 
 
 def test_split_keeps_whole_tiles_and_covers_every_column():
-    from sparsekern.backends.triton.linear import pick_config
-
     splits = set()
     for dtype in DTYPES:
         for tokens in (1, 16, 17, 64, 65, 1000):
             for out_features in (1, 64, 4096, 28672):
                 for in_features in (4, 128, 1024, 4100, 14336):
-                    config = pick_config(tokens, out_features, in_features, dtype)
+                    config = configs.tile_config(tokens, out_features, in_features, dtype)
                     length = -(-in_features // config.split_in)
                     assert config.split_in == 1 or length >= 2 * config.block_in
                     assert min(config.block_out, config.block_in, config.block_tokens) >= 16
@@ -170,14 +225,73 @@ def test_split_keeps_whole_tiles_and_covers_every_column():
     assert splits == {1, 2, 4, 8}
 
 
+def test_few_tokens_fill_the_gpu_where_they_can():
+    for out_features, in_features in ((4096, 4096), (28672, 4096), (1024, 14336), (64, 28672)):
+        config = configs.few_config(out_features, in_features)
+        warps = -(-out_features // config.rows) * config.num_warps * config.split_in
+        part = in_features / config.split_in
+        assert part >= 256 * config.unroll * config.num_warps, "each warp has a turn"
+        whole = config.num_warps == 4 and config.split_in == configs.MAX_SPLIT_IN
+        assert warps >= configs.WARPS_WANTED or whole
+    assert configs.few_config(28672, 4096) == configs.FewTokens(2, 2, 1, 1)
+    assert configs.few_config(8, 8) == configs.FewTokens(2, 2, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "tokens, in_features, dtype, plain, kind",
+    [
+        (1, 4096, torch.bfloat16, True, configs.FewTokens),
+        (4, 4096, torch.float16, True, configs.FewTokens),
+        (5, 4096, torch.float16, True, configs.LinearConfig),
+        (1, 4100, torch.float16, True, configs.LinearConfig),
+        (1, 4096, torch.float32, True, configs.LinearConfig),
+        (1, 4096, torch.bfloat16, False, configs.LinearConfig),
+        (0, 4096, torch.bfloat16, True, configs.LinearConfig),
+        (511, 4096, torch.bfloat16, True, configs.LinearConfig),
+        (512, 4100, torch.bfloat16, True, configs.Expanded),
+        (512, 4096, torch.bfloat16, False, configs.LinearConfig),
+        (512, 4096, torch.float32, True, configs.LinearConfig),
+    ],
+)
+def test_which_kernel(tokens, in_features, dtype, plain, kind):
+    config = configs.pick_config(tokens, 4096, in_features, dtype, plain)
+    assert isinstance(config, kind), str(config)
+
+
+@pytest.mark.parametrize("shape", [(57344, 8192), (8192, 28672), (640, 2048), (1, 4)])
+@pytest.mark.parametrize("tokens", [512, 8192, 10**6])
+def test_expanded_rows_are_bounded(shape, tokens):
+    rows = configs.pick_config(tokens, *shape, torch.bfloat16).rows
+    assert rows % 64 == 0 and rows >= configs.EXPANDED_ROWS
+    assert rows == configs.EXPANDED_ROWS or (
+        rows * shape[1] * 2 <= configs.EXPANDED_BYTES
+        and rows * tokens * 4 <= configs.SUMS_BYTES
+        and rows < shape[0] + 64
+    )
+
+
 # ---- on a GPU ------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", INTERPRETED, ids=str)
-def test_kernel_on_gpu(case, dtype):
-    check(case, dtype, "cuda")
+@pytest.mark.parametrize("case", TILES, ids=str)
+def test_tiles_on_gpu(case, dtype):
+    check_tiles(case, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case, config", FEW, ids=str)
+def test_few_tokens_on_gpu(case, config, dtype):
+    check_few(case, config, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case, config", MANY, ids=str)
+def test_many_tokens_on_gpu(case, config, dtype):
+    check(case, dtype, "cuda", config)
 
 
 @pytest.mark.gpu
@@ -212,10 +326,12 @@ def test_quantized_x_on_gpu(storage):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 7, 16, 40, 64, 300])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 7, 16, 40, 64, 300, 600])
 def test_larger_shapes_on_gpu(tokens, dtype):
+    """in_features % 8 == 4, which the kernel for few tokens does not take, and 0."""
     for activation in ACTIVATIONS:
         check((tokens, 1000, 2052, activation, True), dtype, "cuda")
+        check((tokens, 1000, 2056, activation, True), dtype, "cuda", gap=4)
 
 
 @pytest.mark.gpu
@@ -223,7 +339,7 @@ def test_larger_shapes_on_gpu(tokens, dtype):
 def test_every_split_is_exact_and_deterministic(split_in):
     from sparsekern.backends.triton import linear as kernels
 
-    config = kernels.LinearConfig(64, 128, 16, split_in, 4, 3)
+    config = configs.LinearConfig(64, 128, 16, split_in, 4, 3)
     check((3, 100, 2052, "relu", True), torch.bfloat16, "cuda", config)
     x, w, bias, activation = problem((3, 100, 2052, "silu", True), torch.bfloat16, False)
     w24 = compress(w).to("cuda")
@@ -272,17 +388,40 @@ def test_outputs_are_written_completely_and_nowhere_else():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("case, config", FEW, ids=str)
+def test_few_tokens_write_what_they_should_and_are_deterministic(case, config):
+    from sparsekern.backends.triton import few_tokens
+
+    x, w, bias, activation = problem(case, torch.bfloat16, False)
+    w24, x = compress(w).to("cuda"), x.cuda()
+    bias = None if bias is None else bias.cuda()
+    config = config or configs.pick_config(*case[:3], torch.bfloat16)
+    guard = torch.full((3, *case[:2]), float("nan"), dtype=torch.bfloat16, device="cuda")
+    few_tokens.launch(x, w24.values, w24.metadata, bias, activation, config, guard[1])
+    assert guard[0].isnan().all() and guard[2].isnan().all() and not guard[1].isnan().any()
+    for _ in range(5):
+        again = torch.empty_like(guard[1])
+        few_tokens.launch(x, w24.values, w24.metadata, bias, activation, config, again)
+        assert torch.equal(again, guard[1])
+
+
+@pytest.mark.gpu
 def test_an_output_of_more_than_2_31_elements():
+    from sparsekern.backends.triton import linear as kernels
+
     tokens, out_features = 131_200, 16_400
     if torch.cuda.mem_get_info()[0] < 8 * 2**30:
         pytest.skip("needs 8 GiB of free memory")
     x, w, _, _ = problem((300, out_features, 64, None, False), torch.bfloat16, True)
     x, w24 = x.cuda().repeat(438, 1)[:tokens], compress(w).to("cuda")
-    y = linear(x, w24, backend="triton")
-    assert y.numel() > 2**31
-    for part in (slice(0, 2), slice(130_940, 130_942), slice(tokens - 2, tokens)):
-        y64 = x[part].cpu().double() @ w.double().t()
-        assert torch.equal(y[part].cpu(), y64.to(torch.bfloat16))
+    tiles = configs.tile_config(tokens, out_features, 64, torch.bfloat16)
+    for config in (tiles, configs.pick_config(tokens, out_features, 64, torch.bfloat16)):
+        y = kernels.linear(x, w24.values, w24.metadata, 64, config=config)
+        assert y.numel() > 2**31
+        for part in (slice(0, 2), slice(130_940, 130_942), slice(tokens - 2, tokens)):
+            y64 = x[part].cpu().double() @ w.double().t()
+            assert torch.equal(y[part].cpu(), y64.to(torch.bfloat16)), str(config)
+        del y
 
 
 @pytest.mark.gpu
