@@ -285,7 +285,7 @@ def compare_kernels_with_torch(device, sizes_of=EVERYWHERE):
 
 
 def compare_gptq_with_torch(device, kinds=KINDS, choose=(False, True), passes=2, **options):
-    """The whole of gptq with the kernels: as good as with the torch loops; choose: its mask, too."""
+    """The whole of gptq with the kernels: as good as with the torch loops. choose: mask, too."""
     w, pruned, mask, hessian = problem(**{"out_features": 20, "dead": (5, 64)} | options)
     matrix = hessian.to(device)
     for name, group in kinds:
@@ -313,7 +313,7 @@ def test_triton_kernels_through_the_interpreter():
     """In a process of its own, because Triton reads TRITON_INTERPRET when a kernel is defined.
 
     A program of the interpreter takes some 10 ms a column. So a tile of rows and a part of
-    another once, and sizes at which blocks and groups end early; int8 differs from int4 in two numbers.
+    another once, and sizes at which blocks and groups end early; int8 is int4 with another range.
     """
     pytest.importorskip("triton")
     code = (
