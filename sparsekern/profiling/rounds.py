@@ -18,6 +18,7 @@ not change from run to run by noise alone: among equals the first one stays.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -31,6 +32,7 @@ from sparsekern.profiling import timer
 RISK, FIRST = 1 / 64, 6  # of each side of an interval: the extremes of six ratios
 # After so many rounds those leave that were always slower than the fastest by more than this.
 EARLY_ROUNDS, FAR = 3, 0.02
+LOOKS = 32  # rounds after each of which the intervals are looked at; then once in so many
 
 # A launch at the power limit is measured for long: its clock falls only after a while under load,
 # and a variant that draws less gets a higher one. Before the first round the candidates run for
@@ -55,15 +57,26 @@ class Interval(NamedTuple):
     high: float
 
 
-def interval(ratios: Sequence[float]) -> Interval:
-    """The median of the ratios and its interval; of fewer than FIRST (0, median, inf)."""
-    ordered, count = sorted(ratios), len(ratios)
+@functools.cache
+def _outer(count: int) -> int:
+    """The k of the text at the top of the file, 0 where there is none; of many by the normal
+    distribution, whose error is below a rank there."""
+    risk = RISK * (FIRST / max(count, 1)) ** 2
+    if count > 200:
+        deviations = -statistics.NormalDist().inv_cdf(risk)
+        return int((count - deviations * math.sqrt(count)) / 2)
     below, outer = 0.0, 0
     while outer < count // 2:
         below += math.comb(count, outer) / 2**count
-        if below > RISK * (FIRST / count) ** 2:
+        if below > risk:
             break
         outer += 1
+    return outer
+
+
+def interval(ratios: Sequence[float]) -> Interval:
+    """The median of the ratios and its interval; of fewer than FIRST (0, median, inf)."""
+    ordered, outer = sorted(ratios), _outer(len(ratios))
     middle = statistics.median(ordered)
     if outer == 0:
         return Interval(0.0, middle, math.inf)
@@ -134,7 +147,7 @@ def contest(
         if count < rule.min_rounds:
             if count >= EARLY_ROUNDS:
                 _drop_far(standing, alive, peers)
-        else:
+        elif count <= LOOKS or count % LOOKS == 0:  # looking takes time, too
             _replace(standing, alive, peers)
             stay = {standing.best, *peers}
             alive[:] = [n for n in alive if n in stay or not _known(standing, n, rule)]
