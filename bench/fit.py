@@ -23,14 +23,21 @@ that it is in.
 Cells of 8-bit weights make TIMES_8: row blocks in these steps, from the cells with x of 16 bits,
 and tiles and split tiles from those of TIMES (`scaled`).
 
-These gaps are of the data that was fitted. --cross tells those of data that was not: each shape's
-picks by a table fitted to the other shapes.
+These gaps are of the data that was fitted. Those of data that was not: --cross tells each shape's
+picks by a table fitted to the other shapes, --test FILE those in the cells of other files. Shapes
+to tune for both, seeded and in no table, are what `python -m bench.fit --shapes COUNT --seed N`
+prints:
+
+    sparsekern tune --shapes $(python -m bench.fit --shapes 60 --seed 1) --log fitted.jsonl
+    sparsekern tune --shapes $(python -m bench.fit --shapes 60 --seed 2) --log tested.jsonl
+    python -m bench.fit fitted.jsonl --test tested.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import re
 import statistics
 from collections import Counter
@@ -52,7 +59,7 @@ from sparsekern.backends.cuda.cost_model import (
     Variant,
     Work,
 )
-from sparsekern.profiling.tune import KINDS
+from sparsekern.profiling.tune import KINDS, SHAPES
 
 CONFIGS = Path(__file__).resolve().parent.parent / "csrc" / "linear/configs.h"
 NEAR = 0.15  # 15 % slower than the fastest: half the weight
@@ -80,6 +87,7 @@ CLASSES = (
     ("all cells", None, 1),
     ("Llama-3 8B and 70B from 96 tokens", LARGE, 96),
 )
+MOST_OUT, MOST_IN, LEAST = 60_000, 30_000, 64  # of `random_shapes`
 
 
 @dataclass(frozen=True)
@@ -418,6 +426,20 @@ def rounded(times: Times) -> Times:
     return Times(*(float(f"{value:.3g}") for value in times))
 
 
+def random_shapes(count: int, seed: int) -> list[tuple[int, int]]:
+    """(out_features, in_features), spread evenly over the logarithms; every second one with both a
+    multiple of 64, the others with in_features a multiple of 4. None is one of tune.SHAPES."""
+    draw, found = random.Random(seed), dict[tuple[int, int], None]()
+    while len(found) < count:
+        sizes = (LEAST * (most / LEAST) ** draw.random() for most in (MOST_OUT, MOST_IN))
+        out_features, in_features = map(round, sizes)
+        out_step, in_step = (64, 64) if len(found) % 2 == 0 else (1, 4)
+        shape = (out_features // out_step * out_step, in_features // in_step * in_step)
+        if shape not in SHAPES:
+            found[shape] = None
+    return list(found)
+
+
 # ---- the gaps ------------------------------------------------------------------------------------
 
 
@@ -480,14 +502,22 @@ def _call(values: Variant | Times) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.fit", description=__doc__.split("\n")[0])
-    parser.add_argument("cells", nargs="+", metavar="CELLS.jsonl", help="of sparsekern tune --log")
+    parser.add_argument("cells", nargs="*", metavar="CELLS.jsonl", help="of sparsekern tune --log")
     parser.add_argument("--multiprocessors", type=int, default=132, help="of the GPU (default 132)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--check", action="store_true", help="fit nothing: gaps of backends/cuda/cost_model.py"
     )
     what.add_argument("--cross", action="store_true", help="also gaps of shapes left out of a fit")
+    parser.add_argument(
+        "--test", action="append", default=[], metavar="FILE", help="also gaps in cells not fitted"
+    )
+    parser.add_argument("--shapes", type=int, metavar="COUNT", help="print so many random shapes")
+    parser.add_argument("--seed", type=int, default=0, help="of --shapes (default 0)")
     args = parser.parse_args(arguments)
+    if args.shapes is not None:
+        print(",".join(f"{out}x{into}" for out, into in random_shapes(args.shapes, args.seed)))
+        return 0
     cells = read(args.cells)
     tables = {id(table): table for table in (heuristics.table(cell.bits) for cell in cells)}
     if len(tables) > 1:
@@ -498,6 +528,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table = fit_table(cells, args.multiprocessors)
         print(source(table, name), end="\n\n")
     print(summary(gaps(cells, table, args.multiprocessors)))
+    if args.test:
+        print("\nCells that were not fitted:")
+        print(summary(gaps(read(args.test), table, args.multiprocessors)))
     if args.cross:
         print("\nShapes left out of the fit:")
         print(summary(cross(cells, args.multiprocessors)))
