@@ -13,7 +13,7 @@ class Clock:
 
 class Fakes:
     """Variants by name: us per call, one after the other; the last one stays. An exception in the
-    place of a time is raised. Has `sampler`, `wrong` and `dense`, as tune_cell.tune_cell wants them.
+    place of a time is raised. `sampler`, `wrong` and `dense` are as tune_cell.tune_cell wants them.
 
     wrong: names whose results are.   dense: us of the dense product; None: there is none.
     """

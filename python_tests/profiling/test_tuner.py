@@ -410,7 +410,7 @@ def test_graph_sampler_counts_calls(hopper):
     y = torch.empty_like(x)
     call = lambda: torch.add(x, 1, out=y)  # noqa: E731
     call()
-    one, four = layer_bench.graph_sampler([call], 8), layer_bench.graph_sampler([call] * 4, 2)
+    one, four = tuner.graph_sampler([call], 8), tuner.graph_sampler([call] * 4, 2)
     times = [min(sample() for _ in range(20)) for sample in (one, four)]
     assert 0 < times[0] < 1000 and times[1] == pytest.approx(times[0], rel=0.5)
     assert torch.equal(y, x + 1)

@@ -65,8 +65,9 @@ def measure(
     times: dict[str, list[float]] = {}
     for layer in layers:
         if key(layer) not in times:
-            where = dict(dtype=layer.weight.dtype, device=str(device))
-            pairs = [pair(*layer.shape, count, **where) for count in tokens]
+            where: dict[str, Any] = dict(dtype=layer.weight.dtype, device=str(device))
+            out_features, in_features = layer.shape
+            pairs = [pair(out_features, in_features, count, **where) for count in tokens]
             times[key(layer)] = [sum(us) for us in zip(*pairs)]
     return times
 

@@ -26,7 +26,6 @@ from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.ops.compress import compress
 from sparsekern.ops.linear_op import explain
 from sparsekern.profiling import rounds, timer
-from sparsekern.profiling.timer import graph_replay as graph_sampler
 from sparsekern.prune import magnitude_mask
 
 CACHE_BYTES = 128 * 2**20  # more than the L2 of an H100 (50 MiB) or the L3 of a desktop CPU

@@ -9,7 +9,7 @@ the times are spread:
 
     n ratios, sorted: the median lies between the k-th from below and the k-th from above, but for a
     risk of sum_{i<k} C(n, i) / 2^n on each side; k is the largest for which that is at most
-    RISK * (FIRST / n)^2, because it is looked at after every round, and each look is a chance to err
+    RISK * (FIRST / n)^2: less and less, because each of many looks is a chance to err
 
 The first candidate is the best one until another is faster beyond its interval. One that is slower
 beyond it, or cannot be faster by more than the rule's `standard_error`, leaves. So a choice does

@@ -30,7 +30,8 @@ from sparsekern.formats.tile64 import pack
 from sparsekern.ops.compress import decompress, prune_compress
 from sparsekern.ops.quantize import quantize
 from sparsekern.profiling import rounds, timer
-from sparsekern.profiling.layer_bench import copies_beyond_cache, graph_sampler
+from sparsekern.profiling.layer_bench import copies_beyond_cache
+from sparsekern.profiling.timer import graph_replay as graph_sampler
 from sparsekern.profiling.tune_cell import Cell, tune_cell
 
 OP = "sparsekern tune"

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from sparsekern.formats import dtypes
+
 # Two programs for each of an H100's 132 multiprocessors. A constant, not the device's own count, so
 # that the order of summation does not change with the GPU.
 PROGRAMS_WANTED = 264
@@ -78,7 +80,7 @@ def pick_config(
     Args:
         dtype: of x.      plain: values have the dtype of x; quantised ones take tiles.
     """
-    if plain and dtype.itemsize == 2:
+    if plain and dtype in dtypes.NATIVE:
         if 0 < tokens <= FEW_TOKENS and in_features % 8 == 0:
             return few_config(out_features, in_features)
         if tokens >= MANY_TOKENS:

@@ -30,6 +30,7 @@ import triton.language as tl
 from sparsekern.backends.triton import epilogue
 from sparsekern.backends.triton.configs import FewTokens
 from sparsekern.backends.triton.epilogue import finish
+from sparsekern.formats import dtypes
 
 
 @triton.jit
@@ -168,7 +169,7 @@ def launch(x, values, metadata, bias, activation, config: FewTokens, out):
         out: [tokens, out_features], contiguous.
     """
     tokens, out_features = out.shape
-    half = x.dtype == torch.float16
+    half = dtypes.PLAIN[x.dtype].name == "float16"
     x, values = _words(x), _words(values)
     pairs, turn = values.shape[1], 32 * config.num_warps * config.unroll
     split_length = triton.cdiv(triton.cdiv(pairs, config.split_in), turn) * turn
