@@ -29,7 +29,9 @@ from python_tests.linear_cases import (
     error_bound,
 )
 from sparsekern import linear_quantized, quantize, quantize_rows, reference
+from sparsekern.backends.protocol import problem_of
 from sparsekern.backends.triton import configs
+from sparsekern.backends.triton.backend import TritonBackend
 from sparsekern.formats import dtypes
 from sparsekern.formats.sparse24 import Sparse24, compress, decompress
 from sparsekern.ops.linear_op import linear
@@ -256,6 +258,24 @@ def test_few_tokens_fill_the_gpu_where_they_can():
 def test_which_kernel(tokens, in_features, dtype, plain, kind):
     config = configs.pick_config(tokens, 4096, in_features, dtype, plain)
     assert isinstance(config, kind), str(config)
+
+
+@pytest.mark.parametrize(
+    "tokens, storage, config, slower",
+    [
+        (1, None, "few_rows2_unroll2_split1_w1", False),
+        (16, None, "out64_in128_tokens16_split1_w4_s3", True),
+        (512, None, "expanded_rows512", False),
+        (1, "int8", "out64_in128_tokens16_split1_w4_s3", True),
+    ],
+)
+def test_explain_tells_the_kernel_and_what_was_timed(tokens, storage, config, slower):
+    w24 = compress(torch.ones(64, 256).bfloat16() * torch.tensor([1, 0, 1, 0]).repeat(64))
+    w24 = w24 if storage is None else quantize(w24, storage)
+    x = torch.ones(tokens, 256, dtype=torch.bfloat16)
+    told = TritonBackend().explain(problem_of(x, w24.spec))
+    assert told.config == config
+    assert ("slower than dense wherever it was timed" in told.why) == slower
 
 
 @pytest.mark.parametrize("shape", [(57344, 8192), (8192, 28672), (640, 2048), (1, 4)])

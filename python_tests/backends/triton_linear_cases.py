@@ -34,16 +34,16 @@ TILES += [
     (4, 6, 0, "relu", True),
 ]
 
-# (case, config) of the kernel for 1 to 4 tokens. Turns of 512 or 1024 columns: a part of one, whole
-# ones, parts of in_features that are whole and that end within a turn, or begin beyond the end; an
-# odd number of rows; one row a program; three tokens of four.
+# (case, config) of the kernel for 1 to 4 tokens, whose turns are of 256 to 512 columns: a part of
+# one, whole ones, parts of in_features that end with a turn, within one, and that begin beyond the
+# end; an odd number of rows; one row a program; three tokens of four.
 FEW = [
     ((1, 5, 8, "relu", True), None),
-    ((1, 3, 1024, None, False), FewTokens(2, 2, 1, 1)),
+    ((1, 3, 512, None, False), FewTokens(2, 1, 1, 1)),
     ((2, 5, 520, "silu", True), FewTokens(2, 1, 1, 2)),
-    ((3, 3, 1032, "gelu", True), FewTokens(1, 2, 2, 1)),
-    ((4, 3, 1024, "relu", True), FewTokens(2, 1, 2, 1)),
-    ((3, 2, 1024, None, False), FewTokens(4, 1, 4, 2)),
+    ((3, 3, 520, "gelu", True), FewTokens(1, 1, 2, 1)),
+    ((4, 3, 1024, "relu", True), FewTokens(2, 2, 2, 1)),
+    ((3, 2, 512, None, False), FewTokens(4, 1, 4, 2)),
     ((4, 3, 264, "relu", False), FewTokens(2, 2, 1, 1)),
 ]
 # (case, config): several parts of the rows, the last one shorter; in_features % 8 == 4.
@@ -56,10 +56,9 @@ MANY = [
 # (storage, group, tokens, out_features, in_features, activation, bias, x_scale): one scale a row, a
 # last group that is shorter, tiles that span two groups, in_features % 8 == 4, a split.
 QUANTIZED = [
-    (storage, 0, *shape, "relu", True, x_scale)
-    for storage in ("float8_e4m3fn", "int8")
-    for shape in ((1, 64, 1024), (5, 9, 268), (33, 70, 132))
-    for x_scale in (False, True)
+    (storage, 0, *shape, "relu", True, (place + odd) % 2 == 1)
+    for odd, storage in enumerate(("float8_e4m3fn", "int8"))
+    for place, shape in enumerate(((1, 64, 1024), (5, 9, 268), (33, 70, 132)))
 ]
 QUANTIZED += [
     ("int4", 128, 1, 64, 1024, None, False, False),
