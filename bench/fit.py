@@ -23,38 +23,32 @@ that it is in.
 Cells of 8-bit weights make TIMES_8: row blocks in these steps, from the cells with x of 16 bits,
 and tiles and split tiles from those of TIMES (`scaled`).
 
-These gaps are of the data that was fitted. --cross tells those of data that was not: each shape's
-picks by a table fitted to the other shapes.
+These gaps are of the data that was fitted. Those of data that was not: --cross tells each shape's
+picks by a table fitted to the other shapes, --test FILE those in the cells of other files. Shapes
+to tune for both, seeded and in no table, are what `python -m bench.fit --shapes COUNT --seed N`
+prints:
+
+    sparsekern tune --shapes $(python -m bench.fit --shapes 60 --seed 1) --log fitted.jsonl
+    sparsekern tune --shapes $(python -m bench.fit --shapes 60 --seed 2) --log tested.jsonl
+    python -m bench.fit fitted.jsonl --test tested.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy
 
 from sparsekern.backends.cuda import cost_model as heuristics
-from sparsekern.backends.cuda.cost_model import (
-    PLAIN,
-    Bits,
-    MmaTile,
-    RowBlocks,
-    SplitTile,
-    Tile,
-    Times,
-    Variant,
-    Work,
-)
-from sparsekern.profiling.tune import KINDS
+from sparsekern.backends.cuda.cost_model import SplitTile, Tile, Times, Variant, Work
 
-CONFIGS = Path(__file__).resolve().parent.parent / "csrc" / "linear/configs.h"
+from .cells import CLASSES, SHAPES, Cell, Gap, belongs, random_shapes, read, variants
+
+__all__ = ["CLASSES", "SHAPES", "Cell", "Gap", "main", "random_shapes", "read", "variants"]
+
 NEAR = 0.15  # 15 % slower than the fastest: half the weight
 TRUST = 0.05  # error from which on a sample is distrusted
 MATTERS, FEW_CELLS = 0.03, 3  # kept: within 3 % of the fastest in at least three cells
@@ -71,102 +65,6 @@ STEPS, EASE = 60, 1e-4  # most steps of a fit; step of a numeric derivative
 # Of `refined`: how uncertain a prediction is taken to be, what staying close to the measured times
 # is worth, and the descent's steps and their length in logarithms of coefficients.
 DOUBT, HOLD, MOVES, STRIDE = 0.015, 1.0, 300, 0.01
-# Classes of cells whose gaps are told apart: name, shapes or None for all, fewest tokens.
-LARGE = (
-    *((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (14336, 4096), (1024, 4096)),
-    *((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672), (28672, 8192), (1024, 8192)),
-)
-CLASSES = (
-    ("all cells", None, 1),
-    ("Llama-3 8B and 70B from 96 tokens", LARGE, 96),
-)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One shape, number of tokens and bits of its types, with the measured us of each variant."""
-
-    shape: tuple[int, int]
-    tokens: int
-    times: dict[Variant, float]
-    bits: Bits = PLAIN
-
-    @property
-    def best(self) -> float:
-        return min(self.times.values())
-
-    def offers(self, variant: Variant) -> bool:
-        """True when the variant was sampled here and may be chosen."""
-        size = self.tokens, *self.shape, self.bits
-        return variant in self.times and heuristics.considered(variant, *size)
-
-    def work(self, variant: Variant, multiprocessors: int) -> Work:
-        return heuristics.work(variant, self.tokens, *self.shape, multiprocessors, self.bits)
-
-
-@dataclass(frozen=True)
-class Gap:
-    """What a table picks in a cell, and how much slower that is than the fastest: 0.05 for 5 %."""
-
-    cell: Cell
-    picked: Variant
-    share: float
-
-    def __str__(self) -> str:
-        out_features, in_features = self.cell.shape
-        best = min(self.cell.times, key=self.cell.times.get)
-        names = f"{heuristics.name(self.picked)} instead of {heuristics.name(best)}"
-        where = f"{out_features}x{in_features}, {self.cell.tokens} tokens"
-        return f"{self.share:6.1%}  {where}: {names}, {self.cell.best:.1f} us"
-
-
-def variants() -> dict[str, Variant]:
-    """{name: variant} of everything in csrc/linear/configs.h."""
-    text, found = CONFIGS.read_text(), []
-
-    def entries(name):
-        part = text.partition(f"#define {name}(X)")[2].partition("\n\n")[0]
-        for numbers in re.findall(r"X\(([\d, ]+)\)", part):
-            yield [int(number) for number in numbers.split(",")][1:]
-
-    for panels, split in entries("SK_DECODE_CONFIGS"):
-        found.append(RowBlocks(heuristics.PANEL * panels, split))
-    for panels, *rest, streamed, promoted in entries("SK_PREFILL_CONFIGS"):
-        rows = 2 * heuristics.PANEL * panels
-        found.append(Tile(rows, *rest, bool(streamed), bool(promoted)))
-    found += [MmaTile(*numbers) for numbers in entries("SK_MMA_CONFIGS")]
-    for panels, *rest in entries("SK_SPLIT_CONFIGS"):
-        found.append(SplitTile(2 * heuristics.PANEL * panels, *rest))
-    return {heuristics.name(variant): variant for variant in found}
-
-
-def read(paths: Iterable[str | Path]) -> list[Cell]:
-    """The cells of these files; of one that was measured twice the later.
-
-    Raises:
-        ValueError: a line is no cell, or none is there.
-    """
-    named, cells = variants(), {}
-    for path in paths:
-        for number, line in enumerate(Path(path).read_text().splitlines(), 1):
-            try:
-                row = json.loads(line)
-                key = row.get("gpu"), row.get("dtype"), tuple(row["shape"]), row["tokens"]
-                wrong = row.get("refused", {})
-                times = {
-                    named[name]: float(us)
-                    for name, us in row["times"].items()
-                    if name in named and name not in wrong
-                }
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                text = f"{path}:{number}: not a cell of `sparsekern tune --log`"
-                raise ValueError(text) from error
-            if times:
-                bits = KINDS[row["dtype"]].bits if row.get("dtype") in KINDS else PLAIN
-                cells[key] = Cell(key[2], key[3], times, bits)
-    if not cells:
-        raise ValueError("no cell with a time of a variant in csrc/linear/configs.h")
-    return list(cells.values())
 
 
 # ---- the fit -------------------------------------------------------------------------------------
@@ -317,7 +215,7 @@ class _Grid:
         self.gaps = self.us / [cell.best for cell in cells] - 1
         self.cost = self.gaps + DREAD * self.gaps**2
         weights = [
-            sum(_belongs(cell, shapes, fewest) for _, shapes, fewest in CLASSES) for cell in cells
+            sum(belongs(cell, shapes, fewest) for _, shapes, fewest in CLASSES) for cell in cells
         ]
         self.weights = numpy.array(weights, float) / sum(weights)
 
@@ -451,16 +349,12 @@ def summary(found: Sequence[Gap], worst: int = 10) -> str:
     """Mean and worst of each class, then the worst cells."""
     lines = []
     for text, shapes, fewest in CLASSES:
-        shares = [gap.share for gap in found if _belongs(gap.cell, shapes, fewest)]
+        shares = [gap.share for gap in found if belongs(gap.cell, shapes, fewest)]
         if shares:
             mean = statistics.fmean(shares)
             lines.append(f"{text}, {len(shares)}: mean {mean:.2%}, worst {max(shares):.1%}")
     lines += [str(gap) for gap in sorted(found, key=lambda gap: -gap.share)[:worst]]
     return "\n".join(lines)
-
-
-def _belongs(cell, shapes, fewest):
-    return cell.tokens >= fewest and (shapes is None or cell.shape in shapes)
 
 
 def source(table: dict[Variant, Times], name: str = "TIMES") -> str:
@@ -480,14 +374,22 @@ def _call(values: Variant | Times) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.fit", description=__doc__.split("\n")[0])
-    parser.add_argument("cells", nargs="+", metavar="CELLS.jsonl", help="of sparsekern tune --log")
+    parser.add_argument("cells", nargs="*", metavar="CELLS.jsonl", help="of sparsekern tune --log")
     parser.add_argument("--multiprocessors", type=int, default=132, help="of the GPU (default 132)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--check", action="store_true", help="fit nothing: gaps of backends/cuda/cost_model.py"
     )
     what.add_argument("--cross", action="store_true", help="also gaps of shapes left out of a fit")
+    parser.add_argument(
+        "--test", action="append", default=[], metavar="FILE", help="also gaps in cells not fitted"
+    )
+    parser.add_argument("--shapes", type=int, metavar="COUNT", help="print so many random shapes")
+    parser.add_argument("--seed", type=int, default=0, help="of --shapes (default 0)")
     args = parser.parse_args(arguments)
+    if args.shapes is not None:
+        print(",".join(f"{out}x{into}" for out, into in random_shapes(args.shapes, args.seed)))
+        return 0
     cells = read(args.cells)
     tables = {id(table): table for table in (heuristics.table(cell.bits) for cell in cells)}
     if len(tables) > 1:
@@ -498,6 +400,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table = fit_table(cells, args.multiprocessors)
         print(source(table, name), end="\n\n")
     print(summary(gaps(cells, table, args.multiprocessors)))
+    if args.test:
+        print("\nCells that were not fitted:")
+        print(summary(gaps(read(args.test), table, args.multiprocessors)))
     if args.cross:
         print("\nShapes left out of the fit:")
         print(summary(cross(cells, args.multiprocessors)))

@@ -278,6 +278,26 @@ def test_explain_tells_the_expected_time(native, tmp_path, monkeypatch):
     assert str(told).endswith("variant from your tuned table; expected 3.5 us")
 
 
+def test_explain_tells_that_dense_is_faster(native, tmp_path, monkeypatch):
+    name, cells = "decode 128 rows, split 4", {8: ("decode 128 rows, split 4", 3.5)}
+    gpu = tuning.gpu_name(0)
+    tuning.store(tuning.user_path(), gpu, BF16, (64, 64), cells, {8: 3.25})
+    forget()
+    told = configs.choose(8, 64, 64, BF16, 0)
+    assert told == (
+        name,
+        "variant from your tuned table; dense is faster: 3.25 us, measured beside 3.5",
+        3.5,
+        3.25,
+    )
+    near = configs.choose(5, 64, 64, BF16, 0)
+    assert "dense is faster" in near.why and (near.us, near.dense_us) == (None, None)
+    tuning.store(tuning.user_path(), gpu, BF16, (64, 64), cells, {8: 3.75})
+    forget()
+    told = configs.choose(8, 64, 64, BF16, 0)
+    assert told == (name, "variant from your tuned table", 3.5, 3.75)
+
+
 def test_sizes_that_the_kernels_cannot_count_are_refused(native):
     cuda_backend._plan(2**31 - 1024, 8, 8, BF16, 0)
     with pytest.raises(ValueError, match=r"up to 2147482624, got 2147482625\. Split x"):

@@ -1,9 +1,4 @@
-"""The Triton kernel of sparsekern.linear: on a GPU, in Triton's interpreter, compiled for sm_90.
-
-Without a GPU the kernel's arithmetic still runs: this file, executed with TRITON_INTERPRET=1,
-computes every case of INTERPRETED on the CPU and prints what differs. bfloat16 is left to the GPU,
-because the interpreter of Triton 3.6 multiplies the bit patterns of bfloat16 operands.
-"""
+"""The Triton kernels of sparsekern.linear: on a GPU, interpreted, and compiled for sm_90."""
 
 import json
 import os
@@ -14,168 +9,46 @@ import sys
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="needs Triton")
+
+from python_tests.backends.triton_linear_cases import (
+    FEW,
+    MANY,
+    QUANTIZED,
+    TILES,
+    check,
+    check_few,
+    check_quantized,
+    check_tiles,
+    problem,
+)
 from python_tests.linear_cases import (
     ACTIVATIONS,
     DTYPES,
-    SHAPES,
     assert_within,
     error_bound,
-    random_input,
-    random_weight,
 )
 from sparsekern import linear_quantized, quantize, quantize_rows, reference
+from sparsekern.backends.protocol import problem_of
+from sparsekern.backends.triton import configs
+from sparsekern.backends.triton.backend import TritonBackend
 from sparsekern.formats import dtypes
 from sparsekern.formats.sparse24 import Sparse24, compress, decompress
 from sparsekern.ops.linear_op import linear
 
-pytest.importorskip("triton", reason="needs Triton")
-
-# (tokens, out_features, in_features, activation, bias). 1024 columns and few rows: split over
-# in_features, with tiles that do not divide evenly among the splits at 1156.
-INTERPRETED = [(*shape, "relu", True) for shape in SHAPES]
-INTERPRETED += [
-    (1, 64, 1024, None, False),
-    (2, 9, 1156, "relu", True),
-    (5, 6, 20, "gelu", True),
-    (5, 6, 20, "silu", False),
-    (0, 6, 20, None, True),
-    (4, 6, 0, "relu", True),
-]
-
-
-# (storage, group, tokens, out_features, in_features, activation, bias, x_scale): one scale a row, a
-# last group that is shorter, tiles that span two groups, in_features % 8 == 4, a split.
-QUANTIZED = [
-    (storage, 0, *shape, "relu", True, x_scale)
-    for storage in ("float8_e4m3fn", "int8")
-    for shape in ((1, 64, 1024), (5, 9, 268), (33, 70, 132))
-    for x_scale in (False, True)
-]
-QUANTIZED += [
-    ("int4", 128, 1, 64, 1024, None, False, False),
-    ("int4", 64, 5, 9, 1156, "relu", True, False),
-    ("int4", 64, 33, 70, 132, "relu", True, False),
-    ("int4", 268, 5, 9, 268, "silu", True, False),
-    ("int4", 128, 3, 6, 20, None, True, False),
-]
-
-
-def check_quantized(case, dtype, device):
-    """Exact on whole levels and scales that are powers of two; within the bound on random data."""
-    from sparsekern.backends.triton import linear as kernels
-
-    storage, group, tokens, out_features, in_features, activation, with_bias, with_scale = case
-    shape = tokens, out_features, in_features, activation, with_bias
-    for integers in (True, False):
-        x, w, bias, _ = problem(shape, dtype, integers)
-        codec = dtypes.scaled_codec(storage)
-        w24 = quantize(compress(w), storage, group=group or None)
-        if integers:  # levels are the whole numbers of w, or -7 to 7 in int4
-            scale = torch.exp2(torch.randint(-2, 3, w24.tensors["weight_scale"].shape).float())
-            stored = codec.pack(compress(w).values.float().clamp(-7, 7))
-            tensors = {"values": stored, "metadata": compress(w).metadata, "weight_scale": scale}
-            w24 = Sparse24.from_tensors(w24.spec, tensors)
-        x_scale = torch.exp2(torch.randint(-2, 3, (tokens,)).float()) if with_scale else None
-        tensors = {name: tensor.to(device) for name, tensor in w24.tensors.items()}
-        y = kernels.linear(
-            x.to(device),
-            tensors["values"],
-            tensors["metadata"],
-            in_features,
-            None if bias is None else bias.to(device),
-            activation,
-            scale=tensors["weight_scale"],
-            group=w24.spec.group,
-            x_scale=None if x_scale is None else x_scale.to(device),
-        )
-        dense = decompress(Sparse24(w24.numbers(torch.float32), w24.metadata, w24.shape))
-        x64 = x.double() if x_scale is None else x.double() * x_scale[:, None]
-        y64 = reference.linear(x64, dense, bias, activation)
-        assert y.dtype == dtype and y.is_contiguous()
-        if integers and activation in (None, "relu"):
-            assert torch.equal(y.cpu(), y64.to(dtype)), f"{case} {dtype}"
-        else:
-            assert_within(y, y64, error_bound(x64, dense, bias, y64, dtype))
-
-
-def problem(case, dtype, integers):
-    tokens, out_features, in_features, activation, with_bias = case
-    w = random_weight(out_features, in_features, dtype, integers=integers)
-    x = random_input((tokens, in_features), dtype, integers=integers)
-    bias = random_input((out_features,), dtype, seed=2, integers=integers) if with_bias else None
-    return x, w, bias, activation
-
-
-def check(case, dtype, device, config=None):
-    """Exact on integers (None and relu), within the bound on random data; x has gaps in it."""
-    from sparsekern.backends.triton import linear as kernels
-
-    for integers in (True, False):
-        x, w, bias, activation = problem(case, dtype, integers)
-        w24 = compress(w).to(device)
-        padded = torch.full((x.shape[0], x.shape[1] + 3), float("nan"), dtype=dtype)
-        padded[:, : x.shape[1]] = x
-        on_device = None if bias is None else bias.to(device)
-        y = kernels.linear(
-            padded.to(device)[:, : x.shape[1]],
-            w24.values,
-            w24.metadata,
-            w.shape[1],
-            on_device,
-            activation,
-            config,
-        )
-        y64 = reference.linear(x, w, bias, activation)
-        assert y.dtype == dtype and y.is_contiguous()
-        if integers and activation in (None, "relu"):
-            assert torch.equal(y.cpu(), y64.to(dtype)), f"{case} {dtype} {config}"
-        else:
-            assert_within(y, y64, error_bound(x, w, bias, y64, dtype))
-
-
 # ---- without a GPU -------------------------------------------------------------------------------
 
 
-def run_interpreted():
-    """Executed in the child: {case: error or None}."""
-    import triton.runtime.interpreter as interpreter
-
-    # NumPy 2.4 refuses int() of the one-element arrays that stand for scalars in Triton 3.6.
-    patch_tensor = getattr(interpreter, "_patch_lang_tensor", None)
-
-    def patch_tensor_and_index(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    if patch_tensor is not None:
-        interpreter._patch_lang_tensor = patch_tensor_and_index
-    results = {}
-    for case in INTERPRETED:
-        dtype = torch.float32 if case[3] == "silu" or case[0] == 33 else torch.float16
-        try:
-            check(case, dtype, "cpu")
-            results[f"{dtype} {case}"] = None
-        except Exception as error:
-            results[f"{dtype} {case}"] = f"{type(error).__name__}: {error}"[:500]
-    for case in QUANTIZED:
-        try:
-            check_quantized(case, torch.float16, "cpu")
-            results[str(case)] = None
-        except Exception as error:
-            results[str(case)] = f"{type(error).__name__}: {error}"[:500]
-    return results
-
-
-def test_kernel_in_the_interpreter():
-    folder = os.path.dirname(os.path.abspath(__file__))
+def test_kernels_in_the_interpreter():
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "triton_linear_cases.py")
     path = os.pathsep.join(filter(None, sys.path))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     child = subprocess.run(
-        [sys.executable, __file__], env=environment, cwd=folder, capture_output=True, text=True
+        [sys.executable, script], env=environment, capture_output=True, text=True
     )
     assert child.returncode == 0, child.stderr[-3000:]
     results = json.loads(child.stdout.splitlines()[-1])
-    assert len(results) == len(INTERPRETED) + len(QUANTIZED)
+    assert len(results) == len(TILES) + 2 * len(FEW) + len(MANY) + len(QUANTIZED)
     assert {case: error for case, error in results.items() if error is not None} == {}
 
 
@@ -204,7 +77,7 @@ def test_compiles_for_hopper_without_spills(dtype, tokens, tmp_path, monkeypatch
     from sparsekern.backends.triton import linear as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    config = kernels.pick_config(tokens, 4096, 4096, dtype)
+    config = configs.tile_config(tokens, 4096, 4096, dtype)
     pointer = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
     out = "*fp32" if config.split_in > 1 else pointer
     types = {"x_ptr": pointer, "values_ptr": pointer, "metadata_ptr": "*u8", "bias_ptr": pointer}
@@ -238,7 +111,7 @@ def test_quantised_weights_compile_for_hopper_without_spills(storage, tmp_path, 
     from sparsekern.backends.triton import linear as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    config = kernels.pick_config(1, 4096, 4096, torch.bfloat16)
+    config = configs.tile_config(1, 4096, 4096, torch.bfloat16)
     values = "*i8" if storage == "int8" else "*u8"
     types = {"x_ptr": "*bf16", "values_ptr": values, "metadata_ptr": "*u8", "bias_ptr": "*bf16"}
     types |= {"scale_ptr": "*fp32", "x_scale_ptr": "*fp32", "out_ptr": "*fp32"}
@@ -264,14 +137,68 @@ def test_quantised_weights_compile_for_hopper_without_spills(storage, tmp_path, 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_reduction_compiles_for_hopper(bias, tmp_path, monkeypatch):
-    from sparsekern.backends.triton import linear as kernels
+    from sparsekern.backends.triton import epilogue
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {"HAS_BIAS": bias, "ACTIVATION": "silu", "SPLIT_IN": 8, "BLOCK": 1024}
     constants |= {} if bias else {"bias_ptr": None}
     types = {"partial_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
-    compiled = compile_for_hopper(kernels.split_reduce_kernel, constants, types, {"num_warps": 4})
+    compiled = compile_for_hopper(epilogue.split_reduce_kernel, constants, types, {"num_warps": 4})
     assert stack_bytes(compiled.asm["cubin"], tmp_path) == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_few_tokens_compile_to_few_instructions(tokens, tmp_path, monkeypatch):
+    """No spill; wide loads; nothing passes through shared memory in the loop; and at one token a
+    third of the instructions of a tile's expansion, which has 8 per dense weight."""
+    from sparsekern.backends.triton import few_tokens
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    config = configs.few_config(28672, 4096)
+    types = {"x_ptr": "*i64", "values_ptr": "*i64", "metadata_ptr": "*u8"}
+    constants = {
+        "TOKENS": tokens,
+        "ROWS": config.rows,
+        "HAS_BIAS": True,
+        "ACTIVATION": "silu",
+        "HALF": False,
+        "EVEN": True,
+        "SPLIT_IN": 1,
+        "BLOCK": 32 * config.num_warps,
+        "UNROLL": config.unroll,
+    }
+    types |= {"bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    options = {"num_warps": config.num_warps}
+    compiled = compile_for_hopper(few_tokens.few_tokens_kernel, constants, types, options)
+    assert stack_bytes(compiled.asm["cubin"], tmp_path) == 0
+    loop = inner_loop(compiled.asm["cubin"], tmp_path)
+    names = [line.split()[0] for line in loop]
+    weights = 8 * config.rows * config.unroll  # dense ones of a thread in a turn
+    assert not any(name.startswith(("STS", "LDS", "BAR", "SHFL")) for name in names)
+    loads = [name for name in names if name.startswith("LDG")]
+    assert len(loads) == config.unroll * (tokens + 2 * config.rows)
+    assert sum(name.startswith("LDG.E.128") for name in loads) == config.unroll * tokens
+    assert len(names) / weights < {1: 4.5, 2: 6.3, 4: 10.0}[tokens]
+
+
+def inner_loop(cubin, folder):
+    """The instructions of the largest loop of a compiled kernel, without predicates."""
+    from triton import knobs
+
+    file = folder / "loop.cubin"
+    file.write_bytes(cubin)
+    command = [knobs.nvidia.nvdisasm.path, "-c", file]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines, places, loops = [], {}, [[]]
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            places[label[1]] = len(lines)
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?\s*(.*?);", line):
+            lines.append(found[1])
+            back = re.match(r"BRA\S*\s.*`\((\.L_x_\d+)\)", found[1])
+            if back and back[1] in places:
+                loops.append(lines[places[back[1]] :])
+    return max(loops, key=len)
 
 
 def stack_bytes(cubin, folder):
@@ -287,14 +214,12 @@ def stack_bytes(cubin, folder):
 
 
 def test_split_keeps_whole_tiles_and_covers_every_column():
-    from sparsekern.backends.triton.linear import pick_config
-
     splits = set()
     for dtype in DTYPES:
         for tokens in (1, 16, 17, 64, 65, 1000):
             for out_features in (1, 64, 4096, 28672):
                 for in_features in (4, 128, 1024, 4100, 14336):
-                    config = pick_config(tokens, out_features, in_features, dtype)
+                    config = configs.tile_config(tokens, out_features, in_features, dtype)
                     length = -(-in_features // config.split_in)
                     assert config.split_in == 1 or length >= 2 * config.block_in
                     assert min(config.block_out, config.block_in, config.block_tokens) >= 16
@@ -302,14 +227,91 @@ def test_split_keeps_whole_tiles_and_covers_every_column():
     assert splits == {1, 2, 4, 8}
 
 
+def test_few_tokens_fill_the_gpu_where_they_can():
+    for out_features, in_features in ((4096, 4096), (28672, 4096), (1024, 14336), (64, 28672)):
+        config = configs.few_config(out_features, in_features)
+        warps = -(-out_features // config.rows) * config.num_warps * config.split_in
+        part = in_features / config.split_in
+        assert part >= 256 * config.unroll * config.num_warps, "each warp has a turn"
+        whole = config.num_warps == 4 and config.split_in == configs.MAX_SPLIT_IN
+        assert warps >= configs.WARPS_WANTED or whole
+    assert configs.few_config(28672, 4096) == configs.FewTokens(2, 2, 1, 1)
+    assert configs.few_config(8, 8) == configs.FewTokens(2, 2, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "tokens, in_features, dtype, plain, kind",
+    [
+        (1, 4096, torch.bfloat16, True, configs.FewTokens),
+        (4, 4096, torch.float16, True, configs.FewTokens),
+        (5, 4096, torch.float16, True, configs.LinearConfig),
+        (1, 4100, torch.float16, True, configs.LinearConfig),
+        (1, 4096, torch.float32, True, configs.LinearConfig),
+        (1, 4096, torch.bfloat16, False, configs.LinearConfig),
+        (0, 4096, torch.bfloat16, True, configs.LinearConfig),
+        (511, 4096, torch.bfloat16, True, configs.LinearConfig),
+        (512, 4100, torch.bfloat16, True, configs.Expanded),
+        (512, 4096, torch.bfloat16, False, configs.LinearConfig),
+        (512, 4096, torch.float32, True, configs.LinearConfig),
+    ],
+)
+def test_which_kernel(tokens, in_features, dtype, plain, kind):
+    config = configs.pick_config(tokens, 4096, in_features, dtype, plain)
+    assert isinstance(config, kind), str(config)
+
+
+@pytest.mark.parametrize(
+    "tokens, storage, config, slower",
+    [
+        (1, None, "few_rows2_unroll2_split1_w1", False),
+        (16, None, "out64_in128_tokens16_split1_w4_s3", True),
+        (512, None, "expanded_rows512", False),
+        (1, "int8", "out64_in128_tokens16_split1_w4_s3", True),
+    ],
+)
+def test_explain_tells_the_kernel_and_what_was_timed(tokens, storage, config, slower):
+    w24 = compress(torch.ones(64, 256).bfloat16() * torch.tensor([1, 0, 1, 0]).repeat(64))
+    w24 = w24 if storage is None else quantize(w24, storage)
+    x = torch.ones(tokens, 256, dtype=torch.bfloat16)
+    told = TritonBackend().explain(problem_of(x, w24.spec))
+    assert told.config == config
+    assert ("slower than dense wherever it was timed" in told.why) == slower
+
+
+@pytest.mark.parametrize("shape", [(57344, 8192), (8192, 28672), (640, 2048), (1, 4)])
+@pytest.mark.parametrize("tokens", [512, 8192, 10**6])
+def test_expanded_rows_are_bounded(shape, tokens):
+    rows = configs.pick_config(tokens, *shape, torch.bfloat16).rows
+    assert rows % 64 == 0 and rows >= configs.EXPANDED_ROWS
+    assert rows == configs.EXPANDED_ROWS or (
+        rows * shape[1] * 2 <= configs.EXPANDED_BYTES
+        and rows * tokens * 4 <= configs.SUMS_BYTES
+        and rows < shape[0] + 64
+    )
+
+
 # ---- on a GPU ------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", INTERPRETED, ids=str)
-def test_kernel_on_gpu(case, dtype):
-    check(case, dtype, "cuda")
+@pytest.mark.parametrize("case", TILES, ids=str)
+def test_tiles_on_gpu(case, dtype):
+    check_tiles(case, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case, config", FEW, ids=str)
+def test_few_tokens_on_gpu(case, config, dtype):
+    check_few(case, config, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case, config", MANY, ids=str)
+def test_many_tokens_on_gpu(case, config, dtype):
+    check(case, dtype, "cuda", config)
 
 
 @pytest.mark.gpu
@@ -344,10 +346,12 @@ def test_quantized_x_on_gpu(storage):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 7, 16, 40, 64, 300])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 7, 16, 40, 64, 300, 600])
 def test_larger_shapes_on_gpu(tokens, dtype):
+    """in_features % 8 == 4, which the kernel for few tokens does not take, and 0."""
     for activation in ACTIVATIONS:
         check((tokens, 1000, 2052, activation, True), dtype, "cuda")
+        check((tokens, 1000, 2056, activation, True), dtype, "cuda", gap=4)
 
 
 @pytest.mark.gpu
@@ -355,7 +359,7 @@ def test_larger_shapes_on_gpu(tokens, dtype):
 def test_every_split_is_exact_and_deterministic(split_in):
     from sparsekern.backends.triton import linear as kernels
 
-    config = kernels.LinearConfig(64, 128, 16, split_in, 4, 3)
+    config = configs.LinearConfig(64, 128, 16, split_in, 4, 3)
     check((3, 100, 2052, "relu", True), torch.bfloat16, "cuda", config)
     x, w, bias, activation = problem((3, 100, 2052, "silu", True), torch.bfloat16, False)
     w24 = compress(w).to("cuda")
@@ -404,17 +408,40 @@ def test_outputs_are_written_completely_and_nowhere_else():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("case, config", FEW, ids=str)
+def test_few_tokens_write_what_they_should_and_are_deterministic(case, config):
+    from sparsekern.backends.triton import few_tokens
+
+    x, w, bias, activation = problem(case, torch.bfloat16, False)
+    w24, x = compress(w).to("cuda"), x.cuda()
+    bias = None if bias is None else bias.cuda()
+    config = config or configs.pick_config(*case[:3], torch.bfloat16)
+    guard = torch.full((3, *case[:2]), float("nan"), dtype=torch.bfloat16, device="cuda")
+    few_tokens.launch(x, w24.values, w24.metadata, bias, activation, config, guard[1])
+    assert guard[0].isnan().all() and guard[2].isnan().all() and not guard[1].isnan().any()
+    for _ in range(5):
+        again = torch.empty_like(guard[1])
+        few_tokens.launch(x, w24.values, w24.metadata, bias, activation, config, again)
+        assert torch.equal(again, guard[1])
+
+
+@pytest.mark.gpu
 def test_an_output_of_more_than_2_31_elements():
+    from sparsekern.backends.triton import linear as kernels
+
     tokens, out_features = 131_200, 16_400
     if torch.cuda.mem_get_info()[0] < 8 * 2**30:
         pytest.skip("needs 8 GiB of free memory")
     x, w, _, _ = problem((300, out_features, 64, None, False), torch.bfloat16, True)
     x, w24 = x.cuda().repeat(438, 1)[:tokens], compress(w).to("cuda")
-    y = linear(x, w24, backend="triton")
-    assert y.numel() > 2**31
-    for part in (slice(0, 2), slice(130_940, 130_942), slice(tokens - 2, tokens)):
-        y64 = x[part].cpu().double() @ w.double().t()
-        assert torch.equal(y[part].cpu(), y64.to(torch.bfloat16))
+    tiles = configs.tile_config(tokens, out_features, 64, torch.bfloat16)
+    for config in (tiles, configs.pick_config(tokens, out_features, 64, torch.bfloat16)):
+        y = kernels.linear(x, w24.values, w24.metadata, 64, config=config)
+        assert y.numel() > 2**31
+        for part in (slice(0, 2), slice(130_940, 130_942), slice(tokens - 2, tokens)):
+            y64 = x[part].cpu().double() @ w.double().t()
+            assert torch.equal(y[part].cpu(), y64.to(torch.bfloat16)), str(config)
+        del y
 
 
 @pytest.mark.gpu
@@ -435,7 +462,3 @@ def test_agrees_with_the_cpu_backend(dtype):
     w24 = compress(w)
     on_gpu = linear(x.cuda(), w24.cuda(), bias.cuda(), activation, backend="triton")
     assert torch.equal(on_gpu.cpu(), linear(x, w24, bias, activation))
-
-
-if __name__ == "__main__":
-    print(json.dumps(run_interpreted()))

@@ -34,6 +34,41 @@ def store(cells, path=None, dtype="bfloat16", shape=(64, 128)):
     tuning.store(path or tuning.user_path(), GPU, dtype, shape, cells)
 
 
+# ---- what dense took -----------------------------------------------------------------------------
+
+
+def dense_us(tokens, **options):
+    return tuning.dense_us(lookup(tokens, **options), GPU, 64, 128)
+
+
+def test_the_time_of_dense_stands_beside(places):
+    tuning.store(
+        tuning.user_path(), GPU, "bfloat16", (64, 128), {1: ("decode a", 2.0)}, {1: 1.23456}
+    )
+    assert lookup(1) == ("decode a", 2.0, 1, tuning.YOURS, "bfloat16")
+    assert dense_us(1) == dense_us(1, dtype="float16") == 1.235
+    entries = json.loads(tuning.user_path().read_text())["entries"][GPU]
+    assert entries["bfloat16, dense"] == {"64x128": {"1": ["dense", 1.235]}}
+
+
+def test_a_time_of_dense_goes_with_the_cell_that_it_was_measured_with(places):
+    path, cells = tuning.user_path(), {1: ("decode a", 2.0), 16: ("decode a", 3.0)}
+    tuning.store(path, GPU, "bfloat16", (64, 128), cells, {1: 1.0, 16: 4.0})
+    store({16: ("decode b", 2.5)})
+    assert dense_us(1) == 1.0 and dense_us(16) is None, "it is older than the cell"
+    shipped = places / "shipped" / "a.json"
+    tuning.store(shipped, GPU, "bfloat16", (64, 128), {4: ("decode a", 2.0)}, {4: 9.0, 16: 9.0})
+    assert dense_us(4) == 9.0 and dense_us(16) is None, "that of another table"
+
+
+def test_the_summary_counts_where_dense_is_faster(places):
+    cells = {1: ("decode a", 2.0), 16: ("decode a", 3.0), 64: ("decode b", 4.0)}
+    tuning.store(tuning.user_path(), GPU, "bfloat16", (64, 128), cells, {1: 1.0, 16: 4.0})
+    store({1: ("decode a", 1.0)}, shape=(8, 8), dtype="float16")
+    text = "yours: 2 shapes, dense is faster in 1 of 2 cells; heuristics decide for others"
+    assert tuning.summary(GPU) == text
+
+
 # ---- which number of tokens decides --------------------------------------------------------------
 
 

@@ -239,6 +239,28 @@ def test_check_fits_nothing_and_tells_the_gaps_of_heuristics(cells, capsys):
     assert capsys.readouterr().out.strip() == fit.summary(found)
 
 
+def test_gaps_in_cells_that_were_not_fitted(cells, tmp_path, capsys):
+    other = write(tmp_path / "other.jsonl", [line((512, 4096), 1), line((512, 4096), 256)])
+    assert fit.main([cells, "--check", "--test", other]) == 0
+    found = fit.gaps(fit.read([other]), heuristics.TIMES, SMS)
+    text = capsys.readouterr().out.strip()
+    assert text.endswith(f"Cells that were not fitted:\n{fit.summary(found)}") and len(found) == 2
+
+
+def test_random_shapes_are_seeded_and_in_no_table(capsys):
+    shapes = fit.random_shapes(60, seed=3)
+    assert shapes == fit.random_shapes(60, seed=3) != fit.random_shapes(60, seed=4)
+    assert len(set(shapes)) == 60 and not set(shapes) & set(fit.SHAPES)
+    assert all(64 <= out <= 60_000 and 64 <= into <= 30_000 for out, into in shapes)
+    assert all(into % 4 == 0 for _, into in shapes)
+    assert sum(out % 64 == 0 and into % 64 == 0 for out, into in shapes) >= 30
+    assert sum(out <= 2048 for out, _ in shapes) >= 20, "few output features"
+    assert any(out % 64 and into % 64 for out, into in shapes)
+    assert fit.main(["--shapes", "2", "--seed", "3"]) == 0
+    printed = capsys.readouterr().out.strip()
+    assert printed == ",".join(f"{out}x{into}" for out, into in fit.random_shapes(2, seed=3))
+
+
 def test_cross_fits_without_the_shape(cells, capsys, monkeypatch):
     fitted = []
 

@@ -11,6 +11,8 @@ import torch
 from python_tests.oneshot.driver_models import build, plain, tokens
 from python_tests.oneshot.test_resume import assert_same_state
 from sparsekern import SparseLinear
+from sparsekern.backends.cuda import configs
+from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.oneshot import keep_dense
 from sparsekern.oneshot.prune_model import prune_model
 from sparsekern.oneshot.report import PruneReport
@@ -100,6 +102,34 @@ def test_skipped_layers_are_not_measured(monkeypatch):
     bench = Bench(monkeypatch)
     run(build("llama"), skip=("lm_head", "*.down_proj"))
     assert DOWN not in {call[:2] for call in bench.calls}
+
+
+def test_times_of_a_tuned_table_are_not_measured_again(monkeypatch):
+    """Both times of a cell must be there; the others are measured."""
+    asked, bench = [], Bench(monkeypatch)
+
+    def tuned_times(out_features, in_features, count, *, dtype, device):
+        asked.append((out_features, in_features, count, dtype, device))
+        return (1.0, 1000.0) if ((out_features, in_features), count) == (DOWN, 4) else None
+
+    monkeypatch.setattr(layer_bench, "tuned_times", tuned_times)
+    report = run(build("llama"), keep_dense_tokens=(1, 4))
+    assert (*DOWN, 1, torch.float32, "cpu") in asked and (*DOWN, 4) not in {
+        call[:3] for call in bench.calls
+    }
+    row = report["model.layers.0.mlp.down_proj"]
+    assert row.reason.endswith("slower at tokens 1, 4 (1005.0 us, dense 11.0 us)")
+
+
+def test_a_tuned_table_tells_both_times_or_nothing(monkeypatch):
+    chosen = configs.Choice("decode a", "", 3.5, 3.25)
+    where = dict(dtype=torch.bfloat16, device="cuda:0")
+    assert layer_bench.tuned_times(64, 32, 8, **(where | {"device": "cpu"})) is None
+    monkeypatch.setattr(cuda_backend, "packs", lambda device, dtype: True)
+    monkeypatch.setattr(cuda_backend, "choose", lambda *problem: chosen)
+    assert layer_bench.tuned_times(64, 32, 8, **where) == (3.25, 3.5)
+    chosen = configs.Choice("decode a", "", None, None)
+    assert layer_bench.tuned_times(64, 32, 8, **where) is None
 
 
 # ---- resume --------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from python_tests.profiling.fakes import Fakes
 from sparsekern.backends.cuda import configs
 from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda import linear as cuda_backend
@@ -16,137 +17,10 @@ from sparsekern.cli import main as cli
 from sparsekern.formats.sparse24 import decompress
 from sparsekern.profiling import layer_bench
 from sparsekern.profiling import tune as tuner
-from sparsekern.profiling.tune import tune_cell
 
 GPU = "Test GPU, 132 multiprocessors"
 TILES = [variant for variant in TIMES if isinstance(variant, Tile)]
 BLOCKS = [variant for variant in TIMES if isinstance(variant, RowBlocks)]
-
-
-class Clock:
-    """Seconds that pass only while a fake variant runs."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-class Fakes:
-    """Variants by name: us per call, one after the other; the last one stays."""
-
-    def __init__(self, clock=None, wrong=(), **us):
-        self.us, self.clock, self.bad = us, clock, set(wrong)
-        self.samples = dict.fromkeys(us, 0)
-        self.checked = []
-
-    def sampler(self, name):
-        def sample():
-            times = self.us[name] if isinstance(self.us[name], list) else [self.us[name]]
-            value = times[min(self.samples[name], len(times) - 1)]
-            self.samples[name] += 1
-            if self.clock:
-                self.clock.now += value * 1e-6
-            return value
-
-        return sample
-
-    def wrong(self, name):
-        self.checked.append(name)
-        return "3 of 9 elements are wrong" if name in self.bad else ""
-
-    def run(self, clock=None, **options):
-        clock = clock or (lambda: 0.0)
-        return tune_cell(8, list(self.us), self.sampler, self.wrong, clock, **options)
-
-
-# ---- one cell ------------------------------------------------------------------------------------
-
-
-def test_the_fastest_wins_and_the_gap_of_the_heuristics_is_told():
-    cell = Fakes(h=4.0, a=5.0, b=3.2).run()
-    assert (cell.best, cell.us, cell.heuristic, cell.heuristic_us) == ("b", 3.2, "h", 4.0)
-    assert cell.gap == pytest.approx(0.25)
-    assert str(cell) == "8 tokens: b 3.20 us; heuristics: h, 25.0% slower"
-
-
-def test_the_choice_of_the_heuristics_may_be_the_best():
-    cell = Fakes(h=3.0, a=5.0).run()
-    assert cell.best == cell.heuristic == "h" and cell.gap == 0
-    assert str(cell) == "8 tokens: h 3.00 us; heuristics: the same"
-
-
-def test_a_wrong_result_is_refused_and_reported():
-    fakes = Fakes(h=4.0, a=3.0, b=3.5, wrong=["a"])
-    cell = fakes.run()
-    assert cell.best == "b" and cell.refused == {"a": "3 of 9 elements are wrong"}
-    assert fakes.checked == ["a", "b"], "nothing may win unchecked"
-    assert str(cell).endswith("REFUSED a: 3 of 9 elements are wrong")
-
-
-def test_nothing_wins_when_everything_is_wrong():
-    assert Fakes(h=4.0, a=3.0, wrong=["h", "a"]).run() is None
-
-
-def test_slow_variants_are_sampled_once():
-    fakes = Fakes(h=4.0, a=3.0, b=3.8, c=3.95)
-    fakes.run()
-    many = 1 + tuner.ROUNDS
-    assert fakes.samples == {"h": many, "a": many, "b": many, "c": 1}, "1.3 x the best is 3.9"
-
-
-def test_only_a_few_are_sampled_to_the_end():
-    us = {f"v{i}": 10.0 + 0.1 * i for i in range(12)}
-    fakes = Fakes(h=100.0, **us)
-    fakes.run()
-    often = [name for name, count in fakes.samples.items() if count > 1]
-    assert often == ["h", *list(us)[: tuner.FINALISTS]]
-
-
-def test_the_median_decides_not_a_lucky_sample():
-    cell = Fakes(h=[3.0], a=[3.1, 1.0, 3.5]).run()
-    assert cell.best == "h"
-
-
-def test_repeats_adapt_to_the_time_of_a_call():
-    clock = Clock()
-    fakes = Fakes(clock, h=7000.0, a=7100.0)
-    fakes.run(clock)
-    assert fakes.samples == {"h": 1 + 5, "a": 1 + 5}, "0.06 s are over after 5 rounds of 14.1 ms"
-    clock = Clock()
-    fakes = Fakes(clock, h=60_000.0, a=60_000.0)
-    fakes.run(clock)
-    assert fakes.samples == {"h": 1 + tuner.MIN_ROUNDS, "a": 1 + tuner.MIN_ROUNDS}
-
-
-def test_in_bursts_the_later_half_decides():
-    """A variant that is fast until the GPU reaches its power limit does not win."""
-    us = {"h": 4000.0, "a": [3000.0] * 8 + [5000.0]}
-    clock = Clock()
-    fakes = Fakes(clock, **us)
-    cell = fakes.run(clock, burst_s=0.06)
-    assert cell.best == "h" and cell.heuristic_us == 4000.0
-    assert 1 + 2 * 10 <= fakes.samples["a"] <= 1 + 2 * 20, "two turns of 60 ms"
-    clock = Clock()
-    assert Fakes(clock, **us).run(clock).best == "a", "in turns of one sample it would"
-
-
-def test_in_bursts_the_first_samples_follow_one():
-    """What the limit does to the clock it has done before anybody is compared."""
-    clock = Clock()
-    fakes = Fakes(clock, h=[2000.0] * 20 + [4400.0], a=4500.0, b=6000.0)
-    fakes.run(clock, burst_s=0.06)
-    assert fakes.samples["h"] > 20 + 2 * 10, "three turns"
-    assert fakes.samples["a"] > 1, "4500 is within KEEP of 4400, not of 2000"
-    assert fakes.samples["b"] == 1
-
-
-def test_screening_stops_when_its_time_is_used_up():
-    clock = Clock()
-    fakes = Fakes(clock, h=150_000.0, a=150_000.0, b=150_000.0, c=1.0)
-    cell = fakes.run(clock)
-    assert fakes.samples["c"] == 0 and fakes.samples["b"] > 0 and cell.best != "c"
 
 
 # ---- all cells -----------------------------------------------------------------------------------
@@ -170,7 +44,7 @@ class FakeLayer:
     def cell(self, tokens):
         fast = {"decode a": 2.0, "decode b": 3.0}
         slow = {"decode a": 3.0, "decode b": 2.0}
-        return Fakes(**(fast if tokens <= 8 else slow))
+        return Fakes(dense=2.5, **(fast if tokens <= 8 else {**slow, "decode b": 2.6}))
 
 
 @pytest.fixture
@@ -197,16 +71,21 @@ def test_every_cell_gets_a_line_and_an_entry(fake_gpu):
     cells, said = run([(64, 64), (8, 16)], [16, 1], ["bfloat16", "float16"])
     assert len(cells) == 8 and len(said) == 10
     assert said[0] == f"{GPU}: 8 cells, into {fake_gpu / 'user' / 'tuning.json'}"
-    assert said[1] == "bfloat16 64x64, 1 tokens: decode a 2.00 us; heuristics: the same"
+    assert (
+        said[1] == "bfloat16 64x64, 1 tokens: decode a 2.00 us; heuristics: the same; 1.25 x dense"
+    )
     assert said[2] == (
-        "bfloat16 64x64, 16 tokens: decode b 2.00 us; heuristics: decode a, 50.0% slower"
+        "bfloat16 64x64, 16 tokens: decode b 2.60 us; heuristics: decode a, 15.4% slower; "
+        "0.96 x dense"
     )
     assert said[-1].startswith("8 cells tuned in ")
-    assert said[-1].endswith("; heuristics were 25.0% slower on average, 50.0% at worst")
+    assert said[-1].endswith(
+        "; heuristics were 7.7% slower on average, 15.4% at worst; dense is faster in 4"
+    )
     known = {"decode a", "decode b"}
     assert tuning.lookup(GPU, "float16", 8, 16, 16, known) == (
         "decode b",
-        2.0,
+        2.6,
         16,
         "yours",
         "float16",
@@ -228,10 +107,12 @@ def test_the_log_has_all_times_and_is_added_to(fake_gpu):
         "hus": 2.0,
         "refused": {},
         "times": {"decode a": 2.0, "decode b": 3.0},
+        "dense_us": 2.5,
         "gpu": GPU,
         "dtype": "bfloat16",
     }
-    assert (second["tokens"], second["best"], second["hus"]) == (16, "decode b", 3.0)
+    assert (second["tokens"], second["best"]) == (16, "decode b")
+    assert second["hus"] == pytest.approx(3.0)
     assert (third["shape"], third["dtype"]) == ([8, 16], "float16")
 
 
@@ -239,7 +120,12 @@ def test_another_file(fake_gpu):
     run([(64, 64)], [1], path=fake_gpu / "table.json")
     assert not tuning.user_path().exists()
     entries = json.loads((fake_gpu / "table.json").read_text())["entries"]
-    assert entries == {GPU: {"bfloat16": {"64x64": {"1": ["decode a", 2.0]}}}}
+    assert entries == {
+        GPU: {
+            "bfloat16": {"64x64": {"1": ["decode a", 2.0]}},
+            "bfloat16, dense": {"64x64": {"1": ["dense", 2.5]}},
+        }
+    }
 
 
 def test_an_interruption_loses_at_most_the_present_shape(fake_gpu):
@@ -524,7 +410,7 @@ def test_graph_sampler_counts_calls(hopper):
     y = torch.empty_like(x)
     call = lambda: torch.add(x, 1, out=y)  # noqa: E731
     call()
-    one, four = layer_bench.graph_sampler([call], 8), layer_bench.graph_sampler([call] * 4, 2)
+    one, four = tuner.graph_sampler([call], 8), tuner.graph_sampler([call] * 4, 2)
     times = [min(sample() for _ in range(20)) for sample in (one, four)]
     assert 0 < times[0] < 1000 and times[1] == pytest.approx(times[0], rel=0.5)
     assert torch.equal(y, x + 1)

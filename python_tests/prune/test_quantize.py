@@ -215,11 +215,16 @@ def numbers_of_every_kind(codec):
     return numbers[: len(numbers) // 4 * 4].view(4, -1).contiguous()
 
 
-def compare_kernels_with_torch(device):
+# (columns, rows): a whole tile and rows beyond one; a part of one; more columns than a tile has.
+SIZES = ((128, 19), (44, 16), (140, 20))
+EVERYWHERE = dict.fromkeys(("fp8", "int8", "int4"), SIZES)
+
+
+def compare_kernels_with_torch(device, sizes_of=EVERYWHERE):
     """Each kernel against its oracle: levels to the bit, then tails of rows and columns."""
     from sparsekern.backends.triton import gptq as kernels
 
-    for name in ("fp8", "int8", "int4"):
+    for name, sizes in sizes_of.items():
         codec = dtypes.scaled_codec(dtypes.quantized("test", name).name)
         block = numbers_of_every_kind(codec).to(device)
         rows = block.shape[1]
@@ -229,11 +234,12 @@ def compare_kernels_with_torch(device):
         still = torch.eye(4, device=device)
         kernels.sweep_block(codec, scale, False, block, keep, removed, still, ranks)
         assert torch.equal(block, expected)
-        nothing = torch.full_like(block, math.nan)
-        kernels.sweep_block(codec, scale, False, nothing, keep, removed, still, ranks)
+        nothing = torch.full((4, 3), math.nan, device=device)
+        three = scale[:3], False, nothing, keep[:, :3].contiguous(), torch.empty_like(nothing)
+        kernels.sweep_block(codec, *three, still, ranks)
         assert nothing.isnan().all(), "NaN is not hidden"
 
-        for columns, rows in ((128, 19), (44, 16), (140, 20)):
+        for columns, rows in sizes:
             generator = torch.Generator().manual_seed(columns)
             wt = torch.randn(columns, rows, generator=generator)
             wt[:, 0] = 0
@@ -278,17 +284,23 @@ def compare_kernels_with_torch(device):
             assert (found[1] != old).any()
 
 
-def compare_gptq_with_torch(device, kinds=KINDS):
-    """The whole of gptq with the kernels: as good as with the torch loops."""
-    w, pruned, mask, hessian = problem(out_features=20, dead=(5, 64))
+def compare_gptq_with_torch(device, kinds=KINDS, choose=(False, True), passes=2, **options):
+    """The whole of gptq with the kernels: as good as with the torch loops. choose: mask, too."""
+    w, pruned, mask, hessian = problem(**{"out_features": 20, "dead": (5, 64)} | options)
     matrix = hessian.to(device)
     for name, group in kinds:
-        for kept, start in ((mask, pruned), (None, w)):
+        for kept, start in [((mask, pruned), (None, w))[chosen] for chosen in choose]:
             on = None if kept is None else kept.to(device)
             results = []
             for backend in ("torch", "triton"):
                 w24, report = gptq(
-                    start.to(device), matrix, name, mask=on, group=group, backend=backend
+                    start.to(device),
+                    matrix,
+                    name,
+                    mask=on,
+                    group=group,
+                    backend=backend,
+                    passes=passes,
                 )
                 sk.verify(w24)
                 assert report.backend == backend
@@ -298,12 +310,19 @@ def compare_gptq_with_torch(device, kinds=KINDS):
 
 @pytest.mark.slow
 def test_triton_kernels_through_the_interpreter():
-    """In a process of its own, because Triton reads TRITON_INTERPRET when a kernel is defined."""
+    """In a process of its own, because Triton reads TRITON_INTERPRET when a kernel is defined.
+
+    A program of the interpreter takes some 10 ms a column. So a tile of rows and a part of
+    another once, and sizes at which blocks and groups end early; int8 is int4 with another range.
+    """
     pytest.importorskip("triton")
     code = (
-        "from python_tests.prune import test_quantize; "
-        "test_quantize.compare_kernels_with_torch('cpu'); "
-        "test_quantize.compare_gptq_with_torch('cpu', [('fp8', None), ('int4', 64)])"
+        "from python_tests.prune import test_quantize as t; "
+        "t.compare_kernels_with_torch('cpu', "
+        "{'fp8': ((20, 19), (140, 3)), 'int4': ((28, 5), (140, 3))}); "
+        "few = dict(out_features=6, in_features=132, dead=(5, 64), passes=1); "
+        "t.compare_gptq_with_torch('cpu', [('fp8', None)], [True], **few); "
+        "t.compare_gptq_with_torch('cpu', [('int4', 64)], [False], **few)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],

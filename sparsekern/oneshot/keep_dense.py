@@ -1,7 +1,8 @@
 """Which layers are worth pruning: `prune_model(keep_dense="if-slower")`.
 
 Every distinct (shape, dtype) among the layers to prune is measured once, dense against 2:4, at the
-given numbers of tokens (layer_bench.bench_shape). A layer stays dense where the sum of its sparse
+given numbers of tokens (layer_bench.bench_shape), where a tuned table of this GPU does not have
+both times (layer_bench.tuned_times). A layer stays dense where the sum of its sparse
 times is the longer one. Times differ from run to run, so a resumed run takes the stored ones.
 """
 
@@ -50,19 +51,24 @@ def measure(
         device: where the layers are to run.
         bench: stands in for layer_bench.bench_shape.
     """
-    if bench is None:
-        from sparsekern.profiling import layer_bench
+    from sparsekern.profiling import layer_bench
 
-        bench = cast(Callable[..., Any], layer_bench.bench_shape)
+    run = cast(Callable[..., Any], bench or layer_bench.bench_shape)
+
+    def pair(out_features: int, in_features: int, count: int, **where: Any) -> tuple[float, float]:
+        known = layer_bench.tuned_times(out_features, in_features, count, **where)
+        if known is not None:
+            return known
+        row = run(out_features, in_features, count, **where)
+        return row.dense_us, row.sparse_us
+
     times: dict[str, list[float]] = {}
     for layer in layers:
         if key(layer) not in times:
-            dtype = layer.weight.dtype
-            rows = [bench(*layer.shape, n, dtype=dtype, device=str(device)) for n in tokens]
-            times[key(layer)] = [
-                sum(row.dense_us for row in rows),
-                sum(row.sparse_us for row in rows),
-            ]
+            where: dict[str, Any] = dict(dtype=layer.weight.dtype, device=str(device))
+            out_features, in_features = layer.shape
+            pairs = [pair(out_features, in_features, count, **where) for count in tokens]
+            times[key(layer)] = [sum(us) for us in zip(*pairs)]
     return times
 
 

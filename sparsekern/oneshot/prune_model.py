@@ -133,7 +133,8 @@ def prune_model(
             `device`, a folder in files there, "auto" decides by free memory.
         keep_dense: "if-slower" measures every distinct layer shape on `device`, dense and 2:4, and
             leaves those dense whose time, summed over keep_dense_tokens, is longer with 2:4. They
-            are in the report with the times. On a CPU that is every layer, with a warning.
+            are in the report with the times. Times that a tuned table of the GPU has are taken
+            from there. On a CPU that is every layer, with a warning.
         keep_dense_tokens: numbers of tokens per call that matter to you.
         hessians: layer name -> Hessian (or its matrix) for every layer to prune: used in place of a
             calibration.

@@ -12,8 +12,9 @@
 
 Every output is checked before it is timed: sparsekern's kernels and yours on whole numbers, bit for
 bit, and all of them against the float64 product within a bound, element by element. A kernel that
-fails is a row that says so, without a time. Those of one cell are timed in turns, by replays of a
-CUDA graph over weights that rotate beyond the cache (profiling/timer.py).
+fails is a row that says so, without a time. Those of one cell are timed in turns (rounds.contest),
+by replays of a CUDA graph over weights that rotate beyond the cache; x dense is the median of the
+ratios of each round.
 
 `roof` is the share of what this machine gave in the same run: the time in which the bytes of a call
 can be read, or its products computed (the dense ceiling of cuBLAS; twice that for 2:4, which is the
@@ -47,7 +48,7 @@ from sparsekern.formats import dtypes
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.formats.tile64 import pack
 from sparsekern.ops import linear_op as ops
-from sparsekern.profiling import timer
+from sparsekern.profiling import rounds, timer
 from sparsekern.profiling.layer_bench import copies_beyond_cache
 from sparsekern.prune import magnitude_mask
 
@@ -340,7 +341,8 @@ def _native_best(problem: Problem, x: Tensor) -> Candidate:
         layer = tune.Layer(*problem.shape, problem.dtype, device)
         layer.warm_up()
         at = layer.cell(tokens)
-        best = tune.tune_cell(tokens, layer.names(tokens), at.sampler, at.wrong)
+        rule = rounds.rule(tokens, *problem.shape)
+        best = tune.tune_cell(tokens, layer.names(tokens), at.sampler, at.wrong, rule=rule)
     except Exception as error:
         return Candidate("sparsekern", "", f"FAILED: {_brief(error)}")
     if best is None:
@@ -451,12 +453,18 @@ def cell(
                 samplers[one.name] = timer.SAMPLERS[which](one.calls, 0.05)
             except Exception as error:  # what cannot be captured
                 one.status = f"FAILED while it was captured: {_brief(error)}"
+        sustained = kind == "cuda" and rounds.rule(tokens, *problem.shape) is rounds.SUSTAINED
+        rule = rounds.SUSTAINED if sustained else RULES[kind]
         with _watch() as during:
-            samples, _ = timer.sample_rounds(samplers, RULES[kind]) if samplers else ({}, {})
+            standing = rounds.contest(samplers, rule, peers=samplers) if samplers else None
     state = during()
+    samples = {} if standing is None else standing.values
+    failed = {} if standing is None else standing.failed
     traffic = x.nbytes + tokens * problem.shape[0] * x.element_size()
     reference: float | None = None
     for one in found:
+        if one.status == "ok" and one.name not in samples:
+            one.status = f"FAILED while it was timed: {failed.get(one.name, 'as all did')}"
         row = _row(problem, tokens, one.name, one.variant, one.status)
         if one.status == "ok":
             taken = samples[one.name]
@@ -464,6 +472,8 @@ def cell(
             row.check, row.timer, row.bytes, row.during = one.check, which, one.bytes, state
             _judge(row, traffic, limits, one.sparse, reference)
             reference = row.us["p50"] if one.name == "dense" else reference
+            if row.speedup is not None and standing is not None:  # round by round
+                row.speedup = round(1 / standing.ratio(one.name, "dense").middle, 4)
         yield row
     if kind == "cuda":
         answer = cusparselt_row(problem.shape, tokens, _name(problem.dtype), str(problem.device))

@@ -7,30 +7,30 @@ other. Weights rotate among copies that together exceed the last-level cache, be
 a model never finds its weight there.
 
 On a GPU a CUDA graph of several calls is replayed and timed with events, so that launch overhead
-hides no kernel time; on the CPU calls are timed one by one. The median over repeats is reported.
+hides no kernel time; on the CPU calls are timed one by one. Both sides take turns (rounds.contest):
+the speed-up is the median of their ratios, and the sparse time is the dense one over it.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.errors import check
+from sparsekern.formats import dtypes
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.ops.compress import compress
 from sparsekern.ops.linear_op import explain
-from sparsekern.profiling.timer import graph_replay as graph_sampler
+from sparsekern.profiling import rounds, timer
 from sparsekern.prune import magnitude_mask
 
 CACHE_BYTES = 128 * 2**20  # more than the L2 of an H100 (50 MiB) or the L3 of a desktop CPU
 MAX_COPIES = 256
-REPEATS = 15
-MAX_SECONDS = 5.0  # per measurement
+CPU_RULE = timer.StopRule(0.01, min_rounds=6, max_rounds=15, budget_s=5.0)
 EVEN = 0.02  # times that differ by less are called even
 # Of the largest |y|: so many roundings of y; in float32 the order of the sums counts for more.
 _ROUNDINGS, _SUMS = 5.12, 1e-5
@@ -106,20 +106,52 @@ def bench_shape(
     copies = copies_beyond_cache(sparse.nbytes)
     weights = [dense.clone() for _ in range(copies)]
     layers = [SparseLinear.from_sparse24(sparse.clone()) for _ in range(copies)]
-    measure = _graph_us if torch.device(device).type == "cuda" else _cpu_us
+    on_gpu = torch.device(device).type == "cuda"
+    make = timer.SAMPLERS["graph" if on_gpu else "wall"]
+    rule = rounds.rule(tokens, out_features, in_features) if on_gpu else CPU_RULE
     with torch.inference_mode():
         _check_agreement(layers[0](x), x, dense)
-        return BenchRow(
-            out_features,
-            in_features,
-            tokens,
-            str(dtype).removeprefix("torch."),
-            measure([lambda w=w: torch.nn.functional.linear(x, w) for w in weights]),
-            measure([lambda layer=layer: layer(x) for layer in layers]),
-            explain(x, layers[0].weight).backend,
-            dense.nbytes,
-            layers[0].weight.nbytes,
-        )
+        samplers = {
+            "dense": make([lambda w=w: torch.nn.functional.linear(x, w) for w in weights], 0.0),
+            "sparse": make([lambda layer=layer: layer(x) for layer in layers], 0.0),
+        }
+        standing = rounds.contest(samplers, rule, peers=("sparse",))
+    failed = {"dense": "no result"} if standing is None else standing.failed
+    check(
+        not failed,
+        "sparsekern.bench",
+        "both sides to run",
+        "; ".join(f"{name}: {why}" for name, why in failed.items()),
+        exc=RuntimeError,
+    )
+    assert standing is not None
+    return BenchRow(
+        out_features,
+        in_features,
+        tokens,
+        str(dtype).removeprefix("torch."),
+        standing.us["dense"],
+        standing.us["sparse"],
+        explain(x, layers[0].weight).backend,
+        dense.nbytes,
+        layers[0].weight.nbytes,
+    )
+
+
+def tuned_times(
+    out_features: int, in_features: int, tokens: int, *, dtype: torch.dtype, device: str
+) -> tuple[float, float] | None:
+    """(dense us, sparse us) of just this layer and number of tokens, as `sparsekern tune` has
+    measured them on this GPU, in turns; None where no tuned table has both."""
+    where = torch.device(device)
+    if not cuda_backend.packs(where, dtype):
+        return None
+    index = torch.cuda.current_device() if where.index is None else where.index
+    name = dtypes.PLAIN[dtype].name
+    chosen = cuda_backend.choose(tokens, out_features, in_features, name, index)
+    if chosen.us is None or chosen.dense_us is None:
+        return None
+    return chosen.dense_us, chosen.us
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -141,32 +173,6 @@ def _check_agreement(y: Tensor, x: Tensor, dense: Tensor) -> None:
         "Run: sparsekern doctor, and report the shape.",
         exc=RuntimeError,
     )
-
-
-def _cpu_us(calls: Sequence[Callable[[], object]]) -> float:
-    """Median microseconds of one call; the calls take turns."""
-    for call in calls[:2]:
-        call()
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < REPEATS and time.perf_counter() - begin < MAX_SECONDS:
-        call = calls[len(times) % len(calls)]
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e6
-
-
-def _graph_us(calls: Sequence[Callable[[], object]]) -> float:
-    """Median microseconds of one call inside a replayed CUDA graph of all of them."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    sample, begin = graph_sampler(calls), time.perf_counter()
-    times: list[float] = []
-    while len(times) < REPEATS and time.perf_counter() - begin < MAX_SECONDS:
-        times.append(sample())
-    return statistics.median(times)
 
 
 def table(rows: Sequence[BenchRow], counts: Mapping[tuple[int, int], int] | None = None) -> str:

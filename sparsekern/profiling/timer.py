@@ -8,20 +8,20 @@
              Includes the host's launch overhead when the kernel is shorter than that.
     wall     `wall_sampler`: a sample is one call on the host's clock. For dry runs on the CPU.
 
-`compare` takes samples of several providers in random order, round by round, so that clocks and
-temperature drift over all of them alike. Sampling stops when the standard error of every mean is
-below a bound, or when the time is up. Protocol and reasons: bench/README.md.
+`turns` takes samples of several providers round by round, in an order that rotates, so that clocks
+and temperature drift over all of them alike. `compare` describes each: it stops when the standard
+error of every mean is below a bound, or when the time is up. Which of them is the fastest is for
+profiling/rounds.py. Protocol and reasons: bench/README.md.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -65,6 +65,8 @@ class StopRule:
     max_rounds: int = 2000
     min_s: float = 0.0  # sample at least so long: power limits act only after a while
     budget_s: float = 5.0  # for all providers of a comparison together
+    settle_s: float = 0.0  # under load, before the first round
+    turn_s: float = 0.0  # of a provider in a round, at least one sample; the later half counts
 
     def precise(self, samples: Samples) -> bool:
         """True when these samples are enough."""
@@ -116,34 +118,89 @@ def rotations(bytes_per_set: int, l2_bytes: int | None = None, factor: float = 3
     return max(2, math.ceil(factor * l2_bytes / bytes_per_set))
 
 
+class Round(NamedTuple):
+    """One round of `turns`: us by name, and seconds since the first round began."""
+
+    us: dict[str, float]
+    elapsed: float
+
+
+def turns(
+    samplers: Mapping[str, Sampler],
+    alive: Collection[str],
+    failed: dict[str, str] | None,
+    stop: StopRule,
+    clock: Callable[[], float] = time.monotonic,
+    offset: int = 0,
+) -> Iterator[Round]:
+    """Rounds in which each sampler has a turn, at most stop.max_rounds.
+
+    Args:
+        alive: names that take part; looked at anew before each round.
+        failed: gets {name: why} of a sampler that raises, or whose time is not positive, and which
+            then takes part no more; None: the exception goes on.
+        offset: of the order. It rotates by one in every second round, and the rounds between run
+            backwards: nobody always follows the same neighbour, and of two each is first as often.
+    """
+
+    def turn(name: str, seconds: float) -> float | None:
+        try:
+            deadline = clock() + seconds if seconds else 0.0
+            taken = [samplers[name]()]
+            while seconds and clock() < deadline:
+                taken.append(samplers[name]())
+            us = quantile(taken[len(taken) // 2 :], 0.5)
+            if not 0 < us < math.inf:
+                raise ValueError(f"expected a time, got {us} us")
+            return us
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = f"{type(error).__name__}: {error}"[:300]
+            return None
+
+    def left() -> list[str]:
+        return [name for name in alive if not failed or name not in failed]
+
+    if stop.settle_s:
+        deadline = clock() + stop.settle_s
+        while left() and clock() < deadline:
+            for name in left():
+                turn(name, 0.0)
+    begin = clock()
+    for number in range(stop.max_rounds):
+        order = left()
+        place = (number // 2 + offset) % max(1, len(order))
+        order = order[place:] + order[:place]
+        if number % 2:
+            order.reverse()
+        us = {name: taken for name in order if (taken := turn(name, stop.turn_s)) is not None}
+        yield Round(us, clock() - begin)
+
+
 def sample_rounds(
     samplers: Mapping[str, Sampler],
     stop: StopRule = StopRule(),
     seed: int = 0,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[dict[str, list[float]], dict[str, bool]]:
-    """Takes one sample of every sampler per round, in a new random order each, until `stop`.
+    """`turns` of every sampler until `stop`; seed: of the order.
 
     Returns:
         (samples by name, converged by name). Every name has the same number of samples.
     """
     if not samplers:
         raise ValueError("bench.sample_rounds: expected at least one sampler, got none.")
-    order = list(samplers)
-    shuffle = random.Random(seed).shuffle
     samples = {name: Samples() for name in samplers}
-    begin = clock()
-    for _ in range(stop.max_rounds):
-        shuffle(order)
-        for name in order:
-            samples[name].add(samplers[name]())
-        elapsed = clock() - begin
-        if elapsed >= stop.budget_s:
+    for taken in turns(samplers, list(samplers), None, stop, clock, seed):
+        for name, us in taken.us.items():
+            samples[name].add(us)
+        if taken.elapsed >= stop.budget_s:
             break
-        if elapsed >= stop.min_s and all(stop.precise(taken) for taken in samples.values()):
+        if taken.elapsed >= stop.min_s and all(stop.precise(one) for one in samples.values()):
             break
-    converged = {name: stop.precise(taken) for name, taken in samples.items()}
-    return {name: taken.values for name, taken in samples.items()}, converged
+    converged = {name: stop.precise(one) for name, one in samples.items()}
+    return {name: one.values for name, one in samples.items()}, converged
 
 
 def warm_up(call: Call, seconds: float = 0.2) -> None:

@@ -1,29 +1,20 @@
 """Measures every variant of the CUDA kernels on every problem: what `sparsekern tune` does.
 
-A cell is a shape, the types of weight and x (KINDS), and a number of tokens. In each cell
-
-    1. every variant gets one short sample, the one that heuristics choose first, then in order of
-       their predictions, until the screening time is used up;
-    2. those within KEEP of the fastest are sampled in turns, and the medians are ranked. From
-       heuristics.SUSTAINED_PRODUCTS on a turn lasts BURST_S, and its first half does not count:
-       such launches run at the power limit, where a variant that draws less gets a higher clock,
-       but only after a while. There the samples of step 1 follow such a turn, too;
-    3. the fastest one whose result on small whole numbers equals the dense product, bit for bit,
-       wins. A wrong one is refused and reported.
-
-A sample is one replay of a CUDA graph of calls whose weights rotate among copies, so that no call
-finds its weight in the cache. Cells are stored after each shape (tuning.store).
+A cell is a shape, the types of weight and x (KINDS), and a number of tokens. How its variant is
+found: profiling/tune_cell.py. A sample is one replay of a CUDA graph of calls whose weights rotate
+among copies, so that no call finds its weight in the cache. Cells are stored after each shape
+(tuning.store).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
@@ -38,7 +29,10 @@ from sparsekern.formats import dtypes
 from sparsekern.formats.tile64 import pack
 from sparsekern.ops.compress import decompress, prune_compress
 from sparsekern.ops.quantize import quantize
-from sparsekern.profiling.layer_bench import copies_beyond_cache, graph_sampler
+from sparsekern.profiling import rounds, timer
+from sparsekern.profiling.layer_bench import copies_beyond_cache
+from sparsekern.profiling.timer import graph_replay as graph_sampler
+from sparsekern.profiling.tune_cell import Cell, tune_cell
 
 OP = "sparsekern tune"
 DTYPES = {dtypes.PLAIN[dtype].name: dtype for dtype in dtypes.NATIVE}
@@ -63,104 +57,9 @@ SHAPES = (
     *((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (14336, 4096), (1024, 4096)),
     *((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672), (28672, 8192), (1024, 8192)),
 )
-KEEP = 1.3  # a variant slower than this times the best is not sampled again
-FINALISTS = 6
-SCREEN_S, FINAL_S = 0.4, 0.06  # per cell
-MIN_ROUNDS, ROUNDS = 3, 15
-BURST_S, BURST_ROUNDS = 0.08, 2
-
 # For the length of a graph alone: what no GPU of today exceeds.
 BYTES_PER_US, FLOPS_PER_US, LEAST_US = 4.0e6, 1.5e9, 2.0
 SAMPLE_US = 200.0  # a replay should last so long: events resolve 0.5 us
-
-
-@dataclass
-class Cell:
-    """The outcome of one cell; us are medians per call.
-
-    refused: {variant: why}, those that were fast and wrong.
-    times: {variant: us} of all that were sampled; of those that left early it is one sample.
-    """
-
-    tokens: int
-    best: str
-    us: float
-    heuristic: str
-    heuristic_us: float
-    refused: dict[str, str] = field(default_factory=dict)
-    times: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def gap(self) -> float:
-        """How much slower the heuristic's variant is: 0.05 for 5 %."""
-        return self.heuristic_us / self.us - 1
-
-    def __str__(self) -> str:
-        text = f"{self.tokens} tokens: {self.best} {self.us:.2f} us; heuristics: "
-        same = self.best == self.heuristic
-        text += "the same" if same else f"{self.heuristic}, {self.gap:.1%} slower"
-        return text + "".join(f"; REFUSED {name}: {why}" for name, why in self.refused.items())
-
-
-def tune_cell(
-    tokens: int,
-    candidates: Sequence[str],
-    sampler: Callable[[str], Callable[[], float]],
-    wrong: Callable[[str], str],
-    clock: Callable[[], float] = time.perf_counter,
-    burst_s: float = 0.0,
-) -> Cell | None:
-    """Find the fastest correct variant of one cell.
-
-    Args:
-        candidates: names, that of the heuristics first, then the most promising ones.
-        sampler: name -> function that takes one sample, in us per call.
-        wrong: name -> why its result is wrong, or "".
-        clock: seconds.
-        burst_s: how long a turn of the final lasts; 0: one sample.
-    Returns:
-        Cell; None when every variant that was sampled to the end is wrong.
-    """
-    begin, samplers, first = clock(), {}, {}
-    for name in candidates:
-        if samplers and clock() - begin > SCREEN_S:
-            break
-        samplers[name] = sampler(name)
-        if not burst_s:
-            first[name] = samplers[name]()
-    if burst_s:
-        _turn(samplers[candidates[0]], burst_s, clock)
-        first = {name: sample() for name, sample in samplers.items()}
-    ranked = sorted(first, key=first.get)
-    limit = KEEP * first[ranked[0]]
-    finalists = [name for name in ranked if first[name] <= limit][:FINALISTS]
-    finalists = list(dict.fromkeys([*finalists, candidates[0]]))
-    samples: dict[str, list[float]] = {name: [] for name in finalists}
-    begin = clock()
-    for taken in range(BURST_ROUNDS if burst_s else ROUNDS):
-        if taken >= MIN_ROUNDS and clock() - begin > FINAL_S:
-            break
-        finalists.reverse()  # nobody always follows the same neighbour
-        for name in finalists:
-            samples[name] += _turn(samplers[name], burst_s, clock)
-    us = {name: statistics.median(values) for name, values in samples.items()}
-    refused = {}
-    for name in sorted(us, key=us.get):
-        why = wrong(name)
-        if not why:
-            heuristic = candidates[0]
-            times = first | us
-            return Cell(tokens, name, us[name], heuristic, us[heuristic], refused, times)
-        refused[name] = why
-    return None
-
-
-def _turn(sample: Callable[[], float], burst_s: float, clock: Callable[[], float]) -> list[float]:
-    """Samples for burst_s, at least one; the later half of them."""
-    begin, taken = clock(), [sample()]
-    while clock() - begin < burst_s:
-        taken.append(sample())
-    return taken[len(taken) // 2 :]
 
 
 class Layer:
@@ -182,6 +81,7 @@ class Layer:
         self.weights += [self.weights[0].clone() for _ in range(count - 1)]
         rows = prune_compress(self._integers(weight))
         self.exact_dense = decompress(rows)
+        self.dense = [weight] if plain else []  # of quantised weights there is no one dense product
         ones = torch.ones(out_features, 1, device=device)
         self.exact = pack(rows if plain else quantize(rows, self.types.weight, scale=ones))
         size = _native.module().prefill_workspace_bytes()
@@ -265,6 +165,19 @@ class LayerCell:
         passes = max(1, math.ceil(SAMPLE_US / (at_least * len(weights))))
         return graph_sampler([self.launcher(name, weight) for weight in weights], passes)
 
+    @property
+    def dense(self) -> Callable[[], timer.Sampler] | None:
+        """Makes the sampler of the product with the weight before it was pruned; None: no such."""
+        return self._dense_sampler if self.layer.dense else None
+
+    def _dense_sampler(self) -> timer.Sampler:
+        weights = self.layer.dense
+        used = copies_beyond_cache(weights[0].nbytes, self.x.nbytes + self.y.nbytes)
+        while len(weights) < used:
+            weights.append(weights[0].clone())
+        calls = [functools.partial(torch.mm, self.x, w.t(), out=self.y) for w in weights[:used]]
+        return timer.graph_sampler(calls, warm_s=0.0, min_us=SAMPLE_US)
+
     def wrong(self, name: str) -> str:
         layer = self.layer
         if self.expected is None:
@@ -344,12 +257,11 @@ def tune(
                         untuned += 1
                         continue
                     at, what = layer.cell(number), f"{dtype} {shape[0]}x{shape[1]}"
-                    products = number * shape[0] * shape[1]
-                    burst_s = BURST_S if products >= heuristics.SUSTAINED_PRODUCTS else 0.0
+                    rule = rounds.rule(number, *shape)
                     names = layer.names(number)
                     if not names:
                         continue
-                    cell = tune_cell(number, names, at.sampler, at.wrong, burst_s=burst_s)
+                    cell = tune_cell(number, names, at.sampler, at.wrong, rule=rule, dense=at.dense)
                     say(f"{what}, {cell or f'{number} tokens: NO CORRECT VARIANT'}")
                     found += [cell] if cell else []
                     if cell and log:
@@ -357,7 +269,8 @@ def tune(
                             file.write(json.dumps(logged(cell, shape, dtype, gpu)) + "\n")
                 if found:
                     chosen = {cell.tokens: (cell.best, cell.us) for cell in found}
-                    tuning.store(path, gpu, dtype, shape, chosen)
+                    dense = {cell.tokens: us for cell in found if (us := cell.dense_us) is not None}
+                    tuning.store(path, gpu, dtype, shape, chosen, dense)
                 cells += found
     cuda_backend.forget_plans()
     say(summary(cells, untuned, clock() - begin))
@@ -375,6 +288,7 @@ def logged(cell: Cell, shape: tuple[int, int], dtype: str, gpu: str) -> dict:
         hus=cell.heuristic_us,
         refused=cell.refused,
         times=cell.times,
+        dense_us=cell.dense_us,
         gpu=gpu,
         dtype=dtype,
     )
@@ -387,6 +301,8 @@ def summary(cells: Sequence[Cell], untuned: int, seconds: float) -> str:
         mean = statistics.fmean(cell.gap for cell in cells)
         worst = max(cells, key=lambda cell: cell.gap).gap
         text += f"; heuristics were {mean:.1%} slower on average, {worst:.1%} at worst"
+    if slower := sum(cell.dense_us is not None and cell.dense_us < cell.us for cell in cells):
+        text += f"; dense is faster in {slower}"
     if refused := sum(len(cell.refused) for cell in cells):
         text += f"; {refused} wrong results refused"
     return text + (f"; {untuned} cells not reached in the budget" if untuned else "")

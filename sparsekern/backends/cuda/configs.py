@@ -174,11 +174,13 @@ def _promoted_names(types: Types) -> list[str]:
 
 
 class Choice(NamedTuple):
-    """What runs a problem, and why; us is its time where a table has measured just this."""
+    """What runs a problem, and why; us is its time where a table has measured just this, and
+    dense_us what dense took beside it."""
 
     variant: str  # a key of variants()
     why: str
     us: float | None = None
+    dense_us: float | None = None
 
 
 def heuristic(
@@ -214,7 +216,10 @@ def choose(
     why, exact = f"variant from {which}", (tuned.dtype, tuned.tokens) == (problem[0], tokens)
     why += "" if tuned.tokens == tokens else f" at {tuned.tokens} tokens"
     why += "" if tuned.dtype == problem[0] else f", measured in {tuned.dtype}"
-    return Choice(tuned.variant, why, tuned.us if exact else None)
+    dense_us = tuning.dense_us(tuned, gpu, out_features, in_features)
+    if dense_us is not None and dense_us < tuned.us:
+        why += f"; dense is faster: {dense_us:g} us, measured beside {tuned.us:g}"
+    return Choice(tuned.variant, why, *((tuned.us, dense_us) if exact else ()))
 
 
 def expected_us(

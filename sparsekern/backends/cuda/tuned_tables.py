@@ -22,6 +22,11 @@ only (a) for at least half as many tokens and (b) on its own side of the decode 
 Above the highest tuned number that one decides when it is MANY at least: then all multiprocessors
 have several tiles, and the best tile hardly changes any more.
 
+What dense takes (cuBLAS, the weight before it was pruned), measured in the same rounds, stands
+beside it, as the variant "dense" of a dtype of its own (`dense_key`), because a cell has one:
+
+      {"bfloat16, dense": {"1152x6912": {"128": ["dense", 12.9]}}}
+
 The dtype is that of weight and x; of an 8-bit weight with x of 16 bits it is, say, "int8 weight,
 bfloat16" (`configs.Types.key`). float16 and bfloat16 move the same bytes through the same
 instructions, so where one of them was not tuned, the cells of the other decide.
@@ -31,9 +36,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -43,6 +49,7 @@ from sparsekern.utils import json_store
 
 TABLES = Path(__file__).parent / "tables"
 YOURS, SHIPPED = "yours", "shipped"
+DENSE = "dense"
 VERSION = 1  # raised when the meaning of an entry changes
 MANY = 4096  # tokens
 _MOST_US = 1e12  # of a cell: eleven days
@@ -106,14 +113,33 @@ def lookup(
     return None
 
 
+def dense_key(dtype: str) -> str:
+    """The dtype under which the times of dense are kept."""
+    return f"{dtype}, {DENSE}"
+
+
+def dense_us(tuned: Tuned, gpu: str, out_features: int, in_features: int) -> float | None:
+    """What dense took beside this entry, in the same rounds; None when it was not measured."""
+    table = dict(_tables(gpu))[tuned.source].get(dense_key(tuned.dtype), {})
+    cell = table.get((out_features, in_features), {}).get(tuned.tokens)
+    return None if cell is None else cell[1]
+
+
 def store(
-    path, gpu: str, dtype: str, shape: tuple[int, int], cells: dict[int, tuple[str, float]]
+    path,
+    gpu: str,
+    dtype: str,
+    shape: tuple[int, int],
+    cells: dict[int, tuple[str, float]],
+    dense: Mapping[int, float] = MappingProxyType({}),
 ) -> None:
     """Add measured cells of one shape to a table file; those of other token counts stay.
 
     Args:
         path: of the file; created when missing, safe under concurrent writers.
         cells: {tokens: (variant, us)}.
+        dense: {tokens: us} of the dense product, measured with them. Of cells that it lacks an
+            older time is forgotten.
     """
 
     def change(entries):
@@ -121,9 +147,14 @@ def store(
             _parse(entries.get(gpu, {}))
         except ValueError:
             entries[gpu] = {}  # `load` would ignore it
-        shapes = entries.setdefault(gpu, {}).setdefault(dtype, {})
-        row = shapes.setdefault(f"{shape[0]}x{shape[1]}", {})
+        table, size = entries.setdefault(gpu, {}), f"{shape[0]}x{shape[1]}"
+        row = table.setdefault(dtype, {}).setdefault(size, {})
         row.update({str(count): [name, round(us, 3)] for count, (name, us) in cells.items()})
+        old = table.get(dense_key(dtype), {}).get(size, {})
+        kept = {count: cell for count, cell in old.items() if int(count) not in cells}
+        kept |= {str(count): [DENSE, round(us, 3)] for count, us in dense.items()}
+        if kept or old:
+            table.setdefault(dense_key(dtype), {})[size] = kept
 
     json_store.update(path, change, VERSION)
     forget()
@@ -131,11 +162,24 @@ def store(
 
 def summary(gpu: str) -> str:
     """One line for `sparsekern doctor`: which tables know this GPU."""
-    counts = {source: sum(map(len, table.values())) for source, table in _tables(gpu)}
-    parts = [f"{source}: {count} shapes" for source, count in counts.items() if count]
+    parts = [text for source, table in _tables(gpu) if (text := _counted(source, table))]
     if not parts:
         return "none for this GPU: heuristics decide (sparsekern tune makes one)"
     return f"{'; '.join(parts)}; heuristics decide for others"
+
+
+def _counted(source: str, table: dict) -> str:
+    """As "yours: 24 shapes, dense is faster in 3 of 432 cells"; "" for an empty table."""
+    shapes, measured, losing = 0, 0, 0
+    for dtype, rows in table.items():
+        beside = table.get(dense_key(dtype), {})
+        shapes += 0 if dtype.endswith(dense_key("")) else len(rows)
+        for shape, row in rows.items():
+            pairs = [(cell[1], beside.get(shape, {}).get(count)) for count, cell in row.items()]
+            measured += sum(dense is not None for _, dense in pairs)
+            losing += sum(dense is not None and dense[1] < us for us, dense in pairs)
+    text = f"{source}: {shapes} shapes" if shapes else ""
+    return text + (f", dense is faster in {losing} of {measured} cells" if measured else "")
 
 
 def forget() -> None:

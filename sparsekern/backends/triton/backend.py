@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsekern.backends import triton
 from sparsekern.backends.protocol import Explained, Launch, Problem, folded
+from sparsekern.backends.triton.configs import LinearConfig, pick_config
 from sparsekern.formats.layouts import ROWMAJOR
 from sparsekern.formats.scaled import SCALE
 from sparsekern.formats.sparse24 import Sparse24
@@ -21,7 +22,7 @@ def _kernels() -> ModuleType:
 
 
 class TritonBackend:
-    """Dense arithmetic on weights that are read compressed: backends/triton/linear.py."""
+    """Weights that are read compressed; which kernel: backends/triton/configs.py."""
 
     name = "triton"
     quantized = True
@@ -62,8 +63,11 @@ class TritonBackend:
 
     def explain(self, problem: Problem) -> Explained:
         spec = problem.spec
-        config = _kernels().pick_config(problem.tokens, *spec.shape, problem.dtype)
+        plain = spec.element.plain
+        config = pick_config(problem.tokens, *problem.sizes, problem.dtype, plain)
         why = "x is on a GPU and the layout is 'rowmajor'"
-        if not spec.element.plain:
+        if not plain:
             why += "; levels are widened, and multiplied as dense numbers of the dtype of x"
+        if isinstance(config, LinearConfig):
+            why += "; this kernel was slower than dense wherever it was timed"
         return Explained(str(config), why)

@@ -5,7 +5,8 @@ in 16 bit), rebuilds the dense [BLOCK_OUT, BLOCK_IN] tile in registers and multi
 tl.dot. The weights tile is the left operand because the tensor cores want at least 64 rows there
 and as few as 8 columns on the right: a single token then costs one padded column block of 16, not a
 padded row block of 64. This kernel exists so that every shape, dtype and number of tokens works on
-every GPU that Triton supports; it does dense arithmetic and saves memory traffic alone.
+every GPU that Triton supports; it does dense arithmetic and saves memory traffic alone. A few
+tokens and many have kernels that expand less (`pick_config` in configs.py); `linear` launches all.
 
     operand     shape                dtype              memory
     x           [tokens, in]         fp32|fp16|bf16     unit stride along in, any along tokens
@@ -23,68 +24,26 @@ the sums get the scales. e4m3 is widened by its bits, because older GPUs have no
     x_scale     [tokens]             fp32               of an x that was quantised; optional
 
 With few tokens and few rows the grid would not fill the GPU: in_features is then divided among
-SPLIT_IN programs, which write float32 partial sums that a second kernel adds in ascending order.
-The config depends on shapes and dtype alone, so results are reproducible from run to run and from
-GPU to GPU.
+SPLIT_IN programs, which write float32 partial sums that a second kernel adds in ascending order
+(epilogue.py). The metadata of a tile, single bytes that no asynchronous copy takes, are loaded
+while the tile before it is multiplied. The config depends on shapes and dtype alone, so results are
+reproducible from run to run and from GPU to GPU.
 
 Specification: sparsekern/reference.py:linear. Launched by sparsekern/ops/linear_op.py.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from sparsekern.backends.triton import epilogue, expanded, few_tokens
+from sparsekern.backends.triton.configs import Expanded, FewTokens, pick_config
+from sparsekern.backends.triton.epilogue import finish
 from sparsekern.formats import dtypes
 
-
-class LinearConfig(NamedTuple):
-    """Tile sizes of one launch; `str()` is the name that sparsekern.explain shows."""
-
-    block_out: int
-    block_in: int
-    block_tokens: int
-    split_in: int
-    num_warps: int
-    num_stages: int
-
-    def __str__(self):
-        tile = f"out{self.block_out}_in{self.block_in}_tokens{self.block_tokens}"
-        return f"{tile}_split{self.split_in}_w{self.num_warps}_s{self.num_stages}"
-
-
-# Two programs for each of an H100's 132 multiprocessors. A constant, not the device's own count, so
-# that the order of summation does not change with the GPU.
-_PROGRAMS_WANTED = 264
-_MAX_SPLIT_IN = 8
 _SMALLEST_GROUP = 64
 # What the kernel calls levels, by their dtype: names of the element types.
 _STORAGES = {row.storage: row.name for row in dtypes.elements() if row.scaled}
-
-
-def pick_config(tokens, out_features, in_features, dtype):
-    """The tile sizes for one problem: a pure function of shapes and dtype."""
-    if dtype == torch.float32:
-        # input_precision="ieee" runs on the FMA units, all operands in registers: small tiles.
-        block_out, block_in, block_tokens, num_warps, num_stages = 64, 32, 32, 8, 2
-        if tokens <= 16:
-            block_tokens, num_warps = 16, 4
-    elif tokens <= 64:
-        block_tokens = max(16, triton.next_power_of_2(tokens))
-        block_out, block_in, num_warps, num_stages = 64, 128 if tokens <= 32 else 64, 4, 3
-    else:
-        block_out, block_in, block_tokens, num_warps, num_stages = 128, 64, 128, 8, 3
-    programs = triton.cdiv(out_features, block_out) * triton.cdiv(tokens, block_tokens)
-    split_in = 1
-    # Each program keeps at least two tiles along in_features, or the reduction would dominate.
-    while (
-        split_in < _MAX_SPLIT_IN
-        and programs * split_in < _PROGRAMS_WANTED
-        and in_features >= 4 * split_in * block_in
-    ):
-        split_in *= 2
-    return LinearConfig(block_out, block_in, block_tokens, split_in, num_warps, num_stages)
 
 
 @triton.jit
@@ -106,19 +65,6 @@ def _widened_int4(packed, dtype: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN
 
 
 @triton.jit
-def _finish(acc, bias, ACTIVATION: tl.constexpr):
-    """activation(acc + bias) in float32; the caller rounds."""
-    acc += bias
-    if ACTIVATION == "relu":
-        acc = tl.where(acc < 0, 0.0, acc)  # keeps NaN, as torch does
-    elif ACTIVATION == "gelu":
-        acc = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))
-    elif ACTIVATION == "silu":
-        acc = acc / (1.0 + tl.exp(-acc))
-    return acc
-
-
-@triton.jit
 def _decompress_tile(values, metadata, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr):
     """[BLOCK_OUT, BLOCK_IN/2] values, [BLOCK_OUT, BLOCK_IN/8] bytes -> [BLOCK_OUT, BLOCK_IN]."""
     nibbles = tl.join(metadata & 0xF, metadata >> 4).reshape(BLOCK_OUT, BLOCK_IN // 4)
@@ -133,6 +79,22 @@ def _decompress_tile(values, metadata, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.con
     # join appends an axis, the last one fastest: [.., i, j] holds column 2i + j.
     columns = tl.join(tl.join(column0, column2), tl.join(column1, column3))
     return columns.reshape(BLOCK_OUT, BLOCK_IN)
+
+
+@triton.jit
+def _spread_tile(values, metadata, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr):
+    """The same for values of 16 bits, in a third of the instructions: both values of a group are
+    shifted to their places in one 64-bit word."""
+    byte = metadata.to(tl.int32)
+    nibbles = tl.join(byte, byte >> 4).reshape(BLOCK_OUT, BLOCK_IN // 4)
+    first, second = tl.split(values.reshape(BLOCK_OUT, BLOCK_IN // 4, 2))
+    first = first.to(tl.uint16, bitcast=True).to(tl.int64)
+    second = second.to(tl.uint16, bitcast=True).to(tl.int64)
+    word = (first << ((nibbles << 4) & 48)) | (second << ((nibbles << 2) & 48))
+    even = tl.join(word.to(tl.int16), (word >> 32).to(tl.int16))
+    odd = tl.join((word >> 16).to(tl.int16), (word >> 48).to(tl.int16))
+    columns = tl.join(even, odd).reshape(BLOCK_OUT, BLOCK_IN)
+    return columns.to(values.dtype, bitcast=True)
 
 
 # `tokens` changes from call to call: specialising on it would only compile the same code again.
@@ -194,8 +156,13 @@ def sparse_linear_kernel(
     acc = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), dtype=tl.float32)
     start = split_idx * split_length
     stop = tl.minimum(start + split_length, in_features)
+    byte_idx = start // 8 + tl.arange(0, BLOCK_IN // 8)
+    byte_ok = row_ok[:, None] & (byte_idx * 8 < stop)[None, :]
+    metadata = tl.load(metadata_row + byte_idx[None, :], mask=byte_ok, other=0)
     for k in range(start, stop, BLOCK_IN):
-        byte_idx = k // 8 + tl.arange(0, BLOCK_IN // 8)
+        byte_idx = (k + BLOCK_IN) // 8 + tl.arange(0, BLOCK_IN // 8)
+        byte_ok = row_ok[:, None] & (byte_idx * 8 < stop)[None, :]
+        following = tl.load(metadata_row + byte_idx[None, :], mask=byte_ok, other=0)
         column = k + tl.arange(0, BLOCK_IN)
         if STORAGE == "int4":
             value_idx = k // 4 + tl.arange(0, BLOCK_IN // 4)
@@ -206,11 +173,6 @@ def sparse_linear_kernel(
         values = tl.load(
             values_row + value_idx[None, :], mask=row_ok[:, None] & value_ok[None, :], other=0
         )
-        metadata = tl.load(
-            metadata_row + byte_idx[None, :],
-            mask=row_ok[:, None] & (byte_idx * 8 < in_features)[None, :],
-            other=0,
-        )
         x = tl.load(
             x_row + column[:, None],
             mask=token_ok[None, :] & (column < in_features)[:, None],
@@ -220,12 +182,16 @@ def sparse_linear_kernel(
             values = _widened_int4(values, x.dtype, BLOCK_OUT, BLOCK_IN)
         elif STORAGE != "plain":
             values = _widened(values, x.dtype, STORAGE)
-        dense = _decompress_tile(values, metadata, BLOCK_OUT, BLOCK_IN)
+        if x.dtype == tl.float32:
+            dense = _decompress_tile(values, metadata, BLOCK_OUT, BLOCK_IN)
+        else:
+            dense = _spread_tile(values, metadata, BLOCK_OUT, BLOCK_IN)
         if GROUP > 0:
             of_tile = tl.load(scale_row + k // GROUP, mask=row_ok, other=0.0)
             acc += tl.dot(dense, x, input_precision="ieee") * of_tile[:, None]
         else:
             acc = tl.dot(dense, x, acc, input_precision="ieee")
+        metadata = following
 
     if STORAGE != "plain":
         if GROUP == 0:
@@ -235,41 +201,14 @@ def sparse_linear_kernel(
     if SPLIT_IN == 1:
         if HAS_BIAS:
             bias = tl.load(bias_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)
-            acc = _finish(acc, bias[:, None], ACTIVATION)
+            acc = finish(acc, bias[:, None], ACTIVATION)
         else:
-            acc = _finish(acc, 0.0, ACTIVATION)
+            acc = finish(acc, 0.0, ACTIVATION)
     else:
         out_ptr += split_idx.to(tl.int64) * tokens * out_features
     out_tile_ptr = out_ptr + token_idx.to(tl.int64)[:, None] * out_features + rows[None, :]
     y = tl.trans(acc).to(out_ptr.dtype.element_ty)
     tl.store(out_tile_ptr, y, mask=token_ok[:, None] & row_ok[None, :])
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def split_reduce_kernel(
-    partial_ptr,
-    bias_ptr,
-    out_ptr,
-    tokens,
-    out_features,
-    HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SPLIT_IN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """y = activation(partial[0] + partial[1] + .. + bias): one fixed order, one rounding."""
-    size = tl.cast(tokens, tl.int64) * out_features
-    idx = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = idx < size
-    acc = tl.zeros((BLOCK,), dtype=tl.float32)
-    for split_idx in tl.static_range(SPLIT_IN):
-        acc += tl.load(partial_ptr + split_idx * size + idx, mask=ok, other=0.0)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + idx % out_features, mask=ok, other=0.0).to(tl.float32)
-        acc = _finish(acc, bias, ACTIVATION)
-    else:
-        acc = _finish(acc, 0.0, ACTIVATION)
-    tl.store(out_ptr + idx, acc.to(out_ptr.dtype.element_ty), mask=ok)
 
 
 def linear(
@@ -295,7 +234,7 @@ def linear(
         in_features: dense count, a multiple of 4.
         bias: [out_features], dtype of x, contiguous, or None.
         activation: None | "relu" | "gelu" (exact) | "silu".
-        config: LinearConfig; None means pick_config.
+        config: one of configs.py; None means pick_config.
         scale: float32 [out_features, groups], contiguous, or None for plain values.
         group: columns that share a scale where there are several groups: a multiple of 64.
         x_scale: float32 [tokens], contiguous: y = activation(x · Wᵀ * x_scale + bias).
@@ -311,7 +250,15 @@ def linear(
         return out
     if x.stride(1) != 1:
         x = x.contiguous()
-    config = config or pick_config(tokens, out_features, in_features, x.dtype)
+    plain = scale is None
+    config = config or pick_config(tokens, out_features, in_features, x.dtype, plain)
+    if not plain:
+        assert not isinstance(config, FewTokens | Expanded)  # they have no scales
+    elif isinstance(config, FewTokens | Expanded):
+        module = few_tokens if isinstance(config, FewTokens) else expanded
+        with torch.cuda.device_of(x):
+            module.launch(x, values, metadata, bias, activation, config, out)
+        return out
     storage = "plain" if scale is None else _STORAGES[values.dtype]
     if scale is None or scale.shape[1] == 1:
         group = 0
@@ -326,7 +273,6 @@ def linear(
         shape = (config.split_in, tokens, out_features)
         target = torch.empty(shape, dtype=torch.float32, device=x.device)
     tiles = triton.cdiv(out_features, config.block_out) * triton.cdiv(tokens, config.block_tokens)
-    flags = {"HAS_BIAS": bias is not None, "ACTIVATION": activation, "SPLIT_IN": config.split_in}
     kinds = {"STORAGE": storage, "GROUP": group, "HAS_X_SCALE": x_scale is not None}
     with torch.cuda.device_of(x):
         sparse_linear_kernel[(tiles, config.split_in)](
@@ -345,7 +291,9 @@ def linear(
             metadata.stride(0),
             0 if scale is None else scale.stride(0),
             split_length,
-            **flags,
+            HAS_BIAS=bias is not None,
+            ACTIVATION=activation,
+            SPLIT_IN=config.split_in,
             **kinds,
             BLOCK_OUT=config.block_out,
             BLOCK_IN=config.block_in,
@@ -354,8 +302,5 @@ def linear(
             num_stages=config.num_stages,
         )
         if config.split_in > 1:
-            block = 1024
-            split_reduce_kernel[(triton.cdiv(out.numel(), block),)](
-                target, bias, out, tokens, out_features, **flags, BLOCK=block, num_warps=4
-            )
+            epilogue.split_reduce(target, bias, activation, out)
     return out
