@@ -15,11 +15,11 @@ computed at run time. Q and R are learnt, starting from the identity, by Adam on
 
     log Σ importance that 2:4 drops,   importance of w_ij = w_ij² / 2[(H + diag H)⁻¹]_jj,   H = XᵀX
 
-on calibration activations X. 1 / 2[(H + diag H)⁻¹]_jj is what the others do not tell of input j when
-each is there with probability 1/2: the normal equations then have H/4 + diag(H)/4 in the mean. It is
-H_jj where inputs do not correlate. H_jj itself counts what the kept weights will make up for, and
-1/[H⁻¹]_jj leaves out what only the dropped ones could. The first positions of a sequence and tokens
-of outlying norm, whose directions would decide everything, are left out of XᵀX.
+on calibration activations X. 1 / 2[(H + diag H)⁻¹]_jj is what the others do not tell of input j
+when each is there with probability 1/2: the normal equations then have H/4 + diag(H)/4 in the mean.
+It is H_jj where inputs do not correlate. H_jj itself counts what the kept weights will make up for,
+and 1/[H⁻¹]_jj leaves out what only the dropped ones could. The first positions of a sequence and
+tokens of outlying norm, whose directions would decide everything, are left out of XᵀX.
 
 Source: Ashkboos et al. 2024, "SliceGPT" and "QuaRot" (arXiv:2401.15024, 2404.00456), for the
 invariance; "DenoiseRotator" (arXiv:2505.23049) for concentrating importance before pruning.
