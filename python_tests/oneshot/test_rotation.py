@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as T
 
+import sparsekern as sk
 from sparsekern.oneshot import rotation
 from sparsekern.oneshot.rotation import rotate
 
@@ -65,15 +66,16 @@ def test_what_the_search_predicts_is_what_the_model_has():
     batches = rotation.make_batches(ids(), model, None, torch.device("cpu"))
     stream = rotation.find_stream(model, batches[0].probe(), torch.device("cpu"))
     grams = rotation.collect_grams(model, stream, batches, torch.device("cpu"))
-    shares = [
-        rotation.lost_share(m.weight.detach(), grams[id(readers[0])].diagonal())
-        for _, readers in stream.norms[:-1]
-        for m in readers
-    ]
-    shares += [
-        rotation.lost_share(m.weight.detach(), grams[id(m)].diagonal()) for m in stream.writers
-    ]
-    assert abs(float(torch.stack(shares).mean()) - report.lost_after) < 2e-3
+    pairs = [(m, grams[id(readers[0])]) for _, readers in stream.norms[:-1] for m in readers]
+    pairs += [(m, grams[id(m)]) for m in stream.writers]
+    shares = []
+    for module, gram in pairs:
+        w = module.weight.detach()
+        energy = 0.5 / torch.linalg.inv(gram.double() + gram.double().diagonal().diag()).diagonal()
+        scores = w.double().square() * energy
+        dropped = scores[~sk.prune.nm_mask(scores)].sum()
+        shares.append(dropped.detach() / ((w @ gram) * w).sum())
+    assert abs(float(torch.stack(shares).mean().detach()) - report.lost_after) < 2e-3
 
 
 def test_zero_steps_fold_the_gains_alone():
@@ -133,3 +135,24 @@ def test_seconds_end_the_search():
     assert report.seconds < 10 and report.logits_distance < 1e-3
     with pytest.raises(ValueError, match="seconds > 0 or None, got 0"):
         rotate(build(), ids(), seconds=0)
+
+
+def test_untold_is_the_variance_that_half_of_the_others_leave():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 12, generator=generator, dtype=torch.float64)
+    x = x @ torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    h = x.t() @ x / 400
+    apart = torch.diag(h.diagonal())
+    torch.testing.assert_close(rotation.untold(apart), h.diagonal(), rtol=1e-5, atol=0)
+    told = rotation.untold(torch.ones(8, 8, dtype=torch.float64))
+    assert torch.allclose(told, torch.full((8,), 0.5 * 9 / 8, dtype=torch.float64), rtol=1e-4)
+    h[3], h[:, 3] = 0.0, 0.0
+    energy = rotation.untold(h)
+    assert energy[3] == 0 and energy.isfinite().all()
+    assert (energy <= h.diagonal() * (1 + 1e-5)).all()
+    # As the share of a column that the normal equations of random halves leave.
+    half = h / 4 + torch.diag(h.diagonal()) / 4
+    keep = torch.arange(12) != 3
+    half = half[keep][:, keep]
+    direct = 2 / torch.linalg.inv(half).diagonal()
+    torch.testing.assert_close(energy[keep], direct, rtol=1e-4, atol=1e-8)

@@ -13,10 +13,13 @@ RMSNorm without gain commutes with Q, so the logits stay the same up to rounding
 computed at run time. Q and R are learnt, starting from the identity, by Adam on their Cayley form
 (I − A)(I + A)⁻¹, A skew: the mean over all matrices of
 
-    log(importance that 2:4 drops / importance),   importance of w_ij = w_ij² (XᵀX)_jj
+    log Σ importance that 2:4 drops,   importance of w_ij = w_ij² / 2[(H + diag H)⁻¹]_jj,   H = XᵀX
 
-on calibration activations X. The first positions of a sequence and tokens of outlying norm, whose
-directions would decide everything, are left out of XᵀX.
+on calibration activations X. 1 / 2[(H + diag H)⁻¹]_jj is what the others do not tell of input j
+when each is there with probability 1/2: the normal equations then have H/4 + diag(H)/4 in the mean.
+It is H_jj where inputs do not correlate. H_jj itself counts what the kept weights will make up for,
+and 1/[H⁻¹]_jj leaves out what only the dropped ones could. The first positions of a sequence and
+tokens of outlying norm, whose directions would decide everything, are left out of XᵀX.
 
 Source: Ashkboos et al. 2024, "SliceGPT" and "QuaRot" (arXiv:2401.15024, 2404.00456), for the
 invariance; "DenoiseRotator" (arXiv:2505.23049) for concentrating importance before pruning.
@@ -67,8 +70,8 @@ class Stream:
 class RotationReport:
     """What `rotate` did.
 
-    lost_before, lost_after: mean share of the importance that 2:4 drops (magnitude mask of
-        w²·diag(XᵀX)), over the readers, and over o for the heads.
+    lost_before, lost_after: importance that 2:4 drops over the layer's output energy tr(W H Wᵀ),
+        in the mean of all readers and writers: an estimate of their relative errors.
     untied_bytes: of the head that no longer shares the embedding; 0 where it never did.
     logits_distance: largest difference of a logit before and after, over the largest logit.
     """
@@ -459,16 +462,27 @@ def collect_grams(
     return {key: gram / max(1, counts[key]) for key, gram in grams.items()}
 
 
-def lost_share(w: Tensor, energy: Tensor) -> Tensor:
-    """Share of Σ w_ij² energy_j that 2:4 drops when it keeps the two largest of each group."""
+def untold(h: Tensor) -> Tensor:
+    """1 / 2[(H + diag H)⁻¹]_jj of a Gram matrix [in, in]: what of each input a random half of the
+    others does not tell; H_jj without correlation, 0 of an input that is always zero."""
+    diagonal = h.diagonal()
+    dead = diagonal == 0
+    own = diagonal + dead * diagonal.mean().clamp_min(torch.finfo(h.dtype).tiny)
+    lower = torch.linalg.cholesky(h + torch.diag(own))
+    energy: Tensor = 0.5 / torch.cholesky_inverse(lower).diagonal()
+    return energy * ~dead
+
+
+def lost(w: Tensor, energy: Tensor) -> Tensor:
+    """Σ w_ij² energy_j of what 2:4 drops when it keeps the two largest of each group."""
     importance = w * w * energy
     a, b, c, d = importance.view(w.shape[0], -1, 4).unbind(2)
     low, other = torch.minimum(a, b), torch.minimum(c, d)
     high = torch.minimum(torch.maximum(a, b), torch.maximum(c, d))
     # The smallest, and the smallest of the rest: much faster than topk of four.
-    lost = torch.minimum(low, other) + torch.minimum(torch.maximum(low, other), high)
-    share: Tensor = lost.sum() / importance.sum()
-    return share
+    dropped = torch.minimum(low, other) + torch.minimum(torch.maximum(low, other), high)
+    total: Tensor = dropped.sum()
+    return total
 
 
 def cayley(a: Tensor) -> Tensor:
@@ -489,11 +503,11 @@ def learn(
     seed: int = 0,
     end: float | None = None,
 ) -> tuple[Tensor, list[Tensor], tuple[float, float], int]:
-    """Q [width, width], R of each attention [heads, size, size], the share lost before and after,
+    """Q [width, width], R of each attention [heads, size, size], what is lost before and after,
     and the steps that there was time for until `end` of time.perf_counter()."""
     width = stream.embedding.weight.shape[1]
     inside = [(readers, grams[id(readers[0])]) for _, readers in stream.norms[:-1]]
-    energies = {id(m): grams[id(m)].diagonal() for m in stream.writers}
+    energies = {id(m): untold(grams[id(m)]) for m in stream.writers}
     weights = {
         id(m): m.weight.detach().to(device).float()
         for m in [*(m for readers, _ in inside for m in readers), *stream.writers]
@@ -512,6 +526,12 @@ def learn(
         ]
         matrices += [(m, None) for m in stream.writers]
         generator = torch.Generator().manual_seed(seed)
+        totals = {
+            id(m): (
+                (weights[id(m)] @ (grams[id(m)] if gram is None else gram)) * weights[id(m)]
+            ).sum()
+            for m, gram in matrices
+        }
 
         def losses(chosen: list[tuple[nn.Linear, Tensor | None]]) -> list[Tensor]:
             q = cayley(a)
@@ -526,8 +546,8 @@ def learn(
                         turn = r[id(module)]
                         w = torch.bmm(turn, w.view(turn.shape[0], turn.shape[1], -1)).reshape_as(w)
                     if id(gram) not in energy_of:
-                        energy_of[id(gram)] = ((gram @ q) * q).sum(0)
-                    result.append(lost_share(w @ q, energy_of[id(gram)]))
+                        energy_of[id(gram)] = untold(q.t() @ gram @ q)
+                    result.append(lost(w @ q, energy_of[id(gram)]) / totals[id(module)])
                     continue
                 energy = energies[id(module)]
                 if id(module) in by_o:
@@ -536,11 +556,9 @@ def learn(
                     group = w.shape[1] // (count * size)
                     w = torch.einsum("ocgs,cts->ocgt", w.view(-1, count, group, size), turn)
                     w = w.reshape(w.shape[0], -1)
-                    h = grams[id(module)].view(count * group, size, count * group, size)
-                    own = h.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [heads, size, size]
-                    wide = turn.repeat_interleave(group, 0)
-                    energy = (torch.bmm(wide, own) * wide).sum(2).reshape(-1)
-                result.append(lost_share(q.t() @ w, energy))
+                    wide = torch.block_diag(*turn.repeat_interleave(group, 0))
+                    energy = untold(wide @ grams[id(module)] @ wide.t())
+                result.append(lost(q.t() @ w, energy) / totals[id(module)])
             return result
 
         def mean_share() -> float:
