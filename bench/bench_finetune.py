@@ -563,6 +563,7 @@ class Recovery:
             compress=False,
             device=self.run.device,
             progress=False,
+            ranks=False,  # presets train, which one process does
             **options,
         )
         self.say(report.summary())
