@@ -63,7 +63,7 @@ class MmaConfig(TypedDict):
     warps_rows: int  # its warps along out_features
     warps_tokens: int  # along tokens
     split: int  # along in_features, whose sums it adds at the end
-    stages: int  # parts of the ring in shared memory, of 64 * split in_features; 8 bits: 128 * split
+    stages: int  # parts of the ring in shared memory; each holds 64 * split in_features, or 128
     types: Types
 
 class NaiveConfig(TypedDict):

@@ -33,11 +33,11 @@ Status launch(const LinearProblem& p, int split, cudaStream_t stream) {
 template <class W, class X, class Y, int kTokenTiles, int kWeights, int kScaleGroup>
 Status launch_config(const LinearProblem& p, int config, cudaStream_t stream) {
   switch (config) {
-#define SK_CASE(index, panels, split)                                            \
-  case index:                                                                    \
-    if constexpr (kWeights == 1 || index < SK_DECODE_GATED)                      \
-      return launch<Config<W, X, Y, kTokenTiles, kWeights, panels, kScaleGroup>, \
-                    kLaunchedSplit<W> ? 0 : split>(p, split, stream);            \
+#define SK_CASE(index, panels, split)                                              \
+  case index:                                                                      \
+    if constexpr (kWeights == 1 || index < SK_DECODE_GATED)                        \
+      return launch<Config<W, X, Y, kTokenTiles, kWeights, panels, kScaleGroup>,   \
+                    kLaunchedSplit<W, kTokenTiles> ? 0 : split>(p, split, stream); \
     break;
     SK_DECODE_CONFIGS(SK_CASE)
 #undef SK_CASE

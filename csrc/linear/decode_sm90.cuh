@@ -102,9 +102,10 @@ struct Config {
 };
 
 // The split of K is an argument of the launch, so that one kernel has all of them; for weights of int8
-// and int4. The others have a kernel for each.
-template <class W>
-constexpr bool kLaunchedSplit = std::is_integral_v<typename Element<W>::Accumulator>;
+// and int4, but for int8 with 64 tokens, which would spill. The others have a kernel for each.
+template <class W, int kTokenTiles>
+constexpr bool kLaunchedSplit = std::is_integral_v<typename Element<W>::Accumulator> &&
+                                (Element<W>::kStorageBits < 8 || kTokenTiles < 8);
 
 template <class Cfg>
 struct Params {

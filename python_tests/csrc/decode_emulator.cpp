@@ -181,7 +181,7 @@ void run(const LinearProblem& p, int config, int clusters) {
   case index:                         \
     if constexpr (split != 4)         \
       return run_clusters<Config<W, X, X, kTokenTiles, 1, panels, kScaleGroup>, \
-                          kLaunchedSplit<W> ? 0 : split>(p, clusters, split); \
+                          kLaunchedSplit<W, kTokenTiles> ? 0 : split>(p, clusters, split); \
     else return;
     SK_CONFIGS(SK_CASE)
 #undef SK_CASE
