@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sparsekern.errors import FormatError, check, message
+from sparsekern.utils.arguments import usable_device
 from sparsekern.utils.safetensors_io import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_json
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
@@ -156,26 +157,7 @@ def parse_dtype(op: str, value: Any, config: Mapping[str, Any] | None = None) ->
 
 def parse_device(op: str, value: Any) -> torch.device:
     """device argument: what torch.device takes, where this torch can put tensors."""
-    try:
-        device = value if isinstance(value, torch.device) else torch.device(value)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise (TypeError if not isinstance(value, (str, int)) else ValueError)(
-            message(op, "a device such as 'cpu' or 'cuda:0'", repr(value)[:80])
-        ) from error
-    check(
-        device.type != "cuda" or torch.cuda.is_available(),
-        op,
-        "a device that this torch has",
-        f"{str(device)!r}, without a usable CUDA GPU",
-        "Pass device='cpu'.",
-    )
-    check(
-        device.type != "cuda" or (device.index or 0) < torch.cuda.device_count(),
-        op,
-        f"a GPU among the {torch.cuda.device_count()} here",
-        str(device),
-    )
-    return device
+    return usable_device(op, value)
 
 
 def parse_size(op: str, value: Any) -> int:

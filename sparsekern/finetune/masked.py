@@ -33,6 +33,7 @@ from sparsekern.nn import replace
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot import discovery
 from sparsekern.oneshot.report import PruneReport
+from sparsekern.utils.arguments import checked
 
 OP = "sparsekern.finetune.Masked"
 VERSION = 1
@@ -137,6 +138,7 @@ class Masked:
         its masks alike.
     """
 
+    @checked("sparsekern.finetune.Masked")
     def __init__(
         self,
         model: nn.Module,
@@ -195,6 +197,7 @@ class Masked:
     ) -> dict[str, tuple[nn.Module, str, Tensor]]:
         """name -> (module, key of the Parameter, mask in the Parameter's shape, True = kept)."""
         n, m = self.pattern
+        check(0 < n < m, OP, "pattern (n, m) with 0 < n < m", self.pattern, "2:4 is (2, 4).")
         modules = dict(_named_modules(model))
         found: dict[str, tuple[nn.Module, str, Tensor]] = {}
         if masks is None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sparsekern.errors import check
 from sparsekern.prune.masks import nm_mask
+from sparsekern.utils.arguments import checked, shown
 
 OP = "sparsekern.finetune.schedule"
 
@@ -208,6 +209,7 @@ def grouped(weight: Tensor, transposed: bool) -> Tensor:
     return weight.t() if transposed else weight
 
 
+@checked("sparsekern.finetune.zeros_mask", n=(0, 2**20), m=(1, 2**20))
 def zeros_mask(weight: Tensor, n: int = 2, m: int = 4) -> Tensor:
     """The mask that a pruned weight implies: its non-zeros, filled up to n per group.
 
@@ -218,6 +220,9 @@ def zeros_mask(weight: Tensor, n: int = 2, m: int = 4) -> Tensor:
     Raises:
         ValueError: a group with more than n non-zeros.
     """
+    op, columns = "sparsekern.finetune.zeros_mask", weight.shape[-1] if weight.dim() == 2 else 0
+    fits = columns % m == 0 and weight.dim() == 2 and not weight.is_meta
+    check(fits, op, f"weight [rows, a multiple of {m}] with data", shown(weight))
     nonzero = weight.detach() != 0
     counts = nonzero.reshape(-1, m).sum(1)
     most = int(counts.max()) if counts.numel() else 0

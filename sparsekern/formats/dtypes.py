@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sparsekern.errors import check, message
 from sparsekern.formats.scaled import ScaledCodec
+from sparsekern.utils.arguments import checked
 
 _OP = "sparsekern.register_dtype"
 
@@ -214,6 +215,7 @@ def native_names(separator: str = " or ") -> str:
     return separator.join(PLAIN[dtype].name for dtype in NATIVE)
 
 
+@checked("sparsekern.register_dtype")
 def register_dtype(new: ElementType) -> ElementType:
     """Add a coded element type to the table, or give a declared one its codec.
 

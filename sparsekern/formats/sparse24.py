@@ -26,6 +26,7 @@ Source: PTX ISA, "Sparse matrix storage"; Mishra et al. 2021 (arXiv:2104.08378) 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -36,6 +37,7 @@ from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import codec, dtypes, layouts, scaled
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec, check_tensor_shape, checked_shape
 from sparsekern.formats.scaled import ScaledCodec
+from sparsekern.utils.arguments import checked
 
 _OP = "sparsekern.Sparse24"
 _STATE_VERSION = 2  # of pickles; those without a version are of the first one
@@ -113,6 +115,9 @@ class Sparse24:
         return w24
 
     def _set(self, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> None:
+        _check(isinstance(spec, WeightSpec), _OP, "a WeightSpec as spec", type(spec).__name__)
+        given = type(tensors).__name__
+        _check(isinstance(tensors, Mapping), _OP, "a dict of tensors", given)
         layout, kind = layouts.layout(spec.layout, _OP), spec.element
         stored = f"an element type with a codec ({spec.storage})"
         _check(kind.storable, _OP, stored, "none", "Register one with sparsekern.register_dtype.")
@@ -287,7 +292,10 @@ class Sparse24:
             ValueError: a range outside of the weight, or columns that cannot be cut there.
         """
         op, size = f"{_OP}.narrow", self.spec.shape
-        check(dim in (0, 1), op, "dim 0 or 1", dim)
+        check(type(dim) is int and dim in (0, 1), op, "dim 0 or 1", repr(dim))
+        for name, value in (("start", start), ("length", length)):
+            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            check(whole, op, f"{name}: a whole number", repr(value), exc=TypeError)
         inside = 0 <= start and 0 <= length and start + length <= size[dim]
         check(inside, op, f"a range within 0..{size[dim]}", f"{start}..{start + length}")
         spec, whole = self.spec, self.rowmajor()
@@ -380,6 +388,9 @@ class Sparse24:
         """
         w24 = self.rowmajor()
         dtype = self.spec.dtype if dtype is None else dtype
+        known = f"a dtype in {dtypes.names()}"
+        plain = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        check(plain, f"{_OP}.numbers", known, repr(dtype), exc=TypeError)
         coder = self.spec.element.codec
         if coder is None:
             return w24.values.to(dtype)
@@ -543,6 +554,7 @@ def decompress(w24: Sparse24) -> Tensor:
     return codec.decompress_dense(w24.numbers(), w24.metadata, w24.in_features)
 
 
+@checked("sparsekern.verify")
 def verify(w24: Sparse24) -> None:
     """Check the contents: six valid nibbles, 0x4 in the padding, finite values and good scales.
 

@@ -35,6 +35,7 @@ from torch.nn import functional
 from sparsekern.errors import check, message
 from sparsekern.nn.replace import replace_module
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.utils.arguments import checked
 
 _OP = "sparsekern.SparseExperts"
 _PLAIN = frozenset(nn.Module().__dict__)
@@ -233,6 +234,7 @@ class SparseExperts(nn.Module):
         recipe: as given.      kind: class of the original.
     """
 
+    @checked(_OP)
     def __init__(self, original: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.recipe, self.kind = recipe, type(original)

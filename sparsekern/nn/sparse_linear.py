@@ -32,6 +32,7 @@ from sparsekern.formats.sparse24 import Sparse24, for_pickle, from_pickle, verif
 from sparsekern.nn.replace import dense_weight, is_linear
 from sparsekern.ops import linear_op as ops
 from sparsekern.ops.compress import compress
+from sparsekern.utils.arguments import checked
 
 _OP = "sparsekern.SparseLinear"
 _WEIGHT_KEYS = ("compressed", "bitmask", "shape")
@@ -74,6 +75,7 @@ class SparseLinear(nn.Module):
     bias: nn.Parameter | None
     _version = 2  # of state_dicts; the first one had no coded types
 
+    @checked(_OP, in_features=(0, 2**40), out_features=(0, 2**40))
     def __init__(
         self,
         in_features: int,
@@ -545,7 +547,7 @@ def _stored_as(
 def _wanted_layout(layout: str | None, packed: bool | str | None) -> str | None:
     """What `layout` and `packed` of earlier versions ask for together."""
     if packed is not None:
-        known = packed is True or packed is False or packed in _LAYOUT_OF_PACKED
+        known = isinstance(packed, (bool, str)) and packed in _LAYOUT_OF_PACKED
         if not known or isinstance(packed, int) and not isinstance(packed, bool):
             expected = "packed in None, True, False, 'cusparselt'"
             raise ValueError(message(_OP, expected, repr(packed), "Use layout= instead."))
@@ -566,6 +568,7 @@ def _check_weight(w24: object) -> None:
 
 
 def _bias_parameter(bias: Tensor, w24: Sparse24) -> nn.Parameter:
+    ops.check_bias_type(_OP, bias)
     if tuple(bias.shape) != (w24.shape[0],):
         expected = f"bias of shape [{w24.shape[0]}]"
         raise ValueError(message(_OP, expected, str(list(bias.shape)), "Reshape the bias."))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sparsekern.backends.compress import compress
+from sparsekern.errors import check
 from sparsekern.formats.layouts import ROWMAJOR
 from sparsekern.nn.count import num_parameters
 from sparsekern.nn.replace import replace_module
@@ -20,12 +21,15 @@ from sparsekern.oneshot.experts import with_experts_apart
 from sparsekern.oneshot.layerwise import new_report
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.oneshot.selection import select
+from sparsekern.oneshot.skip import as_rules
 from sparsekern.ops.quantize import GROUPS, checked_group
 from sparsekern.ops.quantize import quantize as quantized
+from sparsekern.utils.arguments import checked
 
 OP = "sparsekern.compress_model"
 
 
+@checked(OP)
 @with_experts_apart
 def compress_model(
     model: nn.Module,
@@ -54,9 +58,11 @@ def compress_model(
     start = time.perf_counter()
     if quantize is not None:
         checked_group(OP, quantize, quantize_group, max(GROUPS))
+    alone = quantize is None and quantize_group is not None
+    check(not alone, OP, "quantize= with quantize_group", None, "Leave quantize_group out.")
     model = models.unwrapped(model)
     selection = select(model, skip, (2, 4), True, targets=targets, op=OP)
-    options: dict[str, Any] = {"skip": [str(s) for s in skip]}
+    options: dict[str, Any] = {"skip": [str(rule) for rule in as_rules(skip)]}
     if quantize is not None:
         options |= {"quantize": quantize, "quantize_group": quantize_group}
     report = PruneReport(type(model).__name__, "as it was", options)

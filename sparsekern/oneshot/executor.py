@@ -40,6 +40,7 @@ from sparsekern.oneshot.selection import Selection, select
 from sparsekern.oneshot.sequential import Walk, call_block, probe
 from sparsekern.oneshot.skip import DEFAULT_RULE
 from sparsekern.prune import Hessian
+from sparsekern.utils.arguments import checked
 
 logger = logging.getLogger("sparsekern")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -52,6 +53,7 @@ def _quiet(function: F) -> F:
     return torch.inference_mode(False)(torch.no_grad()(function))
 
 
+@checked("sparsekern.calibrate")
 def calibrate(
     model: nn.Module,
     data: Any = None,

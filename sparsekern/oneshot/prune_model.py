@@ -35,8 +35,10 @@ from sparsekern.oneshot.selection import check_options, check_weights, describe,
 from sparsekern.oneshot.skip import DEFAULT_RULE
 from sparsekern.prune import Hessian, Method
 from sparsekern.prune.methods import find_method
+from sparsekern.utils.arguments import checked
 
 
+@checked(OP, refine=(0, 10**6), damp=(0, 10**6))
 @with_experts_apart
 def prune_model(
     model: nn.Module,

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from sparsekern.errors import check
+from sparsekern.errors import check, message
+from sparsekern.utils.arguments import checked
 from sparsekern.utils.files import write_atomic
 
 if TYPE_CHECKING:
@@ -271,13 +272,19 @@ class PruneReport:
         return f"<p>{escape(self.summary())}</p><table>{''.join(lines)}</table>"
 
     @classmethod
+    @checked("sparsekern.PruneReport.from_json")
     def from_json(cls, text: str) -> PruneReport:
         """Inverse of `to_json`.
 
         Raises:
-            ValueError: not a report, or one of another schema.
+            ValueError: not a report, or one of another schema.      TypeError: no text.
         """
-        data = json.loads(text)
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            remedy = "Pass the output of to_json()."
+            got = str(error)
+            raise ValueError(message("sparsekern.PruneReport", "JSON text", got, remedy)) from error
         schema = data.pop("schema", None) if isinstance(data, dict) else None
         check(
             schema == SCHEMA,
@@ -291,11 +298,13 @@ class PruneReport:
         ]
         return cls(**data, layers=layers)
 
+    @checked("sparsekern.PruneReport.save")
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON to `path` atomically: a reader sees the old file or the new one, never
         half of it."""
         write_atomic(path, self.to_json().encode())
 
+    @checked("sparsekern.PruneReport.plot")
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the relative error of every pruned layer over the blocks, one line per kind of
         layer, into an image file.

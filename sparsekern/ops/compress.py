@@ -17,10 +17,12 @@ from sparsekern.errors import message
 from sparsekern.formats import dtypes, sparse24
 from sparsekern.formats.layouts import layout as layout_named
 from sparsekern.formats.sparse24 import Sparse24, verify
+from sparsekern.utils.arguments import checked
 
 __all__ = ["compress", "decompress", "prune_compress", "verify"]
 
 
+@checked("sparsekern.compress")
 def compress(
     w: Tensor,
     mask: Tensor | None = None,
@@ -62,6 +64,7 @@ def compress(
     return _finished(op, fastest.compress(w, mask), layout, dtype)
 
 
+@checked("sparsekern.prune_compress")
 def prune_compress(
     w: Tensor,
     scores: Tensor | None = None,
@@ -98,6 +101,7 @@ def _finished(
     return w24.to_layout(layout)
 
 
+@checked("sparsekern.decompress")
 def decompress(w24: Sparse24) -> Tensor:
     """The dense weight [out, in]: every stored value at its column, +0.0 elsewhere, by indexing.
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import check
+from sparsekern.utils.arguments import checked
 
 
 def check_pattern(op: str, n: int, m: int, in_features: int) -> None:
@@ -76,6 +77,7 @@ def rank_mask(scores: Tensor, n: int) -> Tensor:
     return beaten >= m - n
 
 
+@checked("sparsekern.prune.nm_mask")
 def nm_mask(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:
     """Keep the n highest scores of each aligned group of m columns.
 
@@ -94,6 +96,7 @@ def nm_mask(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:
     return _nm_mask("sparsekern.prune.nm_mask", "scores", scores, n, m)
 
 
+@checked("sparsekern.prune.magnitude_mask")
 def magnitude_mask(w: Tensor, n: int = 2, m: int = 4) -> Tensor:
     """Keep the n largest |w| of each aligned group of m columns.
 
@@ -116,6 +119,7 @@ def magnitude_mask(w: Tensor, n: int = 2, m: int = 4) -> Tensor:
     return _nm_mask(op, "w", (w.float() if w.element_size() == 1 else w).abs(), n, m)
 
 
+@checked("sparsekern.prune.wanda_mask")
 def wanda_mask(w: Tensor, act_norm: Tensor, n: int = 2, m: int = 4) -> Tensor:
     """Keep the n largest |w_ij| * ‖x_j‖₂ of each aligned group of m columns.
 

@@ -31,6 +31,7 @@ from sparsekern.prune.methods import (
     is_count,
     is_number,
 )
+from sparsekern.utils.arguments import checked
 
 _OP = "sparsekern.prune.sparsegpt"
 _WEIGHT_DTYPES = (*dtypes.PLAIN, torch.float64)
@@ -63,6 +64,7 @@ class SparseGPTReport:
     backend: str
 
 
+@checked("sparsekern.prune.sparsegpt")
 def sparsegpt(
     w: Tensor,
     hessian: Hessian | Tensor,
