@@ -155,9 +155,9 @@ def parse_dtype(op: str, value: Any, config: Mapping[str, Any] | None = None) ->
     return value  # type: ignore[no-any-return]
 
 
-def parse_device(op: str, value: Any) -> torch.device:
+def parse_device(op: str, value: Any, name: str = "device") -> torch.device:
     """device argument: what torch.device takes, where this torch can put tensors."""
-    return usable_device(op, value)
+    return usable_device(op, value, name)
 
 
 def parse_size(op: str, value: Any) -> int:
@@ -215,14 +215,14 @@ def place(
         else:
             device_map = _inferred(op, model, device_map, max_memory)
     if not isinstance(device_map, Mapping):
-        single = parse_device(op, device_map)
+        single = parse_device(op, device_map, "device_map")
         return (lambda name: single), None
     known = {name for name, _ in model.named_modules()}
     where = {}
     for name, target in device_map.items():
         check(name in known, op, "device_map to name modules of the model", repr(name)[:80])
         check(target != "disk", op, "device_map without 'disk'", "disk", "Use the CPU.")
-        where[name] = parse_device(op, target)
+        where[name] = parse_device(op, target, "device_map")
 
     def device_of(name: str) -> torch.device:
         while name not in where and name:

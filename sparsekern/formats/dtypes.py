@@ -192,14 +192,14 @@ def scaled_codec(name: str) -> ScaledCodec:
     return codec
 
 
-def quantized(op: str, name: object) -> ElementType:
-    """The row that users call "fp8", "int8" or "int4" (or by its own name).
+def quantized(op: str, name: object, argument: str = "dtype") -> ElementType:
+    """The row that users call "fp8", "int8" or "int4" (or by its own name) in an argument.
 
     Raises:
         ValueError: none of them.
     """
     found = _TABLE.get(ALIASES.get(name, name)) if isinstance(name, str) else None
-    expected = f"one of {', '.join(map(repr, QUANTIZED))}"
+    expected = f"{argument}: one of {', '.join(map(repr, QUANTIZED))}"
     if found is None or not found.scaled:
         raise ValueError(message(op, expected, repr(name)))
     return found

@@ -147,9 +147,19 @@ class PruneReport:
     @property
     def partial(self) -> bool:
         """Whether less was pruned than was asked for: nothing, or under half of the weights that no
-        rule of the caller leaves dense. Weights that were 2:4 before count as asked and done."""
+        rule of the caller leaves dense. Weights that were 2:4 before count as asked and done; those
+        that should be quantised and are not, do not."""
         asked = [layer for layer in self.layers if layer.asked]
-        return not self.pruned or (bool(asked) and _share(asked) < PARTIAL)
+        few = bool(asked) and _share(asked) < PARTIAL
+        return not self.pruned or few or bool(self.unquantized)
+
+    @property
+    def unquantized(self) -> list[LayerReport]:
+        """With quantize=, the layers that are 2:4, and that no rule leaves out, but hold other
+        numbers than asked for: those that were 2:4, or quantised, before."""
+        wanted = self.options.get("quantize")
+        rows = [row for row in self.layers if wanted is not None and row.asked and row.is_24]
+        return [row for row in rows if (row.quantized or "").split(" ")[0] != wanted]
 
     def why_dense(self) -> list[tuple[str, int, float]]:
         """[(reason, layers, share of all weights)] of what is not 2:4, largest share first; reasons

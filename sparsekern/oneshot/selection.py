@@ -90,7 +90,7 @@ def _check_quantize(options: Options, calibrated: bool, op: str) -> None:
         ]
         check(not given, op, f"quantize= with {' and '.join(given)}", None, "Leave it out.")
         return
-    quantized(op, name)
+    quantized(op, name, "quantize")
     right = options.pattern == (2, 4)
     check(right, op, "pattern (2, 4) with quantize=", options.pattern, "Leave quantize out.")
     known = (None, *METHODS)
@@ -134,8 +134,8 @@ def select(
     wanted = None if targets is None else skip_rules.resolve(targets, *rules, kind="target", op=op)
     for layer in selection.layers:
         if layer.is_24:
-            continue
-        if layer.name in skipped:
+            layer.asked = layer.name not in skipped and (wanted is None or layer.name in wanted)
+        elif layer.name in skipped:
             layer.reason = f"skip rule {skipped[layer.name]!r}"
             # The default rule is ours: what it leaves dense counts as left dense.
             layer.asked = skipped[layer.name] == skip_rules.DEFAULT_RULE

@@ -56,7 +56,7 @@ def compress(
     """
     op = "sparsekern.compress"
     if quantize is not None:
-        dtypes.quantized(op, quantize)
+        dtypes.quantized(op, quantize, "quantize")
         if dtype is not None:
             got = f"dtype={dtype!r} and quantize={quantize!r}"
             raise ValueError(message(op, "one of dtype and quantize", got, "Leave dtype out."))
