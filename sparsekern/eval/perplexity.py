@@ -19,7 +19,7 @@ OP = "sparsekern.perplexity"
 TOKENS_PER_CHUNK = 1024
 
 
-@checked("sparsekern.perplexity")
+@checked("sparsekern.perplexity", window=(2, 2**62), batch_size=(1, 2**62))
 def perplexity(
     model: nn.Module,
     token_ids: Tensor | Sequence[int] | Sequence[Sequence[int]],

@@ -82,6 +82,7 @@ def rms_norm_quantize(
     storage = checked_storage(_NORM, dtype)
     _check_flag(_NORM, with_y)
     _check_norm(x, weight, eps, residual)
+    eps = float(eps)
     if needs_custom_op(x, weight) or (residual is not None and needs_custom_op(residual, None)):
         _no_gradient(_NORM, x, weight, residual)
         q, scale, y = torch.ops.sparsekern.rms_norm_quantize(
