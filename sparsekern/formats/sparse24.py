@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -51,6 +51,12 @@ _NIBBLE_OF_BITMASK = tuple(
     _BITMASK_OF_NIBBLE.index(bits) if bits and bits in _BITMASK_OF_NIBBLE else 0
     for bits in range(16)
 )
+
+
+# What torch functions on a Sparse24 are; the ops enter theirs.
+products: dict[Any, Callable[..., Any]] = {}
+_NO_DENSE = "calls of the layer, sparsekern.linear or torch.nn.functional.linear"
+_KEEP_DENSE = "Use weight.to_dense(), or name the layer in skip= so that it stays dense."
 
 
 class _Twin(NamedTuple):
@@ -153,6 +159,25 @@ class Sparse24:
         """
         metadata = metadata_of_bitmask(bitmask, shape, "sparsekern.Sparse24.from_bitmask")
         return cls(values, metadata, shape)
+
+    # ------------------------------------------------------------------ in code for dense weights
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """For modules that use the weight of a layer below them: F.linear is sparsekern.linear;
+        everything else wants a dense weight, and says so."""
+        known = products.get(func)
+        if known is not None:
+            return known(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", str(func))
+        raise TypeError(message(_OP, _NO_DENSE, f"{name} of a 2:4 weight", _KEEP_DENSE))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not hasattr(Tensor, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise AttributeError(message(_OP, _NO_DENSE, f".{name} of a 2:4 weight", _KEEP_DENSE))
 
     # ------------------------------------------------------------------ what it is
 

@@ -505,7 +505,8 @@ def find_experts(model: nn.Module) -> dict[str, Recipe]:
     found: dict[str, Recipe] = {}
     known: dict[Any, Recipe | None] = {}
     for name, module in model.named_modules():
-        if not name or isinstance(module, SparseExperts) or not _candidates(module):
+        other = isinstance(module, (SparseExperts, torch.jit.ScriptModule))
+        if not name or other or not _candidates(module):
             continue
         shapes = tuple((k, tuple(p.shape)) for k, p in module._parameters.items() if p is not None)
         key = (type(module), shapes)

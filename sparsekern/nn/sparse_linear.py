@@ -274,8 +274,8 @@ class SparseLinear(nn.Module):
         view.keeps_twin = False
         return view
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features]; see sparsekern.linear."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., in_features] -> [..., out_features]; see sparsekern.linear."""
         view, buffers, parameters = self._view, self._buffers, self._parameters
         tensors = view.tensors
         if (
@@ -286,11 +286,11 @@ class SparseLinear(nn.Module):
         # self.bias would first search the wrong places, in 0.5 µs.
         bias = parameters["bias"] if "bias" in parameters else self.bias
         try:
-            return ops.linear(x, view, bias)
+            return ops.linear(input, view, bias)
         except TypeError:
-            if type(x).__name__ != "Proxy" or not hasattr(x, "tracer"):
+            if type(input).__name__ != "Proxy" or not hasattr(input, "tracer"):
                 raise
-            leaf: Tensor = self._as_leaf(x)
+            leaf: Tensor = self._as_leaf(input)
             return leaf
 
     def _as_leaf(self, x: Any) -> Any:

@@ -96,7 +96,7 @@ def make_batches(
     items: list[Any] = [calibration] if single else list(calibration)
     check(len(items) > 0, op, "calibration with at least one sample", "none", remedy)
     empty = any(isinstance(item, Tensor) and item.is_meta for item in items)
-    check(not empty, op, "calibration: tensors with data", "one on meta", remedy)
+    check(not empty, op, "tensors with data as calibration", "a meta tensor", remedy)
     if is_transformers(model):
         with torch.device("cpu"):  # whatever torch's default device is
             return _Transformers(model, batch_size, device, tokenizer, op).batches(items)

@@ -156,6 +156,10 @@ def check_weights(selection: Selection, options: Options, compress: bool) -> Non
     pairs = compress or options.quantize is not None
     _check_masks(selection.layers, options.masks, pairs, options.op)
     for layer in selection.active:
+        normal = not layer.weight.is_inference()
+        remedy = "Build or load the model outside of torch.inference_mode()."
+        got = "inference tensors"
+        check(normal, options.op, f"weights that can be changed, {layer.name}", got, remedy)
         if not bool(layer.weight.isfinite().all()):
             remedy = 'Repair the checkpoint, or pass on_error="skip".'
             may_skip = options.on_error == "skip"

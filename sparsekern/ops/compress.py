@@ -22,7 +22,6 @@ from sparsekern.utils.arguments import checked
 __all__ = ["compress", "decompress", "prune_compress", "verify"]
 
 
-@checked("sparsekern.compress")
 def compress(
     w: Tensor,
     mask: Tensor | None = None,
@@ -64,7 +63,6 @@ def compress(
     return _finished(op, fastest.compress(w, mask), layout, dtype)
 
 
-@checked("sparsekern.prune_compress")
 def prune_compress(
     w: Tensor,
     scores: Tensor | None = None,

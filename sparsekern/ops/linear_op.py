@@ -30,7 +30,7 @@ from sparsekern.backends import compress as fastest
 from sparsekern.backends import cpu, memory, registry
 from sparsekern.backends.protocol import Launch, Problem, problem_of
 from sparsekern.errors import message
-from sparsekern.formats import dtypes
+from sparsekern.formats import dtypes, sparse24
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.ops import transforms
@@ -57,6 +57,14 @@ _op_calls: Calls = {}  # those within the registered ops
 _KNOWN_CALLS = 4096  # when there are so many, they are forgotten
 registry.watch(_calls.clear)
 registry.watch(_op_calls.clear)
+
+
+def _functional_linear(input: Tensor, weight: Sparse24, bias: Tensor | None = None) -> Tensor:
+    """torch.nn.functional.linear of a 2:4 weight."""
+    return linear(input, weight, bias)
+
+
+sparse24.products[torch.nn.functional.linear] = _functional_linear
 
 
 # ---- checks --------------------------------------------------------------------------------------
