@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         expected = isinstance(error, (ValueError, OSError, ImportError, NotImplementedError))
+        expected |= isinstance(error, TypeError) and text.startswith("sparsekern.")
         print(
             f"error: {text}"
             if expected
