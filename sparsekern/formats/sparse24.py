@@ -171,6 +171,9 @@ class Sparse24:
         known = products.get(func)
         if known is not None:
             return known(*args, **(kwargs or {}))
+        if isinstance(func, torch._ops.HigherOrderOperator):  # of our own transforms
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", str(func))
         raise TypeError(message(_OP, _NO_DENSE, f"{name} of a 2:4 weight", _KEEP_DENSE))
 
