@@ -42,7 +42,11 @@ PARTIAL = 3  # exit code of a prune that left more than half of the weights dens
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    for word in words:
+        if word.startswith("--") and word.endswith("=--"):  # argparse makes a list of it
+            parser.error(f"argument {word[:-3]}: expected a value, got '--'")
+    args = parser.parse_args(words)
     try:
         code: int | None = args.run(args)
         return code or 0

@@ -211,6 +211,8 @@ class Masked:
                     mask = zeros_mask(weight, n, m)
                     found[name] = (module, "weight", grouped(mask, replace.is_conv1d(module)))
             remedy = "Call prune_model(..., compress=False) first, or pass masks=."
+            if any(isinstance(module, SparseLinear) for module in modules.values()):
+                remedy = "Call sparsekern.decompress_model(model) first: a SparseLinear is frozen."
             check(found, OP, f"a model with {n}:{m} sparse Linear layers", "none", remedy)
             return found
         check(masks, OP, "masks of at least one layer", "an empty dict")

@@ -322,8 +322,8 @@ class Sparse24:
         op, size = f"{_OP}.narrow", self.spec.shape
         check(type(dim) is int and dim in (0, 1), op, "dim 0 or 1", repr(dim))
         for name, value in (("start", start), ("length", length)):
-            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-            check(whole, op, f"{name}: a whole number", repr(value), exc=TypeError)
+            integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            check(integral, op, f"{name}: a whole number", repr(value), exc=TypeError)
         inside = 0 <= start and 0 <= length and start + length <= size[dim]
         check(inside, op, f"a range within 0..{size[dim]}", f"{start}..{start + length}")
         spec, whole = self.spec, self.rowmajor()

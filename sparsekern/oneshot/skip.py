@@ -153,6 +153,8 @@ class _Rules:
             return [*self.match(DEFAULT_RULE), *attention]
         if not isinstance(rule, str):
             return self._in_blocks(self._indices(rule), rule)
+        if not rule.strip():
+            self._fail(rule, "to name something", "empty text", "Leave it out.")
         hits = self._match_text(rule)
         if not hits:
             self._fail(rule, "to match a Linear layer", "no match", near(rule, names, self.modules))
