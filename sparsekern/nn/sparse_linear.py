@@ -32,7 +32,7 @@ from sparsekern.formats.sparse24 import Sparse24, for_pickle, from_pickle, verif
 from sparsekern.nn.replace import dense_weight, is_linear
 from sparsekern.ops import linear_op as ops
 from sparsekern.ops.compress import compress
-from sparsekern.utils.arguments import checked
+from sparsekern.utils.arguments import checked, shown
 
 _OP = "sparsekern.SparseLinear"
 _WEIGHT_KEYS = ("compressed", "bitmask", "shape")
@@ -313,7 +313,8 @@ class SparseLinear(nn.Module):
         dtype = fn(torch.empty(0, dtype=spec.dtype, device=self._tensor("values").device)).dtype
         if dtype not in dtypes.PLAIN:
             expected = f"a dtype in {dtypes.names()}"
-            remedy = "Call sparsekern.decompress_model(model), or to_linear(), first."
+            remedy = "Call sparsekern.decompress_model(model), or to_linear(), first. "
+            remedy += f"model.to({spec.dtype}) takes back modules before this one."
             raise TypeError(message(f"{_OP}.to", expected, str(dtype), remedy))
         if not layout_named(spec.layout).converts:
             self._hold(self.weight.rowmajor())  # what it holds is no numbers that fn could convert
@@ -480,7 +481,11 @@ class SparseLinear(nn.Module):
                 numbers = values.new_zeros(out_features, in_features // 2, dtype=self._spec.dtype)
                 metadata = Sparse24.from_bitmask(numbers, slots, size).metadata
                 spec = WeightSpec.of(size, storage, ROWMAJOR, self._spec.dtype, None, group)
-                stored = {name: found[name].detach() for name in kind.tensors if name in found}
+                stored = {name: found[name] for name in kind.tensors if name in found}
+                for name, tensor in stored.items():
+                    got = type(tensor).__name__
+                    require(isinstance(tensor, Tensor), f"{name!r} to be a Tensor", got)
+                    stored[name] = tensor.detach()
                 loaded = Sparse24.from_tensors(
                     spec, {"values": values, "metadata": metadata, **stored}
                 )
@@ -534,12 +539,13 @@ def _warn_overflow(name: str, old: Tensor, new: Tensor) -> None:
         )
 
 
-def _stored_as(
-    stored: Tensor | None, require: Callable[[bool, str, object], None]
-) -> tuple[str | None, int]:
+def _stored_as(stored: Any, require: Callable[[bool, str, object], None]) -> tuple[str | None, int]:
     """(name of a coded element type, columns of a group) of a state_dict; (None, 0) for others."""
     if stored is None:
         return None, 0
+    text = isinstance(stored, Tensor) and stored.dtype == torch.uint8 and stored.dim() == 1
+    require(text and stored.numel() < 100, f"{_STORAGE_KEY!r}, text as uint8", shown(stored))
+    require(not stored.is_meta, f"{_STORAGE_KEY!r} with data", "a meta tensor")
     name, _, group = bytes(stored.tolist()).decode("ascii", "replace").partition(" ")
     known = {kind.name for kind in dtypes.elements() if kind.storable and not kind.plain}
     require(name in known and group.isdecimal(), "an element type with a codec", repr(name))
