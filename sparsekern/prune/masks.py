@@ -77,7 +77,7 @@ def rank_mask(scores: Tensor, n: int) -> Tensor:
     return beaten >= m - n
 
 
-@checked("sparsekern.prune.nm_mask")
+@checked("sparsekern.prune.nm_mask", leave=("n", "m"))
 def nm_mask(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:
     """Keep the n highest scores of each aligned group of m columns.
 
@@ -96,7 +96,6 @@ def nm_mask(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:
     return _nm_mask("sparsekern.prune.nm_mask", "scores", scores, n, m)
 
 
-@checked("sparsekern.prune.magnitude_mask")
 def magnitude_mask(w: Tensor, n: int = 2, m: int = 4) -> Tensor:
     """Keep the n largest |w| of each aligned group of m columns.
 
@@ -119,7 +118,7 @@ def magnitude_mask(w: Tensor, n: int = 2, m: int = 4) -> Tensor:
     return _nm_mask(op, "w", (w.float() if w.element_size() == 1 else w).abs(), n, m)
 
 
-@checked("sparsekern.prune.wanda_mask")
+@checked("sparsekern.prune.wanda_mask", leave=("n", "m"))
 def wanda_mask(w: Tensor, act_norm: Tensor, n: int = 2, m: int = 4) -> Tensor:
     """Keep the n largest |w_ij| * ‖x_j‖₂ of each aligned group of m columns.
 

@@ -80,9 +80,11 @@ class _Argument:
             check(low <= value <= high, op, expected, shown(value), remedy)
 
 
-def checked(op: str, **spans: Range) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def checked(
+    op: str, *, leave: tuple[str, ...] = (), **spans: Range
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Check every call of a function: the arguments against its annotations, and numbers against
-    spans, name=(lowest, highest), both included.
+    spans, name=(lowest, highest), both included. `leave`: those that it checks itself.
 
     Raises, from the function: TypeError, another kind; ValueError, out of its span, or no device.
     """
@@ -98,7 +100,7 @@ def checked(op: str, **spans: Range) -> Callable[[Callable[P, R]], Callable[P, R
                     known.update(_arguments(function, spans))
                 for name, value in (*zip(order, args, strict=False), *kwargs.items()):
                     argument = known.get(name)
-                    if argument is not None:
+                    if argument is not None and name not in leave:
                         argument.check(op, value)
             return function(*args, **kwargs)
 
