@@ -2,6 +2,7 @@
 exported, verified; damage is named."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -251,3 +252,46 @@ def test_a_conversion_that_needs_the_numbers_is_said(caplog):
     assert experts_files._pieces(place, split) == {}
     assert f"{place.name} is stored under its name in memory" in caplog.text
     assert "needs floating point" in caplog.text
+
+
+@pytest.mark.parametrize("more", [{}, {"quantize": "int8"}, {"targets": ["*.0.down_proj"]}])
+def test_a_conversion_that_turns_the_tensor_of_all_experts(more, tmp_path):
+    """Qwen3-VL-MoE: files of before hold it [experts, in, out] under the name that it has in
+    memory; a compressed layer's rows are those of the experts in turn."""
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "Qwen3VLMoeForConditionalGeneration"):
+        pytest.skip("needs Qwen3-VL-MoE")
+    text = dict(
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=32,
+        pad_token_id=0,
+    )
+    vision = dict(
+        depth=1,
+        hidden_size=32,
+        intermediate_size=32,
+        num_heads=2,
+        out_hidden_size=32,
+        num_position_embeddings=16,
+        deepstack_visual_indexes=[0],
+    )
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    kind = transformers.Qwen3VLMoeForConditionalGeneration
+    model = kind(config).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # less than half, where only some are targets
+        sk.prune_model(model, "magnitude", progress=False, **more)
+    model.save_pretrained(tmp_path)
+    expected = sk.decompress_model(model).state_dict()
+    for load in (sk.from_pretrained, kind.from_pretrained):
+        found = sk.decompress_model(load(tmp_path)).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -473,6 +473,7 @@ def test_errors_are_one_line_and_exit_code_2(places, call, arguments, text):
         (["bench", "--shape", "8"], "expected OUTxIN such as 4096x14336, got '8'"),
         (["bench", "--shape", "8x8", "--tokens", "1,0"], "got '1,0'"),
         (["bench"], "required"),
+        (["prune", "x", "--out", "y", "--skip=--"], "argument --skip: expected a value, got '--'"),
         (["prune", "x", "--method", "obs", "--out", "y"], "invalid choice: 'obs'"),
         (["prune", "x", "--option", "damp", "--out", "y"], "expected NAME=VALUE"),
         ([], "required: COMMAND"),

@@ -85,7 +85,12 @@ def test_calibration_windows_follow_the_published_protocol():
 
 
 @pytest.mark.parametrize(
-    "arguments, text", [((0, 64), "got 0 and 64"), ((4, 1000), r"more than 1000 .*got \[1000\]")]
+    "arguments, text",
+    [
+        ((0, 64), "got 0 and 64"),
+        ((10**30, 64), r"<= \d+ tokens, got 10+ \* 64"),
+        ((4, 1000), r"more than 1000 .*got \[1000\]"),
+    ],
 )
 def test_calibration_windows_refuse(arguments, text):
     with pytest.raises(ValueError, match=text):

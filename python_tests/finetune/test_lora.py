@@ -86,6 +86,15 @@ def steps(model, count=3):
     return model.eval()
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_quantised_weights_are_not_merged_into(dtype):
+    w24 = sk.quantize(weight(16, 128), dtype)
+    with pytest.raises(TypeError, match=f"plain numbers, got {dtype}. Keep the adapter unmerged"):
+        lora.merge(w24, torch.randn(4, 128), torch.randn(16, 4))
+    plain = lora.merge(sk.dequantize(w24), torch.zeros(4, 128), torch.zeros(16, 4)).weight
+    assert torch.equal(plain.to_dense(), w24.to_dense())
+
+
 def test_plain_lora_trains_as_on_the_dense_weight_with_zeros():
     ours, theirs = adapted(False)
     from sparsekern.integrations.peft import SparseLora, weight_bytes

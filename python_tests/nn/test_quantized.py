@@ -146,3 +146,23 @@ def test_damaged_states(kind):
     other = sk.SparseLinear.from_sparse24(quantized("fp8"))
     with pytest.raises(FormatError, match=text):
         other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("storage", torch.tensor([105.5, 110.0])),
+        ("storage", torch.tensor([105, 300])),
+        ("storage", torch.zeros(3, 3, dtype=torch.uint8)),
+        ("storage", torch.zeros(10**4, dtype=torch.uint8)),
+        ("storage", torch.zeros(6, dtype=torch.uint8, device="meta")),
+        ("storage", "int8 0"),
+        ("weight_scale", None),
+        ("weight_scale", "x"),
+    ],
+)
+def test_what_is_no_tensor_of_a_state(key, value):
+    module = sk.SparseLinear.from_sparse24(quantized("int8"))
+    state = {**module.state_dict(), key: value}
+    with pytest.raises(FormatError, match=f"sparsekern.SparseLinear.*expected '{key}'"):
+        module.load_state_dict(state)

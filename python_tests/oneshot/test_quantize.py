@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 import sparsekern as sk
 from sparsekern.cli.main import build_parser, main
@@ -222,3 +223,25 @@ def test_a_given_hessian():
         hessians[name].add(torch.randn(4, 40, size))
     report = sk.prune_model(net, "sparsegpt", hessians=hessians, quantize="int4", progress=False)
     assert all(row.quantized.endswith("gptq") for row in report.layers)
+
+
+def test_layers_that_were_2_4_before_are_quantised_by_compress_model():
+    def pruned():
+        model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+        sk.prune_model(model, "magnitude", targets=["0", "1"], progress=False)
+        return model
+
+    model = pruned()
+    with pytest.warns(UserWarning, match="2 of them keep the numbers that they had .*compress_mo"):
+        report = sk.prune_model(model, "magnitude", quantize="int8", progress=False)
+    assert report.partial and [row.name for row in report.unquantized] == ["0", "1"]
+    assert [row.quantized for row in report.layers] == [None, None, "int8 rtn"]
+    kept = model[0].weight.mask()
+    report = sk.compress_model(model, skip=["1"], quantize="int8")
+    assert not report.partial and torch.equal(model[0].weight.mask(), kept)
+    assert [row.quantized for row in report.layers] == ["int8 rtn", None, "int8"]
+    with pytest.warns(UserWarning, match="2 layers keep the numbers that they had: no fp8"):
+        report = sk.compress_model(model, quantize="fp8")
+    assert [row.quantized for row in report.layers] == ["int8", "fp8 rtn", "int8"]
+    with pytest.raises(ValueError, match="expected quantize= with quantize_group"):
+        sk.compress_model(pruned(), quantize_group=64)

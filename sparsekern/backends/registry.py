@@ -121,6 +121,13 @@ def _own_layout(name: str) -> str | None:
     return getattr(_BACKENDS[name], "layout", None)
 
 
+def check_name(op: str, name: str | None) -> None:
+    """ValueError for a name that no backend has; None has no need of one."""
+    if name is not None and not (isinstance(name, str) and name in _BACKENDS):
+        names = ", ".join(map(repr, _BACKENDS))
+        raise ValueError(message(op, f"backend in {names}", repr(name), "Leave it None."))
+
+
 def choose(problem: Problem, name: str | None = None, op: str = "sparsekern.linear") -> Backend:
     """The backend that computes the problem: the best one, or the one that is asked for by name.
 
@@ -135,9 +142,7 @@ def choose(problem: Problem, name: str | None = None, op: str = "sparsekern.line
         got = "; ".join(refusals) or f"device {problem.device}"
         remedy = "Move x and the weight to the CPU, or use weight.rowmajor()."
         raise NotImplementedError(message(op, "a backend for this problem", got, remedy))
-    if name not in _BACKENDS:
-        names = ", ".join(map(repr, _BACKENDS))
-        raise ValueError(message(op, f"backend in {names}", repr(name), "Leave it None."))
+    check_name(op, name)
     why = _refusal(_BACKENDS[name], problem)
     if why is not None:
         expected = f"a problem that backend {name!r} can run"

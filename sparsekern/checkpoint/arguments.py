@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sparsekern.errors import FormatError, check, message
+from sparsekern.utils.arguments import usable_device
 from sparsekern.utils.safetensors_io import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_json
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
@@ -154,28 +155,9 @@ def parse_dtype(op: str, value: Any, config: Mapping[str, Any] | None = None) ->
     return value  # type: ignore[no-any-return]
 
 
-def parse_device(op: str, value: Any) -> torch.device:
+def parse_device(op: str, value: Any, name: str = "device") -> torch.device:
     """device argument: what torch.device takes, where this torch can put tensors."""
-    try:
-        device = value if isinstance(value, torch.device) else torch.device(value)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise (TypeError if not isinstance(value, (str, int)) else ValueError)(
-            message(op, "a device such as 'cpu' or 'cuda:0'", repr(value)[:80])
-        ) from error
-    check(
-        device.type != "cuda" or torch.cuda.is_available(),
-        op,
-        "a device that this torch has",
-        f"{str(device)!r}, without a usable CUDA GPU",
-        "Pass device='cpu'.",
-    )
-    check(
-        device.type != "cuda" or (device.index or 0) < torch.cuda.device_count(),
-        op,
-        f"a GPU among the {torch.cuda.device_count()} here",
-        str(device),
-    )
-    return device
+    return usable_device(op, value, name)
 
 
 def parse_size(op: str, value: Any) -> int:
@@ -233,14 +215,14 @@ def place(
         else:
             device_map = _inferred(op, model, device_map, max_memory)
     if not isinstance(device_map, Mapping):
-        single = parse_device(op, device_map)
+        single = parse_device(op, device_map, "device_map")
         return (lambda name: single), None
     known = {name for name, _ in model.named_modules()}
     where = {}
     for name, target in device_map.items():
         check(name in known, op, "device_map to name modules of the model", repr(name)[:80])
         check(target != "disk", op, "device_map without 'disk'", "disk", "Use the CPU.")
-        where[name] = parse_device(op, target)
+        where[name] = parse_device(op, target, "device_map")
 
     def device_of(name: str) -> torch.device:
         while name not in where and name:

@@ -46,6 +46,7 @@ class Conversion(Protocol):
     """What of a names.Conversion is used here."""
 
     sources: list[tuple[str, str]]
+    converter: Any
 
     def run(self, model: nn.Module, read: Callable[[str], Tensor]) -> dict[str, Tensor]: ...
 
@@ -153,10 +154,18 @@ def stacked_parts(place: Place, layer: str, stored: int) -> dict[int, list[Part]
     return {i: [Part(layer, i * rows, (i + 1) * rows, True)] for i in range(place.shape[0])}
 
 
-def dense_parts(place: Place, name: str) -> dict[int, list[Part]]:
-    """A dense tensor of all experts."""
-    turned = place.transposed
+def dense_parts(place: Place, name: str, turned: bool = False) -> dict[int, list[Part]]:
+    """A dense tensor of all experts; `turned`: its matrices are the other way round in memory."""
+    turned = place.transposed != turned
     return {i: [Part(name, 0, place.rows, False, i, turned)] for i in range(place.shape[0])}
+
+
+def _turns(model: nn.Module, place: Place, conversion: Conversion, shape: tuple[int, ...]) -> bool:
+    """Whether Transformers turns the matrices of a tensor of all experts round when it loads it."""
+    if any(getattr(op, "check_dims", False) for op in conversion.converter.operations):
+        return shape != place.shape
+    made = conversion.run(model, lambda _: torch.zeros(shape[0], 2, 3, device="cpu"))[place.name]
+    return tuple(made.shape[1:]) == (3, 2)
 
 
 def own_place(name: str, known: Mapping[str, Place]) -> tuple[Place, int] | None:
@@ -184,6 +193,8 @@ def converted_parts(
     names = [name for _, name in conversion.sources]
     what = f"{OP}: tensors {listed(names)}"
     number = {name: i for i, name in enumerate(names)}
+    if len(names) == 1 and names[0] not in layers and len(info[names[0]].shape) == 3:
+        return dense_parts(place, names[0], _turns(model, place, conversion, info[names[0]].shape))
 
     def read(name: str) -> Tensor:
         shape = sizes[layers[name]] if name in layers else info[name].shape
@@ -234,7 +245,9 @@ def check_columns(
             stored = values_name(files, part.name) if part.compressed else part.name
             shape = layers[part.name] if part.compressed else files.info[stored].shape
             if part.index is not None:
-                fits = tuple(shape) == place.shape
+                sizes = place.shape[1:]
+                sizes = sizes if part.transposed == place.transposed else sizes[::-1]
+                fits = tuple(shape) == (place.shape[0], *sizes)
             else:
                 fits = len(shape) == 2 and shape[1] == place.columns
             require(

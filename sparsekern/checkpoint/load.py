@@ -47,6 +47,7 @@ from sparsekern.formats.disk import (
 )
 from sparsekern.nn.sparse_experts import fuse_experts, unfuse_experts
 from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
+from sparsekern.utils.arguments import checked
 from sparsekern.utils.safetensors_io import (
     CONFIG_FILE,
     OP,
@@ -98,6 +99,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
 M = TypeVar("M", bound=nn.Module)
 
 
+@checked(LOAD_OP)
 def from_pretrained(
     directory: str | os.PathLike[str],
     device: Any = "cpu",
@@ -216,6 +218,7 @@ def _generation_config(folder: Path) -> Any:
         ) from error
 
 
+@checked("sparsekern.load_into")
 def load_into(
     model: M,
     directory: str | os.PathLike[str],

@@ -151,8 +151,11 @@ def match_names(
                 group.sources.append((pattern, name))
                 continue
             if target not in found.known and target not in tree:
-                bare = rename(layer)
-                target = bare[0] if bare[1] is None and bare[0] in found.known else target
+                # A converter that turns the one tensor of all experts does not concern its layer,
+                # whose rows are those of the experts in turn.
+                bare, turned, _ = rename(layer)
+                single = turned is None or len(turned.source_patterns) == 1
+                target = bare if single and bare in found.known else target
             if target in found.known:
                 place = found.known[target]
                 found.experts.add(place, stacked_parts(place, layer, layers[layer][0]))

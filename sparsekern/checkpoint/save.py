@@ -43,6 +43,7 @@ from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.replace import is_conv1d
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.utils.arguments import checked
 from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, listed
 from sparsekern.utils.staging import Group, StagedFolder, check_writable, write_shards, writing
 
@@ -64,6 +65,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
 }
 
 
+@checked(SAVE_OP)
 def save_pretrained(
     model: nn.Module,
     directory: str | os.PathLike[str],

@@ -35,7 +35,11 @@ from sparsekern.oneshot.ranks import RankError
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    for word in words:
+        if word.startswith("--") and word.endswith("=--"):  # argparse makes a list of it
+            parser.error(f"argument {word[:-3]}: expected a value, got '--'")
+    args = parser.parse_args(words)
     try:
         code: int | None = args.run(args)
         return code or 0
@@ -47,13 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         kinds = (ValueError, OSError, ImportError, NotImplementedError, RankError)
+        known = isinstance(error, kinds)
+        known |= isinstance(error, TypeError) and text.startswith("sparsekern.")
         rank = os.environ.get("RANK", "0")
         if rank != "0" and isinstance(error, RankError):
             return 2  # rank 0 says it
         who = "error" if rank == "0" else f"error (rank {rank})"
         print(
             f"{who}: {text}"
-            if isinstance(error, kinds)
+            if known
             else f"{who}: {type(error).__name__}: {text} (--debug shows where)",
             file=sys.stderr,
         )

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from sparsekern.errors import check
 from sparsekern.eval import texts
+from sparsekern.utils.arguments import SEEDS, checked, shown
 
 OP = "sparsekern.calibration_mix"
 SKETCH = 1024  # most frequent tokens that a report keeps, for `distance`
@@ -114,6 +115,7 @@ def is_mix(spec: str) -> bool:
     return not Path(spec).is_file() and ("," in spec or "=" in spec) or spec.endswith(ends)
 
 
+@checked(OP, tokens=(1, 10**12), window=(1, 10**9), seed=SEEDS)
 def calibration_mix(
     spec: str | Mapping[str, float] | Iterable[Any],
     tokenizer: Any,
@@ -143,6 +145,13 @@ def calibration_mix(
     """
     positive = tokens > 0 and window > 0
     check(positive, OP, "positive tokens and window", f"{tokens} and {window}")
+    check(
+        callable(tokenizer),
+        OP,
+        "tokenizer: a function text -> ids",
+        shown(tokenizer),
+        exc=TypeError,
+    )
     end = getattr(tokenizer, "eos_token_id", None)
     joint = [end] if isinstance(end, int) else []
     rows: list[Tensor] = []

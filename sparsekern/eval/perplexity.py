@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import check
 from sparsekern.oneshot.discovery import input_embedding
+from sparsekern.utils.arguments import checked
 
 OP = "sparsekern.perplexity"
 # Logits converted to float32 at once: tokens x vocabulary stays near 256 MB for a vocabulary of 50
@@ -18,6 +19,7 @@ OP = "sparsekern.perplexity"
 TOKENS_PER_CHUNK = 1024
 
 
+@checked("sparsekern.perplexity", window=(2, 2**62), batch_size=(1, 2**62))
 def perplexity(
     model: nn.Module,
     token_ids: Tensor | Sequence[int] | Sequence[Sequence[int]],

@@ -23,7 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparsekern.errors import FormatError, check
+from sparsekern.errors import FormatError, check, message
 from sparsekern.nn.replace import dense_weight, write_weight
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot import fingerprint
@@ -36,6 +36,7 @@ from sparsekern.oneshot.prune_model import prune_model
 from sparsekern.oneshot.selection import select
 from sparsekern.oneshot.skip import DEFAULT_RULE
 from sparsekern.prune.methods import find_method
+from sparsekern.utils.arguments import checked, shown
 from sparsekern.utils.files import write_atomic
 
 OP = "sparsekern.sensitivity"
@@ -211,6 +212,7 @@ class SensitivityReport:
         figure.savefig(os.fspath(path))
 
 
+@checked(OP, window=(2, 10**9), windows=(1, 10**9))
 @torch.no_grad()
 def sensitivity(
     model: nn.Module,
@@ -259,7 +261,13 @@ def sensitivity(
     check(by in UNITS, OP, f"by in {UNITS}", repr(by))
     check(mode in MODES, OP, f"mode in {MODES}", repr(mode))
     model = models.unwrapped(model)
-    ids = torch.as_tensor(text).reshape(-1)
+    try:
+        ids = torch.as_tensor(text).reshape(-1)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        expected = "text: token ids, a tensor or a list of whole numbers"
+        raise TypeError(message(OP, expected, shown(text), "Call the tokenizer.")) from error
+    for count in time_tokens or ():
+        check(type(count) is int and count > 0, OP, "time_tokens > 0, whole numbers", repr(count))
     check(window > 1 and windows > 0, OP, "window > 1 and windows > 0", f"{window}, {windows}")
     check(ids.numel() >= window, OP, f"a text of {window} tokens", ids.numel())
     rows = ids[: ids.numel() // window * window].view(-1, window)[:windows]

@@ -96,6 +96,10 @@ def tokenize(tokenizer, text):
     return torch.tensor(ids, dtype=torch.int64)
 
 
+# Of a calibration: 32 GiB of ids.
+MOST_TOKENS = 2**32
+
+
 def calibration_windows(token_ids, samples=128, window=2048, seed=0):
     """Windows at random starts: rows token_ids[s : s + window], s from randint(0, tokens - window).
 
@@ -110,6 +114,8 @@ def calibration_windows(token_ids, samples=128, window=2048, seed=0):
     """
     op = "sparsekern.calibration_windows"
     check(samples > 0 and window > 0, op, "positive samples and window", f"{samples} and {window}")
+    few = samples * window <= MOST_TOKENS
+    check(few, op, f"samples * window <= {MOST_TOKENS} tokens", f"{samples} * {window}")
     check(
         token_ids.dim() == 1 and token_ids.numel() > window,
         op,

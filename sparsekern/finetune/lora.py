@@ -38,6 +38,13 @@ class Merge:
     loss: float
 
 
+def check_mergeable(op: str, w24: Sparse24) -> None:
+    """TypeError for a weight whose numbers are levels and scales: a sum would need new ones."""
+    remedy = "Keep the adapter unmerged, or set layer.weight = sparsekern.dequantize(layer.weight)."
+    expected = "a weight of plain numbers"
+    check(w24.spec.element.plain, op, expected, w24.spec.storage, remedy, TypeError)
+
+
 @torch.no_grad()
 def merge(w24: Sparse24, a: Tensor, b: Tensor, scale: float = 1.0) -> Merge:
     """W + (s·B·A)∘M in the form of W: values at the slots that it stores.
@@ -48,8 +55,10 @@ def merge(w24: Sparse24, a: Tensor, b: Tensor, scale: float = 1.0) -> Merge:
         Merge. Products are summed in float32, added to W in float32 and rounded once.
     Raises:
         ValueError: shapes that do not fit; a result that is not finite.
+        TypeError: a quantised weight.
     """
     op = f"{OP}.merge"
+    check_mergeable(op, w24)
     _check_shapes(op, w24.shape, a, b)
     old = w24.rowmajor()
     values = torch.empty_like(old.values)

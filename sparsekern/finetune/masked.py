@@ -45,6 +45,7 @@ from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot import discovery
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.prune.pattern import Pattern
+from sparsekern.utils.arguments import checked
 
 OP = "sparsekern.finetune.Masked"
 VERSION = 1
@@ -150,6 +151,7 @@ class Masked:
         its masks alike.
     """
 
+    @checked("sparsekern.finetune.Masked")
     def __init__(
         self,
         model: nn.Module,
@@ -222,6 +224,8 @@ class Masked:
                     mask = zeros_mask(weight, *pattern, pattern.unit)
                     found[name] = (module, "weight", grouped(mask, replace.is_conv1d(module)))
             remedy = "Call prune_model(..., compress=False) first, or pass masks=."
+            if any(isinstance(module, SparseLinear) for module in modules.values()):
+                remedy = "Call sparsekern.decompress_model(model) first: a SparseLinear is frozen."
             check(found, OP, f"a model with {pattern} sparse Linear layers", "none", remedy)
             return found
         check(masks, OP, "masks of at least one layer", "an empty dict")

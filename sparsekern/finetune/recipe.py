@@ -13,6 +13,7 @@ from sparsekern.errors import check
 from sparsekern.finetune.masked import Masked
 from sparsekern.finetune.metrics import finite
 from sparsekern.formats import dtypes
+from sparsekern.utils.arguments import SEEDS, check_fields
 
 OP = "sparsekern.finetune.distill"
 # name -> dtype of autocast; float32 needs none
@@ -70,6 +71,9 @@ class Recipe:
     save_every: int = 0
 
     def __post_init__(self) -> None:
+        whole, positive = (1, 2**63), (0, math.inf)
+        check_fields(OP, self, steps=whole, batch=whole, micro_batch=whole, seed=SEEDS)
+        check_fields(OP, self, lr=(0, 10**3), clip=positive, weight_decay=positive, eps=(0, 1))
         check(self.steps is None or self.steps >= 1, OP, "steps >= 1", self.steps)
         check(self.minutes is None or self.minutes > 0, OP, "minutes > 0", self.minutes)
         both = self.steps is not None and self.minutes is not None

@@ -26,6 +26,7 @@ from torch import Tensor
 from sparsekern.errors import check
 from sparsekern.prune.masks import nm_mask
 from sparsekern.prune.pattern import Pattern
+from sparsekern.utils.arguments import checked, shown
 
 OP = "sparsekern.finetune.schedule"
 
@@ -211,6 +212,7 @@ def grouped(weight: Tensor, transposed: bool) -> Tensor:
     return weight.t() if transposed else weight
 
 
+@checked("sparsekern.finetune.zeros_mask", n=(0, 2**20), m=(1, 2**20))
 def zeros_mask(weight: Tensor, n: int = 2, m: int = 4, unit: int = 1) -> Tensor:
     """The mask that a pruned weight implies: its non-zeros, filled up to n per group.
 
@@ -224,6 +226,9 @@ def zeros_mask(weight: Tensor, n: int = 2, m: int = 4, unit: int = 1) -> Tensor:
     """
     op = "sparsekern.finetune.zeros_mask"
     pattern = Pattern(n, m, unit, op=op)
+    columns = weight.shape[-1] if weight.dim() == 2 else 0
+    fits = columns % m == 0 and weight.dim() == 2 and not weight.is_meta
+    check(fits, op, f"weight [rows, a multiple of {m}] with data", shown(weight))
     nonzero = weight.detach() != 0
     counts = pattern.counts(nonzero)
     most = int(counts.max()) if counts.numel() else 0

@@ -37,6 +37,7 @@ from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.ops.compress import compress
 from sparsekern.ops.linear_op import autocast, linear
 from sparsekern.profiling.timer import StopRule, compare
+from sparsekern.utils.arguments import checked
 
 OP = "sparsekern.finetune.SparseTrainingLinear"
 DIRECTIONS = ("forward", "backward")
@@ -91,6 +92,7 @@ class SparseTrainingLinear(nn.Module):
     metadata: Tensor
     bias: nn.Parameter | None
 
+    @checked("sparsekern.finetune.SparseTrainingLinear")
     def __init__(
         self,
         weight: Tensor,
@@ -402,6 +404,7 @@ class _Product(torch.autograd.Function):
 # ---------------------------------------------------------------------- whole models
 
 
+@checked("sparsekern.finetune.sparse_training")
 def sparse_training(
     model: nn.Module, masks: Mapping[str, Tensor] | None = None, **options: Any
 ) -> list[str]:
@@ -441,6 +444,7 @@ def sparse_training(
     return names
 
 
+@checked("sparsekern.finetune.finish_training")
 def finish_training(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     """Replace every SparseTrainingLinear by a SparseLinear of its weight, in place; their names."""
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, SparseTrainingLinear)]

@@ -19,6 +19,7 @@ from torch import Tensor
 from sparsekern.backends import triton as triton_kernels
 from sparsekern.errors import check
 from sparsekern.prune.masks import check_no_nan
+from sparsekern.utils.arguments import checked
 
 OP = "sparsekern.finetune.transposable_mask"
 PATTERNS = 90
@@ -47,6 +48,7 @@ def pattern_bits() -> Tensor:
     return (transposable_patterns().view(PATTERNS, 16) * weights).sum(1, dtype=torch.int32)
 
 
+@checked("sparsekern.finetune.transposable_mask")
 def transposable_mask(scores: Tensor, method: str = "best") -> Tensor:
     """The mask of largest total score with 2 kept in each row and column of every 4 x 4 tile.
 

@@ -285,6 +285,8 @@ def checked_scores(scores: Tensor, op: str, w: Tensor | None = None) -> Tensor:
 
 
 def _check_companion(tensor: Tensor, w: Tensor, op: str, name: str) -> None:
+    got = type(tensor).__name__
+    check(isinstance(tensor, Tensor), op, f"{name} as a Tensor", got, exc=TypeError)
     check(
         tensor.shape == w.shape,
         op,

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sparsekern.errors import check, message
 from sparsekern.formats.scaled import ScaledCodec
+from sparsekern.utils.arguments import checked
 
 _OP = "sparsekern.register_dtype"
 
@@ -191,14 +192,14 @@ def scaled_codec(name: str) -> ScaledCodec:
     return codec
 
 
-def quantized(op: str, name: object) -> ElementType:
-    """The row that users call "fp8", "int8" or "int4" (or by its own name).
+def quantized(op: str, name: object, argument: str = "dtype") -> ElementType:
+    """The row that users call "fp8", "int8" or "int4" (or by its own name) in an argument.
 
     Raises:
         ValueError: none of them.
     """
     found = _TABLE.get(ALIASES.get(name, name)) if isinstance(name, str) else None
-    expected = f"one of {', '.join(map(repr, QUANTIZED))}"
+    expected = f"{argument}: one of {', '.join(map(repr, QUANTIZED))}"
     if found is None or not found.scaled:
         raise ValueError(message(op, expected, repr(name)))
     return found
@@ -214,6 +215,7 @@ def native_names(separator: str = " or ") -> str:
     return separator.join(PLAIN[dtype].name for dtype in NATIVE)
 
 
+@checked("sparsekern.register_dtype")
 def register_dtype(new: ElementType) -> ElementType:
     """Add a coded element type to the table, or give a declared one its codec.
 

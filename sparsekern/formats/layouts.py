@@ -13,6 +13,7 @@ Row-major is what every other layout is packed from and unpacked to.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +25,7 @@ from torch import Tensor
 from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import dtypes, scaled
 from sparsekern.formats.dtypes import ElementType
+from sparsekern.utils.arguments import checked
 
 Tensors = dict[str, Tensor]
 ROWMAJOR = "rowmajor"
@@ -145,9 +147,12 @@ def _parse(text: str) -> WeightSpec:
 
 def checked_shape(op: str, shape: Sequence[int]) -> torch.Size:
     """(out_features, in_features) of a 2:4 weight, or FormatError."""
-    size = torch.Size(int(extent) for extent in shape)
-    fits = len(size) == 2 and min(size) >= 0 and size[1] % 4 == 0
     expected = "shape (out_features, in_features) with in_features % 4 == 0"
+    try:
+        size = torch.Size(operator.index(extent) for extent in shape)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise FormatError(message(op, expected, repr(shape)[:60])) from error
+    fits = len(size) == 2 and min(size) >= 0 and size[1] % 4 == 0
     check(fits, op, expected, list(size), exc=FormatError)
     return size
 
@@ -196,6 +201,7 @@ class Layout:
 _LAYOUTS: dict[str, Layout] = {}
 
 
+@checked("sparsekern.register_layout")
 def register_layout(new: Layout) -> Layout:
     """Add a layout, from inside or outside the package; every `layout=` takes its name then.
 

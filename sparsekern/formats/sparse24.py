@@ -26,7 +26,8 @@ Source: PTX ISA, "Sparse matrix storage"; Mishra et al. 2021 (arXiv:2104.08378) 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -36,6 +37,7 @@ from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import codec, dtypes, layouts, scaled
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec, check_tensor_shape, checked_shape
 from sparsekern.formats.scaled import ScaledCodec
+from sparsekern.utils.arguments import checked
 
 _OP = "sparsekern.Sparse24"
 _STATE_VERSION = 2  # of pickles; those without a version are of the first one
@@ -49,6 +51,12 @@ _NIBBLE_OF_BITMASK = tuple(
     _BITMASK_OF_NIBBLE.index(bits) if bits and bits in _BITMASK_OF_NIBBLE else 0
     for bits in range(16)
 )
+
+
+# What torch functions on a Sparse24 are; the ops enter theirs.
+products: dict[Any, Callable[..., Any]] = {}
+_NO_DENSE = "calls of the layer, sparsekern.linear or torch.nn.functional.linear"
+_KEEP_DENSE = "Use weight.to_dense(), or name the layer in skip= so that it stays dense."
 
 
 class _Twin(NamedTuple):
@@ -113,6 +121,9 @@ class Sparse24:
         return w24
 
     def _set(self, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> None:
+        _check(isinstance(spec, WeightSpec), _OP, "a WeightSpec as spec", type(spec).__name__)
+        given = type(tensors).__name__
+        _check(isinstance(tensors, Mapping), _OP, "a dict of tensors", given)
         layout, kind = layouts.layout(spec.layout, _OP), spec.element
         stored = f"an element type with a codec ({spec.storage})"
         _check(kind.storable, _OP, stored, "none", "Register one with sparsekern.register_dtype.")
@@ -148,6 +159,28 @@ class Sparse24:
         """
         metadata = metadata_of_bitmask(bitmask, shape, "sparsekern.Sparse24.from_bitmask")
         return cls(values, metadata, shape)
+
+    # ------------------------------------------------------------------ in code for dense weights
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """For modules that use the weight of a layer below them: F.linear is sparsekern.linear;
+        everything else wants a dense weight, and says so."""
+        known = products.get(func)
+        if known is not None:
+            return known(*args, **(kwargs or {}))
+        if isinstance(func, torch._ops.HigherOrderOperator):  # of our own transforms
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", str(func))
+        raise TypeError(message(_OP, _NO_DENSE, f"{name} of a 2:4 weight", _KEEP_DENSE))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not hasattr(Tensor, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise AttributeError(message(_OP, _NO_DENSE, f".{name} of a 2:4 weight", _KEEP_DENSE))
 
     # ------------------------------------------------------------------ what it is
 
@@ -287,7 +320,10 @@ class Sparse24:
             ValueError: a range outside of the weight, or columns that cannot be cut there.
         """
         op, size = f"{_OP}.narrow", self.spec.shape
-        check(dim in (0, 1), op, "dim 0 or 1", dim)
+        check(type(dim) is int and dim in (0, 1), op, "dim 0 or 1", repr(dim))
+        for name, value in (("start", start), ("length", length)):
+            integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            check(integral, op, f"{name}: a whole number", repr(value), exc=TypeError)
         inside = 0 <= start and 0 <= length and start + length <= size[dim]
         check(inside, op, f"a range within 0..{size[dim]}", f"{start}..{start + length}")
         spec, whole = self.spec, self.rowmajor()
@@ -380,6 +416,9 @@ class Sparse24:
         """
         w24 = self.rowmajor()
         dtype = self.spec.dtype if dtype is None else dtype
+        known = f"a dtype in {dtypes.names()}"
+        plain = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        check(plain, f"{_OP}.numbers", known, repr(dtype), exc=TypeError)
         coder = self.spec.element.codec
         if coder is None:
             return w24.values.to(dtype)
@@ -543,6 +582,7 @@ def decompress(w24: Sparse24) -> Tensor:
     return codec.decompress_dense(w24.numbers(), w24.metadata, w24.in_features)
 
 
+@checked("sparsekern.verify")
 def verify(w24: Sparse24) -> None:
     """Check the contents: six valid nibbles, 0x4 in the padding, finite values and good scales.
 

@@ -171,6 +171,8 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None, quiet: bool 
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, SparseLora)]
     remedy = "Call accept(config) before get_peft_model."
     check(layers, f"{OP}.merge", "LoRA layers on SparseLinear", "none", remedy)
+    for _, layer in layers:  # all of them, before the first one changes
+        lora.check_mergeable(f"{OP}.merge", layer.get_base_layer().weight)
     losses: dict[str, float] = {}
     for name, layer in layers:
         layer.merge(adapter_names=adapter_names)

@@ -36,6 +36,7 @@ from sparsekern.formats.tile64 import LAYOUT as TILE64
 from sparsekern.formats.tile64 import PANELS, TILE
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.ops import linear_op as ops
+from sparsekern.utils.arguments import checked
 
 _OP = "sparsekern.optimize"
 # Names of sibling layers that read one x in the models of Transformers, each in the order in which
@@ -148,6 +149,7 @@ class OptimizeReport:
         return text + "".join(f"\n  not joined: {reason}" for reason in reasons)
 
 
+@checked("sparsekern.optimize")
 def optimize(model: nn.Module) -> OptimizeReport:
     """Join the layers of a model that read the same x (q, k, v; gate, up) into one launch each.
 

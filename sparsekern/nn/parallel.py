@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sparsekern.errors import check, message
 from sparsekern.nn.optimize import JoinedLinear, PassesOn
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.utils.arguments import checked
 
 _OP = "sparsekern.tensor_parallel"
 COLWISE, ROWWISE = "colwise", "rowwise"
@@ -87,6 +88,7 @@ class RowwiseLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+@checked("sparsekern.tensor_parallel")
 def tensor_parallel(
     model: nn.Module, mesh: Any = None, plan: Mapping[str, str] | None = None
 ) -> nn.Module:

@@ -7,10 +7,15 @@ out_features]; every weight that enters or leaves these functions is [out_featur
 
 from __future__ import annotations
 
+import re
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+_HOOK_NAMES = r"_(forward|backward)_(pre_)?hooks\w*|_is_full_backward_hook"
+_HOOKS = frozenset(name for name in nn.Module().__dict__ if re.fullmatch(_HOOK_NAMES, name))
+_OWN = frozenset({*nn.Module().__dict__, "forward", "nf", "nx"})
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -40,9 +45,19 @@ def write_weight(module: nn.Module, weight: Tensor) -> None:
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` at every place of the tree where `old` stands (a module may be registered under
-    several names)."""
+    several names). It gets the forward and backward hooks of `old`, whose handles still remove
+    them, and, as a layer, the attributes that somebody has set on `old`."""
     new.train(old.training)
+    for name in _HOOKS & old.__dict__.keys():
+        new.__dict__[name] = old.__dict__[name]
+    if "in_features" in new.__dict__:
+        for key, value in old.__dict__.items():
+            if not key.startswith("_") and key not in _OWN and not hasattr(new, key):
+                new.__dict__[key] = value
     for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):
             if child is old:
                 setattr(parent, key, new)
+                if key == "_orig_mod" and hasattr(parent, "dynamo_ctx"):
+                    # What torch.compile made of the layer holds it: bind it anew.
+                    parent.__setstate__(parent.__getstate__())

@@ -35,6 +35,7 @@ from torch.nn import functional
 from sparsekern.errors import check, message
 from sparsekern.nn.replace import replace_module
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.utils.arguments import checked
 
 _OP = "sparsekern.SparseExperts"
 _PLAIN = frozenset(nn.Module().__dict__)
@@ -233,6 +234,7 @@ class SparseExperts(nn.Module):
         recipe: as given.      kind: class of the original.
     """
 
+    @checked(_OP)
     def __init__(self, original: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.recipe, self.kind = recipe, type(original)
@@ -503,7 +505,8 @@ def find_experts(model: nn.Module) -> dict[str, Recipe]:
     found: dict[str, Recipe] = {}
     known: dict[Any, Recipe | None] = {}
     for name, module in model.named_modules():
-        if not name or isinstance(module, SparseExperts) or not _candidates(module):
+        other = isinstance(module, (SparseExperts, torch.jit.ScriptModule))
+        if not name or other or not _candidates(module):
             continue
         shapes = tuple((k, tuple(p.shape)) for k, p in module._parameters.items() if p is not None)
         key = (type(module), shapes)

@@ -32,10 +32,12 @@ from sparsekern.formats.sparse24 import Sparse24, for_pickle, from_pickle, verif
 from sparsekern.nn.replace import dense_weight, is_linear
 from sparsekern.ops import linear_op as ops
 from sparsekern.ops.compress import compress
+from sparsekern.utils.arguments import checked, shown
 
 _OP = "sparsekern.SparseLinear"
 _WEIGHT_KEYS = ("compressed", "bitmask", "shape")
 _STORAGE_KEY = "storage"
+_MOST = 2**40  # features, far above any and within what torch can say
 _DAMAGED = "The file is damaged or of another model."
 # `packed=` of earlier versions, in layouts.
 _LAYOUT_OF_PACKED = {None: None, True: "tile64", False: ROWMAJOR, "cusparselt": "cusparselt"}
@@ -74,6 +76,7 @@ class SparseLinear(nn.Module):
     bias: nn.Parameter | None
     _version = 2  # of state_dicts; the first one had no coded types
 
+    @checked(_OP)
     def __init__(
         self,
         in_features: int,
@@ -87,7 +90,8 @@ class SparseLinear(nn.Module):
     ) -> None:
         super().__init__()
         dtype = dtype or torch.get_default_dtype()
-        if in_features < 0 or out_features < 0 or in_features % 4 != 0:
+        known = 0 <= in_features <= _MOST and 0 <= out_features <= _MOST
+        if not known or in_features % 4 != 0:
             expected = "out_features >= 0 and in_features >= 0, a multiple of 4"
             got = f"in_features {in_features}, out_features {out_features}"
             raise ValueError(message(_OP, expected, got, "Keep this layer dense."))
@@ -270,8 +274,8 @@ class SparseLinear(nn.Module):
         view.keeps_twin = False
         return view
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features]; see sparsekern.linear."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., in_features] -> [..., out_features]; see sparsekern.linear."""
         view, buffers, parameters = self._view, self._buffers, self._parameters
         tensors = view.tensors
         if (
@@ -282,11 +286,11 @@ class SparseLinear(nn.Module):
         # self.bias would first search the wrong places, in 0.5 µs.
         bias = parameters["bias"] if "bias" in parameters else self.bias
         try:
-            return ops.linear(x, view, bias)
+            return ops.linear(input, view, bias)
         except TypeError:
-            if type(x).__name__ != "Proxy" or not hasattr(x, "tracer"):
+            if type(input).__name__ != "Proxy" or not hasattr(input, "tracer"):
                 raise
-            leaf: Tensor = self._as_leaf(x)
+            leaf: Tensor = self._as_leaf(input)
             return leaf
 
     def _as_leaf(self, x: Any) -> Any:
@@ -309,7 +313,8 @@ class SparseLinear(nn.Module):
         dtype = fn(torch.empty(0, dtype=spec.dtype, device=self._tensor("values").device)).dtype
         if dtype not in dtypes.PLAIN:
             expected = f"a dtype in {dtypes.names()}"
-            remedy = "Call sparsekern.decompress_model(model), or to_linear(), first."
+            remedy = "Call sparsekern.decompress_model(model), or to_linear(), first. "
+            remedy += f"model.to({spec.dtype}) takes back modules before this one."
             raise TypeError(message(f"{_OP}.to", expected, str(dtype), remedy))
         if not layout_named(spec.layout).converts:
             self._hold(self.weight.rowmajor())  # what it holds is no numbers that fn could convert
@@ -476,7 +481,11 @@ class SparseLinear(nn.Module):
                 numbers = values.new_zeros(out_features, in_features // 2, dtype=self._spec.dtype)
                 metadata = Sparse24.from_bitmask(numbers, slots, size).metadata
                 spec = WeightSpec.of(size, storage, ROWMAJOR, self._spec.dtype, None, group)
-                stored = {name: found[name].detach() for name in kind.tensors if name in found}
+                stored = {name: found[name] for name in kind.tensors if name in found}
+                for name, tensor in stored.items():
+                    got = type(tensor).__name__
+                    require(isinstance(tensor, Tensor), f"{name!r} to be a Tensor", got)
+                    stored[name] = tensor.detach()
                 loaded = Sparse24.from_tensors(
                     spec, {"values": values, "metadata": metadata, **stored}
                 )
@@ -530,12 +539,13 @@ def _warn_overflow(name: str, old: Tensor, new: Tensor) -> None:
         )
 
 
-def _stored_as(
-    stored: Tensor | None, require: Callable[[bool, str, object], None]
-) -> tuple[str | None, int]:
+def _stored_as(stored: Any, require: Callable[[bool, str, object], None]) -> tuple[str | None, int]:
     """(name of a coded element type, columns of a group) of a state_dict; (None, 0) for others."""
     if stored is None:
         return None, 0
+    text = isinstance(stored, Tensor) and stored.dtype == torch.uint8 and stored.dim() == 1
+    require(text and stored.numel() < 100, f"{_STORAGE_KEY!r}, text as uint8", shown(stored))
+    require(not stored.is_meta, f"{_STORAGE_KEY!r} with data", "a meta tensor")
     name, _, group = bytes(stored.tolist()).decode("ascii", "replace").partition(" ")
     known = {kind.name for kind in dtypes.elements() if kind.storable and not kind.plain}
     require(name in known and group.isdecimal(), "an element type with a codec", repr(name))
@@ -545,7 +555,7 @@ def _stored_as(
 def _wanted_layout(layout: str | None, packed: bool | str | None) -> str | None:
     """What `layout` and `packed` of earlier versions ask for together."""
     if packed is not None:
-        known = packed is True or packed is False or packed in _LAYOUT_OF_PACKED
+        known = isinstance(packed, (bool, str)) and packed in _LAYOUT_OF_PACKED
         if not known or isinstance(packed, int) and not isinstance(packed, bool):
             expected = "packed in None, True, False, 'cusparselt'"
             raise ValueError(message(_OP, expected, repr(packed), "Use layout= instead."))
@@ -566,6 +576,7 @@ def _check_weight(w24: object) -> None:
 
 
 def _bias_parameter(bias: Tensor, w24: Sparse24) -> nn.Parameter:
+    ops.check_bias_type(_OP, bias)
     if tuple(bias.shape) != (w24.shape[0],):
         expected = f"bias of shape [{w24.shape[0]}]"
         raise ValueError(message(_OP, expected, str(list(bias.shape)), "Reshape the bias."))

@@ -86,7 +86,7 @@ def make_batches(
         TypeError: ids that are not integers.
     """
     remedy = "Leave it out for the default."
-    fits = batch_size is None or (type(batch_size) is int and batch_size >= 1)
+    fits = batch_size is None or (type(batch_size) is int and 1 <= batch_size < 2**63)
     check(fits, op, "batch_size >= 1", batch_size, remedy)
     single = isinstance(calibration, (Tensor, str, Mapping))
     iterable = single or isinstance(calibration, Iterable)
@@ -95,6 +95,8 @@ def make_batches(
     check(iterable, op, "calibration as a tensor or an iterable", got, remedy, TypeError)
     items: list[Any] = [calibration] if single else list(calibration)
     check(len(items) > 0, op, "calibration with at least one sample", "none", remedy)
+    empty = any(isinstance(item, Tensor) and item.is_meta for item in items)
+    check(not empty, op, "tensors with data as calibration", "a meta tensor", remedy)
     if is_transformers(model):
         with torch.device("cpu"):  # whatever torch's default device is
             return _Transformers(model, batch_size, device, tokenizer, op).batches(items)

@@ -11,7 +11,10 @@ import torch
 from torch import nn
 
 from sparsekern.backends.compress import compress
+from sparsekern.errors import check
+from sparsekern.formats.dtypes import quantized as quantized_type
 from sparsekern.formats.layouts import ROWMAJOR
+from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.count import num_parameters
 from sparsekern.nn.replace import replace_module
 from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
@@ -20,12 +23,15 @@ from sparsekern.oneshot.experts import with_experts_apart
 from sparsekern.oneshot.layerwise import new_report
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.oneshot.selection import select
+from sparsekern.oneshot.skip import as_rules
 from sparsekern.ops.quantize import GROUPS, checked_group
 from sparsekern.ops.quantize import quantize as quantized
+from sparsekern.utils.arguments import checked
 
 OP = "sparsekern.compress_model"
 
 
+@checked(OP)
 @with_experts_apart
 def compress_model(
     model: nn.Module,
@@ -36,6 +42,8 @@ def compress_model(
     quantize_group: int | None = None,
 ) -> PruneReport:
     """Replace every linear layer whose weight is 2:4 by a SparseLinear, in place; W' = W.
+
+    With quantize, the SparseLinear layers that hold plain numbers are quantised, too.
 
     Args:
         model: any nn.Module; experts in 3-D parameters count one by one.
@@ -53,10 +61,13 @@ def compress_model(
     """
     start = time.perf_counter()
     if quantize is not None:
+        quantized_type(OP, quantize, "quantize")
         checked_group(OP, quantize, quantize_group, max(GROUPS))
+    alone = quantize is None and quantize_group is not None
+    check(not alone, OP, "quantize= with quantize_group", None, "Leave quantize_group out.")
     model = models.unwrapped(model)
     selection = select(model, skip, (2, 4), True, targets=targets, op=OP)
-    options: dict[str, Any] = {"skip": [str(s) for s in skip]}
+    options: dict[str, Any] = {"skip": [str(rule) for rule in as_rules(skip)]}
     if quantize is not None:
         options |= {"quantize": quantize, "quantize_group": quantize_group}
     report = PruneReport(type(model).__name__, "as it was", options)
@@ -64,25 +75,30 @@ def compress_model(
         for layer in selection.layers:
             row = new_report(layer)
             row.asked = layer.asked
+            old = layer.module
+            w24: Sparse24 | None = None
             if layer.reason is None:
                 weight = layer.weight
                 most = int((weight != 0).reshape(-1, 4).sum(1).max())
                 finite = bool(weight.isfinite().all())
                 if most <= 2 and finite:
-                    old, w24 = layer.module, compress(weight.contiguous())
-                    if quantize is not None:
-                        group = quantize_group
-                        w24 = quantized(w24, quantize, group=group, scale="mse", layout=ROWMAJOR)
-                        group_text = f" g{w24.spec.group}" if w24.spec.group else ""
-                        row.quantized = f"{quantize}{group_text} rtn"
-                    bias: Any = getattr(old, "bias", None)
-                    new: SparseLinear = SparseLinear.from_sparse24(w24, bias)
-                    replace_module(layer.home or model, old, new)
-                    layer.module = new
-                    row.skipped, row.method, row.is_24 = False, "as it was", True
-                    row.bytes_sparse = w24.nbytes
+                    w24 = compress(weight.contiguous())
                 else:
                     row.reason = f"not 2:4 ({most} of 4 kept)" if finite else "NaN or Inf"
+            elif isinstance(old, SparseLinear) and layer.asked and quantize is not None:
+                w24 = old.weight if old.weight.spec.element.plain else None
+            if w24 is not None:
+                if quantize is not None:
+                    group = quantize_group
+                    w24 = quantized(w24, quantize, group=group, scale="mse", layout=ROWMAJOR)
+                    group_text = f" g{w24.spec.group}" if w24.spec.group else ""
+                    row.quantized = f"{quantize}{group_text} rtn"
+                bias: Any = getattr(old, "bias", None)
+                new: SparseLinear = SparseLinear.from_sparse24(w24, bias)
+                replace_module(layer.home or model, old, new)
+                layer.module = new
+                row.skipped, row.method, row.is_24 = False, "as it was", True
+                row.reason, row.bytes_sparse = None, w24.nbytes
             report.layers.append(row)
     check_before_loading(model)
     counted = num_parameters(model)
@@ -90,6 +106,8 @@ def compress_model(
     report.seconds = time.perf_counter() - start
     if report.partial:
         why = "; ".join(f"{share:.0%} {text} ({n})" for text, n, share in report.why_dense()[:4])
-        text = f"{report.share:.1%} of the linear weights of {report.model} are 2:4"
+        kept = len(report.unquantized)
+        held = f"{kept} layers keep the numbers that they had: no {quantize}. " if kept else ""
+        text = f"{held}{report.share:.1%} of the linear weights of {report.model} are 2:4"
         warnings.warn(f"{OP}: {text}. Dense: {why or 'none'}.", stacklevel=3)
     return report

@@ -43,6 +43,8 @@ HARMLESS = frozenset(
     {"dtype", "device", "shape", "requires_grad", "is_meta", "ndim", "size", "dim"}
 )
 ALREADY = "already 2:4"
+# Methods that code beside the layer may call; those that make its weights are not among them.
+_CALLED = re.compile(r"(?!_|forward$|extra_repr$|reset|init)\w+")
 # (whether it begins at `self`, attributes): where a method reads a weight.
 Chain = tuple[bool, tuple[str, ...]]
 # Parameters with two or more dimensions that enter no matrix product: tables, positions, biases,
@@ -182,6 +184,8 @@ def _is_plain(weight: Tensor) -> bool:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside what torch.compile(model) returns; any other model as it is."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return model
     inner = model._modules.get("_orig_mod")
     return unwrapped(inner) if inner is not None else model
 
@@ -245,6 +249,9 @@ def find_layers(
     got = f"a bare {type(model).__name__}"
     remedy = "Use SparseLinear.from_linear, or wrap it in nn.Sequential."
     check(not is_linear(model), op, "a model that contains Linear layers", got, remedy)
+    scripted = [name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    got, remedy = f"TorchScript at {scripted[:1]}", "Prune the model that it was made of."
+    check(not scripted, op, "a model of Python code", got, remedy, TypeError)
     _, blocks = find_blocks(model)
     index_of = {id(m): i for i, block in enumerate(blocks) for m in block.modules()}
     parents: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
@@ -276,6 +283,8 @@ def find_layers(
             layer.owner, layer.expert = experts.get(name, (None, None))
             layer.raw = layer.weight.dim() != 2
             layer.reason = _why_not(layer, tied.get(name), pattern)
+            if layer.reason is None and compress:
+                layer.reason = _why_no_other(module)
             if layer.reason is None and name in adapters:
                 layer.reason = f"adapter of {adapters[name]}"
             if layer.reason is None and compress:
@@ -314,8 +323,27 @@ def _why_not(layer: Layer, tied_with: str | None, pattern: tuple[int, int]) -> s
         return f"{kind} has its own forward"
     if weight.numel() == 0:
         return "the weight is empty"
+    if any(step == 0 < size - 1 for step, size in zip(weight.stride(), weight.shape, strict=True)):
+        return "elements of the weight share their memory (expand)"
     if weight.shape[1] % pattern[1]:
         return f"in_features {weight.shape[1]} is not a multiple of {pattern[1]}"
+    return None
+
+
+def _why_no_other(module: nn.Module) -> str | None:
+    """Why a SparseLinear cannot stand in the place of this linear layer, or None."""
+    kind = type(module).__name__
+    if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:
+        return f"{kind} has a forward of its own, set on the layer"
+    names = {
+        name
+        for base in type(module).__mro__
+        if base not in nn.Linear.__mro__ and not is_conv1d(module)
+        for name, value in vars(base).items()
+        if (inspect.isfunction(value) or isinstance(value, property)) and _CALLED.fullmatch(name)
+    }
+    if names:
+        return f"{kind} has methods of its own ({', '.join(sorted(names))})"
     return None
 
 

@@ -45,10 +45,12 @@ from sparsekern.oneshot.skip import DEFAULT_RULE
 from sparsekern.oneshot.source import Source
 from sparsekern.oneshot.stages import NEVER_CALLED, Forwards, Group, Stage
 from sparsekern.prune import Hessian
+from sparsekern.utils.arguments import checked
 
 logger = logging.getLogger("sparsekern")
 
 
+@checked("sparsekern.calibrate")
 def calibrate(
     model: nn.Module,
     data: Any = None,

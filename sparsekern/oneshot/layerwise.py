@@ -18,7 +18,9 @@ from torch import Tensor
 from sparsekern import prune
 from sparsekern.errors import check
 from sparsekern.formats import sparse24
+from sparsekern.formats.dtypes import ALIASES
 from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.report import LayerReport
 from sparsekern.prune.methods import Method, apply_mask
@@ -72,6 +74,10 @@ def new_report(layer: Layer, options: Options | None = None) -> LayerReport:
     row = LayerReport(layer.name, layer.shape, layer.dtype, layer.block)
     row.bytes_dense, row.bytes_sparse = layer.bytes_dense, layer.bytes_now
     row.is_24, row.tokens = layer.is_24, layer.tokens
+    if isinstance(layer.module, SparseLinear) and not layer.module.weight.spec.element.plain:
+        spec = layer.module.weight.spec
+        name = next((k for k, v in ALIASES.items() if v == spec.storage), spec.storage)
+        row.quantized = f"{name}{f' g{spec.group}' if spec.group else ''}"
     if options is None:
         row.skipped, row.reason = True, layer.reason
     else:

@@ -38,8 +38,10 @@ from sparsekern.oneshot.source import Source
 from sparsekern.prune import Hessian, Method
 from sparsekern.prune.methods import find_method
 from sparsekern.prune.pattern import Pattern
+from sparsekern.utils.arguments import checked
 
 
+@checked(OP, refine=(0, 10**6), damp=(0, 10**6))
 @with_experts_apart
 def prune_model(
     model: nn.Module,

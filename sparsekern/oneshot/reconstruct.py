@@ -47,6 +47,7 @@ from sparsekern.oneshot.rounds import OP, Fit, Given, Reconstruction, as_rounds
 from sparsekern.oneshot.selection import select
 from sparsekern.oneshot.sequential import Call, Walk, call_block
 from sparsekern.oneshot.spans import SpanRound, final_norm, rebatch
+from sparsekern.utils.arguments import checked
 
 
 def reconstruct_block(
@@ -189,6 +190,7 @@ def _dense_copy(block: nn.Module, dense: Mapping[nn.Module, Tensor]) -> nn.Modul
     return made
 
 
+@checked(OP)
 def reconstruct(
     model: nn.Module,
     dense: nn.Module,

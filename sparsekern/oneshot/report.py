@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, field, fields
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from sparsekern.errors import check
+from sparsekern.errors import check, message
 from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
+from sparsekern.utils.arguments import checked
 from sparsekern.utils.files import write_atomic
 
 if TYPE_CHECKING:
@@ -162,9 +163,19 @@ class PruneReport:
     @property
     def partial(self) -> bool:
         """Whether less was pruned than was asked for: nothing, or under half of the weights that no
-        rule of the caller leaves dense. Weights that were 2:4 before count as asked and done."""
+        rule of the caller leaves dense. Weights that were 2:4 before count as asked and done; those
+        that should be quantised and are not, do not."""
         asked = [layer for layer in self.layers if layer.asked]
-        return not self.pruned or (bool(asked) and _share(asked) < PARTIAL)
+        few = bool(asked) and _share(asked) < PARTIAL
+        return not self.pruned or few or bool(self.unquantized)
+
+    @property
+    def unquantized(self) -> list[LayerReport]:
+        """With quantize=, the layers that are 2:4, and that no rule leaves out, but hold other
+        numbers than asked for: those that were 2:4, or quantised, before."""
+        wanted = self.options.get("quantize")
+        rows = [row for row in self.layers if wanted is not None and row.asked and row.is_24]
+        return [row for row in rows if (row.quantized or "").split(" ")[0] != wanted]
 
     def why_dense(self) -> list[tuple[str, int, float]]:
         """[(reason, layers, share of all weights)] of what is not sparse, largest share first;
@@ -288,13 +299,19 @@ class PruneReport:
         return f"<p>{escape(self.summary())}</p><table>{''.join(lines)}</table>"
 
     @classmethod
+    @checked("sparsekern.PruneReport.from_json")
     def from_json(cls, text: str) -> PruneReport:
         """Inverse of `to_json`.
 
         Raises:
-            ValueError: not a report, or one of another schema.
+            ValueError: not a report, or one of another schema.      TypeError: no text.
         """
-        data = json.loads(text)
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            remedy = "Pass the output of to_json()."
+            got = str(error)
+            raise ValueError(message("sparsekern.PruneReport", "JSON text", got, remedy)) from error
         schema = data.pop("schema", None) if isinstance(data, dict) else None
         check(
             schema == SCHEMA,
@@ -308,11 +325,13 @@ class PruneReport:
         ]
         return cls(**data, layers=layers)
 
+    @checked("sparsekern.PruneReport.save")
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON to `path` atomically: a reader sees the old file or the new one, never
         half of it."""
         write_atomic(path, self.to_json().encode())
 
+    @checked("sparsekern.PruneReport.plot")
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the relative error of every pruned layer over the blocks, one line per kind of
         layer, into an image file.

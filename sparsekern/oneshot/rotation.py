@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from sparsekern.errors import check
 from sparsekern.oneshot.calibration import Batch, make_batches
 from sparsekern.oneshot.discovery import find_blocks, input_embedding
+from sparsekern.utils.arguments import SEEDS, checked
 
 OP = "sparsekern.rotate"
 logger = logging.getLogger("sparsekern")
@@ -90,6 +91,7 @@ class RotationReport:
         return f"{text}, head untied (+{self.untied_bytes} bytes)" if self.untied_bytes else text
 
 
+@checked(OP, steps=(0, 10**6), seconds=(0, 10**9), rate=(0, 1), seed=SEEDS)
 @torch.no_grad()
 def rotate(
     model: nn.Module,

@@ -340,10 +340,16 @@ class Run(Rounds):
         why = "; ".join(
             f"{share:.0%} {reason} ({count})" for reason, count, share in report.why_dense()[:4]
         )
-        done = "nothing was pruned" if not report.pruned else "less than half was pruned"
+        few = "less than half was pruned"
+        if report.unquantized:
+            few = f"{len(report.pruned)} layers were pruned and quantised"
+        done = few if report.pruned else "nothing was pruned"
         already = sum(row.is_24 for row in report.skipped)
         if already:
             done += f", {already} layers were 2:4 already"
+        if report.unquantized:
+            done += f", {len(report.unquantized)} of them keep the numbers that they had (see "
+            done += "sparsekern.compress_model(model, quantize=...))"
         text = f"{done}: {report.share:.1%} of the linear weights of {report.model}"
         text += f" are {report.pattern}"
         warnings.warn(f"{OP}: {text}. Dense: {why or 'none'}.", stacklevel=4)

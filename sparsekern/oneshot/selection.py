@@ -98,7 +98,7 @@ def _check_quantize(options: Options, calibrated: bool, op: str) -> None:
         ]
         check(not given, op, f"quantize= with {' and '.join(given)}", None, "Leave it out.")
         return
-    quantized(op, name)
+    quantized(op, name, "quantize")
     right = options.pattern == (2, 4)
     got = repr(options.pattern)
     check(right, op, "pattern (2, 4) with quantize=", got, "Leave quantize out.")
@@ -146,8 +146,8 @@ def select(
     wanted = None if targets is None else skip_rules.resolve(targets, *rules, kind="target", op=op)
     for layer in selection.layers:
         if layer.is_24:
-            continue
-        if layer.name in skipped:
+            layer.asked = layer.name not in skipped and (wanted is None or layer.name in wanted)
+        elif layer.name in skipped:
             layer.reason = f"skip rule {skipped[layer.name]!r}"
             # The default rule is ours: what it leaves dense counts as left dense.
             layer.asked = skipped[layer.name] == skip_rules.DEFAULT_RULE
@@ -173,6 +173,10 @@ def check_weights(selection: Selection, options: Options, compress: bool) -> Non
 def check_finite(layers: Iterable[Layer], options: Options) -> None:
     """check_weights of layers whose weights are in memory, without masks."""
     for layer in layers:
+        normal = not layer.weight.is_inference()
+        remedy = "Build or load the model outside of torch.inference_mode()."
+        got = "inference tensors"
+        check(normal, options.op, f"weights that can be changed, {layer.name}", got, remedy)
         if not bool(layer.weight.isfinite().all()):
             remedy = 'Repair the checkpoint, or pass on_error="skip".'
             may_skip = options.on_error == "skip"

@@ -32,10 +32,11 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparsekern.errors import FormatError, check, message
 from sparsekern.nn.sparse_experts import SparseExperts
+from sparsekern.utils.arguments import shown
 
 OP = "sparsekern.oneshot.skip"
 DEFAULT_RULE = "lm_head"
@@ -43,12 +44,13 @@ RULE_OF_THUMB = "rule-of-thumb"
 _ATTENTION = re.compile(r"\.(\w*attn|\w*attention)\.", re.IGNORECASE)
 
 
-def as_rules(skip: Any) -> tuple[Any, ...]:
+def as_rules(skip: Any, op: str = OP, kind: str = "skip") -> tuple[Any, ...]:
     """The rules as a tuple; a single string, int or range counts as one rule, None as no rule. The
     rules of a file for the path of one.
 
     Raises:
         FileNotFoundError: there is no such file.      FormatError: it holds no rules.
+        TypeError: no rules, but something else.
     """
     if skip is None:
         return ()
@@ -56,6 +58,9 @@ def as_rules(skip: Any) -> tuple[Any, ...]:
         return _read(os.fspath(skip))
     if isinstance(skip, (str, int, range)):
         return (skip,)
+    listed = isinstance(skip, Iterable) and not isinstance(skip, (bytes, Tensor))
+    expected = f"{kind} rules: text, block indices, ranges, or a list of them"
+    check(listed, op, expected, shown(skip), "See sparsekern/oneshot/skip.py.", TypeError)
     return tuple(skip)
 
 
@@ -101,7 +106,7 @@ def resolve(
     """
     rules = _Rules(names, model, block_of, block_count, set(output_layers), kind, op)
     matched: dict[str, str] = {}
-    for rule in as_rules(skip):
+    for rule in as_rules(skip, op, kind):
         for name in rules.match(rule):
             matched.setdefault(name, str(rule))
     return matched
@@ -148,6 +153,8 @@ class _Rules:
             return [*self.match(DEFAULT_RULE), *attention]
         if not isinstance(rule, str):
             return self._in_blocks(self._indices(rule), rule)
+        if not rule.strip():
+            self._fail(rule, "to name something", "empty text", "Leave it out.")
         hits = self._match_text(rule)
         if not hits:
             self._fail(rule, "to match a Linear layer", "no match", near(rule, names, self.modules))

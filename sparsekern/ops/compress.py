@@ -17,6 +17,7 @@ from sparsekern.errors import message
 from sparsekern.formats import dtypes, sparse24
 from sparsekern.formats.layouts import layout as layout_named
 from sparsekern.formats.sparse24 import Sparse24, verify
+from sparsekern.utils.arguments import checked
 
 __all__ = ["compress", "decompress", "prune_compress", "verify"]
 
@@ -54,7 +55,7 @@ def compress(
     """
     op = "sparsekern.compress"
     if quantize is not None:
-        dtypes.quantized(op, quantize)
+        dtypes.quantized(op, quantize, "quantize")
         if dtype is not None:
             got = f"dtype={dtype!r} and quantize={quantize!r}"
             raise ValueError(message(op, "one of dtype and quantize", got, "Leave dtype out."))
@@ -98,6 +99,7 @@ def _finished(
     return w24.to_layout(layout)
 
 
+@checked("sparsekern.decompress")
 def decompress(w24: Sparse24) -> Tensor:
     """The dense weight [out, in]: every stored value at its column, +0.0 elsewhere, by indexing.
 

@@ -30,7 +30,7 @@ from sparsekern.backends import compress as fastest
 from sparsekern.backends import cpu, memory, registry
 from sparsekern.backends.protocol import Launch, Problem, problem_of
 from sparsekern.errors import message
-from sparsekern.formats import dtypes
+from sparsekern.formats import dtypes, sparse24
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.ops import transforms
@@ -57,6 +57,14 @@ _op_calls: Calls = {}  # those within the registered ops
 _KNOWN_CALLS = 4096  # when there are so many, they are forgotten
 registry.watch(_calls.clear)
 registry.watch(_op_calls.clear)
+
+
+def _functional_linear(input: Tensor, weight: Sparse24, bias: Tensor | None = None) -> Tensor:
+    """torch.nn.functional.linear of a 2:4 weight."""
+    return linear(input, weight, bias)
+
+
+sparse24.products[torch.nn.functional.linear] = _functional_linear
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -87,6 +95,7 @@ def check_linear(
         got = "weight.values.requires_grad == True"
         raise ValueError(message(op, "a frozen weight", got, "Call weight.detach()."))
     if bias is not None:
+        check_bias_type(op, bias)
         if bias.shape != (out_features,):
             expected = f"bias of shape [out_features] ([{out_features}])"
             raise ValueError(message(op, expected, str(list(bias.shape)), "Reshape the bias."))
@@ -112,6 +121,13 @@ def check_types(op: str, x: object, w24: object) -> None:
         if got == "Proxy":  # of torch.fx: a graph cannot hold a Sparse24
             remedy = "Trace a model whose layers are SparseLinear modules, or torch.fx.wrap a call."
         raise TypeError(message(op, "x of type Tensor", got, remedy))
+
+
+def check_bias_type(op: str, bias: object) -> None:
+    """TypeError for a bias that is neither a tensor nor None."""
+    if bias is not None and not isinstance(bias, Tensor):
+        expected = "bias: a tensor [out_features], or None"
+        raise TypeError(message(op, expected, type(bias).__name__, "Call torch.as_tensor(bias)."))
 
 
 # ---- computing -----------------------------------------------------------------------------------
@@ -357,7 +373,7 @@ def refuse_onnx(op: str) -> None:
 
 
 def _wants_gradient(bias: Tensor | None) -> bool:
-    return bias is not None and bias.requires_grad
+    return bias is not None and getattr(bias, "requires_grad", False)
 
 
 def needs_custom_op(x: Tensor, bias: Tensor | None) -> bool:
@@ -457,11 +473,13 @@ def linear(
                 return y
     rounded = autocast(x)
     if rounded is not None:
+        check_bias_type(_OP, bias)
         x, (w24,) = under_autocast(rounded, x, w24)
         bias = None if bias is None else bias.to(w24.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return linear(x, w24, bias, activation, backend=backend).to(rounded)
     check_linear(_OP, x, spec, values, bias, activation)
+    registry.check_name(_OP, backend)
     if not _is_traced() and transforms.active():
         return transforms.linear(x, w24, bias, activation, backend)
     if needs_custom_op(x, bias):

@@ -12,7 +12,7 @@ sparsekern::quantize_rows, ::rms_norm_quantize and ::silu_mul_quantize. None has
 
 from __future__ import annotations
 
-import math
+import sys
 
 import torch
 from torch import Tensor
@@ -80,7 +80,9 @@ def rms_norm_quantize(
         wanted for an argument.
     """
     storage = checked_storage(_NORM, dtype)
+    _check_flag(_NORM, with_y)
     _check_norm(x, weight, eps, residual)
+    eps = float(eps)
     if needs_custom_op(x, weight) or (residual is not None and needs_custom_op(residual, None)):
         _no_gradient(_NORM, x, weight, residual)
         q, scale, y = torch.ops.sparsekern.rms_norm_quantize(
@@ -110,6 +112,7 @@ def silu_mul_quantize(
         an argument.
     """
     storage = checked_storage(_SILU, dtype)
+    _check_flag(_SILU, with_y)
     _check_gated(gate, up)
     if needs_custom_op(gate, up):
         _no_gradient(_SILU, gate, up)
@@ -130,6 +133,11 @@ def checked_storage(op: str, dtype: object) -> str:
     """
     check(dtype in STORAGES, op, "dtype 'fp8' or 'int8'", repr(dtype))
     return dtypes.element(str(dtype)).name
+
+
+def _check_flag(op: str, with_y: object) -> None:
+    if with_y is not True and with_y is not False:
+        raise TypeError(message(op, "with_y True or False", type(with_y).__name__))
 
 
 def _check_rows(op: str, x: object, name: str = "x") -> None:
@@ -163,7 +171,7 @@ def _check_norm(x: Tensor, weight: object, eps: object, residual: Tensor | None)
     expected = f"weight of shape [features] ([{x.shape[-1]}])"
     check(list(weight.shape) == [x.shape[-1]], _NORM, expected, list(weight.shape))
     _check_kind(_NORM, "weight", weight, "x", x)
-    good = isinstance(eps, (int, float)) and math.isfinite(eps) and eps >= 0
+    good = isinstance(eps, (int, float)) and 0 <= eps <= sys.float_info.max
     check(good, _NORM, "eps finite and >= 0", repr(eps))
     if residual is not None:
         _check_like(_NORM, "residual", residual, "x", x)

@@ -60,6 +60,7 @@ def linear_quantized(
     """
     ops.check_types(_OP, x, w24)
     _check(x, x_scale, w24.spec, w24.values, bias, activation)
+    registry.check_name(_OP, backend)
     if ops.needs_custom_op(x, bias):
         wanted = torch.is_grad_enabled() and bias is not None and bias.requires_grad
         remedy = "Call it under torch.no_grad(), or pass bias.detach()."
@@ -125,6 +126,7 @@ def _check(
             place == values.device, _OP, f"{name} on the weight's device ({values.device})", place
         )
     if bias is not None:
+        ops.check_bias_type(_OP, bias)
         expected = f"bias of shape [out_features] ([{out_features}])"
         check(list(bias.shape) == [out_features], _OP, expected, list(bias.shape))
         same = bias.dtype is spec.dtype

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import check
+from sparsekern.utils.arguments import checked
 
 # A CPU matmul of this many columns runs at full speed, so that half of the symmetric product can be
 # skipped. A GPU needs larger ones to fill its SMs.
@@ -74,6 +75,7 @@ class Hessian:
     Source: Frantar and Alistarh 2023, "SparseGPT" (arXiv:2301.00774), add_batch of its code.
     """
 
+    @checked("sparsekern.prune.Hessian", in_features=(0, 2**24))
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         check(
             isinstance(in_features, int) and in_features >= 1,
@@ -304,6 +306,7 @@ def as_matrix(op: str, hessian: Hessian | Tensor, w: Tensor) -> Tensor:
     return h
 
 
+@checked("sparsekern.prune.relative_error")
 def relative_error(w: Tensor, w_pruned: Tensor, hessian: Hessian | Tensor) -> float:
     """‖(W − W')X‖²_F / ‖WX‖²_F over the calibration inputs X, from H alone: tr(DHDᵀ) / tr(WHWᵀ).
 

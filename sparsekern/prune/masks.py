@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparsekern.errors import check
 from sparsekern.prune.pattern import Pattern
+from sparsekern.utils.arguments import checked
 
 
 def check_no_nan(op: str, name: str, tensor: Tensor) -> None:
@@ -74,6 +75,7 @@ def select(scores: Tensor, pattern: Pattern) -> Tensor:
     return pattern.unfolded(rank_mask(groups, n).movedim(0, -1).reshape(units.shape))
 
 
+@checked("sparsekern.prune.nm_mask", leave=("n", "m"))
 def nm_mask(scores: Tensor, n: int = 2, m: int = 4, unit: int = 1) -> Tensor:
     """Keep the n highest scores of each aligned group of m columns; with unit=2 the n / 2 pairs of
     highest sums.
@@ -121,6 +123,7 @@ def magnitude_mask(w: Tensor, n: int = 2, m: int = 4, unit: int = 1) -> Tensor:
     return _nm_mask(op, "w", (w.float() if w.element_size() == 1 else w).abs(), pattern)
 
 
+@checked("sparsekern.prune.wanda_mask", leave=("n", "m"))
 def wanda_mask(w: Tensor, act_norm: Tensor, n: int = 2, m: int = 4, unit: int = 1) -> Tensor:
     """Keep the n largest |w_ij| * ‖x_j‖₂ of each aligned group of m columns; with unit=2 the pairs
     of largest sums of squares of these, in float64.

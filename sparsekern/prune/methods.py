@@ -24,6 +24,7 @@ from sparsekern.errors import check
 from sparsekern.prune.hessian import Hessian
 from sparsekern.prune.masks import nm_mask
 from sparsekern.prune.pattern import Pattern
+from sparsekern.utils.arguments import checked
 
 # What a method can need of the calibration, least first.
 NEEDS = ("weights", "norms", "hessian", "outputs")
@@ -175,6 +176,7 @@ def register_method(method: Method) -> Method:
     return method
 
 
+@checked("sparsekern.prune.unregister_method")
 def unregister_method(name: str) -> None:
     """Forget a method. Raises ValueError when there is none of that name."""
     check(name in _METHODS, "sparsekern.prune.unregister_method", f"one of {names()}", repr(name))
@@ -233,7 +235,7 @@ def find_method(op: str, method: str | Method | Callable[..., Tensor]) -> Method
     if callable(method):
         return from_scores(method)
     expected = f"method in {names()} or a function (w, hessian) -> scores"
-    check(method in _METHODS, op, expected, repr(method))
+    check(isinstance(method, str) and method in _METHODS, op, expected, repr(method))
     return _METHODS[method]
 
 

@@ -36,6 +36,7 @@ from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32, relative
 from sparsekern.prune.masks import rank_mask
 from sparsekern.prune.methods import PruneError, is_count, is_number
 from sparsekern.prune.sparsegpt import _few_threads, _sweep, inverse_factor
+from sparsekern.utils.arguments import checked
 
 BLOCK = 128  # columns between two updates of the whole remainder
 PASSES = 2
@@ -68,6 +69,7 @@ class QuantizeReport:
     backend: str = "torch"
 
 
+@checked("sparsekern.prune.rtn")
 def rtn(
     w: Tensor,
     dtype: str,
@@ -107,6 +109,7 @@ def rtn(
     return w24, QuantizeReport("rtn", spec.storage, spec.group, error, None, [], 0.0, seconds)
 
 
+@checked("sparsekern.prune.gptq", passes=(0, 10**4))
 def gptq(
     w: Tensor,
     hessian: Hessian | Tensor,

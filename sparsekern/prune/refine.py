@@ -16,11 +16,13 @@ from torch import Tensor
 from sparsekern.errors import check
 from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32
 from sparsekern.prune.masks import check_no_nan
+from sparsekern.utils.arguments import checked
 
 _OP = "sparsekern.prune.refine"
 _ELEMENTS = 2**26  # of the rows that are solved at a time: six float32 matrices of that size
 
 
+@checked("sparsekern.prune.refine", steps=(0, 10**6), damp=(0, 10**6))
 def refine(
     w: Tensor,
     pruned: Tensor,

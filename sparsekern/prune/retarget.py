@@ -19,10 +19,12 @@ from sparsekern.errors import check, message
 from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32
 from sparsekern.prune.methods import PruneError
 from sparsekern.prune.sparsegpt import damping_steps
+from sparsekern.utils.arguments import checked
 
 _OP = "sparsekern.prune.retarget"
 
 
+@checked("sparsekern.prune.retarget")
 def retarget(w: Tensor, hessian: Hessian, *, share: float = 0.25, damp: float = 0.01) -> Tensor:
     """W + share · W G (H + λI)⁻¹, with H = 2/n Σ xᵀx and G = 2/n Σ (x_dense − x)ᵀ x.
 

@@ -32,6 +32,7 @@ from sparsekern.prune.methods import (
     is_number,
 )
 from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
+from sparsekern.utils.arguments import checked
 
 _OP = "sparsekern.prune.sparsegpt"
 _WEIGHT_DTYPES = (*dtypes.PLAIN, torch.float64)
@@ -64,6 +65,7 @@ class SparseGPTReport:
     backend: str
 
 
+@checked("sparsekern.prune.sparsegpt")
 def sparsegpt(
     w: Tensor,
     hessian: Hessian | Tensor,

@@ -1,0 +1,161 @@
+"""Linear layers that the code around them uses in other ways than by calling them: the pruned model
+computes what the dense one with its zeros does, or the layer stays dense with the reason."""
+
+import copy
+import functools
+import types
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import sparsekern as sk
+
+X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+
+
+class Pair(nn.Module):
+    def __init__(self, first: nn.Module | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(16, 16) if first is None else first
+        self.list = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+        self.last = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x))
+
+
+def dense_with_zeros(model: nn.Module, x: Tensor = X) -> tuple[Tensor, Tensor]:
+    """Outputs of a model pruned with SparseLinear layers, and with zeros in the dense ones."""
+    other = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sk.prune_model(model, "magnitude", progress=False)
+        sk.prune_model(other, "magnitude", compress=False, progress=False)
+    return model(x), other(x)
+
+
+def helper(layer: nn.Module, x: Tensor) -> Tensor:
+    return functional.linear(x, layer.weight, bias=layer.bias)
+
+
+READERS = {
+    "getattr": lambda self, x: functional.linear(x, getattr(self.first, "weight")),  # noqa: B009
+    "one of a list": lambda self, x: functional.linear(x, self.list[0].weight),
+    "helper": lambda self, x: helper(self.first, x),
+    "loop": lambda self, x: functools.reduce(
+        lambda y, layer: functional.linear(y, layer.weight), self.list, x
+    ),
+    "by keyword": lambda self, x: self.first(input=x),
+    "attributes": lambda self, x: self.first(x) * self.first.factor,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_weights_of_layers_in_functional_linear(reader):
+    model = Pair()
+    model.first.factor = 3.0
+    model.forward = types.MethodType(lambda self, x: self.last(READERS[reader](self, x)), model)
+    got, expected = dense_with_zeros(model)
+    assert isinstance(model.first, sk.SparseLinear)
+    torch.testing.assert_close(got, expected)
+
+
+def test_other_uses_of_a_weight_say_what_to_do():
+    layer = sk.SparseLinear.from_sparse24(sk.prune_compress(torch.randn(16, 16)))
+    for use in (
+        lambda w: torch.cat([w, w]),
+        lambda w: torch.matmul(X, w),
+        lambda w: torch.einsum("to,oi->ti", X, w),
+    ):
+        with pytest.raises(TypeError, match="expected calls of the layer.*2:4 weight.*skip="):
+            use(layer.weight)
+    with pytest.raises(AttributeError, match=r"got .t of a 2:4 weight. Use weight.to_dense\(\)"):
+        layer.weight.t()
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = layer.weight.nothing
+    assert not hasattr(layer.weight, "mean")
+
+
+def test_hooks_stay_and_can_be_removed():
+    model = Pair()
+    handles = [
+        model.first.register_forward_hook(lambda m, args, y: y + 1),
+        model.first.register_forward_pre_hook(lambda m, args: (args[0] * 2,)),
+    ]
+    got, expected = dense_with_zeros(model)
+    torch.testing.assert_close(got, expected)
+    for handle in handles:
+        handle.remove()
+    assert not model.first._forward_hooks and not model.first._forward_pre_hooks
+    torch.testing.assert_close(sk.decompress_model(copy.deepcopy(model))(X), model(X))
+
+
+def test_a_failure_keeps_hooks_too():
+    model = Pair()
+    model.first.register_forward_hook(lambda m, args, y: y + 1)
+    before = model(X)
+
+    def fails(w, hessian):
+        if calls:
+            raise RuntimeError("no more")
+        calls.append(1)
+        return w.abs()
+
+    calls: list[int] = []
+    with pytest.raises(RuntimeError, match="no more"):
+        sk.prune_model(model, fails, X, progress=False, undo=True)
+    assert torch.equal(model(X), before)
+
+
+class Named(nn.Linear):
+    def twice(self, x: Tensor) -> Tensor:
+        return self(self(x))
+
+
+class Initialised(nn.Linear):
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
+def test_layers_that_nothing_can_stand_for_stay_dense():
+    own = Pair()
+    own.first.forward = types.MethodType(lambda self, x: helper(self, x) * 2, own.first)
+    expanded = Pair()
+    expanded.first.weight = nn.Parameter(torch.randn(16, 1).expand(16, 16))
+    for model, reason in (
+        (own, "a forward of its own"),
+        (Pair(Named(16, 16)), "Named has methods of its own (twice)"),
+        (expanded, "share their memory"),
+    ):
+        report = sk.prune_model(model, "magnitude", progress=False)
+        assert reason in (report["first"].reason or "") and report["last"].is_24
+        model(X)
+    model = Pair(Initialised(16, 16))
+    assert sk.prune_model(model, "magnitude", progress=False).share == 1
+    # Without a SparseLinear in their place nothing is in the way.
+    model = Pair(Named(16, 16))
+    assert sk.prune_model(model, "magnitude", compress=False, progress=False).share == 1
+
+
+def test_a_compiled_layer():
+    model = Pair()
+    model.first = torch.compile(model.first, backend="eager")
+    before = model(X)
+    report = sk.prune_model(model, "magnitude", progress=False)
+    assert report.share == 1 and not torch.equal(model(X), before)
+    torch.testing.assert_close(model(X), model.last(model.first._orig_mod(X)))
+
+
+def test_models_that_cannot_be_changed():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(16, 16), nn.ReLU()))
+    for model in (scripted, nn.Sequential(scripted, nn.Linear(16, 16))):
+        with pytest.raises(TypeError, match="expected a model of Python code, got TorchScript"):
+            sk.prune_model(model, "magnitude", progress=False)
+    with torch.inference_mode():
+        model = Pair()
+    with pytest.raises(ValueError, match="first, got inference tensors. Build or load the model"):
+        sk.prune_model(model, "magnitude", progress=False)

@@ -1,0 +1,209 @@
+"""Arguments of public functions against their annotations and ranges, before anything is done.
+
+    @checked("sparsekern.rotate", steps=(0, 10**6))
+    def rotate(model: nn.Module, calibration: object, *, steps: int = 200) -> RotationReport: ...
+
+    rotate(model, ids, steps="x")
+    TypeError: sparsekern.rotate: expected steps: a whole number, got 'x'. The default is 200.
+
+What an annotation means here: int and float are numbers of Python or numpy, and no bool; bool is
+True, False, 1 or 0; a path is not empty; a device is one that this torch can put tensors on; of
+containers the kind counts, not what is in them; Any and object are not looked at.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import functools
+import inspect
+import numbers
+import os
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.errors import check, message
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Range = tuple[float, float]
+# torch.manual_seed takes these.
+SEEDS: Range = (-(2**63), 2**64 - 1)
+_NAMES = {
+    Tensor: "a tensor",
+    nn.Module: "an nn.Module",
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "text",
+    type(None): "None",
+    torch.dtype: "a torch.dtype",
+    torch.device: "a device such as 'cpu' or 'cuda:0'",
+    os.PathLike: "a path",
+    collections.abc.Mapping: "a dict",
+    collections.abc.Sequence: "a list",
+    collections.abc.Iterable: "a list",
+    collections.abc.Callable: "a function",
+}
+
+
+class _Argument:
+    """What one parameter of a function takes."""
+
+    def __init__(self, name: str, kind: Any, default: Any, span: Range | None) -> None:
+        self.name, self.kinds, self.span = name, _members(kind), span
+        self.default = default
+        self.any = Any in self.kinds or object in self.kinds
+        self.path = os.PathLike in map(_plain, self.kinds)
+        self.device = torch.device in self.kinds
+
+    def check(self, op: str, value: Any) -> None:
+        remedy = (
+            "" if self.default is inspect.Parameter.empty else f"The default is {self.default!r}."
+        )
+        if not self.any and not any(_fits(kind, value) for kind in self.kinds):
+            names = dict.fromkeys(_name(kind) for kind in self.kinds)
+            expected = f"{self.name}: {' or '.join(names)}"
+            raise TypeError(message(op, expected, shown(value), remedy))
+        if self.path and isinstance(value, str):
+            good = bool(value) and "\0" not in value
+            check(good, op, f"{self.name}: a path", shown(value), remedy)
+        if self.device and value is not None:
+            usable_device(op, value, self.name)
+        if self.span is not None and value is not None and _fits(float, value):
+            low, high = self.span
+            expected = f"{self.name} from {low} to {high}"
+            check(low <= value <= high, op, expected, shown(value), remedy)
+
+
+def checked(
+    op: str, *, leave: tuple[str, ...] = (), **spans: Range
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Check every call of a function: the arguments against its annotations, and numbers against
+    spans, name=(lowest, highest), both included. `leave`: those that it checks itself.
+
+    Raises, from the function: TypeError, another kind; ValueError, out of its span, or no device.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        known: dict[str, _Argument] = {}
+        order = list(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not torch.compiler.is_compiling():
+                if not known:
+                    known.update(_arguments(function, spans))
+                for name, value in (*zip(order, args, strict=False), *kwargs.items()):
+                    argument = known.get(name)
+                    if argument is not None and name not in leave:
+                        argument.check(op, value)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    return decorate
+
+
+def check_fields(op: str, instance: Any, **spans: Range) -> None:
+    """The same for the fields of a dataclass, to be called in its __post_init__."""
+    kind = type(instance)
+    known = _arguments(kind.__init__, spans)
+    for name, argument in known.items():
+        argument.check(op, getattr(instance, name))
+
+
+def usable_device(op: str, value: Any, name: str = "") -> torch.device:
+    """What torch.device makes of a value, where this torch can put tensors there.
+
+    Raises:
+        TypeError: neither text, number nor device.   ValueError: none that is here.
+    """
+    what = f"{name}: " if name else ""
+    try:
+        device = value if isinstance(value, torch.device) else torch.device(value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        expected = f"{what}a device such as 'cpu' or 'cuda:0'"
+        raise (TypeError if not isinstance(value, (str, int)) else ValueError)(
+            message(op, expected, shown(value))
+        ) from error
+    if device.type == "cuda":
+        there = torch.cuda.is_available()
+        expected, got = (
+            f"{what}a device that this torch has",
+            f"{str(device)!r}, without a usable CUDA GPU",
+        )
+        check(there, op, expected, got, "Pass device='cpu'.")
+        count = torch.cuda.device_count()
+        fits = (device.index or 0) < count
+        check(fits, op, f"{what}a GPU among the {count} here", str(device))
+    return device
+
+
+def shown(value: Any) -> str:
+    """A value in a message."""
+    if isinstance(value, Tensor):
+        where = "" if value.device.type == "cpu" else f" on {value.device}"
+        return f"a tensor {list(value.shape)} of {value.dtype}{where}"
+    if isinstance(value, nn.Module):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    if len(text) > 60:
+        return f"{text[:57]}..."
+    return text if type(value).__module__ == "builtins" else f"{text} ({type(value).__name__})"
+
+
+def _arguments(function: Callable[..., Any], spans: dict[str, Range]) -> dict[str, _Argument]:
+    hints = typing.get_type_hints(function)
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {
+        name: _Argument(name, hints[name], parameter.default, spans.get(name))
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name in hints and parameter.kind not in variable
+    }
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """The kinds of a union; a type variable counts as its bound."""
+    if isinstance(kind, TypeVar):
+        return _members(kind.__bound__ or Any)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return tuple(member for part in typing.get_args(kind) for member in _members(part))
+    return (kind,)
+
+
+def _plain(kind: Any) -> Any:
+    """A kind without what it holds."""
+    return typing.get_origin(kind) or kind
+
+
+def _name(kind: Any) -> str:
+    plain = _plain(kind)
+    if plain is tuple:
+        return f"{len(typing.get_args(kind))} values"
+    return _NAMES.get(plain) or f"a {getattr(plain, '__name__', plain)}"
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    plain = _plain(kind)
+    if plain is bool:
+        return value is True or value is False or (type(value) is int and value in (0, 1))
+    if plain in (int, float):
+        wanted = numbers.Integral if plain is int else numbers.Real
+        return isinstance(value, wanted) and not isinstance(value, bool)
+    if plain is torch.device:
+        return isinstance(value, torch.device)
+    if plain is tuple:
+        wanted_parts = typing.get_args(kind)
+        if not isinstance(value, (tuple, list)) or Ellipsis in wanted_parts:
+            return isinstance(value, (tuple, list))
+        return len(value) == len(wanted_parts) and all(map(_fits, wanted_parts, value))
+    if plain is collections.abc.Callable:
+        return callable(value)
+    if plain in (collections.abc.Sequence, collections.abc.Iterable):
+        return isinstance(value, plain) and not isinstance(value, (str, bytes))
+    return not isinstance(plain, type) or isinstance(value, plain)
