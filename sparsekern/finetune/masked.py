@@ -151,7 +151,7 @@ class Masked:
         its masks alike.
     """
 
-    @checked("sparsekern.finetune.Masked")
+    @checked("sparsekern.finetune.Masked", leave=("pattern",))
     def __init__(
         self,
         model: nn.Module,

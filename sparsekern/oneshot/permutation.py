@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from sparsekern.errors import FormatError, check
 from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot.calibration import Batch, digest, make_batches
+from sparsekern.utils.arguments import SEEDS, checked
 from sparsekern.utils.files import write_atomic
 
 OP = "sparsekern.permute"
@@ -99,6 +100,7 @@ class Permuted:
     undo: Callable[[], None]
 
 
+@checked(OP, rounds=(0, 10**6), seed=SEEDS)
 @torch.no_grad()
 def permute(
     model: nn.Module,

@@ -41,7 +41,7 @@ from sparsekern.prune.pattern import Pattern
 from sparsekern.utils.arguments import checked
 
 
-@checked(OP, refine=(0, 10**6), damp=(0, 10**6))
+@checked(OP, leave=("pattern",), refine=(0, 10**6), damp=(0, 10**6))
 @with_experts_apart
 def prune_model(
     model: nn.Module,

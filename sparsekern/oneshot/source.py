@@ -7,12 +7,13 @@ become of it is in the resume folder by then. checkpoint/stream.py has the one t
 from __future__ import annotations
 
 import contextlib
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 
+@runtime_checkable
 class Source(Protocol):
     """The blocks of a model, which are on meta while nobody needs them."""
 

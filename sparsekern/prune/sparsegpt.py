@@ -65,7 +65,7 @@ class SparseGPTReport:
     backend: str
 
 
-@checked("sparsekern.prune.sparsegpt")
+@checked("sparsekern.prune.sparsegpt", leave=("pattern",))
 def sparsegpt(
     w: Tensor,
     hessian: Hessian | Tensor,
