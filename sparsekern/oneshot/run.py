@@ -412,7 +412,7 @@ class Run:
             done += f", {len(report.unquantized)} of them keep the numbers that they had (see "
             done += "sparsekern.compress_model(model, quantize=...))"
         text = f"{done}: {report.share:.1%} of the linear weights of {report.model} are 2:4"
-        warnings.warn(f"{OP}: {text}. Dense: {why or 'none'}.", stacklevel=4)
+        warnings.warn(f"{OP}: {text}. Dense: {why or 'none'}.", stacklevel=5)
 
 
 def _said(fit: Fit) -> str:
