@@ -183,7 +183,7 @@ def test_what_cannot_be_permuted_is_refused_and_stays():
     gpt2 = T.GPT2LMHeadModel(T.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=96)).eval()
     with pytest.raises(ValueError, match="without permutation"):
         permute(gpt2, ids())
-    with pytest.raises(ValueError, match="rounds, an int >= 0, got -1"):
+    with pytest.raises(ValueError, match="rounds from 0 to .*, got -1"):
         permute(build(**WIDE), ids(), rounds=-1)
 
 
@@ -200,7 +200,7 @@ def test_mistakes_of_prune_model():
     ):
         with pytest.raises(ValueError, match=text):
             sk.prune_model(model, "magnitude", **{"calibration": ids(), **QUIET, **options})
-    with pytest.raises(TypeError, match="permute as a bool or keywords"):
+    with pytest.raises(TypeError, match="permute: True or False or a dict, got 3"):
         sk.prune_model(model, "magnitude", ids(), permute=3, **QUIET)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

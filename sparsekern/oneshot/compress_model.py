@@ -109,5 +109,5 @@ def compress_model(
         kept = len(report.unquantized)
         held = f"{kept} layers keep the numbers that they had: no {quantize}. " if kept else ""
         text = f"{held}{report.share:.1%} of the linear weights of {report.model} are 2:4"
-        warnings.warn(f"{OP}: {text}. Dense: {why or 'none'}.", stacklevel=3)
+        warnings.warn(f"{OP}: {text}. Dense: {why or 'none'}.", stacklevel=4)
     return report

@@ -352,4 +352,4 @@ class Run(Rounds):
             done += "sparsekern.compress_model(model, quantize=...))"
         text = f"{done}: {report.share:.1%} of the linear weights of {report.model}"
         text += f" are {report.pattern}"
-        warnings.warn(f"{OP}: {text}. Dense: {why or 'none'}.", stacklevel=4)
+        warnings.warn(f"{OP}: {text}. Dense: {why or 'none'}.", stacklevel=5)
