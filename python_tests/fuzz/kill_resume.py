@@ -117,19 +117,19 @@ def run(kind: str, kills: int, seed: int) -> int:
         expected = torch.load(out, weights_only=False)
         total = expected["calls"]
         print(f"{kind}: {total} calls undisturbed, {len(expected['masks'])} masks")
-        killed, ended, wrong, number = 0, 0, 0, 0
-        while killed < kills or not ended:
+        killed, wrong, number, going = 0, 0, 0, True
+        while killed < kills or going:
             after = draw.randint(1, int(SHARE * total)) if killed < kills else None
             code = fork(kind, home / f"run-{number}", out, after)
             stages = sorted(p.name for p in (home / f"run-{number}").glob("*.safetensors"))
             if code == -signal.SIGKILL:
-                killed += 1
+                killed, going = killed + 1, True
                 print(f"kill {killed} at call {after}: {len(stages)} files are there")
                 continue
             assert code == 0, f"an attempt ended with {code}"
             found = differences(torch.load(out, weights_only=False), expected)
             print(f"run {number} ended after {killed} kills in all: {found or 'the same'}")
-            ended, wrong, number = ended + 1, wrong + len(found), number + 1
+            wrong, number, going = wrong + len(found), number + 1, False
     return wrong
 
 
