@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-import json
+import os
 
 import pytest
 import torch
@@ -124,13 +124,20 @@ def test_prune_model_permutes_first_and_resumes(tmp_path):
     with pytest.raises(ValueError, match="the permutation that .* was started with"):
         other = dict(knobs, permute={"rounds": 31})
         sk.prune_model(copy.deepcopy(start), "sparsegpt", ids(8), **other)
-    file = tmp_path / "run" / "permutation.json"
-    stored = json.loads(file.read_text())
-    stored["orders"]["model.layers.0.mlp.down_proj"][0][0] = 7
-    for content in (json.dumps(stored), "{"):
-        file.write_text(content)
+    file = tmp_path / "run" / "permutation.safetensors"
+    good = file.read_bytes()
+    for damage in (good[:-1] + bytes([good[-1] ^ 1]), good[:40], b"{"):
+        file.write_bytes(damage)
         with pytest.raises(FormatError, match="Delete the directory"):
             sk.prune_model(copy.deepcopy(start), "sparsegpt", ids(8), **knobs)
+
+
+@pytest.mark.parametrize("name", ["permutation", "rotation"])
+def test_a_pipe_in_the_folder_is_refused_without_waiting(name, tmp_path):
+    os.mkfifo(tmp_path / f"{name}.safetensors")
+    step = {"permute": True} if name == "permutation" else {"rotate": {"steps": 1}}
+    with pytest.raises(FormatError, match="no regular file.*Delete the directory"):
+        sk.prune_model(build(), "sparsegpt", ids(2), **dict(QUIET, **step, resume=tmp_path))
 
 
 def test_an_error_after_it_puts_the_order_back(monkeypatch):

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from sparsekern.errors import check
 from sparsekern.oneshot.calibration import Batch
-from sparsekern.oneshot.permutation import permute_on, permute_resumed
+from sparsekern.oneshot.permutation import permute_on
 from sparsekern.oneshot.presets import find_preset
 from sparsekern.oneshot.ranks import RankError, Ranks
 from sparsekern.oneshot.report import PruneReport
-from sparsekern.oneshot.resume import rotate_resumed
+from sparsekern.oneshot.resume import permute_resumed, rotate_resumed
 from sparsekern.oneshot.rotation import rotate_on
 from sparsekern.oneshot.rounds import Given, as_rounds, described
 

@@ -20,9 +20,7 @@ layers; that these two places fold: the forward pass.
 from __future__ import annotations
 
 import functools
-import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,15 +30,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import FormatError, check
-from sparsekern.oneshot import fingerprint
-from sparsekern.oneshot.calibration import Batch, digest, make_batches
+from sparsekern.oneshot.calibration import Batch, make_batches
 from sparsekern.utils.arguments import SEEDS, checked
-from sparsekern.utils.files import write_atomic
 
 OP = "sparsekern.permute"
 logger = logging.getLogger("sparsekern")
 ROUNDS = 100
-FILE = "permutation.json"
 # Names of an MLP's layers in one module: what makes the channels, and what reads them.
 MLPS = ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2"), (("w1", "w3"), "w2"))
 OUTPUTS = ("o_proj", "out_proj")  # of an attention that has a v_proj
@@ -98,6 +93,10 @@ class Permuted:
     report: PermutationReport
     orders: dict[str, Tensor]
     undo: Callable[[], None]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was found, as `permute_on(known=)` takes it."""
+        return self.orders
 
 
 @checked(OP, rounds=(0, 10**6), seed=SEEDS)
@@ -359,40 +358,3 @@ def _two_least(four: Any) -> Tensor:
     low, other = torch.minimum(a, b), torch.minimum(c, d)
     high = torch.minimum(torch.maximum(a, b), torch.maximum(c, d))
     return torch.minimum(low, other) + torch.minimum(torch.maximum(low, other), high)
-
-
-# -------------------------------------------------------------------------------------- resumption
-
-
-def permute_resumed(
-    model: nn.Module,
-    batches: list[Batch],
-    device: torch.device,
-    path: str | os.PathLike[str],
-    options: dict[str, Any],
-) -> Permuted:
-    """permute_on, with the orders stored in the folder `path`, or taken from there.
-
-    Raises:
-        ValueError: the folder holds those of another model, calibration or options.
-        FormatError: the stored file cannot be read, or is damaged.
-    """
-    file = os.path.join(os.fspath(path), FILE)
-    asked = json.dumps([fingerprint.of_model(model), digest(batches), sorted(options.items())])
-    if not os.path.exists(file):
-        made = permute_on(model, batches, device, **options)
-        stored = {"asked": asked, "orders": {k: o.tolist() for k, o in made.orders.items()}}
-        os.makedirs(os.fspath(path), exist_ok=True)
-        write_atomic(file, json.dumps(stored).encode())
-        return made
-    try:
-        with open(file, encoding="utf-8") as stream:
-            data = json.load(stream)
-        was = data["asked"]
-        known = {name: torch.tensor(order) for name, order in data["orders"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        text = f"{OP}: {file} is damaged ({error}). Delete the directory."
-        raise FormatError(text) from error
-    remedy = "Call it with the same model and arguments, or give another directory."
-    check(was == asked, OP, f"the permutation that {path} was started with", "another", remedy)
-    return permute_on(model, batches, device, known=known, **options)

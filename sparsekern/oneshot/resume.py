@@ -4,6 +4,7 @@
     DIR/layer_times.json           what was measured for keep_dense
     DIR/block-00003.safetensors    the pruned layers of one stage; their LayerReports as metadata
     DIR/rotation.safetensors       what was learnt before the walk (prune_model(rotate=))
+    DIR/permutation.safetensors    the orders found before it (prune_model(permute=))
     DIR/lock                       held while a process works in the folder
 
 A compressed layer is stored as NAME.compressed and NAME.bitmask (the tensors of a checkpoint), with
@@ -21,7 +22,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +33,14 @@ from sparsekern.formats.sparse24 import Sparse24, metadata_of_bitmask
 from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot.calibration import Batch, digest
 from sparsekern.oneshot.discovery import Layer
+from sparsekern.oneshot.permutation import Permuted, permute_on
 from sparsekern.oneshot.report import LayerReport
 from sparsekern.oneshot.rotation import Rotated, rotate_on
 from sparsekern.utils.files import open_lock, open_regular, read_regular, write_atomic
 
 OP = "sparsekern.prune_model(resume=)"
 SCHEMA = 2
-ROTATION = "rotation.safetensors"
+ROTATION, PERMUTATION = "rotation.safetensors", "permutation.safetensors"
 MAX_JSON_BYTES = 2**26
 
 
@@ -105,7 +107,7 @@ class ResumeDir:
             check(not keys, OP, f"the run that {self.path} was started with", differences, remedy)
         else:
             stages = {name for name in os.listdir(self.path) if name.endswith(".safetensors")}
-            stages -= {ROTATION}
+            stages -= {ROTATION, PERMUTATION}
             expected = f"manifest.json beside the stages in {self.path}"
             remedy = "Delete the stages, or give another directory."
             check(not stages, OP, expected, "none", remedy)
@@ -249,6 +251,9 @@ class ResumeDir:
         return results, reports
 
 
+# ---- what is searched for before the walk --------------------------------------------------------
+
+
 def rotate_resumed(
     model: nn.Module,
     batches: list[Batch],
@@ -256,34 +261,69 @@ def rotate_resumed(
     path: str | os.PathLike[str],
     options: dict[str, Any],
 ) -> Rotated:
-    """rotate_on, with what was learnt stored in the folder `path`, or taken from there.
+    """rotate_on, with what was learnt stored in the folder `path`, or taken from there; raises as
+    `_once`."""
+    found = Rotated.tensors
+    return _once(ROTATION, rotate_on, found, model, batches, device, path, options)
+
+
+def permute_resumed(
+    model: nn.Module,
+    batches: list[Batch],
+    device: torch.device,
+    path: str | os.PathLike[str],
+    options: dict[str, Any],
+) -> Permuted:
+    """permute_on, with the orders stored in the folder `path`, or taken from there; raises as
+    `_once`."""
+    found = Permuted.tensors
+    return _once(PERMUTATION, permute_on, found, model, batches, device, path, options)
+
+
+Step = TypeVar("Step")
+
+
+def _once(
+    name: str,
+    step: Callable[..., Step],
+    tensors_of: Callable[[Step], dict[str, Tensor]],
+    model: nn.Module,
+    batches: list[Batch],
+    device: torch.device,
+    path: str | os.PathLike[str],
+    options: dict[str, Any],
+) -> Step:
+    """step(model, batches, device, **options), with the tensors that it found in the file `name` of
+    the folder, for step(known=) of the next call.
 
     Raises:
-        ValueError: the folder holds the rotation of another model, calibration or options.
+        ValueError: the folder holds what was found for another model, calibration or options.
         FormatError: the stored file cannot be read, or is damaged.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save
 
-    file = os.path.join(os.fspath(path), ROTATION)
+    file = os.path.join(os.fspath(path), name)
     asked = json.dumps([fingerprint.of_model(model), digest(batches), sorted(options.items())])
-    if not os.path.exists(file):
-        turned = rotate_on(model, batches, device, **options)
-        tensors = turned.tensors()
+    if not os.path.lexists(file):
+        made = step(model, batches, device, **options)
+        tensors = tensors_of(made)
         sha = fingerprint.of_tensors(sorted(tensors.items()), asked)
         os.makedirs(os.fspath(path), exist_ok=True)
         write_atomic(file, save(tensors, metadata={"sha256": sha, "asked": asked}))
-        return turned
+        return made
     try:
+        open_regular(file).close()  # no pipe, which would make the next line wait
         with safe_open(file, "pt", device="cpu") as stored:
             metadata = stored.metadata()
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         was, sha = metadata["asked"], metadata["sha256"]
         whole = sha == fingerprint.of_tensors(sorted(tensors.items()), was)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         text = f"{OP}: {file} is damaged ({error}). Delete the directory."
         raise FormatError(text) from error
     check(whole, OP, f"{file} as written", "other content", "Delete the directory.", FormatError)
     remedy = "Call it with the same model and arguments, or give another directory."
-    check(was == asked, OP, f"the rotation that {path} was started with", "another", remedy)
-    return rotate_on(model, batches, device, known=tensors, **options)
+    expected = f"the {name.partition('.')[0]} that {path} was started with"
+    check(was == asked, OP, expected, "another", remedy)
+    return step(model, batches, device, known=tensors, **options)
