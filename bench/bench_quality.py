@@ -17,7 +17,8 @@ without the evaluation): they end there with what they have, which `fits` of the
 last --tail bytes of each, which no calibration sees, with the distance of their token frequencies.
 
 Rows of --runs: the presets; published (SparseGPT without refine and match_dense); reconstruct (each
-block in the walk), span (all blocks after it), and "rotate+" before any of them. Rows of --explore
+block in the walk), span (all blocks after it); permute, admm, and presets with them; "rotate+"
+before any of them. Rows of --explore
 train copies of one model, reconstructed block by block (sparsekern.reconstruct), or vary the walk.
 """
 
@@ -57,6 +58,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "published": {"refine": 0, "match_dense": 0.0},
     "reconstruct": {"reconstruct": BLOCK},
     "span": {"reconstruct": SPAN},
+    "permute": {"permute": True},
+    "admm": {"method": "admm"},
+    "permute+admm": {"method": "admm", "permute": True},
+    "default+permute": {"preset": "default", "permute": True},
+    "default+admm": {"preset": "default", "method": "admm"},
+    "best+permute": {"preset": "best", "permute": True},
+    "best+permute+admm": {"preset": "best", "method": "admm", "permute": True},
 }
 
 
@@ -171,12 +179,12 @@ class Table:
                 options = {} if name == "rotate" else dict(RUNS[base])
                 if name.startswith("rotate"):
                     options["rotate"] = True
-                if options.get("rotate") or base == "best":
+                preset = PRESETS.get(options.get("preset", ""))
+                if options.get("rotate") or (preset and preset.rotate):
                     options["untie"] = True
                 if self.run.left < 0:
                     self.run.say(f"no time for {name}, seed {seed}")
                     continue
-                preset = PRESETS.get(base)
                 samples = self.args.samples or (preset.samples if preset else 128)
                 apart = preset is None or preset.side_by_side
                 with self.row(name, seed):
@@ -326,12 +334,13 @@ class Table:
         if seed and "reconstruct" not in options and "preset" in options:
             rounds = PRESETS[options["preset"]].rounds
             options["reconstruct"] = [dataclasses.replace(r, seed=seed) for r in rounds]
-        options = self.limited(options)
+        method, options = options.get("method", "sparsegpt"), self.limited(options)
+        options = {key: value for key, value in options.items() if key != "method"}
         self.reset_peak()
         with self.run.phase(f"{name}: prune_model"), told(self.run):
             report = sparsekern.prune_model(
                 model,
-                "sparsegpt",
+                method,
                 ids,
                 compress=False,
                 device=self.run.device,
@@ -344,6 +353,7 @@ class Table:
         errors = [row.relative_error for row in report.pruned if row.relative_error is not None]
         details = {
             "phases": shown,
+            "method": method,
             "options": report.options,
             "rotation": report.rotation,
             "fits": _short(report.reconstruction),

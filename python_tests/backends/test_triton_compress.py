@@ -24,7 +24,7 @@ def run_python(script: str, *arguments: str, **environment: str) -> str:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment
     command = [sys.executable, *([script] if script.endswith(".py") else ["-c", script])]
     done = subprocess.run(
-        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=300
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("gguf", reason="needs gguf")
 pytest.importorskip("transformers", reason="needs transformers")
 from bench import bench_quality
+from python_tests.clock import patiently
 from python_tests.integrations import gguf_cases as cases
 
 WORDS = "the and then an hand 12 than these 34 a band stand other that is all there is to say "
@@ -42,6 +43,15 @@ def test_a_row_per_run_and_seed(tmp_path, monkeypatch, capsys):
     assert rows[1]["details"]["fits"][0]["epochs"] == 2
     assert all(row["metrics"]["perplexity"] > 1 for row in rows)
     assert "over 2 seeds" in capsys.readouterr().out
+
+
+def test_methods_and_permutations_are_rows(tmp_path):
+    arguments = options(tmp_path, "--runs", "admm,permute,permute+admm")
+    assert bench_quality.main(tmp_path / "r.jsonl", arguments) == 0
+    rows = records(tmp_path)
+    assert [row["details"]["method"] for row in rows] == ["admm", "sparsegpt", "admm"]
+    assert len({row["metrics"]["perplexity"] for row in rows}) == 3
+    assert all(row["check"].startswith("14 layers have two of four") for row in rows)
 
 
 def test_a_row_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
@@ -98,11 +108,17 @@ def test_a_row_ends_in_its_time_with_what_it_has(tmp_path, monkeypatch, capsys):
     )
     long = presets.Preset("", rotate=True, rounds=rounds, samples=6, side_by_side=True)
     monkeypatch.setitem(presets.PRESETS, "best", long)
-    arguments = options(tmp_path, "--runs", "best,fast", "--row-seconds", 40)
-    assert bench_quality.main(tmp_path / "r.jsonl", arguments) == 0
-    row, fast = records(tmp_path)
-    assert (row["backend"], fast["backend"]) == ("best", "fast")
-    assert all(fit["stopped"] for fit in row["details"]["fits"]) and row["metrics"]["seconds"] < 40
+
+    def attempt(seconds):
+        (tmp_path / "r.jsonl").unlink(missing_ok=True)
+        arguments = options(tmp_path, "--runs", "best,fast", "--row-seconds", seconds)
+        assert bench_quality.main(tmp_path / "r.jsonl", arguments) == 0
+        row, fast = records(tmp_path)
+        assert (row["backend"], fast["backend"]) == ("best", "fast")
+        assert all(fit["stopped"] for fit in row["details"]["fits"])
+        assert row["metrics"]["seconds"] < seconds
+
+    patiently(attempt, 15, 60, 240)
     out = capsys.readouterr().out
     assert "phase best: prune_model: " in out and "out of time" in out and "rotated in" in out
 
@@ -118,7 +134,7 @@ def test_a_row_that_hangs_is_a_record(tmp_path):
     arguments = options(tmp_path, "--runs", "best", "--budget", 30)
     command = [sys.executable, str(script), str(tmp_path / "r.jsonl"), *arguments]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 3, done.stderr[-2000:]
     (row,) = records(tmp_path)
     assert row["op"] == "quality_stopped" and row["details"]["phase"] == "best: prune_model"

@@ -4,7 +4,6 @@ every benchmark as a dry run on the CPU. Fake records stand in for an H100."""
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -98,11 +97,11 @@ def test_watchdog_ends_a_process_that_does_not_return():
     code = (
         "import time; from bench.options import watchdog\n"
         "with watchdog(60): pass\n"
-        "with watchdog(0.2): time.sleep(60)"
+        "with watchdog(0.2): time.sleep(3600)"
     )
-    begin = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "Timeout" in done.stderr and time.monotonic() - begin < 30
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1 and "Timeout" in done.stderr
 
 
 def test_options_go_to_one_benchmark(capsys):

@@ -88,7 +88,7 @@ def test_same_logits_in_a_new_process_and_less_memory_than_dense(tmp_path):
     heap = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     heap |= {"MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **heap, "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr
     same, sparse, dense = run.stdout.split()
     layers = [m for m in model.modules() if isinstance(m, SparseLinear)]

@@ -109,7 +109,7 @@ def run(code, *arguments, path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, cwd=path[0]
+        command, env=environment, capture_output=True, text=True, timeout=900, cwd=path[0]
     )
 
 

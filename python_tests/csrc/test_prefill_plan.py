@@ -43,7 +43,7 @@ def run(tmp_path_factory):
             ],
             check=True,
         )
-        return subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
+        return subprocess.run([str(program)], capture_output=True, text=True, timeout=900)
 
     return make
 

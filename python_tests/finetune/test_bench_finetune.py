@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("gguf", reason="needs gguf")
 pytest.importorskip("transformers", reason="needs transformers")
 from bench import bench_finetune, recovery_table
+from python_tests.clock import patiently
 from python_tests.integrations import gguf_cases as cases
 from sparsekern.oneshot.presets import PRESETS
 
@@ -100,9 +101,9 @@ def test_two_processes_make_one_record(options, tmp_path):
         "--minutes",
         "0.05",
     ]
-    command += ["--limit-seconds", "280", "--cache", str(tmp_path / "c")]
+    command += ["--limit-seconds", "800", "--cache", str(tmp_path / "c")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     (record,) = [json.loads(line) for line in options[-1].read_text().splitlines()]
     assert record["metrics"]["processes"] == 2 and record["check"].startswith("0 violations")
@@ -128,12 +129,18 @@ def written(options):
 
 def test_a_limit_that_training_is_cut_for(options, tmp_path):
     """Hours are asked for; training has what is left, and the record is there in time."""
-    begin = time.monotonic()
-    with child(options, "--start", "magnitude", "--minutes", 60, "--limit-seconds", 50) as process:
-        out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0 and time.monotonic() - begin < 55, out
-    (record,) = written(options)
-    assert record["op"] == "finetune" and record["metrics"]["minutes"] < 0.75
+
+    def attempt(limit):
+        options[-1].unlink(missing_ok=True)
+        begin, more = time.monotonic(), ["--start", "magnitude", "--minutes", 60]
+        with child(options, *more, "--limit-seconds", limit) as process:
+            out, _ = process.communicate(timeout=2 * limit)
+        assert process.returncode == 0 and time.monotonic() - begin < 1.1 * limit, out
+        (record,) = written(options)
+        assert record["op"] == "finetune" and record["metrics"]["minutes"] * 60 < 0.9 * limit
+        return record, out
+
+    record, out = patiently(attempt, 30, 100, 400)
     phases = record["details"]["phases"]
     assert {"load", "dense evaluation", "sample", "magnitude: prune", "magnitude: train"} < {
         *phases
@@ -151,7 +158,7 @@ def test_sigterm_in_training_ends_with_a_record(options):
             if "  step " in line:
                 process.send_signal(signal.SIGTERM)
                 break
-        out, _ = process.communicate(timeout=200)
+        out, _ = process.communicate(timeout=900)
     stopped, record = written(options)
     assert stopped["op"] == "finetune_stopped" and stopped["details"]["why"] == "SIGTERM"
     assert stopped["details"]["phase"] == "magnitude: train" and stopped["metrics"]["steps"] >= 1
@@ -177,7 +184,7 @@ def test_the_limit_in_every_phase_leaves_a_record(options, tmp_path, phase):
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment,
-                          timeout=300)  # fmt: skip
+                          timeout=900)  # fmt: skip
     assert done.returncode == 3, done.stderr[-2000:]
     assert "the limit is reached in phase" in done.stdout
     if phase == "dense":  # nothing is known yet

@@ -172,7 +172,7 @@ def test_layers_of_vllm_compute_the_dense_product(world, kind):
         for rank in range(world)
     ]
     for child in children:
-        output, errors = child.communicate(timeout=300)
+        output, errors = child.communicate(timeout=900)
         assert child.returncode == 0, errors[-3000:]
         differences = json.loads(output.splitlines()[-1])
         assert set(differences) == {"qkv", "gate_up", "o", "down", "head"}

@@ -60,7 +60,7 @@ def run(world, backend):
         for rank in range(world)
     ]
     for child in children:
-        output, errors = child.communicate(timeout=300)
+        output, errors = child.communicate(timeout=900)
         assert child.returncode == 0, errors[-3000:]
         assert output.strip().endswith("all equal"), output
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import sparsekern as sk
+from python_tests.clock import Clock
 from python_tests.oneshot.driver_models import build, is_24, plain, run_prune, tokens
 from sparsekern.oneshot import fit as fit_module
 from sparsekern.oneshot import presets, reconstruct, spans
@@ -106,8 +107,11 @@ def test_what_is_no_better_is_not_kept():
     ],
     ids=["block", "all", "windows", "recut", "sublayers"],
 )
-def test_seconds_end_a_round_with_the_best_so_far(rounds, fits):
+def test_seconds_end_a_round_with_the_best_so_far(rounds, fits, monkeypatch):
     """A hundred thousand epochs; every fit gets its part, and what it reached is kept."""
+    clock = Clock(0.02)
+    monkeypatch.setattr(fit_module, "time", clock)
+    monkeypatch.setattr(spans, "time", clock)
     _, report = pruned({**rounds, "epochs": 100_000})
     found = report.reconstruction
     assert len(found) == fits and all(fit["stopped"] for fit in found)
@@ -116,7 +120,7 @@ def test_seconds_end_a_round_with_the_best_so_far(rounds, fits):
     # All blocks together learn the few rows by heart: the error before may stay the lowest.
     assert any(fit["kept"] for fit in found) or rounds["span"] is None
     taken = sum(fit["seconds"] for fit in found)
-    assert taken < rounds["seconds"] + 3  # a loaded machine
+    assert 0.8 * rounds["seconds"] < taken < rounds["seconds"] + 0.2 * fits
 
 
 def test_seconds_that_are_over_at_once():

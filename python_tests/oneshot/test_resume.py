@@ -61,7 +61,7 @@ def test_killed_in_mid_run_and_resumed(family, compress, tmp_path):
     command = [sys.executable, str(HERE / "resume_child.py"), str(tmp_path), family, str(compress)]
     child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not (tmp_path / "inside-block-2").exists():
             assert child.poll() is None, child.stderr.read()
             assert time.monotonic() < deadline, "the child never reached block 2"

@@ -309,7 +309,7 @@ def test_exact_float32_restores_every_setting():
         [sys.executable, "-W", "ignore", "-c", _SWITCHES],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert result.returncode == 0, result.stderr
 

@@ -395,7 +395,7 @@ def test_triton_kernel_through_the_interpreter():
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env=os.environ | {"TRITON_INTERPRET": "1"},
     )
     assert result.returncode == 0, result.stderr
