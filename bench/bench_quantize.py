@@ -8,6 +8,7 @@ is those weights, with the Hessians of that run, as levels. Rows:
 
     dense, 2:4               16 bits
     2:4, NAME METHOD         fp8, int8, int4 (groups of 128): nearest levels, or prune.gptq
+    ..., x of NAME           the inputs of those layers as levels, too, a scale for each token (W8A8)
     one run                  prune_model(quantize=NAME): later blocks are calibrated on the levels
     NAME METHOD              the dense model quantised, not pruned
     NAME METHOD, then 2:4    the wrong order: that model pruned as above, and its kept weights put
@@ -53,8 +54,10 @@ CASES = {
     "2:4": 0,
     "2:4, fp8 rtn": 2,
     "2:4, fp8 gptq": 6,
+    "2:4, fp8 gptq, x of fp8": 6,
     "2:4, int8 rtn": 2,
     "2:4, int8 gptq": 6,
+    "2:4, int8 gptq, x of int8": 6,
     "2:4, int4 g128 rtn": 2,
     "2:4, int4 g128 gptq": 6,
     "int4 g128 gptq, then 2:4": 15,
@@ -194,7 +197,9 @@ class Problem:
             model, report, _ = self.pruned("sparsegpt")
             return model, _errors(report), "2:4"
         if name.startswith("2:4, "):
-            return self.levels("sparsegpt", *_kind(name.removeprefix("2:4, ")))
+            weights, _, x = name.removeprefix("2:4, ").partition(", x of ")
+            made = self.levels("sparsegpt", *_kind(weights))
+            return self.with_levels_of_x(*made, x) if x else made
         if name.startswith("wanda, then "):
             return self.levels("wanda", *_kind(name.removeprefix("wanda, then ")))
         if name.startswith("one run, "):
@@ -277,6 +282,18 @@ class Problem:
             f"{method}_seconds": round(seconds, 2),
         }
         return model, metrics, "masks kept, levels verified"
+
+    def with_levels_of_x(self, model, metrics, check: str, dtype: str):
+        """The same, every pruned layer reading its input as the levels of quantize_rows."""
+        _, _, masks = self.pruned("sparsegpt")
+
+        def rounded(module, inputs):
+            levels, scale = sparsekern.quantize_rows(inputs[0], dtype)
+            return (levels.to(inputs[0].dtype) * scale[..., None].to(inputs[0].dtype),)
+
+        for name in masks:
+            model.get_submodule(name).register_forward_pre_hook(rounded)
+        return model, metrics, f"{check}, x as levels"
 
     def quantized(self, quantize: str, method: str):
         """(the dense model with levels in every layer that is pruned, their scales), once."""

@@ -31,6 +31,10 @@ def test_a_record_for_every_row(tmp_path):
         rtn, gptq = (found[f"2:4, {kind} {method}"] for method in ("rtn", "gptq"))
         assert gptq["added_error"] < rtn["added_error"]
         assert rtn["bits_per_weight"] == gptq["bits_per_weight"]
+    for kind in ("fp8", "int8"):  # the same weights, other inputs
+        alone, both = (found[f"2:4, {kind} gptq{x}"] for x in ("", f", x of {kind}"))
+        assert alone["added_error"] == both["added_error"]
+        assert alone["perplexity"] != both["perplexity"]
     assert found["2:4, int8 rtn"]["added_error"] < found["2:4, int4 g128 rtn"]["added_error"]
     lines = table.metrics_table(records).splitlines()
     assert len(lines) == 2 + len(records)
