@@ -8,7 +8,7 @@ is those weights, with the Hessians of that run, as levels. Rows:
 
     dense, 2:4               16 bits
     2:4, NAME METHOD         fp8, int8, int4 (groups of 128): nearest levels, or prune.gptq
-    ..., x of NAME           the inputs of those layers as levels, too, a scale for each token (W8A8)
+    ..., x of NAME           their inputs as levels, too, a scale for each token (W8A8)
     one run                  prune_model(quantize=NAME): later blocks are calibrated on the levels
     NAME METHOD              the dense model quantised, not pruned
     NAME METHOD, then 2:4    the wrong order: that model pruned as above, and its kept weights put
