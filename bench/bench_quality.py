@@ -17,9 +17,9 @@ without the evaluation): they end there with what they have, which `fits` of the
 last --tail bytes of each, which no calibration sees, with the distance of their token frequencies.
 
 Rows of --runs: the presets; published (SparseGPT without refine and match_dense); reconstruct (each
-block in the walk), span (all blocks after it); permute, admm, and presets with them; "rotate+"
-before any of them. Rows of --explore
-train copies of one model, reconstructed block by block (sparsekern.reconstruct), or vary the walk.
+block in the walk), span (all blocks after it); permute, admm, both; presets with those or with
+compiled blocks; "rotate+" before any of them. Rows of --explore train copies of one model,
+reconstructed block by block (sparsekern.reconstruct), or vary the walk.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ SHARE = 0.75  # of a row's time, for its rotation and rounds
 SPAN = Reconstruction(span=None, epochs=4, between=1.0)
 BLOCK = Reconstruction(span=1, epochs=4)
 LONG = Reconstruction(span=None, epochs=8, between=1.0, recut=True, batch=2)
+COMPILED = tuple(dataclasses.replace(r, compile=r.span is None) for r in PRESETS["best"].rounds)
 RUNS: dict[str, dict[str, Any]] = {
     **{name: {"preset": name} for name in PRESETS},
     "published": {"refine": 0, "match_dense": 0.0},
@@ -63,6 +64,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "permute+admm": {"method": "admm", "permute": True},
     "default+permute": {"preset": "default", "permute": True},
     "default+admm": {"preset": "default", "method": "admm"},
+    "best+compile": {"preset": "best", "reconstruct": COMPILED},
     "best+permute": {"preset": "best", "permute": True},
     "best+permute+admm": {"preset": "best", "method": "admm", "permute": True},
 }

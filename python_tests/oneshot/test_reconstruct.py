@@ -86,6 +86,27 @@ def test_it_lowers_the_error_of_text_that_it_never_saw(rounds):
     assert report.from_json(report.to_json()).reconstruction == report.reconstruction
 
 
+def test_blocks_share_what_is_compiled(monkeypatch):
+    """One graph for each way a block is called, not one for each block, and none of the walk that
+    recut captures anew (10 blocks are more than torch recompiles for)."""
+    graphs, real = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend=backend))
+    torch._dynamo.reset()
+    options = {**SPAN, "epochs": 2, "recut": True, "batch": 3}
+    eager, _ = pruned(options, model=build(layers=10))
+    assert not graphs
+    compiled, report = pruned({**options, "compile": True}, model=build(layers=10))
+    assert 3 <= len(graphs) <= 8 and report.reconstruction[0]["kept"]
+    for name, weight in linear_weights(compiled).items():
+        torch.testing.assert_close(weight, eager.get_submodule(name).weight, rtol=1e-3, atol=1e-4)
+    assert not any(m._compiled_call_impl for m in compiled.modules())
+
+
 def test_what_is_no_better_is_not_kept():
     before, _ = pruned()
     after, report = pruned({**SPAN, "lr": 50.0, "warmup": 0.0})

@@ -31,6 +31,20 @@ SAID = 10.0  # seconds between lines of a long fit in the log
 LOOK = 0.25  # seconds between looks at the clock, for which a GPU is waited for
 
 
+def _error(y: Tensor, t: Tensor, counted: Tensor, scale: Tensor | None, mse: bool) -> Tensor:
+    """E between y and t [samples, tokens, channels]: the mean over the tokens of each one's own
+    relative error, or with mse the relative error of all."""
+    t = t.float()
+    error = (y.float() - t).square()
+    if scale is not None:
+        error = error * scale
+    size = t.square().sum(-1)
+    if mse:
+        return (error.sum(-1) * counted).sum() / (size * counted).sum().clamp_min(1e-30)
+    relative = error.sum(-1) / size.clamp_min(1e-30)
+    return (relative * counted).sum() / counted.sum().clamp_min(1)
+
+
 class Loss:
     """E of one batch."""
 
@@ -45,24 +59,16 @@ class Loss:
         self.options, self.weights, self.given, self.wanted = options, weights, given, wanted
         self.walk = walk
         self.scales: list[Tensor | None] = [None] * len(weights)
+        self.error = torch.compile(_error) if options.compile else _error
 
     def __call__(self, index: int) -> Tensor:
         targets = self.wanted(index)
         outputs = self.given(index)
         parts = []
         for j, (weight, y, t) in enumerate(zip(self.weights, outputs, targets)):
-            t = t.float()
-            error = (y.float() - t).square()
-            if self.options.loss == "channel":
-                error = error * self._scale(j, t)
+            scale = self._scale(j, t.float()) if self.options.loss == "channel" else None
             counted = self._counted(index, t)
-            size = t.square().sum(-1)
-            if self.options.loss == "mse":
-                total = (size * counted).sum()
-                parts.append(weight * (error.sum(-1) * counted).sum() / total.clamp_min(1e-30))
-            else:
-                relative = error.sum(-1) / size.clamp_min(1e-30)
-                parts.append(weight * (relative * counted).sum() / counted.sum().clamp_min(1))
+            parts.append(weight * self.error(y, t, counted, scale, self.options.loss == "mse"))
         return torch.stack(parts).sum()
 
     def _counted(self, index: int, t: Tensor) -> Tensor:
@@ -320,13 +326,15 @@ def training(
     options: Reconstruction,
     device: torch.device,
     blocks: Sequence[nn.Module],
+    teachers: Sequence[nn.Module] = (),
 ) -> Iterator[list[Trained]]:
     """The chosen parameters of the blocks in float32 and with gradients, all others without, for
-    the duration; products in bfloat16 on a GPU and where the model is stored in 16 bits."""
+    the duration; products in bfloat16 on a GPU and where the model is stored in 16 bits. With
+    compile, blocks and teachers are compiled for that time."""
     every = list(dict.fromkeys(p for block in blocks for p in block.parameters()))
     before = [(p, p.dtype, p.requires_grad) for p in every]
     half = any(p.dtype.itemsize == 2 for p in every)
-    calls = [(m, m._compiled_call_impl) for m in blocks]
+    calls = [(m, m._compiled_call_impl) for m in (*blocks, *teachers)]
     trained = [
         Trained(p, mask.to(p.device, torch.float32, copy=True), p.dtype, turned)
         for p, mask, turned in chosen

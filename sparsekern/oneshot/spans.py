@@ -153,7 +153,7 @@ class SpanRound:
         weights_of = kept_weights([m for m in self.masks if id(m) in inside], self.masks)
         check(weights_of, OP, f"2:4 layers in the blocks {first} to {end - 1}", "none")
         numbers = list(range(first, end))
-        with training(weights_of, options, walk.device, blocks) as trained:
+        with training(weights_of, options, walk.device, blocks, teachers) as trained:
             count = len(walk.calls)
             done = fit(trained, count, loss, options, numbers, "span", data.new_epoch, seconds)
         if options.reselect and done.kept:
@@ -212,7 +212,8 @@ class _Rows:
         batches = recut(trained, options.seed + epoch, options.noise)
         self._new = None  # its memory is free before the next one is made
         recapture = self.recapture
-        self._new = repeatable(lambda: recapture(batches))
+        with torch.compiler.set_stance("force_eager"):  # its hooks are not to be compiled
+            self._new = repeatable(lambda: recapture(batches))
 
     def _of(self, i: int) -> Walk:
         return self._new if self._new is not None and i < self.held_from else self.walk
