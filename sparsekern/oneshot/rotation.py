@@ -466,10 +466,13 @@ def collect_grams(
 
 def untold(h: Tensor) -> Tensor:
     """1 / 2[(H + diag H)⁻¹]_jj of a Gram matrix [in, in]: what of each input a random half of the
-    others does not tell; H_jj without correlation, 0 of an input that is always zero."""
+    others does not tell; H_jj without correlation, 0 of an input that is always zero. What is added
+    is at least the rounding of H, beside which H of few tokens or of rotated inputs is singular."""
     diagonal = h.diagonal()
     dead = diagonal == 0
-    own = diagonal + dead * diagonal.mean().clamp_min(torch.finfo(h.dtype).tiny)
+    rounding = torch.finfo(h.dtype)
+    mean = diagonal.mean().clamp_min(rounding.tiny)
+    own = (diagonal + dead * mean).clamp_min(8 * len(h) * rounding.eps * mean.detach())
     lower = torch.linalg.cholesky(h + torch.diag(own))
     energy: Tensor = 0.5 / torch.cholesky_inverse(lower).diagonal()
     return energy * ~dead
