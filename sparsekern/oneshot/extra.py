@@ -18,7 +18,7 @@ from sparsekern.oneshot.permutation import permute_on
 from sparsekern.oneshot.presets import find_preset
 from sparsekern.oneshot.ranks import RankError, Ranks
 from sparsekern.oneshot.report import PruneReport
-from sparsekern.oneshot.resume import permute_resumed, rotate_resumed
+from sparsekern.oneshot.resume import PERMUTATION, ROTATION, once
 from sparsekern.oneshot.rotation import rotate_on
 from sparsekern.oneshot.rounds import Given, as_rounds, described
 
@@ -108,9 +108,9 @@ class Extra:
         elif resume is None:
             made = permute_on(model, batches, device, **self.permute)
         else:
-            made = permute_resumed(model, batches, device, resume, self.permute)
+            made = once(PERMUTATION, permute_on, model, batches, device, resume, self.permute)
         if ranks is not None and not ranks.rank:
-            ranks.share(made.orders, 0)
+            ranks.share(made.tensors(), 0)
         report.permutation = asdict(made.report)
         return made.undo
 
@@ -132,7 +132,7 @@ class Extra:
                 if resume is None:
                     turned = rotate_on(model, batches, device, **self.rotate)
                 else:
-                    turned = rotate_resumed(model, batches, device, resume, self.rotate)
+                    turned = once(ROTATION, rotate_on, model, batches, device, resume, self.rotate)
                 found = turned.tensors()
         except (ValueError, RuntimeError) as error:
             if not self.turn_optional:

@@ -22,7 +22,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,7 @@ from sparsekern.formats.sparse24 import Sparse24, metadata_of_bitmask
 from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot.calibration import Batch, digest
 from sparsekern.oneshot.discovery import Layer
-from sparsekern.oneshot.permutation import Permuted, permute_on
 from sparsekern.oneshot.report import LayerReport
-from sparsekern.oneshot.rotation import Rotated, rotate_on
 from sparsekern.utils.files import open_lock, open_regular, read_regular, write_atomic
 
 OP = "sparsekern.prune_model(resume=)"
@@ -254,39 +252,20 @@ class ResumeDir:
 # ---- what is searched for before the walk --------------------------------------------------------
 
 
-def rotate_resumed(
-    model: nn.Module,
-    batches: list[Batch],
-    device: torch.device,
-    path: str | os.PathLike[str],
-    options: dict[str, Any],
-) -> Rotated:
-    """rotate_on, with what was learnt stored in the folder `path`, or taken from there; raises as
-    `_once`."""
-    found = Rotated.tensors
-    return _once(ROTATION, rotate_on, found, model, batches, device, path, options)
+class Found(Protocol):
+    """What such a step returns."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it found, as its `known=` takes it."""
+        ...
 
 
-def permute_resumed(
-    model: nn.Module,
-    batches: list[Batch],
-    device: torch.device,
-    path: str | os.PathLike[str],
-    options: dict[str, Any],
-) -> Permuted:
-    """permute_on, with the orders stored in the folder `path`, or taken from there; raises as
-    `_once`."""
-    found = Permuted.tensors
-    return _once(PERMUTATION, permute_on, found, model, batches, device, path, options)
+Step = TypeVar("Step", bound=Found)
 
 
-Step = TypeVar("Step")
-
-
-def _once(
+def once(
     name: str,
     step: Callable[..., Step],
-    tensors_of: Callable[[Step], dict[str, Tensor]],
     model: nn.Module,
     batches: list[Batch],
     device: torch.device,
@@ -307,7 +286,7 @@ def _once(
     asked = json.dumps([fingerprint.of_model(model), digest(batches), sorted(options.items())])
     if not os.path.lexists(file):
         made = step(model, batches, device, **options)
-        tensors = tensors_of(made)
+        tensors = made.tensors()
         sha = fingerprint.of_tensors(sorted(tensors.items()), asked)
         os.makedirs(os.fspath(path), exist_ok=True)
         write_atomic(file, save(tensors, metadata={"sha256": sha, "asked": asked}))
