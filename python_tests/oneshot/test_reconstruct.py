@@ -87,8 +87,8 @@ def test_it_lowers_the_error_of_text_that_it_never_saw(rounds):
 
 
 def test_blocks_share_what_is_compiled(monkeypatch):
-    """One graph for each way a block is called, not one for each block, and none of the walk that
-    recut captures anew (10 blocks are more than torch recompiles for)."""
+    """One graph for each way a block is called, however many blocks, and none of what captures the
+    rows of recut (which took one for each block, until torch refused)."""
     graphs, real = [], torch.compile
 
     def backend(graph, inputs):

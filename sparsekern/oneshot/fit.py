@@ -66,7 +66,7 @@ class Loss:
         outputs = self.given(index)
         parts = []
         for j, (weight, y, t) in enumerate(zip(self.weights, outputs, targets)):
-            scale = self._scale(j, t.float()) if self.options.loss == "channel" else None
+            scale = self._scale(j, t) if self.options.loss == "channel" else None
             counted = self._counted(index, t)
             parts.append(weight * self.error(y, t, counted, scale, self.options.loss == "mse"))
         return torch.stack(parts).sum()
@@ -83,6 +83,7 @@ class Loss:
         """1 / variance of each channel over the tokens of the first batch seen, each of unit size;
         its mean over channels is 1."""
         if self.scales[j] is None:
+            t = t.float()
             unit = t / t.square().mean(-1, keepdim=True).clamp_min(1e-30).sqrt()
             variance = unit.reshape(-1, t.shape[-1]).var(0).clamp_min(1e-6)
             inverse = variance.reciprocal()
