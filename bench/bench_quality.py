@@ -16,10 +16,10 @@ without the evaluation): they end there with what they have, which `fits` of the
 --matrix calibrates on each of the texts, and on all of them in equal shares, and evaluates on the
 last --tail bytes of each, which no calibration sees, with the distance of their token frequencies.
 
-Rows of --runs: the presets; published (SparseGPT without refine and match_dense); reconstruct (each
-block in the walk), span (all blocks after it); permute, admm, both; presets with those or with
-compiled blocks; "rotate+" before any of them. Rows of --explore train copies of one model,
-reconstructed block by block (sparsekern.reconstruct), or vary the walk.
+Rows of --runs are parts with "+" between them: the presets; published (SparseGPT without refine and
+match_dense); reconstruct (each block in the walk); span (all blocks after it); rotate, permute;
+admm (the method, else SparseGPT); compile (the rounds after the walk). Rows of --explore train
+copies of one model, reconstructed block by block (sparsekern.reconstruct), or vary the walk.
 """
 
 from __future__ import annotations
@@ -53,25 +53,37 @@ SHARE = 0.75  # of a row's time, for its rotation and rounds
 SPAN = Reconstruction(span=None, epochs=4, between=1.0)
 BLOCK = Reconstruction(span=1, epochs=4)
 LONG = Reconstruction(span=None, epochs=8, between=1.0, recut=True, batch=2)
-COMPILED = tuple(dataclasses.replace(r, compile=r.span is None) for r in PRESETS["best"].rounds)
-RUNS: dict[str, dict[str, Any]] = {
+# What the names of --runs are put together from, with "+" between them.
+PARTS: dict[str, dict[str, Any]] = {
     **{name: {"preset": name} for name in PRESETS},
     "published": {"refine": 0, "match_dense": 0.0},
     "reconstruct": {"reconstruct": BLOCK},
     "span": {"reconstruct": SPAN},
+    "rotate": {"rotate": True},
     "permute": {"permute": True},
     "admm": {"method": "admm"},
-    "permute+admm": {"method": "admm", "permute": True},
-    "default+permute": {"preset": "default", "permute": True},
-    "default+admm": {"preset": "default", "method": "admm"},
-    "best+compile": {"preset": "best", "reconstruct": COMPILED},
-    "best+permute": {"preset": "best", "permute": True},
-    "best+permute+admm": {"preset": "best", "method": "admm", "permute": True},
+    "compile": {"compile": True},
 }
+
+
+def options_of(run: str) -> dict[str, Any]:
+    """Keywords of prune_model for a name of --runs; `compile` is for the rounds after the walk."""
+    options: dict[str, Any] = {}
+    for name in run.split("+"):
+        if name not in PARTS:
+            raise ValueError(f"bench quality: expected runs in {[*PARTS]}, got {name!r}.")
+        options |= PARTS[name]
+    return options
 
 
 def _with(options: Reconstruction, **changes: Any) -> Reconstruction:
     return dataclasses.replace(options, **changes)
+
+
+def _rounds(options: dict[str, Any]) -> tuple[Reconstruction, ...]:
+    """The rounds that these keywords of prune_model mean."""
+    preset = PRESETS.get(options.get("preset", ""))
+    return as_rounds(options.get("reconstruct", preset.rounds if preset else ()))
 
 
 # What --explore tries: name -> (seconds it may need on an H200, from the pruned start or by
@@ -125,9 +137,7 @@ def main(path, arguments=()) -> int:
         print("bench quality: give --gguf FILE or --model DIR; nothing was measured.", flush=True)
         return 0
     for name in args.runs.split(","):
-        known = name.removeprefix("rotate+")
-        if known not in RUNS and name != "rotate":
-            raise ValueError(f"bench quality: expected runs in {[*RUNS]}, got {name!r}.")
+        options_of(name)
     run = Run(path, args)
     table = Table(run, args)
     with watchdog(args.budget + 120), Watch(run, args.budget + LATE, table.rescue):
@@ -177,10 +187,7 @@ class Table:
     def rows(self) -> None:
         for seed in range(self.args.seeds):
             for name in self.args.runs.split(","):
-                base = name.removeprefix("rotate+")
-                options = {} if name == "rotate" else dict(RUNS[base])
-                if name.startswith("rotate"):
-                    options["rotate"] = True
+                options = options_of(name)
                 preset = PRESETS.get(options.get("preset", ""))
                 if options.get("rotate") or (preset and preset.rotate):
                     options["untie"] = True
@@ -312,8 +319,7 @@ class Table:
 
     def limited(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options with times for rotation and rounds."""
-        preset = PRESETS.get(options.get("preset", ""))
-        rounds = as_rounds(options.get("reconstruct", preset.rounds if preset else ()))
+        preset, rounds = PRESETS.get(options.get("preset", "")), _rounds(options)
         turn = options.get("rotate", preset.rotate if preset else False)
         if not rounds and not turn:
             return options
@@ -333,11 +339,15 @@ class Table:
         """(the pruned model, its report) of one prune_model; recorded."""
         model = copy.deepcopy(self.model).to(self.run.device)
         ids = self.windows(seed, samples, apart)
-        if seed and "reconstruct" not in options and "preset" in options:
-            rounds = PRESETS[options["preset"]].rounds
-            options["reconstruct"] = [dataclasses.replace(r, seed=seed) for r in rounds]
-        method, options = options.get("method", "sparsegpt"), self.limited(options)
-        options = {key: value for key, value in options.items() if key != "method"}
+        options = dict(options)
+        method, compiled = options.pop("method", "sparsegpt"), options.pop("compile", False)
+        rounds = _rounds(options)
+        if rounds and (seed or compiled):
+            options["reconstruct"] = [
+                _with(r, seed=r.seed + seed, compile=r.compile or (compiled and r.span != 1))
+                for r in rounds
+            ]
+        options = self.limited(options)
         self.reset_peak()
         with self.run.phase(f"{name}: prune_model"), told(self.run):
             report = sparsekern.prune_model(

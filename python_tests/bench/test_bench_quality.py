@@ -32,8 +32,8 @@ def records(tmp_path):
 
 
 def test_a_row_per_run_and_seed(tmp_path, monkeypatch, capsys):
-    short = {**bench_quality.RUNS, "span": {"reconstruct": {"span": None, "epochs": 2}}}
-    monkeypatch.setattr(bench_quality, "RUNS", short)
+    short = {**bench_quality.PARTS, "span": {"reconstruct": {"span": None, "epochs": 2}}}
+    monkeypatch.setattr(bench_quality, "PARTS", short)
     arguments = options(tmp_path, "--runs", "fast,span", "--seeds", 2)
     assert bench_quality.main(tmp_path / "r.jsonl", arguments) == 0
     rows = records(tmp_path)
@@ -90,6 +90,29 @@ def test_every_row_of_explore_is_valid():
         assert kind in ("start", "prune") and 0 < seconds < 120, name
         rounds = what if kind == "start" else what.get("reconstruct")
         assert as_rounds(rounds) or "rotate" in what, name
+
+
+def test_parts_of_a_run():
+    best = bench_quality.options_of("best+permute+admm")
+    assert best == {"preset": "best", "permute": True, "method": "admm"}
+    assert bench_quality.options_of("rotate+span") == {
+        "rotate": True,
+        "reconstruct": bench_quality.SPAN,
+    }
+
+
+def test_compile_is_for_rounds_after_the_walk(tmp_path, monkeypatch):
+    seen = []
+    real = bench_quality.sparsekern.prune_model
+
+    def prune(model, method, ids, **options):
+        seen.append([(r.span, r.compile, r.seed) for r in options.pop("reconstruct")])
+        return real(model, method, ids, **options, reconstruct=())
+
+    monkeypatch.setattr(bench_quality.sparsekern, "prune_model", prune)
+    arguments = options(tmp_path, "--runs", "best+compile", "--seeds", 2)
+    assert bench_quality.main(tmp_path / "r.jsonl", arguments) == 0
+    assert seen == [[(1, False, seed), (None, True, seed)] for seed in (0, 1)]
 
 
 def test_unknown_runs_are_refused(tmp_path):
