@@ -152,6 +152,7 @@ class Problem:
         self.base: float | None = None  # perplexity of the 16-bit 2:4 model
         self.eval_s = EVAL_S
         self._starts: dict = {}
+        self._last: tuple = ("", None)  # levels of the last row "2:4, ...": (what of, the row)
         run.say(
             f"{self.case}: {train.numel()} calibration tokens, {self.test.numel()} of evaluation"
         )
@@ -198,8 +199,9 @@ class Problem:
             return model, _errors(report), "2:4"
         if name.startswith("2:4, "):
             weights, _, x = name.removeprefix("2:4, ").partition(", x of ")
-            made = self.levels("sparsegpt", *_kind(weights))
-            return self.with_levels_of_x(*made, x) if x else made
+            if self._last[0] != weights:
+                self._last = weights, self.levels("sparsegpt", *_kind(weights))
+            return self.with_levels_of_x(*self._last[1], x) if x else self._last[1]
         if name.startswith("wanda, then "):
             return self.levels("wanda", *_kind(name.removeprefix("wanda, then ")))
         if name.startswith("one run, "):
@@ -286,6 +288,7 @@ class Problem:
     def with_levels_of_x(self, model, metrics, check: str, dtype: str):
         """The same, every pruned layer reading its input as the levels of quantize_rows."""
         _, _, masks = self.pruned("sparsegpt")
+        model = copy.deepcopy(model)
 
         def rounded(module, inputs):
             levels, scale = sparsekern.quantize_rows(inputs[0], dtype)
