@@ -8,12 +8,7 @@ import time
 
 
 class Clock:
-    """Stands for the module `time`: every look at it finds `each` seconds gone.
-
-    >>> clock = Clock(0.5)
-    >>> clock.perf_counter(), clock.monotonic()
-    (0.5, 1.0)
-    """
+    """Stands for the module `time`: every look at it finds `each` seconds gone."""
 
     def __init__(self, each):
         self.each, self.now = each, 0.0

@@ -134,7 +134,10 @@ def test_a_limit_that_training_is_cut_for(options, tmp_path):
         options[-1].unlink(missing_ok=True)
         begin, more = time.monotonic(), ["--start", "magnitude", "--minutes", 60]
         with child(options, *more, "--limit-seconds", limit) as process:
-            out, _ = process.communicate(timeout=2 * limit)
+            try:
+                out, _ = process.communicate(timeout=2 * limit)
+            finally:
+                process.kill()
         assert process.returncode == 0 and time.monotonic() - begin < 1.1 * limit, out
         (record,) = written(options)
         assert record["op"] == "finetune" and record["metrics"]["minutes"] * 60 < 0.9 * limit
