@@ -295,10 +295,14 @@ class Layer8:
 
     def _cusparselt(self, name, weight) -> Provider:
         from sparsekern.backends.cusparselt import linear as library
+        from sparsekern.backends.cusparselt.library import scales_channels
         from sparsekern.backends.cusparselt.search import SPLITS, search
 
         first = library.pack(self.rows24)
         weights, found = self._copies("cusparselt", first), {}
+        numbers = self.pruned
+        if not scales_channels(self.kind.storage):
+            numbers = numbers / self.rows24.tensors[SCALE].view(-1, 1)
 
         def prepare(x):
             rows = library.padded_tokens(x.shape[0], self.kind.storage)
@@ -313,7 +317,7 @@ class Layer8:
         return Provider(
             name,
             lambda x8, copy: library.product(x8, weights[copy]),
-            self.pruned,
+            numbers,
             first.nbytes,
             prepare,
             lambda x: self._x8(x)[0].float(),

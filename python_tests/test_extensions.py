@@ -512,7 +512,7 @@ def test_the_table_names_the_backends_of_a_type(name):
             found.add(backend)
         except (NotImplementedError, TypeError, ValueError):
             continue
-    absent = {"cusparselt"} if cusparselt_library.refusal(0, torch.float16) else set()
+    absent = {"cusparselt"} if cusparselt_library.refusal(0, kind.storage) else set()
     assert found == set(kind.backends) - absent
 
 

@@ -63,7 +63,7 @@ struct Scales {
     const float of_token = token_scale ? token_scale[token] : 1.0f;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (i < count) v[i] *= (channel_scale ? channel_scale[row + i] : 1.0f) * of_token;
+      if (i < count) v[i] = v[i] * (channel_scale ? channel_scale[row + i] : 1.0f) * of_token;
     }
   }
 };

@@ -286,10 +286,10 @@ struct Scaling {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int i = tokens8 * 4 + half * 2;
-        const float low = ptx::as_float_here(d[i]) * of_tokens.x;
-        const float high = ptx::as_float_here(d[i + 1]) * of_tokens.y;
-        v[i] = low * channel[m][half] + bias[m][half];
-        v[i + 1] = high * channel[m][half] + bias[m][half];
+        const float low = ptx::as_float_here(d[i]) * channel[m][half];
+        const float high = ptx::as_float_here(d[i + 1]) * channel[m][half];
+        v[i] = low * of_tokens.x + bias[m][half];
+        v[i + 1] = high * of_tokens.y + bias[m][half];
       }
     }
   }

@@ -199,10 +199,10 @@ def test_every_code_of_the_weight(weight, group, dtype):
     codes = codes[codes != 0]
     w = torch.zeros(256, 256)
     for row in range(256):
-        for group in range(64):
-            first, second = PAIRS[(row + group) % 6].tolist()
-            w[row, 4 * group + first] = codes[(row * 7 + group * 2) % len(codes)]
-            w[row, 4 * group + second] = codes[(row * 7 + group * 2 + 1) % len(codes)]
+        for four in range(64):
+            first, second = PAIRS[(row + four) % 6].tolist()
+            w[row, 4 * four + first] = codes[(row * 7 + four * 2) % len(codes)]
+            w[row, 4 * four + second] = codes[(row * 7 + four * 2 + 1) % len(codes)]
     p = Problem(64, 256, 256, weight, group, dtype, levels=w)
     for first in range(0, 256, 64):
         p.x = p.rows(torch.eye(256, dtype=dtype)[first : first + 64])

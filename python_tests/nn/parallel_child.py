@@ -10,14 +10,14 @@ from torch import nn
 
 import sparsekern as sk
 
-SIZES = dict(
-    hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
-)
+SIZES = dict(num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+WIDTHS = {"cpu": (64, 256), "cuda": (1024, 1024)}  # hidden, intermediate; tiles of a GPU are 256
 
 
 def distance(got, wanted):
     """‖got − wanted‖ / ‖wanted‖: a shard left out, or added twice, gives more than 0.3."""
-    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+    got, wanted = got.detach().double(), wanted.detach().double()
+    return float((got - wanted).norm() / wanted.norm())
 
 
 def refuses(part, call):
@@ -39,7 +39,9 @@ def main(rank, world, port, backend):
     mesh = dist.device_mesh.init_device_mesh(device.type, (world,))
     for quantize, bias in ((None, True), ("fp8", False)):
         torch.manual_seed(0)
-        config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, attention_bias=bias)
+        hidden, inner = WIDTHS[device.type]
+        sizes = SIZES | {"hidden_size": hidden, "intermediate_size": inner}
+        config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, attention_bias=bias)
         model = transformers.LlamaForCausalLM(config).eval()
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -60,8 +62,8 @@ def main(rank, world, port, backend):
         gradient, x.grad = x.grad, None
         split = sk.tensor_parallel(copy.deepcopy(model), mesh if quantize is None else None)
         mlp = split.model.layers[0].mlp
-        assert mlp.up_proj.layer.out_features == 256 // world
-        assert mlp.down_proj.layer.in_features == 256 // world
+        assert mlp.up_proj.layer.out_features == inner // world
+        assert mlp.down_proj.layer.in_features == inner // world
         assert isinstance(mlp.down_proj.layer, sk.SparseLinear)
         got = split(inputs_embeds=x).logits
         got.float().square().sum().backward()

@@ -87,19 +87,40 @@ def test_search_never_raises_the_sum_and_finds_the_best_of_two_groups():
     scores = torch.rand(40, 32, generator=generator) * torch.rand(32, generator=generator) ** 4
     sums = [float(lost(scores))]
     for rounds in (1, 3, 10, 40):
-        order = search(scores, rounds, torch.Generator().manual_seed(1))
+        order = search(scores[None], rounds, torch.Generator().manual_seed(1))[0]
         assert sorted(order.tolist()) == list(range(32))
         sums.append(float(lost(scores[:, order])))
     assert sums == sorted(sums, reverse=True) and sums[-1] < 0.95 * sums[0]
     eight = scores[:, :8].contiguous()
-    order = search(eight, 20, torch.Generator().manual_seed(1))
+    order = search(eight[None], 20, torch.Generator().manual_seed(1))[0]
     best = min(
         float(lost(eight[:, [*half, *(i for i in range(8) if i not in half)]]))
         for half in itertools.combinations(range(8), 4)
     )
     assert float(lost(eight[:, order])) <= 1.02 * best
+    same = torch.ones(3, 40, 32)  # no exchange gains anything
+    order = search(same, 5, torch.Generator().manual_seed(1))
+    assert torch.equal(order, torch.arange(32).expand(3, -1))
     four = torch.tensor([[3.0, 1.0, 2.0, 5.0], [0.0, 0.0, 7.0, 1.0]])
     assert float(lost(four)) == 1 + 2 + 0 + 0
+
+
+def test_an_exchange_is_the_best_of_the_sixteen_and_heads_are_apart():
+    values = torch.rand(30, 8, 24, generator=torch.Generator().manual_seed(2)) ** 3
+    order = permutation._exchange(values)
+    for pair, chosen in zip(values, order.tolist()):
+        found = {tuple(range(8)): float(lost(pair.t()))}
+        for i, j in itertools.product(range(4), range(4, 8)):
+            other = list(range(8))
+            other[i], other[j] = j, i
+            found[tuple(other)] = float(lost(pair[other].t()))
+        assert tuple(chosen) == min(found, key=found.get)
+    scores = torch.rand(3, 24, 16, generator=torch.Generator().manual_seed(3)) ** 3
+    orders = search(scores, 8, torch.Generator().manual_seed(4))
+    assert orders.shape == (3, 16)
+    assert torch.equal(orders.sort(1).values, torch.arange(16).expand(3, -1))
+    whole = sum(float(lost(part[:, o])) for part, o in zip(scores, orders))
+    assert whole < 0.95 * sum(float(lost(part)) for part in scores)
 
 
 def test_prune_model_permutes_first_and_resumes(tmp_path):

@@ -39,6 +39,12 @@ def dense_multiple(storage: torch.dtype) -> int:
     return 16 // storage.itemsize
 
 
+def scales_channels(storage: torch.dtype) -> bool:
+    """Whether a product multiplies with a vector, the scales of the channels: that of int8. With
+    e4m3 the library (0.8.0, on an H200) refuses the vector."""
+    return storage == torch.int8
+
+
 # ---- the library ---------------------------------------------------------------------------------
 
 

@@ -13,9 +13,10 @@ Rules of the library that show: out_features and in_features are multiples of 16
 tokens are padded to a multiple of 8 (16) here. It fuses bias and relu; "gelu" and "silu" are
 applied here to the rounded pre-activation, so with these two the result is rounded twice.
 
-Weights of 8 bits (float8_e4m3fn, int8) are multiplied with x of the same type, to 16 bits. The
-library multiplies with one vector, the scales of the channels; it has none for tokens beside it. So
-that scale, bias and activation are applied here to the rounded product, which is rounded again. A
+Weights of 8 bits (float8_e4m3fn, int8) are multiplied with x of the same type, to 16 bits. At int8
+the library multiplies with one vector, the scales of the channels; it has none for tokens beside
+it, and with e4m3 none at all. What it has not, bias and activation are applied here to the rounded
+product, which is rounded again; that of e4m3 is bfloat16, whose range holds sums without a scale. A
 16-bit x is quantised first, by token (backends/quantize_rows.py).
 
 Source: cusparseLt.h of 0.6.3 to 0.8.1; NVIDIA's cuSPARSELt documentation.
@@ -40,6 +41,7 @@ from sparsekern.backends.cusparselt.library import (
     dense_multiple,
     library,
     refusal,
+    scales_channels,
 )
 from sparsekern.backends.protocol import ALIGNMENT, Launch, Problem, problem_of
 from sparsekern.errors import message
@@ -244,13 +246,17 @@ def _bind_product(problem: Problem) -> Launch:
 def _bind_scaled(problem: Problem) -> Launch:
     """For x of 8 bits: the library's product with the scales of the channels, and the rest."""
     activation, dtype = problem.activation, problem.dtype
-    inner = _bind_product(problem._replace(activation=None, bias=False))
+    inner = _bind_product(_raw(problem._replace(activation=None, bias=False)))
+    vector = scales_channels(problem.spec.element.storage)
 
     def launch(x: Tensor, w24: Sparse24, bias: Tensor | None, x_scale: Tensor) -> Tensor | None:
         y = inner(x, w24, None)
         if y is None:
             return None
-        z = y.float().mul_(x_scale.view(*y.shape[:-1], 1))
+        z = y.float()
+        if not vector:
+            z *= w24.tensors[SCALE].view(-1)
+        z *= x_scale.view(*y.shape[:-1], 1)
         if bias is not None:
             z += bias
         return activate(z, activation).to(dtype)
@@ -276,12 +282,24 @@ def _bind_dynamic(problem: Problem) -> Launch:
     return launch
 
 
+def product_dtype(spec: WeightSpec) -> torch.dtype:
+    """Of what the library computes."""
+    whole = spec.element.plain or scales_channels(spec.element.storage)
+    return spec.dtype if whole else dtypes.DEFAULT_16_BIT
+
+
+def _raw(problem: Problem) -> Problem:
+    """The problem of the library's product."""
+    return problem._replace(dtype=product_dtype(problem.spec))
+
+
 def product(x: Tensor, w24: Sparse24) -> Tensor:
-    """x · Wᵀ * weight_scale for x of 8 bits, rounded to w24.dtype: all that the library computes.
+    """All that the library computes for x of 8 bits: x · Wᵀ, at int8 with the scales of the
+    channels and rounded to w24.dtype, with e4m3 of the levels alone and rounded to bfloat16.
 
     x [tokens, in_features] of the storage type of w24, a weight in layout "cusparselt".
     """
-    y = _bind_product(problem_of(x, w24.spec))(x, w24, None)
+    y = _bind_product(_raw(problem_of(x, w24.spec)))(x, w24, None)
     assert y is not None  # the problem is that of x
     return y
 
@@ -296,7 +314,7 @@ def _bind_in_place(problem: Problem, copies: bool = True) -> Launch:
     sizes = (*problem.x_shape[:-1], problem.out_features)
     strides = tuple(math.prod(sizes[place + 1 :]) for place in range(len(sizes)))
     native: Any = _native.module()
-    matmul, plain = native.cusparselt_matmul, problem.spec.element.plain
+    matmul, vector = native.cusparselt_matmul, scales_channels(problem.spec.element.storage)
     later = None if relu else activation
     anywhere = _bind_copy(problem) if copies else None
 
@@ -323,11 +341,11 @@ def _bind_in_place(problem: Problem, copies: bool = True) -> Launch:
             current_stream(index),
         )
         addresses, scale = (blob, address, y_address), 0
-        if plain:
-            missing = matmul(known[0], blob, address, y_address, 0, stream)
-        else:
+        if vector:
             scale = w24.tensors[SCALE].data_ptr()
             missing = multiply(native, known[0], addresses, 0, scale, stream)
+        else:
+            missing = matmul(known[0], blob, address, y_address, 0, stream)
         if missing:
             if missing == native.CUSPARSELT_NO_WORKSPACE:
                 missing = _matmul_with_workspace(native, index, known, addresses, scale, stream)
@@ -438,7 +456,7 @@ def _make_plan(of: _Signature, bias_address: int) -> tuple[int, int]:
         y_stride=out_features,
         bias=bias_address,
         relu=of.relu,
-        channel_scale=not of.spec.element.plain,
+        channel_scale=scales_channels(of.spec.element.storage),
         **algorithm._asdict(),
     )
     if sum(map(len, _plans.values())) >= native.CUSPARSELT_MAX_PLANS:

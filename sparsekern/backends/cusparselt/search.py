@@ -25,7 +25,7 @@ from sparsekern import _native
 from sparsekern.backends import quantize_rows
 from sparsekern.backends.compress import decompress, prune_compress
 from sparsekern.backends.cusparselt import linear as backend
-from sparsekern.backends.cusparselt.library import DTYPES, refusal
+from sparsekern.backends.cusparselt.library import DTYPES, refusal, scales_channels
 from sparsekern.backends.cusparselt.linear import LAYOUT, Algorithm
 from sparsekern.errors import check
 from sparsekern.formats.layouts import ROWMAJOR
@@ -147,6 +147,7 @@ class _Problem:
         (out_features, in_features), device = w24.shape, w24.device
         self.splits = splits
         self.storage, self.plain_type = w24.spec.element.storage, w24.spec.element.plain
+        self.vector = scales_channels(self.storage)
         generator = torch.Generator(device).manual_seed(0)
 
         def integers(*shape):
@@ -165,11 +166,12 @@ class _Problem:
             scale = torch.randint(-2, 3, (out_features, 1), generator=generator, device=device)
             scale = torch.exp2(scale.float())
             self.whole24 = backend.pack(_with_levels(w24.spec, rowmajor, scale))
-            self.plain = (exact * scale.view(-1)).to(w24.dtype)
+            exact = exact * scale.view(-1) if self.vector else exact
+            self.plain = exact.to(backend.product_dtype(w24.spec))
         x = torch.empty(tokens, in_features, dtype=w24.dtype, device=device)
         x.normal_(generator=generator)
         self.x = x if self.plain_type else quantize_rows.quantize(x, w24.spec.storage)[0]
-        self.y = torch.empty(tokens, out_features, dtype=w24.dtype, device=device)
+        self.y = torch.empty_like(self.plain)
         self.flush = None
         if device.type == "cuda":
             size = 2 * torch.cuda.get_device_properties(index).L2_cache_size
@@ -224,7 +226,7 @@ class _Problem:
         return self.native.cusparselt_plan(
             device=self.index,
             dtype=DTYPES[self.storage],
-            y_dtype=DTYPES[self.w24.dtype],
+            y_dtype=DTYPES[self.plain.dtype],
             out_features=out_features,
             tokens=self.tokens,
             in_features=in_features,
@@ -232,7 +234,7 @@ class _Problem:
             y_stride=out_features,
             bias=bias,
             relu=fused,
-            channel_scale=not self.plain_type,
+            channel_scale=self.vector,
             **algorithm._asdict(),
         )
 
@@ -240,7 +242,7 @@ class _Problem:
         plan, workspace_bytes, _ = self._plan(algorithm, fused)
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=x.device)
 
-        scale = 0 if self.plain_type else w24.tensors[SCALE].data_ptr()
+        scale = w24.tensors[SCALE].data_ptr() if self.vector else 0
 
         def call():
             addresses = w24.values.data_ptr(), x.data_ptr(), y.data_ptr()
