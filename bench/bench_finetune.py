@@ -558,7 +558,7 @@ class Recovery:
         begin = time.perf_counter()
         report = sparsekern.prune_model(
             student,
-            "sparsegpt" if start in PRESETS else start,
+            None if start in PRESETS else start,
             calibration,
             compress=False,
             device=self.run.device,

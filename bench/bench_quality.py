@@ -18,8 +18,9 @@ last --tail bytes of each, which no calibration sees, with the distance of their
 
 Rows of --runs are parts with "+" between them: the presets; published (SparseGPT without refine and
 match_dense); reconstruct (each block in the walk); span (all blocks after it); rotate, permute;
-admm (the method, else SparseGPT); compile (the rounds after the walk). Rows of --explore train
-copies of one model, reconstructed block by block (sparsekern.reconstruct), or vary the walk.
+admm (the method, else SparseGPT); compile (the rounds after the walk); twice (a text of fewer
+windows than --samples is used twice, texts.side_by_side). Rows of --explore train
+copies of one model (sparsekern.reconstruct), pruned as --start says, or vary the walk.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ SHARE = 0.75  # of a row's time, for its rotation and rounds
 SPAN = Reconstruction(span=None, epochs=4, between=1.0)
 BLOCK = Reconstruction(span=1, epochs=4)
 LONG = Reconstruction(span=None, epochs=8, between=1.0, recut=True, batch=2)
+LATER = dataclasses.replace(LONG, batch=4, epochs=10, compile=True)
 # What the names of --runs are put together from, with "+" between them.
 PARTS: dict[str, dict[str, Any]] = {
     **{name: {"preset": name} for name in PRESETS},
@@ -63,6 +65,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "permute": {"permute": True},
     "admm": {"method": "admm"},
     "compile": {"compile": True},
+    "twice": {"twice": True},
 }
 
 
@@ -95,6 +98,10 @@ EXPLORE: dict[str, tuple[float, str, Any]] = {
     "recut, batch 2, reselect": (40, "start", _with(LONG, reselect=0.5)),
     "recut, batch 2, noise": (35, "start", _with(LONG, noise=0.1)),
     "recut, batch 2, lr x 2": (35, "start", _with(LONG, lr=1.2e-3)),
+    "recut, batch 4, lr / 4": (45, "start", _with(LATER, lr=1.5e-4)),
+    "recut, batch 4, lr / 8": (45, "start", _with(LATER, lr=7.5e-5)),
+    "recut, batch 4, lr / 4, noise": (45, "start", _with(LATER, lr=1.5e-4, noise=0.1)),
+    "recut, batch 4, lr / 4, end alone": (45, "start", _with(LATER, lr=1.5e-4, between=0.0)),
     "block, channel loss": (25, "prune", {"reconstruct": _with(BLOCK, loss="channel")}),
     "block, lr x 2": (25, "prune", {"reconstruct": _with(BLOCK, lr=1.2e-3)}),
     "block, pruned targets": (25, "prune", {"reconstruct": _with(BLOCK, target="pruned")}),
@@ -118,6 +125,7 @@ def make_parser():
     result.add_argument("--runs", default="fast,default", metavar="NAME,...")
     result.add_argument("--explore", action="store_true", help="the table of EXPLORE, not --runs")
     result.add_argument("--only", default="", metavar="TEXT,...", help="rows of --explore with it")
+    result.add_argument("--start", default="reconstruct", metavar="NAME", help="of --explore")
     result.add_argument("--matrix", default="", metavar="FILE,...", help="not --runs, see above")
     result.add_argument("--tail", type=int, default=120_000, help="bytes (default 120000)")
     result.add_argument("--seeds", type=int, default=1, help="repeat each row (default 1)")
@@ -203,8 +211,10 @@ class Table:
         """Everything with the windows of the text side by side, one seed."""
         samples, start = self.args.samples or 256, None
         wanted = [text for text in self.args.only.split(",") if text]
-        with self.row("block", 0):
-            start, _ = self.prune("block", {"reconstruct": BLOCK}, 0, samples, True)
+        options = options_of(self.args.start)
+        options |= {"untie": True} if options.get("rotate") else {}
+        with self.row(self.args.start, 0):
+            start, _ = self.prune(self.args.start, options, 0, samples, True)
         for name, (seconds, kind, what) in EXPLORE.items():
             if wanted and not any(text in name for text in wanted):
                 continue
@@ -257,7 +267,7 @@ class Table:
         """One row of the matrix; recorded."""
         model = copy.deepcopy(self.model).to(self.run.device)
         report = sparsekern.prune_model(
-            model, "sparsegpt", ids, compress=False, device=self.run.device, preset=preset,
+            model, None, ids, compress=False, device=self.run.device, preset=preset,
             untie=preset == "best", progress=False, undo=False,
             **{k: v for k, v in self.limited({"preset": preset}).items() if k != "preset"},
         )  # fmt: skip
@@ -329,18 +339,18 @@ class Table:
             made["rotate"] |= turn
         return {**options, **made}
 
-    def windows(self, seed: int, samples: int, apart: bool) -> torch.Tensor:
+    def windows(self, seed: int, samples: int, apart: bool, twice: bool = False) -> torch.Tensor:
         """Calibration windows: side by side, or at random places as published."""
         if apart:
-            return texts.side_by_side(self.train, samples, self.window, seed)
+            return texts.side_by_side(self.train, samples, self.window, seed, twice)
         return texts.calibration_windows(self.train, samples, self.window, seed)
 
     def prune(self, name: str, options: dict[str, Any], seed: int, samples: int, apart: bool):
         """(the pruned model, its report) of one prune_model; recorded."""
         model = copy.deepcopy(self.model).to(self.run.device)
-        ids = self.windows(seed, samples, apart)
         options = dict(options)
-        method, compiled = options.pop("method", "sparsegpt"), options.pop("compile", False)
+        ids = self.windows(seed, samples, apart, options.pop("twice", False))
+        method, compiled = options.pop("method", None), options.pop("compile", False)
         rounds = _rounds(options)
         if rounds and (seed or compiled):
             options["reconstruct"] = [
@@ -365,7 +375,7 @@ class Table:
         errors = [row.relative_error for row in report.pruned if row.relative_error is not None]
         details = {
             "phases": shown,
-            "method": method,
+            "method": report.method,
             "options": report.options,
             "rotation": report.rotation,
             "fits": _short(report.reconstruction),

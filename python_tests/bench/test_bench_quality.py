@@ -64,7 +64,7 @@ def test_a_row_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_quality, "EXPLORE", rows)
     arguments = options(tmp_path, "--explore")
     assert bench_quality.main(tmp_path / "r.jsonl", arguments) == 1
-    assert [row["backend"] for row in records(tmp_path)] == ["block", "span", "again"]
+    assert [row["backend"] for row in records(tmp_path)] == ["reconstruct", "span", "again"]
     out = capsys.readouterr().out
     assert "FAILED wrong, seed 0: ValueError" in out and "wrong" in out.splitlines()[-3]
 

@@ -73,6 +73,21 @@ def test_hugging_face_sources_are_asked_for_by_name_configuration_and_split(monk
         texts.read_rows("hf:owner/name", "test")
 
 
+def test_a_short_text_is_used_twice_and_the_last_windows_share_nothing():
+    ids = torch.arange(47 * 8 + 3)
+    once = texts.side_by_side(ids, 40, 8, 2)
+    assert torch.equal(texts.side_by_side(ids, 40, 8, 2, twice=True), once)
+    whole = texts.side_by_side(ids, 200, 8, 2)
+    twice = texts.side_by_side(ids, 200, 8, 2, twice=True)
+    assert whole.shape == (47, 8) and 60 < twice.shape[0] < 94
+    assert texts.side_by_side(ids, 50, 8, 2, twice=True).shape == (50, 8)
+    assert torch.equal(twice[-10:], whole[-10:])
+    assert not torch.isin(twice[:-10], twice[-10:]).any()
+    assert torch.equal(twice, twice[:, :1] + torch.arange(8))
+    assert set(map(tuple, whole.tolist())) < set(map(tuple, twice.tolist()))
+    assert torch.bincount(twice.flatten()).max() == 2
+
+
 def test_calibration_windows_follow_the_published_protocol():
     ids = torch.arange(1000) * 3
     windows = texts.calibration_windows(ids, samples=20, window=64, seed=5)

@@ -12,7 +12,7 @@ from torch import nn
 import sparsekern as sk
 from python_tests.oneshot.test_rotation import build, ids
 from sparsekern.errors import FormatError
-from sparsekern.oneshot import permutation
+from sparsekern.oneshot import permutation, presets
 from sparsekern.oneshot.permutation import find_sites, lost, permute, search
 
 WIDE = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4)
@@ -228,7 +228,7 @@ def test_mistakes_of_prune_model():
     ):
         with pytest.raises(ValueError, match=text):
             sk.prune_model(model, "magnitude", **{"calibration": ids(), **QUIET, **options})
-    with pytest.raises(TypeError, match="permute: True or False or a dict, got 3"):
+    with pytest.raises(TypeError, match="permute: True or False or a dict or None, got 3"):
         sk.prune_model(model, "magnitude", ids(), permute=3, **QUIET)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -255,3 +255,19 @@ def test_on_a_gpu_the_logits_stay_and_less_is_lost():
     assert next(model.parameters()).device.type == "cpu"
     assert close(logits(model, ids(2, 16)), before)
     assert report.sites == 4 and report.lost_after < 0.97 * report.lost_before
+
+
+def test_a_preset_leaves_out_a_permutation_that_cannot_be(monkeypatch):
+    row = presets.Preset("", "admm", permute={"rounds": 2})
+    monkeypatch.setattr(presets, "PRESETS", {**presets.PRESETS, "fast": row})
+    knobs = QUIET
+    with pytest.warns(UserWarning, match="preset fast without permutation with pattern"):
+        report = sk.prune_model(build(), None, ids(), preset="fast", pattern=(4, 8), **knobs)
+    assert report.permutation is None and report.method == "admm"
+    small = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8))
+    data = [torch.randn(8, 16) for _ in range(2)]
+    with pytest.warns(UserWarning, match="without permutation. .*expected Sequential with an MLP"):
+        report = sk.prune_model(small, None, data, preset="fast", **knobs)
+    assert "skipped" in report.permutation and len(report.pruned) == 2
+    with pytest.raises(ValueError, match="expected Sequential with an MLP"):
+        sk.prune_model(small, None, data, preset="fast", permute=True, **knobs)

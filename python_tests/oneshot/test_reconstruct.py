@@ -35,7 +35,8 @@ def pruned(rounds=None, ids=None, model=None, **options):
     """(model, report) with dense weights."""
     model = build(layers=3) if model is None else model
     options = {"compress": False, "batch_size": 2, "reconstruct": rounds, **options}
-    return model, run_prune(model, "sparsegpt", texts() if ids is None else ids, **options)
+    method = options.pop("method", None if "preset" in options else "sparsegpt")
+    return model, run_prune(model, method, texts() if ids is None else ids, **options)
 
 
 def end_error(model, dense, ids):
@@ -412,28 +413,32 @@ def test_wrong_rounds(given, error, text):
 def quick(monkeypatch):
     """The presets with few steps."""
     rounds = (Reconstruction(**{**BLOCK, "epochs": 1}), Reconstruction(**{**SPAN, "epochs": 1}))
-    table = {**PRESETS, "best": Preset("", {"steps": 2}, rounds)}
+    table = {**PRESETS, "best": Preset("", "admm", {"steps": 2}, {"rounds": 2}, rounds)}
     monkeypatch.setattr(presets, "PRESETS", table)
 
 
 def test_presets_are_recorded(quick):
     model, report = pruned(preset="best", untie=True)
     assert report.preset == "best" and "preset best" in report.summary()
+    assert report.method == "admm"
     assert report.rotation["steps"] == 2 and report.phases["rotate"] > 0
     assert report.options["rotate"] == {"steps": 2, "untie": True}
+    assert report.permutation["rounds"] == 2 and report.options["permute"] == {"rounds": 2}
     assert [row["span"] for row in report.options["reconstruct"]] == [1, None]
     assert report.from_json(report.to_json()).preset == "best"
 
 
 def test_what_is_given_wins_over_the_preset(quick):
-    _, report = pruned((), preset="best", rotate=False)
-    assert report.reconstruction == [] and report.rotation is None
-    assert "reconstruct" not in report.options and "rotate" not in report.options
+    _, report = pruned((), preset="best", rotate=False, permute=False, method="sparsegpt")
+    assert report.reconstruction == [] and report.rotation is None and report.permutation is None
+    assert not {"reconstruct", "rotate", "permute"} & set(report.options)
+    assert report.method == "sparsegpt"
 
 
-def test_fast_is_what_no_preset_is():
-    a, b = pruned(preset="fast")[0], pruned()[0]
-    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+def test_fast_is_admm_alone_and_no_preset_is_sparsegpt():
+    for one, other in (({"preset": "fast"}, "admm"), ({}, "sparsegpt")):
+        a, b = pruned(**one)[0], pruned(method=other)[0]
+        assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
 
 
 def test_a_preset_leaves_out_what_cannot_be(quick):

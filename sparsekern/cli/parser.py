@@ -56,7 +56,11 @@ def make_parser(
     sub.add_argument(
         "--out", required=True, metavar="DIR", help="folder to write; must be new or empty"
     )
-    sub.add_argument("--method", choices=tuple(methods()), default="sparsegpt")
+    sub.add_argument(
+        "--method",
+        choices=tuple(methods()),
+        help="of each layer (default: the preset's, sparsegpt without one)",
+    )
     sub.add_argument(
         "--calibration",
         default="builtin",
@@ -95,9 +99,9 @@ def make_parser(
     )
     sub.add_argument(
         "--permute",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="first change the order of the channels inside MLPs and attention heads, which folds "
-        "away, so that 2:4 loses less",
+        "away, so that 2:4 loses less (default: as the preset says)",
     )
     sub.add_argument(
         "--skip",

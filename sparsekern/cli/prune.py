@@ -241,12 +241,12 @@ def calibration_of(
     the weights alone."""
     import sparsekern as sk
 
-    if sk.prune.methods()[args.method].needs == "weights":
+    preset = find_preset(OP, args.preset)
+    if sk.prune.methods()[args.method or preset.method].needs == "weights":
         return None
     from sparsekern.eval import mix, texts
 
     tokenizer = needed(tokenizer, args.model)
-    preset = find_preset(OP, args.preset)
     apart = preset.side_by_side
     samples, window = CPU_WINDOWS if device == "cpu" else (preset.samples, GPU_WINDOWS[1])
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)

@@ -128,7 +128,7 @@ def calibration_windows(token_ids, samples=128, window=2048, seed=0):
     return torch.stack([token_ids[start : start + window] for start in starts.tolist()])
 
 
-def side_by_side(token_ids, samples=None, window=2048, seed=0):
+def side_by_side(token_ids, samples=None, window=2048, seed=0, twice=False):
     """Windows that do not overlap, in random order: the text is cut from its start, the rest of
     less than a window is left out.
 
@@ -139,6 +139,9 @@ def side_by_side(token_ids, samples=None, window=2048, seed=0):
         token_ids: int64 [tokens].
         samples: how many at most; None: all.      window: tokens in each.
         seed: of the order, and so of the choice.
+        twice: where the text has fewer windows than `samples`, others follow that begin in the
+            middle of one and end in that of the next: the same tokens in other places, behind other
+            context. The last fifth of the windows shares no token with any other, and stays last.
     Returns:
         int64 [windows, window].
     Raises:
@@ -151,8 +154,19 @@ def side_by_side(token_ids, samples=None, window=2048, seed=0):
     remedy = "Give a longer text or a smaller window."
     check(enough, op, f"{window} tokens in one row", list(token_ids.shape), remedy)
     rows = token_ids[: token_ids.numel() // window * window].view(-1, window)
-    order = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(seed))
-    return rows[order[:samples]]
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(rows.shape[0], generator=generator)
+    if not twice or samples is None or samples <= rows.shape[0]:
+        return rows[order[:samples]]
+    alone = -(-rows.shape[0] // 5)
+    free = torch.ones(rows.shape[0], dtype=torch.bool)
+    free[order[-alone:]] = False
+    middles = (free[:-1] & free[1:]).nonzero().view(-1) * window + window // 2
+    more = token_ids[middles[:, None] + torch.arange(window)]
+    more = more[torch.randperm(more.shape[0], generator=generator)[: samples - rows.shape[0]]]
+    both = torch.cat([rows[order[:-alone]], more])
+    both = both[torch.randperm(both.shape[0], generator=generator)]
+    return torch.cat([both, rows[order[-alone:]]])
 
 
 def language_reference():

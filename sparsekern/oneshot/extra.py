@@ -1,5 +1,5 @@
-"""What prune_model does beside pruning: a rotation before the walk over the blocks, reconstruction
-in it and after it, as presets and arguments ask for."""
+"""What prune_model does beside pruning: a rotation and a permutation before the walk over the
+blocks, reconstruction in it and after it, as presets and arguments ask for."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ OP = "sparsekern.prune_model"
 
 
 class Extra:
-    """What a preset or the caller adds to the walk: a rotation before it, reconstruction in it and
-    after it.
+    """What a preset or the caller adds to the walk: a rotation and a permutation before it,
+    reconstruction in it and after it.
 
     Attributes:
         block: the round inside the walk.      spans: the rounds after it.
         rotate: keywords of rotate_on, None for no rotation.      permute: of permute_on.
-        optional: what the model does not allow is left out with a warning.
+        optional, turn_optional, order_optional: rounds, rotation or permutation are the preset's:
+            what the model does not allow is left out with a warning.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class Extra:
         calibration: Any,
         hessians: Any,
         true_sequential: bool,
-        permute: bool | Mapping[str, Any] = False,
+        permute: bool | Mapping[str, Any] | None = None,
     ) -> None:
         row = find_preset(OP, preset)
+        self.preset = preset
         self.optional = reconstruct is None
         rounds = row.rounds if reconstruct is None else as_rounds(reconstruct, OP)
         self.turn_optional = rotate is None
@@ -55,19 +57,21 @@ class Extra:
         self.rotate = _keywords("rotate", wanted, known)
         if self.rotate is not None:
             self.rotate["untie"] = untie
-        self.permute = _keywords("permute", permute, {"rounds", "heads", "seed"})
+        self.order_optional = permute is None
+        ordered = row.permute if permute is None else permute
+        self.permute = _keywords("permute", ordered, {"rounds", "heads", "seed"})
         possible = calibration is not None and hessians is None
         remedy = "Pass token ids [samples, tokens] as calibration=."
-        check(possible or self.permute is None, OP, "calibration data for permute", "none", remedy)
         for name, asked, optional in (
             ("reconstruct", bool(rounds), self.optional),
             ("rotate", self.rotate is not None, self.turn_optional),
+            ("permute", self.permute is not None, self.order_optional),
         ):
             if asked and not possible:
-                check(optional, OP, f"calibration data for {name}", "none")
+                check(optional, OP, f"calibration data for {name}", "none", remedy)
                 warnings.warn(f"{OP}: preset {preset} without calibration: no {name}", stacklevel=4)
         if not possible:
-            rounds, self.rotate = (), None
+            rounds, self.rotate, self.permute = (), None, None
         both = true_sequential and any(r.span == 1 and r.target == "dense" for r in rounds)
         remedy = 'Use target="pruned".'
         check(
@@ -80,6 +84,29 @@ class Extra:
     def needs_dense(self) -> bool:
         """Whether the dense model is walked beside the pruned one."""
         return self.block is not None and self.block.target == "dense"
+
+    def check_order(self, pattern: tuple[int, int], masks: bool) -> None:
+        """Refuse a permutation that cannot be, or leave the preset's out.
+
+        Raises:
+            ValueError: one that the caller asks for, with another pattern or given masks.
+        """
+        if pattern != (2, 4):
+            self.drop_order(f"with pattern {pattern}")
+        if masks:
+            self.drop_order("with masks that are given")
+        if self.permute is not None:
+            expected = "pattern (2, 4) with permute"
+            check(pattern == (2, 4), OP, expected, repr(pattern), "Leave permute out.")
+            remedy = "Call sparsekern.permute first."
+            check(not masks, OP, "masks or permute", "both of them", remedy)
+
+    def drop_order(self, why: str) -> None:
+        """Leave out the preset's permutation, with a warning."""
+        if self.permute is None or not self.order_optional:
+            return
+        warnings.warn(f"{OP}: preset {self.preset} without permutation {why}.", stacklevel=4)
+        self.permute = None
 
     def drop(self) -> None:
         """Leave out the rounds."""
@@ -100,19 +127,22 @@ class Extra:
         resume: str | os.PathLike[str] | None,
         report: PruneReport,
         ranks: Ranks | None = None,
-    ) -> Callable[[], None]:
-        """Permute the model; returns how to take it back. Of several ranks the first searches."""
+    ) -> Callable[[], None] | None:
+        """Permute the model; returns how to take it back, None where the preset does without."""
         assert self.permute is not None
-        if ranks is not None and ranks.rank:
-            made = permute_on(model, batches, device, known=ranks.share(None, 0), **self.permute)
-        elif resume is None:
-            made = permute_on(model, batches, device, **self.permute)
-        else:
-            made = once(PERMUTATION, permute_on, model, batches, device, resume, self.permute)
-        if ranks is not None and not ranks.rank:
-            ranks.share(made.tensors(), 0)
+        try:
+            made = _found(
+                PERMUTATION, permute_on, model, batches, device, resume, self.permute, ranks
+            )
+        except (ValueError, RuntimeError) as error:
+            if not self.order_optional or isinstance(error, RankError):
+                raise
+            report.permutation, self.permute = {"skipped": str(error)}, None
+            warnings.warn(f"{OP}: preset {self.preset} without permutation. {error}", stacklevel=3)
+            return None
         report.permutation = asdict(made.report)
-        return made.undo
+        undo: Callable[[], None] = made.undo
+        return undo
 
     def turn(
         self,
@@ -123,28 +153,10 @@ class Extra:
         report: PruneReport,
         ranks: Ranks | None = None,
     ) -> Callable[[], None] | None:
-        """Rotate the model; returns how to take it back, None where the preset does without. Of
-        several ranks the first searches, and all apply what it has found."""
+        """Rotate the model; returns how to take it back, None where the preset does without."""
         assert self.rotate is not None
-        found: dict[str, Tensor] | ValueError | RuntimeError | None = None
         try:
-            if ranks is None or ranks.rank == 0:
-                if resume is None:
-                    turned = rotate_on(model, batches, device, **self.rotate)
-                else:
-                    turned = once(ROTATION, rotate_on, model, batches, device, resume, self.rotate)
-                found = turned.tensors()
-        except (ValueError, RuntimeError) as error:
-            if not self.turn_optional:
-                raise
-            found = error
-        if ranks is not None:
-            found = ranks.share(found, 0)
-        try:
-            if isinstance(found, Exception):
-                raise found
-            if ranks is not None and ranks.rank:
-                turned = rotate_on(model, batches, device, known=found, **self.rotate)
+            turned = _found(ROTATION, rotate_on, model, batches, device, resume, self.rotate, ranks)
         except (ValueError, RuntimeError) as error:
             if not self.turn_optional or isinstance(error, RankError):
                 raise
@@ -152,7 +164,40 @@ class Extra:
             warnings.warn(f"{OP}: preset {report.preset} without rotation. {error}", stacklevel=3)
             return None
         report.rotation = asdict(turned.report)
-        return turned.undo
+        undo: Callable[[], None] = turned.undo
+        return undo
+
+
+def _found(
+    step: str,
+    function: Callable[..., Any],
+    model: nn.Module,
+    batches: list[Batch],
+    device: torch.device,
+    resume: str | os.PathLike[str] | None,
+    keywords: Mapping[str, Any],
+    ranks: Ranks | None,
+) -> Any:
+    """What rotate_on or permute_on returns. Of several ranks the first searches, and all apply what
+    it has found, or raise what it has raised."""
+    made: Any = None
+    found: dict[str, Tensor] | Exception | None = None
+    if ranks is None or ranks.rank == 0:
+        try:
+            if resume is None:
+                made = function(model, batches, device, **keywords)
+            else:
+                made = once(step, function, model, batches, device, resume, dict(keywords))
+            found = made.tensors()
+        except (ValueError, RuntimeError) as error:
+            if ranks is None:
+                raise
+            found = error
+    if ranks is not None:
+        found = ranks.share(found, 0)
+    if isinstance(found, Exception):
+        raise found
+    return made if made is not None else function(model, batches, device, known=found, **keywords)
 
 
 def _keywords(name: str, given: bool | Mapping[str, Any], known: set[str]) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Presets: what prune_model does beyond the layers' own solver, as one table.
 
 A preset fills in what the caller leaves out; an argument that is given wins. Rounds of
-reconstruction and a rotation need a model that is a chain of decoder blocks, and calibration data.
+reconstruction, a rotation and a permutation need calibration data and a model that allows them.
 """
 
 from __future__ import annotations
@@ -18,30 +18,37 @@ class Preset:
 
     Attributes:
         help: one line, for the command line.
+        method: of prune_model.
         rotate: change the basis first, where the architecture allows it (oneshot/rotation.py).
+        permute: change the order of channels first, where it does (oneshot/permutation.py).
         rounds: of reconstruction (oneshot/rounds.py).
         samples: calibration windows of 2048 tokens that the command line draws, and whether they
             lie side by side (no token twice) or begin at random places, as published.
     """
 
     help: str
+    method: str = "admm"
     rotate: bool = False
+    permute: bool = False
     rounds: tuple[Reconstruction, ...] = ()
     samples: int = 128
     side_by_side: bool = False
 
 
 PRESETS = {
-    "fast": Preset("the layer-wise solver alone"),
+    "fast": Preset("the layer-wise solver ADMM alone", side_by_side=True),
     "default": Preset(
-        "then each block by gradient descent on its output, before the next one is pruned",
+        "channels in a better order first, and each pruned block by gradient descent on its output "
+        "before the next one",
+        permute=True,
         rounds=(Reconstruction(span=1, epochs=5),),
         samples=256,
         side_by_side=True,
     ),
     "best": Preset(
-        "a rotation first, each block as by default, then all blocks together for longer",
+        "a rotation first of all, each block as by default, then all blocks together for longer",
         rotate=True,
+        permute=True,
         rounds=(
             Reconstruction(span=1, epochs=8),
             Reconstruction(span=None, epochs=10, between=1.0, recut=True, batch=4),
@@ -53,13 +60,13 @@ PRESETS = {
 
 
 def find_preset(op: str, name: str | None) -> Preset:
-    """The preset of that name; None is no preset.
+    """The preset of that name; None is no preset: SparseGPT alone.
 
     Raises:
         ValueError: there is none of that name.
     """
     if name is None:
-        return Preset("")
+        return Preset("", "sparsegpt")
     known = isinstance(name, str) and name in PRESETS
     check(known, op, f"preset in {tuple(PRESETS)}", repr(name))
     return PRESETS[name]

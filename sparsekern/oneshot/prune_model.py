@@ -27,6 +27,7 @@ from sparsekern.oneshot.layerwise import (
     DAMP,
     Options,
 )
+from sparsekern.oneshot.presets import find_preset
 from sparsekern.oneshot.ranks import joined
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.oneshot.resume import ResumeDir
@@ -45,7 +46,7 @@ from sparsekern.utils.arguments import checked
 @with_experts_apart
 def prune_model(
     model: nn.Module,
-    method: str | Method | Callable[[Tensor, Hessian | None], Tensor] = "sparsegpt",
+    method: str | Method | Callable[[Tensor, Hessian | None], Tensor] | None = None,
     calibration: Any = None,
     skip: Any = (DEFAULT_RULE,),
     compress: bool = True,
@@ -77,7 +78,7 @@ def prune_model(
     reconstruct: Given = None,
     rotate: bool | Mapping[str, Any] | None = None,
     untie: bool = False,
-    permute: bool | Mapping[str, Any] = False,
+    permute: bool | Mapping[str, Any] | None = None,
     ranks: Any = "auto",
     source: Source | None = None,
     **options: Any,
@@ -93,7 +94,7 @@ def prune_model(
             prune.admm: lower errors, more time), "wanda" (|W|·‖x‖₂), "magnitude" (|W|), the
             name of a method registered with prune.register_method, a prune.Method, or a function
             (w [out_features, in_features], Hessian or None) -> scores of the same shape, higher =
-            kept.
+            kept. None: the preset's, and "sparsegpt" without one.
         calibration: token ids, int64 [samples, tokens], or whatever else the model takes: texts
             (with tokenizer=), a tokenizer's output, dicts, (ids, target) pairs, a dataset, a
             DataLoader, pixel tensors; for plain modules a tensor [samples, ...] or an iterable of
@@ -155,9 +156,9 @@ def prune_model(
         quantize_method: "gptq" (needs a calibration; prune.gptq), "rtn" (every weight to its
             nearest level), or None: "gptq" where there is a calibration. The report says which.
         quantize_group: columns that share a scale, of int4: 64, 128 or None (128).
-        preset: "fast", "default" or "best" (oneshot/presets.py): what reconstruct and rotate are
-            where they are None. What the model or the calibration does not allow is then left out
-            with a warning. None: neither.
+        preset: "fast", "default" or "best" (oneshot/presets.py): what method, reconstruct, rotate
+            and permute are where they are None. What the model or the calibration does not allow is
+            then left out with a warning. None: none of the three, and SparseGPT.
         reconstruct: rounds of gradient descent on the hidden states that pruned blocks return: a
             Reconstruction, its keywords as a dict, a list of them, True for one with the defaults,
             () for none. For a model that is a chain of decoder blocks.
@@ -204,6 +205,7 @@ def prune_model(
     start, model = time.perf_counter(), models.unwrapped(model)
     with joined(ranks, OP) as crew:
         first = crew is None or crew.rank == 0
+        method = find_preset(OP, preset).method if method is None else method
         chosen = find_method(OP, method)
         calibrated = calibration is not None or hessians is not None
         extra = Extra(
@@ -226,11 +228,7 @@ def prune_model(
             OP,
         )
         check_options(wanted, true_sequential, compress, calibrated, offload_activations, OP)
-        ordered = extra.permute is None or wanted.pattern == (2, 4)
-        expected = "pattern (2, 4) with permute"
-        check(ordered, OP, expected, repr(wanted.pattern), "Leave permute out.")
-        fixed = extra.permute is None or not masks
-        check(fixed, OP, "masks or permute", "both of them", "Call sparsekern.permute first.")
+        extra.check_order(wanted.pattern, bool(masks))
         late = bool(extra.spans) and quantize_method == "gptq"
         expected = 'quantize_method "rtn" or None with rounds of reconstruction after the walk'
         check(not late, OP, expected, "'gptq'", "No Hessian is left after them.")
@@ -283,10 +281,11 @@ def prune_model(
                     walk.phases |= phases
             if extra.permute is not None:
                 undo_order = extra.reorder(model, batches, walk.device, resume, report, crew)
-                if walk.undo == "run":
-                    stack.push(_on_error(undo_order))
-                seconds = report.permutation["seconds"] if report.permutation else 0.0
-                walk.phases["permute"] = seconds
+                if undo_order is not None:
+                    if walk.undo == "run":
+                        stack.push(_on_error(undo_order))
+                    seconds = report.permutation["seconds"] if report.permutation else 0.0
+                    walk.phases["permute"] = seconds
             walk.batches = batches
             report.phases = walk.phases
             report.options = describe(skip, wanted, compress, true_sequential, targets)
@@ -353,6 +352,7 @@ def _check_streamed(extra: Extra, compress: bool, resume: Any, preset: str | Non
     of = f" (of preset {preset})"
     got = "a rotation" + of * extra.turn_optional
     check(extra.rotate is None, OP, "one block at a time, for source", got, remedy)
+    extra.drop_order("with source, whose blocks are not all in memory")
     expected = "one block at a time, for source"
     check(extra.permute is None, OP, expected, "a permutation", remedy)
     got = "reconstruct of several blocks together" + of * extra.optional
