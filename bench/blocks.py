@@ -5,7 +5,8 @@
     python -m bench.blocks --preset 70b --layers 3 --activations host
 
 A Llama of random weights with few blocks, random token ids. The first block pays for what is done
-once; a whole model takes about `rest` seconds for each of its blocks. The sum of all weights' bits
+once; a whole model takes about `rest` seconds for each of its blocks, and for each as long before
+the walk (rotation, permutation). The sum of all weights' bits
 is printed: one GPU and several give the same. Rank 0 appends a record to --out.
 """
 
@@ -116,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         clock.last = time.perf_counter()
         report = sparsekern.prune_model(
             model,
-            "sparsegpt",
+            None,
             ids,
             device=device,
             batch_size=args.batch_size,
@@ -132,12 +133,16 @@ def main(arguments: list[str] | None = None) -> int:
         if rank:
             return 0
         rest = sum(blocks[1:]) / max(1, len(blocks) - 1)
+        before = sum(report.phases.get(name, 0.0) for name in ("rotate", "permute"))
+        whole = PRESETS[args.preset][4]
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         metrics = {
             "seconds": round(report.seconds, 2),
             "first": blocks[0],
             "rest": round(rest, 3),
-            "whole_minutes": round((blocks[0] + rest * (PRESETS[args.preset][4] - 1)) / 60, 2),
+            "whole_minutes": round(
+                (blocks[0] + rest * (whole - 1) + before * whole / args.layers) / 60, 2
+            ),
             "peak_gb": round(peak / 1e9, 2),
             "host_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
         }
@@ -151,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps({**vars(args), **metrics, **details}), flush=True)
         if args.out:
             case = f"{args.preset}, {args.layers} blocks, {args.samples} x {args.window}"
-            measured = {"op": "prune_blocks", "backend": "sparsegpt", "check": "masks verified"}
+            measured = {"op": "prune_blocks", "backend": report.method, "check": "masks verified"}
             measured |= {"case": case, "metrics": metrics, "details": details, "seed": 0}
             record.append(args.out, measured, record.environment())
     return 0

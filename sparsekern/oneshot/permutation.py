@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import FormatError, check
 from sparsekern.oneshot.calibration import Batch, make_batches
+from sparsekern.oneshot.observe import observe
 from sparsekern.utils.arguments import SEEDS, checked
 
 OP = "sparsekern.permute"
@@ -288,18 +289,7 @@ def input_energies(
         x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
         sums[name] = sums.get(name, 0) + x.square().sum(0).double()
 
-    home = next(model.parameters()).device
-    handles = [
-        site.reader.register_forward_pre_hook(functools.partial(hook, site.name)) for site in sites
-    ]
-    model.to(device)
-    try:
-        for batch in batches:
-            batch.run(model, device)
-    finally:
-        model.to(home)
-        for handle in handles:
-            handle.remove()
+    observe(model, batches, device, {s.reader: functools.partial(hook, s.name) for s in sites})
     unread = [site.name for site in sites if site.name not in sums]
     check(not unread, OP, "calibration that reaches every layer", f"none for {unread[:3]}")
     return sums

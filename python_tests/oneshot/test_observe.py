@@ -1,0 +1,56 @@
+"""observe: hooks see the same inputs whether the model goes to the device whole or by blocks."""
+
+import torch
+
+from python_tests.oneshot.test_rotation import build, ids
+from sparsekern.oneshot import observe as observe_module
+from sparsekern.oneshot.calibration import make_batches
+from sparsekern.oneshot.observe import observe
+from sparsekern.oneshot.permutation import find_sites, input_energies
+
+CPU = torch.device("cpu")
+
+
+def seen(model, batches, **options):
+    """Sums of the inputs of every linear layer, by name."""
+    sums, hooks = {}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+
+            def hook(module, args, name=name):
+                sums[name] = sums.get(name, 0) + args[0].double().sum(dim=(0, 1))
+
+            hooks[module] = hook
+    observe(model, batches, CPU, hooks, **options)
+    assert not any(module._forward_pre_hooks for module in hooks)
+    return sums
+
+
+def test_block_by_block_as_in_one_pass(monkeypatch):
+    model = build()
+    batches = make_batches(ids(6), model, 2, CPU)
+    whole = seen(model, batches)
+    # As if it were elsewhere than the device, which the CPU is here.
+    monkeypatch.setattr(observe_module, "home_of", lambda model: torch.device("meta"))
+    probe, walk = observe_module.probe, observe_module.Walk
+    monkeypatch.setattr(observe_module, "probe", lambda *given: probe(*given[:-1], CPU))
+    monkeypatch.setattr(observe_module, "Walk", lambda *given: walk(*given[:5], CPU, None))
+    apart = seen(model, batches, whole_bytes=0)
+    assert set(apart) == {name for name in whole if ".layers." in name}
+    assert all(torch.equal(apart[name], whole[name]) for name in apart)
+
+
+def test_energies_are_sums_of_squares():
+    model = build()
+    batches = make_batches(ids(4), model, 2, CPU)
+    sites, sums = find_sites(model), {}
+
+    def hook_of(name):
+        def hook(module, args):
+            sums[name] = sums.get(name, 0) + args[0].double().square().sum(dim=(0, 1))
+
+        return hook
+
+    observe(model, batches, CPU, {site.reader: hook_of(site.name) for site in sites})
+    for name, energy in input_energies(model, sites, batches, CPU).items():
+        torch.testing.assert_close(energy, sums[name], rtol=1e-6, atol=0)
