@@ -1,0 +1,44 @@
+// widen.cu: the launch of widen.cuh.
+#include "weights/widen.cuh"
+
+namespace sparsekern {
+namespace {
+
+using namespace widen;
+
+constexpr const char* kOp = "sparsekern.linear (widen)";
+constexpr int kMostOfGrid = 65536;  // along y and z
+
+template <class W, class X, int kScaleGroup>
+Status launch(const WidenProblem& problem, cudaStream_t stream) {
+  const Params params = make_params<W>(problem);
+  SK_CHECK_REL(kOp, params.narrow.k_tiles, <, kMostOfGrid, "Split in_features.");
+  SK_CHECK_REL(kOp, params.narrow.groups, <, kMostOfGrid, "Split out_features.");
+  if (params.narrow.tiles() == 0) return {};
+  const dim3 grid = grid_of(params);
+  widen_kernel<W, X, kScaleGroup><<<grid, kThreads, 0, stream>>>(params);
+  return launch_status(kOp, "widen_kernel", grid, dim3(kThreads), 0);
+}
+
+}  // namespace
+
+Status launch_widen(const WidenProblem& problem, cudaStream_t stream) {
+  Status (*function)(const WidenProblem&, cudaStream_t) = nullptr;
+  with_type<__half, __nv_bfloat16>(problem.to, [&](auto to) {
+    using X = typename decltype(to)::Of;
+    with_type<__nv_fp8_e4m3, int8_t, Int4>(problem.from, [&](auto from) {
+      using W = typename decltype(from)::Of;
+      function = &launch<W, X, 0>;
+      if constexpr (std::is_same_v<W, Int4>) {
+        if (problem.scale_group == 64) function = &launch<W, X, 64>;
+        if (problem.scale_group == 128) function = &launch<W, X, 128>;
+      }
+    });
+  });
+  if (function != nullptr) return function(problem, stream);
+  return make_status(StatusKind::value, kOp, ": expected values of 8 or 4 bits to be widened to ",
+                     "16, got ", info(problem.from).name, " and ", info(problem.to).name,
+                     ". Convert the weight.");
+}
+
+}  // namespace sparsekern
