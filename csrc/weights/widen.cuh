@@ -4,8 +4,8 @@
 //   number = level * scale, in float32, rounded once to X; +0 for what becomes -0
 //
 // This is what `pack` makes of the dequantised weight, bit for bit. A tile of 8-bit values is two
-// tiles of 16 bits, one of int4 is four. One block per narrow tile, in the order of memory; a thread
-// widens the 16 bytes of a row of one chunk:
+// tiles of 16 bits, one of int4 is four. A block takes two neighbouring narrow tiles, in the order of
+// memory; a thread widens the 16 bytes of a row of one chunk of each:
 //
 //   int4     chunk c is tile c; word t holds the pairs of the groups t, 4 + t, 8 + t, 12 + t of its
 //            64 columns, and these are word t of that row in the chunks 0, 1, 2, 3 of 16 bits
@@ -22,6 +22,7 @@
 namespace sparsekern::widen {
 
 constexpr int kThreads = tile64::kRows * tile64::kChunks;  // of a block: 256
+constexpr int kPanels = 2;                                 // narrow tiles of a block
 
 struct Params {
   const uint8_t *values, *metadata;
@@ -32,7 +33,7 @@ struct Params {
 };
 
 inline dim3 grid_of(const Params& p) {
-  return dim3(tile64::kPanelsPerGroup, p.narrow.k_tiles, p.narrow.groups);
+  return dim3(tile64::kPanelsPerGroup / kPanels, p.narrow.k_tiles, p.narrow.groups);
 }
 
 // Two levels, as bfloat16 that has them exactly -> two numbers.
@@ -74,55 +75,73 @@ template <class W, class X, int kScaleGroup>
 __global__ void __launch_bounds__(kThreads) widen_kernel(const Params p) {
   using Narrow = tile64::Tile<Element<W>::kStorageBits>;
   using Wide = tile64::Tile<16>;
-  constexpr int kTiles = Narrow::kDenseK / Wide::kDenseK;    // that a narrow one becomes: 4 or 2
-  constexpr int kOfTile = tile64::kChunks / kTiles;          // chunks of one of them: 1 or 2
-  constexpr int kWideChunks = tile64::kChunks / kOfTile;     // that a chunk becomes: 4 or 2
+  constexpr bool kInt4 = Element<W>::kStorageBits == 4;
+  constexpr int kTiles = Narrow::kDenseK / Wide::kDenseK;  // that a narrow one becomes: 4 or 2
+  constexpr int kOfTile = tile64::kChunks / kTiles;        // chunks of one of them: 1 or 2
+  constexpr int kWideChunks = tile64::kChunks / kOfTile;   // that a chunk becomes: 4 or 2
   constexpr int kMetadataBytes = Narrow::kMetadataBytes + tile64::scale_bytes(kScaleGroup);
-  const int panel = blockIdx.x, k_tile = blockIdx.y, group = blockIdx.z;
-  if (panel >= p.narrow.panels_in(group)) return;
+  // Of a wide tile's metadata a thread writes a word, of int4 16 bytes.
+  using Word = std::conditional_t<kInt4, uint4, uint32_t>;
+  constexpr int kWords = Wide::kMetadataBytes / sizeof(Word);
+  const int k_tile = blockIdx.y, group = blockIdx.z, first = blockIdx.x * kPanels;
+  const int panels = p.narrow.panels_in(group) - first;  // to do here, or more
+  if (panels <= 0) return;
   const int thread = threadIdx.x, chunk = thread / tile64::kRows, row = thread % tile64::kRows;
-  const size_t tile = p.narrow.first_tile(group, k_tile) + panel;
-  const uint8_t* metadata = p.metadata + tile * kMetadataBytes;
+  const size_t tile = p.narrow.first_tile(group, k_tile) + first;
+  const uint8_t* const metadata = p.metadata + tile * kMetadataBytes;
 
-  float scale = 1.0f;
-  if constexpr (kScaleGroup != 0) {
-    const auto* scales = reinterpret_cast<const float*>(metadata + Narrow::kMetadataBytes);
-    scale = scales[chunk * Wide::kDenseK / kScaleGroup * tile64::kRows + row];
-  } else {
-    const int channel = (group * tile64::kPanelsPerGroup + panel) * tile64::kRows + row;
-    if (p.channel_scale != nullptr && channel < p.out_features) scale = p.channel_scale[channel];
+  uint4 narrow[kPanels];
+  float scale[kPanels];
+  Word words[kPanels];
+#pragma unroll
+  for (int i = 0; i < kPanels; ++i) {
+    if (i >= panels) break;
+    const uint8_t* of_tile = metadata + i * kMetadataBytes;
+    narrow[i] = reinterpret_cast<const uint4*>(p.values + tile * Narrow::kValueBytes)
+        [i * kThreads + thread];
+    if constexpr (kScaleGroup != 0) {
+      scale[i] = reinterpret_cast<const float*>(of_tile + Narrow::kMetadataBytes)
+          [chunk * Wide::kDenseK / kScaleGroup * tile64::kRows + row];
+    } else {
+      const int panel = group * tile64::kPanelsPerGroup + first + i;
+      const int channel = panel * tile64::kRows + row;
+      const bool scaled = p.channel_scale != nullptr && channel < p.out_features;
+      scale[i] = scaled ? p.channel_scale[channel] : 1.0f;
+    }
+    if constexpr (kInt4) {
+      if (thread < kTiles * kWords) words[i] = reinterpret_cast<const uint4*>(of_tile)[thread];
+    } else {
+      const uint2 rows = reinterpret_cast<const uint2*>(of_tile)[thread / 2];  // g and g + 8
+      const int shift = thread % 2 * 16;
+      words[i] = (rows.x >> shift & 0xFFFF) | (rows.y >> shift << 16);
+    }
   }
-  const uint4 narrow =
-      reinterpret_cast<const uint4*>(p.values + tile * Narrow::kValueBytes)[thread];
 
-  // The wide tile i of this narrow one; the last of them may lie outside the weight.
-  const auto exists = [&](int i) { return k_tile * kTiles + i < p.wide.k_tiles; };
-  const auto wide_tile = [&](int i) {
-    return p.wide.first_tile(group, k_tile * kTiles + i) + panel;
+  // The wide tile t of the first of these narrow ones; the last may lie outside the weight.
+  const auto exists = [&](int t) { return k_tile * kTiles + t < p.wide.k_tiles; };
+  const auto wide_tile = [&](int t) {
+    return p.wide.first_tile(group, k_tile * kTiles + t) + first;
   };
-  if (const int i = chunk / kOfTile; exists(i)) {
-    uint4 wide[kWideChunks];
-    widened_chunks<W, X>(wide, narrow, scale);
-    auto* to = reinterpret_cast<uint4*>(p.wide_values + wide_tile(i) * Wide::kValueBytes) +
+  if (const int t = chunk / kOfTile; exists(t)) {
+    auto* to = reinterpret_cast<uint4*>(p.wide_values + wide_tile(t) * Wide::kValueBytes) +
                chunk % kOfTile * kWideChunks * tile64::kRows + row;
 #pragma unroll
-    for (int j = 0; j < kWideChunks; ++j) to[j * tile64::kRows] = wide[j];
+    for (int i = 0; i < kPanels; ++i) {
+      if (i >= panels) break;
+      uint4 wide[kWideChunks];
+      widened_chunks<W, X>(wide, narrow[i], scale[i]);
+#pragma unroll
+      for (int j = 0; j < kWideChunks; ++j)
+        to[(i * tile64::kChunks + j) * tile64::kRows] = wide[j];
+    }
   }
-  if constexpr (Element<W>::kStorageBits == 4) {
-    constexpr int kPieces = Wide::kMetadataBytes / 16;  // of a wide tile
-    const int i = thread / kPieces;
-    if (i < kTiles && exists(i))
-      reinterpret_cast<uint4*>(p.wide_metadata +
-                               wide_tile(i) * Wide::kMetadataBytes)[thread % kPieces] =
-          reinterpret_cast<const uint4*>(metadata)[thread];
-  } else {
-    constexpr int kWords = Wide::kMetadataBytes / 4;
-    const int i = thread / kWords, shift = thread % 2 * 16;
-    const uint2 rows = reinterpret_cast<const uint2*>(metadata)[thread / 2];  // g and g + 8
-    if (exists(i))
-      reinterpret_cast<uint32_t*>(p.wide_metadata +
-                                  wide_tile(i) * Wide::kMetadataBytes)[thread % kWords] =
-          (rows.x >> shift & 0xFFFF) | (rows.y >> shift << 16);
+  if (const int t = thread / kWords; t < kTiles && exists(t)) {
+    auto* to = reinterpret_cast<Word*>(p.wide_metadata + wide_tile(t) * Wide::kMetadataBytes) +
+               thread % kWords;
+#pragma unroll
+    for (int i = 0; i < kPanels; ++i) {
+      if (i < panels) to[i * kWords] = words[i];
+    }
   }
 }
 
