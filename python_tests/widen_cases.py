@@ -67,5 +67,3 @@ def assert_widened(widened, w24, what=""):
             f"{what}: {len(wrong)} bytes of the {name} are wrong, the first is number "
             f"{wrong[0].item()}: {got[wrong[0]].item()} instead of {wanted[wrong[0]].item()}"
         )
-
-

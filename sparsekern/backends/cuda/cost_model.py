@@ -85,7 +85,14 @@ from functools import lru_cache
 from typing import NamedTuple
 
 DECODE_TOKENS = 64  # the most that the decode kernel takes
-GATED_TOKENS = 32  # the same for its gated form, which holds two sums per output
+# With more tokens than this and x of 16 bits, weights of 8 or 4 bits are widened to 16 bits in
+# memory, and the kernel for those follows; else the decode kernel widens them in registers.
+# Estimate, int4 of 28672x4096 on an H200: 48 MB read and 132 written at 4.0 TB/s are 45 us, beside
+# the 16-bit kernel's 37 at 65 tokens and 219 at 1024, against 48 for every 64 tokens in decode; of
+# 4096x14336 23 + 21 against 46. A wide weight would be faster in two parts up to some 80 tokens: 65
+# against 82.
+WIDEN_TOKENS = DECODE_TOKENS
+GATED_TOKENS = 32  # the most of the decode kernel's gated form, which holds two sums per output
 # On Hopper the mma.sp kernel is considered up to so many tokens, or tokens * out * in.
 MMA_TOKENS, MMA_PRODUCTS = 64, 2**30
 PREFILL_TOKENS = 32  # the fewest at which the prefill kernel is, and the split kernel
