@@ -31,7 +31,7 @@ def codes(storage):
 
 
 def packed(out_features, in_features, storage, group, dtype, smallest=1e-3, largest=2e-2):
-    """A packed weight whose kept values walk through all codes, with random scales between these."""
+    """A packed weight whose kept values walk through all codes, with random scales in a range."""
     plain = compress(random_weight(out_features, in_features, torch.float32))
     every = codes(storage)
     kept = plain.values

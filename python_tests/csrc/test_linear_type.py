@@ -153,7 +153,7 @@ def test_the_signature_is_that_of_the_stub(probe):
     assert optional == {"residual_stride", "activation", *added}
 
 
-# ---- a weight that is widened first ---------------------------------------------------------------
+# ---- a weight that is widened first --------------------------------------------------------------
 
 
 WIDE = dict(out_features=70, in_features=132, x_stride=136)  # of 2 x 3 tiles
