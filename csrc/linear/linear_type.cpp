@@ -232,12 +232,12 @@ Status check(const LinearObject& object, bool has_activation) {
     SK_CHECK_REL(kOp, tokens, <=, max_tokens, "Use the prefill kernel.");
   }
   const int stored_bits = info(object.stored).storage_bits;
-  if (object.widens() && (stored_bits >= 16 || info(p.weight_dtype).storage_bits != 16 ||
-                          (kernel.takes & kTakesUp)))
-    return make_status(StatusKind::value, kOp, ": expected stored_dtype None, or of 8 or 4 bits with ",
-                       "weight_dtype of 16 and one weight, got '", info(object.stored).name,
-                       "' with '", info(p.weight_dtype).name, "' and kernel '", kernel.name,
-                       "'. Leave it None.");
+  if (object.widens() &&
+      (stored_bits >= 16 || info(p.weight_dtype).storage_bits != 16 || (kernel.takes & kTakesUp)))
+    return make_status(
+        StatusKind::value, kOp, ": expected stored_dtype None, or of 8 or 4 bits with ",
+        "weight_dtype of 16 and one weight, got '", info(object.stored).name, "' with '",
+        info(p.weight_dtype).name, "' and kernel '", kernel.name, "'. Leave it None.");
   const bool grouped = stored_bits == 4;
   if (p.scale_group != 0 && !(grouped && (p.scale_group == 64 || p.scale_group == 128)))
     return make_status(StatusKind::value, kOp, ": expected scale_group 0",

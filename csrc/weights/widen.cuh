@@ -97,11 +97,12 @@ __global__ void __launch_bounds__(kThreads) widen_kernel(const Params p) {
   for (int i = 0; i < kPanels; ++i) {
     if (i >= panels) break;
     const uint8_t* of_tile = metadata + i * kMetadataBytes;
-    narrow[i] = reinterpret_cast<const uint4*>(p.values + tile * Narrow::kValueBytes)
-        [i * kThreads + thread];
+    narrow[i] = reinterpret_cast<const uint4*>(p.values +
+                                               tile * Narrow::kValueBytes)[i * kThreads + thread];
     if constexpr (kScaleGroup != 0) {
-      scale[i] = reinterpret_cast<const float*>(of_tile + Narrow::kMetadataBytes)
-          [chunk * Wide::kDenseK / kScaleGroup * tile64::kRows + row];
+      scale[i] = reinterpret_cast<const float*>(
+          of_tile +
+          Narrow::kMetadataBytes)[chunk * Wide::kDenseK / kScaleGroup * tile64::kRows + row];
     } else {
       const int panel = group * tile64::kPanelsPerGroup + first + i;
       const int channel = panel * tile64::kRows + row;
@@ -131,8 +132,7 @@ __global__ void __launch_bounds__(kThreads) widen_kernel(const Params p) {
       uint4 wide[kWideChunks];
       widened_chunks<W, X>(wide, narrow[i], scale[i]);
 #pragma unroll
-      for (int j = 0; j < kWideChunks; ++j)
-        to[(i * tile64::kChunks + j) * tile64::kRows] = wide[j];
+      for (int j = 0; j < kWideChunks; ++j) to[(i * tile64::kChunks + j) * tile64::kRows] = wide[j];
     }
   }
   if (const int t = thread / kWords; t < kTiles && exists(t)) {
@@ -152,8 +152,8 @@ Params make_params(const WidenProblem& w) {
   p.metadata = static_cast<const uint8_t*>(w.weight.metadata);
   p.channel_scale = w.channel_scale;
   p.out_features = w.out_features;
-  p.narrow = tile64::Extent::of<tile64::Tile<Element<W>::kStorageBits>>(w.out_features,
-                                                                        w.in_features);
+  p.narrow =
+      tile64::Extent::of<tile64::Tile<Element<W>::kStorageBits>>(w.out_features, w.in_features);
   p.wide = tile64::Extent::of<tile64::Tile<16>>(w.out_features, w.in_features);
   p.wide_values = static_cast<uint8_t*>(w.widened);
   p.wide_metadata = p.wide_values + widened_value_bytes(w.out_features, w.in_features);

@@ -70,7 +70,8 @@ times; on average, at worst), and hit the measured winner less often:
 cores as long, for twice as many in_features. So the counts are those of the 16-bit variant with
 half the stages and with the bytes of the types (Bits), and the coefficients their own (TIMES_8),
 because widening weights costs a decode stage much of what its bytes save. int4 has those of 16
-bits with few tokens and TIMES_4 with more. The promoted tiles are not in it, because they are asked for by name (`promoted_tile`).
+bits with few tokens and TIMES_4 with more. The promoted tiles are not in it, because they are asked
+for by name (`promoted_tile`).
 
 Units: microseconds; megabytes are 1e6 bytes, so rate is in megabytes per microsecond, TB/s.
 Where TIMES comes from: see there. `python -m bench.fit` makes it.
@@ -298,9 +299,9 @@ TIMES_8: dict[Variant, Times] = {
 }
 
 
-# Weights of int4 with more than INT4_FEW tokens: row blocks as of 8 bits, which are widened at about
-# the same cost (SASS, csrc/notes/decode.md), with twice the in_features in a stage. Not a fit: it
-# gives 42.5, 47.6 and 17.2 us for what took 47.8, 46.4 and 17.2 on an H200 (64 tokens; 28672x4096
+# Weights of int4 with more than INT4_FEW tokens: row blocks as of 8 bits, which are widened at
+# about the same cost (SASS, csrc/notes/decode.md), with twice the in_features in a stage. Not a
+# fit: it gives 42.5, 47.6 and 17.2 us for what took 47.8, 46.4 and 17.2 on an H200 (64 tokens; 28672x4096
 # in 256 rows, split 1; 4096x14336 and 6144x4096 in 128 rows, split 2), where TIMES gives 19, 15, 9.
 INT4_FEW = 16
 TIMES_4: dict[Variant, Times] = {
