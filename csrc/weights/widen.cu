@@ -20,22 +20,24 @@ Status launch(const WidenProblem& problem, cudaStream_t stream) {
   return launch_status(kOp, "widen_kernel", grid, dim3(kThreads), 0);
 }
 
+template <class W, class X>
+Status launch_grouped(const WidenProblem& problem, cudaStream_t stream) {
+  if constexpr (std::is_same_v<W, Int4>) {
+    if (problem.scale_group == 64) return launch<W, X, 64>(problem, stream);
+    if (problem.scale_group == 128) return launch<W, X, 128>(problem, stream);
+  }
+  return launch<W, X, 0>(problem, stream);
+}
+
 }  // namespace
 
 Status launch_widen(const WidenProblem& problem, cudaStream_t stream) {
-  Status (*function)(const WidenProblem&, cudaStream_t) = nullptr;
-  with_type<__half, __nv_bfloat16>(problem.to, [&](auto to) {
-    using X = typename decltype(to)::Of;
-    with_type<__nv_fp8_e4m3, int8_t, Int4>(problem.from, [&](auto from) {
-      using W = typename decltype(from)::Of;
-      function = &launch<W, X, 0>;
-      if constexpr (std::is_same_v<W, Int4>) {
-        if (problem.scale_group == 64) function = &launch<W, X, 64>;
-        if (problem.scale_group == 128) function = &launch<W, X, 128>;
-      }
-    });
-  });
-  if (function != nullptr) return function(problem, stream);
+#define SK_WIDEN(W, X, Y, ...)                                  \
+  if (problem.from == kDTypeOf<W> && problem.to == kDTypeOf<X>) \
+    return launch_grouped<W, X>(problem, stream);
+  SK_W8A16(SK_WIDEN, )
+  SK_W4A16(SK_WIDEN, )
+#undef SK_WIDEN
   return make_status(StatusKind::value, kOp, ": expected values of 8 or 4 bits to be widened to ",
                      "16, got ", info(problem.from).name, " and ", info(problem.to).name,
                      ". Convert the weight.");

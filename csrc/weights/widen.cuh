@@ -36,10 +36,10 @@ inline dim3 grid_of(const Params& p) {
   return dim3(tile64::kPanelsPerGroup / kPanels, p.narrow.k_tiles, p.narrow.groups);
 }
 
-// Two levels, as bfloat16 that has them exactly -> two numbers.
+// Two levels in 16 bits -> two numbers.
 template <class X>
 __device__ __forceinline__ uint32_t scaled_pair(uint32_t levels, float scale) {
-  const float2 pair = unpack_pair<__nv_bfloat16>(levels);
+  const float2 pair = unpack_pair<ExactOf8Bits>(levels);
   // minus -0 is plus 0
   return subtract_pairs<X>(pack_pair<X>(pair.x * scale, pair.y * scale), 0x80008000);
 }
@@ -54,10 +54,10 @@ __device__ __forceinline__ void widened_chunks(uint4 (&wide)[kCount], uint4 narr
     for (int j = 0; j < kCount; ++j) {
 #pragma unroll
       for (int t = 0; t < 4; ++t)
-        to[j][t] = scaled_pair<X>(decode::widened_int4<__nv_bfloat16>(words[t], j), scale);
+        to[j][t] = scaled_pair<X>(decode::widened_int4<ExactOf8Bits>(words[t], j), scale);
     }
   } else {
-    const decode::Widen<W, __nv_bfloat16> levels(0);  // of an even lane: in order
+    const decode::Widen<W, ExactOf8Bits> levels(0);  // of an even lane: in order
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint32_t low, high;

@@ -301,8 +301,9 @@ TIMES_8: dict[Variant, Times] = {
 
 # Weights of int4 with more than INT4_FEW tokens: row blocks as of 8 bits, which are widened at
 # about the same cost (SASS, csrc/notes/decode.md), with twice the in_features in a stage. Not a
-# fit: it gives 42.5, 47.6 and 17.2 us for what took 47.8, 46.4 and 17.2 on an H200 (64 tokens; 28672x4096
-# in 256 rows, split 1; 4096x14336 and 6144x4096 in 128 rows, split 2), where TIMES gives 19, 15, 9.
+# fit: it gives 42.5, 47.6 and 17.2 us for what took 47.8, 46.4 and 17.2 on an H200 (64 tokens;
+# 28672x4096 in 256 rows, split 1; 4096x14336 and 6144x4096 in 128 rows, split 2), where TIMES gives
+# 19, 15 and 9.
 INT4_FEW = 16
 TIMES_4: dict[Variant, Times] = {
     variant: times._replace(stage=2 * times.stage, extra=2 * times.extra, total=2 * times.total)
