@@ -1,10 +1,11 @@
 """One linear layer with a quantised 2:4 weight as every provider takes it: called, checked, timed.
 
-    w8a16           ours, x of 16 bits, weight widened in the kernel; up to 64 tokens
+    w8a16           ours, x of 16 bits (backend "cuda-a16"), weight widened in the kernel, with more
+                    than 64 tokens in memory
     w8a8            ours, x quantised before and not timed, scales of tokens and channels applied
     w8a8+quantize   the same with the quantisation of x
     w8a8 precise    w8a8 with sums of e4m3 in float32 (backend "cuda-precise")
-    w4a16           ours, int4 weights with groups of 128
+    w4a16           ours, int4 weights with groups of 128, widened in the same way
     cuda            ours, 2:4 weight of 16 bits
     dense           torch, that is cuBLAS in 16 bits, on the weight before it was pruned
     scaled_mm       torch._scaled_mm, dense e4m3, scales of tokens and channels
@@ -17,7 +18,8 @@ Weights rotate and are checked as in layers.py. Exact: levels and x of whole num
 are powers of two must give the float64 result, rounded once. Bounded: quantised x and weight as
 they are timed, against the float64 product of what they stand for; sums of e4m3 are allowed what
 peers are allowed, because the tensor cores keep fewer bits of them. With more than CHECKED tokens
-the first and the last of them are checked.
+the first and the last of them are checked. A weight that is widened in memory is bounded as its
+numbers rounded to 16 bits.
 """
 
 from __future__ import annotations
@@ -51,10 +53,10 @@ from .layers import (
 )
 from .shapes import Shape
 
-DECODE_TOKENS = 64  # W8A16 takes no more
 INT_MM_ROWS = 32  # torch._int_mm wants more than 16
 CHECKED = 1024  # tokens
 GROUP = 128  # of int4
+IN_MEMORY = "(widen + "  # in the config of what makes a copy of the weight in 16 bits
 # Up to so many tokens cuSPARSELt's search tries to split in_features; with more it tries its
 # algorithms whole and in "segment-K", because there are tiles for every multiprocessor.
 FEW_TOKENS, WHOLE = 1024, ((1, 0), (-1, 0))
@@ -189,16 +191,28 @@ class Layer8:
         return makers[name](name, weight)
 
     def _w8a16(self, name, weight) -> Provider:
-        weights = self._copies("ours", self.best24)
-        most = 1 << 30 if name == "w4a16" else DECODE_TOKENS
+        weights, backend = self._copies("ours", self.best24), self._backend_a16(name)
+
+        def config(x):
+            return str(linear_op.explain(x, self.best24, backend=backend)).partition(":")[0]
+
         return Provider(
             name,
-            lambda x, copy: linear_op.linear(x, weights[copy]),
+            lambda x, copy: linear_op.linear(x, weights[copy], backend=backend),
             self.pruned,
             self.best24.nbytes,
-            config=lambda x: str(linear_op.explain(x, self.best24)).partition(":")[0],
-            most=most,
+            config=config,
         )
+
+    def _backend_a16(self, name: str) -> str | None:
+        """W8A16 is asked for, W4A16 is what int4 is given; the CPU has one backend."""
+        return "cuda-a16" if name == "w8a16" and self.device.type == "cuda" else None
+
+    def _rounded(self) -> Tensor:
+        """`pruned` with its numbers rounded to 16 bits, as they are when widened in memory."""
+        size = (self.shape.out_features, self.shape.in_features)
+        numbers = self.rows24.numbers(self.dtype)
+        return decompress(Sparse24(numbers, self.rows24.metadata, size))
 
     def _w8a8(self, name, weight) -> Provider:
         weights, backend = self._copies("ours", self.best24), _backend(name)
@@ -351,12 +365,13 @@ class Layer8:
         some, ours = _ends(tokens, x.device), name in OURS
         e4m3 = self.storage == "float8_e4m3fn" and name in ("w8a8", "w8a8+quantize")
         strict = ours and not e4m3
-        _check_bounded(name, y[some], provider.numbers(x)[some], provider.weight, strict)
+        weight = self._rounded() if IN_MEMORY in provider.config(x) else provider.weight
+        _check_bounded(name, y[some], provider.numbers(x)[some], weight, strict)
         if not ours or name == "cuda":
             return "bounded"
         x = self.inputs(tokens).random_(0, 5, generator=self._generator).sub_(2)
         if name in ("w8a16", "w4a16"):
-            y, factor = linear_op.linear(x, self._whole24), 1.0
+            y, factor = linear_op.linear(x, self._whole24, backend=self._backend_a16(name)), 1.0
         else:
             factor = torch.empty(tokens, dtype=torch.float32, device=x.device)
             factor.random_(0, 3, generator=self._generator).sub_(1).exp2_()

@@ -1,7 +1,7 @@
 """Reads timings of quantised 2:4 layers out of records (op "linear8"): ratios, and where we lose.
 
 Ratio = time of the peer / our time. Ours is "w8a8" (x given in 8 bits, as to the dense 8-bit peers)
-and up to 64 tokens also "w8a16"; the dense 8-bit peer is the faster one of those that were timed.
+and also "w8a16"; the dense 8-bit peer is the faster one of those that were timed.
 """
 
 from __future__ import annotations

@@ -98,6 +98,8 @@ class Linear:
         activation: None | "relu" | "gelu" | "silu".
         scale_group: of int4, 64 | 128: in_features that share a scale, which the metadata holds;
             0: none but channel_scale.
+        stored_dtype: of the weight as it is passed; None is weight_dtype. Of 8 or 4 bits beside a
+            weight_dtype of 16: every call first writes levels times scales, rounded, to `widened`.
     Raises:
         ValueError: an unknown kernel, config, dtype or activation; types or a size that the kernel
             does not take.
@@ -120,9 +122,11 @@ class Linear:
         x_dtype: str | None = None,
         activation: str | None = None,
         scale_group: int = 0,
+        stored_dtype: str | None = None,
     ) -> None: ...
 
     needs_workspace: bool  # whether a call should pass one; 0 does without, and is slower
+    widened_bytes: int  # that a call must pass as widened; 0: none
 
     def __call__(
         self,
@@ -139,6 +143,7 @@ class Linear:
         up_metadata: int = 0,
         channel_scale: int = 0,  # float32 [out_features]; of 8 or 4 bits, or the naive kernel
         token_scale: int = 0,  # float32 [tokens]; of an 8-bit x, or the naive kernel
+        widened: int = 0,  # widened_bytes, whatever they hold, of launches that follow each other
     ) -> None:
         """Launches. ValueError for an operand that the kernel does not take, or that is missing."""
 

@@ -53,6 +53,9 @@ __device__ __forceinline__ float2 unpack_pair(uint32_t bits) {
 template <class T>
 constexpr bool kIsBFloat16 = std::is_same_v<T, __nv_bfloat16>;
 
+// Holds every value of 8 or 4 bits exactly, and becomes float32 by a shift.
+using ExactOf8Bits = __nv_bfloat16;
+
 // Two elements of a word, subtracted or multiplied.
 template <class T>
 __device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b) {

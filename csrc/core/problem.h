@@ -53,7 +53,8 @@ struct LinearProblem {
   DType weight_dtype;  // storage type of the values
   int scale_group;     // of int4: columns that share a scale of the metadata (tile64.cuh); 0: none
   Operand weight;
-  Operand up;  // of a gated kernel, same shape; else null
+  Operand up;          // of a gated kernel, same shape; else null
+  bool weight_is_new;  // the work just before in the stream makes it: nothing of it is read early
   EpilogueArguments epilogue;
   Rows y;
   void* workspace;  // see linear/workspace.h

@@ -18,7 +18,7 @@ Status launch(const LinearProblem& p, int split, cudaStream_t stream) {
   static KernelStates states;
   const DeviceKernel kernel(kOp, "spmm_decode_sm90_kernel", spmm_decode_sm90_kernel<Cfg, kSplit>,
                             states);
-  const LaunchShape shape = {kThreads, Cfg::kSmemBytes, split};
+  const LaunchShape shape = {kThreads, Cfg::kSmemBytes, split, !p.weight_is_new};
   CUtensorMap x_map;
   SK_RETURN_IF_ERROR(make_activation_map(kOp, x_map, p, Cfg::kTokens));
   Params<Cfg> params = make_params<Cfg>(p);

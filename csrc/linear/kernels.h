@@ -83,7 +83,8 @@ struct Kernel {
 };
 
 // decode, prefill, split, mma: the weights are read before the predecessor in the stream has
-// finished (programmatic dependent launch), so they must not come from it.
+// finished (programmatic dependent launch), so they must not come from it, unless
+// LinearProblem::weight_is_new says so.
 inline constexpr Kernel kKernels[] = {
     {"decode", kDecode, kDecodeConfigs, 64, kTakesEpilogue},
     {"decode_gated", kDecodeGated, kDecodeConfigs, 32, kTakesUp},

@@ -16,6 +16,7 @@
 #include "core/python.h"
 #include "linear/kernels.h"
 #include "linear/workspace.h"
+#include "weights/widen.h"
 
 namespace py = pybind11;
 
@@ -30,7 +31,7 @@ constexpr const char* kOp = "sparsekern._C.Linear";
 constexpr const char* kInitNames[] = {"kernel",          "config",       "tokens",   "out_features",
                                       "in_features",     "x_stride",     "y_stride", "dtype",
                                       "residual_stride", "weight_dtype", "x_dtype",  "activation",
-                                      "scale_group"};
+                                      "scale_group",     "stored_dtype"};
 struct Init {
   enum {
     kKernel,
@@ -47,12 +48,14 @@ struct Init {
     kXDtype,
     kActivation,
     kScaleGroup,
+    kStoredDtype,
     kCount
   };
 };
 constexpr const char* kCallNames[] = {"x",         "values",      "metadata",      "y",
                                       "stream",    "bias",        "residual",      "workspace",
-                                      "up_values", "up_metadata", "channel_scale", "token_scale"};
+                                      "up_values", "up_metadata", "channel_scale", "token_scale",
+                                      "widened"};
 struct Call {
   enum {
     kX,
@@ -68,6 +71,7 @@ struct Call {
     kUpMetadata,
     kChannelScale,
     kTokenScale,
+    kWidened,
     kCount
   };
 };
@@ -97,10 +101,14 @@ struct LinearObject {
   const Launch* launch;
   int config;
   char needs_workspace;
+  DType stored;  // of the weight as it is passed; other than the problem's: widened first
+  Py_ssize_t widened_bytes;
   std::uint32_t refused;  // fields of a call that must be null
   std::uint32_t needed;   // and that must not be
   LinearProblem problem;  // without its addresses
   Places<Call::kCount> places;
+
+  bool widens() const { return stored != problem.weight_dtype; }
 };
 
 std::string quoted_names(const char* const* names, int count) {
@@ -223,11 +231,18 @@ Status check(const LinearObject& object, bool has_activation) {
     const int max_tokens = kernel.max_tokens;
     SK_CHECK_REL(kOp, tokens, <=, max_tokens, "Use the prefill kernel.");
   }
-  const bool grouped = info(p.weight_dtype).storage_bits == 4;
+  const int stored_bits = info(object.stored).storage_bits;
+  if (object.widens() &&
+      (stored_bits >= 16 || info(p.weight_dtype).storage_bits != 16 || (kernel.takes & kTakesUp)))
+    return make_status(
+        StatusKind::value, kOp, ": expected stored_dtype None, or of 8 or 4 bits with ",
+        "weight_dtype of 16 and one weight, got '", info(object.stored).name, "' with '",
+        info(p.weight_dtype).name, "' and kernel '", kernel.name, "'. Leave it None.");
+  const bool grouped = stored_bits == 4;
   if (p.scale_group != 0 && !(grouped && (p.scale_group == 64 || p.scale_group == 128)))
     return make_status(StatusKind::value, kOp, ": expected scale_group 0",
                        grouped ? ", 64 or 128" : "", " with weight_dtype '",
-                       info(p.weight_dtype).name, "', got ", p.scale_group,
+                       info(object.stored).name, "', got ", p.scale_group,
                        ". Quantise the weight with such groups.");
   if (has_activation && !(takes(kernel, *object.launch) & kTakesEpilogue))
     return make_status(StatusKind::value, kOp, ": expected activation None with kernel '",
@@ -253,18 +268,27 @@ bool fill(LinearObject& object, PyObject* const* values) {
   if (!read_optional_dtype(values, Init::kWeightDtype, p.weight_dtype) ||
       !read_optional_dtype(values, Init::kXDtype, p.x.dtype))
     return false;
+  object.stored = p.weight_dtype;
+  if (!read_optional_dtype(values, Init::kStoredDtype, object.stored)) return false;
   Status status = find_launch(object);
   if (status.ok()) status = check(object, p.epilogue.activation != Activation::kNone);
   if (!status.ok()) {
     set_error(status);
     return false;
   }
-  const unsigned taken = takes(*object.kernel, *object.launch);
+  unsigned taken = takes(*object.kernel, *object.launch);
+  if (object.widens()) {
+    object.widened_bytes = static_cast<Py_ssize_t>(widened_bytes(p.out_features, p.in_features));
+    taken |= kTakesChannelScale;
+  } else {
+    object.refused |= bit(Call::kWidened);
+  }
   object.needs_workspace = (taken & kTakesWorkspace) != 0;
   for (const Optional& optional : kOptional)
     if (!(taken & optional.takes)) object.refused |= optional.fields;
   if (p.tokens > 0 && p.out_features > 0 && p.in_features > 0) {
     object.needed = bit(Call::kX) | bit(Call::kValues) | bit(Call::kMetadata) | bit(Call::kY);
+    if (object.widens()) object.needed |= bit(Call::kWidened);
     if (taken & kTakesUp) object.needed |= bit(Call::kUpValues) | bit(Call::kUpMetadata);
   }
   return true;
@@ -285,6 +309,19 @@ void refuse_fields(const LinearObject& object, std::uint32_t fields, bool missin
                                   "kernel."));
 }
 
+// The weight and the scales of `p` become those of its copy in 16 bits.
+Status widen(const LinearObject& object, LinearProblem& p, void* widened, cudaStream_t stream) {
+  if (p.tokens == 0 || object.widened_bytes == 0) return {};
+  SK_RETURN_IF_ERROR(launch_widen({p.out_features, p.in_features, object.stored, p.weight_dtype,
+                                   p.scale_group, p.weight, p.epilogue.channel_scale, widened},
+                                  stream));
+  const auto* wide = static_cast<const std::uint8_t*>(widened);
+  p.weight = {wide, wide + widened_value_bytes(p.out_features, p.in_features)};
+  p.weight_is_new = true;
+  p.epilogue.channel_scale = nullptr;
+  return {};
+}
+
 Status launch(const LinearObject& object, const Address (&values)[Call::kCount]) {
   SK_RETURN_IF_ERROR(bind_thread("sparsekern.linear"));
   LinearProblem p = object.problem;
@@ -297,7 +334,9 @@ Status launch(const LinearObject& object, const Address (&values)[Call::kCount])
   p.epilogue.residual = in(values[Call::kResidual]);
   p.y.data = out(values[Call::kY]);
   p.workspace = out(values[Call::kWorkspace]);
-  return object.launch->launch(p, object.config, as_stream(values[Call::kStream]));
+  const cudaStream_t stream = as_stream(values[Call::kStream]);
+  if (object.widens()) SK_RETURN_IF_ERROR(widen(object, p, out(values[Call::kWidened]), stream));
+  return object.launch->launch(p, object.config, stream);
 }
 
 PyObject* call(PyObject* self, PyObject* const* arguments, std::size_t flags, PyObject* names) {
@@ -365,6 +404,8 @@ PyMemberDef members[] = {
     {"__vectorcalloffset__", T_PYSSIZET, offsetof(LinearObject, vectorcall), READONLY, nullptr},
     {"needs_workspace", T_BOOL, offsetof(LinearObject, needs_workspace), READONLY,
      "Whether a call should pass a workspace (prefill_workspace_bytes)."},
+    {"widened_bytes", T_PYSSIZET, offsetof(LinearObject, widened_bytes), READONLY,
+     "Of the memory that a call must pass as widened; 0: of none."},
     {nullptr, 0, 0, 0, nullptr},
 };
 
@@ -372,7 +413,7 @@ PyType_Slot slots[] = {
     {Py_tp_doc,
      const_cast<char*>("Linear(*, kernel, config, tokens, out_features, in_features, x_stride, "
                        "y_stride, residual_stride=0, dtype, weight_dtype=None, x_dtype=None, "
-                       "activation=None, scale_group=0)\n--\n\n"
+                       "activation=None, scale_group=0, stored_dtype=None)\n--\n\n"
                        "The fixed part of a launch, checked once; called with its addresses.")},
     {Py_tp_new, reinterpret_cast<void*>(&make)},
     {Py_tp_dealloc, reinterpret_cast<void*>(&destroy)},

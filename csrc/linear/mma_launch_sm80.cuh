@@ -20,6 +20,7 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
   SK_CHECK_REL(kOp, blocks, <, int64_t{1} << 31, "Split the tokens.");
   LaunchShape shape = {Cfg::kThreads, Cfg::kSmemBytes};
   SK_RETURN_IF_ERROR(kernel.prepare(shape.smem_bytes, shape.dependent));
+  shape.dependent &= !p.weight_is_new;
   return kernel.launch(shape, blocks, stream, params);
 }
 

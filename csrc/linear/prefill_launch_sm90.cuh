@@ -40,7 +40,7 @@ Status launch(const LinearProblem& p, ClusterShape cluster, cudaStream_t stream)
   static KernelStates states;
   // As many clusters as can be resident, which take the tiles in turn.
   const DeviceKernel kernel(kOp, "spmm_prefill_sm90_kernel", spmm_prefill_sm90_kernel<Cfg>, states);
-  LaunchShape shape = {kThreads, Cfg::kSmemBytes, cluster.m * cluster.n};
+  LaunchShape shape = {kThreads, Cfg::kSmemBytes, cluster.m * cluster.n, !p.weight_is_new};
   void* const workspace = p.workspace;
   CUtensorMap x_map;
   SK_RETURN_IF_ERROR(make_activation_map(kOp, x_map, p, kTokens / cluster.m));

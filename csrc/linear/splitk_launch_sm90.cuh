@@ -38,6 +38,7 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
   const int64_t tiles = static_cast<int64_t>(params.tile_rows) * columns;
   SK_CHECK_REL(kOp, tiles * kSplits, <, int64_t{1} << 31, "Split the tokens.");
   SK_RETURN_IF_ERROR(kernel.prepare(shape.smem_bytes, shape.dependent));
+  shape.dependent &= !p.weight_is_new;
   return kernel.launch(shape, tiles * kSplits, stream, x_map, params);
 }
 

@@ -56,6 +56,7 @@ class FakeLinear:
     def __init__(self, calls, problem):
         self.calls, self.problem = calls, dict(residual_stride=0, activation=None) | problem
         self.needs_workspace = problem["kernel"] == "prefill"
+        self.widened_bytes = 4608 if "stored_dtype" in problem else 0
 
     def __call__(self, **arguments):
         self.calls.append(self.problem | arguments)
@@ -788,13 +789,21 @@ def test_x_of_16_bits_is_asked_for_by_name(scaled_on_cpu, monkeypatch, tokens):
     asked = problem(x, w24)
     y = registry._BACKENDS["cuda-a16"].bind(asked)(x, w24)
     assert y.shape == (tokens, 64)
-    calls = scaled_on_cpu.calls
-    assert [call["tokens"] for call in calls] == ([8] if tokens == 8 else [64, 64, 22])
-    assert all(call["kernel"] == "decode" and call["x_dtype"] == BF16 for call in calls)
-    scale = w24.tensors["weight_scale"].data_ptr()
-    assert all(call["channel_scale"] == scale for call in calls)
+    (call,) = scaled_on_cpu.calls
+    assert (call["tokens"], call["x_dtype"]) == (tokens, BF16)
+    assert call["channel_scale"] == w24.tensors["weight_scale"].data_ptr()
     told = SixteenBitBackend().explain(asked)
-    assert "W8A16" in told.why and ("64 tokens at a time" in told.why) == (tokens > 64)
+    assert "W8A16" in told.why
+    if tokens == 8:
+        assert (call["kernel"], call["weight_dtype"]) == ("decode", INT8)
+        assert "stored_dtype" not in call and "widened" not in call
+        return
+    of_16 = cuda_backend._plan(tokens, 64, 256, BF16, -1)
+    assert (call["kernel"], call["config"]) == of_16, "as for a weight of 16 bits"
+    assert (call["stored_dtype"], call["weight_dtype"], bool(call["widened"])) == (INT8, BF16, True)
+    chosen = configs.choose(tokens, 64, 256, BF16, -1)
+    assert told.config == f"widen + {chosen.variant}" and "to bfloat16 in memory" in told.why
+    assert told.expected_us is None
 
 
 def test_what_x_of_16_bits_cannot_be_asked_for(native):
@@ -843,26 +852,41 @@ def test_more_tokens_are_quantised(scaled_on_cpu, monkeypatch, storage, in_featu
     assert (call["weight_dtype"], call["x_dtype"], call["dtype"]) == (storage, storage, BF16)
 
 
+@pytest.mark.parametrize("tokens", [1, 13])
 @pytest.mark.parametrize("group", [64, 128, 256])
-def test_int4_is_widened_for_64_tokens_at_a_time(scaled_on_cpu, group):
+def test_int4_is_widened_in_registers_and_of_more_tokens_in_memory(scaled_on_cpu, group, tokens):
     plain = compress(random_weight(64, 256, torch.bfloat16))
     w24 = pack(sparsekern.quantize(plain, "int4", group=group))
-    x, bias = torch.ones(5, 26, 256, dtype=torch.bfloat16), torch.ones(64, dtype=torch.bfloat16)
+    x = torch.ones(5, tokens, 256, dtype=torch.bfloat16)
+    bias = torch.ones(64, dtype=torch.bfloat16)
     asked = problem(x, w24, activation="relu", bias=True)
     y = scaled_linear.bind(asked)(x, w24, bias)
-    assert (y.shape, y.dtype) == ((5, 26, 64), torch.bfloat16)
-    calls = scaled_on_cpu.calls
-    assert [call["tokens"] for call in calls] == [64, 64, 2]
-    assert [call["x"] - x.data_ptr() for call in calls] == [0, 64 * 256 * 2, 128 * 256 * 2]
-    assert [call["y"] - y.data_ptr() for call in calls] == [0, 64 * 64 * 2, 128 * 64 * 2]
+    assert (y.shape, y.dtype) == ((5, tokens, 64), torch.bfloat16)
+    (call,) = scaled_on_cpu.calls
     scale = 0 if group < 256 else w24.tensors["weight_scale"].data_ptr()
-    for call in calls:
-        assert call.get("scale_group", 0) == group % 256 and call["channel_scale"] == scale
-        assert (call["weight_dtype"], call["x_dtype"], call["dtype"]) == ("int4", BF16, BF16)
-        assert (call["kernel"], call["bias"]) == ("decode", bias.data_ptr())
-        assert call["activation"] == "relu"
+    wanted = dict(
+        tokens=5 * tokens,
+        x=x.data_ptr(),
+        y=y.data_ptr(),
+        values=w24.values.data_ptr(),
+        metadata=w24.metadata.data_ptr(),
+        x_dtype=BF16,
+        dtype=BF16,
+        channel_scale=scale,
+        bias=bias.data_ptr(),
+        activation="relu",
+    )
+    assert {name: call[name] for name in wanted} == wanted
+    assert call.get("scale_group", 0) == group % 256
     told = scaled_linear.explain(asked)
-    assert told.config.startswith("decode ") and "64 tokens at a time" in told.why
+    if tokens == 1:
+        assert (call["kernel"], call["weight_dtype"]) == ("decode", "int4")
+        assert told.config.startswith("decode ") and "in memory" not in told.why
+    else:
+        assert (call["kernel"], call["config"]) == cuda_backend._plan(65, 64, 256, BF16, -1)
+        assert (call["stored_dtype"], call["weight_dtype"]) == ("int4", BF16)
+        assert told.config.startswith("widen + ") and "to bfloat16 in memory" in told.why
+    assert told.why.startswith("W4A16")
 
 
 def test_which_int4_the_kernels_take(native):

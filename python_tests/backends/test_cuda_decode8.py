@@ -313,7 +313,7 @@ def test_refusals():
 @pytest.mark.parametrize("group", [64, 128, 0])
 @pytest.mark.parametrize("tokens", [0, 1, 16, 64, 65, 300])
 def test_int4_through_the_public_function(tokens, group, dtype):
-    """Any number of tokens, 64 at a time; packed for Hopper by SparseLinear."""
+    """Any number of tokens; packed for Hopper by SparseLinear."""
     p = Problem(300, 323, 580, INT4, group, dtype)
     y64 = p.product if p.scale_group else p.product * p.scale
     x, w24 = p.x[:tokens], p.w24

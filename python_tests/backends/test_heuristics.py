@@ -136,6 +136,21 @@ def test_8_bits_have_coefficients_of_their_own():
     assert fastest(8, 8192, 8192, H100, blocks, widened) == RowBlocks(128, 2)
 
 
+def test_int4_of_more_than_few_tokens_counts_what_widening_takes():
+    """As measured on an H200 with 64 tokens: what was chosen by TIMES, and what is chosen now."""
+    four = heuristics.Bits(4, 16)
+    for shape, variant, us in (
+        ((28672, 4096), RowBlocks(256, 1), 47.8),
+        ((4096, 14336), RowBlocks(128, 2), 46.4),
+        ((6144, 4096), RowBlocks(128, 2), 17.2),
+    ):
+        assert predicted_us(variant, 64, *shape, H100, four) == pytest.approx(us, rel=0.15)
+    blocks = tuple(heuristics.TIMES_4)
+    assert fastest(64, 28672, 4096, H100, blocks, four) == RowBlocks(256, 1)
+    assert fastest(64, 4096, 14336, H100, blocks, four) == RowBlocks(256, 4)
+    assert heuristics.table(four, 16) is TIMES and heuristics.table(four, 17) is not TIMES
+
+
 def test_quantising_takes_longer_with_more_of_it():
     us = heuristics.quantize_us
     assert 0 < us(1, 4096) < us(16, 4096) < us(64, 4096) < us(64, 28672) < 10

@@ -41,7 +41,7 @@ def test_dry_run_checks_times_and_goes_on(tmp_path, capsys):
     got = {(e["dtype"], e["tokens"], e["backend"]): e["check"] for e in found}
     assert got["float8_e4m3fn", 1, "w8a16"] == got["int8", 70, "w8a8"] == "exact+bounded"
     assert got["int8", 70, "w8a8+quantize"] == got["int4", 70, "w4a16"] == "exact+bounded"
-    assert got["int8", 1, "dense"] == "bounded" and ("int8", 70, "w8a16") not in got
+    assert got["int8", 1, "dense"] == "bounded" and got["int8", 70, "w8a16"] == "exact+bounded"
     assert all(e["config"] and e["bytes"] > 0 for e in found if e["backend"] != "dense")
     capsys.readouterr()
     assert bench_layers8.main(out, [*options, "--dtype", "int8"]) == 0
@@ -90,6 +90,19 @@ def test_the_ends_of_many_tokens_are_checked(monkeypatch):
                 layer.check("w8a8", x)
         else:
             assert layer.check("w8a8", x) == "exact+bounded"
+
+
+def test_16_bits_of_x_are_asked_for_and_what_is_widened_in_memory_is_rounded(monkeypatch):
+    cpu = torch.device("cpu")
+    for storage, name, backend in (("int8", "w8a16", "cuda-a16"), ("int4", "w4a16", None)):
+        layer = layers8.Layer8(Shape("", "", 64, 128), storage, torch.bfloat16, cpu, (name,))
+        x = layer.inputs(70)
+        assert layer.check(name, x) == "exact+bounded"
+        monkeypatch.setattr(layer.providers[name], "config", lambda x: "cuda (widen + prefill")
+        with pytest.raises(WrongResult, match=f"{name} is wrong in"):
+            layer.check(name, x)  # the CPU does not round the numbers
+        layer.device = torch.device("cuda")
+        assert layer._backend_a16(name) == backend
 
 
 def test_unknown_provider():

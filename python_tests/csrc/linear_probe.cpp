@@ -7,6 +7,7 @@
 #include "core/problem.h"
 #include "linear/launch.h"
 #include "linear/linear_type.h"
+#include "weights/widen.h"
 
 namespace py = pybind11;
 using sparsekern::LinearProblem;
@@ -19,6 +20,7 @@ struct {
   cudaStream_t stream;
 } seen;
 bool records = true;
+sparsekern::WidenProblem widened;  // what was widened for it; from nowhere: nothing
 
 namespace sparsekern {
 
@@ -26,6 +28,12 @@ Status record(const char* kernel, DType weight, DType x, DType y, const LinearPr
               int config, cudaStream_t stream) {
   if (p.tokens == 63) return make_status(StatusKind::unsupported, "63 tokens");
   if (records) seen = {kernel, weight, x, y, p, config, stream};
+  if (!p.weight_is_new) widened = {};
+  return {};
+}
+
+Status launch_widen(const WidenProblem& problem, cudaStream_t) {
+  widened = problem;
   return {};
 }
 
@@ -89,6 +97,19 @@ py::dict last_launch() {
   return d;
 }
 
+// What was widened for the last launch; empty: nothing.
+py::dict last_widened() {
+  py::dict d;
+  const sparsekern::WidenProblem& w = widened;
+  if (w.widened == nullptr) return d;
+  d["out_features"] = w.out_features, d["in_features"] = w.in_features;
+  d["from"] = sparsekern::info(w.from).name, d["to"] = sparsekern::info(w.to).name;
+  d["scale_group"] = w.scale_group, d["values"] = number(w.weight.values);
+  d["metadata"] = number(w.weight.metadata), d["channel_scale"] = number(w.channel_scale);
+  d["widened"] = number(w.widened);
+  return d;
+}
+
 // The same launch as pybind11 binds 16 positional integers, to compare the cost.
 void by_pybind11(std::uintptr_t x, std::uintptr_t values, std::uintptr_t metadata,
                  std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t y, int tokens,
@@ -113,6 +134,7 @@ void by_pybind11(std::uintptr_t x, std::uintptr_t values, std::uintptr_t metadat
 PYBIND11_MODULE(linear_probe, m) {
   sparsekern::bind_linear(m);
   m.def("last_launch", &last_launch);
+  m.def("last_widened", &last_widened);
   m.def("record", [](bool on) { records = on; });
   m.def("by_pybind11", &by_pybind11);
 }

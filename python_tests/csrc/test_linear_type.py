@@ -146,10 +146,78 @@ def test_the_workspace_has_counters_and_a_tile_of_sums_per_multiprocessor(probe)
 
 def test_the_signature_is_that_of_the_stub(probe):
     parameters = inspect.signature(probe.Linear).parameters
-    assert set(parameters) == {*FIXED, "weight_dtype", "x_dtype", "scale_group"}
+    added = {"weight_dtype", "x_dtype", "scale_group", "stored_dtype"}
+    assert set(parameters) == {*FIXED, *added}
     assert {p.kind for p in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
     optional = {name for name, p in parameters.items() if p.default is not p.empty}
-    assert optional == {"residual_stride", "weight_dtype", "x_dtype", "activation", "scale_group"}
+    assert optional == {"residual_stride", "activation", *added}
+
+
+# ---- a weight that is widened first --------------------------------------------------------------
+
+
+WIDE = dict(out_features=70, in_features=132, x_stride=136)  # of 2 x 3 tiles
+
+
+@pytest.mark.parametrize("kernel", ["prefill", "split", "mma", "naive", "decode"])
+@pytest.mark.parametrize("stored, group", [("float8_e4m3fn", 0), ("int8", 0), ("int4", 128)])
+def test_a_narrow_weight_is_widened_before_the_kernel_reads_it(probe, kernel, stored, group):
+    more = dict(stored_dtype=stored, scale_group=group, config=0, activation=None)
+    of = linear(probe, kernel=kernel, **WIDE, **more)
+    assert of.widened_bytes == 6 * (4096 + 512)
+    of(**ADDRESSES, bias=6, channel_scale=11, widened=2**20)
+    assert probe.last_widened() == {
+        "out_features": 70,
+        "in_features": 132,
+        "from": stored,
+        "to": "bfloat16",
+        "scale_group": group,
+        "values": ADDRESSES["values"],
+        "metadata": ADDRESSES["metadata"],
+        "channel_scale": 11,
+        "widened": 2**20,
+    }
+    seen = probe.last_launch()
+    assert seen["launched"] == ("bfloat16",) * 3 and seen["bias"] == 6
+    assert (seen["values"], seen["metadata"]) == (2**20, 2**20 + 6 * 4096)
+    assert seen["channel_scale"] == 0, "the numbers have their scales"
+    linear(probe)(**ADDRESSES)
+    assert probe.last_widened() == {}
+
+
+def test_nothing_is_widened_for_no_tokens(probe):
+    linear(probe)(**ADDRESSES)
+    of = linear(probe, **WIDE, stored_dtype="int8")
+    of(**ADDRESSES, widened=2**20)
+    assert probe.last_widened()
+    linear(probe)(**ADDRESSES)
+    none = linear(probe, **{**WIDE, "tokens": 0}, stored_dtype="int8")
+    none(**ADDRESSES)
+    assert probe.last_widened() == {}
+
+
+def test_widening_needs_its_memory_and_nothing_else_takes_it(probe):
+    of = linear(probe, **WIDE, stored_dtype="int4")
+    with pytest.raises(ValueError, match="expected an address as widened of kernel 'prefill', got"):
+        of(**ADDRESSES)
+    plain = linear(probe)
+    assert plain.widened_bytes == 0
+    with pytest.raises(ValueError, match="expected widened 0 with kernel 'prefill'"):
+        plain(**ADDRESSES, widened=16)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(stored_dtype="float16"),
+        dict(stored_dtype="bfloat16", weight_dtype="int8", x_dtype="int8"),
+        dict(stored_dtype="int4", weight_dtype="int8", x_dtype="int8"),
+        dict(stored_dtype="int8", kernel="decode_gated", config=0, activation=None),
+    ],
+)
+def test_what_cannot_be_widened(probe, changes):
+    with pytest.raises(ValueError, match="Linear: expected stored_dtype None, or of 8 or 4 bits"):
+        linear(probe, **changes)
 
 
 # ---- what is refused -----------------------------------------------------------------------------

@@ -425,6 +425,8 @@ def linear(
         call, where that is the other one), and what is accumulated is rounded once more.
         Under torch.func (grad, jvp, vmap, ...) and forward-mode AD the product is rounded before
         bias and activation, which are then added in float32.
+        int4, and 8-bit weights with backend "cuda-a16", are widened to 16 bits in memory on Hopper
+        with more than 64 tokens: 9/8 bytes for every dense number, for the time of the call.
         float32 never runs in TF32. On the CPU 16-bit inputs are multiplied in float32 (exact
         products, and no need for fast 16-bit matmuls; see backends/cpu.py).
         Bitwise reproducible for a fixed config; the config depends on the number of tokens.

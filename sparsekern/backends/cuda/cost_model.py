@@ -70,7 +70,8 @@ times; on average, at worst), and hit the measured winner less often:
 cores as long, for twice as many in_features. So the counts are those of the 16-bit variant with
 half the stages and with the bytes of the types (Bits), and the coefficients their own (TIMES_8),
 because widening weights costs a decode stage much of what its bytes save. int4 has those of 16
-bits. The promoted tiles are not in it, because they are asked for by name (`promoted_tile`).
+bits with few tokens and TIMES_4 with more. The promoted tiles are not in it, because they are asked
+for by name (`promoted_tile`).
 
 Units: microseconds; megabytes are 1e6 bytes, so rate is in megabytes per microsecond, TB/s.
 Where TIMES comes from: see there. `python -m bench.fit` makes it.
@@ -85,7 +86,14 @@ from functools import lru_cache
 from typing import NamedTuple
 
 DECODE_TOKENS = 64  # the most that the decode kernel takes
-GATED_TOKENS = 32  # the same for its gated form, which holds two sums per output
+# With more tokens than this and x of 16 bits, weights of 8 or 4 bits are widened to 16 bits in
+# memory, and the kernel for those follows; else the decode kernel widens them in registers.
+# Estimate, int4 of 28672x4096 on an H200: 48 MB read and 132 written at 4.0 TB/s are 45 us, beside
+# the 16-bit kernel's 37 at 65 tokens and 219 at 1024, against 48 for every 64 tokens in decode; of
+# 4096x14336 23 + 21 against 46. A wide weight would be faster in two parts up to some 80 tokens: 65
+# against 82.
+WIDEN_TOKENS = DECODE_TOKENS
+GATED_TOKENS = 32  # the most of the decode kernel's gated form, which holds two sums per output
 # On Hopper the mma.sp kernel is considered up to so many tokens, or tokens * out * in.
 MMA_TOKENS, MMA_PRODUCTS = 64, 2**30
 PREFILL_TOKENS = 32  # the fewest at which the prefill kernel is, and the split kernel
@@ -291,8 +299,23 @@ TIMES_8: dict[Variant, Times] = {
 }
 
 
-def table(bits: Bits) -> dict[Variant, Times]:
-    """The coefficients for these operands: TIMES_8 or TIMES."""
+# Weights of int4 with more than INT4_FEW tokens: row blocks as of 8 bits, which are widened at
+# about the same cost (SASS, csrc/notes/decode.md), with twice the in_features in a stage. Not a
+# fit: it gives 42.5, 47.6 and 17.2 us for what took 47.8, 46.4 and 17.2 on an H200 (64 tokens;
+# 28672x4096 in 256 rows, split 1; 4096x14336 and 6144x4096 in 128 rows, split 2), where TIMES gives
+# 19, 15 and 9.
+INT4_FEW = 16
+TIMES_4: dict[Variant, Times] = {
+    variant: times._replace(stage=2 * times.stage, extra=2 * times.extra, total=2 * times.total)
+    for variant, times in TIMES_8.items()
+    if isinstance(variant, RowBlocks)
+}
+
+
+def table(bits: Bits, tokens: int = 1) -> dict[Variant, Times]:
+    """The coefficients for these operands: TIMES_8, TIMES_4 or TIMES."""
+    if bits.weight == 4 and tokens > INT4_FEW:
+        return TIMES_4
     return TIMES_8 if bits.weight == 8 else TIMES
 
 
@@ -372,9 +395,9 @@ def predicted_us(
     multiprocessors: int,
     bits: Bits = PLAIN,
 ) -> float:
-    """The modelled time of one layer with this variant, one of `table(bits)`."""
+    """The modelled time of one layer with this variant, one of its `table`."""
     problem = tokens, out_features, in_features, multiprocessors, bits
-    return us(table(bits)[variant], work(variant, *problem))
+    return us(table(bits, tokens)[variant], work(variant, *problem))
 
 
 @lru_cache(maxsize=4096)
@@ -389,14 +412,14 @@ def fastest(
     """The variant for a problem on Hopper: the shortest predicted time; of equal ones the first.
 
     Args:
-        variants: those that the native module was built with for these types; what `table(bits)`
+        variants: those that the native module was built with for these types; what their `table`
             lacks is left out.
     Raises:
         ValueError: none of them is in the table and takes so many tokens.
     """
     problem = tokens, out_features, in_features, multiprocessors, bits
     size = tokens, out_features, in_features, bits
-    known = [v for v in table(bits) if v in variants and considered(v, *size)]
+    known = [v for v in table(bits, tokens) if v in variants and considered(v, *size)]
     return min(known, key=lambda variant: predicted_us(variant, *problem))
 
 

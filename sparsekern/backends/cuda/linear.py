@@ -165,9 +165,11 @@ def _native_linear(
     dtype: str | Types,
     activation: str | None,
     scale_group: int = 0,
+    stored: str = "",
 ) -> Any:
     """The native module's Linear for a problem; it holds no memory of the GPU. dtype: the name of
-    all types, or they. scale_group: of int4, see tile64.scale_group."""
+    all types, or they. scale_group: of int4, see tile64.scale_group. stored: of a weight that is
+    widened to the type of the weight first."""
     types = Types.of(dtype) if isinstance(dtype, str) else dtype
     return _native.module().Linear(
         kernel=kernel,
@@ -183,6 +185,7 @@ def _native_linear(
         x_dtype=types.x,
         activation=activation,
         **({"scale_group": scale_group} if scale_group else {}),
+        **({"stored_dtype": stored} if stored else {}),
     )
 
 

@@ -1,9 +1,10 @@
 """The CUDA backend for quantised weights: e4m3 and int8 with a scale per output channel, int4.
 
     x of 16 bits       W8A16: decode widens the weights     csrc/linear/decode_sm90.cuh
+                       W8A16: they are widened in memory    csrc/weights/widen.cuh
                        W8A8: x is quantised, then as below  csrc/activations/
     x of 8 bits        W8A8: prefill, split in 8 bits       csrc/linear/prefill_sm90.cuh
-    int4               W4A16: decode, 64 tokens at a time
+    int4               W4A16: as W8A16
     other GPUs         W8A8: mma, whatever x is             csrc/linear/mma_sm80.cuh
 
     y = activation(x · levels(W)ᵀ * weight_scale * x_scale + bias)       rounded once to 16 bits
@@ -12,9 +13,14 @@ x of 16 bits is quantised with more than 64 tokens, and with fewer where that is
 faster by WORTH at least (`widens`): W8A16 is bound by the instructions that widen, and from some 16
 tokens on slower than weights of 16 bits. What is expected depends on the sizes, on the tuned tables
 and on nothing else, so a problem is computed in the same way every time. The error of quantised x
-is about that of the quantised weights; whoever wants x as it is asks for backend "cuda-a16", which
-takes 64 tokens at a time. On other GPUs than Hopper no kernel widens: x is quantised at every
-number of tokens, weights of int8 run from 8.0 on and of e4m3 from 8.9 on, and int4 does not.
+is about that of the quantised weights; whoever wants x as it is asks for backend "cuda-a16".
+
+There, and always with int4, more than WIDEN_TOKENS tokens are multiplied by the kernels for weights
+of 16 bits, as they would be chosen for such a weight: the same native call first writes the
+weight's numbers, level times scale rounded to the type of x, to memory that lives as long as the
+call (9/8 bytes for every dense number). On other GPUs than Hopper no kernel widens: x is quantised
+at every number of tokens, weights of int8 run from 8.0 on and of e4m3 from 8.9 on, and int4 does
+not.
 
 int8 is summed in int32, exactly. The tensor cores add up products of e4m3 with some 14 bits;
 `precise` (backend "cuda-precise") has their sums of every 256 in_features added up in float32.
@@ -48,6 +54,7 @@ from sparsekern.backends.cuda.linear import (
     _native_linear,
     _workspace,
 )
+from sparsekern.backends.cuda.linear import _plan as _plain_plan
 from sparsekern.backends.protocol import ALIGNMENT, Explained, Launch, Problem
 from sparsekern.formats import dtypes
 from sparsekern.formats.layouts import WeightSpec
@@ -81,7 +88,8 @@ def _widened(problem: Problem) -> Types:
 
 def widens(problem: Problem) -> bool:
     """True when the weights are widened for x as it is: 16-bit x of few tokens, if x of 8 bits is
-    not faster, or of int4 weights, for which there is nothing else."""
+    not faster, or of int4 weights, for which there is nothing else; in registers or in memory
+    (`_in_memory`)."""
     if problem.quantized is not None or not _built_for("decode", _widened(problem)):
         return False
     if not configs.hopper(problem.gpu):
@@ -92,6 +100,11 @@ def widens(problem: Problem) -> bool:
         return False
     widened, quantized = _expected(problem)
     return widened <= WORTH * quantized
+
+
+def _in_memory(problem: Problem) -> bool:
+    """True when a weight that is widened has so many tokens that a copy of 16 bits is made."""
+    return problem.tokens > heuristics.WIDEN_TOKENS
 
 
 def _expected(problem: Problem) -> tuple[float, float]:
@@ -198,11 +211,14 @@ def explain(
         of_16, of_8 = _expected(problem)
         why = f"{of_16:.1f} us are expected with x as it is, {of_8:.1f} with x of 8 bits; "
     if widened or widens(problem):
-        part = min(tokens, heuristics.DECODE_TOKENS)
-        chosen = configs.choose(part, *problem.sizes, _widened(problem), index)
         kind = f"W{problem.spec.element.bits}A16: {storage} is widened for x as it is"
-        kind += "" if few else f", {part} tokens at a time"
-        return Explained(chosen.variant, f"{kind}; {why}{chosen.why}", chosen.us if few else None)
+        if _in_memory(problem):
+            dtype = _name(problem.dtype)
+            chosen = configs.choose(tokens, *problem.sizes, dtype, index)
+            kind += f", to {dtype} in memory, more than {heuristics.WIDEN_TOKENS} tokens"
+            return Explained(f"widen + {chosen.variant}", f"{kind}; as in 16 bits: {chosen.why}")
+        chosen = configs.choose(tokens, *problem.sizes, _widened(problem), index)
+        return Explained(chosen.variant, f"{kind}; {why}{chosen.why}", chosen.us)
     chosen = configs.choose(tokens, *problem.sizes, _eight(problem), index)
     us = None if problem.quantized is None else chosen.us  # without the time to quantise
     return Explained(chosen.variant, f"{_rows_are(problem)}; {why}{chosen.why}", us)
@@ -233,8 +249,6 @@ def bind(
         return _bind_quantized(problem, way)
     if way != _CHOSEN or not (widened or widens(problem)):
         return _bind_dynamic(problem, way)
-    if problem.spec.element.bits == 4 or tokens > heuristics.DECODE_TOKENS:
-        return _bind_parts(problem)
     return _bind_widened(problem)
 
 
@@ -250,19 +264,29 @@ def _bind_degenerate(problem: Problem) -> Launch:
 
 
 class _Product:
-    """x · Wᵀ and what follows for one problem, whatever the stride of x."""
+    """x · Wᵀ and what follows for one problem, whatever the stride of x. in_memory: by the kernels
+    for plain weights, with a copy of the numbers."""
 
-    def __init__(self, problem: Problem, types: Types, way: str = _CHOSEN) -> None:
+    def __init__(
+        self, problem: Problem, types: Types, way: str = _CHOSEN, in_memory: bool = False
+    ) -> None:
         (out_features, in_features), tokens = problem.spec.shape, problem.tokens
         self.size = tokens, out_features, in_features
         self.types, self.index, self.activation = types, problem.gpu, problem.activation
-        self.plan = _plan(*self.size, types, problem.gpu, way)
+        self.group, self.stored = scale_group(problem.spec), ""
+        if in_memory:
+            dtype = _name(problem.dtype)
+            self.types, self.stored = Types.of(dtype), problem.spec.storage
+            self.plan = _plain_plan(*self.size, dtype, problem.gpu)
+        else:
+            self.plan = _plan(*self.size, types, problem.gpu, way)
         self.sizes = (*problem.x_shape[:-1], out_features)
         self.strides, self.dtype = _contiguous_strides(self.sizes), problem.dtype
 
     def run(self, x_stride: int) -> Any:
         """The native launch for rows of this stride."""
-        return _native_linear(*self.plan, *self.size, x_stride, 0, self.types, self.activation)
+        fixed = (*self.plan, *self.size, x_stride, 0, self.types, self.activation)
+        return _native_linear(*fixed, self.group, self.stored)
 
     def __call__(
         self,
@@ -277,16 +301,21 @@ class _Product:
         y = _empty_strided(self.sizes, self.strides, self.dtype)
         stream = _current_stream(self.index)
         space = _workspace(self.index, stream) if run.needs_workspace else (0, 0, None)
+        more, wide = {}, None
+        if self.stored:
+            wide = _empty_strided((run.widened_bytes,), (1,), torch.uint8)
+            more["widened"] = wide.data_ptr()
         run(
             x=x.data_ptr(),
             values=tensors["values"].data_ptr(),
             metadata=tensors["metadata"].data_ptr(),
-            channel_scale=tensors[SCALE].data_ptr(),
+            channel_scale=0 if self.group else tensors[SCALE].data_ptr(),
             y=y.data_ptr(),
             stream=stream,
             bias=0 if bias is None else bias.data_ptr(),
             workspace=space[1],
             token_scale=0 if x_scale is None else x_scale.data_ptr(),
+            **more,
         )
         return y
 
@@ -323,49 +352,10 @@ def _bind_dynamic(problem: Problem, way: str) -> Launch:
     return launch
 
 
-def _bind_parts(problem: Problem) -> Launch:
-    """x of 16 bits as it is, in parts that the decode kernel takes."""
-    tokens, (out_features, in_features) = problem.tokens, problem.sizes
-    types, index, group = _widened(problem), problem.gpu, scale_group(problem.spec)
-    sizes, dtype, activation = (
-        (*problem.x_shape[:-1], out_features),
-        problem.dtype,
-        problem.activation,
-    )
-    strides, part = _contiguous_strides(sizes), min(tokens, heuristics.DECODE_TOKENS)
-    parts = [(start, min(part, tokens - start)) for start in range(0, tokens, part)]
-    plans = {
-        count: _plan(count, out_features, in_features, types, index, _CHOSEN)
-        for count in {count for _, count in parts}
-    }
-
-    def launch(x: Tensor, w24: Sparse24, bias: Tensor | None = None) -> Tensor:
-        if index != _current_device():
-            with torch.cuda.device(index):
-                return launch(x, w24, bias)
-        rows, x_stride = _aligned_rows(x, tokens, in_features)
-        y, tensors = _empty_strided(sizes, strides, dtype), w24.tensors
-        x_address, y_address, stream = rows.data_ptr(), y.data_ptr(), _current_stream(index)
-        for start, count in parts:
-            size = count, out_features, in_features
-            run = _native_linear(*plans[count], *size, x_stride, 0, types, activation, group)
-            run(
-                x=x_address + start * x_stride * dtype.itemsize,
-                values=tensors["values"].data_ptr(),
-                metadata=tensors["metadata"].data_ptr(),
-                channel_scale=0 if group else tensors[SCALE].data_ptr(),
-                y=y_address + start * out_features * dtype.itemsize,
-                stream=stream,
-                bias=0 if bias is None else bias.data_ptr(),
-            )
-        return y
-
-    return launch
-
-
 def _bind_widened(problem: Problem) -> Launch:
-    """x of 16 bits as it is, with weights that the kernel widens."""
-    product, index = _Product(problem, _widened(problem)), problem.gpu
+    """x of 16 bits as it is, with weights that are widened in registers or in memory."""
+    in_memory = _in_memory(problem)
+    product, index = _Product(problem, _widened(problem), in_memory=in_memory), problem.gpu
     tokens, in_features, dtype = problem.tokens, problem.in_features, problem.dtype
 
     def anywhere(x: Tensor, w24: Sparse24, bias: Tensor | None = None) -> Tensor:
@@ -375,9 +365,10 @@ def _bind_widened(problem: Problem) -> Launch:
         return product(*_aligned_rows(x, tokens, in_features), w24, bias)
 
     whole_rows = in_features * dtype.itemsize % _ROW == 0
-    if not (problem.aligned and problem.x_stride is None and whole_rows):
+    if in_memory or not (problem.aligned and problem.x_stride is None and whole_rows):
         return anywhere
     run, sizes, strides = product.run(in_features), product.sizes, product.strides
+    grouped = bool(product.group)
 
     def launch(x: Tensor, w24: Sparse24, bias: Tensor | None = None) -> Tensor:
         address = x.data_ptr()
@@ -389,7 +380,7 @@ def _bind_widened(problem: Problem) -> Launch:
             x=address,
             values=tensors["values"].data_ptr(),
             metadata=tensors["metadata"].data_ptr(),
-            channel_scale=tensors[SCALE].data_ptr(),
+            channel_scale=0 if grouped else tensors[SCALE].data_ptr(),
             y=y.data_ptr(),
             stream=_current_stream(index),
             bias=0 if bias is None else bias.data_ptr(),
