@@ -1,0 +1,406 @@
+"""The search of a rotation (rotation.py): Adam on the Cayley form of Q and of the Rs, from the
+identity, for the mean over the matrices of log (importance that 2:4 drops / output energy).
+
+Matrices of one shape are one stack, and so are Gram matrices of one size, so that the number of
+launches of a step does not grow with the number of blocks. Models of more than ELEMENTS weights
+show a step a random part of their matrices.
+
+Inverses are taken by halves, in matmuls: with m = [[a, b], [bᵀ, c]] and s = c − bᵀ a⁻¹ b,
+
+    m⁻¹ = [[a⁻¹ + t yᵀ, −t], [−tᵀ, s⁻¹]],   y = a⁻¹ b,   t = y s⁻¹
+
+No pivot is needed: H + diag H, scaled to a unit diagonal, has no eigenvalue below 1/2 and none
+above n. Its factorisation would be as exact, and on a GPU many times as slow. Products are float32
+ones, never TF32.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.oneshot.rotation_stream import Stream
+from sparsekern.prune.hessian import exact_float32
+
+ELEMENTS = 2**27  # of the weights that one step looks at
+LEAF = 64  # rows of the matrices that the inverse by halves leaves to a library
+WARM = 10  # steps until the rate is the whole one
+LEAST = 1e-9  # a share below it counts as that: weights of which 2:4 drops nothing have no log
+
+
+@dataclass
+class Found:
+    """What `learn` found. basis: Q [width, width] float64, turns: R of each attention [heads, size,
+    size], both the identity, the second an empty list, where no step was better than the start.
+    lost: exp of the mean log share, before and after.   steps: that there was time for.
+    """
+
+    basis: Tensor
+    turns: list[Tensor]
+    lost: tuple[float, float]
+    steps: int
+
+
+def inverse(m: Tensor) -> Tensor:
+    """m⁻¹ of [..., n, n], symmetric and positive definite, of a moderate condition."""
+    n = m.shape[-1]
+    if n <= LEAF:
+        leaf: Tensor = torch.linalg.inv_ex(m).inverse
+        return leaf
+    half = n // 2
+    b = m[..., :half, half:]
+    a = inverse(m[..., :half, :half])
+    y = a @ b
+    s = inverse(m[..., half:, half:] - b.mT @ y)
+    t = y @ s
+    result = torch.empty_like(m)
+    torch.add(a, t @ y.mT, out=result[..., :half, :half])
+    torch.neg(t, out=result[..., :half, half:])
+    torch.neg(t.mT, out=result[..., half:, :half])
+    result[..., half:, half:] = s
+    return result
+
+
+class _Told(torch.autograd.Function):
+    """e_j = 1 / 2[m⁻¹]_jj of m = h + diag(own). With k = m⁻¹: ∂e_j/∂m = 2 e_j² k_:j k_j:."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, own: Tensor) -> Tensor:
+        m = h + torch.diag_embed(own)
+        scale = m.diagonal(dim1=-2, dim2=-1).rsqrt()
+        k = inverse(m * scale[..., None] * scale[..., None, :])
+        k = k * scale[..., None] * scale[..., None, :]
+        energy: Tensor = 0.5 / k.diagonal(dim1=-2, dim2=-1)
+        ctx.save_for_backward(k, energy)
+        return energy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        k, energy = ctx.saved_tensors
+        by_m = (k * (2 * grads[0] * energy.square())[..., None, :]) @ k
+        return by_m, by_m.diagonal(dim1=-2, dim2=-1)
+
+
+def untold(h: Tensor) -> Tensor:
+    """1 / 2[(H + diag H)⁻¹]_jj of Gram matrices [..., in, in]: what of each input a random half of
+    the others does not tell; H_jj without correlation, 0 of an input that is always zero. What is
+    added is at least the rounding of H, beside which H of few tokens or of rotated inputs is
+    singular."""
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal == 0
+    rounding = torch.finfo(h.dtype)
+    mean = diagonal.mean(-1, keepdim=True).detach().clamp_min(rounding.tiny)
+    own = torch.maximum(diagonal + dead * mean, 8 * h.shape[-1] * rounding.eps * mean)
+    energy: Tensor = _Told.apply(h, own)  # type: ignore[no-untyped-call]
+    return energy * ~dead
+
+
+class _Lost(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, energy: Tensor, stack: int) -> Tensor:
+        importance = w.square().mul_(energy)
+        groups = importance.unflatten(-1, (-1, 4))
+        a, b, c, d = groups.unbind(-1)
+        low, other = torch.minimum(a, b), torch.minimum(c, d)
+        high = torch.minimum(torch.maximum(a, b), torch.maximum(c, d))
+        # The smallest, and the smallest of the rest: much faster than topk of four.
+        second = torch.minimum(torch.maximum(low, other), high)
+        total = (torch.minimum(low, other) + second).sum((1 - stack, 2))
+        if any(ctx.needs_input_grad):
+            dropped = w * (groups <= second[..., None]).view_as(w)
+            ctx.save_for_backward(dropped, energy)
+            ctx.stack = stack
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        dropped, energy = ctx.saved_tensors
+        grad = grads[0].unsqueeze(1 - ctx.stack).unsqueeze(2)
+        by_w = dropped * (2 * grad * energy) if ctx.needs_input_grad[0] else None
+        by_energy = None
+        if ctx.needs_input_grad[1]:
+            by_energy = dropped.square().sum(1 - ctx.stack, keepdim=True) * grad
+        return by_w, by_energy, None
+
+
+def lost(w: Tensor, energy: Tensor, stack: int = 0) -> Tensor:
+    """Σ w_ij² energy_j of what 2:4 drops when it keeps the two largest of each group: of each of B
+    matrices, w [B, out, in] and energy [B, 1, in], or with stack=1 [out, B, in] and [1, B, in]."""
+    total: Tensor = _Lost.apply(w, energy, stack)  # type: ignore[no-untyped-call]
+    return total
+
+
+def cayley(a: Tensor) -> Tensor:
+    """(I − A)(I + A)⁻¹ = 2 (I + A)⁻¹ − I with A = a − aᵀ: orthogonal, the identity for a = 0.
+    Batched."""
+    eye = torch.eye(a.shape[-1], device=a.device, dtype=a.dtype).expand_as(a)
+    q: Tensor = 2 * torch.linalg.inv_ex(eye + (a - a.mT)).inverse - eye
+    return q
+
+
+@dataclass
+class Matrix:
+    """weight: [out, in] float32.   gram: of its inputs.   turn: (stack, place in it) of its R.
+    energy: of the inputs where nothing changes it: a writer that no R turns."""
+
+    weight: Tensor
+    gram: Tensor
+    reads: bool
+    turn: tuple[int, int] | None
+    energy: Tensor | None
+    total: Tensor
+
+
+@dataclass
+class Group:
+    """Matrices of one shape and kind. weight: [B, out, in] of readers, [out, B, in] of writers."""
+
+    weight: Tensor
+    total: Tensor
+    reads: bool
+    turn: int | None  # which stack of Rs, `places` [B] in it
+    places: Tensor
+    norms: Tensor  # [B] of readers: which of the energies
+    energy: Tensor | None  # [B, in] of writers without R
+    gram: Tensor | None  # [B, in, in] of writers with R
+
+
+@dataclass
+class Picked:
+    """grams: [norms, width, width] that the readers among `groups` see; None without any."""
+
+    grams: Tensor | None
+    groups: list[Group]
+
+
+class Objective:
+    """log (importance lost / output energy) of each matrix of a stream, given Q and the Rs."""
+
+    def __init__(
+        self, stream: Stream, grams: dict[int, Tensor], heads: bool, device: torch.device
+    ) -> None:
+        self.width, self.device = stream.embedding.weight.shape[1], device
+        turned = stream.heads if heads else []
+        self.shapes: list[tuple[int, int]] = []  # (heads, size) of each stack of Rs
+        self.turns: list[tuple[int, int]] = []  # (stack, place) of each attention
+        counts: list[int] = []
+        by_layer: dict[int, tuple[int, int]] = {}
+        for v, o, count, size in turned:
+            if (count, size) not in self.shapes:
+                self.shapes.append((count, size))
+                counts.append(0)
+            stack = self.shapes.index((count, size))
+            self.turns.append((stack, counts[stack]))
+            by_layer[id(v)] = by_layer[id(o)] = self.turns[-1]
+            counts[stack] += 1
+        self.sizes = [(n, count, size, size) for n, (count, size) in zip(counts, self.shapes)]
+
+        def matrix(module: nn.Linear, gram: Tensor, reads: bool) -> Matrix:
+            weight = module.weight.detach().to(device).float()
+            turn = by_layer.get(id(module))
+            energy = None if reads or turn is not None else untold(gram)
+            return Matrix(weight, gram, reads, turn, energy, ((weight @ gram) * weight).sum())
+
+        self.matrices = [
+            matrix(module, grams[id(readers[0])], True)
+            for _, readers in stream.norms[:-1]
+            for module in readers
+        ]
+        self.matrices += [matrix(module, grams[id(module)], False) for module in stream.writers]
+
+    def chunks(self, order: list[int]) -> Iterator[list[int]]:
+        """`order` in parts of ELEMENTS weights, or of one matrix."""
+        part, elements = list[int](), 0
+        for index in order:
+            part.append(index)
+            elements += self.matrices[index].weight.numel()
+            if elements >= ELEMENTS:
+                yield part
+                part, elements = [], 0
+        if part:
+            yield part
+
+    def pick(self, indices: list[int]) -> Picked:
+        """These matrices, stacked."""
+        kinds: dict[Any, list[Matrix]] = {}
+        norms: dict[int, tuple[int, Tensor]] = {}
+        for matrix in (self.matrices[index] for index in indices):
+            stack = None if matrix.turn is None else matrix.turn[0]
+            kinds.setdefault((matrix.reads, matrix.weight.shape, stack), []).append(matrix)
+            if matrix.reads:
+                norms.setdefault(id(matrix.gram), (len(norms), matrix.gram))
+        groups = []
+        for (reads, _, stack), members in kinds.items():
+            fixed = not reads and stack is None
+            places = [m.turn[1] for m in members if m.turn is not None]
+            seen = [norms[id(m.gram)][0] for m in members if reads]
+            groups.append(
+                Group(
+                    torch.stack([m.weight for m in members], 0 if reads else 1),
+                    torch.stack([m.total for m in members]),
+                    reads,
+                    stack,
+                    torch.tensor(places, device=self.device, dtype=torch.long),
+                    torch.tensor(seen, device=self.device, dtype=torch.long),
+                    torch.stack([m.energy for m in members if m.energy is not None])
+                    if fixed
+                    else None,
+                    None if reads or fixed else torch.stack([m.gram for m in members]),
+                )
+            )
+        grams = torch.stack([gram for _, gram in norms.values()]) if norms else None
+        return Picked(grams, groups)
+
+    def __call__(self, picked: Picked, q: Tensor, turns: list[Tensor]) -> Tensor:
+        """Log shares [matrices], in the order of the groups."""
+        energies = None
+        if picked.grams is not None:
+            seen = (picked.grams.view(-1, self.width) @ q).view_as(picked.grams)  # H Q
+            seen = (seen.mT.reshape(-1, self.width) @ q).view_as(picked.grams)  # (H Q)ᵀ Q
+            energies = untold(seen)
+        shares = []
+        for group in picked.groups:
+            turn = None if group.turn is None else turns[group.turn][group.places]
+            if group.reads:
+                assert energies is not None
+                shares.append(self._reader(group, q, turn, energies) / group.total)
+            else:
+                shares.append(self._writer(group, q, turn) / group.total)
+        return torch.cat(shares).clamp_min(LEAST).log()
+
+    def _reader(self, group: Group, q: Tensor, turn: Tensor | None, energies: Tensor) -> Tensor:
+        w = group.weight
+        if turn is not None:
+            w = (turn @ w.view(*turn.shape[:3], -1)).view_as(w)
+        w = (w.reshape(-1, self.width) @ q).view_as(w)
+        return lost(w, energies[group.norms].unsqueeze(1))
+
+    def _writer(self, group: Group, q: Tensor, turn: Tensor | None) -> Tensor:
+        w, energy = group.weight, group.energy  # [width, B, in]
+        if turn is not None:
+            assert group.gram is not None
+            b, count, size, _ = turn.shape
+            repeat = w.shape[2] // (count * size)
+            wide = turn[:, :, None].expand(-1, -1, repeat, -1, -1).reshape(b, -1, size, size)
+            w = torch.einsum("obcs,bcts->obct", w.view(*w.shape[:2], -1, size), wide)
+            w = w.reshape(self.width, b, -1)
+            seen = (wide @ group.gram.view(b, -1, size, group.gram.shape[2])).view_as(group.gram)
+            seen = wide @ seen.mT.reshape(b, -1, size, group.gram.shape[2])
+            energy = untold(seen.view_as(group.gram))
+        assert energy is not None
+        w = (q.t() @ w.reshape(self.width, -1)).view_as(w)
+        return lost(w, energy.unsqueeze(0), stack=1)
+
+    @torch.no_grad()
+    def mean(self, q: Tensor, turns: list[Tensor]) -> Tensor:
+        """The mean log share of all matrices."""
+        parts = self.chunks(list(range(len(self.matrices))))
+        return torch.cat([self(self.pick(part), q, turns) for part in parts]).mean()
+
+
+class Best:
+    """The parameters with the lowest mean log share of those that were shown. No value is read
+    before the end, which would make a GPU wait."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.first: Tensor | None = None
+        self.lowest = torch.empty(0)
+        self.kept = [p.detach().clone() for p in parameters]
+
+    def show(self, value: Tensor, parameters: list[Tensor]) -> None:
+        if self.first is None:
+            self.first = self.lowest = value.clone()
+            return
+        better = value < self.lowest
+        self.lowest = torch.where(better, value, self.lowest)
+        self.kept = [
+            torch.where(better, p.detach(), k) for p, k in zip(parameters, self.kept, strict=True)
+        ]
+
+
+def rate_of(rate: float, made: int, share: float) -> float:
+    """Of step `made` (from 1) at `share` of the search: a linear start, then a cosine to zero."""
+    return rate * min(1.0, made / WARM) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def learn(
+    stream: Stream,
+    grams: dict[int, Tensor],
+    steps: int,
+    rate: float,
+    heads: bool,
+    device: torch.device,
+    seed: int = 0,
+    end: float | None = None,
+) -> Found:
+    """Q, the Rs, what is lost before and after, and the steps that there was time for until `end`
+    of time.perf_counter(). What was best of all that the search looked at, the start included."""
+    with exact_float32(device), torch.enable_grad():
+        with torch.no_grad():
+            objective = Objective(stream, grams, heads, device)
+        a = torch.zeros(objective.width, objective.width, device=device, requires_grad=True)
+        b = [torch.zeros(size, device=device, requires_grad=True) for size in objective.sizes]
+        parameters = [a, *b]
+        optimizer = torch.optim.Adam(parameters, lr=rate)
+        generator = torch.Generator().manual_seed(seed)
+        count = len(objective.matrices)
+        parts = len(list(objective.chunks(list(range(count)))))
+        whole = objective.pick(list(range(count))) if parts == 1 else None
+        best = Best(parameters)
+
+        def mean() -> Tensor:
+            with torch.no_grad():
+                turns = [cayley(x) for x in b]
+                return objective.mean(cayley(a), turns)
+
+        begin, made = time.perf_counter(), 0
+        for made in range(1, steps + 1):
+            share = (made - 1) / steps
+            if end is not None:
+                behind = (time.perf_counter() - begin) / max(1e-9, end - begin)
+                share = min(1.0, max(share, behind))
+            for group in optimizer.param_groups:
+                group["lr"] = rate_of(rate, made, share)
+            picked = whole
+            if picked is None:
+                # A look at all matrices costs as much as `parts` / 3 steps.
+                if (made - 1) % (2 * parts) == 0:
+                    best.show(mean(), parameters)
+                order = torch.randperm(count, generator=generator).tolist()
+                picked = objective.pick(next(objective.chunks(order)))
+            loss = objective(picked, cayley(a), [cayley(x) for x in b]).mean()
+            if whole is not None:
+                best.show(loss.detach(), parameters)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if end is None:
+                continue
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if time.perf_counter() >= end:
+                break
+        best.show(mean(), parameters)
+        assert best.first is not None
+        before, after = float(best.first), float(best.lowest)
+        turns = list[Tensor]()
+        basis = torch.eye(objective.width, dtype=torch.float64, device=device)
+        if after < before:
+            with torch.no_grad():
+                basis = _orthonormal(cayley(best.kept[0].double()))
+                stacks = [_orthonormal(cayley(x.double())) for x in best.kept[1:]]
+            turns = [stacks[stack][place] for stack, place in objective.turns]
+    return Found(basis, turns, (math.exp(before), math.exp(after)), made)
+
+
+def _orthonormal(q: Tensor) -> Tensor:
+    """The nearest orthogonal matrix in float64; Cayley's solve leaves an error of its size."""
+    u, _, v = torch.linalg.svd(q)
+    nearest: Tensor = u @ v
+    return nearest
