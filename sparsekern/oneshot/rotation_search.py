@@ -101,6 +101,21 @@ def untold(h: Tensor) -> Tensor:
     return energy * ~dead
 
 
+class _Turned(torch.autograd.Function):
+    """Qᵀ H Q of symmetric H [B, n, n]: three products forward and backward, not five."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, q: Tensor) -> Tensor:
+        half = (h.reshape(-1, len(q)) @ q).view_as(h).mT.reshape(-1, len(q))  # (H Q)ᵀ, one by one
+        ctx.save_for_backward(half)
+        return (half @ q).view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        (half,) = ctx.saved_tensors
+        return None, half.t() @ (grads[0] + grads[0].mT).view_as(half)
+
+
 class _Lost(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, energy: Tensor, stack: int) -> Tensor:
@@ -261,8 +276,7 @@ class Objective:
         """Log shares [matrices], in the order of the groups."""
         energies = None
         if picked.grams is not None:
-            seen = (picked.grams.view(-1, self.width) @ q).view_as(picked.grams)  # H Q
-            seen = (seen.mT.reshape(-1, self.width) @ q).view_as(picked.grams)  # (H Q)ᵀ Q
+            seen: Tensor = _Turned.apply(picked.grams, q)  # type: ignore[no-untyped-call]
             energies = untold(seen)
         shares = []
         for group in picked.groups:
