@@ -1,5 +1,5 @@
-"""The search of a rotation (rotation.py): Adam on the Cayley form of Q and of the Rs, from the
-identity, for the mean over the matrices of log (importance that 2:4 drops / output energy).
+"""The search of a rotation (rotation.py): Adam on Q and the Rs, from the identity by small turns,
+for the mean over the matrices of log (importance that 2:4 drops / output energy).
 
 Matrices of one shape are one stack, and so are Gram matrices of one size, so that the number of
 launches of a step does not grow with the number of blocks. Models of more than ELEMENTS weights
@@ -10,8 +10,7 @@ Inverses are taken by halves, in matmuls: with m = [[a, b], [bᵀ, c]] and s = c
     m⁻¹ = [[a⁻¹ + t yᵀ, −t], [−tᵀ, s⁻¹]],   y = a⁻¹ b,   t = y s⁻¹
 
 No pivot is needed: H + diag H, scaled to a unit diagonal, has no eigenvalue below 1/2 and none
-above n. Its factorisation would be as exact, and on a GPU many times as slow. Products are float32
-ones, never TF32.
+above n. Products are float32 ones, never TF32.
 """
 
 from __future__ import annotations
@@ -318,23 +317,65 @@ class Objective:
         return torch.cat([self(self.pick(part), q, turns) for part in parts]).mean()
 
 
-class Best:
-    """The parameters with the lowest mean log share of those that were shown. No value is read
-    before the end, which would make a GPU wait."""
+class Turns:
+    """Q and the stacks of Rs, and their steps: Q C(a) and C(b) R with C Cayley's form of what Adam
+    makes of the gradient at a = b = 0, so that no turn is too far for the form."""
 
-    def __init__(self, parameters: list[Tensor]) -> None:
+    def __init__(self, width: int, sizes: list[tuple[int, int, int, int]], device: Any) -> None:
+        eyes = [torch.eye(n, device=device) for n in (width, *(size[-1] for size in sizes))]
+        shapes = [(width, width), *sizes]
+        self.values = [
+            eye.expand(shape).clone().requires_grad_()
+            for eye, shape in zip(eyes, shapes, strict=True)
+        ]
+        self.moves = [torch.zeros_like(value) for value in self.values]
+        self.adam = torch.optim.Adam(self.moves)
+
+    @property
+    def q(self) -> Tensor:
+        return self.values[0]
+
+    @property
+    def rs(self) -> list[Tensor]:
+        return self.values[1:]
+
+    @torch.no_grad()
+    def step(self, loss: Tensor, rate: float) -> None:
+        grads = torch.autograd.grad(loss, self.values, allow_unused=True)
+        for i, (value, move, grad) in enumerate(zip(self.values, self.moves, grads, strict=True)):
+            move.zero_()
+            if grad is not None:  # C(a) = I - 2 (a - a^T) + ...
+                by = value.mT @ grad if i == 0 else grad @ value.mT
+                move.grad = 2 * (by.mT - by)
+            else:
+                move.grad = None
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        self.adam.step()
+        for i, (value, move) in enumerate(zip(self.values, self.moves, strict=True)):
+            x = value @ cayley(move) if i == 0 else cayley(move) @ value
+            # Newton's step to the nearest orthogonal matrix: what rounding adds does not add up.
+            value.copy_(1.5 * x - 0.5 * (x @ (x.mT @ x)))
+
+
+class Best:
+    """The turns with the lowest objective of those that were shown. No value is read before the
+    end, which would make a GPU wait."""
+
+    def __init__(self, turns: Turns) -> None:
         self.first: Tensor | None = None
         self.lowest = torch.empty(0)
-        self.kept = [p.detach().clone() for p in parameters]
+        self.kept = [value.detach().clone() for value in turns.values]
 
-    def show(self, value: Tensor, parameters: list[Tensor]) -> None:
+    @torch.no_grad()
+    def show(self, value: Tensor, turns: Turns) -> None:
         if self.first is None:
             self.first = self.lowest = value.clone()
             return
         better = value < self.lowest
         self.lowest = torch.where(better, value, self.lowest)
         self.kept = [
-            torch.where(better, p.detach(), k) for p, k in zip(parameters, self.kept, strict=True)
+            torch.where(better, new, old) for new, old in zip(turns.values, self.kept, strict=True)
         ]
 
 
@@ -355,66 +396,51 @@ def learn(
 ) -> Found:
     """Q, the Rs, what is lost before and after, and the steps that there was time for until `end`
     of time.perf_counter(). What was best of all that the search looked at, the start included."""
-    with exact_float32(device), torch.enable_grad():
-        with torch.no_grad():
-            objective = Objective(stream, grams, heads, device)
-        a = torch.zeros(objective.width, objective.width, device=device, requires_grad=True)
-        b = [torch.zeros(size, device=device, requires_grad=True) for size in objective.sizes]
-        parameters = [a, *b]
-        optimizer = torch.optim.Adam(parameters, lr=rate)
+    with exact_float32(device):
+        objective = Objective(stream, grams, heads, device)
+        turns = Turns(objective.width, objective.sizes, device)
+        best = Best(turns)
         generator = torch.Generator().manual_seed(seed)
-        count = len(objective.matrices)
-        parts = len(list(objective.chunks(list(range(count)))))
-        whole = objective.pick(list(range(count))) if parts == 1 else None
-        best = Best(parameters)
-
-        def mean() -> Tensor:
-            with torch.no_grad():
-                turns = [cayley(x) for x in b]
-                return objective.mean(cayley(a), turns)
-
+        everything = list(range(len(objective.matrices)))
+        parts = len(list(objective.chunks(everything)))
+        whole = objective.pick(everything) if parts == 1 else None
         begin, made = time.perf_counter(), 0
         for made in range(1, steps + 1):
             share = (made - 1) / steps
             if end is not None:
                 behind = (time.perf_counter() - begin) / max(1e-9, end - begin)
                 share = min(1.0, max(share, behind))
-            for group in optimizer.param_groups:
-                group["lr"] = rate_of(rate, made, share)
             picked = whole
             if picked is None:
                 # A look at all matrices costs as much as `parts` / 3 steps.
                 if (made - 1) % (2 * parts) == 0:
-                    best.show(mean(), parameters)
-                order = torch.randperm(count, generator=generator).tolist()
+                    best.show(objective.mean(turns.q, turns.rs), turns)
+                order = torch.randperm(len(everything), generator=generator).tolist()
                 picked = objective.pick(next(objective.chunks(order)))
-            loss = objective(picked, cayley(a), [cayley(x) for x in b]).mean()
+            with torch.enable_grad():
+                loss = objective(picked, turns.q, turns.rs).mean()
             if whole is not None:
-                best.show(loss.detach(), parameters)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+                best.show(loss.detach(), turns)
+            turns.step(loss, rate_of(rate, made, share))
             if end is None:
                 continue
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if time.perf_counter() >= end:
                 break
-        best.show(mean(), parameters)
+        best.show(objective.mean(turns.q, turns.rs), turns)
         assert best.first is not None
         before, after = float(best.first), float(best.lowest)
-        turns = list[Tensor]()
+        found = list[Tensor]()
         basis = torch.eye(objective.width, dtype=torch.float64, device=device)
         if after < before:
-            with torch.no_grad():
-                basis = _orthonormal(cayley(best.kept[0].double()))
-                stacks = [_orthonormal(cayley(x.double())) for x in best.kept[1:]]
-            turns = [stacks[stack][place] for stack, place in objective.turns]
-    return Found(basis, turns, (math.exp(before), math.exp(after)), made)
+            basis, *stacks = [_orthonormal(value.double()) for value in best.kept]
+            found = [stacks[stack][place] for stack, place in objective.turns]
+    return Found(basis, found, (math.exp(before), math.exp(after)), made)
 
 
 def _orthonormal(q: Tensor) -> Tensor:
-    """The nearest orthogonal matrix in float64; Cayley's solve leaves an error of its size."""
+    """The nearest orthogonal matrix in float64; what made it leaves an error of its size."""
     u, _, v = torch.linalg.svd(q)
     nearest: Tensor = u @ v
     return nearest
