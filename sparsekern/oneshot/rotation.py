@@ -51,9 +51,9 @@ STEPS, RATE = 200, 0.02
 class RotationReport:
     """What `rotate` did.
 
-    lost_before, lost_after: importance that 2:4 drops over the layer's output energy tr(W H Wᵀ), in
-        the geometric mean of all readers and writers, which is what the search lowers: an estimate
-        of their relative errors. The second is never above the first.
+    lost_before, lost_after: importance that 2:4 drops over the layer's output energy tr(W H Wᵀ),
+        in the mean of all readers and writers: an estimate of their relative errors. The second is
+        never above the first.
     untied_bytes: of the head that no longer shares the embedding; 0 where it never did.
     logits_distance: largest difference of a logit before and after, over the largest logit.
     rotated: False where no step was better than the start: the gains are folded, and that is all.

@@ -1,5 +1,10 @@
 """The search of a rotation (rotation.py): Adam on Q and the Rs, from the identity by small turns,
-for the mean over the matrices of log (importance that 2:4 drops / output energy).
+for the mean over the matrices of
+
+    log (s + SOFT s₀) / (s₀ + SOFT s₀),   s = importance that 2:4 drops / output energy, s₀ before
+
+log s alone would be lowered without end by a few matrices: Q and an R together make any one v or o
+diagonal, of which nothing is dropped, and all the others pay.
 
 Matrices of one shape are one stack, and so are Gram matrices of one size, so that the number of
 launches of a step does not grow with the number of blocks. Models of more than ELEMENTS weights
@@ -30,14 +35,15 @@ from sparsekern.prune.hessian import exact_float32
 ELEMENTS = 2**27  # of the weights that one step looks at
 LEAF = 64  # rows of the matrices that the inverse by halves leaves to a library
 WARM = 10  # steps until the rate is the whole one
-LEAST = 1e-9  # a share below it counts as that: weights of which 2:4 drops nothing have no log
+SOFT = 1.0
+LEAST = 1e-9  # a first share below it counts as that: weights of which 2:4 drops nothing
 
 
 @dataclass
 class Found:
     """What `learn` found. basis: Q [width, width] float64, turns: R of each attention [heads, size,
     size], both the identity, the second an empty list, where no step was better than the start.
-    lost: exp of the mean log share, before and after.   steps: that there was time for.
+    lost: the mean share, before and after.   steps: that there was time for.
     """
 
     basis: Tensor
@@ -169,6 +175,7 @@ class Matrix:
     turn: tuple[int, int] | None
     energy: Tensor | None
     total: Tensor
+    first: Tensor  # share at the start
 
 
 @dataclass
@@ -187,14 +194,18 @@ class Group:
 
 @dataclass
 class Picked:
-    """grams: [norms, width, width] that the readers among `groups` see; None without any."""
+    """grams: [norms, width, width] that the readers among `groups` see; None without any.
+    members: the matrices in the order of the groups.   first: [matrices] their shares at the start.
+    """
 
     grams: Tensor | None
     groups: list[Group]
+    members: list[Matrix]
+    first: Tensor
 
 
 class Objective:
-    """log (importance lost / output energy) of each matrix of a stream, given Q and the Rs."""
+    """Importance lost over output energy of each matrix of a stream, given Q and the Rs."""
 
     def __init__(
         self, stream: Stream, grams: dict[int, Tensor], heads: bool, device: torch.device
@@ -219,7 +230,8 @@ class Objective:
             weight = module.weight.detach().to(device).float()
             turn = by_layer.get(id(module))
             energy = None if reads or turn is not None else untold(gram)
-            return Matrix(weight, gram, reads, turn, energy, ((weight @ gram) * weight).sum())
+            total = ((weight @ gram) * weight).sum()
+            return Matrix(weight, gram, reads, turn, energy, total, torch.ones_like(total))
 
         self.matrices = [
             matrix(module, grams[id(readers[0])], True)
@@ -227,6 +239,13 @@ class Objective:
             for module in readers
         ]
         self.matrices += [matrix(module, grams[id(module)], False) for module in stream.writers]
+        start = Turns(self.width, self.sizes, device)
+        for part in self.chunks(list(range(len(self.matrices)))):
+            picked = self.pick(part)
+            with torch.no_grad():
+                shares = self(picked, start.q, start.rs).clamp_min(LEAST)
+            for member, first in zip(picked.members, shares, strict=True):
+                member.first = first
 
     def chunks(self, order: list[int]) -> Iterator[list[int]]:
         """`order` in parts of ELEMENTS weights, or of one matrix."""
@@ -269,10 +288,11 @@ class Objective:
                 )
             )
         grams = torch.stack([gram for _, gram in norms.values()]) if norms else None
-        return Picked(grams, groups)
+        members = [matrix for kind in kinds.values() for matrix in kind]
+        return Picked(grams, groups, members, torch.stack([m.first for m in members]))
 
     def __call__(self, picked: Picked, q: Tensor, turns: list[Tensor]) -> Tensor:
-        """Log shares [matrices], in the order of the groups."""
+        """Shares [matrices], in the order of the groups."""
         energies = None
         if picked.grams is not None:
             seen: Tensor = _Turned.apply(picked.grams, q)  # type: ignore[no-untyped-call]
@@ -285,7 +305,7 @@ class Objective:
                 shares.append(self._reader(group, q, turn, energies) / group.total)
             else:
                 shares.append(self._writer(group, q, turn) / group.total)
-        return torch.cat(shares).clamp_min(LEAST).log()
+        return torch.cat(shares)
 
     def _reader(self, group: Group, q: Tensor, turn: Tensor | None, energies: Tensor) -> Tensor:
         w = group.weight
@@ -311,10 +331,18 @@ class Objective:
         return lost(w, energy.unsqueeze(0), stack=1)
 
     @torch.no_grad()
-    def mean(self, q: Tensor, turns: list[Tensor]) -> Tensor:
-        """The mean log share of all matrices."""
-        parts = self.chunks(list(range(len(self.matrices))))
-        return torch.cat([self(self.pick(part), q, turns) for part in parts]).mean()
+    def everywhere(self, q: Tensor, turns: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Shares of all matrices, and what they were at the start."""
+        parts = [self.pick(part) for part in self.chunks(list(range(len(self.matrices))))]
+        return (
+            torch.cat([self(picked, q, turns) for picked in parts]),
+            torch.cat([picked.first for picked in parts]),
+        )
+
+
+def objective_of(shares: Tensor, first: Tensor) -> Tensor:
+    """What the search lowers: 0 at the start."""
+    return ((shares / first + SOFT) / (1 + SOFT)).clamp_min(LEAST).log().mean()
 
 
 class Turns:
@@ -359,21 +387,20 @@ class Turns:
 
 
 class Best:
-    """The turns with the lowest objective of those that were shown. No value is read before the
-    end, which would make a GPU wait."""
+    """The turns with the lowest objective of those that were shown and that do not raise the mean
+    share. No value is read before the end, which would make a GPU wait."""
 
-    def __init__(self, turns: Turns) -> None:
-        self.first: Tensor | None = None
-        self.lowest = torch.empty(0)
+    def __init__(self, turns: Turns, first: Tensor) -> None:
+        self.before = self.after = first.mean()
+        self.lowest = torch.zeros_like(self.before)
         self.kept = [value.detach().clone() for value in turns.values]
 
     @torch.no_grad()
-    def show(self, value: Tensor, turns: Turns) -> None:
-        if self.first is None:
-            self.first = self.lowest = value.clone()
-            return
-        better = value < self.lowest
+    def show(self, shares: Tensor, first: Tensor, turns: Turns) -> None:
+        value, mean = objective_of(shares, first), shares.mean()
+        better = (value < self.lowest) & (mean < self.before)
         self.lowest = torch.where(better, value, self.lowest)
+        self.after = torch.where(better, mean, self.after)
         self.kept = [
             torch.where(better, new, old) for new, old in zip(turns.values, self.kept, strict=True)
         ]
@@ -399,7 +426,7 @@ def learn(
     with exact_float32(device):
         objective = Objective(stream, grams, heads, device)
         turns = Turns(objective.width, objective.sizes, device)
-        best = Best(turns)
+        best = Best(turns, torch.stack([matrix.first for matrix in objective.matrices]))
         generator = torch.Generator().manual_seed(seed)
         everything = list(range(len(objective.matrices)))
         parts = len(list(objective.chunks(everything)))
@@ -413,14 +440,15 @@ def learn(
             picked = whole
             if picked is None:
                 # A look at all matrices costs as much as `parts` / 3 steps.
-                if (made - 1) % (2 * parts) == 0:
-                    best.show(objective.mean(turns.q, turns.rs), turns)
+                if made > 1 and (made - 1) % (2 * parts) == 0:
+                    best.show(*objective.everywhere(turns.q, turns.rs), turns)
                 order = torch.randperm(len(everything), generator=generator).tolist()
                 picked = objective.pick(next(objective.chunks(order)))
             with torch.enable_grad():
-                loss = objective(picked, turns.q, turns.rs).mean()
-            if whole is not None:
-                best.show(loss.detach(), turns)
+                shares = objective(picked, turns.q, turns.rs)
+                loss = objective_of(shares, picked.first)
+            if whole is not None and made > 1:
+                best.show(shares, picked.first, turns)
             turns.step(loss, rate_of(rate, made, share))
             if end is None:
                 continue
@@ -428,15 +456,14 @@ def learn(
                 torch.cuda.synchronize(device)
             if time.perf_counter() >= end:
                 break
-        best.show(objective.mean(turns.q, turns.rs), turns)
-        assert best.first is not None
-        before, after = float(best.first), float(best.lowest)
+        best.show(*objective.everywhere(turns.q, turns.rs), turns)
+        before, after = float(best.before), float(best.after)
         found = list[Tensor]()
         basis = torch.eye(objective.width, dtype=torch.float64, device=device)
         if after < before:
             basis, *stacks = [_orthonormal(value.double()) for value in best.kept]
             found = [stacks[stack][place] for stack, place in objective.turns]
-    return Found(basis, found, (math.exp(before), math.exp(after)), made)
+    return Found(basis, found, (before, after), made)
 
 
 def _orthonormal(q: Tensor) -> Tensor:
