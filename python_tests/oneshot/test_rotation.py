@@ -8,7 +8,7 @@ import transformers as T
 
 import sparsekern as sk
 from python_tests.clock import Clock
-from sparsekern.oneshot import rotation
+from sparsekern.oneshot import rotation, rotation_search
 from sparsekern.oneshot.rotation import rotate
 
 SIZES = dict(
@@ -114,7 +114,7 @@ def test_other_architectures_are_refused_and_stay_as_they_are(family):
 def test_a_model_that_changes_is_put_back(monkeypatch):
     model = build(tie_word_embeddings=True)
     before = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr(rotation, "_orthonormal", lambda q: 2 * q)
+    monkeypatch.setattr(rotation_search, "_orthonormal", lambda q: 2 * q)
     with pytest.raises(RuntimeError, match="cannot be rotated"):
         rotate(model, ids(), steps=2, untie=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -124,9 +124,9 @@ def test_a_model_that_changes_is_put_back(monkeypatch):
 
 def test_cayley_is_orthogonal():
     a = torch.randn(3, 8, 8, dtype=torch.float64)
-    q = rotation.cayley(a)
+    q = rotation_search.cayley(a)
     assert torch.allclose(q @ q.transpose(1, 2), torch.eye(8, dtype=torch.float64).expand(3, 8, 8))
-    assert torch.equal(rotation.cayley(torch.zeros(4, 4)), torch.eye(4))
+    assert torch.equal(rotation_search.cayley(torch.zeros(4, 4)), torch.eye(4))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -138,14 +138,16 @@ def test_untold_of_a_singular_matrix(seed, rank):
     x = torch.randn(rank, 64, generator=generator) * torch.logspace(-7, 3, 64)
     basis = torch.linalg.svd(x)[2]  # the last ones see nothing of x
     h = basis @ (x.t() @ x) @ basis.t()
-    found = rotation.untold(h)
+    found = rotation_search.untold(h)
     assert bool(found.isfinite().all()) and bool((found >= 0).all())
     large = h.diagonal() > 1e-3 * h.diagonal().mean()
     torch.testing.assert_close(found[large], h.diagonal()[large], rtol=1e-5, atol=0)
 
 
 def test_seconds_end_the_search(monkeypatch):
-    monkeypatch.setattr(rotation, "time", Clock(0.005))
+    clock = Clock(0.005)
+    monkeypatch.setattr(rotation, "time", clock)
+    monkeypatch.setattr(rotation_search, "time", clock)
     model = build(num_key_value_heads=2)
     report = rotate(model, ids(), steps=1_000_000, seconds=0.5)
     assert 0 < report.steps < 1_000_000 and report.lost_after < report.lost_before
@@ -160,11 +162,11 @@ def test_untold_is_the_variance_that_half_of_the_others_leave():
     x = x @ torch.randn(12, 12, generator=generator, dtype=torch.float64)
     h = x.t() @ x / 400
     apart = torch.diag(h.diagonal())
-    torch.testing.assert_close(rotation.untold(apart), h.diagonal(), rtol=1e-5, atol=0)
-    told = rotation.untold(torch.ones(8, 8, dtype=torch.float64))
+    torch.testing.assert_close(rotation_search.untold(apart), h.diagonal(), rtol=1e-5, atol=0)
+    told = rotation_search.untold(torch.ones(8, 8, dtype=torch.float64))
     assert torch.allclose(told, torch.full((8,), 0.5 * 9 / 8, dtype=torch.float64), rtol=1e-4)
     h[3], h[:, 3] = 0.0, 0.0
-    energy = rotation.untold(h)
+    energy = rotation_search.untold(h)
     assert energy[3] == 0 and energy.isfinite().all()
     assert (energy <= h.diagonal() * (1 + 1e-5)).all()
     # As the share of a column that the normal equations of random halves leave.
