@@ -6,6 +6,7 @@
     pointwise    norms, rotary embedding, silu(gate) · up, residuals, masks
     sampling     the choice of the next token
     copy         memory copies and fills
+    host         only on the CPU: what torch.compile does before its code runs
     other        what no pattern knows; the list of kernels has their names
 
 The gap is the time of a step that no kernel was running in: step - busy. The profiler makes short
@@ -27,7 +28,8 @@ KINDS = {
     "sampling": r"argmax|arg_?max|topk|multinomial",
     "attention": r"fmha|flash|sdpa|decode_attention|attention_combine|mha_|softmax|"
     r"scaled_dot_product(?!.*(poi|per|red)_fused)",
-    "sparse product": r"spmm_|sparsekern|few_tokens|linear_kernel",
+    "host": r"^(TorchDynamo|AOTDispatcher|Pregraph)",
+    "sparse product": r"spmm_|sparsekern|few_tokens|sparse_linear|split_reduce",
     "dense product": r"gemm|gemv|nvjet|cutlass|cublas|splitk|matmul|aten::(mm|bmm|addmm|linear)\b",
     "cache": r"index_copy|index_put|repeat_kv|repeat_interleave|scatter|_clone|aten::clone",
     "copy": r"memcpy|memset|copy|fill|CatArray",
