@@ -5,30 +5,36 @@
 
 What `generate(cache_implementation="static")` runs for each token: LlamaForCausalLM's forward as
 Transformers has it, compiled as one graph, and the choice of the next token. Random bf16 weights of
-the 8B shape; lm_head and embeddings dense. Three models take turns in one process:
+the 8B shape; lm_head and embeddings dense. The models take turns in one process:
 
     dense
     sparse       every linear layer of the blocks 2:4
     optimized    the same after sparsekern.optimize: q, k, v in one launch, gate and up in one
+    gated        after sparsekern.optimize(gated=True); on demand: --models dense,optimized,gated
 
 --launch says what a step costs the host (generate_step.py): "graph", one CUDA graph captured around
 the compiled step, or "trees", torch.compile(mode="reduce-overhead"). --attention is Transformers'
-attn_implementation, the same for all three models: "sdpa", its default, copies the whole cache once
+attn_implementation, the same for all models: "sdpa", its default, copies the whole cache once
 for every head that shares one, and "sparsekern" (sparsekern.integrations.attention) does not. A
 ratio is always between models with the same launch and the same attention.
 
 Timed by CUDA events around a step, with the L2 cache overwritten before; that includes what the
-host adds. Before timing, the optimized model's logits are compared with those of the same weights
+host adds. Before timing, each sparse model's logits are compared with those of the same weights
 decompressed and multiplied by torch, in Transformers' own attention. --profile adds the GPU time of
 a step by kind of kernel.
 """
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import nn
 
 import sparsekern
+from sparsekern import SparseLinear
+from sparsekern.nn import gated_mlp
+from sparsekern.nn.optimize import JoinedLinear
 
 from . import decode_model, step_profile, timing
 from .generate_step import LAUNCHES, Step, compiled
@@ -37,7 +43,7 @@ from .options import Run, parser, watchdog
 
 LOGITS_DISTANCE = 0.08  # as in bench_decode_model
 HANG_S = 300.0  # one model is compiled, or one batch measured
-MODELS = ("dense", "sparse", "optimized")
+MODELS = ("dense", "sparse", "optimized", "gated")
 
 
 def make_parser():
@@ -47,7 +53,7 @@ def make_parser():
     result.add_argument("--batch", default="1,32", help="comma-separated")
     result.add_argument("--context", type=int, default=1024, help="positions of the cache")
     result.add_argument("--dtype", default="bfloat16")
-    result.add_argument("--models", default=",".join(MODELS), help="comma-separated, dense first")
+    result.add_argument("--models", default=",".join(MODELS[:3]), help="dense first")
     result.add_argument("--launch", default="graph", choices=LAUNCHES)
     result.add_argument("--attention", default="sdpa", help="comma-separated implementations")
     result.add_argument("--profile", action="store_true", help="GPU time by kind of kernel")
@@ -89,8 +95,8 @@ def _build(run: Run, args, name: str) -> nn.Module:
         model = decode_model.build(
             args.preset, args.layers, dtype, run.device, sparse=name != "dense", attention=None
         )
-        if name == "optimized":
-            run.say(str(sparsekern.optimize(model)))
+        if name in ("optimized", "gated"):
+            run.say(str(sparsekern.optimize(model, gated=name == "gated")))
     return model
 
 
@@ -107,12 +113,14 @@ def _measure_case(run, args, launch, models, forwards, attention: str, batch: in
             for _ in range(3):
                 logits = step()
             _check_finite(name, logits)
-    distance = None
-    if "optimized" in steps:
-        with run.phase(f"{case}: check"), watchdog(HANG_S):
-            distance = _distance(models["optimized"], steps["optimized"], batch, args.context)
+    with run.phase(f"{case}: check"), watchdog(HANG_S):
+        distances = {
+            name: _distance(models[name], step, batch, args.context)
+            for name, step in steps.items()
+            if name != "dense"
+        }
     with run.phase(f"{case}: measure"), watchdog(HANG_S):
-        medians = _measure(run, args, launch, attention, batch, steps, distance)
+        medians = _measure(run, args, launch, attention, batch, steps, distances)
     if args.profile:
         with run.phase(f"{case}: profile"), watchdog(HANG_S):
             for name, step in steps.items():
@@ -136,7 +144,7 @@ def _distance(model, step, batch: int, context: int) -> float:
     got = step().double().clone()
     attention, model.config._attn_implementation = model.config._attn_implementation, "sdpa"
     plain = Step(model.forward, model, batch, context)
-    with decode_model.reference_linears():
+    with _single_layers():
         wanted = plain().double()
     model.config._attn_implementation = attention
     result = round(float((got - wanted).norm() / wanted.norm()), 5)
@@ -148,8 +156,20 @@ def _distance(model, step, batch: int, context: int) -> float:
     return result
 
 
+@contextlib.contextmanager
+def _single_layers():
+    """Inside, each layer multiplies its own decompressed weight with torch, joined or not."""
+    joined, few = JoinedLinear.forward, gated_mlp.FEW_TOKENS
+    with decode_model.reference_linears():
+        JoinedLinear.forward, gated_mlp.FEW_TOKENS = SparseLinear.forward, -1
+        try:
+            yield
+        finally:
+            JoinedLinear.forward, gated_mlp.FEW_TOKENS = joined, few
+
+
 def _measure(
-    run: Run, args, launch: str, attention: str, batch: int, steps: dict[str, Step], distance
+    run: Run, args, launch: str, attention: str, batch: int, steps: dict[str, Step], distances
 ) -> dict[str, float]:
     """Times and records the steps; median microseconds by name."""
     with Monitor() as monitor:
@@ -182,7 +202,7 @@ def _measure(
             converged=converged[name],
             during=during,
             details={
-                "logits_distance": distance if name == "optimized" else None,
+                "logits_distance": distances.get(name),
                 "launch": launch,
                 "attention": attention,
             },

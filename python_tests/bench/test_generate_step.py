@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import sparsekern
+
 pytest.importorskip("transformers")
 
 from bench import bench_generate, decode_model
@@ -84,6 +86,20 @@ def test_both_attentions_and_the_profile(tmp_path, capsys):
         assert f"batch 1, {attention}, optimized:\n  step " in printed
     assert "[attention] sparsekern::decode_attention" in printed
     assert "[sparse product] sparsekern::" in printed or "sparse product" not in printed
+
+
+def test_the_reference_of_joined_layers_uses_their_weights_alone():
+    with torch.inference_mode():
+        model = decode_model.build("tiny", 1, torch.float32, CPU, sparse=True, attention=None)
+        sparsekern.optimize(model)
+        layer = model.model.layers[0].mlp.up_proj
+        x = torch.randn(2, 64)
+        wanted = x @ sparsekern.decompress(layer.weight).T
+        layer._group.weight = None  # a launch over the group would fail
+        with bench_generate._single_layers():
+            assert torch.allclose(layer(x), wanted, atol=1e-6)
+        with pytest.raises(TypeError):
+            layer(x)
 
 
 def test_dense_is_measured_first(tmp_path):
