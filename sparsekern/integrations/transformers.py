@@ -52,6 +52,7 @@ from sparsekern.formats.disk import (
     values_name,
 )
 from sparsekern.formats.dtypes import ElementType, element
+from sparsekern.integrations import attention
 from sparsekern.nn.sparse_experts import unfuse_experts
 from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
 from sparsekern.utils.safetensors_io import TensorFiles, require
@@ -143,6 +144,7 @@ def register() -> None:
 
         register_quantization_config(METHOD)(SparsekernConfig)
         register_quantizer(METHOD)(SparsekernQuantizer)
+        attention.register()
         _wrap_save(PreTrainedModel)
         _registered = True
 

@@ -34,6 +34,7 @@ from sparsekern.formats.layouts import layout as layout_named
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.formats.tile64 import LAYOUT as TILE64
 from sparsekern.formats.tile64 import PANELS, TILE
+from sparsekern.nn import gated_mlp
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.ops import linear_op as ops
 from sparsekern.utils.arguments import checked
@@ -51,6 +52,7 @@ SIBLINGS = (
     ("wi_0", "wi_1"),  # T5 v1.1
     ("q_a_proj", "kv_a_proj_with_mqa"),  # DeepSeek
 )
+_GATED = ["gate_proj", "up_proj"]
 _GIVEN_UP = 3  # rounds in a row in which a member had another x
 _log = logging.getLogger("sparsekern")
 
@@ -129,14 +131,20 @@ class OptimizeReport:
     Args:
         groups: names of the layers that are one launch now, one tuple a launch.
         skipped: {names: why they stay single launches}.
+        gated: names of the MLPs whose silu(gate) · up is one launch at few tokens.
     """
 
     groups: list[tuple[str, ...]]
     skipped: dict[tuple[str, ...], str]
+    gated: list[str] = field(default_factory=list)
     _members: list[JoinedLinear] = field(default_factory=list, repr=False)
+    _mlps: list[nn.Module] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
         """Every layer launches alone again, with the same weights."""
+        for mlp in self._mlps:
+            gated_mlp.part(mlp)
+        self._mlps, self.gated = [], []
         for member in self._members:
             member._group = None
             member.__class__ = SparseLinear  # type: ignore[assignment]
@@ -145,17 +153,23 @@ class OptimizeReport:
     def __str__(self) -> str:
         layers = sum(map(len, self.groups))
         text = f"{layers} layers in {len(self.groups)} launches"
+        if self.gated:
+            text += f", {len(self.gated)} of them with silu(gate) * up"
         reasons = sorted(set(self.skipped.values()))
         return text + "".join(f"\n  not joined: {reason}" for reason in reasons)
 
 
 @checked("sparsekern.optimize")
-def optimize(model: nn.Module) -> OptimizeReport:
+def optimize(model: nn.Module, *, gated: bool = False) -> OptimizeReport:
     """Join the layers of a model that read the same x (q, k, v; gate, up) into one launch each.
 
     Args:
         model: any module with SparseLinear layers; changed in place. Siblings are found by name
             (`SIBLINGS`) and checked at every call by the identity of x.
+        gated: also compute silu(gate) · up in the launch of gate and up, at up to 32 tokens where
+            a kernel does it (`sparsekern.gated_linear`), in MLPs whose forward is, by its source,
+            down_proj(act_fn(gate_proj(x)) * up_proj(x)) with silu and no bias. That is rounded
+            once, not three times: results differ from those of single layers in the last bits.
     Returns:
         OptimizeReport: names of what was joined, why the rest was not, and `undo()`.
     Raises:
@@ -186,6 +200,14 @@ def optimize(model: nn.Module) -> OptimizeReport:
                 continue
             report._members += _join(layers)
             report.groups.append(full)
+            if gated and names == _GATED:
+                reason = gated_mlp.why_not(parent)
+                if reason is not None:
+                    report.skipped[(*full, "silu")] = reason
+                    continue
+                gated_mlp.fuse(parent)
+                report._mlps.append(parent)
+                report.gated.append(prefix)
     return report
 
 
