@@ -27,6 +27,7 @@ a step by kind of kernel.
 from __future__ import annotations
 
 import contextlib
+import traceback
 
 import torch
 from torch import nn
@@ -75,6 +76,7 @@ def main(path, arguments=()) -> int:
             step_profile.prepare(run.device)
         models = {name: _build(run, args, name) for name in names}
         forwards = {name: compiled(model, launch) for name, model in models.items()}
+        failures: list[str] = []
         needed = 0.0  # seconds of the longest batch so far
         for attention in args.attention.split(","):
             for batch in map(int, args.batch.split(",")):
@@ -83,10 +85,18 @@ def main(path, arguments=()) -> int:
                     run.say(f"no time for {case}: {run.left:.0f} s left, {needed:.0f} s needed")
                     continue
                 begin = run.elapsed
-                _measure_case(run, args, launch, models, forwards, attention, batch)
+                try:
+                    _measure_case(run, args, launch, models, forwards, attention, batch)
+                except Exception as error:
+                    failures.append(f"{case}: {type(error).__name__}: {error}")
+                    run.say(f"failed: {failures[-1]}\n{traceback.format_exc()[-3000:]}")
+                    if "CUDA error" in str(error):
+                        break
                 needed = max(needed, run.elapsed - begin)
     run.close()
-    return 0
+    for failure in failures:
+        run.say(f"failed: {failure[:300]}")
+    return 1 if failures else 0
 
 
 def _build(run: Run, args, name: str) -> nn.Module:

@@ -102,6 +102,16 @@ def test_the_reference_of_joined_layers_uses_their_weights_alone():
             layer(x)
 
 
+def test_wrong_logits_of_one_case_do_not_end_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_generate, "LOGITS_DISTANCE", -1.0)
+    arguments = "--device cpu --quick --preset tiny --layers 1 --batch 1,2 --context 4"
+    arguments = [*arguments.split(), "--models", "dense,optimized", "--launch", "eager"]
+    assert bench_generate.main(tmp_path / "r.jsonl", arguments) == 1
+    printed = capsys.readouterr().out
+    assert "failed: batch 1, sdpa: RuntimeError: bench.generate: expected logits" in printed
+    assert "failed: batch 2, sdpa" in printed and "0 records" in printed
+
+
 def test_dense_is_measured_first(tmp_path):
     with pytest.raises(ValueError, match="dense first, got"):
         bench_generate.main(tmp_path / "r.jsonl", ["--device", "cpu", "--models", "sparse,dense"])

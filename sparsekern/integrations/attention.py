@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from sparsekern.backends import triton
 from sparsekern.errors import message
+from sparsekern.formats import dtypes
 
 NAME = "sparsekern"
 _OP = "sparsekern.integrations.attention"
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DIMS = (16, 32, 64, 128, 256)
 _LARGEST_GROUP = 64  # query heads that share a key head
 # Parts of some models' attention that neither "sdpa" nor this has.
@@ -73,7 +73,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Ten
 def takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """True when these are operands of `decode_attention`."""
     batch, heads, queries, dim = q.shape
-    if queries != 1 or dim not in _DIMS or q.dtype not in _DTYPES or k.shape != v.shape:
+    if queries != 1 or dim not in _DIMS or q.dtype not in dtypes.PLAIN or k.shape != v.shape:
         return False
     if k.dtype != q.dtype or v.dtype != q.dtype or k.shape[0] != batch or k.shape[3] != dim:
         return False

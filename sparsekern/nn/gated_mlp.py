@@ -48,8 +48,8 @@ class GatedMLP(nn.Module):
         return y
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *state = super().__reduce_ex__(2)  # type: ignore[misc]
-        return _empty, (plain_class(self),), *state
+        reduced = cast("tuple[Any, ...]", super().__reduce_ex__(2))
+        return _empty, (plain_class(self),), *reduced[2:]
 
 
 def _empty(kind: type[nn.Module]) -> nn.Module:

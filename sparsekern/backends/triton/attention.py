@@ -26,7 +26,7 @@ PROGRAMS = 1024  # about so many are wanted: eight for each multiprocessor of a 
 MOST_SPLITS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key_heads", "length"])
 def decode_attention_kernel(
     q_ptr,
     k_ptr,
