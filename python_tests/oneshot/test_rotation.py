@@ -8,7 +8,7 @@ import transformers as T
 
 import sparsekern as sk
 from python_tests.clock import Clock
-from sparsekern.oneshot import rotation, rotation_search
+from sparsekern.oneshot import rotation, rotation_formulas, rotation_search
 from sparsekern.oneshot.rotation import rotate
 
 SIZES = dict(
@@ -124,9 +124,9 @@ def test_a_model_that_changes_is_put_back(monkeypatch):
 
 def test_cayley_is_orthogonal():
     a = torch.randn(3, 8, 8, dtype=torch.float64)
-    q = rotation_search.cayley(a)
+    q = rotation_formulas.cayley(a)
     assert torch.allclose(q @ q.transpose(1, 2), torch.eye(8, dtype=torch.float64).expand(3, 8, 8))
-    assert torch.equal(rotation_search.cayley(torch.zeros(4, 4)), torch.eye(4))
+    assert torch.equal(rotation_formulas.cayley(torch.zeros(4, 4)), torch.eye(4))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -138,7 +138,7 @@ def test_untold_of_a_singular_matrix(seed, rank):
     x = torch.randn(rank, 64, generator=generator) * torch.logspace(-7, 3, 64)
     basis = torch.linalg.svd(x)[2]  # the last ones see nothing of x
     h = basis @ (x.t() @ x) @ basis.t()
-    found = rotation_search.untold(h)
+    found = rotation_formulas.untold(h)
     assert bool(found.isfinite().all()) and bool((found >= 0).all())
     large = h.diagonal() > 1e-3 * h.diagonal().mean()
     torch.testing.assert_close(found[large], h.diagonal()[large], rtol=1e-5, atol=0)
@@ -162,11 +162,11 @@ def test_untold_is_the_variance_that_half_of_the_others_leave():
     x = x @ torch.randn(12, 12, generator=generator, dtype=torch.float64)
     h = x.t() @ x / 400
     apart = torch.diag(h.diagonal())
-    torch.testing.assert_close(rotation_search.untold(apart), h.diagonal(), rtol=1e-5, atol=0)
-    told = rotation_search.untold(torch.ones(8, 8, dtype=torch.float64))
+    torch.testing.assert_close(rotation_formulas.untold(apart), h.diagonal(), rtol=1e-5, atol=0)
+    told = rotation_formulas.untold(torch.ones(8, 8, dtype=torch.float64))
     assert torch.allclose(told, torch.full((8,), 0.5 * 9 / 8, dtype=torch.float64), rtol=1e-4)
     h[3], h[:, 3] = 0.0, 0.0
-    energy = rotation_search.untold(h)
+    energy = rotation_formulas.untold(h)
     assert energy[3] == 0 and energy.isfinite().all()
     assert (energy <= h.diagonal() * (1 + 1e-5)).all()
     # As the share of a column that the normal equations of random halves leave.
