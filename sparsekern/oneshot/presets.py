@@ -51,7 +51,6 @@ PRESETS = {
         permute=True,
         rounds=(
             Reconstruction(span=1, epochs=8),
-            Reconstruction(span=None, epochs=10, between=1.0, recut=True, batch=4),
         ),
         samples=256,
         side_by_side=True,
