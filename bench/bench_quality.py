@@ -146,6 +146,12 @@ def main(path, arguments=()) -> int:
         return 0
     for name in args.runs.split(","):
         options_of(name)
+    start = options_of(args.start)
+    if start.get("rotate") or start.get("preset") == "best":
+        raise ValueError(
+            f"bench quality: expected --start without rotation, got {args.start!r}: its blocks are "
+            "trained to those of the model as it is."
+        )
     run = Run(path, args)
     table = Table(run, args)
     with watchdog(args.budget + 120), Watch(run, args.budget + LATE, table.rescue):
@@ -212,7 +218,6 @@ class Table:
         samples, start = self.args.samples or 256, None
         wanted = [text for text in self.args.only.split(",") if text]
         options = options_of(self.args.start)
-        options |= {"untie": True} if options.get("rotate") else {}
         with self.row(self.args.start, 0):
             start, _ = self.prune(self.args.start, options, 0, samples, True)
         for name, (seconds, kind, what) in EXPLORE.items():

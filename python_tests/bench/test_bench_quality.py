@@ -110,12 +110,14 @@ def test_compile_is_for_rounds_after_the_walk(tmp_path, monkeypatch):
         return real(model, method, ids, **options, reconstruct=())
 
     monkeypatch.setattr(bench_quality.sparsekern, "prune_model", prune)
-    arguments = options(tmp_path, "--runs", "best+compile", "--seeds", 2)
+    arguments = options(tmp_path, "--runs", "default+compile,span+compile", "--seeds", 2)
     assert bench_quality.main(tmp_path / "r.jsonl", arguments) == 0
-    assert seen == [[(1, False, seed), (None, True, seed)] for seed in (0, 1)]
+    assert seen == [[row] for seed in (0, 1) for row in ((1, False, seed), (None, True, seed))]
 
 
-def test_unknown_runs_are_refused(tmp_path):
+def test_unknown_runs_and_starts_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected --start without rotation, got 'rotate"):
+        bench_quality.main(tmp_path / "r.jsonl", ["--gguf", "n.gguf", "--start", "rotate+admm"])
     with pytest.raises(ValueError, match="expected runs in .*'fastest'"):
         bench_quality.main(tmp_path / "r.jsonl", ["--gguf", "none.gguf", "--runs", "fastest"])
 

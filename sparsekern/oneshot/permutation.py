@@ -42,6 +42,7 @@ MLPS = ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2"), (("w1", "w3"
 OUTPUTS = ("o_proj", "out_proj")  # of an attention that has a v_proj
 ROUNDING = 1e-6  # of a sum of importance in float32: smaller gains are none
 _ELEMENTS = 2**26  # that a step of the search works on at a time
+_STACKED = 2**28  # weights of the places that are searched together
 
 
 @dataclass
@@ -158,18 +159,17 @@ def permute_on(
     before = _outputs(model, probe, home)
     energies = input_energies(model, sites, batches, target)
     orders: dict[str, Tensor] = {}
-    shares = []
-    for number, site in enumerate(sites):
-        scores = _scores(site, energies[site.name], target)
+    shares: list[tuple[float, float]] = []
+    for number, stack in enumerate(_stacks(sites)):
+        scores = torch.cat([_scores(site, energies[site.name], target) for site in stack])
         if known is not None:
-            order = _checked(known.get(site.name), site).to(target)
+            order = torch.cat([_checked(known.get(site.name), site) for site in stack]).to(target)
         else:
             generator = torch.Generator().manual_seed(seed * 7919 + number)
             order = search(scores, rounds, generator)
-        total = float(scores.sum().clamp_min(1e-30))
-        after = [part.index_select(1, o) for part, o in zip(scores, order)]
-        shares.append([float(sum(lost(part) for part in p)) / total for p in (scores, after)])
-        orders[site.name] = order.cpu()
+        shares += _shares(scores, order, stack[0].heads)
+        orders |= {s.name: o for s, o in zip(stack, order.cpu().split(stack[0].heads))}
+    orders = {site.name: orders[site.name] for site in sites}
     undo = functools.partial(_restore, _copies(sites))
     try:
         for site in sites:
@@ -301,6 +301,31 @@ def _scores(site: Site, energy: Tensor, device: torch.device) -> Tensor:
     scores = weight.square() * (energy.to(device) / energy.max().clamp_min(1e-30)).float()
     apart = scores.view(-1, site.heads, site.repeat, site.size).permute(1, 2, 0, 3)
     return apart.reshape(site.heads, -1, site.size)
+
+
+def _stacks(sites: list[Site]) -> list[list[Site]]:
+    """The sites in lists that one search looks at together: of one shape, and of so many elements
+    or alone."""
+    stacks: list[list[Site]] = []
+    open_: dict[tuple[int, ...], list[Site]] = {}
+    for site in sites:
+        shape = (site.heads, site.repeat, *site.reader.weight.shape)
+        stack = open_.get(shape)
+        if stack is None or (len(stack) + 1) * site.reader.weight.numel() > _STACKED:
+            stack = open_[shape] = []
+            stacks.append(stack)
+        stack.append(site)
+    return stacks
+
+
+def _shares(scores: Tensor, order: Tensor, heads: int) -> list[tuple[float, float]]:
+    """For each site of a stack, [sites x heads, rows, size], what of all importance is lost in the
+    old and in the new order."""
+    after = scores.gather(2, order[:, None].expand_as(scores))
+    sums = [torch.stack([lost(part) for part in x]).view(-1, heads).sum(1) for x in (scores, after)]
+    total = scores.sum((1, 2), dtype=torch.float64).view(-1, heads).sum(1).clamp_min(1e-30)
+    rows: list[tuple[float, float]] = torch.stack([s / total for s in sums], 1).tolist()
+    return rows
 
 
 def lost(scores: Tensor) -> Tensor:

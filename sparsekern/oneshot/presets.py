@@ -46,12 +46,10 @@ PRESETS = {
         side_by_side=True,
     ),
     "best": Preset(
-        "a rotation first of all, each block as by default, then all blocks together for longer",
+        "a rotation first of all, then as by default with more passes over each block",
         rotate=True,
         permute=True,
-        rounds=(
-            Reconstruction(span=1, epochs=8),
-        ),
+        rounds=(Reconstruction(span=1, epochs=8),),
         samples=256,
         side_by_side=True,
     ),

@@ -103,7 +103,7 @@ class Layer:
         multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
 
         bits = self.types.bits
-        known = {heuristics.name(variant): variant for variant in heuristics.table(bits, tokens)}
+        known = {heuristics.name(variant): variant for variant in heuristics.table(bits)}
 
         def predicted(name):
             if name not in known:

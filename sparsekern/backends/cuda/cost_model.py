@@ -299,12 +299,12 @@ TIMES_8: dict[Variant, Times] = {
 }
 
 
-# Weights of int4 with more than INT4_FEW tokens: row blocks as of 8 bits, which are widened at
-# about the same cost (SASS, csrc/notes/decode.md), with twice the in_features in a stage. Not a
-# fit: it gives 42.5, 47.6 and 17.2 us for what took 47.8, 46.4 and 17.2 on an H200 (64 tokens;
-# 28672x4096 in 256 rows, split 1; 4096x14336 and 6144x4096 in 128 rows, split 2), where TIMES gives
-# 19, 15 and 9.
-INT4_FEW = 16
+# Weights of int4: row blocks as of 8 bits, which are widened at about the same cost (SASS,
+# csrc/notes/decode.md), with twice the in_features in a stage. Not a fit: of 64 tokens it gives
+# 42.5, 13.5, 14.0 and 34.0 us for what took 47.6, 14.7, 15.5 and 38.8 on an H200 (28672x4096 in 256
+# rows, split 1; 4096x4096, 6144x4096 and 4096x14336 in 256 rows, split 4); of 1 to 16 tokens 1.2 to
+# 1.6 times of what it takes, whatever the variant. TIMES would give 256 rows, split 1 for 6144x4096
+# at 1 token, 24 thread blocks, which took 12.0 us.
 TIMES_4: dict[Variant, Times] = {
     variant: times._replace(stage=2 * times.stage, extra=2 * times.extra, total=2 * times.total)
     for variant, times in TIMES_8.items()
@@ -312,9 +312,9 @@ TIMES_4: dict[Variant, Times] = {
 }
 
 
-def table(bits: Bits, tokens: int = 1) -> dict[Variant, Times]:
+def table(bits: Bits) -> dict[Variant, Times]:
     """The coefficients for these operands: TIMES_8, TIMES_4 or TIMES."""
-    if bits.weight == 4 and tokens > INT4_FEW:
+    if bits.weight == 4:
         return TIMES_4
     return TIMES_8 if bits.weight == 8 else TIMES
 
@@ -397,7 +397,7 @@ def predicted_us(
 ) -> float:
     """The modelled time of one layer with this variant, one of its `table`."""
     problem = tokens, out_features, in_features, multiprocessors, bits
-    return us(table(bits, tokens)[variant], work(variant, *problem))
+    return us(table(bits)[variant], work(variant, *problem))
 
 
 @lru_cache(maxsize=4096)
@@ -419,7 +419,7 @@ def fastest(
     """
     problem = tokens, out_features, in_features, multiprocessors, bits
     size = tokens, out_features, in_features, bits
-    known = [v for v in table(bits, tokens) if v in variants and considered(v, *size)]
+    known = [v for v in table(bits) if v in variants and considered(v, *size)]
     return min(known, key=lambda variant: predicted_us(variant, *problem))
 
 
