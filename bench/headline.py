@@ -5,10 +5,12 @@ counted; one by one they are in bench/RESULTS.md.
 
 from __future__ import annotations
 
-from . import engines, results, results8
+from . import engines, recovery_table, results, results8
 
 RANGES = ((1, 16), (17, 64), (65, 512), (513, 10**9))
 DTYPE, FP8 = "bfloat16", "float8_e4m3fn"
+# Rows of bench quality that do what a preset of now does, made when the preset did less.
+SAME_AS = {"admm": "fast", "default+permute+admm": "default"}
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 
 
@@ -23,6 +25,7 @@ def render(records: list[dict]) -> str:
     facts = [_quality(clean, gpu), _lost(found), _lost_8_bits(clean), _size(mine), _speed(mine)]
     lines = [
         *(fact for fact in facts if fact),
+        *_recovery(clean),
         *_engines(clean),
         "",
         f"Linear layers of Llama-3 shapes on one {gpu} in {DTYPE}: time of the peer over ours,",
@@ -71,11 +74,12 @@ def _lost(found: list[results.Cell]) -> str:
 
 
 def _lost_8_bits(records: list[dict]) -> str:
-    """Ratios of what is slower on average among the ways to compute with fp8 weights."""
-    found = [cell for cell in results8.cells(records) if cell.dtype == FP8]
+    """Ratios of what is slower on average among the ways to compute with quantised weights."""
+    found = results8.cells(records)
     ways = (
         (
-            "x kept in 16 bits (backend `cuda-a16`) at 33 to 64 tokens",
+            FP8,
+            "fp8, x kept in 16 bits (backend `cuda-a16`) at 33 to 64 tokens",
             33,
             64,
             "W8A16",
@@ -83,21 +87,24 @@ def _lost_8_bits(records: list[dict]) -> str:
             "our 16-bit kernel",
         ),
         (
-            "sums in float32 above 512 tokens",
+            FP8,
+            "fp8, sums in float32 above 512 tokens",
             513,
             10**9,
             "W8A8 precise",
             "dense 8-bit",
             "dense fp8",
         ),
+        ("int4", "int4 at 33 to 512 tokens", 33, 512, "W4A16", "cuBLAS 16-bit", "cuBLAS"),
+        ("int4", "and above", 513, 10**9, "W4A16", "2:4 16-bit", "our 16-bit kernel"),
     )
     parts = []
-    for text, first, last, ours, peer, name in ways:
-        members = [cell for cell in found if first <= cell.tokens <= last]
+    for dtype, text, first, last, ours, peer, name in ways:
+        members = [c for c in found if c.dtype == dtype and first <= c.tokens <= last]
         ratios = [v for cell in members if (v := results8.ratio(cell, ours, peer)) is not None]
         if ratios and results.geometric_mean(ratios) < 1:
             parts.append(f"{text} run at {_spread(ratios)} of the speed of {name}")
-    return f"- **Lost, fp8 layers**: {'; '.join(parts)}." if parts else ""
+    return f"- **Lost, quantised layers**: {'; '.join(parts)}." if parts else ""
 
 
 def _layers_8_bits(records: list[dict]) -> list[str]:
@@ -217,11 +224,17 @@ def _quality(records: list[dict], gpu: str) -> str:
             name += _variant(details)
         found[name] = entry["metrics"]["perplexity"]
     for entry in records:
-        if entry["op"] == "quality":
-            found[entry["backend"]] = entry["metrics"]["perplexity"]
+        name = SAME_AS.get(entry["backend"], entry["backend"])
+        method = (entry.get("details") or {}).get("method", "admm")
+        if entry["op"] == "quality" and (
+            method == "admm" or name not in ("fast", "default", "best")
+        ):
+            found[name] = entry["metrics"]["perplexity"]
     wanted = {
-        "block": "with each block trained on its output (`reconstruct`)",
-        "sparsegpt default": "with the default (SparseGPT, refined, matched to dense)",
+        "best": "with the preset `best`",
+        "default": "with `default`",
+        "fast": "with `fast`",
+        "sparsegpt default": "without a preset (SparseGPT, refined, matched to dense)",
         "sparsegpt published": "with SparseGPT as published",
         "wanda": "with Wanda",
         "magnitude": "with magnitude",
@@ -234,6 +247,24 @@ def _quality(records: list[dict], gpu: str) -> str:
         f"SmolLM2-135M, perplexity on WikiText-2: dense {found['dense']:.1f}; {', '.join(parts)}."
         f"{_quantised(records)}"
     )
+
+
+def _recovery(records: list[dict]) -> list[str]:
+    """Lines of a table: pruned, and pruned and trained under the mask; the newest case."""
+    entries = [entry for entry in records if entry["op"] == "finetune"]
+    if not entries:
+        return []
+    case, gpu = entries[-1]["case"], entries[-1]["gpu"]
+    header, rows = recovery_table.rows(entries)[case]
+    return [
+        "",
+        f"SmolLM2-135M on one {gpu}: pruned, and trained on under the mask by distillation from the",
+        "dense model, on texts none of which is in the tests and on text that it wrote itself.",
+        "",
+        f"| {' | '.join(header)} |",
+        "| --- |" + " ---: |" * (len(header) - 1),
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
 
 
 def _quantised(records: list[dict]) -> str:
