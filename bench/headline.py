@@ -258,8 +258,8 @@ def _recovery(records: list[dict]) -> list[str]:
     header, rows = recovery_table.rows(entries)[case]
     return [
         "",
-        f"SmolLM2-135M on one {gpu}: pruned, and trained on under the mask by distillation from the",
-        "dense model, on texts none of which is in the tests and on text that it wrote itself.",
+        f"SmolLM2-135M on one {gpu}: pruned, and trained on under the mask by distillation from",
+        "the dense model, on texts apart from the tests and on text that it wrote itself.",
         "",
         f"| {' | '.join(header)} |",
         "| --- |" + " ---: |" * (len(header) - 1),

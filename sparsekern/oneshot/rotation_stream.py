@@ -3,8 +3,6 @@ writers are given (rotation.py)."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from sparsekern.errors import check
 from sparsekern.oneshot.calibration import Batch
 from sparsekern.oneshot.discovery import find_blocks, input_embedding
+from sparsekern.oneshot.observe import observe
 
 OP = "sparsekern.rotate"
 SKIPPED_POSITIONS = 4  # of a sequence: attention sinks
@@ -146,39 +145,22 @@ def tied_head(model: nn.Module, stream: Stream) -> nn.Linear | None:
     return None
 
 
-@contextlib.contextmanager
-def _hooked(pairs: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(hook) for module, hook in pairs]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def collect_grams(
     model: nn.Module, stream: Stream, batches: list[Batch], device: torch.device
 ) -> dict[int, Tensor]:
-    """XᵀX / tokens of the inputs of the first reader of each norm, of o and of down, by id of the
-    module, in float32 on `device`; outlying tokens left out."""
+    """XᵀX / tokens of the inputs of the first reader of each norm in the blocks, of o and of down,
+    by id of the module, in float32 on `device`; outlying tokens left out."""
     grams: dict[int, Tensor] = {}
     counts: dict[int, int] = {}
-    watched = [readers[0] for _, readers in stream.norms] + stream.writers
 
-    def hook(module: nn.Linear, args: tuple[Any, ...]) -> None:
-        x = args[0][..., SKIPPED_POSITIONS:, :].reshape(-1, module.in_features)
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0][..., SKIPPED_POSITIONS:, :].flatten(0, -2)
         x = x.to(device).float()
         norms = x.norm(dim=1)
         x = x[norms <= OUTLIER * norms.median()]
         grams[id(module)] = grams.get(id(module), 0) + x.t() @ x
         counts[id(module)] = counts.get(id(module), 0) + len(x)
 
-    home = next(model.parameters()).device
-    model.to(device)
-    try:
-        with _hooked((module, hook) for module in watched):
-            for batch in batches:
-                batch.run(model, device)
-    finally:
-        model.to(home)
+    watched = [readers[0] for _, readers in stream.norms[:-1]] + stream.writers
+    observe(model, batches, device, dict.fromkeys(watched, hook))
     return {key: gram / max(1, counts[key]) for key, gram in grams.items()}
