@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparsekern.errors import check
+from sparsekern.oneshot.presets import PRESETS, find_preset
 
 OP = "sparsekern finetune"
 SOURCE = "FILE|hf:NAME|builtin"
@@ -25,7 +27,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     sub.add_argument(
         "--sparse",
         metavar="DIR",
-        help="the pruned model to start from (default: prune MODEL with --method)",
+        help="the pruned model to start from (default: prune MODEL with --preset or --method)",
     )
     sub.add_argument("--out", required=True, metavar="DIR", help="folder for the compressed model")
     sub.add_argument(
@@ -34,9 +36,17 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="checkpoints, metrics.jsonl, plot.png; the same command goes on from there "
         "(default: OUT with -run added)",
     )
-    sub.add_argument("--method", choices=("sparsegpt", "wanda", "magnitude"), default="sparsegpt")
+    sub.add_argument(
+        "--method",
+        choices=("sparsegpt", "admm", "wanda", "magnitude"),
+        help="to prune with (default: the preset's, sparsegpt without one)",
+    )
+    sub.add_argument("--preset", choices=tuple(PRESETS), help="of prune (default: none)")
+    sub.add_argument("--untie", action="store_true", help="as of prune")
     sub.add_argument("--calibration", default="builtin", metavar=SOURCE, help="text to prune with")
-    sub.add_argument("--samples", type=int, default=128, help="calibration windows (default 128)")
+    sub.add_argument(
+        "--samples", type=int, help="calibration windows (default 128, or the preset's)"
+    )
     sub.add_argument(
         "--calibration-window", type=int, default=2048, help="tokens per window (default 2048)"
     )
@@ -180,15 +190,19 @@ def _student(args: argparse.Namespace, teacher: Any, tokenizer: Any, device: str
     from sparsekern.integrations.loading import load_model
 
     if args.sparse:
+        named = args.preset or args.method
+        expected, remedy = "--preset or --method without --sparse", "Leave one of them out."
+        check(named is None, OP, expected, named, remedy)
         student = load_model(args.sparse, "cpu")[0]
+        _check_basis(args, _rotation_of(Path(args.sparse)))
         return densify(student), None
     student = copy.deepcopy(teacher)
-    calibration = None
-    if args.method != "magnitude":
+    calibration, preset = None, find_preset(OP, args.preset)
+    if (args.method or preset.method) != "magnitude":
         ids = _ids(tokenizer, args.calibration, "train")
-        calibration = texts.calibration_windows(
-            ids, args.samples, args.calibration_window, args.seed
-        )
+        samples = preset.samples if args.samples is None else args.samples
+        draw: Any = texts.side_by_side if preset.side_by_side else texts.calibration_windows
+        calibration = draw(ids, samples, args.calibration_window, args.seed)
     report = sk.prune_model(
         student,
         args.method,
@@ -196,8 +210,26 @@ def _student(args: argparse.Namespace, teacher: Any, tokenizer: Any, device: str
         compress=False,
         device=device,
         progress=not args.quiet,
+        preset=args.preset,
+        untie=args.untie,
+        ranks=False if preset.rounds else "auto",  # what trains, each rank does by itself
     )
+    _check_basis(args, report.rotation)
     return student, report
+
+
+def _rotation_of(folder: Path) -> Any:
+    """What the report in a pruned folder says of a rotation; None where there is none."""
+    file = folder / "prune_report.json"
+    return json.loads(file.read_text("utf-8")).get("rotation") if file.is_file() else None
+
+
+def _check_basis(args: argparse.Namespace, rotation: Any) -> None:
+    """Refuse to match hidden states of a rotated model with those of the dense one."""
+    turned = bool(rotation) and "skipped" not in rotation
+    expected, remedy = "--block 0 with a rotated model", "Leave --block out."
+    got = f"{args.block}: its hidden states are in another basis"
+    check(not (turned and args.block), OP, expected, got, remedy)
 
 
 def densify(model: Any) -> Any:
