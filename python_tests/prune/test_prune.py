@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sparsekern.prune import Hessian, magnitude_mask, nm_mask, relative_error, wanda_mask
+from sparsekern.prune import hessian as hessian_module
 from sparsekern.prune.hessian import exact_float32
 
 PATTERNS = [(2, 4), (1, 4), (3, 4), (1, 2), (4, 8), (5, 7), (70, 140)]
@@ -218,6 +219,49 @@ def test_hessian_of_16_bit_and_empty_inputs():
     assert (hessian.samples, clone.samples) == (3, 6)
 
 
+@pytest.mark.parametrize("in_features", [24, 600])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_products_give_the_same_h_and_drift(monkeypatch, in_features, dtype):
+    """The way of a GPU, with a float32 product in the place of the tensor cores'; where the dense
+    inputs have another dtype, and parts of the blocks alone."""
+
+    def add(xs, parts=None):
+        hessian = Hessian(in_features)
+        hessian.parts = parts
+        for x, dense in xs:
+            hessian.add(x, dense)
+        return hessian
+
+    called = []
+
+    def product(a, b):
+        assert a.dtype == b.dtype == dtype
+        called.append(a.shape[1])
+        return a.float().t() @ b.float()
+
+    xs = [torch.randn(*lead, in_features).to(dtype) for lead in ((2, 7), (5, 3), (11,))]
+    pairs = [(x, x + (0.1 * torch.randn(x.shape)).to(dtype)) for x in xs]
+    plain, matched = add([(x, None) for x in xs]), add(pairs)
+    part = add(pairs, {256}) if in_features == 600 else None
+    monkeypatch.setattr(hessian_module, "sums_in_float32", lambda device, kind: kind == dtype)
+    monkeypatch.setattr(hessian_module, "product16", product)
+    fast = add([(x, None) for x in xs])
+    assert called and torch.equal(fast.matrix, fast.matrix.t())
+    assert_close_to(fast.matrix, one_shot(xs, 8))
+    torch.testing.assert_close(fast.matrix, plain.matrix, rtol=1e-5, atol=1e-5)
+    fast = add(pairs)
+    torch.testing.assert_close(fast.matrix, plain.matrix, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fast.drift, matched.drift, rtol=1e-4, atol=1e-5)
+    if part is not None:
+        some = add(pairs, {256})
+        torch.testing.assert_close(some._h, part._h, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(some.drift, part.drift, rtol=1e-4, atol=1e-5)
+    count = len(called)
+    other = add([(x, dense.float()) for x, dense in pairs])
+    assert len(called) == count
+    torch.testing.assert_close(other.drift, matched.drift)
+
+
 def test_hessian_errors():
     with pytest.raises(ValueError, match="in_features >= 1, got 0"):
         Hessian(0)
@@ -324,6 +368,21 @@ def test_exact_float32_restores_after_an_error():
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_hessian_of_16_bits_on_gpu_has_float32_sums(dtype):
+    assert hessian_module.sums_in_float32(torch.device("cuda", 0), dtype)
+    xs = [torch.rand(2, 700, 300).to(dtype).cuda() for _ in range(3)]
+    hessian, matched = Hessian(300, "cuda:0"), Hessian(300, "cuda:0")
+    for x in xs:
+        hessian.add(x)
+        matched.add(x, x / 2)
+    expected = one_shot([x.cpu() for x in xs], 6).float().cuda()
+    torch.testing.assert_close(hessian.matrix, expected, rtol=3e-5, atol=0)
+    torch.testing.assert_close(matched.drift, expected * -0.5, rtol=3e-4, atol=0)
 
 
 @pytest.mark.gpu

@@ -1,13 +1,15 @@
 """Calibration statistics of one linear layer, and the error they assign to a pruned weight.
 
 Hessian keeps the running H = 2/n Σ xᵀx that SparseGPT inverts, from which Wanda's norms and the
-reconstruction error ‖(W − W')X‖² follow. All products are true float32: TF32, bf16 matmul and
-autocast are off inside and the caller's settings are put back.
+reconstruction error ‖(W − W')X‖² follow. All sums are true float32: TF32, bf16 matmul and autocast
+are off inside and the caller's settings are put back. Inputs of 16 bits on a GPU are multiplied as
+they are, by the tensor cores: a product of two such numbers is exact in float32.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Container, Iterator
 from typing import Any
@@ -57,6 +59,28 @@ def exact_float32(device: torch.device | str) -> Iterator[None]:
                 knob.fp32_precision = "none"  # inherit, where that gives the value that was seen
                 if knob.fp32_precision != precision:
                     knob.fp32_precision = precision
+
+
+@functools.cache
+def sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of this 16-bit type here with float32 sums and results:
+    tried once, on sums that anything narrower rounds visibly."""
+    if device.type != "cuda" or not dtype.is_floating_point or dtype.itemsize != 2:
+        return False
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.rand(4096, 64, generator=generator, device=device).to(dtype)
+    try:
+        got = torch.mm(x.t(), x, out_dtype=torch.float32)  # torch 2.8 and later, on CUDA alone
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    wanted = x.double().t() @ x.double()
+    return got.dtype == torch.float32 and bool(((got - wanted).abs() <= 1e-4 * wanted).all())
+
+
+def product16(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ b of matrices for which `sums_in_float32`."""
+    y: Tensor = torch.mm(a.t(), b, out_dtype=torch.float32)
+    return y
 
 
 class Hessian:
@@ -131,17 +155,40 @@ class Hessian:
         if dense is not None and self._drift is None:
             self._drift = torch.zeros_like(self._h)
         mine = [i for i, _ in self.blocks() if self.parts is None or i in self.parts]
+        same = dense is None or dense.dtype == x.dtype
         with exact_float32(self.device):
-            factor = math.sqrt(2 / self.samples)
-            x = self._rows(x) * factor if mine else x
-            moved = self._rows(dense) * factor - x if mine and dense is not None else None
-            # Only the blocks on and above the diagonal: H is symmetric, `matrix` mirrors them.
-            for i in mine:
-                end = i + self._columns
-                if self._drift is not None and moved is not None:
-                    self._drift[i:end].addmm_(moved[:, i:end].t(), x, beta=keep)
-                self._h[i:end, i:].addmm_(x[:, i:end].t(), x[:, i:], beta=keep)
+            if mine and same and sums_in_float32(self.device, x.dtype):
+                self._add_16_bits(x, dense, mine, keep)
+            elif mine:
+                self._add_float32(x, dense, mine, keep)
         self._symmetric = self.in_features <= self._columns
+
+    # Only the blocks on and above the diagonal: H is symmetric, `matrix` mirrors them.
+
+    def _add_float32(self, x: Tensor, dense: Tensor | None, mine: list[int], keep: float) -> None:
+        factor = math.sqrt(2 / self.samples)
+        x = self._rows(x, torch.float32) * factor
+        moved = None if dense is None else self._rows(dense, torch.float32) * factor - x
+        for i in mine:
+            end = i + self._columns
+            if self._drift is not None and moved is not None:
+                self._drift[i:end].addmm_(moved[:, i:end].t(), x, beta=keep)
+            self._h[i:end, i:].addmm_(x[:, i:end].t(), x[:, i:], beta=keep)
+
+    def _add_16_bits(self, x: Tensor, dense: Tensor | None, mine: list[int], keep: float) -> None:
+        """(x_dense − x)ᵀ x as the difference of two products: of numbers, not of differences, which
+        16 bits would round."""
+        share = 2 / self.samples
+        x = self._rows(x, x.dtype)
+        dense = None if dense is None else self._rows(dense, x.dtype)
+        for i in mine:
+            end = i + self._columns
+            first = i if dense is None else 0
+            gram = product16(x[:, i:end], x[:, first:])
+            if self._drift is not None and dense is not None:
+                moved = product16(dense[:, i:end], x).sub_(gram)
+                self._drift[i:end].mul_(keep).add_(moved, alpha=share)
+            self._h[i:end, i:].mul_(keep).add_(gram[:, i - first :], alpha=share)
 
     def blocks(self) -> list[tuple[int, int]]:
         """(first column, number of columns) of the blocks that `add` computes one by one."""
@@ -208,9 +255,8 @@ class Hessian:
         self.samples, self.unmatched = total, self.unmatched or other.unmatched
         return self
 
-    def _rows(self, x: Tensor) -> Tensor:
-        x = x.detach().to(device=self.device, dtype=torch.float32)
-        return x.reshape(-1, self.in_features)
+    def _rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.detach().to(device=self.device, dtype=dtype).reshape(-1, self.in_features)
 
     def drop_dense(self) -> None:
         """Forget what the dense model fed the layer: later inputs come without."""
