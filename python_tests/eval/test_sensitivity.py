@@ -164,6 +164,8 @@ def test_times(monkeypatch):
         (dict(mode="both"), "mode in"),
         (dict(window=128), "a text of 128 tokens, got 96"),
         (dict(preset="best"), "no rotation, got one"),
+        (dict(preset="default"), "no permutation, got one"),
+        (dict(permute=True), "no permutation, got one. Call sparsekern.permute first"),
     ],
 )
 def test_wrong_arguments(options, text):

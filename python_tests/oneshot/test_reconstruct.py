@@ -428,6 +428,21 @@ def test_presets_are_recorded(quick):
     assert report.from_json(report.to_json()).preset == "best"
 
 
+def test_the_dense_model_before_a_rotation_is_refused():
+    """A permutation moves nothing that a block returns, and is none of it."""
+    dense = build(layers=2)
+    model = copy.deepcopy(dense)
+    run_prune(model, "magnitude", texts(), compress=False, permute={"rounds": 2})
+    one = {"span": None, "epochs": 1}
+    sk.reconstruct(model, dense, texts(), one, device="cpu", progress=False)
+    turned = copy.deepcopy(dense)
+    # Channels in another order: far from the identity, as a search goes in many steps.
+    with torch.no_grad():
+        turned.get_input_embeddings().weight.copy_(dense.get_input_embeddings().weight.roll(1, 1))
+    with pytest.raises(ValueError, match="dense in the basis of the model.*after its rotation"):
+        sk.reconstruct(model, turned, texts(), one, device="cpu", progress=False)
+
+
 def test_what_is_given_wins_over_the_preset(quick):
     _, report = pruned((), preset="best", rotate=False, permute=False, method="sparsegpt")
     assert report.reconstruction == [] and report.rotation is None and report.permutation is None

@@ -32,6 +32,7 @@ from sparsekern.oneshot.calibration import digest, make_batches
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.executor import calibrate
 from sparsekern.oneshot.layerwise import Options, prune_group
+from sparsekern.oneshot.presets import find_preset
 from sparsekern.oneshot.prune_model import prune_model
 from sparsekern.oneshot.selection import select
 from sparsekern.oneshot.skip import DEFAULT_RULE
@@ -375,9 +376,15 @@ def _pruned_together(
 ) -> tuple[nn.Module, dict[str, Tensor], dict[str, float | None]]:
     """(the pruned copy, name -> its weight, errors)."""
     work = copy.deepcopy(model)
-    turns = bool(options.get("rotate")) or options.get("preset") == "best"
-    remedy = "Rotate the model first, and take it as the dense one."
-    check(not turns or options.get("rotate") is False, OP, "no rotation", "one", remedy)
+    preset = find_preset(OP, options.get("preset"))
+    for name, step, asked in (
+        ("rotate", "rotation", preset.rotate),
+        ("permute", "permutation", preset.permute),
+    ):
+        given = options.get(name)
+        asked = bool(asked if given is None else given)
+        remedy = f"Call sparsekern.{name} first, take that model as the dense one, and pass "
+        check(not asked, OP, f"no {step}", "one", f"{remedy}{name}=False.")
     report = prune_model(
         work,
         method,
