@@ -439,7 +439,7 @@ def test_the_dense_model_before_a_rotation_is_refused():
     # Channels in another order: far from the identity, as a search goes in many steps.
     with torch.no_grad():
         turned.get_input_embeddings().weight.copy_(dense.get_input_embeddings().weight.roll(1, 1))
-    with pytest.raises(ValueError, match="dense in the basis of the model.*after its rotation"):
+    with pytest.raises(ValueError, match="dense model in the basis.*after its rotation"):
         sk.reconstruct(model, turned, texts(), one, device="cpu", progress=False)
 
 

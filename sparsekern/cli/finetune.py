@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +193,6 @@ def _student(args: argparse.Namespace, teacher: Any, tokenizer: Any, device: str
         expected, remedy = "--preset or --method without --sparse", "Leave one of them out."
         check(named is None, OP, expected, named, remedy)
         student = load_model(args.sparse, "cpu")[0]
-        _check_basis(args, _rotation_of(Path(args.sparse)))
         return densify(student), None
     student = copy.deepcopy(teacher)
     calibration, preset = None, find_preset(OP, args.preset)
@@ -214,22 +212,7 @@ def _student(args: argparse.Namespace, teacher: Any, tokenizer: Any, device: str
         untie=args.untie,
         ranks=False if preset.rounds else "auto",  # what trains, each rank does by itself
     )
-    _check_basis(args, report.rotation)
     return student, report
-
-
-def _rotation_of(folder: Path) -> Any:
-    """What the report in a pruned folder says of a rotation; None where there is none."""
-    file = folder / "prune_report.json"
-    return json.loads(file.read_text("utf-8")).get("rotation") if file.is_file() else None
-
-
-def _check_basis(args: argparse.Namespace, rotation: Any) -> None:
-    """Refuse to match hidden states of a rotated model with those of the dense one."""
-    turned = bool(rotation) and "skipped" not in rotation
-    expected, remedy = "--block 0 with a rotated model", "Leave --block out."
-    got = f"{args.block}: its hidden states are in another basis"
-    check(not (turned and args.block), OP, expected, got, remedy)
 
 
 def densify(model: Any) -> Any:

@@ -43,6 +43,7 @@ from sparsekern.finetune.schedule import Schedule
 from sparsekern.finetune.teacher import CachedTeacher, LiveTeacher, Split, compiled
 from sparsekern.finetune.world import World
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.oneshot.discovery import check_basis
 from sparsekern.utils.files import write_atomic
 
 CHECKPOINT, REPORT = "checkpoint.pt", "report.json"
@@ -293,6 +294,8 @@ class _Run:
         self.teacher: LiveTeacher | CachedTeacher | None = None
         if isinstance(teacher, nn.Module):
             check(teacher is not self.model, OP, "a teacher of its own", "the model itself")
+            if self.recipe.block:
+                check_basis(OP, self.model, teacher)
             self.teacher = LiveTeacher(
                 teacher,
                 self.device,

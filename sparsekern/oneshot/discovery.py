@@ -43,6 +43,7 @@ HARMLESS = frozenset(
     {"dtype", "device", "shape", "requires_grad", "is_meta", "ndim", "size", "dim"}
 )
 ALREADY = "already 2:4"
+BASES_APART = 0.2  # of its norm: a rotated embedding differs by more, a trained one by less
 # Methods that code beside the layer may call; those that make its weights are not among them.
 _CALLED = re.compile(r"(?!_|forward$|extra_repr$|reset|init)\w+")
 # (whether it begins at `self`, attributes): where a method reads a weight.
@@ -541,3 +542,22 @@ def is_transformers(model: nn.Module) -> bool:
     """A Transformers model, or one wrapped by peft: takes its inputs by keyword and has a config.
     Recognised without importing transformers."""
     return hasattr(model, "config") and callable(getattr(model, "get_input_embeddings", None))
+
+
+@torch.no_grad()
+def check_basis(op: str, model: nn.Module, dense: nn.Module) -> None:
+    """Refuse hidden states of two bases: models whose embeddings are BASES_APART, of which one was
+    rotated (oneshot/rotation.py). Those that have no embedding of one shape are taken as they are.
+
+    Raises:
+        ValueError: with the distance.
+    """
+    own, other = (getattr(input_embedding(m), "weight", None) for m in (model, dense))
+    if not isinstance(own, Tensor) or not isinstance(other, Tensor) or own.shape != other.shape:
+        return
+    reference = other.to(own.device).float()
+    far = float((own.float() - reference).norm() / reference.norm().clamp_min(1e-30))
+    expected = "a dense model in the basis of the pruned one, with its embedding"
+    got = f"embeddings that differ by {far:.2f} of their norm"
+    remedy = "Pass the dense model after its rotation."
+    check(far <= BASES_APART, op, expected, got, remedy)

@@ -49,8 +49,6 @@ from sparsekern.oneshot.sequential import Call, Walk, call_block
 from sparsekern.oneshot.spans import SpanRound, final_norm, rebatch
 from sparsekern.utils.arguments import checked
 
-BASES_APART = 0.2  # of its norm: a rotated embedding differs by more, a trained one by less
-
 
 def reconstruct_block(
     block: nn.Module,
@@ -193,19 +191,6 @@ def _dense_copy(block: nn.Module, dense: Mapping[nn.Module, Tensor]) -> nn.Modul
 
 
 @checked(OP)
-@torch.no_grad()
-def _check_basis(model: nn.Module, dense: nn.Module) -> None:
-    """Refuse two models whose embeddings have little to do with each other: one was rotated."""
-    own, other = (getattr(models.input_embedding(m), "weight", None) for m in (model, dense))
-    if not isinstance(own, Tensor) or not isinstance(other, Tensor) or own.shape != other.shape:
-        return
-    far = (own.float() - other.to(own.device).float()).norm() / other.float().norm().to(own.device)
-    expected = "dense in the basis of the model, with its embedding"
-    got = f"embeddings that differ by {float(far):.2f} of their norm"
-    remedy = "Pass the dense model after its rotation."
-    check(float(far) <= BASES_APART, OP, expected, got, remedy)
-
-
 def reconstruct(
     model: nn.Module,
     dense: nn.Module,
@@ -243,7 +228,7 @@ def reconstruct(
     _, teachers = models.find_blocks(dense)
     check(bool(blocks), OP, "a model with decoder blocks", type(model).__name__)
     check(len(blocks) == len(teachers), OP, f"{len(blocks)} blocks in dense", len(teachers))
-    _check_basis(model, dense)
+    models.check_basis(OP, model, dense)
     fits: list[Fit] = []
     with torch.inference_mode(False), torch.no_grad(), _decompressed(model, blocks):
         selection = select(model, (), (2, 4), True, op=OP)
