@@ -64,7 +64,7 @@ def rows(report):
         ("llama", {"tie_word_embeddings": True}, {}),
         ("gpt2", {}, {"skip": (), "quantize": "int8"}),
         ("qwen2", {}, {"skip": ("lm_head", "block:1"), "method": "wanda"}),
-        ("opt", {}, {"preset": "default", "true_sequential": True, "reconstruct": ()}),
+        ("opt", {}, {"preset": "fast", "true_sequential": True, "reconstruct": ()}),
         ("llama", {}, {"reconstruct": {"span": 1, "epochs": 1}}),
     ],
 )
@@ -77,6 +77,18 @@ def test_the_folder_is_that_of_the_ordinary_way(family, more, options, tmp_path)
     assert_same_files(tmp_path / "a", tmp_path / "b")
     assert rows(report) == rows(expected) and report.parameters == expected.parameters
     assert sk.from_pretrained(tmp_path / "b", verify=True)
+
+
+def test_the_default_preset_is_without_its_permutation(tmp_path):
+    folder, few = dense_folder(tmp_path / "dense", "llama", layers=2), {"span": 1, "epochs": 1}
+    options = {"method": None, "preset": "default", "reconstruct": few}
+    ordinary(folder, tmp_path / "a", permute=False, **options)
+    with pytest.warns(UserWarning, match="preset default without permutation with source"):
+        report = streamed(folder, tmp_path / "b", tmp_path / "parts", **options)
+    assert report.method == "admm" and report.permutation is None
+    assert_same_files(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(ValueError, match="one block at a time, for source, got a permutation"):
+        streamed(folder, tmp_path / "c", tmp_path / "more", permute=True, **options)
 
 
 @contextlib.contextmanager
