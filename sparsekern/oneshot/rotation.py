@@ -10,10 +10,11 @@ residual stream, once the gains of the norms stand in the layers behind them:
     v, o of a head:           W_v, W_o      ──►  R W_v, W_o Rᵀ       nothing else sees v
 
 RMSNorm without gain commutes with Q, so the logits stay the same up to rounding, and nothing is
-computed at run time. Q and R are learnt, starting from the identity, by Adam on their Cayley form
-(I − A)(I + A)⁻¹, A skew: the mean over all matrices of
+computed at run time. Q and R are learnt, starting from the identity, by steps of Adam in their
+Cayley form (I − A)(I + A)⁻¹, A skew: the mean over all matrices of (rotation_search.py)
 
-    log Σ importance that 2:4 drops,   importance of w_ij = w_ij² / 2[(H + diag H)⁻¹]_jj,   H = XᵀX
+    log (s + s₀),   s = Σ importance that 2:4 drops, s₀ before,
+    importance of w_ij = w_ij² / 2[(H + diag H)⁻¹]_jj,   H = XᵀX
 
 on calibration activations X. 1 / 2[(H + diag H)⁻¹]_jj is what the others do not tell of input j
 when each is there with probability 1/2: the normal equations then have H/4 + diag(H)/4 in the mean.
@@ -97,7 +98,9 @@ def rotate(
         model: a Transformers decoder with pre-norm RMSNorm blocks (Llama, Mistral, Qwen, Phi-3,
             SmolLM, ...).
         calibration: token ids [samples, tokens], or whatever prune_model takes.
-        steps, rate: of Adam; 0 steps fold the gains alone.
+        steps, rate: of Adam, the rate rising over the first 10 steps and falling to zero; 0 steps
+            fold the gains alone. The best that the search has seen is kept: never worse than the
+            start by lost_after, and nothing is rotated where no step was better.
         seconds: time for all of it; the search ends with the step that it is in when they are over,
             its rate fallen by then. How far it comes depends on the machine.
         heads: also learn one rotation per key-value head between v and o.

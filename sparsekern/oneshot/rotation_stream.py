@@ -13,6 +13,7 @@ from sparsekern.errors import check
 from sparsekern.oneshot.calibration import Batch
 from sparsekern.oneshot.discovery import find_blocks, input_embedding
 from sparsekern.oneshot.observe import observe
+from sparsekern.prune.hessian import exact_float32
 
 OP = "sparsekern.rotate"
 SKIPPED_POSITIONS = 4  # of a sequence: attention sinks
@@ -158,7 +159,8 @@ def collect_grams(
         x = x.to(device).float()
         norms = x.norm(dim=1)
         x = x[norms <= OUTLIER * norms.median()]
-        grams[id(module)] = grams.get(id(module), 0) + x.t() @ x
+        with exact_float32(device):
+            grams[id(module)] = grams.get(id(module), 0) + x.t() @ x
         counts[id(module)] = counts.get(id(module), 0) + len(x)
 
     watched = [readers[0] for _, readers in stream.norms[:-1]] + stream.writers
