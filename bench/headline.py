@@ -259,8 +259,8 @@ def _recovery(records: list[dict]) -> list[str]:
     return [
         "",
         f"SmolLM2-135M on one {gpu}: pruned, and trained on under the mask by distillation from",
-        "the dense model, on texts apart from the tests and on text that it wrote itself. The presets",
-        "are calibrated on all of the texts.",
+        "the dense model, on texts apart from the tests and on text that it wrote itself.",
+        "The presets are calibrated on all of the texts.",
         "",
         f"| {' | '.join(header)} |",
         "| --- |" + " ---: |" * (len(header) - 1),
