@@ -21,6 +21,10 @@ match_dense); reconstruct (each block in the walk); span (all blocks after it); 
 admm (the method, else SparseGPT); compile (the rounds after the walk); twice (a text of fewer
 windows than --samples is used twice, texts.side_by_side). Rows of --explore train
 copies of one model (sparsekern.reconstruct), pruned as --start says, or vary the walk.
+
+--skip repeats each row of --runs with each of these skip rules (oneshot/skip.py): "lm_head" is the
+default of prune_model, a file the skip list of a sweep, "random:0.1:3" layers drawn with seed 3
+until they have a tenth of the weights.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import random
 import signal
 import statistics
 import time
@@ -123,6 +128,7 @@ def make_parser():
     result.add_argument("--calibration", default="builtin", metavar="FILE|hf:NAME|builtin")
     result.add_argument("--test", default="builtin", metavar="FILE|hf:NAME|builtin")
     result.add_argument("--runs", default="fast,default", metavar="NAME,...")
+    result.add_argument("--skip", default="", metavar="RULE,...", help="each with every run")
     result.add_argument("--explore", action="store_true", help="the table of EXPLORE, not --runs")
     result.add_argument("--only", default="", metavar="TEXT,...", help="rows of --explore with it")
     result.add_argument("--start", default="reconstruct", metavar="NAME", help="of --explore")
@@ -210,8 +216,11 @@ class Table:
                     continue
                 samples = self.args.samples or (preset.samples if preset else 128)
                 apart = preset is None or preset.side_by_side
-                with self.row(name, seed):
-                    self.prune(name, options, seed, samples, apart)
+                for rule in self.args.skip.split(","):
+                    shown = f"{name}, skip {Path(rule).name}" if rule else name
+                    more = {"skip": skip_rules(self.model, rule)} if rule else {}
+                    with self.row(shown, seed):
+                        self.prune(shown, options | more, seed, samples, apart)
 
     def explore(self) -> None:
         """Everything with the windows of the text side by side, one seed."""
@@ -486,6 +495,25 @@ class Table:
 def _cells(values: dict[str, float]) -> tuple[str, ...]:
     """One line of the table for a row of the matrix."""
     return ("", "", "", "", "", " ".join(f"{name} {value:.2f}" for name, value in values.items()))
+
+
+def skip_rules(model: nn.Module, rule: str) -> str | list[str]:
+    """A rule of --skip as prune_model takes it; random:SHARE:SEED is drawn here."""
+    if not rule.startswith("random:"):
+        return rule
+    share, seed = rule.split(":")[1:]
+    head = model.get_output_embeddings()
+    sizes = {
+        n: m.weight.numel() for n, m in model.named_modules() if is_linear(m) and m is not head
+    }
+    names, left = sorted(sizes), float(share) * sum(sizes.values())
+    random.Random(int(seed)).shuffle(names)
+    chosen = ["lm_head"]
+    for name in names:
+        if sizes[name] <= left:
+            chosen.append(name)
+            left -= sizes[name]
+    return chosen
 
 
 def check_24(model: Any) -> int:

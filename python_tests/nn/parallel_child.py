@@ -67,7 +67,8 @@ def main(rank, world, port, backend):
         assert isinstance(mlp.down_proj.layer, sk.SparseLinear)
         got = split(inputs_embeds=x).logits
         got.float().square().sum().backward()
-        near = 1e-5 if dtype == torch.float32 else 0.03
+        # a GPU quantises x, too, beside an fp8 weight: half a row has another scale than the row
+        near = 1e-5 if dtype == torch.float32 else 0.03 if quantize is None else 0.12
         assert distance(got, wanted) < near, distance(got, wanted)
         assert distance(x.grad, gradient) < 2 * near, distance(x.grad, gradient)
         with torch.no_grad():

@@ -166,6 +166,7 @@ class _Chunked(torch.autograd.Function):
                         grad_hidden[part] = low if weight is None else low @ weight
                     if grad_head is not None:
                         grad_head += (low.t() @ x).float()
+                    del raw, theirs, low  # or the next chunk's logits come beside them
                     continue
                 log_p = torch.log_softmax(raw, 1, dtype=torch.float32)
                 grad: Tensor | None = None
