@@ -103,3 +103,6 @@ def _of_lora(entry: dict) -> tuple[list[str], list[list[str]]]:
         if f"merged {arm} {tests[0]}" in metrics:
             lines.append(line("the same, merged", f"merged {arm}"))
     return header, lines
+
+
+TABLES = {"finetune": rows, "lora": lora_rows}  # op -> what makes its tables of its records

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("gguf", reason="needs gguf")
 pytest.importorskip("peft", reason="needs peft, which is no dependency")
-from bench import bench_lora, recovery_table
+from bench import bench_lora, recovery_table, table
 from python_tests.integrations import gguf_cases as cases
 
 WORDS = "the and then an hand 12 than these 34 a band stand other that is all there is to say "
@@ -65,6 +65,8 @@ def test_one_record_of_three_arms(options):
         "LoRA on the same weights, dense with zeros", "LoRA under the mask", "the same, merged",
     ]  # fmt: skip
     assert lines[2][1] == f"{metrics['lora sparse test.txt']:.2f}"
+    shown = table.render([{**record, "dirty": False}])
+    assert "LoRA on a compressed model" in shown and "| the same, merged |" in shown
 
 
 def test_arms_are_two_or_three_and_time_leaves_the_third_out(options):
@@ -73,8 +75,8 @@ def test_arms_are_two_or_three_and_time_leaves_the_third_out(options):
             measure(options, "--arms", bad)
     code, (record,) = measure(options, "--steps", 50, "--seconds", 1e-9, "--budget", 0)
     assert code == 0 and record["check"].endswith("not run: masked")
-    assert record["metrics"]["steps"] == 5  # the clock is read after five
-    assert len(record["details"]["losses"]["dense"]) == 5
+    assert record["metrics"]["steps"] == bench_lora.WARM  # then the clock is read
+    assert len(record["details"]["losses"]["dense"]) == bench_lora.WARM
 
 
 def test_a_merge_that_changes_logits_is_a_failure(options, monkeypatch):
