@@ -31,6 +31,7 @@ One record when all arms are done; a missing one is named in `check`.
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import time
 from dataclasses import asdict, dataclass, field
@@ -214,6 +215,7 @@ class Adaptation(Material):
         )
         first, losses = not self.arms, []
         rows = self.corpus.rows.to(device)
+        gc.collect()  # the arm before
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("gguf", reason="needs gguf")
 pytest.importorskip("peft", reason="needs peft, which is no dependency")
@@ -77,6 +78,24 @@ def test_arms_are_two_or_three_and_time_leaves_the_third_out(options):
     assert code == 0 and record["check"].endswith("not run: masked")
     assert record["metrics"]["steps"] == bench_lora.WARM  # then the clock is read
     assert len(record["details"]["losses"]["dense"]) == bench_lora.WARM
+
+
+def test_a_base_of_bfloat16_under_autocast(options, monkeypatch):
+    """The dtypes of a run on a GPU."""
+    init = bench_lora.Adaptation.__init__
+
+    def as_on_a_gpu(self, run, args):
+        init(self, run, args)
+        self.bf16 = torch.bfloat16
+
+    monkeypatch.setattr(bench_lora.Adaptation, "__init__", as_on_a_gpu)
+    code, (record,) = measure(options, "--steps", 2, "--lr", "1e-2")
+    metrics = record["metrics"]
+    assert code == 0 and record["dtype"] == "bfloat16"
+    assert metrics["ratio test.txt"] == pytest.approx(1, abs=0.05)
+    for arm in ("dense", "masked"):  # what rounding the sum to bfloat16 costs, and that alone
+        exact, stored = (metrics[f"merge_logits {what} {arm}"] for what in ("exact", "stored"))
+        assert exact < 1e-4 < stored < 0.1
 
 
 def test_a_merge_that_changes_logits_is_a_failure(options, monkeypatch):
