@@ -201,7 +201,7 @@ def _student(
         expected, remedy = "--preset or --method without --sparse", "Leave one of them out."
         check(named is None, OP, expected, named, remedy)
         student = densify(load_model(args.sparse, "cpu")[0])
-        asked = {"sparse": fingerprint.of_model(student)}
+        asked: dict[str, Any] = {"sparse": fingerprint.of_model(student)}
         start.once(work, teacher, asked, lambda: (student, None), weights=False, write=first)
         return student, None
     calibration, preset = None, find_preset(OP, args.preset)

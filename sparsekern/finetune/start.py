@@ -11,6 +11,7 @@ is refused with every difference, as the checkpoint beside it is of that start.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -81,9 +82,9 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     found: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     names: dict[int, str] = {}
-    named = [*model.named_parameters(remove_duplicate=False)]
-    named += [*model.named_buffers(remove_duplicate=False)]
-    for name, tensor in named:
+    parameters = model.named_parameters(remove_duplicate=False)
+    buffers = model.named_buffers(remove_duplicate=False)
+    for name, tensor in itertools.chain[tuple[str, Tensor]](parameters, buffers):
         if id(tensor) in names:
             tied[name] = names[id(tensor)]
             continue
@@ -124,7 +125,7 @@ def _say_untied(model: nn.Module) -> None:
     """The configuration of a model whose head has become one of its own."""
     get = getattr(model, "get_output_embeddings", lambda: None)
     head, embedding = get(), getattr(model, "get_input_embeddings", lambda: None)()
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     apart = getattr(head, "weight", None) is not getattr(embedding, "weight", None)
     if head is not None and apart and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
