@@ -14,8 +14,8 @@ The base is in bfloat16 and frozen, the adapters are float32, matmuls are under 
 all is float32); adapters begin with the same numbers, which is checked, and see the same rows in
 the same order at the same rates. The first arm takes --steps, or as many as --seconds allow, and
 the others do what it did. The loss is bench finetune's: the teacher's distribution, and --alpha of
-cross-entropy. `ms_per_step` leaves out the first three; `peak_gb` is of the steps, with the
-teacher, which all arms have on the device.
+cross-entropy (--alpha 1: no teacher). `ms_per_step` leaves out the first three; it and `peak_gb`
+are with the teacher, which is the same in all arms.
 
 Then sparse and masked are merged (2:4 kept, verified) and evaluated again. `merge_logits` is the
 largest difference that merging makes to a logit, over --check-tokens of the test, all in float32:
@@ -44,6 +44,7 @@ import sparsekern
 from sparsekern import SparseLinear
 from sparsekern.cli.finetune import densify
 from sparsekern.finetune import data
+from sparsekern.finetune.losses import Target
 from sparsekern.finetune.masked import Masked
 from sparsekern.finetune.recipe import Recipe
 from sparsekern.finetune.teacher import LiveTeacher, Split, compiled
@@ -134,7 +135,13 @@ class Adaptation(Material):
             compile=args.compile,
             seed=args.seed,
         )
-        self.live = LiveTeacher(self.teacher, run.device, autocast=self.bf16, compile=args.compile)
+        self.live: LiveTeacher | None = None
+        if args.alpha < 1:
+            self.live = LiveTeacher(
+                self.teacher, run.device, autocast=self.bf16, compile=args.compile
+            )
+        else:
+            self.teacher.cpu()
         self.masks = masks_of(student)
         self.rates: list[float] = []  # of the steps, as the first arm had them
         self.arms: dict[str, Arm] = {}
@@ -254,7 +261,8 @@ class Adaptation(Material):
         numbers = data.batch_rows(rows.shape[0], recipe.batch, recipe.seed, step)
         parts = numbers.split(recipe.micro_batch or recipe.batch)
         batches = [rows[part.to(device)].long() for part in parts]
-        targets = self.live.targets(batches, parts)
+        empty: tuple[Target, list[torch.Tensor]] = (Target(), [])
+        targets = [empty] * len(parts) if self.live is None else self.live.targets(batches, parts)
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=device)
         for ids, (target, theirs) in zip(batches, targets, strict=True):

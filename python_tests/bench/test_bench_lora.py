@@ -74,10 +74,14 @@ def test_arms_are_two_or_three_and_time_leaves_the_third_out(options):
     for bad in ("sparse", "dense,sparse", "sparse,dense,other"):
         with pytest.raises(SystemExit):
             measure(options, "--arms", bad)
-    code, (record,) = measure(options, "--steps", 50, "--seconds", 1e-9, "--budget", 0)
+    code, (record,) = measure(
+        options, "--steps", 50, "--seconds", 1e-9, "--budget", 0, "--alpha", 1
+    )
     assert code == 0 and record["check"].endswith("not run: masked")
     assert record["metrics"]["steps"] == bench_lora.WARM  # then the clock is read
-    assert len(record["details"]["losses"]["dense"]) == bench_lora.WARM
+    losses = record["details"]["losses"]
+    assert len(losses["dense"]) == bench_lora.WARM and record["settings"]["alpha"] == 1
+    assert losses["dense"][0] > 2  # cross-entropy of a random model, without a teacher
 
 
 def test_a_base_of_bfloat16_under_autocast(options, monkeypatch):
