@@ -58,3 +58,51 @@ def _part(windows: dict | None) -> str:
     if windows is None or windows["start"] == windows["all"]:
         return ""
     return f" (the first {max(windows['start'].values())} windows)"
+
+
+ARMS = {
+    "sparse": "LoRA on the 2:4 model",
+    "dense": "LoRA on the same weights, dense with zeros",
+    "masked": "LoRA under the mask",
+}
+
+
+def lora_rows(records: list[dict]) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """case -> (header, rows) of the newest record of each case and start.
+
+    Args:
+        records: of op "lora", oldest first.
+    """
+    newest = {(entry["case"], entry["backend"]): entry for entry in records}
+    several = len({start for _, start in newest}) > 1
+    return {
+        f"{case}, {NAMES[start][0]}" if several else case: _of_lora(entry)
+        for (case, start), entry in newest.items()
+    }
+
+
+def _of_lora(entry: dict) -> tuple[list[str], list[list[str]]]:
+    metrics = entry["metrics"]
+    tests = [name.removeprefix("ratio ") for name in metrics if name.startswith("ratio ")]
+    header = ["", *(f"perplexity, {name}" for name in tests), "ms a step", "peak GB", "weights, MB"]
+    header.append("a merge changes logits by")
+
+    def line(name: str, kind: str, *more: str) -> list[str]:
+        values = (metrics[f"{kind} {test}"] for test in tests)
+        return [name, *("inf" if v is None else f"{v:.2f}" for v in values), *(more or [""] * 4)]
+
+    lines = [line("dense model", "dense"), line(NAMES[entry["backend"]][0], "start")]
+    for arm, name in ARMS.items():
+        if f"ms_per_step {arm}" not in metrics:
+            continue
+        peak = metrics.get(f"peak_gb {arm}")
+        megabytes = metrics[f"weight_bytes {arm}"] / 1e6
+        numbers = [f"{metrics[f'ms_per_step {arm}']:.1f}", "" if peak is None else f"{peak:.2f}"]
+        numbers += [f"{megabytes:.1f}", f"{metrics[f'merge_logits exact {arm}']:.2g}"]
+        lines.append(line(name, f"lora {arm}", *numbers))
+        if f"merged {arm} {tests[0]}" in metrics:
+            lines.append(line("the same, merged", f"merged {arm}"))
+    return header, lines
+
+
+TABLES = {"finetune": rows, "lora": lora_rows}  # op -> what makes its tables of its records

@@ -55,6 +55,7 @@ TITLES = {
     "eager_call": "Host time of one eager call",
     "hosttime": "Host time of one eager call, this version against the one before",
     "finetune": "Recovery by masked distillation",
+    "lora": "LoRA on a compressed model against the same weights dense with zeros",
     "training_step": "A training step of an MLP block, sparse against dense",
     "lora_step": "A LoRA step on a frozen 2:4 block against a dense one",
     "linear_peer": "What could not be compared",
@@ -318,10 +319,10 @@ def render(records: list[dict]) -> str:
         else:
             base = BASES.get(op, "dense")
             table = timing_table(entries, base) if kind == "us" else metrics_table(entries)
-        if op == "finetune":
-            tables_of = recovery_table.rows(entries).items()
+        if op in recovery_table.TABLES:
+            tables_of = recovery_table.TABLES[op](entries).items()
             promised = [f"{case}\n\n{markdown(*table_of)}" for case, table_of in tables_of]
-            table = "\n\n".join([*promised, table])
+            table = "\n\n".join([*promised, table] if op == "finetune" else promised)
         sources = sorted({str(entry.get("git"))[:10] for entry in entries})
         versions = sorted({f"torch {entry.get('torch')}" for entry in entries})
         title = f"**{TITLES.get(op, op)}**, {gpu}, {', '.join(versions)}, git {', '.join(sources)}"

@@ -109,7 +109,7 @@ def test_options_go_to_one_benchmark(capsys):
     assert entry.main(["--quick"]) == 2
     assert "options go to one benchmark" in capsys.readouterr().out
     names = {"compat", "compress", "decode_model", "dense_mma", "hosttime", "linear", "overhead"}
-    names |= {"finetune", "generate", "serve", "prune", "training", "vllm"}
+    names |= {"finetune", "generate", "lora", "serve", "prune", "training", "vllm"}
     names |= {"activations", "layers8", "quality", "quantize"}
     assert set(entry.names()) == names
 

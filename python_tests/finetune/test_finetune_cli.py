@@ -1,6 +1,10 @@
 """sparsekern finetune, from a dense folder to a compressed one."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -29,11 +33,15 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def call(folder, *options):
+def arguments(folder, *options):
     common = ["--window", "16", "--batch", "4", "--quiet", "--device", "cpu"]
     common += ["--calibration", str(folder / "train.txt"), "--samples", "8"]
     common += ["--calibration-window", "32"]
-    return main(["finetune", str(folder / "model.gguf"), *common, *options])
+    return ["finetune", str(folder / "model.gguf"), *common, *options]
+
+
+def call(folder, *options):
+    return main(arguments(folder, *options))
 
 
 def test_prune_distil_compress_save(folder, capsys):
@@ -66,6 +74,12 @@ def test_from_a_preset_that_rotates(folder, capsys, monkeypatch):
     assert "preset best" in capsys.readouterr().out and verify_checkpoint(out).ok
     report = json.loads((out / "prune_report.json").read_text())
     assert report["method"] == "admm" and report["rotation"]["steps"] == 20
+    same = ["--out", str(folder / "c"), "--work", str(folder / "out-run"), *start]
+    with monkeypatch.context() as patch:  # the rotated start with its own head, out of the folder
+        patch.setattr(sk, "prune_model", no_pruning)
+        assert call(folder, *same) == 0
+    got, want = sk.from_pretrained(folder / "c").state_dict(), sk.from_pretrained(out).state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
     assert report["calibration"]["samples"] <= 8 and report["permutation"]["rounds"] == 2
     again = ["--sparse", str(out), *text]
     assert call(folder, "--out", str(folder / "b"), *again, "--block", "0.5") == 2
@@ -75,14 +89,94 @@ def test_from_a_preset_that_rotates(folder, capsys, monkeypatch):
     assert call(folder, "--out", str(folder / "b"), *again) == 0
 
 
-def test_limit_and_the_same_command_again(folder, capsys):
+def no_pruning(*arguments, **options):
+    raise AssertionError("pruned again")
+
+
+def test_limit_and_the_same_command_again(folder, capsys, monkeypatch):
     options = ["--out", str(folder / "out"), "--text", str(folder / "train.txt")]
     options += ["--steps", "40", "--method", "magnitude"]
     assert call(folder, *options, "--limit-seconds", "0.001") == 0
     assert "goes on from" in capsys.readouterr().out and not (folder / "out").exists()
+    monkeypatch.setattr(sk, "prune_model", no_pruning)
     assert call(folder, *options, "--limit-seconds", "600") == 0
+    assert "pruned by an earlier call" in capsys.readouterr().out
     report = json.loads((folder / "out" / "finetune_report.json").read_text())
     assert report["steps"] == 40 and 0 < report["resumed"] < 40 and not report["stopped"]
+    pruned = json.loads((folder / "out" / "prune_report.json").read_text())
+    assert pruned["method"] == "magnitude" and len(pruned["layers"]) > 0
+
+
+# The command in a process that is killed when a checkpoint has been written.
+KILLED = """
+import os, signal, sys
+from sparsekern.cli.main import main
+from sparsekern.finetune import trainer
+save = trainer._Run._save
+def once(self, step):
+    save(self, step)
+    os.kill(os.getpid(), signal.SIGKILL)
+trainer._Run._save = once
+main(sys.argv[1:])
+"""
+
+
+def test_killed_and_called_again(folder, monkeypatch):
+    """The second process reads the start, and ends with the weights of a run in one piece."""
+    options = ["--text", str(folder / "train.txt"), "--steps", "6", "--save-every", "2"]
+    options += ["--method", "sparsegpt", "--out"]
+    out, whole = folder / "out", folder / "whole"
+    command = [sys.executable, "-c", KILLED, *arguments(folder, *options, str(out))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert {"start.safetensors", "checkpoint.pt"} <= {
+        p.name for p in (folder / "out-run").iterdir()
+    }
+    assert call(folder, *options, str(whole)) == 0
+    monkeypatch.setattr(sk, "prune_model", no_pruning)
+    assert call(folder, *options, str(out)) == 0
+    assert json.loads((out / "finetune_report.json").read_text())["resumed"] == 2
+    got, want = sk.from_pretrained(out).state_dict(), sk.from_pretrained(whole).state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_a_start_of_other_settings_is_refused(folder, capsys, monkeypatch):
+    work = ["--work", str(folder / "work"), "--text", str(folder / "train.txt"), "--steps", "1"]
+    assert call(folder, "--out", str(folder / "a"), "--method", "sparsegpt", *work) == 0
+    monkeypatch.setattr(sk, "prune_model", no_pruning)
+    for options, said in (
+        (["--method", "wanda"], "method: 'wanda' here, 'sparsegpt' there"),
+        (["--method", "sparsegpt", "--seed", "1"], "calibration: "),
+        (["--method", "sparsegpt", "--untie"], "untie: True here, False there"),
+        (["--preset", "fast"], "preset: 'fast' here, None there"),
+        (["--sparse", str(folder / "a")], "sparse: "),
+    ):
+        assert call(folder, "--out", str(folder / "b"), *options, *work) == 2
+        error = capsys.readouterr().err
+        assert said in error and "or another --work" in error and not (folder / "b").exists()
+    file = folder / "work" / "start.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert call(folder, "--out", str(folder / "b"), "--method", "sparsegpt", *work) == 2
+    assert "as written, got other content" in capsys.readouterr().err
+    file.write_bytes(content[:100])
+    assert call(folder, "--out", str(folder / "b"), "--method", "sparsegpt", *work) == 2
+    assert "expected a start in" in capsys.readouterr().err
+
+
+def test_a_start_of_a_pruned_folder_is_that_folder_again(folder, capsys):
+    for out, method in (("a", "magnitude"), ("b", "wanda")):
+        sparse = cases.tiny_llama()
+        tokens = torch.arange(64).view(2, 32) % sparse.config.vocab_size
+        sk.prune_model(sparse, method, tokens, device="cpu", progress=False)
+        sk.save_pretrained(sparse, folder / out, tokenizer=None)
+    common = ["--text", str(folder / "train.txt"), "--steps", "1", "--work", str(folder / "work")]
+    assert call(folder, "--out", str(folder / "c"), "--sparse", str(folder / "a"), *common) == 0
+    assert call(folder, "--out", str(folder / "d"), "--sparse", str(folder / "b"), *common) == 2
+    assert "sparse: " in capsys.readouterr().err
+    assert call(folder, "--out", str(folder / "d"), "--sparse", str(folder / "a"), *common) == 0
 
 
 def test_densify_is_exact():

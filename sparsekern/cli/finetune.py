@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     sub.add_argument(
         "--work",
         metavar="DIR",
-        help="checkpoints, metrics.jsonl, plot.png; the same command goes on from there "
+        help="the pruned start, checkpoints, metrics.jsonl, plot.png; the same command goes on "
+        "from there "
         "(default: OUT with -run added)",
     )
     sub.add_argument(
@@ -124,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     teacher, tokenizer = load_model(args.model, "cpu")
     check(tokenizer is not None, OP, "a tokenizer with the model", "none", "Add tokenizer.json.")
-    student, report = _student(args, teacher, tokenizer, device)
+    student, report = _student(args, teacher, tokenizer, device, work)
     corpus = _corpus(args, teacher, tokenizer, device)
     steps = None if args.passes or args.minutes else args.steps
     result = distill(
@@ -180,38 +183,60 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _student(args: argparse.Namespace, teacher: Any, tokenizer: Any, device: str) -> Any:
-    """(the model with dense 2:4 weights, PruneReport or None)."""
+def _student(
+    args: argparse.Namespace, teacher: Any, tokenizer: Any, device: str, work: Path
+) -> Any:
+    """(the model with dense 2:4 weights, PruneReport or None); pruned once for a work folder."""
     import copy
 
     import sparsekern as sk
     from sparsekern.eval import texts
+    from sparsekern.finetune import start
     from sparsekern.integrations.loading import load_model
+    from sparsekern.oneshot import fingerprint
 
+    first = int(os.environ.get("RANK", "0")) == 0
     if args.sparse:
         named = args.preset or args.method
         expected, remedy = "--preset or --method without --sparse", "Leave one of them out."
         check(named is None, OP, expected, named, remedy)
-        student = load_model(args.sparse, "cpu")[0]
-        return densify(student), None
-    student = copy.deepcopy(teacher)
+        student = densify(load_model(args.sparse, "cpu")[0])
+        asked: dict[str, Any] = {"sparse": fingerprint.of_model(student)}
+        start.once(work, teacher, asked, lambda: (student, None), weights=False, write=first)
+        return student, None
     calibration, preset = None, find_preset(OP, args.preset)
     if (args.method or preset.method) != "magnitude":
         ids = _ids(tokenizer, args.calibration, "train")
         samples = preset.samples if args.samples is None else args.samples
         draw: Any = texts.side_by_side if preset.side_by_side else texts.calibration_windows
         calibration = draw(ids, samples, args.calibration_window, args.seed)
-    report = sk.prune_model(
-        student,
-        args.method,
-        calibration,
-        compress=False,
-        device=device,
-        progress=not args.quiet,
-        preset=args.preset,
-        untie=args.untie,
-        ranks=False if preset.rounds else "auto",  # what trains, each rank does by itself
-    )
+    asked = {
+        "model": fingerprint.of_model(teacher),
+        "preset": args.preset,
+        "method": args.method or preset.method,
+        "options": repr(dataclasses.replace(preset, help="")),
+        "untie": args.untie,
+        "calibration": None if calibration is None else fingerprint.of_tensor(calibration),
+    }
+
+    def make() -> Any:
+        student = copy.deepcopy(teacher)
+        report = sk.prune_model(
+            student,
+            args.method,
+            calibration,
+            compress=False,
+            device=device,
+            progress=not args.quiet,
+            preset=args.preset,
+            untie=args.untie,
+            ranks=False if preset.rounds else "auto",  # what trains, each rank does by itself
+        )
+        return student, report
+
+    student, report, read = start.once(work, teacher, asked, make, write=first)
+    if read and first:
+        print(f"start    {work / start.FILE}, pruned by an earlier call")
     return student, report
 
 

@@ -145,7 +145,7 @@ def eval_batch(model: nn.Module, window: int, device: torch.device) -> int:
     return int(max(1, min(8, (1 << 30) // (window * size))))
 
 
-class _Step(nn.Module):
+class Step(nn.Module):
     """Forward and loss in one module, so that DDP sees one call."""
 
     def __init__(
@@ -369,7 +369,7 @@ class _Run:
         if self.folder is not None and world.first:
             self.folder.mkdir(parents=True, exist_ok=True)
             metrics.truncate(self.folder, step)
-        module: Any = _Step(self.split, self._body(), recipe, self.autocast)
+        module: Any = Step(self.split, self._body(), recipe, self.autocast)
         module.train()
         if world.size > 1:
             module = nn.parallel.DistributedDataParallel(module)
