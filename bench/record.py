@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # checked in the same process. A timing has "us" and "timer"; any other result has "metrics".
 REQUIRED = ("op", "backend", "check")
 
+
 def git_state() -> dict:
     """{"git": sha or None, "dirty": bool} of the sources: see provenance.git_state."""
     return provenance.git_state(ROOT)

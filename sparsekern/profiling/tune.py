@@ -1,9 +1,10 @@
 """Measures every variant of the CUDA kernels on every problem: what `sparsekern tune` does.
 
-A cell is a shape, the types of weight and x (KINDS), and a number of tokens. In which order, and by
-which of several processes: profiling/tune_plan.py. How its variant is found: profiling/tune_cell.py. A sample is one replay of a CUDA graph of calls whose weights rotate
-among copies, so that no call finds its weight in the cache. Cells are stored after each job, with
-where they come from (profiling/tune_table.py).
+A cell is a shape, the types of weight and x (KINDS), and a number of tokens. In which order they
+come, and which of several processes has which: tune_plan.py. How the variant of one is found:
+tune_cell.py. A sample is one replay of a CUDA graph of calls whose weights rotate among copies, so
+that no call finds its weight in the cache. Cells are stored after each job, with where they come
+from: tune_table.py.
 """
 
 from __future__ import annotations
@@ -234,7 +235,7 @@ def tune(
         tokens: numbers of tokens. dtypes: names of KINDS.
         device: a GPU that has the CUDA kernels.
         path: of the table file; None: the user's own. Several processes may write to one.
-        budget: seconds; no cell is begun after them. Cells of most tokens come first (tune_plan.py).
+        budget: seconds; no cell is begun after them. Most tokens come first (tune_plan.py).
         say: gets one line per cell.
         log: file to which a line of JSON per cell is added (`logged`), for `python -m bench.fit`.
         shard: (number, of how many): the part of the cells that this process measures.

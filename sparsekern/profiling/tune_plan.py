@@ -1,11 +1,11 @@
 """In which order `sparsekern tune` measures its cells, and which of several processes measures
 which.
 
-Cells go in passes, those with most tokens first (PASSES): a budget that is too short is spent where
-most time is lost. Within a pass a job is one dtype and shape with its numbers of tokens, and goes as
-a whole to the process that has least to do so far, by the estimate of `seconds`. So n processes on
-n GPUs of one kind, `--shard 1/n` to `--shard n/n`, measure every cell once, and may write to one
-file at the same time.
+Cells go in passes, those with most tokens first (PASSES): a budget that is too short is spent
+where most time is lost. Within a pass a job is one dtype and shape with its numbers of tokens, and
+goes as a whole to the process that has least to do so far, by the estimate of `seconds`. So n
+processes on n GPUs of one kind, `--shard 1/n` to `--shard n/n`, measure every cell once, and may
+write to one file at the same time.
 """
 
 from __future__ import annotations
