@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from . import cusparselt, results, sweep, timing
+from . import cusparselt, results, sweep, timing, verdict
 from .ceilings import bandwidths
 from .layers import Layer, WrongResult
 from .monitor import Monitor
@@ -73,7 +73,10 @@ def main(path, arguments=()) -> int:
             read = bandwidths(run)["read_tb_s"]
             names = {dtype: _providers(run, dtype, args.providers.split(",")) for dtype in dtypes}
             skipped = _grid(run, monitor, jobs, names, failures, args.seconds)
-        lines = results.summary(results.cells(run.records), read)
+        cells = results.cells(run.records)
+        lines = results.summary(cells, read)
+        for promise in verdict.against_cusparselt(cells):
+            lines.append(f"{verdict.word(promise.met)}: {promise.text}: {promise.found}")
         if skipped:
             lines.append(f"not measured: {', '.join(skipped)}")
     print("\n".join(lines), flush=True)

@@ -80,7 +80,7 @@ class Layer:
         self.weights = [pack(timed if plain else quantize(timed, self.types.weight))]
         count = copies_beyond_cache(self.weights[0].nbytes)
         self.weights += [self.weights[0].clone() for _ in range(count - 1)]
-        rows = prune_compress(self._integers(weight))
+        rows = prune_compress(self._integers(weight), layout="rowmajor")
         self.exact_dense = decompress(rows)
         self.dense = [weight] if plain else []  # of quantised weights there is no one dense product
         ones = torch.ones(out_features, 1, device=device)
