@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
 
+from sparsekern.backends.cuda import configs
+from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.backends.cuda import tuned_tables as tuning
 from sparsekern.cli import main as cli
-from sparsekern.profiling import provenance, tune_table
+from sparsekern.profiling import layer_bench, provenance, tune_table
 
 GPU, SHAPE = "Test GPU, 132 multiprocessors", (64, 128)
 KNOWN = {"decode a", "decode b"}
@@ -79,6 +82,28 @@ def test_a_merge_keeps_what_was_not_measured(run, tmp_path, capsys):
     assert "a.json: 1 cells of Test GPU, 132 multiprocessors into" in capsys.readouterr().out
     before = target.read_text()
     assert tune_table.merge(sources, target, say=len) == 2 and target.read_text() == before
+
+
+def test_a_merged_table_tells_what_dense_takes(run, tmp_path, monkeypatch):
+    """explain, doctor and keep_dense read the file that a merge has made."""
+    monkeypatch.setattr(tuning, "TABLES", tmp_path / "shipped")
+    monkeypatch.setenv("SPARSEKERN_CACHE", str(tmp_path / "user"))
+    monkeypatch.setattr(configs, "runnable", lambda index, types: dict.fromkeys(KNOWN, ("", 0)))
+    monkeypatch.setattr(tuning, "gpu_name", lambda index: GPU)
+    monkeypatch.setattr(cuda_backend, "packs", lambda device, dtype: True)
+    target = tuning.TABLES / "gpu.json"
+    tuning.store(target, GPU, "bfloat16", SHAPE, {64: ("decode b", 3.0), 4096: ("decode b", 90.0)})
+    where = dict(dtype=torch.bfloat16, device="cuda:0")
+    assert layer_bench.tuned_times(*SHAPE, 4096, **where) is None, "an old cell, without dense"
+    run("a.json").store("bfloat16", SHAPE, {4096: ("decode a", 80.0)}, {4096: 75.0})
+    tune_table.merge([tmp_path / "a.json"], target, say=len)
+    told = configs.choose(4096, *SHAPE, "bfloat16", 0)
+    assert (told.variant, told.us, told.dense_us) == ("decode a", 80.0, 75.0)
+    assert told.why.endswith("shipped tuned table; dense is faster: 75 us, measured beside 80")
+    assert layer_bench.tuned_times(*SHAPE, 4096, **where) == (75.0, 80.0)
+    assert layer_bench.tuned_times(*SHAPE, 64, **where) is None
+    assert "shipped: 1 shapes, dense is faster in 1 of 1 cells" in tuning.summary(GPU)
+    tuning.forget()
 
 
 def test_what_is_no_table_is_not_merged(tmp_path, capsys):
