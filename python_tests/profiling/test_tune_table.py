@@ -41,10 +41,14 @@ def test_a_cell_knows_its_run(run, tmp_path):
     assert name == "2026-11-29T00:00:10Z, shard 1/2"
     assert (about["git"], about["dirty"], about["driver"]) == ("abc", False, "580.1")
     second = run("t.json")
-    second.store("bfloat16", SHAPE, {1024: ("decode a", 8.0)}, {})
+    second.store("bfloat16", SHAPE, {1024: ("decode a", 8.0)}, {}, {"clock_sm_mhz": 1500.0})
     second.store("float16", (8, 8), {1: ("decode a", 1.0)}, {})
     assert tune_table.run_of(path, GPU, "bfloat16", SHAPE, 1024)[0] == second.name
-    assert tune_table.run_of(path, GPU, "bfloat16", SHAPE, 1)[0] == first.name
+    assert tune_table.run_of(path, GPU, "bfloat16", SHAPE, 1) == (
+        first.name,
+        {**about, "cells": {"bfloat16": {"64x128": "1"}}},
+    )
+    assert tune_table.run_of(path, GPU, "float16", (8, 8), 1)[1]["clock_sm_mhz"] == 1500.0
     assert tune_table.run_of(path, GPU, "bfloat16", SHAPE, 2) is None
     run("t.json").store("bfloat16", SHAPE, {1: ("decode a", 2.0)}, {})
     assert len(entries(path)[tune_table.runs_key(GPU)]) == 2, "the first one has no cell left"

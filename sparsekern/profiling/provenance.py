@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import statistics
 import subprocess
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +65,38 @@ def gpu_state(device: int | None = None) -> dict[str, Any]:
         return {}
     state: dict[str, Any] = dict(zip(_SMI, (value.strip() for value in values), strict=False))
     return {name: v if name == "driver" else _number(v) for name, v in state.items()}
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[Callable[[], dict[str, float]]]:
+    """Clock and power of the current GPU while the block runs; what it yields says the medians."""
+    lines: list[list[float]] = []
+    process = None
+    if torch.cuda.is_available() and shutil.which("nvidia-smi"):
+        uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+        command = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", f"--id=GPU-{uuid}"]
+        command += ["--format=csv,noheader,nounits", "--loop-ms=100"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+        def read() -> None:
+            assert process is not None and process.stdout is not None
+            for line in process.stdout:
+                with contextlib.suppress(ValueError):
+                    lines.append([float(part) for part in line.split(",")])
+
+        threading.Thread(target=read, daemon=True).start()
+
+    def medians() -> dict[str, float]:
+        whole = [line for line in lines if len(line) == 2]
+        names = ("clock_sm_mhz", "power_draw_w")
+        return {n: statistics.median(column) for n, column in zip(names, zip(*whole))}
+
+    try:
+        yield medians
+    finally:
+        if process is not None:
+            process.terminate()
+            process.wait(10)
 
 
 def _output(command: list[str]) -> str:

@@ -30,7 +30,7 @@ from sparsekern.formats import dtypes
 from sparsekern.formats.tile64 import pack
 from sparsekern.ops.compress import decompress, prune_compress
 from sparsekern.ops.quantize import quantize
-from sparsekern.profiling import timer, tune_plan, tune_table
+from sparsekern.profiling import provenance, timer, tune_plan, tune_table
 from sparsekern.profiling.layer_bench import copies_beyond_cache
 from sparsekern.profiling.timer import graph_replay as graph_sampler
 from sparsekern.profiling.tune_cell import Cell, tune_cell
@@ -254,7 +254,7 @@ def tune(
     count, about = sum(len(job.tokens) for job in jobs), sum(job.seconds(most_s) for job in jobs)
     say(f"{gpu}: {count} cells, about {math.ceil(about)} s, into {path}")
     run = tune_table.Run(path, gpu, index, shard)
-    with torch.cuda.device(device):
+    with torch.cuda.device(device), provenance.watch() as during:
         for job in jobs:
             if clock() - begin >= budget:
                 untuned += len(job.tokens)
@@ -281,7 +281,7 @@ def tune(
             if found:
                 chosen = {cell.tokens: (cell.best, cell.us) for cell in found}
                 dense = {cell.tokens: us for cell in found if (us := cell.dense_us) is not None}
-                run.store(dtype, shape, chosen, dense)
+                run.store(dtype, shape, chosen, dense, during())
             cells += found
     cuda_backend.forget_plans()
     say(summary(cells, untuned, clock() - begin))

@@ -6,9 +6,10 @@ Beside the entry of a GPU (backends/cuda/tuned_tables.py) stands one of the runs
     {"NVIDIA H200, 132 multiprocessors, runs":
       {"2026-11-29T22:15:00Z, shard 1/2": {"git": ..., "dirty": false, "sparsekern": ..., "torch":
         ..., "driver": ..., "clock_sm_max_mhz": ..., "power_limit_w": ...,
-        "cells": {"bfloat16": {"6144x4096": [1024, 2048]}}}}}
+        "cells": {"bfloat16": {"6144x4096": "1024,2048"}}}}}
 
-A cell belongs to one run, the newest that measured it. Cells of older tables belong to none.
+clock_sm_mhz and power_draw_w are medians of the run. A cell belongs to one run, the newest that
+measured it. Cells of older tables belong to none.
 """
 
 from __future__ import annotations
@@ -63,10 +64,12 @@ class Run:
         shape: tuple[int, int],
         cells: dict[int, tuple[str, float]],
         dense: dict[int, float],
+        during: dict[str, float] | None = None,
     ) -> None:
-        """tuned_tables.store, and the run's name on these cells."""
+        """tuned_tables.store, and the run's name on these cells; during: clock and power so far."""
         tuning.store(self.path, self.gpu, dtype, shape, cells, dense)
-        _claim(self.path, self.gpu, self.name, self.about, {dtype: {_size(shape): list(cells)}})
+        self.about |= during or {}
+        _claim(self.path, self.gpu, self.name, self.about, {dtype: {_size(shape): _text(cells)}})
 
 
 def merge(
@@ -118,7 +121,7 @@ def run_of(
 ) -> tuple[str, dict[str, Any]] | None:
     """(name, what is known) of the run that measured a cell; None: the file does not say."""
     for name, about in json_store.load(path, tuning.VERSION).get(runs_key(gpu), {}).items():
-        if tokens in about["cells"].get(dtype, {}).get(_size(shape), ()):
+        if tokens in _counts(about["cells"].get(dtype, {}).get(_size(shape), "")):
             return name, about
     return None
 
@@ -127,29 +130,38 @@ def _size(shape: tuple[int, int]) -> str:
     return f"{shape[0]}x{shape[1]}"
 
 
+def _text(counts: Iterable[int]) -> str:
+    return ",".join(map(str, sorted(counts)))
+
+
+def _counts(text: str) -> set[int]:
+    return {int(part) for part in text.split(",") if part}
+
+
 def _claim(
     path: str | os.PathLike[str],
     gpu: str,
     name: str,
     about: dict[str, Any],
-    cells: dict[str, dict[str, list[int]]],
+    cells: dict[str, dict[str, str]],
 ) -> None:
     """Gives these cells to a run, which is made when missing, and takes them from all others."""
 
     def change(entries: dict[str, Any]) -> None:
         runs = entries.setdefault(runs_key(gpu), {})
-        mine = runs.setdefault(name, {**about, "cells": {}})
+        mine = runs[name] = {**about, "cells": runs.get(name, {}).get("cells", {})}
         for dtype, sizes in cells.items():
             for size, counts in sizes.items():
                 for run in runs.values():
                     row = run["cells"].get(dtype, {})
-                    row[size] = [n for n in row.get(size, ()) if n not in counts]
-                    if not row[size]:
-                        del row[size]
-                    if not row and run is not mine:
+                    left = _counts(row.pop(size, "")) - _counts(counts)
+                    if run is mine:
+                        left |= _counts(counts)
+                        row = run["cells"].setdefault(dtype, {})
+                    if left:
+                        row[size] = _text(left)
+                    elif not row:
                         run["cells"].pop(dtype, None)
-                row = mine["cells"].setdefault(dtype, {})
-                row[size] = sorted({*row.get(size, ()), *counts})
         for other in [key for key, run in runs.items() if not run["cells"]]:
             del runs[other]
 
