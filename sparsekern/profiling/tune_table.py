@@ -4,8 +4,8 @@ to another, say to a shipped one.
 Beside the entry of a GPU (backends/cuda/tuned_tables.py) stands one of the runs that made it:
 
     {"NVIDIA H200, 132 multiprocessors, runs":
-      {"2026-11-29T22:15:00Z, shard 1/2": {"git": ..., "dirty": false, "sparsekern": ..., "torch":
-        ..., "driver": ..., "clock_sm_max_mhz": ..., "power_limit_w": ...,
+      {"2026-11-29T22:15:00Z, shard 1/2": {"git": ..., "dirty": false, "torch": ..., "cuda": ...,
+        "driver": ..., "clock_sm_mhz": ..., "power_limit_w": ...,
         "cells": {"bfloat16": {"6144x4096": "1024,2048"}}}}}
 
 clock_sm_mhz and power_draw_w are medians of the run. A cell belongs to one run, the newest that
@@ -45,14 +45,11 @@ class Run:
     """
 
     def __init__(self, path: str | Path, gpu: str, index: int, shard: tuple[int, int] = (1, 1)):
-        from sparsekern import __version__
-
         self.path, self.gpu = path, gpu
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.name = stamp if shard == (1, 1) else f"{stamp}, shard {shard[0]}/{shard[1]}"
         self.about: dict[str, Any] = {
             **provenance.git_state(),
-            "sparsekern": __version__,
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             **provenance.gpu_state(index),
