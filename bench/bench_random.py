@@ -37,7 +37,7 @@ SWEEP_S = 3.0  # of the last rounds of a cell with all variants, at the power li
 
 def make_parser():
     result = parser("random", "Time random shapes against cuBLAS, and judge the picks.", budget=200)
-    result.add_argument("--shapes", type=int, default=unseen.SHAPES, metavar="COUNT")
+    result.add_argument("--shapes", type=int, default=unseen.SHAPES_WANTED, metavar="COUNT")
     result.add_argument("--shape-seed", type=int, default=unseen.SEED, metavar="N")
     result.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     result.add_argument("--providers", default="cuda,dense", help="also cusparselt, triton, cpu")

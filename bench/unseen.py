@@ -20,7 +20,7 @@ from sparsekern.utils import json_store
 from .cells import random_shapes
 from .shapes import Shape
 
-SEED, SHAPES, EVERY = 19, 120, 8
+SEED, SHAPES_WANTED, EVERY = 19, 120, 8
 CLASSES = ((1, 16), (17, 64), (65, 512), (513, 8192))  # first and last number of tokens
 
 
@@ -43,7 +43,7 @@ def tabled() -> set[tuple[int, int]]:
     return found
 
 
-def shapes(count: int = SHAPES, seed: int = SEED) -> list[tuple[int, int]]:
+def shapes(count: int = SHAPES_WANTED, seed: int = SEED) -> list[tuple[int, int]]:
     """So many random shapes that no table has."""
     known, more = tabled(), count
     while True:
@@ -54,7 +54,10 @@ def shapes(count: int = SHAPES, seed: int = SEED) -> list[tuple[int, int]]:
 
 
 def jobs(
-    count: int = SHAPES, seed: int = SEED, every: int = EVERY, shard: tuple[int, int] = (1, 1)
+    count: int = SHAPES_WANTED,
+    seed: int = SEED,
+    every: int = EVERY,
+    shard: tuple[int, int] = (1, 1),
 ) -> list[tuple[Shape, list[Point]]]:
     """Shapes with their numbers of tokens, in the order to measure.
 

@@ -1,9 +1,10 @@
 """What linear layers have to show, and what the records say: random shapes against cuBLAS
 (bench_random.py), and the layers of Llama-3 8B and 70B against cuSPARSELt (bench_linear.py).
 
-Random shapes: fewer than SHARE of the cells below BELOW times the speed of cuBLAS, and none below
-FAR but where the dense 16-bit weight is smaller than SMALL bytes; the regret of the cost model's
-pick at most MEAN on average and WORST in the worst cell. Only the newest campaign counts.
+Random shapes: as many as unseen.py has by default; fewer than SHARE of the cells below BELOW times
+the speed of cuBLAS, and none below FAR but where the dense 16-bit weight is smaller than SMALL
+bytes; the regret of the cost model's pick at most MEAN on average and WORST in the worst cell. Only
+the newest campaign counts.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import NamedTuple
 from . import results
 from .results import markdown
 from .shapes import SHAPES
-from .unseen import CLASSES
+from .unseen import CLASSES, SHAPES_WANTED
 
 OP, PICK = "linear_random", "linear_pick"
 BELOW, SHARE, FAR, SMALL = 0.98, 0.01, 0.90, 256 * 1024
@@ -53,6 +54,10 @@ class Verdict:
     ours: str
 
     @property
+    def shapes(self) -> int:
+        return len({cell.shape for cell, _ in self.cells})
+
+    @property
     def lost(self) -> list[tuple[results.Cell, float]]:
         return [item for item in self.cells if item[1] < BELOW]
 
@@ -78,6 +83,11 @@ class Verdict:
         small = sum(ratio < FAR for _, ratio in self.cells) - len(far)
         worst = f", at worst {far[0][1]:.2f}" if far else ""
         found = [
+            Promise(
+                f"{SHAPES_WANTED} shapes",
+                f"{self.shapes}, {count} cells",
+                self.shapes >= SHAPES_WANTED,
+            ),
             Promise(
                 f"below {BELOW} x cuBLAS in fewer than {SHARE:.0%} of the cells",
                 f"{lost} of {count} ({lost / count:.1%})",
@@ -186,7 +196,6 @@ def section(records: Sequence[dict]) -> str:
 
 
 def _text(found: Verdict, gpu: str, sources: str) -> str:
-    shapes = len({cell.shape for cell, _ in found.cells})
     rows = [
         [cell.shape, str(cell.tokens), _kib(cell), _config(cell, found.ours), f"{ratio:.3f}"]
         for cell, ratio in found.lost[:LISTED]
@@ -194,7 +203,7 @@ def _text(found: Verdict, gpu: str, sources: str) -> str:
     more = f", the worst {LISTED}" if len(found.lost) > LISTED else ""
     head = (
         f"**Linear layers of random shapes**, {gpu}, git {sources}: {len(found.cells)} cells of "
-        f"{shapes} shapes that no table has, campaign {found.campaign}\n\n"
+        f"{found.shapes} shapes that no table has, campaign {found.campaign}\n\n"
         f"Below {BELOW} x cuBLAS: {len(found.lost)} cells{more}"
     )
     lost = markdown(["out x in", "tokens", "KiB dense", "picked", "cuBLAS / ours"], rows)
