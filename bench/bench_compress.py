@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from sparsekern import Sparse24, _native, decompress, prune_compress
+from sparsekern.formats.layouts import ROWMAJOR
 from sparsekern.formats.tile64 import pack, unpack
 
 from . import ceilings, timing
@@ -42,10 +43,13 @@ def measure(run: Run, size: tuple[int, int], dtype: torch.dtype) -> None:
     generator = torch.Generator(run.device).manual_seed(0)
     weight = torch.empty(size, dtype=dtype, device=run.device)
     weight.normal_(0, size[1] ** -0.5, generator=generator)
-    w24 = prune_compress(weight)
+    w24 = prune_compress(weight, layout=ROWMAJOR)
     check_slice(weight, w24)
     cases = {
-        "prune_compress": (lambda: prune_compress(weight), weight.nbytes + w24.nbytes),
+        "prune_compress": (
+            lambda: prune_compress(weight, layout=ROWMAJOR),
+            weight.nbytes + w24.nbytes,
+        ),
         "decompress": (lambda: decompress(w24), weight.nbytes + w24.nbytes),
     }
     if run.device.type == "cuda":

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from . import cusparselt, results, sweep, timing
+from . import cusparselt, results, sweep, timing, verdict
 from .ceilings import bandwidths
 from .layers import Layer, WrongResult
 from .monitor import Monitor
@@ -73,7 +73,10 @@ def main(path, arguments=()) -> int:
             read = bandwidths(run)["read_tb_s"]
             names = {dtype: _providers(run, dtype, args.providers.split(",")) for dtype in dtypes}
             skipped = _grid(run, monitor, jobs, names, failures, args.seconds)
-        lines = results.summary(results.cells(run.records), read)
+        cells = results.cells(run.records)
+        lines = results.summary(cells, read)
+        for promise in verdict.against_cusparselt(cells):
+            lines.append(f"{verdict.word(promise.met)}: {promise.text}: {promise.found}")
         if skipped:
             lines.append(f"not measured: {', '.join(skipped)}")
     print("\n".join(lines), flush=True)
@@ -127,7 +130,7 @@ def _grid(
             try:
                 with watchdog(HANG_S):
                     layer = layer or Layer(shape, dtype, run.device, names[dtype])
-                    _cell(run, monitor, layer, {**case, "tokens": tokens}, rule, failures)
+                    measure(run, monitor, layer, {**case, "tokens": tokens}, rule, failures)
             except (RuntimeError, NotImplementedError) as error:
                 failures.append(f"{what}: {error}")
                 run.say(failures[-1])
@@ -135,9 +138,15 @@ def _grid(
     return skipped
 
 
-def _cell(
-    run: Run, monitor: Monitor, layer: Layer, case: dict, rule: timing.StopRule, failures
+def measure(
+    run: Run, monitor: Monitor, layer: Layer, case: dict, rule: timing.StopRule, failures: list[str]
 ) -> None:
+    """Checks one cell, times its providers in turns, and adds a record of each.
+
+    Args:
+        case: op, out_features, in_features, dtype and tokens of the records.
+        failures: gets a line for each provider whose result is wrong; it is not timed.
+    """
     tokens = case["tokens"]
     x = layer.inputs(tokens)
     checks = {}
@@ -170,7 +179,7 @@ def _cell(
             during=during,
             **timed.row(),
         )
-    cell = results.cells(run.records[-len(times) :])[0]
+    cell = results.cells(run.records[-len(times) :], case["op"])[0]
     text = "  ".join(f"{name} {timed.median:.1f}" for name, timed in times.items())
     state = ", ".join(f"{value:g} {name}" for name, value in during.items())
     run.say(f"{cell}: {text} us, ratios {results.ratio_cell(cell, True)}; {state}")

@@ -137,7 +137,8 @@ def vendor(out_features, in_features, tokens, dtype, run: Run) -> dict:
         return {}
     generator = torch.Generator(run.device).manual_seed(0)
     weight = torch.empty(out_features, in_features, dtype=dtype, device=run.device)
-    rowmajor = prune_compress(weight.normal_(0, in_features**-0.5, generator=generator))
+    weight.normal_(0, in_features**-0.5, generator=generator)
+    rowmajor = prune_compress(weight, layout="rowmajor")
     x = torch.empty(tokens, in_features, dtype=dtype, device=run.device)
     x = cusparselt.padded(x.normal_(generator=generator))
     w24, pruned = cusparselt_backend.pack(rowmajor), decompress(rowmajor)

@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import sparsekern
 from sparsekern import Reconstruction

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sparsekern import _native, decompress, prune_compress
+from sparsekern.formats.layouts import ROWMAJOR
 from sparsekern.formats.tile64 import pack
 from sparsekern.ops import linear_op as ops
 
@@ -91,7 +92,7 @@ class Layer:
         size = (self.shape.out_features, self.shape.in_features)
         weight = torch.empty(size, dtype=self.dtype, device=self.device)
         weight.normal_(0, self.shape.in_features**-0.5, generator=generator)
-        self.w24 = prune_compress(weight)
+        self.w24 = prune_compress(weight, layout=ROWMAJOR)
         if self.copies is None:
             on_gpu = self.device.type == "cuda"
             self.copies = min(MAX_COPIES, timing.rotations(self.w24.nbytes)) if on_gpu else 1
@@ -189,7 +190,7 @@ class Layer:
         """A second weight of whole numbers from -2 to 2, for the exact check."""
         weight = torch.empty_like(next(iter(self.providers.values())).weight)
         weight.random_(0, 5, generator=self._generator).sub_(2)
-        row = prune_compress(weight)
+        row = prune_compress(weight, layout=ROWMAJOR)
         self._integer_weight = decompress(row)
         self._integer_rows = row
         self._integer_packed = pack(row) if set(PACKED) & set(self.providers) else None

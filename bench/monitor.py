@@ -34,6 +34,7 @@ class Monitor:
 
     def __init__(self):
         self._lines: list[list[float]] = []
+        self._last: list[float] | None = None
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
 
@@ -74,6 +75,7 @@ class Monitor:
             if len(values) == len(FIELDS):
                 with self._lock:
                     self._lines.append(values)
+                    self._last = values
 
     def clear(self) -> None:
         """Forget what was read so far."""
@@ -81,9 +83,10 @@ class Monitor:
             self._lines.clear()
 
     def medians(self) -> dict[str, float]:
-        """The median of every field since `clear`; when no line came yet, what holds right now."""
+        """The median of every field since `clear`; when no line came since, the last one before, or
+        what holds right now."""
         with self._lock:
-            lines = list(self._lines)
+            lines = list(self._lines) or ([self._last] if self._last else [])
         if not lines:
             now = record.gpu_state()
             return {name: now[name] for name in FIELDS if now.get(name) is not None}

@@ -13,12 +13,12 @@ import importlib.metadata
 import json
 import os
 import re
-import shutil
-import subprocess
 import time
 from pathlib import Path
 
 import torch
+
+from sparsekern.profiling import provenance
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,55 +27,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # checked in the same process. A timing has "us" and "timer"; any other result has "metrics".
 REQUIRED = ("op", "backend", "check")
 
-_SMI = {
-    "driver": "driver_version",
-    "clock_sm_mhz": "clocks.sm",
-    "clock_sm_max_mhz": "clocks.max.sm",
-    "clock_mem_mhz": "clocks.mem",
-    "power_limit_w": "power.limit",
-    "power_draw_w": "power.draw",
-    "temperature_c": "temperature.gpu",
-}
-
 
 def git_state() -> dict:
-    """{"git": sha or None, "dirty": bool}.
-
-    SPARSEKERN_GIT_SHA stands in where the sources were copied without .git; a sha that ends in
-    "-dirty" says that there were changes. New records do not make a tree dirty. Sources of unknown
-    origin count as dirty.
-    """
-    if sha := os.environ.get("SPARSEKERN_GIT_SHA"):
-        return {"git": sha.removesuffix("-dirty"), "dirty": sha.endswith("-dirty")}
-    if not (ROOT / ".git").exists():
-        return {"git": None, "dirty": True}
-    try:
-        sha = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
-        pathspec = ["--", ".", ":!bench/records"]
-        changes = _output(["git", "-C", str(ROOT), "status", "--porcelain", *pathspec])
-    except (OSError, subprocess.CalledProcessError):
-        return {"git": None, "dirty": True}
-    return {"git": sha, "dirty": bool(changes)}
+    """{"git": sha or None, "dirty": bool} of the sources: see provenance.git_state."""
+    return provenance.git_state(ROOT)
 
 
-def gpu_state(device: int | None = None) -> dict:
-    """Driver, clocks (now and maximal), power and temperature of the GPU, as nvidia-smi has them.
-
-    Call it before and after a measurement. Empty without a GPU or without nvidia-smi; a value that
-    the GPU does not report is None.
-    """
-    if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
-        return {}
-    index = torch.cuda.current_device() if device is None else device
-    uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
-    fields = ",".join(_SMI.values())
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "-i", uuid]
-    try:
-        values = _output(command).split(",")
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    state: dict = dict(zip(_SMI, (value.strip() for value in values), strict=False))
-    return {name: v if name == "driver" else _number(v) for name, v in state.items()}
+gpu_state = provenance.gpu_state
 
 
 def versions() -> dict:
@@ -175,18 +133,6 @@ def read(*paths: str | Path) -> list[dict]:
                 raise ValueError(f"{path}, line {number}: not a record: {error!r}") from error
             records.append(record)
     return sorted(records, key=lambda record: record["time"])
-
-
-def _output(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    return done.stdout.strip()
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None  # "[N/A]", "[Not Supported]"
 
 
 def _version(package: str) -> str | None:

@@ -59,11 +59,11 @@ class Cell:
         return moved and moved / self.us(backend) / 1e6
 
 
-def cells(records: Iterable[dict]) -> list[Cell]:
-    """The cells of records with op "linear", of the newest campaign for each, in order of size."""
+def cells(records: Iterable[dict], op: str = "linear") -> list[Cell]:
+    """The cells of records with this op, of the newest campaign for each, in order of size."""
     groups: dict[tuple, tuple[str, dict]] = {}
     for entry in records:
-        if entry["op"] != "linear" or "us" not in entry:
+        if entry["op"] != op or "us" not in entry:
             continue
         key = tuple(entry[n] for n in ("out_features", "in_features", "tokens", "dtype"))
         campaign = entry.get("campaign", entry["id"])
@@ -146,3 +146,9 @@ def grid(
         for shape in dict.fromkeys(cell.shape for cell in found)
     ]
     return header, rows
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the first column is aligned left, all others right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

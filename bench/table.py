@@ -10,9 +10,9 @@ cuSPARSELt (results.py). Other records with "us" become one table per op and GPU
 column per backend with the median in microseconds and, where the same campaign timed the backend
 "dense" (or that of BASES), the speed-up over it. Records with "metrics" become one table per op and
 GPU: a row per case and backend. Of several campaigns for the same row the newest is shown. Engines
-become one table per campaign (engines.py), quantised layers one per type and way to compute
-(results8.py), recovery the table of recovery_table.py. Records of changed sources (dirty) are left
-out, and so are sweeps (HIDDEN).
+become one table per campaign (engines.py), random shapes a verdict (verdict.py), quantised layers
+one per type and way to compute (results8.py), recovery the table of recovery_table.py. Records of
+changed sources (dirty) are left out, and so are sweeps (HIDDEN).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import re
 import sys
 from pathlib import Path
 
-from . import engines, figure, headline, record, recovery_table, results, results8
+from . import engines, figure, headline, record, recovery_table, results, results8, verdict
+from .results import markdown
 
 README = record.ROOT / "README.md"
 RESULTS = record.ROOT / "bench" / "RESULTS.md"
@@ -62,16 +63,12 @@ TITLES = {
     "bandwidth": "Memory bandwidth of the machine",
 }
 BASES = {"mma_era": "dense mma.sync"}  # the backend whose time is divided; others: "dense"
-# One record per config, for csrc/NOTES.md and not for the README; what was not finished.
+# One record per config, for csrc/NOTES.md and not for the README; what was not finished; random
+# shapes, which have a section of their own (verdict.py).
 HIDDEN = ("linear_config", "finetune_stopped", "quality_stopped", "serve_stopped")
+HIDDEN += (verdict.OP, verdict.PICK)
 DECODE_TOKENS = 64  # up to here a cell stands in the decode table
 MAX_LOSSES = 20  # to cuSPARSELt in the list, the worst first; the rest is counted
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; the first column is aligned left, all others right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def number(value: float) -> str:
@@ -361,7 +358,7 @@ def main(
     records = record.read() if records is None else records
     text = readme.read_text(encoding="utf-8")
     wanted = {
-        target: f"{INTRODUCTION}\n{render(records)}\n",
+        target: f"{INTRODUCTION}\n{verdict.section(records)}\n\n{render(records)}\n",
         readme: replace(text, headline.render(records), headline.BEGIN, headline.END),
     }
     code = 0

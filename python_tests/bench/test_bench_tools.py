@@ -110,7 +110,7 @@ def test_options_go_to_one_benchmark(capsys):
     assert "options go to one benchmark" in capsys.readouterr().out
     names = {"compat", "compress", "decode_model", "dense_mma", "hosttime", "linear", "overhead"}
     names |= {"finetune", "generate", "lora", "serve", "prune", "training", "vllm"}
-    names |= {"activations", "layers8", "quality", "quantize"}
+    names |= {"activations", "layers8", "quality", "quantize", "random"}
     assert set(entry.names()) == names
 
 
@@ -126,7 +126,8 @@ def test_monitor_reads_what_nvidia_smi_prints():
             "temperature_c": 61,
         }
         reader.clear()
-        assert reader.medians() == {}
+        assert reader.medians()["clock_sm_mhz"] == 1600, "the last line"
+    assert monitor.Monitor().medians() == {}, "no line, and no nvidia-smi to ask"
 
 
 def test_a_large_grid_gets_the_seconds_that_are_asked_for():

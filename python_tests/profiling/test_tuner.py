@@ -70,7 +70,7 @@ def run(shapes, tokens, dtypes=("bfloat16",), **options):
 def test_every_cell_gets_a_line_and_an_entry(fake_gpu):
     cells, said = run([(64, 64), (8, 16)], [16, 1], ["bfloat16", "float16"])
     assert len(cells) == 8 and len(said) == 10
-    assert said[0] == f"{GPU}: 8 cells, into {fake_gpu / 'user' / 'tuning.json'}"
+    assert said[0] == f"{GPU}: 8 cells, about 4 s, into {fake_gpu / 'user' / 'tuning.json'}"
     assert (
         said[1] == "bfloat16 64x64, 1 tokens: decode a 2.00 us; heuristics: the same; 1.25 x dense"
     )
@@ -120,7 +120,7 @@ def test_another_file(fake_gpu):
     run([(64, 64)], [1], path=fake_gpu / "table.json")
     assert not tuning.user_path().exists()
     entries = json.loads((fake_gpu / "table.json").read_text())["entries"]
-    assert entries == {
+    assert entries.pop(f"{GPU}, runs") and entries == {
         GPU: {
             "bfloat16": {"64x64": {"1": ["decode a", 2.0]}},
             "bfloat16, dense": {"64x64": {"1": ["dense", 2.5]}},
@@ -314,21 +314,23 @@ def test_a_layer_sees_a_wrong_element(stand_in, monkeypatch):
 def asked(monkeypatch):
     """What `tuner.tune` was called with."""
     calls = []
-    monkeypatch.setattr(tuner, "tune", lambda *a, log: calls.append((*a[:6], log)))
+    monkeypatch.setattr(tuner, "tune", lambda *a, **more: calls.append((*a[:6], more)))
     monkeypatch.setattr(cli, "device_of", lambda name: name or "cuda")
     return calls
 
 
 def test_command_defaults(asked):
     assert cli.main(["tune"]) == 0
-    assert asked == [(tuner.SHAPES, tuner.TOKENS, ["bfloat16"], "cuda", None, math.inf, None)]
+    more = dict(log=None, shard=(1, 1), most_s=None)
+    assert asked == [(tuner.SHAPES, tuner.TOKENS, ["bfloat16"], "cuda", None, math.inf, more)]
 
 
 def test_command_options(asked):
     arguments = "tune --shapes 64x128,8X16 --tokens 1,16 --dtype fp16,bf16,float16 --out t.json"
-    assert cli.main([*arguments.split(), "--budget", "90", "--device", "cuda:1", "--log", "l"]) == 0
-    shapes = [(64, 128), (8, 16)]
-    assert asked == [(shapes, [1, 16], ["float16", "bfloat16"], "cuda:1", "t.json", 90.0, "l")]
+    arguments += " --budget 90 --device cuda:1 --log l --shard 2/3 --cell-seconds 2.5"
+    assert cli.main(arguments.split()) == 0
+    shapes, more = [(64, 128), (8, 16)], dict(log="l", shard=(2, 3), most_s=2.5)
+    assert asked == [(shapes, [1, 16], ["float16", "bfloat16"], "cuda:1", "t.json", 90.0, more)]
 
 
 @pytest.mark.parametrize(
@@ -338,6 +340,8 @@ def test_command_options(asked):
         (["--dtype", "fp32"], "expected some of bf16, fp16, fp8, int8, got 'fp32'"),
         (["--tokens", "0"], "got '0'"),
         (["model", "--shapes", "8x8"], "not allowed with"),
+        (["--shapes", "8x8", "--merge", "t.json"], "not allowed with"),
+        (["--shard", "3/2"], "expected a part such as 1/2, got '3/2'"),
     ],
 )
 def test_command_usage_errors(arguments, text, capsys):

@@ -193,14 +193,30 @@ def _bench_kernels(args: argparse.Namespace, device: str, dtype: torch.dtype) ->
 
 def run_tune(args: argparse.Namespace) -> None:
     """One line per cell; the table file is written after each shape."""
+    from sparsekern.backends.cuda import tuned_tables
     from sparsekern.profiling import tune as tuner
+    from sparsekern.profiling import tune_table
 
+    if args.merge:
+        tune_table.merge(args.merge, args.out or tuned_tables.user_path())
+        return
     device = device_of(args.device)
     shapes = args.shapes or (list(_counted_shapes(args.model)) if args.model else tuner.SHAPES)
     budget = float("inf") if args.budget is None else args.budget
     say = functools.partial(print, flush=True)
     tokens = args.tokens or tuner.TOKENS
-    tuner.tune(shapes, tokens, args.dtype, device, args.out, budget, say, log=args.log)
+    tuner.tune(
+        shapes,
+        tokens,
+        args.dtype,
+        device,
+        args.out,
+        budget,
+        say,
+        log=args.log,
+        shard=args.shard,
+        most_s=args.cell_seconds,
+    )
 
 
 def run_doctor(args: argparse.Namespace) -> int:

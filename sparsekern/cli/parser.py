@@ -317,13 +317,37 @@ def make_parser(
         help="table to add to (default: your own, tuning.json in SPARSEKERN_CACHE or the user's "
         "cache folder)",
     )
-    sub.add_argument("--budget", type=float, metavar="SECONDS", help="begin nothing after them")
+    sub.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="begin nothing after them; cells of most tokens come first",
+    )
+    sub.add_argument(
+        "--cell-seconds",
+        type=float,
+        metavar="S",
+        help="let the last rounds of a cell take no longer (default: 0.1, under load 5)",
+    )
+    sub.add_argument(
+        "--shard",
+        type=_shard,
+        default=(1, 1),
+        metavar="I/N",
+        help="only the I-th of N parts of the cells; N processes may write to one --out",
+    )
     sub.add_argument(
         "--log",
         metavar="FILE",
         help="append all times, one line of JSON per cell, for python -m bench.fit",
     )
     sub.add_argument("--device", help="cuda or cuda:N (default: cuda)")
+    what.add_argument(
+        "--merge",
+        nargs="+",
+        metavar="FILE",
+        help="measure nothing: add the cells of these tables to --out, whose others stay",
+    )
 
     sub = command("doctor", "Show GPU, kernels and libraries, and what will run.")
     sub.add_argument("--json", action="store_true", help="the same as JSON")
@@ -406,6 +430,14 @@ def _tunable_dtypes(text: str) -> list[str]:
             raise argparse.ArgumentTypeError(f"{expected}, got {name!r}")
         kinds += [key for key, types in KINDS.items() if types.weight == name]
     return list(dict.fromkeys(kinds))
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """ "1/2": (1, 2)."""
+    number, _, of = text.partition("/")
+    if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
+        raise argparse.ArgumentTypeError(f"expected a part such as 1/2, got {text!r}")
+    return int(number), int(of)
 
 
 def _counts(text: str) -> list[int]:

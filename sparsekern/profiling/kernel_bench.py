@@ -26,11 +26,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import shutil
-import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -48,7 +45,7 @@ from sparsekern.formats import dtypes
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.formats.tile64 import pack
 from sparsekern.ops import linear_op as ops
-from sparsekern.profiling import rounds, timer
+from sparsekern.profiling import provenance, rounds, timer
 from sparsekern.profiling.layer_bench import copies_beyond_cache
 from sparsekern.prune import magnitude_mask
 
@@ -397,7 +394,7 @@ def _child(arguments: Sequence[str]) -> dict[str, Any]:
         return {"status": f"FAILED: {why}", "variant": variant}
     weights = [first, *(first.clone() for _ in range(problem.copies(first.nbytes, x) - 1))]
     calls = [lambda w=w: ops.linear(x, w, backend="cusparselt") for w in weights]
-    with _watch() as during:
+    with provenance.watch() as during:
         timing = timer.compare({"cusparselt": calls}, "graph", RULES["cuda"])["cusparselt"]
     us = {name: round(value, 4) for name, value in timing.us.items()}
     answer = {"status": "ok", "variant": variant, "us": us, "bytes": first.nbytes}
@@ -455,7 +452,7 @@ def cell(
                 one.status = f"FAILED while it was captured: {_brief(error)}"
         sustained = kind == "cuda" and rounds.rule(tokens, *problem.shape) is rounds.SUSTAINED
         rule = rounds.SUSTAINED if sustained else RULES[kind]
-        with _watch() as during:
+        with provenance.watch() as during:
             standing = rounds.contest(samplers, rule, peers=samplers) if samplers else None
     state = during()
     samples = {} if standing is None else standing.values
@@ -565,38 +562,6 @@ def bench_kernels(
 
 
 # ---- shared parts --------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _watch() -> Iterator[Callable[[], dict[str, float]]]:
-    """Clock and power of the current GPU while the block runs; what it yields says the medians."""
-    lines: list[list[float]] = []
-    process = None
-    if torch.cuda.is_available() and shutil.which("nvidia-smi"):
-        uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
-        command = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", f"--id=GPU-{uuid}"]
-        command += ["--format=csv,noheader,nounits", "--loop-ms=100"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-        def read() -> None:
-            assert process is not None and process.stdout is not None
-            for line in process.stdout:
-                with contextlib.suppress(ValueError):
-                    lines.append([float(part) for part in line.split(",")])
-
-        threading.Thread(target=read, daemon=True).start()
-
-    def medians() -> dict[str, float]:
-        whole = [line for line in lines if len(line) == 2]
-        names = ("clock_sm_mhz", "power_draw_w")
-        return {n: statistics.median(column) for n, column in zip(names, zip(*whole))}
-
-    try:
-        yield medians
-    finally:
-        if process is not None:
-            process.terminate()
-            process.wait(10)
 
 
 def _wait(device: torch.device) -> None:

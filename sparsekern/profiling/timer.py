@@ -20,7 +20,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +67,12 @@ class StopRule:
     budget_s: float = 5.0  # for all providers of a comparison together
     settle_s: float = 0.0  # under load, before the first round
     turn_s: float = 0.0  # of a provider in a round, at least one sample; the later half counts
+
+    def at_most(self, seconds: float | None) -> StopRule:
+        """The same with rounds for no longer than this; None: as it is."""
+        if seconds is None or seconds >= self.budget_s:
+            return self
+        return replace(self, budget_s=seconds)
 
     def precise(self, samples: Samples) -> bool:
         """True when these samples are enough."""

@@ -1,9 +1,10 @@
 """Measures every variant of the CUDA kernels on every problem: what `sparsekern tune` does.
 
-A cell is a shape, the types of weight and x (KINDS), and a number of tokens. How its variant is
-found: profiling/tune_cell.py. A sample is one replay of a CUDA graph of calls whose weights rotate
-among copies, so that no call finds its weight in the cache. Cells are stored after each shape
-(tuning.store).
+A cell is a shape, the types of weight and x (KINDS), and a number of tokens. In which order they
+come, and which of several processes has which: tune_plan.py. How the variant of one is found:
+tune_cell.py. A sample is one replay of a CUDA graph of calls whose weights rotate among copies, so
+that no call finds its weight in the cache. Cells are stored after each job, with where they come
+from: tune_table.py.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from sparsekern.formats import dtypes
 from sparsekern.formats.tile64 import pack
 from sparsekern.ops.compress import decompress, prune_compress
 from sparsekern.ops.quantize import quantize
-from sparsekern.profiling import rounds, timer
+from sparsekern.profiling import provenance, timer, tune_plan, tune_table
 from sparsekern.profiling.layer_bench import copies_beyond_cache
 from sparsekern.profiling.timer import graph_replay as graph_sampler
 from sparsekern.profiling.tune_cell import Cell, tune_cell
@@ -79,7 +80,7 @@ class Layer:
         self.weights = [pack(timed if plain else quantize(timed, self.types.weight))]
         count = copies_beyond_cache(self.weights[0].nbytes)
         self.weights += [self.weights[0].clone() for _ in range(count - 1)]
-        rows = prune_compress(self._integers(weight))
+        rows = prune_compress(self._integers(weight), layout="rowmajor")
         self.exact_dense = decompress(rows)
         self.dense = [weight] if plain else []  # of quantised weights there is no one dense product
         ones = torch.ones(out_features, 1, device=device)
@@ -93,7 +94,8 @@ class Layer:
         return torch.empty_like(like).random_(0, 5, generator=self.generator).sub_(2)
 
     def names(self, tokens: int) -> list[str]:
-        """The variants that can run, in the order to try them: heuristics' choice first."""
+        """The variants that can run, in the order to try them: heuristics' choice first, then that
+        of the tuned tables as they are."""
         index = self.device.index
         runnable = cuda_backend.runnable(index, self.types)
         kernels = {name: kernel for name, (kernel, _) in runnable.items()}
@@ -117,7 +119,10 @@ class Layer:
         split = heuristics.split_considered(many, *self.shape)
         wanted = {"prefill": True, "decode": decode, "mma": mma, "split": split}
         names = [name for name, kernel in kernels.items() if wanted[kernel]]
-        return list(dict.fromkeys([chosen, *sorted(names, key=predicted)]))
+        problem = tuning.gpu_name(index), self.types.key, *self.shape, tokens
+        tuned = tuning.lookup(*problem, runnable)
+        present = [] if tuned is None else [tuned.variant]
+        return list(dict.fromkeys([chosen, *present, *sorted(names, key=predicted)]))
 
     def warm_up(self) -> None:
         """Run each variant once: the first launch of a kernel loads it, which a capture forbids."""
@@ -219,6 +224,9 @@ def tune(
     make_layer: Callable = Layer,
     clock: Callable[[], float] = time.perf_counter,
     log=None,
+    *,
+    shard: tuple[int, int] = (1, 1),
+    most_s: float | None = None,
 ) -> list[Cell]:
     """Measure all cells and store the winners; returns them.
 
@@ -226,52 +234,55 @@ def tune(
         shapes: (out_features, in_features), in_features a multiple of 4.
         tokens: numbers of tokens. dtypes: names of KINDS.
         device: a GPU that has the CUDA kernels.
-        path: of the table file; None: the user's own.
-        budget: seconds; no cell is begun after them.
+        path: of the table file; None: the user's own. Several processes may write to one.
+        budget: seconds; no cell is begun after them. Most tokens come first (tune_plan.py).
         say: gets one line per cell.
         log: file to which a line of JSON per cell is added (`logged`), for `python -m bench.fit`.
+        shard: (number, of how many): the part of the cells that this process measures.
+        most_s: seconds of a cell's last rounds at most; None: as rounds.py has it.
     Raises:
         NotImplementedError: the device has no kernels to choose among.
-        ValueError: a size is not positive, or in_features is no multiple of 4.
+        ValueError: a size is not positive, in_features is no multiple of 4, or no such shard.
     """
     device = torch.device(device)
     index = torch.cuda.current_device() if _bare_cuda(device) else device.index
     _check(shapes := list(shapes), tokens, device, index)
     device = torch.device("cuda", index)
     gpu, path = tuning.gpu_name(index), path or tuning.user_path()
-    begin, cells, count = clock(), [], len(dtypes) * len(shapes) * len(tokens)
-    say(f"{gpu}: {count} cells, into {path}")
-    untuned = 0
-    with torch.cuda.device(device):
-        for dtype in dtypes:
-            for shape in shapes:
+    jobs = tune_plan.jobs(dtypes, shapes, tokens, shard)
+    begin, cells, untuned = clock(), [], 0
+    count, about = sum(len(job.tokens) for job in jobs), sum(job.seconds(most_s) for job in jobs)
+    say(f"{gpu}: {count} cells, about {math.ceil(about)} s, into {path}")
+    run = tune_table.Run(path, gpu, index, shard)
+    with torch.cuda.device(device), provenance.watch() as during:
+        for job in jobs:
+            if clock() - begin >= budget:
+                untuned += len(job.tokens)
+                continue
+            dtype, shape, types, found = job.dtype, job.shape, KINDS[job.dtype], []
+            more = () if dtype in DTYPES else (types,)
+            layer = make_layer(*shape, DTYPES[types.y], device, *more)
+            layer.warm_up()
+            for number in job.tokens:
                 if clock() - begin >= budget:
-                    untuned += len(tokens)
+                    untuned += 1
                     continue
-                types, found = KINDS[dtype], []
-                more = () if dtype in DTYPES else (types,)
-                layer = make_layer(*shape, DTYPES[types.y], device, *more)
-                layer.warm_up()
-                for number in sorted(set(tokens)):
-                    if clock() - begin >= budget:
-                        untuned += 1
-                        continue
-                    at, what = layer.cell(number), f"{dtype} {shape[0]}x{shape[1]}"
-                    rule = rounds.rule(number, *shape)
-                    names = layer.names(number)
-                    if not names:
-                        continue
-                    cell = tune_cell(number, names, at.sampler, at.wrong, rule=rule, dense=at.dense)
-                    say(f"{what}, {cell or f'{number} tokens: NO CORRECT VARIANT'}")
-                    found += [cell] if cell else []
-                    if cell and log:
-                        with open(log, "a") as file:
-                            file.write(json.dumps(logged(cell, shape, dtype, gpu)) + "\n")
-                if found:
-                    chosen = {cell.tokens: (cell.best, cell.us) for cell in found}
-                    dense = {cell.tokens: us for cell in found if (us := cell.dense_us) is not None}
-                    tuning.store(path, gpu, dtype, shape, chosen, dense)
-                cells += found
+                at, what = layer.cell(number), f"{dtype} {shape[0]}x{shape[1]}"
+                rule = tune_plan.rule(number, *shape, most_s)
+                names = layer.names(number)
+                if not names:
+                    continue
+                cell = tune_cell(number, names, at.sampler, at.wrong, rule=rule, dense=at.dense)
+                say(f"{what}, {cell or f'{number} tokens: NO CORRECT VARIANT'}")
+                found += [cell] if cell else []
+                if cell and log:
+                    with open(log, "a") as file:
+                        file.write(json.dumps(logged(cell, shape, dtype, gpu)) + "\n")
+            if found:
+                chosen = {cell.tokens: (cell.best, cell.us) for cell in found}
+                dense = {cell.tokens: us for cell in found if (us := cell.dense_us) is not None}
+                run.store(dtype, shape, chosen, dense, during())
+            cells += found
     cuda_backend.forget_plans()
     say(summary(cells, untuned, clock() - begin))
     return cells
