@@ -393,6 +393,7 @@ class Table:
             "method": report.method,
             "options": report.options,
             "rotation": report.rotation,
+            "permutation": report.permutation,
             "fits": _short(report.reconstruction),
             "mean_error": round(statistics.fmean(errors), 6) if errors else None,
         }
