@@ -147,9 +147,7 @@ def call(
     return broken.decode(), buffer
 
 
-def wrong(
-    emulate, config, w, x, group=0, scale=None, bias=None, residual=None, relu=False, **more
-):
+def wrong(emulate, config, w, x, group=0, scale=None, bias=None, residual=None, relu=False, **more):
     """What is wrong with y = relu(x · wᵀ * scale + bias) + residual, in words; empty when exact.
 
     w: the stored numbers, float32. Groups of columns have scales 0.5, 1 and 2.
