@@ -46,7 +46,7 @@ constexpr int kConsumerThreads = kConsumers * 128;
 constexpr int kThreads = kConsumerThreads + 128;
 constexpr int kPanels = kConsumers, kRows = kPanels * tile64::kRows;
 constexpr int kConsumerBarrier = 1;
-constexpr int kHalves = 2;                  // of a tile's columns: what a stage of x has
+constexpr int kHalves = 2;                   // of a tile's columns: what a stage of x has
 constexpr int kBoxes = 2, kBoxColumns = 64;  // of a stage of x; a chunk of the weight each
 constexpr int kMostParts = 8;
 // Arrivals by which a consumer releases a stage of x.
@@ -86,11 +86,11 @@ struct Params {
   Epilogue<X, true> out;
   tile64::Extent extent;
   int tokens;
-  int columns;           // of tiles
-  int column_tokens;     // of one of them, up to kTokens; a multiple of 8
-  int slice_tokens;      // of a box of x that one CTA fetches; a multiple of 8
-  int cluster_rows;      // CTAs of a cluster one below the other
-  int parts;             // CTAs of a cluster that share the K of a tile
+  int columns;        // of tiles
+  int column_tokens;  // of one of them, up to kTokens; a multiple of 8
+  int slice_tokens;   // of a box of x that one CTA fetches; a multiple of 8
+  int cluster_rows;   // CTAs of a cluster one below the other
+  int parts;          // CTAs of a cluster that share the K of a tile
 };
 
 // The work of one CTA.
@@ -408,7 +408,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     Accumulators<Cfg> d;
     multiply<Cfg>(d, smem, Release::of<Cfg>(smem, part, p.cluster_rows), part.k.count,
                   warpgroup_idx);
-    ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);  // nobody reads the stages any more
+    ptx::named_barrier_sync(kConsumerBarrier,
+                            kConsumerThreads);  // nobody reads the stages any more
     write_sums<Cfg>(d, smem);
   }
   ptx::cluster_sync();  // all sums are there

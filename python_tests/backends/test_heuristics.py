@@ -161,7 +161,7 @@ def narrow_tiles_of_the_source():
 
 
 def test_the_narrow_kernel_for_int4():
-    """Every tile has whole slices of x and a cluster that fits; more tokens and bytes take longer."""
+    """Every tile has whole slices of x and a cluster that fits; more tokens take longer."""
     tiles, four = narrow_tiles_of_the_source(), heuristics.Bits(4, 16)
     for tile in tiles:
         assert tile.tokens // 8 % tile.cluster_rows == 0 and tile.cluster_rows * tile.split <= 8

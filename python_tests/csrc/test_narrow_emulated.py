@@ -49,7 +49,7 @@ def test_exact_at_the_edges(build, dtype, group, tokens):
         ((tokens - 9, 70, 520), (1, 2), dict(late=True, falling=True)),
     ):
         what = dict(weight="int4", group=group, **freedoms)
-        assert not wrong(build(), CONFIGS[tokens, *shape], *problem(*case, dtype), **what)
+        assert not wrong(build(), CONFIGS[(tokens, *shape)], *problem(*case, dtype), **what)
 
 
 @pytest.mark.parametrize("late, falling", [(True, False), (False, True)])
@@ -91,7 +91,7 @@ def test_epilogue(build, dtype, group):
         residual = random_input((35, out_features), dtype, seed=3, integers=True)
         scale = 2.0 ** (torch.arange(out_features) % 3 - 1)
         what = dict(weight="int4", group=group, scale=scale, bias=bias, residual=residual)
-        assert not wrong(build(), CONFIGS[64, *shape], w, x, relu=True, **what)
+        assert not wrong(build(), CONFIGS[(64, *shape)], w, x, relu=True, **what)
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])

@@ -69,9 +69,9 @@ times; on average, at worst), and hit the measured winner less often:
 8-bit operands: a stage has the bytes of a 16-bit one, but for its metadata, and takes the tensor
 cores as long, for twice as many in_features. So the counts are those of the 16-bit variant with
 half the stages and with the bytes of the types (Bits), and the coefficients their own (TIMES_8),
-because widening weights costs a decode stage much of what its bytes save. int4 has TIMES_4, and from
-narrow_model.FEWEST_TOKENS on a kernel and a model of its own. The promoted tiles are not in it, because they are asked
-for by name (`promoted_tile`).
+because widening weights costs a decode stage much of what its bytes save. int4 has TIMES_4, and
+from narrow_model.FEWEST_TOKENS on a kernel and a model of its own. The promoted tiles are not in
+it, because they are asked for by name (`promoted_tile`).
 
 Units: microseconds; megabytes are 1e6 bytes, so rate is in megabytes per microsecond, TB/s.
 Where TIMES comes from: see there. `python -m bench.fit` makes it.

@@ -6,14 +6,14 @@ of clocks of a thread block, one per multiprocessor, for a stage of 256 in_featu
 out_features:
 
     stage = max(shared, ISSUE, l2)
-    shared  what the tensor cores read of x, 16 for every token of a tile whether it is there or not,
-            and the copies into shared memory and out of it
+    shared  what the tensor cores read of x, 16 for every token of a tile whether it is there or
+            not, and the copies into shared memory and out of it
     ISSUE   instructions that widen: the consumers' loop (SASS, csrc/notes/narrow.md)
     l2      x and weights from L2; the thread blocks of a cluster that lie one below the other fetch
             x together
 
-Nothing here is measured: it is the estimate of csrc/notes/narrow.md. Units: clocks, bytes per clock,
-megabytes (1e6 bytes) and microseconds.
+Nothing here is measured: it is the estimate of csrc/notes/narrow.md. Units: clocks, bytes per
+clock, megabytes (1e6 bytes) and microseconds.
 """
 
 from __future__ import annotations
