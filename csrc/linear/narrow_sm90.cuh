@@ -150,6 +150,7 @@ __device__ __forceinline__ void produce_weights(const Params<typename Cfg::X>& p
   decode::RingPosition<Cfg::kWeightStages> ring;
   const int group = min(part.m, p.extent.groups - 1), panels = p.extent.panels_in(group);
   uint32_t tile = p.extent.first_tile(group, part.k.first);
+  const auto hint = p.columns == 1 ? ptx::L2Hint::kEvictFirst : ptx::L2Hint::kEvictNormal;
 #pragma unroll 1
   for (int i = 0; i < part.k.count; ++i, tile += panels * part.k.step) {
     const uint32_t full = smem.full_weights(ring.stage), to = smem.weights(ring.stage);
@@ -160,9 +161,9 @@ __device__ __forceinline__ void produce_weights(const Params<typename Cfg::X>& p
 #pragma unroll 1
     for (int slot = 0, count = panels; slot < kPanels; slot += count, count = 1) {
       ptx::bulk_copy(to + slot * Cfg::Tile::kValueBytes, values, count * Cfg::Tile::kValueBytes,
-                     full, ptx::L2Hint::kEvictNormal);
+                     full, hint);
       ptx::bulk_copy(to + Cfg::kValueBytes + slot * Cfg::kTileMetadataBytes, metadata,
-                     count * Cfg::kTileMetadataBytes, full, ptx::L2Hint::kEvictNormal);
+                     count * Cfg::kTileMetadataBytes, full, hint);
     }
     ring.advance();
   }
