@@ -348,17 +348,17 @@ __device__ __forceinline__ void store_outputs(const Params<typename Cfg::X>& p, 
   for (int item = begin + static_cast<int>(threadIdx.x); item < end; item += kConsumerThreads) {
     const int token = item / kSegments, row = item % kSegments * 4;
     const uint32_t local = smem.base + (token * Cfg::kSumPitch + row) * 4;
-    float4 sums[kMostParts];
+    float4 sums[kMostParts] = {ptx::load_shared_float4(local)};
 #pragma unroll
-    for (int i = 0; i < kMostParts; ++i) {
+    for (int i = 1; i < kMostParts; ++i) {
       const int other = part.part + i < p.parts ? part.part + i : part.part + i - p.parts;
       if (i < p.parts)
         sums[i] =
             ptx::load_cluster_float4(ptx::map_to_cta(local, part.row + other * p.cluster_rows));
     }
-    float v[4] = {};
+    float v[4] = {sums[0].x, sums[0].y, sums[0].z, sums[0].w};
 #pragma unroll
-    for (int i = 0; i < kMostParts; ++i) {
+    for (int i = 1; i < kMostParts; ++i) {
       if (i < p.parts) v[0] += sums[i].x, v[1] += sums[i].y, v[2] += sums[i].z, v[3] += sums[i].w;
     }
     p.out.template store<4>(v, part.token + token, part.m * kRows + row);

@@ -167,6 +167,7 @@ template <int kRegisters>
 void give_up_registers() {}
 template <int kRegisters>
 void take_registers() {}
+float4 load_shared_float4(uint32_t smem) { return load_cluster_float4(smem); }
 float load_shared_f32(uint32_t smem) { return __uint_as_float(load_shared_u32(smem)); }
 
 // ---- wgmma.sp with A in registers: what a thread has issued, and when it is done ------------------
