@@ -30,7 +30,7 @@ CONFIGS = {
     )
 }
 # (type of x, columns that share a scale of the metadata)
-TYPES = [(F16, 0), (BF16, 64), (F16, 128), (BF16, 128)]
+TYPES = [(F16, 0), (BF16, 64), (BF16, 128)]
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,12 @@ def build(tmp_path_factory):
     return builder("narrow_emulator.cpp", tmp_path_factory)
 
 
-@pytest.mark.parametrize("dtype, group", TYPES, ids=str)
-@pytest.mark.parametrize("tokens", [32, 64, 96, 128])
-def test_exact_at_the_edges(build, dtype, group, tokens):
+@pytest.mark.parametrize(
+    "tokens, dtype, group",
+    [(64, BF16, 128), (96, BF16, 128), *((tokens, *of) for tokens in (32, 128) for of in TYPES)],
+    ids=str,
+)
+def test_exact_at_the_edges(build, tokens, dtype, group):
     """Less and more than a tile, in clusters that share x or K or both; both landing times."""
     for case, shape, freedoms in (
         ((1, 7, 4), (1, 1), dict(late=True)),
@@ -86,18 +89,17 @@ def test_every_value_in_every_place(build, dtype, group):
 def test_epilogue(build, dtype, group):
     """The scale comes before the bias; aligned rows and others."""
     for out_features, shape in ((264, (1, 1)), (197, (1, 2))):
-        w, x = problem(35, out_features, 132, dtype)
+        w, x = problem(25, out_features, 132, dtype)
         bias = random_input((out_features,), dtype, seed=2, integers=True)
-        residual = random_input((35, out_features), dtype, seed=3, integers=True)
+        residual = random_input((25, out_features), dtype, seed=3, integers=True)
         scale = 2.0 ** (torch.arange(out_features) % 3 - 1)
         what = dict(weight="int4", group=group, scale=scale, bias=bias, residual=residual)
-        assert not wrong(build(), CONFIGS[(64, *shape)], w, x, relu=True, **what)
+        assert not wrong(build(), CONFIGS[(32, *shape)], w, x, relu=True, **what)
 
 
-@pytest.mark.parametrize("dtype", [F16, BF16])
-def test_numbers_are_rounded_once(build, dtype):
+def test_numbers_are_rounded_once(build, dtype=BF16):
     """Any float32 scale: level times scale as `weight.to(dtype)` has it, but for what lies near the
-    middle of two numbers: the scale's low part has few bits, in float16 multiples of 2^-24."""
+    middle of two numbers: the scale's low part has few bits."""
     generator = torch.Generator().manual_seed(0)
     scale = torch.rand(64, 2, generator=generator) * 0.1 + 1e-3
     w = torch.zeros(64, 256)
@@ -113,7 +115,7 @@ def test_numbers_are_rounded_once(build, dtype):
         assert not broken
         error = (y.double() - exact[:, columns].t()).abs()
         unit = torch.finfo(dtype).eps / 2
-        bound = exact[:, columns].t().abs() * unit * (1 + 2**-7) + 9 * 2**-25 * (dtype == F16)
+        bound = exact[:, columns].t().abs() * unit * (1 + 2**-7)
         assert bool((error <= bound).all())
         rounded = exact[:, columns].t().float().to(dtype)
         assert (y != rounded).float().mean() < 0.01
@@ -130,9 +132,8 @@ def test_numbers_are_rounded_once(build, dtype):
 )
 def test_the_emulator_sees_mistakes(build, old, new):
     cases = [
-        (CONFIGS[32, 1, 1], problem(9, 65, 256 * 9)),
-        (CONFIGS[32, 2, 1], problem(25, 300, 700)),
-        (CONFIGS[32, 1, 2], problem(25, 70, 600)),
+        (CONFIGS[32, 1, 2], problem(17, 65, 256 * 5)),
+        (CONFIGS[32, 1, 1], problem(9, 65, 256 * 5)),
     ]
 
     def found(emulate):
@@ -144,4 +145,4 @@ def test_the_emulator_sees_mistakes(build, old, new):
         )
 
     assert found(build("narrow_sm90.cuh", old, new))
-    assert not found(build("narrow_sm90.cuh", "#pragma once", "#pragma once")), "all is right"
+    assert not found(build()), "without the edit all is right"
