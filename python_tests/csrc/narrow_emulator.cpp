@@ -1,6 +1,6 @@
 // narrow_emulator.cpp: runs the source of csrc/linear/narrow_sm90.cuh on the CPU, cluster by cluster,
-// for test_narrow_emulated.py. Not all types, and of tiles
-// of 64 and 96 tokens one, for the compiler's time.
+// for test_narrow_emulated.py. Not all types, and of tiles of 64 and 96 tokens one, for the compiler's
+// time.
 // EMULATE_FEW: bfloat16, groups of 128, tiles of 32 tokens.
 #include "emulator_sm90.h"
 

@@ -111,8 +111,8 @@ def _in_memory(problem: Problem) -> bool:
 
 def _most_in_registers(problem: Problem) -> int:
     """The most tokens for which weights are widened in registers."""
-    narrow = _built_for("narrow", _widened(problem))
-    return heuristics.NARROW_TOKENS if narrow else heuristics.WIDEN_TOKENS
+    narrow = heuristics.NARROW_TOKENS if _built_for("narrow", _widened(problem)) else 0
+    return max(narrow, heuristics.WIDEN_TOKENS)
 
 
 def _expected(problem: Problem) -> tuple[float, float]:
