@@ -18,8 +18,8 @@ Weights rotate and are checked as in layers.py. Exact: levels and x of whole num
 are powers of two must give the float64 result, rounded once. Bounded: quantised x and weight as
 they are timed, against the float64 product of what they stand for; sums of e4m3 are allowed what
 peers are allowed, because the tensor cores keep fewer bits of them. With more than CHECKED tokens
-the first and the last of them are checked. A weight that is widened in memory is bounded as its
-numbers rounded to 16 bits.
+the first and the last of them are checked. A weight that is widened in memory, or by the narrow
+kernel, is bounded as its numbers rounded to 16 bits.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ from .shapes import Shape
 INT_MM_ROWS = 32  # torch._int_mm wants more than 16
 CHECKED = 1024  # tokens
 GROUP = 128  # of int4
-IN_MEMORY = "(widen + "  # in the config of what makes a copy of the weight in 16 bits
+# In the config of what multiplies numbers of 16 bits: a copy of the weight, and int4 in registers.
+ROUNDED = ("(widen + ", "(narrow ")
 # Up to so many tokens cuSPARSELt's search tries to split in_features; with more it tries its
 # algorithms whole and in "segment-K", because there are tiles for every multiprocessor.
 FEW_TOKENS, WHOLE = 1024, ((1, 0), (-1, 0))
@@ -365,7 +366,8 @@ class Layer8:
         some, ours = _ends(tokens, x.device), name in OURS
         e4m3 = self.storage == "float8_e4m3fn" and name in ("w8a8", "w8a8+quantize")
         strict = ours and not e4m3
-        weight = self._rounded() if IN_MEMORY in provider.config(x) else provider.weight
+        rounded = any(kind in provider.config(x) for kind in ROUNDED)
+        weight = self._rounded() if rounded else provider.weight
         _check_bounded(name, y[some], provider.numbers(x)[some], weight, strict)
         if not ours or name == "cuda":
             return "bounded"

@@ -56,6 +56,14 @@ class SplitConfig(TypedDict):
     split: int  # thread blocks, a cluster, that share the in_features of a tile
     types: Types
 
+class NarrowConfig(TypedDict):
+    index: int
+    rows: int  # out_features of a tile
+    tokens: int  # tokens of a tile
+    cluster_rows: int  # tiles of a cluster along out_features, which share x
+    split: int  # thread blocks that share the in_features of a tile
+    types: Types
+
 class MmaConfig(TypedDict):
     index: int
     rows: int  # out_features of a thread block
@@ -77,6 +85,7 @@ class Kernels(TypedDict):
     decode_gated: list[DecodeConfig]  # silu(x · Wᵀ) * (x · Upᵀ), up to 32 tokens, Hopper
     prefill: list[PrefillConfig]  # Hopper
     split: list[SplitConfig]  # for few tiles, Hopper
+    narrow: list[NarrowConfig]  # int4 weights, Hopper
     mma: list[MmaConfig]  # compute capability 8.0 and later, of e4m3 8.9 and later
     naive: list[NaiveConfig]  # the readable kernel, for tests, Hopper
 

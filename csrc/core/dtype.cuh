@@ -69,6 +69,14 @@ __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   const Pair v = __hmul2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
   return reinterpret_cast<const uint32_t&>(v);
 }
+// a * b + c, rounded once.
+template <class T>
+__device__ __forceinline__ uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
+  using Pair = std::conditional_t<kIsBFloat16<T>, __nv_bfloat162, __half2>;
+  const Pair v = __hfma2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b),
+                         reinterpret_cast<const Pair&>(c));
+  return reinterpret_cast<const uint32_t&>(v);
+}
 
 template <class T>
 __device__ __forceinline__ float to_float(T v) {

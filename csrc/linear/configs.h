@@ -60,6 +60,51 @@
   X(18, 2, 64, 2)
 #define SK_SPLIT_BOTH 17  // the first of them, which 8 bits have, too
 
+// The narrow kernel's tiles of 256 rows.
+// X(index, BLOCK_N tokens, CTAs of a cluster along out_features that share x, CTAs that share the K
+//   of a tile)
+#define SK_NARROW_CONFIGS(X) \
+  X(0, 32, 1, 1)             \
+  X(1, 32, 2, 1)             \
+  X(2, 32, 4, 1)             \
+  X(3, 32, 1, 2)             \
+  X(4, 32, 1, 3)             \
+  X(5, 32, 1, 4)             \
+  X(6, 32, 1, 6)             \
+  X(7, 32, 1, 8)             \
+  X(8, 32, 2, 2)             \
+  X(9, 32, 2, 4)             \
+  X(10, 64, 1, 1)            \
+  X(11, 64, 2, 1)            \
+  X(12, 64, 4, 1)            \
+  X(13, 64, 1, 2)            \
+  X(14, 64, 1, 3)            \
+  X(15, 64, 1, 4)            \
+  X(16, 64, 1, 6)            \
+  X(17, 64, 1, 8)            \
+  X(18, 64, 2, 2)            \
+  X(19, 64, 2, 4)            \
+  X(20, 96, 1, 1)            \
+  X(21, 96, 2, 1)            \
+  X(22, 96, 4, 1)            \
+  X(23, 96, 1, 2)            \
+  X(24, 96, 1, 3)            \
+  X(25, 96, 1, 4)            \
+  X(26, 96, 1, 6)            \
+  X(27, 96, 1, 8)            \
+  X(28, 96, 2, 2)            \
+  X(29, 96, 2, 4)            \
+  X(30, 128, 1, 1)           \
+  X(31, 128, 2, 1)           \
+  X(32, 128, 4, 1)           \
+  X(33, 128, 1, 2)           \
+  X(34, 128, 1, 3)           \
+  X(35, 128, 1, 4)           \
+  X(36, 128, 1, 6)           \
+  X(37, 128, 1, 8)           \
+  X(38, 128, 2, 2)           \
+  X(39, 128, 2, 4)
+
 // The decode kernel's row blocks and splits of K, with one weight or gated.
 // X(index, row panels of 64 per CTA, CTAs that share the K of a row block)
 #define SK_DECODE_CONFIGS(X) \
@@ -113,6 +158,7 @@ struct ConfigTable {
   index, 128 * panels, tokens, cluster_m, cluster_n, streamed, promoted,
 #define SK_SPLIT_ROW(index, panels, tokens, split) index, 128 * panels, tokens, split,
 #define SK_DECODE_ROW(index, panels, split) index, 64 * panels, split,
+#define SK_NARROW_ROW(index, tokens, cluster_rows, split) index, 256, tokens, cluster_rows, split,
 #define SK_MMA_ROW(...) __VA_ARGS__,
 #define SK_NAIVE_ROW(...) __VA_ARGS__,
 
@@ -127,6 +173,8 @@ SK_CONFIG_TABLE(Prefill, SK_PREFILL_CONFIGS, SK_PREFILL_ROW, "index", "rows", "t
                 "cluster_rows", "cluster_tokens", "streamed?", "promoted?")
 SK_CONFIG_TABLE(Split, SK_SPLIT_CONFIGS, SK_SPLIT_ROW, "index", "rows", "tokens", "split")
 SK_CONFIG_TABLE(Decode, SK_DECODE_CONFIGS, SK_DECODE_ROW, "index", "rows", "split")
+SK_CONFIG_TABLE(Narrow, SK_NARROW_CONFIGS, SK_NARROW_ROW, "index", "rows", "tokens", "cluster_rows",
+                "split")
 SK_CONFIG_TABLE(Mma, SK_MMA_CONFIGS, SK_MMA_ROW, "index", "rows", "tokens", "warps_rows",
                 "warps_tokens", "split", "stages")
 SK_CONFIG_TABLE(Naive, SK_NAIVE_CONFIGS, SK_NAIVE_ROW, "index", "rows", "tokens")
@@ -134,6 +182,7 @@ SK_CONFIG_TABLE(Naive, SK_NAIVE_CONFIGS, SK_NAIVE_ROW, "index", "rows", "tokens"
 #undef SK_PREFILL_ROW
 #undef SK_SPLIT_ROW
 #undef SK_DECODE_ROW
+#undef SK_NARROW_ROW
 #undef SK_MMA_ROW
 #undef SK_NAIVE_ROW
 #undef SK_CONFIG_TABLE

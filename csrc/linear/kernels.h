@@ -22,6 +22,9 @@ SK_LINEAR(linear)
 namespace split {
 SK_LINEAR(linear)
 }
+namespace narrow {
+SK_LINEAR(linear)
+}
 namespace mma {
 SK_LINEAR(linear)
 }
@@ -49,6 +52,7 @@ inline constexpr Launch kPrefill[] = {
         SK_INT8_A8(SK_LAUNCH, prefill::linear, SK_PREFILL_UNPROMOTED)};
 inline constexpr Launch kSplit[] = {SK_PLAIN(SK_LAUNCH, split::linear, kSplitConfigs.rows)  //
                                     SK_W8A8(SK_LAUNCH, split::linear, SK_SPLIT_BOTH)};
+inline constexpr Launch kNarrow[] = {SK_W4A16(SK_LAUNCH, narrow::linear, kNarrowConfigs.rows)};
 inline constexpr Launch kMma[] = {SK_PLAIN(SK_LAUNCH, mma::linear, kMmaConfigs.rows)  //
                                   SK_W8A8(SK_LAUNCH, mma::linear, SK_MMA_BOTH)};
 inline constexpr Launch kNaive[] = {SK_PLAIN(SK_LAUNCH, naive::linear, kNaiveConfigs.rows)  //
@@ -82,7 +86,7 @@ struct Kernel {
   unsigned takes;
 };
 
-// decode, prefill, split, mma: the weights are read before the predecessor in the stream has
+// decode, prefill, split, narrow, mma: the weights are read before the predecessor in the stream has
 // finished (programmatic dependent launch), so they must not come from it, unless
 // LinearProblem::weight_is_new says so.
 inline constexpr Kernel kKernels[] = {
@@ -90,6 +94,7 @@ inline constexpr Kernel kKernels[] = {
     {"decode_gated", kDecodeGated, kDecodeConfigs, 32, kTakesUp},
     {"prefill", kPrefill, kPrefillConfigs, 0, kTakesEpilogue | kTakesWorkspace},
     {"split", kSplit, kSplitConfigs, 0, kTakesEpilogue},
+    {"narrow", kNarrow, kNarrowConfigs, 0, kTakesEpilogue},
     {"mma", kMma, kMmaConfigs, 0, kTakesEpilogue},
     {"naive", kNaive, kNaiveConfigs, 0, kTakesEpilogue | kTakesChannelScale | kTakesTokenScale},
 };

@@ -15,7 +15,14 @@ from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.backends.cuda import tuned_tables as tuning
 from sparsekern.backends.cuda.backend import CudaBackend, PreciseBackend, SixteenBitBackend
-from sparsekern.backends.cuda.cost_model import TIMES, MmaTile, RowBlocks, SplitTile, Tile
+from sparsekern.backends.cuda.cost_model import (
+    TIMES,
+    MmaTile,
+    NarrowTile,
+    RowBlocks,
+    SplitTile,
+    Tile,
+)
 from sparsekern.backends.protocol import problem_of
 from sparsekern.backends.triton.backend import TritonBackend
 from sparsekern.formats.layouts import WeightSpec
@@ -887,6 +894,25 @@ def test_int4_is_widened_in_registers_and_of_more_tokens_in_memory(scaled_on_cpu
         assert (call["stored_dtype"], call["weight_dtype"]) == ("int4", BF16)
         assert told.config.startswith("widen + ") and "to bfloat16 in memory" in told.why
     assert told.why.startswith("W4A16")
+
+
+@pytest.mark.parametrize("tokens, kernel", [(16, "decode"), (17, "narrow"), (512, "narrow")])
+def test_int4_between_few_and_many_tokens_has_a_kernel(scaled_on_cpu, tokens, kernel):
+    tiles = [NarrowTile(256, 64, 1, 2), NarrowTile(256, 128, 2, 1)]
+    scaled_on_cpu.rows["narrow"] = rows(tiles, 3, WIDENED[-2:])
+    forget()
+    w24 = pack(sparsekern.quantize(compress(random_weight(64, 256, torch.bfloat16)), "int4"))
+    x = torch.ones(tokens, 256, dtype=torch.bfloat16)
+    scaled_linear.bind(problem(x, w24))(x, w24)
+    (call,) = scaled_on_cpu.calls
+    assert (call["kernel"], call["weight_dtype"], call["x_dtype"]) == (kernel, "int4", BF16)
+    assert "stored_dtype" not in call and "widened" not in call
+    told = scaled_linear.explain(problem(x, w24))
+    assert told.config.startswith(f"{kernel} ") and "in memory" not in told.why
+    if kernel == "narrow":
+        assert call["config"] in (3, 4)
+    more = torch.ones(513, 256, dtype=torch.bfloat16)
+    assert "more than 512 tokens" in scaled_linear.explain(problem(more, w24)).why
 
 
 def test_which_int4_the_kernels_take(native):

@@ -343,14 +343,16 @@ def test_a_graph_captures_all_of_it(storage):
 @pytest.mark.parametrize("group", [64, 128, 1024])
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_linear_of_int4_at_every_number_of_tokens(dtype, group):
-    """Widened for x as it is: with more than 64 tokens in memory, with numbers of 16 bits."""
+    """Widened for x as it is: with more than 16 tokens and scales of groups, and with more than 512
+    in memory, with numbers of 16 bits."""
     needs_hopper()
     w = sk.compress(random_weight(520, 1024, dtype))
     host, w24 = sk.quantize(w, "int4", group=group), sk.quantize(w.to(DEVICE), "int4", group=group)
     assert w24.layout == "tile64"
     bias = random_input((520,), dtype, seed=4)
-    for tokens in (1, 64, 65, 200):
-        of = host.to(torch.float32) if tokens <= 64 else host
+    for tokens in (1, 16, 17, 64, 200, 600):
+        exact = tokens <= 16 or tokens <= 512 and group == 1024
+        of = host.to(torch.float32) if exact else host
         numbers = sk.dequantize(of, layout="rowmajor").to_dense().double()
         x = random_input((tokens, 1024), dtype)
         y = sk.linear(x.to(DEVICE), w24, bias.to(DEVICE), "relu")

@@ -1,5 +1,5 @@
 """Weights of 8 and 4 bits that are widened in memory: the copy byte by byte, who waits for it, and
-the whole layer with more than 64 tokens."""
+the whole layer with so many tokens that it is made: more than 64, of int4 more than 512."""
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from sparsekern.nn.sparse_linear import SparseLinear
 pytestmark = pytest.mark.gpu
 
 TOKENS = (65, 100, 1000)
+MANY = 600  # with which int4 is widened in memory, too
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +168,7 @@ def test_the_layer_is_within_bounds_of_the_float64_result(storage, group, dtype,
         rows = host.rowmajor()
         w = decompress(Sparse24(rows.numbers(dtype), rows.metadata, tuple(rows.shape))).double()
         w24, bias = host.to(DEVICE), random_input((out_features,), dtype, seed=2)
-        for tokens in TOKENS:
+        for tokens in TOKENS if storage != INT4 else (513, MANY):
             x = random_input((tokens, in_features), dtype)
             told = sk.explain(x.to(DEVICE), w24, backend=backend(storage))
             assert told.config.startswith("widen + "), str(told)
@@ -179,18 +180,18 @@ def test_the_layer_is_within_bounds_of_the_float64_result(storage, group, dtype,
 @pytest.mark.parametrize("storage, group", KINDS)
 def test_the_layer_is_exact_on_small_integers(storage, group):
     w24, numbers = integers(520, 1156, storage, group, BF16)
-    for shape in ((65, 1156), (2, 50, 1156), (1000, 1156)):
+    for shape in ((65, 1156), (2, 50, 1156), (2, MANY // 2, 1156), (1000, 1156)):
         x = random_input(shape, BF16, integers=True).to(DEVICE)
         y = sk.linear(x, w24, backend=backend(storage))
         assert_same(y, (x.double() @ numbers.t()).to(BF16), f"{storage} {shape}")
-    odd = random_input((130, 2 * 1156), BF16, integers=True).to(DEVICE)[:, ::2]
+    odd = random_input((MANY, 2 * 1156), BF16, integers=True).to(DEVICE)[:, ::2]
     y = sk.linear(odd, w24, backend=backend(storage))
     assert_same(y, (odd.double() @ numbers.t()).to(BF16), "x with gaps")
 
 
 def test_the_copy_lives_as_long_as_the_call():
     w24, _ = integers(4096, 4096, INT4, 128, BF16)
-    x = random_input((100, 4096), BF16).to(DEVICE)
+    x = random_input((MANY, 4096), BF16).to(DEVICE)
     sk.linear(x, w24)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -203,7 +204,7 @@ def test_a_graph_holds_several_layers_and_is_replayed():
     """Their copies take turns in the graph's memory; x changes between replays."""
     first, numbers = integers(1024, 1024, INT4, 128, BF16)
     second, others = integers(1024, 1024, INT8, 0, BF16)
-    x = random_input((130, 1024), BF16, integers=True).to(DEVICE)
+    x = random_input((MANY, 1024), BF16, integers=True).to(DEVICE)
 
     def layers():
         here = sk.linear(x, first)
@@ -216,7 +217,7 @@ def test_a_graph_holds_several_layers_and_is_replayed():
     with torch.cuda.graph(graph):
         results = layers()
     for seed in (5, 6, 7):
-        x.copy_(random_input((130, 1024), BF16, seed=seed, integers=True))
+        x.copy_(random_input((MANY, 1024), BF16, seed=seed, integers=True))
         graph.replay()
         torch.cuda.synchronize()
         for y, w in zip(results, (numbers, others, numbers), strict=True):
@@ -226,7 +227,7 @@ def test_a_graph_holds_several_layers_and_is_replayed():
 def test_compiled_with_graphs_and_differentiable():
     w24, numbers = integers(512, 1024, INT4, 128, BF16)
     module = SparseLinear.from_sparse24(w24.rowmajor()).to(DEVICE)
-    x = random_input((130, 1024), BF16, integers=True).to(DEVICE)
+    x = random_input((MANY, 1024), BF16, integers=True).to(DEVICE)
     expected = (x.double() @ numbers.t()).to(BF16)
     compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)
     for _ in range(4):
@@ -241,7 +242,7 @@ def test_compiled_with_graphs_and_differentiable():
 
 def test_two_streams_do_not_share_a_copy():
     w24, numbers = integers(4096, 2048, INT4, 128, BF16)
-    x = random_input((130, 2048), BF16, integers=True).to(DEVICE)
+    x = random_input((MANY, 2048), BF16, integers=True).to(DEVICE)
     expected = (x.double() @ numbers.t()).to(BF16)
     sk.linear(x, w24)
     torch.cuda.synchronize()

@@ -12,6 +12,7 @@ from sparsekern.backends.cuda.cost_model import (
     DATA_CENTER,
     TIMES,
     MmaTile,
+    NarrowTile,
     RowBlocks,
     SplitTile,
     Tile,
@@ -150,6 +151,39 @@ def test_int4_counts_what_widening_takes():
     assert fastest(64, 4096, 14336, H100, blocks, four) == RowBlocks(256, 4)
     assert fastest(1, 28672, 4096, H100, blocks, four) == RowBlocks(256, 1)
     assert fastest(1, 6144, 4096, H100, blocks, four) == RowBlocks(256, 4)
+
+
+def narrow_tiles_of_the_source():
+    """The entries of SK_NARROW_CONFIGS: X(index, tokens, cluster rows, split)."""
+    rows = entries("SK_NARROW_CONFIGS")
+    assert [row[0] for row in rows] == list(range(len(rows)))
+    return tuple(NarrowTile(256, *row[1:]) for row in rows)
+
+
+def test_the_narrow_kernel_for_int4():
+    """Every tile has whole slices of x and a cluster that fits; more tokens take longer."""
+    tiles, four = narrow_tiles_of_the_source(), heuristics.Bits(4, 16)
+    for tile in tiles:
+        assert tile.tokens // 8 % tile.cluster_rows == 0 and tile.cluster_rows * tile.split <= 8
+    variants = (*heuristics.TIMES_4, *tiles)
+
+    def chosen(tokens, *shape):
+        return fastest(tokens, *shape, H100, variants, four)
+
+    for shape in ((28672, 4096), (4096, 4096)):
+        times = [
+            predicted_us(chosen(tokens, *shape), tokens, *shape, H100, four)
+            for tokens in (17, 64, 128, 256, 512)
+        ]
+        assert times == sorted(times) and times[0] > 0
+    assert isinstance(chosen(16, 4096, 4096), RowBlocks)
+    assert chosen(17, 28672, 4096).tokens == 32
+    assert chosen(64, 28672, 4096).split == 1, "tiles for most multiprocessors"
+    assert chosen(64, 4096, 4096).split > 2, "sixteen tiles"
+    size = (64, 28672, 4096, H100, four)
+    alone, shared = (predicted_us(NarrowTile(256, 64, n, 1), *size) for n in (1, 2))
+    assert shared < alone, "x from L2 once for two tiles"
+    assert heuristics.name(NarrowTile(256, 64, 2, 1)) == "narrow 256x64 cluster 2x1, 1 part"
 
 
 def test_quantising_takes_longer_with_more_of_it():

@@ -53,6 +53,7 @@ SK_RECORDER(decode, linear, "decode")
 SK_RECORDER(decode, gated, "decode_gated")
 SK_RECORDER(prefill, linear, "prefill")
 SK_RECORDER(split, linear, "split")
+SK_RECORDER(narrow, linear, "narrow")
 SK_RECORDER(mma, linear, "mma")
 SK_RECORDER(naive, linear, "naive")
 

@@ -19,12 +19,19 @@ from python_tests.backends.cuda_cases import (
     guarded,
     variants,  # those of this GPU,
 )
+from python_tests.backends.widened_cases import INT4, launcher
+from python_tests.backends.widened_cases import Problem as Widened
 from python_tests.linear_cases import random_weight
+from sparsekern import _native
 from sparsekern.formats.sparse24 import compress
 from sparsekern.formats.tile64 import pack
 
 # (tokens, out_features, in_features): ragged everywhere; more steps of 64 than stages.
 SHAPES = ((60, 325, 900), (9, 64, 64), (200, 1100, 132))
+
+
+def hopper():
+    return any(kernel == "prefill" for kernel, _ in variants())
 
 
 def main(few):
@@ -53,6 +60,16 @@ def main(few):
                     wanted = expected if rest else y64.cpu().to(dtype)
                     if not torch.equal(y.cpu(), wanted):
                         wrong.append((storage, kernel, index, shape, bool(rest)))
+        for shape in SHAPES[:1] if few else SHAPES:
+            p = Widened(*shape, INT4, 128, dtype)
+            expected = (p.product + p.bias.double() + p.residual.double()).cpu().to(dtype)
+            for row in _native.module().kernels()["narrow"] if hopper() else ():
+                _, y = guarded(shape[0], p.out_features, dtype)
+                rest = dict(bias=p.bias, residual=p.residual, scaled=False)
+                launcher(p, row["index"], shape[0], y, kernel="narrow", **rest)()
+                torch.cuda.synchronize()
+                if not torch.equal(y.cpu(), expected):
+                    wrong.append(("narrow", row, shape, dtype))
         gate, up = (pack(compress(random_weight(325, 900, dtype, seed)).cuda()) for seed in (0, 1))
         for tokens in (1, 16, 32):
             y = sk.gated_linear(torch.ones(tokens, 900, dtype=dtype).cuda(), gate, up)

@@ -98,12 +98,13 @@ def test_kernels_are_the_rows_of_configs_h(native):
             *("index", "rows", "tokens", "cluster_rows", "cluster_tokens", "streamed", "promoted"),
         ),
         split=("index", "rows", "tokens", "split"),
+        narrow=("index", "rows", "tokens", "cluster_rows", "split"),
         mma=("index", "rows", "tokens", "warps_rows", "warps_tokens", "split", "stages"),
         naive=("index", "rows", "tokens"),
     )
     row_unit = dict(decode=64, prefill=128, split=128, mma=1, naive=1)
     kernels = native.kernels()
-    assert list(kernels) == ["decode", "decode_gated", "prefill", "split", "mma", "naive"]
+    assert list(kernels) == [*columns]
     for kernel, names in columns.items():
         listed_as = kernel.removesuffix("_gated").upper()
         table = re.search(rf"#define SK_{listed_as}_CONFIGS\(X\)(.*?)\n\n", CONFIGS, re.S)
@@ -112,7 +113,10 @@ def test_kernels_are_the_rows_of_configs_h(native):
         ]
         assert rows and [row[0] for row in rows] == list(range(len(rows)))
         for row in rows:
-            row[1] *= row_unit[listed_as.lower()]
+            if kernel == "narrow":
+                row.insert(1, 256)
+            else:
+                row[1] *= row_unit[listed_as.lower()]
         listed = [{k: v for k, v in row.items() if k != "types"} for row in kernels[kernel]]
         assert listed == [dict(zip(names, row, strict=True)) for row in rows]
     assert all(type(row["streamed"]) is bool for row in kernels["prefill"])
@@ -134,6 +138,7 @@ def test_which_types_a_config_takes(native):
         naive=plain | w8a8,
     )
     taken["mma"] = plain | w8a8
+    taken["narrow"] = {("int4", y, y) for y in halves}
     limits = dict(re.findall(r"#define (SK_\w+) (\d+)  //", CONFIGS))
     first = {("mma", True): "SK_MMA_BOTH", ("split", True): "SK_SPLIT_BOTH"}
     first[("decode_gated", False)] = "SK_DECODE_GATED"

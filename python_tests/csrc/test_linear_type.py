@@ -26,7 +26,8 @@ FIXED = dict(
 )
 ADDRESSES = dict(x=2**63 + 16, values=2, metadata=3, y=4, stream=5)
 OPTIONAL = dict(bias=6, residual=7, workspace=8)
-KERNELS = ("decode", "decode_gated", "prefill", "split", "mma", "naive")
+KERNELS = ("decode", "decode_gated", "prefill", "split", "narrow", "mma", "naive")
+WEIGHTS = {"narrow": "int4"}  # of kernels that have none of 16 bits
 GATED = 5  # SK_DECODE_GATED of csrc/linear/configs.h
 
 
@@ -60,6 +61,7 @@ def test_the_named_kernel_is_launched_with_the_named_config_and_types(probe, ker
     for row in probe.kernels()[kernel]:
         plain = {("float16",) * 3, ("bfloat16",) * 3}
         missing = row.get("promoted") or kernel == "decode_gated" and row["index"] >= GATED
+        missing = missing or kernel in WEIGHTS
         assert plain.isdisjoint(row["types"]) if missing else plain <= {*row["types"]}
         for types in row["types"]:
             names = dict(zip(("weight_dtype", "x_dtype", "dtype"), types, strict=True))
@@ -132,7 +134,12 @@ def test_activations_and_defaults(probe):
 
 
 def test_needs_workspace(probe):
-    needs = {kernel: linear(probe, kernel=kernel, config=0, activation=None) for kernel in KERNELS}
+    needs = {
+        kernel: linear(
+            probe, kernel=kernel, config=0, activation=None, weight_dtype=WEIGHTS.get(kernel)
+        )
+        for kernel in KERNELS
+    }
     assert [kernel for kernel, of in needs.items() if of.needs_workspace] == ["prefill"]
     with pytest.raises(AttributeError):
         needs["mma"].needs_workspace = True
@@ -324,12 +331,18 @@ def test_addresses_of_other_types_are_refused_by_name(probe):
 
 @pytest.mark.parametrize(
     "kernel, operands",
-    [(kernel, ("channel_scale", "token_scale")) for kernel in KERNELS if kernel != "naive"]
+    [
+        (kernel, ("channel_scale", "token_scale"))
+        for kernel in KERNELS
+        if kernel not in ("naive", *WEIGHTS)
+    ]
+    + [(kernel, ("token_scale",)) for kernel in WEIGHTS]
     + [(kernel, ("up_values", "up_metadata")) for kernel in KERNELS if kernel != "decode_gated"]
     + [("decode_gated", ("bias", "residual"))],
 )
 def test_an_operand_that_a_kernel_does_not_have_is_never_ignored(probe, kernel, operands):
-    of = linear(probe, kernel=kernel, config=0, activation=None)
+    weight = WEIGHTS.get(kernel)
+    of = linear(probe, kernel=kernel, config=0, activation=None, weight_dtype=weight)
     up = dict(up_values=1, up_metadata=1) if kernel == "decode_gated" else {}
     for operand in operands:
         with pytest.raises(ValueError, match=f"expected {operand} 0 with kernel '{kernel}', which"):

@@ -19,6 +19,7 @@ from sparsekern.backends.cuda import tuned_tables as tuning
 from sparsekern.backends.cuda.cost_model import (
     Bits,
     MmaTile,
+    NarrowTile,
     RowBlocks,
     SplitTile,
     Tile,
@@ -120,7 +121,7 @@ _PLAIN = Types.of(dtypes.PLAIN[dtypes.DEFAULT_16_BIT].name)
 
 def _rows(kernel: str, kind: type[Any], types: Types) -> dict[Any, int]:
     """{variant: index of its config} of one kernel of the native module, for these types."""
-    rows = (row for row in _native.module().kernels()[kernel] if types in row["types"])
+    rows = (row for row in _native.module().kernels().get(kernel, ()) if types in row["types"])
     return {kind(*(row[field] for field in kind._fields)): row["index"] for row in rows}
 
 
@@ -141,6 +142,7 @@ def _built(types: Types = _PLAIN) -> dict[Variant, tuple[str, int]]:
         ("decode", _rows("decode", RowBlocks, types)),
         ("prefill", _tiles(types)),
         ("split", _rows("split", SplitTile, types)),
+        ("narrow", _rows("narrow", NarrowTile, types)),
         ("mma", _mma_tiles(types)),
     ):
         found |= {variant: (kernel, index) for variant, index in rows.items()}

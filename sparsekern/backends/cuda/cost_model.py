@@ -69,9 +69,9 @@ times; on average, at worst), and hit the measured winner less often:
 8-bit operands: a stage has the bytes of a 16-bit one, but for its metadata, and takes the tensor
 cores as long, for twice as many in_features. So the counts are those of the 16-bit variant with
 half the stages and with the bytes of the types (Bits), and the coefficients their own (TIMES_8),
-because widening weights costs a decode stage much of what its bytes save. int4 has those of 16
-bits with few tokens and TIMES_4 with more. The promoted tiles are not in it, because they are asked
-for by name (`promoted_tile`).
+because widening weights costs a decode stage much of what its bytes save. int4 has TIMES_4, and
+from narrow_model.FEWEST_TOKENS on a kernel and a model of its own. The promoted tiles are not in
+it, because they are asked for by name (`promoted_tile`).
 
 Units: microseconds; megabytes are 1e6 bytes, so rate is in megabytes per microsecond, TB/s.
 Where TIMES comes from: see there. `python -m bench.fit` makes it.
@@ -85,6 +85,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+from sparsekern.backends.cuda import narrow_model
+from sparsekern.backends.cuda.narrow_model import NarrowTile
+
 DECODE_TOKENS = 64  # the most that the decode kernel takes
 # With more tokens than this and x of 16 bits, weights of 8 or 4 bits are widened to 16 bits in
 # memory, and the kernel for those follows; else the decode kernel widens them in registers.
@@ -93,6 +96,8 @@ DECODE_TOKENS = 64  # the most that the decode kernel takes
 # 4096x14336 23 + 21 against 46. A wide weight would be faster in two parts up to some 80 tokens: 65
 # against 82.
 WIDEN_TOKENS = DECODE_TOKENS
+# int4 has a kernel between the two, from narrow_model.FEWEST_TOKENS to this.
+NARROW_TOKENS = narrow_model.MOST_TOKENS
 GATED_TOKENS = 32  # the most of the decode kernel's gated form, which holds two sums per output
 # On Hopper the mma.sp kernel is considered up to so many tokens, or tokens * out * in.
 MMA_TOKENS, MMA_PRODUCTS = 64, 2**30
@@ -181,7 +186,7 @@ class SplitTile(NamedTuple):
         return f"{self.rows}x{self.tokens}, {parts}"
 
 
-Variant = RowBlocks | Tile | MmaTile | SplitTile
+Variant = RowBlocks | Tile | MmaTile | SplitTile | NarrowTile
 
 
 class Times(NamedTuple):
@@ -322,7 +327,7 @@ def table(bits: Bits) -> dict[Variant, Times]:
 def name(variant: Variant) -> str:
     """What `sparsekern.explain` calls it: the kernel, then the variant."""
     kernels = {RowBlocks: "decode", Tile: "prefill", MmaTile: "mma", SplitTile: "split"}
-    kernel = kernels[type(variant)]
+    kernel = kernels.get(type(variant), "narrow")
     return f"{kernel} {variant}"
 
 
@@ -339,6 +344,8 @@ def considered(
         return tokens <= DECODE_TOKENS
     if isinstance(variant, SplitTile):
         return split_considered(tokens, out_features, in_features)
+    if isinstance(variant, NarrowTile):
+        return narrow_model.considered(tokens)
     return mma_considered(tokens, out_features, in_features)
 
 
@@ -395,7 +402,11 @@ def predicted_us(
     multiprocessors: int,
     bits: Bits = PLAIN,
 ) -> float:
-    """The modelled time of one layer with this variant, one of its `table`."""
+    """The modelled time of one layer with this variant, one of its `table` or a NarrowTile."""
+    if isinstance(variant, NarrowTile):
+        resident = resident_clusters(variant.cluster_rows * variant.split, multiprocessors)
+        size = tokens, out_features, in_features
+        return narrow_model.predicted_us(variant, *size, multiprocessors, resident)
     problem = tokens, out_features, in_features, multiprocessors, bits
     return us(table(bits)[variant], work(variant, *problem))
 
@@ -410,6 +421,7 @@ def fastest(
     bits: Bits = PLAIN,
 ) -> Variant:
     """The variant for a problem on Hopper: the shortest predicted time; of equal ones the first.
+    Of the narrow kernel's where one is considered.
 
     Args:
         variants: those that the native module was built with for these types; what their `table`
@@ -420,7 +432,8 @@ def fastest(
     problem = tokens, out_features, in_features, multiprocessors, bits
     size = tokens, out_features, in_features, bits
     known = [v for v in table(bits) if v in variants and considered(v, *size)]
-    return min(known, key=lambda variant: predicted_us(variant, *problem))
+    narrow = [v for v in variants if isinstance(v, NarrowTile) and considered(v, *size)]
+    return min(narrow or known, key=lambda variant: predicted_us(variant, *problem))
 
 
 @lru_cache(maxsize=4096)

@@ -4,7 +4,7 @@
                        W8A16: they are widened in memory    csrc/weights/widen.cuh
                        W8A8: x is quantised, then as below  csrc/activations/
     x of 8 bits        W8A8: prefill, split in 8 bits       csrc/linear/prefill_sm90.cuh
-    int4               W4A16: as W8A16
+    int4               W4A16: as W8A16; 17 to 512 tokens    csrc/linear/narrow_sm90.cuh
     other GPUs         W8A8: mma, whatever x is             csrc/linear/mma_sm80.cuh
 
     y = activation(x · levels(W)ᵀ * weight_scale * x_scale + bias)       rounded once to 16 bits
@@ -15,10 +15,12 @@ tokens on slower than weights of 16 bits. What is expected depends on the sizes,
 and on nothing else, so a problem is computed in the same way every time. The error of quantised x
 is about that of the quantised weights; whoever wants x as it is asks for backend "cuda-a16".
 
-There, and always with int4, more than WIDEN_TOKENS tokens are multiplied by the kernels for weights
-of 16 bits, as they would be chosen for such a weight: the same native call first writes the
-weight's numbers, level times scale rounded to the type of x, to memory that lives as long as the
-call (9/8 bytes for every dense number). On other GPUs than Hopper no kernel widens: x is quantised
+There, and always with int4, more than WIDEN_TOKENS tokens, of int4 NARROW_TOKENS, are multiplied by
+the kernels for weights of 16 bits, as they would be chosen for such a weight: the same native call
+first writes the weight's numbers, level times scale rounded to the type of x, to memory that lives
+as long as the call (9/8 bytes for every dense number). The narrow kernel multiplies the same
+numbers where int4 has scales of groups, and widens them in registers; up to 16 tokens, and with one
+scale a row, float32 sums are scaled. On other GPUs than Hopper no kernel widens: x is quantised
 at every number of tokens, weights of int8 run from 8.0 on and of e4m3 from 8.9 on, and int4 does
 not.
 
@@ -73,7 +75,7 @@ _ROW = 16  # bytes, and so elements of 8 bits, that every row of x begins at a m
 @cache
 def _built_for(kernel: str, types: Types) -> bool:
     """Whether the native module has this kernel for these types."""
-    return any(types in row["types"] for row in _native.module().kernels()[kernel])
+    return any(types in row["types"] for row in _native.module().kernels().get(kernel, ()))
 
 
 def _eight(problem: Problem) -> Types:
@@ -104,7 +106,13 @@ def widens(problem: Problem) -> bool:
 
 def _in_memory(problem: Problem) -> bool:
     """True when a weight that is widened has so many tokens that a copy of 16 bits is made."""
-    return problem.tokens > heuristics.WIDEN_TOKENS
+    return problem.tokens > _most_in_registers(problem)
+
+
+def _most_in_registers(problem: Problem) -> int:
+    """The most tokens for which weights are widened in registers."""
+    narrow = heuristics.NARROW_TOKENS if _built_for("narrow", _widened(problem)) else 0
+    return max(narrow, heuristics.WIDEN_TOKENS)
 
 
 def _expected(problem: Problem) -> tuple[float, float]:
@@ -215,7 +223,7 @@ def explain(
         if _in_memory(problem):
             dtype = _name(problem.dtype)
             chosen = configs.choose(tokens, *problem.sizes, dtype, index)
-            kind += f", to {dtype} in memory, more than {heuristics.WIDEN_TOKENS} tokens"
+            kind += f", to {dtype} in memory, more than {_most_in_registers(problem)} tokens"
             return Explained(f"widen + {chosen.variant}", f"{kind}; as in 16 bits: {chosen.why}")
         chosen = configs.choose(tokens, *problem.sizes, _widened(problem), index)
         return Explained(chosen.variant, f"{kind}; {why}{chosen.why}", chosen.us)
