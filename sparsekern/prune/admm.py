@@ -28,6 +28,7 @@ from sparsekern.prune.methods import (
     is_number,
 )
 from sparsekern.prune.pattern import Pattern
+from sparsekern.prune.products import Factor, inverse, product
 from sparsekern.prune.refine import refine
 from sparsekern.prune.sparsegpt import damping_steps
 
@@ -35,6 +36,8 @@ _OP = "sparsekern.prune.admm"
 ROUNDS = 48
 FIRST, LAST = 0.1, 3.0  # the penalty, where the Hessian has a diagonal of ones
 EACH = 3  # rounds with one penalty, and one factorisation
+BLOCKED = 6144  # columns from which on inverses are made of large products
+AMISS = 0.02  # of an inverse that is not good enough: ‖z A⁻¹ A − z‖ / ‖z‖
 _ELEMENTS = 2**26  # of the rows that are worked on at a time: two float32 matrices of that size
 
 
@@ -56,7 +59,8 @@ def admm(
         V ← V + ρ(Y − D)
 
     Rows do not depend on each other. One matmul [out, in] x [in, in] a round, and one inverse of
-    [in, in] in three rounds; three float32 matrices of w's size are held.
+    [in, in] in three rounds; three float32 matrices of w's size are held. Large ones are
+    multiplied and inverted on the tensor cores of a GPU (prune/products.py).
 
     Args:
         w: [out_features, in_features] floating point; never modified.
@@ -87,20 +91,21 @@ def admm(
         scale = scale.masked_fill(dead, 1.0)
         a = h / scale[:, None] / scale
         a.diagonal().fill_(1.0)
-        used = _damped(a, damp)
+        used, first = _damped(a, damp)
         target = (w.detach().float() * scale).masked_fill_(dead, 0)
-        pulled = target @ a
+        pulled = product(target, a)
         sparse, dual = target, torch.zeros_like(target)  # D and V
         keep = torch.empty(w.shape, dtype=torch.bool, device=w.device)
         rows = max(1, _ELEMENTS // max(1, w.shape[1]))
         steps = -(-rounds // EACH)
         for step in range(steps):
             penalty = FIRST * (LAST / FIRST) ** (step / max(1, steps - 1))
-            inverse = _inverse(a, penalty)
+            solver = Factor(_inverse(a, penalty) if first is None else first)
+            first = None
             for _ in range(min(EACH, rounds - EACH * step)):
                 for i in range(0, w.shape[0], rows):
                     d, v = sparse[i : i + rows], dual[i : i + rows]
-                    y = torch.add(pulled[i : i + rows], d, alpha=penalty).sub_(v) @ inverse
+                    y = solver.times(torch.add(pulled[i : i + rows], d, alpha=penalty).sub_(v))
                     torch.add(y, v, alpha=1 / penalty, out=d)
                     keep[i : i + rows] = select(d.square(), kind)
                     d.mul_(keep[i : i + rows])
@@ -113,14 +118,16 @@ def admm(
     return pruned, keep, Details(used, (f"{count} inputs always zero",) if count else ())
 
 
-def _damped(a: Tensor, damp: float) -> float:
-    """Add to the diagonal of a what makes the factorisation with the smallest penalty succeed."""
+def _damped(a: Tensor, damp: float) -> tuple[float, Tensor | None]:
+    """Add to the diagonal of a what makes the factorisation with the smallest penalty succeed; and
+    the inverse with that penalty, where it is known then."""
     for step in damping_steps(damp):
         tried = a.clone()
         tried.diagonal().add_(step + FIRST)
-        if int(torch.linalg.cholesky_ex(tried)[1]) == 0:
+        found = _blocked(tried)
+        if found is not None or int(torch.linalg.cholesky_ex(tried)[1]) == 0:
             a.diagonal().add_(step)
-            return step
+            return step, found
     expected = "a Hessian that is positive definite after damping"
     raise PruneError(message(_OP, expected, f"damp up to {step:g}", "Add calibration inputs."))
 
@@ -128,7 +135,21 @@ def _damped(a: Tensor, damp: float) -> float:
 def _inverse(a: Tensor, penalty: float) -> Tensor:
     shifted = a.clone()
     shifted.diagonal().add_(penalty)
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    found = _blocked(shifted)
+    return torch.cholesky_inverse(torch.linalg.cholesky(shifted)) if found is None else found
+
+
+def _blocked(a: Tensor) -> Tensor | None:
+    """The inverse of a large matrix on a GPU, by large products; None for another, and where eight
+    vectors say that it is none."""
+    if not a.is_cuda or len(a) < BLOCKED:
+        return None
+    found = inverse(a)
+    if found is None:
+        return None
+    generator = torch.Generator(a.device).manual_seed(0)
+    z = torch.randn(8, len(a), generator=generator, device=a.device)
+    return found if float((z @ found @ a - z).norm() / z.norm()) <= AMISS else None
 
 
 def _method(
