@@ -144,6 +144,8 @@ class Calibration:
         source: of blocks whose weights are in memory only while they run, or None.
         undo: what `rollback` takes back: the "run", the last "stage", or None: nothing.
         phases: seconds by phase: capture, hessian, forward and what the caller adds.
+        parts: seconds by part of a phase, as "prune: refine".      peak: (bytes of GPU memory, phase
+            that needed them first).
         on_tick: called with (stage, phase, batches done, of how many) after each batch; or None.
     """
 
@@ -175,6 +177,8 @@ class Calibration:
         )
         self.hessians = None if hessians is None else self._checked(hessians)
         self.phases: dict[str, float] = {}
+        self.parts: dict[str, float] = {}
+        self.peak = (0, "")
         self.on_tick: Callable[[str, str, int, int], None] | None = None
         self.walk: Walk | None = None
         self.collector: HessianCollector | None = None
@@ -217,12 +221,14 @@ class Calibration:
             last_needed = max(pending, default=-1)
             for i, stage in enumerate(stages):
                 self.goes_on = i < last_needed
+                begin, before = time.perf_counter(), {**self.phases, **self.parts}
                 with self.present(stage):
                     yield stage
                     stage._finish()
                 if self.undo == "stage":
                     self._forget()
-                logger.info("%s: %s done, %d layers", self.op, stage.key, len(stage.layers))
+                text = f", {time.perf_counter() - begin:.3f} s{self._spent(before)}"
+                logger.info("%s: %s done, %d layers%s", self.op, stage.key, len(stage.layers), text)
 
     @quiet
     def plan(self) -> list[Stage]:
@@ -431,13 +437,29 @@ class Calibration:
                 config.use_cache = cache
             self._training = before
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Time a phase; on a GPU it ends when its kernels have, once per phase and block."""
+        return self._timed(name, self.phases)
+
+    def part(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Time a part of a phase, likewise."""
+        return self._timed(name, self.parts)
+
+    @contextlib.contextmanager
+    def _timed(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
         start = time.perf_counter()
         try:
             yield
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
+                self.peak = max(self.peak, (torch.cuda.max_memory_allocated(self.device), name))
         finally:
-            self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def _spent(self, before: Mapping[str, float]) -> str:
+        """The seconds of each phase and part since then, in words."""
+        now = {**self.phases, **self.parts}
+        spent = {name: seconds - before.get(name, 0.0) for name, seconds in now.items()}
+        text = "".join(f"; {name} {seconds:.3f} s" for name, seconds in spent.items() if seconds)
+        size, phase = self.peak
+        return text + (f"; peak {size / 2**30:.2f} GiB in {phase}" if size else "")

@@ -23,7 +23,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -73,6 +73,7 @@ class PermutationReport:
     sites: places whose channels have another order now.
     lost_before, lost_after: mean share of the importance w²·Σx² that 2:4 drops in their readers.
     logits_distance: largest difference of an output before and after, over the largest output.
+    parts: seconds of: observe (forward passes), search, fold (into the weights), check (outputs).
     """
 
     sites: int
@@ -81,11 +82,13 @@ class PermutationReport:
     lost_before: float
     lost_after: float
     logits_distance: float
+    parts: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         text = f"permuted {self.sites} layers in {self.seconds:.1f} s, {self.rounds} rounds: "
         text += f"lost importance {self.lost_before:.4f} -> {self.lost_after:.4f}, "
-        return f"{text}logits within {self.logits_distance:.1e}"
+        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.parts.items())
+        return f"{text}logits within {self.logits_distance:.1e} ({parts})"
 
 
 @dataclass
@@ -156,8 +159,13 @@ def permute_on(
     expected = f"{type(model).__name__} with an MLP or attention of layers {MLPS[0]} or v_proj"
     check(sites, OP, expected, "none", "Prune it without permutation.")
     probe = batches[0].probe()
+    parts: dict[str, float] = {}
     before = _outputs(model, probe, home)
+    last = _lap(parts, "check", start)
     energies = input_energies(model, sites, batches, target)
+    if target.type == "cuda":
+        torch.cuda.synchronize(target)
+    last = _lap(parts, "observe", last)
     orders: dict[str, Tensor] = {}
     shares: list[tuple[float, float]] = []
     for number, stack in enumerate(_stacks(sites)):
@@ -170,11 +178,14 @@ def permute_on(
         shares += _shares(scores, order, stack[0].heads)
         orders |= {s.name: o for s, o in zip(stack, order.cpu().split(stack[0].heads))}
     orders = {site.name: orders[site.name] for site in sites}
+    last = _lap(parts, "search", last)
     undo = functools.partial(_restore, _copies(sites))
     try:
         for site in sites:
             apply(site, orders[site.name])
+        last = _lap(parts, "fold", last)
         distance = _distance(before, _outputs(model, probe, home))
+        _lap(parts, "check", last)
         bound = max(1e-3, 20 * torch.finfo(before.dtype).eps)
         if not distance <= bound:
             raise RuntimeError(
@@ -187,9 +198,16 @@ def permute_on(
     mean = torch.tensor(shares, dtype=torch.float64).mean(0).tolist()
     moved = sum(not torch.equal(o, torch.arange(o.shape[1]).expand_as(o)) for o in orders.values())
     took = time.perf_counter() - start
-    report = PermutationReport(moved, rounds, took, mean[0], mean[1], distance)
+    report = PermutationReport(moved, rounds, took, mean[0], mean[1], distance, parts)
     logger.info("%s", report)
     return Permuted(report, orders, undo)
+
+
+def _lap(parts: dict[str, float], name: str, since: float) -> float:
+    """Add the seconds since then to a part; the time now."""
+    now = time.perf_counter()
+    parts[name] = parts.get(name, 0.0) + now - since
+    return now
 
 
 # -------------------------------------------------------------------------------------- the places

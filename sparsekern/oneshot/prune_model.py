@@ -286,8 +286,10 @@ def prune_model(
                         stack.push(_on_error(undo_order))
                     seconds = report.permutation["seconds"] if report.permutation else 0.0
                     walk.phases["permute"] = seconds
+                    parts = report.permutation["parts"] if report.permutation else {}
+                    walk.parts |= {f"permute: {name}": took for name, took in parts.items()}
             walk.batches = batches
-            report.phases = walk.phases
+            report.phases, report.parts = walk.phases, walk.parts
             report.options = describe(skip, wanted, compress, true_sequential, targets)
             report.options |= extra.described()
             if keep_dense:
@@ -303,6 +305,7 @@ def prune_model(
                 report.calibration |= more() if callable(more) else {}
             if keep_hessians:
                 report.hessians = {}
+            wanted.part = walk.part
             run = Run(model, wanted, compress, walk, report, extra)
             if crew is not None:
                 found = [(a.name, a.shape, a.dtype, a.reason) for a in walk.selection.layers]

@@ -20,6 +20,7 @@ from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.replace import dense_weight
 from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot import keep_dense as dense_rule
+from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.estimate import Progress
 from sparsekern.oneshot.executor import Calibration
 from sparsekern.oneshot.extra import OP, Extra
@@ -302,6 +303,19 @@ class Run(Rounds):
                 method.call(method.finish, stage, masks, dense, values=self.options.values)
         if self.extra.block is not None and stage.index is not None:
             note = self._reconstruct(stage, masks, dense)
+        with self.walk.phase("prune"):
+            self._take(by_name, kept, results, stage, note)
+
+    def _take(
+        self,
+        by_name: dict[str, Layer],
+        kept: dict[str, tuple[Tensor, Tensor, Hessian | None]],
+        results: dict[str, Sparse24 | Tensor],
+        stage: Stage,
+        note: str,
+    ) -> None:
+        """The rows and the final form of the weights that the block has now."""
+        method = self.options.method
         for name, (weight, mask, hessian) in kept.items():
             new = dense_weight(by_name[name].module).masked_fill(~mask, 0).contiguous()
             expected = f"finite weights of {name} after {method.name}"
@@ -309,7 +323,8 @@ class Run(Rounds):
             row = self.rows[name]
             row.note = "; ".join(filter(None, (row.note, note))) or None
             if hessian is not None:
-                row.relative_error = prune.relative_error(weight, new, hessian)
+                with self.walk.part("prune: errors"):
+                    row.relative_error = prune.relative_error(weight, new, hessian)
             quantized = None
             if self.options.quantize:
                 quantized, _ = quantize_layer(weight, new, mask, hessian, self.options)
