@@ -223,6 +223,8 @@ class PruneReport:
         text += f", {self.share:.1%} of the linear weights are {self.pattern}"
         if self.preset:
             text += f", preset {self.preset}"
+            rule = self.options.get("preset_rule")
+            text += f" ({rule})" if rule else ""
         if self.parameters and self.parameters["stored"] != self.parameters["dense"]:
             text += (
                 f", {self.parameters['stored']:,} of {self.parameters['dense']:,} parameters kept"

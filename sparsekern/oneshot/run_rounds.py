@@ -62,7 +62,8 @@ class Rounds:
             text = f"preset {self.report.preset} without reconstruction: {kind} is no chain"
             warnings.warn(f"{OP}: {text} of decoder blocks.", stacklevel=4)
             extra.drop()
-            self.report.options.pop("reconstruct", None)
+            for name in ("reconstruct", "preset_rule"):
+                self.report.options.pop(name, None)
             return
         blocks = self.walk.selection.blocks
         with self.walk.evaluating(), self.walk.lazily():
