@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekern.backends import triton
 from sparsekern.errors import FormatError, check
 from sparsekern.oneshot.calibration import Batch, make_batches
 from sparsekern.oneshot.observe import observe
@@ -42,6 +43,7 @@ MLPS = ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2"), (("w1", "w3"
 OUTPUTS = ("o_proj", "out_proj")  # of an attention that has a v_proj
 ROUNDING = 1e-6  # of a sum of importance in float32: smaller gains are none
 _ELEMENTS = 2**26  # that a step of the search works on at a time
+_LARGE = 2**21  # weights of a head, or of an MLP's reader, from which on a kernel searches
 _STACKED = 2**28  # weights of the places that are searched together
 
 
@@ -359,27 +361,42 @@ def search(scores: Tensor, rounds: int, generator: torch.Generator) -> Tensor:
     order = torch.arange(heads * size, device=scores.device)
     groups = size // 4
     firsts = groups * torch.arange(heads)[:, None]
-    least = max(1, _ELEMENTS // (16 * max(1, rows)))
+    costs = _costs_function(scores)
+    least = max(1, _ELEMENTS // (16 * max(1, rows))) if costs is _costs else heads * groups
     for _ in range(rounds):
         mixed = torch.rand(heads, groups, generator=generator).argsort(1) + firsts
         pairs = mixed[:, : groups // 2 * 2].reshape(-1, 2).to(order.device, non_blocking=True)
         for part in pairs.split(least):
             eight = order.view(-1, 4)[part].view(-1, 8)
-            order.view(-1, 4)[part] = eight.gather(1, _exchange(columns[eight])).view(-1, 2, 4)
+            exchanged = _exchange(*costs(columns, eight))
+            order.view(-1, 4)[part] = eight.gather(1, exchanged).view(-1, 2, 4)
     return order.view(heads, size) - size * torch.arange(heads, device=order.device)[:, None]
 
 
-def _exchange(values: Tensor) -> Tensor:
-    """The order of the eight columns of each pair of groups, values [pairs, 8, rows], after the
-    exchange of one of the first four with one of the others that loses least; as they are where
-    none lowers the sum by more than its rounding. int64 [pairs, 8]."""
+def _costs_function(scores: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`_costs`, or its kernel where heads [heads, rows, columns] are large, on a GPU with Triton."""
+    if scores.is_cuda and scores[0].numel() >= _LARGE and triton.available():
+        from sparsekern.backends.triton import exchange
+
+        return exchange.costs
+    return _costs
+
+
+def _costs(columns: Tensor, eight: Tensor) -> tuple[Tensor, Tensor]:
+    """What pairs of groups of columns [columns, rows], eight [pairs, 8] of them, lose: as they are
+    [pairs], and after the exchange of column i of the first by j of the second [pairs, 4, 4]."""
+    values = columns[eight]
     first, second = values[:, :4], values[:, 4:]
     sums = [_two_least(half.unbind(1)).sum(1) for half in (first, second)]
-    now = sums[0] + sums[1]
-    costs = _replaced(first, second) + _replaced(second, first).transpose(1, 2)
+    return sums[0] + sums[1], _replaced(first, second) + _replaced(second, first).transpose(1, 2)
+
+
+def _exchange(now: Tensor, costs: Tensor) -> Tensor:
+    """The order of the eight columns of each pair after the exchange that loses least; as they are
+    where none lowers the sum by more than its rounding. int64 [pairs, 8]."""
     best, index = costs.flatten(1).min(1)
     i, j = index // 4, 4 + index % 4
-    order = torch.arange(8, device=values.device).repeat(len(values), 1)
+    order = torch.arange(8, device=costs.device).repeat(len(costs), 1)
     better = best < now * (1 - ROUNDING)
     order.scatter_(1, torch.where(better, i, 0)[:, None], torch.where(better, j, 0)[:, None])
     return order.scatter_(1, j[:, None], torch.where(better, i, j)[:, None])
