@@ -43,6 +43,22 @@ def on_device(module: nn.Module | None, device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """As on_device, for work that changes no tensor of the module: it gets back those that it had,
+    without a copy."""
+    parameters = [(p, p.data) for p in module.parameters()]
+    buffers = [(m, dict(m._buffers)) for m in module.modules() if m._buffers]
+    try:
+        module.to(device)
+        yield
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data
+        for owner, known in buffers:
+            owner._buffers.update(known)
+
+
+@contextlib.contextmanager
 def eager(model: nn.Module) -> Iterator[None]:
     """Run torch.compile'd parts eagerly, so that hooks see their layers. Only models that have any
     pay for the import of the compiler."""

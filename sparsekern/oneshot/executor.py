@@ -365,12 +365,14 @@ class Calibration:
     # ------------------------------------------------------------------------------ small changes
 
     def remember(self, layer: Layer) -> None:
-        """Before the first change of a layer: keep its dense weight on the host, with undo."""
+        """Before the first change of a layer: keep its dense weight, with undo; on the host where
+        that is for the whole run."""
         if self._undo is None or any(old is layer.module for old, _, _ in self._undo):
             return
         parameter = cast(nn.Parameter, layer.module.weight)
         where = self._homes.get(id(layer.module), parameter.device)
-        self._undo.append((layer.module, parameter.detach().to("cpu", copy=True), where))
+        kept_at = parameter.device if self.undo == "stage" else torch.device("cpu")
+        self._undo.append((layer.module, parameter.detach().to(kept_at, copy=True), where))
 
     def compress(self, layer: Layer, weight: Sparse24) -> None:
         """Replace a layer by a SparseLinear."""

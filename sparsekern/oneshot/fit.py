@@ -93,7 +93,7 @@ class Loss:
 
 @dataclass
 class Trained:
-    """A parameter, in float32 while it is trained, and the mask of it (1 and 0, same shape).
+    """A parameter, in float32 while it is trained, and the mask of it (bool, same shape).
     transposed: it is stored as [in_features, out_features]."""
 
     parameter: nn.Parameter
@@ -190,7 +190,7 @@ def fit(
         for t in trained:
             t.parameter.data.copy_(t.parameter.data.to(t.dtype))
 
-    first = [p.detach().clone() for p in parameters]
+    first = [t.parameter.detach().to(t.dtype, copy=True) for t in trained]  # as it came, exact
     best, best_error = first, error()
     before = best_error
     optimizer = torch.optim.AdamW(
@@ -337,7 +337,7 @@ def training(
     half = any(p.dtype.itemsize == 2 for p in every)
     calls = [(m, m._compiled_call_impl) for m in (*blocks, *teachers)]
     trained = [
-        Trained(p, mask.to(p.device, torch.float32, copy=True), p.dtype, turned)
+        Trained(p, mask.to(p.device, torch.bool, copy=True), p.dtype, turned)
         for p, mask, turned in chosen
     ]
     try:

@@ -181,10 +181,12 @@ def permute_on(
         orders |= {s.name: o for s, o in zip(stack, order.cpu().split(stack[0].heads))}
     orders = {site.name: orders[site.name] for site in sites}
     last = _lap(parts, "search", last)
-    undo = functools.partial(_restore, _copies(sites))
+    done: list[tuple[Site, Tensor]] = []
+    undo = functools.partial(_restore, done)
     try:
         for site in sites:
             apply(site, orders[site.name])
+            done.append((site, orders[site.name]))
         last = _lap(parts, "fold", last)
         distance = _distance(before, _outputs(model, probe, home))
         _lap(parts, "check", last)
@@ -262,16 +264,12 @@ def apply(site: Site, order: Tensor) -> None:
     weight.copy_(weight[:, columns.reshape(-1)])
 
 
-def _copies(sites: list[Site]) -> list[tuple[Tensor, Tensor]]:
-    layers = [layer for site in sites for layer in (*site.makers, site.reader)]
-    own = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
-    return [(p, p.detach().to("cpu", copy=True)) for p in own]
-
-
-def _restore(copies: list[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for parameter, value in copies:
-            parameter.copy_(value)
+@torch.no_grad()
+def _restore(done: list[tuple[Site, Tensor]]) -> None:
+    """Put the channels back where they were: their bits have only moved."""
+    while done:
+        site, order = done.pop()
+        apply(site, order.argsort(1))
 
 
 def _outputs(model: nn.Module, probe: Batch, home: torch.device) -> Tensor:

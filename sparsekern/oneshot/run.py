@@ -211,6 +211,9 @@ class Run(Rounds):
                             pruned.report, weight, mask, pruned.quantized
                         )
                         stage.replace(layer.name, results[layer.name])
+                if group.hessian is not None and self.walk.hessians is None:
+                    if self.report.hessians is None:
+                        group.hessian.free_drift()
         if finish and kept:
             self._finish(stage, kept, results)
         for layer in stage.layers:

@@ -95,6 +95,8 @@ class Rounds:
         block = cast(nn.Module, stage.module)
         options = cast(Reconstruction, self.extra.block)
         final = self.final if index == len(walk.blocks) - 1 else None
+        if options.target == "dense" and options.parts == "block":
+            walk.free_dense_inputs()
         seconds = None
         if options.seconds is not None:
             spent = sum(row["seconds"] for row in self.report.reconstruction)

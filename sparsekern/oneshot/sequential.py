@@ -344,6 +344,10 @@ class Walk:
         """Batch `index` of them, on the device."""
         return self._dense[index].to(self.device)
 
+    def free_dense_inputs(self) -> None:
+        """Free the dense model's inputs of this block, once its outputs are known."""
+        self._dense = []
+
     def dense_output(self, index: int) -> Tensor:
         """What the dense block made of that."""
         return self._dense_outputs[index].to(self.device)

@@ -240,6 +240,10 @@ class Hessian:
         """Forget what the dense model fed the layer: later inputs come without."""
         self._drift, self.unmatched = None, True
 
+    def free_drift(self) -> None:
+        """Free the memory of `drift`, which nobody needs any more."""
+        self._drift = None
+
     @property
     def drift(self) -> Tensor | None:
         """G = 2/n Σ (x_dense − x)ᵀ x, float32 [in_features, in_features]; None without `dense`."""
