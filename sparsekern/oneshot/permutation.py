@@ -182,10 +182,10 @@ def permute_on(
     orders = {site.name: orders[site.name] for site in sites}
     last = _lap(parts, "search", last)
     done: list[tuple[Site, Tensor]] = []
-    undo = functools.partial(_restore, done)
+    undo = functools.partial(_restore, done, target)
     try:
         for site in sites:
-            apply(site, orders[site.name])
+            apply(site, orders[site.name], target)
             done.append((site, orders[site.name]))
         last = _lap(parts, "fold", last)
         distance = _distance(before, _outputs(model, probe, home))
@@ -249,27 +249,30 @@ def _linear(module: nn.Module, name: str) -> nn.Linear | None:
     return layer if type(layer) is nn.Linear else None
 
 
-def apply(site: Site, order: Tensor) -> None:
-    """Write an order [heads, size] into the rows of the makers and the columns of the reader."""
+def apply(site: Site, order: Tensor, device: torch.device | None = None) -> None:
+    """Write an order [heads, size] into the rows of the makers and the columns of the reader.
+    device: where they are put in order; None: where they are."""
+    heads, size = order.cpu(), site.size
+    rows = (heads + size * torch.arange(site.heads)[:, None]).view(-1)
     for layer in site.makers:
-        rows = order.to(layer.weight.device)
-        rows = (rows + site.size * torch.arange(site.heads, device=rows.device)[:, None]).view(-1)
-        layer.weight.copy_(layer.weight[rows])
+        _reorder(layer.weight, rows, 0, device)
         if layer.bias is not None:
-            layer.bias.copy_(layer.bias[rows])
-    weight = site.reader.weight
-    columns = order.to(weight.device)[:, None] + site.size * torch.arange(
-        site.heads * site.repeat, device=weight.device
-    ).view(site.heads, site.repeat, 1)
-    weight.copy_(weight[:, columns.reshape(-1)])
+            _reorder(layer.bias, rows, 0, device)
+    starts = size * torch.arange(site.heads * site.repeat).view(site.heads, site.repeat, 1)
+    _reorder(site.reader.weight, (heads[:, None] + starts).reshape(-1), 1, device)
+
+
+def _reorder(parameter: Tensor, order: Tensor, dim: int, device: torch.device | None) -> None:
+    there = parameter.to(device or parameter.device)
+    parameter.copy_(there.index_select(dim, order.to(there.device)))
 
 
 @torch.no_grad()
-def _restore(done: list[tuple[Site, Tensor]]) -> None:
+def _restore(done: list[tuple[Site, Tensor]], device: torch.device) -> None:
     """Put the channels back where they were: their bits have only moved."""
     while done:
         site, order = done.pop()
-        apply(site, order.argsort(1))
+        apply(site, order.argsort(1), device)
 
 
 def _outputs(model: nn.Module, probe: Batch, home: torch.device) -> Tensor:
