@@ -27,6 +27,7 @@ from sparsekern.oneshot.layerwise import (
     DAMP,
     Options,
 )
+from sparsekern.oneshot.portion import splits
 from sparsekern.oneshot.presets import find_preset
 from sparsekern.oneshot.ranks import joined
 from sparsekern.oneshot.report import PruneReport
@@ -172,9 +173,10 @@ def prune_model(
             up to rounding. Needs pattern 2:4.
         ranks: "auto": all processes of an initialised torch.distributed prune together, each called
             with the same model and arguments; a process group: those; False: this one by itself.
-            The result is that of one process, bit for bit (oneshot/ranks.py), and the same on all.
-            Rank 0 alone writes, logs and shows progress. What trains (reconstruct) needs one
-            process.
+            The result is that of one process, bit for bit (oneshot/ranks.py), and the same on all;
+            with reconstruction in the walk up to rounding. Rank 0 alone writes, logs and shows
+            progress. Rounds after the walk need one process, and so do those in it with experts,
+            seconds, or another target, loss or parts than the default.
         source: where the blocks' weights are while they are not in memory: a checkpoint.Streamed.
             Needs `resume`, where the result is; a rotation, and rounds of reconstruction after the
             walk, need the whole model.
@@ -263,8 +265,10 @@ def prune_model(
             _check_streamed(extra, compress, resume, preset)
         if crew is not None:
             crew.device = Calibration.device_of(model, device)
-            _check_together(chosen, extra, preset)
         walk = walked()
+        if crew is not None:
+            experts = any(layer.owner is not None for layer in walk.selection.active)
+            _check_together(chosen, extra, preset, experts)
         extra.adapt(walk.selection.blocks)
         batches = []
         if calibration is not None and hessians is None:
@@ -334,10 +338,10 @@ def prune_model(
         return report
 
 
-def _check_together(chosen: Method, extra: Extra, preset: str | None) -> None:
-    """Refuse what one process alone does as it is meant."""
+def _check_together(chosen: Method, extra: Extra, preset: str | None, experts: bool) -> None:
+    """Refuse what one process alone does as it is meant. experts: whether any are to be pruned."""
     remedy = "Leave it out, or run it in one process, with ranks=False."
-    trains = extra.block is not None or bool(extra.spans)
+    trains = bool(extra.spans) or not splits(extra.block) or (extra.block is not None and experts)
     reason = (
         "which takes one step for each batch in turn: with several ranks it would train another way"
     )

@@ -242,7 +242,8 @@ class Run(Rounds):
                     with group.on_device(), self.walk.phase("prune"):
                         found = self._ticked(stage, prune_group, group)
                         mine[number] = [(p.report, p.weight, p.mask, p.quantized) for p in found]
-                group.hessian = None
+                if self.extra.block is None:  # else the errors after it need it
+                    group.hessian = None
             solved: dict[int, list[Any]] = {}
             with self.walk.phase("exchange"):
                 for source in range(ranks.world):

@@ -19,6 +19,7 @@ from sparsekern.oneshot.executor import Calibration
 from sparsekern.oneshot.extra import OP, Extra
 from sparsekern.oneshot.layerwise import Options, describe_quantized
 from sparsekern.oneshot.layerwise import quantize as quantize_layer
+from sparsekern.oneshot.portion import portion
 from sparsekern.oneshot.reconstruct import reconstruct_block
 from sparsekern.oneshot.report import LayerReport, PruneReport
 from sparsekern.oneshot.resume import ResumeDir
@@ -101,8 +102,17 @@ class Rounds:
         if options.seconds is not None:
             spent = sum(row["seconds"] for row in self.report.reconstruction)
             seconds = max(0.0, options.seconds - spent) / (len(walk.blocks) - index)
+        ranks = self.walk.ranks
         with self.walk.phase("reconstruct"), on_device(final, self.walk.device):
-            fits = reconstruct_block(block, index, walk, masks, dense, options, final, seconds)
+            shares: list[float] = []
+            if ranks is not None:
+                walk, shares = portion(walk, index, self.walk.batches, ranks)
+            given = (block, index, walk, masks, dense, options, final, seconds, ranks, shares)
+            fits = reconstruct_block(*given)
+            if ranks is not None:
+                weights = [module.weight for module in masks]
+                for module, weight in zip(masks, ranks.share(weights, 0)):
+                    cast(Tensor, module.weight).copy_(weight)
         self.report.reconstruction += [fit.row() for fit in fits]
         return _said(fits[-1]) if fits else ""
 
