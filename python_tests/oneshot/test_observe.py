@@ -1,10 +1,12 @@
 """observe: hooks see the same inputs whether the model goes to the device whole or by blocks."""
 
+import pytest
 import torch
 
 from python_tests.oneshot.test_rotation import build, ids
 from sparsekern.oneshot import observe as observe_module
 from sparsekern.oneshot.calibration import make_batches
+from sparsekern.oneshot.devices import lodged
 from sparsekern.oneshot.observe import observe
 from sparsekern.oneshot.permutation import find_sites, input_energies
 
@@ -54,3 +56,29 @@ def test_energies_are_sums_of_squares():
     observe(model, batches, CPU, {site.reader: hook_of(site.name) for site in sites})
     for name, energy in input_energies(model, sites, batches, CPU).items():
         torch.testing.assert_close(energy, sums[name], rtol=1e-6, atol=0)
+
+
+def test_blocks_are_lodged_elsewhere_for_a_look_and_get_back_what_they_had():
+    """On another name of the CPU."""
+    model, x, there = build(), ids(2), torch.device("cpu", 0)
+    model.model.layers[0].register_buffer("own", torch.ones(2))
+    with torch.no_grad():
+        expected = model(x).logits
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [(id(t), t.data_ptr()) for t in tensors]
+    first, last = model.model.layers[0], model.model.layers[-1]
+    with torch.no_grad(), lodged(list(model.model.layers), there):
+        assert torch.equal(model(x).logits, expected)
+        first.forward = failing  # a stub is left alone
+        with pytest.raises(RuntimeError, match="no luck"):
+            model(x)
+        del first.forward
+        with pytest.raises(RuntimeError, match="no luck"):
+            last.mlp.register_forward_hook(failing)
+            model(x)
+    assert [(id(t), t.data_ptr()) for t in [*model.parameters(), *model.buffers()]] == before
+    assert not first._forward_pre_hooks and not last._forward_hooks
+
+
+def failing(*_, **__):
+    raise RuntimeError("no luck")

@@ -21,7 +21,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Container, Generator, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot.calibration import Batch, make_batches
 from sparsekern.oneshot.collector import HessianCollector
-from sparsekern.oneshot.devices import eager, home_of, on_device, quiet
+from sparsekern.oneshot.devices import eager, home_of, looked, on_device, quiet
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.experts import put_together
 from sparsekern.oneshot.ranks import Ranks
@@ -48,6 +48,7 @@ from sparsekern.prune import Hessian
 from sparsekern.utils.arguments import checked
 
 logger = logging.getLogger("sparsekern")
+T = TypeVar("T")
 
 
 @checked("sparsekern.calibrate")
@@ -249,8 +250,9 @@ class Calibration:
             return self._planned
         shown = None
         if blocks:
+            short = self.batches[0].probe()
             with self.evaluating(), self.lazily():
-                shown = probe(model, blocks, outside, self.batches[0].probe(), self.home)
+                shown = self.looked(lambda: probe(model, blocks, outside, short, self.home))
         if shown is None or not shown.chained:
             self._check_whole(bool(blocks))
             self._planned = [Stage("whole", model, active, None, self, self._whole)]
@@ -282,6 +284,11 @@ class Calibration:
         if self.source is not None and stage.index is not None and stage.module is not None:
             return self.source.present(stage.module, self.device)
         return on_device(stage.module, self.device)
+
+    def looked(self, look: Callable[[], T]) -> T:
+        """look(), which runs the whole model on a few tokens, where that is fast."""
+        blocks = [] if self.source is not None else self.selection.blocks
+        return looked(blocks, self.device, look)
 
     def lazily(self) -> contextlib.AbstractContextManager[None]:
         """Within: the whole model can be run, where it is."""

@@ -4,6 +4,7 @@ need not hold the whole model."""
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from sparsekern.oneshot.calibration import Batch
-from sparsekern.oneshot.devices import home_of, visiting
+from sparsekern.oneshot.devices import home_of, looked, visiting
 from sparsekern.oneshot.discovery import find_blocks
 from sparsekern.oneshot.sequential import Walk, probe
 
@@ -38,7 +39,8 @@ def observe(
     _, blocks = find_blocks(model)
     size = sum(p.nbytes for p in model.parameters())
     if home != device and blocks and size > whole_bytes:
-        shown = probe(model, blocks, [], batches[0].probe(), home)
+        look = functools.partial(probe, model, blocks, [], batches[0].probe(), home)
+        shown = looked(blocks, device, look)
         if shown.chained:
             walk = Walk(model, blocks, batches, shown, device, home, None)
             for _ in walk.capture():

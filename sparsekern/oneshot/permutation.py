@@ -32,6 +32,8 @@ from torch import Tensor, nn
 from sparsekern.backends import triton
 from sparsekern.errors import FormatError, check
 from sparsekern.oneshot.calibration import Batch, make_batches
+from sparsekern.oneshot.devices import looked
+from sparsekern.oneshot.discovery import find_blocks
 from sparsekern.oneshot.observe import observe
 from sparsekern.utils.arguments import SEEDS, checked
 
@@ -162,7 +164,7 @@ def permute_on(
     check(sites, OP, expected, "none", "Prune it without permutation.")
     probe = batches[0].probe()
     parts: dict[str, float] = {}
-    before = _outputs(model, probe, home)
+    before = _outputs(model, probe, home, target)
     last = _lap(parts, "check", start)
     energies = input_energies(model, sites, batches, target)
     if target.type == "cuda":
@@ -188,7 +190,7 @@ def permute_on(
             apply(site, orders[site.name], target)
             done.append((site, orders[site.name]))
         last = _lap(parts, "fold", last)
-        distance = _distance(before, _outputs(model, probe, home))
+        distance = _distance(before, _outputs(model, probe, home, target))
         _lap(parts, "check", last)
         bound = max(1e-3, 20 * torch.finfo(before.dtype).eps)
         if not distance <= bound:
@@ -275,8 +277,11 @@ def _restore(done: list[tuple[Site, Tensor]], device: torch.device) -> None:
         apply(site, order.argsort(1), device)
 
 
-def _outputs(model: nn.Module, probe: Batch, home: torch.device) -> Tensor:
-    output = probe.run(model, home)
+def _outputs(
+    model: nn.Module, probe: Batch, home: torch.device, target: torch.device
+) -> Tensor:
+    _, blocks = find_blocks(model)
+    output = looked(blocks, target, lambda: probe.run(model, home))
     if isinstance(output, Tensor):
         return output
     first: Tensor = output.logits if hasattr(output, "logits") else output[0]

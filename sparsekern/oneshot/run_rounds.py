@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from typing import cast
 
@@ -69,7 +70,8 @@ class Rounds:
         blocks = self.walk.selection.blocks
         with self.walk.evaluating(), self.walk.lazily():
             probe = self.walk.batches[0].probe()
-            self.final = final_norm(self.model, blocks, probe, self.walk.home)
+            norm = functools.partial(final_norm, self.model, blocks, probe, self.walk.home)
+            self.final = self.walk.looked(norm)
         if extra.optional and self.walk.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.walk.device).total_memory
             extra.spans = [

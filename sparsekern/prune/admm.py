@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from sparsekern.backends import triton
 from sparsekern.errors import check, message
 from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32
 from sparsekern.prune.masks import check_no_nan, select
@@ -27,7 +28,7 @@ from sparsekern.prune.methods import (
     is_count,
     is_number,
 )
-from sparsekern.prune.pattern import Pattern
+from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
 from sparsekern.prune.products import Factor, inverse, product
 from sparsekern.prune.refine import refine
 from sparsekern.prune.sparsegpt import damping_steps
@@ -107,7 +108,7 @@ def admm(
                     d, v = sparse[i : i + rows], dual[i : i + rows]
                     y = solver.times(torch.add(pulled[i : i + rows], d, alpha=penalty).sub_(v))
                     torch.add(y, v, alpha=1 / penalty, out=d)
-                    keep[i : i + rows] = select(d.square(), kind)
+                    keep[i : i + rows] = _largest(d, kind)
                     d.mul_(keep[i : i + rows])
                     v.add_(y.sub_(d), alpha=penalty)
         pruned = sparse.div_(scale).to(w.dtype)
@@ -116,6 +117,16 @@ def admm(
     check(bool(pruned.isfinite().all()), _OP, expected, "NaN or Inf", remedy, exc=PruneError)
     count = int(dead.sum())
     return pruned, keep, Details(used, (f"{count} inputs always zero",) if count else ())
+
+
+def _largest(d: Tensor, kind: Pattern) -> Tensor:
+    """The mask of the largest squares; by one kernel, of the same mask, where there is one."""
+    squares = d.square()
+    if kind == TWO_OF_FOUR and squares.is_cuda and triton.available():
+        from sparsekern.backends.triton import compress
+
+        return compress.mask24(squares)[0]
+    return select(squares, kind)
 
 
 def _damped(a: Tensor, damp: float) -> tuple[float, Tensor | None]:
