@@ -6,9 +6,10 @@
 
 A Llama of random weights with few blocks, random token ids. The first block pays for what is done
 once; a whole model takes about `rest` seconds for each of its blocks, and for each as long before
-the walk (rotation, permutation). `blocks` has the seconds of each phase of each block ("prune: ..."
-are parts of prune), `parts` their sums with those of the permutation. The sum of all weights' bits
-is printed: one GPU and several give the same. Rank 0 appends a record to --out.
+the walk (rotation, permutation, checks of weights, probes). `blocks` has the seconds of each phase
+of each block ("prune: ..." are parts of prune), `parts` their sums with those of the permutation.
+The sum of all weights' bits is printed: without reconstruction one GPU and several give the same.
+Rank 0 appends a record to --out.
 """
 
 from __future__ import annotations
@@ -144,12 +145,14 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         rest = sum(blocks[1:]) / max(1, len(blocks) - 1)
         before = sum(report.phases.get(name, 0.0) for name in ("rotate", "permute"))
+        before += sum(s for name, s in report.parts.items() if name.startswith("before: "))
         whole = PRESETS[args.preset][4]
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         metrics = {
             "seconds": round(report.seconds, 2),
             "first": blocks[0],
             "rest": round(rest, 3),
+            "before": round(before / args.layers, 3),
             "whole_minutes": round(
                 (blocks[0] + rest * (whole - 1) + before * whole / args.layers) / 60, 2
             ),

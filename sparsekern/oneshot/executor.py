@@ -145,8 +145,8 @@ class Calibration:
         source: of blocks whose weights are in memory only while they run, or None.
         undo: what `rollback` takes back: the "run", the last "stage", or None: nothing.
         phases: seconds by phase: capture, hessian, forward and what the caller adds.
-        parts: seconds by part of a phase, as "prune: refine".      peak: (bytes of GPU memory, phase
-            that needed them first).
+        parts: seconds by part of a phase, as "prune: refine".
+        peak: (bytes of GPU memory, phase that needed them first).
         on_tick: called with (stage, phase, batches done, of how many) after each batch; or None.
     """
 

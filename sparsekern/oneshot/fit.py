@@ -176,7 +176,7 @@ def fit(
     ranks: Ranks | None = None,
 ) -> Fit:
     """AdamW on the kept weights; the weights in the end are the best of the held-out error, those
-    before included. `seconds` end it early. ranks: each has a part of every `loss`, which add up."""
+    before included. `seconds` end it early. ranks: each has a part of every `loss`; they add up."""
     start_time = time.perf_counter()
     count = held_out(batches, options)
     train, held = list(range(batches - count)), list(range(batches - count, batches))

@@ -277,9 +277,7 @@ def _restore(done: list[tuple[Site, Tensor]], device: torch.device) -> None:
         apply(site, order.argsort(1), device)
 
 
-def _outputs(
-    model: nn.Module, probe: Batch, home: torch.device, target: torch.device
-) -> Tensor:
+def _outputs(model: nn.Module, probe: Batch, home: torch.device, target: torch.device) -> Tensor:
     _, blocks = find_blocks(model)
     output = looked(blocks, target, lambda: probe.run(model, home))
     if isinstance(output, Tensor):
@@ -380,7 +378,7 @@ def search(scores: Tensor, rounds: int, generator: torch.Generator) -> Tensor:
 
 
 def _costs_function(scores: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """`_costs`, or its kernel where heads [heads, rows, columns] are large, on a GPU with Triton."""
+    """`_costs`, or its kernel for large scores [heads, rows, columns] on a GPU with Triton."""
     if scores.is_cuda and scores[0].numel() >= _LARGE and triton.available():
         from sparsekern.backends.triton import exchange
 

@@ -2,10 +2,10 @@
 together.
 
 A step of one process is the gradient of one batch. Here it is the sum over the ranks of the
-gradients of their rows, each with the share of the batch's tokens that count. It is the same step up
-to the order in which floats are added, and the sum has the same bits on all ranks. A batch that
-cannot be cut (fewer rows than ranks, or a call with tensors that are neither of its rows nor of all)
-is run as a whole by every rank, which then counts for one rank's share of it.
+gradients of their rows, each with the share of the batch's tokens that count. It is the same step
+up to the order in which floats are added, and the sum has the same bits on all ranks. A batch that
+cannot be cut (fewer rows than ranks, or a call with tensors that are neither of its rows nor of
+all) is run as a whole by every rank, which then counts for one rank's share of it.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from torch import nn
 from sparsekern.errors import check
 from sparsekern.oneshot.rounds import Reconstruction
 
-
 LARGE = 2**27  # weights of a block
 LARGE_SHARE = 0.6
 

@@ -238,11 +238,15 @@ def prune_model(
         check(undo in (True, False, "auto"), OP, 'undo True, False or "auto"', repr(undo))
         timed_tokens = dense_rule.check_arguments(keep_dense, keep_dense_tokens, compress, OP)
 
+        took: dict[str, float] = {}
+
         def walked() -> Calibration:
+            begin = time.perf_counter()
             selection = select(
                 model, skip, wanted.pattern, compress, targets=targets, op=OP, source=source
             )
             check_weights(selection, wanted, compress)
+            took["before: checks"] = time.perf_counter() - begin
             keeps = undo if isinstance(undo, bool) else _fits_twice(selection.active)
             keeps = keeps if crew is None else bool(crew.share(keeps, 0))
             kept_for = "run" if keeps and resume is None else "stage"
@@ -295,6 +299,7 @@ def prune_model(
                     parts = report.permutation["parts"] if report.permutation else {}
                     walk.parts |= {f"permute: {name}": took for name, took in parts.items()}
             walk.batches = batches
+            walk.parts |= took
             report.phases, report.parts = walk.phases, walk.parts
             report.options = describe(skip, wanted, compress, true_sequential, targets)
             report.options |= extra.described()

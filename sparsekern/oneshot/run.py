@@ -116,9 +116,10 @@ class Run(Rounds):
         """Prune stage after stage. An exception takes back what was not final."""
         from tqdm import tqdm  # type: ignore[import-untyped]
 
-        stages = self.walk.plan()
-        self.options.match_dense = self._matched()
-        self._prepare_rounds()
+        with self.walk.part("before: plan"):
+            stages = self.walk.plan()
+            self.options.match_dense = self._matched()
+            self._prepare_rounds()
         if self.extra.spans and self.options.quantize:  # there is no Hessian after them
             self.late = replace(self.options, quantize_method="rtn")
             self.options = replace(self.options, quantize=None)

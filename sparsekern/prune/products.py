@@ -6,9 +6,9 @@ powers of two and written as a sum of two float16 numbers, which hold 22 bits of
     a = r·(a₁ + a₂),   b = (b₁ + b₂)·c        r per row of a, c per column of b
     a b = r·(a₂ b₁ + a₁ b₂ + a₁ b₁)·c         without a₂ b₂, below the rounding of the rest
 
-The tensor cores add in float32, but cut off instead of rounding: sums over more than `DEPTH` numbers
-are put together outside, and the small terms are added first. Errors are those of float32 products,
-within a small factor. Matrices below `SMALLEST` are multiplied as they are.
+The tensor cores add in float32, but cut off instead of rounding: sums over more than `DEPTH`
+numbers are put together outside, and the small terms are added first. Errors are those of float32
+products, within a small factor. Matrices below `SMALLEST` are multiplied as they are.
 
 Source: Markidis et al. 2018 (arXiv:1803.04014), for the sum of two; Ootomo and Yokota 2022
 (arXiv:2203.03341), for the scaling, the term that can be left out and sums outside.
@@ -44,7 +44,7 @@ def sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def product16(a: Tensor, b: Tensor) -> Tensor:
-    """aᵀ b of matrices of 16 bits for which `sums_in_float32`; on a CPU their numbers as float32."""
+    """aᵀ b of 16-bit matrices for which `sums_in_float32`; on a CPU of their numbers in float32."""
     if not a.is_cuda:
         return a.t().float() @ b.float()
     y: Tensor = torch.mm(a.t(), b, out_dtype=torch.float32)
@@ -92,8 +92,8 @@ def product(a: Tensor, b: Tensor, split: bool | None = None) -> Tensor:
 
 
 def inverse(a: Tensor, leaf: int = LEAF, split: bool | None = None) -> Tensor | None:
-    """The inverse of a symmetric matrix, float32 [n, n], new; None where it is not positive definite
-    to within rounding. Only the lower triangle is read; `a` stays.
+    """The inverse of a symmetric matrix, float32 [n, n], new; None where it is not positive
+    definite to within rounding. Only the lower triangle is read; `a` stays.
 
     With L Lᵀ = A and M = L⁻¹, by halves:
 

@@ -88,9 +88,7 @@ def refine(
         return result
 
 
-def _solve(
-    w: Tensor, x: Tensor, free: Tensor, a: Factor, diagonal: Tensor, steps: int
-) -> Tensor:
+def _solve(w: Tensor, x: Tensor, free: Tensor, a: Factor, diagonal: Tensor, steps: int) -> Tensor:
     """x, moved in place towards the minimum of tr((w − x) a (w − x)ᵀ) over the free weights."""
     inverse_diagonal = diagonal.clamp(min=torch.finfo(torch.float32).tiny).reciprocal()
     r = a.times(w - x).mul_(free)

@@ -1,8 +1,8 @@
 """Triton kernel: what each of the 16 exchanges of one column between two groups of four would lose.
 
-One program has one pair of groups and reads its eight columns once; what stays is 17 sums. The torch
-operations that it replaces (oneshot/permutation.py, _costs: its oracle) read and write them some
-thirty times.
+One program has one pair of groups and reads its eight columns once; what stays is 17 sums. The
+torch operations that it replaces (oneshot/permutation.py, _costs: its oracle) read and write them
+some thirty times.
 
     tensor    shape                            access
     columns   float32 [columns, rows]          eight of them read by each program
