@@ -356,10 +356,10 @@ def relative_error(w: Tensor, w_pruned: Tensor, hessian: Hessian | Tensor) -> fl
     h = as_matrix(op, hessian, w)
     with exact_float32(w.device):
         # A ratio: the scale of H drops out, so bring it to 1 where float32 has its full precision.
-        h = Factor(h / h.diagonal().abs().max().clamp(min=torch.finfo(torch.float32).tiny))
+        factor = Factor(h / h.diagonal().abs().max().clamp(min=torch.finfo(torch.float32).tiny))
         w = w.detach().float()
         difference = w - w_pruned.detach().float()
-        energies = [(h.times(d) * d).sum(dtype=torch.float64) for d in (difference, w)]
+        energies = [(factor.times(d) * d).sum(dtype=torch.float64) for d in (difference, w)]
         error, energy = (max(value, 0.0) for value in torch.stack(energies).tolist())
     if energy == 0.0:
         return 0.0 if error == 0.0 else math.inf
