@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import sparsekern as sk
 from python_tests.oneshot.test_rotation import build, ids
 from sparsekern.oneshot import observe as observe_module
 from sparsekern.oneshot.calibration import make_batches
@@ -78,6 +79,20 @@ def test_blocks_are_lodged_elsewhere_for_a_look_and_get_back_what_they_had():
             model(x)
     assert [(id(t), t.data_ptr()) for t in [*model.parameters(), *model.buffers()]] == before
     assert not first._forward_pre_hooks and not last._forward_hooks
+
+
+def test_a_sparse_layer_visits_with_its_layout():
+    model = build()
+    sk.prune_model(model, "magnitude", progress=False)
+    state = {k: v.clone() for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    x = ids(2)
+    with torch.no_grad():
+        expected = model(x).logits
+        with lodged(list(model.model.layers), torch.device("cpu", 0)):
+            assert torch.equal(model(x).logits, expected)
+        assert torch.equal(model(x).logits, expected)
+    assert state.keys() == {k for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    assert {p.device for p in model.parameters()} == {CPU}
 
 
 def failing(*_, **__):

@@ -49,7 +49,11 @@ def on_device(module: nn.Module | None, device: torch.device) -> Iterator[None]:
 @contextlib.contextmanager
 def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
     """As on_device, for work that changes no tensor of the module: it gets back those that it had,
-    without a copy."""
+    without a copy. Modules that do more than move when they are moved (SparseLinear) are copied."""
+    if any(type(m)._apply is not nn.Module._apply for m in module.modules()):
+        with on_device(module, device):
+            yield
+        return
     parameters = [(p, p.data) for p in module.parameters()]
     buffers = [(m, dict(m._buffers)) for m in module.modules() if m._buffers]
     try:
