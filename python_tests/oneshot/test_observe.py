@@ -97,3 +97,21 @@ def test_a_sparse_layer_visits_with_its_layout():
 
 def failing(*_, **__):
     raise RuntimeError("no luck")
+
+
+@pytest.mark.gpu
+def test_blocks_of_a_model_on_the_host_look_at_a_gpu():
+    model, x = build(), ids(2)
+    for dense in (True, False):
+        before = {name: p.data_ptr() for name, p in model.named_parameters()}
+        with torch.no_grad():
+            expected = model(x).logits
+            with lodged(list(model.model.layers), torch.device("cuda")):
+                got = model(x).logits
+            again = model(x).logits
+        assert not got.is_cuda and float((got - expected).abs().max()) < 1e-2
+        assert torch.equal(again, expected)
+        after = {name: p.data_ptr() for name, p in model.named_parameters()}
+        assert before == after or not dense
+        if dense:
+            sk.prune_model(model, "magnitude", device="cpu", progress=False)

@@ -6,18 +6,19 @@ import pytest
 import torch
 
 from python_tests.prune.test_admm import case
-from sparsekern.prune import admm, relative_error
-from sparsekern.prune.products import Factor, inverse, product
+from sparsekern.prune import Hessian, admm, relative_error, retarget
+from sparsekern.prune.products import Factor, inverse, large_inverse, product
 
 
 def numbers(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def definite(size, damp, seed=0):
+def definite(size, damp, seed=0, device="cpu"):
     """Ones on the diagonal, before the damping, and a spectrum as that of a layer's inputs."""
-    x = numbers(2 * size, size // 4, seed=seed) @ numbers(size // 4, size, seed=seed + 1)
-    x += numbers(2 * size, 1, seed=seed + 2) * 3
+    parts = ((2 * size, size // 4), (size // 4, size), (2 * size, 1))
+    a, b, c = (numbers(*part, seed=seed + i).to(device) for i, part in enumerate(parts))
+    x = a @ b + 3 * c
     h = x.t() @ x
     scale = h.diagonal().sqrt()
     h = h / scale[:, None] / scale
@@ -61,12 +62,25 @@ def test_admm_is_the_same_with_inverses_of_products(monkeypatch):
     w, hessian = case(48, 96)
     pruned, mask, details = admm(w, hessian)
     module = sys.modules["sparsekern.prune.admm"]
-    monkeypatch.setattr(module, "_blocked", lambda a: inverse(a, 16, True))
+    monkeypatch.setattr(module, "large_inverse", lambda a: inverse(a, 16, True))
     monkeypatch.setattr(module, "Factor", lambda a: Factor(a, True))
     other, other_mask, other_details = admm(w, hessian)
     assert details == other_details and (mask == other_mask).float().mean() > 0.99
     errors = [relative_error(w, one, hessian) for one in (pruned, other)]
     assert abs(errors[1] / errors[0] - 1) < 0.01
+
+
+def test_retarget_is_the_same_with_an_inverse_of_products(monkeypatch):
+    w, hessian = numbers(24, 64), Hessian(64)
+    for seed in range(3):
+        x = definite(64, 0.1, seed=seed) * torch.logspace(-2, 2, 64)
+        hessian.add(x, x + 0.1 * numbers(64, 64, seed=seed + 9) * x.norm() / 8)
+    expected = retarget(w, hessian, share=1.0)
+    module = sys.modules["sparsekern.prune.retarget"]
+    monkeypatch.setattr(module, "large_inverse", lambda a: inverse(a, 16, True))
+    got = retarget(w, hessian, share=1.0)
+    assert not torch.equal(got, expected)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.gpu
@@ -75,12 +89,11 @@ def test_large_products_and_inverses_on_a_gpu():
     factor = Factor(b)
     assert factor._parts, "the GPU's 16-bit products have no float32 sums"
     assert amiss(factor.times(a), a, b) < 3e-6
-    a = definite(6144, 0.11).cuda()
+    a = definite(6144, 0.11, device="cuda")
     got, direct = inverse(a), torch.cholesky_inverse(torch.linalg.cholesky(a))
     z = numbers(8, 6144).cuda()
     errors = [float((z @ x @ a - z).norm() / z.norm()) for x in (got, direct)]
     assert errors[0] < 1e-3 and errors[0] < 100 * errors[1]
-    module = sys.modules["sparsekern.prune.admm"]
-    assert module._blocked(a) is not None and module._blocked(a[:512, :512]) is None
+    assert large_inverse(a) is not None and large_inverse(a[:512, :512]) is None
     a[-1, -1] = -1.0
     assert inverse(a) is None

@@ -29,7 +29,7 @@ from sparsekern.prune.methods import (
     is_number,
 )
 from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
-from sparsekern.prune.products import Factor, inverse, product
+from sparsekern.prune.products import Factor, large_inverse, product
 from sparsekern.prune.refine import refine
 from sparsekern.prune.sparsegpt import damping_steps
 
@@ -37,8 +37,6 @@ _OP = "sparsekern.prune.admm"
 ROUNDS = 48
 FIRST, LAST = 0.1, 3.0  # the penalty, where the Hessian has a diagonal of ones
 EACH = 3  # rounds with one penalty, and one factorisation
-BLOCKED = 6144  # columns from which on inverses are made of large products
-AMISS = 0.02  # of an inverse that is not good enough: ‖z A⁻¹ A − z‖ / ‖z‖
 _ELEMENTS = 2**26  # of the rows that are worked on at a time: two float32 matrices of that size
 
 
@@ -135,7 +133,7 @@ def _damped(a: Tensor, damp: float) -> tuple[float, Tensor | None]:
     for step in damping_steps(damp):
         tried = a.clone()
         tried.diagonal().add_(step + FIRST)
-        found = _blocked(tried)
+        found = large_inverse(tried)
         if found is not None or int(torch.linalg.cholesky_ex(tried)[1]) == 0:
             a.diagonal().add_(step)
             return step, found
@@ -146,21 +144,8 @@ def _damped(a: Tensor, damp: float) -> tuple[float, Tensor | None]:
 def _inverse(a: Tensor, penalty: float) -> Tensor:
     shifted = a.clone()
     shifted.diagonal().add_(penalty)
-    found = _blocked(shifted)
+    found = large_inverse(shifted)
     return torch.cholesky_inverse(torch.linalg.cholesky(shifted)) if found is None else found
-
-
-def _blocked(a: Tensor) -> Tensor | None:
-    """The inverse of a large matrix on a GPU, by large products; None for another, and where eight
-    vectors say that it is none."""
-    if not a.is_cuda or len(a) < BLOCKED:
-        return None
-    found = inverse(a)
-    if found is None:
-        return None
-    generator = torch.Generator(a.device).manual_seed(0)
-    z = torch.randn(8, len(a), generator=generator, device=a.device)
-    return found if float((z @ found @ a - z).norm() / z.norm()) <= AMISS else None
 
 
 def _method(

@@ -23,6 +23,8 @@ from torch import Tensor
 
 SMALLEST = 3072  # rows and columns of a right factor that is worth the split
 DEPTH = 2048
+BLOCKED = 6144  # rows of a matrix whose inverse is worth products instead of a factorisation
+AMISS = 0.02  # of an inverse that is not good enough: ‖z A⁻¹ A − z‖ / ‖z‖
 LEAF = 1024  # rows of a matrix that is inverted by its Cholesky factor
 _TOP = 14  # scaled numbers are below 2**14
 
@@ -115,6 +117,19 @@ def inverse(a: Tensor, leaf: int = LEAF, split: bool | None = None) -> Tensor | 
     whole = product(below.t(), below, split)
     torch.add(product(left.t(), left, split), whole, out=result[:half, :half])
     return None if int(torch.stack(failures).abs().sum()) else result
+
+
+def large_inverse(a: Tensor) -> Tensor | None:
+    """`inverse` of a large matrix on a GPU; None of another one, and where eight vectors say that it
+    is not good enough."""
+    if not a.is_cuda or len(a) < BLOCKED:
+        return None
+    found = inverse(a)
+    if found is None:
+        return None
+    generator = torch.Generator(a.device).manual_seed(0)
+    z = torch.randn(8, len(a), generator=generator, device=a.device)
+    return found if float((z @ found @ a - z).norm() / z.norm()) <= AMISS else None
 
 
 def _invert_factor(
