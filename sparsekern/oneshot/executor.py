@@ -448,20 +448,22 @@ class Calibration:
 
     def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Time a phase; on a GPU it ends when its kernels have, once per phase and block."""
-        return self._timed(name, self.phases)
+        return self._timed(name, self.phases, True)
 
     def part(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Time a part of a phase, likewise."""
         return self._timed(name, self.parts)
 
     @contextlib.contextmanager
-    def _timed(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
+    def _timed(self, name: str, seconds: dict[str, float], whole: bool = False) -> Iterator[None]:
         start = time.perf_counter()
         try:
             yield
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-                self.peak = max(self.peak, (torch.cuda.max_memory_allocated(self.device), name))
+                if whole:
+                    size = torch.cuda.max_memory_allocated(self.device)
+                    self.peak = max(self.peak, (size, name), key=lambda peak: peak[0])
         finally:
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 

@@ -119,10 +119,15 @@ def inverse(a: Tensor, leaf: int = LEAF, split: bool | None = None) -> Tensor | 
     return None if int(torch.stack(failures).abs().sum()) else result
 
 
+def is_large(a: Tensor) -> bool:
+    """Whether `large_inverse` takes this matrix."""
+    return a.is_cuda and len(a) >= BLOCKED
+
+
 def large_inverse(a: Tensor) -> Tensor | None:
-    """`inverse` of a large matrix on a GPU; None of another one, and where eight vectors say that it
-    is not good enough."""
-    if not a.is_cuda or len(a) < BLOCKED:
+    """`inverse` of a large matrix on a GPU; None of another one, and where eight vectors say that
+    it is not good enough."""
+    if not is_large(a):
         return None
     found = inverse(a)
     if found is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsekern.errors import check, message
 from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32
 from sparsekern.prune.methods import PruneError
-from sparsekern.prune.products import Factor, large_inverse, product
+from sparsekern.prune.products import Factor, is_large, large_inverse, product
 from sparsekern.prune.sparsegpt import damping_steps
 from sparsekern.utils.arguments import checked
 
@@ -78,6 +78,8 @@ def retarget(w: Tensor, hessian: Hessian, *, share: float = 0.25, damp: float = 
 def _large_solve(h: Tensor, damp: float, right: Tensor) -> Tensor | None:
     """right (h + damp·I)⁻¹ of a large h on a GPU, by an inverse with a diagonal of ones and one
     correction of what is left; None where there is none that is good enough."""
+    if not is_large(h):
+        return None
     damped = h.clone()
     damped.diagonal().add_(damp)
     root = damped.diagonal().clamp(min=torch.finfo(torch.float32).tiny).sqrt()
