@@ -44,6 +44,7 @@ from sparsekern.oneshot.shared_collector import SharedCollector
 from sparsekern.oneshot.skip import DEFAULT_RULE
 from sparsekern.oneshot.source import Source
 from sparsekern.oneshot.stages import NEVER_CALLED, Forwards, Group, Stage
+from sparsekern.oneshot.timed import Timed
 from sparsekern.prune import Hessian
 from sparsekern.utils.arguments import checked
 
@@ -133,7 +134,7 @@ def calibrate(
     return calibration
 
 
-class Calibration:
+class Calibration(Timed):
     """One walk over a model; what `calibrate` returns.
 
     Attributes:
@@ -144,9 +145,7 @@ class Calibration:
         ranks: the processes that share this walk, or None.
         source: of blocks whose weights are in memory only while they run, or None.
         undo: what `rollback` takes back: the "run", the last "stage", or None: nothing.
-        phases: seconds by phase: capture, hessian, forward and what the caller adds.
-        parts: seconds by part of a phase, as "prune: refine".
-        peak: (bytes of GPU memory, phase that needed them first).
+        phases, parts, peak: of Timed.
         on_tick: called with (stage, phase, batches done, of how many) after each batch; or None.
     """
 
@@ -167,6 +166,7 @@ class Calibration:
         ranks: Ranks | None = None,
         source: Source | None = None,
     ) -> None:
+        super().__init__()
         self.model, self.selection, self.op = model, selection, op
         self.batches = batches or []
         self.home = home_of(model)
@@ -177,9 +177,6 @@ class Calibration:
             offload,
         )
         self.hessians = None if hessians is None else self._checked(hessians)
-        self.phases: dict[str, float] = {}
-        self.parts: dict[str, float] = {}
-        self.peak = (0, "")
         self.on_tick: Callable[[str, str, int, int], None] | None = None
         self.walk: Walk | None = None
         self.collector: HessianCollector | None = None
@@ -222,13 +219,13 @@ class Calibration:
             last_needed = max(pending, default=-1)
             for i, stage in enumerate(stages):
                 self.goes_on = i < last_needed
-                begin, before = time.perf_counter(), {**self.phases, **self.parts}
+                begin, before = time.perf_counter(), self.times()
                 with self.present(stage):
                     yield stage
                     stage._finish()
                 if self.undo == "stage":
                     self._forget()
-                text = f", {time.perf_counter() - begin:.3f} s{self._spent(before)}"
+                text = f", {time.perf_counter() - begin:.3f} s{self.spent(before)}"
                 logger.info("%s: %s done, %d layers%s", self.op, stage.key, len(stage.layers), text)
 
     @quiet
@@ -445,32 +442,3 @@ class Calibration:
             for config, cache in caches:
                 config.use_cache = cache
             self._training = before
-
-    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Time a phase; on a GPU it ends when its kernels have, once per phase and block."""
-        return self._timed(name, self.phases, True)
-
-    def part(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Time a part of a phase, likewise."""
-        return self._timed(name, self.parts)
-
-    @contextlib.contextmanager
-    def _timed(self, name: str, seconds: dict[str, float], whole: bool = False) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-                if whole:
-                    size = torch.cuda.max_memory_allocated(self.device)
-                    self.peak = max(self.peak, (size, name), key=lambda peak: peak[0])
-        finally:
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def _spent(self, before: Mapping[str, float]) -> str:
-        """The seconds of each phase and part since then, in words."""
-        now = {**self.phases, **self.parts}
-        spent = {name: seconds - before.get(name, 0.0) for name, seconds in now.items()}
-        text = "".join(f"; {name} {seconds:.3f} s" for name, seconds in spent.items() if seconds)
-        size, phase = self.peak
-        return text + (f"; peak {size / 2**30:.2f} GiB in {phase}" if size else "")
