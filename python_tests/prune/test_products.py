@@ -94,7 +94,7 @@ def test_large_products_and_inverses_on_a_gpu():
     got, direct = inverse(a), torch.cholesky_inverse(torch.linalg.cholesky(a))
     z = numbers(8, 6144).cuda()
     errors = [float((z @ x @ a - z).norm() / z.norm()) for x in (got, direct)]
-    assert errors[0] < 1e-3 and errors[0] < 100 * errors[1]
+    assert errors[0] < 1e-2 and errors[0] < 20 * errors[1]
     assert large_inverse(a) is not None and large_inverse(a[:512, :512]) is None
     a[-1, -1] = -1.0
     assert inverse(a) is None
