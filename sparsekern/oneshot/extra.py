@@ -194,14 +194,14 @@ def _found(
     """What rotate_on or permute_on returns. Of several ranks the first searches, and all apply what
     it has found, or raise what it has raised."""
     made: Any = None
-    found: dict[str, Tensor] | Exception | None = None
+    found: tuple[dict[str, Tensor], dict[str, Any]] | Exception | None = None
     if ranks is None or ranks.rank == 0:
         try:
             if resume is None:
                 made = function(model, batches, device, **keywords)
             else:
                 made = once(step, function, model, batches, device, resume, dict(keywords))
-            found = made.tensors()
+            found = made.tensors(), {"report": made.report} if step == PERMUTATION else {}
         except (ValueError, RuntimeError) as error:
             if ranks is None:
                 raise
@@ -210,7 +210,11 @@ def _found(
         found = ranks.share(found, 0)
     if isinstance(found, Exception):
         raise found
-    return made if made is not None else function(model, batches, device, known=found, **keywords)
+    if made is not None:
+        return made
+    assert found is not None
+    known, more = found
+    return function(model, batches, device, known=known, **more, **keywords)
 
 
 def _keywords(name: str, given: bool | Mapping[str, Any], known: set[str]) -> dict[str, Any] | None:

@@ -154,14 +154,22 @@ def permute_on(
     heads: bool = True,
     seed: int = 0,
     known: Mapping[str, Tensor] | None = None,
+    report: PermutationReport | None = None,
 ) -> Permuted:
-    """`permute` on batches. known: orders of an earlier search, which is then not made again."""
+    """`permute` on batches. known: orders of an earlier search, which is then not made again; with
+    its report, of the same model in another process, they are applied and nothing else."""
     start = time.perf_counter()
     check(type(rounds) is int and rounds >= 0, OP, "rounds, an int >= 0", repr(rounds))
     home = next(model.parameters()).device
     sites = find_sites(model, heads)
     expected = f"{type(model).__name__} with an MLP or attention of layers {MLPS[0]} or v_proj"
     check(sites, OP, expected, "none", "Prune it without permutation.")
+    if known is not None and report is not None:
+        given = {site.name: _checked(known.get(site.name), site) for site in sites}
+        for site in sites:
+            apply(site, given[site.name], target)
+        every = [(site, given[site.name]) for site in sites]
+        return Permuted(report, given, functools.partial(_restore, every, target))
     probe = batches[0].probe()
     parts: dict[str, float] = {}
     before = _outputs(model, probe, home, target)
