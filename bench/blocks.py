@@ -6,8 +6,10 @@
 
 A Llama of random weights with few blocks, random token ids. The first block pays for what is done
 once; a whole model takes about `rest` seconds for each of its blocks, and for each as long before
-the walk (rotation, permutation). The sum of all weights' bits
-is printed: one GPU and several give the same. Rank 0 appends a record to --out.
+the walk (rotation, permutation, checks of weights, probes). `blocks` has the seconds of each phase
+of each block ("prune: ..." are parts of prune), `parts` their sums with those of the permutation.
+The sum of all weights' bits is printed: without reconstruction one GPU and several give the same.
+Rank 0 appends a record to --out.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import resource
 import sys
 import time
@@ -75,17 +78,25 @@ def build(args: argparse.Namespace, device: torch.device) -> nn.Module:
 
 
 class Clock(logging.Handler):
-    """Seconds of each stage, from the lines that say that it is done."""
+    """Seconds of each stage and of what it consists of, from the lines that say that it is done.
+    Each is printed as it comes: a run that is cut off has shown where its time went."""
 
-    def __init__(self) -> None:
+    def __init__(self, shown: bool = True) -> None:
         super().__init__(logging.INFO)
         self.last, self.seconds = time.perf_counter(), dict[str, float]()
+        self.parts: dict[str, dict[str, float]] = {}
+        self.shown = shown
 
     def emit(self, entry: logging.LogRecord) -> None:
-        words = entry.getMessage().split()
+        text = entry.getMessage()
+        words = text.split()
         if len(words) > 2 and words[2] == "done,":
             now = time.perf_counter()
             self.seconds[words[1]], self.last = round(now - self.last, 3), now
+            found = re.findall(r"; ([^;]+) ([0-9.]+) s(?=;|$)", text)
+            self.parts[words[1]] = {name: float(seconds) for name, seconds in found}
+        if self.shown:
+            print(text, file=sys.stderr, flush=True)
 
 
 def checksum(model: nn.Module) -> int:
@@ -108,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         model = build(args, device)
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(0, VOCABULARY, (args.samples, args.window), generator=generator)
-        clock, logger = Clock(), logging.getLogger("sparsekern")
+        clock, logger = Clock(not rank), logging.getLogger("sparsekern")
         logger.addHandler(clock)
         logger.setLevel(logging.INFO)
         if device.type == "cuda":
@@ -134,12 +145,14 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         rest = sum(blocks[1:]) / max(1, len(blocks) - 1)
         before = sum(report.phases.get(name, 0.0) for name in ("rotate", "permute"))
+        before += sum(s for name, s in report.parts.items() if name.startswith("before: "))
         whole = PRESETS[args.preset][4]
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         metrics = {
             "seconds": round(report.seconds, 2),
             "first": blocks[0],
             "rest": round(rest, 3),
+            "before": round(before / args.layers, 3),
             "whole_minutes": round(
                 (blocks[0] + rest * (whole - 1) + before * whole / args.layers) / 60, 2
             ),
@@ -149,7 +162,9 @@ def main(arguments: list[str] | None = None) -> int:
         details = {
             "ranks": int(os.environ.get("WORLD_SIZE", "1")),
             "phases": {name: round(seconds, 2) for name, seconds in report.phases.items()},
+            "parts": {name: round(seconds, 2) for name, seconds in report.parts.items()},
             "stages": clock.seconds,
+            "blocks": clock.parts,
             "checksum": checksum(model),
             "options": report.options,
         }

@@ -17,6 +17,9 @@ def test_a_dry_run(tmp_path, capsys):
         assert blocks.main([*given, "--out", str(out)]) == 0
         found.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
     assert found[0]["checksum"] == found[1]["checksum"] > 0
+    first = found[0]["blocks"]["block-00000"]
+    assert {"hessian", "prune", "forward", "prune: solve", "prune: refine"} <= set(first)
+    assert 0 < first["prune: solve"] <= first["prune"] + 0.001
     assert {"stem", "block-00000", "block-00001"} <= set(found[0]["stages"])
     entries = record.read(out)
     assert [e["op"] for e in entries] == ["prune_blocks"] * 2

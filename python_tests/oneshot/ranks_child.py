@@ -36,15 +36,20 @@ def pruned(model, data, method="sparsegpt", **options):
     alone = copy.deepcopy(model)
     knobs = {**OPTIONS, "device": device(), **options}
     report = prune_model(model, method, data, **knobs)
-    found = {"got": state(model), "rows": rows(report)}
+    found = {"got": state(model), "rows": rows(report), "fits": fits(report)}
     if dist.get_rank() == 0:
         report = prune_model(alone, method, data, **knobs, ranks=False)
         found |= {"expected": state(alone), "expected_rows": rows(report)}
+        found["expected_fits"] = fits(report)
     return found
 
 
 def rows(report):
     return [(r.name, r.relative_error, r.is_24, r.tokens, r.reason) for r in report.layers]
+
+
+def fits(report):
+    return [(fit["before"], fit["after"]) for fit in report.reconstruction]
 
 
 def state(model):
@@ -176,6 +181,9 @@ def experts(folder):
     return pruned(mixture("mixtral", num_hidden_layers=1), list(ids(5, 8).split(2)))
 
 
+# Every row of five batches, the last of which is one row: cut, and not.
+TRAINED = {"preset": "default", "reconstruct": {"epochs": 3}, "permute": {"rounds": 1}}
+TRAINED |= {"compress": False}
 CASES = {
     "sparsegpt": lambda folder: pruned(build(), uneven()),
     "published": lambda folder: pruned(build("gpt2"), uneven(), refine=0, match_dense=0.0),
@@ -193,7 +201,9 @@ CASES = {
     "resumed": case_resumed,
     "other-data": lambda folder: refusal(build(), tokens(seed=dist.get_rank())),
     "other-weights": lambda folder: refusal(build(seed=dist.get_rank()), uneven()),
-    "reconstruct": lambda folder: refusal(build(), uneven(), preset="default"),
+    "reconstruct": lambda folder: refusal(build(), uneven(), reconstruct={"span": None}),
+    "trained": lambda folder: pruned(build(), uneven(), None, **TRAINED),
+    "trained-padding": lambda folder: pruned(build("opt"), padded(), None, **TRAINED),
     "absent": case_absent,
     "killed": case_killed,
     "command": case_command,

@@ -1,10 +1,13 @@
 """observe: hooks see the same inputs whether the model goes to the device whole or by blocks."""
 
+import pytest
 import torch
 
+import sparsekern as sk
 from python_tests.oneshot.test_rotation import build, ids
 from sparsekern.oneshot import observe as observe_module
 from sparsekern.oneshot.calibration import make_batches
+from sparsekern.oneshot.devices import lodged
 from sparsekern.oneshot.observe import observe
 from sparsekern.oneshot.permutation import find_sites, input_energies
 
@@ -54,3 +57,61 @@ def test_energies_are_sums_of_squares():
     observe(model, batches, CPU, {site.reader: hook_of(site.name) for site in sites})
     for name, energy in input_energies(model, sites, batches, CPU).items():
         torch.testing.assert_close(energy, sums[name], rtol=1e-6, atol=0)
+
+
+def test_blocks_are_lodged_elsewhere_for_a_look_and_get_back_what_they_had():
+    """On another name of the CPU."""
+    model, x, there = build(), ids(2), torch.device("cpu", 0)
+    model.model.layers[0].register_buffer("own", torch.ones(2))
+    with torch.no_grad():
+        expected = model(x).logits
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [(id(t), t.data_ptr()) for t in tensors]
+    first, last = model.model.layers[0], model.model.layers[-1]
+    with torch.no_grad(), lodged(list(model.model.layers), there):
+        assert torch.equal(model(x).logits, expected)
+        first.forward = failing  # a stub is left alone
+        with pytest.raises(RuntimeError, match="no luck"):
+            model(x)
+        del first.forward
+        with pytest.raises(RuntimeError, match="no luck"):
+            last.mlp.register_forward_hook(failing)
+            model(x)
+    assert [(id(t), t.data_ptr()) for t in [*model.parameters(), *model.buffers()]] == before
+    assert not first._forward_pre_hooks and not last._forward_hooks
+
+
+def test_a_sparse_layer_visits_with_its_layout():
+    model = build()
+    sk.prune_model(model, "magnitude", progress=False)
+    state = {k: v.clone() for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    x = ids(2)
+    with torch.no_grad():
+        expected = model(x).logits
+        with lodged(list(model.model.layers), torch.device("cpu", 0)):
+            assert torch.equal(model(x).logits, expected)
+        assert torch.equal(model(x).logits, expected)
+    assert state.keys() == {k for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    assert {p.device for p in model.parameters()} == {CPU}
+
+
+def failing(*_, **__):
+    raise RuntimeError("no luck")
+
+
+@pytest.mark.gpu
+def test_blocks_of_a_model_on_the_host_look_at_a_gpu():
+    model, x = build(), ids(2)
+    for dense in (True, False):
+        before = {name: p.data_ptr() for name, p in model.named_parameters()}
+        with torch.no_grad():
+            expected = model(x).logits
+            with lodged(list(model.model.layers), torch.device("cuda")):
+                got = model(x).logits
+            again = model(x).logits
+        assert not got.is_cuda and float((got - expected).abs().max()) < 1e-2
+        assert torch.equal(again, expected)
+        after = {name: p.data_ptr() for name, p in model.named_parameters()}
+        assert before == after or not dense
+        if dense:
+            sk.prune_model(model, "magnitude", device="cpu", progress=False)

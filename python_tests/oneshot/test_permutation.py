@@ -3,6 +3,8 @@
 import copy
 import itertools
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -126,9 +128,48 @@ def test_places_of_one_shape_are_searched_together(monkeypatch):
         assert after < before
 
 
+def pairs_of_groups(pairs=30, rows=24):
+    generator = torch.Generator().manual_seed(2)
+    columns = torch.rand(8 * pairs, rows, generator=generator) ** 3
+    return columns, torch.randperm(8 * pairs, generator=generator).view(pairs, 8)
+
+
+def compare_the_kernel(device):
+    from sparsekern.backends.triton import exchange
+
+    for pairs, rows in ((5, 24), (2, 1300), (1, 512)):
+        columns, eight = (t.to(device) for t in pairs_of_groups(pairs, rows))
+        wanted = permutation._costs(columns, eight)
+        for got, expected in zip(exchange.costs(columns, eight), wanted):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernel_through_the_interpreter():
+    """In a process of its own, because Triton reads TRITON_INTERPRET when a kernel is defined."""
+    pytest.importorskip("triton")
+    code = "from python_tests.oneshot import test_permutation as t; t.compare_the_kernel('cpu')"
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+def test_the_kernel_searches_large_places_on_a_gpu():
+    pytest.importorskip("triton")
+    compare_the_kernel("cuda")
+    scores = torch.rand(1, 2048, 1024, generator=torch.Generator().manual_seed(3)).cuda() ** 3
+    assert permutation._costs_function(scores) is not permutation._costs
+    order = search(scores, 20, torch.Generator().manual_seed(4))
+    plain = search(scores.cpu(), 20, torch.Generator().manual_seed(4))
+    found, expected = (float(lost(scores[0][:, o[0].cuda()])) for o in (order, plain))
+    assert found < 0.98 * float(lost(scores[0])) and abs(found / expected - 1) < 1e-3
+
+
 def test_an_exchange_is_the_best_of_the_sixteen_and_heads_are_apart():
-    values = torch.rand(30, 8, 24, generator=torch.Generator().manual_seed(2)) ** 3
-    order = permutation._exchange(values)
+    columns, eight = pairs_of_groups()
+    values = columns[eight]
+    order = permutation._exchange(*permutation._costs(columns, eight))
     for pair, chosen in zip(values, order.tolist()):
         found = {tuple(range(8)): float(lost(pair.t()))}
         for i, j in itertools.product(range(4), range(4, 8)):

@@ -1,6 +1,7 @@
 """Reconstruction: held-out errors fall, masks hold, a resumed run is equal, presets are seen."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -441,6 +442,22 @@ def test_the_dense_model_before_a_rotation_is_refused():
         turned.get_input_embeddings().weight.copy_(dense.get_input_embeddings().weight.roll(1, 1))
     with pytest.raises(ValueError, match="dense model in the basis.*after its rotation"):
         sk.reconstruct(model, turned, texts(), one, device="cpu", progress=False)
+
+
+def test_large_blocks_have_fewer_epochs_of_a_preset_and_the_report_says_so(quick, monkeypatch):
+    size = sum(p.numel() for p in build().model.layers[0].parameters())
+    monkeypatch.setattr(presets, "LARGE", size + 1)
+    row = replace(PRESETS["default"], permute=False)
+    monkeypatch.setitem(presets.PRESETS, "default", row)
+    assert "preset_rule" not in pruned(preset="default")[1].options
+    monkeypatch.setattr(presets, "LARGE", size)
+    _, report = pruned(preset="default")
+    text = f"3 of 5 epochs of reconstruction: a block has {size:,} weights"
+    assert report.options["preset_rule"] == text and f"preset default ({text})" in report.summary()
+    assert report.options["reconstruct"][0]["epochs"] == 3
+    assert {fit["epochs"] for fit in report.reconstruction} == {3}
+    _, report = pruned(({"epochs": 2},), preset="default")
+    assert report.options["reconstruct"][0]["epochs"] == 2 and "preset_rule" not in report.options
 
 
 def test_what_is_given_wins_over_the_preset(quick):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from sparsekern.oneshot import discovery as models
+from sparsekern.oneshot.calibration import move
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+logger = logging.getLogger("sparsekern")
 
 
 def quiet(function: F) -> F:
@@ -40,6 +44,76 @@ def on_device(module: nn.Module | None, device: torch.device) -> Iterator[None]:
     finally:
         if moves:
             cast(nn.Module, module).to(home)
+
+
+@contextlib.contextmanager
+def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """As on_device, for work that changes no tensor of the module: it gets back those that it had,
+    without a copy. Modules that do more than move when they are moved (SparseLinear) are copied."""
+    if any(type(m)._apply is not nn.Module._apply for m in module.modules()):
+        with on_device(module, device):
+            yield
+        return
+    parameters = [(p, p.data) for p in module.parameters()]
+    buffers = [(m, dict(m._buffers)) for m in module.modules() if m._buffers]
+    try:
+        module.to(device)
+        yield
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data
+        for owner, known in buffers:
+            owner._buffers.update(known)
+
+
+@contextlib.contextmanager
+def lodged(blocks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Within: blocks of a model that is elsewhere run on `device`, each there only while it runs.
+    Hidden states stay there from block to block, and what the last one returns goes home. For short
+    looks at a chain of blocks, which change nothing: a host would take longer than the copies.
+    Blocks whose forward is replaced are left alone."""
+    homes = [home_of(block) for block in blocks]
+    if all(home == device for home in homes):
+        yield
+        return
+    visits: dict[int, contextlib.ExitStack] = {}
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if "forward" in module.__dict__:
+            return None
+        stack = visits.setdefault(id(module), contextlib.ExitStack())
+        stack.enter_context(visiting(module, device))
+        return move((args, kwargs), device)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        stack = visits.pop(id(module), None)
+        if stack is None:
+            return None
+        stack.close()
+        return move(output, homes[-1]) if module is blocks[-1] else None
+
+    handles = [b.register_forward_pre_hook(enter, with_kwargs=True) for b in blocks]
+    handles += [b.register_forward_hook(leave) for b in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for stack in visits.values():
+            stack.close()
+
+
+def looked(blocks: Sequence[nn.Module], device: torch.device, look: Callable[[], T]) -> T:
+    """look(), a run of the whole model on a few tokens, with its blocks on a GPU while they run;
+    where that does not work, where they are."""
+    if device.type == "cpu" or not blocks:
+        return look()
+    try:
+        with lodged(blocks, device):
+            return look()
+    except (RuntimeError, ValueError, TypeError) as error:
+        logger.info("the blocks run where they are: %s: %s", type(error).__name__, error)
+        return look()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Container, Generator, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot.calibration import Batch, make_batches
 from sparsekern.oneshot.collector import HessianCollector
-from sparsekern.oneshot.devices import eager, home_of, on_device, quiet
+from sparsekern.oneshot.devices import eager, home_of, looked, on_device, quiet
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.experts import put_together
 from sparsekern.oneshot.ranks import Ranks
@@ -44,10 +44,12 @@ from sparsekern.oneshot.shared_collector import SharedCollector
 from sparsekern.oneshot.skip import DEFAULT_RULE
 from sparsekern.oneshot.source import Source
 from sparsekern.oneshot.stages import NEVER_CALLED, Forwards, Group, Stage
+from sparsekern.oneshot.timed import Timed
 from sparsekern.prune import Hessian
 from sparsekern.utils.arguments import checked
 
 logger = logging.getLogger("sparsekern")
+T = TypeVar("T")
 
 
 @checked("sparsekern.calibrate")
@@ -132,7 +134,7 @@ def calibrate(
     return calibration
 
 
-class Calibration:
+class Calibration(Timed):
     """One walk over a model; what `calibrate` returns.
 
     Attributes:
@@ -143,7 +145,7 @@ class Calibration:
         ranks: the processes that share this walk, or None.
         source: of blocks whose weights are in memory only while they run, or None.
         undo: what `rollback` takes back: the "run", the last "stage", or None: nothing.
-        phases: seconds by phase: capture, hessian, forward and what the caller adds.
+        phases, parts, peak: of Timed.
         on_tick: called with (stage, phase, batches done, of how many) after each batch; or None.
     """
 
@@ -164,6 +166,7 @@ class Calibration:
         ranks: Ranks | None = None,
         source: Source | None = None,
     ) -> None:
+        super().__init__()
         self.model, self.selection, self.op = model, selection, op
         self.batches = batches or []
         self.home = home_of(model)
@@ -174,7 +177,6 @@ class Calibration:
             offload,
         )
         self.hessians = None if hessians is None else self._checked(hessians)
-        self.phases: dict[str, float] = {}
         self.on_tick: Callable[[str, str, int, int], None] | None = None
         self.walk: Walk | None = None
         self.collector: HessianCollector | None = None
@@ -217,12 +219,14 @@ class Calibration:
             last_needed = max(pending, default=-1)
             for i, stage in enumerate(stages):
                 self.goes_on = i < last_needed
+                begin, before = time.perf_counter(), self.times()
                 with self.present(stage):
                     yield stage
                     stage._finish()
                 if self.undo == "stage":
                     self._forget()
-                logger.info("%s: %s done, %d layers", self.op, stage.key, len(stage.layers))
+                text = f", {time.perf_counter() - begin:.3f} s{self.spent(before)}"
+                logger.info("%s: %s done, %d layers%s", self.op, stage.key, len(stage.layers), text)
 
     @quiet
     def plan(self) -> list[Stage]:
@@ -243,8 +247,9 @@ class Calibration:
             return self._planned
         shown = None
         if blocks:
+            short = self.batches[0].probe()
             with self.evaluating(), self.lazily():
-                shown = probe(model, blocks, outside, self.batches[0].probe(), self.home)
+                shown = self.looked(lambda: probe(model, blocks, outside, short, self.home))
         if shown is None or not shown.chained:
             self._check_whole(bool(blocks))
             self._planned = [Stage("whole", model, active, None, self, self._whole)]
@@ -276,6 +281,11 @@ class Calibration:
         if self.source is not None and stage.index is not None and stage.module is not None:
             return self.source.present(stage.module, self.device)
         return on_device(stage.module, self.device)
+
+    def looked(self, look: Callable[[], T]) -> T:
+        """look(), which runs the whole model on a few tokens, where that is fast."""
+        blocks = [] if self.source is not None else self.selection.blocks
+        return looked(blocks, self.device, look)
 
     def lazily(self) -> contextlib.AbstractContextManager[None]:
         """Within: the whole model can be run, where it is."""
@@ -359,12 +369,14 @@ class Calibration:
     # ------------------------------------------------------------------------------ small changes
 
     def remember(self, layer: Layer) -> None:
-        """Before the first change of a layer: keep its dense weight on the host, with undo."""
+        """Before the first change of a layer: keep its dense weight, with undo; on the host where
+        that is for the whole run."""
         if self._undo is None or any(old is layer.module for old, _, _ in self._undo):
             return
         parameter = cast(nn.Parameter, layer.module.weight)
         where = self._homes.get(id(layer.module), parameter.device)
-        self._undo.append((layer.module, parameter.detach().to("cpu", copy=True), where))
+        kept_at = parameter.device if self.undo == "stage" else torch.device("cpu")
+        self._undo.append((layer.module, parameter.detach().to(kept_at, copy=True), where))
 
     def compress(self, layer: Layer, weight: Sparse24) -> None:
         """Replace a layer by a SparseLinear."""
@@ -430,14 +442,3 @@ class Calibration:
             for config, cache in caches:
                 config.use_cache = cache
             self._training = before
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time a phase; on a GPU it ends when its kernels have, once per phase and block."""
-        start = time.perf_counter()
-        try:
-            yield
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-        finally:
-            self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start

@@ -3,9 +3,10 @@ blocks, reconstruction in it and after it, as presets and arguments ask for."""
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from sparsekern.errors import check
 from sparsekern.oneshot.calibration import Batch
 from sparsekern.oneshot.permutation import permute_on
-from sparsekern.oneshot.presets import find_preset
+from sparsekern.oneshot.presets import find_preset, for_blocks
 from sparsekern.oneshot.ranks import RankError, Ranks
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.oneshot.resume import PERMUTATION, ROTATION, once
@@ -23,6 +24,7 @@ from sparsekern.oneshot.rotation import rotate_on
 from sparsekern.oneshot.rounds import Given, as_rounds, described
 
 OP = "sparsekern.prune_model"
+logger = logging.getLogger("sparsekern")
 
 
 class Extra:
@@ -34,7 +36,10 @@ class Extra:
         rotate: keywords of rotate_on, None for no rotation.      permute: of permute_on.
         optional, turn_optional, order_optional: rounds, rotation or permutation are the preset's:
             what the model does not allow is left out with a warning.
+        rule: what of the preset is otherwise for blocks of this size (presets.py), or None.
     """
+
+    rule: str | None = None
 
     def __init__(
         self,
@@ -80,6 +85,13 @@ class Extra:
         self.block = next((r for r in rounds if r.span == 1), None)
         self.spans = [r for r in rounds if r.span != 1]
 
+    def adapt(self, blocks: Iterable[nn.Module]) -> None:
+        """The preset's round inside the walk as it is for blocks of this size."""
+        if self.block is not None and self.optional:
+            self.block, self.rule = for_blocks(self.block, blocks)
+            if self.rule is not None:
+                logger.info("%s: preset %s with %s", OP, self.preset, self.rule)
+
     @property
     def needs_dense(self) -> bool:
         """Whether the dense model is walked beside the pruned one."""
@@ -110,12 +122,13 @@ class Extra:
 
     def drop(self) -> None:
         """Leave out the rounds."""
-        self.block, self.spans = None, []
+        self.block, self.spans, self.rule = None, [], None
 
     def described(self) -> dict[str, Any]:
         """As options of the report and of the manifest."""
         rounds = described([r for r in (self.block, *self.spans) if r is not None])
         made: dict[str, Any] = {"reconstruct": rounds} if rounds else {}
+        made |= {"preset_rule": self.rule} if self.rule is not None else {}
         made |= {"rotate": dict(self.rotate)} if self.rotate is not None else {}
         return made | ({"permute": dict(self.permute)} if self.permute is not None else {})
 
@@ -181,14 +194,14 @@ def _found(
     """What rotate_on or permute_on returns. Of several ranks the first searches, and all apply what
     it has found, or raise what it has raised."""
     made: Any = None
-    found: dict[str, Tensor] | Exception | None = None
+    found: tuple[dict[str, Tensor], dict[str, Any]] | Exception | None = None
     if ranks is None or ranks.rank == 0:
         try:
             if resume is None:
                 made = function(model, batches, device, **keywords)
             else:
                 made = once(step, function, model, batches, device, resume, dict(keywords))
-            found = made.tensors()
+            found = made.tensors(), {"report": made.report} if step == PERMUTATION else {}
         except (ValueError, RuntimeError) as error:
             if ranks is None:
                 raise
@@ -197,7 +210,11 @@ def _found(
         found = ranks.share(found, 0)
     if isinstance(found, Exception):
         raise found
-    return made if made is not None else function(model, batches, device, known=found, **keywords)
+    if made is not None:
+        return made
+    assert found is not None
+    known, more = found
+    return function(model, batches, device, known=known, **more, **keywords)
 
 
 def _keywords(name: str, given: bool | Mapping[str, Any], known: set[str]) -> dict[str, Any] | None:

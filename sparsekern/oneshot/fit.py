@@ -20,6 +20,8 @@ from torch.utils import deterministic as deterministic_options
 from sparsekern.backends.compress import mask24
 from sparsekern.formats.dtypes import DEFAULT_16_BIT
 from sparsekern.nn.replace import is_conv1d
+from sparsekern.oneshot.portion import add_up
+from sparsekern.oneshot.ranks import Ranks
 from sparsekern.oneshot.rounds import OP, Fit, Reconstruction
 from sparsekern.oneshot.sequential import Walk
 
@@ -93,7 +95,7 @@ class Loss:
 
 @dataclass
 class Trained:
-    """A parameter, in float32 while it is trained, and the mask of it (1 and 0, same shape).
+    """A parameter, in float32 while it is trained, and the mask of it (bool, same shape).
     transposed: it is stored as [in_features, out_features]."""
 
     parameter: nn.Parameter
@@ -171,9 +173,10 @@ def fit(
     part: str,
     new_epoch: Callable[[int], None] = lambda epoch: None,
     seconds: float | None = None,
+    ranks: Ranks | None = None,
 ) -> Fit:
     """AdamW on the kept weights; the weights in the end are the best of the held-out error, those
-    before included. `seconds` end it early."""
+    before included. `seconds` end it early. ranks: each has a part of every `loss`; they add up."""
     start_time = time.perf_counter()
     count = held_out(batches, options)
     train, held = list(range(batches - count)), list(range(batches - count, batches))
@@ -184,13 +187,16 @@ def fit(
 
     @torch.no_grad()
     def error() -> float:
-        return repeatable(lambda: float(torch.stack([loss(i) for i in judged]).mean()))
+        found = repeatable(lambda: torch.stack([loss(i) for i in judged]).mean())
+        if ranks is not None:
+            ranks.add_up(found)
+        return float(found)
 
     def round_to_stored() -> None:
         for t in trained:
             t.parameter.data.copy_(t.parameter.data.to(t.dtype))
 
-    first = [p.detach().clone() for p in parameters]
+    first = [t.parameter.detach().to(t.dtype, copy=True) for t in trained]  # as it came, exact
     best, best_error = first, error()
     before = best_error
     optimizer = torch.optim.AdamW(
@@ -213,6 +219,8 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 losses.append(_backward(loss, train[number], parameters))
+                if ranks is not None:
+                    add_up(ranks, parameters, losses[-1])
                 moves = moving is not None and step < options.reselect * total
                 # None: of an expert that no token of the batch reached.
                 gradients = [p.grad for p in parameters]
@@ -337,7 +345,7 @@ def training(
     half = any(p.dtype.itemsize == 2 for p in every)
     calls = [(m, m._compiled_call_impl) for m in (*blocks, *teachers)]
     trained = [
-        Trained(p, mask.to(p.device, torch.float32, copy=True), p.dtype, turned)
+        Trained(p, mask.to(p.device, torch.bool, copy=True), p.dtype, turned)
         for p, mask, turned in chosen
     ]
     try:

@@ -8,7 +8,9 @@ a fraction of their number.
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +31,10 @@ from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
 DAMP = 0.01
 
 
+def _untimed(name: str) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
 @dataclass
 class Options:
     """How to prune a layer; as in prune_model.
@@ -38,7 +44,7 @@ class Options:
     quantize: None or "fp8" | "int8" | "int4", of weights that are 2:4.
     quantize_method: "gptq", "rtn", or None: gptq where there is a Hessian.
     quantize_group: of int4.
-    op: who asks, for messages.
+    op: who asks, for messages.      part: times a part of the work by its name.
     """
 
     method: Method
@@ -53,6 +59,7 @@ class Options:
     quantize_method: str | None = None
     quantize_group: int | None = None
     op: str = "sparsekern.oneshot.prune_group"
+    part: Callable[[str], contextlib.AbstractContextManager[None]] = _untimed
 
 
 @dataclass
@@ -136,14 +143,17 @@ def _prune(layers: list[Layer], hessian: prune.Hessian | None, options: Options)
     try:
         if options.match_dense and hessian is not None and hessian.drift is not None:
             matched = options.match_dense
-            stacked = prune.retarget(stacked, hessian, share=matched, damp=options.damp)
+            with options.part("prune: match"):
+                stacked = prune.retarget(stacked, hessian, share=matched, damp=options.damp)
         if mask is not None and not method.updates:
             pruned, kept, details = apply_mask(stacked, mask)
         else:
-            pruned, kept, details = _call(method, layers, stacked, hessian, mask, options)
+            with options.part("prune: solve"):
+                pruned, kept, details = _call(method, layers, stacked, hessian, mask, options)
         if options.refine and hessian is not None:
             knobs: dict[str, Any] = {"steps": options.refine, "damp": options.damp}
-            pruned = prune.refine(stacked, pruned, kept, hessian, **knobs)
+            with options.part("prune: refine"):
+                pruned = prune.refine(stacked, pruned, kept, hessian, **knobs)
         quantized = None
         if options.quantize and method.finish is None:
             quantized, _ = quantize(stacked, pruned, kept, hessian, options)
@@ -168,10 +178,11 @@ def _prune(layers: list[Layer], hessian: prune.Hessian | None, options: Options)
     for layer, weight, new, keep, levels in parts:
         report = new_report(layer, options)
         if hessian is not None:
-            computes = known is None
-            report.relative_error = (
-                prune.relative_error(weight, new, hessian) if computes else known
-            )
+            with options.part("prune: errors"):
+                computes = known is None
+                report.relative_error = (
+                    prune.relative_error(weight, new, hessian) if computes else known
+                )
         if given and not method.updates:
             report.method = "mask"
         few = None

@@ -4,6 +4,7 @@ need not hold the whole model."""
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from sparsekern.oneshot.calibration import Batch
-from sparsekern.oneshot.devices import home_of, on_device
+from sparsekern.oneshot.devices import home_of, looked, visiting
 from sparsekern.oneshot.discovery import find_blocks
 from sparsekern.oneshot.sequential import Walk, probe
 
@@ -28,7 +29,7 @@ def observe(
     whole_bytes: int = WHOLE_BYTES,
 ) -> None:
     """Run every block of the model on every batch on `device`; hooks: called with these layers and
-    their arguments. The model is where it was afterwards.
+    their arguments, which change nothing of the model. It is where it was afterwards.
 
     A larger model than `whole_bytes` whose blocks are a chain is walked block by block: the device
     holds one block and the hidden states (on the host where they are large), and what stands behind
@@ -38,17 +39,18 @@ def observe(
     _, blocks = find_blocks(model)
     size = sum(p.nbytes for p in model.parameters())
     if home != device and blocks and size > whole_bytes:
-        shown = probe(model, blocks, [], batches[0].probe(), home)
+        look = functools.partial(probe, model, blocks, [], batches[0].probe(), home)
+        shown = looked(blocks, device, look)
         if shown.chained:
             walk = Walk(model, blocks, batches, shown, device, home, None)
             for _ in walk.capture():
                 pass
             for index, block in enumerate(blocks):
-                with on_device(block, device), _registered(hooks):
+                with visiting(block, device), _registered(hooks):
                     for _ in walk.block(index, keep=index + 1 < len(blocks)):
                         pass
             return
-    with on_device(model, device), _registered(hooks):
+    with visiting(model, device), _registered(hooks):
         for batch in batches:
             batch.run(model, device)
 

@@ -23,14 +23,17 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsekern.backends import triton
 from sparsekern.errors import FormatError, check
 from sparsekern.oneshot.calibration import Batch, make_batches
+from sparsekern.oneshot.devices import looked
+from sparsekern.oneshot.discovery import find_blocks
 from sparsekern.oneshot.observe import observe
 from sparsekern.utils.arguments import SEEDS, checked
 
@@ -42,6 +45,7 @@ MLPS = ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2"), (("w1", "w3"
 OUTPUTS = ("o_proj", "out_proj")  # of an attention that has a v_proj
 ROUNDING = 1e-6  # of a sum of importance in float32: smaller gains are none
 _ELEMENTS = 2**26  # that a step of the search works on at a time
+_LARGE = 2**21  # weights of a head, or of an MLP's reader, from which on a kernel searches
 _STACKED = 2**28  # weights of the places that are searched together
 
 
@@ -73,6 +77,7 @@ class PermutationReport:
     sites: places whose channels have another order now.
     lost_before, lost_after: mean share of the importance w²·Σx² that 2:4 drops in their readers.
     logits_distance: largest difference of an output before and after, over the largest output.
+    parts: seconds of: observe (forward passes), search, fold (into the weights), check (outputs).
     """
 
     sites: int
@@ -81,11 +86,13 @@ class PermutationReport:
     lost_before: float
     lost_after: float
     logits_distance: float
+    parts: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         text = f"permuted {self.sites} layers in {self.seconds:.1f} s, {self.rounds} rounds: "
         text += f"lost importance {self.lost_before:.4f} -> {self.lost_after:.4f}, "
-        return f"{text}logits within {self.logits_distance:.1e}"
+        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.parts.items())
+        return f"{text}logits within {self.logits_distance:.1e} ({parts})"
 
 
 @dataclass
@@ -147,17 +154,30 @@ def permute_on(
     heads: bool = True,
     seed: int = 0,
     known: Mapping[str, Tensor] | None = None,
+    report: PermutationReport | None = None,
 ) -> Permuted:
-    """`permute` on batches. known: orders of an earlier search, which is then not made again."""
+    """`permute` on batches. known: orders of an earlier search, which is then not made again; with
+    its report, of the same model in another process, they are applied and nothing else."""
     start = time.perf_counter()
     check(type(rounds) is int and rounds >= 0, OP, "rounds, an int >= 0", repr(rounds))
     home = next(model.parameters()).device
     sites = find_sites(model, heads)
     expected = f"{type(model).__name__} with an MLP or attention of layers {MLPS[0]} or v_proj"
     check(sites, OP, expected, "none", "Prune it without permutation.")
+    if known is not None and report is not None:
+        given = {site.name: _checked(known.get(site.name), site) for site in sites}
+        for site in sites:
+            apply(site, given[site.name], target)
+        every = [(site, given[site.name]) for site in sites]
+        return Permuted(report, given, functools.partial(_restore, every, target))
     probe = batches[0].probe()
-    before = _outputs(model, probe, home)
+    parts: dict[str, float] = {}
+    before = _outputs(model, probe, home, target)
+    last = _lap(parts, "check", start)
     energies = input_energies(model, sites, batches, target)
+    if target.type == "cuda":
+        torch.cuda.synchronize(target)
+    last = _lap(parts, "observe", last)
     orders: dict[str, Tensor] = {}
     shares: list[tuple[float, float]] = []
     for number, stack in enumerate(_stacks(sites)):
@@ -170,11 +190,16 @@ def permute_on(
         shares += _shares(scores, order, stack[0].heads)
         orders |= {s.name: o for s, o in zip(stack, order.cpu().split(stack[0].heads))}
     orders = {site.name: orders[site.name] for site in sites}
-    undo = functools.partial(_restore, _copies(sites))
+    last = _lap(parts, "search", last)
+    done: list[tuple[Site, Tensor]] = []
+    undo = functools.partial(_restore, done, target)
     try:
         for site in sites:
-            apply(site, orders[site.name])
-        distance = _distance(before, _outputs(model, probe, home))
+            apply(site, orders[site.name], target)
+            done.append((site, orders[site.name]))
+        last = _lap(parts, "fold", last)
+        distance = _distance(before, _outputs(model, probe, home, target))
+        _lap(parts, "check", last)
         bound = max(1e-3, 20 * torch.finfo(before.dtype).eps)
         if not distance <= bound:
             raise RuntimeError(
@@ -187,9 +212,16 @@ def permute_on(
     mean = torch.tensor(shares, dtype=torch.float64).mean(0).tolist()
     moved = sum(not torch.equal(o, torch.arange(o.shape[1]).expand_as(o)) for o in orders.values())
     took = time.perf_counter() - start
-    report = PermutationReport(moved, rounds, took, mean[0], mean[1], distance)
+    report = PermutationReport(moved, rounds, took, mean[0], mean[1], distance, parts)
     logger.info("%s", report)
     return Permuted(report, orders, undo)
+
+
+def _lap(parts: dict[str, float], name: str, since: float) -> float:
+    """Add the seconds since then to a part; the time now."""
+    now = time.perf_counter()
+    parts[name] = parts.get(name, 0.0) + now - since
+    return now
 
 
 # -------------------------------------------------------------------------------------- the places
@@ -227,35 +259,35 @@ def _linear(module: nn.Module, name: str) -> nn.Linear | None:
     return layer if type(layer) is nn.Linear else None
 
 
-def apply(site: Site, order: Tensor) -> None:
-    """Write an order [heads, size] into the rows of the makers and the columns of the reader."""
+def apply(site: Site, order: Tensor, device: torch.device | None = None) -> None:
+    """Write an order [heads, size] into the rows of the makers and the columns of the reader.
+    device: where they are put in order; None: where they are."""
+    heads, size = order.cpu(), site.size
+    rows = (heads + size * torch.arange(site.heads)[:, None]).view(-1)
     for layer in site.makers:
-        rows = order.to(layer.weight.device)
-        rows = (rows + site.size * torch.arange(site.heads, device=rows.device)[:, None]).view(-1)
-        layer.weight.copy_(layer.weight[rows])
+        _reorder(layer.weight, rows, 0, device)
         if layer.bias is not None:
-            layer.bias.copy_(layer.bias[rows])
-    weight = site.reader.weight
-    columns = order.to(weight.device)[:, None] + site.size * torch.arange(
-        site.heads * site.repeat, device=weight.device
-    ).view(site.heads, site.repeat, 1)
-    weight.copy_(weight[:, columns.reshape(-1)])
+            _reorder(layer.bias, rows, 0, device)
+    starts = size * torch.arange(site.heads * site.repeat).view(site.heads, site.repeat, 1)
+    _reorder(site.reader.weight, (heads[:, None] + starts).reshape(-1), 1, device)
 
 
-def _copies(sites: list[Site]) -> list[tuple[Tensor, Tensor]]:
-    layers = [layer for site in sites for layer in (*site.makers, site.reader)]
-    own = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
-    return [(p, p.detach().to("cpu", copy=True)) for p in own]
+def _reorder(parameter: Tensor, order: Tensor, dim: int, device: torch.device | None) -> None:
+    there = parameter.to(device or parameter.device)
+    parameter.copy_(there.index_select(dim, order.to(there.device)))
 
 
-def _restore(copies: list[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for parameter, value in copies:
-            parameter.copy_(value)
+@torch.no_grad()
+def _restore(done: list[tuple[Site, Tensor]], device: torch.device) -> None:
+    """Put the channels back where they were: their bits have only moved."""
+    while done:
+        site, order = done.pop()
+        apply(site, order.argsort(1), device)
 
 
-def _outputs(model: nn.Module, probe: Batch, home: torch.device) -> Tensor:
-    output = probe.run(model, home)
+def _outputs(model: nn.Module, probe: Batch, home: torch.device, target: torch.device) -> Tensor:
+    _, blocks = find_blocks(model)
+    output = looked(blocks, target, lambda: probe.run(model, home))
     if isinstance(output, Tensor):
         return output
     first: Tensor = output.logits if hasattr(output, "logits") else output[0]
@@ -341,27 +373,42 @@ def search(scores: Tensor, rounds: int, generator: torch.Generator) -> Tensor:
     order = torch.arange(heads * size, device=scores.device)
     groups = size // 4
     firsts = groups * torch.arange(heads)[:, None]
-    least = max(1, _ELEMENTS // (16 * max(1, rows)))
+    costs = _costs_function(scores)
+    least = max(1, _ELEMENTS // (16 * max(1, rows))) if costs is _costs else heads * groups
     for _ in range(rounds):
         mixed = torch.rand(heads, groups, generator=generator).argsort(1) + firsts
         pairs = mixed[:, : groups // 2 * 2].reshape(-1, 2).to(order.device, non_blocking=True)
         for part in pairs.split(least):
             eight = order.view(-1, 4)[part].view(-1, 8)
-            order.view(-1, 4)[part] = eight.gather(1, _exchange(columns[eight])).view(-1, 2, 4)
+            exchanged = _exchange(*costs(columns, eight))
+            order.view(-1, 4)[part] = eight.gather(1, exchanged).view(-1, 2, 4)
     return order.view(heads, size) - size * torch.arange(heads, device=order.device)[:, None]
 
 
-def _exchange(values: Tensor) -> Tensor:
-    """The order of the eight columns of each pair of groups, values [pairs, 8, rows], after the
-    exchange of one of the first four with one of the others that loses least; as they are where
-    none lowers the sum by more than its rounding. int64 [pairs, 8]."""
+def _costs_function(scores: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`_costs`, or its kernel for large scores [heads, rows, columns] on a GPU with Triton."""
+    if scores.is_cuda and scores[0].numel() >= _LARGE and triton.available():
+        from sparsekern.backends.triton import exchange
+
+        return exchange.costs
+    return _costs
+
+
+def _costs(columns: Tensor, eight: Tensor) -> tuple[Tensor, Tensor]:
+    """What pairs of groups of columns [columns, rows], eight [pairs, 8] of them, lose: as they are
+    [pairs], and after the exchange of column i of the first by j of the second [pairs, 4, 4]."""
+    values = columns[eight]
     first, second = values[:, :4], values[:, 4:]
     sums = [_two_least(half.unbind(1)).sum(1) for half in (first, second)]
-    now = sums[0] + sums[1]
-    costs = _replaced(first, second) + _replaced(second, first).transpose(1, 2)
+    return sums[0] + sums[1], _replaced(first, second) + _replaced(second, first).transpose(1, 2)
+
+
+def _exchange(now: Tensor, costs: Tensor) -> Tensor:
+    """The order of the eight columns of each pair after the exchange that loses least; as they are
+    where none lowers the sum by more than its rounding. int64 [pairs, 8]."""
     best, index = costs.flatten(1).min(1)
     i, j = index // 4, 4 + index % 4
-    order = torch.arange(8, device=values.device).repeat(len(values), 1)
+    order = torch.arange(8, device=costs.device).repeat(len(costs), 1)
     better = best < now * (1 - ROUNDING)
     order.scatter_(1, torch.where(better, i, 0)[:, None], torch.where(better, j, 0)[:, None])
     return order.scatter_(1, j[:, None], torch.where(better, i, j)[:, None])

@@ -27,6 +27,7 @@ from sparsekern.oneshot.layerwise import (
     DAMP,
     Options,
 )
+from sparsekern.oneshot.portion import splits
 from sparsekern.oneshot.presets import find_preset
 from sparsekern.oneshot.ranks import joined
 from sparsekern.oneshot.report import PruneReport
@@ -158,7 +159,8 @@ def prune_model(
         quantize_group: columns that share a scale, of int4: 64, 128 or None (128).
         preset: "fast", "default" or "best" (oneshot/presets.py): what method, reconstruct, rotate
             and permute are where they are None. What the model or the calibration does not allow is
-            then left out with a warning. None: none of the three, and SparseGPT.
+            then left out with a warning, and blocks of 2^27 weights or more have 60 % of its epochs
+            of reconstruction. None: none of the three, and SparseGPT.
         reconstruct: rounds of gradient descent on the hidden states that pruned blocks return: a
             Reconstruction, its keywords as a dict, a list of them, True for one with the defaults,
             () for none. For a model that is a chain of decoder blocks.
@@ -171,9 +173,10 @@ def prune_model(
             up to rounding. Needs pattern 2:4.
         ranks: "auto": all processes of an initialised torch.distributed prune together, each called
             with the same model and arguments; a process group: those; False: this one by itself.
-            The result is that of one process, bit for bit (oneshot/ranks.py), and the same on all.
-            Rank 0 alone writes, logs and shows progress. What trains (reconstruct) needs one
-            process.
+            The result is that of one process, bit for bit (oneshot/ranks.py), and the same on all;
+            with reconstruction in the walk up to rounding. Rank 0 alone writes, logs and shows
+            progress. Rounds after the walk need one process, and so do those in it with experts,
+            seconds, or another target, loss or parts than the default.
         source: where the blocks' weights are while they are not in memory: a checkpoint.Streamed.
             Needs `resume`, where the result is; a rotation, and rounds of reconstruction after the
             walk, need the whole model.
@@ -235,11 +238,15 @@ def prune_model(
         check(undo in (True, False, "auto"), OP, 'undo True, False or "auto"', repr(undo))
         timed_tokens = dense_rule.check_arguments(keep_dense, keep_dense_tokens, compress, OP)
 
+        took: dict[str, float] = {}
+
         def walked() -> Calibration:
+            begin = time.perf_counter()
             selection = select(
                 model, skip, wanted.pattern, compress, targets=targets, op=OP, source=source
             )
             check_weights(selection, wanted, compress)
+            took["before: checks"] = time.perf_counter() - begin
             keeps = undo if isinstance(undo, bool) else _fits_twice(selection.active)
             keeps = keeps if crew is None else bool(crew.share(keeps, 0))
             kept_for = "run" if keeps and resume is None else "stage"
@@ -262,8 +269,11 @@ def prune_model(
             _check_streamed(extra, compress, resume, preset)
         if crew is not None:
             crew.device = Calibration.device_of(model, device)
-            _check_together(chosen, extra, preset)
         walk = walked()
+        if crew is not None:
+            experts = any(layer.owner is not None for layer in walk.selection.active)
+            _check_together(chosen, extra, preset, experts)
+        extra.adapt(walk.selection.blocks)
         batches = []
         if calibration is not None and hessians is None:
             batches = make_batches(calibration, model, batch_size, walk.device, tokenizer, OP)
@@ -286,8 +296,11 @@ def prune_model(
                         stack.push(_on_error(undo_order))
                     seconds = report.permutation["seconds"] if report.permutation else 0.0
                     walk.phases["permute"] = seconds
+                    parts = report.permutation["parts"] if report.permutation else {}
+                    walk.parts |= {f"permute: {name}": took for name, took in parts.items()}
             walk.batches = batches
-            report.phases = walk.phases
+            walk.parts |= took
+            report.phases, report.parts = walk.phases, walk.parts
             report.options = describe(skip, wanted, compress, true_sequential, targets)
             report.options |= extra.described()
             if keep_dense:
@@ -303,6 +316,7 @@ def prune_model(
                 report.calibration |= more() if callable(more) else {}
             if keep_hessians:
                 report.hessians = {}
+            wanted.part = walk.part
             run = Run(model, wanted, compress, walk, report, extra)
             if crew is not None:
                 found = [(a.name, a.shape, a.dtype, a.reason) for a in walk.selection.layers]
@@ -329,10 +343,10 @@ def prune_model(
         return report
 
 
-def _check_together(chosen: Method, extra: Extra, preset: str | None) -> None:
-    """Refuse what one process alone does as it is meant."""
+def _check_together(chosen: Method, extra: Extra, preset: str | None, experts: bool) -> None:
+    """Refuse what one process alone does as it is meant. experts: whether any are to be pruned."""
     remedy = "Leave it out, or run it in one process, with ranks=False."
-    trains = extra.block is not None or bool(extra.spans)
+    trains = bool(extra.spans) or not splits(extra.block) or (extra.block is not None and experts)
     reason = (
         "which takes one step for each batch in turn: with several ranks it would train another way"
     )

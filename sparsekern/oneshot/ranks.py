@@ -1,5 +1,5 @@
 """Several processes of torch.distributed that prune one model together, with the masks and weights
-of one process, bit for bit.
+of one process, bit for bit; with reconstruction up to rounding.
 
 Every rank has the model and all of the calibration data. What is split:
 
@@ -9,9 +9,11 @@ Every rank has the model and all of the calibration data. What is split:
                  zeros elsewhere, so that the sum over ranks is exact (shared_collector.py)
     solving      a group of layers that read one input is solved on one rank, which gives weights
                  and masks to the others
+    fits         of one block: each rank has some rows of every batch, and gradients are added up
+                 (portion.py)
 
-No float is added up in another order than in one process, so the number of ranks changes nothing
-but the time. It takes ranks with one kind of device.
+But for the fits no float is added up in another order than in one process, so the number of ranks
+changes nothing but the time. It takes ranks with one kind of device.
 
 All ranks go through the same steps. Before each exchange they agree (one small reduction over gloo,
 on the CPU) that nobody has failed and that all are at the same step. A rank that an exception ends
@@ -208,14 +210,15 @@ class Ranks:
             found.append(tensor.to("cpu" if on_host else self.device))
         return _unpacked(text, found)
 
-    def add_up(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over the ranks, in place."""
-        sent = tensor.to(self._wire())
-        group = self._data if sent.is_cuda else self._control
+    def add_up(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its sum over the ranks, in place."""
         self.agree()
-        torch.distributed.all_reduce(sent, group=group)
-        if sent is not tensor:
-            tensor.copy_(sent)
+        for tensor in tensors:
+            sent = tensor.to(self._wire())
+            group = self._data if sent.is_cuda else self._control
+            torch.distributed.all_reduce(sent, group=group)
+            if sent is not tensor:
+                tensor.copy_(sent)
 
     def same(self, what: str, value: Any, remedy: str) -> None:
         """ValueError on every rank unless `value` (of plain values) is equal on all of them."""

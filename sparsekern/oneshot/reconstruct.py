@@ -43,6 +43,7 @@ from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot.calibration import make_batches
 from sparsekern.oneshot.executor import Calibration
 from sparsekern.oneshot.fit import Loss, fit, kept_weights, training
+from sparsekern.oneshot.ranks import Ranks
 from sparsekern.oneshot.rounds import OP, Fit, Given, Reconstruction, as_rounds
 from sparsekern.oneshot.selection import select
 from sparsekern.oneshot.sequential import Call, Walk, call_block
@@ -59,6 +60,8 @@ def reconstruct_block(
     options: Reconstruction,
     final: nn.Module | None = None,
     seconds: float | None = None,
+    ranks: Ranks | None = None,
+    shares: Sequence[float] = (),
 ) -> list[Fit]:
     """Move the kept weights of one pruned block towards the dense block's outputs, in place.
 
@@ -69,6 +72,7 @@ def reconstruct_block(
         masks, dense: of each pruned linear layer, bool and dense weight [out, in].
         final: the norm behind the block, for the last one.
         seconds: for this block, or None.
+        ranks: of which each has a part of every batch in its walk, and those parts (portion.py).
     """
     device = walk.device
     calls = [batch_calls[index] for batch_calls in walk.calls]
@@ -124,10 +128,15 @@ def reconstruct_block(
         def goal(i: int, wanted: Any = wanted, seen: Any = seen) -> list[Tensor]:
             return cast("list[Tensor]", seen(wanted(i)))
 
-        loss = Loss(options, [1.0], given, goal, walk)
+        whole = Loss(options, [1.0], given, goal, walk)
+
+        def loss(i: int, whole: Loss = whole) -> Tensor:
+            return whole(i) * shares[i] if ranks is not None else whole(i)
+
         with training(kept_weights(modules, masks), options, device, [block]) as trained:
             share = None if seconds is None else seconds / len(parts)
-            fits.append(fit(trained, len(calls), loss, options, [index], part, seconds=share))
+            knobs: dict[str, Any] = {"seconds": share, "ranks": ranks}
+            fits.append(fit(trained, len(calls), loss, options, [index], part, **knobs))
     return fits
 
 

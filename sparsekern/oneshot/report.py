@@ -103,6 +103,7 @@ class PruneReport:
         layers: one LayerReport per weight of a matrix product, in the order of the model.
         seconds: wall time of the call.
         phases: the same by phase: layer times (keep_dense), capture, hessian, prune, forward.
+        parts: seconds of parts of a phase, as "prune: refine" or "permute: search".
         resumed: stages that were loaded instead of computed.
         preset: its name, None without.
         rotation: the RotationReport's fields, or {"skipped": why}; None where none was asked for.
@@ -124,6 +125,7 @@ class PruneReport:
     layers: list[LayerReport] = field(default_factory=list)
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
     resumed: int = 0
     preset: str | None = None
     rotation: dict[str, Any] | None = None
@@ -221,6 +223,8 @@ class PruneReport:
         text += f", {self.share:.1%} of the linear weights are {self.pattern}"
         if self.preset:
             text += f", preset {self.preset}"
+            rule = self.options.get("preset_rule")
+            text += f" ({rule})" if rule else ""
         if self.parameters and self.parameters["stored"] != self.parameters["dense"]:
             text += (
                 f", {self.parameters['stored']:,} of {self.parameters['dense']:,} parameters kept"

@@ -20,6 +20,7 @@ from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.replace import dense_weight
 from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot import keep_dense as dense_rule
+from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.estimate import Progress
 from sparsekern.oneshot.executor import Calibration
 from sparsekern.oneshot.extra import OP, Extra
@@ -115,9 +116,10 @@ class Run(Rounds):
         """Prune stage after stage. An exception takes back what was not final."""
         from tqdm import tqdm  # type: ignore[import-untyped]
 
-        stages = self.walk.plan()
-        self.options.match_dense = self._matched()
-        self._prepare_rounds()
+        with self.walk.part("before: plan"):
+            stages = self.walk.plan()
+            self.options.match_dense = self._matched()
+            self._prepare_rounds()
         if self.extra.spans and self.options.quantize:  # there is no Hessian after them
             self.late = replace(self.options, quantize_method="rtn")
             self.options = replace(self.options, quantize=None)
@@ -210,6 +212,9 @@ class Run(Rounds):
                             pruned.report, weight, mask, pruned.quantized
                         )
                         stage.replace(layer.name, results[layer.name])
+                if group.hessian is not None and self.walk.hessians is None:
+                    if self.report.hessians is None:
+                        group.hessian.free_drift()
         if finish and kept:
             self._finish(stage, kept, results)
         for layer in stage.layers:
@@ -238,7 +243,8 @@ class Run(Rounds):
                     with group.on_device(), self.walk.phase("prune"):
                         found = self._ticked(stage, prune_group, group)
                         mine[number] = [(p.report, p.weight, p.mask, p.quantized) for p in found]
-                group.hessian = None
+                if self.extra.block is None:  # else the errors after it need it
+                    group.hessian = None
             solved: dict[int, list[Any]] = {}
             with self.walk.phase("exchange"):
                 for source in range(ranks.world):
@@ -302,6 +308,19 @@ class Run(Rounds):
                 method.call(method.finish, stage, masks, dense, values=self.options.values)
         if self.extra.block is not None and stage.index is not None:
             note = self._reconstruct(stage, masks, dense)
+        with self.walk.phase("prune"):
+            self._take(by_name, kept, results, stage, note)
+
+    def _take(
+        self,
+        by_name: dict[str, Layer],
+        kept: dict[str, tuple[Tensor, Tensor, Hessian | None]],
+        results: dict[str, Sparse24 | Tensor],
+        stage: Stage,
+        note: str,
+    ) -> None:
+        """The rows and the final form of the weights that the block has now."""
+        method = self.options.method
         for name, (weight, mask, hessian) in kept.items():
             new = dense_weight(by_name[name].module).masked_fill(~mask, 0).contiguous()
             expected = f"finite weights of {name} after {method.name}"
@@ -309,7 +328,8 @@ class Run(Rounds):
             row = self.rows[name]
             row.note = "; ".join(filter(None, (row.note, note))) or None
             if hessian is not None:
-                row.relative_error = prune.relative_error(weight, new, hessian)
+                with self.walk.part("prune: errors"):
+                    row.relative_error = prune.relative_error(weight, new, hessian)
             quantized = None
             if self.options.quantize:
                 quantized, _ = quantize_layer(weight, new, mask, hessian, self.options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from typing import cast
 
@@ -19,6 +20,7 @@ from sparsekern.oneshot.executor import Calibration
 from sparsekern.oneshot.extra import OP, Extra
 from sparsekern.oneshot.layerwise import Options, describe_quantized
 from sparsekern.oneshot.layerwise import quantize as quantize_layer
+from sparsekern.oneshot.portion import portion
 from sparsekern.oneshot.reconstruct import reconstruct_block
 from sparsekern.oneshot.report import LayerReport, PruneReport
 from sparsekern.oneshot.resume import ResumeDir
@@ -62,12 +64,14 @@ class Rounds:
             text = f"preset {self.report.preset} without reconstruction: {kind} is no chain"
             warnings.warn(f"{OP}: {text} of decoder blocks.", stacklevel=4)
             extra.drop()
-            self.report.options.pop("reconstruct", None)
+            for name in ("reconstruct", "preset_rule"):
+                self.report.options.pop(name, None)
             return
         blocks = self.walk.selection.blocks
         with self.walk.evaluating(), self.walk.lazily():
             probe = self.walk.batches[0].probe()
-            self.final = final_norm(self.model, blocks, probe, self.walk.home)
+            norm = functools.partial(final_norm, self.model, blocks, probe, self.walk.home)
+            self.final = self.walk.looked(norm)
         if extra.optional and self.walk.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.walk.device).total_memory
             extra.spans = [
@@ -94,12 +98,23 @@ class Rounds:
         block = cast(nn.Module, stage.module)
         options = cast(Reconstruction, self.extra.block)
         final = self.final if index == len(walk.blocks) - 1 else None
+        if options.target == "dense" and options.parts == "block":
+            walk.free_dense_inputs()
         seconds = None
         if options.seconds is not None:
             spent = sum(row["seconds"] for row in self.report.reconstruction)
             seconds = max(0.0, options.seconds - spent) / (len(walk.blocks) - index)
+        ranks = self.walk.ranks
         with self.walk.phase("reconstruct"), on_device(final, self.walk.device):
-            fits = reconstruct_block(block, index, walk, masks, dense, options, final, seconds)
+            shares: list[float] = []
+            if ranks is not None:
+                walk, shares = portion(walk, index, self.walk.batches, ranks)
+            given = (block, index, walk, masks, dense, options, final, seconds, ranks, shares)
+            fits = reconstruct_block(*given)
+            if ranks is not None:
+                weights = [module.weight for module in masks]
+                for module, weight in zip(masks, ranks.share(weights, 0)):
+                    cast(Tensor, module.weight).copy_(weight)
         self.report.reconstruction += [fit.row() for fit in fits]
         return _said(fits[-1]) if fits else ""
 

@@ -45,6 +45,9 @@ class StopForward(Exception):
 class Hidden:
     """Stands for the hidden states in a recorded call."""
 
+    def __reduce__(self) -> str:
+        return "HIDDEN"  # of which there is one in each process
+
 
 HIDDEN = Hidden()
 logger = logging.getLogger("sparsekern")
@@ -232,7 +235,7 @@ class Walk:
         self.sets = 1  # of hidden states that will be kept
         # The dense model's, when somebody walks them: inputs of block `_dense_block`, its outputs.
         self._dense: list[Tensor] = []
-        self._dense_outputs: list[Tensor] = []
+        self.dense_outputs: list[Tensor] = []
         self._dense_block = -1
 
     def capture(self) -> Iterator[None]:
@@ -276,13 +279,13 @@ class Walk:
         """Run block `index`, not pruned yet, on the dense model's hidden states, batch by batch,
         yielding after each. To be called for every block, once or more, in order."""
         if index != self._dense_block:
-            self._dense = list(self.hidden) if index == 0 else self._dense_outputs
-            self._dense_outputs = list(self._dense)
+            self._dense = list(self.hidden) if index == 0 else self.dense_outputs
+            self.dense_outputs = list(self._dense)
             self._dense_block = index
         for i, calls in enumerate(self.calls):
             self.begin(self.batches[i])
             output = call_block(self.blocks[index], calls[index], self._dense[i].to(self.device))
-            self._dense_outputs[i] = self.keep(output)
+            self.dense_outputs[i] = self.keep(output)
             yield
 
     def stem(self) -> Iterator[None]:
@@ -344,9 +347,13 @@ class Walk:
         """Batch `index` of them, on the device."""
         return self._dense[index].to(self.device)
 
+    def free_dense_inputs(self) -> None:
+        """Free the dense model's inputs of this block, once its outputs are known."""
+        self._dense = []
+
     def dense_output(self, index: int) -> Tensor:
         """What the dense block made of that."""
-        return self._dense_outputs[index].to(self.device)
+        return self.dense_outputs[index].to(self.device)
 
     def _too_large(self, hidden: Tensor) -> bool:
         if self.device.type != "cuda":

@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from sparsekern.backends import triton
 from sparsekern.errors import check, message
 from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32
 from sparsekern.prune.masks import check_no_nan, select
@@ -27,7 +28,8 @@ from sparsekern.prune.methods import (
     is_count,
     is_number,
 )
-from sparsekern.prune.pattern import Pattern
+from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
+from sparsekern.prune.products import Factor, large_inverse, product
 from sparsekern.prune.refine import refine
 from sparsekern.prune.sparsegpt import damping_steps
 
@@ -56,7 +58,8 @@ def admm(
         V ← V + ρ(Y − D)
 
     Rows do not depend on each other. One matmul [out, in] x [in, in] a round, and one inverse of
-    [in, in] in three rounds; three float32 matrices of w's size are held.
+    [in, in] in three rounds; three float32 matrices of w's size are held. Large ones are
+    multiplied and inverted on the tensor cores of a GPU (prune/products.py).
 
     Args:
         w: [out_features, in_features] floating point; never modified.
@@ -87,22 +90,23 @@ def admm(
         scale = scale.masked_fill(dead, 1.0)
         a = h / scale[:, None] / scale
         a.diagonal().fill_(1.0)
-        used = _damped(a, damp)
+        used, first = _damped(a, damp)
         target = (w.detach().float() * scale).masked_fill_(dead, 0)
-        pulled = target @ a
+        pulled = product(target, a)
         sparse, dual = target, torch.zeros_like(target)  # D and V
         keep = torch.empty(w.shape, dtype=torch.bool, device=w.device)
         rows = max(1, _ELEMENTS // max(1, w.shape[1]))
         steps = -(-rounds // EACH)
         for step in range(steps):
             penalty = FIRST * (LAST / FIRST) ** (step / max(1, steps - 1))
-            inverse = _inverse(a, penalty)
+            solver = Factor(_inverse(a, penalty) if first is None else first)
+            first = None
             for _ in range(min(EACH, rounds - EACH * step)):
                 for i in range(0, w.shape[0], rows):
                     d, v = sparse[i : i + rows], dual[i : i + rows]
-                    y = torch.add(pulled[i : i + rows], d, alpha=penalty).sub_(v) @ inverse
+                    y = solver.times(torch.add(pulled[i : i + rows], d, alpha=penalty).sub_(v))
                     torch.add(y, v, alpha=1 / penalty, out=d)
-                    keep[i : i + rows] = select(d.square(), kind)
+                    keep[i : i + rows] = _largest(d, kind)
                     d.mul_(keep[i : i + rows])
                     v.add_(y.sub_(d), alpha=penalty)
         pruned = sparse.div_(scale).to(w.dtype)
@@ -113,14 +117,26 @@ def admm(
     return pruned, keep, Details(used, (f"{count} inputs always zero",) if count else ())
 
 
-def _damped(a: Tensor, damp: float) -> float:
-    """Add to the diagonal of a what makes the factorisation with the smallest penalty succeed."""
+def _largest(d: Tensor, kind: Pattern) -> Tensor:
+    """The mask of the largest squares; by one kernel, of the same mask, where there is one."""
+    squares = d.square()
+    if kind == TWO_OF_FOUR and squares.is_cuda and triton.available():
+        from sparsekern.backends.triton import compress
+
+        return compress.mask24(squares)[0]
+    return select(squares, kind)
+
+
+def _damped(a: Tensor, damp: float) -> tuple[float, Tensor | None]:
+    """Add to the diagonal of a what makes the factorisation with the smallest penalty succeed; and
+    the inverse with that penalty, where it is known then."""
     for step in damping_steps(damp):
         tried = a.clone()
         tried.diagonal().add_(step + FIRST)
-        if int(torch.linalg.cholesky_ex(tried)[1]) == 0:
+        found = large_inverse(tried)
+        if found is not None or int(torch.linalg.cholesky_ex(tried)[1]) == 0:
             a.diagonal().add_(step)
-            return step
+            return step, found
     expected = "a Hessian that is positive definite after damping"
     raise PruneError(message(_OP, expected, f"damp up to {step:g}", "Add calibration inputs."))
 
@@ -128,7 +144,8 @@ def _damped(a: Tensor, damp: float) -> float:
 def _inverse(a: Tensor, penalty: float) -> Tensor:
     shifted = a.clone()
     shifted.diagonal().add_(penalty)
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    found = large_inverse(shifted)
+    return torch.cholesky_inverse(torch.linalg.cholesky(shifted)) if found is None else found
 
 
 def _method(

@@ -9,7 +9,6 @@ they are, by the tensor cores: a product of two such numbers is exact in float32
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Container, Iterator
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import check
+from sparsekern.prune.products import Factor, product16, sums_in_float32
 from sparsekern.utils.arguments import checked
 
 # A CPU matmul of this many columns runs at full speed, so that half of the symmetric product can be
@@ -59,28 +59,6 @@ def exact_float32(device: torch.device | str) -> Iterator[None]:
                 knob.fp32_precision = "none"  # inherit, where that gives the value that was seen
                 if knob.fp32_precision != precision:
                     knob.fp32_precision = precision
-
-
-@functools.cache
-def sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch multiplies matrices of this 16-bit type here with float32 sums and results:
-    tried once, on sums that anything narrower rounds visibly."""
-    if device.type != "cuda" or not dtype.is_floating_point or dtype.itemsize != 2:
-        return False
-    generator = torch.Generator(device).manual_seed(0)
-    x = torch.rand(4096, 64, generator=generator, device=device).to(dtype)
-    try:
-        got = torch.mm(x.t(), x, out_dtype=torch.float32)  # torch 2.8 and later, on CUDA alone
-    except (RuntimeError, TypeError, NotImplementedError):
-        return False
-    wanted = x.double().t() @ x.double()
-    return got.dtype == torch.float32 and bool(((got - wanted).abs() <= 1e-4 * wanted).all())
-
-
-def product16(a: Tensor, b: Tensor) -> Tensor:
-    """aᵀ b of matrices for which `sums_in_float32`."""
-    y: Tensor = torch.mm(a.t(), b, out_dtype=torch.float32)
-    return y
 
 
 class Hessian:
@@ -262,6 +240,10 @@ class Hessian:
         """Forget what the dense model fed the layer: later inputs come without."""
         self._drift, self.unmatched = None, True
 
+    def free_drift(self) -> None:
+        """Free the memory of `drift`, which nobody needs any more."""
+        self._drift = None
+
     @property
     def drift(self) -> Tensor | None:
         """G = 2/n Σ (x_dense − x)ᵀ x, float32 [in_features, in_features]; None without `dense`."""
@@ -374,10 +356,10 @@ def relative_error(w: Tensor, w_pruned: Tensor, hessian: Hessian | Tensor) -> fl
     h = as_matrix(op, hessian, w)
     with exact_float32(w.device):
         # A ratio: the scale of H drops out, so bring it to 1 where float32 has its full precision.
-        h = h / h.diagonal().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+        factor = Factor(h / h.diagonal().abs().max().clamp(min=torch.finfo(torch.float32).tiny))
         w = w.detach().float()
         difference = w - w_pruned.detach().float()
-        energies = [((d @ h) * d).sum(dtype=torch.float64) for d in (difference, w)]
+        energies = [(factor.times(d) * d).sum(dtype=torch.float64) for d in (difference, w)]
         error, energy = (max(value, 0.0) for value in torch.stack(energies).tolist())
     if energy == 0.0:
         return 0.0 if error == 0.0 else math.inf

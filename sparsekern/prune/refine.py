@@ -16,6 +16,7 @@ from torch import Tensor
 from sparsekern.errors import check
 from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32
 from sparsekern.prune.masks import check_no_nan
+from sparsekern.prune.products import Factor
 from sparsekern.utils.arguments import checked
 
 _OP = "sparsekern.prune.refine"
@@ -76,23 +77,25 @@ def refine(
         free = mask & (h.diagonal() > 0)
         a = h.clone()
         a.diagonal().add_(damp)
+        diagonal, factor = a.diagonal().clone(), Factor(a)
+        del a
         result = torch.empty(shape, dtype=pruned.dtype, device=w.device)
         rows = max(1, _ELEMENTS // max(1, shape[1]))
         for i in range(0, shape[0], rows):
             part = slice(i, i + rows)
             x = pruned[part].detach().float() * mask[part]
-            result[part] = _solve(w[part].detach().float(), x, free[part], a, steps)
+            result[part] = _solve(w[part].detach().float(), x, free[part], factor, diagonal, steps)
         return result
 
 
-def _solve(w: Tensor, x: Tensor, free: Tensor, a: Tensor, steps: int) -> Tensor:
+def _solve(w: Tensor, x: Tensor, free: Tensor, a: Factor, diagonal: Tensor, steps: int) -> Tensor:
     """x, moved in place towards the minimum of tr((w − x) a (w − x)ᵀ) over the free weights."""
-    inverse_diagonal = a.diagonal().clamp(min=torch.finfo(torch.float32).tiny).reciprocal()
-    r = ((w - x) @ a).mul_(free)
+    inverse_diagonal = diagonal.clamp(min=torch.finfo(torch.float32).tiny).reciprocal()
+    r = a.times(w - x).mul_(free)
     z = r * inverse_diagonal
     p, rz = z.clone(), (r * z).sum(dim=1)
     for _ in range(steps):
-        q = (p @ a).mul_(free)
+        q = a.times(p).mul_(free)
         alpha = _ratio(rz, (p * q).sum(dim=1))
         x.addcmul_(alpha[:, None], p)
         r.addcmul_(alpha[:, None], q, value=-1)

@@ -18,6 +18,7 @@ from torch import Tensor
 from sparsekern.errors import check, message
 from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32
 from sparsekern.prune.methods import PruneError
+from sparsekern.prune.products import Factor, is_large, large_inverse, product
 from sparsekern.prune.sparsegpt import damping_steps
 from sparsekern.utils.arguments import checked
 
@@ -59,7 +60,10 @@ def retarget(w: Tensor, hessian: Hessian, *, share: float = 0.25, damp: float = 
         scale = h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
         h = h / scale
         target = w.detach().float()
-        correction = target @ (cast(Tensor, drift) / scale)
+        correction = product(target, cast(Tensor, drift) / scale)
+        solved = _large_solve(h, damp, correction)
+        if solved is not None:
+            return (target + share * solved).to(w.dtype)
         for step in damping_steps(damp):
             damped = h.clone()
             damped.diagonal().add_(step)
@@ -69,3 +73,22 @@ def retarget(w: Tensor, hessian: Hessian, *, share: float = 0.25, damp: float = 
                 return (target + share * solved).to(w.dtype)
     expected = "a Hessian that is positive definite after damping"
     raise PruneError(message(_OP, expected, f"damp up to {step:g}", "Add calibration inputs."))
+
+
+def _large_solve(h: Tensor, damp: float, right: Tensor) -> Tensor | None:
+    """right (h + damp·I)⁻¹ of a large h on a GPU, by an inverse with a diagonal of ones and one
+    correction of what is left; None where there is none that is good enough."""
+    if not is_large(h):
+        return None
+    damped = h.clone()
+    damped.diagonal().add_(damp)
+    root = damped.diagonal().clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+    damped.div_(root[:, None]).div_(root)
+    found = large_inverse(damped)
+    if found is None:
+        return None
+    right, inverse = right / root, Factor(found)
+    del found
+    solved = inverse.times(right)
+    solved += inverse.times(right - product(solved, damped))
+    return solved.div_(root)
