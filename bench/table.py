@@ -49,6 +49,7 @@ TITLES = {
     "decode_model": "Decoding a whole model",
     "prune_model": "Pruning",
     "quality": "Pruning, what each part is worth",
+    "prune_blocks": "Pruning blocks of a large model's shape by a preset, random weights",
     "quantize": "Quantised 2:4 weights, and quantising before pruning",
     "checkpoint": "Checkpoints",
     "compress": "Compression",
@@ -151,6 +152,8 @@ def _case(entry: dict) -> str:
     case, details = entry.get("case", ""), entry.get("details") or {}
     if entry["op"] == "quality":
         case = case.replace(f", {entry['backend']}, ", ", ")
+    if entry["op"] == "prune_blocks":
+        case += f", {details['ranks']} GPUs" if details["ranks"] > 1 else ", one GPU"
     if entry["op"] == "prune_model" and "refine" in details:
         case += f", {entry['dtype']}, refine {details['refine']}"
         if share := details.get("match_dense"):

@@ -158,12 +158,15 @@ def test_the_kernel_through_the_interpreter():
 def test_the_kernel_searches_large_places_on_a_gpu():
     pytest.importorskip("triton")
     compare_the_kernel("cuda")
-    scores = torch.rand(1, 2048, 1024, generator=torch.Generator().manual_seed(3)).cuda() ** 3
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.rand(1, 2048, 1024, generator=generator) ** 3
+    # Columns of one kind lose the same in any order.
+    scores = (scores * (1.5 * torch.randn(1, 1, 1024, generator=generator)).exp()).cuda()
     assert permutation._costs_function(scores) is not permutation._costs
     order = search(scores, 20, torch.Generator().manual_seed(4))
     plain = search(scores.cpu(), 20, torch.Generator().manual_seed(4))
     found, expected = (float(lost(scores[0][:, o[0].cuda()])) for o in (order, plain))
-    assert found < 0.98 * float(lost(scores[0])) and abs(found / expected - 1) < 1e-3
+    assert found < 0.8 * float(lost(scores[0])) and abs(found / expected - 1) < 1e-2
 
 
 def test_an_exchange_is_the_best_of_the_sixteen_and_heads_are_apart():

@@ -144,7 +144,8 @@ def _invert_factor(
     size = len(a)
     if size <= leaf:
         lower, info = torch.linalg.cholesky_ex(a)
-        failures.append(info)
+        # A GPU's factorisation may say nothing of a pivot that is no number.
+        failures.append(info + (~(lower.diagonal() > 0)).sum(dtype=info.dtype))
         unit = torch.eye(size, dtype=a.dtype, device=a.device)
         m.copy_(torch.linalg.solve_triangular(lower, unit, upper=False))
         return
