@@ -3,7 +3,7 @@
 Hessian keeps the running H = 2/n Σ xᵀx that SparseGPT inverts, from which Wanda's norms and the
 reconstruction error ‖(W − W')X‖² follow. All sums are true float32: TF32, bf16 matmul and autocast
 are off inside and the caller's settings are put back. Inputs of 16 bits on a GPU are multiplied as
-they are, by the tensor cores: a product of two such numbers is exact in float32.
+they are, by the tensor cores: a product of two such numbers is exact in float32 (`sum16`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from sparsekern.utils.arguments import checked
 # skipped. A GPU needs larger ones to fill its SMs.
 _CPU_COLUMNS = 256
 _GPU_COLUMNS = 2048
+TOKENS = 1024  # of a product by tensor cores
 
 
 @contextlib.contextmanager
@@ -59,6 +60,22 @@ def exact_float32(device: torch.device | str) -> Iterator[None]:
                 knob.fp32_precision = "none"  # inherit, where that gives the value that was seen
                 if knob.fp32_precision != precision:
                     knob.fp32_precision = precision
+
+
+def sum16(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ b of 16-bit matrices [tokens, ...] for which `sums_in_float32`, in float32, new.
+
+    Tensor cores cut their sums off instead of rounding them, which a few outlying columns make
+    large for all that is added after them: over 16,384 tokens of SmolLM2 the error of H has
+    eigenvalues down to -0.007 of its mean diagonal, where the damping is 0.01. So few tokens are
+    summed up inside, and their sums outside.
+    """
+    total: Tensor | None = None
+    for rows, columns in zip(a.split(TOKENS), b.split(TOKENS)):
+        part = product16(rows, columns)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
 
 
 class Hessian:
@@ -162,9 +179,9 @@ class Hessian:
         for i in mine:
             end = i + self._columns
             first = i if dense is None else 0
-            gram = product16(x[:, i:end], x[:, first:])
+            gram = sum16(x[:, i:end], x[:, first:])
             if self._drift is not None and dense is not None:
-                moved = product16(dense[:, i:end], x).sub_(gram)
+                moved = sum16(dense[:, i:end], x).sub_(gram)
                 self._drift[i:end].mul_(keep).add_(moved, alpha=share)
             self._h[i:end, i:].mul_(keep).add_(gram[:, i - first :], alpha=share)
 
