@@ -98,5 +98,3 @@ def test_large_products_and_inverses_on_a_gpu():
     assert large_inverse(a) is not None and large_inverse(a[:512, :512]) is None
     a[-1, -1] = -1.0
     assert inverse(a) is None
-WARNING  transformers.configuration_utils:logging.py:340 Model config: bos_token_id must be `None` or an integer within the vocabulary (between 0 and 95), got 50256. This may result in unexpected behavior.
-WARNING  transformers.configuration_utils:logging.py:340 Model config: eos_token_id must be `None` or an integer within the vocabulary (between 0 and 95), got 50256. This may result in unexpected behavior.
