@@ -42,7 +42,7 @@ from torch import Tensor
 
 from sparsekern import _native
 from sparsekern.backends import quantize_rows, registry
-from sparsekern.backends.cuda import configs
+from sparsekern.backends.cuda import configs, narrow_model
 from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda.configs import Types
 from sparsekern.backends.cuda.linear import (
@@ -123,10 +123,10 @@ def _most_in_registers(problem: Problem) -> int:
 def _pays(tokens: int, out_features: int, in_features: int, widened: Types, index: int) -> bool:
     """Whether int4 of so many tokens is expected to be faster when it is widened in registers."""
     size = tokens, out_features, in_features
-    if min(size) == 0 or not heuristics.narrow_model.considered(tokens):
+    if min(size) == 0 or not narrow_model.considered(tokens):
         return False
     us = configs.expected_us(*size, (widened, Types.of(widened.x)), index)
-    return heuristics.narrow_model.pays(*size, *us)
+    return narrow_model.pays(*size, *us)
 
 
 def _expected(problem: Problem) -> tuple[float, float]:
