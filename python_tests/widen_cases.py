@@ -67,3 +67,24 @@ def assert_widened(widened, w24, what=""):
             f"{what}: {len(wrong)} bytes of the {name} are wrong, the first is number "
             f"{wrong[0].item()}: {got[wrong[0]].item()} instead of {wanted[wrong[0]].item()}"
         )
+
+
+def rounded(v, dtype):
+    """float64 in a type of 16 bits, rounded once; torch rounds to float32 on the way."""
+    digits, least = {torch.bfloat16: (8, -125), torch.float16: (11, -13)}[dtype]
+    exponent = torch.frexp(v).exponent.clamp(min=least) - digits
+    return torch.ldexp(torch.ldexp(v, -exponent).round(), exponent).to(dtype)
+
+
+def numbers_in_registers(w24, dtype):
+    """The kept numbers [out, in/2] of int4 with scales of groups, as the narrow kernel widens them
+    (csrc/linear/narrow_sm90.cuh, Scale): scale = high + low in 16 bits, level * low rounded, and
+    level * high + that rounded once."""
+    rows = w24.rowmajor()
+    scale = rows.tensors["weight_scale"].float().repeat_interleave(rows.spec.group // 2, 1)
+    scale = scale[:, : rows.shape[1] // 2]
+    levels = (rows.numbers(torch.float32) / scale).round()
+    high = scale.to(dtype)
+    low = (scale - high.float()).to(dtype)
+    rest = (levels * low.float()).to(dtype)
+    return rounded(levels.double() * high.double() + rest.double(), dtype)

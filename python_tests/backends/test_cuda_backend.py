@@ -913,6 +913,10 @@ def test_int4_between_few_and_many_tokens_has_a_kernel(scaled_on_cpu, tokens, ke
         assert call["config"] in (3, 4)
     more = torch.ones(513, 256, dtype=torch.bfloat16)
     assert "more than 512 tokens" in scaled_linear.explain(problem(more, w24)).why
+    large = WeightSpec.of((4096, 4096), "int4", dtype=torch.bfloat16, layout="tile64", group=128)
+    more = more.new_empty(1025, 4096)
+    for count, start in ((1024, "narrow 256x128 "), (1025, "widen + ")):  # a wave of 128 tiles
+        assert scaled_linear.explain(problem_of(more[:count], large)).config.startswith(start)
 
 
 def test_which_int4_the_kernels_take(native):

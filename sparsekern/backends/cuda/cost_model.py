@@ -96,7 +96,8 @@ DECODE_TOKENS = 64  # the most that the decode kernel takes
 # 4096x14336 23 + 21 against 46. A wide weight would be faster in two parts up to some 80 tokens: 65
 # against 82.
 WIDEN_TOKENS = DECODE_TOKENS
-# int4 has a kernel between the two, from narrow_model.FEWEST_TOKENS to this.
+# int4 has a kernel between the two, from narrow_model.FEWEST_TOKENS to this, and beyond where it
+# pays (narrow_model.pays).
 NARROW_TOKENS = narrow_model.MOST_TOKENS
 GATED_TOKENS = 32  # the most of the decode kernel's gated form, which holds two sums per output
 # On Hopper the mma.sp kernel is considered up to so many tokens, or tokens * out * in.

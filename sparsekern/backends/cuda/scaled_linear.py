@@ -4,7 +4,7 @@
                        W8A16: they are widened in memory    csrc/weights/widen.cuh
                        W8A8: x is quantised, then as below  csrc/activations/
     x of 8 bits        W8A8: prefill, split in 8 bits       csrc/linear/prefill_sm90.cuh
-    int4               W4A16: as W8A16; 17 to 512 tokens    csrc/linear/narrow_sm90.cuh
+    int4               W4A16: as W8A16; from 17 tokens on   csrc/linear/narrow_sm90.cuh
     other GPUs         W8A8: mma, whatever x is             csrc/linear/mma_sm80.cuh
 
     y = activation(x · levels(W)ᵀ * weight_scale * x_scale + bias)       rounded once to 16 bits
@@ -15,8 +15,9 @@ tokens on slower than weights of 16 bits. What is expected depends on the sizes,
 and on nothing else, so a problem is computed in the same way every time. The error of quantised x
 is about that of the quantised weights; whoever wants x as it is asks for backend "cuda-a16".
 
-There, and always with int4, more than WIDEN_TOKENS tokens, of int4 NARROW_TOKENS, are multiplied by
-the kernels for weights of 16 bits, as they would be chosen for such a weight: the same native call
+There, and always with int4, more than WIDEN_TOKENS tokens, of int4 NARROW_TOKENS (up
+to twice as many where the narrow kernel is expected to be faster, `_pays`), are multiplied by the
+kernels for weights of 16 bits, as they would be chosen for such a weight: the same native call
 first writes the weight's numbers, level times scale rounded to the type of x, to memory that lives
 as long as the call (9/8 bytes for every dense number). The narrow kernel multiplies the same
 numbers where int4 has scales of groups, and widens them in registers; up to 16 tokens, and with one
@@ -41,7 +42,7 @@ from torch import Tensor
 
 from sparsekern import _native
 from sparsekern.backends import quantize_rows, registry
-from sparsekern.backends.cuda import configs
+from sparsekern.backends.cuda import configs, narrow_model
 from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda.configs import Types
 from sparsekern.backends.cuda.linear import (
@@ -106,13 +107,26 @@ def widens(problem: Problem) -> bool:
 
 def _in_memory(problem: Problem) -> bool:
     """True when a weight that is widened has so many tokens that a copy of 16 bits is made."""
-    return problem.tokens > _most_in_registers(problem)
+    if problem.tokens <= _most_in_registers(problem):
+        return False
+    narrow = _built_for("narrow", _widened(problem))
+    return not (narrow and _pays(problem.tokens, *problem.sizes, _widened(problem), problem.gpu))
 
 
 def _most_in_registers(problem: Problem) -> int:
-    """The most tokens for which weights are widened in registers."""
+    """The most tokens for which weights are widened in registers whatever their sizes are."""
     narrow = heuristics.NARROW_TOKENS if _built_for("narrow", _widened(problem)) else 0
     return max(narrow, heuristics.WIDEN_TOKENS)
+
+
+@lru_cache(maxsize=4096)
+def _pays(tokens: int, out_features: int, in_features: int, widened: Types, index: int) -> bool:
+    """Whether int4 of so many tokens is expected to be faster when it is widened in registers."""
+    size = tokens, out_features, in_features
+    if min(size) == 0 or not narrow_model.considered(tokens):
+        return False
+    us = configs.expected_us(*size, (widened, Types.of(widened.x)), index)
+    return narrow_model.pays(*size, *us)
 
 
 def _expected(problem: Problem) -> tuple[float, float]:
@@ -199,6 +213,7 @@ def _plan(
 
 registry.watch(_plan.cache_clear)
 registry.watch(_expected_us.cache_clear)
+registry.watch(_pays.cache_clear)
 
 
 def explain(
