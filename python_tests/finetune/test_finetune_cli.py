@@ -121,13 +121,22 @@ main(sys.argv[1:])
 """
 
 
-def test_killed_and_called_again(folder, monkeypatch):
+@pytest.fixture
+def one_thread():
+    """As in a child with OMP_NUM_THREADS=1: sums in another number of parts have other bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_killed_and_called_again(folder, monkeypatch, one_thread):
     """The second process reads the start, and ends with the weights of a run in one piece."""
     options = ["--text", str(folder / "train.txt"), "--steps", "6", "--save-every", "2"]
     options += ["--method", "sparsegpt", "--out"]
     out, whole = folder / "out", folder / "whole"
     command = [sys.executable, "-c", KILLED, *arguments(folder, *options, str(out))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert {"start.safetensors", "checkpoint.pt"} <= {
