@@ -1,5 +1,5 @@
-// narrow_sm90.cuh: D[M,N] = A[M,K] · B[K,N], A 2:4-sparse of int4, B of 16 bits, for some 17 to 512
-// tokens. Hopper: copy engine + wgmma.sp with A in registers.
+// narrow_sm90.cuh: D[M,N] = A[M,K] · B[K,N], A 2:4-sparse of int4, B of 16 bits, for some 17 to
+// 1024 tokens. Hopper: copy engine + wgmma.sp with A in registers.
 //
 //   M = out_features   N = tokens   K = in_features (dense count)
 //   Specification: sparsekern/reference.py, linear

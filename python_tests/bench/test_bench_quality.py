@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("gguf", reason="needs gguf")
 pytest.importorskip("transformers", reason="needs transformers")
@@ -99,6 +100,19 @@ def test_parts_of_a_run():
         "rotate": True,
         "reconstruct": bench_quality.SPAN,
     }
+
+
+def test_skip_rules_are_drawn_or_taken_as_they_are():
+    model = cases.tiny_llama()
+    assert bench_quality.skip_rules(model, "rule-of-thumb") == "rule-of-thumb"
+    drawn = bench_quality.skip_rules(model, "random:0.3:5")
+    assert drawn == bench_quality.skip_rules(model, "random:0.3:5")
+    assert drawn != bench_quality.skip_rules(model, "random:0.3:6") and drawn[0] == "lm_head"
+    sizes = {
+        n: m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)
+    }
+    share = sum(sizes[name] for name in drawn[1:]) / (sum(sizes.values()) - sizes["lm_head"])
+    assert 0.2 < share <= 0.3
 
 
 def test_compile_is_for_rounds_after_the_walk(tmp_path, monkeypatch):
