@@ -2,6 +2,7 @@
 // wgmma.sp, for decode_emulator.cpp and narrow_emulator.cpp.
 #pragma once
 #include "emulator.h"
+#include "emulator_bytes.h"
 
 #include <cuda.h>
 
@@ -141,16 +142,6 @@ float4 load_cluster_float4(uint32_t address) {
   return *static_cast<float4*>(emulator::shared(address, 16));
 }
 
-uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
-  const uint64_t bytes = uint64_t{b} << 32 | a;
-  uint32_t v = 0;
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t digit = selector >> 4 * i & 15, byte = bytes >> digit % 8 * 8 & 0xFF;
-    v |= (digit < 8 ? byte : byte & 0x80 ? 0xFFu : 0u) << 8 * i;
-  }
-  return v;
-}
-uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
 uint32_t f16_of_e4m3(uint8_t bits) {
   __nv_fp8_e4m3 v;
   v.__x = bits;

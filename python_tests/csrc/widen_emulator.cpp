@@ -8,6 +8,8 @@
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
+#include "emulator_bytes.h"
+
 #undef __global__
 #undef __launch_bounds__
 #define __global__
@@ -17,16 +19,6 @@ dim3 threadIdx(0, 0, 0), blockIdx(0, 0, 0);
 
 namespace sparsekern::ptx {
 
-uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
-  const uint64_t bytes = uint64_t{b} << 32 | a;
-  uint32_t v = 0;
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t digit = selector >> 4 * i & 15, byte = bytes >> digit % 8 * 8 & 0xFF;
-    v |= (digit < 8 ? byte : byte & 0x80 ? 0xFFu : 0u) << 8 * i;
-  }
-  return v;
-}
-uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
 void e4m3x4_to_f16x2(uint32_t&, uint32_t&, uint32_t);  // not of this kernel
 
 }  // namespace sparsekern::ptx
