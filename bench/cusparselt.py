@@ -128,6 +128,7 @@ def quantized(storage: str, out_features: int, in_features: int, tokens: int) ->
     from sparsekern.backends.cusparselt import library, linear
     from sparsekern.backends.cusparselt.search import search
     from sparsekern.backends.quantize_rows import quantize as quantize_x
+    from sparsekern.formats.scaled import SCALE
 
     why = library.refusal(torch.cuda.current_device(), getattr(torch, storage))
     if why := why or library.shape_refusal(out_features, in_features, getattr(torch, storage)):
@@ -144,7 +145,10 @@ def quantized(storage: str, out_features: int, in_features: int, tokens: int) ->
     found = search(packed, rows_of_x, store=False)
     y = linear.product(x, packed)
     torch.cuda.synchronize()
-    wanted = x.double() @ rows.to_dense().double().t()
+    numbers = rows.to_dense().double()
+    if not library.scales_channels(getattr(torch, storage)):  # the product is of the levels alone
+        numbers /= rows.tensors[SCALE].view(-1, 1)
+    wanted = x.double() @ numbers.t()
     error = ((y.double() - wanted).abs().max() / wanted.abs().max()).item()
     print(f"{found}; largest error {error:.3g} of the largest output")
     return 0 if error < 0.02 else 1

@@ -308,3 +308,12 @@ def test_on_step_ends_a_run():
     assert report.steps == 3 and report.violations == 0 and not report.stopped
     assert report.notes[-1] == "ended by on_step with step 3" and report.loss == report.loss
     assert report.first_step > 0
+
+
+def test_the_speed_is_that_of_the_steps_after_the_first(monkeypatch):
+    """Each step takes one second of this clock, so that counting the first one too would show."""
+    monkeypatch.setattr(trainer, "time", Clock(1.0))
+    teacher, student = pair()
+    report = run(student, teacher, steps=5)
+    assert report.first_step == 1.0
+    assert report.tokens_per_second == report.tokens / report.steps

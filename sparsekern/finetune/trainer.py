@@ -380,7 +380,7 @@ class _Run:
         sums = torch.zeros(4, device=self.device)
         first_done = step > 0
         seen = 0  # steps that count for the speed
-        before = self.spent
+        before = self.spent  # without the first step, which compiles
         if step == 0 and self.evaluations:
             self._evaluate(0)
             module.train()
@@ -402,6 +402,7 @@ class _Run:
                     seen += 1
                 elif self.steps is not None:
                     self.spent += took
+                    before += took
                 if not last and self.steps is None and self._finished(step):
                     last = True
                     waited = time.perf_counter()
