@@ -75,6 +75,7 @@ def make_parser():
     result.add_argument("--minutes", default="4", metavar="N,...", help="of training" + per_start)
     result.add_argument("--steps", type=int, help="instead of --minutes")
     result.add_argument("--lr", default="6e-4", metavar="N,...", help="highest rate" + per_start)
+    result.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW (default 0)")
     result.add_argument("--block", type=float, default=0.0)
     result.add_argument("--schedule", default="frozen", choices=("frozen", *KINDS))
     result.add_argument("--freeze-at", type=int, default=500)
@@ -204,6 +205,7 @@ class Recovery(Material):
                 batch=args.batch,
                 micro_batch=args.micro_batch,
                 lr=args.lr[number],
+                weight_decay=args.weight_decay,
                 alpha=args.alpha,
                 block=args.block,
                 compile=args.compile,

@@ -43,11 +43,13 @@ def measure(options, *more):
 
 def test_a_record_for_each_start(options, tmp_path):
     more = ["--start", "magnitude,sparsegpt", "--steps", 3, "--baseline", "--lr", "1e-3,6e-4"]
+    more += ["--weight-decay", 0.1]
     more += ["--work", tmp_path / "work", "--save", tmp_path / "saved", "--cache", tmp_path / "c"]
     code, records = measure(options, *more)
     assert code == 0 and [r["backend"] for r in records] == ["magnitude", "sparsegpt"]
     assert [r["settings"]["lr"] for r in records] == [1e-3, 6e-4]
     for record in records:
+        assert record["settings"]["weight_decay"] == 0.1
         assert record["check"].startswith("0 violations, 14 layers")
         metrics, details = record["metrics"], record["details"]
         for name in ("test.txt", "b.txt tail"):
