@@ -1,4 +1,5 @@
-"""Linear layers with quantised 2:4 weights against dense 8-bit layers, 16 bits, and cuSPARSELt.
+"""Linear layers with quantised 2:4 weights against dense 8-bit layers, 16 bits, cuSPARSELt,
+and vLLM's dense int4 kernels where vLLM can be imported.
 
     python -m bench layers8                                     fp8, then int8, Llama-3 8B and 70B
     python -m bench layers8 --dtype float8_e4m3fn --shapes 8b --tokens 1,16,1024 --seconds 0.3
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from . import cusparselt, results8, shapes, timing
+from . import cusparselt, results8, shapes, timing, vllm_int4
 from .bench_linear import HANG_S, MARGIN_S, stop_rule
 from .ceilings import bandwidths
 from .layers import WrongResult
@@ -23,6 +24,7 @@ from .options import Run, parser, watchdog
 
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 QUICK_TOKENS = (1, 16, 64, 1024)
+LIBRARIES = {"cusparselt": "cuSPARSELt", "marlin": "vLLM's Marlin", "machete": "vLLM's Machete"}
 ALIASES = {"fp8": "float8_e4m3fn"}
 
 
@@ -54,7 +56,7 @@ def main(path, arguments=()) -> int:
     with Monitor() as monitor:
         bandwidths(run)
         for storage in storages:
-            names = _providers(run, storage, args.providers, failures)
+            names = _providers(run, (storage, args.numbers), args.providers)
             for shape in shapes.select(args.shapes, "prefill", args.quick):
                 _shape(run, monitor, (storage, args.numbers), shape, names, tokens, args, failures)
     print("\n".join(results8.summary(run.records)), flush=True)
@@ -64,26 +66,31 @@ def main(path, arguments=()) -> int:
     return 1 if failures else 0
 
 
-def _providers(run: Run, storage: str, asked: str | None, failures: list[str]) -> tuple[str, ...]:
-    """The providers that can run; records why cuSPARSELt cannot."""
+def _providers(run: Run, types: tuple[str, str], asked: str | None) -> tuple[str, ...]:
+    """The providers that can run; records why a library cannot."""
+    storage, numbers = types
     names = PROVIDERS[storage] if asked is None else tuple(asked.split(","))
     names = tuple(name for name in names if name in PROVIDERS[storage])
     if run.device.type == "cpu":
         return tuple(n for n in names if n in ("w8a16", "w8a8", "w8a8+quantize", "w4a16", "dense"))
+    reasons: dict[str, str] = {}
     if "cusparselt" in names:
         run.say(f"trying cuSPARSELt with {storage} in a child process")
-        reason = cusparselt.probe(storage)
+        reasons["cusparselt"] = cusparselt.probe(storage)
+    if peers := [name for name in names if name in vllm_int4.NAMES]:
+        run.say(f"trying {' and '.join(peers)} of vLLM in child processes")
+        reasons |= vllm_int4.probe(peers, numbers, timeout=max(10, min(120, run.left / 2)))
+    for name, reason in reasons.items():
         if reason:
             run.add(
                 op="linear_peer",
-                backend="cusparselt",
+                backend=name,
                 check="child process",
                 case=storage,
                 metrics={"outcome": reason},
             )
-            run.say(f"cuSPARSELt is not compared in {storage}: {reason}")
-            names = tuple(name for name in names if name != "cusparselt")
-    return names
+            run.say(f"{LIBRARIES.get(name, name)} is not compared in {storage}: {reason}")
+    return tuple(name for name in names if not reasons.get(name))
 
 
 def _shape(run: Run, monitor: Monitor, types, shape, names, tokens_list, args, failures) -> None:
@@ -108,6 +115,8 @@ def _shape(run: Run, monitor: Monitor, types, shape, names, tokens_list, args, f
                     dtype = getattr(torch, numbers)
                     layer = Layer8(shape, storage, dtype, run.device, names)
                     run.say(f"{shape} {storage}: {layer.copies} copies of each weight")
+                    for name, why in layer.refused.items():
+                        run.say(f"{shape}, {LIBRARIES[name]} is left out: {why}")
                 _cell(run, monitor, layer, {**case, "tokens": tokens}, rule, failures)
         except (RuntimeError, NotImplementedError, ValueError) as error:
             failures.append(f"{shape} {storage} {tokens} tokens: {error}")
@@ -129,8 +138,12 @@ def _cell(
         except (WrongResult, NotImplementedError, RuntimeError, ValueError) as error:
             if "CUDA error" in str(error):
                 raise
-            failures.append(f"{layer.shape} {tokens} tokens {case['dtype']}, {name}: {error}")
-            run.say(failures[-1])
+            text = f"{layer.shape} {tokens} tokens {case['dtype']}, {name}: {error}"
+            if isinstance(error, vllm_int4.Refused):
+                run.say(f"left out: {text}")
+                continue
+            failures.append(text)
+            run.say(text)
     if not set(checks) - {"dense"}:
         return
     monitor.clear()

@@ -13,6 +13,8 @@
     int_mm          torch._int_mm, dense int8, to int32 and without any scale; x padded to 32 rows
     cusparselt      the vendor's library on the same levels, algorithm searched (ours, as its own
                     misses the best), with the scales of the channels and none of the tokens
+    marlin          vLLM's dense int4 kernels on the weight before it was pruned, groups of 128,
+    machete         x of 16 bits (vllm_int4.py)
 
 Weights rotate and are checked as in layers.py. Exact: levels and x of whole numbers and scales that
 are powers of two must give the float64 result, rounded once. Bounded: quantised x and weight as
@@ -41,7 +43,7 @@ from sparsekern.formats.tile64 import pack
 from sparsekern.ops import linear_op
 from sparsekern.ops.quantized_linear import explain_quantized, linear_quantized
 
-from . import timing
+from . import timing, vllm_int4
 from .layers import (
     MAX_COPIES,
     OURS_SLACK,
@@ -75,7 +77,7 @@ PROVIDERS = {
         "cusparselt",
     ),
     "int8": ("w8a16", "w8a8", "w8a8+quantize", "cuda", "dense", "int_mm", "cusparselt"),
-    "int4": ("w4a16", "cuda", "dense"),
+    "int4": ("w4a16", "cuda", "dense", *vllm_int4.NAMES),
 }
 
 
@@ -105,6 +107,8 @@ class Layer8:
     Args:
         storage: "float8_e4m3fn", "int8" or "int4".   names: of the providers.
         copies: of every weight; None for as many as 3 x L2 wants (1 on the CPU).
+
+    `refused`: providers of vLLM that do not take the shape, and why.
     """
 
     shape: Shape
@@ -114,6 +118,7 @@ class Layer8:
     names: tuple[str, ...]
     copies: int | None = None
     providers: dict[str, Provider] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         self._generator = torch.Generator(self.device).manual_seed(0)
@@ -132,7 +137,10 @@ class Layer8:
             self.copies = min(MAX_COPIES, timing.rotations(self.rows24.nbytes)) if on_gpu else 1
         self._weights: dict[str, list] = {}
         for name in self.names:
-            self.providers[name] = self._make(name, weight)
+            try:
+                self.providers[name] = self._make(name, weight)
+            except vllm_int4.Refused as error:
+                self.refused[name] = str(error)
         if {"w8a16", "w8a8", "w8a8+quantize", "w4a16"} & set(self.names):
             self._whole()
         if self.device.type == "cuda":
@@ -144,7 +152,7 @@ class Layer8:
         return x.normal_(generator=self._generator)
 
     def takes(self, name: str, tokens: int) -> bool:
-        return tokens <= self.providers[name].most
+        return name not in self.refused and tokens <= self.providers[name].most
 
     def calls(self, name: str, x: Tensor) -> list[timing.Call]:
         """One call per copy of the weights, for timing.compare."""
@@ -186,6 +194,7 @@ class Layer8:
             "scaled_mm fast": self._scaled_mm,
             "int_mm": self._int_mm,
             "cusparselt": self._cusparselt,
+            **dict.fromkeys(vllm_int4.NAMES, self._dense_int4),
         }
         if name not in makers:
             raise ValueError(f"bench: expected a provider in {sorted(makers)}, got {name!r}.")
@@ -264,6 +273,12 @@ class Layer8:
             weight,
             weight.nbytes,
         )
+
+    def _dense_int4(self, name, weight) -> Provider:
+        first = vllm_int4.make(name, weight)
+        weights = self._copies(name, first)
+        call, config = lambda x, copy: weights[copy](x), lambda x: f"vLLM {first.version}"
+        return Provider(name, call, first.numbers, first.nbytes, config=config)
 
     def _dense8(self, weight) -> tuple[Tensor, Tensor, Tensor]:
         """Levels of the dense weight, their scales, and the numbers."""

@@ -1,7 +1,7 @@
 """Reads timings of quantised 2:4 layers out of records (op "linear8"): ratios, and where we lose.
 
 Ratio = time of the peer / our time. Ours is "w8a8" (x given in 8 bits, as to the dense 8-bit peers)
-and also "w8a16"; the dense 8-bit peer is the faster one of those that were timed.
+and also "w8a16"; the dense 8-bit and the dense int4 peer are the faster one of those timed.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from collections.abc import Iterable
 from .results import CLASSES, Cell, geometric_mean
 
 DENSE8 = ("scaled_mm", "scaled_mm fast", "int_mm")
+DENSE4 = ("marlin", "machete")
 # What is compared: name, ours (the fastest of these that was timed), the peers.
 PEERS = {
     "dense 8-bit": DENSE8,
+    "dense int4": DENSE4,
     "cuSPARSELt": ("cusparselt",),
     "cuBLAS 16-bit": ("dense",),
     "2:4 16-bit": ("cuda",),
