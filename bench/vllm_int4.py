@@ -38,6 +38,7 @@ NAMES = ("marlin", "machete")
 GROUP = 128  # in_features that share a scale
 BIAS = 8  # of the stored levels
 PER_WORD = 8
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Refused(RuntimeError):
@@ -53,7 +54,7 @@ class DenseInt4:
     scales: Tensor
     numbers: Tensor
     version: str
-    product: Callable[[Tensor, Tensor, Tensor], Tensor]
+    product: Product
 
     @property
     def nbytes(self) -> int:
@@ -124,7 +125,7 @@ def _vllm() -> tuple[Any, Any]:
     return _custom_ops, scalar_types.uint4b8
 
 
-def _marlin(levels: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Callable]:
+def _marlin(levels: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Product]:
     ops, kind = _vllm()
     out_features, in_features = levels.shape
     ready = marlin_scales(scales)
@@ -145,7 +146,7 @@ def _marlin(levels: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Callable]:
     return packed, ready, product
 
 
-def _machete(levels: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Callable]:
+def _machete(levels: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Product]:
     ops, kind = _vllm()
     packed = ops.machete_prepack_B(gptq_words(levels).t(), scales.dtype, kind, scales.dtype)
 
@@ -157,9 +158,6 @@ def _machete(levels: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Callable]:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-
-
-# ------------------------------------------------------------------ a child process
 
 
 def probe(names: Sequence[str], dtype: str, timeout: float = 120) -> dict[str, str]:
