@@ -87,7 +87,7 @@ def native(monkeypatch, tmp_path):
             "decode": rows(BLOCKS, 1, [*PLAIN, *WIDENED]),
             "decode_gated": rows(BLOCKS, 1, PLAIN),
             "mma": rows(MMA_TILES, 0, PLAIN),
-            "split": rows([SplitTile(128, 64, 16)]),
+            "split": rows([SplitTile(128, 64, 32)]),
         },
         Linear=lambda **problem: FakeLinear(module.calls, problem),
         calls=[],
