@@ -11,7 +11,7 @@
 namespace sparsekern {
 
 constexpr int kMaxDevices = 64;
-constexpr int kMaxCluster = 16;  // thread blocks of a cluster
+constexpr int kMaxCluster = 16;      // thread blocks of a cluster
 constexpr int kPortableCluster = 8;  // on every GPU that has clusters; more must be allowed
 
 inline Status current_device(const char* op, int& device) {
@@ -128,7 +128,8 @@ class DeviceKernel {
     SK_CUDA(op_, cudaFuncSetAttribute(function_, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       smem_bytes));
     if (cluster > kPortableCluster)
-      SK_CUDA(op_, cudaFuncSetAttribute(function_, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+      SK_CUDA(op_,
+              cudaFuncSetAttribute(function_, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     cudaFuncAttributes attributes;
     SK_CUDA(op_, cudaFuncGetAttributes(&attributes, function_));
     state->waits = attributes.ptxVersion >= 90;

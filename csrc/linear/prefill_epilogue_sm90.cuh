@@ -448,8 +448,8 @@ __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
         const int token = i / Cfg::kConsumerRows, row = i % Cfg::kConsumerRows,
                   global_token = first.y + part * kSumTokens + token;
         if (global_token < tokens)
-          out.store_one(ptx::load_shared_f32(smem + token * Cfg::kSumPitch + row * 4),
-                        global_token, first.x + row);
+          out.store_one(ptx::load_shared_f32(smem + token * Cfg::kSumPitch + row * 4), global_token,
+                        first.x + row);
       }
       ptx::named_barrier_sync(1 + consumer, 128);
       continue;

@@ -83,8 +83,8 @@ __all__ = [
 ]
 
 _MOST = 2**31 - 1024  # of any size: the kernels count in 32 bits, and up to the end of a tile
-# Bytes that every row of x begins at a multiple of: what the copy engine needs; of the mma.sp kernel,
-# with x of 16 bits.
+# Bytes that every row of x begins at a multiple of: what the copy engine needs; what the mma.sp
+# kernel does, of x of 16 bits.
 _ROW, _MMA_ROW = 16, 8
 
 # (tokens, out_features, in_features, name of the dtype, GPU) -> (kernel, its config)
@@ -253,8 +253,9 @@ def bind(problem: Problem, plan: Plan = _plan) -> Launch:
     """The launch of a problem: y = activation(x · Wᵀ + bias), summed in float32, rounded once.
 
     x is copied when its rows are not 16-byte aligned and evenly spaced, as with in_features % 8 ==
-    4; for the mma.sp kernel, which reads 8 bytes at a time then, when not 8-byte aligned. The weight's tensors must be complete: the decode kernel reads them before the work queued
-    ahead of it has finished (see tile64.pack).
+    4; ahead of the mma.sp kernel, which then reads 8 bytes at a time, when not 8-byte aligned. The
+    weight's tensors must be complete: the decode kernel reads them before the work queued ahead of
+    it has finished (see tile64.pack).
     """
     (out_features, in_features), tokens = problem.spec.shape, problem.tokens
     if not (tokens and out_features and in_features):
@@ -511,9 +512,7 @@ def _row(kernel: str, itemsize: int = 2) -> int:
     return _MMA_ROW if kernel == "mma" and itemsize == 2 else _ROW
 
 
-def _aligned_rows(
-    x: Tensor, tokens: int, in_features: int, row: int = _ROW
-) -> tuple[Tensor, int]:
+def _aligned_rows(x: Tensor, tokens: int, in_features: int, row: int = _ROW) -> tuple[Tensor, int]:
     """Rows that begin at a multiple of `row` bytes, and their stride in elements: x itself, or a
     copy, of rows that 16 bytes divide."""
     padded = -(-in_features * x.dtype.itemsize // _ROW) * _ROW // x.dtype.itemsize
@@ -525,12 +524,7 @@ def _aligned_rows(
         stride, step = x.stride()
     if tokens == 1:
         stride = padded  # never taken: any valid one will do
-    if (
-        step == 1
-        and stride % whole == 0
-        and stride >= in_features
-        and x.data_ptr() % row == 0
-    ):
+    if step == 1 and stride % whole == 0 and stride >= in_features and x.data_ptr() % row == 0:
         return x, stride
     rows = x.new_empty((tokens, padded))[:, :in_features]
     return rows.copy_(x.reshape(tokens, in_features)), padded
