@@ -24,7 +24,7 @@ import torch
 
 from sparsekern.profiling import rounds
 
-from . import timing, unseen, verdict
+from . import cells, timing, unseen, verdict
 from .bench_linear import HANG_S, MARGIN_S, measure
 from .layers import Layer
 from .monitor import Monitor
@@ -47,6 +47,9 @@ def make_parser():
     )
     result.add_argument("--log", type=Path, metavar="FILE", help="for python -m bench.fit")
     result.add_argument("--shard", default="1/1", metavar="I/N", help="the I-th of N parts")
+    for name, most in zip(("out", "in"), cells.MOST, strict=True):
+        text = f"most {name}_features of a shape (default {most})"
+        result.add_argument(f"--most-{name}", type=int, default=most, metavar="N", help=text)
     result.add_argument(
         "--most",
         type=float,
@@ -67,7 +70,8 @@ def main(path, arguments=()) -> int:
     skipped = 0
     dead = ""
     with Monitor() as monitor:
-        for shape, points in unseen.jobs(args.shapes, args.shape_seed, args.every, shard):
+        sizes = args.most_out, args.most_in
+        for shape, points in unseen.jobs(args.shapes, args.shape_seed, args.every, shard, sizes):
             layer = None
             for point in points:
                 case = _case(shape, point.tokens, args.dtype)

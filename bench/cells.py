@@ -33,7 +33,7 @@ CLASSES = (
     ("all cells", None, 1),
     ("Llama-3 8B and 70B from 96 tokens", LARGE, 96),
 )
-MOST_OUT, MOST_IN, LEAST = 60_000, 30_000, 64  # of `random_shapes`
+MOST, LEAST = (60_000, 30_000), 64  # of `random_shapes`: out_features and in_features, and both
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,12 @@ def belongs(cell, shapes, fewest):
     return cell.tokens >= fewest and (shapes is None or cell.shape in shapes)
 
 
-def random_shapes(count: int, seed: int) -> list[tuple[int, int]]:
+def random_shapes(count: int, seed: int, most: tuple[int, int] = MOST) -> list[tuple[int, int]]:
     """(out_features, in_features), spread evenly over the logarithms; every second one with both a
     multiple of 64, the others with in_features a multiple of 4. None is one of tune.SHAPES."""
     draw, found = random.Random(seed), dict[tuple[int, int], None]()
     while len(found) < count:
-        sizes = (LEAST * (most / LEAST) ** draw.random() for most in (MOST_OUT, MOST_IN))
+        sizes = (LEAST * (end / LEAST) ** draw.random() for end in most)
         out_features, in_features = map(round, sizes)
         out_step, in_step = (64, 64) if len(found) % 2 == 0 else (1, 4)
         shape = (out_features // out_step * out_step, in_features // in_step * in_step)

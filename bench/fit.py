@@ -114,7 +114,7 @@ def _fit_from(start, of, us, weights, unit=1.0):
             True,
             *(numpy.any(count) for count in (of.extras, of.totals)),
             True,
-            *(numpy.any(count) for count in of[4:]),
+            *(numpy.any(count) for count in of[4:7]),
             True,
         ]
     )

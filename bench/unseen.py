@@ -17,7 +17,7 @@ from typing import NamedTuple
 from sparsekern.backends.cuda import tuned_tables
 from sparsekern.utils import json_store
 
-from .cells import random_shapes
+from .cells import MOST, random_shapes
 from .shapes import Shape
 
 SEED, SHAPES_WANTED, EVERY = 19, 120, 8
@@ -43,11 +43,13 @@ def tabled() -> set[tuple[int, int]]:
     return found
 
 
-def shapes(count: int = SHAPES_WANTED, seed: int = SEED) -> list[tuple[int, int]]:
+def shapes(
+    count: int = SHAPES_WANTED, seed: int = SEED, most: tuple[int, int] = MOST
+) -> list[tuple[int, int]]:
     """So many random shapes that no table has."""
     known, more = tabled(), count
     while True:
-        found = [shape for shape in random_shapes(more, seed) if shape not in known]
+        found = [shape for shape in random_shapes(more, seed, most) if shape not in known]
         if len(found) >= count:
             return found[:count]
         more += count - len(found)
@@ -58,17 +60,19 @@ def jobs(
     seed: int = SEED,
     every: int = EVERY,
     shard: tuple[int, int] = (1, 1),
+    most: tuple[int, int] = MOST,
 ) -> list[tuple[Shape, list[Point]]]:
     """Shapes with their numbers of tokens, in the order to measure.
 
     Args:
         count: of shapes.      every: of the cells of a class one in so many is swept; 0: none.
         shard: (number, of how many): every so-manieth job, from this one on.
+        most: out_features and in_features of a shape.
     """
     draw = random.Random(seed)
     halves: tuple[list, list] = ([], [])
     seen = [0] * len(CLASSES)
-    for place, size in enumerate(shapes(count, seed)):
+    for place, size in enumerate(shapes(count, seed, most)):
         shape = Shape("", f"random {place}", *size)
         drawn = [_tokens(draw, *limits) for limits in CLASSES]
         few, many = draw.randrange(2), 2 + draw.randrange(2)

@@ -11,7 +11,8 @@
 namespace sparsekern {
 
 constexpr int kMaxDevices = 64;
-constexpr int kMaxCluster = 8;  // thread blocks of a cluster
+constexpr int kMaxCluster = 16;      // thread blocks of a cluster
+constexpr int kPortableCluster = 8;  // on every GPU that has clusters; more must be allowed
 
 inline Status current_device(const char* op, int& device) {
   SK_CUDA(op, cudaGetDevice(&device));
@@ -65,7 +66,7 @@ class LaunchConfig {
 // What each device has said of a kernel; one static object for each.
 struct KernelState {
   bool ready, waits;
-  int resident[kMaxCluster + 1];  // by thread blocks of a cluster; 0: not asked yet
+  int resident[kMaxCluster + 1];  // by thread blocks of a cluster; 0: not asked yet, -1: none
 };
 using KernelStates = KernelState[kMaxDevices];
 
@@ -80,25 +81,31 @@ class DeviceKernel {
   // 9.0 or later, and waits for its predecessor where it must (ptx/dependent_launch.cuh).
   Status prepare(int smem_bytes, bool& waits) const {
     KernelState* state = nullptr;
-    SK_RETURN_IF_ERROR(prepared(smem_bytes, state));
+    SK_RETURN_IF_ERROR(prepared(smem_bytes, 0, state));
     waits = state->waits;
     return {};
   }
 
   // How many clusters of shape.cluster thread blocks the current device can hold at once.
   Status resident_clusters(const LaunchShape& shape, int& count) const {
-    KernelState* state = nullptr;
-    SK_RETURN_IF_ERROR(prepared(shape.smem_bytes, state));
+    SK_RETURN_IF_ERROR(clusters_that_fit(shape, count));
+    SK_CHECK_REL(op_, count, >, 0, "Use a GPU whose SMs hold a whole cluster (not a MIG slice).");
+    return {};
+  }
+  // The same, and 0 where there is no room for one.
+  Status clusters_that_fit(const LaunchShape& shape, int& count) const {
     SK_CHECK_REL(op_, shape.cluster, <=, kMaxCluster, "Use a smaller cluster.");
-    int& resident = state->resident[shape.cluster];
-    if (resident == 0) {
+    KernelState* state = nullptr;
+    SK_RETURN_IF_ERROR(prepared(shape.smem_bytes, shape.cluster, state));
+    int& known = state->resident[shape.cluster];
+    if (known == 0) {
       const LaunchShape alone = {shape.threads, shape.smem_bytes, shape.cluster, false, false};
       const LaunchConfig config(alone, int64_t{shape.cluster} * 1024, nullptr);
+      int resident = 0;
       SK_CUDA(op_, cudaOccupancyMaxActiveClusters(&resident, function_, &config.get()));
+      known = resident > 0 ? resident : -1;
     }
-    SK_CHECK_REL(op_, resident, >, 0,
-                 "Use a GPU whose SMs hold a whole cluster (not a MIG slice).");
-    count = resident;
+    count = known > 0 ? known : 0;
     return {};
   }
 
@@ -113,13 +120,16 @@ class DeviceKernel {
   }
 
  private:
-  Status prepared(int smem_bytes, KernelState*& state) const {
+  Status prepared(int smem_bytes, int cluster, KernelState*& state) const {
     int device = 0;
     SK_RETURN_IF_ERROR(current_device(op_, device));
     state = &states_[device];
     if (state->ready) return {};
     SK_CUDA(op_, cudaFuncSetAttribute(function_, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       smem_bytes));
+    if (cluster > kPortableCluster)
+      SK_CUDA(op_,
+              cudaFuncSetAttribute(function_, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     cudaFuncAttributes attributes;
     SK_CUDA(op_, cudaFuncGetAttributes(&attributes, function_));
     state->waits = attributes.ptxVersion >= 90;

@@ -40,11 +40,11 @@ inline Status make_tensor_map(const char* op, CUtensorMap& map, const Rows& tens
   return {};
 }
 
-// Rows of x that 16 bytes divide, on 16-byte addresses.
-inline Status check_x(const char* op, const LinearProblem& p) {
+// Rows of x that `bytes` divide, on such addresses.
+inline Status check_x(const char* op, const LinearProblem& p, int bytes = 16) {
   const auto x = reinterpret_cast<uintptr_t>(p.x.data);
-  const int64_t x_stride = p.x.stride, elements = 128 / info(p.x.dtype).storage_bits;
-  SK_CHECK_MULTIPLE(op, x, uintptr_t{16}, "Copy x to aligned memory.");
+  const int64_t x_stride = p.x.stride, elements = bytes * 8 / info(p.x.dtype).storage_bits;
+  SK_CHECK_MULTIPLE(op, x, static_cast<uintptr_t>(bytes), "Copy x to aligned memory.");
   SK_CHECK_MULTIPLE(op, x_stride, elements, "Make x contiguous, or pad its rows to 16 bytes.");
   return {};
 }

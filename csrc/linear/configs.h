@@ -57,7 +57,11 @@
   X(15, 2, 128, 1)          \
   X(16, 2, 128, 2)          \
   X(17, 1, 128, 6)          \
-  X(18, 2, 64, 2)
+  X(18, 2, 64, 2)           \
+  X(19, 1, 64, 8)           \
+  X(20, 1, 64, 16)          \
+  X(21, 1, 128, 8)          \
+  X(22, 1, 128, 16)
 #define SK_SPLIT_BOTH 17  // the first of them, which 8 bits have, too
 
 // The narrow kernel's tiles of 256 rows.

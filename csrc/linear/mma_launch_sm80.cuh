@@ -28,7 +28,7 @@ template <class T, class X, class Y>
 Status linear(const LinearProblem& p, int config, cudaStream_t stream) {
   static_assert(std::is_same_v<T, X> && (std::is_same_v<T, Y> || Element<T>::kStorageBits == 8));
   if (p.tokens == 0 || p.out_features == 0) return {};
-  SK_RETURN_IF_ERROR(check_x(kOp, p));
+  SK_RETURN_IF_ERROR(check_x(kOp, p, Element<X>::kStorageBits / 2));
   SK_CHECK_REL(kOp, p.in_features, >, 0, "The sum is empty: fill y with activation(bias).");
   switch (config) {
 #define SK_CASE(index, ...)                                              \

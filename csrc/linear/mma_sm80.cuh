@@ -119,6 +119,7 @@ struct Params {
   int64_t x_stride;  // bytes
   int tokens, in_features;
   int row_blocks, token_blocks;
+  bool halves;  // rows of x are 8-byte aligned only: a piece of x is copied in two
 };
 
 template <class Cfg>
@@ -132,6 +133,7 @@ Params<Cfg> make_params(const LinearProblem& p) {
   params.x_stride = p.x.stride * kBytes<typename Cfg::T>;
   params.tokens = p.tokens;
   params.in_features = p.in_features;
+  params.halves = params.x_stride % 16 != 0 || reinterpret_cast<uintptr_t>(p.x.data) % 16 != 0;
   params.row_blocks = tile64::ceil_div(p.out_features, Cfg::kRows);
   params.token_blocks = tile64::ceil_div(p.tokens, Cfg::kTokens);
   return params;
@@ -184,6 +186,7 @@ struct Copier {
   int panels_left;   // from the block's first panel on
   int metadata_k;    // the column tile of this thread's piece; none: kWarpsK
   int x_smem;        // offset of the first piece of x in a stage
+  bool halves;       // of x, as in Params
 
   __device__ __forceinline__ Copier(const Params<Cfg>& p, const BlockTile& tile) {
     const int thread_idx = threadIdx.x;
@@ -192,6 +195,7 @@ struct Copier {
     x = x_piece = p.x + token * p.x_stride + in_row * 16;
     x_step = kTokenStep * p.x_stride;
     x_smem = in_row / 8 * Cfg::kTileBytes + x_offset(first_token, in_row % 8);
+    halves = p.halves;
     tokens_left = p.tokens - token;
     columns_left = p.in_features - in_row * Cfg::Tile::kChunkValues;
 
@@ -235,7 +239,13 @@ struct Copier {
     const int smem = (x_smem ^ (j * kTokenStep % 8 * 16)) + j * kTokenStep * kXRowBytes;
     const int bytes =
         j * kTokenStep < tokens_left ? min(max(columns_left, 0) * kBytes<typename Cfg::T>, 16) : 0;
-    ptx::cp_async_16(stage + smem, bytes > 0 ? x_piece : values, bytes);
+    const uint8_t* from = bytes > 0 ? x_piece : values;
+    if (Element<typename Cfg::T>::kStorageBits == 16 && halves) {
+      ptx::cp_async_8(stage + smem, from, min(bytes, 8));
+      ptx::cp_async_8(stage + (smem + 8), bytes > 8 ? from + 8 : from, max(bytes - 8, 0));
+    } else {
+      ptx::cp_async_16(stage + smem, from, bytes);
+    }
     x_piece += x_step;
   }
   __device__ __forceinline__ void copy_values(int j, uint32_t stage) const {

@@ -49,10 +49,10 @@ Status launch(const LinearProblem& p, int cluster_rows, int parts, cudaStream_t 
 template <class X, int kScaleGroup>
 Status launch_config(const LinearProblem& p, int config, cudaStream_t stream) {
   switch (config) {
-#define SK_CASE(index, tokens, cluster_rows, parts)                             \
-  case index:                                                                   \
-    static_assert(cluster_rows * parts <= kMaxCluster && parts <= kMostParts && \
-                  tokens / 8 % cluster_rows == 0);                              \
+#define SK_CASE(index, tokens, cluster_rows, parts)                                  \
+  case index:                                                                        \
+    static_assert(cluster_rows * parts <= kPortableCluster && parts <= kMostParts && \
+                  tokens / 8 % cluster_rows == 0);                                   \
     return launch<X, tokens, kScaleGroup>(p, cluster_rows, parts, stream);
     SK_NARROW_CONFIGS(SK_CASE)
 #undef SK_CASE

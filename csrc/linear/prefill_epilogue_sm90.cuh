@@ -409,6 +409,8 @@ __device__ __forceinline__ void store_boxes(const CUtensorMap* y_map, const Smem
   if (issues) ptx::tensor_store_wait<0>();
 }
 
+// Rows of y that 16 bytes do not divide: a warp stores 32 outputs side by side, one by one.
+//
 // origin(): {row, token} of the tile; owns(part): whether this CTA stores that part of 16 tokens.
 // Both are asked in each part, and the thread's index, too: the accumulators leave no registers.
 template <class Cfg, class Origin, class Owns>
@@ -438,6 +440,20 @@ __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
       }
     }
     ptx::named_barrier_sync(1 + consumer, 128);
+    if (!out.aligned) {
+#pragma unroll 1
+      for (uint32_t i = ptx::thread_idx_again() % 128; i < kSumTokens * Cfg::kConsumerRows;
+           i += 128) {
+        const int2 first = origin();
+        const int token = i / Cfg::kConsumerRows, row = i % Cfg::kConsumerRows,
+                  global_token = first.y + part * kSumTokens + token;
+        if (global_token < tokens)
+          out.store_one(ptx::load_shared_f32(smem + token * Cfg::kSumPitch + row * 4), global_token,
+                        first.x + row);
+      }
+      ptx::named_barrier_sync(1 + consumer, 128);
+      continue;
+    }
 #pragma unroll 1
     for (uint32_t i = ptx::thread_idx_again() % 128; i < kSumTokens * kPieces; i += 128) {
       const int2 first = origin();

@@ -11,7 +11,8 @@ namespace sparsekern::split {
 
 constexpr const char* kOp = "sparsekern.linear (split)";
 
-// Fewer splits than kSplits where K has not as many column tiles.
+// Fewer splits than kSplits where K has not as many column tiles, or the GPU no room for so large a
+// cluster.
 template <class T, class Y, int kPanels, int kTokens, int kSplits>
 Status launch(const LinearProblem& p, cudaStream_t stream) {
   using Cfg = Config<T, Y, kPanels, kTokens, kSplits>;
@@ -22,6 +23,11 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
   static KernelStates states;
   const DeviceKernel kernel(kOp, "spmm_split_sm90_kernel", spmm_split_sm90_kernel<Cfg>, states);
   LaunchShape shape = {kThreads, Cfg::kSmemBytes, kSplits};
+  if constexpr (kSplits > kPortableCluster) {
+    int clusters = 0;
+    SK_RETURN_IF_ERROR(kernel.clusters_that_fit(shape, clusters));
+    if (clusters == 0) return launch<T, Y, kPanels, kTokens, kSplits / 2>(p, stream);
+  }
   CUtensorMap x_map;
   const int columns = tile64::ceil_div(p.tokens, kTokens);
   const int column_tokens = tile64::ceil_div(tile64::ceil_div(p.tokens, columns), 8) * 8;

@@ -1,4 +1,4 @@
-// cp_async.cuh: copies of 16 bytes from global to shared memory that no register waits for (PTX
+// cp_async.cuh: copies of 16 or 8 bytes from global to shared memory that no register waits for (PTX
 // ISA, "cp.async"; sm_80 and later).
 #pragma once
 #include <cstdint>
@@ -13,6 +13,13 @@ __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* gmem, int
 }
 __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* gmem) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(smem), "l"(gmem)
+               : "memory");
+}
+
+// The same of 8 bytes, from and to addresses that 8 divides.
+__device__ __forceinline__ void cp_async_8(uint32_t smem, const void* gmem, int bytes) {
+  asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 8, %2;" ::"r"(smem), "l"(gmem),
+               "r"(bytes)
                : "memory");
 }
 

@@ -87,7 +87,7 @@ def native(monkeypatch, tmp_path):
             "decode": rows(BLOCKS, 1, [*PLAIN, *WIDENED]),
             "decode_gated": rows(BLOCKS, 1, PLAIN),
             "mma": rows(MMA_TILES, 0, PLAIN),
-            "split": rows([SplitTile(128, 64, 16)]),
+            "split": rows([SplitTile(128, 64, 32)]),
         },
         Linear=lambda **problem: FakeLinear(module.calls, problem),
         calls=[],
@@ -692,6 +692,23 @@ def test_rows_that_need_no_copy():
         tokens, columns = rows.numel() // rows.shape[-1], rows.shape[-1]
         same, stride = cuda_backend._aligned_rows(rows, tokens, columns)
         assert same.data_ptr() == rows.data_ptr() and stride % 8 == 0 and stride >= columns
+
+
+def test_rows_of_8_bytes_that_the_mma_kernel_takes(on_cpu):
+    """in_features % 8 == 4: no copy for it, one for the others; launcher copies in every call."""
+    assert [cuda_backend._row(kernel) for kernel in ("mma", "split")] == [8, 16]
+    assert cuda_backend._row("mma", 1) == 16
+    x = torch.arange(64.0).to(torch.bfloat16).view(16, 4)
+    for rows in (x, x[:, :], x.view(-1)[4:].view(15, 4)):
+        same, stride = cuda_backend._aligned_rows(rows, len(rows), 4, 8)
+        assert same.data_ptr() == rows.data_ptr() and stride == 4
+    copy, stride = cuda_backend._aligned_rows(x.view(-1)[2:62].view(15, 4), 15, 4, 8)
+    assert stride == 8 and torch.equal(copy, x.view(-1)[2:62].view(15, 4))
+    w24, x = pack(compress(random_weight(64, 132, torch.bfloat16))), torch.ones(2, 132).bfloat16()
+    for kernel, stride in (("mma", 132), ("prefill", 136)):
+        cuda_backend.linear(x, w24, plan=lambda *problem, kernel=kernel: (kernel, 0))
+        call = on_cpu.calls.pop()
+        assert call["x_stride"] == stride and (call["x"] == x.data_ptr()) == (kernel == "mma")
 
 
 def test_rows_that_are_copied():

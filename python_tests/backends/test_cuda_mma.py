@@ -102,6 +102,19 @@ def test_strided_outputs_and_residuals(row_padding):
             assert buffer[:, out_features:].isnan().all()
 
 
+@pytest.mark.parametrize("in_features", [4, 68, 72, 1028])
+def test_rows_of_x_on_8_bytes(in_features):
+    """Every row and the first address, NaN around them."""
+    p = Problem(130, 203, in_features, BF16)
+    stride = -(-in_features // 8) * 8 + 4
+    wide = torch.full((130 * stride + 8,), float("nan"), dtype=BF16, device=DEVICE)
+    x = wide[4 : 4 + 130 * stride].view(130, stride)[:, :in_features].copy_(p.x)
+    p.x = x
+    for kernel, variant in mma_variants():
+        for tokens in (1, 7, 130):
+            assert_exact(kernel, variant, p, tokens, p.product)
+
+
 def test_nan_beside_x_and_in_other_tokens_is_not_read():
     """Rows of x end in NaN (cuda_cases); a token of NaN spoils its own row of y alone."""
     p = Problem(70, 100, 68, BF16)

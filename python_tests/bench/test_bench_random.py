@@ -44,6 +44,12 @@ def test_every_shape_has_a_number_of_tokens_of_each_class():
     assert jobs == unseen.jobs() != unseen.jobs(seed=20)
 
 
+def test_shapes_may_be_held_small():
+    sizes = [shape[2:] for shape, _ in unseen.jobs(60, seed=1, most=(2048, 512))]
+    assert max(out for out, _ in sizes) in range(1024, 2049)
+    assert max(into for _, into in sizes) in range(256, 513)
+
+
 def test_the_first_half_has_every_shape_once_and_all_classes_alike():
     first = unseen.jobs()[:120]
     assert len({shape for shape, _ in first}) == 120

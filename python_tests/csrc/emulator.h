@@ -39,7 +39,7 @@ constexpr size_t kFiberStack = 1 << 16;
 struct Copy {
   uint32_t smem;
   const void* gmem;
-  int bytes;
+  int bytes, size;  // what is copied, and with what is cleared
 };
 enum class State { kReady, kWaits, kPolls, kDone };
 struct Fiber {

@@ -7,22 +7,27 @@ namespace sparsekern::ptx {
 using emulator::Copy;
 
 void land(const Copy& copy) {
-  auto* to = static_cast<uint8_t*>(emulator::shared(copy.smem, 16));
-  memset(to, 0, 16);
+  auto* to = static_cast<uint8_t*>(emulator::shared(copy.smem, copy.size));
+  memset(to, 0, copy.size);
   memcpy(to, copy.gmem, copy.bytes);
 }
 
-void cp_async_16(uint32_t smem, const void* gmem, int bytes = 16) {
-  emulator::require(reinterpret_cast<uintptr_t>(gmem) % 16 == 0, "cp.async from 16-byte alignment");
+void cp_async(uint32_t smem, const void* gmem, int bytes, int size) {
+  emulator::require(reinterpret_cast<uintptr_t>(gmem) % size == 0 && smem % size == 0,
+                    "cp.async between addresses that its size divides");
   emulator::require_readable(gmem, bytes);
   const auto* from = static_cast<const uint8_t*>(gmem);
   const auto& [x_begin, x_end] = emulator::readable[0];
   emulator::require(from < x_begin || from >= x_end || emulator::fibers[emulator::current].waited,
                     "x to be read after the kernel that made it");
-  const Copy copy = {smem, gmem, bytes};
+  const Copy copy = {smem, gmem, bytes, size};
   if (!emulator::copies_land_late) land(copy);
   emulator::fibers[emulator::current].open.push_back(copy);
 }
+void cp_async_16(uint32_t smem, const void* gmem, int bytes = 16) {
+  cp_async(smem, gmem, bytes, 16);
+}
+void cp_async_8(uint32_t smem, const void* gmem, int bytes) { cp_async(smem, gmem, bytes, 8); }
 
 void cp_async_commit() {
   auto& fiber = emulator::fibers[emulator::current];

@@ -62,8 +62,10 @@ MISTAKES = [
     ("word * Cfg::kWordsBytes", "0"),
     ("metadata[Tile::word(1)]", "metadata[0]"),
     ("row / Cfg::kPanelRows * (Cfg::kPanelMetadataBytes - Cfg::kWordsBytes)", "0"),
+    ("bytes > 8 ? from + 8 : from", "from"),
+    ("(smem + 8)", "smem"),
 ]
-AT_8_BITS = 5  # the first that 16 bits do not notice
+AT_8_BITS, OF_HALVES = 5, 10  # the first that 16 bits do not notice; that whole rows do not
 
 
 def spoil(source):
@@ -133,13 +135,14 @@ def build(tmp_path_factory):
     return make
 
 
-def aligned_rows(x, storage):
-    """x with a row stride that 16 bytes divide, on a 16-byte address, its padding NaN, or 127."""
+def aligned_rows(x, storage, halves=False):
+    """x with a row stride that 16 bytes divide, on a 16-byte address, its padding NaN, or 127;
+    halves: that 8 bytes divide."""
     tokens, in_features = x.shape
     chunk = 16 // storage.itemsize
-    stride = (-(-in_features // chunk) + 1) * chunk
-    memory = torch.full((tokens * stride * storage.itemsize + 16,), 0x7F, dtype=torch.uint8)
-    start = -memory.data_ptr() % 16
+    stride = (-(-in_features // chunk) + 1) * chunk - halves * chunk // 2
+    memory = torch.full((tokens * stride * storage.itemsize + 24,), 0x7F, dtype=torch.uint8)
+    start = -memory.data_ptr() % 16 + halves * 8
     rows = memory[start : start + tokens * stride * storage.itemsize].view(storage)
     return rows.view(tokens, stride)[:, :in_features].copy_(x)
 
@@ -165,16 +168,18 @@ def wrong(
     falling=False,
     scales=(None, None),
     storage=None,
+    halves=False,
 ):
     """What is wrong with y = activation(x · wᵀ * scales + bias) + residual, in words; empty when
     exact.
 
     storage: dtype of w and x in memory, if not that of w, which is that of y.
     scales: of the channels and of the tokens, float32.
+    halves: x begins 8 bytes after an address that 16 divides, and every second row does.
     """
     (tokens, in_features), out_features = x.shape, w.shape[0]
     storage = storage or w.dtype
-    w24, x = packed(w, storage), aligned_rows(x.to(storage), storage)
+    w24, x = packed(w, storage), aligned_rows(x.to(storage), storage, halves)
     if storage == INT8:
         y64 = (x.long() @ w.long().t()).double()
     else:
@@ -243,6 +248,18 @@ def test_exact_at_the_edges(build, config, rows, tokens, split, stages):
         ((few - 1, 33, stage * (stages + 2) - 60), dict(late=False, falling=True)),
     ):
         assert not wrong(emulate, config, *problem(*case), **freedoms)
+
+
+@pytest.mark.parametrize("config, rows, tokens, split, stages", CONFIGS)
+def test_rows_of_x_on_8_bytes(build, config, rows, tokens, split, stages):
+    """A last piece of 16 bytes, of 8, and none; whole stages, and a row within one piece."""
+    few = min(tokens, 40)
+    for case, late in (
+        ((few + 1, 65, 64 * split * (stages + 1) - 4), True),
+        ((few - 1, 33, 64 * split + 72), False),
+        ((3, rows + 1, 4), True),
+    ):
+        assert not wrong(build(), config, *problem(*case), late=late, halves=True)
 
 
 @pytest.mark.parametrize("config", [entry[0] for entry in CONFIGS])
@@ -341,7 +358,7 @@ def test_every_e4m3_level(build):
 # ---- the emulator itself -------------------------------------------------------------------------
 
 
-def found(emulate, storage=None):
+def found(emulate, storage=None, halves=False):
     """Whether any of FEW goes wrong."""
     return any(
         wrong(
@@ -350,6 +367,7 @@ def found(emulate, storage=None):
             *problem(tokens - 3, 65 if storage is None else 129, 64 * split * (stages + 2) - 4),
             late=late,
             storage=storage,
+            halves=halves,
         )
         for config, _, tokens, split, stages in FEW
         for late in (True, False)
@@ -359,8 +377,11 @@ def found(emulate, storage=None):
 
 @pytest.mark.parametrize("number", range(len(MISTAKES)))
 def test_the_emulator_sees_mistakes(build, number):
-    assert found(build.with_mistake(number), INT8 if number >= AT_8_BITS else None)
+    at_8_bits = number in range(AT_8_BITS, OF_HALVES)
+    storage, halves = INT8 if at_8_bits else None, number >= OF_HALVES
+    assert found(build.with_mistake(number), storage, halves)
 
 
 def test_without_mistakes_all_is_right(build):
     assert not found(build.with_mistake(-1)) and not found(build.with_mistake(-1), INT8)
+    assert not found(build.with_mistake(-1), halves=True)

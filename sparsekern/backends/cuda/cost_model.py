@@ -6,7 +6,7 @@ kernel from 32 tokens on, the split kernel from there up to some size (`consider
 serves them all:
 
     us = smooth_max(stage * stages + extra * extras, total * totals, megabytes / rate)
-         + item * items + exchange * exchanges + crowd * crowds + constant
+         + item * items + exchange * exchanges + crowd * crowds + constant + copy
 
     smooth_max(a, b, c) = (a^4 + b^4 + c^4)^(1/4)
 
@@ -39,6 +39,8 @@ differences. Extras are the stages times the share of a tile's tokens that are t
 these are fetched. Totals are megabytes from L2, as in mma.sp, and not only in sustained work: with
 all multiprocessors at work a stage takes longer than with half of them. Crowds are 0: the sums that
 are given away stay in the cluster.
+
+Copy: the time of `copy_us`, where the kernel cannot fetch rows of x as they are (`work`).
 
 How many clusters run at once decides the first count (`resident_clusters`). The prefill kernel cuts
 the tiles of a last, partly filled wave along in_features into as many parts as there are clusters
@@ -213,6 +215,7 @@ class Work(NamedTuple):
     items: float
     exchanges: float
     crowds: float
+    copy: float = 0.0  # us
 
 
 # Made by `python -m bench.fit` from what `sparsekern tune` measured on an H100 SXM (132
@@ -365,9 +368,9 @@ def resident_clusters(size: int, multiprocessors: int) -> int:
 
     A cluster lies inside a GPC, whose 16 or 18 multiprocessors 4 and 8 do not always divide: on an
     H100 (132) there are 33 times 4, and 31 clusters of 4 resident at once; of 8, 16 and 15. Of 3
-    and 6 two fewer than fit by number are assumed.
+    and 6 two fewer than fit by number are assumed, of 16 one.
     """
-    return max(1, multiprocessors // size - {3: 2, 4: 2, 6: 2, 8: 1}.get(size, 0))
+    return max(1, multiprocessors // size - {3: 2, 4: 2, 6: 2, 8: 1, 16: 1}.get(size, 0))
 
 
 def work(
@@ -381,9 +384,12 @@ def work(
     """What this variant does for one layer."""
     problem = tokens, out_features, in_features, multiprocessors, bits
     if isinstance(variant, Tile):
-        return prefill_work(variant, *problem)
-    other = {RowBlocks: decode_work, MmaTile: mma_work, SplitTile: split_work}
-    return other[type(variant)](variant, *problem)
+        counts = prefill_work(variant, *problem)
+    else:
+        other = {RowBlocks: decode_work, MmaTile: mma_work, SplitTile: split_work}
+        counts = other[type(variant)](variant, *problem)
+    copied = bits.x == 16 and in_features % 8 != 0 and not isinstance(variant, MmaTile)
+    return counts._replace(copy=copy_us(tokens, in_features)) if copied else counts
 
 
 def us(times: Times, of: Work) -> float:
@@ -392,7 +398,7 @@ def us(times: Times, of: Work) -> float:
     shared, memory = times.total * of.totals, of.megabytes / times.rate
     loop = (busiest**SMOOTH + shared**SMOOTH + memory**SMOOTH) ** (1 / SMOOTH)
     rest = times.item * of.items + times.exchange * of.exchanges + times.crowd * of.crowds
-    return loop + rest + times.constant
+    return loop + rest + times.constant + of.copy
 
 
 def predicted_us(
@@ -466,6 +472,12 @@ def quantize_us(tokens: int, features: int) -> float:
     and 4096 to 28672 features; within 0.8 us of all 24.
     """
     return 0.5 + 1e-4 * features + 3 * tokens * features / 2.4e6
+
+
+def copy_us(tokens: int, in_features: int) -> float:
+    """Modelled time of copying x of 16 bits to rows that 16 bytes divide, ahead of a kernel, with
+    what is lost because that does not overlap: 3.7 to 4.6 us of small x on an H200."""
+    return 3.7 + 4 * tokens * in_features / 2.4e6
 
 
 def _megabytes(tokens: int, out_features: int, in_features: int, bits: Bits) -> float:

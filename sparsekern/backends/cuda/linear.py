@@ -83,7 +83,9 @@ __all__ = [
 ]
 
 _MOST = 2**31 - 1024  # of any size: the kernels count in 32 bits, and up to the end of a tile
-_ROW = 16  # bytes that every row of x begins at a multiple of
+# Bytes that every row of x begins at a multiple of: what the copy engine needs; what the mma.sp
+# kernel does, of x of 16 bits.
+_ROW, _MMA_ROW = 16, 8
 
 # (tokens, out_features, in_features, name of the dtype, GPU) -> (kernel, its config)
 Plan = Callable[[int, int, int, str, int], tuple[str, int]]
@@ -251,8 +253,9 @@ def bind(problem: Problem, plan: Plan = _plan) -> Launch:
     """The launch of a problem: y = activation(x · Wᵀ + bias), summed in float32, rounded once.
 
     x is copied when its rows are not 16-byte aligned and evenly spaced, as with in_features % 8 ==
-    4. The weight's tensors must be complete: the decode kernel reads them before the work queued
-    ahead of it has finished (see tile64.pack).
+    4; ahead of the mma.sp kernel, which then reads 8 bytes at a time, when not 8-byte aligned. The
+    weight's tensors must be complete: the decode kernel reads them before the work queued ahead of
+    it has finished (see tile64.pack).
     """
     (out_features, in_features), tokens = problem.spec.shape, problem.tokens
     if not (tokens and out_features and in_features):
@@ -260,7 +263,8 @@ def bind(problem: Problem, plan: Plan = _plan) -> Launch:
     dtype, index = problem.dtype, problem.gpu
     kernel, config = plan(tokens, out_features, in_features, _name(dtype), index)
     anywhere = _bind_any(problem, kernel, config)
-    whole_rows = in_features * dtype.itemsize % _ROW == 0
+    row = _row(kernel)
+    whole_rows = in_features * dtype.itemsize % row == 0
     if not (problem.aligned and problem.x_stride is None and whole_rows):
         return anywhere
     size = tokens, out_features, in_features
@@ -272,7 +276,7 @@ def bind(problem: Problem, plan: Plan = _plan) -> Launch:
 
     def launch(x: Tensor, w24: Sparse24, bias: Tensor | None = None) -> Tensor | None:
         address = x.data_ptr()
-        if address % ALIGNMENT or index != _current_device():
+        if address % row or index != _current_device():
             return anywhere(x, w24, bias)
         tensors = w24.tensors
         y = _empty_strided(sizes, strides, dtype)
@@ -332,7 +336,7 @@ def _bind_any(problem: Problem, kernel: str, config: int) -> Callable[..., Tenso
         if index != _current_device():
             with torch.cuda.device(index):
                 return launch(x, w24, bias, residual)
-        rows, x_stride = _aligned_rows(x, tokens, in_features)
+        rows, x_stride = _aligned_rows(x, tokens, in_features, _row(kernel))
         residual_stride = 0 if residual is None else residual.stride(0)
         size = tokens, out_features, in_features
         strided = x_stride, residual_stride
@@ -421,7 +425,8 @@ def launcher(
 ) -> Callable[[], None]:
     """A function without arguments that computes y = x · Wᵀ by one variant, on the current stream.
 
-    For measuring: nothing is checked or allocated in a call, so a CUDA graph can hold many.
+    For measuring: nothing is checked or allocated in a call, so a CUDA graph can hold many. Rows of
+    x that the kernel cannot fetch are copied in every call, as in `bind`.
 
     Args:
         variant: a key of `variants` for these types.
@@ -434,7 +439,8 @@ def launcher(
     types = Types(spec.storage, of_x, _name(y.dtype))
     kernel, number = variants(_PLAIN if spec.element.plain else types)[variant]
     tokens, (out_features, in_features) = x.shape[0], w24.shape
-    rows, x_stride = _aligned_rows(x, tokens, in_features)
+    rows, x_stride = _aligned_rows(x, tokens, in_features, _row(kernel, x.dtype.itemsize))
+    copied = rows.data_ptr() != x.data_ptr()
     size = tokens, out_features, in_features
     group = 0 if spec.element.plain else scale_group(spec)
     run = _native_linear(kernel, number, *size, x_stride, 0, types, None, group)
@@ -451,6 +457,8 @@ def launcher(
     keep = rows, w24, y, workspace, x_scale
 
     def launch(keep: object = keep) -> None:
+        if copied:
+            rows.copy_(x)
         run(**addresses, stream=_current_stream(device))
 
     return launch
@@ -499,10 +507,16 @@ def _contiguous_strides(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(sizes[place + 1 :]) for place in range(len(sizes)))
 
 
-def _aligned_rows(x: Tensor, tokens: int, in_features: int) -> tuple[Tensor, int]:
-    """Rows that the kernels can fetch, and their stride in elements: x itself, or a copy."""
-    whole = _ROW // x.dtype.itemsize  # elements
-    padded = -(-in_features // whole) * whole
+def _row(kernel: str, itemsize: int = 2) -> int:
+    """Bytes that every row of x must begin at a multiple of for this kernel."""
+    return _MMA_ROW if kernel == "mma" and itemsize == 2 else _ROW
+
+
+def _aligned_rows(x: Tensor, tokens: int, in_features: int, row: int = _ROW) -> tuple[Tensor, int]:
+    """Rows that begin at a multiple of `row` bytes, and their stride in elements: x itself, or a
+    copy, of rows that 16 bytes divide."""
+    padded = -(-in_features * x.dtype.itemsize // _ROW) * _ROW // x.dtype.itemsize
+    whole = row // x.dtype.itemsize  # elements
     if x.is_contiguous():
         stride, step = in_features, 1
     else:
@@ -510,12 +524,7 @@ def _aligned_rows(x: Tensor, tokens: int, in_features: int) -> tuple[Tensor, int
         stride, step = x.stride()
     if tokens == 1:
         stride = padded  # never taken: any valid one will do
-    if (
-        step == 1
-        and stride % whole == 0
-        and stride >= in_features
-        and x.data_ptr() % ALIGNMENT == 0
-    ):
+    if step == 1 and stride % whole == 0 and stride >= in_features and x.data_ptr() % row == 0:
         return x, stride
     rows = x.new_empty((tokens, padded))[:, :in_features]
     return rows.copy_(x.reshape(tokens, in_features)), padded
