@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 NAME = METHOD
 TESTED = "0.24"
 OP = "sparsekern.vllm"
-# Inductor's option: its Triton kernels let the kernel behind them start early (torch 2.11 or newer),
-# and the variable that sets it for a whole process.
+# Inductor's option: its Triton kernels let the kernel behind them start early (torch 2.11 or
+# newer), and the variable that sets it for a whole process.
 PDL, PDL_VARIABLE = "triton.enable_pdl", "TORCHINDUCTOR_ENABLE_PDL"
 # Names of experts' matrices in files that have a tensor for each.
 _EXPERT = re.compile(r"(^|\.)experts\.(\d+\.|gate_up_proj$|down_proj$)")
@@ -273,7 +273,7 @@ def has_8bit_kernels(device: torch.device) -> bool:
 
 
 def start_early(options: dict[str, Any], device: tuple[int, int] | None) -> None:
-    """Choose PDL in vLLM's `inductor_compile_config`, which is part of the key of its compile cache.
+    """Choose PDL in vLLM's `inductor_compile_config`, which the key of its compile cache has.
 
     Ours stream weights while the kernel before them runs, if that one says so
     (csrc/notes/decode.md): what Inductor generates does with PDL. What the user chose stays: an
