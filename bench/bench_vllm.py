@@ -16,8 +16,8 @@ they come, and each record says what its engine had.
 
 Decode: tokens per second over the difference of two lengths, median of the repeats. Prefill:
 prompts of 2048 tokens, one token each. Check, in the rows of "sparse": it answers, greedy, with the
-tokens of an engine over the same weights dense with zeros, and with their log-probabilities within a
-bound.
+tokens of an engine over the same weights dense with zeros, and with their log-probabilities within
+a bound.
 """
 
 from __future__ import annotations
