@@ -37,7 +37,7 @@ from sparsekern import SparseLinear
 from sparsekern.nn import gated_mlp
 from sparsekern.nn.optimize import JoinedLinear
 
-from . import decode_model, step_profile, timing
+from . import decode_model, pdl, step_profile, timing
 from .generate_step import LAUNCHES, Step, compiled
 from .monitor import Monitor
 from .options import Run, parser, watchdog
@@ -58,6 +58,7 @@ def make_parser():
     result.add_argument("--launch", default="graph", choices=LAUNCHES)
     result.add_argument("--attention", default="sdpa", help="comma-separated implementations")
     result.add_argument("--profile", action="store_true", help="GPU time by kind of kernel")
+    pdl.add_option(result, "as TORCHINDUCTOR_ENABLE_PDL says, else off; the same for all models")
     result.add_argument("--no-compile", action="store_true", help="the same as --launch eager")
     return result
 
@@ -65,6 +66,7 @@ def make_parser():
 def main(path, arguments=()) -> int:
     args = make_parser().parse_args(list(arguments))
     run = Run(path, args)
+    pdl.choose(args.pdl)
     names = args.models.split(",")
     if names[:1] != ["dense"] or not set(names) <= set(MODELS):
         raise ValueError(f"bench.generate: expected models in {MODELS}, dense first, got {names}.")
@@ -215,6 +217,7 @@ def _measure(
                 "logits_distance": distances.get(name),
                 "launch": launch,
                 "attention": attention,
+                "pdl": launch != "eager" and pdl.is_on(run.device),
             },
             metrics=metrics,
         )

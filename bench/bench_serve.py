@@ -29,7 +29,7 @@ from sparsekern.eval import texts
 from sparsekern.integrations.loading import load_model
 
 from . import record
-from .options import Run, Watch, parser
+from .options import Run, Watch, parser, told
 from .vllm_child import SETTINGS
 
 LOGPROB_DISTANCE = 0.15  # as in bench_vllm
@@ -120,18 +120,23 @@ def main(path, arguments=()) -> int:
 
 def prepare(args, run: Run, folders: dict[str, Path]) -> None:
     """Writes the pruned folder and the dense one."""
-    model, tokenizer = load_model(args.gguf or args.model)
+    with run.phase("load"):
+        model, tokenizer = load_model(args.gguf or args.model)
+        model = model.to(run.device)
     windows = None
     if args.method != "magnitude":
-        tokens = texts.tokenize(
-            tokenizer, texts.join_rows(texts.read_rows(args.calibration, "train"))
-        )
-        windows = texts.calibration_windows(tokens, args.samples, args.window)
-    model = model.to(run.device)
-    report = sparsekern.prune_model(model, args.method, calibration=windows, progress=False)
+        with run.phase("tokenize"):
+            tokens = texts.tokenize(
+                tokenizer, texts.join_rows(texts.read_rows(args.calibration, "train"))
+            )
+            windows = texts.calibration_windows(tokens, args.samples, args.window)
+    with run.phase("prune"), told(run):
+        report = sparsekern.prune_model(model, args.method, calibration=windows, progress=False)
     run.say(str(report).splitlines()[-1])
-    sparsekern.save_pretrained(model, folders["sparse"], tokenizer=tokenizer)
-    export_dense(folders["sparse"], folders["zeros"])
+    with run.phase("save"):
+        sparsekern.save_pretrained(model, folders["sparse"], tokenizer=tokenizer)
+    with run.phase("export dense"):
+        export_dense(folders["sparse"], folders["zeros"])
 
 
 def serve(folder: Path, args, run: Run) -> tuple[list[dict], float]:

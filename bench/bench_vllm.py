@@ -9,9 +9,15 @@ after the other, each in a process of its own (vllm_child.py) with vLLM's own co
 graphs. The fp8 engine is vLLM's own dynamic fp8 over the dense folder. lm_head and embeddings are
 dense everywhere.
 
+The dense engine runs first. The rows of an engine are written when it ends, so a run that is cut
+short keeps those that it has; one that the budget has no time for is not started. --no-pdl turns
+off the early starts that the plugin asks for (docs/engines.md); engines without our kernels run as
+they come, and each record says what its engine had.
+
 Decode: tokens per second over the difference of two lengths, median of the repeats. Prefill:
-prompts of 2048 tokens, one token each. Check: the 2:4 engine answers, greedy, with the tokens of
-an engine over the same weights dense with zeros, and with their log-probabilities within a bound.
+prompts of 2048 tokens, one token each. Check, in the rows of "sparse": it answers, greedy, with the
+tokens of an engine over the same weights dense with zeros, and with their log-probabilities within
+a bound.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from . import record
+from . import pdl, record
 from .options import Run, parser
 
 PRESETS = {"8b": (4096, 14336, 32, 8, 128256), "tiny": (64, 128, 4, 2, 256)}
@@ -41,6 +47,7 @@ def make_parser():
     result.add_argument("--folder", type=Path, required=True, help="where the models are written")
     result.add_argument("--engines", default="dense,sparse,sparse-fp8,fp8", help="comma-separated")
     result.add_argument("--repeats", type=int, default=3)
+    pdl.add_option(result, "on in 2:4 engines, where the plugin asks for it")
     result.add_argument(
         "--same-answers",
         action="store_true",
@@ -52,43 +59,62 @@ def make_parser():
 def main(path, arguments=()) -> int:
     args = make_parser().parse_args(list(arguments))
     run = Run(path, args)
-    wanted = args.engines.split(",") + (["zeros"] if args.same_answers else [])
+    wanted = plan(args.engines.split(","), args.same_answers)
     kinds = sorted({"dense" if name == "fp8" else name for name in wanted})
     folders = write_models(args.preset, args.layers, args.folder, kinds, run)
-    results = {}
+    results: dict[str, dict] = {}
+    needed = 0.0  # seconds of the longest engine so far
     for name in wanted:
-        results[name] = engine(name, folders, args, run)
-    check = compare(results)
-    base = results.get("dense", {})
-    for name, result in results.items():
-        if name == "zeros":
+        if run.left < needed:
+            run.say(f"no time for {name}: {run.left:.0f} s left, {needed:.0f} s needed")
             continue
-        rows = {f"batch {batch}": rate for batch, rate in result["decode"].items()}
-        rows["prefill 8 x 2048"] = result["prefill_tokens_s"]
-        for case, rate in rows.items():
-            metrics = {"tokens_s": rate}
-            reference = (
-                base.get("prefill_tokens_s")
-                if case.startswith("prefill")
-                else base.get("decode", {}).get(case.partition(" ")[2])
-            )
-            if reference:
-                metrics["speedup"] = round(rate / reference, 3)
-            run.add(
-                op="vllm",
-                backend=name,
-                check=check,
-                case=f"{args.preset}, {args.layers} layers, {case}",
-                dtype="bfloat16",
-                metrics=metrics,
-                details={
-                    key: result[key] for key in ("start_s", "phases_s", "weights_gb", "peak_gb")
-                }
-                | {"vllm": record._version("vllm"), "repeats": args.repeats},
-            )
-            run.say(f"{name:6} {case:18} {rate:10.1f} tokens/s  {metrics.get('speedup', '')}")
+        begin = run.elapsed
+        with run.phase(name):
+            results[name] = engine(name, folders, args, run)
+        needed = max(needed, run.elapsed - begin)
+        if name != "zeros":
+            write_rows(name, results, args, run)
     run.close()
     return 0
+
+
+def plan(names: list[str], same_answers: bool) -> list[str]:
+    """The engines in the order in which they run: dense first, as every ratio is to it, and what
+    "sparse" is compared with just before it."""
+    ordered = sorted(dict.fromkeys(names), key=lambda name: name != "dense")
+    if same_answers:
+        at = ordered.index("sparse") if "sparse" in ordered else len(ordered)
+        ordered.insert(at, "zeros")
+    return ordered
+
+
+def write_rows(name: str, results: dict, args, run: Run) -> None:
+    """The records of one engine, whose result is the newest."""
+    result, base = results[name], results.get("dense", {})
+    check = compare(results) if name == "sparse" else "ran"
+    rows = {f"batch {batch}": rate for batch, rate in result["decode"].items()}
+    rows["prefill 8 x 2048"] = result["prefill_tokens_s"]
+    known = ("start_s", "phases_s", "weights_gb", "peak_gb", "pdl")
+    for case, rate in rows.items():
+        metrics = {"tokens_s": rate}
+        reference = (
+            base.get("prefill_tokens_s")
+            if case.startswith("prefill")
+            else base.get("decode", {}).get(case.partition(" ")[2])
+        )
+        if reference:
+            metrics["speedup"] = round(rate / reference, 3)
+        run.add(
+            op="vllm",
+            backend=name,
+            check=check,
+            case=f"{args.preset}, {args.layers} layers, {case}",
+            dtype="bfloat16",
+            metrics=metrics,
+            details={key: result[key] for key in known}
+            | {"vllm": record._version("vllm"), "repeats": args.repeats},
+        )
+        run.say(f"{name:6} {case:18} {rate:10.1f} tokens/s  {metrics.get('speedup', '')}")
 
 
 def compare(results: dict) -> str:
@@ -139,7 +165,7 @@ def engine(name: str, folders: dict, args, run: Run) -> dict:
         [sys.executable, "-m", "bench.vllm_child", json.dumps(job)],
         capture_output=True,
         text=True,
-        env=environment,
+        env=pdl.environment(environment, name.startswith("sparse"), args.pdl),
         cwd=root,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

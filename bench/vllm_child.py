@@ -1,8 +1,8 @@
 """One engine of bench_vllm.py, in a process of its own: `python -m bench.vllm_child JSON`.
 
 JSON: {"folder", "quantization", "batches", "prompt", "new", "prefill", "logprobs"}. Prints one line
-of JSON: seconds and bytes of loading, tokens per second of each batch, prefill, and the
-log-probabilities of a few greedy tokens.
+of JSON: seconds and bytes of loading, whether kernels start early (pdl.py), tokens per second of
+each batch, prefill, and the log-probabilities of a few greedy tokens.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def main(text: str) -> None:
     import torch
     from vllm import LLM, SamplingParams
 
+    from bench import pdl
+
     job = json.loads(text)
     start = time.perf_counter()
     engine = LLM(
@@ -48,6 +50,8 @@ def main(text: str) -> None:
     )
     result["weights_gb"] = round(weights[0] / 1e9, 3)
     result["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    options = engine.llm_engine.vllm_config.compilation_config.inductor_compile_config
+    result["pdl"] = pdl.is_on(torch.device("cuda"), options)
     vocabulary = engine.llm_engine.model_config.get_vocab_size()
     generator = torch.Generator().manual_seed(0)
 

@@ -122,6 +122,7 @@ def test_dry_run_of_generate(tmp_path):
     assert len(found) == 6
     entry = found["optimized", "tiny, 2 layers, batch 2, context 8"]
     assert entry["metrics"]["tokens_s"] > 0 and entry["details"]["logits_distance"] < 1e-5
+    assert entry["details"]["pdl"] is False
 
 
 def test_decode_model_refuses_wrong_logits(tmp_path, monkeypatch):

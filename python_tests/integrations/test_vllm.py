@@ -195,3 +195,77 @@ def test_the_registered_method_answers_for_older_folders():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    "options, variable, device, known, expected",
+    [
+        ({}, None, (9, 0), True, True),
+        ({}, None, (10, 0), True, True),
+        ({}, "1", (9, 0), True, True),
+        ({}, "0", (9, 0), True, False),
+        ({plugin.PDL: False}, "1", (9, 0), True, False),
+        ({plugin.PDL: True}, "0", (8, 0), True, True),
+        ({}, "1", (8, 9), True, None),
+        ({}, None, None, True, None),
+        ({}, None, (9, 0), False, None),
+    ],
+)
+def test_when_the_kernels_between_ours_start_early(
+    monkeypatch, options, variable, device, known, expected
+):
+    monkeypatch.setattr(plugin, "knows_pdl", lambda: known)
+    monkeypatch.delenv(plugin.PDL_VARIABLE, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(plugin.PDL_VARIABLE, variable)
+    plugin.start_early(options, device)
+    assert options.get(plugin.PDL) == expected
+
+
+def test_inductors_own_name_of_the_option():
+    from torch._inductor import config
+
+    names = config.get_config_copy()
+    assert plugin.knows_pdl() == (plugin.PDL in names)
+    if plugin.knows_pdl():
+        assert names[plugin.PDL] == (os.environ.get(plugin.PDL_VARIABLE) == "1")
+        with config.patch({plugin.PDL: True}):
+            assert config.triton.enable_pdl
+
+
+@needs_vllm
+def test_a_model_with_our_layers_is_compiled_with_early_starts():
+    """Only such a model: the option is in the key of vLLM's cache, and others' engines keep it."""
+    code = (
+        "import torch\n"
+        "from vllm.config import CompilationConfig, DeviceConfig, VllmConfig\n"
+        "from vllm.config import set_current_vllm_config\n"
+        "from vllm.model_executor.layers.linear import LinearBase\n"
+        "from sparsekern.integrations import vllm_rules as rules\n"
+        "from sparsekern.integrations._vllm_method import SparseKernConfig\n"
+        "rules.knows_pdl = lambda: True\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "torch.cuda.get_device_capability = lambda *_: (9, 0)\n"
+        "ours = SparseKernConfig(rules.Layers(sparse=['m.up']))\n"
+        "layer = LinearBase.__new__(LinearBase)\n"
+        "assert ours.get_quant_method(layer, 'm.up') is not None, 'no engine: nothing to set'\n"
+        "def built(name, **options):\n"
+        "    engine = VllmConfig(device_config=DeviceConfig(device='cpu'),"
+        " compilation_config=CompilationConfig(inductor_compile_config=options))\n"
+        "    before = engine.compute_hash()\n"
+        "    with set_current_vllm_config(engine):\n"
+        "        ours.get_quant_method(layer, name)\n"
+        "    same = engine.compute_hash() == before\n"
+        "    return engine.compilation_config.inductor_compile_config.get(rules.PDL), same\n"
+        "assert built('m.up') == (True, False)\n"
+        "assert built('m.dense') == (None, True)\n"
+        "assert built('m.up', **{rules.PDL: False}) == (False, True)\n"
+    )
+    variables = {k: v for k, v in os.environ.items() if k != plugin.PDL_VARIABLE}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**variables, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -103,6 +104,7 @@ class SparseKernConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             sparse = layers.sparse_parts(prefix, fused)
             if any(sparse):
+                _start_early()
                 return SparseKernLinearMethod(prefix, layers.coding(prefix, fused), sparse)
             return UnquantizedLinearMethod()
         if any("FusedMoE" in kind.__name__ for kind in type(layer).__mro__):
@@ -110,6 +112,14 @@ class SparseKernConfig(QuantizationConfig):
         if isinstance(layer, ParallelLMHead) and prefix in (layers.sparse or ()):
             return SparseKernLinearMethod(prefix, layers.coding(prefix, {}))
         return None
+
+
+def _start_early() -> None:
+    """Before the model that is being built is compiled: its layers are, when all of them exist."""
+    engine = get_current_vllm_config_or_none()
+    if engine is not None:
+        device = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+        plugin.start_early(engine.compilation_config.inductor_compile_config, device)
 
 
 class _Shape(BasevLLMParameter):

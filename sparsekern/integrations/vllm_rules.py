@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 NAME = METHOD
 TESTED = "0.24"
 OP = "sparsekern.vllm"
+# Inductor's option: its Triton kernels let the kernel behind them start early (torch 2.11 or
+# newer), and the variable that sets it for a whole process.
+PDL, PDL_VARIABLE = "triton.enable_pdl", "TORCHINDUCTOR_ENABLE_PDL"
 # Names of experts' matrices in files that have a tensor for each.
 _EXPERT = re.compile(r"(^|\.)experts\.(\d+\.|gate_up_proj$|down_proj$)")
 
@@ -266,6 +270,29 @@ def check_shape(prefix: str, stored: Tensor, in_features: int) -> None:
 def has_8bit_kernels(device: torch.device) -> bool:
     """Whether products of 8-bit activations and weights have kernels there: Hopper's wgmma.sp."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def start_early(options: dict[str, Any], device: tuple[int, int] | None) -> None:
+    """Choose PDL in vLLM's `inductor_compile_config`, which the key of its compile cache has.
+
+    Ours stream weights while the kernel before them runs, if that one says so
+    (csrc/notes/decode.md): what Inductor generates does with PDL. What the user chose stays: an
+    entry of `options`, or TORCHINDUCTOR_ENABLE_PDL, which the key would not see.
+
+    Args:
+        options: gets the entry, where this torch knows it.
+        device: compute capability; None where there is no CUDA device.
+    """
+    if PDL in options or device is None or device < (9, 0) or not knows_pdl():
+        return
+    options[PDL] = os.environ.get(PDL_VARIABLE, "1") == "1"
+
+
+def knows_pdl() -> bool:
+    """Whether this torch's Inductor has the option."""
+    from torch._inductor import config
+
+    return torch.version.hip is None and hasattr(getattr(config, "triton", None), "enable_pdl")
 
 
 def require_cuda_kernels(device: torch.device) -> None:
