@@ -279,28 +279,45 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def _packed(value: Any, tensors: list[Tensor]) -> tuple[bytes]:
     """A value as text, its tensors apart."""
-    place: dict[int, int] = {}
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, item: Any) -> int | None:
-            if not isinstance(item, Tensor):
-                return None
-            if id(item) not in place:
-                place[id(item)] = len(tensors)
-                tensors.append(item)
-            return place[id(item)]
-
     file = io.BytesIO()
-    Pickler(file).dump(value)
+    _Pickler(file, tensors).dump(value)
     return (file.getvalue(),)
 
 
 def _unpacked(text: bytes, tensors: Sequence[Tensor]) -> Any:
-    class Unpickler(pickle.Unpickler):
-        def persistent_load(self, number: Any) -> Tensor:
-            return tensors[int(number)]
+    return _Unpickler(io.BytesIO(text), tensors).load()
 
-    return Unpickler(io.BytesIO(text)).load()
+
+# Classes of the module: one that is made in a call is a cycle of references, and holds all that the
+# call knows, the tensors, until the garbage collector comes by.
+
+
+class _Pickler(pickle.Pickler):
+    """Puts tensors into a list, once each, and their numbers into the file."""
+
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self.tensors = tensors
+        self.place: dict[int, int] = {}
+
+    def persistent_id(self, item: Any) -> int | None:
+        if not isinstance(item, Tensor):
+            return None
+        if id(item) not in self.place:
+            self.place[id(item)] = len(self.tensors)
+            self.tensors.append(item)
+        return self.place[id(item)]
+
+
+class _Unpickler(pickle.Unpickler):
+    """Takes them from there."""
+
+    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
+        super().__init__(file)
+        self.tensors = tensors
+
+    def persistent_load(self, number: Any) -> Tensor:
+        return self.tensors[int(number)]
 
 
 def assigned(costs: Sequence[float], world: int) -> list[int]:
