@@ -1,7 +1,6 @@
 """admm: patterns, its rounds by hand, better than SparseGPT, rows alone, and what it refuses."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from sparsekern.prune import (
     refine,
     relative_error,
     sparsegpt,
+    team,
 )
 
 PAIRS = Pattern.of("4:8 in pairs")

@@ -225,7 +225,8 @@ class Calibration(Timed):
                     stage._finish()
                 if self.undo == "stage":
                     self._forget()
-                text = f", {time.perf_counter() - begin:.3f} s{self.spent(before)}"
+                took = time.perf_counter() - begin
+                text = f", {took:.3f} s{self.spent(before, took)}"
                 logger.info("%s: %s done, %d layers%s", self.op, stage.key, len(stage.layers), text)
 
     @quiet
