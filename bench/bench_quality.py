@@ -32,6 +32,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import random
 import signal
@@ -49,7 +50,9 @@ from sparsekern import Reconstruction
 from sparsekern.eval import mix, texts
 from sparsekern.integrations.loading import load_model
 from sparsekern.nn.replace import dense_weight, is_linear
+from sparsekern.oneshot.calibration import make_batches
 from sparsekern.oneshot.presets import PRESETS
+from sparsekern.oneshot.rotation_stream import find_stream
 from sparsekern.oneshot.rounds import as_rounds
 
 from .options import Run, Watch, parser, timed, told, watchdog
@@ -342,10 +345,23 @@ class Table:
         self.run.say(f"{why}: {self.name} is not finished, phase {self.run.now or 'none'}")
         self.show()
 
+    @functools.cached_property
+    def rotates(self) -> bool:
+        """Whether the model allows a preset's rotation. One with a time is asked for by hand, and
+        is refused where the preset leaves its own out."""
+        probe = make_batches(self.windows(0, 1, True), self.model, 1, torch.device("cpu"))[0]
+        try:
+            with torch.no_grad():
+                find_stream(self.model, probe.probe(), torch.device("cpu"))
+        except ValueError as error:
+            self.run.say(f"no rotation: {error}")
+            return False
+        return True
+
     def limited(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options with times for rotation and rounds."""
         preset, rounds = PRESETS.get(options.get("preset", "")), _rounds(options)
-        turn = options.get("rotate", preset.rotate if preset else False)
+        turn = options.get("rotate", preset is not None and preset.rotate and self.rotates)
         if not rounds and not turn:
             return options
         left = self.end - time.perf_counter() - self.evaluation

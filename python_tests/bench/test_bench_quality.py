@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ pytest.importorskip("transformers", reason="needs transformers")
 from bench import bench_quality
 from python_tests.clock import patiently
 from python_tests.integrations import gguf_cases as cases
+from python_tests.oneshot.driver_models import build, tokens
 
 WORDS = "the and then an hand 12 than these 34 a band stand other that is all there is to say "
 
@@ -53,6 +56,17 @@ def test_methods_and_permutations_are_rows(tmp_path):
     assert [row["details"]["method"] for row in rows] == ["admm", "sparsegpt", "admm"]
     assert len({row["metrics"]["perplexity"] for row in rows}) == 3
     assert all(row["check"].startswith("14 layers have two of four") for row in rows)
+
+
+@pytest.mark.parametrize("family, rotates", [("llama", True), ("gemma3", False)])
+def test_a_time_for_a_rotation_is_none_for_a_model_that_has_none(family, rotates):
+    """With a time it is asked for by hand, and refused; the preset by itself leaves it out."""
+    table = bench_quality.Table.__new__(bench_quality.Table)
+    table.model, table.run = build(family), SimpleNamespace(say=lambda text: None)
+    table.train, table.window = tokens(4)[0].repeat(4), 20
+    table.end, table.evaluation = time.perf_counter() + 60, 1.0
+    limited = table.limited({"preset": "best"})
+    assert ("rotate" in limited) == rotates and limited["reconstruct"][0].seconds > 1
 
 
 def test_a_row_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):

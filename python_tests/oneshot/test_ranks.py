@@ -1,25 +1,28 @@
 """prune_model over ranks of torch.distributed: the weights of one process, bit for bit; an error on
 one rank ends all of them."""
 
+import gc
+import math
 import os
 import re
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 
-from sparsekern.oneshot.ranks import assigned
+from sparsekern.oneshot.ranks import _packed, _unpacked, assigned, divided
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch without distributed"
 )
 TWO = (
-    "sparsegpt published padding permuted magnitude levels whole rotated experts "
-    "failure resumed other-data other-weights reconstruct trained trained-padding absent"
+    "sparsegpt published padding permuted together together-masked magnitude levels whole rotated "
+    "experts failure resumed other-data other-weights reconstruct trained trained-padding absent"
 ).split()
-EQUAL = TWO[:9]
+EQUAL = TWO[:11]
 
 
 def run(folder, groups, **environment):
@@ -85,6 +88,13 @@ def test_a_fit_over_ranks_is_that_of_one_process_up_to_rounding(case, two):
     assert any(after < before for before, after in first["fits"])
 
 
+@pytest.mark.parametrize("case", ["together", "together-masked", "trained-padding"])
+def test_ranks_solve_every_group_of_a_block_together(case, two):
+    """The three cases in which they do: four groups in each of two blocks, and a head."""
+    for result in two[case]:
+        assert result["shared"][:2] == [4, 4] and all(result["shared"])
+
+
 def test_more_ranks_than_batches(two):
     """Four ranks, three batches."""
     assert_equal(two["many"])
@@ -148,12 +158,37 @@ def test_parts_of_a_work():
     assert assigned([], 2) == []
 
 
+def test_large_parts_are_divided_until_no_rank_has_much_more_than_the_others():
+    assert divided([1, 1, 4, 14], 2, 0) == [0, 1, None, None]
+    assert divided([1, 1, 4, 14], 2, 5) == [0, 1, 0, None]
+    assert divided([1, 1, 4, 14], 2, math.inf) == [1, 1, 1, 0]
+    assert divided([2, 2, 2, 2], 4, 0) == [0, 1, 2, 3]
+    assert divided([1], 4, 0) == [None] and divided([], 2, 0) == []
+
+
+def test_what_was_packed_is_held_by_nobody():
+    """Without a garbage collector, which comes late."""
+    tensors, gathered = [torch.ones(3), torch.zeros(2)], []
+    seen = [weakref.ref(tensor) for tensor in tensors]
+    gc.collect()
+    gc.disable()
+    try:
+        (text,) = _packed({"a": tensors, "b": tensors[0]}, gathered)
+        found = _unpacked(text, gathered)
+        assert len(gathered) == 2 and found["b"] is tensors[0] and found["a"][1] is tensors[1]
+        del tensors, gathered, found
+        assert [reference() for reference in seen] == [None, None]
+    finally:
+        gc.enable()
+
+
 @pytest.mark.gpu
 def test_two_gpus_give_the_weights_of_one(tmp_path):
     """NCCL; both kinds of groups on their GPUs."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     cases = ["sparsegpt", "padding", "magnitude", "levels", "rotated", "permuted", "experts"]
+    cases += ["together", "together-masked"]
     found = run(tmp_path, [(2, [*cases, "trained"])], RANKS_ON_GPU="1")
     first, second = found.pop("trained")
     assert_equal([{**second, "expected": first["got"]}])

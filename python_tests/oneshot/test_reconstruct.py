@@ -473,10 +473,29 @@ def test_fast_is_admm_alone_and_no_preset_is_sparsegpt():
         assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
 
 
+def test_best_on_norms_that_allow_no_rotation():
+    """Gemma 3's: it is left out, as the warning and the report say, before anything is done; asked
+    for by hand it is refused."""
+    dense = build("gemma3")
+    model = copy.deepcopy(dense)
+    with pytest.warns(UserWarning, match="preset best without rotation. .*every norm of Gemma3"):
+        model, report = pruned(ids=tokens(), preset="best", model=model, untie=True)
+    assert report.rotation["skipped"].startswith("sparsekern.rotate: expected every norm of Gemma3")
+    assert report.options["preset_rule"] == "no rotation" and "rotate" not in report.options
+    assert "preset best (no rotation)" in report.summary()
+    assert report.permutation["sites"] == 4 and len(report.reconstruction) == 2
+    assert len(report.pruned) == 14 and report.method == "admm"
+    model = copy.deepcopy(dense)
+    with pytest.raises(ValueError, match="every norm of Gemma3"):
+        pruned(preset="best", model=model, rotate=True, untie=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters()))
+
+
 def test_a_preset_leaves_out_what_cannot_be(quick):
     with pytest.warns(UserWarning, match="without rotation"):
         model, report = pruned(preset="best", model=build("gpt2"))
     assert "skipped" in report.rotation and report.reconstruction
+    assert report.options["preset_rule"] == "no rotation; no permutation"
     tied = build(layers=2, tie_word_embeddings=True)
     with pytest.warns(UserWarning, match="untie=True"):
         pruned(preset="best", model=tied)

@@ -145,7 +145,7 @@ class Calibration(Timed):
         ranks: the processes that share this walk, or None.
         source: of blocks whose weights are in memory only while they run, or None.
         undo: what `rollback` takes back: the "run", the last "stage", or None: nothing.
-        phases, parts, peak: of Timed.
+        phases, parts, peak: of Timed. load, store: a block comes to the device and goes home.
         on_tick: called with (stage, phase, batches done, of how many) after each batch; or None.
     """
 
@@ -225,7 +225,8 @@ class Calibration(Timed):
                     stage._finish()
                 if self.undo == "stage":
                     self._forget()
-                text = f", {time.perf_counter() - begin:.3f} s{self.spent(before)}"
+                took = time.perf_counter() - begin
+                text = f", {took:.3f} s{self.spent(before, took)}"
                 logger.info("%s: %s done, %d layers%s", self.op, stage.key, len(stage.layers), text)
 
     @quiet
@@ -276,11 +277,21 @@ class Calibration(Timed):
         self._planned = [*stages, Stage("head", None, after, None, self, walk.head)]
         return self._planned
 
-    def present(self, stage: Stage) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def present(self, stage: Stage) -> Iterator[None]:
         """Within: the weights of the stage's module are on the device."""
-        if self.source is not None and stage.index is not None and stage.module is not None:
-            return self.source.present(stage.module, self.device)
-        return on_device(stage.module, self.device)
+        if stage.module is None:
+            yield
+            return
+        here = on_device(stage.module, self.device)
+        if self.source is not None and stage.index is not None:
+            here = self.source.present(stage.module, self.device)
+        with contextlib.ExitStack() as stack:
+            with self.phase("load"):
+                stack.enter_context(here)
+            yield
+            with self.phase("store"):
+                stack.close()
 
     def looked(self, look: Callable[[], T]) -> T:
         """look(), which runs the whole model on a few tokens, where that is fast."""
@@ -379,11 +390,16 @@ class Calibration(Timed):
         self._undo.append((layer.module, parameter.detach().to(kept_at, copy=True), where))
 
     def compress(self, layer: Layer, weight: Sparse24) -> None:
-        """Replace a layer by a SparseLinear."""
+        """Replace a layer by a SparseLinear, where the model has the layer: its layout there is not
+        that of a GPU."""
         old = layer.module
         parameter = cast(Tensor, old.weight)
         bias = cast("Tensor | None", getattr(old, "bias", None))
-        new: SparseLinear = SparseLinear.from_sparse24(weight.to(parameter.device), bias)
+        home = self._homes.get(id(old), parameter.device)
+        home = parameter.device if home.type == "meta" else home
+        if bias is not None:
+            bias.data = bias.data.to(home)
+        new: SparseLinear = SparseLinear.from_sparse24(weight.to(home), bias)
         root = layer.home or self.model
         replace_module(root, old, new)
         if id(old) in self._training:

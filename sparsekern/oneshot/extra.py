@@ -36,10 +36,7 @@ class Extra:
         rotate: keywords of rotate_on, None for no rotation.      permute: of permute_on.
         optional, turn_optional, order_optional: rounds, rotation or permutation are the preset's:
             what the model does not allow is left out with a warning.
-        rule: what of the preset is otherwise for blocks of this size (presets.py), or None.
     """
-
-    rule: str | None = None
 
     def __init__(
         self,
@@ -54,6 +51,7 @@ class Extra:
     ) -> None:
         row = find_preset(OP, preset)
         self.preset = preset
+        self._rules: dict[str, str] = {}
         self.optional = reconstruct is None
         rounds = row.rounds if reconstruct is None else as_rounds(reconstruct, OP)
         self.turn_optional = rotate is None
@@ -88,9 +86,15 @@ class Extra:
     def adapt(self, blocks: Iterable[nn.Module]) -> None:
         """The preset's round inside the walk as it is for blocks of this size."""
         if self.block is not None and self.optional:
-            self.block, self.rule = for_blocks(self.block, blocks)
-            if self.rule is not None:
-                logger.info("%s: preset %s with %s", OP, self.preset, self.rule)
+            self.block, rule = for_blocks(self.block, blocks)
+            if rule is not None:
+                self._rules["reconstruct"] = rule
+                logger.info("%s: preset %s with %s", OP, self.preset, rule)
+
+    @property
+    def rule(self) -> str | None:
+        """What of the preset is otherwise for this model (presets.py), or None."""
+        return "; ".join(self._rules.values()) or None
 
     @property
     def needs_dense(self) -> bool:
@@ -118,11 +122,12 @@ class Extra:
         if self.permute is None or not self.order_optional:
             return
         warnings.warn(f"{OP}: preset {self.preset} without permutation {why}.", stacklevel=4)
-        self.permute = None
+        self.permute, self._rules["permute"] = None, "no permutation"
 
     def drop(self) -> None:
         """Leave out the rounds."""
-        self.block, self.spans, self.rule = None, [], None
+        self.block, self.spans = None, []
+        self._rules["reconstruct"] = "no reconstruction"
 
     def described(self) -> dict[str, Any]:
         """As options of the report and of the manifest."""
@@ -151,6 +156,7 @@ class Extra:
             if not self.order_optional or isinstance(error, RankError):
                 raise
             report.permutation, self.permute = {"skipped": str(error)}, None
+            self._rules["permute"] = "no permutation"
             warnings.warn(f"{OP}: preset {self.preset} without permutation. {error}", stacklevel=3)
             return None
         report.permutation = asdict(made.report)
@@ -174,6 +180,7 @@ class Extra:
             if not self.turn_optional or isinstance(error, RankError):
                 raise
             report.rotation, self.rotate = {"skipped": str(error)}, None
+            self._rules["rotate"] = "no rotation"
             warnings.warn(f"{OP}: preset {report.preset} without rotation. {error}", stacklevel=3)
             return None
         report.rotation = asdict(turned.report)

@@ -27,6 +27,8 @@ from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.report import LayerReport
 from sparsekern.prune.methods import Method, apply_mask
 from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
+from sparsekern.prune.refine import fit_kept
+from sparsekern.prune.team import Team
 
 DAMP = 0.01
 
@@ -45,6 +47,7 @@ class Options:
     quantize_method: "gptq", "rtn", or None: gptq where there is a Hessian.
     quantize_group: of int4.
     op: who asks, for messages.      part: times a part of the work by its name.
+    team: of processes that prune the same layers together, or None.
     """
 
     method: Method
@@ -60,6 +63,7 @@ class Options:
     quantize_group: int | None = None
     op: str = "sparsekern.oneshot.prune_group"
     part: Callable[[str], contextlib.AbstractContextManager[None]] = _untimed
+    team: Team | None = None
 
 
 @dataclass
@@ -153,7 +157,7 @@ def _prune(layers: list[Layer], hessian: prune.Hessian | None, options: Options)
         if options.refine and hessian is not None:
             knobs: dict[str, Any] = {"steps": options.refine, "damp": options.damp}
             with options.part("prune: refine"):
-                pruned = prune.refine(stacked, pruned, kept, hessian, **knobs)
+                pruned = fit_kept(stacked, pruned, kept, hessian, team=options.team, **knobs)
         quantized = None
         if options.quantize and method.finish is None:
             quantized, _ = quantize(stacked, pruned, kept, hessian, options)
@@ -250,9 +254,10 @@ def _call(
     names = ", ".join(layer.name for layer in layers)
     try:
         call = method.function
-        result = method.call(
-            call, weight, hessian, pattern=pattern, mask=mask, values=options.values
-        )
+        knobs: dict[str, Any] = {"pattern": pattern, "mask": mask}
+        if method.together:
+            knobs["team"] = options.team
+        result = method.call(call, weight, hessian, **knobs, values=options.values)
     except (ValueError, TypeError) as error:
         kind = ValueError if isinstance(error, ValueError) else TypeError
         raise kind(f"{options.op}: {names}: {error}") from error

@@ -8,7 +8,8 @@ Every rank has the model and all of the calibration data. What is split:
                  blocks of columns of H (and rows of G) by the products that one process computes;
                  zeros elsewhere, so that the sum over ranks is exact (shared_collector.py)
     solving      a group of layers that read one input is solved on one rank, which gives weights
-                 and masks to the others
+                 and masks to the others; a large one on all, some rows and some of the inverses on
+                 each (prune/team.py)
     fits         of one block: each rank has some rows of every batch, and gradients are added up
                  (portion.py)
 
@@ -42,6 +43,7 @@ from sparsekern.oneshot.discovery import Layer
 logger = logging.getLogger("sparsekern")
 TIMEOUT = "SPARSEKERN_RANK_TIMEOUT"
 SECONDS = 1800
+UNEVEN = 1.05  # times the mean: the most work of one rank, where some of it can be divided
 
 
 class RankError(RuntimeError):
@@ -279,28 +281,45 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def _packed(value: Any, tensors: list[Tensor]) -> tuple[bytes]:
     """A value as text, its tensors apart."""
-    place: dict[int, int] = {}
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, item: Any) -> int | None:
-            if not isinstance(item, Tensor):
-                return None
-            if id(item) not in place:
-                place[id(item)] = len(tensors)
-                tensors.append(item)
-            return place[id(item)]
-
     file = io.BytesIO()
-    Pickler(file).dump(value)
+    _Pickler(file, tensors).dump(value)
     return (file.getvalue(),)
 
 
 def _unpacked(text: bytes, tensors: Sequence[Tensor]) -> Any:
-    class Unpickler(pickle.Unpickler):
-        def persistent_load(self, number: Any) -> Tensor:
-            return tensors[int(number)]
+    return _Unpickler(io.BytesIO(text), tensors).load()
 
-    return Unpickler(io.BytesIO(text)).load()
+
+# Classes of the module: one that is made in a call is a cycle of references, and holds all that the
+# call knows, the tensors, until the garbage collector comes by.
+
+
+class _Pickler(pickle.Pickler):
+    """Puts tensors into a list, once each, and their numbers into the file."""
+
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self.tensors = tensors
+        self.place: dict[int, int] = {}
+
+    def persistent_id(self, item: Any) -> int | None:
+        if not isinstance(item, Tensor):
+            return None
+        if id(item) not in self.place:
+            self.place[id(item)] = len(self.tensors)
+            self.tensors.append(item)
+        return self.place[id(item)]
+
+
+class _Unpickler(pickle.Unpickler):
+    """Takes them from there."""
+
+    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
+        super().__init__(file)
+        self.tensors = tensors
+
+    def persistent_load(self, number: Any) -> Tensor:
+        return self.tensors[int(number)]
 
 
 def assigned(costs: Sequence[float], world: int) -> list[int]:
@@ -310,3 +329,21 @@ def assigned(costs: Sequence[float], world: int) -> list[int]:
         ranks[i] = loads.index(min(loads))
         loads[ranks[i]] += costs[i]
     return ranks
+
+
+def divided(costs: Sequence[float], world: int, least: float) -> list[int | None]:
+    """A rank for each of these parts of a work, None for those that all do together: of at least
+    that cost, the largest first, until no rank has over a twentieth more than the mean."""
+    owners: list[int | None] = [None] * len(costs)
+    alone = sorted(range(len(costs)), key=lambda i: costs[i])
+    total, shared = sum(costs), 0.0
+    while alone:
+        ranks, loads = assigned([costs[i] for i in alone], world), [shared / world] * world
+        for i, rank in zip(alone, ranks):
+            loads[rank] += costs[i]
+        if max(loads) <= UNEVEN * total / world or costs[alone[-1]] < least:
+            for i, rank in zip(alone, ranks):
+                owners[i] = rank
+            break
+        shared += costs[alone.pop()]
+    return owners

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import warnings
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
@@ -32,7 +33,7 @@ from sparsekern.oneshot.layerwise import (
     prune_group,
 )
 from sparsekern.oneshot.layerwise import quantize as quantize_layer
-from sparsekern.oneshot.ranks import assigned
+from sparsekern.oneshot.ranks import Ranks, divided
 from sparsekern.oneshot.report import LayerReport, PruneReport
 from sparsekern.oneshot.resume import ResumeDir
 from sparsekern.oneshot.run_rounds import Rounds
@@ -41,6 +42,7 @@ from sparsekern.oneshot.stages import Group, Stage
 from sparsekern.prune import Hessian, Method
 
 logger = logging.getLogger("sparsekern")
+SPLIT_FROM = 2**38  # multiplications of a solver that ranks do together: tens of ms of a GPU
 
 
 class Run(Rounds):
@@ -195,7 +197,8 @@ class Run(Rounds):
         finish = self.options.method.finish is not None
         finish |= self.extra.block is not None and stage.index is not None
         if self.walk.ranks is not None:
-            self.walk.ranks.same_weights(stage.layers, stage.key)
+            with self.walk.phase("exchange"):
+                self.walk.ranks.same_weights(stage.layers, stage.key)
         with contextlib.closing(self._solved(stage)) as groups:
             for group, solved in groups:
                 with self.walk.phase("prune"):
@@ -225,8 +228,8 @@ class Run(Rounds):
             self.resume.save(stage.key, results, rows)
 
     def _solved(self, stage: Stage) -> Generator[tuple[Group, Iterable[Pruned]], None, None]:
-        """Each group, on the device, with what its layers become. With several ranks each solves
-        some of the groups, and has the others' results."""
+        """Each group, on the device, with what its layers become. Several ranks solve the costly
+        groups together and each some of the others, and all have all results."""
         ranks = self.walk.ranks
         if ranks is None:
             with contextlib.closing(stage.groups()) as one_by_one:
@@ -235,42 +238,59 @@ class Run(Rounds):
                     yield group, self._ticked(stage, prune_group, group)
             return
         for groups in stage.passes():
-            owners = assigned([self._cost(group) for group in groups], ranks.world)
+            costs = [self._cost(group) for group in groups]
+            owners = divided(costs, ranks.world, SPLIT_FROM if self._splits() else math.inf)
+            solved: dict[int, list[Any]] = {}
             mine: dict[int, list[Any]] = {}
-            for number, (group, owner) in enumerate(zip(groups, owners)):
+            for number in sorted(range(len(groups)), key=lambda i: owners[i] is not None):
+                group, owner = groups[number], owners[number]
                 self._keep_hessian(group)
-                if owner == ranks.rank:
+                if owner is None or owner == ranks.rank:
+                    team = ranks if owner is None else None
                     with group.on_device(), self.walk.phase("prune"):
-                        found = self._ticked(stage, prune_group, group)
-                        mine[number] = [(p.report, p.weight, p.mask, p.quantized) for p in found]
+                        found = self._ticked(stage, prune_group, group, team)
+                        parts = [(p.report, p.weight, p.mask, p.quantized) for p in found]
+                    (solved if owner is None else mine)[number] = parts
                 if self.extra.block is None:  # else the errors after it need it
                     group.hessian = None
-            solved: dict[int, list[Any]] = {}
             with self.walk.phase("exchange"):
                 for source in range(ranks.world):
                     solved |= ranks.share(mine if source == ranks.rank else None, source)
             mine.clear()
             for number, group in enumerate(groups):
-                parts = zip(group.layers, solved.pop(number))
+                rows = zip(group.layers, solved.pop(number))
                 with group.on_device():
-                    yield group, [Pruned(layer, *part) for layer, part in parts]
+                    yield group, [Pruned(layer, *row) for layer, row in rows]
+
+    def _splits(self) -> bool:
+        """Whether ranks may solve one group together: quantised weights come from one alone."""
+        return self.options.method.together and not self.options.quantize
 
     def _cost(self, group: Group) -> float:
-        """About the multiplications of a group's solver: its factorisation, its sweep over the
-        columns, and the steps of refine."""
+        """About the multiplications of a group's solver, and the steps of refine."""
         rows, width = sum(layer.shape[0] for layer in group.layers), group.layers[0].shape[1]
         if group.hessian is None:
             return float(rows * width)
-        return float(width) ** 2 * (width + rows * (2 + self.options.refine))
+        method, steps = self.options.method, float(rows) * width**2 * self.options.refine
+        if method.work is not None:
+            return steps + method.call(method.work, rows, width, values=self.options.values)
+        return steps + float(width) ** 2 * (width + 2 * rows)
 
     def _keep_hessian(self, group: Group) -> None:
         if self.report.hessians is not None and group.hessian is not None:
             stored = group.hessian.to("cpu")
             self.report.hessians |= {layer.name: stored for layer in group.layers}
 
-    def _ticked(self, stage: Stage, solve: Callable[..., list[Pruned]], group: Group) -> Any:
+    def _ticked(
+        self,
+        stage: Stage,
+        solve: Callable[..., list[Pruned]],
+        group: Group,
+        team: Ranks | None = None,
+    ) -> Any:
         """The results of a group one by one, with a tick for each."""
-        for pruned in solve(group.layers, group.hessian, self.options):
+        options = self.options if team is None else replace(self.options, team=team)
+        for pruned in solve(group.layers, group.hessian, options):
             self._tick(stage)
             yield pruned
 

@@ -64,8 +64,8 @@ class Rounds:
             text = f"preset {self.report.preset} without reconstruction: {kind} is no chain"
             warnings.warn(f"{OP}: {text} of decoder blocks.", stacklevel=4)
             extra.drop()
-            for name in ("reconstruct", "preset_rule"):
-                self.report.options.pop(name, None)
+            self.report.options.pop("reconstruct", None)
+            self.report.options |= extra.described()
             return
         blocks = self.walk.selection.blocks
         with self.walk.evaluating(), self.walk.lazily():

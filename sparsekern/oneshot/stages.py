@@ -300,7 +300,10 @@ class Stage:
             with self._run.phase("capture" if self.key == "stem" else "forward"):
                 for done, _ in enumerate(self._advance(), 1):
                     self._tick("forward", done)
-        for layer in self.layers:
-            weight = self._new.pop(layer.name, None)
-            if isinstance(weight, Sparse24):
-                self._run.compress(layer, weight)
+        if not self._new:
+            return
+        with self._run.phase("store"):
+            for layer in self.layers:
+                weight = self._new.pop(layer.name, None)
+                if isinstance(weight, Sparse24):
+                    self._run.compress(layer, weight)

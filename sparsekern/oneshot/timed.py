@@ -8,11 +8,14 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+SHOWN = 5e-4  # seconds of a phase that a line has
+
 
 class Timed:
     """Attributes:
     device: where the work is.
-    phases: seconds by phase: capture, hessian, forward and what the caller adds.
+    phases: seconds by phase: capture, hessian, forward and what the caller adds; "other" is what a
+        stage took beside them.
     parts: seconds by part of a phase, as "prune: refine".
     peak: (bytes of GPU memory, phase that needed them first).
     """
@@ -49,9 +52,12 @@ class Timed:
         """Seconds by phase and part, now."""
         return {**self.phases, **self.parts}
 
-    def spent(self, before: Mapping[str, float]) -> str:
-        """The seconds of each phase and part since `times` was that, in words, and the peak."""
+    def spent(self, before: Mapping[str, float], total: float) -> str:
+        """The seconds of each phase and part since `times` was that, of `total` seconds, in words,
+        and the peak."""
+        known = sum(seconds - before.get(name, 0.0) for name, seconds in self.phases.items())
+        self.phases["other"] = self.phases.get("other", 0.0) + max(0.0, total - known)
         found = {name: seconds - before.get(name, 0.0) for name, seconds in self.times().items()}
-        text = "".join(f"; {name} {seconds:.3f} s" for name, seconds in found.items() if seconds)
+        text = "".join(f"; {name} {seconds:.3f} s" for name, seconds in found.items() if seconds > SHOWN)
         size, phase = self.peak
         return text + (f"; peak {size / 2**30:.2f} GiB in {phase}" if size else "")

@@ -12,6 +12,7 @@ True = kept; every rule is deterministic and keeps the higher column of a tie, o
     retarget.py    retarget (aim at the dense model's outputs)
     refine.py      refine (least squares for the weights that a mask keeps)
     quantize.py    gptq, rtn (the kept weights as fp8, int8 or int4)
+    team.py        several processes that solve one layer
     methods.py     Method, register_method: the registry that prune_model and the command line read
 """
 

@@ -11,6 +11,8 @@ fit under them.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -29,15 +31,15 @@ from sparsekern.prune.methods import (
     is_number,
 )
 from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
-from sparsekern.prune.products import Factor, large_inverse, product
-from sparsekern.prune.refine import refine
+from sparsekern.prune.products import Factor, large_inverse
+from sparsekern.prune.refine import fit_kept
 from sparsekern.prune.sparsegpt import damping_steps
+from sparsekern.prune.team import Team, gathered, own_rows, rows_at_a_time
 
 _OP = "sparsekern.prune.admm"
 ROUNDS = 48
 FIRST, LAST = 0.1, 3.0  # the penalty, where the Hessian has a diagonal of ones
 EACH = 3  # rounds with one penalty, and one factorisation
-_ELEMENTS = 2**26  # of the rows that are worked on at a time: two float32 matrices of that size
 
 
 def admm(
@@ -58,8 +60,9 @@ def admm(
         V ← V + ρ(Y − D)
 
     Rows do not depend on each other. One matmul [out, in] x [in, in] a round, and one inverse of
-    [in, in] in three rounds; three float32 matrices of w's size are held. Large ones are
-    multiplied and inverted on the tensor cores of a GPU (prune/products.py).
+    [in, in] in three rounds, in which a wide layer with few rows has most of its work; three
+    float32 matrices of w's size are held. Large ones are multiplied and inverted on the tensor
+    cores of a GPU (prune/products.py).
 
     Args:
         w: [out_features, in_features] floating point; never modified.
@@ -77,6 +80,19 @@ def admm(
     Source: Meng et al. 2024, "ALPS" (arXiv:2406.07831): the splitting, the scaling and a growing
     penalty; here it grows on a fixed schedule, so that rows do not depend on each other.
     """
+    return _solve(w, hessian, pattern, rounds, damp, None)
+
+
+def _solve(
+    w: Tensor,
+    hessian: Hessian | Tensor,
+    pattern: tuple[int, int] | str,
+    rounds: int,
+    damp: float,
+    team: Team | None,
+) -> tuple[Tensor, Tensor, Details]:
+    """`admm`. Of a team each member has all of w and the Hessian, and some of the rows and of the
+    inverses; all return all."""
     check(w.dim() == 2, _OP, "w of shape [out_features, in_features]", f"shape {list(w.shape)}")
     kind = Pattern.of(pattern, _OP)
     kind.check_columns(_OP, w.shape[1])
@@ -91,30 +107,56 @@ def admm(
         a = h / scale[:, None] / scale
         a.diagonal().fill_(1.0)
         used, first = _damped(a, damp)
-        target = (w.detach().float() * scale).masked_fill_(dead, 0)
-        pulled = product(target, a)
+        mine = own_rows(*w.shape, team)
+        target = (w[mine].detach().float() * scale).masked_fill_(dead, 0)
+        some = rows_at_a_time(w.shape[1])
+        parts = [slice(i, i + some) for i in range(0, len(target), some)]
+        pulled = torch.empty_like(target)
+        factor = Factor(a)
+        for part in parts:
+            pulled[part] = factor.times(target[part])
+        del factor
         sparse, dual = target, torch.zeros_like(target)  # D and V
-        keep = torch.empty(w.shape, dtype=torch.bool, device=w.device)
-        rows = max(1, _ELEMENTS // max(1, w.shape[1]))
+        keep = torch.empty(target.shape, dtype=torch.bool, device=w.device)
         steps = -(-rounds // EACH)
-        for step in range(steps):
-            penalty = FIRST * (LAST / FIRST) ** (step / max(1, steps - 1))
-            solver = Factor(_inverse(a, penalty) if first is None else first)
-            first = None
+        penalties = [FIRST * (LAST / FIRST) ** (i / max(1, steps - 1)) for i in range(steps)]
+        inverses = _inverses(a, penalties, [first], team)
+        del first
+        for step, penalty in enumerate(penalties):
+            solver = Factor(next(inverses))
             for _ in range(min(EACH, rounds - EACH * step)):
-                for i in range(0, w.shape[0], rows):
-                    d, v = sparse[i : i + rows], dual[i : i + rows]
-                    y = solver.times(torch.add(pulled[i : i + rows], d, alpha=penalty).sub_(v))
+                for part in parts:
+                    d, v = sparse[part], dual[part]
+                    y = solver.times(torch.add(pulled[part], d, alpha=penalty).sub_(v))
                     torch.add(y, v, alpha=1 / penalty, out=d)
-                    keep[i : i + rows] = _largest(d, kind)
-                    d.mul_(keep[i : i + rows])
+                    keep[part] = _largest(d, kind)
+                    d.mul_(keep[part])
                     v.add_(y.sub_(d), alpha=penalty)
-        pruned = sparse.div_(scale).to(w.dtype)
+        pruned, keep = gathered(team, sparse.div_(scale).to(w.dtype), keep)
     expected = f"updated weights that are finite in {w.dtype}"
     remedy = "Raise damp, or prune in float32."
     check(bool(pruned.isfinite().all()), _OP, expected, "NaN or Inf", remedy, exc=PruneError)
     count = int(dead.sum())
     return pruned, keep, Details(used, (f"{count} inputs always zero",) if count else ())
+
+
+def _inverses(
+    a: Tensor, penalties: list[float], known: list[Tensor | None], team: Team | None
+) -> Iterator[Tensor]:
+    """(a + penalty·I)⁻¹ for each penalty in turn. The members of a team make some each, at the same
+    time. known: [the first, or None]; it is taken out."""
+    if known[0] is None:
+        known[0] = _inverse(a, penalties[0])
+    yield cast(Tensor, known.pop())
+    world = 1 if team is None else team.world
+    for i in range(1, len(penalties), world):
+        some = penalties[i : i + world]
+        if team is None:
+            yield _inverse(a, some[0])
+            continue
+        own = _inverse(a, some[team.rank]) if team.rank < len(some) else None
+        for source in range(len(some)):
+            yield team.share(own if source == team.rank else None, source)
 
 
 def _largest(d: Tensor, kind: Pattern) -> Tensor:
@@ -156,11 +198,18 @@ def _method(
     mask: Tensor | None = None,
     damp: float = 0.01,
     rounds: int = ROUNDS,
+    team: Team | None = None,
 ) -> Pruned:
     if mask is not None:  # nothing to search: the fit under it
         start = weight.masked_fill(~mask, 0)
-        return refine(weight, start, mask, hessian, damp=damp), mask.clone(), Details(damp)
-    return admm(weight, hessian, pattern=pattern, rounds=rounds, damp=damp)
+        fitted = fit_kept(weight, start, mask, hessian, damp=damp, team=team)
+        return fitted, mask.clone(), Details(damp)
+    return _solve(weight, hessian, pattern, rounds, damp, team)
+
+
+def _work(rows: int, width: int, *, rounds: int = ROUNDS) -> float:
+    """Multiplications: an inverse takes 2.3 of the width to the third."""
+    return float(width) ** 2 * (2.3 * width * -(-rounds // EACH) + rows * (1 + rounds))
 
 
 METHOD = Method(
@@ -188,4 +237,6 @@ METHOD = Method(
     stacked=True,
     refine=16,
     match_dense=0.25,
+    together=True,
+    work=_work,
 )

@@ -105,6 +105,10 @@ class Method:
         finish: with needs="outputs", called once a block has masks and weights everywhere:
             (block, {module: mask}, {module: dense weight}, **options). It may change kept weights
             in place, and returns nothing. Weights are [out_features, in_features].
+        together: the function takes team=, None or several processes that each call it with the
+            same arguments, and return the same (prune/team.py).
+        work: (rows, width, **options) -> about the multiplications of a call, to divide layers
+            between processes by; None: width² x (width + 2 x rows).
     """
 
     name: str
@@ -117,6 +121,8 @@ class Method:
     refine: int = 0
     match_dense: float | None = None
     finish: Callable[..., None] | None = None
+    together: bool = False
+    work: Callable[..., float] | None = None
 
     def values(self, op: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """{option: value}: what was given, and the defaults.

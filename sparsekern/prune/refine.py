@@ -17,10 +17,10 @@ from sparsekern.errors import check
 from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32
 from sparsekern.prune.masks import check_no_nan
 from sparsekern.prune.products import Factor
+from sparsekern.prune.team import Team, gathered, own_rows, rows_at_a_time
 from sparsekern.utils.arguments import checked
 
 _OP = "sparsekern.prune.refine"
-_ELEMENTS = 2**26  # of the rows that are solved at a time: six float32 matrices of that size
 
 
 @checked("sparsekern.prune.refine", steps=(0, 10**6), damp=(0, 10**6))
@@ -55,6 +55,21 @@ def refine(
     Source: Hestenes and Stiefel 1952; that 2:4 pruning gains from solving for the kept weights:
     Meng et al. 2024, "ALPS" (arXiv:2406.07831).
     """
+    return fit_kept(w, pruned, mask, hessian, steps=steps, damp=damp)
+
+
+def fit_kept(
+    w: Tensor,
+    pruned: Tensor,
+    mask: Tensor,
+    hessian: Hessian | Tensor,
+    *,
+    steps: int = 32,
+    damp: float = 0.01,
+    team: Team | None = None,
+) -> Tensor:
+    """`refine`. Of a team each member has all of it, and solves some of the rows; all return
+    all."""
     shape = tuple(w.shape)
     check(w.dim() == 2, _OP, "w of shape [out_features, in_features]", f"shape {list(shape)}")
     for name, tensor in (("pruned", pruned), ("mask", mask)):
@@ -79,13 +94,15 @@ def refine(
         a.diagonal().add_(damp)
         diagonal, factor = a.diagonal().clone(), Factor(a)
         del a
-        result = torch.empty(shape, dtype=pruned.dtype, device=w.device)
-        rows = max(1, _ELEMENTS // max(1, shape[1]))
-        for i in range(0, shape[0], rows):
-            part = slice(i, i + rows)
+        mine = own_rows(*w.shape, team)
+        result = torch.empty_like(pruned[mine])
+        rows = rows_at_a_time(shape[1])
+        for i in range(mine.start, mine.stop, rows):
+            part = slice(i, min(i + rows, mine.stop))
             x = pruned[part].detach().float() * mask[part]
-            result[part] = _solve(w[part].detach().float(), x, free[part], factor, diagonal, steps)
-        return result
+            x = _solve(w[part].detach().float(), x, free[part], factor, diagonal, steps)
+            result[i - mine.start : part.stop - mine.start] = x
+        return gathered(team, result)[0]
 
 
 def _solve(w: Tensor, x: Tensor, free: Tensor, a: Factor, diagonal: Tensor, steps: int) -> Tensor:
