@@ -154,6 +154,21 @@ def test_the_kernel_through_the_interpreter():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_kernel_gets_columns_one_after_the_other(monkeypatch):
+    """Of one head, too, whose columns a view would have."""
+    seen = []
+
+    def costs(columns, eight):
+        seen.append(columns.is_contiguous() and eight.is_contiguous())
+        return permutation._costs(columns, eight)
+
+    monkeypatch.setattr(permutation, "_costs_function", lambda scores: costs)
+    for heads in (1, 2):
+        scores = torch.rand(heads, 24, 16, generator=torch.Generator().manual_seed(heads))
+        search(scores, 2, torch.Generator().manual_seed(4))
+    assert len(seen) == 4 and all(seen)
+
+
 @pytest.mark.gpu
 def test_the_kernel_searches_large_places_on_a_gpu():
     pytest.importorskip("triton")

@@ -375,11 +375,15 @@ def hopper(monkeypatch, tmp_path):
 def test_tuned_cells_are_what_runs_next(hopper, dtype):
     import sparsekern as sk
 
-    cells = tuner.tune([(320, 580), (2048, 2048)], [1, 33, 64, 100], [dtype], "cuda")
+    narrow, square = (
+        tuner.tune([shape], [1, 33, 64, 100], [dtype], "cuda")
+        for shape in ((320, 580), (2048, 2048))
+    )
+    cells = narrow + square
     assert len(cells) == 8 and not any(cell.refused for cell in cells)
     assert all(0 < cell.us < 1000 and cell.gap >= 0 for cell in cells)
     layer = sk.SparseLinear(2048, 2048, bias=False, dtype=tuner.DTYPES[dtype], device="cuda")
-    for cell in cells[4:]:
+    for cell in square:
         x = torch.ones(cell.tokens, 2048, dtype=tuner.DTYPES[dtype], device="cuda")
         told = sk.explain(x, layer.weight)
         assert told.config == cell.best and told.expected_us == pytest.approx(cell.us, abs=1e-3)

@@ -369,7 +369,7 @@ def search(scores: Tensor, rounds: int, generator: torch.Generator) -> Tensor:
     """An order of the columns of each head of scores [heads, rows, columns] with little lost; int64
     [heads, columns]. All pairs of a round, of all heads, are looked at together."""
     heads, rows, size = scores.shape
-    columns = scores.transpose(1, 2).reshape(heads * size, rows)
+    columns = scores.transpose(1, 2).reshape(heads * size, rows).contiguous()
     order = torch.arange(heads * size, device=scores.device)
     groups = size // 4
     firsts = groups * torch.arange(heads)[:, None]

@@ -19,6 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsekern.errors import check
+
+OP = "sparsekern.backends.triton.exchange.costs"
 _BLOCK = 512  # rows at a time: 17 sums and eight columns of them over 128 threads
 
 
@@ -109,6 +112,9 @@ def costs(columns: Tensor, eight: Tensor) -> tuple[Tensor, Tensor]:
         columns: float32 [columns, rows], contiguous: the importance of each weight.
         eight: int64 [pairs, 8], contiguous: which columns the two groups of a pair have.
     """
+    for name, tensor in (("columns", columns), ("eight", eight)):
+        strides = tensor.stride()
+        check(tensor.is_contiguous(), OP, f"contiguous {name}", f"strides {strides}", "Copy it.")
     sums = torch.empty(len(eight), 17, device=columns.device)
     here = torch.cuda.device(columns.device) if columns.is_cuda else contextlib.nullcontext()
     with here:
