@@ -3,7 +3,6 @@
 import os
 
 import pytest
-import torch
 
 from sparsekern.integrations import inductor_pdl as pdl
 
@@ -43,27 +42,27 @@ def filtered(kernel, lines):
 
 
 @needs_option
-def test_a_kernel_without_loads_waits_for_its_predecessor(kernel):
-    assert filtered(kernel, ["tl.store(a, 0)"]) == ["tl.store(a, 0)"], "Inductor's own"
-    assert pdl.complete() and pdl.complete()
-    assert filtered(kernel, ["tl.store(a, 0)"]) == [kernel.GDC_WAIT, "tl.store(a, 0)"]
-
-
-@needs_option
-def test_other_kernels_stay_as_they_are(kernel, monkeypatch):
-    wait, launch = kernel.GDC_WAIT, kernel.GDC_LAUNCH
-    lines = ["a = tl.load(x)", wait, launch, "b = tl.load(y)", wait, launch, "tl.store(z, b)"]
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["tl.store(a, 0)"],
+        ["a = tl.load(x)", "WAIT", "LAUNCH", "b = tl.load(y)", "WAIT", "LAUNCH", "tl.store(z, b)"],
+    ],
+    ids=["no loads", "loads"],
+)
+def test_kernels_begin_with_the_wait_and_the_permission(kernel, monkeypatch, lines):
+    begin = [kernel.GDC_WAIT, kernel.GDC_LAUNCH]
+    lines = [dict(zip(("WAIT", "LAUNCH"), begin)).get(line, line) for line in lines]
     before = filtered(kernel, lines)
-    assert before == ["a = tl.load(x)", wait, "b = tl.load(y)", launch, "tl.store(z, b)"]
-    assert pdl.complete()
-    assert filtered(kernel, lines) == before
+    assert before[: len(begin)] != begin, "Inductor's own"
+    assert pdl.at_once() and pdl.at_once()
+    assert filtered(kernel, lines) == begin + before
     monkeypatch.setattr(kernel, "_enable_pdl_codegen", staticmethod(lambda: False))
-    assert filtered(kernel, ["tl.store(a, 0)"]) == ["tl.store(a, 0)"], "the option is off"
+    assert filtered(kernel, lines) == before, "the option is off"
 
 
 def test_a_torch_with_other_names_is_left_alone(monkeypatch):
     from torch._inductor.codegen.triton import TritonKernel
 
     monkeypatch.delattr(TritonKernel, "_filter_pdl", raising=False)
-    assert not pdl.complete() and not hasattr(TritonKernel, "_filter_pdl")
-    assert torch.version.hip is None
+    assert not pdl.at_once() and not hasattr(TritonKernel, "_filter_pdl")

@@ -216,7 +216,7 @@ def test_when_the_kernels_between_ours_start_early(
     monkeypatch, options, variable, device, known, expected
 ):
     monkeypatch.setattr(inductor_pdl, "known", lambda: known)
-    monkeypatch.setattr(inductor_pdl, "complete", lambda: True)
+    monkeypatch.setattr(inductor_pdl, "at_once", lambda: True)
     monkeypatch.delenv(inductor_pdl.VARIABLE, raising=False)
     if variable is not None:
         monkeypatch.setenv(inductor_pdl.VARIABLE, variable)

@@ -1,10 +1,13 @@
 """Early starts between our kernels and those that Inductor generates (csrc/notes/decode.md).
 
-With the option triton.enable_pdl a Triton kernel of Inductor tells the GPU, after its last load,
-that the next kernel may start, and waits for the one before it, at its first load at the latest.
-One that loads nothing does not wait, so it may end before its predecessor has, and what comes
-behind it waits for it alone. `complete` makes that one wait, too: then each kernel ends after all
-before it.
+With the option triton.enable_pdl a Triton kernel of Inductor waits for the kernel before it at its
+first load that needs it, and tells the GPU behind its last load that the next may start: in a
+reduction with loops, which a norm is, that is its end. One that loads nothing does not wait, and so
+may end before its predecessor has, while what comes behind it waits for it alone.
+
+`at_once` makes each of them begin with both: it waits, then lets the next one start. Nothing is
+touched before the wait, every kernel ends after all before it, and ours, which start then, stream
+their weights during the whole of it.
 
 Source: torch/_inductor/codegen/triton.py of torch 2.11 to 2.13, TritonKernel._filter_pdl.
 """
@@ -26,26 +29,27 @@ def known() -> bool:
     return torch.version.hip is None and hasattr(getattr(config, "triton", None), "enable_pdl")
 
 
-def complete() -> bool:
-    """From now on generated kernels wait where they load nothing, too; idempotent. False where this
-    torch has other names, and nothing is changed."""
+def at_once() -> bool:
+    """From now on what is generated with the option begins with the wait and the permission;
+    without it all stays as it is. Idempotent. False where this torch has other names, and
+    nothing is changed."""
     try:
         from torch._inductor.codegen.triton import TritonKernel
 
         kernel: Any = TritonKernel
-        filter_pdl, wait, _ = kernel._filter_pdl, kernel.GDC_WAIT, kernel._enable_pdl_codegen
+        filter_pdl, _ = kernel._filter_pdl, kernel._enable_pdl_codegen
+        begin = [kernel.GDC_WAIT, kernel.GDC_LAUNCH]
     except (ImportError, AttributeError):
         return False
-    if getattr(filter_pdl, "waits_everywhere", False):
+    if getattr(filter_pdl, "at_once", False):
         return True
 
     @functools.wraps(filter_pdl)
-    def waiting(self: Any, code: Any) -> None:
+    def filter_and_begin(self: Any, code: Any) -> None:
         filter_pdl(self, code)
-        waits = any(isinstance(line, str) and wait in line for line in code._lines)
-        if not waits and self._enable_pdl_codegen():
-            code._lines.insert(0, wait)
+        if self._enable_pdl_codegen():
+            code._lines[:0] = begin  # those of the kernel itself have no effect any more
 
-    waiting.waits_everywhere = True  # type: ignore[attr-defined]
-    kernel._filter_pdl = waiting
+    filter_and_begin.at_once = True  # type: ignore[attr-defined]
+    kernel._filter_pdl = filter_and_begin
     return True

@@ -273,7 +273,7 @@ def has_8bit_kernels(device: torch.device) -> bool:
 def start_early(options: dict[str, Any], device: tuple[int, int] | None) -> None:
     """Choose Inductor's PDL in vLLM's `inductor_compile_config`, which the key of its cache has.
 
-    Ours stream weights while the kernel before them ends, if that one says so: what Inductor
+    Ours stream weights while the kernel before them runs, if that one says so: what Inductor
     generates does with PDL (inductor_pdl.py). What the user chose stays: an entry of `options`, or
     TORCHINDUCTOR_ENABLE_PDL, which the key would not see.
 
@@ -282,7 +282,7 @@ def start_early(options: dict[str, Any], device: tuple[int, int] | None) -> None
         device: compute capability; None where there is no CUDA device.
     """
     known = device is not None and device >= (9, 0) and inductor_pdl.known()
-    if not known or not inductor_pdl.complete():
+    if not known or not inductor_pdl.at_once():
         return
     options.setdefault(inductor_pdl.PDL, os.environ.get(inductor_pdl.VARIABLE, "1") == "1")
 
