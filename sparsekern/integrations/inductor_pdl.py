@@ -1,4 +1,4 @@
-"""Early starts between our kernels and those that Inductor generates (csrc/notes/decode.md).
+"""Early starts between our kernels and those that Inductor generates (csrc/notes/pdl.md).
 
 With the option triton.enable_pdl a Triton kernel of Inductor waits for the kernel before it at its
 first load that needs it, and tells the GPU behind its last load that the next may start: in a
