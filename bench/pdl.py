@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from sparsekern.integrations.inductor_pdl import PDL, VARIABLE, known
+from sparsekern.integrations.inductor_pdl import PDL, VARIABLE, at_once, known
 
 
 def add_option(parser: argparse.ArgumentParser, default: str) -> None:
@@ -23,11 +23,12 @@ def add_option(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def choose(wanted: bool | None) -> None:
-    """In this process, for what is compiled from now on; None leaves it as it is."""
+    """In this process, for what is compiled from now on, with the permission at once as in vLLM;
+    None leaves it as it is."""
     if wanted is None:
         return
     if known():
-        torch._inductor.config.triton.enable_pdl = wanted
+        torch._inductor.config.triton.enable_pdl = wanted and at_once()
     elif wanted:
         raise RuntimeError(f"bench: expected a torch whose Inductor has {PDL}, got none.")
 

@@ -130,7 +130,7 @@ def test_an_engine_is_not_started_without_time_for_it(vllm_bench, capsys):
     assert "no time for sparse" in capsys.readouterr().out
 
 
-def test_inductors_option_in_this_process():
+def test_inductors_option_in_this_process(monkeypatch):
     cpu = torch.device("cpu")
     assert not pdl.is_on(cpu, {inductor_pdl.PDL: True})
     if not inductor_pdl.known():
@@ -138,12 +138,15 @@ def test_inductors_option_in_this_process():
         with pytest.raises(RuntimeError, match="enable_pdl"):
             pdl.choose(True)
         return
+    from torch._inductor.codegen.triton import TritonKernel
+
+    monkeypatch.setattr(TritonKernel, "_filter_pdl", TritonKernel._filter_pdl)
     config = torch._inductor.config
     with config.patch({inductor_pdl.PDL: False}):
         pdl.choose(None)
         assert not config.triton.enable_pdl
         pdl.choose(True)
-        assert config.triton.enable_pdl
+        assert config.triton.enable_pdl and TritonKernel._filter_pdl.at_once
         pdl.choose(False)
         assert not config.triton.enable_pdl
 
