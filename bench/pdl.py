@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from sparsekern.integrations.vllm_rules import PDL, PDL_VARIABLE, knows_pdl
+from sparsekern.integrations.inductor_pdl import PDL, VARIABLE, at_once, known
 
 
 def add_option(parser: argparse.ArgumentParser, default: str) -> None:
@@ -23,11 +23,12 @@ def add_option(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def choose(wanted: bool | None) -> None:
-    """In this process, for what is compiled from now on; None leaves it as it is."""
+    """In this process, for what is compiled from now on, with the permission at once as in vLLM;
+    None leaves it as it is."""
     if wanted is None:
         return
-    if knows_pdl():
-        torch._inductor.config.triton.enable_pdl = wanted
+    if known():
+        torch._inductor.config.triton.enable_pdl = wanted and at_once()
     elif wanted:
         raise RuntimeError(f"bench: expected a torch whose Inductor has {PDL}, got none.")
 
@@ -36,7 +37,7 @@ def is_on(device: torch.device, options: dict | None = None) -> bool:
     """Whether code generated now for the device has it. options: of one compilation, which win."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return False
-    chosen = knows_pdl() and torch._inductor.config.triton.enable_pdl
+    chosen = known() and torch._inductor.config.triton.enable_pdl
     return bool((options or {}).get(PDL, chosen))
 
 
@@ -45,7 +46,7 @@ def environment(variables: dict[str, str], ours: bool, wanted: bool | None) -> d
     word on it, so that they run as they come."""
     found = dict(variables)
     if not ours:
-        found.pop(PDL_VARIABLE, None)
+        found.pop(VARIABLE, None)
     elif wanted is not None:
-        found[PDL_VARIABLE] = "1" if wanted else "0"
+        found[VARIABLE] = "1" if wanted else "0"
     return found

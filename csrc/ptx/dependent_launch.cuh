@@ -4,6 +4,7 @@
 // Whatever the predecessor may have written, or may still read, is touched only after
 // wait_for_predecessor; let_successor_start says that the next such kernel may begin to fill freed
 // SMs. Before compute capability 9.0 both do nothing, and a launch must not have the attribute.
+// Chains with kernels of others: notes/pdl.md.
 #pragma once
 
 namespace sparsekern::ptx {

@@ -953,6 +953,24 @@ def test_which_int4_the_kernels_take(native):
     assert CudaBackend().prefers(w24.spec, cuda) is None
 
 
+@pytest.mark.parametrize("multiprocessors, shares", [(132, True), (1, False)])
+def test_a_launch_that_cuts_no_tile_clears_no_workspace(
+    scaled_on_cpu, monkeypatch, multiprocessors, shares
+):
+    """One tile: most of what one multiprocessor runs at once, little of what 132 do."""
+    properties = SimpleNamespace(name="Test GPU", multi_processor_count=multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setitem(scaled_on_cpu.rows, "prefill", rows([Tile(256, 128, 1, 1)]))
+    monkeypatch.setitem(scaled_on_cpu.rows, "split", [])
+    forget()
+    w24 = quantized(INT8, torch.float16)
+    x, scale = torch.ones(65, 256, dtype=torch.int8), torch.ones(65)
+    with memory.nothing_kept():
+        scaled_linear.bind(problem(x, w24))(x, w24, None, scale)
+    (call,) = scaled_on_cpu.calls
+    assert call["kernel"] == "prefill" and (call["workspace"] != 0) == shares
+
+
 def test_x_that_is_quantised_already(scaled_on_cpu):
     w24 = quantized(INT8, torch.float16)
     for tokens in (3, 65):

@@ -21,6 +21,7 @@ from sparsekern.backends.cuda.cost_model import (
     Work,
     considered,
     fastest,
+    may_cut,
     mma_clocks,
     mma_rates,
     mma_tile,
@@ -362,6 +363,18 @@ def test_prefill_work_by_hand():
     # A part has four stages or more: 10 stages make two, 3 stages one.
     assert counts(192, 256, 640) == (5, 1, 1 / 2, 1 / 132)
     assert counts(192, 256, 130) == (3, 1, 0, 0)
+
+
+def test_launches_that_surely_cut_no_tile():
+    """gate_up of the 8B shape at 128 tokens: 112 tiles on 132 multiprocessors, or 56 pairs."""
+    assert not may_cut(Tile(256, 128, 1, 1), 128, 28672, H100)
+    assert not may_cut(Tile(256, 128, 2, 1), 128, 28672, H100)
+    assert may_cut(Tile(256, 128, 1, 1, streamed=True), 128, 28672, H100)
+    tile = Tile(256, 128, 1, 1)
+    cut = {tiles for tiles in range(1, 400) if may_cut(tile, 128, 256 * tiles, H100)}
+    assert cut == {*range(1, 67), *range(133, 400)}
+    exchange = {n for n in range(1, 133) if prefill(tile, 128, 256 * n).exchanges}
+    assert exchange == {*range(1, 67)}
 
 
 def test_a_streamed_wave_is_shared_out_equally():

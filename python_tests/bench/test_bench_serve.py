@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 from bench import bench_serve, bench_vllm, pdl
-from sparsekern.integrations import vllm_rules
+from sparsekern.integrations import inductor_pdl
 
 
 def answer(tokens, logprobs, second=None):
@@ -55,7 +55,7 @@ class Children:
     def __call__(self, command, env, **_):
         job = json.loads(command[-1])
         name = job["folder"] if job["quantization"] is None else "fp8"
-        self.started.append((name, env.get(vllm_rules.PDL_VARIABLE)))
+        self.started.append((name, env.get(inductor_pdl.VARIABLE)))
         if name in self.fails:
             return subprocess.CompletedProcess(command, 1, "", "it fell over")
         rate = 50.0 * len(self.started)
@@ -64,7 +64,7 @@ class Children:
             "start_s": 1.0,
             "weights_gb": 2.0,
             "peak_gb": 3.0,
-            "pdl": env.get(vllm_rules.PDL_VARIABLE) == "1",
+            "pdl": env.get(inductor_pdl.VARIABLE) == "1",
             "decode": {str(batch): rate for batch in job["batches"]},
             "prefill_tokens_s": rate,
             "answers": [answer],
@@ -75,7 +75,7 @@ class Children:
 @pytest.fixture
 def vllm_bench(tmp_path, monkeypatch):
     """(a call of the benchmark with options, its children, the lines that it has written)"""
-    monkeypatch.setenv(vllm_rules.PDL_VARIABLE, "1")
+    monkeypatch.setenv(inductor_pdl.VARIABLE, "1")
     monkeypatch.setattr(
         bench_vllm, "write_models", lambda preset, layers, folder, kinds, run: {k: k for k in kinds}
     )
@@ -130,20 +130,23 @@ def test_an_engine_is_not_started_without_time_for_it(vllm_bench, capsys):
     assert "no time for sparse" in capsys.readouterr().out
 
 
-def test_inductors_option_in_this_process():
+def test_inductors_option_in_this_process(monkeypatch):
     cpu = torch.device("cpu")
-    assert not pdl.is_on(cpu, {vllm_rules.PDL: True})
-    if not vllm_rules.knows_pdl():
+    assert not pdl.is_on(cpu, {inductor_pdl.PDL: True})
+    if not inductor_pdl.known():
         pdl.choose(False)
         with pytest.raises(RuntimeError, match="enable_pdl"):
             pdl.choose(True)
         return
+    from torch._inductor.codegen.triton import TritonKernel
+
+    monkeypatch.setattr(TritonKernel, "_filter_pdl", TritonKernel._filter_pdl)
     config = torch._inductor.config
-    with config.patch({vllm_rules.PDL: False}):
+    with config.patch({inductor_pdl.PDL: False}):
         pdl.choose(None)
         assert not config.triton.enable_pdl
         pdl.choose(True)
-        assert config.triton.enable_pdl
+        assert config.triton.enable_pdl and TritonKernel._filter_pdl.at_once
         pdl.choose(False)
         assert not config.triton.enable_pdl
 
@@ -152,5 +155,5 @@ def test_inductors_option_in_this_process():
 def test_what_a_record_says_of_early_starts(monkeypatch, capability, on):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     cuda = torch.device("cuda")
-    assert pdl.is_on(cuda, {vllm_rules.PDL: True}) == on
-    assert not pdl.is_on(cuda, {vllm_rules.PDL: False})
+    assert pdl.is_on(cuda, {inductor_pdl.PDL: True}) == on
+    assert not pdl.is_on(cuda, {inductor_pdl.PDL: False})

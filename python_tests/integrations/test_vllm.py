@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import sparsekern as sk
+from sparsekern.integrations import inductor_pdl
 from sparsekern.integrations import vllm_rules as plugin
 
 HERE = Path(__file__).resolve().parent
@@ -204,8 +205,8 @@ def test_the_registered_method_answers_for_older_folders():
         ({}, None, (10, 0), True, True),
         ({}, "1", (9, 0), True, True),
         ({}, "0", (9, 0), True, False),
-        ({plugin.PDL: False}, "1", (9, 0), True, False),
-        ({plugin.PDL: True}, "0", (8, 0), True, True),
+        ({inductor_pdl.PDL: False}, "1", (9, 0), True, False),
+        ({inductor_pdl.PDL: True}, "0", (8, 0), True, True),
         ({}, "1", (8, 9), True, None),
         ({}, None, None, True, None),
         ({}, None, (9, 0), False, None),
@@ -214,23 +215,13 @@ def test_the_registered_method_answers_for_older_folders():
 def test_when_the_kernels_between_ours_start_early(
     monkeypatch, options, variable, device, known, expected
 ):
-    monkeypatch.setattr(plugin, "knows_pdl", lambda: known)
-    monkeypatch.delenv(plugin.PDL_VARIABLE, raising=False)
+    monkeypatch.setattr(inductor_pdl, "known", lambda: known)
+    monkeypatch.setattr(inductor_pdl, "at_once", lambda: True)
+    monkeypatch.delenv(inductor_pdl.VARIABLE, raising=False)
     if variable is not None:
-        monkeypatch.setenv(plugin.PDL_VARIABLE, variable)
+        monkeypatch.setenv(inductor_pdl.VARIABLE, variable)
     plugin.start_early(options, device)
-    assert options.get(plugin.PDL) == expected
-
-
-def test_inductors_own_name_of_the_option():
-    from torch._inductor import config
-
-    names = config.get_config_copy()
-    assert plugin.knows_pdl() == (plugin.PDL in names)
-    if plugin.knows_pdl():
-        assert names[plugin.PDL] == (os.environ.get(plugin.PDL_VARIABLE) == "1")
-        with config.patch({plugin.PDL: True}):
-            assert config.triton.enable_pdl
+    assert options.get(inductor_pdl.PDL) == expected
 
 
 @needs_vllm
@@ -243,7 +234,8 @@ def test_a_model_with_our_layers_is_compiled_with_early_starts():
         "from vllm.model_executor.layers.linear import LinearBase\n"
         "from sparsekern.integrations import vllm_rules as rules\n"
         "from sparsekern.integrations._vllm_method import SparseKernConfig\n"
-        "rules.knows_pdl = lambda: True\n"
+        "from sparsekern.integrations import inductor_pdl\n"
+        "inductor_pdl.known = lambda: True\n"
         "torch.cuda.is_available = lambda: True\n"
         "torch.cuda.get_device_capability = lambda *_: (9, 0)\n"
         "ours = SparseKernConfig(rules.Layers(sparse=['m.up']))\n"
@@ -256,12 +248,12 @@ def test_a_model_with_our_layers_is_compiled_with_early_starts():
         "    with set_current_vllm_config(engine):\n"
         "        ours.get_quant_method(layer, name)\n"
         "    same = engine.compute_hash() == before\n"
-        "    return engine.compilation_config.inductor_compile_config.get(rules.PDL), same\n"
+        "    return engine.compilation_config.inductor_compile_config.get(inductor_pdl.PDL), same\n"
         "assert built('m.up') == (True, False)\n"
         "assert built('m.dense') == (None, True)\n"
-        "assert built('m.up', **{rules.PDL: False}) == (False, True)\n"
+        "assert built('m.up', **{inductor_pdl.PDL: False}) == (False, True)\n"
     )
-    variables = {k: v for k, v in os.environ.items() if k != plugin.PDL_VARIABLE}
+    variables = {k: v for k, v in os.environ.items() if k != inductor_pdl.VARIABLE}
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

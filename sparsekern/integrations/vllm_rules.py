@@ -27,6 +27,7 @@ from sparsekern.formats.disk import (
     storage_of,
 )
 from sparsekern.formats.scaled import SCALE
+from sparsekern.integrations import inductor_pdl
 from sparsekern.utils.safetensors_io import CONFIG_FILE, TensorFiles, read_json
 
 if TYPE_CHECKING:
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
 NAME = METHOD
 TESTED = "0.24"
 OP = "sparsekern.vllm"
-# Inductor's option: its Triton kernels let the kernel behind them start early (torch 2.11 or
-# newer), and the variable that sets it for a whole process.
-PDL, PDL_VARIABLE = "triton.enable_pdl", "TORCHINDUCTOR_ENABLE_PDL"
 # Names of experts' matrices in files that have a tensor for each.
 _EXPERT = re.compile(r"(^|\.)experts\.(\d+\.|gate_up_proj$|down_proj$)")
 
@@ -273,26 +271,20 @@ def has_8bit_kernels(device: torch.device) -> bool:
 
 
 def start_early(options: dict[str, Any], device: tuple[int, int] | None) -> None:
-    """Choose PDL in vLLM's `inductor_compile_config`, which the key of its compile cache has.
+    """Choose Inductor's PDL in vLLM's `inductor_compile_config`, which the key of its cache has.
 
-    Ours stream weights while the kernel before them runs, if that one says so
-    (csrc/notes/decode.md): what Inductor generates does with PDL. What the user chose stays: an
-    entry of `options`, or TORCHINDUCTOR_ENABLE_PDL, which the key would not see.
+    Ours stream weights while the kernel before them runs, if that one says so: what Inductor
+    generates does with PDL (inductor_pdl.py). What the user chose stays: an entry of `options`, or
+    TORCHINDUCTOR_ENABLE_PDL, which the key would not see.
 
     Args:
         options: gets the entry, where this torch knows it.
         device: compute capability; None where there is no CUDA device.
     """
-    if PDL in options or device is None or device < (9, 0) or not knows_pdl():
+    known = device is not None and device >= (9, 0) and inductor_pdl.known()
+    if not known or not inductor_pdl.at_once():
         return
-    options[PDL] = os.environ.get(PDL_VARIABLE, "1") == "1"
-
-
-def knows_pdl() -> bool:
-    """Whether this torch's Inductor has the option."""
-    from torch._inductor import config
-
-    return torch.version.hip is None and hasattr(getattr(config, "triton", None), "enable_pdl")
+    options.setdefault(inductor_pdl.PDL, os.environ.get(inductor_pdl.VARIABLE, "1") == "1")
 
 
 def require_cuda_kernels(device: torch.device) -> None:

@@ -526,6 +526,17 @@ def prefill_work(
     )
 
 
+def may_cut(tile: Tile, tokens: int, out_features: int, multiprocessors: int) -> bool:
+    """Whether the prefill kernel may cut tiles along in_features, for which it needs a workspace.
+    False only where it surely does not: its tiles are one wave, of more than half of the clusters
+    that could ever run at once (choose_splits)."""
+    size = tile.cluster_rows * tile.cluster_tokens
+    columns = -(-tokens // (tile.tokens * tile.cluster_tokens))
+    tiles = -(-out_features // (tile.rows * tile.cluster_rows)) * columns
+    one_wave = tiles <= resident_clusters(size, multiprocessors)
+    return tile.streamed or not (one_wave and 2 * tiles > multiprocessors // size)
+
+
 def split_work(
     tile: SplitTile,
     tokens: int,

@@ -303,6 +303,7 @@ class _Product:
             self.plan = _plain_plan(*self.size, dtype, problem.gpu)
         else:
             self.plan = _plan(*self.size, types, problem.gpu, way)
+        self.shares_tiles = _shares_tiles(self.plan, *self.size, self.types, problem.gpu)
         self.sizes = (*problem.x_shape[:-1], out_features)
         self.strides, self.dtype = _contiguous_strides(self.sizes), problem.dtype
 
@@ -323,7 +324,9 @@ class _Product:
         run, tensors = self.run(x_stride), w24.tensors
         y = _empty_strided(self.sizes, self.strides, self.dtype)
         stream = _current_stream(self.index)
-        space = _workspace(self.index, stream) if run.needs_workspace else (0, 0, None)
+        # Within an op a workspace is new, and clearing it a launch of its own.
+        shares = run.needs_workspace and self.shares_tiles
+        space = _workspace(self.index, stream) if shares else (0, 0, None)
         more, wide = {}, None
         if self.stored:
             wide = _empty_strided((run.widened_bytes,), (1,), torch.uint8)
@@ -341,6 +344,18 @@ class _Product:
             **more,
         )
         return y
+
+
+def _shares_tiles(
+    plan: tuple[str, int], tokens: int, out_features: int, _: int, types: Types, gpu: int
+) -> bool:
+    """Whether thread blocks of the launch may share a tile, through a workspace."""
+    kernel, number = plan
+    if kernel != "prefill":
+        return False
+    (tile,) = (tile for tile, config in configs._tiles(types).items() if config == number)
+    multiprocessors = torch.cuda.get_device_properties(gpu).multi_processor_count
+    return heuristics.may_cut(tile, tokens, out_features, multiprocessors)
 
 
 def _bind_quantized(problem: Problem, way: str) -> Launch:
