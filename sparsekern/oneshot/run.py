@@ -258,8 +258,8 @@ class Run(Rounds):
                 if self.extra.block is None:  # else the errors after it need it
                     group.hessian = None
             with self.walk.phase("exchange"):
-                for source in range(ranks.world):
-                    solved |= ranks.share(mine if source == ranks.rank else None, source)
+                for part in ranks.in_turn(mine, ranks.world):
+                    solved |= part
             mine.clear()
             for number, group in enumerate(groups):
                 rows = zip(group.layers, solved.pop(number))
@@ -277,7 +277,7 @@ class Run(Rounds):
             return float(rows * width)
         method, steps = self.options.method, float(rows) * width**2 * self.options.refine
         if method.work is not None:
-            return steps + method.call(method.work, rows, width, values=self.options.values)
+            return steps + float(method.call(method.work, rows, width, values=self.options.values))
         return steps + float(width) ** 2 * (width + 2 * rows)
 
     def _keep_hessian(self, group: Group) -> None:

@@ -155,8 +155,9 @@ def _inverses(
             yield _inverse(a, some[0])
             continue
         own = _inverse(a, some[team.rank]) if team.rank < len(some) else None
-        for source in range(len(some)):
-            yield team.share(own if source == team.rank else None, source)
+        coming = team.in_turn(own, len(some))
+        del own
+        yield from coming
 
 
 def _largest(d: Tensor, kind: Pattern) -> Tensor:

@@ -7,6 +7,7 @@ an inverse, is made by one member and given to the others.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,9 @@ class Team(Protocol):
     def share(self, value: Any, source: int) -> Any:
         """What member `source` calls it with, tensors included."""
 
+    def in_turn(self, value: Any, count: int) -> Iterator[Any]:
+        """What the first `count` members call it with, one after the other."""
+
 
 def rows_at_a_time(width: int) -> int:
     """Rows of a weight with so many columns that are worked on together."""
@@ -49,5 +53,5 @@ def gathered(team: Team | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     """All rows of tensors [own rows, ...] of which each member has its own."""
     if team is None:
         return tensors
-    given = [team.share(tensors if i == team.rank else None, i) for i in range(team.world)]
+    given = list(team.in_turn(tensors, team.world))
     return tuple(torch.cat(some) for some in zip(*given, strict=True))
