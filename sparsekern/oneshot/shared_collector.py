@@ -88,15 +88,16 @@ class SharedCollector(HessianCollector):
             self._notes, self._tensors = [], []
             self._place.clear()
             for number, batch in enumerate(batches, first + 1):
-                self._replay(*next(coming), batch)
+                self._replay(next(coming), batch)
                 self.end_batch()
                 yield number
             if first_only:
                 return
         next(forwards, None)  # it ends
 
-    def _replay(self, notes: list[Note], tensors: list[Tensor], batch: Batch) -> None:
+    def _replay(self, seen: tuple[list[Note], list[Tensor]], batch: Batch) -> None:
         """Go through one batch, as its hooks did on the rank that ran it."""
+        notes, tensors = seen
         self.keep = batch.keep
         for note in notes:
             x = tensors[note.tensor]

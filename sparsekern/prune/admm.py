@@ -107,7 +107,7 @@ def _solve(
         a = h / scale[:, None] / scale
         a.diagonal().fill_(1.0)
         used, first = _damped(a, damp)
-        mine = own_rows(*w.shape, team)
+        mine = own_rows(w, team)
         target = (w[mine].detach().float() * scale).masked_fill_(dead, 0)
         some = rows_at_a_time(w.shape[1])
         parts = [slice(i, i + some) for i in range(0, len(target), some)]

@@ -69,7 +69,7 @@ def retargeted(
     with exact_float32(w.device):
         scale = h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
         h = h / scale
-        target = w[own_rows(*w.shape, team)].detach().float()
+        target = w[own_rows(w, team)].detach().float()
         parts = target.split(rows_at_a_time(w.shape[1])) if len(target) else ()
         factor = Factor(cast(Tensor, drift) / scale)
         corrections = [factor.times(part) for part in parts]

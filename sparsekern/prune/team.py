@@ -39,8 +39,9 @@ def rows_at_a_time(width: int) -> int:
     return max(1, min(ROWS, ELEMENTS // max(1, width)))
 
 
-def own_rows(rows: int, width: int, team: Team | None) -> slice:
-    """The rows of a weight [rows, width] that this member solves; all without a team."""
+def own_rows(w: Tensor, team: Team | None) -> slice:
+    """The rows of a weight that this member solves; all without a team."""
+    rows, width = w.shape
     if team is None:
         return slice(0, rows)
     step = rows_at_a_time(width)
