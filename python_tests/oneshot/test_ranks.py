@@ -160,7 +160,7 @@ def test_parts_of_a_work():
 
 def test_large_parts_are_divided_until_no_rank_has_much_more_than_the_others():
     assert divided([1, 1, 4, 14], 2, 0) == [0, 1, None, None]
-    assert divided([1, 1, 4, 14], 2, 5) == [0, 1, 0, None]
+    assert divided([1, 1, 4, 14], 2, 5) == [1, 1, 0, None]
     assert divided([1, 1, 4, 14], 2, math.inf) == [1, 1, 1, 0]
     assert divided([2, 2, 2, 2], 4, 0) == [0, 1, 2, 3]
     assert divided([1], 4, 0) == [None] and divided([], 2, 0) == []

@@ -283,12 +283,11 @@ class Calibration(Timed):
         if stage.module is None:
             yield
             return
-        here = on_device(stage.module, self.device)
-        if self.source is not None and stage.index is not None:
-            here = self.source.present(stage.module, self.device)
+        streamed = self.source is not None and stage.index is not None
+        bring = cast(Source, self.source).present if streamed else on_device
         with contextlib.ExitStack() as stack:
             with self.phase("load"):
-                stack.enter_context(here)
+                stack.enter_context(bring(stage.module, self.device))
             yield
             with self.phase("store"):
                 stack.close()

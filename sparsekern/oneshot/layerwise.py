@@ -28,6 +28,7 @@ from sparsekern.oneshot.report import LayerReport
 from sparsekern.prune.methods import Method, apply_mask
 from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
 from sparsekern.prune.refine import fit_kept
+from sparsekern.prune.retarget import retargeted
 from sparsekern.prune.team import Team
 
 DAMP = 0.01
@@ -48,6 +49,7 @@ class Options:
     quantize_group: of int4.
     op: who asks, for messages.      part: times a part of the work by its name.
     team: of processes that prune the same layers together, or None.
+    errors: whether rows get errors; not where the caller has others in the end.
     """
 
     method: Method
@@ -64,6 +66,7 @@ class Options:
     op: str = "sparsekern.oneshot.prune_group"
     part: Callable[[str], contextlib.AbstractContextManager[None]] = _untimed
     team: Team | None = None
+    errors: bool = True
 
 
 @dataclass
@@ -144,20 +147,20 @@ def _prune(layers: list[Layer], hessian: prune.Hessian | None, options: Options)
         options.masks[layer.name].to(stacked.device) for layer in layers if _given(layer, options)
     ]
     mask = torch.cat(given) if given else None
+    knobs: dict[str, Any] = {"damp": options.damp, "team": options.team}
     try:
         if options.match_dense and hessian is not None and hessian.drift is not None:
             matched = options.match_dense
             with options.part("prune: match"):
-                stacked = prune.retarget(stacked, hessian, share=matched, damp=options.damp)
+                stacked = retargeted(stacked, hessian, share=matched, **knobs)
         if mask is not None and not method.updates:
             pruned, kept, details = apply_mask(stacked, mask)
         else:
             with options.part("prune: solve"):
                 pruned, kept, details = _call(method, layers, stacked, hessian, mask, options)
         if options.refine and hessian is not None:
-            knobs: dict[str, Any] = {"steps": options.refine, "damp": options.damp}
             with options.part("prune: refine"):
-                pruned = fit_kept(stacked, pruned, kept, hessian, team=options.team, **knobs)
+                pruned = fit_kept(stacked, pruned, kept, hessian, steps=options.refine, **knobs)
         quantized = None
         if options.quantize and method.finish is None:
             quantized, _ = quantize(stacked, pruned, kept, hessian, options)
@@ -181,7 +184,7 @@ def _prune(layers: list[Layer], hessian: prune.Hessian | None, options: Options)
     parts = zip(layers, weights, torch.split(pruned, rows), torch.split(kept, rows), split)
     for layer, weight, new, keep, levels in parts:
         report = new_report(layer, options)
-        if hessian is not None:
+        if hessian is not None and options.errors:
             with options.part("prune: errors"):
                 computes = known is None
                 report.relative_error = (

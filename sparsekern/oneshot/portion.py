@@ -11,7 +11,7 @@ all) is run as a whole by every rank, which then counts for one rank's share of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -42,25 +42,32 @@ def portion(
     """
     where = (walk.device, walk.home, walk.offload)
     found = Walk(walk.model, walk.blocks, [], walk.shown, *where)
-    shares = []
-    for number, batch in enumerate(batches):
-        source, own = number % ranks.world, number // ranks.world
-        mine: Any = None
-        if source == ranks.rank:
+    shares: list[float] = []
+    for first in range(0, len(batches), ranks.world):
+        some = batches[first : first + ranks.world]
+        own, mine = first // ranks.world, cast(Any, None)
+        if ranks.rank < len(some):
             mine = walk.hidden[own], walk.dense_outputs[own], walk.calls[own][index]
-        hidden, target, call = ranks.share(mine, source)
-        rows, share = slice(None), 1 / ranks.world
-        if _divides(call, hidden, ranks.world):
-            size = len(hidden)
-            rows = slice(size * ranks.rank // ranks.world, size * (ranks.rank + 1) // ranks.world)
-            counted, of = (_counted(batch, hidden, part) for part in (rows, slice(None)))
-            share = counted / max(1, of)
-        found.batches.append(_cut(batch, rows, len(hidden)))
-        found.calls.append([_of(call, rows, len(hidden))] * (index + 1))
-        found.hidden.append(walk.keep(hidden[rows].clone()))
-        found.dense_outputs.append(walk.keep(target[rows].clone()))
-        shares.append(share)
+        for batch, sent in zip(some, ranks.in_turn(mine, len(some)), strict=True):
+            shares.append(_take(found, batch, index, ranks, *sent))
     return found, shares
+
+
+def _take(
+    found: Walk, batch: Batch, index: int, ranks: Ranks, hidden: Tensor, target: Tensor, call: Call
+) -> float:
+    """Add this rank's rows of a batch to its walk; what share of the batch's tokens they are."""
+    rows, share = slice(None), 1 / ranks.world
+    if _divides(call, hidden, ranks.world):
+        size = len(hidden)
+        rows = slice(size * ranks.rank // ranks.world, size * (ranks.rank + 1) // ranks.world)
+        counted, of = (_counted(batch, hidden, part) for part in (rows, slice(None)))
+        share = counted / max(1, of)
+    found.batches.append(_cut(batch, rows, len(hidden)))
+    found.calls.append([_of(call, rows, len(hidden))] * (index + 1))
+    found.hidden.append(found.keep(hidden[rows].clone()))
+    found.dense_outputs.append(found.keep(target[rows].clone()))
+    return share
 
 
 def _divides(call: Call, hidden: Tensor, world: int) -> bool:

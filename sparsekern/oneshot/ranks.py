@@ -30,7 +30,7 @@ import logging
 import os
 import pickle
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, cast
 
@@ -182,6 +182,23 @@ class Ranks:
     def share(self, value: Any, source: int) -> Any:
         """What rank `source` calls it with; tensors inside are where they were there, on this
         rank's device or the host."""
+        return self._sent(value, source)()
+
+    def in_turn(self, value: Any, count: int) -> Iterator[Any]:
+        """What ranks 0, 1, ... of the first `count` call it with, as `share` gives it: the next one
+        is under way while one is worked on."""
+        waiting: list[Callable[[], Any]] = []
+        for source in range(count):
+            waiting.append(self._sent(value if source == self.rank else None, source))
+            if source >= self.rank:
+                value = None
+            if source:
+                yield waiting.pop(0)()
+        if waiting:
+            yield waiting.pop(0)()
+
+    def _sent(self, value: Any, source: int) -> Callable[[], Any]:
+        """Send rank `source`'s value; what is returned waits for it and has it."""
         dist, here = torch.distributed, self.rank == source
         sender = self._members[source]
         tensors: list[Tensor] = []
@@ -201,16 +218,24 @@ class Ranks:
         if buffers:
             self.agree()
         group = self._data if wire.type == "cuda" else self._control
-        for buffer in buffers:
-            if buffer.numel():
-                dist.broadcast(buffer, src=sender, group=group)
-        if here:
-            return value
-        found = []
-        for buffer, (dtype, shape, _, on_host) in zip(buffers, forms, strict=True):
-            tensor = buffer.view(dtype).view(shape)
-            found.append(tensor.to("cpu" if on_host else self.device))
-        return _unpacked(text, found)
+        under_way = [
+            dist.broadcast(buffer, src=sender, group=group, async_op=True)
+            for buffer in buffers
+            if buffer.numel()
+        ]
+
+        def arrived() -> Any:
+            for work in under_way:
+                work.wait()  # on a GPU its stream waits, not this process
+            if here:
+                return value
+            found = []
+            for buffer, (dtype, shape, _, on_host) in zip(buffers, forms, strict=True):
+                tensor = buffer.view(dtype).view(shape)
+                found.append(tensor.to("cpu" if on_host else self.device))
+            return _unpacked(text, found)
+
+        return arrived
 
     def add_up(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over the ranks, in place."""

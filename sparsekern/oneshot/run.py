@@ -194,8 +194,7 @@ class Run(Rounds):
             stage.layers = [layer for layer in stage.layers if layer.reason is None]
         results: dict[str, Sparse24 | Tensor] = {}
         kept: dict[str, tuple[Tensor, Tensor, Hessian | None]] = {}
-        finish = self.options.method.finish is not None
-        finish |= self.extra.block is not None and stage.index is not None
+        finish = self._finishes(stage)
         if self.walk.ranks is not None:
             with self.walk.phase("exchange"):
                 self.walk.ranks.same_weights(stage.layers, stage.key)
@@ -227,6 +226,11 @@ class Run(Rounds):
             rows = [self.rows[layer.name] for layer in stage.layers]
             self.resume.save(stage.key, results, rows)
 
+    def _finishes(self, stage: Stage) -> bool:
+        """Whether the weights of a stage change once more after its solvers (`_finish`)."""
+        trained = self.extra.block is not None and stage.index is not None
+        return trained or self.options.method.finish is not None
+
     def _solved(self, stage: Stage) -> Generator[tuple[Group, Iterable[Pruned]], None, None]:
         """Each group, on the device, with what its layers become. Several ranks solve the costly
         groups together and each some of the others, and all have all results."""
@@ -254,8 +258,8 @@ class Run(Rounds):
                 if self.extra.block is None:  # else the errors after it need it
                     group.hessian = None
             with self.walk.phase("exchange"):
-                for source in range(ranks.world):
-                    solved |= ranks.share(mine if source == ranks.rank else None, source)
+                for part in ranks.in_turn(mine, ranks.world):
+                    solved |= part
             mine.clear()
             for number, group in enumerate(groups):
                 rows = zip(group.layers, solved.pop(number))
@@ -273,7 +277,7 @@ class Run(Rounds):
             return float(rows * width)
         method, steps = self.options.method, float(rows) * width**2 * self.options.refine
         if method.work is not None:
-            return steps + method.call(method.work, rows, width, values=self.options.values)
+            return steps + float(method.call(method.work, rows, width, values=self.options.values))
         return steps + float(width) ** 2 * (width + 2 * rows)
 
     def _keep_hessian(self, group: Group) -> None:
@@ -289,7 +293,7 @@ class Run(Rounds):
         team: Ranks | None = None,
     ) -> Any:
         """The results of a group one by one, with a tick for each."""
-        options = self.options if team is None else replace(self.options, team=team)
+        options = replace(self.options, team=team, errors=not self._finishes(stage))
         for pruned in solve(group.layers, group.hessian, options):
             self._tick(stage)
             yield pruned

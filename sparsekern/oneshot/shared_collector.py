@@ -83,22 +83,21 @@ class SharedCollector(HessianCollector):
             if first + rank < len(self.batches) and not (first_only and rank):
                 next(forwards)
             self._check_unchanged()
-            for source, batch in enumerate(self.batches[first : first + world]):
-                mine = (self._notes, self._tensors) if source == rank else None
-                notes, tensors = self.ranks.share(mine, source)
-                self._replay(notes, tensors, batch)
-                del notes, tensors, mine
-                if source == rank:
-                    self._notes, self._tensors = [], []
-                    self._place.clear()
+            batches = self.batches[first : first + (1 if first_only else world)]
+            coming = self.ranks.in_turn((self._notes, self._tensors), len(batches))
+            self._notes, self._tensors = [], []
+            self._place.clear()
+            for number, batch in enumerate(batches, first + 1):
+                self._replay(next(coming), batch)
                 self.end_batch()
-                yield first + source + 1
-                if first_only:
-                    return
+                yield number
+            if first_only:
+                return
         next(forwards, None)  # it ends
 
-    def _replay(self, notes: list[Note], tensors: list[Tensor], batch: Batch) -> None:
+    def _replay(self, seen: tuple[list[Note], list[Tensor]], batch: Batch) -> None:
         """Go through one batch, as its hooks did on the rank that ran it."""
+        notes, tensors = seen
         self.keep = batch.keep
         for note in notes:
             x = tensors[note.tensor]

@@ -58,6 +58,8 @@ class Timed:
         known = sum(seconds - before.get(name, 0.0) for name, seconds in self.phases.items())
         self.phases["other"] = self.phases.get("other", 0.0) + max(0.0, total - known)
         found = {name: seconds - before.get(name, 0.0) for name, seconds in self.times().items()}
-        text = "".join(f"; {name} {seconds:.3f} s" for name, seconds in found.items() if seconds > SHOWN)
+        text = "".join(
+            f"; {name} {seconds:.3f} s" for name, seconds in found.items() if seconds > SHOWN
+        )
         size, phase = self.peak
         return text + (f"; peak {size / 2**30:.2f} GiB in {phase}" if size else "")

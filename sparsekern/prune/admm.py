@@ -107,7 +107,7 @@ def _solve(
         a = h / scale[:, None] / scale
         a.diagonal().fill_(1.0)
         used, first = _damped(a, damp)
-        mine = own_rows(*w.shape, team)
+        mine = own_rows(w, team)
         target = (w[mine].detach().float() * scale).masked_fill_(dead, 0)
         some = rows_at_a_time(w.shape[1])
         parts = [slice(i, i + some) for i in range(0, len(target), some)]
@@ -155,8 +155,9 @@ def _inverses(
             yield _inverse(a, some[0])
             continue
         own = _inverse(a, some[team.rank]) if team.rank < len(some) else None
-        for source in range(len(some)):
-            yield team.share(own if source == team.rank else None, source)
+        coming = team.in_turn(own, len(some))
+        del own
+        yield from coming
 
 
 def _largest(d: Tensor, kind: Pattern) -> Tensor:

@@ -94,7 +94,7 @@ def fit_kept(
         a.diagonal().add_(damp)
         diagonal, factor = a.diagonal().clone(), Factor(a)
         del a
-        mine = own_rows(*w.shape, team)
+        mine = own_rows(w, team)
         result = torch.empty_like(pruned[mine])
         rows = rows_at_a_time(shape[1])
         for i in range(mine.start, mine.stop, rows):

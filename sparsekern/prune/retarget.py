@@ -10,6 +10,7 @@ of it is taken.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor
 from sparsekern.errors import check, message
 from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32
 from sparsekern.prune.methods import PruneError
-from sparsekern.prune.products import Factor, is_large, large_inverse, product
+from sparsekern.prune.products import Factor, is_large, large_inverse
 from sparsekern.prune.sparsegpt import damping_steps
+from sparsekern.prune.team import Team, gathered, own_rows, rows_at_a_time
 from sparsekern.utils.arguments import checked
 
 _OP = "sparsekern.prune.retarget"
@@ -45,6 +47,14 @@ def retarget(w: Tensor, hessian: Hessian, *, share: float = 0.25, damp: float = 
     Source: the normal equations; that calibration against the dense model helps layer-wise
     compression: Li et al. 2025, "GPTAQ" (arXiv:2504.02692).
     """
+    return retargeted(w, hessian, share=share, damp=damp)
+
+
+def retargeted(
+    w: Tensor, hessian: Hessian, *, share: float, damp: float, team: Team | None = None
+) -> Tensor:
+    """`retarget`. Of a team each member has all of w and the Hessian, and works on some of the
+    rows; all return all."""
     check(0 <= share <= 1, _OP, "share from 0 to 1", repr(share))
     check(math.isfinite(damp) and damp >= 0, _OP, "a finite damp >= 0", repr(damp))
     h = as_matrix(_OP, hessian, w)
@@ -59,25 +69,34 @@ def retarget(w: Tensor, hessian: Hessian, *, share: float = 0.25, damp: float = 
     with exact_float32(w.device):
         scale = h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
         h = h / scale
-        target = w.detach().float()
-        correction = product(target, cast(Tensor, drift) / scale)
-        solved = _large_solve(h, damp, correction)
-        if solved is not None:
-            return (target + share * solved).to(w.dtype)
-        for step in damping_steps(damp):
-            damped = h.clone()
-            damped.diagonal().add_(step)
-            lower, info = torch.linalg.cholesky_ex(damped)
-            if int(info) == 0:
-                solved = torch.cholesky_solve(correction.t(), lower).t()
-                return (target + share * solved).to(w.dtype)
+        target = w[own_rows(w, team)].detach().float()
+        parts = target.split(rows_at_a_time(w.shape[1])) if len(target) else ()
+        factor = Factor(cast(Tensor, drift) / scale)
+        corrections = [factor.times(part) for part in parts]
+        del factor
+        solve = _large_solver(h, damp) or _solver(h, damp)
+        del h
+        result = torch.empty_like(target, dtype=w.dtype)
+        for part, found in zip(parts, result.split(rows_at_a_time(w.shape[1]))):
+            found.copy_(part + share * solve(corrections.pop(0)))
+        return gathered(team, result)[0]
+
+
+def _solver(h: Tensor, damp: float) -> Callable[[Tensor], Tensor]:
+    """right -> right (h + damp·I)⁻¹, by a factorisation, where damp may have to grow."""
+    for step in damping_steps(damp):
+        damped = h.clone()
+        damped.diagonal().add_(step)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            return lambda right: torch.cholesky_solve(right.t(), lower).t()
     expected = "a Hessian that is positive definite after damping"
     raise PruneError(message(_OP, expected, f"damp up to {step:g}", "Add calibration inputs."))
 
 
-def _large_solve(h: Tensor, damp: float, right: Tensor) -> Tensor | None:
-    """right (h + damp·I)⁻¹ of a large h on a GPU, by an inverse with a diagonal of ones and one
-    correction of what is left; None where there is none that is good enough."""
+def _large_solver(h: Tensor, damp: float) -> Callable[[Tensor], Tensor] | None:
+    """The same for a large h on a GPU, by an inverse with a diagonal of ones and one correction of
+    what is left; None where there is none that is good enough."""
     if not is_large(h):
         return None
     damped = h.clone()
@@ -87,8 +106,15 @@ def _large_solve(h: Tensor, damp: float, right: Tensor) -> Tensor | None:
     found = large_inverse(damped)
     if found is None:
         return None
-    right, inverse = right / root, Factor(found)
+    inverse = Factor(found)
     del found
-    solved = inverse.times(right)
-    solved += inverse.times(right - product(solved, damped))
-    return solved.div_(root)
+    matrix = Factor(damped)
+    del damped
+
+    def solve(right: Tensor) -> Tensor:
+        right = right / root
+        solved = inverse.times(right)
+        solved += inverse.times(right - matrix.times(solved))
+        return solved.div_(root)
+
+    return solve

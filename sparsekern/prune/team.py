@@ -7,6 +7,7 @@ an inverse, is made by one member and given to the others.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -29,14 +30,18 @@ class Team(Protocol):
     def share(self, value: Any, source: int) -> Any:
         """What member `source` calls it with, tensors included."""
 
+    def in_turn(self, value: Any, count: int) -> Iterator[Any]:
+        """What the first `count` members call it with, one after the other."""
+
 
 def rows_at_a_time(width: int) -> int:
     """Rows of a weight with so many columns that are worked on together."""
     return max(1, min(ROWS, ELEMENTS // max(1, width)))
 
 
-def own_rows(rows: int, width: int, team: Team | None) -> slice:
-    """The rows of a weight [rows, width] that this member solves; all without a team."""
+def own_rows(w: Tensor, team: Team | None) -> slice:
+    """The rows of a weight that this member solves; all without a team."""
+    rows, width = w.shape
     if team is None:
         return slice(0, rows)
     step = rows_at_a_time(width)
@@ -49,5 +54,5 @@ def gathered(team: Team | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     """All rows of tensors [own rows, ...] of which each member has its own."""
     if team is None:
         return tensors
-    given = [team.share(tensors if i == team.rank else None, i) for i in range(team.world)]
+    given = list(team.in_turn(tensors, team.world))
     return tuple(torch.cat(some) for some in zip(*given, strict=True))
