@@ -10,10 +10,12 @@ The model is heuristics.work (counts) and heuristics.us (their time), and nothin
 The table is made in three steps:
 
 1. Each variant is fitted alone (`fit_variant`): least squares of log(predicted / measured) over its
-   eight coefficients, which are positive, by damped Gauss-Newton steps on their logarithms, from
-   several starts. A time counts the less the slower it is than the fastest in its cell (NEAR),
-   because far from the best no pick will fall, and an error far beyond TRUST counts little more
-   than one of TRUST (log(1 + (e/TRUST)^2) in place of e^2), because most times are one sample.
+   eight coefficients, which are positive, by damped Gauss-Newton steps on their logarithms. They
+   begin at the present ones, of this variant or of the most similar that has some (`start_of`), and
+   are held there (HELD): what the cells say nothing of stays. A time counts the less the slower it
+   is than the fastest in its cell (NEAR), because far from the best no pick will fall, and an error
+   far beyond TRUST counts little more than one of TRUST (log(1 + (e/TRUST)^2) in place of e^2),
+   because most times are one sample.
 2. Variants that no cell needs are left out (`needed`).
 3. The coefficients that are left are moved together, so that the picks cost less (`refined`).
 
@@ -49,16 +51,14 @@ from .cells import CLASSES, SHAPES, Cell, Gap, belongs, random_shapes, read, var
 
 __all__ = ["CLASSES", "SHAPES", "Cell", "Gap", "main", "random_shapes", "read", "variants"]
 
-NEAR = 0.15  # 15 % slower than the fastest: half the weight
+NEAR = 2.0  # three times as slow as the fastest: half the weight
 TRUST = 0.05  # error from which on a sample is distrusted
 MATTERS, FEW_CELLS = 0.03, 3  # kept: within 3 % of the fastest in at least three cells
 OFTEN = 0.05  # see `scaled`
 DREAD, MISSED = 20, 1e-4  # a gap of 5 % counts twice; see `needed`
-STARTS = (
-    Times(0.3, 0.1, 0.1, 2.8, 2.0, 3.0, 2.0, 2.0),
-    Times(0.3, 0.01, 0.01, 2.8, 1.0, 1.0, 1.0, 1.0),
-    Times(0.15, 0.3, 0.2, 2.8, 1.0, 1.0, 1.0, 1.0),
-)
+# A coefficient that is e times its start costs as much as HELD cells with an error of 1.3 TRUST, of
+# a variant that had none HELD_NEW; a start is at least LEAST.
+HELD, HELD_NEW, LEAST = 20.0, 2.0, Times(0.02, 0.01, 0.01, 1.0, 0.1, 0.1, 0.1, 0.1)
 LOWEST, HIGHEST = 1e-3, 1e3  # of a coefficient
 FASTEST = 4.8  # highest rate: what the data sheet of the H200 says of its memory, in TB/s
 STEPS, EASE = 60, 1e-4  # most steps of a fit; step of a numeric derivative
@@ -86,28 +86,40 @@ def _close(cells):
     )
 
 
-def fit_variant(of: Work, us: numpy.ndarray, weights: numpy.ndarray) -> Times:
-    """The coefficients of one variant: the best of the fits from STARTS.
+def start_of(variant: Variant, table: dict[Variant, Times]) -> Times:
+    """Its coefficients in the table, or those of the variant of its kind that is most similar."""
+
+    def apart(other):
+        return sum(abs(numpy.log((1 + a) / (1 + b))) for a, b in zip(variant, other, strict=True))
+
+    return table[min((v for v in table if isinstance(v, type(variant))), key=apart)]
+
+
+def fit_variant(
+    start: Times, of: Work, us: numpy.ndarray, weights: numpy.ndarray, held: float = 0.0
+) -> Times:
+    """The coefficients of one variant.
 
     Args:
         of: its counts, arrays of one entry per cell. us, weights: of the cells.
+        held: how much to its start: HELD.
     """
-    fits = [_fit_from(start, of, us, weights) for start in STARTS]
-    logs = min(fits, key=lambda fit: fit[0])[1]
+    logs = _fit_from(Times(*numpy.maximum(start, LEAST)), of, us, weights, held=held)
     return Times(*(0.0 if value <= 1.01 * LOWEST else value for value in numpy.exp(logs).tolist()))
 
 
-def _fit_from(start, of, us, weights, unit=1.0):
-    """(cost, logarithms of the coefficients) of the local optimum that is reached from here; unit:
-    what coefficients are multiples of."""
+def _fit_from(start, of, us, weights, unit=1.0, held=0.0):
+    """Logarithms of the coefficients of the local optimum that is reached from here; unit: what
+    coefficients are multiples of; held: see HELD."""
     measured = numpy.log(us)
 
     def errors(logs):
         times = Times(*(numpy.exp(logs)[:, None] * unit))
         return numpy.log(heuristics.us(times, of)) - measured
 
-    def cost(error):
-        return numpy.sum(weights * numpy.log1p((error / TRUST) ** 2))
+    def cost(error, logs):
+        moved = held * numpy.sum((logs - begin) ** 2)
+        return numpy.sum(weights * numpy.log1p((error / TRUST) ** 2)) + moved
 
     used = numpy.array(
         [
@@ -121,6 +133,7 @@ def _fit_from(start, of, us, weights, unit=1.0):
     highest = numpy.log(Times(*[HIGHEST] * len(start))._replace(rate=FASTEST))
     logs = numpy.log(start)
     logs[~used] = numpy.log(LOWEST)
+    begin = logs
     error, damping = errors(logs), 1e-2
     for _ in range(STEPS):
         slopes = numpy.zeros((len(us), len(logs)))
@@ -128,25 +141,27 @@ def _fit_from(start, of, us, weights, unit=1.0):
             moved = logs.copy()
             moved[i] += EASE
             slopes[:, i] = (errors(moved) - error) / EASE
-        now = weights / (1 + (error / TRUST) ** 2)
-        normal, down = slopes.T @ (slopes * now[:, None]), -slopes.T @ (now * error)
+        now = weights / (TRUST**2 + error**2)
+        normal = slopes.T @ (slopes * now[:, None]) + held * numpy.eye(len(logs))
+        down = -slopes.T @ (now * error) - held * (logs - begin)
         for _ in range(8):
             eased = normal + damping * numpy.diag(numpy.diag(normal) + 1e-6)
             step = numpy.clip(numpy.linalg.solve(eased, down), -1, 1)
             moved = numpy.clip(logs + step, numpy.log(LOWEST), highest)
             trial = errors(moved)
-            if cost(trial) < cost(error):
+            if cost(trial, moved) < cost(error, logs):
                 logs, error, damping = moved, trial, max(damping / 3, 1e-6)
                 break
             damping *= 4
         else:
             break
-    return cost(error), logs
+    return logs
 
 
 def fit_all(cells: Sequence[Cell], multiprocessors: int) -> dict[Variant, Times]:
     """Coefficients of each variant that matters, from the cells in which it was sampled."""
     table = {}
+    present = heuristics.table(cells[0].bits)
     for variant in that_matter(cells):
         of = [cell for cell in cells if cell.offers(variant)]
         if len(of) < len(Times._fields):
@@ -155,7 +170,9 @@ def fit_all(cells: Sequence[Cell], multiprocessors: int) -> dict[Variant, Times]
         us = numpy.array([cell.times[variant] for cell in of])
         slower = us / numpy.array([cell.best for cell in of]) - 1
         weights = 1 / (1 + (slower / NEAR) ** 2)
-        table[variant] = rounded(fit_variant(Work(*numpy.array(counts, float).T), us, weights))
+        start, held = start_of(variant, present), HELD if variant in present else HELD_NEW
+        of_cells = Work(*numpy.array(counts, float).T)
+        table[variant] = rounded(fit_variant(start, of_cells, us, weights, held))
     return table
 
 
@@ -188,7 +205,7 @@ def scaled(cells: Sequence[Cell], multiprocessors: int) -> dict[Variant, Times]:
         us = numpy.array([cell.times[v] for v, cell in pairs])
         slower = us / numpy.array([cell.best for _, cell in pairs]) - 1
         weights, unit = 1 / (1 + (slower / NEAR) ** 2), numpy.array([of[v] for v, _ in pairs]).T
-        factors = numpy.exp(_fit_from(Times(*[1.0] * 8), Work(*counts.T), us, weights, unit)[1])
+        factors = numpy.exp(_fit_from(Times(*[1.0] * 8), Work(*counts.T), us, weights, unit))
         factors[factors <= 1.01 * LOWEST] = 0.0
         table |= {v: rounded(Times(*(times * factors))) for v, times in of.items()}
     own = {v for v, count in _close(cells).items() if count >= OFTEN * len(cells)} - {*table}

@@ -66,8 +66,11 @@ def test_names_are_those_of_the_kernels():
     assert set(TRUE) | set(heuristics.TIMES) <= set(named.values())
 
 
-def test_a_known_table_is_found_again(cells):
-    """Its times, to within a per cent: single coefficients may stand in for each other."""
+def test_a_known_table_is_found_again(cells, monkeypatch):
+    """Its times, to within a per cent where nothing is held: single coefficients may stand in for
+    each other."""
+    monkeypatch.setattr(fit, "HELD", 1e-3)
+    monkeypatch.setattr(fit, "HELD_NEW", 1e-3)
     read = fit.read([cells])
     table = fit.fit_all(read, SMS)
     assert set(table) == set(TRUE)
@@ -78,6 +81,23 @@ def test_a_known_table_is_found_again(cells):
                 assert heuristics.us(table[variant], of) == pytest.approx(us, rel=0.02)
     found = fit.gaps(read, fit.fit_table(read, SMS), SMS)
     assert len(found) == len(read) and max(gap.share for gap in found) < 0.01
+
+
+def test_what_no_cell_speaks_of_stays_as_it_is(cells):
+    """Of a variant in one cell; and a variant that the table lacks begins as its neighbour."""
+    variant = SplitTile(128, 64, 2)
+    assert fit.start_of(variant, heuristics.TIMES) == heuristics.TIMES[variant]
+    assert (
+        fit.start_of(SplitTile(128, 64, 99), heuristics.TIMES)
+        == heuristics.TIMES[SplitTile(128, 64, 6)]
+    )
+    start = Times(0.3, 0.02, 0.1, 3.0, 1.0, 1.5, 0.2, 0.5)
+    of = heuristics.work(variant, 64, 2048, 2048, SMS)
+    us = 1.3 * heuristics.us(start, of)
+    arrays = heuristics.Work(*(numpy.array([count]) for count in of))
+    held = fit.fit_variant(start, arrays, numpy.array([us]), numpy.ones(1), fit.HELD)
+    assert heuristics.us(start, of) < heuristics.us(held, of) < us
+    assert all(0.5 < b / a < 2 for a, b in zip(start[:6], held[:6]))
 
 
 def test_some_wild_samples_change_little(tmp_path):
