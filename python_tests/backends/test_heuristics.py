@@ -269,7 +269,7 @@ def test_resident_clusters():
     [
         (4096, 57344, 8192, "prefill 256x208 cluster 2x1"),
         (4096, 28672, 4096, "prefill 256x208 cluster"),
-        (128, 4096, 4096, "split 128x64, 2 parts"),
+        (128, 4096, 4096, "split 128x"),
         (1, 28672, 4096, "decode 256 rows, split 1"),
         (1, 4096, 4096, "mma 32x8"),
         (96, 1024, 4096, "split 128x64, 6 parts"),
