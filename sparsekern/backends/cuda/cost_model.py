@@ -284,8 +284,8 @@ TIMES: dict[Variant, Times] = {
 # The same for weights of 8 bits: tiles and split tiles with x of 8 bits, row blocks with x of 16.
 # From an H200 (132 multiprocessors, 700 W), e4m3 with y of bfloat16: the q+k+v, o, gate+up and down
 # layers of Llama-3 8B and 70B, 13 numbers of tokens from 1 to 8192, up to 64 with x of 16 bits: 152
-# cells. So few cannot fit every variant, and those of tiles are an H100's of 16 bits, scaled (`scaled` in
-# bench/fit.py) but for the few that are not there. How well it picks: csrc/notes/splitk.md, "8
+# cells. So few cannot fit every variant, and those of tiles are an H100's of 16 bits, scaled
+# (`scaled` in bench/fit.py), but for a few. How well it picks: csrc/notes/splitk.md, "8
 # bits". int8 moves the same bytes in the same clocks.
 TIMES_8: dict[Variant, Times] = {
     RowBlocks(256, 1): Times(0.379, 0.719, 0.831, 4.73, 0, 2.05, 0, 3.87),
