@@ -441,15 +441,22 @@ __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
     }
     ptx::named_barrier_sync(1 + consumer, 128);
     if (!out.aligned) {
+      constexpr int kStep = 128 / Cfg::kConsumerRows;  // tokens that 128 threads have side by side
 #pragma unroll 1
-      for (uint32_t i = ptx::thread_idx_again() % 128; i < kSumTokens * Cfg::kConsumerRows;
-           i += 128) {
+      for (int i = 0; i < kSumTokens; i += kStep * kVector) {
+        const int thread = ptx::thread_idx_again() % 128;
         const int2 first = origin();
-        const int token = i / Cfg::kConsumerRows, row = i % Cfg::kConsumerRows,
+        const int row = thread % Cfg::kConsumerRows, token = i + thread / Cfg::kConsumerRows,
                   global_token = first.y + part * kSumTokens + token;
-        if (global_token < tokens)
-          out.store_one(ptx::load_shared_f32(smem + token * Cfg::kSumPitch + row * 4), global_token,
-                        first.x + row);
+        float v[kVector];
+#pragma unroll
+        for (int n = 0; n < kVector; ++n)
+          v[n] = ptx::load_shared_f32(smem + (token + n * kStep) * Cfg::kSumPitch + row * 4);
+#pragma unroll
+        for (int n = 0; n < kVector; ++n) {
+          if (global_token + n * kStep < tokens)
+            out.store_one(v[n], global_token + n * kStep, first.x + row);
+        }
       }
       ptx::named_barrier_sync(1 + consumer, 128);
       continue;

@@ -66,8 +66,11 @@ def test_names_are_those_of_the_kernels():
     assert set(TRUE) | set(heuristics.TIMES) <= set(named.values())
 
 
-def test_a_known_table_is_found_again(cells):
-    """Its times, to within a per cent: single coefficients may stand in for each other."""
+def test_a_known_table_is_found_again(cells, monkeypatch):
+    """Its times, to within a per cent where nothing is held: single coefficients may stand in for
+    each other."""
+    monkeypatch.setattr(fit, "HELD", 1e-3)
+    monkeypatch.setattr(fit, "HELD_NEW", 1e-3)
     read = fit.read([cells])
     table = fit.fit_all(read, SMS)
     assert set(table) == set(TRUE)
@@ -78,6 +81,23 @@ def test_a_known_table_is_found_again(cells):
                 assert heuristics.us(table[variant], of) == pytest.approx(us, rel=0.02)
     found = fit.gaps(read, fit.fit_table(read, SMS), SMS)
     assert len(found) == len(read) and max(gap.share for gap in found) < 0.01
+
+
+def test_what_no_cell_speaks_of_stays_as_it_is(cells):
+    """Of a variant in one cell; and a variant that the table lacks begins as its neighbour."""
+    variant = SplitTile(128, 64, 2)
+    assert fit.start_of(variant, heuristics.TIMES) == heuristics.TIMES[variant]
+    assert (
+        fit.start_of(SplitTile(128, 64, 99), heuristics.TIMES)
+        == heuristics.TIMES[SplitTile(128, 64, 16)]
+    )
+    start = Times(0.3, 0.1, 0.1, 3.0, 1.0, 1.5, 0.2, 0.5)
+    of = heuristics.work(variant, 64, 2048, 2048, SMS)
+    us = 1.3 * heuristics.us(start, of)
+    arrays = heuristics.Work(*(numpy.array([count]) for count in of))
+    held = fit.fit_variant(start, arrays, numpy.array([us]), numpy.ones(1), fit.HELD)
+    assert heuristics.us(start, of) < heuristics.us(held, of) < us
+    assert all(0.5 < b / a < 2 for a, b in zip(start[:6], held[:6]))
 
 
 def test_some_wild_samples_change_little(tmp_path):
@@ -100,8 +120,9 @@ def test_counts_that_are_always_zero_get_no_coefficient(cells):
     assert table[RowBlocks(256, 4)].crowd == 0
 
 
-def test_a_slow_variant_is_left_out(tmp_path):
-    """10 % slower than another one everywhere: not close enough to be fitted. 2 %: not needed."""
+def test_a_slow_variant_is_left_out(tmp_path, monkeypatch):
+    """10 % slower than another one everywhere: not close enough to be fitted. 2 %: it is."""
+    monkeypatch.setattr(fit, "FEW_CELLS", 3)
     for factor, fitted in ((1.1, False), (1.02, True)):
         tile, slow = Tile(256, 128, 1, 1), Tile(256, 128, 2, 2)
         lines = [line(shape, tokens) for shape in SHAPES for tokens in TOKENS]
@@ -110,43 +131,7 @@ def test_a_slow_variant_is_left_out(tmp_path):
             entry["times"][heuristics.name(slow)] = factor * us
         read = fit.read([write(tmp_path / "slow.jsonl", lines)])
         assert (slow in fit.that_matter(read)) == fitted
-        assert slow not in fit.fit_table(read, SMS)
-
-
-def test_variants_that_are_picked_wrongly_are_left_out(cells):
-    """A table that believes in a tile twice as fast as it is does better without it."""
-    read = fit.read([cells])
-    wrong = Tile(256, 96, 1, 1)
-    table = TRUE | {wrong: Times(*(value / 2 for value in TRUE[wrong]))._replace(rate=6.0)}
-    kept = fit.needed(table, read, SMS)
-    worst = [max(gap.share for gap in fit.gaps(read, t, SMS)) for t in (table, kept)]
-    assert wrong not in kept and worst[1] < worst[0]
-    assert set(fit.needed(TRUE, read, SMS)) <= set(TRUE)
-
-
-def test_needed_weighs_gaps_against_the_number_of_variants(cells, monkeypatch):
-    read = fit.read([cells])
-    monkeypatch.setattr(fit, "MISSED", 1e-9)
-    kept = fit.needed(TRUE, read, SMS)
-    assert max(gap.share for gap in fit.gaps(read, kept, SMS)) < 1e-6
-    monkeypatch.setattr(fit, "MISSED", 1e3)
-    fewest = fit.needed(TRUE, read, SMS)
-    assert len(fewest) == 2, "at that price: one for few tokens, one for many"
-    assert len(fit.gaps(read, fewest, SMS)) == len(read)
-
-
-def test_refined_picks_better_and_stays_near_the_times(cells):
-    """A tile that is believed 10 % faster than it is."""
-    read, wrong = fit.read([cells]), Tile(256, 96, 1, 1)
-    table = TRUE | {wrong: Times(*(value * 0.9 for value in TRUE[wrong]))._replace(rate=3.3)}
-    moved = fit.refined(table, read, SMS)
-    before, after = ([gap.share for gap in fit.gaps(read, t, SMS)] for t in (table, moved))
-    assert sum(after) < 0.2 * sum(before)
-    assert all(moved[v].rate <= fit.FASTEST for v in moved)
-    assert all((a == 0) == (b == 0) for v in table for a, b in zip(table[v], moved[v]))
-    for gap in fit.gaps(read, moved, SMS):
-        predicted = heuristics.us(moved[gap.picked], gap.cell.work(gap.picked, SMS))
-        assert predicted == pytest.approx(gap.cell.times[gap.picked], rel=0.1)
+        assert (slow in fit.fit_table(read, SMS)) == fitted
 
 
 def test_cells_of_8_bits_are_fitted_by_scaling_what_there_is(tmp_path, capsys):
@@ -175,7 +160,7 @@ def test_cells_of_8_bits_are_fitted_by_scaling_what_there_is(tmp_path, capsys):
     assert set(table) == {*tiles, RowBlocks(256, 4)}
     gaps = [gap.share for gap in fit.gaps(read, table, SMS)]
     # One factor a kernel cannot part every tile: a few cells pick a neighbour.
-    assert sum(gap > 0.02 for gap in gaps) <= 2 and sum(gaps) / len(gaps) < 0.01, sorted(gaps)[-5:]
+    assert sum(gap > 0.02 for gap in gaps) <= 4 and sum(gaps) / len(gaps) < 0.02, sorted(gaps)[-5:]
     assert fit.main([path, "--check"]) == 0
     assert capsys.readouterr().out.startswith("all cells, ")
     with pytest.raises(ValueError, match="cells of one table"):

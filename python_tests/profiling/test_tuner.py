@@ -286,7 +286,7 @@ def test_a_layer_runs_checks_and_times_every_variant(stand_in, monkeypatch):
         cell = layer.cell(tokens)
         wrong = [cell.wrong(name) for name in layer.names(tokens)]
         assert wrong == [""] * (5 if tokens == 3 else 3)
-        assert cell.x.shape == (tokens, 68) and cell.x.stride() == (72, 1)
+        assert cell.x.shape == (tokens, 68) and cell.x.stride() == (68, 1)
         graphs = []
         monkeypatch.setattr(tuner, "graph_sampler", lambda *a, graphs=graphs: graphs.append(a))
         cell.sampler(layer.names(tokens)[0])

@@ -143,8 +143,7 @@ class LayerCell:
         self.layer, self.tokens = layer, tokens
         out_features, in_features = layer.shape
         options = dict(dtype=layer.dtype, device=layer.device)
-        padded = torch.empty(tokens, -(-in_features // 8) * 8, **options)  # rows need no copy
-        self.x = padded.normal_(generator=layer.generator)[:, :in_features]
+        self.x = torch.empty(tokens, in_features, **options).normal_(generator=layer.generator)
         self.x_scale = self.ones = None
         if layer.types.x != layer.types.y:
             self.x, self.x_scale = quantize_rows.quantize(self.x, layer.types.x, 16)

@@ -54,8 +54,8 @@ busiest cluster, and each variant pays for the bytes that it moves per product. 
 says from when on, which is where measurements begin to be made in bursts (profiling/tune.py).
 
 Why no less: each term pays. In the 432 cells of the shipped table of an H100, picks of the model
-without one term, its coefficients as they are, are slower than its own by so much (by its own
-times; on average, at worst), and hit the measured winner less often:
+with the coefficients that were fitted to them, and without one term, are slower than its own by so
+much (by its own times; on average, at worst), and hit the measured winner less often:
 
     all terms                           288 of 432 winners
     max in place of the smooth maximum  254     0.9 %    17 %
@@ -218,57 +218,74 @@ class Work(NamedTuple):
     copy: float = 0.0  # us
 
 
-# Made by `python -m bench.fit` from what `sparsekern tune` measured on an H100 SXM (132
-# multiprocessors, 700 W, bfloat16): the 24 shapes of Llama-3 1B, 3B, 8B and 70B (tuner.SHAPES), 18
-# numbers of tokens from 1 to 8192; those from 96 on in one run of the kernels of 845959e, the
-# others in runs before them. In these 432 cells the pick is 0.59 % slower than the fastest of all
-# variants on average and 9.8 % at worst (3072x2048, 96 tokens); in the 132 of the 8B and 70B models
-# from 96 tokens on it is 0.43 % and 6.1 %, from 128 tokens on and without their k, v, gate and up
-# layers 0.58 % and 6.1 %. Shapes that were left out of a fit to older times: 1.4 % and 28.7 %. The
-# coefficients are made to pick well, not to predict. A variant that is not here is never chosen:
-# with it the picks would gain less than what MISSED in bench/fit.py asks for. On another GPU the
-# counts follow from its multiprocessors, and these coefficients, its rates above all, are a guess:
-# in the same cells of an H200 `tune` found the picks of older coefficients 2.4 % slower than the
-# winners on average, 33.6 % at worst.
+# Made by `python -m bench.fit` from what an H200 measured (132 multiprocessors, 700 W, bfloat16):
+# 183 cells of random shapes (`bench random` of seeds 101 to 104, most with few out_features or
+# short in_features) and 144 of Llama-3 8B and 70B (`sparsekern tune`), beginning at the older
+# coefficients of an H100's 432 cells. Of odd out_features the times of tiles and split tiles are
+# left out, because their stores have changed since. Slower than the fastest of all variants, on
+# average and at worst: in the fitted cells 2.6 and 73 % (7671x132, 253 tokens), in those of the
+# Llama-3 shapes 1.6 and 27 %; in those of six parts of the random shapes, each by a fit to the
+# others, 3.5 and 73 %; in 58 cells of other random shapes (seed 19) 1.8 and 23 %, by older
+# coefficients 4.5 and 61 %. A variant that is not here is never chosen (`that_matter` in
+# bench/fit.py). On another GPU the counts follow from its multiprocessors, and these coefficients,
+# its rates above all, are a guess.
 TIMES: dict[Variant, Times] = {
-    RowBlocks(256, 1): Times(0.105, 0.404, 0.545, 3.35, 0, 1.86, 0, 2.35),
-    RowBlocks(256, 8): Times(0.329, 0.314, 0, 3.15, 1.03, 2.8, 0, 1.04),
-    RowBlocks(128, 2): Times(0.131, 0.198, 0, 3.14, 1.48, 2.02, 0, 1.27),
-    RowBlocks(128, 8): Times(0.149, 0.00367, 1.07, 3.31, 2.55, 1.15, 0, 0.0123),
-    Tile(256, 192, 2, 1): Times(0.68, 0.369, 0.376, 3.35, 3.41, 3.17, 12.2, 2.84),
-    Tile(256, 192, 2, 2): Times(0.609, 0.57, 0.617, 3.35, 3.82, 12, 11.7, 0),
-    Tile(256, 160, 2, 1): Times(0.596, 0.0244, 0.51, 2.85, 2.43, 0.86, 12.8, 0.939),
-    Tile(256, 128, 2, 1): Times(0.512, 0.148, 0.426, 3.07, 1.62, 4.08, 14, 1.01),
-    Tile(256, 128, 1, 2): Times(0.504, 0.00833, 0.359, 3.35, 0.565, 2.22, 9.66, 6.04),
-    Tile(256, 128, 4, 2): Times(0.499, 0, 0.403, 3.35, 0.955, 11.5, 0.00122, 0.878),
-    Tile(256, 96, 1, 1): Times(0.398, 0.161, 0.373, 3.29, 0.509, 1.18, 16.3, 2.11),
-    Tile(256, 208, 2, 1): Times(0.754, 0.213, 0.413, 2.84, 1.12, 0.0945, 20.6, 6.53),
-    MmaTile(64, 32, 2, 1, 2, 5): Times(0.391, 0, 0.0749, 3.13, 1.75, 0, 0, 0),
-    MmaTile(64, 16, 2, 1, 4, 3): Times(0.63, 0.0266, 0.104, 3.35, 1.18, 0, 0, 0),
-    MmaTile(64, 8, 2, 1, 4, 4): Times(0.236, 0.164, 0.0919, 2.92, 1.12, 0, 0, 0),
-    MmaTile(32, 16, 1, 1, 4, 5): Times(0.337, 0.0425, 0.0379, 3.03, 0.798, 0, 0, 0.0249),
-    MmaTile(32, 8, 1, 1, 4, 6): Times(0.172, 0.0708, 0.114, 3.14, 0.526, 0, 0, 0.244),
-    SplitTile(128, 64, 2): Times(0.283, 0.000879, 0.104, 3.32, 0.984, 1.58, 0, 0),
-    SplitTile(128, 64, 3): Times(0.158, 0, 0.102, 3.13, 2.43, 3.08, 0, 0),
-    SplitTile(128, 64, 4): Times(0.253, 0.00151, 0.0858, 2.98, 1.33, 1.53, 0, 0),
-    SplitTile(128, 64, 6): Times(0.00184, 0.026, 0.152, 3.35, 1.97, 2.18, 0, 0),
-    SplitTile(128, 96, 1): Times(0.223, 0.0129, 0.102, 3.26, 1.51, 0, 0, 0),
-    SplitTile(128, 96, 2): Times(0.282, 0, 0.0888, 3.35, 1.45, 2.2, 0, 0),
-    SplitTile(128, 96, 3): Times(0.216, 0.00759, 0.109, 2.96, 2.15, 2.74, 0, 0),
-    SplitTile(128, 128, 1): Times(0.262, 0.0107, 0.106, 3.12, 1.41, 0, 0, 0),
-    SplitTile(128, 128, 2): Times(0.313, 0, 0.09, 3.21, 1.59, 2.47, 0, 0),
-    SplitTile(128, 128, 3): Times(0.227, 0.0186, 0.106, 2.66, 2.56, 3.08, 0, 0),
-    SplitTile(128, 128, 4): Times(0.132, 0.14, 0.0954, 3.35, 2.73, 3.28, 0, 0),
-    SplitTile(256, 64, 1): Times(0.275, 0.0202, 0.112, 2.79, 2.27, 0, 0, 0),
-    SplitTile(256, 96, 2): Times(0.336, 0.0214, 0.107, 2.76, 2.95, 2.96, 0, 0),
-    SplitTile(256, 128, 2): Times(0.544, 0.0252, 0.0625, 2.62, 3.37, 3.48, 0, 0),
+    RowBlocks(256, 1): Times(0.144, 0.351, 0.428, 4.29, 0.0889, 2.78, 0, 0.801),
+    RowBlocks(256, 2): Times(0.153, 0.245, 0.311, 4.33, 0.0924, 4.98, 0, 0.996),
+    RowBlocks(256, 4): Times(0.148, 0.25, 0.01, 4.07, 0.553, 4, 0, 0.697),
+    RowBlocks(256, 8): Times(0.146, 0.175, 0.01, 3.94, 0.822, 4.44, 0, 0.451),
+    RowBlocks(128, 2): Times(0.124, 0.24, 0.01, 4.48, 0.792, 2.62, 0, 0.591),
+    RowBlocks(128, 1): Times(0.127, 0.229, 0.01, 4.37, 0.394, 2.47, 0, 0.383),
+    RowBlocks(128, 4): Times(0.128, 0.233, 0.01, 4.03, 1.15, 2.64, 0, 0.222),
+    RowBlocks(128, 8): Times(0.127, 0.154, 0.555, 3.96, 1.51, 2.34, 0, 0.0753),
+    Tile(256, 192, 1, 1): Times(0.541, 0.448, 0.719, 3.79, 1.67, 5.14, 6.9, 2.89),
+    Tile(256, 192, 2, 1): Times(0.552, 0.221, 0.679, 3.48, 2.16, 3.33, 8.54, 2.57),
+    Tile(256, 192, 1, 2): Times(0.608, 0.0533, 0.66, 3.26, 0.63, 4.23, 8.12, 4.08),
+    Tile(256, 192, 4, 1): Times(0.555, 0.0736, 0.747, 4.57, 2.18, 3.44, 9.76, 2.66),
+    Tile(256, 192, 4, 2): Times(0.572, 0.0234, 0.732, 3.8, 1.16, 8.8, 0.103, 3.6),
+    Tile(256, 192, 2, 1, True): Times(0.742, 0.138, 0.314, 3.23, 1.42, 6.49, 2.21, 2.58),
+    Tile(256, 160, 1, 1): Times(0.505, 0.0518, 0.571, 3.9, 2.12, 3.37, 7.49, 2.56),
+    Tile(256, 160, 2, 1): Times(0.537, 0.0476, 0.497, 4, 3.24, 1.13, 9.23, 1.25),
+    Tile(256, 128, 1, 1): Times(0.402, 0.156, 0.51, 4.27, 0.416, 3.15, 5.71, 3.95),
+    Tile(256, 128, 2, 1): Times(0.412, 0.14, 0.478, 4.16, 1.99, 3.21, 5.57, 2.34),
+    Tile(256, 128, 1, 2): Times(0.432, 0.0606, 0.469, 4.8, 0.485, 2.25, 7.48, 3.88),
+    Tile(256, 128, 2, 2): Times(0.396, 0.109, 0.49, 4.8, 4.26, 3.12, 6.82, 0.114),
+    Tile(256, 128, 4, 2): Times(0.388, 0.0305, 0.524, 4.18, 1.4, 7.2, 0.101, 2.9),
+    Tile(256, 128, 2, 1, True): Times(0.517, 0.162, 0.34, 3.95, 0.864, 4.32, 1.65, 3.31),
+    Tile(256, 96, 1, 1): Times(0.322, 0.129, 0.401, 4.31, 0.437, 1.53, 7.93, 3.74),
+    Tile(256, 64, 1, 1): Times(0.258, 0.194, 0.308, 4.26, 0.665, 2.51, 6.14, 3.27),
+    Tile(256, 208, 2, 1): Times(0.61, 0.204, 0.732, 3.23, 1.09, 0.101, 14.4, 3.85),
+    Tile(256, 208, 1, 2): Times(0.631, 0.0515, 0.737, 3.37, 0.679, 5.77, 8.24, 4.23),
+    MmaTile(64, 32, 2, 1, 2, 5): Times(0.364, 0.0373, 0.066, 4.8, 1.74, 0, 0, 0.088),
+    MmaTile(64, 16, 2, 1, 4, 3): Times(0.451, 0.0597, 0.0984, 4.32, 1.16, 0, 0, 0.0791),
+    MmaTile(64, 8, 2, 1, 4, 4): Times(0.174, 0.173, 0.0744, 4.43, 1.2, 0, 0, 0.0765),
+    MmaTile(32, 16, 1, 1, 4, 5): Times(0.325, 0.0628, 0.0358, 4.8, 1.06, 0, 0, 0.078),
+    MmaTile(32, 8, 1, 1, 4, 6): Times(0.17, 0.0808, 0.0661, 4.65, 1, 0, 0, 0.154),
+    SplitTile(128, 64, 1): Times(0.206, 0.0217, 0.0908, 4.54, 1.61, 0, 0, 0.0793),
+    SplitTile(128, 64, 2): Times(0.217, 0.0425, 0.0939, 4.8, 1.13, 1.76, 0, 0.0996),
+    SplitTile(128, 64, 3): Times(0.185, 0.0454, 0.122, 4.8, 1.44, 1.93, 0, 0.0943),
+    SplitTile(128, 64, 4): Times(0.221, 0.041, 0.131, 4.8, 1.11, 1.31, 0, 0.0924),
+    SplitTile(128, 64, 6): Times(0.14, 0.0458, 0.162, 4.8, 1.75, 1.95, 0, 0.1),
+    SplitTile(128, 96, 2): Times(0.227, 0.044, 0.0921, 4.8, 1.31, 2.03, 0, 0.0989),
+    SplitTile(128, 96, 3): Times(0.214, 0.0445, 0.115, 4.8, 1.54, 2.04, 0, 0.0989),
+    SplitTile(128, 128, 1): Times(0.23, 0.0382, 0.0846, 4.27, 1.94, 0, 0, 0.0969),
+    SplitTile(128, 128, 2): Times(0.234, 0.042, 0.0883, 4.8, 1.6, 2.48, 0, 0.0987),
+    SplitTile(128, 128, 3): Times(0.226, 0.0462, 0.107, 4.51, 1.88, 2.38, 0, 0.0989),
+    SplitTile(256, 64, 1): Times(0.223, 0.0391, 0.0896, 4.14, 1.99, 0, 0, 0.0938),
+    SplitTile(256, 96, 1): Times(0.293, 0.0319, 0.0999, 4.2, 3.28, 0, 0, 0.115),
+    SplitTile(256, 96, 2): Times(0.29, 0.0462, 0.103, 4.43, 2.86, 2.91, 0, 0.105),
+    SplitTile(256, 128, 1): Times(0.366, 0.0378, 0.11, 4.03, 3.69, 0, 0, 0.102),
+    SplitTile(256, 128, 2): Times(0.381, 0.0508, 0.112, 4.31, 3.15, 3.35, 0, 0.101),
+    SplitTile(128, 64, 8): Times(0.183, 0.0467, 0.142, 4.68, 1.79, 1.99, 0, 0.0978),
+    SplitTile(128, 64, 16): Times(0.262, 0.0599, 0.167, 2.59, 2.1, 2.32, 0, 0.1),
+    SplitTile(128, 128, 8): Times(0.169, 0.189, 0.0952, 3.58, 1.98, 2.36, 0, 0.0908),
 }
 
 # The same for weights of 8 bits: tiles and split tiles with x of 8 bits, row blocks with x of 16.
 # From an H200 (132 multiprocessors, 700 W), e4m3 with y of bfloat16: the q+k+v, o, gate+up and down
 # layers of Llama-3 8B and 70B, 13 numbers of tokens from 1 to 8192, up to 64 with x of 16 bits: 152
-# cells. So few cannot fit every variant, and those of tiles are the ones above, scaled (`scaled` in
-# bench/fit.py) but for the few that are not there. How well it picks: csrc/notes/splitk.md, "8
+# cells. So few cannot fit every variant, and those of tiles are an H100's of 16 bits, scaled
+# (`scaled` in bench/fit.py), but for a few. How well it picks: csrc/notes/splitk.md, "8
 # bits". int8 moves the same bytes in the same clocks.
 TIMES_8: dict[Variant, Times] = {
     RowBlocks(256, 1): Times(0.379, 0.719, 0.831, 4.73, 0, 2.05, 0, 3.87),
@@ -476,8 +493,9 @@ def quantize_us(tokens: int, features: int) -> float:
 
 def copy_us(tokens: int, in_features: int) -> float:
     """Modelled time of copying x of 16 bits to rows that 16 bytes divide, ahead of a kernel, with
-    what is lost because that does not overlap: 3.7 to 4.6 us of small x on an H200."""
-    return 3.7 + 4 * tokens * in_features / 2.4e6
+    what is lost because that does not overlap. Within a third of what it took on an H200, 3.7 to 50
+    us of x of 8 KB to 43 MB."""
+    return 4.0 + 2 * tokens * in_features / 1e6
 
 
 def _megabytes(tokens: int, out_features: int, in_features: int, bits: Bits) -> float:
