@@ -21,7 +21,7 @@ The table is made in two steps:
 
 To leave out more variants, those that picks do not miss, and then to move the coefficients so that
 picks in the fitted cells cost less, was tried and made the picks for shapes that were left out
-worse: 5.5 % in place of 3.6 % slower than the fastest on average, in 183 cells of an H200.
+worse in one comparison: 5.5 % in place of 3.6 % slower than the fastest, in 183 cells of an H200.
 
 Cells of 8-bit weights make TIMES_8: row blocks in these steps, from the cells with x of 16 bits,
 and tiles and split tiles from those of TIMES (`scaled`).

@@ -409,8 +409,6 @@ __device__ __forceinline__ void store_boxes(const CUtensorMap* y_map, const Smem
   if (issues) ptx::tensor_store_wait<0>();
 }
 
-// Rows of y that 16 bytes do not divide: a warp stores 32 outputs side by side, one by one.
-//
 // origin(): {row, token} of the tile; owns(part): whether this CTA stores that part of 16 tokens.
 // Both are asked in each part, and the thread's index, too: the accumulators leave no registers.
 template <class Cfg, class Origin, class Owns>
@@ -440,27 +438,6 @@ __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
       }
     }
     ptx::named_barrier_sync(1 + consumer, 128);
-    if (!out.aligned) {
-      constexpr int kStep = 128 / Cfg::kConsumerRows;  // tokens that 128 threads have side by side
-#pragma unroll 1
-      for (int i = 0; i < kSumTokens; i += kStep * kVector) {
-        const int thread = ptx::thread_idx_again() % 128;
-        const int2 first = origin();
-        const int row = thread % Cfg::kConsumerRows, token = i + thread / Cfg::kConsumerRows,
-                  global_token = first.y + part * kSumTokens + token;
-        float v[kVector];
-#pragma unroll
-        for (int n = 0; n < kVector; ++n)
-          v[n] = ptx::load_shared_f32(smem + (token + n * kStep) * Cfg::kSumPitch + row * 4);
-#pragma unroll
-        for (int n = 0; n < kVector; ++n) {
-          if (global_token + n * kStep < tokens)
-            out.store_one(v[n], global_token + n * kStep, first.x + row);
-        }
-      }
-      ptx::named_barrier_sync(1 + consumer, 128);
-      continue;
-    }
 #pragma unroll 1
     for (uint32_t i = ptx::thread_idx_again() % 128; i < kSumTokens * kPieces; i += 128) {
       const int2 first = origin();

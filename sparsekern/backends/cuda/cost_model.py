@@ -226,7 +226,8 @@ class Work(NamedTuple):
 # average and at worst: in the fitted cells 2.6 and 73 % (7671x132, 253 tokens), in those of the
 # Llama-3 shapes 1.6 and 27 %; in those of six parts of the random shapes, each by a fit to the
 # others, 3.5 and 73 %; in 58 cells of other random shapes (seed 19) 1.8 and 23 %, by older
-# coefficients 4.5 and 61 %. A variant that is not here is never chosen (`that_matter` in
+# coefficients 4.5 and 61 %. The settings of the fit were chosen by looking at both, so a new seed
+# may have more; it is not measured. A variant that is not here is never chosen (`that_matter` in
 # bench/fit.py). On another GPU the counts follow from its multiprocessors, and these coefficients,
 # its rates above all, are a guess.
 TIMES: dict[Variant, Times] = {
@@ -384,10 +385,11 @@ def resident_clusters(size: int, multiprocessors: int) -> int:
     """Clusters of `size` thread blocks, one block per multiprocessor, that run at once.
 
     A cluster lies inside a GPC, whose 16 or 18 multiprocessors 4 and 8 do not always divide: on an
-    H100 (132) there are 33 times 4, and 31 clusters of 4 resident at once; of 8, 16 and 15. Of 3
-    and 6 two fewer than fit by number are assumed, of 16 one.
+    H100 (132) there are 33 times 4, and 31 clusters of 4 resident at once; of 8, 16 and 15. 40
+    of 3 took two waves on an H200 (csrc/notes/narrow.md). Of 6 two fewer than fit by number are
+    assumed, of 16 one.
     """
-    return max(1, multiprocessors // size - {3: 2, 4: 2, 6: 2, 8: 1, 16: 1}.get(size, 0))
+    return max(1, multiprocessors // size - {3: 5, 4: 2, 6: 2, 8: 1, 16: 1}.get(size, 0))
 
 
 def work(
