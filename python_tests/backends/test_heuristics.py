@@ -199,6 +199,17 @@ def test_the_narrow_kernel_for_int4():
     assert heuristics.name(NarrowTile(256, 64, 2, 1)) == "narrow 256x64 cluster 2x1, 1 part"
 
 
+def test_clusters_of_three_that_would_take_two_waves():
+    """10240x8192 is 40 tiles of rows, 20 pairs: 3 parts of each at once are too many."""
+    tiles, four = narrow_tiles_of_the_source(), heuristics.Bits(4, 16)
+    for tokens in (32, 64, 128):
+        best = min(tiles, key=lambda v: heuristics.predicted_us(v, tokens, 10240, 8192, H100, four))
+        assert best.split in (1, 2, 4), best
+    one, two = NarrowTile(256, 64, 1, 3), NarrowTile(256, 64, 1, 2)
+    us = {t: heuristics.predicted_us(t, 64, 10240, 8192, H100, four) for t in (one, two)}
+    assert us[one] == pytest.approx(37.1, rel=0.15) and us[two] < 0.8 * us[one]
+
+
 def test_the_narrow_kernel_as_measured():
     """On an H200, a single run: the fastest configuration and its time, the model within 10 %."""
     tiles, four = narrow_tiles_of_the_source(), heuristics.Bits(4, 16)

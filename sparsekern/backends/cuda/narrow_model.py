@@ -93,8 +93,13 @@ def predicted_us(
     """The modelled time of one layer.
 
     Args:
-        resident: clusters that run at once.
+        resident: clusters that run at once, by number. Of 3 and 6 thread blocks it is taken for
+            nine tenths of what the multiprocessors could hold at most: on an H200 40 of 3 took two
+            waves (csrc/notes/narrow.md).
     """
+    size = tile.cluster_rows * tile.split
+    if size % 3 == 0:
+        resident = max(1, min(resident, 9 * multiprocessors // (10 * size)))
     k_tiles, tile_rows = -(-in_features // STAGE), -(-out_features // tile.rows)
     columns = -(-tokens // tile.tokens)
     wide = -(-tokens // (8 * columns)) * 8  # tokens of a column of tiles
