@@ -25,7 +25,8 @@ above 1e-3 of the largest logit is a failure. The plain adapters lose what lies 
 `merge_lost` is the share, ‖(1 − M)∘ΔW‖² / ‖ΔW‖², of the worst layer.
 
 Perplexities as bench finetune has them, in float32 from the numbers as they are stored.
-One record when all arms are done; a missing one is named in `check`.
+One record when all arms are done, or of sparse and dense when the process is asked to end or reaches
+--limit-seconds in the third; a missing arm is named in `check`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from sparsekern.finetune.recipe import Recipe
 from sparsekern.finetune.teacher import LiveTeacher, Split, compiled
 from sparsekern.finetune.trainer import Step
 
-from .options import Run, parser, told, watchdog
+from .options import Run, Watch, parser, told, watchdog
 from .recovery import STARTS, Evaluated, Material, add_options, finite, shown, synchronise
 
 ARMS = ("sparse", "dense", "masked")
@@ -88,8 +89,10 @@ def main(path, arguments=()) -> int:
     import sparsekern.integrations.peft  # noqa: F401  (says now that peft is missing)
 
     run = Run(path, args)
-    with watchdog((args.limit_seconds or args.budget) + 300):
-        code = Adaptation(run, args).measure()
+    adaptation = Adaptation(run, args)
+    watch = Watch(run, args.limit_seconds, adaptation.rescue)
+    with watchdog((args.limit_seconds or args.budget) + 300), watch:
+        code = adaptation.measure()
     run.close()
     return code
 
@@ -116,6 +119,15 @@ class Arm:
 
 class Adaptation(Material):
     """One start, its arms, one record."""
+
+    arms: dict[str, Arm]
+    concluded = False
+
+    def rescue(self, why: str) -> None:
+        """The record of the arms that are done, where those are sparse and dense."""
+        if not self.concluded and set(ARMS[:2]) <= getattr(self, "arms", {}).keys():
+            self.say(f"{why}: recorded as far as it came")
+            self.conclude()
 
     def measure(self) -> int:
         run, args = self.run, self.args
@@ -144,7 +156,7 @@ class Adaptation(Material):
             self.teacher.cpu()
         self.masks = masks_of(student)
         self.rates: list[float] = []  # of the steps, as the first arm had them
-        self.arms: dict[str, Arm] = {}
+        self.arms = {}
         with torch._dynamo.config.patch(recompile_limit=64):
             for name in args.arms:
                 need = 2.0 * sum(run.phases.get(f"{part}: sparse", 0.0) for part in PARTS)
@@ -304,7 +316,8 @@ class Adaptation(Material):
 
     def conclude(self) -> int:
         """The record of all arms."""
-        run, args, arms = self.run, self.args, self.arms
+        run, args, arms = self.run, self.args, dict(self.arms)
+        self.concluded = True
         metrics: dict[str, Any] = {}
         dense = arms["dense"].after.values()
         for test, value in self.dense.values().items():

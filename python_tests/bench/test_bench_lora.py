@@ -112,3 +112,23 @@ def test_adapters_that_begin_apart_are_refused(options, monkeypatch):
     monkeypatch.setattr(bench_lora.torch, "manual_seed", lambda seed: real(next(seeds)))
     with pytest.raises(RuntimeError, match="adapters begin with other numbers"):
         measure(options, "--steps", 1)
+
+
+def test_a_run_that_is_ended_in_the_third_arm_has_the_first_two(options, monkeypatch):
+    right = bench_lora.Adaptation.one
+
+    def one(self, name, student):
+        if name == "dense":
+            self.rescue("too early")  # nothing to compare yet
+        if name == "masked":
+            self.rescue("SIGTERM")
+            self.rescue("the limit is reached")
+            raise KeyboardInterrupt
+        return right(self, name, student)
+
+    monkeypatch.setattr(bench_lora.Adaptation, "one", one)
+    with pytest.raises(KeyboardInterrupt):
+        measure(options, "--steps", 2)
+    (record,) = map(json.loads, options[-1].read_text().splitlines())
+    assert record["check"].endswith("verified after merging; not run: masked")
+    assert record["metrics"]["ratio test.txt"] == pytest.approx(1, abs=1e-2)
