@@ -25,8 +25,8 @@ above 1e-3 of the largest logit is a failure. The plain adapters lose what lies 
 `merge_lost` is the share, ‖(1 − M)∘ΔW‖² / ‖ΔW‖², of the worst layer.
 
 Perplexities as bench finetune has them, in float32 from the numbers as they are stored.
-One record when all arms are done, or of sparse and dense when the process is asked to end or reaches
---limit-seconds in the third; a missing arm is named in `check`.
+One record when all arms are done, or of sparse and dense when the process is asked to end, or
+reaches --limit-seconds, in the third; a missing arm is named in `check`.
 """
 
 from __future__ import annotations
