@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,14 +84,18 @@ def probe(
     the library (backends/cusparselt).
     """
     name = str(dtype).removeprefix("torch.")
-    command = [sys.executable, "-m", "bench.cusparselt", name]
-    command += [str(n) for n in (out_features, in_features, tokens)]
+    return tried("bench.cusparselt", (name, out_features, in_features, tokens), timeout)
+
+
+def tried(module: str, arguments: Sequence[object], timeout: float) -> str:
+    """Runs a module in a child process; empty when its exit status is 0, else what happened."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     try:
         done = subprocess.run(
             command, cwd=record.ROOT, capture_output=True, text=True, timeout=timeout
         )
     except subprocess.TimeoutExpired:
-        return f"no answer within {timeout} s"
+        return f"no answer within {timeout:g} s"
     return "" if done.returncode == 0 else last_error(done.stderr, done.returncode)
 
 

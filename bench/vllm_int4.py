@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,8 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import record
-from .cusparselt import last_error
+from .cusparselt import tried
 from .vllm_child import SETTINGS
 
 NAMES = ("marlin", "machete")
@@ -167,14 +165,7 @@ def probe(names: Sequence[str], dtype: str, timeout: float = 120) -> dict[str, s
         return dict.fromkeys(names, "vLLM is not installed")
 
     def child(name: str) -> str:
-        command = [sys.executable, "-m", "bench.vllm_int4", name, dtype, "4096", "4096", "16"]
-        try:
-            done = subprocess.run(
-                command, cwd=record.ROOT, capture_output=True, text=True, timeout=timeout
-            )
-        except subprocess.TimeoutExpired:
-            return f"no answer within {timeout:.0f} s"
-        return "" if done.returncode == 0 else last_error(done.stderr, done.returncode)
+        return tried("bench.vllm_int4", (name, dtype, 4096, 4096, 16), round(timeout))
 
     with ThreadPoolExecutor(max(1, len(names))) as pool:
         return dict(zip(names, pool.map(child, names)))
