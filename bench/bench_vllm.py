@@ -18,6 +18,10 @@ Decode: tokens per second over the difference of two lengths, median of the repe
 prompts of 2048 tokens, one token each. Check, in the rows of "sparse": it answers, greedy, with the
 tokens of an engine over the same weights dense with zeros, and with their log-probabilities within
 a bound.
+
+--tensor-parallel N runs every engine on N GPUs, and before each 2:4 one the same folder on one GPU,
+which it has to answer like, within the same bound. Where peer access is missing:
+--engine-args '{"disable_custom_all_reduce": true}'.
 """
 
 from __future__ import annotations
@@ -53,14 +57,18 @@ def make_parser():
         action="store_true",
         help="one more engine, over the 2:4 weights stored dense with zeros, for the check",
     )
+    result.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs")
+    result.add_argument(
+        "--engine-args", type=json.loads, default={}, metavar="JSON", help="more, for vLLM's LLM"
+    )
     return result
 
 
 def main(path, arguments=()) -> int:
     args = make_parser().parse_args(list(arguments))
     run = Run(path, args)
-    wanted = plan(args.engines.split(","), args.same_answers)
-    kinds = sorted({"dense" if name == "fp8" else name for name in wanted})
+    wanted = plan(args.engines.split(","), args.same_answers, args.tensor_parallel)
+    kinds = sorted({folder_of(name) for name in wanted})
     folders = write_models(args.preset, args.layers, args.folder, kinds, run)
     results: dict[str, dict] = {}
     needed = 0.0  # seconds of the longest engine so far
@@ -72,26 +80,43 @@ def main(path, arguments=()) -> int:
         with run.phase(name):
             results[name] = engine(name, folders, args, run)
         needed = max(needed, run.elapsed - begin)
-        if name != "zeros":
+        if not is_reference(name):
             write_rows(name, results, args, run)
     run.close()
     return 0
 
 
-def plan(names: list[str], same_answers: bool) -> list[str]:
+ALONE = " alone"  # of an engine on one GPU, that one on several is compared with
+
+
+def plan(names: list[str], same_answers: bool, gpus: int = 1) -> list[str]:
     """The engines in the order in which they run: dense first, as every ratio is to it, and what
-    "sparse" is compared with just before it."""
-    ordered = sorted(dict.fromkeys(names), key=lambda name: name != "dense")
-    if same_answers:
-        at = ordered.index("sparse") if "sparse" in ordered else len(ordered)
-        ordered.insert(at, "zeros")
+    an engine is compared with just before it."""
+    ordered = []
+    for name in sorted(dict.fromkeys(names), key=lambda name: name != "dense"):
+        if name == "sparse" and same_answers:
+            ordered.append("zeros")
+        if name.startswith("sparse") and gpus > 1:
+            ordered.append(name + ALONE)
+        ordered.append(name)
     return ordered
+
+
+def is_reference(name: str) -> bool:
+    """True of an engine that only answers questions."""
+    return name == "zeros" or name.endswith(ALONE)
+
+
+def folder_of(name: str) -> str:
+    """The kind of folder that an engine reads."""
+    return "dense" if name == "fp8" else name.removesuffix(ALONE)
 
 
 def write_rows(name: str, results: dict, args, run: Run) -> None:
     """The records of one engine, whose result is the newest."""
     result, base = results[name], results.get("dense", {})
-    check = compare(results) if name == "sparse" else "ran"
+    check = compare(name, results)
+    gpus = f"{args.tensor_parallel} GPUs, " if args.tensor_parallel > 1 else ""
     rows = {f"batch {batch}": rate for batch, rate in result["decode"].items()}
     rows["prefill 8 x 2048"] = result["prefill_tokens_s"]
     known = ("start_s", "phases_s", "weights_gb", "peak_gb", "pdl")
@@ -108,41 +133,54 @@ def write_rows(name: str, results: dict, args, run: Run) -> None:
             op="vllm",
             backend=name,
             check=check,
-            case=f"{args.preset}, {args.layers} layers, {case}",
+            case=f"{args.preset}, {args.layers} layers, {gpus}{case}",
             dtype="bfloat16",
             metrics=metrics,
             details={key: result[key] for key in known}
-            | {"vllm": record._version("vllm"), "repeats": args.repeats},
+            | {"vllm": record._version("vllm"), "repeats": args.repeats}
+            | ({"engine_args": args.engine_args} if args.engine_args else {}),
         )
         run.say(f"{name:6} {case:18} {rate:10.1f} tokens/s  {metrics.get('speedup', '')}")
 
 
-def compare(results: dict) -> str:
-    """What the records say of the outputs; RuntimeError when they differ beyond rounding."""
-    if "zeros" not in results or "sparse" not in results:
-        return "ran"
+def compare(name: str, results: dict) -> str:
+    """What the records of an engine say of its answers, beside those of its references;
+    RuntimeError when they differ beyond rounding."""
+    said = []
+    known = {"the same on one GPU": name + ALONE}
+    if name == "sparse":
+        known["dense with zeros"] = "zeros"
+    for what, reference in known.items():
+        if reference not in results:
+            continue
+        worst = distance(results[name]["answers"], results[reference]["answers"])
+        if worst > LOGPROB_DISTANCE:
+            raise RuntimeError(
+                f"bench.vllm: expected log-probabilities of {name} within {LOGPROB_DISTANCE} of "
+                f"{what}, got a distance of {worst:.3f}."
+            )
+        said.append(f"logprobs within {worst:.3f} of {what}")
+    return ", ".join(said) or "ran"
+
+
+def distance(ours: list[dict], theirs: list[dict]) -> float:
+    """Largest distance of two engines' log-probabilities, as far as their tokens agree."""
     worst = 0.0
-    pairs = zip(results["sparse"]["answers"], results["zeros"]["answers"], strict=True)
-    for ours, theirs in pairs:
+    for mine, other in zip(ours, theirs, strict=True):
         for a, b, p, q in zip(
-            ours["tokens"], theirs["tokens"], ours["logprobs"], theirs["logprobs"], strict=True
+            mine["tokens"], other["tokens"], mine["logprobs"], other["logprobs"], strict=True
         ):
             worst = max(worst, abs(p - q))
             if a != b:
                 break  # from here on the two answer different questions
-    if worst > LOGPROB_DISTANCE:
-        raise RuntimeError(
-            f"bench.vllm: expected log-probabilities within {LOGPROB_DISTANCE} of the same weights "
-            f"dense with zeros, got a distance of {worst:.3f}."
-        )
-    return f"logprobs within {worst:.3f} of dense with zeros"
+    return worst
 
 
 def engine(name: str, folders: dict, args, run: Run) -> dict:
     """Runs one engine; RuntimeError with the end of its output when it fails."""
     questions = torch.randint(3, 200, (4, 24), generator=torch.Generator().manual_seed(1)).tolist()
     job = {
-        "folder": str(folders["dense" if name == "fp8" else name]),
+        "folder": str(folders[folder_of(name)]),
         "quantization": "fp8" if name == "fp8" else None,
         "batches": [int(text) for text in args.batch.split(",")],
         "prompt": PROMPT,
@@ -150,11 +188,13 @@ def engine(name: str, folders: dict, args, run: Run) -> dict:
         "prefill": [8, 2048],
         "max_len": 2304,
         "repeats": args.repeats,
-        "logprobs": 12 if args.same_answers else 0,
+        "logprobs": 12 if args.same_answers or args.tensor_parallel > 1 else 0,
         "questions": questions,
+        "tensor_parallel": args.tensor_parallel,
+        "engine_args": args.engine_args,
     }
-    if name == "zeros":
-        job |= {"batches": [1], "repeats": 1, "new": 8, "prefill": [1, 64]}
+    if is_reference(name):
+        job |= {"batches": [1], "repeats": 1, "new": 8, "prefill": [1, 64], "tensor_parallel": 1}
     run.say(f"starting {name}")
     root = str(Path(__file__).resolve().parents[1])
     environment = {

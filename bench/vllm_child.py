@@ -1,8 +1,9 @@
 """One engine of bench_vllm.py, in a process of its own: `python -m bench.vllm_child JSON`.
 
-JSON: {"folder", "quantization", "batches", "prompt", "new", "prefill", "logprobs"}. Prints one line
-of JSON: seconds and bytes of loading, whether kernels start early (pdl.py), tokens per second of
-each batch, prefill, and the log-probabilities of a few greedy tokens.
+JSON: {"folder", "quantization", "batches", "prompt", "new", "prefill", "logprobs",
+"tensor_parallel", "engine_args"}. Prints one line of JSON: seconds and bytes of loading (weights of
+all ranks, the peak of one), whether kernels start early (pdl.py), tokens per second of each batch,
+prefill, and the log-probabilities of a few greedy tokens.
 """
 
 from __future__ import annotations
@@ -13,23 +14,35 @@ import statistics
 import sys
 import time
 
+import torch
+
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_USE_DEEP_GEMM": "0",
+    "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
     "VLLM_LOGGING_LEVEL": "INFO",  # how long the phases of starting take is only said there
 }
+
+
+def weight_bytes(model) -> int:
+    """Of one rank's part of a model."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def peak_bytes(model) -> int:
+    """Most memory that this rank's tensors took."""
+    return torch.cuda.max_memory_allocated()
 
 
 def main(text: str) -> None:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    import torch
     from vllm import LLM, SamplingParams
 
-    from bench import pdl
+    from bench import pdl, vllm_child  # by its name: workers find its functions there
 
     job = json.loads(text)
     start = time.perf_counter()
@@ -43,13 +56,12 @@ def main(text: str) -> None:
         max_num_batched_tokens=16384,
         gpu_memory_utilization=job.get("memory", 0.5),
         disable_log_stats=True,
+        tensor_parallel_size=job.get("tensor_parallel", 1),
+        **job.get("engine_args", {}),
     )
     result: dict = {"start_s": round(time.perf_counter() - start, 1)}
-    weights = engine.apply_model(
-        lambda model: sum(p.numel() * p.element_size() for p in model.parameters())
-    )
-    result["weights_gb"] = round(weights[0] / 1e9, 3)
-    result["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    result["weights_gb"] = round(sum(engine.apply_model(vllm_child.weight_bytes)) / 1e9, 3)
+    result["peak_gb"] = round(max(engine.apply_model(vllm_child.peak_bytes)) / 1e9, 3)
     options = engine.llm_engine.vllm_config.compilation_config.inductor_compile_config
     result["pdl"] = pdl.is_on(torch.device("cuda"), options)
     vocabulary = engine.llm_engine.model_config.get_vocab_size()

@@ -51,11 +51,13 @@ class Children:
 
     def __init__(self, fails=(), distance=0.0):
         self.started, self.fails, self.distance = [], fails, distance
+        self.gpus = []
 
     def __call__(self, command, env, **_):
         job = json.loads(command[-1])
         name = job["folder"] if job["quantization"] is None else "fp8"
         self.started.append((name, env.get(inductor_pdl.VARIABLE)))
+        self.gpus.append(job["tensor_parallel"])
         if name in self.fails:
             return subprocess.CompletedProcess(command, 1, "", "it fell over")
         rate = 50.0 * len(self.started)
@@ -112,6 +114,18 @@ def test_the_answers_are_compared_before_the_rows_are_written(vllm_bench):
     with pytest.raises(RuntimeError, match="distance of 1.000"):
         call("--engines", "sparse", "--same-answers")
     assert len(lines()) == 4
+
+
+def test_on_several_gpus_an_engine_answers_like_one(vllm_bench):
+    call, children, lines = vllm_bench
+    options = ("--engines", "sparse,dense", "--tensor-parallel", "2")
+    assert call(*options, "--engine-args", '{"seed": 3}') == 0
+    assert [name for name, _ in children.started] == ["dense", "sparse", "sparse"]
+    assert children.gpus == [2, 1, 2]
+    entry = lines()[-1]
+    assert entry["check"] == "logprobs within 0.000 of the same on one GPU"
+    assert entry["case"].endswith(" layers, 2 GPUs, prefill 8 x 2048")
+    assert entry["details"]["engine_args"] == {"seed": 3}
 
 
 @pytest.mark.parametrize("option, ours", [((), "1"), (("--no-pdl",), "0"), (("--pdl",), "1")])
