@@ -13,43 +13,59 @@ NAMES = {
 
 
 def rows(records: list[dict]) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """case -> (header, rows). Of records with the same start and minutes the newest counts.
+    """case -> (header, rows). Of records with the same start, loss and minutes the newest counts.
 
     Args:
         records: of op "finetune", oldest first.
     """
     found = {}
     for case in dict.fromkeys(entry["case"] for entry in records):
-        kept: dict[tuple[str, int], dict] = {}
+        kept: dict[tuple[str, str, int], dict] = {}
         for entry in records:
             if entry["case"] == case:
                 minutes = entry["metrics"]["minutes"]
-                kept[entry["backend"], round(60 * minutes / 15)] = entry
+                kept[entry["backend"], loss_of(entry), round(60 * minutes / 15)] = entry
         found[case] = _of_case(list(kept.values()))
     return found
+
+
+def loss_of(entry: dict) -> str:
+    """What a record trained on: KL to the teacher, cross-entropy (CE), outputs of blocks; and with
+    weight decay, where it had one."""
+    settings = entry.get("settings") or {}
+    alpha, block = settings.get("alpha", 0.0), settings.get("block", 0.0)
+    parts = ["KL" if not alpha else f"{1 - alpha:g} KL"] if alpha < 1 else []
+    parts += ["CE" if alpha == 1 else f"{alpha:g} CE"] if alpha else []
+    parts += [f"{block:g} blocks"] if block else []
+    decay = settings.get("weight_decay", 0.0)
+    return " + ".join(parts) + (f", weight decay {decay:g}" if decay else "")
 
 
 def _of_case(records: list[dict]) -> tuple[list[str], list[list[str]]]:
     last = records[-1]["metrics"]
     tests = [name.removeprefix("dense ") for name in last if name.startswith("dense ")]
     tests = [name for name in tests if f"perplexity {name}" in last]
-    header = ["", *(f"perplexity, {name}" for name in tests), "GPU minutes", "tokens trained on"]
+    header = ["", "loss", *(f"perplexity, {name}" for name in tests), "GPU minutes"]
+    header.append("tokens trained on")
     dense = [f"{last[f'dense {name}']:.2f}" for name in tests]
-    lines = [["dense", *dense, "", ""]]
+    lines = [["dense", "", *dense, "", ""]]
     order = {name: place for place, name in enumerate(NAMES)}
-    records = sorted(records, key=lambda e: (order[e["backend"]], e["metrics"]["minutes"]))
+    records = sorted(
+        records,
+        key=lambda e: (order[e["backend"]], loss_of(e) != "KL", e["metrics"]["minutes"]),
+    )
     for backend in dict.fromkeys(entry["backend"] for entry in records):
         entry = [e for e in records if e["backend"] == backend][-1]
         values = [f"{entry['metrics'][f'start {name}']:.2f}" for name in tests]
         seconds = entry["details"]["seconds"]["prune"]
         name = NAMES[backend][0] + _part(entry["details"].get("windows"))
-        lines.append([name, *values, f"{seconds / 60:.1f}", "0"])
+        lines.append([name, "", *values, f"{seconds / 60:.1f}", "0"])
     for entry in records:
         metrics = entry["metrics"]
         values = [f"{metrics[f'perplexity {name}']:.2f}" for name in tests]
         name = f"{NAMES[entry['backend']][1]} ({metrics['minutes']:.1f} minutes)"
         minutes, tokens = metrics["gpu_seconds"] / 60, metrics["tokens"] / 1e6
-        lines.append([name, *values, f"{minutes:.1f}", f"{tokens:.1f} M"])
+        lines.append([name, loss_of(entry), *values, f"{minutes:.1f}", f"{tokens:.1f} M"])
     return header, lines
 
 

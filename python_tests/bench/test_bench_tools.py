@@ -25,6 +25,7 @@ from bench import (  # noqa: E402
     monitor,
     options,
     record,
+    recovery_table,
     results,
     shapes,
     sweep,
@@ -754,3 +755,30 @@ def test_compress_refuses_what_the_cpu_does_not_compute():
     w24.values[3, 5] += 1
     with pytest.raises(RuntimeError, match="expected equal values, got different ones"):
         bench_compress.check_slice(weight, w24)
+
+
+def test_the_table_of_recovery_tells_losses_apart():
+    def entry(minutes, perplexity, **settings):
+        metrics = {"dense t": 20.0, "start t": 90.0, "perplexity t": perplexity}
+        metrics |= {"minutes": minutes, "gpu_seconds": 60.0, "tokens": 1e6}
+        details = {"seconds": {"prune": 6.0}}
+        known = {"case": "c", "backend": "sparsegpt", "settings": settings}
+        return known | {"metrics": metrics, "details": details}
+
+    records = [
+        entry(2.0, 31.0, alpha=0.5, block=0.0),
+        entry(2.01, 30.5, alpha=0.5, block=0.0),  # the newest of its kind
+        entry(2.0, 30.0, alpha=0.0, block=0.25),
+        entry(2.0, 29.0, alpha=0.0, block=0.0),
+        entry(3.0, 28.0, alpha=1.0, weight_decay=0.1),
+    ]
+    ((header, lines),) = recovery_table.rows(records).values()
+    assert header == ["", "loss", "perplexity, t", "GPU minutes", "tokens trained on"]
+    assert [line[1:3] for line in lines] == [
+        ["", "20.00"],
+        ["", "90.00"],
+        ["KL", "29.00"],
+        ["KL + 0.25 blocks", "30.00"],
+        ["0.5 KL + 0.5 CE", "30.50"],
+        ["CE, weight decay 0.1", "28.00"],
+    ]
