@@ -8,7 +8,11 @@ with `vllm serve`, as a user would: nothing is said about the format, the plugin
 entry point. Each server gets the same requests at /v1/completions, greedy with log-probabilities.
 
 Check: as far as the tokens agree, their log-probabilities lie within LOGPROB_DISTANCE of the dense
-server's; where they part, the dense server's two best were that close.
+server's; where they part, the dense server's two best were that close. Served in --dtype float16:
+vLLM rounds logits to the model's dtype, and bfloat16 has steps of 0.25 from 32 to 64, where those
+of SmolLM2 are.
+
+Where there are two GPUs each server has its own and they start together.
 """
 
 from __future__ import annotations
@@ -21,7 +25,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 import sparsekern
 from sparsekern.checkpoint.export import export_dense
@@ -54,6 +61,7 @@ def make_parser():
     result.add_argument("--window", type=int, default=1024)
     result.add_argument("--folder", type=Path, required=True, help="where the models are written")
     result.add_argument("--memory", type=float, default=0.2, help="gpu-memory-utilization")
+    result.add_argument("--dtype", default="float16", help="of vllm serve (default float16)")
     result.add_argument("--start-seconds", type=float, default=180.0)
     return result
 
@@ -88,10 +96,16 @@ def main(path, arguments=()) -> int:
     with Watch(run, args.budget, rescue):
         with run.phase("prune and save"):
             prepare(args, run, folders)
-        for name, folder in folders.items():
-            with run.phase(f"{name}: serve"):
-                answers[name], seconds[name] = serve(folder, args, run)
-            run.say(f"{name}: {answers[name][0]['text']!r}")
+        gpus = visible_gpus()
+        with run.phase("serve"), ThreadPoolExecutor(min(2, len(gpus))) as pool:
+
+            def ask(place: int, name: str) -> None:
+                gpu = gpus[place % len(gpus)]
+                answers[name], seconds[name] = serve(folders[name], args, run, gpu)
+                run.say(f"{name}: {answers[name][0]['text']!r}")
+
+            for done in [pool.submit(ask, *item) for item in enumerate(folders)]:
+                done.result()
     worst, same = distance(answers["sparse"], answers["zeros"])
     if not worst <= LOGPROB_DISTANCE:
         raise RuntimeError(
@@ -104,7 +118,7 @@ def main(path, arguments=()) -> int:
         backend="sparse",
         check=f"logprobs within {worst:.3f} of dense with zeros",
         case=case,
-        dtype="bfloat16",
+        dtype=args.dtype,
         metrics={"same_tokens": same, "of_tokens": tokens, "logprob_distance": round(worst, 4)},
         details={
             "vllm": record._version("vllm"),
@@ -139,16 +153,25 @@ def prepare(args, run: Run, folders: dict[str, Path]) -> None:
         export_dense(folders["sparse"], folders["zeros"])
 
 
-def serve(folder: Path, args, run: Run) -> tuple[list[dict], float]:
-    """Starts a server over the folder, asks it, and ends it: (answers, seconds until it was up)."""
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name, one by one."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def serve(folder: Path, args, run: Run, gpu: str) -> tuple[list[dict], float]:
+    """Starts a server over the folder on a GPU, asks it, and ends it: (answers, seconds until it
+    was up)."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024"]
     command += ["--gpu-memory-utilization", str(args.memory), "--served-model-name", "m"]
+    command += ["--dtype", args.dtype]
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, **SETTINGS, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = gpu
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [root, os.environ.get("PYTHONPATH", "")])
     )

@@ -32,6 +32,14 @@ def test_distance_of_answers():
     assert math.isinf(worst) and same == 1
 
 
+def test_each_server_has_its_own_gpu_where_there_are_two(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert bench_serve.visible_gpus() == ["2", "5"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert bench_serve.visible_gpus() == ["0"]
+
+
 def test_phases_of_a_log():
     log = """INFO Loading weights took 3.21 seconds
     INFO Model loading took 9.4 GiB memory and 5.5 seconds
