@@ -9,7 +9,7 @@ from sparsekern.oneshot import observe as observe_module
 from sparsekern.oneshot.calibration import make_batches
 from sparsekern.oneshot.devices import lodged
 from sparsekern.oneshot.observe import observe
-from sparsekern.oneshot.permutation import find_sites, input_energies
+from sparsekern.oneshot.permutation import added_up, find_sites, input_energies, observed
 
 CPU = torch.device("cpu")
 
@@ -55,8 +55,22 @@ def test_energies_are_sums_of_squares():
         return hook
 
     observe(model, batches, CPU, {site.reader: hook_of(site.name) for site in sites})
-    for name, energy in input_energies(model, sites, batches, CPU).items():
+    energies = input_energies(model, batches, CPU).sums
+    assert set(energies) == {site.name for site in sites}
+    for name, energy in energies.items():
         torch.testing.assert_close(energy, sums[name], rtol=1e-6, atol=0)
+
+
+def test_energies_of_several_processes_are_those_of_one_bit_for_bit():
+    model = build()
+    batches = make_batches(ids(5), model, 1, CPU)
+    whole = input_energies(model, batches, CPU).sums
+    for world in (2, 3, 7):  # 7: some have no batch
+        parts = [observed(model, batches[rank::world], CPU) for rank in range(world)]
+        together = added_up(model, parts)
+        assert all(torch.equal(together[name], energy) for name, energy in whole.items())
+    with pytest.raises(ValueError, match="calibration that reaches every layer"):
+        added_up(model, [{}, {}])
 
 
 def test_blocks_are_lodged_elsewhere_for_a_look_and_get_back_what_they_had():

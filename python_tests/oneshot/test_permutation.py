@@ -75,7 +75,7 @@ def test_the_report_is_the_importance_that_2_4_drops():
     report = permute(model, ids(), rounds=10)
     batches = permutation.make_batches(ids(), model, None, torch.device("cpu"))
     sites = find_sites(model)
-    energies = permutation.input_energies(model, sites, batches, torch.device("cpu"))
+    energies = permutation.input_energies(model, batches, torch.device("cpu")).sums
     shares = []
     for site in sites:
         scores = site.reader.weight.detach().square() * energies[site.name]

@@ -3,8 +3,10 @@ blocks, reconstruction in it and after it, as presets and arguments ask for."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import check
 from sparsekern.oneshot.calibration import Batch
-from sparsekern.oneshot.permutation import permute_on
+from sparsekern.oneshot.permutation import Energies, added_up, observed, permute_on
 from sparsekern.oneshot.presets import find_preset, for_blocks
 from sparsekern.oneshot.ranks import RankError, Ranks
 from sparsekern.oneshot.report import PruneReport
@@ -149,9 +151,12 @@ class Extra:
         """Permute the model; returns how to take it back, None where the preset does without."""
         assert self.permute is not None
         try:
-            made = _found(
-                PERMUTATION, permute_on, model, batches, device, resume, self.permute, ranks
-            )
+            search: Callable[..., Any] = permute_on
+            if ranks is not None:
+                heads = self.permute.get("heads", True)
+                energies = _observed_together(model, batches, device, heads, ranks)
+                search = functools.partial(permute_on, energies=energies)
+            made = _found(PERMUTATION, search, model, batches, device, resume, self.permute, ranks)
         except (ValueError, RuntimeError) as error:
             if not self.order_optional or isinstance(error, RankError):
                 raise
@@ -186,6 +191,24 @@ class Extra:
         report.rotation = asdict(turned.report)
         undo: Callable[[], None] = turned.undo
         return undo
+
+
+def _observed_together(
+    model: nn.Module, batches: list[Batch], device: torch.device, heads: bool, ranks: Ranks
+) -> Energies:
+    """What input_energies returns, bit for bit: each rank goes through some of the batches. What
+    one raises, all raise."""
+    begin = time.perf_counter()
+    own: dict[str, list[Tensor]] | Exception
+    try:
+        own = observed(model, batches[ranks.rank :: ranks.world], device, heads)
+    except (ValueError, RuntimeError) as error:
+        own = error
+    parts = list(ranks.in_turn(own, ranks.world))
+    for part in parts:
+        if isinstance(part, Exception):
+            raise part
+    return Energies(added_up(model, parts, heads), time.perf_counter() - begin)
 
 
 def _found(

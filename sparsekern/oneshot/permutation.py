@@ -22,8 +22,9 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -155,9 +156,11 @@ def permute_on(
     seed: int = 0,
     known: Mapping[str, Tensor] | None = None,
     report: PermutationReport | None = None,
+    energies: Energies | None = None,
 ) -> Permuted:
     """`permute` on batches. known: orders of an earlier search, which is then not made again; with
-    its report, of the same model in another process, they are applied and nothing else."""
+    its report, of the same model in another process, they are applied and nothing else. energies:
+    of the readers' inputs, where the forward passes are done."""
     start = time.perf_counter()
     check(type(rounds) is int and rounds >= 0, OP, "rounds, an int >= 0", repr(rounds))
     home = next(model.parameters()).device
@@ -173,15 +176,17 @@ def permute_on(
     probe = batches[0].probe()
     parts: dict[str, float] = {}
     before = _outputs(model, probe, home, target)
-    last = _lap(parts, "check", start)
-    energies = input_energies(model, sites, batches, target)
-    if target.type == "cuda":
-        torch.cuda.synchronize(target)
-    last = _lap(parts, "observe", last)
+    _lap(parts, "check", start)
+    if energies is None:
+        energies = input_energies(model, batches, target, heads)
+    else:
+        start -= energies.seconds
+    parts["observe"] = energies.seconds
+    last = time.perf_counter()
     orders: dict[str, Tensor] = {}
     shares: list[tuple[float, float]] = []
     for number, stack in enumerate(_stacks(sites)):
-        scores = torch.cat([_scores(site, energies[site.name], target) for site in stack])
+        scores = torch.cat([_scores(site, energies.sums[site.name], target) for site in stack])
         if known is not None:
             order = torch.cat([_checked(known.get(site.name), site) for site in stack]).to(target)
         else:
@@ -311,17 +316,56 @@ def _checked(order: Tensor | None, site: Site) -> Tensor:
 # -------------------------------------------------------------------------------------- the search
 
 
+@dataclass
+class Energies:
+    """Σ x_j² over the calibration of the input of each reader.
+
+    sums: by the reader's name, float64 [in_features].      seconds: of the forward passes.
+    """
+
+    sums: dict[str, Tensor]
+    seconds: float
+
+
 def input_energies(
-    model: nn.Module, sites: list[Site], batches: list[Batch], device: torch.device
-) -> dict[str, Tensor]:
-    """Σ x_j² over the calibration of the input of each reader, float64 [in_features], by name."""
-    sums: dict[str, Tensor] = {}
+    model: nn.Module, batches: list[Batch], device: torch.device, heads: bool = True
+) -> Energies:
+    """The energies over some batches."""
+    begin = time.perf_counter()
+    seen = observed(model, batches, device, heads)
+    return Energies(added_up(model, [seen], heads), time.perf_counter() - begin)
+
+
+def observed(
+    model: nn.Module, batches: list[Batch], device: torch.device, heads: bool = True
+) -> dict[str, list[Tensor]]:
+    """By the reader's name Σ x_j² of each call of it, float64 [in_features], in order."""
+    seen: dict[str, list[Tensor]] = {}
 
     def hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-        sums[name] = sums.get(name, 0) + x.square().sum(0).double()
+        seen.setdefault(name, []).append(x.square().sum(0).double())
 
-    observe(model, batches, device, {s.reader: functools.partial(hook, s.name) for s in sites})
+    sites = find_sites(model, heads)
+    if batches and sites:
+        observe(model, batches, device, {s.reader: functools.partial(hook, s.name) for s in sites})
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return seen
+
+
+def added_up(
+    model: nn.Module, parts: Sequence[Mapping[str, list[Tensor]]], heads: bool = True
+) -> dict[str, Tensor]:
+    """Sums of what was observed, by the reader's name. Of n parts the i-th is that of batches i,
+    i + n, ...: the calls are added in the order in which one process would have made them."""
+    sums = {}
+    sites = find_sites(model, heads)
+    for site in sites:
+        calls = zip_longest(*(part.get(site.name, []) for part in parts))
+        found = [x for turn in calls for x in turn if x is not None]
+        if found:
+            sums[site.name] = functools.reduce(torch.add, found)
     unread = [site.name for site in sites if site.name not in sums]
     check(not unread, OP, "calibration that reaches every layer", f"none for {unread[:3]}")
     return sums
