@@ -12,6 +12,8 @@ import torch
 
 from sparsekern.backends.triton import compress as kernels
 from sparsekern.formats import codec as compression
+from sparsekern.formats import tile64
+from sparsekern.formats.sparse24 import Sparse24
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -107,6 +109,19 @@ def rules_are_counted(device: str, launch: kernels.Launch) -> None:
         assert int(kernels.compress(w_there, "mask", mask, launch)[2]) == 0
 
 
+def tiled(device: str, launch: kernels.Launch) -> None:
+    """Layout "tile64": whole and partial tiles, row groups of one to four panels."""
+    generator = torch.Generator().manual_seed(2)
+    for shape in ((64, 64), (60, 12), (1, 4), (130, 132), (256, 64), (330, 200), (0, 8), (4, 0)):
+        for dtype in (torch.float16, torch.bfloat16):
+            w = torch.randn(shape, generator=generator).to(dtype)
+            w24 = Sparse24(*compression.prune_compress_dense(w), w.shape)
+            packed = tile64.pack(w24)
+            values, metadata = packed.values.to(device), packed.metadata.to(device)
+            dense = kernels.decompress_tile64(values, metadata, w24.spec.shape)
+            assert equal_bits(dense, w24.to_dense()), (dtype, shape)
+
+
 def misaligned(device: str, launch: kernels.Launch) -> None:
     """A contiguous tensor that starts off 16 bytes gives the same bits."""
     flat = torch.randn(1 + 4 * 24)
@@ -117,7 +132,7 @@ def misaligned(device: str, launch: kernels.Launch) -> None:
         assert equal_bits(got[0], values) and equal_bits(got[1], metadata)
 
 
-CASES = (compare_random, compare_small_groups, extremes, rules_are_counted, misaligned)
+CASES = (compare_random, compare_small_groups, extremes, rules_are_counted, tiled, misaligned)
 
 if __name__ == "__main__":
     for case in CASES:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsekern.backends import triton
 from sparsekern.backends.cuda import compress as cuda_compress
-from sparsekern.formats import codec, dtypes
+from sparsekern.formats import codec, dtypes, tile64
 from sparsekern.formats.sparse24 import Sparse24
 
 
@@ -74,12 +74,18 @@ def prune_compress(w: Tensor, scores: Tensor | None = None) -> Sparse24:
 
 def decompress(w24: Sparse24) -> Tensor:
     """codec.decompress_dense: the dense weight [out, in], exact, from any layout."""
+    dense: Tensor
+    spec, values = w24.spec, w24.values
+    if spec.layout == tile64.LAYOUT and spec.element.plain and values.element_size() == 2:
+        if (kernels := _triton(values)) is not None:
+            dense = kernels.decompress_tile64(values, w24.metadata.contiguous(), spec.shape)
+            return dense
     w24 = w24.rowmajor()
     numbers, metadata, in_features = w24.numbers(), w24.metadata, w24.in_features
     kernels = _triton(numbers)
     if kernels is None:
         return codec.decompress_dense(numbers, metadata, in_features)
-    dense: Tensor = kernels.decompress(numbers.contiguous(), metadata.contiguous(), in_features)
+    dense = kernels.decompress(numbers.contiguous(), metadata.contiguous(), in_features)
     return dense
 
 

@@ -316,16 +316,16 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """With z = x·Wᵀ + b: dz = grad · activation'(z); dx = dz · W; db = sum of dz over tokens."""
     *tensors, x, bias = ctx.saved_tensors
-    dz = grad.float()
+    dz = grad
     if ctx.activation:
         z = torch.ops.sparsekern.linear(x, tensors, ctx.spec, bias, None, ctx.backend)
-        dz = dz * _activation_slope(z.float(), ctx.activation)
+        dz = grad.float() * _activation_slope(z.float(), ctx.activation)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.sparsekern.linear_input_grad(dz.to(grad.dtype), tensors, ctx.spec)
     if ctx.needs_input_grad[3]:
         out_features = WeightSpec.parse(ctx.spec).shape[0]
-        grad_bias = dz.sum_to_size((out_features,)).to(grad.dtype)
+        grad_bias = dz.float().sum_to_size((out_features,)).to(grad.dtype)
     return grad_x, [None] * len(tensors), None, grad_bias, None, None
 
 

@@ -1,6 +1,7 @@
-"""Triton kernels of the row-major format: 2:4 mask, compress, prune + compress, decompress.
+"""Triton kernels of the row-major format: 2:4 mask, compress, prune + compress, decompress; and
+decompress of the layout that the CUDA kernels read (formats/tile64.py), a program a tile.
 
-Each kernel is one pass over *pairs of groups* (8 columns, one metadata byte; see groups.py):
+Each of the first is one pass over *pairs of groups* (8 columns, one metadata byte; see groups.py):
 
     16-bit weight   reads 16 B per pair (two int64 groups)   writes 8 B of values, 1 B of metadata
     32-bit weight   reads 32 B per pair                      writes 16 B of values, 1 B of metadata
@@ -36,7 +37,7 @@ from sparsekern.backends.triton.groups import (
     spread32,
     store_two,
 )
-from sparsekern.formats import dtypes
+from sparsekern.formats import dtypes, tile64
 
 
 @triton.jit
@@ -130,6 +131,35 @@ def decompress_kernel(
         low1, high1 = spread32(v1, byte >> 4)
         store_two(weight_ptr + 4 * start, 2 * first, low0, high0, inside, inside, False)
         store_two(weight_ptr + 4 * start + 2, 2 * first, low1, high1, second, second, False)
+
+
+@triton.jit
+def decompress_tile64_kernel(
+    values_ptr,  # int32 words, one per group: 1024 of each tile
+    metadata_ptr,  # uint8, 512 of each tile
+    weight_ptr,  # int64 words, one per group
+    out_features,
+    groups_per_row,
+    k_tiles,
+    panels,
+    PANELS: tl.constexpr,
+):
+    """One tile of 64 rows and 16 groups, in the places of formats/tile64.py."""
+    tile = tl.program_id(0)
+    before = tile // (PANELS * k_tiles) * PANELS  # panels of the row groups before this one
+    count = tl.minimum(panels - before, PANELS)
+    inside = tile - before * k_tiles
+    panel, k_tile = before + inside % count, inside // count
+    index = tl.arange(0, 1024)
+    row, group = index // 16, index % 16
+    word = tl.load(values_ptr + tile.to(tl.int64) * 1024 + group // 4 * 256 + row * 4 + group % 4)
+    # row = (warp, half, row of 8), byte = (t, one of two)
+    place = row // 16 * 128 + row % 8 * 16 + group // 4 * 4 + row // 8 % 2 * 2 + group // 2 % 2
+    byte = tl.load(metadata_ptr + tile.to(tl.int64) * 512 + place).to(tl.int32)
+    nibble = (byte >> group % 2 * 4) & 15
+    r, g = panel * 64 + row, k_tile * 16 + group
+    mask = (r < out_features) & (g < groups_per_row)
+    tl.store(weight_ptr + r.to(tl.int64) * groups_per_row + g, spread16(word, nibble), mask=mask)
 
 
 # ---- launchers -----------------------------------------------------------------------------------
@@ -239,4 +269,29 @@ def decompress(
     words = _words(_aligned(values), torch.int32 if bits == 16 else torch.int64)
     pointers = (words, metadata, _words(dense, torch.int64))
     _run(decompress_kernel, pointers, dense.shape, launch or Launch(), values.device, BITS=bits)
+    return dense
+
+
+def decompress_tile64(
+    values: torch.Tensor, metadata: torch.Tensor, shape: tuple[int, int]
+) -> torch.Tensor:
+    """values [tiles, 2048] of 16 bits and metadata uint8 [tiles, 512] of layout "tile64" -> dense
+    [out, in] of that shape, bit for bit."""
+    out_features, in_features = shape
+    dense = values.new_empty(out_features, in_features)
+    panels, k_tiles = tile64.packed_shape(out_features, in_features)
+    if dense.numel() == 0:
+        return dense
+    device = values.device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        decompress_tile64_kernel[(panels * k_tiles,)](
+            _words(_aligned(values), torch.int32),
+            metadata,
+            _words(dense, torch.int64),
+            out_features,
+            in_features // 4,
+            k_tiles,
+            panels,
+            PANELS=tile64.PANELS,
+        )
     return dense
