@@ -1,4 +1,4 @@
-"""Training through levels: held-out errors fall below the quantiser's, masks hold, what comes out is
+"""Training through levels: held-out errors fall below the quantiser's, masks hold, the result is
 levels and scales, a resumed run is equal."""
 
 import pytest

@@ -214,7 +214,7 @@ def quantize(
     hessian: prune.Hessian | None,
     options: Options,
 ) -> tuple[Sparse24, prune.QuantizeReport]:
-    """A pruned weight as levels and scales: prune.gptq towards the dense one, or prune.rtn."""
+    """A pruned weight as levels and scales: prune.gptq towards `dense`, or prune.rtn."""
     name, group = str(options.quantize), options.quantize_group
     if hessian is None or options.quantize_method == "rtn":
         return prune.rtn(pruned, name, mask=mask, hessian=hessian, group=group)

@@ -30,8 +30,8 @@ from sparsekern.formats.sparse24 import Sparse24
 if TYPE_CHECKING:
     from sparsekern.oneshot.fit import Trained
 
-# The rate of weights in their root mean square, for each unit of the round's: at 6e-4 a step moves a
-# weight by at most 1 % of that.
+# The rate of weights, in their root mean square for each unit of the round's rate: at 6e-4 a step
+# moves a weight by about 1 % of that.
 RATE = 16.0
 FARTHEST = 2.0  # of the logarithm of a scale from where it began
 RESIDUAL = 0.5  # of what rounding took from a 16-bit weight, in its latent at the start
@@ -58,8 +58,9 @@ class Levels:
         self._shares: list[float] = []
         for number, (w24, start) in enumerate(zip(weights, starts, strict=True)):
             scale = w24.tensors[scaled.SCALE].to(start.device)[:, :, None]
-            ratio = self._grouped(number, w24.to_dense().to(start.device).float()) / scale
-            level = self.codecs[number].round(ratio)
+            now = self.trained[number].parameter.detach().float()
+            now = now.t() if self.trained[number].transposed else now
+            level = self.codecs[number].round(self._grouped(number, now) / scale)
             wanted = self._grouped(number, start.float()) / scale
             latent = level + RESIDUAL * (wanted - level)
             other = self.codecs[number].round(latent) != level

@@ -144,13 +144,14 @@ def reconstruct_block(
         with training(kept_weights(modules, masks), options, device, [block]) as trained:
             share = None if seconds is None else seconds / len(parts)
             knobs: dict[str, Any] = {"seconds": share, "ranks": ranks}
+            through = None
             if levels is not None and starts is not None:
-                given_levels = [levels[m] for m in modules], [starts[m] for m in modules]
-                knobs["levels"] = Levels(trained, *given_levels)
-            done = fit(trained, len(calls), loss, options, [index], part, **knobs)
-            fits.append(done)
-            if levels is not None and done.kept:
-                levels.update(zip(modules, knobs["levels"].weights()))
+                own = [levels[m] for m in modules], [starts[m] for m in modules]
+                through = Levels(trained, *own)
+            knobs["levels"] = through
+            fits.append(fit(trained, len(calls), loss, options, [index], part, **knobs))
+        if levels is not None and through is not None and fits[-1].kept:
+            levels.update(zip(modules, through.weights()))
     return fits
 
 

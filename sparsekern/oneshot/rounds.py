@@ -51,8 +51,9 @@ class Reconstruction:
         checkpoint: keep only the inputs of blocks for the backward pass (less memory, more time).
         compile: torch.compile the blocks; worth its start on long runs.
         levels: with prune_model(quantize=), once the weights are quantised train them again, for as
-            many epochs, through their levels and scales (oneshot/levels.py). Without quantize it
-            changes nothing.
+            many epochs, through their levels and scales (oneshot/levels.py); of rounds after the
+            walk the last one counts, which a further one over single blocks then follows. Without
+            quantize it changes nothing.
         seed: of the order of batches, and of recut.
     """
 

@@ -170,13 +170,16 @@ class SpanRound:
         numbers = list(range(first, end))
         with training(weights_of, options, walk.device, blocks, teachers) as trained:
             count = len(walk.calls)
-            knobs: dict[str, Any] = {"new_epoch": data.new_epoch, "seconds": seconds}
+            levels = None
             if found is not None:
-                levels, starts = ([part[m] for m in modules] for part in found)
-                knobs["levels"] = Levels(trained, levels, starts)
-            done = fit(trained, count, loss, options, numbers, "span", **knobs)
-            if found is not None and done.kept:
-                found[0].update(zip(modules, knobs["levels"].weights()))
+                weights24, starts = found
+                levels = Levels(
+                    trained, [weights24[m] for m in modules], [starts[m] for m in modules]
+                )
+            knobs: dict[str, Any] = {"new_epoch": data.new_epoch, "seconds": seconds}
+            done = fit(trained, count, loss, options, numbers, "span", levels=levels, **knobs)
+        if found is not None and levels is not None and done.kept:
+            found[0].update(zip(modules, levels.weights()))
         if options.reselect and done.kept:
             for module in self.masks:
                 if id(module) in inside:
