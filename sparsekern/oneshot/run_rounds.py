@@ -229,14 +229,15 @@ class Rounds:
         options = cast(Options, self.late)
         levels: dict[nn.Module, Sparse24] = {}
         starts: dict[nn.Module, Tensor] = {}
-        method = options.quantize_method or "gptq"
+        methods: dict[str, str] = {}
 
         def quantize() -> tuple[dict[nn.Module, Sparse24], dict[nn.Module, Tensor]]:
             hessians = collected(spans.walk, index, list(layers.values()))
             for name, layer in layers.items():
                 module, weight = layer.module, layer.weight.contiguous()
                 mask, own = spans.masks[module].to(weight.device), hessians.get(name)
-                levels[module], _ = quantize_layer(weight, weight, mask, own, options)
+                levels[module], done = quantize_layer(weight, weight, mask, own, options)
+                methods[name] = done.method
                 starts[module] = weight.clone()
                 write_weight(module, levels[module].to_dense())
             return levels, starts
@@ -247,7 +248,9 @@ class Rounds:
         for name, layer in layers.items():
             row = self.rows[name]
             row.note = "; ".join(filter(None, (row.note, _said(fit, " through levels"))))
-            row.quantized = f"{quantized_as(levels[layer.module], options)} {method} + blocks"
+            row.quantized = (
+                f"{quantized_as(levels[layer.module], options)} {methods[name]} + blocks"
+            )
         return {name: levels[layer.module].to(self.walk.home) for name, layer in layers.items()}
 
     def _train_window(
@@ -286,7 +289,6 @@ def _said(fit: Fit, through: str = "") -> str:
     """A fit in the words of a layer's note."""
     first, last = fit.blocks[0], fit.blocks[-1]
     where = f"block {first}" if first == last else f"blocks {first}-{last}"
-    text = f"{where} reconstructed{through}: held-out error {fit.before:.4g} -> {fit.after:.4g}"
-    return (
-        text if fit.kept else f"{where}: reconstruction{through} was no better ({fit.before:.4g})"
-    )
+    if not fit.kept:
+        return f"{where}: reconstruction{through} was no better ({fit.before:.4g})"
+    return f"{where} reconstructed{through}: held-out error {fit.before:.4g} -> {fit.after:.4g}"
