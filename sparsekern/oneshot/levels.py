@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # moves a weight by about 1 % of that.
 RATE = 16.0
 FARTHEST = 2.0  # of the logarithm of a scale from where it began
-RESIDUAL = 0.5  # of what rounding took from a 16-bit weight, in its latent at the start
+RESIDUAL = 0.75  # of what rounding took from a weight, in its latent at the start
 
 
 class Levels:
