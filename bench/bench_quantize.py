@@ -17,7 +17,8 @@ is those weights, with the Hessians of that run, as levels. Rows:
     blocks, best             16 bits, presets "default" and "best": each block reconstructed in the
                              walk (the head gets a weight of its own for the rotation of "best")
     ..., NAME gptq           the same, each block's weights as levels once it is reconstructed
-    ..., NAME trained        the same, and the block reconstructed once more through its levels
+    ..., NAME trained        the same, and the block reconstructed once more, for as many epochs
+                             again, through its levels
 
 Presets choose other masks, so `of_16_bit_2:4` of a row of theirs is relative to their own in 16
 bits.

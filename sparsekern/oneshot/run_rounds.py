@@ -118,9 +118,11 @@ class Rounds:
             spent = sum(row["seconds"] for row in self.report.reconstruction)
             fits = (len(walk.blocks) - index) * (2 if self._through else 1)
             seconds = max(0.0, options.seconds - spent) / (fits - (levels is not None))
+        ranks = self.walk.ranks
+        if levels is not None and ranks is not None:
+            levels.update(zip(list(levels), ranks.share(list(levels.values()), 0)))
         for module, weight in (levels or {}).items():
             write_weight(module, weight.to_dense())
-        ranks = self.walk.ranks
         with self.walk.phase("reconstruct"), on_device(final, self.walk.device):
             shares: list[float] = []
             if ranks is not None:
@@ -132,8 +134,7 @@ class Rounds:
                 for module, weight in zip(masks, ranks.share(weights, 0)):
                     cast(Tensor, module.weight).copy_(weight)
                 if levels is not None:
-                    found = ranks.share(list(levels.values()), 0)
-                    levels.update(zip(list(levels), found))
+                    levels.update(zip(list(levels), ranks.share(list(levels.values()), 0)))
         self.report.reconstruction += [fit.row() for fit in done]
         through = "" if levels is None else " through levels"
         return _said(done[-1], through) if done else ""
