@@ -8,8 +8,7 @@ import sparsekern as sk
 from python_tests.oneshot.driver_models import build, run_prune
 from python_tests.oneshot.test_reconstruct import texts
 from sparsekern.formats import dtypes, scaled
-from sparsekern.oneshot.fit import Trained
-from sparsekern.oneshot.levels import Levels
+from sparsekern.oneshot.levels import Levels, Trained
 
 BLOCK = dict(span=1, epochs=4, lr=4e-4)
 SPAN = dict(span=None, epochs=2, lr=4e-4)

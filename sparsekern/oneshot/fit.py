@@ -10,7 +10,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,7 +19,7 @@ from torch.utils import deterministic as deterministic_options
 from sparsekern.backends.compress import mask24
 from sparsekern.formats.dtypes import DEFAULT_16_BIT
 from sparsekern.nn.replace import is_conv1d
-from sparsekern.oneshot.levels import Levels
+from sparsekern.oneshot.levels import Levels, Trained
 from sparsekern.oneshot.portion import add_up
 from sparsekern.oneshot.ranks import Ranks
 from sparsekern.oneshot.rounds import OP, Fit, Reconstruction
@@ -92,17 +91,6 @@ class Loss:
             inverse = variance.reciprocal()
             self.scales[j] = inverse / inverse.mean()
         return cast(Tensor, self.scales[j])
-
-
-@dataclass
-class Trained:
-    """A parameter, in float32 while it is trained, and the mask of it (bool, same shape).
-    transposed: it is stored as [in_features, out_features]."""
-
-    parameter: nn.Parameter
-    mask: Tensor
-    dtype: torch.dtype
-    transposed: bool = False
 
 
 class Moving:

@@ -19,7 +19,7 @@ block by block, Chen et al. 2024, "EfficientQAT" (arXiv:2407.11062).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,22 @@ from torch import Tensor, nn
 from sparsekern.formats import dtypes, scaled, sparse24
 from sparsekern.formats.sparse24 import Sparse24
 
-if TYPE_CHECKING:
-    from sparsekern.oneshot.fit import Trained
-
 # The rate of weights, in their root mean square for each unit of the round's rate: at 6e-4 a step
 # moves a weight by about 1 % of that.
 RATE = 16.0
 FARTHEST = 2.0  # of the logarithm of a scale from where it began
 RESIDUAL = 0.75  # of what rounding took from a weight, in its latent at the start
+
+
+@dataclass
+class Trained:
+    """A parameter, in float32 while it is trained, and the mask of it (bool, same shape).
+    transposed: it is stored as [in_features, out_features]."""
+
+    parameter: nn.Parameter
+    mask: Tensor
+    dtype: torch.dtype
+    transposed: bool = False
 
 
 class Levels:
