@@ -104,7 +104,7 @@ def test_rounds_after_the_walk_end_in_one_through_levels(rounds, method):
 
 def test_refusals():
     rounds = {**SPAN, "levels": False}
-    with pytest.raises(ValueError, match='quantize_method "rtn" or None after.*levels=True'):
+    with pytest.raises(ValueError, match='quantize_method "rtn" or None with.*levels=True'):
         pruned(rounds, "int4", quantize_method="gptq")
     _, report = pruned(rounds, "int4")
     assert report.pruned[0].quantized == "int4 g32 rtn"

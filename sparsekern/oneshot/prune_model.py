@@ -234,8 +234,7 @@ def prune_model(
         check_options(wanted, true_sequential, compress, calibrated, offload_activations, OP)
         extra.check_order(wanted.pattern, bool(masks))
         late = bool(extra.spans) and not extra.spans[-1].levels and quantize_method == "gptq"
-        expected = 'quantize_method "rtn" or None after a last round of reconstruction, after the '
-        expected += "walk, with levels=False"
+        expected = 'quantize_method "rtn" or None with levels=False in a round after the walk'
         check(not late, OP, expected, "'gptq'", "No Hessian is left after it; pass levels=True.")
         check(undo in (True, False, "auto"), OP, 'undo True, False or "auto"', repr(undo))
         timed_tokens = dense_rule.check_arguments(keep_dense, keep_dense_tokens, compress, OP)
