@@ -189,6 +189,7 @@ def test_it_begins_at_the_quantisers_levels(name, transposed):
     start = trained.parameter.detach().clone()
     levels = Levels([trained], [w24], [w])
     assert torch.equal(trained.parameter, start)
+    assert levels.latent[0].is_contiguous()  # as gradients are: fused optimizers want one form
     (same,) = levels.weights()
     for key, tensor in w24.tensors.items():
         assert torch.equal(same.tensors[key], tensor), key

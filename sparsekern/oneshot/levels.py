@@ -154,7 +154,7 @@ class Levels:
         size = group if count > 1 else width
         missing = count * size - width
         padded = nn.functional.pad(dense, (0, missing)) if missing else dense
-        return padded.reshape(len(dense), count, size)
+        return padded.reshape(len(dense), count, size).contiguous()
 
     def _flat(self, number: int, by_group: Tensor) -> Tensor:
         """The inverse of `_grouped`."""
