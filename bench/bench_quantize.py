@@ -19,6 +19,7 @@ is those weights, with the Hessians of that run, as levels. Rows:
     ..., NAME gptq           the same, each block's weights as levels once it is reconstructed
     ..., NAME trained        the same, and the block reconstructed once more, for as many epochs
                              again, through its levels
+    ..., 16 bits twice       16 bits with as many epochs as that has altogether
 
 Presets choose other masks, so `of_16_bit_2:4` of a row of theirs is relative to their own in 16
 bits.
@@ -84,9 +85,11 @@ CASES = {
     "blocks, int4 g128 trained": 40,
     "blocks, fp8 gptq": 25,
     "blocks, fp8 trained": 40,
+    "blocks, 16 bits twice": 40,
     "best": 35,
     "best, int4 g128 trained": 65,
     "best, fp8 trained": 65,
+    "best, 16 bits twice": 65,
 }
 # Rows of presets: their first word.
 PRESETS = {"blocks": "default", "best": "best"}
@@ -261,10 +264,12 @@ class Problem:
         return model, report
 
     def by_preset(self, preset: str, kind: str):
-        """A row of a preset: kind is "", "NAME gptq" or "NAME trained"."""
+        """A row of a preset: kind is "", "NAME gptq", "NAME trained" or "16 bits twice"."""
         quantize, how = _kind(kind) if kind else (None, "")
         (round_,) = presets.PRESETS[preset].rounds
         rounds = replace(round_, levels=how == "trained")
+        if how == "twice":
+            quantize, rounds = None, replace(rounds, epochs=2 * round_.epochs)
         more = {"preset": preset, "reconstruct": rounds, "untie": preset == "best"}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".* without .*")  # what the model forbids
