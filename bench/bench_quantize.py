@@ -14,6 +14,15 @@ is those weights, with the Hessians of that run, as levels. Rows:
     NAME METHOD, then 2:4    the wrong order: that model pruned as above, and its kept weights put
                              back to the nearest levels of the scales that it has
     wanda, then int4; int4, then wanda      both orders of a method that leaves kept weights alone
+    blocks, best             16 bits, presets "default" and "best": each block reconstructed in the
+                             walk (the head gets a weight of its own for the rotation of "best")
+    ..., NAME gptq           the same, each block's weights as levels once it is reconstructed
+    ..., NAME trained        the same, and the block reconstructed once more, for as many epochs
+                             again, through its levels
+    ..., 16 bits twice       16 bits with as many epochs as that has altogether
+
+Presets choose other masks, so `of_16_bit_2:4` of a row of theirs is relative to their own in 16
+bits.
 
 Calibration windows, evaluation in float32 and the text's protocol are those of `bench prune`. The
 weights are evaluated dense, as the numbers that the levels stand for, so that no kernel is needed;
@@ -28,6 +37,8 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,6 +51,7 @@ from sparsekern.formats import dtypes
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
 from sparsekern.integrations.loading import cast_weights, load_model
 from sparsekern.nn.replace import dense_weight, write_weight
+from sparsekern.oneshot import presets
 from sparsekern.prune.hessian import exact_float32
 from sparsekern.prune.quantize import PASSES, _picked, _Solver
 
@@ -68,7 +80,19 @@ CASES = {
     "fp8 rtn": 0,
     "wanda, then int4 g128 gptq": 6,
     "int4 g128 gptq, then wanda": 6,
+    "blocks": 20,
+    "blocks, int4 g128 gptq": 25,
+    "blocks, int4 g128 trained": 40,
+    "blocks, fp8 gptq": 25,
+    "blocks, fp8 trained": 40,
+    "blocks, 16 bits twice": 40,
+    "best": 35,
+    "best, int4 g128 trained": 65,
+    "best, fp8 trained": 65,
+    "best, 16 bits twice": 65,
 }
+# Rows of presets: their first word.
+PRESETS = {"blocks": "default", "best": "best"}
 # What rows start from: seconds to make it.
 STARTS = {"sparsegpt": 15, "wanda": 6, "int4 gptq": 10, "fp8 rtn": 6}
 EVAL_S = 10.0  # of a row, until the first one is evaluated
@@ -149,7 +173,7 @@ class Problem:
             "group": GROUP,
             "passes": PASSES,
         }
-        self.base: float | None = None  # perplexity of the 16-bit 2:4 model
+        self.bases: dict[str, float] = {}  # perplexity of a 2:4 model in 16 bits, by its row
         self.eval_s = EVAL_S
         self._starts: dict = {}
         self._last: tuple = ("", None)  # levels of the last row "2:4, ...": (what of, the row)
@@ -173,11 +197,12 @@ class Problem:
         begin = time.perf_counter()
         value = self.perplexity(model)
         self.eval_s = time.perf_counter() - begin
-        if name == "2:4":
-            self.base = value
-        found = {"perplexity": round(value, 4)}
-        if self.base is not None:
-            found["of_16_bit_2:4"] = round(value / self.base, 4)
+        if name == "2:4" or name in PRESETS:
+            self.bases[name] = value
+        found, word = {"perplexity": round(value, 4)}, name.partition(",")[0]
+        base = self.bases.get(word if word in PRESETS else "2:4")
+        if base is not None:
+            found["of_16_bit_2:4"] = round(value / base, 4)
         self.run.add(
             op="quantize",
             backend=name,
@@ -208,6 +233,9 @@ class Problem:
             quantize, method = _kind(name.removeprefix("one run, "))
             model, report = self.prune("sparsegpt", self.dense, quantize, method)
             return model, _errors(report), "2:4"
+        word, _, kind = name.partition(", ")
+        if word in PRESETS:
+            return self.by_preset(PRESETS[word], kind)
         first, _, then = name.partition(", then ")
         model, scales = self.quantized(*_kind(first))
         if not then:
@@ -234,6 +262,23 @@ class Problem:
             **more,
         )
         return model, report
+
+    def by_preset(self, preset: str, kind: str):
+        """A row of a preset: kind is "", "NAME gptq", "NAME trained" or "16 bits twice"."""
+        quantize, how = _kind(kind) if kind else (None, "")
+        (round_,) = presets.PRESETS[preset].rounds
+        rounds = replace(round_, levels=how == "trained")
+        if how == "twice":
+            quantize, rounds = None, replace(rounds, epochs=2 * round_.epochs)
+        more = {"preset": preset, "reconstruct": rounds, "untie": preset == "best"}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* without .*")  # what the model forbids
+            model, report = self.prune(None, self.dense, quantize, **more)
+        metrics = _errors(report)
+        fits = report.reconstruction
+        metrics["block_error"] = round(fits[-1]["after"], 6)  # of the last block, held out
+        metrics["fit_seconds"] = round(sum(fit["seconds"] for fit in fits), 2)
+        return model, metrics, "2:4"
 
     def pruned(self, method: str):
         """(model, report, masks) of the dense model pruned by a method, once."""
@@ -368,7 +413,8 @@ def start_of(name: str) -> str | None:
         return "sparsegpt"
     if name.startswith("wanda, then "):
         return "wanda"
-    if name == "dense" or name.startswith("one run, "):
+    own = name.partition(",")[0] in PRESETS
+    if name == "dense" or own or name.startswith("one run, "):
         return None
     return " ".join(_kind(name.partition(", then ")[0]))
 

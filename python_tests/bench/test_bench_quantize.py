@@ -36,6 +36,11 @@ def test_a_record_for_every_row(tmp_path):
         assert alone["added_error"] == both["added_error"]
         assert alone["perplexity"] != both["perplexity"]
     assert found["2:4, int8 rtn"]["added_error"] < found["2:4, int4 g128 rtn"]["added_error"]
+    for preset in ("blocks", "best"):
+        assert found[preset]["of_16_bit_2:4"] == 1
+        for kind in ("int4 g128", "fp8"):
+            assert found[f"{preset}, {kind} trained"]["fit_seconds"] > 0
+            assert "of_16_bit_2:4" in found[f"{preset}, {kind} trained"]
     lines = table.metrics_table(records).splitlines()
     assert len(lines) == 2 + len(records)
     with pytest.raises(ValueError, match="expected rows in"):

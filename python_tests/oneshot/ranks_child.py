@@ -239,6 +239,7 @@ CASES = {
     "other-weights": lambda folder: refusal(build(seed=dist.get_rank()), uneven()),
     "reconstruct": lambda folder: refusal(build(), uneven(), reconstruct={"span": None}),
     "trained": lambda folder: pruned(build(), uneven(), None, **TRAINED),
+    "trained-levels": lambda folder: pruned(build(), uneven(), None, **TRAINED, quantize="int8"),
     "trained-padding": lambda folder: together(build("opt"), padded(), None, **TRAINED),
     "absent": case_absent,
     "killed": case_killed,

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(
 )
 TWO = (
     "sparsegpt published padding permuted together together-masked magnitude levels whole rotated "
-    "experts failure resumed other-data other-weights reconstruct trained trained-padding absent"
+    "experts failure resumed other-data other-weights reconstruct trained trained-levels "
+    "trained-padding absent"
 ).split()
 EQUAL = TWO[:11]
 
@@ -70,7 +71,7 @@ def test_two_ranks_give_the_weights_of_one_process(case, two):
         assert result["rows"] == alone
 
 
-@pytest.mark.parametrize("case", ["trained", "trained-padding"])
+@pytest.mark.parametrize("case", ["trained", "trained-levels", "trained-padding"])
 def test_a_fit_over_ranks_is_that_of_one_process_up_to_rounding(case, two):
     """The same bits on both ranks, and the same errors."""
     first, second = two[case]

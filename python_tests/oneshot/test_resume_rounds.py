@@ -25,9 +25,10 @@ def outcome(kind, folder):
     }
 
 
-@pytest.mark.parametrize("kind, stored", [("short", 5), ("windows", 8)])
+@pytest.mark.parametrize("kind, stored", [("short", 5), ("windows", 11)])
 def test_stopped_after_everything_that_is_stored(kind, stored, tmp_path):
-    """A rotation, blocks, the windows of one and of two rounds, some of which move masks."""
+    """A rotation, blocks, the windows of one and of two rounds, some of which move masks, and
+    blocks that are trained through their levels."""
     expected = outcome(kind, tmp_path / "whole")
     files = sorted((tmp_path / "whole").glob("*.safetensors"), key=lambda p: p.stat().st_mtime_ns)
     names = [path.name for path in files]

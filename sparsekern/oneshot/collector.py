@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sparsekern.oneshot.calibration import Batch
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.experts import ExpertPools
+from sparsekern.oneshot.sequential import Walk
 from sparsekern.prune import Hessian
 
 
@@ -203,3 +205,26 @@ class HessianCollector:
             hessian.drop_dense()
             return None
         return dense
+
+
+def collected(walk: Walk, index: int, layers: list[Layer]) -> dict[str, Hessian]:
+    """Hessians of layers of block `index`, whose inputs `walk` is at, from all batches. Layers that
+    no token reaches are absent."""
+    for share in (True, False):
+        with HessianCollector(layers, walk.device, share) as collector:
+
+            def begin(batch: Batch, collector: HessianCollector = collector) -> None:
+                collector.keep = batch.keep
+
+            walk.begin = begin
+            try:
+                for _ in collector.walked(walk.block(index, False), False):
+                    pass
+                collector.finish()
+                return collector.hessians
+            except SharingChanged:
+                if not share:
+                    raise
+            finally:
+                walk.begin = lambda batch: None
+    return {}

@@ -10,7 +10,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,6 +19,7 @@ from torch.utils import deterministic as deterministic_options
 from sparsekern.backends.compress import mask24
 from sparsekern.formats.dtypes import DEFAULT_16_BIT
 from sparsekern.nn.replace import is_conv1d
+from sparsekern.oneshot.levels import Levels, Trained
 from sparsekern.oneshot.portion import add_up
 from sparsekern.oneshot.ranks import Ranks
 from sparsekern.oneshot.rounds import OP, Fit, Reconstruction
@@ -93,17 +93,6 @@ class Loss:
         return cast(Tensor, self.scales[j])
 
 
-@dataclass
-class Trained:
-    """A parameter, in float32 while it is trained, and the mask of it (bool, same shape).
-    transposed: it is stored as [in_features, out_features]."""
-
-    parameter: nn.Parameter
-    mask: Tensor
-    dtype: torch.dtype
-    transposed: bool = False
-
-
 class Moving:
     """Weights under masks that move: `latent` holds a value for every weight, the parameters those
     of the two largest of each group."""
@@ -174,9 +163,12 @@ def fit(
     new_epoch: Callable[[int], None] = lambda epoch: None,
     seconds: float | None = None,
     ranks: Ranks | None = None,
+    levels: Levels | None = None,
 ) -> Fit:
     """AdamW on the kept weights; the weights in the end are the best of the held-out error, those
-    before included. `seconds` end it early. ranks: each has a part of every `loss`; they add up."""
+    before included. `seconds` end it early. ranks: each has a part of every `loss`; they add up.
+    levels: what is trained in place of the weights, which are levels · scales throughout; the best
+    of it is in place in the end if the fit is kept."""
     start_time = time.perf_counter()
     count = held_out(batches, options)
     train, held = list(range(batches - count)), list(range(batches - count, batches))
@@ -199,8 +191,9 @@ def fit(
     first = [t.parameter.detach().to(t.dtype, copy=True) for t in trained]  # as it came, exact
     best, best_error = first, error()
     before = best_error
+    optimized: Any = parameters if levels is None else levels.parameters(options.lr)
     optimizer = torch.optim.AdamW(
-        parameters, options.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda"
+        optimized, options.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda"
     )
     masks = [t.mask for t in trained]
     moving = Moving(trained) if options.reselect else None
@@ -217,7 +210,7 @@ def fit(
                 place = max(step, min(total - 1, int(total * clock.share())))
                 rate = options.lr * schedule(place, total, options.warmup)
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group.get("share", 1.0)
                 losses.append(_backward(loss, train[number], parameters))
                 if ranks is not None:
                     add_up(ranks, parameters, losses[-1])
@@ -227,7 +220,9 @@ def fit(
                 if not moves:
                     there = [(g, m) for g, m in zip(gradients, masks) if g is not None]
                     torch._foreach_mul_([g for g, _ in there], [m for _, m in there])
-                if moving is not None:
+                if levels is not None:
+                    levels.step(optimizer, gradients)
+                elif moving is not None:
                     moving.step(optimizer, gradients, moves and step % RESELECT_EVERY == 0)
                 else:
                     optimizer.step()
@@ -244,7 +239,10 @@ def fit(
                 text = f"{step} of {total} steps, error {before:.4g} -> {now:.4g}"
                 logger.info("%s: blocks %d-%d, %s", OP, blocks[0], blocks[-1], text)
             if now < best_error:
-                best, best_error, stale = [p.detach().clone() for p in parameters], now, 0
+                best_error, stale = now, 0
+                best = (
+                    [p.detach().clone() for p in parameters] if levels is None else levels.state()
+                )
             else:
                 stale += 1
                 if not math.isfinite(now) or (options.patience and stale >= options.patience):
@@ -254,8 +252,10 @@ def fit(
         kept = best is not first
         if kept:
             with torch.no_grad():
-                for p, value in zip(parameters, best):
-                    p.copy_(value)
+                if levels is not None:
+                    levels.restore(best)
+                else:
+                    _put_back(parameters, best)
                 round_to_stored()
             best_error = error()
             kept = best_error < before

@@ -214,7 +214,7 @@ def quantize(
     hessian: prune.Hessian | None,
     options: Options,
 ) -> tuple[Sparse24, prune.QuantizeReport]:
-    """A pruned weight as levels and scales: prune.gptq towards the dense one, or prune.rtn."""
+    """A pruned weight as levels and scales: prune.gptq towards `dense`, or prune.rtn."""
     name, group = str(options.quantize), options.quantize_group
     if hessian is None or options.quantize_method == "rtn":
         return prune.rtn(pruned, name, mask=mask, hessian=hessian, group=group)
@@ -229,15 +229,23 @@ def describe_quantized(
     quantized: Sparse24,
     hessian: prune.Hessian | None,
     options: Options,
+    trained: bool = False,
 ) -> None:
-    """Enter into a row, which has the error of pruning, what quantisation adds to it."""
+    """Enter into a row, which has the error of pruning, what quantisation adds to it. trained: its
+    block has been trained through the levels."""
     method = "rtn" if hessian is None else options.quantize_method or "gptq"
-    group = quantized.spec.group
-    report.quantized = f"{options.quantize}{f' g{group}' if group else ''} {method}"
+    more = " + blocks" if trained else ""
+    report.quantized = f"{quantized_as(quantized, options)} {method}{more}"
     if hessian is not None and report.relative_error is not None:
         total = prune.relative_error(dense, quantized.to_dense(), hessian)
         report.quantize_error = total - report.relative_error
         report.relative_error = total
+
+
+def quantized_as(quantized: Sparse24, options: Options) -> str:
+    """The type of levels in a row's words: "int4 g128"."""
+    group = quantized.spec.group
+    return f"{options.quantize}{f' g{group}' if group else ''}"
 
 
 def _given(layer: Layer, options: Options) -> bool:

@@ -152,8 +152,9 @@ def prune_model(
         progress: show a progress bar with the time left.
         quantize: "fp8", "int8" or "int4": each layer's kept weights become levels with scales once
             it is pruned and refined (see sparsekern.quantize), and the layers after it are
-            calibrated on that. Needs pattern (2, 4). With compress=False the dense weights hold
-            the numbers of the levels.
+            calibrated on that. With reconstruct, blocks are then trained through the levels
+            (Reconstruction.levels). Needs pattern (2, 4). With compress=False the dense weights
+            hold the numbers of the levels.
         quantize_method: "gptq" (needs a calibration; prune.gptq), "rtn" (every weight to its
             nearest level), or None: "gptq" where there is a calibration. The report says which.
         quantize_group: columns that share a scale, of int4: 64, 128 or None (128).
@@ -232,9 +233,9 @@ def prune_model(
         )
         check_options(wanted, true_sequential, compress, calibrated, offload_activations, OP)
         extra.check_order(wanted.pattern, bool(masks))
-        late = bool(extra.spans) and quantize_method == "gptq"
-        expected = 'quantize_method "rtn" or None with rounds of reconstruction after the walk'
-        check(not late, OP, expected, "'gptq'", "No Hessian is left after them.")
+        late = bool(extra.spans) and not extra.spans[-1].levels and quantize_method == "gptq"
+        expected = 'quantize_method "rtn" or None with levels=False in a round after the walk'
+        check(not late, OP, expected, "'gptq'", "No Hessian is left after it; pass levels=True.")
         check(undo in (True, False, "auto"), OP, 'undo True, False or "auto"', repr(undo))
         timed_tokens = dense_rule.check_arguments(keep_dense, keep_dense_tokens, compress, OP)
 

@@ -37,12 +37,14 @@ from torch import Tensor, nn
 
 from sparsekern.backends.compress import compress
 from sparsekern.errors import check
+from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.replace import dense_weight, is_linear, replace_module, write_weight
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot.calibration import make_batches
 from sparsekern.oneshot.executor import Calibration
 from sparsekern.oneshot.fit import Loss, fit, kept_weights, training
+from sparsekern.oneshot.levels import Levels
 from sparsekern.oneshot.ranks import Ranks
 from sparsekern.oneshot.rounds import OP, Fit, Given, Reconstruction, as_rounds
 from sparsekern.oneshot.selection import select
@@ -62,6 +64,8 @@ def reconstruct_block(
     seconds: float | None = None,
     ranks: Ranks | None = None,
     shares: Sequence[float] = (),
+    levels: dict[nn.Module, Sparse24] | None = None,
+    starts: Mapping[nn.Module, Tensor] | None = None,
 ) -> list[Fit]:
     """Move the kept weights of one pruned block towards the dense block's outputs, in place.
 
@@ -72,7 +76,11 @@ def reconstruct_block(
         masks, dense: of each pruned linear layer, bool and dense weight [out, in].
         final: the norm behind the block, for the last one.
         seconds: for this block, or None.
-        ranks: of which each has a part of every batch in its walk, and those parts (portion.py).
+        ranks, shares: of which each has a part of every batch in its walk, and those parts
+            (portion.py).
+        levels, starts: of each layer in masks, its weight quantised, which the block has now, and
+            from what, [out, in]. It is trained through its levels then (levels.py), and `levels`
+            holds what has come of it.
     """
     device = walk.device
     calls = [batch_calls[index] for batch_calls in walk.calls]
@@ -136,7 +144,14 @@ def reconstruct_block(
         with training(kept_weights(modules, masks), options, device, [block]) as trained:
             share = None if seconds is None else seconds / len(parts)
             knobs: dict[str, Any] = {"seconds": share, "ranks": ranks}
+            through = None
+            if levels is not None and starts is not None:
+                own = [levels[m] for m in modules], [starts[m] for m in modules]
+                through = Levels(trained, *own)
+            knobs["levels"] = through
             fits.append(fit(trained, len(calls), loss, options, [index], part, **knobs))
+        if levels is not None and through is not None and fits[-1].kept:
+            levels.update(zip(modules, through.weights()))
     return fits
 
 

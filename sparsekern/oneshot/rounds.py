@@ -50,6 +50,10 @@ class Reconstruction:
             the best weights count. While the rate is high the error may be, too.
         checkpoint: keep only the inputs of blocks for the backward pass (less memory, more time).
         compile: torch.compile the blocks; worth its start on long runs.
+        levels: with prune_model(quantize=), once the weights are quantised train them again, for as
+            many epochs, through their levels and scales (oneshot/levels.py); of rounds after the
+            walk the last one counts, which a further one over single blocks then follows. Without
+            quantize it changes nothing.
         seed: of the order of batches, and of recut.
     """
 
@@ -70,6 +74,7 @@ class Reconstruction:
     patience: int | None = None
     checkpoint: bool = False
     compile: bool = False
+    levels: bool = True
     seed: int = 0
 
     def check(self, op: str = OP) -> None:
@@ -105,6 +110,8 @@ class Reconstruction:
         check(rows, op, "batch >= 1 or None", repr(self.batch))
         later = self.batch is None or self.span != 1
         check(later, op, "batch=None with span=1", self.batch, "prune_model(batch_size=) is it.")
+        flag = type(self.levels) is bool
+        check(flag, op, "levels: True or False", repr(self.levels))
         check(self.recut or not self.noise, op, "noise=0 without recut", repr(self.noise))
 
 

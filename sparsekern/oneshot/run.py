@@ -18,7 +18,7 @@ from sparsekern import prune
 from sparsekern.backends.compress import compress as compress_weight
 from sparsekern.errors import check
 from sparsekern.formats.sparse24 import Sparse24
-from sparsekern.nn.replace import dense_weight
+from sparsekern.nn.replace import dense_weight, write_weight
 from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot import keep_dense as dense_rule
 from sparsekern.oneshot.discovery import Layer
@@ -122,8 +122,8 @@ class Run(Rounds):
             stages = self.walk.plan()
             self.options.match_dense = self._matched()
             self._prepare_rounds()
-        if self.extra.spans and self.options.quantize:  # there is no Hessian after them
-            self.late = replace(self.options, quantize_method="rtn")
+        if self.extra.spans and self.options.quantize:  # they change the weights
+            self.late = self.options
             self.options = replace(self.options, quantize=None)
         expected = f"a model that is a chain of blocks, with calibration, for {self.report.method}"
         possible = self.options.method.finish is None or self.walk.chained
@@ -326,39 +326,66 @@ class Run(Rounds):
         by_name = {layer.name: layer for layer in stage.layers}
         masks = {by_name[name].module: mask for name, (_, mask, _) in kept.items()}
         dense = {by_name[name].module: weight for name, (weight, _, _) in kept.items()}
-        method, note = self.options.method, ""
+        method, notes = self.options.method, cast("list[str]", [])
         if method.finish is not None:
             with self.walk.phase("prune"):
                 method.call(method.finish, stage, masks, dense, values=self.options.values)
-        if self.extra.block is not None and stage.index is not None:
-            note = self._reconstruct(stage, masks, dense)
+        trained = self.extra.block is not None and stage.index is not None
+        if trained:
+            notes.append(self._reconstruct(stage, masks, dense))
         with self.walk.phase("prune"):
-            self._take(by_name, kept, results, stage, note)
+            quantized = self._described(by_name, kept, trained)
+        through = trained and bool(quantized) and self._through
+        if through:
+            starts = {module: dense_weight(module).clone() for module in masks}
+            levels = {by_name[name].module: weight for name, weight in quantized.items()}
+            notes.append(self._reconstruct(stage, masks, dense, levels, starts))
+            quantized = {name: levels[by_name[name].module] for name in quantized}
+        with self.walk.phase("prune"):
+            self._take(by_name, kept, quantized, through, results, stage, notes)
+
+    def _described(
+        self,
+        by_name: dict[str, Layer],
+        kept: dict[str, tuple[Tensor, Tensor, Hessian | None]],
+        trained: bool,
+    ) -> dict[str, Sparse24]:
+        """Zero what the masks prune of the weights that the block has now, enter their errors into
+        the rows, and quantise them where that is asked for. trained: as a block; a layer's own
+        dense weights are no longer what it is to come close to."""
+        method, quantized = self.options.method, cast("dict[str, Sparse24]", {})
+        for name, (weight, mask, hessian) in kept.items():
+            module = by_name[name].module
+            new = dense_weight(module).masked_fill(~mask, 0).contiguous()
+            expected = f"finite weights of {name} after {method.name}"
+            check(bool(new.isfinite().all()), OP, expected, "NaN or Inf", exc=prune.PruneError)
+            write_weight(module, new)
+            if hessian is not None:
+                with self.walk.part("prune: errors"):
+                    self.rows[name].relative_error = prune.relative_error(weight, new, hessian)
+            if self.options.quantize:
+                aim = new if trained else weight
+                quantized[name], _ = quantize_layer(aim, new, mask, hessian, self.options)
+        return quantized
 
     def _take(
         self,
         by_name: dict[str, Layer],
         kept: dict[str, tuple[Tensor, Tensor, Hessian | None]],
+        quantized: dict[str, Sparse24],
+        through: bool,
         results: dict[str, Sparse24 | Tensor],
         stage: Stage,
-        note: str,
+        notes: list[str],
     ) -> None:
         """The rows and the final form of the weights that the block has now."""
-        method = self.options.method
         for name, (weight, mask, hessian) in kept.items():
-            new = dense_weight(by_name[name].module).masked_fill(~mask, 0).contiguous()
-            expected = f"finite weights of {name} after {method.name}"
-            check(bool(new.isfinite().all()), OP, expected, "NaN or Inf", exc=prune.PruneError)
-            row = self.rows[name]
-            row.note = "; ".join(filter(None, (row.note, note))) or None
-            if hessian is not None:
-                with self.walk.part("prune: errors"):
-                    row.relative_error = prune.relative_error(weight, new, hessian)
-            quantized = None
-            if self.options.quantize:
-                quantized, _ = quantize_layer(weight, new, mask, hessian, self.options)
-                describe_quantized(row, weight, quantized, hessian, self.options)
-            results[name] = self._final(row, new, mask, quantized)
+            new = dense_weight(by_name[name].module).contiguous()
+            row, levels = self.rows[name], quantized.get(name)
+            row.note = "; ".join(filter(None, (row.note, *notes))) or None
+            if levels is not None:
+                describe_quantized(row, weight, levels, hessian, self.options, through)
+            results[name] = self._final(row, new, mask, levels)
             stage.replace(name, results[name])
 
     def _note(self, error: BaseException, last: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -15,10 +16,11 @@ from sparsekern.errors import check
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.replace import write_weight
 from sparsekern.oneshot import discovery as models
+from sparsekern.oneshot.collector import collected
 from sparsekern.oneshot.devices import on_device
 from sparsekern.oneshot.executor import Calibration
 from sparsekern.oneshot.extra import OP, Extra
-from sparsekern.oneshot.layerwise import Options, describe_quantized
+from sparsekern.oneshot.layerwise import Options, describe_quantized, quantized_as
 from sparsekern.oneshot.layerwise import quantize as quantize_layer
 from sparsekern.oneshot.portion import portion
 from sparsekern.oneshot.reconstruct import reconstruct_block
@@ -35,7 +37,9 @@ class Rounds:
 
     Attributes:
         final: the norm behind the last block.      teachers: dense copies of the blocks, for the
-            rounds after the walk.      late: how weights are quantised after the last of these.
+            rounds after the walk.      late: how weights are quantised after the last of these:
+            block by block and then trained through their levels, or (levels=False, and outside the
+            blocks) to the nearest level.
     """
 
     model: nn.Module
@@ -51,6 +55,12 @@ class Rounds:
 
     def __init__(self) -> None:
         self.teachers: list[nn.Module] = []
+
+    @property
+    def _through(self) -> bool:
+        """Whether blocks are trained once more in the walk, through the levels of their weights."""
+        block = self.extra.block
+        return block is not None and block.levels and self.options.quantize is not None
 
     def _prepare_rounds(self) -> None:
         """What reconstruction needs of the dense model; nothing where the blocks are no chain."""
@@ -92,8 +102,11 @@ class Rounds:
         stage: Stage,
         masks: dict[nn.Module, Tensor],
         dense: dict[nn.Module, Tensor],
+        levels: dict[nn.Module, Sparse24] | None = None,
+        starts: dict[nn.Module, Tensor] | None = None,
     ) -> str:
-        """Reconstruct one block; returns what its layers' rows say."""
+        """Reconstruct one block, through `levels` (which are changed) where there are some; returns
+        what its layers' rows say."""
         walk, index = cast(Walk, self.walk.walk), cast(int, stage.index)
         block = cast(nn.Module, stage.module)
         options = cast(Reconstruction, self.extra.block)
@@ -103,20 +116,28 @@ class Rounds:
         seconds = None
         if options.seconds is not None:
             spent = sum(row["seconds"] for row in self.report.reconstruction)
-            seconds = max(0.0, options.seconds - spent) / (len(walk.blocks) - index)
+            fits = (len(walk.blocks) - index) * (2 if self._through else 1)
+            seconds = max(0.0, options.seconds - spent) / (fits - (levels is not None))
         ranks = self.walk.ranks
+        if levels is not None and ranks is not None:
+            levels.update(zip(list(levels), ranks.share(list(levels.values()), 0)))
+        for module, weight in (levels or {}).items():
+            write_weight(module, weight.to_dense())
         with self.walk.phase("reconstruct"), on_device(final, self.walk.device):
             shares: list[float] = []
             if ranks is not None:
                 walk, shares = portion(walk, index, self.walk.batches, ranks)
             given = (block, index, walk, masks, dense, options, final, seconds, ranks, shares)
-            fits = reconstruct_block(*given)
+            done = reconstruct_block(*given, levels, starts)
             if ranks is not None:
                 weights = [module.weight for module in masks]
                 for module, weight in zip(masks, ranks.share(weights, 0)):
                     cast(Tensor, module.weight).copy_(weight)
-        self.report.reconstruction += [fit.row() for fit in fits]
-        return _said(fits[-1]) if fits else ""
+                if levels is not None:
+                    levels.update(zip(list(levels), ranks.share(list(levels.values()), 0)))
+        self.report.reconstruction += [fit.row() for fit in done]
+        through = "" if levels is None else " through levels"
+        return _said(done[-1], through) if done else ""
 
     def _train_spans(self, progress: bool) -> None:
         """The rounds after the walk, then compression."""
@@ -145,10 +166,15 @@ class Rounds:
                 name = f"reconstruct {number + 1}"
                 for window in tqdm(range(count), name, unit="window", disable=not progress):
                     self._train_window(spans, number, window, inside)
+            levels = self._train_levels(masks, inside, progress)
         if self.compress or self.late:
             with self.walk.phase("prune"):
                 for name, layer in layers.items():
-                    compressed = self._compressed(self.rows[name], layer.weight)
+                    compressed = levels.get(name)
+                    if compressed is None:
+                        compressed = self._compressed(self.rows[name], layer.weight)
+                    row = self.rows[name]
+                    row.bytes_sparse = compressed.nbytes if self.compress else row.bytes_sparse
                     if self.compress:
                         self.walk.compress(layer, compressed)
                     else:
@@ -160,8 +186,73 @@ class Rounds:
         else:
             compressed, _ = quantize_layer(weight, weight, weight != 0, None, self.late)
             describe_quantized(row, weight, compressed, None, self.late)
-        row.bytes_sparse = compressed.nbytes if self.compress else row.bytes_sparse
         return compressed
+
+    def _train_levels(
+        self, masks: dict[nn.Module, Tensor], layers: dict[str, models.Layer], progress: bool
+    ) -> dict[str, Sparse24]:
+        """After the last round: block by block from front to back, quantise the layers on inputs
+        that the blocks before them give now, and train them through their levels."""
+        from tqdm import tqdm
+
+        last, levels = self.extra.spans[-1], cast("dict[str, Sparse24]", {})
+        if self.late is None or not last.levels:
+            return levels
+        fixed = replace(last, span=1, between=0.0, recut=False, noise=0.0, reselect=0.0)
+        with self.walk.phase("capture"):
+            walk = self.walk.captured(rebatch(self.walk.batches, fixed.batch))
+            spans = SpanRound(walk, self.teachers, masks, fixed, self.final)
+        bar = tqdm(spans.windows, "levels", unit="block", disable=not progress)
+        for index, _ in enumerate(bar):
+            mine = {name: layer for name, layer in layers.items() if layer.block == index}
+            key = f"levels-{index:05d}"
+            if not mine:
+                continue
+            if self.resume is not None and self.resume.has(key):
+                results, rows = self.resume.load(key, list(mine.values()), self.walk.home)
+                self.report.resumed += 1
+                self.rows.update({row.name: row for row in rows})
+                found = cast("dict[str, Sparse24]", results)
+            else:
+                found = self._train_levels_of(spans, index, mine)
+                if self.resume is not None:
+                    stored = cast("dict[str, Sparse24 | Tensor]", found)
+                    self.resume.save(key, stored, [self.rows[name] for name in mine])
+            for name, weight in found.items():
+                write_weight(mine[name].module, weight.to_dense())
+            levels |= found
+        return levels
+
+    def _train_levels_of(
+        self, spans: SpanRound, index: int, layers: dict[str, models.Layer]
+    ) -> dict[str, Sparse24]:
+        """One block of that."""
+        options = cast(Options, self.late)
+        levels: dict[nn.Module, Sparse24] = {}
+        starts: dict[nn.Module, Tensor] = {}
+        methods: dict[str, str] = {}
+
+        def quantize() -> tuple[dict[nn.Module, Sparse24], dict[nn.Module, Tensor]]:
+            hessians = collected(spans.walk, index, list(layers.values()))
+            for name, layer in layers.items():
+                module, weight = layer.module, layer.weight.contiguous()
+                mask, own = spans.masks[module].to(weight.device), hessians.get(name)
+                levels[module], done = quantize_layer(weight, weight, mask, own, options)
+                methods[name] = done.method
+                starts[module] = weight.clone()
+                write_weight(module, levels[module].to_dense())
+            return levels, starts
+
+        with self.walk.phase("reconstruct"):
+            fit = spans.fit(index, quantize)
+        self.report.reconstruction.append(fit.row())
+        for name, layer in layers.items():
+            row = self.rows[name]
+            row.note = "; ".join(filter(None, (row.note, _said(fit, " through levels"))))
+            row.quantized = (
+                f"{quantized_as(levels[layer.module], options)} {methods[name]} + blocks"
+            )
+        return {name: levels[layer.module].to(self.walk.home) for name, layer in layers.items()}
 
     def _train_window(
         self, spans: SpanRound, number: int, window: int, layers: dict[str, models.Layer]
@@ -195,9 +286,10 @@ class Rounds:
             self.resume.save(key, weights, rows)
 
 
-def _said(fit: Fit) -> str:
+def _said(fit: Fit, through: str = "") -> str:
     """A fit in the words of a layer's note."""
     first, last = fit.blocks[0], fit.blocks[-1]
     where = f"block {first}" if first == last else f"blocks {first}-{last}"
-    text = f"{where} reconstructed: held-out error {fit.before:.4g} -> {fit.after:.4g}"
-    return text if fit.kept else f"{where}: reconstruction was no better ({fit.before:.4g})"
+    if not fit.kept:
+        return f"{where}: reconstruction{through} was no better ({fit.before:.4g})"
+    return f"{where} reconstructed{through}: held-out error {fit.before:.4g} -> {fit.after:.4g}"

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import check
+from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.replace import dense_weight, is_linear
 from sparsekern.oneshot.calibration import Batch
 from sparsekern.oneshot.devices import on_device
 from sparsekern.oneshot.fit import Loss, fit, held_out, kept_weights, repeatable, training
+from sparsekern.oneshot.levels import Levels
 from sparsekern.oneshot.rounds import OP, Fit, Reconstruction
 from sparsekern.oneshot.sequential import Call, Walk, call_block, first_tensor
 
@@ -25,6 +27,7 @@ CACHED_SHARE = 0.3  # of the free memory that targets may take, else they are co
 # dense model's. Per token and channel of a block: what its backward pass needs, with an MLP three
 # times as wide.
 STATE_BYTES, ACTIVATION_BYTES = 30, 96
+Quantized = dict[nn.Module, Sparse24]
 PIECES = 4  # that a row is cut into by recut
 
 
@@ -88,8 +91,17 @@ class SpanRound:
         self._at = 0  # the block whose inputs `hidden` are
         self._left = options.seconds
 
-    def fit(self, number: int) -> Fit:
-        """Train window `number`; windows before it hold their final weights."""
+    def fit(
+        self,
+        number: int,
+        quantize: Callable[[], tuple[Quantized, dict[nn.Module, Tensor]]] | None = None,
+    ) -> Fit:
+        """Train window `number`; windows before it hold their final weights.
+
+        quantize: called on the device, with the inputs of the window at hand; its layers hold what
+            it returns then: their weights quantised, and what they were before. They are trained
+            through the levels, and the quantised weights are changed to what has come of it.
+        """
         begin = time.perf_counter()
         first, end = self.windows[number]
         seconds = None if self._left is None else self._left / (len(self.windows) - number)
@@ -100,7 +112,8 @@ class SpanRound:
         with all_on([*blocks, *teachers, *final], self.walk.device):
             if seconds is not None:
                 seconds = max(0.0, seconds - (time.perf_counter() - begin))
-            done = self._train(first, end, blocks, teachers, seconds)
+            found = None if quantize is None else quantize()
+            done = self._train(first, end, blocks, teachers, seconds, found)
         if self._left is not None:
             self._left = max(0.0, self._left - (time.perf_counter() - begin))
         return done
@@ -112,6 +125,7 @@ class SpanRound:
         blocks: list[nn.Module],
         teachers: list[nn.Module],
         seconds: float | None,
+        found: tuple[Quantized, dict[nn.Module, Tensor]] | None = None,
     ) -> Fit:
         walk, options = self.walk, self.options
         final = self.final if end == len(walk.blocks) else None
@@ -150,12 +164,22 @@ class SpanRound:
         given = lambda i: run(blocks, i, data.hidden(i), torch.is_grad_enabled())  # noqa: E731
         loss = Loss(options, used, given, wanted, walk)
         inside = {id(m) for block in blocks for m in block.modules()}
-        weights_of = kept_weights([m for m in self.masks if id(m) in inside], self.masks)
+        modules = [m for m in self.masks if id(m) in inside]
+        weights_of = kept_weights(modules, self.masks)
         check(weights_of, OP, f"2:4 layers in the blocks {first} to {end - 1}", "none")
         numbers = list(range(first, end))
         with training(weights_of, options, walk.device, blocks, teachers) as trained:
             count = len(walk.calls)
-            done = fit(trained, count, loss, options, numbers, "span", data.new_epoch, seconds)
+            levels = None
+            if found is not None:
+                weights24, starts = found
+                levels = Levels(
+                    trained, [weights24[m] for m in modules], [starts[m] for m in modules]
+                )
+            knobs: dict[str, Any] = {"new_epoch": data.new_epoch, "seconds": seconds}
+            done = fit(trained, count, loss, options, numbers, "span", levels=levels, **knobs)
+        if found is not None and levels is not None and done.kept:
+            found[0].update(zip(modules, levels.weights()))
         if options.reselect and done.kept:
             for module in self.masks:
                 if id(module) in inside:
