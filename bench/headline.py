@@ -279,7 +279,27 @@ def _quantised(records: list[dict]) -> str:
     if not parts:
         return ""
     texts = ", ".join(f"{name} {value}" for name, value in parts.items())
-    return f" Quantising the kept weights adds: {texts} (rtn: to the nearest level)."
+    text = f" Quantising the kept weights adds: {texts} (rtn: to the nearest level)."
+    return text + _trained(records)
+
+
+def _trained(records: list[dict]) -> str:
+    """Perplexities of presets whose blocks were trained through their levels, beside their 16
+    bits, which had half as many epochs."""
+    newest = {e["backend"]: e["metrics"]["perplexity"] for e in records if e["op"] == "quantize"}
+    rows = []
+    for word, preset in (("blocks", "default"), ("best", "best")):
+        start, end = f"{word}, ", " trained"
+        found = [
+            f"{name.removeprefix(start).removesuffix(end)} {value:.1f}"
+            for name, value in newest.items()
+            if name.startswith(start) and name.endswith(end)
+        ]
+        if found and word in newest:
+            rows.append(f"`{preset}` {', '.join(found)} (16 bits: {newest[word]:.1f})")
+    if not rows:
+        return ""
+    return f" Blocks trained through their levels, for as many epochs again: {'; '.join(rows)}."
 
 
 def _variant(details: dict) -> str:
