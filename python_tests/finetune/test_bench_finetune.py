@@ -59,11 +59,12 @@ def test_a_record_for_each_start(options, tmp_path):
         assert metrics["dense_training_tokens_per_s"] > 0 and metrics["tokens"] == 3 * 4 * 32
         assert (tmp_path / "saved" / record["backend"] / "config.json").exists()
     ((case, (header, lines)),) = recovery_table.rows(records).items()
-    assert case.startswith("tiny.gguf") and len(header) == 5
+    assert case.startswith("tiny.gguf") and len(header) == 6
     assert [line[0].split(" (")[0] for line in lines] == [
         "dense", "magnitude", "SparseGPT", "ASP", "SparseGPT, then training",
     ]  # fmt: skip
-    assert lines[3][-1] == "0.0 M" and lines[4][1] == f"{metrics['perplexity test.txt']:.2f}"
+    assert lines[3][-1] == "0.0 M" and lines[4][1] == "KL, weight decay 0.1"
+    assert lines[4][2] == f"{metrics['perplexity test.txt']:.2f}"
     # A second call reads text and weights, and starts where the first one did.
     _, again = measure(options, *more[:2], "--steps", 1, "--cache", tmp_path / "c")
     for old, new in zip(records, again[2:], strict=True):
