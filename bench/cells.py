@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsekern.backends.cuda import cost_model as heuristics
-from sparsekern.backends.cuda.cost_model import (
+from sparsekern.backends.cuda.cost_model import Work
+from sparsekern.backends.cuda.variant import (
     PLAIN,
     Bits,
     MmaTile,
@@ -19,7 +20,7 @@ from sparsekern.backends.cuda.cost_model import (
     SplitTile,
     Tile,
     Variant,
-    Work,
+    variant_name,
 )
 from sparsekern.profiling.tune import KINDS, SHAPES
 
@@ -69,7 +70,7 @@ class Gap:
     def __str__(self) -> str:
         out_features, in_features = self.cell.shape
         best = min(self.cell.times, key=self.cell.times.get)
-        names = f"{heuristics.name(self.picked)} instead of {heuristics.name(best)}"
+        names = f"{variant_name(self.picked)} instead of {variant_name(best)}"
         where = f"{out_features}x{in_features}, {self.cell.tokens} tokens"
         return f"{self.share:6.1%}  {where}: {names}, {self.cell.best:.1f} us"
 
@@ -91,7 +92,7 @@ def variants() -> dict[str, Variant]:
     found += [MmaTile(*numbers) for numbers in entries("SK_MMA_CONFIGS")]
     for panels, *rest in entries("SK_SPLIT_CONFIGS"):
         found.append(SplitTile(2 * heuristics.PANEL * panels, *rest))
-    return {heuristics.name(variant): variant for variant in found}
+    return {variant_name(variant): variant for variant in found}
 
 
 def read(paths: Iterable[str | Path]) -> list[Cell]:

@@ -2,9 +2,9 @@
 
 CELLS.jsonl is what `sparsekern tune --log CELLS.jsonl` appends: a line per cell with the times of
 all variants that were sampled. Printed are the table TIMES, to paste into
-sparsekern/backends/cuda/cost_model.py, and how much slower than the fastest variant its picks are
+sparsekern/backends/cuda/coefficients.py, and how much slower than the fastest variant its picks are
 in these cells. With --check nothing is fitted: the gaps are those of the table that
-backends/cuda/cost_model.py has.
+backends/cuda/coefficients.py has.
 
 The model is heuristics.work (counts) and heuristics.us (their time), and nothing is modelled here.
 The table is made in two steps:
@@ -45,8 +45,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy
 
+from sparsekern.backends.cuda import coefficients
 from sparsekern.backends.cuda import cost_model as heuristics
-from sparsekern.backends.cuda.cost_model import SplitTile, Tile, Times, Variant, Work
+from sparsekern.backends.cuda.coefficients import Times
+from sparsekern.backends.cuda.cost_model import Work
+from sparsekern.backends.cuda.variant import SplitTile, Tile, Variant
 
 from .cells import CLASSES, SHAPES, Cell, Gap, belongs, random_shapes, read, variants
 
@@ -158,7 +161,7 @@ def _fit_from(start, of, us, weights, unit=1.0, held=0.0):
 def fit_all(cells: Sequence[Cell], multiprocessors: int) -> dict[Variant, Times]:
     """Coefficients of each variant that matters, from the cells in which it was sampled."""
     table = {}
-    present = heuristics.table(cells[0].bits)
+    present = coefficients.table(cells[0].bits)
     for variant in that_matter(cells):
         of = [cell for cell in cells if cell.offers(variant)]
         if len(of) < len(Times._fields):
@@ -193,7 +196,7 @@ def scaled(cells: Sequence[Cell], multiprocessors: int) -> dict[Variant, Times]:
     """
     table = {}
     for kind in (Tile, SplitTile):
-        of = {v: times for v, times in heuristics.TIMES.items() if isinstance(v, kind)}
+        of = {v: times for v, times in coefficients.TIMES.items() if isinstance(v, kind)}
         pairs = [(v, cell) for cell in cells for v in of if cell.offers(v)]
         if not pairs:
             continue
@@ -255,7 +258,7 @@ def summary(found: Sequence[Gap], worst: int = 10) -> str:
 
 
 def source(table: dict[Variant, Times], name: str = "TIMES") -> str:
-    """The table as it stands in backends/cuda/cost_model.py."""
+    """The table as it stands in backends/cuda/coefficients.py."""
     lines = [f"{name}: dict[Variant, Times] = {{"]
     lines += [f"    {_call(variant)}: {_call(times)}," for variant, times in table.items()]
     return "\n".join([*lines, "}"])
@@ -275,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--multiprocessors", type=int, default=132, help="of the GPU (default 132)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--check", action="store_true", help="fit nothing: gaps of backends/cuda/cost_model.py"
+        "--check", action="store_true", help="fit nothing: gaps of backends/cuda/coefficients.py"
     )
     what.add_argument("--cross", action="store_true", help="also gaps of shapes left out of a fit")
     parser.add_argument(
@@ -288,11 +291,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(",".join(f"{out}x{into}" for out, into in random_shapes(args.shapes, args.seed)))
         return 0
     cells = read(args.cells)
-    tables = {id(table): table for table in (heuristics.table(cell.bits) for cell in cells)}
+    tables = {id(table): table for table in (coefficients.table(cell.bits) for cell in cells)}
     if len(tables) > 1:
         raise ValueError("expected cells of one table, got weights of 8 bits and of others")
     (table,) = tables.values()
-    name = "TIMES" if table is heuristics.TIMES else "TIMES_8"
+    name = "TIMES" if table is coefficients.TIMES else "TIMES_8"
     if not args.check:
         table = fit_table(cells, args.multiprocessors)
         print(source(table, name), end="\n\n")

@@ -10,19 +10,14 @@ import torch
 import sparsekern
 from python_tests.linear_cases import random_weight
 from sparsekern.backends import memory, registry
-from sparsekern.backends.cuda import configs, scaled_linear
+from sparsekern.backends.cuda import coefficients, configs, scaled_linear
 from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.backends.cuda import tuned_tables as tuning
 from sparsekern.backends.cuda.backend import CudaBackend, PreciseBackend, SixteenBitBackend
-from sparsekern.backends.cuda.cost_model import (
-    TIMES,
-    MmaTile,
-    NarrowTile,
-    RowBlocks,
-    SplitTile,
-    Tile,
-)
+from sparsekern.backends.cuda.coefficients import TIMES
+from sparsekern.backends.cuda.narrow_model import NarrowTile
+from sparsekern.backends.cuda.variant import Bits, MmaTile, RowBlocks, SplitTile, Tile, variant_name
 from sparsekern.backends.protocol import problem_of
 from sparsekern.backends.triton.backend import TritonBackend
 from sparsekern.formats.layouts import WeightSpec
@@ -222,7 +217,7 @@ def test_without_a_table_heuristics_choose(native):
         chosen = heuristics.fastest(tokens, 28672, 4096, 132, tuple(known))
         assert run == kernel
         name, why, us = explained(tokens, 28672, 4096)
-        assert name == heuristics.name(chosen) and us is None
+        assert name == variant_name(chosen) and us is None
         assert cuda_backend.variants()[name] == (kernel, config)
         assert why == "variant by heuristics, no tuned table knows this problem"
 
@@ -743,7 +738,7 @@ def test_types_have_keys_for_tables():
     assert configs.Types.of(BF16).key == BF16
     assert configs.Types(INT8, INT8, F16).key == INT8
     assert configs.Types(INT8, F16, F16).key == "int8 weight, float16"
-    assert configs.Types(E4M3, BF16, BF16).bits == heuristics.Bits(8, 16)
+    assert configs.Types(E4M3, BF16, BF16).bits == Bits(8, 16)
 
 
 @pytest.mark.parametrize("storage", [E4M3, INT8])
@@ -847,12 +842,12 @@ def test_expected_times_are_tables_where_they_know_all_else_the_cost_model(nativ
     modelled = configs.expected_us(*asked)
     for types, us in zip(asked[3], modelled, strict=True):
         name = configs.heuristic(8, 4096, 4096, 0, types)
-        variant = next(v for v in heuristics.TIMES_8 if heuristics.name(v) == name)
+        variant = next(v for v in coefficients.TIMES_8 if variant_name(v) == name)
         assert us == heuristics.predicted_us(variant, 8, 4096, 4096, 132, types.bits)
-    blocks = heuristics.name(BLOCKS[2])
+    blocks = variant_name(BLOCKS[2])
     tune(tuning.user_path(), {8: (blocks, 5.0)}, widened.key)
     assert configs.expected_us(*asked) == modelled, "measured and modelled do not compare"
-    tune(tuning.user_path(), {16: (heuristics.name(TILES[0]), 4.0)}, eight.key)
+    tune(tuning.user_path(), {16: (variant_name(TILES[0]), 4.0)}, eight.key)
     assert configs.expected_us(*asked) == [5.0, 4.0]
 
 
@@ -992,7 +987,7 @@ def test_precise_sums_are_asked_for_by_name(scaled_on_cpu, monkeypatch):
     tile = PROMOTED[scaled_on_cpu.calls[0]["config"] - len(TILES)]
     assert scaled_linear.explain(problem(x, w24), True).config == f"prefill {tile}"
     types = configs.Types(E4M3, E4M3, BF16)
-    asked_for = {heuristics.name(tile) for tile in PROMOTED}
+    asked_for = {variant_name(tile) for tile in PROMOTED}
     assert asked_for <= set(configs.variants(types))
     assert not asked_for & set(configs.runnable(0, types))
     assert not asked_for & set(configs.variants(types._replace(weight=INT8, x=INT8)))

@@ -21,8 +21,9 @@ from python_tests.backends.cuda_cases import (
 )
 from python_tests.linear_cases import assert_within, error_bound, random_input, random_weight
 from sparsekern import _native, reference
-from sparsekern.backends.cuda import cost_model as heuristics
+from sparsekern.backends.cuda import coefficients
 from sparsekern.backends.cuda import linear as cuda_backend
+from sparsekern.backends.cuda.variant import variant_name
 from sparsekern.formats.sparse24 import compress
 from sparsekern.formats.tile64 import pack
 from sparsekern.nn.sparse_linear import SparseLinear
@@ -495,7 +496,7 @@ def test_refusals_of_the_native_module():
 
 
 def test_the_heuristics_choose_among_what_was_built():
-    assert set(map(heuristics.name, heuristics.TIMES)) <= set(cuda_backend.variants())
+    assert set(map(variant_name, coefficients.TIMES)) <= set(cuda_backend.variants())
 
 
 # ---- the cost of a call --------------------------------------------------------------------------

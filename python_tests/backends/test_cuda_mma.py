@@ -25,7 +25,7 @@ from python_tests.backends.cuda_cases import (
 from python_tests.linear_cases import PAIRS, random_input, random_weight
 from sparsekern import _native, reference
 from sparsekern.backends.cuda import linear as cuda_backend
-from sparsekern.backends.cuda.cost_model import MmaTile
+from sparsekern.backends.cuda.variant import MmaTile
 from sparsekern.formats.sparse24 import compress
 from sparsekern.formats.tile64 import pack
 

@@ -19,8 +19,7 @@ from python_tests.backends.test_cuda_backend import (
     scaled_on_cpu,
     tune,
 )
-from sparsekern.backends.cuda import configs, scaled_linear
-from sparsekern.backends.cuda import cost_model as heuristics
+from sparsekern.backends.cuda import configs, mma_model, scaled_linear
 from sparsekern.backends.cuda import tuned_tables as tuning
 from sparsekern.backends.cuda.backend import (
     CudaBackend,
@@ -28,6 +27,7 @@ from sparsekern.backends.cuda.backend import (
     PreciseBackend,
     SixteenBitBackend,
 )
+from sparsekern.backends.cuda.variant import Bits, MmaTile
 from sparsekern.formats.dtypes import element
 
 __all__ = ["native", "on_cpu", "scaled_on_cpu"]  # fixtures
@@ -125,15 +125,15 @@ def test_a_module_without_these_kernels(native):
 
 @pytest.mark.parametrize("capability", [AMPERE, ADA])
 def test_tiles_are_chosen_by_bytes_and_rates_of_8_bits(capability):
-    bits = heuristics.Bits(8, 8)
+    bits = Bits(8, 8)
     assert element(INT8).bits == element(E4M3).bits == bits.weight
-    rates = heuristics.mma_rates(capability, bits)
-    assert rates.mma <= heuristics.mma_rates(capability).mma
-    tile = heuristics.MmaTile(256, 128, 4, 2, 1, 2)
+    rates = mma_model.mma_rates(capability, bits)
+    assert rates.mma <= mma_model.mma_rates(capability).mma
+    tile = MmaTile(256, 128, 4, 2, 1, 2)
     size = 4096, 8192, 8192, 108
-    narrow = heuristics.mma_clocks(tile, *size, rates, bits)
-    wide = heuristics.mma_clocks(tile, *size, heuristics.mma_rates(capability))
+    narrow = mma_model.mma_clocks(tile, *size, rates, bits)
+    wide = mma_model.mma_clocks(tile, *size, mma_model.mma_rates(capability))
     assert 1.5 < wide / narrow < (4.5 if capability == ADA else 2.0)
-    tiles = (tile, heuristics.MmaTile(64, 16, 2, 1, 4, 3))
-    assert heuristics.mma_tile(4096, 8192, 8192, 108, rates, tiles, bits) == tile
-    assert heuristics.mma_tile(1, 8192, 8192, 108, rates, tiles, bits) == tiles[1]
+    tiles = (tile, MmaTile(64, 16, 2, 1, 4, 3))
+    assert mma_model.mma_tile(4096, 8192, 8192, 108, rates, tiles, bits) == tile
+    assert mma_model.mma_tile(1, 8192, 8192, 108, rates, tiles, bits) == tiles[1]

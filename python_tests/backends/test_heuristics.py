@@ -6,27 +6,33 @@ from pathlib import Path
 
 import pytest
 
+from sparsekern.backends.cuda import coefficients, narrow_model
 from sparsekern.backends.cuda import cost_model as heuristics
-from sparsekern.backends.cuda import narrow_model
+from sparsekern.backends.cuda.coefficients import TIMES, Times
 from sparsekern.backends.cuda.cost_model import (
-    CONSUMER,
-    DATA_CENTER,
-    TIMES,
-    MmaTile,
-    NarrowTile,
-    RowBlocks,
-    SplitTile,
-    Tile,
-    Times,
     Work,
     considered,
     fastest,
     may_cut,
+    predicted_us,
+    work,
+)
+from sparsekern.backends.cuda.mma_model import (
+    CONSUMER,
+    DATA_CENTER,
     mma_clocks,
     mma_rates,
     mma_tile,
-    predicted_us,
-    work,
+)
+from sparsekern.backends.cuda.narrow_model import NarrowTile
+from sparsekern.backends.cuda.variant import (
+    PLAIN,
+    Bits,
+    MmaTile,
+    RowBlocks,
+    SplitTile,
+    Tile,
+    variant_name,
 )
 
 CONFIGS = Path(__file__).resolve().parents[2] / "csrc" / "linear/configs.h"
@@ -66,21 +72,21 @@ def splits_of_the_source():
 def test_every_variant_is_compiled():
     built = [*tiles_of_the_source(), *blocks_of_the_source(), *mma_tiles_of_the_source()]
     built += splits_of_the_source()
-    assert set(TIMES) | set(heuristics.TIMES_8) <= set(built)
+    assert set(TIMES) | set(coefficients.TIMES_8) <= set(built)
     assert all(
         times.stage + times.extra > 0 and times.rate > 0 and min(times) >= 0
-        for times in (*TIMES.values(), *heuristics.TIMES_8.values())
+        for times in (*TIMES.values(), *coefficients.TIMES_8.values())
     )
 
 
 def test_names():
     assert str(Tile(256, 192, 2, 1)) == "256x192 cluster 2x1"
     assert str(Tile(256, 192, 2, 1, True)) == "256x192 cluster 2x1, streamed"
-    assert heuristics.name(Tile(256, 192, 2, 1)) == "prefill 256x192 cluster 2x1"
-    assert heuristics.name(RowBlocks(128, 4)) == "decode 128 rows, split 4"
-    assert heuristics.name(MmaTile(64, 8, 2, 1, 4, 4)) == "mma 64x8, 2x1x4 warps"
-    assert heuristics.name(SplitTile(128, 64, 4)) == "split 128x64, 4 parts"
-    assert heuristics.name(SplitTile(128, 64, 1)) == "split 128x64, 1 part"
+    assert variant_name(Tile(256, 192, 2, 1)) == "prefill 256x192 cluster 2x1"
+    assert variant_name(RowBlocks(128, 4)) == "decode 128 rows, split 4"
+    assert variant_name(MmaTile(64, 8, 2, 1, 4, 4)) == "mma 64x8, 2x1x4 warps"
+    assert variant_name(SplitTile(128, 64, 4)) == "split 128x64, 4 parts"
+    assert variant_name(SplitTile(128, 64, 1)) == "split 128x64, 1 part"
 
 
 def test_split_work_by_hand():
@@ -96,7 +102,7 @@ def test_split_work_by_hand():
 
 def test_what_a_copy_of_x_costs():
     """Of rows that 16 bytes do not divide, but for the mma.sp kernel; nothing of 8-bit x."""
-    of = {v: work(v, 16, 98, 7500, H100).copy for v in heuristics.TIMES}
+    of = {v: work(v, 16, 98, 7500, H100).copy for v in coefficients.TIMES}
     assert {type(v) for v, us in of.items() if us == 0} == {MmaTile}
     assert max(of.values()) == heuristics.copy_us(16, 7500) == pytest.approx(4.24)
     assert work(SplitTile(128, 64, 4), 16, 98, 7504, H100).copy == 0
@@ -104,7 +110,7 @@ def test_what_a_copy_of_x_costs():
     tile = SplitTile(128, 64, 4)
     without = work(tile, 16, 98, 7500, H100)._replace(copy=0.0)
     added = heuristics.predicted_us(tile, 16, 98, 7500, H100)
-    added -= heuristics.us(heuristics.TIMES[tile], without)
+    added -= heuristics.us(coefficients.TIMES[tile], without)
     assert added == pytest.approx(4.24)
 
 
@@ -115,7 +121,7 @@ def test_the_split_kernel_is_considered_for_small_problems():
     assert not heuristics.considered(tile, 4096, 8192, 8192)
 
 
-EIGHT = heuristics.Bits(8, 8)
+EIGHT = Bits(8, 8)
 
 
 def test_work_of_8_bits_by_hand():
@@ -130,7 +136,7 @@ def test_work_of_8_bits_by_hand():
         assert eight.megabytes == (4096 * 32 * 80 + 64 * (2 * 4096 + 4096)) / 1e6
     split = work(SplitTile(128, 128, 4), 192, 2048, 4096, H100, EIGHT)
     assert split.totals == pytest.approx(32 * 32 * (128 * 80 + 96 * 128) / 1e6)
-    widened = work(RowBlocks(256, 1), 8, 512, 1024, H100, heuristics.Bits(8, 16))
+    widened = work(RowBlocks(256, 1), 8, 512, 1024, H100, Bits(8, 16))
     assert widened.megabytes == (512 * 8 * 80 + 8 * (2 * 512 + 2 * 1024)) / 1e6
 
 
@@ -145,24 +151,24 @@ def test_8_bit_x_of_few_tokens_has_a_variant():
 
 def test_8_bits_have_coefficients_of_their_own():
     """Two picks that are measured winners: bench/records, and csrc/notes/splitk.md."""
-    assert heuristics.table(heuristics.PLAIN) is TIMES
-    tiles = tuple(v for v in heuristics.TIMES_8 if not isinstance(v, RowBlocks))
+    assert coefficients.table(PLAIN) is TIMES
+    tiles = tuple(v for v in coefficients.TIMES_8 if not isinstance(v, RowBlocks))
     assert fastest(16, 8192, 8192, H100, tiles, EIGHT) == SplitTile(128, 64, 2)
-    blocks = tuple(v for v in heuristics.TIMES_8 if isinstance(v, RowBlocks))
-    widened = heuristics.Bits(8, 16)
+    blocks = tuple(v for v in coefficients.TIMES_8 if isinstance(v, RowBlocks))
+    widened = Bits(8, 16)
     assert fastest(8, 8192, 8192, H100, blocks, widened) == RowBlocks(128, 2)
 
 
 def test_int4_counts_what_widening_takes():
     """As measured on an H200 with 64 tokens; 6144x4096 with 1 token took 12.0 us in 24 blocks."""
-    four = heuristics.Bits(4, 16)
+    four = Bits(4, 16)
     for shape, variant, us in (
         ((28672, 4096), RowBlocks(256, 1), 47.6),
         ((4096, 14336), RowBlocks(256, 4), 38.8),
         ((6144, 4096), RowBlocks(256, 4), 15.5),
     ):
         assert predicted_us(variant, 64, *shape, H100, four) == pytest.approx(us, rel=0.15)
-    blocks = tuple(heuristics.TIMES_4)
+    blocks = tuple(coefficients.TIMES_4)
     assert fastest(64, 28672, 4096, H100, blocks, four) == RowBlocks(256, 1)
     assert fastest(64, 4096, 14336, H100, blocks, four) == RowBlocks(256, 4)
     assert fastest(1, 28672, 4096, H100, blocks, four) == RowBlocks(256, 1)
@@ -178,10 +184,10 @@ def narrow_tiles_of_the_source():
 
 def test_the_narrow_kernel_for_int4():
     """Every tile has whole slices of x and a cluster that fits; more tokens take longer."""
-    tiles, four = narrow_tiles_of_the_source(), heuristics.Bits(4, 16)
+    tiles, four = narrow_tiles_of_the_source(), Bits(4, 16)
     for tile in tiles:
         assert tile.tokens // 8 % tile.cluster_rows == 0 and tile.cluster_rows * tile.split <= 8
-    variants = (*heuristics.TIMES_4, *tiles)
+    variants = (*coefficients.TIMES_4, *tiles)
 
     def chosen(tokens, *shape):
         return fastest(tokens, *shape, H100, variants, four)
@@ -196,12 +202,12 @@ def test_the_narrow_kernel_for_int4():
     assert chosen(17, 28672, 4096).tokens == 32
     assert chosen(64, 28672, 4096).split == 1, "tiles for most multiprocessors"
     assert chosen(64, 4096, 4096).split > 2, "sixteen tiles"
-    assert heuristics.name(NarrowTile(256, 64, 2, 1)) == "narrow 256x64 cluster 2x1, 1 part"
+    assert variant_name(NarrowTile(256, 64, 2, 1)) == "narrow 256x64 cluster 2x1, 1 part"
 
 
 def test_clusters_of_three_that_would_take_two_waves():
     """10240x8192 is 40 tiles of rows, 20 pairs: 3 parts of each at once are too many."""
-    tiles, four = narrow_tiles_of_the_source(), heuristics.Bits(4, 16)
+    tiles, four = narrow_tiles_of_the_source(), Bits(4, 16)
     for tokens in (32, 64, 128):
         best = min(tiles, key=lambda v: heuristics.predicted_us(v, tokens, 10240, 8192, H100, four))
         assert best.split in (1, 2, 4), best
@@ -212,7 +218,7 @@ def test_clusters_of_three_that_would_take_two_waves():
 
 def test_the_narrow_kernel_as_measured():
     """On an H200, a single run: the fastest configuration and its time, the model within 10 %."""
-    tiles, four = narrow_tiles_of_the_source(), heuristics.Bits(4, 16)
+    tiles, four = narrow_tiles_of_the_source(), Bits(4, 16)
     for tokens, shape, tile, us in (
         (17, (28672, 4096), NarrowTile(256, 32, 1, 1), 22.3),
         (64, (28672, 4096), NarrowTile(256, 64, 1, 1), 28.0),
@@ -230,7 +236,7 @@ def test_the_narrow_kernel_as_measured():
 
 
 def test_where_int4_pays_in_registers_with_many_tokens():
-    tiles, four = narrow_tiles_of_the_source(), heuristics.Bits(4, 16)
+    tiles, four = narrow_tiles_of_the_source(), Bits(4, 16)
 
     def pays(tokens, *shape):
         problem = tokens, *shape, H100
@@ -289,7 +295,7 @@ def test_resident_clusters():
 )
 def test_known_picks(tokens, out_features, in_features, expected):
     """Problems at which this variant, or one of these, was the fastest measured."""
-    chosen = heuristics.name(fastest(tokens, out_features, in_features, H100))
+    chosen = variant_name(fastest(tokens, out_features, in_features, H100))
     assert chosen.startswith(expected)
 
 
@@ -442,7 +448,7 @@ def test_mma_work_by_hand():
     assert work(tile, 64, 32 * 132 * 2, 4096, H100).items == 2
 
 
-@pytest.mark.parametrize("variant", TIMES, ids=heuristics.name)
+@pytest.mark.parametrize("variant", TIMES, ids=variant_name)
 def test_predictions_are_times(variant):
     """Positive, finite, and no shorter for more in_features or many more rows."""
     tokens = 64

@@ -287,7 +287,7 @@ def test_writers_in_several_processes_lose_nothing(tmp_path):
 def test_shipped_tables_are_whole_and_name_variants_of_the_source():
     """Every cell of every shipped file names a line of csrc/linear/configs.h that may run there."""
     from bench import fit
-    from sparsekern.backends.cuda.cost_model import RowBlocks
+    from sparsekern.backends.cuda.variant import RowBlocks
     from sparsekern.profiling.tune import KINDS
 
     names = fit.variants()

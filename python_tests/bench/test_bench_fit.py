@@ -7,8 +7,10 @@ import numpy
 import pytest
 
 from bench import fit
+from sparsekern.backends.cuda import coefficients
 from sparsekern.backends.cuda import cost_model as heuristics
-from sparsekern.backends.cuda.cost_model import MmaTile, RowBlocks, SplitTile, Tile, Times
+from sparsekern.backends.cuda.coefficients import Times
+from sparsekern.backends.cuda.variant import Bits, MmaTile, RowBlocks, SplitTile, Tile, variant_name
 
 SMS = 132
 TRUE = {
@@ -25,7 +27,7 @@ TOKENS = (1, 16, 48, 96, 192, 256, 1024, 4096)
 def line(shape, tokens, table=TRUE, noise=lambda: 1.0, **more):
     """What `sparsekern tune --log` would write of a cell."""
     times = {
-        heuristics.name(variant): noise()
+        variant_name(variant): noise()
         * heuristics.us(of, heuristics.work(variant, tokens, *shape, SMS))
         for variant, of in table.items()
         if not isinstance(variant, RowBlocks) or tokens <= 64
@@ -62,8 +64,8 @@ def cells(tmp_path):
 
 def test_names_are_those_of_the_kernels():
     named = fit.variants()
-    assert all(heuristics.name(variant) == name for name, variant in named.items())
-    assert set(TRUE) | set(heuristics.TIMES) <= set(named.values())
+    assert all(variant_name(variant) == name for name, variant in named.items())
+    assert set(TRUE) | set(coefficients.TIMES) <= set(named.values())
 
 
 def test_a_known_table_is_found_again(cells, monkeypatch):
@@ -86,10 +88,10 @@ def test_a_known_table_is_found_again(cells, monkeypatch):
 def test_what_no_cell_speaks_of_stays_as_it_is(cells):
     """Of a variant in one cell; and a variant that the table lacks begins as its neighbour."""
     variant = SplitTile(128, 64, 2)
-    assert fit.start_of(variant, heuristics.TIMES) == heuristics.TIMES[variant]
+    assert fit.start_of(variant, coefficients.TIMES) == coefficients.TIMES[variant]
     assert (
-        fit.start_of(SplitTile(128, 64, 99), heuristics.TIMES)
-        == heuristics.TIMES[SplitTile(128, 64, 16)]
+        fit.start_of(SplitTile(128, 64, 99), coefficients.TIMES)
+        == coefficients.TIMES[SplitTile(128, 64, 16)]
     )
     start = Times(0.3, 0.1, 0.1, 3.0, 1.0, 1.5, 0.2, 0.5)
     of = heuristics.work(variant, 64, 2048, 2048, SMS)
@@ -127,8 +129,8 @@ def test_a_slow_variant_is_left_out(tmp_path, monkeypatch):
         tile, slow = Tile(256, 128, 1, 1), Tile(256, 128, 2, 2)
         lines = [line(shape, tokens) for shape in SHAPES for tokens in TOKENS]
         for entry in lines:
-            us = entry["times"][heuristics.name(tile)]
-            entry["times"][heuristics.name(slow)] = factor * us
+            us = entry["times"][variant_name(tile)]
+            entry["times"][variant_name(slow)] = factor * us
         read = fit.read([write(tmp_path / "slow.jsonl", lines)])
         assert (slow in fit.that_matter(read)) == fitted
         assert (slow in fit.fit_table(read, SMS)) == fitted
@@ -136,26 +138,26 @@ def test_a_slow_variant_is_left_out(tmp_path, monkeypatch):
 
 def test_cells_of_8_bits_are_fitted_by_scaling_what_there_is(tmp_path, capsys):
     """Times of 8 bits made from TIMES by one factor per kernel, and of row blocks of their own."""
-    tiles = [v for v in heuristics.TIMES if isinstance(v, (Tile, SplitTile))]
+    tiles = [v for v in coefficients.TIMES if isinstance(v, (Tile, SplitTile))]
     factors = {Tile: 1.2, SplitTile: 0.8}
     lines = []
     for shape in SHAPES:
         for tokens in TOKENS:
             for bits, dtype, table in (
-                (heuristics.Bits(8, 8), "float8_e4m3fn", tiles),
-                (heuristics.Bits(8, 16), "float8_e4m3fn weight, bfloat16", [RowBlocks(256, 4)]),
+                (Bits(8, 8), "float8_e4m3fn", tiles),
+                (Bits(8, 16), "float8_e4m3fn weight, bfloat16", [RowBlocks(256, 4)]),
             ):
                 if bits.x == 16 and tokens > 64:
                     continue
                 times = {}
                 for v in table:
-                    of = TRUE[v] if bits.x == 16 else heuristics.TIMES[v]
+                    of = TRUE[v] if bits.x == 16 else coefficients.TIMES[v]
                     us = heuristics.us(of, heuristics.work(v, tokens, *shape, SMS, bits))
-                    times[heuristics.name(v)] = us * factors.get(type(v), 1.0)
+                    times[variant_name(v)] = us * factors.get(type(v), 1.0)
                 lines.append(line(shape, tokens) | dict(times=times, dtype=dtype))
     path = write(tmp_path / "eight.jsonl", lines)
     read = fit.read([path])
-    assert {cell.bits for cell in read} == {heuristics.Bits(8, 8), heuristics.Bits(8, 16)}
+    assert {cell.bits for cell in read} == {Bits(8, 8), Bits(8, 16)}
     table = fit.fit_table(read, SMS)
     assert set(table) == {*tiles, RowBlocks(256, 4)}
     gaps = [gap.share for gap in fit.gaps(read, table, SMS)]
@@ -183,7 +185,7 @@ def test_gaps_are_those_of_the_picks(cells):
 
 def test_the_later_of_two_lines_counts_and_wrong_results_do_not(tmp_path):
     once, again = line((512, 2048), 16), line((512, 2048), 16)
-    name = heuristics.name(RowBlocks(256, 4))
+    name = variant_name(RowBlocks(256, 4))
     again["times"] = {name: 2.5, "prefill of another build": 1.0, "mma 32x16, 1x1x4 warps": 1.5}
     again["refused"] = {"mma 32x16, 1x1x4 warps": "3 of 9 elements are wrong"}
     other = line((512, 2048), 16, dtype="float16")
@@ -220,14 +222,14 @@ def test_what_is_printed_is_python_and_the_table(cells, capsys):
 def test_check_fits_nothing_and_tells_the_gaps_of_heuristics(cells, capsys):
     assert fit.main([cells, "--check"]) == 0
     read = fit.read([cells])
-    found = fit.gaps(read, heuristics.TIMES, SMS)
+    found = fit.gaps(read, coefficients.TIMES, SMS)
     assert capsys.readouterr().out.strip() == fit.summary(found)
 
 
 def test_gaps_in_cells_that_were_not_fitted(cells, tmp_path, capsys):
     other = write(tmp_path / "other.jsonl", [line((512, 4096), 1), line((512, 4096), 256)])
     assert fit.main([cells, "--check", "--test", other]) == 0
-    found = fit.gaps(fit.read([other]), heuristics.TIMES, SMS)
+    found = fit.gaps(fit.read([other]), coefficients.TIMES, SMS)
     text = capsys.readouterr().out.strip()
     assert text.endswith(f"Cells that were not fitted:\n{fit.summary(found)}") and len(found) == 2
 

@@ -12,7 +12,8 @@ from sparsekern.backends.cuda import configs
 from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.backends.cuda import tuned_tables as tuning
-from sparsekern.backends.cuda.cost_model import TIMES, RowBlocks, Tile
+from sparsekern.backends.cuda.coefficients import TIMES
+from sparsekern.backends.cuda.variant import RowBlocks, Tile
 from sparsekern.cli import main as cli
 from sparsekern.formats.sparse24 import decompress
 from sparsekern.profiling import layer_bench

@@ -21,10 +21,12 @@ import torch
 
 from sparsekern import _native
 from sparsekern.backends import quantize_rows
+from sparsekern.backends.cuda import coefficients
 from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.backends.cuda import tuned_tables as tuning
 from sparsekern.backends.cuda.configs import Types
+from sparsekern.backends.cuda.variant import variant_name
 from sparsekern.errors import message
 from sparsekern.formats import dtypes
 from sparsekern.formats.tile64 import pack
@@ -105,7 +107,7 @@ class Layer:
         multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
 
         bits = self.types.bits
-        known = {heuristics.name(variant): variant for variant in heuristics.table(bits)}
+        known = {variant_name(variant): variant for variant in coefficients.table(bits)}
 
         def predicted(name):
             if name not in known:

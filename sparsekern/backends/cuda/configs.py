@@ -15,15 +15,17 @@ import torch
 
 from sparsekern import _native
 from sparsekern.backends.cuda import cost_model as heuristics
+from sparsekern.backends.cuda import mma_model
 from sparsekern.backends.cuda import tuned_tables as tuning
-from sparsekern.backends.cuda.cost_model import (
+from sparsekern.backends.cuda.narrow_model import NarrowTile
+from sparsekern.backends.cuda.variant import (
     Bits,
     MmaTile,
-    NarrowTile,
     RowBlocks,
     SplitTile,
     Tile,
     Variant,
+    variant_name,
 )
 from sparsekern.formats import dtypes
 
@@ -155,7 +157,7 @@ def variants(types: Types = _PLAIN) -> dict[str, tuple[str, int]]:
 
     The names are what `sparsekern.explain` shows and what tuned tables hold.
     """
-    return {heuristics.name(variant): of for variant, of in _built(types).items()}
+    return {variant_name(variant): of for variant, of in _built(types).items()}
 
 
 def runnable(index: int, types: Types = _PLAIN) -> dict[str, tuple[str, int]]:
@@ -172,7 +174,7 @@ def runnable(index: int, types: Types = _PLAIN) -> dict[str, tuple[str, int]]:
 
 
 def _promoted_names(types: Types) -> list[str]:
-    return [heuristics.name(tile) for tile in _tiles(types) if tile.promoted]
+    return [variant_name(tile) for tile in _tiles(types) if tile.promoted]
 
 
 class Choice(NamedTuple):
@@ -193,14 +195,14 @@ def heuristic(
         return f"mma {mma_tile(tokens, out_features, in_features, index, types)}"
     multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
     problem = tokens, out_features, in_features, multiprocessors
-    return heuristics.name(heuristics.fastest(*problem, tuple(_built(types)), types.bits))
+    return variant_name(heuristics.fastest(*problem, tuple(_built(types)), types.bits))
 
 
 def promoted(tokens: int, out_features: int, index: int, types: Types) -> str:
     """The name of the variant with promoted sums for a problem on GPU `index`."""
     multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
     tiles = tuple(tile for tile in _tiles(types) if tile.promoted)
-    return heuristics.name(heuristics.promoted_tile(tokens, out_features, multiprocessors, tiles))
+    return variant_name(heuristics.promoted_tile(tokens, out_features, multiprocessors, tiles))
 
 
 def choose(
@@ -250,5 +252,5 @@ def mma_tile(
     """The tile of the mma.sp kernel that the cost model chooses."""
     multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
     problem = tokens, out_features, in_features, multiprocessors
-    rates = heuristics.mma_rates(_capability(index), types.bits)
-    return heuristics.mma_tile(*problem, rates, tuple(_mma_tiles(types)), types.bits)
+    rates = mma_model.mma_rates(_capability(index), types.bits)
+    return mma_model.mma_tile(*problem, rates, tuple(_mma_tiles(types)), types.bits)

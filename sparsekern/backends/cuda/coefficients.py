@@ -1,0 +1,149 @@
+"""What each variant of the Hopper kernels costs: the coefficients of the formula in cost_model.py,
+fitted by `python -m bench.fit`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sparsekern.backends.cuda.variant import Bits, MmaTile, RowBlocks, SplitTile, Tile, Variant
+
+
+class Times(NamedTuple):
+    """What a variant costs: the coefficients at the top of cost_model.py."""
+
+    stage: float
+    extra: float
+    total: float
+    rate: float
+    item: float
+    exchange: float
+    crowd: float
+    constant: float
+
+
+# Made by `python -m bench.fit` from what an H200 measured (132 multiprocessors, 700 W, bfloat16):
+# 183 cells of random shapes (`bench random` of seeds 101 to 104, most with few out_features or
+# short in_features) and 144 of Llama-3 8B and 70B (`sparsekern tune`), beginning at the older
+# coefficients of an H100's 432 cells. Of odd out_features the times of tiles and split tiles are
+# left out, because their stores have changed since. Slower than the fastest of all variants, on
+# average and at worst: in the fitted cells 2.6 and 73 % (7671x132, 253 tokens), in those of the
+# Llama-3 shapes 1.6 and 27 %; in those of six parts of the random shapes, each by a fit to the
+# others, 3.5 and 73 %; in 58 cells of other random shapes (seed 19) 1.8 and 23 %, by older
+# coefficients 4.5 and 61 %. The settings of the fit were chosen by looking at both, so a new seed
+# may have more; it is not measured. A variant that is not here is never chosen (`that_matter` in
+# bench/fit.py). On another GPU the counts follow from its multiprocessors, and these coefficients,
+# its rates above all, are a guess.
+TIMES: dict[Variant, Times] = {
+    RowBlocks(256, 1): Times(0.144, 0.351, 0.428, 4.29, 0.0889, 2.78, 0, 0.801),
+    RowBlocks(256, 2): Times(0.153, 0.245, 0.311, 4.33, 0.0924, 4.98, 0, 0.996),
+    RowBlocks(256, 4): Times(0.148, 0.25, 0.01, 4.07, 0.553, 4, 0, 0.697),
+    RowBlocks(256, 8): Times(0.146, 0.175, 0.01, 3.94, 0.822, 4.44, 0, 0.451),
+    RowBlocks(128, 2): Times(0.124, 0.24, 0.01, 4.48, 0.792, 2.62, 0, 0.591),
+    RowBlocks(128, 1): Times(0.127, 0.229, 0.01, 4.37, 0.394, 2.47, 0, 0.383),
+    RowBlocks(128, 4): Times(0.128, 0.233, 0.01, 4.03, 1.15, 2.64, 0, 0.222),
+    RowBlocks(128, 8): Times(0.127, 0.154, 0.555, 3.96, 1.51, 2.34, 0, 0.0753),
+    Tile(256, 192, 1, 1): Times(0.541, 0.448, 0.719, 3.79, 1.67, 5.14, 6.9, 2.89),
+    Tile(256, 192, 2, 1): Times(0.552, 0.221, 0.679, 3.48, 2.16, 3.33, 8.54, 2.57),
+    Tile(256, 192, 1, 2): Times(0.608, 0.0533, 0.66, 3.26, 0.63, 4.23, 8.12, 4.08),
+    Tile(256, 192, 4, 1): Times(0.555, 0.0736, 0.747, 4.57, 2.18, 3.44, 9.76, 2.66),
+    Tile(256, 192, 4, 2): Times(0.572, 0.0234, 0.732, 3.8, 1.16, 8.8, 0.103, 3.6),
+    Tile(256, 192, 2, 1, True): Times(0.742, 0.138, 0.314, 3.23, 1.42, 6.49, 2.21, 2.58),
+    Tile(256, 160, 1, 1): Times(0.505, 0.0518, 0.571, 3.9, 2.12, 3.37, 7.49, 2.56),
+    Tile(256, 160, 2, 1): Times(0.537, 0.0476, 0.497, 4, 3.24, 1.13, 9.23, 1.25),
+    Tile(256, 128, 1, 1): Times(0.402, 0.156, 0.51, 4.27, 0.416, 3.15, 5.71, 3.95),
+    Tile(256, 128, 2, 1): Times(0.412, 0.14, 0.478, 4.16, 1.99, 3.21, 5.57, 2.34),
+    Tile(256, 128, 1, 2): Times(0.432, 0.0606, 0.469, 4.8, 0.485, 2.25, 7.48, 3.88),
+    Tile(256, 128, 2, 2): Times(0.396, 0.109, 0.49, 4.8, 4.26, 3.12, 6.82, 0.114),
+    Tile(256, 128, 4, 2): Times(0.388, 0.0305, 0.524, 4.18, 1.4, 7.2, 0.101, 2.9),
+    Tile(256, 128, 2, 1, True): Times(0.517, 0.162, 0.34, 3.95, 0.864, 4.32, 1.65, 3.31),
+    Tile(256, 96, 1, 1): Times(0.322, 0.129, 0.401, 4.31, 0.437, 1.53, 7.93, 3.74),
+    Tile(256, 64, 1, 1): Times(0.258, 0.194, 0.308, 4.26, 0.665, 2.51, 6.14, 3.27),
+    Tile(256, 208, 2, 1): Times(0.61, 0.204, 0.732, 3.23, 1.09, 0.101, 14.4, 3.85),
+    Tile(256, 208, 1, 2): Times(0.631, 0.0515, 0.737, 3.37, 0.679, 5.77, 8.24, 4.23),
+    MmaTile(64, 32, 2, 1, 2, 5): Times(0.364, 0.0373, 0.066, 4.8, 1.74, 0, 0, 0.088),
+    MmaTile(64, 16, 2, 1, 4, 3): Times(0.451, 0.0597, 0.0984, 4.32, 1.16, 0, 0, 0.0791),
+    MmaTile(64, 8, 2, 1, 4, 4): Times(0.174, 0.173, 0.0744, 4.43, 1.2, 0, 0, 0.0765),
+    MmaTile(32, 16, 1, 1, 4, 5): Times(0.325, 0.0628, 0.0358, 4.8, 1.06, 0, 0, 0.078),
+    MmaTile(32, 8, 1, 1, 4, 6): Times(0.17, 0.0808, 0.0661, 4.65, 1, 0, 0, 0.154),
+    SplitTile(128, 64, 1): Times(0.206, 0.0217, 0.0908, 4.54, 1.61, 0, 0, 0.0793),
+    SplitTile(128, 64, 2): Times(0.217, 0.0425, 0.0939, 4.8, 1.13, 1.76, 0, 0.0996),
+    SplitTile(128, 64, 3): Times(0.185, 0.0454, 0.122, 4.8, 1.44, 1.93, 0, 0.0943),
+    SplitTile(128, 64, 4): Times(0.221, 0.041, 0.131, 4.8, 1.11, 1.31, 0, 0.0924),
+    SplitTile(128, 64, 6): Times(0.14, 0.0458, 0.162, 4.8, 1.75, 1.95, 0, 0.1),
+    SplitTile(128, 96, 2): Times(0.227, 0.044, 0.0921, 4.8, 1.31, 2.03, 0, 0.0989),
+    SplitTile(128, 96, 3): Times(0.214, 0.0445, 0.115, 4.8, 1.54, 2.04, 0, 0.0989),
+    SplitTile(128, 128, 1): Times(0.23, 0.0382, 0.0846, 4.27, 1.94, 0, 0, 0.0969),
+    SplitTile(128, 128, 2): Times(0.234, 0.042, 0.0883, 4.8, 1.6, 2.48, 0, 0.0987),
+    SplitTile(128, 128, 3): Times(0.226, 0.0462, 0.107, 4.51, 1.88, 2.38, 0, 0.0989),
+    SplitTile(256, 64, 1): Times(0.223, 0.0391, 0.0896, 4.14, 1.99, 0, 0, 0.0938),
+    SplitTile(256, 96, 1): Times(0.293, 0.0319, 0.0999, 4.2, 3.28, 0, 0, 0.115),
+    SplitTile(256, 96, 2): Times(0.29, 0.0462, 0.103, 4.43, 2.86, 2.91, 0, 0.105),
+    SplitTile(256, 128, 1): Times(0.366, 0.0378, 0.11, 4.03, 3.69, 0, 0, 0.102),
+    SplitTile(256, 128, 2): Times(0.381, 0.0508, 0.112, 4.31, 3.15, 3.35, 0, 0.101),
+    SplitTile(128, 64, 8): Times(0.183, 0.0467, 0.142, 4.68, 1.79, 1.99, 0, 0.0978),
+    SplitTile(128, 64, 16): Times(0.262, 0.0599, 0.167, 2.59, 2.1, 2.32, 0, 0.1),
+    SplitTile(128, 128, 8): Times(0.169, 0.189, 0.0952, 3.58, 1.98, 2.36, 0, 0.0908),
+}
+
+# The same for weights of 8 bits: tiles and split tiles with x of 8 bits, row blocks with x of 16.
+# From an H200 (132 multiprocessors, 700 W), e4m3 with y of bfloat16: the q+k+v, o, gate+up and down
+# layers of Llama-3 8B and 70B, 13 numbers of tokens from 1 to 8192, up to 64 with x of 16 bits: 152
+# cells. So few cannot fit every variant, and those of tiles are an H100's of 16 bits, scaled
+# (`scaled` in bench/fit.py), but for a few. How well it picks: csrc/notes/splitk.md, "8
+# bits". int8 moves the same bytes in the same clocks.
+TIMES_8: dict[Variant, Times] = {
+    RowBlocks(256, 1): Times(0.379, 0.719, 0.831, 4.73, 0, 2.05, 0, 3.87),
+    RowBlocks(256, 2): Times(0.406, 0.519, 0.943, 3.97, 1.8, 5.98, 0, 0),
+    RowBlocks(256, 4): Times(0.294, 0.716, 0.985, 2.69, 0.656, 3.4, 0, 1.26),
+    RowBlocks(128, 2): Times(0.219, 0.54, 0.475, 4.28, 3.36, 1.31, 0, 0.291),
+    Tile(256, 192, 2, 1): Times(0.762, 0.281, 0.292, 4, 2.95, 1.93, 8.63, 1.21),
+    Tile(256, 192, 2, 2): Times(0.683, 0.434, 0.479, 4, 3.31, 7.3, 8.28, 0),
+    Tile(256, 160, 2, 1): Times(0.668, 0.0186, 0.396, 3.4, 2.1, 0.523, 9.06, 0.4),
+    Tile(256, 128, 2, 1): Times(0.574, 0.113, 0.331, 3.67, 1.4, 2.48, 9.91, 0.43),
+    Tile(256, 128, 1, 2): Times(0.565, 0.00634, 0.279, 4, 0.489, 1.35, 6.84, 2.57),
+    Tile(256, 128, 4, 2): Times(0.559, 0, 0.313, 4, 0.826, 6.99, 0.000863, 0.374),
+    Tile(256, 96, 1, 1): Times(0.446, 0.123, 0.29, 3.93, 0.44, 0.717, 11.5, 0.899),
+    Tile(256, 208, 2, 1): Times(0.845, 0.162, 0.321, 3.39, 0.969, 0.0574, 14.6, 2.78),
+    SplitTile(128, 64, 2): Times(0.309, 0, 0.0925, 4.91, 1.32, 0.294, 0, 0),
+    SplitTile(128, 64, 3): Times(0.172, 0, 0.0907, 4.63, 3.26, 0.572, 0, 0),
+    SplitTile(128, 64, 4): Times(0.276, 0, 0.0763, 4.41, 1.78, 0.284, 0, 0),
+    SplitTile(128, 64, 6): Times(0.00201, 0, 0.135, 4.95, 2.64, 0.405, 0, 0),
+    SplitTile(128, 96, 1): Times(0.243, 0, 0.0907, 4.82, 2.02, 0, 0, 0),
+    SplitTile(128, 96, 2): Times(0.308, 0, 0.079, 4.95, 1.94, 0.409, 0, 0),
+    SplitTile(128, 96, 3): Times(0.236, 0, 0.0969, 4.38, 2.88, 0.509, 0, 0),
+    SplitTile(128, 128, 1): Times(0.286, 0, 0.0943, 4.61, 1.89, 0, 0, 0),
+    SplitTile(128, 128, 2): Times(0.341, 0, 0.08, 4.75, 2.13, 0.459, 0, 0),
+    SplitTile(128, 128, 3): Times(0.248, 0, 0.0943, 3.93, 3.43, 0.572, 0, 0),
+    SplitTile(128, 128, 4): Times(0.144, 0, 0.0848, 4.95, 3.66, 0.609, 0, 0),
+    SplitTile(256, 64, 1): Times(0.3, 0, 0.0996, 4.13, 3.04, 0, 0, 0),
+    SplitTile(256, 96, 2): Times(0.367, 0, 0.0952, 4.08, 3.95, 0.55, 0, 0),
+    SplitTile(256, 128, 2): Times(0.593, 0, 0.0556, 3.87, 4.52, 0.647, 0, 0),
+    Tile(256, 192, 1, 1): Times(0.604, 0.522, 0.727, 4.25, 2.95, 0.855, 10.4, 0),
+    Tile(256, 192, 1, 2): Times(0.687, 0, 0.626, 2.9, 2.89, 0, 14.4, 0),
+    Tile(256, 192, 4, 1): Times(0.648, 0, 0.688, 4.8, 3.23, 0, 15.3, 1.07),
+    Tile(256, 192, 2, 1, True): Times(0.269, 0.797, 0.779, 3.65, 2.94, 8.26, 1.89, 1.32),
+    Tile(256, 128, 1, 1): Times(0.56, 0.269, 0.327, 4.02, 1.49, 0, 9.86, 1.41),
+    Tile(256, 128, 2, 1, True): Times(0.398, 0.305, 0.519, 3.92, 1.44, 11.4, 1.24, 0),
+    Tile(256, 64, 2, 1): Times(0.304, 0, 0.355, 4, 1.01, 1.78, 6.74, 2.56),
+    Tile(256, 208, 1, 2): Times(0.85, 0, 0.436, 3.17, 3.74, 1.89, 13.2, 0),
+}
+
+
+# Weights of int4: row blocks as of 8 bits, which are widened at about the same cost (SASS,
+# csrc/notes/decode.md), with twice the in_features in a stage. Not a fit: of 64 tokens it gives
+# 42.5, 13.5, 14.0 and 34.0 us for what took 47.6, 14.7, 15.5 and 38.8 on an H200 (28672x4096 in 256
+# rows, split 1; 4096x4096, 6144x4096 and 4096x14336 in 256 rows, split 4); of 1 to 16 tokens 1.2 to
+# 1.6 times of what it takes, whatever the variant. TIMES would give 256 rows, split 1 for 6144x4096
+# at 1 token, 24 thread blocks, which took 12.0 us.
+TIMES_4: dict[Variant, Times] = {
+    variant: times._replace(stage=2 * times.stage, extra=2 * times.extra, total=2 * times.total)
+    for variant, times in TIMES_8.items()
+    if isinstance(variant, RowBlocks)
+}
+
+
+def table(bits: Bits) -> dict[Variant, Times]:
+    """The coefficients for these operands: TIMES_8, TIMES_4 or TIMES."""
+    if bits.weight == 4:
+        return TIMES_4
+    return TIMES_8 if bits.weight == 8 else TIMES
