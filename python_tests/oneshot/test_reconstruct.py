@@ -387,7 +387,7 @@ def test_recut_keeps_every_token():
     "given, error, text",
     [
         (dict(span=0), ValueError, "span >= 1 or None, got 0"),
-        (dict(lr=0.0), ValueError, "lr > 0, got 0.0"),
+        (dict(lr=0.0), ValueError, "lr > 0 or None, got 0.0"),
         (dict(epochs=True), ValueError, "epochs >= 1, got True"),
         (dict(target="mean"), ValueError, "target in .* got 'mean'"),
         (dict(span=2, parts="sublayers"), ValueError, 'parts="block" with a span'),
@@ -545,3 +545,38 @@ def test_on_the_gpu_twice_the_same():
         results.append(model)
     a, b = (model.state_dict() for model in results)
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_each_matrix_has_a_rate_of_its_own_in_the_walk(monkeypatch):
+    """16 · 6e-4 of the root mean square of its kept weights; a given lr is that of all."""
+    rates = []
+    real = torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        rates.append([(group["lr"], group["params"]) for group in self.param_groups])
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    options = dict(epochs=2, warmup=0.0)
+    model = build()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight *= 10
+    sk.prune_model(
+        model, "magnitude", tokens(), reconstruct=options, compress=False, progress=False
+    )
+    most = {}
+    for lr, (parameter,) in (pair for groups in rates for pair in groups):
+        most[id(parameter)] = max(most.get(id(parameter), 0.0), lr)
+    own = most[id(model.model.layers[0].mlp.up_proj.weight)]
+    other = most[id(model.model.layers[0].mlp.gate_proj.weight)]
+    assert 8 < own / other < 12
+    kept = model.model.layers[0].mlp.up_proj.weight
+    root = float((kept.detach().square().sum() / (kept != 0).sum()).sqrt())
+    assert own == pytest.approx(16 * 6e-4 * root, rel=0.15)
+    rates.clear()
+    options |= {"lr": 1e-3}
+    sk.prune_model(
+        build(), "magnitude", tokens(), reconstruct=options, compress=False, progress=False
+    )
+    assert rates and all(len(groups) == 1 for groups in rates)
+    assert max(groups[0][0] for groups in rates) == pytest.approx(1e-3, rel=0.15)

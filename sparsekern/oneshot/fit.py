@@ -19,10 +19,10 @@ from torch.utils import deterministic as deterministic_options
 from sparsekern.backends.compress import mask24
 from sparsekern.formats.dtypes import DEFAULT_16_BIT
 from sparsekern.nn.replace import is_conv1d
-from sparsekern.oneshot.levels import Levels, Trained
+from sparsekern.oneshot.levels import Levels, Trained, own_rate
 from sparsekern.oneshot.portion import add_up
 from sparsekern.oneshot.ranks import Ranks
-from sparsekern.oneshot.rounds import OP, Fit, Reconstruction
+from sparsekern.oneshot.rounds import LR, OP, Fit, Reconstruction
 from sparsekern.oneshot.sequential import Walk
 
 logger = logging.getLogger("sparsekern")
@@ -191,9 +191,16 @@ def fit(
     first = [t.parameter.detach().to(t.dtype, copy=True) for t in trained]  # as it came, exact
     best, best_error = first, error()
     before = best_error
-    optimized: Any = parameters if levels is None else levels.parameters(options.lr)
+    highest = LR if options.lr is None else options.lr
+    optimized: Any = parameters
+    if levels is not None:
+        optimized = levels.parameters(highest)
+    elif options.lr is None and options.span == 1:
+        optimized = [
+            {"params": [t.parameter], "share": own_rate(t.parameter, t.mask)} for t in trained
+        ]
     optimizer = torch.optim.AdamW(
-        optimized, options.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda"
+        optimized, highest, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda"
     )
     masks = [t.mask for t in trained]
     moving = Moving(trained) if options.reselect else None
@@ -208,7 +215,7 @@ def fit(
             losses, epochs = [], epoch + 1
             for number in torch.randperm(len(train), generator=generator).tolist():
                 place = max(step, min(total - 1, int(total * clock.share())))
-                rate = options.lr * schedule(place, total, options.warmup)
+                rate = highest * schedule(place, total, options.warmup)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group.get("share", 1.0)
                 losses.append(_backward(loss, train[number], parameters))

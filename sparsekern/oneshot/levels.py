@@ -26,10 +26,8 @@ from torch import Tensor, nn
 
 from sparsekern.formats import dtypes, scaled, sparse24
 from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.oneshot.rounds import RATE
 
-# The rate of weights, in their root mean square for each unit of the round's rate: at 6e-4 a step
-# moves a weight by about 1 % of that.
-RATE = 16.0
 FARTHEST = 2.0  # of the logarithm of a scale from where it began
 RESIDUAL = 0.75  # of what rounding took from a weight, in its latent at the start
 
@@ -43,6 +41,13 @@ class Trained:
     mask: Tensor
     dtype: torch.dtype
     transposed: bool = False
+
+
+def own_rate(weight: Tensor, mask: Tensor) -> float:
+    """What a matrix of masked weights has its rate multiplied by: RATE of the root mean square of
+    those that are kept."""
+    kept = mask.sum().clamp_min(1)
+    return RATE * float((weight.detach().float().square().sum() / kept).sqrt())
 
 
 class Levels:
@@ -74,8 +79,7 @@ class Levels:
             other = self.codecs[number].round(latent) != level
             latent = torch.where(other, level, latent) * scale
             self._scales.append(scale)
-            kept = self.trained[number].mask.sum().clamp_min(1)
-            self._shares.append(RATE * float((start.float().square().sum() / kept).sqrt()))
+            self._shares.append(own_rate(start, self.trained[number].mask))
             self.latent.append(nn.Parameter(latent, requires_grad=False))
             self.drift.append(nn.Parameter(torch.zeros_like(scale), requires_grad=False))
             self._slopes.append(latent)

@@ -11,6 +11,7 @@ from typing import Any
 from sparsekern.errors import check
 
 OP = "sparsekern.reconstruct"
+LR, RATE = 6e-4, 16.0  # see Reconstruction.lr
 TARGETS, PARTS, LOSSES = ("dense", "pruned"), ("block", "sublayers"), ("token", "channel", "mse")
 
 
@@ -27,7 +28,9 @@ class Reconstruction:
             of the lowest held-out error stay; its rate has fallen with the time by then. How far it
             comes depends on the machine.
         lr: of AdamW (betas 0.9 and 0.95, no decay), after `warmup` of the steps; then a cosine to
-            0. One step is one forward batch (prune_model's batch_size).
+            0. One step is one forward batch (prune_model's batch_size). None: LR with a span of
+            several blocks; with span=1 each matrix has its own, RATE · LR, some 1 %, of the root
+            mean square of its kept weights.
         target: "dense": what the dense model has there; "pruned": the dense blocks on the inputs
             that the pruned model gives them.
         between: weight of the blocks inside the span.
@@ -60,7 +63,7 @@ class Reconstruction:
     span: int | None = 1
     epochs: int = 6
     seconds: float | None = None
-    lr: float = 6e-4
+    lr: float | None = None
     target: str = "dense"
     between: float = 0.0
     parts: str = "block"
@@ -92,7 +95,8 @@ class Reconstruction:
             check(type(value) is int and value >= low, op, f"{name} >= {low}", repr(value))
         time_ = self.seconds is None or (number(self.seconds, 0) and self.seconds > 0)
         check(time_, op, "seconds > 0 or None", repr(self.seconds))
-        check(number(self.lr, 0) and self.lr > 0, op, "lr > 0", repr(self.lr))
+        rate = self.lr is None or (number(self.lr, 0) and self.lr > 0)
+        check(rate, op, "lr > 0 or None", repr(self.lr))
         check(number(self.reselect, 0, 1), op, "reselect from 0 to 1", repr(self.reselect))
         fixed = self.span != 1 or not self.reselect
         check(fixed, op, "reselect=0 with span=1", repr(self.reselect))
