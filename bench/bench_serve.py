@@ -154,9 +154,11 @@ def prepare(args, run: Run, folders: dict[str, Path]) -> None:
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may name, one by one."""
+    """What CUDA_VISIBLE_DEVICES may name, one by one; "" alone without a GPU."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+    if named:
+        return named.split(",")
+    return [str(i) for i in range(torch.cuda.device_count())] or [""]
 
 
 def serve(folder: Path, args, run: Run, gpu: str) -> tuple[list[dict], float]:

@@ -38,6 +38,8 @@ def test_each_server_has_its_own_gpu_where_there_are_two(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert bench_serve.visible_gpus() == ["0"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert bench_serve.visible_gpus() == [""]
 
 
 def test_phases_of_a_log():

@@ -1,10 +1,13 @@
 """observe: hooks see the same inputs whether the model goes to the device whole or by blocks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import sparsekern as sk
 from python_tests.oneshot.test_rotation import build, ids
+from sparsekern.oneshot import extra
 from sparsekern.oneshot import observe as observe_module
 from sparsekern.oneshot.calibration import make_batches
 from sparsekern.oneshot.devices import lodged
@@ -71,6 +74,21 @@ def test_energies_of_several_processes_are_those_of_one_bit_for_bit():
         assert all(torch.equal(together[name], energy) for name, energy in whole.items())
     with pytest.raises(ValueError, match="calibration that reaches every layer"):
         added_up(model, [{}, {}])
+
+
+def test_what_one_process_raises_while_it_observes_all_raise():
+    model = build()
+    batches = make_batches(ids(4), model, 2, CPU)
+    ranks = SimpleNamespace(rank=0, world=2)
+    ranks.in_turn = lambda own, count: iter([own, RuntimeError("no memory there")])
+    with pytest.raises(RuntimeError, match="no memory there"):
+        extra._observed_together(model, batches, CPU, True, ranks)
+    sent = []
+    ranks.in_turn = lambda own, count: iter([sent.append(own) or own] * count)
+    model.model.layers[0].forward = failing
+    with pytest.raises(RuntimeError, match="no luck"):
+        extra._observed_together(model, batches, CPU, True, ranks)
+    assert isinstance(sent[0], RuntimeError)  # the others were told
 
 
 def test_blocks_are_lodged_elsewhere_for_a_look_and_get_back_what_they_had():

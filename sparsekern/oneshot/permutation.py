@@ -332,19 +332,28 @@ def input_energies(
 ) -> Energies:
     """The energies over some batches."""
     begin = time.perf_counter()
-    seen = observed(model, batches, device, heads)
+    seen = observed(model, batches, device, heads, calls=False)
     return Energies(added_up(model, [seen], heads), time.perf_counter() - begin)
 
 
 def observed(
-    model: nn.Module, batches: list[Batch], device: torch.device, heads: bool = True
+    model: nn.Module,
+    batches: list[Batch],
+    device: torch.device,
+    heads: bool = True,
+    calls: bool = True,
 ) -> dict[str, list[Tensor]]:
-    """By the reader's name Σ x_j² of each call of it, float64 [in_features], in order."""
+    """By the reader's name Σ x_j² of each call of it, float64 [in_features], in order; without
+    `calls` their sum alone."""
     seen: dict[str, list[Tensor]] = {}
 
     def hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-        seen.setdefault(name, []).append(x.square().sum(0).double())
+        found = x.square().sum(0).double()
+        if calls or name not in seen:
+            seen.setdefault(name, []).append(found)
+        else:
+            seen[name][0] += found
 
     sites = find_sites(model, heads)
     if batches and sites:
