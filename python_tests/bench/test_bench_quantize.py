@@ -20,7 +20,7 @@ def test_a_record_for_every_row(tmp_path):
     test.write_text("\n".join(WORDS[::2] for _ in range(12)))
     out = tmp_path / "records.jsonl"
     options = ["--gguf", model, "--calibration", train, "--eval", test, "--samples", 4]
-    options += ["--window", 32, "--device", "cpu", "--out", out]
+    options += ["--window", 32, "--device", "cpu", "--out", out, "--budget", 3600]
     assert bench_quantize.main(out, [str(option) for option in options]) == 0
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record["backend"] for record in records] == list(bench_quantize.CASES)
