@@ -362,10 +362,14 @@ def test_export_dense_is_exact_and_ordinary(tmp_path, build):
     model = cases.sparsify(build(torch.bfloat16))
     save_pretrained(model, tmp_path / "sparse", max_shard_size=9000)
     (tmp_path / "sparse" / "tokenizer.json").write_text("{}")
+    more = "additional_chat_templates/rag.jinja"
+    (tmp_path / "sparse" / more).parent.mkdir()
+    (tmp_path / "sparse" / more).write_text("{{x}}")
     export_dense(tmp_path / "sparse", tmp_path / "dense", max_shard_size=20000)
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     assert "quantization_config" not in config and "sparsekern" not in config
     assert (tmp_path / "dense" / "tokenizer.json").is_file()
+    assert (tmp_path / "dense" / more).read_text() == "{{x}}"
     assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 1
     cls = getattr(transformers, config["architectures"][0])
     dense = cls.from_pretrained(tmp_path / "dense", dtype="auto")

@@ -321,6 +321,17 @@ def test_a_shard_of_a_sibling_checkpoint_is_found(tmp_path):
     assert shard in verify_checkpoint(tmp_path / "a").problems["sha256"]
 
 
+def test_files_that_no_loader_reads_need_no_sum(folder):
+    save_file({"a": torch.ones(1)}, folder / "adapter_model.safetensors")  # as Trainer puts there
+    text = (folder / "SHA256SUMS").read_text()
+    (folder / "SHA256SUMS").write_text(text.replace("  ", " *"))  # as sha256sum --binary writes it
+    assert verify_checkpoint(folder).ok
+    from_pretrained(folder, verify=True)
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (folder / name).write_bytes(b"{}")
+        assert f"{name}: not listed" in verify_checkpoint(folder).problems["sha256"]
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -1,5 +1,7 @@
 """Transformers' own from_pretrained and save_pretrained on pruned models, with and without us."""
 
+import copy
+import io
 import json
 import os
 import subprocess
@@ -10,6 +12,7 @@ import torch
 
 from python_tests.checkpoint import checkpoint_cases as cases
 from sparsekern.checkpoint import from_pretrained, save_pretrained
+from sparsekern.errors import FormatError
 from sparsekern.nn.sparse_linear import SparseLinear
 
 transformers = pytest.importorskip("transformers")
@@ -47,6 +50,37 @@ def test_a_plain_load_of_another_class_and_dtype(tmp_path):
     head = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
     assert isinstance(head.score, torch.nn.Linear)
     assert isinstance(head.model.layers[0].mlp.up_proj, SparseLinear)
+
+
+def test_a_loaded_model_can_be_copied_and_pickled(tmp_path):
+    model = cases.sparsify(cases.llama())
+    save_pretrained(model, tmp_path / "a")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    buffer = io.BytesIO()
+    torch.save(loaded, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(loaded), torch.load(buffer, weights_only=False)):
+        assert torch.equal(logits(other), logits(model))
+        other.save_pretrained(tmp_path / "b")
+        assert files(tmp_path / "b") == files(tmp_path / "a")
+
+
+def test_compressed_layers_without_any_place_are_an_error(tmp_path):
+    """They would be random weights and a line in a log."""
+    from safetensors.torch import load_file, save_file
+
+    model = cases.sparsify(cases.llama())
+    save_pretrained(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    renamed = {f"net.{name}": tensor for name, tensor in tensors.items()}
+    save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
+    mapping = {r"^net\.": ""}
+    auto = transformers.AutoModelForCausalLM
+    with pytest.raises(
+        FormatError, match=r"names of LlamaForCausalLM, got net\.model.*and 10 more"
+    ):
+        auto.from_pretrained(tmp_path, key_mapping=mapping)
+    assert torch.equal(logits(from_pretrained(tmp_path, key_mapping=mapping)), logits(model))
 
 
 def test_generate_gives_the_same_tokens(tmp_path):

@@ -3,13 +3,17 @@ name; and names on disk that cannot be made."""
 
 import json
 import os
+import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from python_tests.checkpoint import checkpoint_cases as cases
 from sparsekern.checkpoint import from_pretrained, save_pretrained
+from sparsekern.errors import FormatError
 from sparsekern.nn.sparse_linear import SparseLinear
 
 transformers = pytest.importorskip("transformers")
@@ -49,7 +53,7 @@ REFUSED = [
     (dict(from_tf=True), "from_tf None or False, got True"),
     (dict(load_in_8bit=True), "load_in_8bit"),
     (dict(proxies={"http": "x"}), "proxies"),
-    (dict(config=3), "config to be a Transformers config or a dict, got int"),
+    (dict(config=3), "config to be a Transformers config, a dict or a path, got int"),
     (dict(nonsense=1), "'nonsense'"),
 ]
 
@@ -71,6 +75,96 @@ def test_a_config_of_the_callers(folder):
     plain = from_pretrained(folder)
     with torch.no_grad():
         assert not torch.equal(ours(TOKENS).logits, plain(TOKENS).logits)
+
+
+@pytest.mark.parametrize("name", ["", "config.json"])
+@pytest.mark.parametrize("kind", [str, lambda path: path])
+def test_a_config_by_its_path(name, kind, folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text()) | {"rms_norm_eps": 1e-2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert from_pretrained(folder, config=kind(tmp_path / name)).config.rms_norm_eps == 1e-2
+
+
+@pytest.mark.parametrize("dtype", ["half", "torch.float16", torch.float16])
+def test_the_config_says_what_the_weights_are(dtype, folder):
+    model = from_pretrained(folder, dtype=dtype)
+    assert model.config.dtype == model.dtype == torch.float16
+    assert from_pretrained(folder).config.dtype == torch.float32
+
+
+def test_the_parts_of_a_config_say_it_too(tmp_path):
+    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    both = transformers.BertConfig(**text, vocab_size=32)
+    kind = transformers.EncoderDecoderConfig
+    model = transformers.EncoderDecoderModel(kind.from_encoder_decoder_configs(both, both))
+    save_pretrained(cases.sparsify(model.eval()), tmp_path)
+    config = from_pretrained(tmp_path, dtype="bfloat16").config
+    assert config.dtype == config.encoder.dtype == config.decoder.dtype == torch.bfloat16
+
+
+def test_a_folder_in_a_folder(folder):
+    from_pretrained(folder.parent, subfolder=type(folder)(folder.name))
+
+
+@pytest.mark.parametrize("limit", ["1GB", "9KB"])
+def test_a_variant(limit, tmp_path):
+    model = cases.llama()
+    model.save_pretrained(tmp_path, variant="fp16", max_shard_size=limit)
+    with torch.no_grad():
+        loaded = from_pretrained(tmp_path, variant="fp16")
+        assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    with pytest.raises(FormatError, match=r"got only model\.fp16.*Pass variant='fp16'"):
+        from_pretrained(tmp_path)
+
+
+def adapters(folder):
+    save_file({"a": torch.ones(1)}, folder / "adapter_model.safetensors")
+    return folder
+
+
+def gguf(folder):
+    (folder / "a.gguf").write_bytes(b"GGUF")
+    return folder
+
+
+def gguf_file(folder):
+    return gguf(folder) / "a.gguf"
+
+
+def another_variant(folder):
+    save_file({"a": torch.ones(1)}, folder / "model.safetensors")
+    return folder
+
+
+def a_file(folder):
+    return another_variant(folder) / "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    "make, words, text",
+    [
+        (adapters, {}, "got only adapter_model.safetensors. It holds adapters"),
+        (gguf, {}, "got only a.gguf. Load a GGUF file with"),
+        (gguf_file, {}, "expected a folder, got a file. Load a GGUF file with"),
+        (a_file, {}, "expected a folder, got a file. Give the folder it is in, "),
+        (another_variant, {"variant": "x"}, "index.x.json, got only .*. Pass variant=None"),
+    ],
+)
+def test_a_folder_without_weights_is_named_by_what_it_has(make, words, text, tmp_path):
+    with pytest.raises(FormatError, match=text):
+        from_pretrained(make(tmp_path), **words)
+
+
+@pytest.mark.parametrize("mapping", [{"(": ""}, {"x": None}, {1: "2"}], ids=str)
+def test_a_key_mapping_that_is_none(mapping, folder):
+    with pytest.raises(ValueError, match=r"key_mapping to be \{regular expression: replacement\}"):
+        from_pretrained(folder, key_mapping=mapping)
+
+
+@pytest.mark.parametrize("words", [{"device": "meta"}, {"device_map": "meta"}], ids=str)
+def test_a_device_without_data(words, folder):
+    with pytest.raises(ValueError, match="a device that holds data, got meta"):
+        from_pretrained(folder, **words)
 
 
 @pytest.mark.parametrize("device", ["meta"])
@@ -227,9 +321,22 @@ def test_a_hub_id_from_the_local_cache(folder, tmp_path, monkeypatch):
         load_model("someone/other")
 
 
+def test_a_gguf_is_known_by_what_it_is(tmp_path):
+    """A suffix in capitals is one; a folder of that name is none; dtypes go by their names."""
+    from sparsekern.integrations.loading import load_model
+
+    pytest.importorskip("gguf")
+    corpus = Path(__file__).parents[1] / "fuzz" / "corpus" / "gguf"
+    shutil.copyfile(corpus / "tiny.gguf", tmp_path / "TINY.GGUF")
+    assert load_model(tmp_path / "TINY.GGUF", dtype="float32")[0].dtype == torch.float32
+    save_pretrained(cases.sparsify(cases.llama()), tmp_path / "folder.gguf")
+    model, _ = load_model(tmp_path / "folder.gguf", dtype="bfloat16")
+    assert isinstance(model.model.layers[0].mlp.up_proj, SparseLinear)
+    assert model.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("kind", ["garbage", "pipe", "list"])
 def test_a_damaged_tokenizer_is_one_error(kind, tmp_path):
-    from sparsekern.errors import FormatError
     from sparsekern.integrations.loading import load_tokenizer
 
     (tmp_path / "tokenizer_config.json").write_text(

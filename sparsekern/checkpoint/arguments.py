@@ -16,7 +16,7 @@ from torch import nn
 
 from sparsekern.errors import FormatError, check, message
 from sparsekern.utils.arguments import usable_device
-from sparsekern.utils.safetensors_io import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_json
+from sparsekern.utils.safetensors_io import CONFIG_FILE, read_json, variant_names
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
 DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "SHA256SUMS")
@@ -58,7 +58,8 @@ def find_folder(
     token: str | bool | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
-    subfolder: str = "",
+    subfolder: str | os.PathLike[str] = "",
+    variant: str | None = None,
 ) -> Path:
     """The folder that from_pretrained's first argument means.
 
@@ -67,6 +68,7 @@ def find_folder(
             cache and downloaded only where that does not hold it (or with force_download).
         revision, cache_dir, token, local_files_only, force_download: as in huggingface_hub.
         subfolder: of the model in the folder or repository; plain names only.
+        variant: of the weights' files, as in Transformers.
     Raises:
         ModelNotFound: nothing of this name. TypeError: no path.
     """
@@ -109,7 +111,7 @@ def find_folder(
             why = " ".join(str(error).split())[:160] or type(error).__name__
             continue
         folder = Path(found) / inner
-        if _complete(folder):
+        if _complete(folder, variant):
             return folder
         why = "it holds no config.json with complete safetensors files"
     remedy = f"Check the name and the network, or give a folder ({why})."
@@ -118,22 +120,23 @@ def find_folder(
     raise ModelNotFound(message(op, "a model folder or the id of a model on the Hub", got, remedy))
 
 
-def _complete(folder: Path) -> bool:
+def _complete(folder: Path, variant: str | None) -> bool:
     """Whether a snapshot has its config and every weight file."""
+    single, index = variant_names(variant)
     if not (folder / CONFIG_FILE).is_file():
         return False
-    if (folder / SINGLE_FILE).is_file():
+    if (folder / single).is_file():
         return True
-    if not (folder / INDEX_FILE).is_file():
+    if not (folder / index).is_file():
         return False
-    names = read_json(folder / INDEX_FILE).get("weight_map")
+    names = read_json(folder / index).get("weight_map")
     files = set(names.values()) if isinstance(names, dict) else set()
     return all(isinstance(name, str) and (folder / name).is_file() for name in files)
 
 
 def parse_dtype(op: str, value: Any, config: Mapping[str, Any] | None = None) -> torch.dtype | None:
-    """dtype argument: None, a torch.dtype, its name ("bfloat16", "torch.bfloat16"), or "auto",
-    which means what config.json says (None where it says nothing).
+    """dtype argument: None, a torch.dtype, its name ("bfloat16", "torch.half"), or "auto", which
+    means what config.json says (None where it says nothing).
     """
     if isinstance(value, str):
         name = value.removeprefix("torch.")
@@ -144,7 +147,8 @@ def parse_dtype(op: str, value: Any, config: Mapping[str, Any] | None = None) ->
             found = [m.get(key) for m in (raw, sub) for key in ("dtype", "torch_dtype")]
             stated = next((entry for entry in found if isinstance(entry, str)), "")
             return DTYPES.get(stated.removeprefix("torch."))
-        value = DTYPES.get(name, value)
+        known = getattr(torch, name, None)
+        value = known if isinstance(known, torch.dtype) else value
     check(
         value is None or (isinstance(value, torch.dtype) and value in DTYPES.values()),
         op,
@@ -156,8 +160,11 @@ def parse_dtype(op: str, value: Any, config: Mapping[str, Any] | None = None) ->
 
 
 def parse_device(op: str, value: Any, name: str = "device") -> torch.device:
-    """device argument: what torch.device takes, where this torch can put tensors."""
-    return usable_device(op, value, name)
+    """device argument: what torch.device takes, where this torch can put data."""
+    device = usable_device(op, value, name)
+    remedy = "Use the CPU; transformers.AutoConfig reads a model's sizes without its weights."
+    check(device.type != "meta", op, f"{name}: a device that holds data", "meta", remedy)
+    return device
 
 
 def parse_size(op: str, value: Any) -> int:

@@ -47,7 +47,16 @@ from sparsekern.utils.staging import Group, StagedFolder, check_writable, write_
 EXPORT_OP = "sparsekern.export_dense"
 
 # Small files that belong to a model besides its weights: tokenizer, chat template, licence.
-COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "README.md")
+COMPANIONS = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "README.md",
+)
 
 
 def export_dense(
@@ -100,7 +109,7 @@ def export_dense(
     specs: dict[str, WeightSpec] = {}
 
     companions = sorted(
-        path.name
+        str(path.relative_to(source))
         for pattern in COMPANIONS
         for path in source.glob(pattern)
         if path.is_file() and path.name not in (CONFIG_FILE, INDEX_FILE)
@@ -147,6 +156,7 @@ def export_dense(
 
     with writing(EXPORT_OP, target), StagedFolder(target) as stage:
         for name in companions:
+            (stage.path / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, stage.path / name)
         write_shards(stage, groups, limit)
         for key in FILE_KEYS:

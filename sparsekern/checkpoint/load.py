@@ -47,6 +47,7 @@ from sparsekern.formats.disk import (
 )
 from sparsekern.nn.sparse_experts import fuse_experts, unfuse_experts
 from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
+from sparsekern.oneshot.discovery import unwrapped
 from sparsekern.utils.arguments import checked
 from sparsekern.utils.safetensors_io import (
     CONFIG_FILE,
@@ -72,7 +73,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "ignore_mismatched_sizes": (None, False),
     "output_loading_info": (None, False),
     "use_kernels": (None, False),
-    "variant": (None,),
     "gguf_file": (None,),
     "tp_plan": (None,),
     "offload_folder": (None,),
@@ -113,7 +113,8 @@ def from_pretrained(
     token: str | bool | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
-    subfolder: str = "",
+    subfolder: str | os.PathLike[str] = "",
+    variant: str | None = None,
     key_mapping: Mapping[str, str] | None = None,
     verify: bool = False,
     config: Any = None,
@@ -132,11 +133,12 @@ def from_pretrained(
             default.
         device_map, max_memory: as in Transformers, instead of `device`; several devices need the
             package accelerate.
-        revision, cache_dir, token, local_files_only, force_download, subfolder: of a Hub id.
+        revision, cache_dir, token, local_files_only, force_download: of a Hub id.
+        subfolder, variant: of the model's files, as in Transformers.
         key_mapping: {regular expression: replacement} for names in the files.
         verify: check SHA256SUMS (where the folder has it) before anything is read, and refuse
             NaN and Inf in any tensor.
-        config: a Transformers config, or its dict, in place of config.json's values.
+        config: a Transformers config, its dict or a path to it, in place of config.json's values.
         kwargs: attributes of the config to replace, as in Transformers; its other arguments only
             with the values that ask for nothing more.
     Returns:
@@ -161,6 +163,7 @@ def from_pretrained(
             repr(value)[:80],
             "Nothing else is supported.",
         )
+    check_mapping(key_mapping)
     folder = arguments.find_folder(
         LOAD_OP,
         directory,
@@ -170,10 +173,11 @@ def from_pretrained(
         local_files_only=local_files_only,
         force_download=force_download,
         subfolder=subfolder,
+        variant=variant,
     )
     if verify:
         require_sums(folder)
-    files = TensorFiles(folder)
+    files = TensorFiles(folder, variant)
     raw, _ = read_compression_config(folder)
     raw = _with_config(raw, config)
     wanted = arguments.parse_dtype(LOAD_OP, dtype, raw)
@@ -185,6 +189,8 @@ def from_pretrained(
             LOAD_OP, model, device, device_map, max_memory, files.nbytes
         )
         _load(model, files, device_of, wanted, key_mapping, raw, finite=verify, whole=True)
+    if wanted is not None:
+        set_dtype(model.config, wanted)
     if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         model.generation_config = _generation_config(folder)
     if spread is None:
@@ -197,9 +203,12 @@ def _with_config(raw: dict[str, Any], config: Any) -> dict[str, Any]:
     """config.json with the values of the caller's config in it."""
     if config is None:
         return raw
+    if isinstance(config, (str, os.PathLike)):
+        path = arguments.folder_path(LOAD_OP, "config", config)
+        config = read_json(path / CONFIG_FILE if path.is_dir() else path)
     to_dict = getattr(config, "to_dict", None)
     given = to_dict() if callable(to_dict) else config
-    expected, got = "config to be a Transformers config or a dict", type(config).__name__
+    expected, got = "config to be a Transformers config, a dict or a path", type(config).__name__
     check(isinstance(given, Mapping), LOAD_OP, expected, got, exc=TypeError)
     kept = {key: value for key, value in given.items() if key not in FILE_KEYS}
     if not kept.get("architectures"):
@@ -207,11 +216,34 @@ def _with_config(raw: dict[str, Any], config: Any) -> dict[str, Any]:
     return {**raw, **kept}
 
 
+def check_mapping(key_mapping: Mapping[str, str] | None) -> None:
+    """ValueError for a key_mapping that is none."""
+    for pattern, replacement in (key_mapping or {}).items():
+        try:
+            re.sub(pattern, replacement, "")
+        except (re.error, TypeError) as error:
+            got = f"{pattern!r}: {replacement!r} ({error})"
+            expected = "key_mapping to be {regular expression: replacement}"
+            raise ValueError(
+                message(LOAD_OP, expected, got, "Write plain dots as '\\.'.")
+            ) from error
+
+
+def set_dtype(config: Any, dtype: torch.dtype) -> None:
+    """What a config says of the weights' dtype, that of its parts included."""
+    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+        if part is not None:
+            setattr(part, "dtype" if hasattr(part, "dtype") else "torch_dtype", dtype)
+
+
 def _generation_config(folder: Path) -> Any:
     transformers = import_transformers("to read generation_config.json")
     raw = read_json(folder / "generation_config.json", MAX_SMALL_JSON)
     try:
-        return transformers.GenerationConfig.from_dict(raw)
+        config = transformers.GenerationConfig.from_dict(raw)
+        # Transformers saves only valid ones, and those that are as they were published.
+        config._original_object_hash = hash(config)
+        return config
     except Exception as error:
         raise FormatError(
             message(f"{OP}: generation_config.json", "a generation config", str(error), "")
@@ -242,6 +274,7 @@ def load_into(
     """
     op = "sparsekern.load_into"
     check(isinstance(model, nn.Module), op, "an nn.Module", type(model).__name__, exc=TypeError)
+    tree = unwrapped(model)
     folder = arguments.folder_path(op, "the model", directory)
     if verify:
         require_sums(folder)
@@ -250,10 +283,10 @@ def load_into(
     if os.path.lexists(folder / CONFIG_FILE):
         config, _ = read_compression_config(folder)
     if device is None:
-        device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+        device = next((p.device for p in tree.parameters() if not p.is_meta), torch.device("cpu"))
     place = arguments.parse_device(op, device)
     wanted = arguments.parse_dtype(op, dtype, config)
-    _load(model, files, lambda name: place, wanted, None, config, finite=verify, whole=False)
+    _load(tree, files, lambda name: place, wanted, None, config, finite=verify, whole=False)
     return model
 
 

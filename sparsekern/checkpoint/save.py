@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from sparsekern.checkpoint.arguments import folder_path, parse_size
 from sparsekern.checkpoint.experts import Stored, apart, stored_experts
 from sparsekern.checkpoint.names import SAVE_OP, Conversion, DiskNames, disk_names
-from sparsekern.checkpoint.skeleton import linear_shape, own_tensors, skeleton_of
+from sparsekern.checkpoint.skeleton import bare, linear_shape, own_tensors, skeleton_of
 from sparsekern.errors import check
 from sparsekern.formats.disk import (
     FILE_KEYS,
@@ -85,7 +85,8 @@ def save_pretrained(
 
     Args:
         model: Transformers model or any nn.Module, on any device, with SparseLinear modules where
-            it was pruned.
+            it was pruned. What torch.compile and DistributedDataParallel put around it, or around
+            its blocks, is left out.
         directory: created if needed; the files of an earlier checkpoint in it are replaced.
         tokenizer: anything with save_pretrained(folder), or None.
         max_shard_size: bytes per safetensors file, or text such as "2GB".
@@ -101,7 +102,9 @@ def save_pretrained(
     Notes:
         Buffers that Transformers keeps out of files (rotary frequencies) are recomputed at load.
         Where this model's differ, as after model.to(torch.bfloat16), a UserWarning names them:
-        the loaded model then uses the exact ones.
+        the loaded model then uses the exact ones. A model that its config does not build (blocks
+        taken out, another head, adapters) is written as it is, with a UserWarning: from_pretrained
+        cannot load it, load_into can.
     """
     check(
         isinstance(model, nn.Module), SAVE_OP, "an nn.Module", type(model).__name__, exc=TypeError
@@ -118,8 +121,10 @@ def save_pretrained(
     _check_fixed(model, state_dict, kwargs)
     if not is_main_process:
         return
-    sparse = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
-    skeleton = skeleton_of(model, untied=_compressed_head(model, sparse))
+    model = bare(model)
+    head = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+    skeleton = skeleton_of(model, untied=_compressed_head(model, head))
+    sparse = {n: m for n, m in _places(model, skeleton) if isinstance(m, SparseLinear)}
     _warn_lost_buffers(model, skeleton)
     dense = _dense_tensors(model, skeleton, fetch is not None)
     get = Fetch() if fetch is None else fetch
@@ -135,14 +140,15 @@ def save_pretrained(
     groups += [_dense_group(stored, name, dense[name], get) for stored, name in names.plain.items()]
     for conversion in names.groups:
         groups += _converted_groups(model, conversion, dense, names, get)
+    _warn_unlike_config(model, skeleton, sparse, dense)
     check_writable(folder, SAVE_OP)
     with writing(SAVE_OP, folder), StagedFolder(folder) as stage:
-        write_shards(stage, groups, limit)
-        if tokenizer is not None:
+        if tokenizer is not None:  # what others write comes first: it may fail
             tokenizer.save_pretrained(str(stage.path))
         generation: Any = getattr(model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(str(stage.path))
+        write_shards(stage, groups, limit)
         stage.write_json(CONFIG_FILE, config)
         stage.commit()
 
@@ -248,7 +254,7 @@ def _dense_tensors(
     computed = set(getattr(model, "_keys_to_ignore_on_save", None) or ()) & built.keys()
     found: dict[str, Tensor] = {}
     first: dict[object, str] = {}
-    for name, module in model.named_modules():
+    for name, module in _places(model, skeleton):
         for key, tensor, _ in own_tensors(module):
             full = join(name, key)
             if full in computed:  # position tables that Transformers keeps out of files
@@ -268,6 +274,18 @@ def _dense_tensors(
             first[_identity(tensor)] = full
             found[full] = tensor
     return found
+
+
+def _places(model: nn.Module, skeleton: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of a model. A module in several places comes once, or under each name that
+    is a module of its own in the model that the config builds."""
+    built = {} if skeleton is None else dict(skeleton.named_modules(remove_duplicate=False))
+    seen: dict[nn.Module, set[nn.Module | None]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        known, own = seen.setdefault(module, set()), built.get(name)
+        if not known or (own is not None and own not in known):
+            known.add(own)
+            yield name, module
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -290,7 +308,7 @@ def _linears(
     """
     originals = dict(skeleton.named_modules()) if skeleton is not None else {}
     linears = {}
-    for name, module in model.named_modules():
+    for name, module in _places(model, skeleton):
         if is_conv1d(originals.get(name, module)):
             linears[name] = "Conv1D"
         elif name in sparse or linear_shape(module) is not None:
@@ -418,6 +436,47 @@ def _warn_lost_buffers(model: nn.Module, skeleton: nn.Module | None) -> None:
             f"gives, and the loaded model will use the config's: {listed(lost)}. Casting a whole "
             "model with .to(dtype) does this; cast when loading it instead (dtype=).",
             stacklevel=3,
+        )
+
+
+def _warn_unlike_config(
+    model: nn.Module,
+    skeleton: nn.Module | None,
+    sparse: Iterable[str],
+    dense: Mapping[str, Tensor],
+) -> None:
+    """Says where the model that config.json describes is another one."""
+    if skeleton is None:
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        differs = f"it is a {type(model).__name__} of its own with the config of {kind!r}"
+        if not isinstance(kind, str):
+            return
+    else:
+        inside = tuple(f"{name}." for name in apart(model))
+        own = {**dict.fromkeys(join(name, "weight") for name in sparse), **dense}
+        built: dict[int, list[tuple[str, Tensor]]] = {}
+        for name, module in skeleton.named_modules(remove_duplicate=False):
+            for key, tensor, _ in own_tensors(module):
+                built.setdefault(id(tensor), []).append((join(name, key), tensor))
+        known = {name: tensor for group in built.values() for name, tensor in group}
+        computed = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+        missing = [
+            group[0][0]
+            for group in built.values()
+            if not any(n in own or n in computed or n.startswith(inside) for n, _ in group)
+        ]
+        more = [name for name in own if name not in known and not name.startswith(inside)]
+        shapes = [n for n, t in dense.items() if n in known and known[n].shape != t.shape]
+        kinds = {"lacks": missing, "has besides": more, "has in other shapes": shapes}
+        differs = "; ".join(
+            f"it {word} {listed(names, 4)}" for word, names in kinds.items() if names
+        )
+    if differs:
+        warnings.warn(
+            f"{SAVE_OP}: the model is not the one that its config builds: {differs}. "
+            "from_pretrained cannot load the folder: correct model.config or merge adapters and "
+            "save again, or load it with sparsekern.load_into into a model built like this one.",
+            stacklevel=4,
         )
 
 

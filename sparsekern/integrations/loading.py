@@ -15,28 +15,29 @@ _WANTED = (
 
 
 def load_model(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
 ) -> tuple[Any, Any]:
     """A model for any command.
 
     Args:
         path: folder with config.json and safetensors (dense or compressed), a .gguf file, or the id
             of a model on the Hub.
-        device, dtype: None keeps the stored dtype; a GGUF is rounded to bfloat16 first in any case.
+        device, dtype: as in from_pretrained; a GGUF is rounded to bfloat16 first in any case.
     Returns:
         (model in eval mode, tokenizer or None when the folder has none).
     Raises:
         FileNotFoundError, FormatError.
     """
     from sparsekern.checkpoint import from_pretrained
-    from sparsekern.checkpoint.arguments import ModelNotFound, find_folder
+    from sparsekern.checkpoint.arguments import ModelNotFound, find_folder, parse_dtype
 
     place = Path(path)
-    if place.suffix == ".gguf":
+    if place.suffix.lower() == ".gguf" and not place.is_dir():
         from sparsekern.integrations.gguf.model import load_gguf
 
+        wanted = parse_dtype("sparsekern", dtype)
         model, tokenizer = load_gguf(place)
-        return cast_weights(model, dtype).to(device), tokenizer
+        return cast_weights(model, wanted).to(device), tokenizer
     try:
         folder = find_folder("sparsekern", path)
     except ModelNotFound as error:

@@ -23,7 +23,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -246,34 +246,25 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+def variant_names(variant: str | None) -> tuple[str, str]:
+    """(name of the single file, name of the index) of a folder, as Transformers' variant= has
+    them: model.fp16.safetensors, model.safetensors.index.fp16.json."""
+    if variant is None:
+        return SINGLE_FILE, INDEX_FILE
+    return tuple(f".{variant}.".join(n.rsplit(".", 1)) for n in (SINGLE_FILE, INDEX_FILE))
+
+
+def _weight_files(
+    folder: Path, variant: str | None = None
+) -> tuple[list[str], dict[str, str] | None]:
     """(file names, weight_map or None) of a folder; the map only ever names files inside it."""
-    if (folder / SINGLE_FILE).is_file():
-        return [SINGLE_FILE], None
-    if not (folder / INDEX_FILE).is_file():
-        pickles = (
-            sorted(p.name for p in folder.glob("*") if p.suffix in PICKLE_SUFFIXES)
-            if folder.is_dir()
-            else []
-        )
-        require(
-            not pickles,
-            f"{OP}: {folder}",
-            "safetensors files",
-            f"pickle files only ({', '.join(pickles[:3])})",
-            "Pickles can run code and are never read: where you trust the folder, load it with "
-            "Transformers and save it again, which writes safetensors.",
-        )
-        raise FormatError(
-            message(
-                f"{OP}: {folder}",
-                f"{SINGLE_FILE} or {INDEX_FILE}",
-                "neither",
-                "Is it a model folder?",
-            )
-        )
-    where = f"{OP}: {INDEX_FILE}"
-    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+    single, index = variant_names(variant)
+    if (folder / single).is_file():
+        return [single], None
+    if not (folder / index).is_file():
+        _refuse_folder(folder, single, index)
+    where = f"{OP}: {index}"
+    weight_map = read_json(folder / index).get("weight_map")
     require(
         isinstance(weight_map, dict) and weight_map,
         where,
@@ -296,6 +287,32 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     return sorted(set(weight_map.values())), weight_map
 
 
+def _refuse_folder(folder: Path, single: str, index: str) -> NoReturn:
+    """FormatError for a folder without weights, by what is there in their place."""
+    where, expected = f"{OP}: {folder}", f"{single} or {index}"
+    suffixes = (".safetensors", ".gguf", *PICKLE_SUFFIXES)
+    other = sorted(p.name for p in folder.glob("*") if p.suffix in suffixes)
+    require(
+        not other or not all(name.endswith(PICKLE_SUFFIXES) for name in other),
+        where,
+        "safetensors files",
+        f"pickle files only ({listed(other, 3)})",
+        "Pickles can run code and are never read: where you trust the folder, load it with "
+        "Transformers and save it again, which writes safetensors.",
+    )
+    got, remedy = f"only {listed(other, 3)}" if other else "neither", "Is it a model folder?"
+    if folder.is_file():
+        expected, got, remedy = "a folder", "a file", f"Give the folder it is in, {folder.parent}."
+    for name in other or [folder.name]:
+        if name.endswith(".gguf"):
+            remedy = "Load a GGUF file with sparsekern.integrations.loading.load_model."
+        elif name.startswith("adapter_"):
+            remedy = "It holds adapters: load the model that they are for, then them with peft."
+        elif found := re.fullmatch(r"model(?:\.([\w-]+?))?(-\d{5}-of-\d{5})?\.safetensors", name):
+            remedy = remedy if folder.is_file() else f"Pass variant={found[1]!r}."
+    raise FormatError(message(where, expected, got, remedy))
+
+
 # Bytes that are read from a file before it is opened anew.
 HELD_BYTES = 2**22
 
@@ -303,6 +320,8 @@ HELD_BYTES = 2**22
 class TensorFiles:
     """The tensors of one model folder: headers checked on construction, data read on demand.
 
+    Args:
+        folder: of the files. variant: of their names (see variant_names).
     Attributes:
         info: {tensor name: TensorInfo};  file_of: {tensor name: file name};  files: names of the
             weight files.
@@ -310,11 +329,12 @@ class TensorFiles:
         FormatError: see read_header; also when index and files disagree.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], variant: str | None = None) -> None:
         self.folder = Path(folder)
+        index = variant_names(variant)[1]
         self._held: tuple[tuple[object, ...], Any] | None = None
         self._held_bytes = 0
-        self.files, weight_map = _weight_files(self.folder)
+        self.files, weight_map = _weight_files(self.folder, variant)
         self.info: dict[str, TensorInfo] = {}
         self.file_of: dict[str, str] = {}
         headers = {file: read_header(self.folder / file) for file in self.files}
@@ -330,7 +350,7 @@ class TensorFiles:
                 require(
                     weight_map is None or weight_map.get(name) == file,
                     where,
-                    f"{INDEX_FILE} to name this file",
+                    f"{index} to name this file",
                     repr((weight_map or {}).get(name)),
                     "Files of two checkpoints are mixed.",
                 )
@@ -338,7 +358,7 @@ class TensorFiles:
         missing = [name for name in weight_map or () if name not in self.info]
         require(
             not missing,
-            f"{OP}: {INDEX_FILE}",
+            f"{OP}: {index}",
             "every tensor of the index in its file",
             f"missing {listed(missing)}",
             "A shard is damaged or of another checkpoint.",
@@ -426,7 +446,7 @@ def check_sums(folder: Path) -> dict[str, str] | None:
     text = _read_small(folder / SUMS_FILE, where, 2**24)
     sums: dict[str, str] = {}
     for line in text.decode("utf-8", "replace").splitlines():
-        found = re.fullmatch(r"([0-9a-f]{64})  ([^/\\\0]+)", line)
+        found = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\\\0]+)", line)
         require(
             found is not None and found[2] not in sums and found[2] not in (".", ".."),
             where,
@@ -436,8 +456,8 @@ def check_sums(folder: Path) -> dict[str, str] | None:
         )
         assert found is not None
         sums[found[2]] = found[1]
-    present = [p.name for p in folder.glob("*.safetensors")]
-    present += [name for name in (CONFIG_FILE, INDEX_FILE) if (folder / name).exists()]
+    present = sorted(p.name for p in folder.glob("model*.safetensors*"))
+    present += [CONFIG_FILE] if (folder / CONFIG_FILE).exists() else []
     wrong = {name: f"not listed in {SUMS_FILE}" for name in present if name not in sums}
     for name, expected in sums.items():
         try:
