@@ -347,9 +347,34 @@ def test_parameters_that_are_views_of_one_storage(tmp_path):
     assert all(torch.equal(loaded[name], model[name]) for name in ("a", "b", "all"))
 
 
-def test_saving_a_module_on_meta_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="meta"):
-        save_pretrained(cases.Plain().to("meta"), tmp_path)
+def test_buffers_of_every_type_that_safetensors_writes(tmp_path):
+    names = "bool uint8 int8 int16 int32 int64 uint16 uint32 uint64 float16 bfloat16 float64"
+    names += " float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu complex64"
+
+    def build():
+        model = cases.Plain()
+        for position, name in enumerate(names.split()):
+            value = torch.full((3,), position % 2).to(getattr(torch, name))
+            model.register_buffer(f"of_{name}", value)
+        return model
+
+    model = cases.sparsify(build(), keep=("head",))
+    save_pretrained(model, tmp_path)
+    empty = build()
+    for name in names.split():
+        empty._buffers[f"of_{name}"] = empty._buffers[f"of_{name}"].to("meta")
+    loaded = load_into(empty, tmp_path, dtype=torch.float32)
+    for name in names.split():
+        got, expected = (m.get_buffer(f"of_{name}") for m in (loaded, model))
+        cast = name in ("float16", "bfloat16", "float64")
+        assert got.dtype == (torch.float32 if cast else expected.dtype)
+        assert got.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("build", [cases.Plain, cases.llama])
+def test_saving_a_module_on_meta_is_an_error(build, tmp_path):
+    with pytest.raises(ValueError, match="expected a tensor with data, got one on meta"):
+        save_pretrained(build().to("meta"), tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -376,6 +376,14 @@ def test_damage_is_a_format_error(tmp_path, kind):
     assert not (tmp_path / "folder" / "unpickled").exists()
 
 
+def test_a_pointer_of_git_lfs(tmp_path):
+    cases.plain_folder(tmp_path)
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / "model.safetensors").write_text(text)
+    with pytest.raises(FormatError, match="a pointer of Git LFS.*Run 'git lfs pull'"):
+        load_into(cases.Plain(), tmp_path)
+
+
 def test_the_report_names_layer_and_rule(tmp_path):
     cases.plain_folder(tmp_path)
     bytes_at("second.bitmask", 1, 0xF3)(tmp_path)

@@ -203,6 +203,7 @@ BAD_METADATA = [
     ({"llama.rope.freq_base": float("nan")}, "freq_base to be finite"),
     ({"llama.rope.freq_base": float("inf")}, "freq_base to be finite"),
     ({"llama.attention.layer_norm_rms_epsilon": -1e-6}, "epsilon > 0"),
+    ({"split.count": 3, "split.no": 0}, "a GGUF file in one part, got one of 3.*llama-gguf-split"),
     ({"tokenizer.ggml.model": "bert"}, "'gpt2' .*got 'bert'"),
     ({"tokenizer.ggml.model": "llama"}, "scores of tokens"),
     ({"tokenizer.ggml.pre": "tekken"}, "got 'tekken'"),
@@ -217,6 +218,13 @@ BAD_METADATA = [
 def test_bad_metadata(write, change, text):
     with pytest.raises(FormatError, match=text):
         load_gguf(write(change))
+
+
+def test_a_pointer_of_git_lfs(tmp_path):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / "a.gguf").write_text(text)
+    with pytest.raises(FormatError, match="a pointer of Git LFS.*Run 'git lfs pull'"):
+        load_gguf(tmp_path / "a.gguf")
 
 
 def test_bad_tensors(write):

@@ -468,7 +468,7 @@ class _Reader:
 
     def as_asked(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of the model in the dtype that was asked for."""
-        if self.dtype is None or not tensor.is_floating_point():
+        if self.dtype is None or tensor.dtype not in FLOATING:
             return tensor
         keep = self.precise is not None and self.precise.search(name)
         return tensor.to(torch.float32 if keep else self.dtype)
@@ -689,13 +689,8 @@ def _check_dense(
         list(shape),
         "The folder belongs to another model.",
     )
-    require(
-        dtype in FLOATING if tensor.is_floating_point() else dtype == tensor.dtype,
-        where,
-        "dtype "
-        + (" | ".join(map(str, FLOATING)) if tensor.is_floating_point() else str(tensor.dtype)),
-        dtype,
-    )
+    allowed = FLOATING if tensor.dtype in FLOATING else (tensor.dtype,)
+    require(dtype in allowed, where, f"dtype {' | '.join(map(str, allowed))}", dtype)
     if layer is not None and form_of(files, layer) is PLAIN:
         expected = files.info[join(layer, "compressed")].dtype
         require(dtype == expected, where, f"dtype {expected} as {layer}.compressed", dtype)

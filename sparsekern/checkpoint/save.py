@@ -125,8 +125,8 @@ def save_pretrained(
     head = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
     skeleton = skeleton_of(model, untied=_compressed_head(model, head))
     sparse = {n: m for n, m in _places(model, skeleton) if isinstance(m, SparseLinear)}
-    _warn_lost_buffers(model, skeleton)
     dense = _dense_tensors(model, skeleton, fetch is not None)
+    _warn_lost_buffers(model, skeleton)
     get = Fetch() if fetch is None else fetch
     inside = _inside_experts(model)
     plain = {name: tensor for name, tensor in dense.items() if name not in inside}

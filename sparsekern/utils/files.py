@@ -7,6 +7,9 @@ import stat
 import tempfile
 from typing import BinaryIO
 
+# The first bytes of what git leaves in place of a large file that was not fetched.
+LFS_POINTER = b"version https://git-lfs"
+
 
 class NotRegular(OSError):
     """A pipe, a device or a folder where a file is expected."""

@@ -57,6 +57,10 @@ DTYPES = {
     "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
 }
 
 
@@ -204,6 +208,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             prefix = handle.read(8)
             require(
                 len(prefix) == 8, file, "at least 8 bytes", len(prefix), "The file is truncated."
+            )
+            require(
+                not files.LFS_POINTER.startswith(prefix),
+                file,
+                "tensors",
+                "a pointer of Git LFS to them",
+                "Run 'git lfs pull' in the folder.",
             )
             length = int.from_bytes(prefix, "little")
             require(

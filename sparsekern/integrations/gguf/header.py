@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 
 from sparsekern.errors import FormatError, check, message
-from sparsekern.utils.files import NotRegular, open_regular
+from sparsekern.utils.files import LFS_POINTER, NotRegular, open_regular
 
 OP = "sparsekern.load_gguf"
 MAGIC = 0x46554747  # "GGUF"
@@ -193,6 +193,9 @@ def read_header(path: str | Path) -> Header:
             data = file.read(size) if size <= READ_WHOLE else _mapped(file)
     except (FileNotFoundError, NotADirectoryError, NotRegular):
         raise FileNotFoundError(f"{OP}: no file at {path}.") from None
+    if data[: len(LFS_POINTER)] == LFS_POINTER:
+        got = f"a pointer of Git LFS to one, {path}"
+        raise FormatError(message(OP, "a GGUF file", got, "Run 'git lfs pull' in its folder."))
     cursor = _Cursor(data, path)
     magic, version = cursor.number("<I", "the magic"), cursor.number("<I", "the version")
     if magic != MAGIC or version not in VERSIONS:
@@ -266,6 +269,11 @@ def _tensors(cursor: _Cursor, count: int, alignment: Any) -> tuple[TensorEntry, 
 
 
 def _check_values(header: Header) -> None:
+    parts = header.get("split.count", int, 1)
+    if parts > 1:
+        remedy = "Join them with llama.cpp's llama-gguf-split --merge."
+        got = f"one of {parts}, {header.path}"
+        raise FormatError(message(OP, "a GGUF file in one part", got, remedy))
     for key, value in header.values.items():
         if isinstance(value, np.ndarray) and value.dtype.kind == "f":
             finite = bool(np.isfinite(value).all())
