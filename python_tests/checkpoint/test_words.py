@@ -12,7 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from python_tests.checkpoint import checkpoint_cases as cases
-from sparsekern.checkpoint import from_pretrained, save_pretrained
+from sparsekern.checkpoint import (
+    from_pretrained,
+    load_into,
+    save_pretrained,
+    verify_checkpoint,
+)
 from sparsekern.errors import FormatError
 from sparsekern.nn.sparse_linear import SparseLinear
 
@@ -168,16 +173,28 @@ def test_a_device_without_data(words, folder):
 
 
 @pytest.mark.parametrize("device", ["meta"])
-def test_under_another_default_device(device, folder):
+def test_under_another_default_device(device, folder, tmp_path):
     with torch.no_grad():
         expected = from_pretrained(folder)(TOKENS).logits
     torch.set_default_device(device)
     try:
         loaded = from_pretrained(folder)
+        save_pretrained(loaded, tmp_path / "again")
+        assert verify_checkpoint(tmp_path / "again").ok
     finally:
         torch.set_default_device(None)
     with torch.no_grad():
         assert torch.equal(loaded(TOKENS).logits, expected)
+        assert torch.equal(from_pretrained(tmp_path / "again")(TOKENS).logits, expected)
+
+
+def test_a_model_whose_buffers_are_empty_is_refused(folder):
+    with torch.device("meta"):
+        model = cases.llama()
+    with pytest.raises(
+        ValueError, match="load_into: expected data in buffers .*inv_freq.* on meta"
+    ):
+        load_into(model, folder)
 
 
 # ---- saving --------------------------------------------------------------------------------------

@@ -455,7 +455,7 @@ def _pieces(
     """{tensor in the files: (expert, first row, last row + 1)}; None where the parameter is one
     tensor there, {} where it is something that is not rows of single experts."""
     count, rows = place.shape[0], place.rows
-    ids = torch.arange(count * rows).reshape(count, rows, 1).expand(-1, -1, _COLUMNS)
+    ids = torch.arange(count * rows, device="cpu").reshape(count, rows, 1).expand(-1, -1, _COLUMNS)
     ids = (ids.transpose(1, 2) if place.transposed else ids).contiguous()
     try:
         made = split(place.name, ids)

@@ -286,6 +286,14 @@ def load_into(
         device = next((p.device for p in tree.parameters() if not p.is_meta), torch.device("cpu"))
     place = arguments.parse_device(op, device)
     wanted = arguments.parse_dtype(op, dtype, config)
+    empty = [
+        join(name, key)
+        for name, module in tree.named_modules()
+        for key in module._non_persistent_buffers_set
+        if (buffer := module._buffers.get(key)) is not None and buffer.is_meta
+    ]
+    expected, got = "data in buffers that no file holds", f"{listed(empty)} on meta"
+    check(not empty, op, expected, got, "Build the model outside of torch.device('meta').")
     _load(tree, files, lambda name: place, wanted, None, config, finite=verify, whole=False)
     return model
 

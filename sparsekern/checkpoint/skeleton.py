@@ -234,7 +234,7 @@ def skeleton_of(model: nn.Module, untied: bool = False) -> nn.Module | None:
     config = copy.deepcopy(config)
     if untied:
         config.tie_word_embeddings = False  # type: ignore[union-attr]
-    with meta_parameters():
+    with torch.device("cpu"), meta_parameters():  # whatever torch's default device is
         return type(model)(config)
 
 

@@ -198,7 +198,8 @@ def _verify_tree(report: CheckpointReport, files: TensorFiles, sparsity: Mapping
     if "model_type" not in config or importlib.util.find_spec("transformers") is None:
         return
     try:
-        model = build_skeleton(files.folder, files.info)
+        with torch.device("cpu"):  # whatever torch's default device is
+            model = build_skeleton(files.folder, files.info)
         layers = check_headers(files)
         found = plan(model, files, layers, whole=True)
     except FormatError as error:

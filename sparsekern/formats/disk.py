@@ -410,7 +410,7 @@ def _read_quantized(
 def stored_tensors(w24: Sparse24) -> dict[str, Tensor]:
     """The tensors that a checkpoint has of a weight, by part: form "plain", "levels" or "words"."""
     w24 = w24.rowmajor()
-    spec, sizes = w24.spec, torch.tensor(list(w24.shape))
+    spec, sizes = w24.spec, torch.tensor(list(w24.shape), device="cpu")
     if spec.element.plain or spec.element.bits == 8:
         tensors = {"compressed": w24.values, "bitmask": w24.bitmask(), "shape": sizes[:, None]}
         return tensors if spec.element.plain else {**tensors, SCALE: w24.tensors[SCALE]}
@@ -435,7 +435,7 @@ def dense_levels(w24: Sparse24) -> dict[str, Tensor]:
     if kind.bits == 8:
         return {"weight": dense.to(kind.storage), **scale}
     words = {"weight_packed": packed.pack_words(dense)}
-    return {**words, **scale, "weight_shape": torch.tensor(list(w24.shape))}
+    return {**words, **scale, "weight_shape": torch.tensor(list(w24.shape), device="cpu")}
 
 
 def stored_bytes(spec: WeightSpec) -> int:
