@@ -256,6 +256,17 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors"])
+def test_a_folder_in_the_way_of_a_file_leaves_the_old_checkpoint(name, tmp_path):
+    save_pretrained(cases.sparsify(cases.llama()), tmp_path, max_shard_size=9000)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name / "x").mkdir(parents=True)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(IsADirectoryError, match=f"a folder named {name} in .*Nothing was lost"):
+        save_pretrained(cases.sparsify(cases.llama()), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
 def test_an_interrupted_rename_is_no_checkpoint(tmp_path, monkeypatch):
     save_pretrained(cases.sparsify(cases.llama()), tmp_path)
     replace, done = os.replace, []

@@ -302,6 +302,9 @@ def _refuse_folder(folder: Path, single: str, index: str) -> NoReturn:
     """FormatError for a folder without weights, by what is there in their place."""
     where, expected = f"{OP}: {folder}", f"{single} or {index}"
     suffixes = (".safetensors", ".gguf", *PICKLE_SUFFIXES)
+    for name in (single, index):
+        if os.path.lexists(folder / name):  # and is no regular file
+            open_regular(folder / name, f"{OP}: {name}").close()
     other = sorted(p.name for p in folder.glob("*") if p.suffix in suffixes)
     require(
         not other or not all(name.endswith(PICKLE_SUFFIXES) for name in other),

@@ -167,6 +167,9 @@ class StagedFolder:
             os.chmod(self.path / name, mode)
             with open(self.path / name, "rb+") as handle:
                 os.fsync(handle.fileno())
+        for name in staged:
+            if (self.folder / name).is_dir():  # no rename would replace it
+                raise IsADirectoryError(errno.EISDIR, f"a folder named {name}")
         for name in (CONFIG_FILE, INDEX_FILE, SUMS_FILE):
             (self.folder / name).unlink(missing_ok=True)
         for old in self.folder.glob("model*.safetensors"):  # shards of an earlier checkpoint
