@@ -345,7 +345,8 @@ def test_a_gguf_is_known_by_what_it_is(tmp_path):
     pytest.importorskip("gguf")
     corpus = Path(__file__).parents[1] / "fuzz" / "corpus" / "gguf"
     shutil.copyfile(corpus / "tiny.gguf", tmp_path / "TINY.GGUF")
-    assert load_model(tmp_path / "TINY.GGUF", dtype="float32")[0].dtype == torch.float32
+    model, _ = load_model(tmp_path / "TINY.GGUF", dtype="float32")
+    assert model.dtype == model.config.dtype == torch.float32
     save_pretrained(cases.sparsify(cases.llama()), tmp_path / "folder.gguf")
     model, _ = load_model(tmp_path / "folder.gguf", dtype="bfloat16")
     assert isinstance(model.model.layers[0].mlp.up_proj, SparseLinear)

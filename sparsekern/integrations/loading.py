@@ -53,12 +53,16 @@ def cast_weights(model: Any, dtype: torch.dtype | None) -> Any:
     Unlike model.to(dtype) this keeps buffers such as the rotary frequencies in float32. With dtype
     None nothing changes.
     """
+    from sparsekern.checkpoint.load import set_dtype
+
     if dtype is not None:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         for module in model.modules():
             if type(module).__module__.startswith("sparsekern.nn."):
                 module.to(dtype)
+        if hasattr(getattr(model, "config", None), "sub_configs"):
+            set_dtype(model.config, dtype)
     return model
 
 
