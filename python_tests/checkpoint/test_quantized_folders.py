@@ -196,6 +196,10 @@ def test_exports_of_8_bits(tmp_path, name):
     numbers = levels["first.weight"].float() * levels["first.weight_scale"]
     assert torch.equal(numbers.to(BF16), model.first.weight.to_dense())
     assert "first.bitmask" not in levels
+    with pytest.raises(FormatError, match=r"got dense levels with scales \(first.weight, second"):
+        export_dense(tmp_path / "levels", tmp_path / "again")
+    with pytest.raises(FormatError, match="Quantised dense weights are not read"):
+        sk.load_into(cases.Plain(), tmp_path / "levels")
 
 
 # ---- damage --------------------------------------------------------------------------------------

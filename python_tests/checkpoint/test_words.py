@@ -97,6 +97,14 @@ def test_the_config_says_what_the_weights_are(dtype, folder):
     assert from_pretrained(folder).config.dtype == torch.float32
 
 
+def test_the_model_knows_where_it_is_from(folder, tmp_path):
+    """peft writes that into its adapters; no file of a model holds it."""
+    model = from_pretrained(folder)
+    assert model.name_or_path == model.config.name_or_path == str(folder)
+    save_pretrained(model, tmp_path)
+    assert str(folder) not in (tmp_path / "config.json").read_text()
+
+
 def test_the_parts_of_a_config_say_it_too(tmp_path):
     text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
     both = transformers.BertConfig(**text, vocab_size=32)

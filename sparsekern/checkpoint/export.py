@@ -21,6 +21,7 @@ from sparsekern.formats import dtypes
 from sparsekern.formats.disk import (
     FILE_KEYS,
     FORMAT_VERSION,
+    LEVEL_DTYPES,
     METHODS,
     check_headers,
     dense_levels,
@@ -39,6 +40,7 @@ from sparsekern.utils.safetensors_io import (
     INDEX_FILE,
     OP,
     TensorFiles,
+    listed,
     require,
     require_inside,
 )
@@ -96,6 +98,7 @@ def export_dense(
     files = TensorFiles(source)
     config, _ = read_compression_config(source)
     layers = check_headers(files)
+    _refuse_dense_levels(files, config)
     transposed = _transposed(config, layers)
     entries = read_entries(config, layers, files.info)
     fused = {name: entry for entry in entries for name in entry["layers"]}
@@ -165,6 +168,21 @@ def export_dense(
             config["quantization_config"] = _dense_quantization(files, layers, specs)
         stage.write_json(CONFIG_FILE, config)
         stage.commit()
+
+
+def _refuse_dense_levels(files: TensorFiles, config: Mapping[str, Any]) -> None:
+    """FormatError for layers that are quantised and dense: without quantization_config their
+    levels would pass for numbers."""
+    entry = config.get("quantization_config") or {}
+    levels = [name for name, info in files.info.items() if info.dtype in LEVEL_DTYPES]
+    dense = [name for name in levels if f"{name}_scale" in files.info and name.endswith("weight")]
+    require(
+        not dense or not entry.get("config_groups"),
+        f"{OP}: {files.folder}",
+        "weights that are numbers or 2:4",
+        f"dense levels with scales ({listed(dense, 4)})",
+        "Export the folder that this one was made of.",
+    )
 
 
 def _bits(files: TensorFiles, layer: str, numbers: torch.dtype | None, kept: bool) -> int:

@@ -34,6 +34,7 @@ from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import dtypes
 from sparsekern.formats.disk import (
     FILE_KEYS,
+    LEVEL_DTYPES,
     PLAIN,
     VALUE_DTYPES,
     check_headers,
@@ -189,8 +190,11 @@ def from_pretrained(
             LOAD_OP, model, device, device_map, max_memory, files.nbytes
         )
         _load(model, files, device_of, wanted, key_mapping, raw, finite=verify, whole=True)
+    config = model.config
     if wanted is not None:
-        set_dtype(model.config, wanted)
+        set_dtype(config, wanted)
+    for known in (model, config):
+        known.name_or_path = os.fspath(directory)  # type: ignore[union-attr, assignment]
     if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         model.generation_config = _generation_config(folder)
     if spread is None:
@@ -698,7 +702,8 @@ def _check_dense(
         "The folder belongs to another model.",
     )
     allowed = FLOATING if tensor.dtype in FLOATING else (tensor.dtype,)
-    require(dtype in allowed, where, f"dtype {' | '.join(map(str, allowed))}", dtype)
+    remedy = "Quantised dense weights are not read." if dtype in LEVEL_DTYPES else ""
+    require(dtype in allowed, where, f"dtype {' | '.join(map(str, allowed))}", dtype, remedy)
     if layer is not None and form_of(files, layer) is PLAIN:
         expected = files.info[join(layer, "compressed")].dtype
         require(dtype == expected, where, f"dtype {expected} as {layer}.compressed", dtype)
