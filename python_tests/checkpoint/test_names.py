@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -304,6 +305,41 @@ def test_an_id_of_the_hub_comes_from_the_local_cache(tmp_path):
         with torch.no_grad():
             assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
     export_dense(snapshot, tmp_path / "dense")  # links into the cache are part of the snapshot
+
+
+@pytest.mark.parametrize("limit", ["1GB", "9KB"])
+@pytest.mark.parametrize("words", [{}, {"variant": "fp16"}, {"subfolder": "part"}], ids=str)
+def test_one_form_of_the_weights_is_downloaded(words, limit, tmp_path, monkeypatch):
+    """Repositories hold several: other variants, consolidated.safetensors, pickles, folders."""
+    hub = pytest.importorskip("huggingface_hub")
+    model, repository = checkpoint_cases.llama(), tmp_path / "repository"
+    for place in (repository, repository / "part"):
+        for variant in (None, "fp16"):
+            model.save_pretrained(place, variant=variant, max_shard_size=limit)
+        for name in ("consolidated.safetensors", "pytorch_model.bin"):
+            (place / name).write_bytes(b"large")
+    snapshot = tmp_path / "cache" / ("0" * 40)
+
+    def download(name, *, allow_patterns, local_files_only, revision, **options):
+        assert name == "someone/small-llama" and revision in (None, snapshot.name)
+        if local_files_only:
+            raise FileNotFoundError("nothing in the cache")
+        for path in repository.rglob("*"):
+            relative = path.relative_to(repository)
+            if path.is_file() and any(fnmatch(str(relative), p) for p in allow_patterns):
+                (snapshot / relative).parent.mkdir(parents=True, exist_ok=True)
+                (snapshot / relative).write_bytes(path.read_bytes())
+        return str(snapshot)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    with torch.no_grad():
+        loaded = from_pretrained("someone/small-llama", **words)
+        assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    got = {p.relative_to(snapshot) for p in snapshot.rglob("*") if p.suffix != ".json"}
+    got -= {p for p in got if (snapshot / p).is_dir()}
+    stem = "model.fp16" if "variant" in words else "model"
+    assert got and all(re.fullmatch(rf"{stem}(-\d+-of-\d+)?.safetensors", p.name) for p in got)
+    assert {str(p.parent) for p in got} == {words.get("subfolder", ".")}
 
 
 def test_an_id_that_is_nowhere_is_one_clear_line(tmp_path):

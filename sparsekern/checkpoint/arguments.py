@@ -4,6 +4,7 @@ sizes. Each becomes a plain value, or an error that names the argument.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import re
@@ -19,7 +20,8 @@ from sparsekern.utils.arguments import usable_device
 from sparsekern.utils.safetensors_io import CONFIG_FILE, read_json, variant_names
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
-DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "SHA256SUMS")
+# Of a repository besides the weights, which may be there in several forms.
+DOWNLOADED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "SHA256SUMS")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*(|B|[KMGT]i?B)", re.IGNORECASE | re.ASCII)
 _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
@@ -88,7 +90,6 @@ def find_folder(
         raise ModelNotFound(
             message(op, "a model folder or the id of a model on the Hub", text, remedy)
         )
-    wanted = [str(inner / pattern) for pattern in DOWNLOADED]
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -100,18 +101,22 @@ def find_folder(
     why = ""
     for offline in (True,) if local_files_only else (False,) if force_download else (True, False):
         try:
-            found = snapshot_download(
+            get = functools.partial(
+                snapshot_download,
                 text,
-                allow_patterns=wanted,
                 local_files_only=offline,
                 force_download=force_download,
                 **options,
             )
+            found = Path(get(allow_patterns=[str(inner / p) for p in DOWNLOADED]))
+            weights = [str(inner / name) for name in _weights(found / inner, variant)]
+            found = Path(get(allow_patterns=weights, revision=found.name))
         except Exception as error:  # of the network, the cache, or the Hub: one clear line
             why = " ".join(str(error).split())[:160] or type(error).__name__
             continue
-        folder = Path(found) / inner
-        if _complete(folder, variant):
+        folder = found / inner
+        complete = all((folder / name).is_file() for name in _weights(folder, variant))
+        if complete and (folder / CONFIG_FILE).is_file():
             return folder
         why = "it holds no config.json with complete safetensors files"
     remedy = f"Check the name and the network, or give a folder ({why})."
@@ -120,18 +125,13 @@ def find_folder(
     raise ModelNotFound(message(op, "a model folder or the id of a model on the Hub", got, remedy))
 
 
-def _complete(folder: Path, variant: str | None) -> bool:
-    """Whether a snapshot has its config and every weight file."""
+def _weights(folder: Path, variant: str | None) -> list[str]:
+    """Names of the weights' files of a snapshot that has at least its index."""
     single, index = variant_names(variant)
-    if not (folder / CONFIG_FILE).is_file():
-        return False
-    if (folder / single).is_file():
-        return True
-    if not (folder / index).is_file():
-        return False
+    if (folder / single).is_file() or not (folder / index).is_file():
+        return [single]
     names = read_json(folder / index).get("weight_map")
-    files = set(names.values()) if isinstance(names, dict) else set()
-    return all(isinstance(name, str) and (folder / name).is_file() for name in files)
+    return sorted({*map(str, names.values())}) if isinstance(names, dict) else [single]
 
 
 def parse_dtype(op: str, value: Any, config: Mapping[str, Any] | None = None) -> torch.dtype | None:
