@@ -65,6 +65,18 @@ def test_a_loaded_model_can_be_copied_and_pickled(tmp_path):
         assert files(tmp_path / "b") == files(tmp_path / "a")
 
 
+def test_compressed_layers_that_a_class_lacks_are_said(tmp_path):
+    model = cases.sparsify(cases.llama(tied=False), keep=("no layer",))
+    save_pretrained(model, tmp_path)
+    with pytest.warns(UserWarning, match="1 compressed layers .* in LlamaModel .*out: lm_head"):
+        base = transformers.AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        states = base(TOKENS).last_hidden_state
+        assert torch.equal(states, model.model(TOKENS).last_hidden_state)
+    with pytest.warns(UserWarning, match="7 compressed layers .*out: model.layers.1.mlp.down_proj"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=1)
+
+
 def test_compressed_layers_without_any_place_are_an_error(tmp_path):
     """They would be random weights and a line in a log."""
     from safetensors.torch import load_file, save_file

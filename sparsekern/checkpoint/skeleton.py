@@ -209,8 +209,8 @@ def bare(model: nn.Module) -> nn.Module:
         if module not in made:
             inner = module
             while isinstance(inner, _WRAPPERS) or "_orig_mod" in inner._modules:
-                wrapped: Any = inner._modules.get("_orig_mod") or inner._modules["module"]
-                inner = wrapped
+                key = "_orig_mod" if "_orig_mod" in inner._modules else "module"
+                inner = inner.get_submodule(key)
             children = {k: None if m is None else view(m) for k, m in inner._modules.items()}
             if any(m is not children[k] for k, m in inner._modules.items()):
                 inner = copy.copy(inner)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -157,9 +158,15 @@ class SparsekernQuantizer(HfQuantizer):  # type: ignore[misc]
             listed(lost, 4),
             "The folder belongs to another model, or use sparsekern.from_pretrained(key_mapping=).",
         )
+        if lost:  # of a head, or of blocks; Transformers lists dense tensors alone
+            warnings.warn(
+                f"{OP}: {len(lost)} compressed layers of {folder} have no place in "
+                f"{type(model).__name__} and are left out: {listed(lost)}",
+                stacklevel=2,
+            )
         for name, layer in names.layers.items():
             if name not in modules:
-                continue  # of a head that this class of model lacks; Transformers lists it
+                continue
             values = values_name(self.files, layer)
             where = self.files.where(values)
             expected = linear_shape(modules[name])
