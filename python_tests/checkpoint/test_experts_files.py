@@ -90,6 +90,22 @@ def test_loaded_and_exported(family, skip, tmp_path):
     assert tensors(tmp_path / "dense").keys() == tensors(tmp_path / "names").keys()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fewer_blocks_on_request(family, tmp_path):
+    """By our loader and by Transformers' own, which say what they leave out."""
+    model = pruned(family)
+    sk.save_pretrained(model, tmp_path)
+    few = len(model.model.layers) - 1
+    for load in (sk.from_pretrained, type(model).from_pretrained):
+        with pytest.warns(UserWarning, match=rf"left out: .*layers\.{few}\."):
+            loaded = load(tmp_path, num_hidden_layers=few)
+        assert kinds(loaded).items() <= kinds(model).items()
+        for name, module in loaded.named_modules():
+            if isinstance(module, sk.SparseLinear):
+                weight = model.get_submodule(name).weight.to_dense()
+                assert torch.equal(module.weight.to_dense(), weight)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
 def test_saved_again_and_by_transformers(family, tmp_path):
     """What was loaded is written as before, by model.save_pretrained too; into a model that is

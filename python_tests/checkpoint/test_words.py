@@ -82,6 +82,20 @@ def test_a_config_of_the_callers(folder):
         assert not torch.equal(ours(TOKENS).logits, plain(TOKENS).logits)
 
 
+@pytest.mark.parametrize("words", [{"num_hidden_layers": 1}, {"config": {"num_hidden_layers": 1}}])
+def test_fewer_blocks_on_request(words, folder):
+    with pytest.warns(UserWarning, match="9 tensors .* left out: model.layers.1.mlp.down_proj, "):
+        model = from_pretrained(folder, **words)
+    whole = from_pretrained(folder)
+    whole.model.layers = whole.model.layers[:1]
+    with torch.no_grad():
+        expected = whole(TOKENS, use_cache=False).logits
+        assert torch.equal(model(TOKENS, use_cache=False).logits, expected)
+    more = {key: 3 if key == "num_hidden_layers" else {"num_hidden_layers": 3} for key in words}
+    with pytest.raises(FormatError, match=r"missing \(model.layers.2"):
+        from_pretrained(folder, **more)
+
+
 @pytest.mark.parametrize("name", ["", "config.json"])
 @pytest.mark.parametrize("kind", [str, lambda path: path])
 def test_a_config_by_its_path(name, kind, folder, tmp_path):

@@ -180,6 +180,7 @@ def from_pretrained(
         require_sums(folder)
     files = TensorFiles(folder, variant)
     raw, _ = read_compression_config(folder)
+    cut = config is not None or bool(kwargs)
     raw = _with_config(raw, config)
     wanted = arguments.parse_dtype(LOAD_OP, dtype, raw)
     if device_map is None:
@@ -189,7 +190,7 @@ def from_pretrained(
         device_of, spread = arguments.place(
             LOAD_OP, model, device, device_map, max_memory, files.nbytes
         )
-        _load(model, files, device_of, wanted, key_mapping, raw, finite=verify, whole=True)
+        _load(model, files, device_of, wanted, key_mapping, raw, finite=verify, whole=True, cut=cut)
     config = model.config
     if wanted is not None:
         set_dtype(config, wanted)
@@ -329,6 +330,7 @@ def _load(
     *,
     finite: bool,
     whole: bool,
+    cut: bool = False,
 ) -> None:
     """Check every name, shape and dtype against the module tree, then stream module by module."""
     layers = check_headers(files)
@@ -339,7 +341,7 @@ def _load(
         "the module itself is one",
         "Use SparseLinear.load_state_dict.",
     )
-    found = plan(model, files, layers, key_mapping, whole=whole)
+    found = plan(model, files, layers, key_mapping, whole=whole, cut=cut)
     if found.unexpected:
         warnings.warn(
             f"{LOAD_OP}: {len(found.unexpected)} tensors of {files.folder} have no place in "
@@ -552,6 +554,7 @@ def plan(
     key_mapping: Mapping[str, str] | None = None,
     *,
     whole: bool = False,
+    cut: bool = False,
 ) -> Plan:
     """Where every tensor of a module tree comes from; layers = check_headers(files).
 
@@ -559,6 +562,8 @@ def plan(
         whole: the model was built for the folder, as Transformers builds it: tensors without a
             place in it are listed in the Plan, and ties that the files do not have are undone.
             Otherwise both are errors.
+        cut: by the config of a caller, who may want fewer blocks: compressed layers without a
+            place are listed, too. Otherwise they are an error.
     Raises:
         FormatError: it lists what is missing, unexpected or misshapen.
     """
@@ -567,7 +572,7 @@ def plan(
     check_columns(files, layers, names.experts, names.known)
     made = unfuse_experts(model, names.experts.modules) if names.experts.modules else {}
     try:
-        return _plan(model, files, layers, names, whole)
+        return _plan(model, files, layers, names, whole, cut)
     except BaseException:
         for old, new in made.values():
             fuse_experts(model, new, old)
@@ -580,6 +585,7 @@ def _plan(
     layers: Mapping[str, tuple[int, int]],
     names: Names,
     whole: bool,
+    cut: bool,
 ) -> Plan:
     """`plan`, once the experts that have compressed matrices are apart."""
     found = Plan(names)
@@ -587,7 +593,10 @@ def _plan(
     inside = [*names.layers, *names.experts.matrices]
     replaced = {id(modules[name]) for name in inside if name in modules}
     for name, layer in names.layers.items():
-        _check_layer(files, layer, name, modules.get(name), layers[layer])
+        if cut and name not in modules:
+            found.unexpected.append(layer)
+        else:
+            _check_layer(files, layer, name, modules.get(name), layers[layer])
 
     owners: dict[int, tuple[Tensor, list[str]]] = {}
     wanted: set[str] = set()
@@ -629,7 +638,7 @@ def _plan(
     known += [re.compile(pattern) for pattern in COMPUTED] if whole else []
     extra = [n for n in extra if n not in ignored and not any(p.search(n) for p in known)]
     if whole:
-        found.unexpected, extra = extra, []
+        found.unexpected, extra = found.unexpected + extra, []
     problems = [
         f"{len(entries)} {kind} ({listed(entries)})"
         for kind, entries in (("missing", missing), ("unexpected", extra + found.unexpected))

@@ -167,14 +167,15 @@ def match_names(
                 found.experts.modules.add(own[0].module)
                 continue
             require(
-                converter is None,
+                converter is None or target not in tree,
                 f"{OP}: layer {layer}",
                 "a linear layer of the model",
                 "one that Transformers stores in another form than it computes with",
                 "Store this layer under its name in memory.",
             )
             # Where the model has no such weight, the caller finds no module and says so.
-            module = target.removesuffix("weight").removesuffix(".")
+            own_name = layer if converter is not None else target.removesuffix("weight")
+            module = own_name.removesuffix(".")
             _check_once(found.layers, module, layer)
             found.layers[module] = layer
         elif converter is not None:
