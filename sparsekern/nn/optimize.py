@@ -20,6 +20,7 @@ read something else) a group goes back to single launches.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -60,36 +61,51 @@ _log = logging.getLogger("sparsekern")
 class Group:
     """Weights side by side, and what one launch over them has left for the members.
 
-    `kept` is one tuple, replaced as a whole: a thread that finds another's launches anew.
+    `kept` is one tuple, replaced as a whole: a thread that finds another's launches anew. It holds
+    for the x of that launch as it was then, and not for the member that launched: its next call
+    begins another round, whatever has been written into x meanwhile.
     """
 
     def __init__(self, weight: Sparse24, bias: Tensor | None, rows: list[int]) -> None:
         self.weight, self.bias, self.rows = weight, bias, rows
-        self.kept: tuple[Tensor, tuple[Tensor, ...], int] | None = None  # x, parts, by whom
+        self.biases: list[Tensor | None] = []  # the members' own, views of `bias`
+        self.addresses: list[int] = []
+        # x, its version, parts, by whom
+        self.kept: tuple[Tensor, int, tuple[Tensor, ...], int] | None = None
         self.missed = 0
 
     @property
     def given_up(self) -> bool:
         return self.missed >= _GIVEN_UP
 
+    def has_bias(self, index: int, bias: Tensor | None) -> bool:
+        """Whether `bias` is still the one that member `index` came with, in the group's memory."""
+        known = self.biases[index]
+        if bias is not known or known is None or torch.compiler.is_compiling():
+            return bias is known
+        return bias.data_ptr() == self.addresses[index]
+
     def output(self, index: int, x: Tensor) -> Tensor:
         """The output of member `index` for x."""
         kept = self.kept
-        if kept is not None and kept[0] is x:
-            y = kept[1][index]
+        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+        if kept is not None and kept[0] is x and kept[1] == version and kept[3] != index:
+            y = kept[2][index]
             if index == len(self.rows) - 1:
                 self.kept = None
-                if kept[2] == 0:
+                if kept[3] == 0:
                     self.missed = 0
             return y
-        if kept is not None:
+        if kept is not None and kept[0] is not x:
             self.missed += 1
             if self.given_up:
                 _log.info("%s: layers that were joined read different inputs: parted again", _OP)
         together: Tensor = ops.linear(x, self.weight, self.bias)
-        parts: tuple[Tensor, ...] = together.split(self.rows, -1)
+        # One by one, not split: autograd forbids in-place changes of what split returns.
+        stops = list(itertools.accumulate(self.rows))
+        parts = tuple(together[..., stop - n : stop] for n, stop in zip(self.rows, stops))
         last = index == len(self.rows) - 1
-        self.kept = None if self.given_up or last else (x, parts, index)
+        self.kept = None if self.given_up or last else (x, version, parts, index)
         return parts[index]
 
 
@@ -102,7 +118,8 @@ class PassesOn(nn.Module):
 class JoinedLinear(SparseLinear):
     """A SparseLinear whose weight is a part of a group's. Made by `optimize` of a SparseLinear in
     place; whatever gives it other tensors (`.to()`, load_state_dict, an assigned weight), and a
-    copy, ends that and leaves a SparseLinear that launches alone."""
+    copy, ends that and leaves a SparseLinear that launches alone. So does, while it lasts, a bias
+    in other memory (an assigned Parameter or `.data`)."""
 
     _group: Group | None = None
     _index: int = 0
@@ -114,6 +131,8 @@ class JoinedLinear(SparseLinear):
         bias = self._parameters.get("bias")
         if bias is not None and bias.requires_grad and torch.is_grad_enabled():
             return super().forward(x)  # the group's bias has no gradient
+        if not group.has_bias(self._index, bias):
+            return super().forward(x)
         return group.output(self._index, x)
 
     def _hold(self, w24: Sparse24) -> None:
@@ -273,6 +292,8 @@ def _join(layers: list[SparseLinear]) -> list[JoinedLinear]:
         layer._hold(Sparse24.from_tensors(w24.spec, views))
         if bias is not None:
             cast(nn.Parameter, layer.bias).data = bias.split(rows)[i]
+        group.biases.append(layer.bias)
+        group.addresses.append(0 if layer.bias is None else layer.bias.data_ptr())
         layer.__class__ = JoinedLinear
         member = cast(JoinedLinear, layer)
         member._group, member._index = group, i

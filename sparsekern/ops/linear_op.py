@@ -260,7 +260,9 @@ def _linear_op(
     backend: str | None,
 ) -> Tensor:
     with memory.nothing_kept():
-        return _compute(x, weight_of(tensors, spec), bias, activation, backend, _op_calls)
+        y = _compute(x, weight_of(tensors, spec), bias, activation, backend, _op_calls)
+    # Autograd forbids in-place changes of a view that a custom op returns; nothing else has y.
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # type: ignore[no-any-return]
 
 
 @_linear_op.register_fake
