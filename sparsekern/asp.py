@@ -386,12 +386,9 @@ class _AspMasked(Masked):
         self._buffers = buffers
         super().__init__(model, masks, schedule=Frozen())
 
-    def _entry(
-        self, name: str, module: nn.Module, key: str, kept: Tensor, tied: dict[str, str]
-    ) -> Entry:
-        parameter = getattr(module, key)
-        linear = parameter.dim() == 2
-        return Entry(name, module, key, False, linear, None, buffer=self._buffers[name])
+    def _fill(self, entry: Entry, mask: Tensor, tied: dict[str, str]) -> None:
+        entry.buffer = self._buffers[entry.name]
+        entry.transposed, entry.linear = False, entry.parameter.dim() == 2
 
     def check(self) -> int:
         """Weights outside their mask that are not zero."""
