@@ -309,7 +309,9 @@ class SparseLinear(nn.Module):
 
     def __prepare_scriptable__(self) -> NoReturn:
         expected, got = "a dense model for torch.jit.script", "one with compressed layers"
-        remedy = "Use torch.export or torch.jit.trace, or script sparsekern.decompress_model(model)."
+        remedy = (
+            "Use torch.export or torch.jit.trace, or script sparsekern.decompress_model(model)."
+        )
         raise NotImplementedError(message(_OP, expected, got, remedy))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
