@@ -221,7 +221,7 @@ class ASP:
                 "are those of ASP without permutation. Pass allow_permutation=False to say so."
             )
             warnings.warn(text, UserWarning, stacklevel=3)
-        found: list[tuple[str, nn.Module, str, Tensor]] = []
+        found: list[tuple[str, nn.Module, str, nn.Parameter]] = []
         for name, module in inner.named_modules():
             if not isinstance(module, kinds) or name in disallowed:
                 continue

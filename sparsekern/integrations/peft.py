@@ -197,9 +197,9 @@ def merge(
     """
     op = f"{OP}.merge"
     for module in model.modules():
-        if type(module) is PeftLinear and isinstance(module.get_base_layer(), SparseLinear):
+        if type(module) is PeftLinear and isinstance(module._modules["base_layer"], SparseLinear):
             module.__class__ = SparseLora
-            module.merge_losses, module._unmerged = {}, None
+            module.__dict__.update(merge_losses={}, _unmerged=None)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, SparseLora)]
     remedy = "Call accept(config) before get_peft_model."
     check(layers, op, "LoRA layers on SparseLinear", "none", remedy)

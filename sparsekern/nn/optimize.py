@@ -80,9 +80,8 @@ class Group:
 
     def has_bias(self, index: int, bias: Tensor | None) -> bool:
         """Whether `bias` is still the one that member `index` came with, in the group's memory."""
-        known = self.biases[index]
-        if bias is not known or known is None or torch.compiler.is_compiling():
-            return bias is known
+        if bias is None or bias is not self.biases[index] or torch.compiler.is_compiling():
+            return bias is self.biases[index]
         return bias.data_ptr() == self.addresses[index]
 
     def output(self, index: int, x: Tensor) -> Tensor:
