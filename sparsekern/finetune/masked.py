@@ -220,16 +220,14 @@ class Masked:
             remedy = "Prune with compress=False."
             check(fits, op, f"a dense Linear named {row.name}", got, remedy)
             assert module is not None
-            masks[row.name] = zeros_mask(replace.dense_weight(module), *pattern, pattern.unit)
-        for name, count in experts.items():
+            masks[row.name] = _kept(replace.dense_weight(module), pattern)
+        for name, pruned in experts.items():
             module, key, transposed = stacks[name]
             rows = grouped(cast(Tensor, getattr(module, key)).detach(), transposed)
+            expected = f"all {len(rows)} experts of {name} pruned"
             remedy = "Pass masks= for the weights that are to be masked."
-            check(
-                count == len(rows), op, f"all {len(rows)} experts of {name} pruned", count, remedy
-            )
-            kept = zeros_mask(rows.flatten(0, 1), *pattern, pattern.unit)
-            masks[name] = kept.view(rows.shape)
+            check(pruned == len(rows), op, expected, pruned, remedy)
+            masks[name] = _kept(rows, pattern)
         remedy = "Its options say which layers it skipped, and why."
         check(masks, op, "a report with pruned layers", "none", remedy)
         return cls(model, masks, pattern=pattern, **options)
@@ -245,30 +243,24 @@ class Masked:
         self, model: nn.Module, masks: dict[str, Tensor] | None
     ) -> Iterator[tuple[Entry, Any]]:
         """Weights, and the mask of each as __init__ takes it."""
-        pattern = self.pattern
         modules = dict(_named_modules(model))
         stacks = _stacks(model)
         if masks is None:
-            found = False
-            for name, module in modules.items():
-                if not replace.is_linear(module) or is_dtensor(module.weight):
-                    continue
-                weight = replace.dense_weight(module)
-                if weight.numel() and not weight.shape[1] % pattern[1]:
-                    if self._sparse(name, weight.unsqueeze(0)):
-                        mask = zeros_mask(weight, *pattern, pattern.unit)
-                        found = True
-                        yield Entry(name, module, "weight", replace.is_conv1d(module), True), mask
-            for name, (module, key, transposed) in stacks.items():
-                rows = grouped(cast(Tensor, getattr(module, key)).detach(), transposed)
-                if rows.numel() and not rows.shape[2] % pattern[1] and self._sparse(name, rows):
-                    mask = zeros_mask(rows.flatten(0, 1), *pattern, pattern.unit)
-                    found = True
-                    yield Entry(name, module, key, transposed, True), mask.view(rows.shape)
+            entries = [
+                Entry(name, module, "weight", replace.is_conv1d(module), True)
+                for name, module in modules.items()
+                if replace.is_linear(module) and not is_dtensor(module.weight)
+            ]
+            entries += [Entry(name, *place, True) for name, place in stacks.items()]
+            found = [entry for entry in entries if self._sparse(entry)]
             remedy = "Call prune_model(..., compress=False) first, or pass masks=."
             if any(isinstance(module, SparseLinear) for module in modules.values()):
                 remedy = "Call sparsekern.decompress_model(model) first: a SparseLinear is frozen."
-            check(found, OP, f"a model with {pattern} sparse Linear layers", "none", remedy)
+            expected = f"a model with {self.pattern} sparse Linear layers"
+            check(found, OP, expected, "none", remedy)
+            for entry in found:
+                rows = grouped(entry.parameter.detach(), entry.transposed)
+                yield entry, _kept(rows, self.pattern)
             return
         check(masks, OP, "masks of at least one layer", "an empty dict", "Pass None for the zeros.")
         for name, mask in masks.items():
@@ -287,13 +279,18 @@ class Masked:
             linear = name in stacks or cast(Tensor, parameter).dim() == 2
             yield Entry(name, place, key, transposed, linear), mask
 
-    def _sparse(self, name: str, matrices: Tensor) -> bool:
-        """Whether all of these matrices [count, rows, in_features] are sparse."""
+    def _sparse(self, entry: Entry) -> bool:
+        """Whether the zeros of a weight, of all experts of a mixture, make it n:m sparse."""
+        n, m = self.pattern
+        rows = grouped(entry.parameter.detach(), entry.transposed)
+        if not rows.numel() or rows.shape[-1] % m:
+            return False
         remedy = "Load the weights first, or pass masks=."
-        check(not matrices.is_meta, OP, f"{name} with data", "a meta tensor", remedy)
-        count = sum(self.pattern.most(matrix) <= self.pattern[0] for matrix in matrices)
+        check(not rows.is_meta, OP, f"{entry.name} with data", "a meta tensor", remedy)
+        matrices = rows if entry.stacked else rows.unsqueeze(0)
+        count = sum(self.pattern.most(matrix) <= n for matrix in matrices)
         if 0 < count < len(matrices):
-            text = f"{count} of {len(matrices)} experts of {name} are {self.pattern} sparse"
+            text = f"{count} of {len(matrices)} experts of {entry.name} are {self.pattern} sparse"
             warnings.warn(f"{OP}: {text}: none is masked. Prune all of them.", stacklevel=5)
         return count == len(matrices)
 
@@ -775,6 +772,12 @@ def _stacks(model: nn.Module) -> dict[str, tuple[nn.Module, str, bool]]:
         for name, recipe in find_experts(model).items()
         for key, transposed in recipe.matrices
     }
+
+
+def _kept(rows: Tensor, pattern: Pattern) -> Tensor:
+    """zeros_mask of [..., rows, in_features]."""
+    kept = zeros_mask(rows.flatten(0, -2), *pattern, pattern.unit)
+    return kept.view(rows.shape)
 
 
 def _groups_whole(entry: Entry, m: int) -> bool:
