@@ -350,6 +350,17 @@ def test_what_distill_refuses_before_anything_is_done(tmp_path):
     assert torch.equal(weights(student), before)
 
 
+def test_arguments_of_generate_and_pack():
+    for call, error, text in (
+        (lambda: data.generate(None, 8), TypeError, "teacher: an nn.Module, got None"),
+        (lambda: data.generate(build("llama"), 0), ValueError, "tokens from 1 to"),
+        (lambda: data.generate(build("llama"), 8, window=1), ValueError, "window from 2 to"),
+        (lambda: data.pack(["text"], 4), TypeError, r"documents\[0\]: a tensor of ids, got 'text'"),
+    ):
+        with pytest.raises(error, match=text):
+            call()
+
+
 def test_a_model_with_adapters_gives_its_logits():
     peft = pytest.importorskip("peft", reason="needs peft, which is no dependency")
     config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)

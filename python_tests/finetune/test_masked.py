@@ -522,6 +522,16 @@ def test_experts_in_one_parameter_are_masked_and_compressed(family, schedule):
     assert all(isinstance(one, sk.SparseLinear) for one in experts.layers("gate_up_proj"))
 
 
+def test_a_layer_that_starts_at_zero_is_not_masked():
+    """lora_B and the like are 2:4 only until they are trained."""
+    model = pruned()
+    nn.init.zeros_(model.down.weight)
+    assert set(Masked(model).masks) == {"up"}
+    nn.init.zeros_(model.up.weight)
+    with pytest.raises(ValueError, match="2:4 sparse Linear layers, got none"):
+        Masked(model)
+
+
 def test_some_experts_pruned_and_some_not():
     models = pytest.importorskip("python_tests.nn.expert_models")
     model = models.build("mixtral", num_hidden_layers=1)

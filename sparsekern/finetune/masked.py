@@ -145,8 +145,8 @@ class Masked:
         masks: layer name -> bool [out_features, in_features], True = kept; or the name of a
             Parameter of any shape -> bool of its shape (of experts in a 3-D Parameter: [experts,
             out_features, in_features]). None: every Linear, and every such Parameter of experts,
-            that is n:m sparse already gets the mask that its zeros imply (`zeros_mask`), as after
-            prune_model(..., compress=False).
+            that is n:m sparse already, and not all zero, gets the mask that its zeros imply
+            (`zeros_mask`), as after prune_model(..., compress=False).
         pattern: (n, m), "n:m" or "4:8 in pairs", checked on every Linear's mask: at most n of m
             kept, pairs whole.
         schedule: how masks move, see schedule.py; None: they do not.
@@ -287,6 +287,8 @@ class Masked:
             return False
         remedy = "Load the weights first, or pass masks=."
         check(not rows.is_meta, OP, f"{entry.name} with data", "a meta tensor", remedy)
+        if not rows.any():
+            return False  # a zero start, as of an adapter, is no pruning
         matrices = rows if entry.stacked else rows.unsqueeze(0)
         count = sum(self.pattern.most(matrix) <= n for matrix in matrices)
         if 0 < count < len(matrices):
