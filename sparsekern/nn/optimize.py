@@ -20,7 +20,6 @@ read something else) a group goes back to single launches.
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -56,6 +55,7 @@ SIBLINGS = (
 _GATED = ["gate_proj", "up_proj"]
 _GIVEN_UP = 3  # rounds in a row in which a member had another x
 _log = logging.getLogger("sparsekern")
+_is_compiling = torch.compiler.is_compiling
 
 
 class Group:
@@ -80,14 +80,14 @@ class Group:
 
     def has_bias(self, index: int, bias: Tensor | None) -> bool:
         """Whether `bias` is still the one that member `index` came with, in the group's memory."""
-        if bias is None or bias is not self.biases[index] or torch.compiler.is_compiling():
+        if bias is None or bias is not self.biases[index]:
             return bias is self.biases[index]
-        return bias.data_ptr() == self.addresses[index]
+        return _is_compiling() or bias.data_ptr() == self.addresses[index]
 
     def output(self, index: int, x: Tensor) -> Tensor:
         """The output of member `index` for x."""
         kept = self.kept
-        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+        version = 0 if _is_compiling() or x.is_inference() else x._version
         if kept is not None and kept[0] is x and kept[1] == version and kept[3] != index:
             y = kept[2][index]
             if index == len(self.rows) - 1:
@@ -100,9 +100,9 @@ class Group:
             if self.given_up:
                 _log.info("%s: layers that were joined read different inputs: parted again", _OP)
         together: Tensor = ops.linear(x, self.weight, self.bias)
-        # One by one, not split: autograd forbids in-place changes of what split returns.
-        stops = list(itertools.accumulate(self.rows))
-        parts = tuple(together[..., stop - n : stop] for n, stop in zip(self.rows, stops))
+        # Parts that do not overlap and whose whole nobody else has: no views to autograd, so that
+        # each can be changed in place.
+        parts = tuple(torch.unsafe_split_with_sizes(together, self.rows, -1))
         last = index == len(self.rows) - 1
         self.kept = None if self.given_up or last else (x, version, parts, index)
         return parts[index]
@@ -183,7 +183,7 @@ def optimize(model: nn.Module, *, gated: bool = False) -> OptimizeReport:
 
     Args:
         model: any module with SparseLinear layers; changed in place. Siblings are found by name
-            (`SIBLINGS`) and checked at every call by the identity of x.
+            (`SIBLINGS`) and checked at every call by the identity of x, and of what is in it.
         gated: also compute silu(gate) · up in the launch of gate and up, at up to 32 tokens where
             a kernel does it (`sparsekern.gated_linear`), in MLPs whose forward is, by its source,
             down_proj(act_fn(gate_proj(x)) * up_proj(x)) with silu and no bias. That is rounded
@@ -196,7 +196,8 @@ def optimize(model: nn.Module, *, gated: bool = False) -> OptimizeReport:
     Notes:
         Weights, names and state_dict stay; no memory is added. Results are those of the single
         layers; on a GPU a launch over more rows may take another variant, which sums in another
-        order. A layer whose bias is trained launches alone while gradients are on.
+        order. A layer whose bias is trained launches alone while gradients are on. Under
+        torch.compile, x must not be written into between the calls of two joined layers.
         In layout "tile64" all but the last of a group need out_features % 256 == 0, where its row
         groups end.
         Works under torch.compile (without breaks) and in CUDA graphs; compile after this call.
