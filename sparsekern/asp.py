@@ -11,7 +11,7 @@ Names, arguments, defaults, masks and the buffers in a state_dict (`__weight_mma
 `__weight_mma_pruned_p`) are those of ASP, so checkpoints go both ways. What differs, and why:
 
     one model a process      any number; calls without model= mean the model initialised last, and
-                             init_optimizer_for_pruning finds the model that the optimizer trains
+                             init_optimizer_for_pruning finds all that the optimizer trains
     optimizer.step patched   hooks that torch provides (finetune.Masked); moments are masked, too
     .cuda() in restore       the weight's own device, whatever it is
     bfloat16 of any size     the size rule (dim 0 % 8, dim 1 % 16) covers it like the other dtypes
@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,7 @@ from sparsekern.finetune.schedule import Frozen
 from sparsekern.finetune.tensors import unwrap, unwrap_optimizer
 from sparsekern.finetune.transposable import transposable_mask
 from sparsekern.prune.masks import nm_mask
+from sparsekern.utils.arguments import checked, shown
 
 OP = "sparsekern.asp.ASP"
 MULTIPLE = (8, 16)  # of dimensions 0 and 1, or a weight is left alone
@@ -144,20 +145,21 @@ class ASP:
     _permutation_params: dict[str, Any] = {}
 
     @classmethod
+    @checked("sparsekern.asp.ASP.init_model_for_pruning")
     def init_model_for_pruning(
         cls,
         model: nn.Module,
         mask_calculator: str | Callable[[Tensor], Tensor] = "m4n2_1d",
         verbosity: int = 3,
-        whitelist: Sequence[type[nn.Module]] = (
+        whitelist: Iterable[type[nn.Module]] = (
             nn.Linear,
             nn.Conv1d,
             nn.Conv2d,
             nn.Conv3d,
             nn.MultiheadAttention,
         ),
-        allowed_layer_names: Sequence[str] | None = None,
-        disallowed_layer_names: Sequence[str] = (),
+        allowed_layer_names: Iterable[str] | None = None,
+        disallowed_layer_names: Iterable[str] = (),
         allow_recompute_mask: bool = False,
         custom_layer_dict: dict[type[nn.Module], list[str]] | None = None,
         allow_permutation: bool = True,
@@ -178,7 +180,10 @@ class ASP:
             custom_layer_dict: {module type: names of its parameters} beyond the known ones.
             allow_permutation: see the module: True warns that no permutation is applied.
         Raises:
-            ValueError: this model was initialised already, an unknown pattern or type.
+            ValueError: this model, or another that has a weight of it, was initialised already; an
+                unknown pattern, type or parameter.   TypeError: arguments of another kind.
+        Warns:
+            UserWarning: a name that no layer has.
         """
         op = f"{OP}.init_model_for_pruning"
         inner = unwrap(model)
@@ -187,24 +192,47 @@ class ASP:
             known, op, "a model that is not initialised yet", type(inner).__name__, "Call it once."
         )
         calculate = _calculator(op, mask_calculator)
-        table = {**PARAMETERS, **(custom_layer_dict or {})}
-        kinds = (*whitelist, *(custom_layer_dict or {}))
+        custom = custom_layer_dict or {}
+        table = {**PARAMETERS, **custom}
+        kinds = (*whitelist, *custom)
         for kind in kinds:
             remedy = "Name its parameters in custom_layer_dict."
-            check(_row(table, kind) is not None, op, "known types in whitelist", kind, remedy)
+            known = isinstance(kind, type) and _row(table, kind) is not None
+            check(known, op, "known types in whitelist", repr(kind), remedy)
+        for kind, keys in custom.items():
+            listed = isinstance(keys, (list, tuple))
+            expected = f"custom_layer_dict[{kind.__name__}], a list of names"
+            check(listed, op, expected, repr(keys), 'For example ["weight"].', TypeError)
+        allowed = None if allowed_layer_names is None else frozenset(allowed_layer_names)
+        disallowed = frozenset(disallowed_layer_names)
+        unknown = sorted(disallowed.union(allowed or ()) - {n for n, _ in inner.named_modules()})
+        if unknown:
+            text = f"{op}: expected names of layers, got {unknown[:4]}, which no layer has. "
+            text += "Names are those of model.named_modules(), without the wrapper's prefix."
+            warnings.warn(text, UserWarning, stacklevel=3)
+        held = {
+            (id(entry.module), entry.key)
+            for state in cls._states.values()
+            for entry in state.masked.entries
+        }
         if allow_permutation and verbosity >= 1:
             text = (
                 f"{op}: allow_permutation=True, but input channels are not permuted here; masks "
                 "are those of ASP without permutation. Pass allow_permutation=False to say so."
             )
-            warnings.warn(text, UserWarning, stacklevel=2)
-        masks, buffers = {}, {}
+            warnings.warn(text, UserWarning, stacklevel=3)
+        found: list[tuple[str, nn.Module, str, nn.Parameter]] = []
         for name, module in inner.named_modules():
-            if not isinstance(module, kinds) or name in disallowed_layer_names:
+            if not isinstance(module, kinds) or name in disallowed:
                 continue
-            if allowed_layer_names is not None and name not in allowed_layer_names:
+            if allowed is not None and name not in allowed:
                 continue
             chosen = _row(table, type(module)) or []
+            if isinstance(module, tuple(custom)):
+                missing = sorted(set(chosen) - set(module._parameters))
+                expected = f"parameters of {type(module).__name__} in custom_layer_dict"
+                remedy = f"It has {sorted(module._parameters)}."
+                check(not missing, op, expected, missing, remedy)
             for key, parameter in module.named_parameters(recurse=False):
                 label = f"{name}::{key} of size={list(parameter.shape)}, {parameter.dtype}"
                 if key not in chosen or not parameter.requires_grad:
@@ -215,16 +243,22 @@ class ASP:
                 ):
                     _say(verbosity, 0, f"Auto skipping pruning {label}")
                     continue
+                remedy = "ASP.forget(that model), or prune it alone."
+                free = (id(module), key) not in held
+                check(free, op, f"{name} in one model", "another one that is initialised", remedy)
                 _say(verbosity, 3, f"Sparsifying {label}")
-                ones = torch.ones_like(parameter, dtype=torch.bool)
-                module.register_buffer(f"__{key}_mma_mask", ones)
-                if allow_recompute_mask:
-                    held = torch.zeros_like(parameter.detach(), device="cpu")
-                    module.register_buffer(f"__{key}_mma_pruned_p", held)
-                path = f"{name}.{key}" if name else key
-                masks[path], buffers[path] = ones, f"__{key}_mma_mask"
+                found.append((name, module, key, parameter))
         remedy = "Look at whitelist, the layer names, and the size rule."
-        check(masks, op, "a weight to prune", f"none in {type(inner).__name__}", remedy)
+        check(found, op, "a weight to prune", f"none in {type(inner).__name__}", remedy)
+        masks, buffers = {}, {}
+        for name, module, key, parameter in found:
+            ones = torch.ones_like(parameter, dtype=torch.bool)
+            module.register_buffer(f"__{key}_mma_mask", ones)
+            if allow_recompute_mask:
+                zeros = torch.zeros_like(parameter.detach(), device="cpu")
+                module.register_buffer(f"__{key}_mma_pruned_p", zeros)
+            path = f"{name}.{key}" if name else key
+            masks[path], buffers[path] = ones, f"__{key}_mma_mask"
         masked = _AspMasked(inner, masks, buffers)
         state = _State(masked, calculate, verbosity, allow_recompute_mask, allow_permutation)
         cls._states[inner] = state
@@ -239,22 +273,27 @@ class ASP:
     def init_optimizer_for_pruning(
         cls, optimizer: Optimizer, model: nn.Module | None = None
     ) -> None:
-        """Make the optimizer's steps keep the masks of the model that it trains.
+        """Make the optimizer's steps keep the masks of the model, or models, that it trains.
 
         Raises:
             ValueError: no initialised model has a parameter in it, or it was given before.
         """
         op = f"{OP}.init_optimizer_for_pruning"
-        inner = unwrap_optimizer(optimizer)
+        inner = _optimizer(op, optimizer)
+        if model is not None:
+            cls._state(model, op).masked.attach(optimizer)
+            return
         owned = {id(p) for group in inner.param_groups for p in group["params"]}
-        if model is None:
-            for state in cls._states.values():
-                if any(id(entry.parameter) in owned for entry in state.masked.entries):
-                    state.masked.attach(optimizer)
-                    return
+        found = [
+            state.masked
+            for state in cls._states.values()
+            if any(id(entry.parameter) in owned for entry in state.masked.entries)
+        ]
         remedy = "Call init_model_for_pruning first, with the model that it trains."
-        check(model is not None, op, "an optimizer of an initialised model", "another", remedy)
-        cls._state(model, op).masked.attach(optimizer)
+        check(found, op, "an optimizer of an initialised model", "another", remedy)
+        new = [one for one in found if all(inner is not known for known, _ in one._optimizers)]
+        for masked in new or found:
+            masked.attach(optimizer)
 
     @classmethod
     @torch.no_grad()
@@ -275,7 +314,8 @@ class ASP:
             found = state.calculate(weight)
             good = found.dtype == torch.bool and found.shape == weight.shape
             got = f"{found.dtype} {list(found.shape)}"
-            check(good, op, f"a bool mask {list(weight.shape)} from mask_calculator", got)
+            expected = f"a bool mask {list(weight.shape)} from mask_calculator"
+            check(good, op, expected, got, "Return True where a weight is kept: mask.bool().")
             mask.copy_(found)
             if state.recompute:
                 held = entry.module._buffers[_held_name(entry)]
@@ -325,7 +365,9 @@ class ASP:
 
     @classmethod
     def prune_trained_model(cls, model: nn.Module, optimizer: Optimizer) -> None:
-        """Initialise model and optimizer with ASP's recipe and compute the masks, once."""
+        """Initialise model and optimizer with ASP's recipe and compute the masks, once. A model is
+        as it was where the optimizer does not fit."""
+        _optimizer(f"{OP}.prune_trained_model", optimizer)
         cls.init_model_for_pruning(
             model,
             mask_calculator="m4n2_1d",
@@ -333,7 +375,11 @@ class ASP:
             whitelist=[nn.Linear, nn.Conv2d, nn.MultiheadAttention],
             allow_recompute_mask=False,
         )
-        cls.init_optimizer_for_pruning(optimizer, model)
+        try:
+            cls.init_optimizer_for_pruning(optimizer, model)
+        except ValueError:
+            cls.forget(model)
+            raise
         cls.compute_sparse_masks(model)
 
     @classmethod
@@ -386,12 +432,9 @@ class _AspMasked(Masked):
         self._buffers = buffers
         super().__init__(model, masks, schedule=Frozen())
 
-    def _entry(
-        self, name: str, module: nn.Module, key: str, kept: Tensor, tied: dict[str, str]
-    ) -> Entry:
-        parameter = getattr(module, key)
-        linear = parameter.dim() == 2
-        return Entry(name, module, key, False, linear, None, buffer=self._buffers[name])
+    def _fill(self, entry: Entry, mask: Tensor, tied: dict[str, str]) -> None:
+        entry.buffer = self._buffers[entry.name]
+        entry.transposed, entry.linear = False, entry.parameter.dim() == 2
 
     def check(self) -> int:
         """Weights outside their mask that are not zero."""
@@ -407,6 +450,14 @@ def _calculator(
     check(mask_calculator in CALCULATORS, op, known, repr(mask_calculator))
     pattern = mask_calculator
     return lambda weight: create_mask(weight, pattern)
+
+
+def _optimizer(op: str, optimizer: Any) -> Optimizer:
+    """The torch optimizer that is meant, TypeError for none."""
+    inner = unwrap_optimizer(optimizer)
+    good, remedy = isinstance(inner, Optimizer), "Pass one of torch.optim."
+    check(good, op, "optimizer: a torch optimizer", shown(optimizer), remedy, TypeError)
+    return inner  # type: ignore[no-any-return]
 
 
 def _row(table: dict[type[nn.Module], list[str]], kind: type) -> list[str] | None:

@@ -235,3 +235,62 @@ def test_errors():
         ASP.init_model_for_pruning(net(), "m4n2_3d")
     with pytest.raises(ValueError, match="custom_layer_dict"):
         ASP.init_model_for_pruning(net(), whitelist=[nn.Bilinear])
+
+
+def test_one_optimizer_of_two_models():
+    one, two = net(), net(1)
+    for model in (one, two):
+        ASP.init_model_for_pruning(model, verbosity=0, allow_permutation=False)
+    optimizer = torch.optim.AdamW([*one.parameters(), *two.parameters()])
+    ASP.init_optimizer_for_pruning(optimizer)
+    for model in (one, two):
+        ASP.compute_sparse_masks(model)
+        model(torch.randn(4, 32)).sum().backward()
+    optimizer.step()
+    assert ASP.masked(one).check() == 0 and ASP.masked(two).check() == 0
+    with pytest.raises(ValueError, match="not attached yet"):
+        ASP.init_optimizer_for_pruning(optimizer)
+
+
+def test_a_weight_belongs_to_one_model():
+    inner = net()
+    ASP.init_model_for_pruning(inner, verbosity=0, allow_permutation=False)
+    outer = nn.Sequential(nn.Linear(32, 32), inner)
+    with pytest.raises(ValueError, match="1.0 in one model, got another one"):
+        ASP.init_model_for_pruning(outer, verbosity=0, allow_permutation=False)
+    assert not any("mma" in name for name, _ in outer[0].named_buffers())
+
+
+def test_a_model_is_left_alone_when_its_optimizer_does_not_fit():
+    model = net()
+    for optimizer, error in ((None, TypeError), (torch.optim.SGD(net().parameters()), ValueError)):
+        with pytest.raises(error, match="optimizer"):
+            ASP.prune_trained_model(model, optimizer)
+        assert not ASP.already_init_asp_model(model) and not list(model.buffers())
+
+
+def test_masks_that_are_not_2_of_4_stay_dense_with_the_reason():
+    for pattern, compute in (("m8n4_1d_pairs", True), ("m4n2_1d", False)):
+        model = net()
+        ASP.init_model_for_pruning(model, pattern, verbosity=0, allow_permutation=False)
+        if compute:
+            ASP.compute_sparse_masks(model)
+        reasons = ASP.masked(model).compress()
+        assert set(reasons.values()) == {"its mask is not 2:4"} and type(model[0]) is nn.Linear
+
+
+def test_arguments_that_would_do_less_than_asked():
+    def start(**options):
+        ASP.init_model_for_pruning(net(), verbosity=0, allow_permutation=False, **options)
+
+    with pytest.warns(UserWarning, match=r"\['module.0'\], which no layer has"):
+        start(disallowed_layer_names=["module.0"])
+    for options, error, text in (
+        ({"whitelist": nn.Linear}, TypeError, "whitelist: a list"),
+        ({"whitelist": ["Linear"]}, ValueError, "known types in whitelist, got 'Linear'"),
+        ({"disallowed_layer_names": "2"}, TypeError, "disallowed_layer_names: a list"),
+        ({"custom_layer_dict": {nn.Linear: "weight"}}, TypeError, "a list of names, got 'weight'"),
+        ({"custom_layer_dict": {nn.Linear: ["w"]}}, ValueError, r"got \['w'\]. It has"),
+    ):
+        with pytest.raises(error, match=text):
+            start(**options)

@@ -39,7 +39,8 @@ def trainer(folder, schedule=None, compress=False, **options):
         **options,
     )
     callback = MaskedCallback(masked, compress)
-    made = Trainer(model, args, train_dataset=Rows(), callbacks=[callback])
+    data = {"train_dataset": Rows(), "eval_dataset": Rows()}
+    made = Trainer(model, args, callbacks=[callback], **data)
     return made, masked
 
 
@@ -75,3 +76,28 @@ def test_compress_at_the_end_and_errors(tmp_path):
     assert len(masked) == 0 and rows(1).shape == (1, WINDOW)
     with pytest.raises(TypeError, match="a Masked object"):
         MaskedCallback("masks")
+
+
+def test_the_best_model_comes_with_its_masks(tmp_path):
+    made, masked = trainer(
+        tmp_path,
+        Magnitude(every=2),
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # the first one
+    )
+    made.train()
+    assert made.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert masked.step == 2 and masked.check() == 0
+
+
+def test_a_checkpoint_without_masks_is_told(tmp_path):
+    first, _ = trainer(tmp_path, save_steps=2, max_steps=2)
+    first.train()
+    (tmp_path / "checkpoint-2" / "masks.pt").unlink()
+    second, _ = trainer(tmp_path, save_strategy="no", max_steps=3)
+    with pytest.warns(UserWarning, match="masks.pt in .*checkpoint-2, got a checkpoint without"):
+        second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -317,3 +317,54 @@ def test_the_speed_is_that_of_the_steps_after_the_first(monkeypatch):
     report = run(student, teacher, steps=5)
     assert report.first_step == 1.0
     assert report.tokens_per_second == report.tokens / report.steps
+
+
+def test_what_distill_refuses_before_anything_is_done(tmp_path):
+    teacher, student = pair()
+    before = weights(student)
+    wide = copy.deepcopy(teacher)
+    wide.resize_token_embeddings(200)
+    file = tmp_path / "file"
+    file.touch()
+    ids, size = rows(), teacher.config.vocab_size
+    for arguments, error, text in (
+        ({"data": ["text"]}, TypeError, r"data: a Corpus or a tensor or None, got \['text'\]"),
+        ({"data": {"input_ids": ids}}, TypeError, "data: a Corpus or a tensor"),
+        ({"data": ids - 4}, ValueError, f"data: ids from 0 to {size - 1}, got -"),
+        ({"data": ids + size}, ValueError, "Use the model's own tokenizer"),
+        ({"teacher": wide}, ValueError, f"a vocabulary of {size}, got 200"),
+        ({"teacher": 3}, TypeError, "teacher: "),
+        ({"teacher": "nowhere"}, FormatError, r"got no nowhere.manifest.json. Pass the teacher as"),
+        ({"evaluate": {"a": 3}}, TypeError, r"evaluate\['a'\]: a tensor of ids or a function"),
+        ({"evaluate": {"a": ids + size}}, ValueError, r"evaluate\['a'\]: ids from 0"),
+        ({"evaluate": ids}, TypeError, "evaluate: a dict"),
+        ({"device": "gpu"}, ValueError, "device: a device such as"),
+        ({"schedule": "rigl"}, TypeError, "schedule: a Schedule"),
+        ({"folder": file}, ValueError, "folder: a folder, or the name of a new one"),
+        ({"window": 1}, ValueError, "window from 2"),
+        ({"temperature": 0.0}, ValueError, "temperature > 0"),
+    ):
+        given = {"data": ids, "teacher": teacher, **OPTIONS, **arguments}
+        with pytest.raises(error, match=text):
+            distill(student, given.pop("teacher"), given.pop("data"), **given)
+    assert torch.equal(weights(student), before)
+
+
+def test_arguments_of_generate_and_pack():
+    for call, error, text in (
+        (lambda: data.generate(None, 8), TypeError, "teacher: an nn.Module, got None"),
+        (lambda: data.generate(build("llama"), 0), ValueError, "tokens from 1 to"),
+        (lambda: data.generate(build("llama"), 8, window=1), ValueError, "window from 2 to"),
+        (lambda: data.pack(["text"], 4), TypeError, r"documents\[0\]: a tensor of ids, got 'text'"),
+    ):
+        with pytest.raises(error, match=text):
+            call()
+
+
+def test_a_model_with_adapters_gives_its_logits():
+    peft = pytest.importorskip("peft", reason="needs peft, which is no dependency")
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(build("llama"), config).eval()
+    split, ids = Split(model), tokens(2, 8)
+    assert not split.plain
+    assert torch.equal(split(ids)[0], model(ids).logits)

@@ -181,3 +181,84 @@ def test_what_needs_the_dense_weight_is_refused():
         accept(peft.LoraConfig(target_modules="all-linear"))
     with pytest.raises(ValueError, match="accept\\(config\\)"):
         merge(build("llama"))
+    for name in ("use_bdlora", "alora_invocation_tokens", "monteclora_config"):
+        config = peft.LoraConfig(target_modules=["q_proj"])
+        setattr(config, name, [1])
+        with pytest.raises(ValueError, match=f"without {name}, got .1.. Leave it out"):
+            accept(config)
+    for other in (None, peft.LoraConfig, peft.IA3Config(target_modules=["q_proj"])):
+        with pytest.raises(TypeError, match="config: a peft.LoraConfig, got .*decompress_model"):
+            accept(other)
+
+
+def test_a_second_adapter_is_checked_as_the_first():
+    peft = pytest.importorskip("peft", reason="needs peft, which is no dependency")
+    ours, _ = adapted(False)
+    for options, text in (
+        ({"use_dora": True}, "without use_dora"),
+        ({"init_lora_weights": "pissa"}, "base weight, got 'p"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            ours.add_adapter("second", peft.LoraConfig(target_modules=["q_proj"], **options))
+
+
+def test_merge_takes_names_that_exist_and_all_layers_or_none():
+    ours, _ = adapted(False, lora_bias=True)
+    from sparsekern.integrations.peft import SparseLora, merge
+
+    with pytest.raises(ValueError, match=r"adapter_names in \['default'\], got \['nope'\]"):
+        merge(ours, ["nope"])
+    with pytest.raises(TypeError, match="adapter_names: a list or None, got 'default'"):
+        merge(ours, "default")
+    with pytest.raises(ValueError, match="lora_bias=False in adapter 'default', got True"):
+        merge(ours)
+    assert not any(m.merged for m in ours.modules() if isinstance(m, SparseLora))
+
+
+@pytest.mark.parametrize("masked_product", [False, True])
+def test_the_bias_of_an_adapter_counts(masked_product):
+    ours, theirs = adapted(masked_product, lora_bias=True)
+    ids = tokens(2, 10)
+    for model in (ours, theirs):
+        biases = [p for name, p in model.named_parameters() if "lora_B" in name and "bias" in name]
+        with torch.no_grad():
+            for i, bias in enumerate(biases):
+                bias.fill_(0.1 + i)
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert biases and all(bias.grad.any() for bias in biases)
+    with torch.no_grad():
+        got, want = (model(input_ids=ids).logits for model in (ours, theirs))
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_adapters_by_row_while_gradients_are_on():
+    peft = pytest.importorskip("peft", reason="needs peft, which is no dependency")
+    ours, _ = adapted(False)
+    from sparsekern.integrations.peft import accept
+
+    second = accept(peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    ours.add_adapter("second", second)
+    ours.eval()
+    ids = tokens(2, 10)
+    rows = ours(input_ids=ids, adapter_names=["second", "__base__"]).logits
+    with torch.no_grad():
+        ours.set_adapter("second")
+        torch.testing.assert_close(rows[0], ours(input_ids=ids).logits[0], rtol=1e-3, atol=1e-3)
+
+
+def test_adapters_of_a_model_that_was_pruned_afterwards():
+    peft = pytest.importorskip("peft", reason="needs peft, which is no dependency")
+    from sparsekern.integrations.peft import merge, unmerge
+
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(build("llama"), config).eval()
+    run_prune(model, "magnitude")
+    ids = tokens(2, 10)
+    with torch.no_grad():
+        want = model(input_ids=ids).logits
+        assert 0 < merge(model, quiet=True) < 1
+        assert not torch.equal(model(input_ids=ids).logits, want)
+        unmerge(model)
+        assert torch.equal(model(input_ids=ids).logits, want)
+    plain = model.merge_and_unload()
+    assert isinstance(plain.model.layers[0].self_attn.q_proj, sk.SparseLinear)

@@ -423,3 +423,123 @@ def test_two_thousand_steps_without_a_violation():
         optimizer.zero_grad()
         violations += masked.check() if step % 25 == 24 else 0
     assert violations == 0 and masked.step == 2000
+
+
+def test_weights_that_come_to_the_optimizer_later_are_masked():
+    model = pruned()
+    masked = Masked(model)
+    optimizer = masked.attach(torch.optim.SGD([model.up.weight], 0.1))
+    optimizer.add_param_group({"params": [model.down.weight]})
+    train(model, optimizer, 2)
+    assert masked.check() == 0
+
+
+def test_an_optimizer_of_weights_that_were_replaced_is_refused():
+    model = pruned()
+    masked = Masked(model)
+    optimizer = masked.attach(adamw(model))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    with pytest.raises(ValueError, match="none of them in it. Make the optimizer .*assign=True"):
+        train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize(
+    "copy_of", [copy.copy, copy.deepcopy, lambda m: torch.save(m, io.BytesIO())]
+)
+def test_copies_and_pickles_are_refused(copy_of):
+    """One would belong to the first model still."""
+    with pytest.raises(
+        TypeError, match=r"copy or pickle.*Masked\(copy_of_the_model, masked.masks\)"
+    ):
+        copy_of(Masked(pruned()))
+
+
+def test_what_enable_and_load_state_dict_refuse_changes_nothing():
+    model = pruned()
+    masked = Masked(model, schedule=SRSTE(freeze_at=9))
+    before, state, step = masked.masks, masked.state_dict(), masked.step
+    dense = {"up": torch.ones(32, 16, dtype=torch.bool)}
+    with pytest.raises(ValueError, match="at most 2 kept"):
+        masked.enable({"down": ~masked.masks["down"], **dense})
+    with pytest.raises(TypeError, match="of bool, got array"):
+        masked.enable({"up": before["up"].numpy()})
+    with pytest.raises(ValueError, match="named 'upp', got none. Names are such as 'up'"):
+        masked.enable({"upp": before["up"]})
+    for wrong, part in (
+        ({"masks": {**state["masks"], "up": pack_bits(dense["up"])}}, "2:4 mask 'up', got 4"),
+        ({"residue": {"up": torch.ones(3)}}, "residue 'up' of shape"),
+        ({"shapes": {}}, "shapes of 2 weights"),
+    ):
+        with pytest.raises(FormatError, match=part):
+            masked.load_state_dict({**state, "step": 7, **wrong})
+    for key in state:
+        with pytest.raises(FormatError):
+            masked.load_state_dict({k: v for k, v in state.items() if k != key})
+    with pytest.raises(TypeError, match="state: a dict"):
+        masked.load_state_dict(None)
+    assert masked.step == step
+    assert all(torch.equal(before[name], mask) for name, mask in masked.masks.items())
+    with torch.device("meta"):
+        empty = network()
+    with pytest.raises(ValueError, match="up with data, got a meta tensor. Load the weights"):
+        Masked(empty)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+@pytest.mark.parametrize("schedule", [None, SRSTE(freeze_at=2), RigL(every=1, freeze_at=2)])
+def test_experts_in_one_parameter_are_masked_and_compressed(family, schedule):
+    """Stored [experts, out, in] by Mixtral, and [experts, in, out] by gpt-oss."""
+    models = pytest.importorskip("python_tests.nn.expert_models")
+    model = models.build(family, num_hidden_layers=1)
+    report = sk.prune_model(model, "magnitude", compress=False, progress=False)
+    masked = Masked.from_report(model, report, schedule=schedule)
+    if schedule is None:  # the zeros say the same
+        masked = Masked(model)
+    stack = "model.layers.0.mlp.experts.gate_up_proj"
+    parameter = model.get_parameter(stack)
+    kept, before = masked.masks[stack], parameter.detach().clone()
+    assert kept.dim() == 3 and kept.view(-1, 4).sum(1).eq(2).all()
+    optimizer = masked.attach(torch.optim.AdamW(model.parameters(), 1e-2))
+    tokens = models.ids()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        assert masked.check() == 0
+    assert not torch.equal(parameter, before)
+    assert torch.equal(masked.masks[stack], kept) == (schedule is None)
+    rows = parameter.mT if family == "gpt-oss" else parameter
+    assert not rows[~masked.masks[stack]].any()
+    state = masked.state_dict()
+    masked.load_state_dict(state)
+    with torch.no_grad():
+        wanted = model(tokens).logits
+        assert masked.compress() == {}
+        torch.testing.assert_close(model(tokens).logits, wanted)
+    experts = model.model.layers[0].mlp.experts
+    assert isinstance(experts, sk.SparseExperts) and len(experts.layers("gate_up_proj")) == 4
+    assert all(isinstance(one, sk.SparseLinear) for one in experts.layers("gate_up_proj"))
+
+
+def test_a_layer_that_starts_at_zero_is_not_masked():
+    """lora_B and the like are 2:4 only until they are trained."""
+    model = pruned()
+    nn.init.zeros_(model.down.weight)
+    assert set(Masked(model).masks) == {"up"}
+    nn.init.zeros_(model.up.weight)
+    with pytest.raises(ValueError, match="2:4 sparse Linear layers, got none"):
+        Masked(model)
+
+
+def test_some_experts_pruned_and_some_not():
+    models = pytest.importorskip("python_tests.nn.expert_models")
+    model = models.build("mixtral", num_hidden_layers=1)
+    skip = ("lm_head", "*.experts.0.gate_up_proj")
+    report = sk.prune_model(model, "magnitude", compress=False, progress=False, skip=skip)
+    with pytest.raises(ValueError, match="all 4 experts of .*gate_up_proj pruned, got 3"):
+        Masked.from_report(model, report)
+    with pytest.warns(UserWarning, match="3 of 4 experts of .*gate_up_proj are 2:4 sparse"):
+        masked = Masked(model)
+    assert any(name.endswith("experts.down_proj") for name in masked.masks)
+    assert not any(name.endswith("gate_up_proj") for name in masked.masks)

@@ -235,3 +235,36 @@ def test_kernels_on_the_gpu():
 
     triton_training_cases.check_tiles("cuda")
     triton_training_cases.check_values("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_another_dtype_of_the_model(dtype):
+    """As nn.Linear: after .half() x is of 16 bits, after .float() of 32."""
+    model = net()
+    names = sparse_training(model)
+    x = torch.randn(3, model[0].in_features)
+    y = model.to(dtype)(x.to(dtype))
+    y.float().sum().backward()
+    assert y.dtype == dtype and model.get_submodule(names[0]).values.grad.dtype == dtype
+    finished = copy.deepcopy(model)
+    finish_training(finished)
+    torch.testing.assert_close(finished(x.to(dtype)), y)
+    assert model.float()(x).dtype == torch.float32
+
+
+def test_second_derivatives_are_refused():
+    """They would lack what the weight adds to them."""
+    layer = SparseTrainingLinear(torch.randn(8, 16))
+    x = torch.randn(3, 16, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_a_layer_that_is_the_model_itself():
+    for call, layer in (
+        (sparse_training, nn.Linear(16, 8)),
+        (finish_training, SparseTrainingLinear(torch.randn(8, 16))),
+    ):
+        with pytest.raises(ValueError, match=r"got the layer itself. Put it into .*Sequential"):
+            call(layer)

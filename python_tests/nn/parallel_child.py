@@ -20,10 +20,10 @@ def distance(got, wanted):
     return float((got - wanted).norm() / wanted.norm())
 
 
-def refuses(part, call):
+def refuses(part, call, kind=ValueError):
     try:
         call()
-    except ValueError as error:
+    except kind as error:
         assert part in str(error), error
     else:
         raise AssertionError(f"not refused: {part}")
@@ -85,6 +85,13 @@ def main(rank, world, port, backend):
     sparse = nn.Sequential(sk.SparseLinear(24, 8))
     refuses("a multiple of 16", lambda: sk.tensor_parallel(sparse, plan={"0": "rowwise"}))
     assert type(sparse[0]) is sk.SparseLinear
+    # OPT's o_proj is called out_proj: its own plan would split q, k and v alone.
+    small = dict(hidden_size=32, ffn_dim=64, word_embed_proj_dim=32, num_hidden_layers=1)
+    opt = transformers.OPTModel(transformers.OPTConfig(**small, num_attention_heads=4))
+    refuses("got colwise alone. Pass plan=.", lambda: sk.tensor_parallel(opt))
+    flat = dist.device_mesh.init_device_mesh(device.type, (world, 1))
+    refuses("got one of 2 dimensions", lambda: sk.tensor_parallel(sparse, flat))
+    refuses("a process group, got 'cpu'", lambda: sk.tensor_parallel(sparse, "cpu"), TypeError)
     dist.destroy_process_group()
     print("all equal")
 

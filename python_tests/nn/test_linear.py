@@ -148,6 +148,12 @@ def test_assigning_a_weight():
         sparse.weight = torch.zeros(6, 20)
 
 
+def test_a_dense_parameter_as_weight():
+    """Ties and initialisations of models assign one."""
+    with pytest.raises(TypeError, match=r"of type Sparse24, got Parameter.*compress\(w\)"):
+        make().weight = torch.nn.Parameter(torch.zeros(6, 20))
+
+
 def test_repr():
     text = "SparseLinear(in_features=20, out_features=6, bias=True, dtype=torch.float32)"
     assert repr(make()) == text

@@ -226,3 +226,51 @@ def test_tile64_parts_at_row_groups():
     for layer, weight in zip((pair.gate_proj, pair.up_proj), weights):
         assert torch.equal(layer.weight.to_dense(), weight)
     assert torch.equal(pair.gate_proj._group.weight.to_dense(), torch.cat(weights))
+
+
+def test_another_bias_is_used():
+    """An assigned Parameter and assigned .data are no part of the group's memory."""
+    model = llama(attention_bias=True)
+    optimize(model)
+    key = model.model.layers[0].self_attn.k_proj
+    x = torch.randn(3, 64)
+    for change in (
+        lambda: setattr(key, "bias", nn.Parameter(torch.full((32,), 2.0))),
+        lambda: setattr(key.bias, "data", torch.full((32,), 3.0)),
+        lambda: setattr(key, "bias", None),
+    ):
+        change()
+        with torch.no_grad():
+            model.model.layers[0].self_attn.q_proj(x)
+            assert torch.equal(key(x), sk.linear(x, key.weight, key.bias))
+
+
+def test_what_is_written_into_x_between_two_calls_is_seen():
+    model = llama()
+    optimize(model)
+    attention = model.model.layers[0].self_attn
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        attention.q_proj(x)
+        x.mul_(2)
+        assert torch.equal(attention.k_proj(x), sk.linear(x, attention.k_proj.weight))
+    with torch.inference_mode():  # where tensors have no version: a round begins with its member
+        x = torch.randn(3, 64)
+        for _ in range(2):
+            x.add_(1)
+            y = attention.q_proj(x)
+            assert torch.equal(y, sk.linear(x, attention.q_proj.weight))
+
+
+def test_outputs_can_be_changed_in_place():
+    model = llama()
+    optimize(model)
+    attention = model.model.layers[0].self_attn
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    q, k, v = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+    (q.add_(1).sum() + k.mul_(2).sum() + v.relu_().sum()).backward()
+    wide = torch.cat([m.weight.to_dense() for m in (attention.q_proj, attention.k_proj)])
+    wide[64:] *= 2
+    positive = (x @ attention.v_proj.weight.to_dense().t() > 0).float()
+    wanted = wide.sum(0) + positive @ attention.v_proj.weight.to_dense()
+    torch.testing.assert_close(x.grad, wanted.detach())

@@ -310,3 +310,16 @@ def test_runs_on_the_current_stream():
         y = linear(late, w24)
     stream.synchronize()
     assert torch.equal(y, expected * 2)
+
+
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 3, 16)])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_the_result_can_be_changed_in_place(shape, activation, device):
+    """nn.ReLU(inplace=True), += and the like, as after nn.Linear."""
+    w24 = compress(random_weight(8, 16, torch.float32).to(device))
+    bias = torch.ones(8, device=device, requires_grad=True)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    torch.nn.functional.relu_(linear(x, w24, bias, activation)).sum().backward()
+    got, x.grad = x.grad, None
+    dense_linear(x, w24.to_dense(), bias, activation).relu().sum().backward()
+    torch.testing.assert_close(got, x.grad)

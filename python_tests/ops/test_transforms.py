@@ -189,3 +189,43 @@ def test_autocast_within_compile(pair):
         y = compiled(x)
         assert y.dtype == torch.bfloat16
         torch.testing.assert_close(y, layers(x))
+
+
+def test_vmap_after_a_plain_call_of_its_shape(pair):
+    w24, dense, x = pair
+    sk.linear(x, w24)  # whose launch is remembered
+    batch = torch.stack([x, 2 * x])
+    got = torch.func.vmap(lambda part: sk.linear(part, w24))(batch)
+    torch.testing.assert_close(got, batch @ dense.t())
+
+
+def test_weights_that_vmap_stacks_are_refused():
+    """torch.func.stack_module_state of an ensemble."""
+    layers = [sk.SparseLinear(32, 16) for _ in range(2)]
+    state = torch.func.stack_module_state(layers)
+    call = lambda s, x: torch.func.functional_call(layers[0], s, (x,))  # noqa: E731
+    with pytest.raises(NotImplementedError, match="one weight for all of torch.func.vmap"):
+        torch.func.vmap(call)(state, torch.randn(2, 3, 32))
+
+
+def test_jit_script_says_what_to_do(pair):
+    model = nn.Sequential(sk.SparseLinear.from_sparse24(pair[0]), nn.ReLU())
+    with pytest.raises(NotImplementedError, match=r"torch.export.*decompress_model"):
+        torch.jit.script(model)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize(
+    "made, text",
+    [
+        (lambda x: x.to_sparse(), "sparse_coo. Call x.to_dense"),
+        (lambda x: x.to_sparse_csr(), "sparse_csr. Call x.to_dense"),
+        (lambda x: torch.nested.nested_tensor([x]), "nested tensor .* Pass its values"),
+        (lambda x: torch.nested.nested_tensor([x], layout=torch.jagged), "Pass its values"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_an_x_that_is_not_dense(made, text, gradients, pair):
+    w24, _, x = pair
+    with torch.set_grad_enabled(gradients), pytest.raises(NotImplementedError, match=text):
+        sk.linear(made(x), w24)

@@ -12,6 +12,7 @@ files and gives it back on resume. Clipping, accumulation, autocast and DDP stay
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ class MaskedCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             save_model after that writes compressed layers; load_best_model_at_end runs before it.
     Raises (during training):
         ValueError: no masked weight in the optimizer; violations at the end.
+    Warns:
+        UserWarning: a checkpoint that training goes on from has no masks.
     """
 
     def __init__(self, masked: Masked, compress: bool = False) -> None:
@@ -59,8 +62,8 @@ class MaskedCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         resumed = getattr(args, "resume_from_checkpoint", None)
         if isinstance(resumed, (str, os.PathLike)):
             file = Path(resumed) / FILE
-        if state.global_step > 0 and file.exists():
-            self.masked.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        if state.global_step > 0:
+            self._load(file)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After clipping: the gradients of dropped weights become zero (the hook does it, too)."""
@@ -83,10 +86,23 @@ class MaskedCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 row["mask_violations"] = count
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check the masks, remove the hooks, compress where that was asked for."""
+        """Check the masks (those of the best model where the Trainer has loaded it), remove the
+        hooks, compress where that was asked for."""
+        best = state.best_model_checkpoint
+        if best is not None and getattr(args, "load_best_model_at_end", False):
+            self._load(Path(best) / FILE)  # its weights are in the model now
         count = self.masked.check()
         remedy = "Something wrote to the weights outside the optimizer."
         check(count == 0, OP, "no violations of the masks", count, remedy)
         self.masked.detach()
         if self.compress:
             self.masked.compress()
+
+    def _load(self, file: Path) -> None:
+        """Take over the masks of a checkpoint."""
+        if file.exists():
+            self.masked.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+            return
+        text = f"expected {FILE} in {file.parent}, got a checkpoint without it: the masks stay as "
+        text += "they are, and their schedule counts from here. Train with MaskedCallback."
+        warnings.warn(f"{OP}: {text}", UserWarning, stacklevel=2)

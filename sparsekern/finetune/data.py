@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sparsekern.errors import check
 from sparsekern.finetune.sampler import Sampler, why_not
 from sparsekern.oneshot.fingerprint import of_model as fingerprint
+from sparsekern.utils.arguments import SEEDS, checked, shown
 from sparsekern.utils.json_store import cache_folder
 
 OP = "sparsekern.finetune.data"
@@ -93,10 +94,13 @@ def pack(documents: Sequence[Tensor], window: int, separator: int | None = None)
     Returns:
         int32 [rows, window].
     Raises:
-        ValueError: fewer tokens than one window.
+        ValueError: fewer tokens than one window.   TypeError: a document that is no tensor of ids.
     """
     parts: list[Tensor] = []
-    for document in documents:
+    for i, document in enumerate(documents):
+        expected = f"documents[{i}]: a tensor of ids"
+        good = isinstance(document, Tensor) and not document.is_floating_point()
+        check(good, f"{OP}.pack", expected, shown(document), "Tokenize the text.", TypeError)
         parts.append(document.reshape(-1).to(torch.int32))
         if separator is not None:
             parts.append(torch.tensor([separator], dtype=torch.int32))
@@ -129,6 +133,7 @@ def batch_rows(count: int, batch: int, seed: int, step: int) -> Tensor:
 
 
 @torch.no_grad()
+@checked(f"{OP}.generate", tokens=(1, 2**40), window=(2, 2**31), batch=(1, 2**31), seed=SEEDS)
 def generate(
     teacher: nn.Module,
     tokens: int,
@@ -173,7 +178,6 @@ def generate(
         a CUDA graph where the model allows it (sampler.py).
     """
     op = f"{OP}.generate"
-    check(tokens >= 1 and window >= 2 and batch >= 1, op, "positive sizes", (tokens, window, batch))
     check(seconds is None or seconds > 0, op, "seconds > 0", seconds)
     check(temperature > 0, op, "temperature > 0", temperature)
     if prompts is None:

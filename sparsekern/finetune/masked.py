@@ -19,10 +19,11 @@ Source: Mishra et al. 2021 (arXiv:2104.08378) for the recipe; Zhou et al. 2021 (
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +42,13 @@ from sparsekern.finetune.tensors import (
     unwrap_optimizer,
 )
 from sparsekern.nn import replace
+from sparsekern.nn.sparse_experts import find_experts, unfuse_experts
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot import discovery
+from sparsekern.oneshot.experts import put_together
 from sparsekern.oneshot.report import PruneReport
-from sparsekern.prune.pattern import Pattern
-from sparsekern.utils.arguments import checked
+from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
+from sparsekern.utils.arguments import checked, shown
 
 OP = "sparsekern.finetune.Masked"
 VERSION = 1
@@ -57,7 +60,7 @@ class Entry:
 
     name: layer or parameter name, without the prefixes of wrappers.
     module, key: where the Parameter is; it is looked up at every use, because FSDP replaces it.
-    transposed: the weight is [in_features, out_features] (Conv1D).
+    transposed: the weight is [..., in_features, out_features] (Conv1D, some experts).
     linear: groups of m along in_features; False for other shapes, whose masks cannot move.
     dropped: bool in the weight's own shape, True = zero; of the local shard once the weight is one.
     buffer: name of a module buffer that holds the mask instead (True = kept), or None.
@@ -70,7 +73,7 @@ class Entry:
     key: str
     transposed: bool
     linear: bool
-    dropped: Tensor | None
+    dropped: Tensor | None = None
     buffer: str | None = None
     residue: Tensor | None = None
     gradient: Tensor | None = None
@@ -114,12 +117,18 @@ class Entry:
             self.dropped = dropped
 
     def mask(self) -> Tensor:
-        """The whole mask as bool [out_features, in_features] (or the weight's shape), True = kept.
+        """The whole mask as bool [..., out_features, in_features] (or the weight's shape), True =
+        kept.
 
         Of a sharded weight it is gathered: every process has to ask.
         """
         kept = ~unshard(self.drop(), self.parameter)
         return grouped(kept, self.transposed).contiguous()
+
+    @property
+    def stacked(self) -> bool:
+        """Whether these are the matrices of all experts of a mixture."""
+        return self.linear and self.parameter.dim() == 3
 
     def held(self) -> Tensor:
         """The residue on the weight's device."""
@@ -134,9 +143,10 @@ class Masked:
     Args:
         model: any nn.Module, alone or already wrapped (DDP, torch.compile, AveragedModel).
         masks: layer name -> bool [out_features, in_features], True = kept; or the name of a
-            Parameter of any shape -> bool of its shape. None: every Linear that is n:m sparse
-            already gets the mask that its zeros imply (`zeros_mask`), as after
-            prune_model(..., compress=False).
+            Parameter of any shape -> bool of its shape (of experts in a 3-D Parameter: [experts,
+            out_features, in_features]). None: every Linear, and every such Parameter of experts,
+            that is n:m sparse already, and not all zero, gets the mask that its zeros imply
+            (`zeros_mask`), as after prune_model(..., compress=False).
         pattern: (n, m), "n:m" or "4:8 in pairs", checked on every Linear's mask: at most n of m
             kept, pairs whole.
         schedule: how masks move, see schedule.py; None: they do not.
@@ -148,7 +158,8 @@ class Masked:
     Notes:
         Dropped weights become zero at once. Any number of these may live in a process, one per
         weight. The model is held weakly. Deterministic: every process of a DDP or FSDP2 run moves
-        its masks alike.
+        its masks alike. It is part of its model and optimizers, so that copies and pickles of it
+        are refused: state_dict() is what to keep.
     """
 
     @checked("sparsekern.finetune.Masked", leave=("pattern",))
@@ -171,13 +182,15 @@ class Masked:
         self.step = 0
         self.enabled = True
         self.entries: list[Entry] = []
-        self._optimizers: list[tuple[Optimizer, list[Entry], list[Any]]] = []
+        self._optimizers: list[tuple[Optimizer, list[Any]]] = []
         tied = discovery.tied_names(inner)
-        for name, (module, key, mask) in self._resolve(inner, masks).items():
-            self.entries.append(self._entry(name, module, key, mask, tied))
+        for entry, mask in self._resolve(inner, masks):
+            self._fill(entry, mask, tied)
+            self.entries.append(entry)
         self._apply()
 
     @classmethod
+    @checked("sparsekern.finetune.Masked.from_report")
     def from_report(cls, model: nn.Module, report: PruneReport, **options: Any) -> Masked:
         """The masks of a model that prune_model(..., compress=False) has pruned.
 
@@ -186,92 +199,137 @@ class Masked:
             report: what prune_model returned; layers that it skipped stay unmasked.
             options: as for Masked, without masks. pattern comes from the report.
         Raises:
-            ValueError: a layer of the report is not in the model, is compressed, or not n:m.
+            ValueError: a layer of the report is not in the model, is compressed, or not n:m; some
+                experts of a mixture were pruned and others not.
         """
-        pattern = report.pattern
-        modules = dict(_named_modules(unwrap(model)))
-        masks = {}
+        op, pattern = f"{OP}.from_report", report.pattern
+        inner = unwrap(model)
+        modules = dict(_named_modules(inner))
+        stacks = _stacks(inner)
+        masks: dict[str, Tensor] = {}
+        experts: dict[str, int] = {}
         for row in report.pruned:
+            owner, _, key = row.name.rpartition(".")
+            stack = f"{owner.rpartition('.')[0]}.{key}"
+            if stack in stacks:
+                experts[stack] = experts.get(stack, 0) + 1
+                continue
             module = modules.get(row.name)
             fits = module is not None and replace.is_linear(module)
             got = type(module).__name__ if module is not None else "no such layer"
             remedy = "Prune with compress=False."
-            check(fits, f"{OP}.from_report", f"a dense Linear named {row.name}", got, remedy)
+            check(fits, op, f"a dense Linear named {row.name}", got, remedy)
             assert module is not None
-            masks[row.name] = zeros_mask(replace.dense_weight(module), *pattern, pattern.unit)
+            masks[row.name] = _kept(replace.dense_weight(module), pattern)
+        for name, pruned in experts.items():
+            module, key, transposed = stacks[name]
+            rows = grouped(cast(Tensor, getattr(module, key)).detach(), transposed)
+            expected = f"all {len(rows)} experts of {name} pruned"
+            remedy = "Pass masks= for the weights that are to be masked."
+            check(pruned == len(rows), op, expected, pruned, remedy)
+            masks[name] = _kept(rows, pattern)
         remedy = "Its options say which layers it skipped, and why."
-        check(masks, f"{OP}.from_report", "a report with pruned layers", "none", remedy)
+        check(masks, op, "a report with pruned layers", "none", remedy)
         return cls(model, masks, pattern=pattern, **options)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        remedy = "Make Masked(copy_of_the_model, masked.masks), or keep masked.state_dict()."
+        got = "a copy or pickle of the object"
+        raise TypeError(message(OP, "its state_dict, which stands alone", got, remedy))
 
     # ------------------------------------------------------------------ what is masked
 
     def _resolve(
         self, model: nn.Module, masks: dict[str, Tensor] | None
-    ) -> dict[str, tuple[nn.Module, str, Tensor]]:
-        """name -> (module, key of the Parameter, mask in the Parameter's shape, True = kept)."""
-        pattern = self.pattern
+    ) -> Iterator[tuple[Entry, Any]]:
+        """Weights, and the mask of each as __init__ takes it."""
         modules = dict(_named_modules(model))
-        found: dict[str, tuple[nn.Module, str, Tensor]] = {}
+        stacks = _stacks(model)
         if masks is None:
-            for name, module in modules.items():
-                if not replace.is_linear(module):
-                    continue
-                weight = local(replace.dense_weight(module))
-                uneven = weight.numel() == 0 or weight.shape[1] % pattern[1]
-                if uneven or is_dtensor(module.weight):
-                    continue
-                if pattern.most(weight) <= pattern[0]:
-                    mask = zeros_mask(weight, *pattern, pattern.unit)
-                    found[name] = (module, "weight", grouped(mask, replace.is_conv1d(module)))
+            entries = [
+                Entry(name, module, "weight", replace.is_conv1d(module), True)
+                for name, module in modules.items()
+                if replace.is_linear(module) and not is_dtensor(module.weight)
+            ]
+            entries += [Entry(name, *place, True) for name, place in stacks.items()]
+            found = [entry for entry in entries if self._sparse(entry)]
             remedy = "Call prune_model(..., compress=False) first, or pass masks=."
             if any(isinstance(module, SparseLinear) for module in modules.values()):
                 remedy = "Call sparsekern.decompress_model(model) first: a SparseLinear is frozen."
-            check(found, OP, f"a model with {pattern} sparse Linear layers", "none", remedy)
-            return found
-        check(masks, OP, "masks of at least one layer", "an empty dict")
+            expected = f"a model with {self.pattern} sparse Linear layers"
+            check(found, OP, expected, "none", remedy)
+            for entry in found:
+                rows = grouped(entry.parameter.detach(), entry.transposed)
+                yield entry, _kept(rows, self.pattern)
+            return
+        check(masks, OP, "masks of at least one layer", "an empty dict", "Pass None for the zeros.")
         for name, mask in masks.items():
             place: Any = modules.get(name)
             key = "weight"
             if place is None or not isinstance(getattr(place, "weight", None), Tensor):
                 owner, _, key = name.rpartition(".")
                 place = modules.get(owner)
-            known = place is not None and isinstance(getattr(place, key, None), nn.Parameter)
+            parameter = getattr(place, key, None)
+            known = place is not None and isinstance(parameter, nn.Parameter)
             remedy = "Names are those of model.named_modules() or model.named_parameters()."
             check(known, OP, f"mask {name!r} to name a layer or Parameter", "no match", remedy)
-            dtype = getattr(mask, "dtype", type(mask).__name__)
-            check(
-                dtype == torch.bool, OP, f"mask {name!r} of bool", dtype, "True = kept.", TypeError
-            )
             transposed = key == "weight" and replace.is_conv1d(place)
-            found[name] = (place, key, grouped(mask, transposed))
-        return found
+            if name in stacks:
+                transposed = stacks[name][2]
+            linear = name in stacks or cast(Tensor, parameter).dim() == 2
+            yield Entry(name, place, key, transposed, linear), mask
 
-    def _entry(
-        self, name: str, module: nn.Module, key: str, kept: Tensor, tied: dict[str, str]
-    ) -> Entry:
+    def _sparse(self, entry: Entry) -> bool:
+        """Whether the zeros of a weight, of all experts of a mixture, make it n:m sparse."""
         n, m = self.pattern
-        parameter = getattr(module, key)
-        transposed = key == "weight" and replace.is_conv1d(module)
-        shape = list(parameter.shape)
-        check(list(kept.shape) == shape, OP, f"mask {name!r} of shape {shape}", list(kept.shape))
-        partner = tied.get(name)
+        rows = grouped(entry.parameter.detach(), entry.transposed)
+        if not rows.numel() or rows.shape[-1] % m:
+            return False
+        remedy = "Load the weights first, or pass masks=."
+        check(not rows.is_meta, OP, f"{entry.name} with data", "a meta tensor", remedy)
+        if not rows.any():
+            return False  # a zero start, as of an adapter, is no pruning
+        matrices = rows if entry.stacked else rows.unsqueeze(0)
+        count = sum(self.pattern.most(matrix) <= n for matrix in matrices)
+        if 0 < count < len(matrices):
+            text = f"{count} of {len(matrices)} experts of {entry.name} are {self.pattern} sparse"
+            warnings.warn(f"{OP}: {text}: none is masked. Prune all of them.", stacklevel=5)
+        return count == len(matrices)
+
+    def _fill(self, entry: Entry, mask: Any, tied: dict[str, str]) -> None:
+        """Check a weight and its mask, and keep what the mask drops."""
+        partner = tied.get(entry.name)
+        expected = f"{entry.name} to have a weight of its own"
         remedy = "Leave this layer unmasked: the other one would be pruned with it."
-        check(
-            partner is None, OP, f"{name} to have a weight of its own", f"tied to {partner}", remedy
-        )
-        linear = parameter.dim() == 2
-        if linear:
-            rows = grouped(kept, transposed)
-            columns = rows.shape[1]
-            check(columns % m == 0, OP, f"{name} with in_features % {m} == 0", columns)
-            whole = ", pairs whole," if self.pattern.unit > 1 else ""
-            expected = f"at most {n} kept per group of {m}{whole} in mask {name!r}"
-            most = self.pattern.most(rows)
-            check(most <= n, OP, expected, most)
+        check(partner is None, OP, expected, f"tied to {partner}", remedy)
+        shape, m = list(entry.parameter.shape), self.pattern[1]
         moving = self.schedule.live(1)
         remedy = "Its mask cannot move: use schedule=None."
-        check(linear or not moving, OP, f"{name} to be a matrix", shape, remedy)
-        return Entry(name, module, key, transposed, linear, (~kept).contiguous())
+        check(entry.linear or not moving, OP, f"{entry.name} to be a matrix", shape, remedy)
+        if entry.linear:
+            columns = grouped(entry.parameter, entry.transposed).shape[-1]
+            expected, remedy = f"{entry.name} with in_features % {m} == 0", "Leave it unmasked."
+            check(columns % m == 0, OP, expected, columns, remedy)
+        entry.dropped = self._checked_drop(OP, entry, mask)
+
+    def _checked_drop(self, op: str, entry: Entry, mask: Any) -> Tensor:
+        """What a mask as __init__ takes it drops, whole and in the weight's own shape."""
+        name = f"mask {entry.name!r}"
+        got = shown(mask)
+        good = isinstance(mask, Tensor) and mask.dtype == torch.bool
+        remedy = "True = kept: mask.bool(), or torch.as_tensor(mask, dtype=torch.bool)."
+        check(good, op, f"{name}, a tensor of bool", got, remedy, TypeError)
+        shape = list(grouped(entry.parameter, entry.transposed).shape)
+        remedy = "A mask is [out_features, in_features], or as its Parameter."
+        check(list(mask.shape) == shape, op, f"{name} of shape {shape}", list(mask.shape), remedy)
+        if entry.linear:
+            n, m = self.pattern
+            whole = ", pairs whole," if self.pattern.unit > 1 else ""
+            expected = f"at most {n} kept per group of {m}{whole} in {name}"
+            most = self.pattern.most(mask)
+            remedy = "sparsekern.prune.magnitude_mask(weight) is such a mask."
+            check(most <= n, op, expected, most, remedy)
+        return ~grouped(mask, entry.transposed).contiguous()
 
     @property
     def model(self) -> nn.Module:
@@ -305,43 +363,48 @@ class Masked:
         Returns:
             The optimizer.
         Raises:
-            ValueError: it holds none of the masked weights, or is attached already.
+            ValueError: it holds none of the masked weights, or is attached already; from a later
+                step, when the model's Parameters are no longer those that it has.
         Notes:
+            What it holds is asked at each step, so that add_param_group may come later.
             Steps are counted by the optimizer that was attached first. Moments that exist already
             are masked, and so are those that load_state_dict brings.
         """
         optimizer = unwrap_optimizer(optimizer)
         op = f"{OP}.attach"
         got = type(optimizer).__name__
-        check(isinstance(optimizer, Optimizer), op, "a torch optimizer", got, exc=TypeError)
-        known = any(optimizer is one for one, _, _ in self._optimizers)
+        remedy = "Pass one torch.optim.Optimizer; attach several one by one."
+        good = isinstance(optimizer, Optimizer)
+        check(good, op, "optimizer: a torch optimizer", got, remedy, TypeError)
+        known = any(optimizer is one for one, _ in self._optimizers)
         check(not known, op, "an optimizer that is not attached yet", got, "Attach it once.")
-        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        entries = [entry for entry in self.entries if id(entry.parameter) in owned]
-        remedy = "Make the optimizer from the model's parameters, after fully_shard."
-        check(entries, op, "an optimizer over the masked weights", "none of them in it", remedy)
+        entries = self._entries_of(optimizer)
         handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
-        self._optimizers.append((optimizer, entries, handles))
+        self._optimizers.append((optimizer, handles))
         if self.enabled and not self.schedule.trains_dropped(self.step + 1):
             self._mask_moments(optimizer, entries)
         return optimizer
 
     def detach(self) -> None:
         """Remove the hooks from all optimizers: masks are kept no longer."""
-        for _, _, handles in self._optimizers:
+        for _, handles in self._optimizers:
             for handle in handles:
                 handle.remove()
         self._optimizers.clear()
 
     def _entries_of(self, optimizer: Optimizer) -> list[Entry]:
-        for one, entries, _ in self._optimizers:
-            if one is optimizer:
-                return entries
-        return []
+        """The masked weights that an optimizer trains now."""
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        entries = [entry for entry in self.entries if id(entry.parameter) in owned]
+        expected, got = "an optimizer over the masked weights", "none of them in it"
+        remedy = "Make the optimizer from the model's parameters, after fully_shard "
+        remedy += "and load_state_dict(assign=True)."
+        check(entries, f"{OP}.attach", expected, got, remedy)
+        return entries
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
@@ -397,7 +460,8 @@ class Masked:
         step = self.step + 1
         straight, moves = self.schedule.trains_dropped(step), self.schedule.moves(step)
         frozen_now = straight and not self.schedule.trains_dropped(step + 1)
-        for entry in self._entries_of(optimizer):
+        entries = self._entries_of(optimizer)
+        for entry in entries:
             weight = entry.weight()
             if moves and not skipped:
                 self._move(entry, weight, step)
@@ -409,7 +473,7 @@ class Masked:
             entry.gradient = None
         unseen = bool(args) or kwargs.get("closure") is not None  # its gradients passed no hook
         if not straight and (moves or unseen) or frozen_now:
-            self._mask_moments(optimizer, self._entries_of(optimizer))
+            self._mask_moments(optimizer, entries)
         if leader and not skipped:
             self.step = step
 
@@ -422,6 +486,9 @@ class Masked:
         rows, mask = grouped(weight, entry.transposed), grouped(~drop, entry.transposed)
         if not rows.numel():
             return  # a shard without rows
+        shape = rows.shape
+        rows, mask = rows.flatten(0, -2), mask.flatten(0, -2)
+        gradient = None if gradient is None else gradient.flatten(0, -2)
         if pattern.unit > 1:
 
             def norms(apart: Tensor) -> Tensor:
@@ -431,7 +498,7 @@ class Masked:
             rows, mask = pattern.folded(rows, norms), pattern.folded(mask, lambda a: a.any(-1))
             gradient = None if gradient is None else pattern.folded(gradient, norms)
         chosen = self.schedule.reselect(rows, mask, gradient, step, *pattern.in_units())
-        chosen = pattern.unfolded(chosen)
+        chosen = pattern.unfolded(chosen).view(shape)
         entry.set_drop((~grouped(chosen, entry.transposed)).contiguous())
 
     def _check_aligned(self, entry: Entry) -> None:
@@ -439,7 +506,8 @@ class Masked:
         parameter: Any = entry.parameter
         if not is_dtensor(parameter):
             return
-        group_dim, m = 0 if entry.transposed else 1, self.pattern[1]
+        group_dim = parameter.dim() - (2 if entry.transposed else 1)
+        m = self.pattern[1]
         for size, placement in zip(parameter.device_mesh.shape, parameter.placements):
             if placement.is_shard(group_dim):
                 chunk = -(-parameter.shape[group_dim] // size)
@@ -491,27 +559,32 @@ class Masked:
                 weight.copy_(torch.where(entry.drop(), entry.held(), weight))
         self.enabled = False
 
+    @checked("sparsekern.finetune.Masked.enable")
     def enable(self, masks: dict[str, Tensor] | None = None) -> None:
         """Mask again, with the same masks or with new ones for some of the layers (of the same
-        shapes as before). What is dropped now is kept for the next `restore` as keep_dense says."""
-        if masks:
-            by_name = {entry.name: entry for entry in self.entries}
-            for name, mask in masks.items():
-                check(name in by_name, f"{OP}.enable", f"a masked weight named {name!r}", "none")
-                self._set_mask(by_name[name], mask)
+        shapes as before). What is dropped now is kept for the next `restore` as keep_dense says.
+
+        Raises:
+            ValueError, TypeError: as in __init__; nothing changes.
+        """
+        op = f"{OP}.enable"
+        by_name = {entry.name: entry for entry in self.entries}
+        for name in masks or {}:
+            remedy = f"Names are such as {next(iter(by_name), None)!r}."
+            check(name in by_name, op, f"a masked weight named {name!r}", "none", remedy)
+        made = {k: self._checked_drop(op, by_name[k], mask) for k, mask in (masks or {}).items()}
+        for name, dropped in made.items():
+            self._set_drop(by_name[name], dropped)
         self.enabled = True
         self._apply()
-        for optimizer, entries, _ in self._optimizers:
-            self._mask_moments(optimizer, entries)
+        for optimizer, _ in self._optimizers:
+            self._mask_moments(optimizer, self._entries_of(optimizer))
 
-    def _set_mask(self, entry: Entry, mask: Tensor) -> None:
-        """`mask` as in __init__, whole."""
-        kept = grouped(mask, entry.transposed)
-        shape = list(entry.parameter.shape)
-        check(list(kept.shape) == shape, OP, f"mask {entry.name!r} of {shape}", list(kept.shape))
+    def _set_drop(self, entry: Entry, dropped: Tensor) -> None:
+        """`dropped` as `_checked_drop` returns it."""
         parameter = entry.parameter
         entry.drop()
-        entry.set_drop(shard((~kept).contiguous(), parameter).to(local(parameter).device))
+        entry.set_drop(shard(dropped, parameter).to(local(parameter).device))
 
     @torch.no_grad()
     def apply_to(self, model: nn.Module) -> None:
@@ -554,7 +627,8 @@ class Masked:
         return total
 
     def compress(self) -> dict[str, str]:
-        """Replace every masked Linear by a SparseLinear of its weight and mask, in place.
+        """Replace every masked Linear by a SparseLinear of its weight and mask, in place, and
+        masked experts by SparseExperts.
 
         Returns:
             name -> reason of the masked weights that stay dense with zeros (convolutions, layers
@@ -574,15 +648,25 @@ class Masked:
         check(not (count := self.check()), op, "no violations of 2:4", count, remedy)
         parents = {id(child): one for one in model.modules() for child in one.children()}
         dense: dict[str, str] = {}
+        stacks: list[tuple[str, str, Tensor]] = []
         for entry in self.entries:
             reason = _why_dense(entry, parents.get(id(entry.module)), model)
             if reason:
                 dense[entry.name] = reason
                 continue
             mask = entry.mask()
+            if entry.stacked:
+                stacks.append((*entry.name.rpartition(".")[::2], mask))
+                continue
             replace.replace_module(
                 model, entry.module, SparseLinear.from_linear(entry.module, mask)
             )
+        made = unfuse_experts(model, {owner for owner, _, _ in stacks})
+        for owner, key, mask in stacks:
+            experts = made[owner][1]
+            for layer, kept in zip(experts.layers(key), mask):
+                replace.replace_module(experts, layer, SparseLinear.from_linear(layer, kept))
+        put_together(model, made)
         self.detach()
         self.entries = [entry for entry in self.entries if entry.name in dense]
         return dense
@@ -616,6 +700,7 @@ class Masked:
         }
 
     @torch.no_grad()
+    @checked("sparsekern.finetune.Masked.load_state_dict")
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`: load the model's and the optimizer's state as well, in any
         order. Weights outside the loaded masks become zero.
@@ -625,16 +710,17 @@ class Masked:
         """
         op = f"{OP}.load_state_dict"
 
-        def require(good: bool, expected: str, got: object) -> None:
+        def require(good: object, expected: str, got: object) -> None:
             check(good, op, expected, got, "The state is of another run.", FormatError)
 
         require(state.get("version") == VERSION, f"version {VERSION}", state.get("version"))
+        keys = {"step", "enabled", "pattern", "schedule", "shapes", "masks", "residue"}
+        require(keys <= set(state), f"the keys {sorted(keys)}", sorted(state))
         names = {entry.name for entry in self.entries}
-        require(
-            set(state["masks"]) == names,
-            f"the masks of {len(names)} weights",
-            _differ(names, set(state["masks"])),
-        )
+        for key in ("shapes", "masks"):
+            found = set(state[key])
+            require(found == names, f"the {key} of {len(names)} weights", _differ(names, found))
+        pattern, schedule = Pattern.of(state["pattern"], op), make(state["schedule"])
         loaded = {}
         for entry in self.entries:
             shape = list(
@@ -645,12 +731,19 @@ class Masked:
             packed = state["masks"][entry.name]
             size = -(-math.prod(shape) // 8)
             require(packed.numel() == size, f"{size} bytes of mask {entry.name!r}", packed.numel())
-            loaded[entry.name] = unpack_bits(packed, shape)
-        self.pattern = Pattern.of(state["pattern"], op)
-        self.schedule = make(state["schedule"])
+            mask = unpack_bits(packed, shape)
+            if entry.linear and entry.buffer is None:
+                most = pattern.most(mask) if shape[-1] % pattern[1] == 0 else shape[-1]
+                require(most <= pattern[0], f"a {pattern} mask {entry.name!r}", f"{most} kept")
+            loaded[entry.name] = ~grouped(mask, entry.transposed).contiguous()
+            residue = state["residue"].get(entry.name)
+            own = list(entry.parameter.shape)
+            fits = residue is None or list(residue.shape) == own
+            require(fits, f"residue {entry.name!r} of shape {own}", shown(residue))
+        self.pattern, self.schedule = pattern, schedule
         self.step, self.enabled = int(state["step"]), bool(state["enabled"])
         for entry in self.entries:
-            self._set_mask(entry, loaded[entry.name])
+            self._set_drop(entry, loaded[entry.name])
             residue = state["residue"].get(entry.name)
             weight = entry.weight()
             place = self.dense_device or weight.device
@@ -659,7 +752,7 @@ class Masked:
                 entry.residue = shard(residue.to(weight.dtype), entry.parameter).to(place)
             if self.enabled:
                 weight.masked_fill_(entry.drop(), 0)
-        for optimizer, _, _ in self._optimizers:
+        for optimizer, _ in self._optimizers:
             self._after_load(optimizer)
 
 
@@ -673,17 +766,35 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name.replace("_orig_mod.", ""), getattr(module, "_orig_mod", module)
 
 
+def _stacks(model: nn.Module) -> dict[str, tuple[nn.Module, str, bool]]:
+    """name of a Parameter that holds all experts of a mixture -> (module, key, whether it is
+    [experts, in_features, out_features])."""
+    return {
+        f"{name}.{key}": (model.get_submodule(name), key, transposed)
+        for name, recipe in find_experts(model).items()
+        for key, transposed in recipe.matrices
+    }
+
+
+def _kept(rows: Tensor, pattern: Pattern) -> Tensor:
+    """zeros_mask of [..., rows, in_features]."""
+    kept = zeros_mask(rows.flatten(0, -2), *pattern, pattern.unit)
+    return kept.view(rows.shape)
+
+
 def _groups_whole(entry: Entry, m: int) -> bool:
     """Whether the groups of this process' part of the weight are complete."""
-    return grouped(entry.weight(), entry.transposed).shape[1] % m == 0
+    return grouped(entry.weight(), entry.transposed).shape[-1] % m == 0
 
 
 def _why_dense(entry: Entry, parent: nn.Module | None, model: nn.Module) -> str | None:
     """Why `compress` leaves this weight dense, or None."""
     if entry.module is model:
         return "the model itself is the layer and cannot be replaced in place"
-    if entry.key != "weight" or not replace.is_linear(entry.module):
+    if not entry.stacked and (entry.key != "weight" or not replace.is_linear(entry.module)):
         return f"{type(entry.module).__name__}.{entry.key} is no Linear weight"
+    if TWO_OF_FOUR.most(entry.mask()) > 2:
+        return "its mask is not 2:4"
     if isinstance(parent, discovery.READS_WEIGHTS):
         return f"{type(parent).__name__} reads the weight itself"
     if entry.weight().dtype not in discovery.PRUNABLE_DTYPES:

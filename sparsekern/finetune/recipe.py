@@ -91,6 +91,7 @@ class Recipe:
             value = getattr(self, name)
             check(0 <= value <= 1, OP, f"0 <= {name} <= 1", value)
         check(self.block >= 0, OP, "block >= 0", self.block)
+        check(self.temperature > 0, OP, "temperature > 0", self.temperature)
         known = self.precision is None or self.precision in PRECISIONS
         check(known, OP, f"precision in {sorted(PRECISIONS)}", repr(self.precision))
 

@@ -208,8 +208,9 @@ def make(described: dict[str, Any]) -> Schedule:
 
 
 def grouped(weight: Tensor, transposed: bool) -> Tensor:
-    """The weight as [rows, in_features], a view: Conv1D stores [in_features, out_features]."""
-    return weight.t() if transposed else weight
+    """The weight as [..., rows, in_features], a view: Conv1D stores [in_features, out_features],
+    and some models their experts so."""
+    return weight.mT if transposed else weight
 
 
 @checked("sparsekern.finetune.zeros_mask", n=(0, 2**20), m=(1, 2**20))

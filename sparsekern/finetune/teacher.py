@@ -79,7 +79,10 @@ class Split(nn.Module):
         self.model.eval()
         try:
             ids = torch.arange(8, device=output.weight.device).unsqueeze(0) % output.weight.shape[0]
-            hidden = self.body(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = self.body(input_ids=ids, use_cache=False)
+            if not hasattr(hidden, "last_hidden_state"):  # peft's: a whole model
+                return False
+            hidden = hidden.last_hidden_state
             logits = self.model(input_ids=ids, use_cache=False).logits.float()
             ours = (hidden.to(output.weight.dtype) @ output.weight.t()).float()
             scale = float(logits.abs().max())
@@ -199,9 +202,12 @@ class CachedTeacher:
 
     def __init__(self, folder: str | Path, corpus: Corpus, device: torch.device) -> None:
         self.folder, self.device = Path(folder), device
-        manifest = json.loads((self.folder / "manifest.json").read_text())
+        op, file = f"{OP}.CachedTeacher", self.folder / "manifest.json"
+        remedy = "Pass the teacher as a model, or call sparsekern.finetune.build_cache."
+        got = f"no {file}"
+        check(file.is_file(), op, "teacher: a folder of build_cache", got, remedy, FormatError)
+        manifest = json.loads(file.read_text())
         wanted = corpus.describe()["sha256"]
-        op = f"{OP}.CachedTeacher"
         got = manifest.get("rows_sha256")
         check(
             got == wanted,

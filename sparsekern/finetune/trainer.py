@@ -44,6 +44,7 @@ from sparsekern.finetune.teacher import CachedTeacher, LiveTeacher, Split, compi
 from sparsekern.finetune.world import World
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.discovery import check_basis
+from sparsekern.utils.arguments import checked, shown
 from sparsekern.utils.files import write_atomic
 
 CHECKPOINT, REPORT = "checkpoint.pt", "report.json"
@@ -51,6 +52,7 @@ ROWS_ON_DEVICE = 2 << 30  # bytes of training rows that a GPU may hold
 Evaluation = Callable[[nn.Module], float]
 
 
+@checked(OP, window=(2, 2**31), eval_window=(2, 2**31), generate_tokens=(1, 2**40))
 def distill(
     model: nn.Module,
     teacher: nn.Module | str | Path | None,
@@ -103,8 +105,9 @@ def distill(
     Returns:
         DistillReport; report.masked.compress() then makes SparseLinear layers.
     Raises:
-        ValueError: arguments that do not fit, a resumed run that is another, a loss that is not
-            finite.   FormatError: a damaged checkpoint.
+        ValueError: arguments that do not fit, ids beyond the vocabulary, a teacher of another one,
+            a resumed run that is another, a loss that is not finite.   TypeError: arguments of
+            another kind.   FormatError: a damaged checkpoint.
     Notes:
         Under torchrun every process calls this with the same arguments. Weights are left on
         `device`, in their dtypes, in eval mode; the teacher stays frozen.
@@ -114,6 +117,8 @@ def distill(
     good = limit_seconds is None or (limit_seconds > 0 and (shorten or folder is not None))
     remedy = "Pass folder=, or shorten=True with minutes."
     check(good, OP, "limit_seconds > 0 and a folder for the checkpoint", limit_seconds, remedy)
+    free = folder is None or Path(folder).is_dir() or not Path(folder).exists()
+    check(free, OP, "folder: a folder, or the name of a new one", repr(str(folder)))
     run = _Run(
         model,
         recipe or recipe_from(options),
@@ -140,9 +145,15 @@ def eval_batch(model: nn.Module, window: int, device: torch.device) -> int:
     """Windows per forward of an evaluation: logits of at most 2^30 entries on a GPU."""
     if device.type != "cuda":
         return 1
-    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    size = getattr(getattr(embedding, "weight", None), "shape", [1 << 18])[0]
+    size = _entries(model, "get_input_embeddings") or 1 << 18
     return int(max(1, min(8, (1 << 30) // (window * size))))
+
+
+def _entries(model: nn.Module, getter: str) -> int | None:
+    """Rows of an embedding of Transformers' models; None where the model does not say."""
+    embedding: Any = getattr(model, getter, lambda: None)()
+    shape = getattr(getattr(embedding, "weight", None), "shape", None)
+    return None if shape is None else int(shape[0])
 
 
 class Step(nn.Module):
@@ -241,6 +252,7 @@ class _Run:
         elif isinstance(data, Tensor):
             rows = text.pack([data], window) if data.dim() == 1 else data
             data = Corpus(rows.cpu(), [text.Source("text", "ids", rows.numel())])
+        self._check_ids("data", data.rows)
         self.corpus = data
         self.rows = data.rows
         if self.device.type == "cuda" and data.rows.nbytes <= ROWS_ON_DEVICE:
@@ -253,6 +265,15 @@ class _Run:
         self.steps = steps
         stated = {**asdict(self.recipe), "steps": steps}
         self.report = DistillReport(stated, described, "none")
+
+    def _check_ids(self, name: str, ids: Tensor) -> None:
+        """ValueError for ids that the model's embedding does not have."""
+        count = _entries(self.model, "get_input_embeddings")
+        if count is None or not ids.numel():
+            return
+        low, high = int(ids.min()), int(ids.max())
+        expected, remedy = f"{name}: ids from 0 to {count - 1}", "Use the model's own tokenizer."
+        check(0 <= low and high < count, OP, expected, f"{low} to {high}", remedy)
 
     def open_model(self, masks: Masked | dict[str, Tensor] | None) -> None:
         model = self.model
@@ -293,7 +314,12 @@ class _Run:
     def open_teacher(self, teacher: nn.Module | str | Path | None, offload: bool) -> None:
         self.teacher: LiveTeacher | CachedTeacher | None = None
         if isinstance(teacher, nn.Module):
-            check(teacher is not self.model, OP, "a teacher of its own", "the model itself")
+            remedy = "Pass copy.deepcopy(model) from before the pruning."
+            check(teacher is not self.model, OP, "a teacher of its own", "the model itself", remedy)
+            ours, theirs = (_entries(m, "get_output_embeddings") for m in (self.model, teacher))
+            same = ours is None or theirs is None or ours == theirs
+            remedy = "The teacher is the dense model of the same family and tokenizer."
+            check(same, OP, f"teacher: a vocabulary of {ours}", theirs, remedy)
             if self.recipe.block:
                 check_basis(OP, self.model, teacher)
             self.teacher = LiveTeacher(
@@ -316,7 +342,11 @@ class _Run:
         self.evaluations: dict[str, Evaluation] = {}
         for name, what in evaluate.items():
             check(name not in ("step", "seconds"), OP, "another name of a test", name)
+            good = isinstance(what, Tensor) or callable(what)
+            expected = f"evaluate[{name!r}]: a tensor of ids or a function of the model"
+            check(good, OP, expected, shown(what), "Tokenize the text.", TypeError)
             if isinstance(what, Tensor):
+                self._check_ids(f"evaluate[{name!r}]", what)
                 found = text.overlap(self.corpus.rows, what.reshape(-1))
                 self.report.overlap[name] = asdict(found)
                 ids = what.reshape(-1)

@@ -18,13 +18,14 @@ Source: Hubara et al. 2021 (arXiv:2102.08124) for transposable masks in training
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports Triton
+from torch.autograd.function import once_differentiable
 
 from sparsekern.backends import registry
 from sparsekern.backends import triton as triton_kernels
@@ -72,7 +73,8 @@ class SparseTrainingLinear(nn.Module):
             tile; None: transposable_mask(|weight|).
         bias: [out_features] or None.
         dtype: of the matmuls, float32 | float16 | bfloat16; None: the weight's where it is of 16
-            bits, else bfloat16 on a GPU and float32 on a CPU. The values keep the weight's dtype.
+            bits, else bfloat16 on a GPU and float32 on a CPU. The values keep the weight's dtype;
+            .to(another) sets both.
         when: "measured" times both directions against dense matmuls when a number of tokens is
             first met on a GPU, and takes what is faster; "always" is sparse without that.
     Attributes:
@@ -85,7 +87,7 @@ class SparseTrainingLinear(nn.Module):
     Notes:
         Eager only: torch.compile leaves it out of its graphs. Under autocast x is cast to the dtype
         of the matmuls. Changes of `values` are noticed by their version: after a write through
-        `.data` call `refresh()`. The mask is fixed.
+        `.data` call `refresh()`. The mask is fixed. torch refuses second derivatives.
     """
 
     values: nn.Parameter
@@ -173,6 +175,14 @@ class SparseTrainingLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_made": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseTrainingLinear:
+        """.to() and its kin: another dtype of the values is that of the matmuls, too."""
+        before = self.values.dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.values.dtype != before and self.values.dtype in dtypes.PLAIN:
+            self.dtype = self.values.dtype
+        return self
 
     # ------------------------------------------------------------------ the weights of the kernels
 
@@ -382,6 +392,7 @@ class _Product(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,), layer, made = ctx.saved_tensors, ctx.layer, ctx.made
         grad = grads[0].contiguous()

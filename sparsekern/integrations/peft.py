@@ -10,14 +10,17 @@ The base weight stays compressed and frozen: gradients for x go through sparseke
 dense copy of the weight is made. A merge adds the adapter at the slots that the weight stores; what
 falls outside the mask is lost, and said (finetune/lora.py). With accept(..., masked_product=True)
 the adapter is trained under the mask, so that nothing is lost. Merges that would break 2:4 do not
-exist here; variants of LoRA that need the dense weight (DoRA, PiSSA, OLoRA, ...) are refused.
+exist here; variants of LoRA that need the dense weight (DoRA, PiSSA, OLoRA, ...) are refused. The
+adapters of a PeftModel that was pruned afterwards train as they are, and `merge` takes them, too.
 
 Tested with peft 0.21; older releases with the same extension point (0.11 and later) may work.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from sparsekern.errors import check, message
 from sparsekern.finetune import lora
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.utils.arguments import checked, shown
 
 try:
     from peft.tuners.lora.layer import Linear as PeftLinear  # type: ignore[import-not-found]
@@ -52,10 +56,17 @@ def accept(config: Any, masked_product: bool = False) -> Any:
         The config.
     Raises:
         ValueError: an option that needs the dense weight, or "all-linear".
+        TypeError: the config of another method than LoRA.
     """
     op = f"{OP}.accept"
-    remedy = 'Name the layers, for example ["q_proj", "v_proj"].'
-    all_linear = config.target_modules == "all-linear"
+    lora_type = getattr(getattr(config, "peft_type", None), "value", None) == "LORA"
+    good = lora_type and not isinstance(config, type)
+    remedy = "Other methods need dense layers: sparsekern.decompress_model(model)."
+    check(good, op, "config: a peft.LoraConfig", shown(config), remedy, TypeError)
+    remedy = "Name them: ['q_proj', 'v_proj'], or all that are 2:4, "
+    remedy += "[n for n, m in model.named_modules() if isinstance(m, sparsekern.SparseLinear)]."
+    targets = config.target_modules
+    all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
     check(not all_linear, op, "target_modules that name layers", "all-linear", remedy)
     _check_config(op, config)
     config._register_custom_module(
@@ -72,9 +83,6 @@ class SparseLora(PeftLinear):  # type: ignore[misc, no-any-unimported, unused-ig
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = kwargs.get("config")
-        if config is not None:
-            _check_config(OP, config)
         super().__init__(base_layer, adapter_name, *args, **kwargs)
         self.merge_losses: dict[str, float] = {}
         self._unmerged: Any = None
@@ -85,6 +93,12 @@ class SparseLora(PeftLinear):  # type: ignore[misc, no-any-unimported, unused-ig
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
         return {(): None}
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """peft's way to a first adapter and to further ones."""
+        if (config := kwargs.get("config")) is not None:
+            _check_config(OP, config)
+        super().update_layer(adapter_name, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters at the slots that the weight stores; 2:4 and metadata stay.
@@ -100,9 +114,7 @@ class SparseLora(PeftLinear):  # type: ignore[misc, no-any-unimported, unused-ig
         for name in names:
             if name not in self.lora_A:
                 continue
-            if self.lora_bias[name]:
-                remedy = "Keep the adapter unmerged."
-                raise ValueError(message(f"{OP}.merge", "lora_bias=False", "True", remedy))
+            self.check_mergeable(name)
             a, b = self.lora_A[name].weight, self.lora_B[name].weight
             merged = lora.merge(base.weight, a, b, self.scaling[name])
             if self._unmerged is None:
@@ -111,11 +123,20 @@ class SparseLora(PeftLinear):  # type: ignore[misc, no-any-unimported, unused-ig
             self.merge_losses[name] = merged.loss
             self.merged_adapters.append(name)
 
+    def check_mergeable(self, name: str) -> None:
+        """ValueError for an adapter that no merge can take, TypeError for such a base weight."""
+        op, remedy = f"{OP}.merge", "Keep the adapter unmerged."
+        biased = self.lora_bias.get(name)
+        check(not biased, op, f"lora_bias=False in adapter {name!r}", biased, remedy)
+        lora.check_mergeable(op, self.get_base_layer().weight)
+
     def unmerge(self) -> None:
         """The weight as it was before the first merge, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        expected, got = "weights from before the merge", "a model pruned after the merge"
+        check(self._unmerged is not None, f"{OP}.unmerge", expected, got, "Keep it merged.")
         base = self.get_base_layer()
         base.weight = self._unmerged.to(base.weight.device)
         self._unmerged = None
@@ -153,29 +174,45 @@ class MaskedSparseLora(SparseLora):
             a, b = self.lora_A[name].weight, self.lora_B[name].weight
             inner = self.lora_dropout[name](x.to(a.dtype))
             product = lora.masked_product(inner, a, b, self.kept_bits, self.scaling[name])
+            if self.lora_bias[name]:
+                product = product + self.lora_B[name].bias * self.scaling[name]
             result = result + product.to(result.dtype)
         return result
 
 
-def merge(model: nn.Module, adapter_names: list[str] | None = None, quiet: bool = False) -> float:
+@checked("sparsekern.integrations.peft.merge")
+def merge(
+    model: nn.Module, adapter_names: Sequence[str] | None = None, quiet: bool = False
+) -> float:
     """Merge the adapters of every SparseLinear of a PeftModel and print what the mask took.
 
     Args:
-        model: a PeftModel, or any module above its layers.      adapter_names: None: active ones.
+        model: a PeftModel, or any module above its layers; it may have been pruned afterwards.
+        adapter_names: None: active ones.
         quiet: do not print.
     Returns:
         The largest loss of a layer, ‖(1 − M)∘ΔW‖² / ‖ΔW‖²: 0 for what was trained under the mask.
     Raises:
-        ValueError: no such layers.
+        ValueError: no such layers or adapters, or lora_bias; nothing is merged.
     """
+    op = f"{OP}.merge"
+    for module in model.modules():
+        if type(module) is PeftLinear and isinstance(module._modules["base_layer"], SparseLinear):
+            module.__class__ = SparseLora
+            module.__dict__.update(merge_losses={}, _unmerged=None)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, SparseLora)]
     remedy = "Call accept(config) before get_peft_model."
-    check(layers, f"{OP}.merge", "LoRA layers on SparseLinear", "none", remedy)
+    check(layers, op, "LoRA layers on SparseLinear", "none", remedy)
+    names = None if adapter_names is None else list(adapter_names)
+    known = sorted({name for _, layer in layers for name in layer.lora_A})
+    expected = f"adapter_names in {known}"
+    check(set(names or ()) <= set(known), op, expected, names, "None means the active ones.")
     for _, layer in layers:  # all of them, before the first one changes
-        lora.check_mergeable(f"{OP}.merge", layer.get_base_layer().weight)
+        for name in layer.active_adapters if names is None else names:
+            layer.check_mergeable(name)
     losses: dict[str, float] = {}
     for name, layer in layers:
-        layer.merge(adapter_names=adapter_names)
+        layer.merge(adapter_names=names)
         # Trained under the mask, what lies outside it was never part of the output.
         masked = isinstance(layer, MaskedSparseLora)
         losses[name] = 0.0 if masked else max(layer.merge_losses.values(), default=0.0)
@@ -202,9 +239,10 @@ def _check_config(op: str, config: Any) -> None:
     dense = isinstance(init, str) and init.startswith(DENSE_INITS)
     remedy = "SparseLinear has no dense weight: use init_lora_weights=True."
     check(not dense, op, "init_lora_weights without the base weight", repr(init), remedy)
-    for name in ("use_dora", "arrow_config", "use_bdlora", "kasa_config", "velora_config"):
+    variants = {f.name for f in dataclasses.fields(config) if f.metadata.get("is_lora_variant")}
+    for name in sorted(variants | {"use_dora"}):
         value = getattr(config, name, None)
-        check(not value, op, f"a plain LoRA, without {name}", value, "Leave it out.")
+        check(not value, op, f"a plain LoRA, without {name}", shown(value), "Leave it out.")
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -55,41 +55,56 @@ SIBLINGS = (
 _GATED = ["gate_proj", "up_proj"]
 _GIVEN_UP = 3  # rounds in a row in which a member had another x
 _log = logging.getLogger("sparsekern")
+_is_compiling = torch.compiler.is_compiling
 
 
 class Group:
     """Weights side by side, and what one launch over them has left for the members.
 
-    `kept` is one tuple, replaced as a whole: a thread that finds another's launches anew.
+    `kept` is one tuple, replaced as a whole: a thread that finds another's launches anew. It holds
+    for the x of that launch as it was then, and not for the member that launched: its next call
+    begins another round, whatever has been written into x meanwhile.
     """
 
     def __init__(self, weight: Sparse24, bias: Tensor | None, rows: list[int]) -> None:
         self.weight, self.bias, self.rows = weight, bias, rows
-        self.kept: tuple[Tensor, tuple[Tensor, ...], int] | None = None  # x, parts, by whom
+        self.biases: list[Tensor | None] = []  # the members' own, views of `bias`
+        self.addresses: list[int] = []
+        # x, its version, parts, by whom
+        self.kept: tuple[Tensor, int, tuple[Tensor, ...], int] | None = None
         self.missed = 0
 
     @property
     def given_up(self) -> bool:
         return self.missed >= _GIVEN_UP
 
+    def has_bias(self, index: int, bias: Tensor | None) -> bool:
+        """Whether `bias` is still the one that member `index` came with, in the group's memory."""
+        if bias is None or bias is not self.biases[index]:
+            return bias is self.biases[index]
+        return _is_compiling() or bias.data_ptr() == self.addresses[index]
+
     def output(self, index: int, x: Tensor) -> Tensor:
         """The output of member `index` for x."""
         kept = self.kept
-        if kept is not None and kept[0] is x:
-            y = kept[1][index]
+        version = 0 if _is_compiling() or x.is_inference() else x._version
+        if kept is not None and kept[0] is x and kept[1] == version and kept[3] != index:
+            y = kept[2][index]
             if index == len(self.rows) - 1:
                 self.kept = None
-                if kept[2] == 0:
+                if kept[3] == 0:
                     self.missed = 0
             return y
-        if kept is not None:
+        if kept is not None and kept[0] is not x:
             self.missed += 1
             if self.given_up:
                 _log.info("%s: layers that were joined read different inputs: parted again", _OP)
         together: Tensor = ops.linear(x, self.weight, self.bias)
-        parts: tuple[Tensor, ...] = together.split(self.rows, -1)
+        # Parts that do not overlap and whose whole nobody else has: no views to autograd, so that
+        # each can be changed in place.
+        parts = tuple(torch.unsafe_split_with_sizes(together, self.rows, -1))
         last = index == len(self.rows) - 1
-        self.kept = None if self.given_up or last else (x, parts, index)
+        self.kept = None if self.given_up or last else (x, version, parts, index)
         return parts[index]
 
 
@@ -102,7 +117,8 @@ class PassesOn(nn.Module):
 class JoinedLinear(SparseLinear):
     """A SparseLinear whose weight is a part of a group's. Made by `optimize` of a SparseLinear in
     place; whatever gives it other tensors (`.to()`, load_state_dict, an assigned weight), and a
-    copy, ends that and leaves a SparseLinear that launches alone."""
+    copy, ends that and leaves a SparseLinear that launches alone. So does, while it lasts, a bias
+    in other memory (an assigned Parameter or `.data`)."""
 
     _group: Group | None = None
     _index: int = 0
@@ -114,6 +130,8 @@ class JoinedLinear(SparseLinear):
         bias = self._parameters.get("bias")
         if bias is not None and bias.requires_grad and torch.is_grad_enabled():
             return super().forward(x)  # the group's bias has no gradient
+        if not group.has_bias(self._index, bias):
+            return super().forward(x)
         return group.output(self._index, x)
 
     def _hold(self, w24: Sparse24) -> None:
@@ -165,7 +183,7 @@ def optimize(model: nn.Module, *, gated: bool = False) -> OptimizeReport:
 
     Args:
         model: any module with SparseLinear layers; changed in place. Siblings are found by name
-            (`SIBLINGS`) and checked at every call by the identity of x.
+            (`SIBLINGS`) and checked at every call by the identity of x, and of what is in it.
         gated: also compute silu(gate) · up in the launch of gate and up, at up to 32 tokens where
             a kernel does it (`sparsekern.gated_linear`), in MLPs whose forward is, by its source,
             down_proj(act_fn(gate_proj(x)) * up_proj(x)) with silu and no bias. That is rounded
@@ -178,7 +196,8 @@ def optimize(model: nn.Module, *, gated: bool = False) -> OptimizeReport:
     Notes:
         Weights, names and state_dict stay; no memory is added. Results are those of the single
         layers; on a GPU a launch over more rows may take another variant, which sums in another
-        order. A layer whose bias is trained launches alone while gradients are on.
+        order. A layer whose bias is trained launches alone while gradients are on. Under
+        torch.compile, x must not be written into between the calls of two joined layers.
         In layout "tile64" all but the last of a group need out_features % 256 == 0, where its row
         groups end.
         Works under torch.compile (without breaks) and in CUDA graphs; compile after this call.
@@ -273,6 +292,8 @@ def _join(layers: list[SparseLinear]) -> list[JoinedLinear]:
         layer._hold(Sparse24.from_tensors(w24.spec, views))
         if bias is not None:
             cast(nn.Parameter, layer.bias).data = bias.split(rows)[i]
+        group.biases.append(layer.bias)
+        group.addresses.append(0 if layer.bias is None else layer.bias.data_ptr())
         layer.__class__ = JoinedLinear
         member = cast(JoinedLinear, layer)
         member._group, member._index = group, i

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sparsekern.errors import check, message
 from sparsekern.nn.optimize import JoinedLinear, PassesOn
 from sparsekern.nn.sparse_linear import SparseLinear
-from sparsekern.utils.arguments import checked
+from sparsekern.utils.arguments import checked, shown
 
 _OP = "sparsekern.tensor_parallel"
 COLWISE, ROWWISE = "colwise", "rowwise"
@@ -105,7 +105,8 @@ def tensor_parallel(
     Raises:
         RuntimeError: torch.distributed is not initialised.
         ValueError: a word in the plan, out_features or in_features that the ranks do not divide
-            (columns: in multiples of 8, and of the group of scales), a plan that matches nothing.
+            (columns: in multiples of 8, and of the group of scales), a plan that matches nothing, a
+            model whose own plan has one kind of layer alone.   TypeError: no mesh.
             Nothing is split then.
     Notes:
         Attention layers are split by heads: the number of key-value heads has to be a multiple of
@@ -117,7 +118,15 @@ def tensor_parallel(
     if not (dist.is_available() and dist.is_initialized()):
         remedy = "Start with torchrun and call torch.distributed.init_process_group."
         raise RuntimeError(message(_OP, "an initialised torch.distributed", "none", remedy))
-    group = mesh.get_group() if hasattr(mesh, "get_group") else mesh
+    is_mesh = hasattr(mesh, "get_group")
+    known = mesh is None or (mesh.ndim == 1 if is_mesh else isinstance(mesh, dist.ProcessGroup))
+    got = f"one of {mesh.ndim} dimensions" if is_mesh else shown(mesh)
+    expected, remedy = (
+        "mesh: a DeviceMesh of one dimension or a process group",
+        'mesh["tp"] is one.',
+    )
+    check(known, _OP, expected, got, remedy, ValueError if is_mesh else TypeError)
+    group = mesh.get_group() if is_mesh else mesh
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     group = dist.group.WORLD if group is None else group
     rules = _rules(model, plan)
@@ -132,6 +141,9 @@ def tensor_parallel(
     for name, style in found.items():
         _check_sizes(name, model.get_submodule(name), style, ranks)
     _check_heads(model, ranks)
+    styles = set(found.values())
+    expected = "plan: 'colwise' and 'rowwise' layers, as this model's names do not say them"
+    check(plan or len(styles) == 2, _OP, expected, f"{styles.pop()} alone", "Pass plan=.")
     for name, style in found.items():
         parent, _, child = name.rpartition(".")
         layer = model.get_submodule(name)

@@ -13,6 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from sparsekern.errors import check
+
 _HOOK_NAMES = r"_(forward|backward)_(pre_)?hooks\w*|_is_full_backward_hook"
 _HOOKS = frozenset(name for name in nn.Module().__dict__ if re.fullmatch(_HOOK_NAMES, name))
 _OWN = frozenset({*nn.Module().__dict__, "forward", "nf", "nx"})
@@ -46,7 +48,19 @@ def write_weight(module: nn.Module, weight: Tensor) -> None:
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` at every place of the tree where `old` stands (a module may be registered under
     several names). It gets the forward and backward hooks of `old`, whose handles still remove
-    them, and, as a layer, the attributes that somebody has set on `old`."""
+    them, and, as a layer, the attributes that somebody has set on `old`.
+
+    Raises:
+        ValueError: `old` stands nowhere below `model`.
+    """
+    above = [
+        (parent, key)
+        for parent in model.modules()
+        for key, child in parent._modules.items()
+        if child is old
+    ]
+    got, remedy = "the layer itself", "Put it into a model: torch.nn.Sequential(layer)."
+    check(above, "sparsekern", "a model with layers to replace", got, remedy)
     new.train(old.training)
     for name in _HOOKS & old.__dict__.keys():
         new.__dict__[name] = old.__dict__[name]
@@ -54,10 +68,8 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for key, value in old.__dict__.items():
             if not key.startswith("_") and key not in _OWN and not hasattr(new, key):
                 new.__dict__[key] = value
-    for parent in list(model.modules()):
-        for key, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, key, new)
-                if key == "_orig_mod" and hasattr(parent, "dynamo_ctx"):
-                    # What torch.compile made of the layer holds it: bind it anew.
-                    parent.__setstate__(parent.__getstate__())
+    for parent, key in above:
+        setattr(parent, key, new)
+        if key == "_orig_mod" and hasattr(parent, "dynamo_ctx"):
+            # What torch.compile made of the layer holds it: bind it anew.
+            parent.__setstate__(parent.__getstate__())

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -209,6 +209,12 @@ class SparseLinear(nn.Module):
             raise ValueError(message(_OP, expected, str(list(w24.shape)), remedy))
         self._arrange(w24)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of nn.Module; a dense Parameter as weight is a TypeError that says what to do."""
+        if name == "weight":
+            _check_weight(param)
+        super().register_parameter(name, param)
+
     @property
     def layout(self) -> str | None:
         """What decides the weight's layout: None (the device) or a name. It can be assigned;
@@ -300,6 +306,13 @@ class SparseLinear(nn.Module):
             got, remedy = "the layer alone", "Put it into nn.Sequential."
             raise TypeError(message(_OP, "a model to trace, with this layer in it", got, remedy))
         return x.tracer.create_proxy("call_module", path, (x,), {})
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        expected, got = "a dense model for torch.jit.script", "one with compressed layers"
+        remedy = (
+            "Use torch.export or torch.jit.trace, or script sparsekern.decompress_model(model)."
+        )
+        raise NotImplementedError(message(_OP, expected, got, remedy))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         """.to() and its kin; values that a narrower dtype rounds to -0.0 become +0.0.

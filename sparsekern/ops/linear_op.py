@@ -44,6 +44,7 @@ _is_grad_enabled = torch.is_grad_enabled
 _jit_trace = torch._C._get_tracing_state
 _has_autocast = torch.amp.is_autocast_available
 _any_autocast = torch._C._is_any_autocast_enabled
+_any_transform = torch._C._are_functorch_transforms_active
 # Device types that have an autocast; asked here because torch.compile of torch 2.11 cannot.
 _AUTOCAST = frozenset(
     kind for kind in ("cpu", "cuda", "mps", "mtia", "xla", "xpu") if _has_autocast(kind)
@@ -80,6 +81,10 @@ def check_linear(
 ) -> None:
     """Every relation between the arguments; shared by the eager path and the fake kernel."""
     out_features, in_features = spec.shape
+    if x.is_nested or x.layout is not torch.strided:
+        got = f"a {'nested ' if x.is_nested else ''}tensor of layout {x.layout}"
+        remedy = "Pass its values(), or part by part." if x.is_nested else "Call x.to_dense()."
+        raise NotImplementedError(message(op, "a dense x", got, remedy))
     x_shape, dtype, device = x.shape, x.dtype, x.device
     if not x_shape or x_shape[-1] != in_features:
         expected = f"x.shape[-1] == weight.in_features ({in_features})"
@@ -260,7 +265,9 @@ def _linear_op(
     backend: str | None,
 ) -> Tensor:
     with memory.nothing_kept():
-        return _compute(x, weight_of(tensors, spec), bias, activation, backend, _op_calls)
+        y = _compute(x, weight_of(tensors, spec), bias, activation, backend, _op_calls)
+    # Autograd forbids in-place changes of a view that a custom op returns; nothing else has y.
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # type: ignore[no-any-return]
 
 
 @_linear_op.register_fake
@@ -411,7 +418,8 @@ def linear(
     Raises:
         ValueError: shape, device, unknown activation or backend.
         TypeError: dtypes, or w24 is no Sparse24.
-        NotImplementedError: no backend, or not the one asked for, can run this problem.
+        NotImplementedError: no backend, or not the one asked for, can run this problem; a sparse or
+            nested x; weights that torch.func.vmap stacked.
     Notes:
         A weight in layout "tile64" must be complete in memory, not only queued: see tile64.pack.
         A row-major weight on a GPU whose kernels read another layout is packed at the first eager
@@ -444,17 +452,18 @@ def linear(
         type(x) is Tensor
         and not _is_traced()
         and _forward_ad._current_level < 0
+        and not _any_transform()
         and not _any_autocast()
         and _jit_trace() is None
         and not (_is_grad_enabled() and (x.requires_grad or _wants_gradient(bias)))
     ):
         dtype, index = x.dtype, x.get_device()
-        strides = None if x.is_contiguous() else x.stride()
         try:
+            strides = None if x.is_contiguous() else x.stride()
             launch = _calls.get(
                 (x.shape, strides, dtype, index, spec, activation, bias is not None, backend)
             )
-        except TypeError:  # unhashable: no activation or backend, which the checks say
+        except (TypeError, RuntimeError):  # unhashable, or x has no shape: the checks say it
             launch = None
         if (
             launch is not None

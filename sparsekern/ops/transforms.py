@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from sparsekern.errors import check
 from sparsekern.formats.sparse24 import Sparse24
 
 _interpreter = torch._C._functorch.peek_interpreter_stack
@@ -65,6 +66,10 @@ def linear(
 ) -> Tensor:
     """sparsekern.linear of checked arguments, differentiable in x and bias. The product is rounded
     to x.dtype before bias and activation, which are computed in float32 and rounded again."""
+    one = not any(map(torch._C._functorch.is_batchedtensor, w24.tensors.values()))
+    expected, got = "one weight for all of torch.func.vmap", "a batch of weights"
+    remedy = "Give the buffers in_dims=None, or call the models in a loop."
+    check(one, "sparsekern.linear", expected, got, remedy, NotImplementedError)
     y = product(x, w24, False, backend)
     if bias is None and activation is None:
         return y
