@@ -177,7 +177,7 @@ def test_what_needs_the_dense_weight_is_refused():
         accept(peft.LoraConfig(use_dora=True, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="pissa"):
         accept(peft.LoraConfig(init_lora_weights="pissa", target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="name layers"):
+    with pytest.raises(ValueError, match="a model for target_modules='all-linear', got None"):
         accept(peft.LoraConfig(target_modules="all-linear"))
     with pytest.raises(ValueError, match="accept\\(config\\)"):
         merge(build("llama"))
@@ -189,6 +189,24 @@ def test_what_needs_the_dense_weight_is_refused():
     for other in (None, peft.LoraConfig, peft.IA3Config(target_modules=["q_proj"])):
         with pytest.raises(TypeError, match="config: a peft.LoraConfig, got .*decompress_model"):
             accept(other)
+
+
+def test_all_linear_is_every_layer_but_the_head():
+    peft = pytest.importorskip("peft", reason="needs peft, which is no dependency")
+    from sparsekern.integrations.peft import accept
+
+    def names(model):
+        config = peft.LoraConfig(target_modules="all-linear")
+        adapted = peft.get_peft_model(model, accept(config, model=model))
+        return {
+            name for name, m in adapted.base_model.model.named_modules() if hasattr(m, "lora_A")
+        }
+
+    dense, pruned = build("llama"), build("llama")
+    want = {name for name, m in dense.named_modules() if isinstance(m, torch.nn.Linear)}
+    sk.prune_model(pruned, "magnitude", progress=False, skip=["lm_head", "re:.*down_proj"])
+    assert names(pruned) == want - {"lm_head"}
+    assert names(dense) == want - {"lm_head"}  # as peft's own
 
 
 def test_a_second_adapter_is_checked_as_the_first():

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import check, message
 from sparsekern.finetune import lora
+from sparsekern.nn.replace import is_linear
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.utils.arguments import checked, shown
 
@@ -44,18 +45,19 @@ DENSE_INITS = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")
 ADAPTERS = r"re:.*\.lora_[AB]\..*"
 
 
-def accept(config: Any, masked_product: bool = False) -> Any:
+def accept(config: Any, masked_product: bool = False, model: nn.Module | None = None) -> Any:
     """Make a LoraConfig put its adapters on SparseLinear layers, too; other layers as before.
 
     Args:
-        config: peft.LoraConfig; changed in place. target_modules must name the layers
-            ("all-linear" does not know SparseLinear).
+        config: peft.LoraConfig; changed in place.
         masked_product: train (B·A)∘M instead of B·A: merges then lose nothing but rounding, at the
             price of one dense product per layer and pass, some rows at a time.
+        model: what the adapters are for; needed for target_modules="all-linear", which becomes the
+            names of its linear layers, dense and 2:4, but the head's.
     Returns:
         The config.
     Raises:
-        ValueError: an option that needs the dense weight, or "all-linear".
+        ValueError: an option that needs the dense weight, "all-linear" without a model.
         TypeError: the config of another method than LoRA.
     """
     op = f"{OP}.accept"
@@ -63,16 +65,34 @@ def accept(config: Any, masked_product: bool = False) -> Any:
     good = lora_type and not isinstance(config, type)
     remedy = "Other methods need dense layers: sparsekern.decompress_model(model)."
     check(good, op, "config: a peft.LoraConfig", shown(config), remedy, TypeError)
-    remedy = "Name them: ['q_proj', 'v_proj'], or all that are 2:4, "
-    remedy += "[n for n, m in model.named_modules() if isinstance(m, sparsekern.SparseLinear)]."
     targets = config.target_modules
     all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
-    check(not all_linear, op, "target_modules that name layers", "all-linear", remedy)
+    if all_linear:  # peft itself looks for nn.Linear alone
+        remedy = "Pass accept(config, model=model), or name them: ['q_proj', 'v_proj']."
+        expected = "a model for target_modules='all-linear'"
+        check(isinstance(model, nn.Module), op, expected, shown(model), remedy)
     _check_config(op, config)
+    if all_linear and model is not None:
+        config.target_modules = _all_linear(model, config.task_type)
     config._register_custom_module(
         {SparseLinear: MaskedSparseLora if masked_product else SparseLora}
     )
     return config
+
+
+def _all_linear(model: nn.Module, task_type: Any) -> set[str]:
+    """Names of the linear layers but the head's, which peft leaves alone as well: the output
+    embedding, or a classifier."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    heads = [get_head()] if callable(get_head) else []
+    if str(getattr(task_type, "value", task_type)) in ("SEQ_CLS", "TOKEN_CLS"):
+        heads += [getattr(model, name, None) for name in ("score", "classifier")]
+    return {
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, SparseLinear) or is_linear(module))
+        and not any(module is head for head in heads)
+    }
 
 
 class SparseLora(PeftLinear):  # type: ignore[misc, no-any-unimported, unused-ignore]
