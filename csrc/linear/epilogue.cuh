@@ -57,25 +57,28 @@ struct Scales {
   const float* channel_scale;
   const float* token_scale;
 
-  // v: `count` consecutive rows of one token.
+  // v: rows row + begin to row + end - 1 of one token.
   template <int kCount>
-  __device__ __forceinline__ void scale(float (&v)[kCount], int count, int token, int row) const {
+  __device__ __forceinline__ void scale(float (&v)[kCount], int begin, int end, int token,
+                                        int row) const {
     const float of_token = token_scale ? token_scale[token] : 1.0f;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (i < count) v[i] = v[i] * (channel_scale ? channel_scale[row + i] : 1.0f) * of_token;
+      if (begin <= i && i < end)
+        v[i] = v[i] * (channel_scale ? channel_scale[row + i] : 1.0f) * of_token;
     }
   }
 };
 template <>
 struct Scales<false> {
   template <int kCount>
-  __device__ __forceinline__ void scale(float (&)[kCount], int, int, int) const {}
+  __device__ __forceinline__ void scale(float (&)[kCount], int, int, int, int) const {}
 };
 
 // T: dtype of y, bias and residual. A finished segment is one output, or 4 or 8 consecutive
 // out_features of one token. `aligned` says that every pointer and stride allows 16-byte accesses;
-// otherwise, and in the last columns, elements go one by one.
+// otherwise bias and residual are read one by one. y is written in one access wherever the segment
+// is whole and its address allows it.
 template <class T, bool kScaled = false>
 struct Epilogue : Scales<kScaled> {
   T* y;
@@ -86,18 +89,41 @@ struct Epilogue : Scales<kScaled> {
   Activation activation;
   bool aligned;
 
+  // By how many elements a row of a token lies beyond a multiple of kCount elements in memory.
   template <int kCount>
-  __device__ __forceinline__ void store(float (&v)[kCount], int token, int row) const {
+  __device__ __forceinline__ uint32_t beyond(int token, int row) const {
+    const uint32_t first = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(y) / sizeof(T));
+    return (first + token * static_cast<uint32_t>(y_stride) + row) % kCount;
+  }
+
+  // v[begin] to v[end - 1]: rows row + begin to row + end - 1 of a token. What lies beyond
+  // out_features is left out.
+  template <int kCount>
+  __device__ __forceinline__ void store(float (&v)[kCount], int token, int row, int begin = 0,
+                                        int end = kCount) const {
     using Words = typename PackedWords<kCount>::Type;
-    const int count = out_features - row < kCount ? out_features - row : kCount;
-    if (count <= 0) return;
+    end = out_features - row < end ? out_features - row : end;
+    if (end <= begin) return;
     T* out = y + token * y_stride + row;
     const T* add = residual ? residual + token * residual_stride + row : nullptr;
-    this->scale(v, count, token, row);
-    if (aligned && count == kCount) {
+    const bool whole = begin == 0 && end == kCount;
+    this->scale(v, begin, end, token, row);
+    if (aligned && whole) {
       if (bias) accumulate(v, *reinterpret_cast<const Words*>(bias + row));
       activate(v, activation);
       if (add) accumulate(v, *reinterpret_cast<const Words*>(add));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (bias && begin <= i && i < end) v[i] += to_float(bias[row + i]);
+      }
+      activate(v, activation);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (add && begin <= i && i < end) v[i] += to_float(add[i]);
+      }
+    }
+    if (whole && reinterpret_cast<uintptr_t>(out) % sizeof(Words) == 0) {
       Words packed;
 #pragma unroll
       for (int i = 0; i < kCount / 2; ++i)
@@ -107,19 +133,14 @@ struct Epilogue : Scales<kScaled> {
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (i < count && bias) v[i] += to_float(bias[row + i]);
-    }
-    activate(v, activation);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (i < count) out[i] = from_float<T>(v[i] + (add ? to_float(add[i]) : 0.0f));
+      if (begin <= i && i < end) out[i] = from_float<T>(v[i]);
     }
   }
 
   __device__ __forceinline__ void store_one(float sum, int token, int row) const {
     if (row >= out_features) return;
     float v[1] = {sum};
-    this->scale(v, 1, token, row);
+    this->scale(v, 0, 1, token, row);
     if (bias) v[0] += to_float(bias[row]);
     activate(v, activation);
     if (residual) v[0] += to_float(residual[token * residual_stride + row]);
