@@ -77,8 +77,7 @@ struct Scales<false> {
 
 // T: dtype of y, bias and residual. A finished segment is one output, or 4 or 8 consecutive
 // out_features of one token. `aligned` says that every pointer and stride allows 16-byte accesses;
-// otherwise bias and residual are read one by one. y is written in one access wherever the segment
-// is whole and its address allows it.
+// otherwise, and in the last columns, elements go one by one.
 template <class T, bool kScaled = false>
 struct Epilogue : Scales<kScaled> {
   T* y;
@@ -96,9 +95,10 @@ struct Epilogue : Scales<kScaled> {
     return (first + token * static_cast<uint32_t>(y_stride) + row) % kCount;
   }
 
-  // v[begin] to v[end - 1]: rows row + begin to row + end - 1 of a token. What lies beyond
-  // out_features is left out.
-  template <int kCount>
+  // v[begin] to v[end - 1]: rows row + begin to row + end - 1 of a token, as far as y has them.
+  // kUneven: of a caller that cuts at multiples of kCount elements in memory, see beyond(). A whole
+  // segment of y is then one access even where bias and residual are read one by one.
+  template <int kCount, bool kUneven = false>
   __device__ __forceinline__ void store(float (&v)[kCount], int token, int row, int begin = 0,
                                         int end = kCount) const {
     using Words = typename PackedWords<kCount>::Type;
@@ -112,28 +112,23 @@ struct Epilogue : Scales<kScaled> {
       if (bias) accumulate(v, *reinterpret_cast<const Words*>(bias + row));
       activate(v, activation);
       if (add) accumulate(v, *reinterpret_cast<const Words*>(add));
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        if (bias && begin <= i && i < end) v[i] += to_float(bias[row + i]);
-      }
-      activate(v, activation);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        if (add && begin <= i && i < end) v[i] += to_float(add[i]);
-      }
-    }
-    if (whole && reinterpret_cast<uintptr_t>(out) % sizeof(Words) == 0) {
-      Words packed;
-#pragma unroll
-      for (int i = 0; i < kCount / 2; ++i)
-        reinterpret_cast<uint32_t*>(&packed)[i] = pack_pair<T>(v[2 * i], v[2 * i + 1]);
-      *reinterpret_cast<Words*>(out) = packed;
+      write(out, v);
       return;
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (begin <= i && i < end) out[i] = from_float<T>(v[i]);
+      if (begin <= i && i < end && bias) v[i] += to_float(bias[row + i]);
+    }
+    activate(v, activation);
+    if (kUneven && whole) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) v[i] += add ? to_float(add[i]) : 0.0f;
+      write(out, v);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (begin <= i && i < end) out[i] = from_float<T>(v[i] + (add ? to_float(add[i]) : 0.0f));
     }
   }
 
@@ -153,6 +148,15 @@ struct Epilogue : Scales<kScaled> {
   }
 
  private:
+  template <int kCount>
+  static __device__ __forceinline__ void write(T* out, const float (&v)[kCount]) {
+    typename PackedWords<kCount>::Type packed;
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i)
+      reinterpret_cast<uint32_t*>(&packed)[i] = pack_pair<T>(v[2 * i], v[2 * i + 1]);
+    *reinterpret_cast<typename PackedWords<kCount>::Type*>(out) = packed;
+  }
+
   template <int kCount>
   static __device__ __forceinline__ void accumulate(float (&v)[kCount],
                                                     typename PackedWords<kCount>::Type packed) {

@@ -448,8 +448,8 @@ __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
     ptx::named_barrier_sync(1 + consumer, 128);
     constexpr uint32_t kWhole = kSumTokens * kPieces;
 #pragma unroll 1
-    for (uint32_t i = ptx::thread_idx_again() % 128;
-         i < kWhole + (out.aligned ? 0 : kSumTokens); i += 128) {
+    for (uint32_t i = ptx::thread_idx_again() % 128; i < kWhole + (out.aligned ? 0 : kSumTokens);
+         i += 128) {
       const int2 first = origin();
       const int token = i < kWhole ? i / kPieces : i - kWhole,
                 piece = i < kWhole ? i % kPieces : kPieces,
@@ -458,8 +458,9 @@ __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
         float v[kVector];
         ptx::load_shared(v, smem + token * Cfg::kSumPitch + piece * kVector * 4);
         const int beyond = out.template beyond<kVector>(global_token, first.x);
-        out.template store<kVector>(v, global_token, first.x + piece * kVector - beyond,
-                                    piece == 0 ? beyond : 0, piece == kPieces ? beyond : kVector);
+        out.template store<kVector, true>(v, global_token, first.x + piece * kVector - beyond,
+                                          piece == 0 ? beyond : 0,
+                                          piece == kPieces ? beyond : kVector);
       }
     }
     ptx::named_barrier_sync(1 + consumer, 128);
