@@ -141,6 +141,12 @@ def on_16_bytes(tensor):
     return aligned.copy_(tensor)
 
 
+def ends_on_16_bytes(bias):
+    """The same where what lies behind it is at once outside its memory (emulator_launch.h)."""
+    memory = torch.zeros(-(-len(bias) // 8) * 8, dtype=bias.dtype)
+    return memory[-len(bias) :].copy_(bias)
+
+
 def row_stride(out_features):
     return -(-out_features // 8) * 8 + 2 * GUARD
 

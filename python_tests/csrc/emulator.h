@@ -37,6 +37,7 @@ namespace emulator {
 constexpr uint32_t kSmemBase = 1024;  // shared memory does not begin at address 0
 constexpr int kCtaShift = 20;         // of an address in a cluster: thread block + 1
 constexpr size_t kFiberStack = 1 << 16;
+constexpr int kMostTurns = 50000;  // of all threads; more is a loop without end
 
 struct Copy {
   uint32_t smem;
@@ -259,8 +260,8 @@ bool run_clusters(int clusters, int ctas_each, int threads_each, int smem_bytes,
     }
     return progress;
   };
-  while (error.empty() && (turn(false) || land_one() || turn(true))) {
-  }
+  for (int turns = 0; error.empty() && (turn(false) || land_one() || turn(true)); ++turns)
+    require(turns < kMostTurns, "loops that end");
   return error.empty() && std::all_of(fibers.begin(), fibers.end(), [](const Fiber& fiber) {
            return fiber.state == State::kDone;
          });

@@ -2,6 +2,12 @@
 // launches as of core/device.h and core/tensor_map.h, which find empty files, copies to y, sums that
 // thread blocks exchange through global memory. Stores of 8 and 16 bytes are seen one by one.
 #pragma once
+#include <signal.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <list>
+
 #include "emulator_sm90.h"
 #include "linear/workspace.h"
 
@@ -17,6 +23,37 @@ std::vector<std::pair<const uint8_t*, const uint8_t*>> operands;  // bias, resid
 int64_t stores[17];                                               // to y: how many, by their bytes
 int resident;  // clusters that the GPU holds at once
 int together;  // and those of them that may wait for each other
+
+// A copy of what the epilogue reads, aligned as that, between pages that nobody may touch: next to
+// the one before it or, but for the alignment, the one after it.
+class Guarded {
+ public:
+  Guarded(const void* from, int64_t bytes, bool at_begin) {
+    const int64_t page = getpagesize(), inside = (bytes + 16 + page - 1) / page * page;
+    size_ = inside + 2 * page;
+    memory_ =
+        static_cast<uint8_t*>(mmap(nullptr, size_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    mprotect(memory_ + page, inside, PROT_READ | PROT_WRITE);
+    memset(memory_ + page, 0xFF, inside);
+    const int64_t offset = reinterpret_cast<uintptr_t>(from) % 16, last = inside - bytes;
+    data = memory_ + page + (at_begin ? offset : last - (last - offset) % 16);
+    memcpy(data, from, bytes);
+    operands.push_back({data, data + bytes});
+  }
+  Guarded(const Guarded&) = delete;
+  ~Guarded() { munmap(memory_, size_); }
+
+  uint8_t* data;
+
+ private:
+  uint8_t* memory_;
+  int64_t size_;
+};
+// A thread that touches such a page ends the run.
+void on_fault(int) {
+  require(false, "accesses inside the tensors of the problem");
+  setcontext(&scheduler);
+}
 
 bool lies_in(const std::vector<std::pair<const uint8_t*, const uint8_t*>>& ranges, const void* from,
              int bytes) {
@@ -325,20 +362,26 @@ const char* emulate_launch(const Emulated* e, Linear linear) {
   std::fill(std::begin(emulator::stores), std::end(emulator::stores), 0);
   emulator::resident = e->clusters;
   emulator::operands.clear();
-  const auto operand = [](const void* begin, int64_t bytes) {
-    const auto* first = static_cast<const uint8_t*>(begin);
-    if (first) emulator::operands.push_back({first, first + bytes});
+  std::list<emulator::Guarded> copies;
+  const auto guard = [&](auto& pointer, int64_t bytes) {
+    if (!pointer) return;
+    copies.emplace_back(pointer, bytes, e->falling);
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(copies.back().data);
   };
-  operand(e->bias, p.out_features * 2);
-  operand(e->residual, ((p.tokens - 1) * e->residual_stride + p.out_features) * 2);
-  operand(e->channel_scale, p.out_features * 4);
-  operand(e->token_scale, p.tokens * 4);
+  guard(p.epilogue.bias, p.out_features * 2);
+  guard(p.epilogue.residual, ((p.tokens - 1) * e->residual_stride + p.out_features) * 2);
+  guard(p.epilogue.channel_scale, p.out_features * 4);
+  guard(p.epilogue.token_scale, p.tokens * 4);
   // Sums are what a launch before has left there.
   auto& memory = emulator::workspace;
   memory.assign(kPrefillCounterBytes + e->clusters * 8 * kPrefillTileBytes, 0xFF);
   std::fill_n(memory.begin(), kPrefillCounterBytes, 0);
   p.workspace = memory.data();
+  struct sigaction fault = {}, before;
+  fault.sa_handler = emulator::on_fault;
+  sigaction(SIGSEGV, &fault, &before);
   const Status status = linear(p);
+  sigaction(SIGSEGV, &before, nullptr);
   if (!status.ok() && emulator::error.empty()) emulator::error = status.message;
   emulator::require(std::count(memory.begin(), memory.begin() + kPrefillCounterBytes, 0) ==
                         static_cast<ptrdiff_t>(kPrefillCounterBytes),

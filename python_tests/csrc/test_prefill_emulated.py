@@ -13,6 +13,7 @@ from python_tests.csrc.emulated_linear import (
     builder,
     call,
     configs,
+    ends_on_16_bytes,
     problem,
     wide_stores,
     wrong,
@@ -137,7 +138,7 @@ def test_whole_tiles(build, dtype, of):
     for case, freedoms in (
         ((1, 7, 4), dict(late=True)),
         ((tokens, 256, 64), dict(late=False, falling=True)),
-        ((tokens * cluster_n + 1, rows + 64, 96), dict(late=True, falling=True, clusters=1)),
+        ((tokens * cluster_n + 1, rows + 130, 96), dict(late=True, falling=True, clusters=1)),
         ((tokens - 9, 65, 200), dict(late=False, clusters=3)),
         ((tokens + 40, 323, 136), dict(late=True, clusters=1, stride=323)),
     ):
@@ -197,7 +198,7 @@ def test_more_stages_than_the_ring(build, late):
 @pytest.mark.parametrize("out_features", [320, 323, 322, 324, 65, 7])
 def test_rows_of_y_that_are_not_aligned(build, dtype, of, out_features):
     """On 16 bytes, next to each other, with a gap, and y itself between two elements of 16 bytes;
-    what is added on the way, a bias that is not aligned, too."""
+    what is added on the way, a bias that is not aligned, too; nothing beyond it is read."""
     tokens = 33
     w, x = problem(tokens, out_features, 96, dtype)
     bias = random_input((out_features,), dtype, seed=2, integers=True)
@@ -209,7 +210,8 @@ def test_rows_of_y_that_are_not_aligned(build, dtype, of, out_features):
         (dict(stride=out_features + 5, shift=6), dict(bias=bias, activation="relu")),
         (dict(stride=out_features + 8, shift=1), dict(bias=bias, residual=residual)),
         (dict(), dict(bias=bias, activation="relu", residual=residual)),
-        (dict(), dict(bias=torch.cat((bias[:1], bias))[1:])),
+        (dict(late=True), dict(bias=ends_on_16_bytes(bias))),
+        (dict(falling=True, shift=3), dict(bias=ends_on_16_bytes(bias))),
     ):
         assert not faults(build(), of, w, x, **where, **more), (where, more.keys())
 
@@ -303,7 +305,8 @@ CASES = {
 def fault_of(emulate, case, late):
     of, shape, what = CASES[case]
     bias = random_input((shape[1],), BF16, seed=2, integers=True)
-    return faults(emulate, of, *problem(*shape), late=late, bias=bias, **what)
+    what = dict(late=late, falling=not late, bias=bias, **what)
+    return faults(emulate, of, *problem(*shape), **what)
 
 
 @pytest.mark.parametrize("number", range(len(MISTAKES)))

@@ -12,6 +12,7 @@ from python_tests.csrc.emulated_linear import (
     builder,
     call,
     configs,
+    ends_on_16_bytes,
     problem,
     wide_stores,
     wrong,
@@ -55,7 +56,7 @@ def test_exact_at_the_edges(build, dtype, of):
     for case, freedoms in (
         ((1, 7, 4), dict(late=True)),
         ((tokens, rows, 64 * split), dict(late=False, falling=True)),
-        ((tokens + 1, rows + 64, 64 * split - 32), dict(late=True, falling=True)),
+        ((tokens + 1, rows + 130, 64 * split - 32), dict(late=True, falling=True)),
         ((2 * tokens + 3, 65, 200), dict(late=True)),
         ((tokens - 9, rows - 1, 64 * (split + 1) + 8), dict(late=False)),
     ):
@@ -64,7 +65,7 @@ def test_exact_at_the_edges(build, dtype, of):
 
 @pytest.mark.parametrize("late", [True, False])
 def test_more_stages_than_the_ring(build, late):
-    for of, columns in (((1, 64, 3), 64 * 3 * 12 - 40), ((2, 128, 2), 64 * 2 * 7)):
+    for of, columns in (((1, 64, 3), 64 * 3 * 20 - 40), ((2, 128, 2), 64 * 2 * 7)):
         assert not faults(build(), of, *problem(9, 65, columns), late=late)
 
 
@@ -72,7 +73,7 @@ def test_more_stages_than_the_ring(build, late):
 @pytest.mark.parametrize("out_features", [320, 323, 322, 324, 65, 7])
 def test_rows_of_y_that_are_not_aligned(build, dtype, of, out_features):
     """On 16 bytes, next to each other, with a gap, and y itself between two elements of 16 bytes;
-    what is added on the way, a bias that is not aligned, too."""
+    what is added on the way, a bias that is not aligned, too; nothing beyond it is read."""
     tokens = 33
     w, x = problem(tokens, out_features, 96 * of[2], dtype)
     bias = random_input((out_features,), dtype, seed=2, integers=True)
@@ -84,7 +85,8 @@ def test_rows_of_y_that_are_not_aligned(build, dtype, of, out_features):
         (dict(stride=out_features + 5, shift=6), dict(bias=bias, activation="relu")),
         (dict(stride=out_features + 8, shift=1), dict(bias=bias, residual=residual)),
         (dict(), dict(bias=bias, activation="relu", residual=residual)),
-        (dict(), dict(bias=torch.cat((bias[:1], bias))[1:])),
+        (dict(late=True), dict(bias=ends_on_16_bytes(bias))),
+        (dict(falling=True, shift=3), dict(bias=ends_on_16_bytes(bias))),
     ):
         assert not faults(build(), of, w, x, **where, **more), (where, more.keys())
 
@@ -154,11 +156,13 @@ def test_threads_that_lag(build, late):
 # ---- the emulator itself -------------------------------------------------------------------------
 
 # Of the config 1, 64, 3: a problem, and more.
+BIAS = ends_on_16_bytes(random_input((323,), BF16, seed=2, integers=True))
 CASES = {
     "odd": ((70, 323, 200), dict(stride=323, shift=1)),
+    "odd and added to": ((9, 323, 64), dict(stride=323, shift=1, bias=BIAS)),
     "rounded": ((70, 200, 200), dict()),
     "a late thread block": ((70, 200, 200), dict(lag_first=384, lag_count=384)),
-    "many stages": ((9, 130, 64 * 3 * 12), dict()),
+    "many stages": ((9, 130, 64 * 3 * 20), dict()),
     "unaligned": ((9, 200, 200), dict(stride=204)),
 }
 MISTAKES = [
@@ -219,6 +223,7 @@ MISTAKES = [
     ),
     ("epilogue.cuh", "(@first@ + token * static_cast<uint32_t>(y_stride)", "0", "odd"),
     ("epilogue.cuh", "out_features - row < end", "false", "odd"),
+    ("epilogue.cuh", "begin <= i && i < end && bias", "bias != nullptr", "odd and added to"),
     ("epilogue.cuh", "is_aligned16(p.y.data, p.y.stride)", "true", "unaligned"),
     ("epilogue.cuh", "@begin <= i && i < end@) out[i]", "i < end", "odd"),
 ]
@@ -226,7 +231,8 @@ MISTAKES = [
 
 def fault_of(emulate, case, late):
     shape, what = CASES[case]
-    return faults(emulate, (1, 64, 3), *problem(*shape), late=late, **what)
+    what = dict(late=late, falling=not late, **what)
+    return faults(emulate, (1, 64, 3), *problem(*shape), **what)
 
 
 @pytest.mark.parametrize("number", range(len(MISTAKES)))
