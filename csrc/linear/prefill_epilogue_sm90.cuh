@@ -411,6 +411,9 @@ __device__ __forceinline__ void store_boxes(const CUtensorMap* y_map, const Smem
 
 // origin(): {row, token} of the tile; owns(part): whether this CTA stores that part of 16 tokens.
 // Both are asked in each part, and the thread's index, too: the accumulators leave no registers.
+// A token whose rows of y begin between two multiples of kVector elements is staged as far to the
+// right as they do. So every piece but its first and its last, which it shares with its
+// neighbours, is aligned in shared memory and in y, and the token has one piece more.
 template <class Cfg, class Origin, class Owns>
 __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
                                                 const typename Cfg::Output& out, int tokens,
@@ -423,8 +426,14 @@ __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
     if (!owns(part)) continue;
     const int thread = ptx::thread_idx_again() % 128, warp_idx = thread / 32,
               lane_idx = thread % 32;
+    const int2 first = origin();
     const uint32_t lane_smem =
         smem + lane_idx % 4 * 2 * Cfg::kSumPitch + (warp_idx * 16 + lane_idx / 4) * 4;
+    const auto to_token = [&](int token) {
+      const int global_token = first.y + part * kSumTokens + lane_idx % 4 * 2 + token;
+      return lane_smem + token * Cfg::kSumPitch +
+             out.template beyond<kVector>(global_token, first.x) * 4;
+    };
 #pragma unroll
     for (int q = 0; q < Cfg::kTokens / kSumTokens; ++q) {
       if (q != part) continue;
@@ -432,21 +441,26 @@ __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
       for (int m = 0; m < Cfg::kPanels; ++m) {
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-          ptx::store_shared_f32(
-              lane_smem + (i / 4 * 8 + i % 2) * Cfg::kSumPitch + (m * 64 + i / 2 % 2 * 8) * 4,
-              ptx::as_float_here(d[m][q * 8 + i]));
+          ptx::store_shared_f32(to_token(i / 4 * 8 + i % 2) + (m * 64 + i / 2 % 2 * 8) * 4,
+                                ptx::as_float_here(d[m][q * 8 + i]));
       }
     }
     ptx::named_barrier_sync(1 + consumer, 128);
+    constexpr uint32_t kWhole = kSumTokens * kPieces;
 #pragma unroll 1
-    for (uint32_t i = ptx::thread_idx_again() % 128; i < kSumTokens * kPieces; i += 128) {
+    for (uint32_t i = ptx::thread_idx_again() % 128; i < kWhole + (out.aligned ? 0 : kSumTokens);
+         i += 128) {
       const int2 first = origin();
-      const int token = i / kPieces, row = i % kPieces * kVector,
+      const int token = i < kWhole ? i / kPieces : i - kWhole,
+                piece = i < kWhole ? i % kPieces : kPieces,
                 global_token = first.y + part * kSumTokens + token;
       if (global_token < tokens) {
         float v[kVector];
-        ptx::load_shared(v, smem + token * Cfg::kSumPitch + row * 4);
-        out.template store<kVector>(v, global_token, first.x + row);
+        ptx::load_shared(v, smem + token * Cfg::kSumPitch + piece * kVector * 4);
+        const int beyond = out.template beyond<kVector>(global_token, first.x);
+        out.template store<kVector, true>(v, global_token, first.x + piece * kVector - beyond,
+                                          piece == 0 ? beyond : 0,
+                                          piece == kPieces ? beyond : kVector);
       }
     }
     ptx::named_barrier_sync(1 + consumer, 128);

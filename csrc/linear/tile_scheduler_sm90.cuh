@@ -50,7 +50,7 @@ struct Config {
   static constexpr int kBlocks = kTokens / kBlockTokens;
   static constexpr int kSteps = (kTokens + kBlockTokens - 1) / kBlockTokens;
   static constexpr int kBoxBytes = kBlockTokens * tile64::kRows * kBytes<Y>;  // 32 tokens x 64 rows
-  static constexpr int kSumPitch = (kConsumerRows + 4) * 4;  // +4 words spread the banks
+  static constexpr int kSumPitch = (kConsumerRows + 12) * 4;  // +8 words: see store_activated
   static constexpr int kScaleBytes = kScaled ? (kTokens + kConsumerRows) * 4 : 0;  // per consumer
   // 8-bit stages are larger by their metadata: where that costs a stage, a slot makes room for it.
   static constexpr int kFit =

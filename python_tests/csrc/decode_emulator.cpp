@@ -16,7 +16,7 @@ template <class Cfg, int kRanks>
 void run_clusters(const LinearProblem& p, int clusters, int ranks) {
   Params<Cfg> params = make_params<Cfg>(p);
   params.ranks = ranks;
-  const ptx::Tensor tensor = {static_cast<const uint8_t*>(p.x.data), p.x.stride * 2, p.tokens,
+  const ptx::Tensor tensor = {static_cast<uint8_t*>(p.x.data), p.x.stride * 2, p.tokens,
                               p.in_features, Cfg::kTokens};
   CUtensorMap map;
   memcpy(&map, &tensor, sizeof(tensor));
@@ -24,11 +24,9 @@ void run_clusters(const LinearProblem& p, int clusters, int ranks) {
   emulator::blocks = clusters * ranks;
   for (int cluster = 0; cluster < clusters && emulator::error.empty(); ++cluster) {
     emulator::first_block = cluster * ranks;
-    ptx::mbarriers.clear();
-    const bool ended = emulator::run_cluster(ranks, kThreads, Cfg::kSmemBytes, [&] {
+    ptx::run_clusters(1, ranks, kThreads, Cfg::kSmemBytes, [&] {
       spmm_decode_sm90_kernel<Cfg, kRanks>(map, params);
     });
-    emulator::require(ended, "barriers that all threads reach");
   }
 }
 

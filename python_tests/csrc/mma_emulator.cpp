@@ -7,7 +7,7 @@ namespace sparsekern::ptx {
 using emulator::Copy;
 
 void land(const Copy& copy) {
-  auto* to = static_cast<uint8_t*>(emulator::shared(copy.smem, copy.size));
+  void* to = emulator::shared(copy.smem, copy.size, emulator::Access::kWrites);
   memset(to, 0, copy.size);
   memcpy(to, copy.gmem, copy.bytes);
 }
@@ -62,8 +62,8 @@ void run_blocks(const LinearProblem& p) {
   const int blocks = params.row_blocks * params.token_blocks;
   for (int block = 0; block < blocks && emulator::error.empty(); ++block) {
     emulator::first_block = block;
-    const bool ended = emulator::run_cluster(1, Cfg::kThreads, Cfg::kSmemBytes,
-                                             [&] { spmm_mma_sm80_kernel<Cfg>(params); });
+    const bool ended = emulator::run_clusters(1, 1, Cfg::kThreads, Cfg::kSmemBytes,
+                                              [&] { spmm_mma_sm80_kernel<Cfg>(params); });
     emulator::require(ended, "barriers that all threads reach");
   }
 }

@@ -17,7 +17,7 @@ void run_tiles(const LinearProblem& p, int cluster_rows, int parts) {
   using Cfg = Config<X, kTokens, kScaleGroup>;
   int64_t clusters = 0;
   const Params<X> params = make_params<Cfg>(p, cluster_rows, parts, clusters);
-  const ptx::Tensor tensor = {static_cast<const uint8_t*>(p.x.data), p.x.stride * 2, p.tokens,
+  const ptx::Tensor tensor = {static_cast<uint8_t*>(p.x.data), p.x.stride * 2, p.tokens,
                               p.in_features, params.slice_tokens};
   CUtensorMap map;
   memcpy(&map, &tensor, sizeof(tensor));
@@ -25,12 +25,9 @@ void run_tiles(const LinearProblem& p, int cluster_rows, int parts) {
   emulator::blocks = static_cast<int>(clusters) * ctas;
   for (int cluster = 0; cluster < clusters && emulator::error.empty(); ++cluster) {
     emulator::first_block = cluster * ctas;
-    ptx::mbarriers.clear(), ptx::open.clear(), ptx::groups.clear(), ptx::fenced.clear();
-    ptx::arrived = ptx::cluster_phase = 0;
-    const bool ended = emulator::run_cluster(ctas, kThreads, Cfg::kSmemBytes, [&] {
+    ptx::run_clusters(1, ctas, kThreads, Cfg::kSmemBytes, [&] {
       spmm_narrow_sm90_kernel<Cfg>(map, params);
     });
-    emulator::require(ended, "barriers that all threads reach");
   }
 }
 

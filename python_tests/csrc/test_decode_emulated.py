@@ -4,26 +4,15 @@ Addresses, fragments, metadata, the widening of 8-bit and 4-bit values, edges, t
 clusters and who waits for whom; not that the hardware does what the PTX ISA says.
 """
 
-import re
-
 import pytest
 import torch
 
-from python_tests.csrc.building import ROOT
-from python_tests.csrc.emulated_linear import builder, problem, wrong
+from python_tests.csrc.emulated_linear import builder, configs, problem, wrong
 from python_tests.linear_cases import PAIRS, random_input
 
 F16, BF16 = torch.float16, torch.bfloat16
 E4M3, INT8 = torch.float8_e4m3fn, torch.int8
-CONFIGS = [
-    tuple(map(int, entry))
-    for entry in re.findall(
-        r"X\((\d+), (\d+), (\d+)\)",
-        re.search(
-            r"SK_DECODE_CONFIGS\(X\)(.*?)\n\n", (ROOT / "csrc/linear/configs.h").read_text(), re.S
-        ).group(1),
-    )
-]  # (index, panels, split)
+CONFIGS = configs("SK_DECODE_CONFIGS")  # (index, panels, split)
 assert len(CONFIGS) >= 8
 CONFIGS = [config for config in CONFIGS if config[2] != 4]
 NARROW = [(w, x) for w in (E4M3, INT8) for x in (F16, BF16)]
@@ -103,7 +92,7 @@ def test_epilogue(build, weight, dtype, group):
         scale = 2.0 ** (torch.arange(out_features) % 3 - 1)
         what = dict(weight=weight, group=group, scale=scale, bias=bias, residual=residual)
         for config in (0, 4):
-            assert not wrong(build(), config, w, x, relu=True, **what)
+            assert not wrong(build(), config, w, x, activation="relu", **what)
 
 
 @pytest.mark.parametrize(

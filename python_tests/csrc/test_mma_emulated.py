@@ -17,6 +17,7 @@ import torch
 
 import sparsekern as sk
 from python_tests.csrc.building import ROOT, cuda_include
+from python_tests.csrc.emulated_linear import spoil
 from python_tests.linear_cases import PAIRS, random_input, random_weight
 from sparsekern.formats.sparse24 import compress
 from sparsekern.formats.tile64 import pack
@@ -68,18 +69,6 @@ MISTAKES = [
 AT_8_BITS, OF_HALVES = 5, 10  # the first that 16 bits do not notice; that whole rows do not
 
 
-def spoil(source):
-    """The kernel's source with all MISTAKES, each in reserve."""
-    for number, (old, new) in enumerate(MISTAKES):
-        assert old in source
-        if old.endswith(";"):
-            both = f"if (mistake == {number}) {{ {new} }} else {{ {old} }}"
-        else:
-            both = f"(mistake == {number} ? {new} : {old})"
-        source = source.replace(old, both)
-    return source
-
-
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
     """Compiles the emulator with the kernel's source; spoiled: with MISTAKES, FEW configs and types
@@ -97,7 +86,8 @@ def build(tmp_path_factory):
                 header.write_text("")  # the emulator has its own
             kernel = folder / "csrc/linear/mma_sm80.cuh"
             if spoiled:
-                kernel.write_text(spoil(kernel.read_text()))
+                numbered = [(number, *entry) for number, entry in enumerate(MISTAKES)]
+                kernel.write_text(spoil(kernel.read_text(), numbered))
                 configs = folder / "csrc" / "linear/configs.h"
                 other = r"X\((?!" + "|".join(f"{entry[0]}," for entry in FEW) + r")\d+(, \d+){6}\)"
                 configs.write_text(

@@ -5,30 +5,14 @@ rings, x shared by a cluster and parts of K; registers that stay as they are whi
 Not that the hardware does what the PTX ISA says.
 """
 
-import re
-
 import pytest
 import torch
 
-from python_tests.csrc.building import ROOT
-from python_tests.csrc.emulated_linear import GUARD, builder, call, problem, wrong
+from python_tests.csrc.emulated_linear import builder, call, configs, problem, wrong
 from python_tests.linear_cases import PAIRS, random_input
 
 F16, BF16 = torch.float16, torch.bfloat16
-CONFIGS = {
-    (tokens, rows, parts): index
-    for index, tokens, rows, parts in (
-        map(int, entry)
-        for entry in re.findall(
-            r"X\((\d+), (\d+), (\d+), (\d+)\)",
-            re.search(
-                r"SK_NARROW_CONFIGS\(X\)(.*?)\n\n",
-                (ROOT / "csrc/linear/configs.h").read_text(),
-                re.S,
-            ).group(1),
-        )
-    )
-}
+CONFIGS = {row[1:]: row[0] for row in configs("SK_NARROW_CONFIGS")}  # (tokens, rows, parts)
 # (type of x, columns that share a scale of the metadata)
 TYPES = [(F16, 0), (BF16, 64), (BF16, 128)]
 
@@ -94,7 +78,7 @@ def test_epilogue(build, dtype, group):
         residual = random_input((25, out_features), dtype, seed=3, integers=True)
         scale = 2.0 ** (torch.arange(out_features) % 3 - 1)
         what = dict(weight="int4", group=group, scale=scale, bias=bias, residual=residual)
-        assert not wrong(build(), CONFIGS[(32, *shape)], w, x, relu=True, **what)
+        assert not wrong(build(), CONFIGS[(32, *shape)], w, x, activation="relu", **what)
 
 
 def test_numbers_are_rounded_once(build, dtype=BF16):
@@ -110,8 +94,8 @@ def test_numbers_are_rounded_once(build, dtype=BF16):
         x = torch.eye(256, dtype=dtype)[first : first + 128]
         columns = slice(first, first + 128)
         what = dict(weight="int4", group=128, of_groups=scale)
-        broken, buffer = call(build(), CONFIGS[128, 1, 1], w, x, **what)
-        y = buffer[GUARD : GUARD + 128, GUARD : GUARD + 64]
+        broken, output = call(build(), CONFIGS[128, 1, 1], w, x, **what)
+        y = output.y
         assert not broken
         error = (y.double() - exact[:, columns].t()).abs()
         unit = torch.finfo(dtype).eps / 2
