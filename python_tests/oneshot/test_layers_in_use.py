@@ -75,6 +75,8 @@ def test_other_uses_of_a_weight_say_what_to_do():
             use(layer.weight)
     with pytest.raises(AttributeError, match=r"got .t of a 2:4 weight. Use weight.to_dense\(\)"):
         layer.weight.t()
+    with pytest.raises(AttributeError, match=r"got a value for .data. Give the layer another one"):
+        layer.weight.data = torch.zeros(16, 16)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = layer.weight.nothing
     assert not hasattr(layer.weight, "mean")

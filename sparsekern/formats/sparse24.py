@@ -182,6 +182,14 @@ class Sparse24:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         raise AttributeError(message(_OP, _NO_DENSE, f".{name} of a 2:4 weight", _KEEP_DENSE))
 
+    def _set_data(self, data: Any) -> None:
+        remedy = "Give the layer another one: layer.weight = sparsekern.compress(w, mask)."
+        raise AttributeError(
+            message(_OP, "a weight that stays as it is", "a value for .data", remedy)
+        )
+
+    data = property(None, _set_data)  # reading it ends in __getattr__
+
     # ------------------------------------------------------------------ what it is
 
     @property
