@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern.errors import check
+from sparsekern.errors import check, message
+from sparsekern.oneshot.calibration import PROBE_TOKENS, REFUSALS
 from sparsekern.oneshot.discovery import input_embedding
 from sparsekern.utils.arguments import checked
 
@@ -45,7 +46,7 @@ def perplexity(
         float; inf when a token has probability zero, nan when the logits hold NaN.
     Raises:
         ValueError: fewer tokens than one window; ids outside the vocabulary; window < 2; batch_size
-            < 1.
+            < 1; a model that does not take ids alone, or whose logits depend on later tokens.
         TypeError: ids that are not integers.
     Notes:
         The model runs in eval mode without cache; its flags are restored. Print window, tokenizer
@@ -60,11 +61,10 @@ def perplexity(
     total = torch.zeros((), dtype=torch.float64, device=device)
     try:
         with torch.inference_mode():
+            check_model(OP, model, windows[:1].to(device), kwargs)
             for ids in _bar(torch.split(windows, batch_size), progress):
                 ids = ids.to(device)
-                output = model(ids, **kwargs)
-                first = output[0] if isinstance(output, (tuple, list)) and output else output
-                logits: Any = getattr(output, "logits", first)
+                logits = _logits_of(model(ids, **kwargs))
                 got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
                 fits = isinstance(logits, Tensor) and got[:-1] == tuple(ids.shape)
                 expected = f"logits of shape [{ids.shape[0]}, {ids.shape[1]}, vocabulary]"
@@ -78,6 +78,46 @@ def perplexity(
             module.training = flag
     mean = float(total) / len(windows)
     return math.exp(mean) if mean < 709.0 else mean if math.isnan(mean) else math.inf
+
+
+def check_model(
+    op: str, model: nn.Module, ids: Tensor, kwargs: dict[str, Any], causal: bool = True
+) -> None:
+    """Try ids [1, tokens] out, at most PROBE_TOKENS of them.
+
+    Raises:
+        ValueError: the forward refuses them; with causal, logits that change with a later token: a
+            masked language model reads the very token that it is to predict.
+    """
+    short, kind = ids[:, :PROBE_TOKENS], type(model).__name__
+    other = short.clone()
+    others = ids[ids != short[0, -1]]
+    other[0, -1] = others[0] if len(others) else 0
+    try:
+        first, second = (_logits_of(model(x, **kwargs)) for x in (short, other))
+    except REFUSALS as error:
+        if type(error) not in REFUSALS or str(error).startswith("sparsekern"):
+            raise
+        expected, got = f"{kind} to take token ids alone", f"{type(error).__name__}: {error}"
+        remedy = "Pass a causal language model."
+        raise ValueError(message(op, expected, got.rstrip("."), remedy)) from error
+    if not causal or not isinstance(first, Tensor) or first.shape[:-1] != short.shape:
+        return
+    before = first[:, :-1].float()
+    moved = float((second[:, :-1].float() - before).abs().max())
+    # Of a causal model these rows are equal up to the rounding of products in another grouping.
+    bound = min(64 * torch.finfo(first.dtype).eps, 0.03) * float(before.abs().max())
+    expected = f"{kind} to be causal: logits that do not depend on later tokens"
+    got, remedy = (
+        f"a difference of {moved:.3g}",
+        "Its perplexity says nothing; use another measure.",
+    )
+    check(not moved > bound, op, expected, got, remedy)
+
+
+def _logits_of(output: Any) -> Any:
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    return getattr(output, "logits", first)
 
 
 def _windows(

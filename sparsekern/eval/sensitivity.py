@@ -15,7 +15,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import FormatError, check, message
+from sparsekern.eval.perplexity import check_model
 from sparsekern.nn.replace import dense_weight, write_weight
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot import fingerprint
@@ -31,6 +32,7 @@ from sparsekern.oneshot import keep_dense as dense_rule
 from sparsekern.oneshot.calibration import digest, make_batches
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.executor import calibrate
+from sparsekern.oneshot.experts import with_experts_apart
 from sparsekern.oneshot.layerwise import Options, prune_group
 from sparsekern.oneshot.presets import find_preset
 from sparsekern.oneshot.prune_model import prune_model
@@ -214,6 +216,7 @@ class SensitivityReport:
 
 
 @checked(OP, window=(2, 10**9), windows=(1, 10**9))
+@with_experts_apart
 @torch.no_grad()
 def sensitivity(
     model: nn.Module,
@@ -239,7 +242,7 @@ def sensitivity(
 
     Args:
         model: a dense Transformers causal language model.
-        data: calibration, as in prune_model; a list, not an iterator.
+        data: calibration, as in prune_model.
         text: token ids [tokens] to evaluate, other than the calibration.
         by: "layer", "type" (of layer, over all blocks) or "block".
         mode: "leave" one part dense in the pruned model, or "add" one to the dense model.
@@ -273,6 +276,7 @@ def sensitivity(
     check(ids.numel() >= window, OP, f"a text of {window} tokens", ids.numel())
     rows = ids[: ids.numel() // window * window].view(-1, window)[:windows]
     target = _device(model, device)
+    data = list(data) if isinstance(data, Iterator) else data
     batches = make_batches(data, model, batch_size, target, None, OP)
     manifest = {
         "sensitivity": SCHEMA,
@@ -410,6 +414,7 @@ class _Evaluator:
         self.known: list[Tensor] = []
         dense = copy.deepcopy(dense).to(device)
         self.dense: nn.Module | None = dense
+        check_model(OP, dense, rows[:1].to(device), self._kwargs(dense), causal=False)
         for row in rows:
             logits = self._logits(dense, row)
             if logits.numel() * logits.element_size() * len(rows) > CACHED:
@@ -417,10 +422,13 @@ class _Evaluator:
             self.known.append(logits)
         self.dense = None
 
+    @staticmethod
+    def _kwargs(model: nn.Module) -> dict[str, Any]:
+        return {"use_cache": False} if hasattr(model, "config") else {}
+
     @torch.no_grad()
     def _logits(self, model: nn.Module, row: Tensor) -> Tensor:
-        kwargs = {"use_cache": False} if hasattr(model, "config") else {}
-        output = model(row[None].to(self.device), **kwargs)
+        output = model(row[None].to(self.device), **self._kwargs(model))
         return cast(Tensor, getattr(output, "logits", output))[0]
 
     @torch.no_grad()
