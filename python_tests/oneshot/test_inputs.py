@@ -10,7 +10,7 @@ from torch import nn
 import sparsekern as sk
 from python_tests.oneshot.driver_models import build, is_24, run_prune, tokens, transformers
 from python_tests.oneshot.test_resume import assert_same_state
-from sparsekern.oneshot.calibration import digest, make_batches
+from sparsekern.oneshot.calibration import Batch, digest, make_batches
 
 CPU = torch.device("cpu")
 
@@ -319,6 +319,8 @@ def test_what_stands_beside_the_tensors_is_in_the_digest():
     calls = [(x, 2.0), (x, 3.0), {"x": x}, {"y": x}, (x, (y, x)), (x, (x, y)), (x, None)]
     made = [digest(make_batches([call], Anything(), None, CPU)) for call in calls]
     assert len(set(made)) == len(made)
+    column = torch.randn(1, 4).t()  # contiguous, with a stride of 4 in its dimension of one
+    assert column.is_contiguous() and digest([Batch((column,), {}, 4, 4)])
     rows = build()
     one, other = (digest(make_batches(tokens(), rows, size, CPU)) for size in (1, 4))
     assert one == other

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import check, message
 from sparsekern.oneshot.discovery import input_embedding, is_transformers
+from sparsekern.oneshot.fingerprint import bits_of
 
 OP = "sparsekern.oneshot.make_batches"
 # Tokens per forward when batch_size is not given: large enough to fill an accelerator, small enough
@@ -597,10 +598,10 @@ def digest(batches: Iterable[Batch]) -> str:
 
     def take(name: str, value: Any) -> None:
         if isinstance(value, Tensor):
-            host = value.detach().cpu().contiguous()
+            host = value.cpu()
             for row in host if host.dim() > 1 else [host]:
                 sha.update(f"{row.dtype}{tuple(row.shape)}".encode())
-                sha.update(row.reshape(-1).view(torch.uint8).numpy().tobytes())
+                sha.update(bits_of(row).numpy().data)
         elif isinstance(value, Mapping):
             for key, part in value.items():
                 take(f"{name}.{key}", part)

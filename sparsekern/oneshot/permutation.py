@@ -145,7 +145,7 @@ def permute(
     """
     home = next(model.parameters()).device
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else home))
-    batches = make_batches(calibration, model, None, target)
+    batches = make_batches(calibration, model, None, target, op=OP)
     return permute_on(model, batches, target, rounds=rounds, heads=heads, seed=seed).report
 
 
@@ -215,7 +215,7 @@ def permute_on(
             done[:] = [pair for pair in done if pair[0].name in mlps]
             for site, order in between:
                 apply(site, order.argsort(1), target)
-                orders[site.name] = torch.arange(site.size).expand_as(order)
+                orders[site.name] = torch.arange(site.size).repeat(site.heads, 1)
                 shares[site.name] = (shares[site.name][0],) * 2
             distance = _distance(before, _outputs(model, probe, home, target))
             text = (
