@@ -33,7 +33,8 @@ def test_protocol(family, length):
     for batch_size in (1, 3, 8):
         assert perplexity(model, ids, WINDOW, batch_size) == pytest.approx(expected, rel=1e-5)
     assert perplexity(model, ids[None], window=WINDOW) == pytest.approx(expected, rel=1e-5)
-    assert perplexity(model, ids.tolist(), WINDOW) == pytest.approx(expected, rel=1e-5)
+    for form in (ids.tolist(), ids.numpy(), {"input_ids": [ids.tolist()]}):
+        assert perplexity(model, form, WINDOW) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_remainder_is_dropped_and_windows_do_not_overlap():

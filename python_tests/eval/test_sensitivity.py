@@ -186,7 +186,8 @@ def test_times(monkeypatch):
     [
         (dict(by="head"), "by in .* got 'head'"),
         (dict(mode="both"), "mode in"),
-        (dict(window=128), "a text of 128 tokens, got 96"),
+        (dict(window=128), "text of at least one window of 128 tokens, got 96"),
+        (dict(text=TEXT + 64), r"text in 0\.\.63, got 68\.\."),
         (dict(preset="best"), "no rotation, got one"),
         (dict(preset="default"), "no permutation, got one"),
         (dict(permute=True), "no permutation, got one. Call sparsekern.permute first"),
@@ -194,7 +195,7 @@ def test_times(monkeypatch):
 )
 def test_wrong_arguments(options, text):
     with pytest.raises(ValueError, match=text):
-        sensitivity(build(), tokens(), TEXT, **{**OPTIONS, **options})
+        sensitivity(build(), tokens(), **{"text": TEXT, **OPTIONS, **options})
 
 
 def test_rule_of_thumb_and_files(tmp_path):

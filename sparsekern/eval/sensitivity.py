@@ -23,8 +23,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparsekern.errors import FormatError, check, message
-from sparsekern.eval.perplexity import check_model
+from sparsekern.errors import FormatError, check
+from sparsekern.eval.perplexity import check_model, windows_of
 from sparsekern.nn.replace import dense_weight, write_weight
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot import fingerprint
@@ -39,7 +39,7 @@ from sparsekern.oneshot.prune_model import prune_model
 from sparsekern.oneshot.selection import select
 from sparsekern.oneshot.skip import DEFAULT_RULE
 from sparsekern.prune.methods import find_method
-from sparsekern.utils.arguments import checked, shown
+from sparsekern.utils.arguments import checked
 from sparsekern.utils.files import write_atomic
 
 OP = "sparsekern.sensitivity"
@@ -221,7 +221,7 @@ class SensitivityReport:
 def sensitivity(
     model: nn.Module,
     data: Any,
-    text: Tensor | Sequence[int],
+    text: Any,
     *,
     by: str = "layer",
     mode: str = "leave",
@@ -243,7 +243,7 @@ def sensitivity(
     Args:
         model: a dense Transformers causal language model.
         data: calibration, as in prune_model.
-        text: token ids [tokens] to evaluate, other than the calibration.
+        text: token ids to evaluate, as in perplexity, other than the calibration.
         by: "layer", "type" (of layer, over all blocks) or "block".
         mode: "leave" one part dense in the pruned model, or "add" one to the dense model.
         method, skip, targets, batch_size: as in prune_model; what is skipped is no part.
@@ -265,16 +265,10 @@ def sensitivity(
     check(by in UNITS, OP, f"by in {UNITS}", repr(by))
     check(mode in MODES, OP, f"mode in {MODES}", repr(mode))
     model = models.unwrapped(model)
-    try:
-        ids = torch.as_tensor(text).reshape(-1)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        expected = "text: token ids, a tensor or a list of whole numbers"
-        raise TypeError(message(OP, expected, shown(text), "Call the tokenizer.")) from error
     for count in time_tokens or ():
         check(type(count) is int and count > 0, OP, "time_tokens > 0, whole numbers", repr(count))
     check(window > 1 and windows > 0, OP, "window > 1 and windows > 0", f"{window}, {windows}")
-    check(ids.numel() >= window, OP, f"a text of {window} tokens", ids.numel())
-    rows = ids[: ids.numel() // window * window].view(-1, window)[:windows]
+    rows = windows_of(OP, "text", model, text, window)[:windows]
     target = _device(model, device)
     data = list(data) if isinstance(data, Iterator) else data
     batches = make_batches(data, model, batch_size, target, None, OP)
@@ -301,7 +295,8 @@ def sensitivity(
     else:
         work, pruned, errors = _pruned_together(model, data, method, batch_size, options, knobs)
     layers = [layer for name, layer in dense.items() if name in pruned]
-    check(bool(layers), OP, "layers that can be pruned", "none")
+    remedy = "Pass a dense model, and rules that leave some."
+    check(bool(layers), OP, "layers that can be pruned", "none", remedy)
     evaluate = _Evaluator(model, rows, target)
     dense_value, _ = evaluate(model)
     work.to(target)
