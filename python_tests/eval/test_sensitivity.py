@@ -187,7 +187,7 @@ def test_times(monkeypatch):
         (dict(by="head"), "by in .* got 'head'"),
         (dict(mode="both"), "mode in"),
         (dict(window=128), "text of at least one window of 128 tokens, got 96"),
-        (dict(text=TEXT + 64), r"text in 0\.\.63, got 68\.\."),
+        (dict(text=TEXT + 64), r"text: token ids in 0\.\.63, got 68\.\."),
         (dict(preset="best"), "no rotation, got one"),
         (dict(preset="default"), "no permutation, got one"),
         (dict(permute=True), "no permutation, got one. Call sparsekern.permute first"),

@@ -151,7 +151,7 @@ def windows_of(op: str, name: str, model: nn.Module, text: Any, window: int) -> 
         check(
             inside,
             op,
-            f"{name} in 0..{size - 1}",
+            f"{name}: token ids in 0..{size - 1}",
             f"{low}..{high}",
             "Use the model's own tokenizer.",
         )

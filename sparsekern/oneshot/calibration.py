@@ -53,7 +53,7 @@ class Batch:
         """Call the model.
 
         Raises:
-            ValueError: what the model's own code says of a call that it cannot take.
+            ValueError, RuntimeError: what the model's own code says of a call that it cannot take.
         """
         try:
             return model(*move(self.args, device), **move(self.kwargs, device))
@@ -64,7 +64,9 @@ class Batch:
             got = f"{_shapes((*self.args, self.kwargs))}: {type(error).__name__}: {error}"
             expected = f"calibration that {type(model).__name__}.forward takes"
             remedy = "Pass its inputs by name, as batches in dicts."
-            raise ValueError(message(self.op, expected, got.rstrip("."), remedy)) from error
+            text = message(self.op, expected, got.rstrip("."), remedy)
+            kind = RuntimeError if isinstance(error, RuntimeError) else ValueError
+            raise kind(text) from error
 
     def probe(self) -> Batch:
         """A short version of a batch of token ids: one sample, at most PROBE_TOKENS tokens. Other
