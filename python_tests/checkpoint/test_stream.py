@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sparsekern as sk
-from python_tests.oneshot.driver_models import build, tokens
+from python_tests.oneshot.driver_models import build, tokens, transformers
 from sparsekern.checkpoint.stream import Streamed, save_streamed
 from sparsekern.integrations.loading import load_model
 from sparsekern.oneshot import run as run_module
@@ -244,4 +244,10 @@ def test_what_needs_the_whole_model_is_refused(tmp_path):
     model.save_pretrained(tmp_path / "nan")
     with pytest.raises(ValueError, match="finite weights in model.layers.1.mlp.up_proj"):
         streamed(tmp_path / "nan", tmp_path / "out", tmp_path / "parts")
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match="a chain of decoder blocks, to stream it, got T5"):
+        streamed(tmp_path / "t5", tmp_path / "out", tmp_path / "parts of t5")
     assert not (tmp_path / "out").exists()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from python_tests.oneshot.driver_models import VOCABULARY, build, tokens
+from python_tests.oneshot.driver_models import VOCABULARY, build, tokens, transformers
 from sparsekern.eval.perplexity import perplexity
 
 WINDOW = 12
@@ -33,7 +33,8 @@ def test_protocol(family, length):
     for batch_size in (1, 3, 8):
         assert perplexity(model, ids, WINDOW, batch_size) == pytest.approx(expected, rel=1e-5)
     assert perplexity(model, ids[None], window=WINDOW) == pytest.approx(expected, rel=1e-5)
-    assert perplexity(model, ids.tolist(), WINDOW) == pytest.approx(expected, rel=1e-5)
+    for form in (ids.tolist(), ids.numpy(), {"input_ids": [ids.tolist()]}):
+        assert perplexity(model, form, WINDOW) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_remainder_is_dropped_and_windows_do_not_overlap():
@@ -84,7 +85,7 @@ def test_flags_are_restored():
     model.model.layers[0].eval()
     perplexity(model, tokens(1, WINDOW)[0], WINDOW)
     assert model.training and not model.model.layers[0].training and torch.is_grad_enabled()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="Linear to take token ids alone, got RuntimeError"):
         perplexity(nn.Linear(3, 3), tokens(1, WINDOW)[0], WINDOW)
 
 
@@ -104,3 +105,31 @@ def test_flags_are_restored():
 def test_input_that_does_not_fit(ids, options, error, text):
     with pytest.raises(error, match=text):
         perplexity(build("llama"), ids, **{"window": WINDOW, **options})
+
+
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "BartForConditionalGeneration"])
+def test_a_model_that_reads_later_tokens_is_refused(kind):
+    """Its logits hold the very token that they are to predict."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=VOCABULARY, max_position_embeddings=64, pad_token_id=0)
+    if kind.startswith("Bert"):
+        sizes |= dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+        config = transformers.BertConfig(intermediate_size=64, **sizes)
+    else:
+        config = transformers.BartConfig(
+            d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64, **sizes
+        )
+    model = getattr(transformers, kind)(config)
+    with pytest.raises(ValueError, match=f"{kind} to be causal: logits that .* a difference of"):
+        perplexity(model, tokens(1, 24)[0], WINDOW)
+    assert model.training, "flags are put back"
+
+
+def test_a_model_that_needs_more_than_ids_is_refused():
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    text = "T5ForConditionalGeneration to take token ids alone, got ValueError: .* causal language"
+    with pytest.raises(ValueError, match=text):
+        perplexity(model, tokens(1, 24)[0], WINDOW)

@@ -3,11 +3,13 @@
 import copy
 import json
 import math
+import warnings
 
 import pytest
 import torch
 
 import sparsekern as sk
+from python_tests.nn import expert_models
 from python_tests.oneshot.driver_models import build, run_prune, tokens
 from sparsekern.cli import main as cli
 from sparsekern.eval import sensitivity as module
@@ -62,6 +64,28 @@ def test_rows_are_what_one_would_do_by_hand(by, mode):
         assert row.perplexity == pytest.approx(sk.perplexity(work, TEXT[:64], window=16), rel=1e-5)
         assert row.effect == pytest.approx(report.base_kl - kl(model, work), abs=1e-5)
     assert sum(len(row.layers) for row in report.rows) == 14
+
+
+@pytest.mark.parametrize("mode", ["leave", "add"])
+def test_experts_in_one_parameter_are_parts(mode):
+    """Of a model whose experts are taken apart for the sweep, and from data that is read once."""
+    model = expert_models.build("mixtral")
+    before = copy.deepcopy(model.state_dict())
+    data = iter(expert_models.ids())
+    knobs = dict(method="wanda", by="layer", mode=mode)
+    report = sensitivity(model, data, TEXT, **knobs, **OPTIONS)
+    assert {k: v.shape for k, v in before.items()} == {
+        k: v.shape for k, v in model.state_dict().items()
+    }
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    row = next(row for row in report.rows if row.name.endswith("1.mlp.experts.3.down_proj"))
+    work = copy.deepcopy(model)
+    rules = {"skip": ("lm_head", row.name)} if mode == "leave" else {"targets": (row.name,)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # less than half
+        run_prune(work, "wanda", expert_models.ids(), compress=False, **rules)
+    expected = sk.perplexity(work, TEXT[:64], window=16)
+    assert row.perplexity == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_skip_list_goes_to_prune_model(tmp_path):
@@ -162,7 +186,8 @@ def test_times(monkeypatch):
     [
         (dict(by="head"), "by in .* got 'head'"),
         (dict(mode="both"), "mode in"),
-        (dict(window=128), "a text of 128 tokens, got 96"),
+        (dict(window=128), "text of at least one window of 128 tokens, got 96"),
+        (dict(text=TEXT + 64), r"text: token ids in 0\.\.63, got 68\.\."),
         (dict(preset="best"), "no rotation, got one"),
         (dict(preset="default"), "no permutation, got one"),
         (dict(permute=True), "no permutation, got one. Call sparsekern.permute first"),
@@ -170,7 +195,7 @@ def test_times(monkeypatch):
 )
 def test_wrong_arguments(options, text):
     with pytest.raises(ValueError, match=text):
-        sensitivity(build(), tokens(), TEXT, **{**OPTIONS, **options})
+        sensitivity(build(), tokens(), **{"text": TEXT, **OPTIONS, **options})
 
 
 def test_rule_of_thumb_and_files(tmp_path):

@@ -2,6 +2,7 @@
 
 from collections import UserDict
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 import sparsekern as sk
 from python_tests.oneshot.driver_models import build, is_24, run_prune, tokens, transformers
 from python_tests.oneshot.test_resume import assert_same_state
-from sparsekern.oneshot.calibration import make_batches
+from sparsekern.oneshot.calibration import Batch, digest, make_batches
 
 CPU = torch.device("cpu")
 
@@ -90,6 +91,59 @@ def test_every_form_of_token_ids_is_the_same_calibration():
         assert_same_state(model, expected)
 
 
+class Items(torch.utils.data.Dataset):
+    """A dataset that has items and a length, and no iterator."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        assert index < len(self.items)
+        return self.items[index]
+
+
+def test_datasets_arrays_columns_and_pairs():
+    ids = tokens(4, 12)
+    whole = torch.ones_like(ids)
+    forms = {
+        "items": Items(ids),
+        "rows of a dataset": Items([{"input_ids": row.tolist()} for row in ids]),
+        "(ids, mask) of a dataset": Items(list(zip(ids, whole))),
+        "array": ids.numpy().astype("int32"),
+        "array of objects": numpy.array(ids.tolist(), dtype=object),
+        "arrays in a dict": {"input_ids": list(ids.numpy())},
+        "(dict, target)": [({"input_ids": ids}, torch.zeros(4))],
+        "lists of dicts": [[{"input_ids": row.tolist()} for row in ids]],
+        "ids and their mask": (ids, whole),
+    }
+    expected = build()
+    run_prune(expected, "wanda", ids)
+    for name, form in forms.items():
+        model = build()
+        report = run_prune(model, "wanda", form)
+        assert report.calibration["tokens"] == 48, name
+        assert_same_state(model, expected)
+
+
+def test_samples_of_unequal_lengths_in_one_dict():
+    """A tokenizer's output without padding."""
+    rows = [tokens(1, n, seed=n)[0].tolist() for n in (5, 9)]
+    one, other = build(), build()
+    columns = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+    assert run_prune(one, "wanda", columns).calibration["tokens"] == 14
+    run_prune(other, "wanda", rows)
+    assert_same_state(one, other)
+
+
+def test_a_name_that_a_forward_swallows_is_a_warning():
+    data = {"input_ids": tokens(), "atention_mask": torch.ones(6, 20), "num_items_in_batch": 6}
+    with pytest.warns(UserWarning, match="forward names in every dict, got atention_mask, which"):
+        run_prune(build(), "wanda", data)
+
+
 def tokenizer(text):
     return {"input_ids": [3 + ord(c) % 60 for c in text], "attention_mask": [1] * len(text)}
 
@@ -102,6 +156,10 @@ def test_texts():
     ids = [torch.tensor(tokenizer(t)["input_ids"]) for t in texts]
     run_prune(other, "wanda", [ids[0], *ids[1].split(64)[:3]])
     assert_same_state(model, other)
+    for form in ({"text": texts}, [{"text": text} for text in texts], [texts]):
+        again = build()
+        run_prune(again, "wanda", form, tokenizer=tokenizer)
+        assert_same_state(again, model)
     with pytest.raises(ValueError, match="tokenizer= with texts .*Pass the model's tokenizer"):
         run_prune(build(), "wanda", texts)
     with pytest.raises(ValueError, match="text itself, got 'hf:c4'. Read the source first"):
@@ -135,8 +193,20 @@ def test_texts():
             {"input_ids": tokens(2, 8), "position_ids": torch.full((2, 8), 64)},
             r"position_ids in 0\.\.63, got 64\.\.64",
         ),
-        (7, "calibration as a tensor or an iterable, got int"),
+        (7, "calibration as a tensor, an iterable or a dataset, got int"),
         ([object()], "token ids, texts, dicts or pairs .* got object"),
+        (b"some text", "token ids, texts, dicts .* got bytes. Pass token ids"),
+        ([{"content": "words"}], "a tensor in every calibration dict, got content str. Name"),
+        (
+            {"input_ids": list(tokens(2, 8))},
+            r"as one tensor, got a list of 2 .* \[8\] int64. Stack",
+        ),
+        (
+            {"input_ids": tokens(2, 8), "labels": tokens(2, 5)},
+            r"calibration that LlamaForCausalLM.forward takes, got input_ids \[2, 8\] int64, "
+            r"labels \[2, 5\] int64, .*: ValueError: Expected input batch_size .*by name",
+        ),
+        ({"inputs_ids": tokens(2, 8)}, "forward takes, got inputs_ids .* exactly one of input_ids"),
     ],
 )
 def test_what_does_not_fit_is_named(data, text):
@@ -150,6 +220,50 @@ def test_pixels_as_a_tensor():
     model = transformers.ViTForImageClassification(config).eval()
     report = run_prune(model, "sparsegpt", torch.randn(6, 3, 16, 16))
     assert len(report.pruned) >= 12 and report.calibration["samples"] == 6
+
+
+def sound():
+    """A random Wav2Vec2 of two layers."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    convolutions = dict(conv_dim=(16, 16), conv_stride=(2, 2), conv_kernel=(3, 3))
+    positions = dict(num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2)
+    config = transformers.Wav2Vec2Config(vocab_size=32, **sizes, **convolutions, **positions)
+    return transformers.Wav2Vec2ForCTC(config).eval()
+
+
+def test_padding_of_sound_stays_out():
+    """The mask has one number for each sample of sound, not for each frame that layers see."""
+    clips = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (100, 200)]
+    waves, mask = torch.zeros(2, 200), torch.zeros(2, 200, dtype=torch.long)
+    for i, clip in enumerate(clips):
+        waves[i, : len(clip)], mask[i, : len(clip)] = clip, 1
+    one, other, arrays = sound(), sound(), sound()
+    run_prune(one, "wanda", {"input_values": waves, "attention_mask": mask})
+    run_prune(other, "wanda", clips)
+    run_prune(arrays, "wanda", [clip.numpy() for clip in clips])
+    assert_same_state(one, other)
+    assert_same_state(arrays, other)
+    with pytest.raises(TypeError, match="floating-point input_values .* got .* int64. Pass what"):
+        run_prune(sound(), "wanda", tokens())
+
+
+def test_an_encoder_decoder_gets_the_ids_of_a_dict_as_both_inputs():
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, dropout_rate=0.0
+    )
+
+    def model():
+        torch.manual_seed(0)
+        return transformers.T5ForConditionalGeneration(config).eval()
+
+    ids, expected = tokens(4, 12), model()
+    run_prune(expected, "wanda", ids)
+    rows = [{"input_ids": row.tolist(), "attention_mask": [1] * 12} for row in ids]
+    for form in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": ids > 0}, rows):
+        other = model()
+        run_prune(other, "wanda", form)
+        assert_same_state(other, expected)
 
 
 class TwoInputs(nn.Module):
@@ -167,6 +281,9 @@ def test_pairs_of_a_loader_are_cut_to_what_a_plain_forward_takes():
     loader = torch.utils.data.DataLoader(data, batch_size=4)
     report = sk.prune_model(model, "wanda", loader, progress=False, device="cpu")
     assert len(report.pruned) == 1 and is_24(model.linear.weight.to_dense())
+    for form in (data[:][0].numpy(), data[:][0].double().numpy(), {"x": data[:][0].numpy()}, data):
+        report = run_prune(TwoInputs(), "wanda", form)
+        assert len(report.pruned) == 1 and report.calibration["tokens"] == 8
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.uint32])
@@ -190,3 +307,20 @@ def test_inputs_that_a_forward_does_not_take_are_named():
     data = {"input_ids": tokens(2, 8), "token_type_ids": torch.full((2, 8), 2)}
     with pytest.raises(ValueError, match=r"token_type_ids in 0\.\.1, got 2\.\.2"):
         run_prune(model, "wanda", data)
+
+
+class Anything(nn.Module):
+    def forward(self, *args, **kwargs):
+        raise NotImplementedError
+
+
+def test_what_stands_beside_the_tensors_is_in_the_digest():
+    x, y = torch.randn(4, 16), torch.randn(4, 16)
+    calls = [(x, 2.0), (x, 3.0), {"x": x}, {"y": x}, (x, (y, x)), (x, (x, y)), (x, None)]
+    made = [digest(make_batches([call], Anything(), None, CPU)) for call in calls]
+    assert len(set(made)) == len(made)
+    column = torch.randn(1, 4).t()  # contiguous, with a stride of 4 in its dimension of one
+    assert column.is_contiguous() and digest([Batch((column,), {}, 4, 4)])
+    rows = build()
+    one, other = (digest(make_batches(tokens(), rows, size, CPU)) for size in (1, 4))
+    assert one == other

@@ -295,6 +295,31 @@ def test_what_cannot_be_permuted_is_refused_and_stays():
         permute(build(**WIDE), ids(), rounds=-1)
 
 
+def test_a_gate_between_v_and_o_keeps_the_order_of_heads(tmp_path):
+    """The attention of Qwen3-Next multiplies what o reads by a gate: its MLPs alone move."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=96)
+    attention = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    kinds = dict(layer_types=["full_attention"] * 2, mlp_only_layers=[0, 1], num_experts=2)
+    config = T.Qwen3NextConfig(**sizes, **attention, **kinds)
+    model = T.Qwen3NextForCausalLM(config).eval()
+    dense, before = copy.deepcopy(model), logits(model, ids(2, 16))
+    alone = permute(copy.deepcopy(model), ids(), rounds=10, heads=False)
+    with pytest.warns(UserWarning, match="Qwen3NextForCausalLM does more between v and o"):
+        report = permute(model, ids(), rounds=10)
+    assert close(logits(model, ids(2, 16)), before) and report.logits_distance < 1e-5
+    assert report.sites == alone.sites == 2 and report.lost_after < report.lost_before
+    for layer, old in zip(model.model.layers, dense.model.layers, strict=True):
+        assert torch.equal(layer.self_attn.o_proj.weight, old.self_attn.o_proj.weight)
+        assert not torch.equal(layer.mlp.down_proj.weight, old.mlp.down_proj.weight)
+    knobs = dict(permute={"rounds": 10}, resume=tmp_path, progress=False)
+    runs = [copy.deepcopy(dense) for _ in range(2)]
+    with pytest.warns(UserWarning, match="keep their order"):
+        for run in runs:
+            sk.prune_model(run, "wanda", ids(), **knobs)
+    assert torch.equal(*(logits(run, ids(2, 16)) for run in runs))
+
+
 def test_mistakes_of_prune_model():
     model = build(**WIDE)
     before = copy.deepcopy(model.state_dict())

@@ -128,7 +128,13 @@ def test_refusals(options, text):
 
 
 def test_resume(tmp_path):
-    once, twice = model(), model()
+    def scored():
+        """One that ends in two layers of one input, one of them with a single output."""
+        net = model().append(Block())
+        net[-1].gate = torch.nn.Linear(32, 1)
+        return net
+
+    once, twice = scored(), scored()
     prune(once, quantize="int4", resume=tmp_path)
     report = prune(twice, quantize="int4", resume=tmp_path)
     assert report.resumed and report.layers[0].quantized == "int4 g32 gptq"
@@ -137,7 +143,7 @@ def test_resume(tmp_path):
             assert a.weight.spec is b.weight.spec
             assert torch.equal(a.weight.to_dense(), b.weight.to_dense())
     with pytest.raises(ValueError, match="quantize: 'fp8' here, 'int4' there"):
-        prune(model(), quantize="fp8", resume=tmp_path)
+        prune(scored(), quantize="fp8", resume=tmp_path)
 
 
 @pytest.mark.parametrize("name, group", [("fp8", None), ("int4", 64)])

@@ -102,6 +102,17 @@ def test_gptq_is_better_than_rounding_and_passes_lower_the_error(name, group, de
     assert worth[3] <= 1.01 * worth[2] and worth[4] <= 1.01 * worth[3]
 
 
+@pytest.mark.parametrize("name, group", KINDS)
+def test_inputs_that_are_always_zero_leave_the_nearest_levels(name, group):
+    """A layer that the calibration feeds zeros alone: no level is better than another there."""
+    _, pruned, mask, hessian = problem()
+    empty = torch.zeros_like(hessian.matrix)
+    swept, _ = gptq(pruned, empty, name, mask=mask, group=group, passes=0, damp=0.01)
+    passed, _ = gptq(pruned, empty, name, mask=mask, group=group, passes=2, damp=0.01)
+    assert torch.equal(passed.to_dense(), swept.to_dense())
+    assert (swept.to_dense() != 0).any()
+
+
 def test_no_pass_raises_the_damped_error():
     _, pruned, mask, hessian = problem(out_features=6)
     h = hessian.matrix / hessian.matrix.diagonal().mean()

@@ -16,7 +16,8 @@ def needed(tokenizer: Any, path: str) -> Any:
         "sparsekern",
         "a tokenizer beside the model",
         f"no tokenizer files in {path}",
-        "Copy tokenizer.json and tokenizer_config.json of the model there.",
+        "Copy tokenizer.json and tokenizer_config.json of the model there; a model without text is "
+        "calibrated in Python.",
         exc=FileNotFoundError,
     )
     return tokenizer

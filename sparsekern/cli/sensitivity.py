@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from sparsekern.cli.common import needed
 from sparsekern.errors import check
 
 OP = "sparsekern sensitivity"
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
         exists = path is None or Path(path).resolve().parent.is_dir()
         check(exists, OP, f"a folder for {path}", "none")
     model, tokenizer = load_model(args.model, "cpu", None)
-    check(tokenizer is not None, OP, "a tokenizer beside the model", "none", exc=FileNotFoundError)
+    tokenizer = needed(tokenizer, args.model)
     if mix.is_mix(args.calibration):
         tokens = args.samples * args.window
         made = mix.calibration_mix(

@@ -95,7 +95,13 @@ def parse(spec: str | Mapping[str, float] | Iterable[Any]) -> list[tuple[str, fl
                 try:
                     share = float(after)
                 except ValueError:
-                    check(False, OP, f"a number as the share of {before}", repr(after))
+                    check(
+                        False,
+                        OP,
+                        f"a number as the share of {before}",
+                        repr(after),
+                        "Write NAME=0.5.",
+                    )
         found.append((str(name), None if share is None else float(share)))
     check(bool(found), OP, "at least one source", repr(spec))
     names = [name for name, _ in found]

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsekern.errors import check
+from sparsekern.errors import check, message
+from sparsekern.oneshot.calibration import PROBE_TOKENS, REFUSALS
 from sparsekern.oneshot.discovery import input_embedding
-from sparsekern.utils.arguments import checked
+from sparsekern.utils.arguments import checked, shown
 
 OP = "sparsekern.perplexity"
 # Logits converted to float32 at once: tokens x vocabulary stays near 256 MB for a vocabulary of 50
 # 000.
 TOKENS_PER_CHUNK = 1024
+EVERY_TOKEN = "The model has to score every token it is given."
 
 
 @checked("sparsekern.perplexity", window=(2, 2**62), batch_size=(1, 2**62))
 def perplexity(
     model: nn.Module,
-    token_ids: Tensor | Sequence[int] | Sequence[Sequence[int]],
+    token_ids: Any,
     window: int = 2048,
     batch_size: int = 1,
     *,
@@ -37,7 +39,8 @@ def perplexity(
     Args:
         model: a Transformers causal language model, or any module that maps ids [batch, window] to
             logits [batch, window, vocabulary] (or to an object with such `.logits`).
-        token_ids: int64 [tokens] or [1, tokens].
+        token_ids: int64 [tokens] or [1, tokens], as a tensor, an array or a list; or a dict that
+            has them as input_ids.
         window: tokens per window, at least 2. Numbers of different windows cannot be compared.
         batch_size: windows per forward. It changes the result by rounding only.
         progress: show a progress bar.
@@ -45,14 +48,14 @@ def perplexity(
         float; inf when a token has probability zero, nan when the logits hold NaN.
     Raises:
         ValueError: fewer tokens than one window; ids outside the vocabulary; window < 2; batch_size
-            < 1.
+            < 1; a model that does not take ids alone, or whose logits depend on later tokens.
         TypeError: ids that are not integers.
     Notes:
         The model runs in eval mode without cache; its flags are restored. Print window, tokenizer
         and dtype with the number.
     Source: Frantar and Alistarh 2023, evaluation code of "SparseGPT" (arXiv:2301.00774).
     """
-    windows = _windows(model, token_ids, window, batch_size)
+    windows = windows_of(OP, "token_ids", model, token_ids, window)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     kwargs = {"use_cache": False} if hasattr(model, "config") else {}
     flags = [(module, module.training) for module in model.modules()]
@@ -60,15 +63,14 @@ def perplexity(
     total = torch.zeros((), dtype=torch.float64, device=device)
     try:
         with torch.inference_mode():
-            for ids in _bar(torch.split(windows, batch_size), progress):
+            check_model(OP, model, windows[:1].to(device), kwargs)
+            for ids in _bar(torch.split(windows, int(batch_size)), progress):
                 ids = ids.to(device)
-                output = model(ids, **kwargs)
-                first = output[0] if isinstance(output, (tuple, list)) and output else output
-                logits: Any = getattr(output, "logits", first)
+                logits = _logits_of(model(ids, **kwargs))
                 got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
                 fits = isinstance(logits, Tensor) and got[:-1] == tuple(ids.shape)
                 expected = f"logits of shape [{ids.shape[0]}, {ids.shape[1]}, vocabulary]"
-                check(fits, OP, expected, got, "The model has to score every token it is given.")
+                check(fits, OP, expected, got, EVERY_TOKEN)
                 expected, most = "a logit for every token of the text", int(ids.max())
                 got = f"{logits.shape[-1]} logits for token {most}"
                 check(most < logits.shape[-1], OP, expected, got, "Use the model's own tokenizer.")
@@ -80,31 +82,64 @@ def perplexity(
     return math.exp(mean) if mean < 709.0 else mean if math.isnan(mean) else math.inf
 
 
-def _windows(
-    model: nn.Module,
-    token_ids: Tensor | Sequence[int] | Sequence[Sequence[int]],
-    window: int,
-    batch_size: int,
-) -> Tensor:
-    """The ids as int64 [windows, window], checked."""
-    ids = _as_ids(token_ids)
-    for name, value in (("window", window), ("batch_size", batch_size)):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        check(whole, OP, f"{name} to be an int", type(value).__name__, exc=TypeError)
-    check(window >= 2, OP, "window >= 2", window, "One token predicts nothing.")
-    check(batch_size >= 1, OP, "batch_size >= 1", batch_size)
-    one_text = ids.dim() == 1 or (ids.dim() == 2 and ids.shape[0] == 1)
-    check(
-        one_text, OP, "token_ids [tokens] or [1, tokens]", list(ids.shape), "Join the texts first."
+def check_model(
+    op: str, model: nn.Module, ids: Tensor, kwargs: dict[str, Any], causal: bool = True
+) -> None:
+    """Try ids [1, tokens] out, at most PROBE_TOKENS of them.
+
+    Raises:
+        ValueError: the forward refuses them; with causal, logits that change with a later token: a
+            masked language model reads the very token that it is to predict.
+    """
+    short, kind = ids[:, :PROBE_TOKENS], type(model).__name__
+    other = short.clone()
+    others = ids[ids != short[0, -1]]
+    other[0, -1] = others[0] if len(others) else 0
+    try:
+        first, second = (_logits_of(model(x, **kwargs)) for x in (short, other))
+    except REFUSALS as error:
+        if type(error) not in REFUSALS or str(error).startswith("sparsekern"):
+            raise
+        expected, got = f"{kind} to take token ids alone", f"{type(error).__name__}: {error}"
+        remedy = "Pass a causal language model."
+        raise ValueError(message(op, expected, got.rstrip("."), remedy)) from error
+    fits = isinstance(first, Tensor) and first.shape[:-1] == short.shape
+    expected = f"logits of shape [{short.shape[0]}, {short.shape[1]}, vocabulary]"
+    shape = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
+    check(fits, op, expected, shape, EVERY_TOKEN)
+    if not causal:
+        return
+    before = first[:, :-1].float()
+    moved = float((second[:, :-1].float() - before).abs().max())
+    # Of a causal model these rows are equal up to the rounding of products in another grouping.
+    bound = min(64 * torch.finfo(first.dtype).eps, 0.03) * float(before.abs().max())
+    expected = f"{kind} to be causal: logits that do not depend on later tokens"
+    got, remedy = (
+        f"a difference of {moved:.3g}",
+        "Its perplexity says nothing; use another measure.",
     )
+    check(not moved > bound, op, expected, got, remedy)
+
+
+def _logits_of(output: Any) -> Any:
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    return getattr(output, "logits", first)
+
+
+def windows_of(op: str, name: str, model: nn.Module, text: Any, window: int) -> Tensor:
+    """The ids of a text, the argument `name` of op, as int64 [windows, window], checked."""
+    ids = _as_ids(op, name, text)
+    one_text = ids.dim() == 1 or (ids.dim() == 2 and ids.shape[0] == 1)
+    remedy = "Join the texts first."
+    check(one_text, op, f"{name} [tokens] or [1, tokens]", list(ids.shape), remedy)
     integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-    check(integer, OP, "integer token_ids", ids.dtype, "Tokenise the text first.", TypeError)
+    check(integer, op, f"integer {name}", ids.dtype, "Tokenise the text first.", TypeError)
     ids = ids.reshape(-1).to(torch.int64)
     remedy = "Pass a longer text or a smaller window."
     check(
         ids.numel() >= window,
-        OP,
-        f"at least one window of {window} tokens",
+        op,
+        f"{name} of at least one window of {window} tokens",
         f"{ids.numel()} tokens",
         remedy,
     )
@@ -115,24 +150,27 @@ def _windows(
         inside = low >= 0 and high < size
         check(
             inside,
-            OP,
-            f"token ids in 0..{size - 1}",
+            op,
+            f"{name}: token ids in 0..{size - 1}",
             f"{low}..{high}",
             "Use the model's own tokenizer.",
         )
-    return ids[: ids.numel() // window * window].view(-1, window)
+    return ids[: ids.numel() // window * window].view(-1, int(window))
 
 
-def _as_ids(token_ids: Any) -> Tensor:
+def _as_ids(op: str, name: str, token_ids: Any) -> Tensor:
     remedy = "Pass the input_ids of the model's tokenizer."
+    if isinstance(token_ids, Mapping):
+        token_ids = token_ids.get("input_ids")
     try:
         with torch.device("cpu"):  # whatever torch's default device is
             ids = token_ids if isinstance(token_ids, Tensor) else torch.as_tensor(token_ids)
     except (TypeError, ValueError, RuntimeError):
-        check(False, OP, "token ids", type(token_ids).__name__, remedy, TypeError)
+        expected = f"{name}: token ids, a tensor or a list of whole numbers"
+        check(False, op, expected, shown(token_ids), remedy, TypeError)
     usable = not ids.is_meta and ids.layout == torch.strided
     got = "a meta tensor" if ids.is_meta else str(ids.layout)
-    check(usable, OP, "token ids with data", got, remedy, TypeError)
+    check(usable, op, f"{name} with data", got, remedy, TypeError)
     return ids
 
 

@@ -15,7 +15,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparsekern.errors import FormatError, check, message
+from sparsekern.errors import FormatError, check
+from sparsekern.eval.perplexity import check_model, windows_of
 from sparsekern.nn.replace import dense_weight, write_weight
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot import fingerprint
@@ -31,13 +32,14 @@ from sparsekern.oneshot import keep_dense as dense_rule
 from sparsekern.oneshot.calibration import digest, make_batches
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.executor import calibrate
+from sparsekern.oneshot.experts import with_experts_apart
 from sparsekern.oneshot.layerwise import Options, prune_group
 from sparsekern.oneshot.presets import find_preset
 from sparsekern.oneshot.prune_model import prune_model
 from sparsekern.oneshot.selection import select
 from sparsekern.oneshot.skip import DEFAULT_RULE
 from sparsekern.prune.methods import find_method
-from sparsekern.utils.arguments import checked, shown
+from sparsekern.utils.arguments import checked
 from sparsekern.utils.files import write_atomic
 
 OP = "sparsekern.sensitivity"
@@ -214,11 +216,12 @@ class SensitivityReport:
 
 
 @checked(OP, window=(2, 10**9), windows=(1, 10**9))
+@with_experts_apart
 @torch.no_grad()
 def sensitivity(
     model: nn.Module,
     data: Any,
-    text: Tensor | Sequence[int],
+    text: Any,
     *,
     by: str = "layer",
     mode: str = "leave",
@@ -239,8 +242,8 @@ def sensitivity(
 
     Args:
         model: a dense Transformers causal language model.
-        data: calibration, as in prune_model; a list, not an iterator.
-        text: token ids [tokens] to evaluate, other than the calibration.
+        data: calibration, as in prune_model.
+        text: token ids to evaluate, as in perplexity, other than the calibration.
         by: "layer", "type" (of layer, over all blocks) or "block".
         mode: "leave" one part dense in the pruned model, or "add" one to the dense model.
         method, skip, targets, batch_size: as in prune_model; what is skipped is no part.
@@ -262,17 +265,12 @@ def sensitivity(
     check(by in UNITS, OP, f"by in {UNITS}", repr(by))
     check(mode in MODES, OP, f"mode in {MODES}", repr(mode))
     model = models.unwrapped(model)
-    try:
-        ids = torch.as_tensor(text).reshape(-1)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        expected = "text: token ids, a tensor or a list of whole numbers"
-        raise TypeError(message(OP, expected, shown(text), "Call the tokenizer.")) from error
     for count in time_tokens or ():
         check(type(count) is int and count > 0, OP, "time_tokens > 0, whole numbers", repr(count))
     check(window > 1 and windows > 0, OP, "window > 1 and windows > 0", f"{window}, {windows}")
-    check(ids.numel() >= window, OP, f"a text of {window} tokens", ids.numel())
-    rows = ids[: ids.numel() // window * window].view(-1, window)[:windows]
+    rows = windows_of(OP, "text", model, text, window)[:windows]
     target = _device(model, device)
+    data = list(data) if isinstance(data, Iterator) else data
     batches = make_batches(data, model, batch_size, target, None, OP)
     manifest = {
         "sensitivity": SCHEMA,
@@ -297,7 +295,8 @@ def sensitivity(
     else:
         work, pruned, errors = _pruned_together(model, data, method, batch_size, options, knobs)
     layers = [layer for name, layer in dense.items() if name in pruned]
-    check(bool(layers), OP, "layers that can be pruned", "none")
+    remedy = "Pass a dense model, and rules that leave some."
+    check(bool(layers), OP, "layers that can be pruned", "none", remedy)
     evaluate = _Evaluator(model, rows, target)
     dense_value, _ = evaluate(model)
     work.to(target)
@@ -410,6 +409,7 @@ class _Evaluator:
         self.known: list[Tensor] = []
         dense = copy.deepcopy(dense).to(device)
         self.dense: nn.Module | None = dense
+        check_model(OP, dense, rows[:1].to(device), self._kwargs(dense), causal=False)
         for row in rows:
             logits = self._logits(dense, row)
             if logits.numel() * logits.element_size() * len(rows) > CACHED:
@@ -417,10 +417,13 @@ class _Evaluator:
             self.known.append(logits)
         self.dense = None
 
+    @staticmethod
+    def _kwargs(model: nn.Module) -> dict[str, Any]:
+        return {"use_cache": False} if hasattr(model, "config") else {}
+
     @torch.no_grad()
     def _logits(self, model: nn.Module, row: Tensor) -> Tensor:
-        kwargs = {"use_cache": False} if hasattr(model, "config") else {}
-        output = model(row[None].to(self.device), **kwargs)
+        output = model(row[None].to(self.device), **self._kwargs(model))
         return cast(Tensor, getattr(output, "logits", output))[0]
 
     @torch.no_grad()

@@ -78,7 +78,13 @@ def read_rows(source, split):
             ) from error
         *whole, last = text.split("\n")  # splitlines() would also split at form feeds
         rows = [row + "\n" for row in whole] + [last] * bool(last)
-    check(any(row.strip() for row in rows), "sparsekern.read_rows", "text", f"none in {source}")
+    check(
+        any(row.strip() for row in rows),
+        "sparsekern.read_rows",
+        "text",
+        f"none in {source}",
+        "Give another.",
+    )
     return rows
 
 

@@ -5,27 +5,33 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
+import numpy
 import torch
 from torch import Tensor, nn
 
-from sparsekern.errors import check
+from sparsekern.errors import check, message
 from sparsekern.oneshot.discovery import input_embedding, is_transformers
+from sparsekern.oneshot.fingerprint import bits_of
 
 OP = "sparsekern.oneshot.make_batches"
 # Tokens per forward when batch_size is not given: large enough to fill an accelerator, small enough
 # for a CPU's caches.
 TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 4096}
 PROBE_TOKENS = 16
+IDS_REMEDY = "Pass token ids [samples, tokens]."
 # Texts are cut into windows of this many tokens, or of the model's positions where those are fewer.
 TEXT_WINDOW = 2048
-# Keywords whose tensors hold one column per token of the encoder's (or only) input, and per token
-# of the decoder's.
-TOKEN_KEYS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+# Keywords whose tensors hold one column per token (or sample of sound) of the encoder's (or only)
+# input, and per token of the decoder's.
+TOKEN_KEYS = ("input_ids", "input_values", "attention_mask", "token_type_ids", "position_ids")
 DECODER_KEYS = ("decoder_input_ids", "decoder_attention_mask")
+# What the code of a model raises where a call does not fit it.
+REFUSALS = (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError)
 
 
 @dataclass
@@ -33,7 +39,7 @@ class Batch:
     """One forward call of the model: model(*args, **kwargs).
 
     keep: bool [samples, tokens] each, False at padding that is part of the call; such positions
-        stay out of every statistic.
+        stay out of every statistic.      op: who asked for it, for messages.
     """
 
     args: tuple[Any, ...]
@@ -41,10 +47,26 @@ class Batch:
     samples: int
     tokens: int
     keep: tuple[Tensor, ...] = ()
+    op: str = OP
 
     def run(self, model: nn.Module, device: torch.device) -> Any:
-        """Call the model."""
-        return model(*move(self.args, device), **move(self.kwargs, device))
+        """Call the model.
+
+        Raises:
+            ValueError, RuntimeError: what the model's own code says of a call that it cannot take.
+        """
+        try:
+            return model(*move(self.args, device), **move(self.kwargs, device))
+        except REFUSALS as error:
+            # Out of memory and the like are of other classes; our own hooks name themselves.
+            if type(error) not in REFUSALS or str(error).startswith("sparsekern"):
+                raise
+            got = f"{_shapes((*self.args, self.kwargs))}: {type(error).__name__}: {error}"
+            expected = f"calibration that {type(model).__name__}.forward takes"
+            remedy = "Pass its inputs by name, as batches in dicts."
+            text = message(self.op, expected, got.rstrip("."), remedy)
+            kind = RuntimeError if isinstance(error, RuntimeError) else ValueError
+            raise kind(text) from error
 
     def probe(self) -> Batch:
         """A short version of a batch of token ids: one sample, at most PROBE_TOKENS tokens. Other
@@ -52,7 +74,8 @@ class Batch:
         ids = self.kwargs.get("input_ids")
         if ids is None or set(self.kwargs) - {"input_ids", "use_cache"}:
             return self
-        return Batch((), {**self.kwargs, "input_ids": ids[:1, :PROBE_TOKENS]}, 1, PROBE_TOKENS)
+        kwargs = {**self.kwargs, "input_ids": ids[:1, :PROBE_TOKENS]}
+        return Batch((), kwargs, 1, PROBE_TOKENS, op=self.op)
 
 
 def make_batches(
@@ -69,9 +92,11 @@ def make_batches(
         calibration: for a Transformers model token ids, int64 [samples, tokens], or an iterable of
             such, of 1-D tensors or lists (equal lengths are batched together), of (ids, target)
             pairs, of (ids, attention mask of 0 and 1) pairs, of texts, or of keyword dicts (a
-            tokenizer's output, rows of a dataset, a DataLoader's batches); one text or one dict.
+            tokenizer's output, rows of a dataset, a DataLoader's batches), also as the first of a
+            pair; one text, one dict, or one dict of columns (texts, or samples of unequal lengths).
             For models of images or sound a float tensor [samples, ...]. For a plain module a tensor
-            (split along dim 0), or an iterable of tensors, tuples or dicts, each one batch.
+            (split along dim 0), or an iterable of tensors, tuples or dicts, each one batch. Arrays
+            of numpy count as tensors; of a dataset that has items and a length all are taken.
         batch_size: samples per forward; None: as many as TOKENS_PER_BATCH holds, at least one.
         device: where the forwards run, for the default batch size.
         tokenizer: for texts.
@@ -79,7 +104,10 @@ def make_batches(
     Notes:
         Positions where an attention mask is 0 are cut off each sample where the call allows it
         (padding left or right, token inputs only); elsewhere they are kept out by Batch.keep.
-        An encoder-decoder gets plain token ids as both inputs.
+        An encoder-decoder gets token ids that come without inputs or labels of the decoder as both
+        inputs.
+    Warns:
+        UserWarning: names in a dict that the forward swallows without naming them.
     Raises:
         ValueError: no samples, ids outside the vocabulary, more tokens than the model has
             positions, batch_size < 1, texts without a tokenizer.
@@ -88,23 +116,55 @@ def make_batches(
     remedy = "Leave it out for the default."
     fits = batch_size is None or (type(batch_size) is int and 1 <= batch_size < 2**63)
     check(fits, op, "batch_size >= 1", batch_size, remedy)
-    single = isinstance(calibration, (Tensor, str, Mapping))
-    iterable = single or isinstance(calibration, Iterable)
-    remedy = "Pass token ids [samples, tokens]."
-    got = type(calibration).__name__
-    check(iterable, op, "calibration as a tensor or an iterable", got, remedy, TypeError)
-    items: list[Any] = [calibration] if single else list(calibration)
-    check(len(items) > 0, op, "calibration with at least one sample", "none", remedy)
+    items = _listed(calibration, op)
+    check(len(items) > 0, op, "calibration with at least one sample", "none", IDS_REMEDY)
     empty = any(isinstance(item, Tensor) and item.is_meta for item in items)
-    check(not empty, op, "tensors with data as calibration", "a meta tensor", remedy)
+    check(not empty, op, "tensors with data as calibration", "a meta tensor", IDS_REMEDY)
     if is_transformers(model):
         with torch.device("cpu"):  # whatever torch's default device is
             return _Transformers(model, batch_size, device, tokenizer, op).batches(items)
     texts = any(isinstance(item, str) for item in items)
-    check(not texts, op, "tensors, tuples or dicts as calibration of a plain module", "text")
-    if isinstance(calibration, Tensor):
-        items = list(_split(calibration, batch_size, device, op))
+    expected, remedy = "tensors, tuples or dicts as calibration of a plain module", "Pass tensors."
+    check(not texts, op, expected, "text", remedy)
+    if isinstance(_array(calibration), Tensor):
+        items = list(_split(items[0], batch_size, device, op))
     return [_plain_batch(item, model, op) for item in items]
+
+
+def _array(value: Any) -> Any:
+    """An array of numpy as a tensor, of float64 as torch's default; as a list where it holds lists
+    or texts. Anything else as it is."""
+    if not isinstance(value, (numpy.ndarray, numpy.generic)):
+        return value
+    try:
+        made = torch.as_tensor(value)
+    except TypeError:
+        return value.tolist()
+    return made.to(torch.get_default_dtype()) if made.dtype == torch.float64 else made
+
+
+def _listed(data: Any, op: str) -> list[Any]:
+    """The items of whatever the caller has."""
+    data = _array(data)
+    if isinstance(data, (Tensor, str, bytes, Mapping)):
+        return [data]
+    if isinstance(data, Iterable):
+        return [_array(item) for item in data]
+    indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    expected, got = "calibration as a tensor, an iterable or a dataset", type(data).__name__
+    check(indexed, op, expected, got, IDS_REMEDY, TypeError)
+    return [_array(data[i]) for i in range(len(data))]
+
+
+def _shapes(value: Any) -> str:
+    """What a call is made of, for messages: "input_ids [2, 8] int64, labels: list"."""
+    if isinstance(value, Tensor):
+        return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_shapes(part)}" for key, part in value.items())
+    if isinstance(value, tuple):
+        return ", ".join(filter(None, map(_shapes, value)))
+    return repr(value) if value is None or isinstance(value, (int, float)) else type(value).__name__
 
 
 def _budget(device: torch.device) -> int:
@@ -114,17 +174,18 @@ def _budget(device: torch.device) -> int:
 def _split(data: Tensor, batch_size: int | None, device: torch.device, op: str) -> Iterable[Tensor]:
     """A tensor [samples, ...] in batches."""
     full = data.dim() > 0 and len(data) > 0
-    check(full, op, "calibration [samples, ...]", tuple(data.shape))
+    remedy = "Pass at least one sample."
+    check(full, op, "calibration [samples, ...]", tuple(data.shape), remedy)
     per_sample = max(1, data[0].numel() // (data.shape[-1] if data.dim() > 2 else 1))
     size = batch_size or max(1, _budget(device) // (per_sample if data.dim() > 2 else 1))
     return torch.split(data, size)
 
 
 def _plain_batch(item: Any, model: nn.Module, op: str) -> Batch:
-    kwargs = dict(item) if isinstance(item, Mapping) else {}
+    kwargs = {key: _array(v) for key, v in item.items()} if isinstance(item, Mapping) else {}
     args: tuple[Any, ...] = ()
     if not kwargs:
-        args = tuple(item) if isinstance(item, (tuple, list)) else (item,)
+        args = tuple(map(_array, item)) if isinstance(item, (tuple, list)) else (item,)
         args = args[: _positional(model)]
     return _as_batch(args, kwargs, item, op)
 
@@ -143,7 +204,10 @@ def _positional(model: nn.Module) -> int | None:
 
 def _as_batch(args: tuple[Any, ...], kwargs: dict[str, Any], item: Any, op: str) -> Batch:
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-    got, remedy = type(item).__name__, "Pass tensors, tuples or dicts."
+    got, remedy = (
+        _shapes(item) or f"an empty {type(item).__name__}",
+        "Pass tensors, tuples or dicts.",
+    )
     check(bool(tensors), op, "a tensor in every calibration batch", got, remedy, TypeError)
     ids = kwargs.get("input_ids")
     first = ids if isinstance(ids, Tensor) else tensors[0]
@@ -151,7 +215,7 @@ def _as_batch(args: tuple[Any, ...], kwargs: dict[str, Any], item: Any, op: str)
     tokens = first.numel()
     if first.is_floating_point():
         tokens = tokens // max(1, first.shape[-1] if first.dim() else 1)
-    return Batch(args, kwargs, samples, tokens)
+    return Batch(args, kwargs, samples, tokens, op=op)
 
 
 class _Transformers:
@@ -177,9 +241,15 @@ class _Transformers:
             parameters = inspect.signature(model.forward).parameters
         except (TypeError, ValueError):
             parameters = {}  # type: ignore[assignment]
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        # What the forward takes; None where that is anything.
-        self.known = None if open_ended or not parameters else {*parameters, "labels"}
+        rest = [p.annotation for p in parameters.values() if p.kind is p.VAR_KEYWORD]
+        self.open_ended = bool(rest)
+        # Unpack[TransformersKwargs] says what the rest may be.
+        named = [vars(kind).get("__annotations__") for a in rest for kind in get_args(a)]
+        self.known: set[str] | None = {*parameters, *(named[0] or () if named else ()), "labels"}
+        if not parameters or (rest and not named):
+            self.known = None  # anything
+        self.takes_ids = self.known is None or "input_ids" in self.known
+        self.swallowed: set[str] = set()
         self.extra = {"use_cache": False} if "use_cache" in parameters else {}
         self.main = getattr(model, "main_input_name", "input_ids")
         self.doubled = (
@@ -195,12 +265,10 @@ class _Transformers:
             found.extend(self._stack(rows))
             rows.clear()
 
-        # A list of plain numbers is one sample.
-        if all(type(item) is int for item in items):
+        # A list of plain numbers is one sample, and ids with their mask are one batch.
+        if all(type(item) is int for item in items) or (len(items) == 2 and self._is_mask(*items)):
             items = [items]
-        for item in items:
-            if isinstance(item, Mapping) and "input_ids" not in item:
-                item = item["text"] if isinstance(item.get("text"), str) else item
+        for item in (part for whole in items for part in self._unfolded(whole)):
             if isinstance(item, str):
                 rows.extend(self._tokenized(item))
             elif isinstance(item, Mapping):
@@ -213,26 +281,57 @@ class _Transformers:
                     found.extend(self._from_mapping(mapping))
             elif isinstance(item, (tuple, list)) and item and isinstance(item[0], Tensor):
                 ids = item[0]
-                if self._is_mask(ids, item[1] if len(item) > 1 else None):
+                if len(item) > 1 and self._is_mask(ids, item[1]):
                     flush()
                     mapping = {"input_ids": ids, "attention_mask": item[1]}
                     found.extend(self._from_mapping(mapping))
-                elif ids.is_floating_point() and self.main != "input_ids":
+                elif self._is_main(ids):
                     flush()
-                    found.append(_as_batch((), {self.main: ids}, item, self.op))
+                    found.extend(self._from_mapping({self.main: ids}))
                 else:
                     rows.extend(self._rows(ids))
-            elif isinstance(item, Tensor) and item.is_floating_point() and self.main != "input_ids":
+            elif isinstance(item, Tensor) and self._is_main(item):
                 flush()
                 whole = len(items) == 1
                 parts = _split(item, self.batch_size, self.device, self.op) if whole else [item]
-                found.extend(_as_batch((), {self.main: part}, part, self.op) for part in parts)
+                found.extend(b for part in parts for b in self._from_mapping({self.main: part}))
             else:
                 rows.extend(self._rows(item))
         flush()
-        remedy = "Pass token ids [samples, tokens]."
-        check(bool(found), self.op, "calibration with at least one token", "none", remedy)
+        check(bool(found), self.op, "calibration with at least one token", "none", IDS_REMEDY)
+        if self.swallowed:
+            expected = f"inputs that {type(self.model).__name__}.forward names in every dict"
+            got = f"{', '.join(sorted(self.swallowed))}, which it may ignore"
+            text = message(self.op, expected, got, "Leave them out, or correct the name.")
+            warnings.warn(text, stacklevel=6)
         return found
+
+    def _is_main(self, item: Tensor) -> bool:
+        """Whether this is what a model of images or sound looks at."""
+        return item.is_floating_point() and self.main != "input_ids"
+
+    @classmethod
+    def _unfolded(cls, item: Any) -> list[Any]:
+        """The samples of a batch that is none yet: a list of texts or dicts, a dict of columns with
+        texts or with samples of unequal lengths; the dict of a (dict, target) pair and the text of
+        a row. Else the item."""
+        if isinstance(item, tuple) and item and isinstance(item[0], Mapping):
+            item = item[0]
+        if isinstance(item, Mapping):
+            key = "input_ids" if "input_ids" in item else "text"
+            column = item.get(key)
+            if key == "text" and isinstance(column, str):
+                return [column]
+            if isinstance(column, (list, tuple)):
+                sizes = {len(row) for row in column if isinstance(row, Sized)}
+                if key == "text" or len(sizes) > 1:
+                    count = len(column)
+                    split = {k for k, v in item.items() if isinstance(v, Sized) and len(v) == count}
+                    rows = range(count)
+                    item = [{k: v[i] if k in split else v for k, v in item.items()} for i in rows]
+        if isinstance(item, list) and all(isinstance(part, (str, Mapping)) for part in item):
+            return [part for one in item for part in cls._unfolded(one)]
+        return [item]
 
     # ------------------------------------------------------------------------------------ token ids
 
@@ -241,22 +340,29 @@ class _Transformers:
         try:
             ids = item if isinstance(item, Tensor) else torch.as_tensor(item)
         except (TypeError, ValueError, RuntimeError):
-            expected = "token ids, texts, dicts or pairs of tensors as calibration"
-            remedy = "Pass token ids [samples, tokens]."
-            check(False, self.op, expected, type(item).__name__, remedy, TypeError)
+            expected, got = (
+                "token ids, texts, dicts or pairs of tensors as calibration",
+                _shapes(item),
+            )
+            check(False, self.op, expected, got, IDS_REMEDY, TypeError)
+        expected = f"floating-point {self.main} as calibration of {type(self.model).__name__}"
+        remedy = "Pass what its processor makes."
+        check(self.takes_ids, self.op, expected, _shapes(ids), remedy, TypeError)
         self._check_ids(ids, "calibration")
         return list(ids.to(torch.int64).reshape(-1, ids.shape[-1]).unbind())
 
     def _check_ids(self, ids: Tensor, name: str) -> None:
         usable = not ids.is_meta and ids.layout == torch.strided
         got = "a meta tensor" if ids.is_meta else str(ids.layout)
-        check(usable, self.op, f"token ids with data as {name}", got, "", TypeError)
+        remedy = "Pass a dense tensor."
+        check(usable, self.op, f"token ids with data as {name}", got, remedy, TypeError)
+        expected, remedy = f"token ids [samples, tokens] as {name}", "Leave empty samples out."
+        check(ids.numel() > 0, self.op, expected, tuple(ids.shape), remedy)
         integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-        remedy = "Tokenise the text first."
-        check(integer, self.op, f"integer token ids as {name}", ids.dtype, remedy, TypeError)
-        right = ids.dim() in (1, 2) and ids.numel() > 0
+        got, remedy = _shapes(ids), "Tokenise texts, and pass other inputs by name, in dicts."
+        check(integer, self.op, f"integer token ids as {name}", got, remedy, TypeError)
         remedy = f"Reshape the {name}."
-        check(right, self.op, "token ids [samples, tokens]", tuple(ids.shape), remedy)
+        check(ids.dim() in (1, 2), self.op, expected, tuple(ids.shape), remedy)
         wide = ids.to(torch.int64)
         low, high = int(wide.min()), int(wide.max())
         embedding = input_embedding(self.model)
@@ -313,17 +419,20 @@ class _Transformers:
             kwargs: dict[str, Any] = {"input_ids": ids, **self.extra}
             if self.doubled:
                 kwargs["decoder_input_ids"] = ids
-            batches.append(Batch((), kwargs, count, ids.numel()))
+            batches.append(Batch((), kwargs, count, ids.numel(), op=self.op))
             rows = rows[count:]
         return batches
 
     # ---------------------------------------------------------------------------------------- dicts
 
     @staticmethod
-    def _is_mask(ids: Tensor, other: Any) -> bool:
+    def _is_mask(ids: Any, other: Any) -> bool:
         """Whether the second of a pair is an attention mask, not a target: 0 and 1 only, 1 at
         places where the ids are neither."""
-        if not isinstance(other, Tensor) or other.shape != ids.shape or other.is_floating_point():
+        tensors = isinstance(ids, Tensor) and isinstance(other, Tensor)
+        if not tensors or other.shape != ids.shape:
+            return False
+        if ids.is_floating_point() or other.is_floating_point():
             return False
         return bool(((other == 0) | (other == 1)).all()) and not bool((ids <= 1).all())
 
@@ -333,11 +442,30 @@ class _Transformers:
         for key, value in item.items():
             if value is None or isinstance(value, str):
                 continue
-            if isinstance(value, (list, tuple)) or type(value).__module__ == "numpy":
-                # What the forward makes of anything else is its own matter.
+            arrays = (
+                isinstance(value, (list, tuple)) and value and isinstance(value[0], numpy.ndarray)
+            )
+            # What the forward makes of anything else is its own matter.
+            with contextlib.suppress(TypeError, ValueError, RuntimeError):
+                value = numpy.stack(value) if arrays else value
+            value = _array(value)
+            if isinstance(value, (list, tuple)):
+                if value and all(isinstance(part, Tensor) for part in value):
+                    equal = all(part.shape == value[0].shape for part in value)
+                    expected = f"{key} as one tensor"
+                    got = f"a list of {len(value)} of them, the first {_shapes(value[0])}"
+                    # A list of rows and what a loader makes of lists (columns) look alike.
+                    remedy = "Stack them, or give the DataLoader a collate_fn that does."
+                    stacks = equal and value[0].dim() > 1
+                    check(stacks, self.op, expected, got, remedy, TypeError)
+                    value = torch.stack(tuple(value))
                 with contextlib.suppress(TypeError, ValueError, RuntimeError):
                     value = torch.as_tensor(value)
             made[str(key)] = value
+        expected, got = "a tensor in every calibration dict", _shapes(item) or "an empty one"
+        remedy = "Name token ids input_ids, and texts, with tokenizer=, text."
+        full = any(isinstance(value, Tensor) for value in made.values())
+        check(full, self.op, expected, got, remedy, TypeError)
         for key, mask_key in (
             ("input_ids", "attention_mask"),
             ("decoder_input_ids", "decoder_attention_mask"),
@@ -348,14 +476,17 @@ class _Transformers:
             self._check_ids(ids, key)
             made[key] = ids.to(torch.int64)
             if isinstance(mask, Tensor) and mask.dim() == ids.dim():
-                expected, got = f"{mask_key} of shape {list(ids.shape)} as {key}", list(mask.shape)
-                check(mask.shape == ids.shape, self.op, expected, got)
+                expected = f"{mask_key} of shape {list(ids.shape)} as {key}"
+                remedy = f"Pass one number for each of {key}."
+                check(mask.shape == ids.shape, self.op, expected, list(mask.shape), remedy)
         self._check_range(made, "position_ids", self.positions)
         types = getattr(self.model.config, "type_vocab_size", None)
         self._check_range(made, "token_type_ids", types if isinstance(types, int) else None)
-        unknown = [] if self.known is None else sorted(set(made) - self.known)
+        unknown = set() if self.known is None else set(made) - self.known
         expected = f"inputs of {type(self.model).__name__}.forward in every dict"
-        check(not unknown, self.op, expected, ", ".join(unknown), "Leave them out.")
+        refused = unknown and not self.open_ended
+        check(not refused, self.op, expected, ", ".join(sorted(unknown)), "Leave them out.")
+        self.swallowed |= unknown
         return made
 
     def _check_range(self, item: dict[str, Any], key: str, count: int | None) -> None:
@@ -364,14 +495,16 @@ class _Transformers:
         if count is None or not isinstance(value, Tensor) or value.is_floating_point():
             return
         low, high = int(value.min()), int(value.max())
-        check(low >= 0 and high < count, self.op, f"{key} in 0..{count - 1}", f"{low}..{high}")
+        expected, remedy = f"{key} in 0..{count - 1}", "Leave it out for the model's own."
+        check(low >= 0 and high < count, self.op, expected, f"{low}..{high}", remedy)
 
     def _single_row(self, item: dict[str, Any]) -> Tensor | None:
         """The ids of a sample that has nothing else to say: a row of a dataset."""
         ids, mask = item.get("input_ids"), item.get("attention_mask")
         if not isinstance(ids, Tensor) or ids.dim() != 1:
             return None
-        if self.doubled or set(item) - {"input_ids", "attention_mask", "labels"}:
+        targets = set() if self.doubled else {"labels"}
+        if set(item) - {"input_ids", "attention_mask"} - targets:
             return None
         kept = slice(None) if mask is None else _span(mask)
         return None if kept is None else ids[kept].to(torch.int64)
@@ -379,11 +512,17 @@ class _Transformers:
     def _from_mapping(self, item: dict[str, Any]) -> list[Batch]:
         """The batches of one dict: itself, or its samples without their padding."""
         ids = item.get("input_ids")
-        if isinstance(ids, Tensor) and ids.dim() == 1:
+        main = item.get(self.main) if ids is None else ids
+        if isinstance(main, Tensor) and main.dim() == 1:  # one sample
             item = {
                 key: value[None] if isinstance(value, Tensor) else value
                 for key, value in item.items()
             }
+        decoder = {"decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "labels"}
+        if self.doubled and isinstance(ids, Tensor) and not decoder & set(item):
+            item["decoder_input_ids"] = item["input_ids"]
+            if "attention_mask" in item:
+                item["decoder_attention_mask"] = item["attention_mask"]
         kwargs = {**item, **self.extra}
         masks = {
             key: kwargs[key]
@@ -393,8 +532,12 @@ class _Transformers:
         if all(bool((mask != 0).all()) for mask in masks.values()):
             return [_as_batch((), kwargs, item, self.op)]
         for key, mask in masks.items():
-            expected = f"{key} with a token that counts in every sample"
-            check(bool((mask != 0).any(dim=1).all()), self.op, expected, "a sample of padding only")
+            expected, got = (
+                f"{key} with a token that counts in every sample",
+                "a sample of padding only",
+            )
+            remedy = "Leave that sample out."
+            check(bool((mask != 0).any(dim=1).all()), self.op, expected, got, remedy)
         cut = self._without_padding(item, masks)
         if cut is not None:
             return cut
@@ -410,7 +553,7 @@ class _Transformers:
         more than token inputs, or a mask has holes."""
         families = {"attention_mask": TOKEN_KEYS, "decoder_attention_mask": DECODER_KEYS}
         known = {key for family in families.values() for key in family}
-        ids = item.get("input_ids")
+        ids = next((item[key] for key in ("input_ids", "input_values") if key in item), None)
         if not isinstance(ids, Tensor) or set(item) - known - {"labels"}:
             return None
         decoder = item.get("decoder_input_ids")
@@ -452,15 +595,26 @@ def _span(mask: Tensor) -> slice | None:
 
 def digest(batches: Iterable[Batch]) -> str:
     """sha256 over all tensors of the calibration, row by row, so that it does not depend on the
-    batch size."""
-    sha = hashlib.sha256()
+    batch size, and over the names and plain values beside them."""
+    sha, rest = hashlib.sha256(), set()
+
+    def take(name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            host = value.cpu()
+            for row in host if host.dim() > 1 else [host]:
+                sha.update(f"{row.dtype}{tuple(row.shape)}".encode())
+                sha.update(bits_of(row).numpy().data)
+        elif isinstance(value, Mapping):
+            for key, part in value.items():
+                take(f"{name}.{key}", part)
+        elif isinstance(value, (tuple, list)):
+            for i, part in enumerate(value):
+                take(f"{name}.{i}", part)
+        rest.add(f"{name} {value if isinstance(value, (int, float, str)) else type(value)}")
+
     for batch in batches:
-        for value in (*batch.args, *batch.kwargs.values(), *batch.keep):
-            if isinstance(value, Tensor):
-                host = value.detach().cpu().contiguous()
-                for row in host if host.dim() > 1 else [host]:
-                    sha.update(f"{row.dtype}{tuple(row.shape)}".encode())
-                    sha.update(row.reshape(-1).view(torch.uint8).numpy().tobytes())
+        take("call", (batch.args, batch.kwargs, batch.keep))
+    sha.update(repr(sorted(rest)).encode())
     return sha.hexdigest()
 
 

@@ -314,7 +314,7 @@ class Calibration(Timed):
         return walk
 
     def _check_whole(self, has_blocks: bool) -> None:
-        """The blocks are no chain: say so, or refuse what needs one."""
+        """The blocks are no chain: say so, or refuse what needs one (match_dense, a source)."""
         kind = type(self.model).__name__
         expected = "a model that is a chain of decoder blocks, for match_dense"
         remedy = "Leave match_dense out."
@@ -324,6 +324,9 @@ class Calibration(Timed):
         if self.optional_dense:
             self.beside_dense = False
         check(not self.beside_dense, self.op, expected, got, remedy)
+        expected = "a model that is a chain of decoder blocks, to stream it"
+        remedy = "Prune it in memory (--no-stream)."
+        check(self.source is None, self.op, expected, got, remedy)
         if has_blocks and models.is_transformers(self.model):
             text = (
                 "the blocks are no chain that can be walked; every layer is calibrated in one pass"

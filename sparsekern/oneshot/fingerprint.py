@@ -99,10 +99,16 @@ def of_model(model: nn.Module) -> str:
 def of_tensor(tensor: Tensor) -> str:
     """sha256 over dtype, shape and bits."""
     sha = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    host = tensor.detach().cpu().contiguous()
-    if host.numel():
-        sha.update(host.reshape(-1).view(torch.uint8).numpy().data)
+    if tensor.numel():
+        sha.update(bits_of(tensor.cpu()).numpy().data)
     return sha.hexdigest()
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, uint8 [bytes]; no copy where it is contiguous."""
+    flat = tensor.detach().contiguous()
+    # A contiguous tensor may have any stride in a dimension of one element.
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
 
 
 def of_tensors(tensors: Iterable[tuple[str, Tensor]], *texts: str) -> str:

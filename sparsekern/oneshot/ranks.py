@@ -39,6 +39,7 @@ from torch import Tensor
 
 from sparsekern.errors import check, message
 from sparsekern.oneshot.discovery import Layer
+from sparsekern.oneshot.fingerprint import bits_of
 
 logger = logging.getLogger("sparsekern")
 TIMEOUT = "SPARSEKERN_RANK_TIMEOUT"
@@ -210,7 +211,7 @@ class Ranks:
         text, forms = box[0]
         wire = self._wire()
         buffers = [
-            _bytes(tensors[i]).to(wire)
+            bits_of(tensors[i]).to(wire)
             if here
             else torch.empty(size, dtype=torch.uint8, device=wire)
             for i, (_, _, size, _) in enumerate(forms)
@@ -298,10 +299,6 @@ Form = tuple[torch.dtype, torch.Size, int, bool]
 
 def _form(tensor: Tensor) -> Form:
     return tensor.dtype, tensor.shape, tensor.numel() * tensor.element_size(), tensor.is_cpu
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _packed(value: Any, tensors: list[Tensor]) -> tuple[bytes]:

@@ -116,7 +116,7 @@ def rotate(
         RuntimeError: the logits differ by more than rounding. The model is as it was before.
     """
     target = _target(model, device)
-    batches = make_batches(calibration, model, None, target)
+    batches = make_batches(calibration, model, None, target, op=OP)
     knobs: dict[str, Any] = {"steps": steps, "rate": rate, "heads": heads, "untie": untie}
     knobs["seconds"] = seconds
     return rotate_on(model, batches, target, seed=seed, **knobs).report

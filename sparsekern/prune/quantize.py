@@ -260,6 +260,7 @@ class _Solver:
         """One pass of coordinate descent over the levels, in place."""
         a = self.h.clone()
         a.diagonal().add_(damp * a.diagonal().mean())
+        a.diagonal().masked_fill_(a.diagonal() == 0, 1.0)  # as in the sweep
         inverse_diagonal = a.diagonal().clamp(min=torch.finfo(torch.float32).tiny).reciprocal()
         slope = a @ (qt - aim)
         of = _descend_block_torch if self.kernels is None else self.kernels.descend_block
