@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,9 @@ OP = "sparsekern.perplexity"
 # Logits converted to float32 at once: tokens x vocabulary stays near 256 MB for a vocabulary of 50
 # 000.
 TOKENS_PER_CHUNK = 1024
+# Of the largest logit: what a later token may change in earlier ones.
+READS_AHEAD = 0.03
+NOT_CAUSAL = "The perplexity of a model that reads its targets says nothing; use another measure."
 EVERY_TOKEN = "The model has to score every token it is given."
 
 
@@ -48,7 +52,8 @@ def perplexity(
         float; inf when a token has probability zero, nan when the logits hold NaN.
     Raises:
         ValueError: fewer tokens than one window; ids outside the vocabulary; window < 2; batch_size
-            < 1; a model that does not take ids alone, or whose logits depend on later tokens.
+            < 1; a model that does not take ids alone, or whose logits depend on later tokens (by
+            more than 3 % of the largest; by more than rounding: a UserWarning).
         TypeError: ids that are not integers.
     Notes:
         The model runs in eval mode without cache; its flags are restored. Print window, tokenizer
@@ -96,7 +101,8 @@ def check_model(
     others = ids[ids != short[0, -1]]
     other[0, -1] = others[0] if len(others) else 0
     try:
-        first, second = (_logits_of(model(x, **kwargs)) for x in (short, other))
+        with torch.compiler.set_stance("force_eager"):  # nothing is compiled for a short text
+            first, second = (_logits_of(model(x, **kwargs)) for x in (short, other))
     except REFUSALS as error:
         if type(error) not in REFUSALS or str(error).startswith("sparsekern"):
             raise
@@ -111,14 +117,14 @@ def check_model(
         return
     before = first[:, :-1].float()
     moved = float((second[:, :-1].float() - before).abs().max())
-    # Of a causal model these rows are equal up to the rounding of products in another grouping.
-    bound = min(64 * torch.finfo(first.dtype).eps, 0.03) * float(before.abs().max())
+    # Of a causal model these rows are equal up to the rounding of products in another grouping; up
+    # to more where inputs of layers are quantised with one scale for all tokens.
+    share = moved / max(float(before.abs().max()), torch.finfo(torch.float32).tiny)
     expected = f"{kind} to be causal: logits that do not depend on later tokens"
-    got, remedy = (
-        f"a difference of {moved:.3g}",
-        "Its perplexity says nothing; use another measure.",
-    )
-    check(not moved > bound, op, expected, got, remedy)
+    got = f"a difference of {share:.2g} of the largest logit"
+    check(not share > READS_AHEAD, op, expected, got, NOT_CAUSAL)
+    if share > 64 * torch.finfo(first.dtype).eps:
+        warnings.warn(message(op, expected, got, NOT_CAUSAL), stacklevel=3)
 
 
 def _logits_of(output: Any) -> Any:
