@@ -2,6 +2,7 @@
 every error one line."""
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -166,6 +167,24 @@ def test_methods_and_their_options_come_from_the_registry(places, tmp_path, call
         )
     finally:
         sk.prune.unregister_method("mine")
+
+
+def test_prune_keeps_the_small_files_of_the_model(places, tmp_path, call):
+    source = tmp_path / "in"
+    shutil.copytree(places / "dense", source)
+    for name in ("preprocessor_config.json", "processor_config.json", "LICENSE", "NOTICE.txt"):
+        (source / name).write_text(f'{{"of": "{name}"}}')
+    (source / "README.md").write_text("of the dense model")
+    prune = ["prune", source, "--method", "magnitude", "--out"]
+    assert call(*prune, tmp_path / "out")[0] == 0
+    kept = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"preprocessor_config.json", "processor_config.json", "LICENSE", "NOTICE.txt"} <= kept
+    assert "README.md" not in kept
+    assert (tmp_path / "out" / "LICENSE").read_text() == '{"of": "LICENSE"}'
+    (source / "NOTICE").symlink_to(places / "text.txt")
+    code, _, err = call(*prune, tmp_path / "other")
+    assert code != 0 and "NOTICE: expected a file of the folder, got a link" in err
+    assert not (tmp_path / "other").exists(), "asked before anything is saved"
 
 
 def test_prune_resumes(places, tmp_path, call):

@@ -184,6 +184,17 @@ def test_adapters_stay_trainable_and_their_base_is_pruned():
     assert model[0].lora_B["default"].weight.grad is not None
 
 
+def test_a_base_whose_weight_dora_reads_stays_dense():
+    peft = pytest.importorskip("peft", reason="needs peft, which is no dependency")
+    config = peft.LoraConfig(use_dora=True, target_modules=["0"])
+    adapted = peft.get_peft_model(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), config)
+    report = sk.prune_model(adapted, "wanda", X, progress=False, device="cpu")
+    assert [row.name for row in report.pruned] == ["base_model.model.1"]
+    base = report["base_model.model.0.base_layer"]
+    assert base.reason == "an adapter with DoRA reads the weight itself"
+    assert adapted(X).isfinite().all()
+
+
 class Owner(nn.Module):
     """Reads the weight of one child, and the dtype of the other's."""
 

@@ -310,8 +310,21 @@ def test_stages_of_another_run_or_without_a_manifest_are_refused(tmp_path):
     (tmp_path / "b" / "manifest.json").unlink()
     with pytest.raises(ValueError, match="manifest.json beside the stages .* got none"):
         run(build("llama"), tmp_path / "b", damp=0.1)
-    with pytest.raises(NotADirectoryError, match="a folder, got the file"):
-        run(build("llama"), tmp_path / "a" / name)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_done(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    model = build("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for place, error in (
+        ("file", FileExistsError),
+        ("file/below", NotADirectoryError),
+        ("link", FileNotFoundError),
+    ):
+        with pytest.raises(error, match="resume=.: expected a folder that can be written, got"):
+            run(model, tmp_path / place)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_folder_serves_one_process_at_a_time(tmp_path):

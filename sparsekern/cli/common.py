@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparsekern.errors import check
+
+# Small files of a model that neither the model nor its tokenizer writes.
+BESIDE = ("*processor_config.json", "LICENSE*", "NOTICE*")
 
 
 def needed(tokenizer: Any, path: str) -> Any:
@@ -35,6 +40,31 @@ def new_folder(path: str) -> Path:
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     check(empty, "sparsekern", "--out to be a new or empty folder", path, "Choose another name.")
     return folder
+
+
+def files_beside(model: str) -> list[Path]:
+    """The files of BESIDE in the folder, or cached snapshot of a Hub id, that a model comes from.
+
+    Raises:
+        FormatError: a link that leads out of it.
+    """
+    from sparsekern.checkpoint.arguments import ModelNotFound, find_folder
+    from sparsekern.utils.safetensors_io import require_inside
+
+    try:
+        folder = find_folder("sparsekern", model)
+    except ModelNotFound:
+        return []  # loading it says so
+    found = sorted({p for pattern in BESIDE for p in folder.glob(pattern) if p.is_file()})
+    require_inside(folder, [path.name for path in found])
+    return found
+
+
+def copy_beside(files: Iterable[Path], out: Path) -> None:
+    """Copy files into a folder that has none of these names yet."""
+    for path in files:
+        if not (out / path.name).exists():
+            shutil.copyfile(path, out / path.name)
 
 
 def device_of(name: str | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sparsekern.cli.common import copy_beside, files_beside, new_folder
 from sparsekern.errors import check
 from sparsekern.oneshot.presets import PRESETS, find_preset
 
@@ -120,12 +121,11 @@ def run(args: argparse.Namespace) -> int:
     from sparsekern.finetune.trainer import distill
     from sparsekern.integrations.loading import cast_weights, folder_bytes, load_model
 
-    out = Path(args.out)
-    empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    check(empty, OP, "--out to be a new or empty folder", args.out, "Choose another name.")
+    out = new_folder(args.out)
     work = Path(args.work) if args.work else out.with_name(out.name + "-run")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     teacher, tokenizer = load_model(args.model, "cpu")
+    beside = files_beside(args.model)
     check(tokenizer is not None, OP, "a tokenizer with the model", "none", "Add tokenizer.json.")
     student, report = _student(args, teacher, tokenizer, device, work)
     corpus = _corpus(args, teacher, tokenizer, device)
@@ -168,6 +168,7 @@ def run(args: argparse.Namespace) -> int:
     assert result.masked is not None
     dense = result.masked.compress()
     sk.save_pretrained(cast_weights(student.cpu(), torch.bfloat16), out, tokenizer=tokenizer)
+    copy_beside(beside, out)
     (out / "finetune_report.json").write_text(result.to_json(), encoding="utf-8")
     if report is not None:
         print(report.summary())

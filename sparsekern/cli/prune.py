@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern.cli.common import device_of, dtype_of, needed, new_folder
+from sparsekern.cli.common import (
+    copy_beside,
+    device_of,
+    dtype_of,
+    files_beside,
+    needed,
+    new_folder,
+)
 from sparsekern.cli.parser import CPU_WINDOWS, GPU_WINDOWS
 from sparsekern.errors import check, message
 from sparsekern.formats import dtypes
@@ -107,6 +114,7 @@ def _run(args: argparse.Namespace, rank: int) -> int:
             model, tokenizer = load_model(args.model, "cpu", dtype_of(args.dtype))
         else:
             model, tokenizer = streamed.model, load_tokenizer(streamed.folder)
+        beside = [] if rank else files_beside(args.model)
         calibration = calibration_of(args, model, tokenizer, device)
         options = dict(args.option or ())
         stored = compute_in_float32(model, device) if calibration is not None else None
@@ -156,6 +164,7 @@ def _run(args: argparse.Namespace, rank: int) -> int:
             save_streamed(streamed, parts, out, **knobs)
             if args.resume is None:
                 shutil.rmtree(parts)
+        copy_beside(beside, out)
     return _say(args, out, report)
 
 

@@ -290,12 +290,20 @@ def find_layers(
                 layer.reason = f"adapter of {adapters[name]}"
             if layer.reason is None and compress:
                 owners = (read.owner(*above) for above in _above(module, parents))
-                owner = next((o for o in owners if o), None)
+                owner = next((o for o in owners if o), None) or _dora(parents[id(module)])
                 layer.reason = f"{owner} reads the weight itself" if owner else None
             layers.append(layer)
         elif isinstance(module, nn.Module):
             layers.extend(_other_weights(name, module, block))
     return layers
+
+
+def _dora(parents: list[tuple[nn.Module, str]]) -> str | None:
+    """peft's adapter of a layer, where it normalises by the columns of the sum of both weights."""
+    for parent, key in parents:
+        if key == "base_layer" and any((getattr(parent, "use_dora", None) or {}).values()):
+            return "an adapter with DoRA"
+    return None
 
 
 def _why_not(layer: Layer, tied_with: str | None, pattern: tuple[int, int]) -> str | None:

@@ -41,6 +41,7 @@ from sparsekern.prune import Hessian, Method
 from sparsekern.prune.methods import find_method
 from sparsekern.prune.pattern import Pattern
 from sparsekern.utils.arguments import checked
+from sparsekern.utils.staging import check_writable
 
 
 @checked(OP, leave=("pattern",), refine=(0, 10**6), damp=(0, 10**6))
@@ -232,6 +233,8 @@ def prune_model(
             OP,
         )
         check_options(wanted, true_sequential, compress, calibrated, offload_activations, OP)
+        if resume is not None:
+            check_writable(resume, f"{OP}(resume=)")
         extra.check_order(wanted.pattern, bool(masks))
         late = bool(extra.spans) and not extra.spans[-1].levels and quantize_method == "gptq"
         expected = 'quantize_method "rtn" or None with levels=False in a round after the walk'

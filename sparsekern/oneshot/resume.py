@@ -52,14 +52,11 @@ class ResumeDir:
         ValueError: the folder belongs to another run (the message names every difference), holds
             stages without a manifest, or is in use by another process.
         FormatError: the manifest cannot be read.
-        NotADirectoryError: the path is a file.
+        OSError: the folder cannot be made.
     """
 
     def __init__(self, path: str | os.PathLike[str], manifest: dict[str, Any]) -> None:
         self.path = os.fspath(path)
-        if os.path.exists(self.path) and not os.path.isdir(self.path):
-            remedy = "Give a folder."
-            raise NotADirectoryError(message(OP, "a folder", f"the file {self.path}", remedy))
         os.makedirs(self.path, exist_ok=True)
         self._lock: IO[bytes] | None = open_lock(os.path.join(self.path, "lock"))
         try:
