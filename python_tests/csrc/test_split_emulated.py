@@ -10,14 +10,14 @@ import torch
 
 from python_tests.csrc.emulated_linear import (
     builder,
-    call,
     configs,
     ends_on_16_bytes,
     problem,
     wide_stores,
     wrong,
 )
-from python_tests.linear_cases import PAIRS, random_input
+from python_tests.csrc.staged_cases import patterns, scalings, silu_is_rounded_once, ways_to_y
+from python_tests.linear_cases import random_input
 
 F16, BF16 = torch.float16, torch.bfloat16
 E4M3, INT8 = torch.float8_e4m3fn, torch.int8
@@ -72,34 +72,13 @@ def test_more_stages_than_the_ring(build, late):
 @pytest.mark.parametrize("dtype, of", [TYPES[1], TYPES[6], TYPES[9]], ids=str)
 @pytest.mark.parametrize("out_features", [320, 323, 322, 324, 65, 7])
 def test_rows_of_y_that_are_not_aligned(build, dtype, of, out_features):
-    """On 16 bytes, next to each other, with a gap, and y itself between two elements of 16 bytes;
-    what is added on the way, a bias that is not aligned, too; nothing beyond it is read."""
-    tokens = 33
-    w, x = problem(tokens, out_features, 96 * of[2], dtype)
-    bias = random_input((out_features,), dtype, seed=2, integers=True)
-    residual = random_input((tokens, out_features), dtype, seed=3, integers=True)
-    for where, more in (
-        (dict(), dict(bias=bias)),
-        (dict(stride=out_features), dict()),
-        (dict(stride=out_features, shift=1), dict(bias=bias)),
-        (dict(stride=out_features + 5, shift=6), dict(bias=bias, activation="relu")),
-        (dict(stride=out_features + 8, shift=1), dict(bias=bias, residual=residual)),
-        (dict(), dict(bias=bias, activation="relu", residual=residual)),
-        (dict(late=True), dict(bias=ends_on_16_bytes(bias))),
-        (dict(falling=True, shift=3), dict(bias=ends_on_16_bytes(bias))),
-    ):
-        assert not faults(build(), of, w, x, **where, **more), (where, more.keys())
+    w, x = problem(33, out_features, 96 * of[2], dtype)
+    for what in ways_to_y(33, out_features, dtype):
+        assert not faults(build(), of, w, x, **what), what.keys()
 
 
 def test_silu(build):
-    """In float32, rounded once."""
-    w, x = problem(33, 323, 96, F16)
-    y64 = torch.nn.functional.silu(x.double() @ w.double().t())
-    for stride in (None, 323):
-        what = dict(weight=F16, activation="silu", clusters=1, stride=stride)
-        broken, output = call(build(), CONFIGS[1, 64, 2], w, x, **what)
-        assert not broken and not output.differ(output.y)
-        assert ((output.y - y64).abs() <= y64.abs() * 2**-11 * (1 + 2**-8) + 2**-25).all()
+    silu_is_rounded_once(build(), CONFIGS[1, 64, 2])
 
 
 @pytest.mark.parametrize("panels, dtype, of", [(of[0], dtype, of) for dtype, of in TYPES], ids=str)
@@ -114,32 +93,15 @@ def test_almost_all_stores_are_wide(build, panels, dtype, of):
 
 @pytest.mark.parametrize("weight, dtype, of", BYTES, ids=str)
 def test_8_bits(build, weight, dtype, of):
-    """Scales of channels and tokens, with both ways to y; aligned rows and others."""
     for out_features in (320, 323, 65):
         w, x = problem(35, out_features, 128 * of[2] + 44, weight)
-        bias = random_input((out_features,), dtype, seed=2, integers=True)
-        residual = random_input((35, out_features), dtype, seed=3, integers=True)
-        channels = 2.0 ** (torch.arange(out_features) % 3 - 1)
-        of_tokens = 2.0 ** (torch.arange(35) % 2 - 2)
-        for what in (
-            dict(scale=channels, token_scale=of_tokens, bias=bias),
-            dict(scale=channels, stride=out_features, shift=1),
-            dict(token_scale=of_tokens, residual=residual, activation="relu"),
-        ):
+        for what in scalings(35, out_features, dtype):
             assert not faults(build(), of, w, x, dtype, **what)
 
 
 @pytest.mark.parametrize("weight, of", [(BF16, (1, 64, 3)), (E4M3, (1, 64, 3))], ids=str)
 def test_every_pattern_in_every_place(build, weight, of):
-    """Each of the six, in every row and column of a tile."""
-    w = torch.zeros(128, 384)
-    for row in range(128):
-        for group in range(96):
-            first, second = PAIRS[(row + group) % 6].tolist()
-            w[row, 4 * group + first] = 1 + (row + group) % 5
-            w[row, 4 * group + second] = -2 - row % 3
-    for first in range(0, 384, 128):
-        x = torch.eye(384)[first : first + 128].to(weight)
+    for w, x in patterns(128, weight):
         assert not faults(build(), of, w, x, dtype=BF16)
 
 
