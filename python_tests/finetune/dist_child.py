@@ -3,6 +3,7 @@
 python -m python_tests.finetune.dist_child ddp,fsdp,... FOLDER   (writes FOLDER/ddp/out.pt, ...)
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -77,7 +78,6 @@ def worker(rank, kind, folder):
             {"weights": weights, "wrong": wrong, "state": state, "steps": masked.step},
             folder / "out.pt",
         )
-    dist.destroy_process_group()
 
 
 def workers(rank, kinds, folder):
@@ -85,6 +85,10 @@ def workers(rank, kinds, folder):
         inside = Path(folder, kind)
         inside.mkdir(exist_ok=True)
         worker(rank, kind, inside)
+        # Only now, without the model: DDP's reducer, as the last owner of a group of gloo, would
+        # wait for its threads and hold the interpreter's lock that they end with.
+        gc.collect()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
