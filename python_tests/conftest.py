@@ -10,10 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Before torch is imported. Tests neither reach the network nor fight over cores: `pytest -n` has a
-# process per core (make test), each with one thread.
-_threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(4, os.cpu_count() or 1)
-os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
+# Before torch is imported. Tests neither reach the network nor fight over cores.
+_threads_are_ours = "OMP_NUM_THREADS" not in os.environ
+os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -54,6 +53,14 @@ def pytest_xdist_auto_num_workers(config):
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(8, cores or 1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes():
+    """`pytest -n` has a process per core (make test): one thread in each, whose environment is this
+    one. Threads that wait for others by spinning make two processes ten times slower."""
+    if _threads_are_ours:
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items):

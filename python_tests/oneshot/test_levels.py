@@ -1,6 +1,8 @@
 """Training through levels: held-out errors fall below the quantiser's, masks hold, the result is
 levels and scales, a resumed run is equal."""
 
+import functools
+
 import pytest
 import torch
 
@@ -21,18 +23,19 @@ def pruned(rounds, quantize, ids=None, model=None, **options):
     return model, run_prune(model, "sparsegpt", texts(60) if ids is None else ids, **options)
 
 
+@functools.cache
+def sixteen_bits():
+    """The model of BLOCK alone; not to be changed."""
+    return pruned(BLOCK, None)[0]
+
+
 def weights(model):
     return {n: m.weight for n, m in model.named_modules() if isinstance(m, sk.SparseLinear)}
 
 
-def through(report):
-    """The fits through levels: each follows the block's own in 16 bits."""
-    return report.reconstruction[1::2]
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_the_error_is_below_the_quantisers_and_the_result_is_levels(name):
-    plain, _ = pruned(BLOCK, None)
+    plain = sixteen_bits()
     model, report = pruned(BLOCK, name)
     first, again = report.reconstruction[:2]
     assert first["blocks"] == again["blocks"] == [0] and len(report.reconstruction) == 6
@@ -69,7 +72,7 @@ def test_without_levels_it_is_the_quantisers_result():
     model, report = pruned({**BLOCK, "levels": False}, "int4")
     assert len(report.reconstruction) == 3 and report.pruned[0].quantized == "int4 g32 gptq"
     plain, _ = pruned({**BLOCK, "levels": False}, None)
-    other, _ = pruned(BLOCK, None)  # nothing is quantised: levels=True changes nothing
+    other = sixteen_bits()  # nothing is quantised: levels=True changes nothing
     for key, w24 in weights(plain).items():
         assert torch.equal(w24.to_dense(), weights(other)[key].to_dense()), key
     assert not torch.equal(weights(model)[key].to_dense(), w24.to_dense())
@@ -97,7 +100,12 @@ def test_rounds_after_the_walk_end_in_one_through_levels(rounds, method):
     for w24 in weights(model).values():
         sk.verify(w24)
         assert w24.spec.storage == "int4"
-    dense, _ = pruned(rounds, "int4", quantize_method=method, compress=False)
+
+
+def test_dense_weights_of_a_run_are_those_levels():
+    rounds, ids = [BLOCK, {**SPAN, "span": 2, "reselect": 0.5}], texts(20)
+    model, _ = pruned(rounds, "int4", ids, build(layers=2))
+    dense, _ = pruned(rounds, "int4", ids, build(layers=2), compress=False)
     for key, w24 in weights(model).items():
         assert torch.equal(dense.get_submodule(key).weight, w24.to_dense()), key
 
@@ -115,21 +123,27 @@ def test_refusals():
 @pytest.mark.parametrize("rounds", [BLOCK, [BLOCK, {**SPAN, "span": 2}]], ids=["walk", "after"])
 def test_interrupted_and_resumed(rounds, tmp_path, monkeypatch):
     """Broken off in a fit through levels, in the walk and after it."""
-    straight, expected = pruned(rounds, "int4")
+    ids = texts(20)
+
+    def run(rounds=rounds, **options):
+        return pruned(rounds, "int4", ids, build(layers=2), **options)
+
+    straight, expected = run()
+    first = expected.reconstruction[1 if rounds is BLOCK else -2]["steps"]
     real, count = Levels.step, []
 
     def broken(self, *args):
         count.append(1)
-        if len(count) == 150:
+        if len(count) == first + 5:
             raise KeyboardInterrupt
         real(self, *args)
 
     monkeypatch.setattr(Levels, "step", broken)
     with pytest.raises(KeyboardInterrupt):
-        pruned(rounds, "int4", resume=tmp_path)
+        run(resume=tmp_path)
     monkeypatch.undo()
-    resumed, report = pruned(rounds, "int4", resume=tmp_path)
-    assert report.resumed == (1 if rounds is BLOCK else 7)  # blocks, windows, blocks
+    resumed, report = run(resume=tmp_path)
+    assert report.resumed == (1 if rounds is BLOCK else 4)  # two blocks, a window, a block
     for key, w24 in weights(straight).items():
         assert all(torch.equal(a, resumed.get_submodule(key).weight.tensors[n])
                    for n, a in w24.tensors.items()), key  # fmt: skip
@@ -137,7 +151,7 @@ def test_interrupted_and_resumed(rounds, tmp_path, monkeypatch):
         (r.note, r.quantized) for r in expected.layers
     ]
     with pytest.raises(ValueError, match="reconstruct"):
-        pruned({**BLOCK, "levels": False}, "int4", resume=tmp_path)
+        run({**BLOCK, "levels": False}, resume=tmp_path)
 
 
 @pytest.mark.parametrize(
