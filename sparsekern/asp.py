@@ -48,7 +48,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekern.errors import check, message
-from sparsekern.finetune.masked import Entry, Masked
+from sparsekern.finetune.entries import Entry
+from sparsekern.finetune.masked import Masked
 from sparsekern.finetune.schedule import Frozen
 from sparsekern.finetune.tensors import unwrap, unwrap_optimizer
 from sparsekern.finetune.transposable import transposable_mask

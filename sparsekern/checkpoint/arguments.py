@@ -51,6 +51,17 @@ def folder_path(op: str, name: str, value: Any) -> Path:
     return Path(text)
 
 
+def check_mapping(op: str, key_mapping: Mapping[str, str] | None) -> None:
+    """ValueError for a key_mapping that is none."""
+    for pattern, replacement in (key_mapping or {}).items():
+        try:
+            re.sub(pattern, replacement, "")
+        except (re.error, TypeError) as error:
+            got = f"{pattern!r}: {replacement!r} ({error})"
+            expected = "key_mapping to be {regular expression: replacement}"
+            raise ValueError(message(op, expected, got, "Write plain dots as '\\.'.")) from error
+
+
 def find_folder(
     op: str,
     name: Any,

@@ -14,18 +14,17 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sparsekern.checkpoint import arguments
+from sparsekern.checkpoint.configs import generation_config, set_dtype, with_config
 from sparsekern.checkpoint.experts import ExpertReader, check_columns
 from sparsekern.checkpoint.names import Conversion, Names, match_names
 from sparsekern.checkpoint.skeleton import (
     build_from_dict,
-    import_transformers,
     linear_shape,
     own_tensors,
     recompute_buffers,
@@ -33,7 +32,6 @@ from sparsekern.checkpoint.skeleton import (
 from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import dtypes
 from sparsekern.formats.disk import (
-    FILE_KEYS,
     LEVEL_DTYPES,
     PLAIN,
     VALUE_DTYPES,
@@ -55,13 +53,11 @@ from sparsekern.utils.safetensors_io import (
     OP,
     TensorFiles,
     listed,
-    read_json,
     require,
     require_sums,
 )
 
 LOAD_OP = "sparsekern.from_pretrained"
-MAX_SMALL_JSON = 2**24
 FLOATING = (*VALUE_DTYPES, torch.float64)
 # Buffers that old files hold and that models now compute, as Transformers' own loader has it.
 COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
@@ -164,7 +160,7 @@ def from_pretrained(
             repr(value)[:80],
             "Nothing else is supported.",
         )
-    check_mapping(key_mapping)
+    arguments.check_mapping(LOAD_OP, key_mapping)
     folder = arguments.find_folder(
         LOAD_OP,
         directory,
@@ -181,7 +177,7 @@ def from_pretrained(
     files = TensorFiles(folder, variant)
     raw, _ = read_compression_config(folder)
     cut = config is not None or bool(kwargs)
-    raw = _with_config(raw, config)
+    raw = with_config(LOAD_OP, raw, config)
     wanted = arguments.parse_dtype(LOAD_OP, dtype, raw)
     if device_map is None:
         arguments.parse_device(LOAD_OP, device)  # before anything is built
@@ -197,62 +193,11 @@ def from_pretrained(
     for known in (model, config):
         known.name_or_path = os.fspath(directory)  # type: ignore[union-attr, assignment]
     if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
-        model.generation_config = _generation_config(folder)
+        model.generation_config = generation_config(folder)
     if spread is None:
         return model
     dispatched: nn.Module = arguments.accelerate(LOAD_OP).dispatch_model(model, device_map=spread)
     return dispatched
-
-
-def _with_config(raw: dict[str, Any], config: Any) -> dict[str, Any]:
-    """config.json with the values of the caller's config in it."""
-    if config is None:
-        return raw
-    if isinstance(config, (str, os.PathLike)):
-        path = arguments.folder_path(LOAD_OP, "config", config)
-        config = read_json(path / CONFIG_FILE if path.is_dir() else path)
-    to_dict = getattr(config, "to_dict", None)
-    given = to_dict() if callable(to_dict) else config
-    expected, got = "config to be a Transformers config, a dict or a path", type(config).__name__
-    check(isinstance(given, Mapping), LOAD_OP, expected, got, exc=TypeError)
-    kept = {key: value for key, value in given.items() if key not in FILE_KEYS}
-    if not kept.get("architectures"):
-        kept.pop("architectures", None)
-    return {**raw, **kept}
-
-
-def check_mapping(key_mapping: Mapping[str, str] | None) -> None:
-    """ValueError for a key_mapping that is none."""
-    for pattern, replacement in (key_mapping or {}).items():
-        try:
-            re.sub(pattern, replacement, "")
-        except (re.error, TypeError) as error:
-            got = f"{pattern!r}: {replacement!r} ({error})"
-            expected = "key_mapping to be {regular expression: replacement}"
-            raise ValueError(
-                message(LOAD_OP, expected, got, "Write plain dots as '\\.'.")
-            ) from error
-
-
-def set_dtype(config: Any, dtype: torch.dtype) -> None:
-    """What a config says of the weights' dtype, that of its parts included."""
-    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
-        if part is not None:
-            setattr(part, "dtype" if hasattr(part, "dtype") else "torch_dtype", dtype)
-
-
-def _generation_config(folder: Path) -> Any:
-    transformers = import_transformers("to read generation_config.json")
-    raw = read_json(folder / "generation_config.json", MAX_SMALL_JSON)
-    try:
-        config = transformers.GenerationConfig.from_dict(raw)
-        # Transformers saves only valid ones, and those that are as they were published.
-        config._original_object_hash = hash(config)
-        return config
-    except Exception as error:
-        raise FormatError(
-            message(f"{OP}: generation_config.json", "a generation config", str(error), "")
-        ) from error
 
 
 @checked("sparsekern.load_into")

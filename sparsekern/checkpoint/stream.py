@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.checkpoint import arguments
-from sparsekern.checkpoint.load import LOAD_OP, _generation_config, _Reader, _untie, plan
+from sparsekern.checkpoint.configs import generation_config
+from sparsekern.checkpoint.load import LOAD_OP, _Reader, _untie, plan
 from sparsekern.checkpoint.names import Conversion
 from sparsekern.checkpoint.save import Fetch, save_pretrained
 from sparsekern.checkpoint.skeleton import build_from_dict, own_tensors
@@ -99,7 +100,7 @@ class Streamed:
                     self._empty[full] = home[key] = _like(old, self._on_meta(source), is_parameter)  # type: ignore[assignment]
         self._take_experts_apart()
         if (self.folder / "generation_config.json").is_file():
-            self.model.generation_config = _generation_config(self.folder)
+            self.model.generation_config = generation_config(self.folder)
 
     def _note_inside(self) -> None:
         self._inside = {id(m) for block in self.blocks for m in block.modules()}

@@ -19,10 +19,8 @@ Source: Mishra et al. 2021 (arXiv:2104.08378) for the recipe; Zhou et al. 2021 (
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any, NoReturn, cast
 
 import torch
@@ -30,7 +28,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekern.errors import FormatError, check, message
-from sparsekern.finetune.schedule import Frozen, Schedule, grouped, make, zeros_mask
+from sparsekern.finetune.entries import (
+    OP,
+    Entry,
+    checked_drop,
+    find,
+    groups_whole,
+    kept,
+    named_modules,
+    stacks,
+    why_dense,
+)
+from sparsekern.finetune.schedule import Frozen, Schedule, grouped, make
 from sparsekern.finetune.tensors import (
     is_dtensor,
     local,
@@ -42,99 +51,15 @@ from sparsekern.finetune.tensors import (
     unwrap_optimizer,
 )
 from sparsekern.nn import replace
-from sparsekern.nn.sparse_experts import find_experts, unfuse_experts
+from sparsekern.nn.sparse_experts import unfuse_experts
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot import discovery
 from sparsekern.oneshot.experts import put_together
 from sparsekern.oneshot.report import PruneReport
-from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
+from sparsekern.prune.pattern import Pattern
 from sparsekern.utils.arguments import checked, shown
 
-OP = "sparsekern.finetune.Masked"
 VERSION = 1
-
-
-@dataclass
-class Entry:
-    """One masked weight.
-
-    name: layer or parameter name, without the prefixes of wrappers.
-    module, key: where the Parameter is; it is looked up at every use, because FSDP replaces it.
-    transposed: the weight is [..., in_features, out_features] (Conv1D, some experts).
-    linear: groups of m along in_features; False for other shapes, whose masks cannot move.
-    dropped: bool in the weight's own shape, True = zero; of the local shard once the weight is one.
-    buffer: name of a module buffer that holds the mask instead (True = kept), or None.
-    residue: values of the dropped weights, zero elsewhere, or None.
-    gradient: |gradient| kept for the schedule between the two hooks.
-    """
-
-    name: str
-    module: nn.Module
-    key: str
-    transposed: bool
-    linear: bool
-    dropped: Tensor | None = None
-    buffer: str | None = None
-    residue: Tensor | None = None
-    gradient: Tensor | None = None
-    sharded: bool = False
-
-    @property
-    def parameter(self) -> Tensor:
-        """The Parameter (a DTensor under FSDP2)."""
-        found: Tensor = getattr(self.module, self.key)
-        return found
-
-    def weight(self) -> Tensor:
-        """The Parameter's data, of this process: in-place changes are changes of the model."""
-        return local(self.parameter.detach())
-
-    def drop(self) -> Tensor:
-        """True where the weight of this process is dropped, on its device."""
-        parameter = self.parameter
-        if self.buffer is not None:
-            mask = self.module._buffers[self.buffer]
-            assert mask is not None
-            return shard(~mask, parameter)
-        assert self.dropped is not None
-        if is_dtensor(parameter) and not self.sharded:
-            self.dropped = shard(self.dropped, parameter)
-            if self.residue is not None:
-                self.residue = shard(self.residue, parameter)
-            self.sharded = True
-        device = local(parameter).device
-        if self.dropped.device != device:
-            self.dropped = self.dropped.to(device)
-        return self.dropped
-
-    def set_drop(self, dropped: Tensor) -> None:
-        """Replace the mask; `dropped` as `drop` returns it."""
-        if self.buffer is not None:
-            mask = self.module._buffers[self.buffer]
-            assert mask is not None
-            mask.copy_(~dropped)
-        else:
-            self.dropped = dropped
-
-    def mask(self) -> Tensor:
-        """The whole mask as bool [..., out_features, in_features] (or the weight's shape), True =
-        kept.
-
-        Of a sharded weight it is gathered: every process has to ask.
-        """
-        kept = ~unshard(self.drop(), self.parameter)
-        return grouped(kept, self.transposed).contiguous()
-
-    @property
-    def stacked(self) -> bool:
-        """Whether these are the matrices of all experts of a mixture."""
-        return self.linear and self.parameter.dim() == 3
-
-    def held(self) -> Tensor:
-        """The residue on the weight's device."""
-        assert self.residue is not None
-        self.drop()  # which shards it
-        return self.residue.to(self.weight().device)
 
 
 class Masked:
@@ -184,7 +109,7 @@ class Masked:
         self.entries: list[Entry] = []
         self._optimizers: list[tuple[Optimizer, list[Any]]] = []
         tied = discovery.tied_names(inner)
-        for entry, mask in self._resolve(inner, masks):
+        for entry, mask in find(inner, masks, self.pattern):
             self._fill(entry, mask, tied)
             self.entries.append(entry)
         self._apply()
@@ -204,14 +129,14 @@ class Masked:
         """
         op, pattern = f"{OP}.from_report", report.pattern
         inner = unwrap(model)
-        modules = dict(_named_modules(inner))
-        stacks = _stacks(inner)
+        modules = dict(named_modules(inner))
+        fused = stacks(inner)
         masks: dict[str, Tensor] = {}
         experts: dict[str, int] = {}
         for row in report.pruned:
             owner, _, key = row.name.rpartition(".")
             stack = f"{owner.rpartition('.')[0]}.{key}"
-            if stack in stacks:
+            if stack in fused:
                 experts[stack] = experts.get(stack, 0) + 1
                 continue
             module = modules.get(row.name)
@@ -220,14 +145,14 @@ class Masked:
             remedy = "Prune with compress=False."
             check(fits, op, f"a dense Linear named {row.name}", got, remedy)
             assert module is not None
-            masks[row.name] = _kept(replace.dense_weight(module), pattern)
+            masks[row.name] = kept(replace.dense_weight(module), pattern)
         for name, pruned in experts.items():
-            module, key, transposed = stacks[name]
+            module, key, transposed = fused[name]
             rows = grouped(cast(Tensor, getattr(module, key)).detach(), transposed)
             expected = f"all {len(rows)} experts of {name} pruned"
             remedy = "Pass masks= for the weights that are to be masked."
             check(pruned == len(rows), op, expected, pruned, remedy)
-            masks[name] = _kept(rows, pattern)
+            masks[name] = kept(rows, pattern)
         remedy = "Its options say which layers it skipped, and why."
         check(masks, op, "a report with pruned layers", "none", remedy)
         return cls(model, masks, pattern=pattern, **options)
@@ -238,63 +163,6 @@ class Masked:
         raise TypeError(message(OP, "its state_dict, which stands alone", got, remedy))
 
     # ------------------------------------------------------------------ what is masked
-
-    def _resolve(
-        self, model: nn.Module, masks: dict[str, Tensor] | None
-    ) -> Iterator[tuple[Entry, Any]]:
-        """Weights, and the mask of each as __init__ takes it."""
-        modules = dict(_named_modules(model))
-        stacks = _stacks(model)
-        if masks is None:
-            entries = [
-                Entry(name, module, "weight", replace.is_conv1d(module), True)
-                for name, module in modules.items()
-                if replace.is_linear(module) and not is_dtensor(module.weight)
-            ]
-            entries += [Entry(name, *place, True) for name, place in stacks.items()]
-            found = [entry for entry in entries if self._sparse(entry)]
-            remedy = "Call prune_model(..., compress=False) first, or pass masks=."
-            if any(isinstance(module, SparseLinear) for module in modules.values()):
-                remedy = "Call sparsekern.decompress_model(model) first: a SparseLinear is frozen."
-            expected = f"a model with {self.pattern} sparse Linear layers"
-            check(found, OP, expected, "none", remedy)
-            for entry in found:
-                rows = grouped(entry.parameter.detach(), entry.transposed)
-                yield entry, _kept(rows, self.pattern)
-            return
-        check(masks, OP, "masks of at least one layer", "an empty dict", "Pass None for the zeros.")
-        for name, mask in masks.items():
-            place: Any = modules.get(name)
-            key = "weight"
-            if place is None or not isinstance(getattr(place, "weight", None), Tensor):
-                owner, _, key = name.rpartition(".")
-                place = modules.get(owner)
-            parameter = getattr(place, key, None)
-            known = place is not None and isinstance(parameter, nn.Parameter)
-            remedy = "Names are those of model.named_modules() or model.named_parameters()."
-            check(known, OP, f"mask {name!r} to name a layer or Parameter", "no match", remedy)
-            transposed = key == "weight" and replace.is_conv1d(place)
-            if name in stacks:
-                transposed = stacks[name][2]
-            linear = name in stacks or cast(Tensor, parameter).dim() == 2
-            yield Entry(name, place, key, transposed, linear), mask
-
-    def _sparse(self, entry: Entry) -> bool:
-        """Whether the zeros of a weight, of all experts of a mixture, make it n:m sparse."""
-        n, m = self.pattern
-        rows = grouped(entry.parameter.detach(), entry.transposed)
-        if not rows.numel() or rows.shape[-1] % m:
-            return False
-        remedy = "Load the weights first, or pass masks=."
-        check(not rows.is_meta, OP, f"{entry.name} with data", "a meta tensor", remedy)
-        if not rows.any():
-            return False  # a zero start, as of an adapter, is no pruning
-        matrices = rows if entry.stacked else rows.unsqueeze(0)
-        count = sum(self.pattern.most(matrix) <= n for matrix in matrices)
-        if 0 < count < len(matrices):
-            text = f"{count} of {len(matrices)} experts of {entry.name} are {self.pattern} sparse"
-            warnings.warn(f"{OP}: {text}: none is masked. Prune all of them.", stacklevel=5)
-        return count == len(matrices)
 
     def _fill(self, entry: Entry, mask: Any, tied: dict[str, str]) -> None:
         """Check a weight and its mask, and keep what the mask drops."""
@@ -310,26 +178,7 @@ class Masked:
             columns = grouped(entry.parameter, entry.transposed).shape[-1]
             expected, remedy = f"{entry.name} with in_features % {m} == 0", "Leave it unmasked."
             check(columns % m == 0, OP, expected, columns, remedy)
-        entry.dropped = self._checked_drop(OP, entry, mask)
-
-    def _checked_drop(self, op: str, entry: Entry, mask: Any) -> Tensor:
-        """What a mask as __init__ takes it drops, whole and in the weight's own shape."""
-        name = f"mask {entry.name!r}"
-        got = shown(mask)
-        good = isinstance(mask, Tensor) and mask.dtype == torch.bool
-        remedy = "True = kept: mask.bool(), or torch.as_tensor(mask, dtype=torch.bool)."
-        check(good, op, f"{name}, a tensor of bool", got, remedy, TypeError)
-        shape = list(grouped(entry.parameter, entry.transposed).shape)
-        remedy = "A mask is [out_features, in_features], or as its Parameter."
-        check(list(mask.shape) == shape, op, f"{name} of shape {shape}", list(mask.shape), remedy)
-        if entry.linear:
-            n, m = self.pattern
-            whole = ", pairs whole," if self.pattern.unit > 1 else ""
-            expected = f"at most {n} kept per group of {m}{whole} in {name}"
-            most = self.pattern.most(mask)
-            remedy = "sparsekern.prune.magnitude_mask(weight) is such a mask."
-            check(most <= n, op, expected, most, remedy)
-        return ~grouped(mask, entry.transposed).contiguous()
+        entry.dropped = checked_drop(OP, entry, mask, self.pattern)
 
     @property
     def model(self) -> nn.Module:
@@ -572,7 +421,9 @@ class Masked:
         for name in masks or {}:
             remedy = f"Names are such as {next(iter(by_name), None)!r}."
             check(name in by_name, op, f"a masked weight named {name!r}", "none", remedy)
-        made = {k: self._checked_drop(op, by_name[k], mask) for k, mask in (masks or {}).items()}
+        made = {
+            k: checked_drop(op, by_name[k], mask, self.pattern) for k, mask in (masks or {}).items()
+        }
         for name, dropped in made.items():
             self._set_drop(by_name[name], dropped)
         self.enabled = True
@@ -581,7 +432,7 @@ class Masked:
             self._mask_moments(optimizer, self._entries_of(optimizer))
 
     def _set_drop(self, entry: Entry, dropped: Tensor) -> None:
-        """`dropped` as `_checked_drop` returns it."""
+        """`dropped` as `checked_drop` returns it."""
         parameter = entry.parameter
         entry.drop()
         entry.set_drop(shard(dropped, parameter).to(local(parameter).device))
@@ -590,7 +441,7 @@ class Masked:
     def apply_to(self, model: nn.Module) -> None:
         """Zero the dropped weights of another model of the same layers: an average (EMA) of
         weights whose masks moved is not 2:4 until then; one under fixed masks is anyway."""
-        modules = dict(_named_modules(unwrap(model)))
+        modules = dict(named_modules(unwrap(model)))
         for entry in self.entries:
             owner = entry.name if entry.key == "weight" else entry.name.rpartition(".")[0]
             module = modules.get(owner) or modules.get(entry.name.rpartition(".")[0])
@@ -614,7 +465,7 @@ class Masked:
             parameter: Any = entry.parameter
             if is_dtensor(parameter):
                 mesh = parameter.device_mesh
-            if entry.linear and nonzero.numel() and _groups_whole(entry, m):
+            if entry.linear and nonzero.numel() and groups_whole(entry, m):
                 rows = self.pattern.broken(grouped(nonzero, entry.transposed))
                 wrong = grouped(outside, entry.transposed).reshape(-1, m).any(1)
                 total += int((rows | wrong).sum())
@@ -648,24 +499,24 @@ class Masked:
         check(not (count := self.check()), op, "no violations of 2:4", count, remedy)
         parents = {id(child): one for one in model.modules() for child in one.children()}
         dense: dict[str, str] = {}
-        stacks: list[tuple[str, str, Tensor]] = []
+        fused: list[tuple[str, str, Tensor]] = []
         for entry in self.entries:
-            reason = _why_dense(entry, parents.get(id(entry.module)), model)
+            reason = why_dense(entry, parents.get(id(entry.module)), model)
             if reason:
                 dense[entry.name] = reason
                 continue
             mask = entry.mask()
             if entry.stacked:
-                stacks.append((*entry.name.rpartition(".")[::2], mask))
+                fused.append((*entry.name.rpartition(".")[::2], mask))
                 continue
             replace.replace_module(
                 model, entry.module, SparseLinear.from_linear(entry.module, mask)
             )
-        made = unfuse_experts(model, {owner for owner, _, _ in stacks})
-        for owner, key, mask in stacks:
+        made = unfuse_experts(model, {owner for owner, _, _ in fused})
+        for owner, key, mask in fused:
             experts = made[owner][1]
-            for layer, kept in zip(experts.layers(key), mask):
-                replace.replace_module(experts, layer, SparseLinear.from_linear(layer, kept))
+            for layer, own in zip(experts.layers(key), mask):
+                replace.replace_module(experts, layer, SparseLinear.from_linear(layer, own))
         put_together(model, made)
         self.detach()
         self.entries = [entry for entry in self.entries if entry.name in dense]
@@ -757,49 +608,6 @@ class Masked:
 
 
 # ---------------------------------------------------------------------- helpers
-
-
-def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules without the parts of names that torch.compile adds."""
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] != "_orig_mod":
-            yield name.replace("_orig_mod.", ""), getattr(module, "_orig_mod", module)
-
-
-def _stacks(model: nn.Module) -> dict[str, tuple[nn.Module, str, bool]]:
-    """name of a Parameter that holds all experts of a mixture -> (module, key, whether it is
-    [experts, in_features, out_features])."""
-    return {
-        f"{name}.{key}": (model.get_submodule(name), key, transposed)
-        for name, recipe in find_experts(model).items()
-        for key, transposed in recipe.matrices
-    }
-
-
-def _kept(rows: Tensor, pattern: Pattern) -> Tensor:
-    """zeros_mask of [..., rows, in_features]."""
-    kept = zeros_mask(rows.flatten(0, -2), *pattern, pattern.unit)
-    return kept.view(rows.shape)
-
-
-def _groups_whole(entry: Entry, m: int) -> bool:
-    """Whether the groups of this process' part of the weight are complete."""
-    return grouped(entry.weight(), entry.transposed).shape[-1] % m == 0
-
-
-def _why_dense(entry: Entry, parent: nn.Module | None, model: nn.Module) -> str | None:
-    """Why `compress` leaves this weight dense, or None."""
-    if entry.module is model:
-        return "the model itself is the layer and cannot be replaced in place"
-    if not entry.stacked and (entry.key != "weight" or not replace.is_linear(entry.module)):
-        return f"{type(entry.module).__name__}.{entry.key} is no Linear weight"
-    if TWO_OF_FOUR.most(entry.mask()) > 2:
-        return "its mask is not 2:4"
-    if isinstance(parent, discovery.READS_WEIGHTS):
-        return f"{type(parent).__name__} reads the weight itself"
-    if entry.weight().dtype not in discovery.PRUNABLE_DTYPES:
-        return f"dtype {entry.weight().dtype} has no compressed form"
-    return None
 
 
 def _differ(wanted: set[str], found: set[str]) -> str:

@@ -53,7 +53,7 @@ def cast_weights(model: Any, dtype: torch.dtype | None) -> Any:
     Unlike model.to(dtype) this keeps buffers such as the rotary frequencies in float32. With dtype
     None nothing changes.
     """
-    from sparsekern.checkpoint.load import set_dtype
+    from sparsekern.checkpoint.configs import set_dtype
 
     if dtype is not None:
         for parameter in model.parameters():
