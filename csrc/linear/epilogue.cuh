@@ -57,22 +57,20 @@ struct Scales {
   const float* channel_scale;
   const float* token_scale;
 
-  // v: rows row + begin to row + end - 1 of one token.
+  // v: `count` consecutive rows of one token.
   template <int kCount>
-  __device__ __forceinline__ void scale(float (&v)[kCount], int begin, int end, int token,
-                                        int row) const {
+  __device__ __forceinline__ void scale(float (&v)[kCount], int count, int token, int row) const {
     const float of_token = token_scale ? token_scale[token] : 1.0f;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (begin <= i && i < end)
-        v[i] = v[i] * (channel_scale ? channel_scale[row + i] : 1.0f) * of_token;
+      if (i < count) v[i] = v[i] * (channel_scale ? channel_scale[row + i] : 1.0f) * of_token;
     }
   }
 };
 template <>
 struct Scales<false> {
   template <int kCount>
-  __device__ __forceinline__ void scale(float (&)[kCount], int, int, int, int) const {}
+  __device__ __forceinline__ void scale(float (&)[kCount], int, int, int) const {}
 };
 
 // T: dtype of y, bias and residual. A finished segment is one output, or 4 or 8 consecutive
@@ -88,58 +86,50 @@ struct Epilogue : Scales<kScaled> {
   Activation activation;
   bool aligned;
 
-  // By how many elements a row of a token lies beyond a multiple of kCount elements in memory.
   template <int kCount>
-  __device__ __forceinline__ uint32_t beyond(int token, int row) const {
-    const uint32_t first = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(y) / sizeof(T));
-    return (first + token * static_cast<uint32_t>(y_stride) + row) % kCount;
-  }
-
-  // v[begin] to v[end - 1]: rows row + begin to row + end - 1 of a token, as far as y has them.
-  // kUneven: of a caller that cuts at multiples of kCount elements in memory, see beyond(). A whole
-  // segment of y is then one access even where bias and residual are read one by one.
-  template <int kCount, bool kUneven = false>
-  __device__ __forceinline__ void store(float (&v)[kCount], int token, int row, int begin = 0,
-                                        int end = kCount) const {
+  __device__ __forceinline__ void store(float (&v)[kCount], int token, int row) const {
     using Words = typename PackedWords<kCount>::Type;
-    end = out_features - row < end ? out_features - row : end;
-    if (end <= begin) return;
+    const int count = out_features - row < kCount ? out_features - row : kCount;
+    if (count <= 0) return;
     T* out = y + token * y_stride + row;
     const T* add = residual ? residual + token * residual_stride + row : nullptr;
-    const bool whole = begin == 0 && end == kCount;
-    this->scale(v, begin, end, token, row);
-    if (aligned && whole) {
+    this->scale(v, count, token, row);
+    if (aligned && count == kCount) {
       if (bias) accumulate(v, *reinterpret_cast<const Words*>(bias + row));
       activate(v, activation);
       if (add) accumulate(v, *reinterpret_cast<const Words*>(add));
-      write(out, v);
+      Words packed;
+#pragma unroll
+      for (int i = 0; i < kCount / 2; ++i)
+        reinterpret_cast<uint32_t*>(&packed)[i] = pack_pair<T>(v[2 * i], v[2 * i + 1]);
+      *reinterpret_cast<Words*>(out) = packed;
       return;
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (begin <= i && i < end && bias) v[i] += to_float(bias[row + i]);
+      if (i < count && bias) v[i] += to_float(bias[row + i]);
     }
     activate(v, activation);
-    if (kUneven && whole) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) v[i] += add ? to_float(add[i]) : 0.0f;
-      write(out, v);
-      return;
-    }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (begin <= i && i < end) out[i] = from_float<T>(v[i] + (add ? to_float(add[i]) : 0.0f));
+      if (i < count) out[i] = from_float<T>(v[i] + (add ? to_float(add[i]) : 0.0f));
     }
   }
 
   __device__ __forceinline__ void store_one(float sum, int token, int row) const {
     if (row >= out_features) return;
     float v[1] = {sum};
-    this->scale(v, 0, 1, token, row);
+    this->scale(v, 1, token, row);
     if (bias) v[0] += to_float(bias[row]);
     activate(v, activation);
     if (residual) v[0] += to_float(residual[token * residual_stride + row]);
     y[token * y_stride + row] = from_float<T>(v[0]);
+  }
+
+  // By how many elements a row of a token lies beyond a multiple of 16 bytes in memory.
+  __device__ __forceinline__ int beyond(int token, int row) const {
+    const uint32_t first = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(y) / sizeof(T));
+    return (first + token * static_cast<uint32_t>(y_stride) + row) % (16 / sizeof(T));
   }
 
   // For a thread that holds many tokens of a row, where `only_adds_bias`.
@@ -148,15 +138,6 @@ struct Epilogue : Scales<kScaled> {
   }
 
  private:
-  template <int kCount>
-  static __device__ __forceinline__ void write(T* out, const float (&v)[kCount]) {
-    typename PackedWords<kCount>::Type packed;
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i)
-      reinterpret_cast<uint32_t*>(&packed)[i] = pack_pair<T>(v[2 * i], v[2 * i + 1]);
-    *reinterpret_cast<typename PackedWords<kCount>::Type*>(out) = packed;
-  }
-
   template <int kCount>
   static __device__ __forceinline__ void accumulate(float (&v)[kCount],
                                                     typename PackedWords<kCount>::Type packed) {
@@ -193,11 +174,10 @@ Epilogue<T, kScaled> make_epilogue(const LinearProblem& p) {
   return epilogue;
 }
 
-// 16-byte pieces of y are sums, scaled and plus bias where they are, rounded.
+// y is sums, scaled and plus bias where they are, rounded.
 template <class T, bool kScaled>
 bool only_adds_bias(const Epilogue<T, kScaled>& epilogue) {
-  return epilogue.activation == Activation::kNone && epilogue.residual == nullptr &&
-         epilogue.aligned;
+  return epilogue.activation == Activation::kNone && epilogue.residual == nullptr;
 }
 
 }  // namespace sparsekern

@@ -179,11 +179,12 @@ __device__ __forceinline__ bool gather_streamed(Accumulators<Cfg>& d,
   return true;
 }
 
-// Two ways from the accumulators of one consumer to y. Bias alone and 16-byte aligned rows: add,
+// Three ways from the accumulators of one consumer to y. Bias alone and 16-byte aligned rows: add,
 // round, transpose through smem with stmatrix, 32 tokens at a time, and leave the rest to the copy
-// engine, which clips at the ends of y. Everything else: stage float32 sums, 16 tokens at a time,
-// and finish rows of 8 from there, so that the long code for activations and odd edges exists once
-// and not once per accumulator.
+// engine, which clips at the ends of y. Bias alone and other rows: the same, but the consumer itself
+// shifts what is staged to where 16-byte pieces of y begin (store_shifted). Everything else: stage
+// float32 sums, 16 tokens at a time, and finish rows of 8 from there, so that the long code for
+// activations exists once and not once per accumulator.
 //
 // Copies to y are issued by one warp per consumer, its store warp, so that the consumer fills the
 // next slot meanwhile. Two named barriers per slot:
@@ -327,7 +328,63 @@ __device__ __forceinline__ ScalingOf<Cfg> prepare_sums(Accumulators<Cfg>& d,
   }
 }
 
+// From boxes of rounded values to y, whose rows begin anywhere: a thread puts a 16-byte piece of y
+// together from the two pieces in shared memory that it lies across. What is left at the two ends of
+// a token's rows, up to seven elements each, goes one by one, a thread each. All 128 threads; the
+// boxes are there. tokens: of a box.
 template <class Cfg>
+__device__ __forceinline__ void store_shifted(const typename Cfg::Output& out, uint32_t boxes,
+                                              int tokens, int first_row, int first_token,
+                                              int token_end) {
+  using Y = typename Cfg::Y;
+  constexpr int kPieces = Cfg::kConsumerRows / 8, kEnds = 16;
+  const int thread = ptx::thread_idx_again() % 128;
+  const int left = out.out_features - first_row;
+  const int rows = left < Cfg::kConsumerRows ? left : Cfg::kConsumerRows;
+  if (tokens > token_end - first_token) tokens = token_end - first_token;
+  const auto staged = [&](int token, int row) {
+    return boxes + row / 64 * Cfg::kBoxBytes + token * 128 + ((row / 8 % 8) ^ (token % 8)) * 16;
+  };
+  const auto place = [&](int token, int row) {
+    return out.y + (first_token + token) * out.y_stride + first_row + row;
+  };
+#pragma unroll 1
+  for (int i = thread; i < tokens * kPieces; i += 128) {
+    const int token = i / kPieces, piece = i % kPieces;
+    const int beyond = out.beyond(first_token + token, first_row), row = piece * 8 - beyond;
+    if (row < 0 || row + 8 > rows) continue;
+    // The piece before, and this one; of them words 3 - beyond / 2 to 7 - beyond / 2, and of these
+    // the last four, or four that begin half a word before.
+    alignas(16) uint32_t words[8], v[4];
+    uint32_t two[6], one[5];
+    *reinterpret_cast<uint4*>(words) =
+        ptx::load_shared_u128(staged(token, piece == 0 ? 0 : piece * 8 - 8));
+    *reinterpret_cast<uint4*>(words + 4) = ptx::load_shared_u128(staged(token, piece * 8));
+#pragma unroll
+    for (int w = 0; w < 6; ++w) two[w] = beyond & 4 ? words[w] : words[w + 2];
+#pragma unroll
+    for (int w = 0; w < 5; ++w) one[w] = beyond & 2 ? two[w] : two[w + 1];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) v[w] = beyond & 1 ? one[w] >> 16 | one[w + 1] << 16 : one[w + 1];
+    *reinterpret_cast<uint4*>(place(token, row)) = *reinterpret_cast<const uint4*>(v);
+  }
+#pragma unroll 1
+  for (int i = thread; i < tokens * kEnds; i += 128) {
+    const int token = i / kEnds, end = i % kEnds / 8;
+    const int beyond = out.beyond(first_token + token, first_row);
+    const int head = (8 - beyond) % 8, tail = (rows + beyond) / 8 * 8 - beyond;
+    const int row = (end ? (tail < head ? head : tail) : 0) + i % 8;
+    if (row >= (end || rows < head ? rows : head)) continue;
+    const auto four = ptx::load_shared_u64(staged(token, row) + row % 8 / 4 * 8);
+    const uint32_t pair = row & 2 ? four.y : four.x;
+    *reinterpret_cast<uint16_t*>(place(token, row)) =
+        static_cast<uint16_t>(row & 1 ? pair >> 16 : pair);
+  }
+  static_assert(sizeof(Y) == 2);
+}
+
+// kBoxes: through the store warp.
+template <class Cfg, bool kBoxes>
 __device__ __forceinline__ void store_rounded(Accumulators<Cfg>& d,
                                               const Params<typename Cfg::Output>& p,
                                               const Smem<Cfg>& smem, int consumer) {
@@ -343,7 +400,7 @@ __device__ __forceinline__ void store_rounded(Accumulators<Cfg>& d,
     if (step < Cfg::kBlocks - 1) own += at.splits;
     // A last, short step stores as many tokens as the others: once more some of those before it.
     const int first = step < Cfg::kBlocks ? step * kBlockTokens : Cfg::kTokens - kBlockTokens;
-    ptx::named_barrier_sync(free_barrier(consumer, slot), kSlotThreads);
+    if constexpr (kBoxes) ptx::named_barrier_sync(free_barrier(consumer, slot), kSlotThreads);
     const uint32_t boxes = smem.boxes(consumer, slot);
 #pragma unroll
     for (int m = 0; m < Cfg::kPanels; ++m) {
@@ -352,17 +409,24 @@ __device__ __forceinline__ void store_rounded(Accumulators<Cfg>& d,
         stage_sums<Cfg>(&d[m][first / 2 + piece * 8], scaling, m, first + piece * 16,
                         boxes + m * Cfg::kBoxBytes + piece * 16 * 128);
     }
-    if (threadIdx.x % 128 == 0) {
-      const bool in_blocks = step < Cfg::kBlocks - 1;
-      const int next = in_blocks ? own : step + 1;
-      const bool last = next >= (in_blocks ? Cfg::kBlocks : Cfg::kSteps) ||
-                        at.token + next * kBlockTokens >= p.tokens;
-      ptx::store_shared_int4(smem.order(consumer, slot), {at.row, at.token + first, last, 0});
+    if constexpr (kBoxes) {
+      if (threadIdx.x % 128 == 0) {
+        const bool in_blocks = step < Cfg::kBlocks - 1;
+        const int next = in_blocks ? own : step + 1;
+        const bool last = next >= (in_blocks ? Cfg::kBlocks : Cfg::kSteps) ||
+                          at.token + next * kBlockTokens >= p.tokens;
+        ptx::store_shared_int4(smem.order(consumer, slot), {at.row, at.token + first, last, 0});
+      }
+      ptx::fence_before_tensor_store();
+      ptx::named_barrier_arrive(filled_barrier(consumer, slot), kSlotThreads);
+    } else {
+      // Who fills this slot again has met everybody at the barrier of the step between.
+      ptx::named_barrier_sync(1 + consumer, 128);
+      store_shifted<Cfg>(p.out, boxes, kBlockTokens, at.row, at.token + first, p.tokens);
     }
-    ptx::fence_before_tensor_store();
-    ptx::named_barrier_arrive(filled_barrier(consumer, slot), kSlotThreads);
     slot = slot + 1 == Cfg::kSlots ? 0 : slot + 1;
   }
+  if constexpr (!kBoxes) ptx::named_barrier_sync(1 + consumer, 128);  // the next tile begins anew
 }
 
 // Ends the work of this consumer's store warp.
@@ -411,9 +475,6 @@ __device__ __forceinline__ void store_boxes(const CUtensorMap* y_map, const Smem
 
 // origin(): {row, token} of the tile; owns(part): whether this CTA stores that part of 16 tokens.
 // Both are asked in each part, and the thread's index, too: the accumulators leave no registers.
-// A token whose rows of y begin between two multiples of kVector elements is staged as far to the
-// right as they do. So every piece but its first and its last, which it shares with its
-// neighbours, is aligned in shared memory and in y, and the token has one piece more.
 template <class Cfg, class Origin, class Owns>
 __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
                                                 const typename Cfg::Output& out, int tokens,
@@ -426,14 +487,8 @@ __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
     if (!owns(part)) continue;
     const int thread = ptx::thread_idx_again() % 128, warp_idx = thread / 32,
               lane_idx = thread % 32;
-    const int2 first = origin();
     const uint32_t lane_smem =
         smem + lane_idx % 4 * 2 * Cfg::kSumPitch + (warp_idx * 16 + lane_idx / 4) * 4;
-    const auto to_token = [&](int token) {
-      const int global_token = first.y + part * kSumTokens + lane_idx % 4 * 2 + token;
-      return lane_smem + token * Cfg::kSumPitch +
-             out.template beyond<kVector>(global_token, first.x) * 4;
-    };
 #pragma unroll
     for (int q = 0; q < Cfg::kTokens / kSumTokens; ++q) {
       if (q != part) continue;
@@ -441,26 +496,21 @@ __device__ __forceinline__ void store_activated(const Accumulators<Cfg>& d,
       for (int m = 0; m < Cfg::kPanels; ++m) {
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-          ptx::store_shared_f32(to_token(i / 4 * 8 + i % 2) + (m * 64 + i / 2 % 2 * 8) * 4,
-                                ptx::as_float_here(d[m][q * 8 + i]));
+          ptx::store_shared_f32(
+              lane_smem + (i / 4 * 8 + i % 2) * Cfg::kSumPitch + (m * 64 + i / 2 % 2 * 8) * 4,
+              ptx::as_float_here(d[m][q * 8 + i]));
       }
     }
     ptx::named_barrier_sync(1 + consumer, 128);
-    constexpr uint32_t kWhole = kSumTokens * kPieces;
 #pragma unroll 1
-    for (uint32_t i = ptx::thread_idx_again() % 128; i < kWhole + (out.aligned ? 0 : kSumTokens);
-         i += 128) {
+    for (uint32_t i = ptx::thread_idx_again() % 128; i < kSumTokens * kPieces; i += 128) {
       const int2 first = origin();
-      const int token = i < kWhole ? i / kPieces : i - kWhole,
-                piece = i < kWhole ? i % kPieces : kPieces,
+      const int token = i / kPieces, row = i % kPieces * kVector,
                 global_token = first.y + part * kSumTokens + token;
       if (global_token < tokens) {
         float v[kVector];
-        ptx::load_shared(v, smem + token * Cfg::kSumPitch + piece * kVector * 4);
-        const int beyond = out.template beyond<kVector>(global_token, first.x);
-        out.template store<kVector, true>(v, global_token, first.x + piece * kVector - beyond,
-                                          piece == 0 ? beyond : 0,
-                                          piece == kPieces ? beyond : kVector);
+        ptx::load_shared(v, smem + token * Cfg::kSumPitch + row * 4);
+        out.template store<kVector>(v, global_token, first.x + row);
       }
     }
     ptx::named_barrier_sync(1 + consumer, 128);
@@ -477,8 +527,12 @@ __device__ __forceinline__ void store_tile(Accumulators<Cfg>& d,
   } else {
     if (p.splits > 1 && rest) exchange_sums<Cfg>(d, p, smem, consumer);
   }
+  // The widest tile leaves no registers to shift with.
+  constexpr bool kShifts = Cfg::kPanels * Cfg::kTokens <= 384;
   if (p.whole_boxes) {
-    store_rounded<Cfg>(d, p, smem, consumer);
+    store_rounded<Cfg, true>(d, p, smem, consumer);
+  } else if (kShifts && p.only_round) {
+    store_rounded<Cfg, false>(d, p, smem, consumer);
   } else {
     const auto at = [&] { return Finished::of<Cfg>(p, smem, consumer); };
     store_activated<Cfg>(

@@ -49,7 +49,8 @@ Status launch(const LinearProblem& p, ClusterShape cluster, cudaStream_t stream)
   params.values = static_cast<const uint8_t*>(p.weight.values);
   params.metadata = static_cast<const uint8_t*>(p.weight.metadata);
   params.out = make_epilogue<Y, Cfg::kScaled>(p);
-  params.whole_boxes = only_adds_bias(params.out);
+  params.only_round = only_adds_bias(params.out);
+  params.whole_boxes = params.only_round && params.out.aligned;
   if (params.whole_boxes) SK_RETURN_IF_ERROR(make_output_map(kOp, y_map, p, kBlockTokens));
   params.extent = tile64::Extent::of<typename Cfg::Tile>(p.out_features, p.in_features);
   params.tokens = p.tokens;

@@ -40,7 +40,8 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
   params.tokens = p.tokens;
   params.column_tokens = column_tokens;
   params.tile_rows = tile64::ceil_div(p.out_features, Cfg::kRows);
-  params.only_round = only_adds_bias(params.out) && p.out_features % 8 == 0;
+  params.only_round = only_adds_bias(params.out);
+  params.whole_pieces = params.out.aligned && p.out_features % 8 == 0;
   const int64_t tiles = static_cast<int64_t>(params.tile_rows) * columns;
   SK_CHECK_REL(kOp, tiles * kSplits, <, int64_t{1} << 31, "Split the tokens.");
   SK_RETURN_IF_ERROR(kernel.prepare(shape.smem_bytes, shape.dependent));

@@ -76,7 +76,8 @@ struct Params {
   int tokens;
   int column_tokens;  // of a column of tiles, up to kTokens; a multiple of 8
   int tile_rows;      // tiles along M; the clusters go through them first
-  bool only_round;    // 16-byte pieces of y are sums plus bias, rounded
+  bool only_round;    // y is sums plus bias, rounded
+  bool whole_pieces;  // of 16 bytes, each with a place in y
 };
 
 // The part of the work of one CTA.
@@ -188,12 +189,13 @@ __device__ __forceinline__ void reduce_sums(Accumulators<Cfg>& d, const prefill:
 }
 
 // first_token: of the tile; the finished tokens begin kSplit * kOwnTokens later. Sums plus bias,
-// rounded, through boxes in shared memory, then 16 bytes per thread.
+// rounded, through boxes in shared memory, then 16 bytes per thread, shifted where pieces of y begin
+// elsewhere.
 template <class Cfg, int kSplit>
 __device__ __forceinline__ void store_rounded(Accumulators<Cfg>& d, const typename Cfg::Output& out,
-                                              const prefill::Smem<Cfg>& smem, int token_end,
-                                              int first_row, int first_token, uint32_t boxes,
-                                              int consumer) {
+                                              const prefill::Smem<Cfg>& smem, bool whole_pieces,
+                                              int token_end, int first_row, int first_token,
+                                              uint32_t boxes, int consumer) {
   const prefill::ScalingOf<Cfg> scaling =
       prefill::prepare_sums<Cfg>(d, out, smem, consumer, first_row);
 #pragma unroll
@@ -207,6 +209,11 @@ __device__ __forceinline__ void store_rounded(Accumulators<Cfg>& d, const typena
     }
   }
   ptx::named_barrier_sync(1 + consumer, 128);
+  if (!whole_pieces) {
+    prefill::store_shifted<Cfg>(out, boxes, Cfg::kOwnTokens, first_row,
+                                first_token + kSplit * Cfg::kOwnTokens, token_end);
+    return;
+  }
   const int thread = threadIdx.x % 128, piece = thread % 8;
 #pragma unroll
   for (int m = 0; m < Cfg::kPanels; ++m) {
@@ -238,7 +245,8 @@ __device__ __forceinline__ void finish(Accumulators<Cfg>& d, const Params<typena
   const int row = part.m * Cfg::kRows + consumer * Cfg::kConsumerRows;
   const uint32_t staging = smem.base + consumer * Cfg::kStagingBytes;
   if (p.only_round)
-    store_rounded<Cfg, kSplit>(d, p.out, smem, part.token_end, row, part.token, staging, consumer);
+    store_rounded<Cfg, kSplit>(d, p.out, smem, p.whole_pieces, part.token_end, row, part.token,
+                               staging, consumer);
   else
     prefill::store_activated<Cfg>(
         d, p.out, part.token_end, staging, consumer, [&] { return make_int2(row, part.token); },

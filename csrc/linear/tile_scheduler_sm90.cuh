@@ -50,7 +50,7 @@ struct Config {
   static constexpr int kBlocks = kTokens / kBlockTokens;
   static constexpr int kSteps = (kTokens + kBlockTokens - 1) / kBlockTokens;
   static constexpr int kBoxBytes = kBlockTokens * tile64::kRows * kBytes<Y>;  // 32 tokens x 64 rows
-  static constexpr int kSumPitch = (kConsumerRows + 12) * 4;  // +8 words: see store_activated
+  static constexpr int kSumPitch = (kConsumerRows + 4) * 4;  // +4 words spread the banks
   static constexpr int kScaleBytes = kScaled ? (kTokens + kConsumerRows) * 4 : 0;  // per consumer
   // 8-bit stages are larger by their metadata: where that costs a stage, a slot makes room for it.
   static constexpr int kFit =
@@ -88,7 +88,8 @@ struct Params {
   int whole_tiles;              // cluster tiles that one cluster does alone
   int splits;                   // parts of K that each of the others is cut into
   int stream_units;             // column tiles of all of the others, when they are streamed
-  bool whole_boxes;             // y takes boxes of rounded values from the copy engine
+  bool only_round;              // y is sums plus bias, rounded ...
+  bool whole_boxes;             // ... in boxes that the copy engine takes there
   float4* partials;    // [CTA tile of the rest][split][token block][consumer][kPanels * 4][128]
   uint32_t* counters;  // [CTA tile of the rest][consumer][2]: arrived, done; zero between launches
   uint16_t row_mask;   // CTAs of the cluster's first row; shifted by a CTA's place in its column

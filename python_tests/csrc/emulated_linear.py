@@ -288,6 +288,14 @@ def problem(tokens, out_features, in_features, dtype=BF16):
     return w, random_input((tokens, in_features), dtype, integers=True)
 
 
+def reaches_y(out_features, stride=None, shift=0, bias=None, residual=None, activation=None, **_):
+    """(whether y is only rounded, whether rows and what is added begin at 16 bytes)."""
+    aligned = (stride or row_stride(out_features)) % 8 == 0 and shift % 8 == 0
+    aligned &= all(each is None or each.data_ptr() % 16 == 0 for each in (bias, residual))
+    aligned &= residual is None or residual.stride(0) % 8 == 0
+    return activation is None and residual is None, aligned
+
+
 def wide_stores(tokens, out_features, rows, stride=None, shift=0, elements=8):
     """Into how many stores of so many elements an Output can be divided, when a warpgroup stores
     `rows` of out_features of a token and no store crosses a multiple of its size."""

@@ -13,6 +13,7 @@ from python_tests.csrc.emulated_linear import (
     builder,
     configs,
     problem,
+    reaches_y,
     wide_stores,
     wrong,
 )
@@ -96,9 +97,15 @@ MISTAKES = [
         "boxes",
     ),
     (EPILOGUE, "d[m][i + half * 2 + 1] += bias;", ";", "boxes"),
-    (EPILOGUE, "piece == 0 ? beyond : 0", "0", "odd"),
-    (EPILOGUE, "(out.aligned ? 0 : kSumTokens)", "0", "odd"),
-    (EPILOGUE, "out.template beyond<kVector>(global_token, first.x) * 4", "0", "odd"),
+    (EPILOGUE, "boxes, kBlockTokens, @at.row@,", "0", "odd"),
+    (EPILOGUE, "@at.token + first@, p.tokens);", "at.token", "odd"),
+    (
+        EPILOGUE,
+        "met everybody at the barrier of the step between.\n      "
+        "@ptx::named_barrier_sync(1 + consumer, 128);@",
+        ";",
+        "odd",
+    ),
     (EPILOGUE, "at().owns(block_of<Cfg>(part * kSumTokens / kBlockTokens))", "true", "shared, odd"),
 ]
 
@@ -118,13 +125,12 @@ def faults(emulate, of, w, x, dtype=None, clusters=2, **what):
     found = wrong(
         emulate, CONFIGS[of], w, x, weight=x.dtype, dtype=dtype, clusters=clusters, **what
     )
-    stride, shift = what.get("stride"), what.get("shift", 0)
-    boxes = (stride or 0) % 8 == 0 and shift % 8 == 0
-    boxes &= what.get("activation") is None and what.get("residual") is None
-    boxes &= what.get("bias") is None or what["bias"].data_ptr() % 16 == 0
-    elements = 4 if of[1] > 192 else 8
-    expected = wide_stores(tokens, out_features, 64 * of[0], stride, shift, elements)
-    expected = 0 if boxes else expected
+    rounded, aligned = reaches_y(out_features, **what)
+    elements, shifts = (4, False) if of[1] > 192 else (8, rounded)
+    where = dict(stride=what.get("stride"), shift=what.get("shift", 0), elements=elements)
+    expected = 0
+    if not rounded and aligned or shifts and not aligned:
+        expected = wide_stores(tokens, out_features, 64 * of[0], **where)
     stores = emulate.library.stores_of(2 * elements)
     return found or ("" if stores == expected else f"{stores} wide stores, not {expected}")
 
@@ -207,11 +213,12 @@ def test_silu(build):
 
 @pytest.mark.parametrize("dtype, of", TYPES, ids=str)
 def test_almost_all_stores_are_wide(build, dtype, of):
-    """Of 323 out_features, whose rows begin anywhere: all but the ends of a warpgroup's rows."""
-    tokens, out_features, width = 40, 323, 4 if of[1] > 192 else 8
+    """Of 323 out_features, whose rows begin anywhere: all but the ends of a warpgroup's rows; but
+    in the widest tile."""
+    tokens, out_features = 40, 323
     assert not faults(build(), of, *problem(tokens, out_features, 64, dtype), stride=out_features)
-    stores = build().library.stores_of(2 * width)
-    assert stores * width / (tokens * out_features) > 0.9
+    share = build().library.stores_of(16) * 8 / (tokens * out_features)
+    assert share > 0.9 if of[1] <= 192 else share == 0
 
 
 @pytest.mark.parametrize("weight, dtype, of", BYTES, ids=str)
@@ -251,7 +258,7 @@ CASES = {
     "pair": (PAIR_64, (9, 323, 64 * 19), dict(clusters=1)),
     "pair of which one lags": (PAIR_64, (9, 323, 136), dict(lag_first=384, lag_count=384)),
     "shared": (ALONE_64, (64, 256, 512), dict()),
-    "shared, odd": (ALONE_64, (64, 65, 512), dict(stride=65)),
+    "shared, odd": (ALONE_64, (64, 65, 512), dict(stride=65, activation="relu")),
     "shared, and a warp lags": (ALONE_64, (64, 256, 512), dict(lag_first=32, lag_count=32)),
     "streamed": (STREAMED, (129, 512, 384), dict(clusters=3)),
     "streamed by three": (STREAMED, (100, 300, 768), dict(clusters=3)),

@@ -13,6 +13,7 @@ from python_tests.csrc.emulated_linear import (
     configs,
     ends_on_16_bytes,
     problem,
+    reaches_y,
     wide_stores,
     wrong,
 )
@@ -41,9 +42,9 @@ def build(tmp_path_factory):
 def faults(emulate, of, w, x, dtype=None, **what):
     """What is wrong with y, in words, or with the number of its stores of 16 bytes."""
     what = dict(weight=x.dtype, dtype=dtype, clusters=1, **what)
-    found = wrong(emulate, CONFIGS[of], w, x, **what)
+    found, y_shape = wrong(emulate, CONFIGS[of], w, x, **what), (x.shape[0], w.shape[0])
     where = dict(stride=what.get("stride"), shift=what.get("shift", 0))
-    expected = wide_stores(x.shape[0], w.shape[0], 64 * of[0], **where)
+    expected = any(reaches_y(w.shape[0], **what)) and wide_stores(*y_shape, 64 * of[0], **where)
     stores = emulate.library.stores_of(16)
     return found or ("" if stores == expected else f"{stores} wide stores, not {expected}")
 
@@ -121,12 +122,17 @@ def test_threads_that_lag(build, late):
 BIAS = ends_on_16_bytes(random_input((323,), BF16, seed=2, integers=True))
 CASES = {
     "odd": ((70, 323, 200), dict(stride=323, shift=1)),
-    "odd and added to": ((9, 323, 64), dict(stride=323, shift=1, bias=BIAS)),
+    "odd and added to": (
+        (40, 323, 64),
+        dict(stride=323, shift=1, bias=BIAS, activation="relu"),
+    ),
+    "narrow": ((9, 3, 64), dict(stride=5, shift=1)),
     "rounded": ((70, 200, 200), dict()),
     "a late thread block": ((70, 200, 200), dict(lag_first=384, lag_count=384)),
     "many stages": ((9, 130, 64 * 3 * 20), dict()),
     "unaligned": ((9, 200, 200), dict(stride=204)),
 }
+EPILOGUE = "prefill_epilogue_sm90.cuh"
 MISTAKES = [
     # (file of csrc/linear, in its source, instead, which of CASES shows it)
     ("splitk_sm90.cuh", "min(token + p.column_tokens, p.tokens)", "p.tokens", "odd"),
@@ -147,7 +153,7 @@ MISTAKES = [
     ("splitk_sm90.cuh", "token >= token_end", "false", "rounded"),
     (
         "splitk_sm90.cuh",
-        "@ptx::named_barrier_sync(1 + consumer, 128);@\n  const int thread",
+        "@ptx::named_barrier_sync(1 + consumer, 128);@\n  if (!whole_pieces)",
         ";",
         "rounded",
     ),
@@ -160,34 +166,36 @@ MISTAKES = [
     ("mainloop_sm90.cuh", "    @ptx::wgmma_wait<1>();@\n    if (k_tile > 0)", ";", "many stages"),
     ("mainloop_sm90.cuh", "      @ptx::wgmma_wait<0>();@\n    }\n    const int last", ";", "odd"),
     ("mainloop_sm90.cuh", "@consumer@ * Cfg::kPanels * Cfg::Tile::kMetadataBytes +", "0", "odd"),
-    ("prefill_epilogue_sm90.cuh", "piece == 0 ? beyond : 0", "0", "odd"),
-    ("prefill_epilogue_sm90.cuh", "piece == kPieces ? beyond : kVector", "kVector", "odd"),
-    ("prefill_epilogue_sm90.cuh", "(out.aligned ? 0 : kSumTokens)", "0", "odd"),
+    ("splitk_sm90.cuh", "!whole_pieces", "false", "odd"),
+    (EPILOGUE, "|| @row + 8 > rows@)", "false", "odd"),
+    (EPILOGUE, "if (@row < 0@ ||", "false", "odd"),
+    (EPILOGUE, "piece == 0 ? 0 : @piece * 8 - 8@", "piece * 8", "odd"),
+    (EPILOGUE, "beyond & 4", "false", "odd"),
+    (EPILOGUE, "beyond & 2", "false", "odd"),
+    (EPILOGUE, "beyond & 1", "false", "odd"),
+    (EPILOGUE, "@tail < head@ ? head : tail", "false", "narrow"),
+    (EPILOGUE, "row & 1 ? @pair >> 16@", "pair", "odd"),
+    (EPILOGUE, "row & 2 ? @four.y@", "four.x", "odd"),
+    (EPILOGUE, "@row % 8 / 4 * 8@", "0", "odd"),
+    (EPILOGUE, "tokens = token_end - first_token;", ";", "odd"),
+    (EPILOGUE, "out.y_stride + @first_row + row@;", "row", "odd"),
+    (EPILOGUE, "global_token < tokens", "true", "odd and added to"),
     (
-        "prefill_epilogue_sm90.cuh",
-        "out.template beyond<kVector>(global_token, first.x) * 4",
-        "0",
-        "odd",
-    ),
-    ("prefill_epilogue_sm90.cuh", "@piece * kVector - beyond@,", "piece * kVector", "odd"),
-    ("prefill_epilogue_sm90.cuh", "global_token < tokens", "true", "odd"),
-    (
-        "prefill_epilogue_sm90.cuh",
-        "@ptx::named_barrier_sync(1 + consumer, 128);@\n    constexpr uint32_t kWhole",
+        EPILOGUE,
+        "@ptx::named_barrier_sync(1 + consumer, 128);@\n#pragma unroll 1",
         ";",
-        "odd",
+        "odd and added to",
     ),
     (
-        "prefill_epilogue_sm90.cuh",
+        EPILOGUE,
         "      }\n    }\n    @ptx::named_barrier_sync(1 + consumer, 128);@\n  }\n}",
         ";",
-        "odd",
+        "odd and added to",
     ),
     ("epilogue.cuh", "(@first@ + token * static_cast<uint32_t>(y_stride)", "0", "odd"),
-    ("epilogue.cuh", "out_features - row < end", "false", "odd"),
-    ("epilogue.cuh", "begin <= i && i < end && bias", "bias != nullptr", "odd and added to"),
+    ("epilogue.cuh", "i < count && bias", "bias != nullptr", "odd and added to"),
     ("epilogue.cuh", "is_aligned16(p.y.data, p.y.stride)", "true", "unaligned"),
-    ("epilogue.cuh", "@begin <= i && i < end@) out[i]", "i < end", "odd"),
+    ("epilogue.cuh", "@i < count@) out[i]", "true", "odd and added to"),
 ]
 
 
