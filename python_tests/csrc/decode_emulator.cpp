@@ -24,7 +24,7 @@ void run_clusters(const LinearProblem& p, int clusters, int ranks) {
   emulator::blocks = clusters * ranks;
   for (int cluster = 0; cluster < clusters && emulator::error.empty(); ++cluster) {
     emulator::first_block = cluster * ranks;
-    ptx::run_clusters(1, ranks, kThreads, Cfg::kSmemBytes, [&] {
+    ptx::run_clusters(1, ranks, Cfg::kThreads, Cfg::kSmemBytes, [&] {
       spmm_decode_sm90_kernel<Cfg, kRanks>(map, params);
     });
   }
