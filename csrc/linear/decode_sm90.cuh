@@ -19,9 +19,9 @@
 // Roles (288 threads)
 //   warps 0-7   consumers: warp w owns an eighth of the rows (two m16 tiles or one) and all tokens
 //   warp 8      producer: one lane issues the copies
-// With 64 rows (320 threads) a CTA has two such teams, of half of its slice of K, each with its own
-// ring: warps 0-3 and 8, and 4-7 and 9. A warp owns a quarter of the rows, one m16 tile. A stage has
-// few bytes there, and takes the time of a turn of both loops.
+// With 64 rows (320 threads) a CTA has two such teams, warps 0-3 and 8, and 4-7 and 9, each with half
+// of its slice of K and a ring of its own, because a stage of so few bytes takes as long as a turn of
+// their loops. A warp owns a quarter of the rows, one m16 tile.
 //
 // Barriers      filled by                      released by         arrivals
 //   full[s]     copy engine, by byte count     -                   1 (producer announces the bytes)
