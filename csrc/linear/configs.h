@@ -119,8 +119,12 @@
   X(4, 2, 2)                 \
   X(5, 2, 1)                 \
   X(6, 2, 4)                 \
-  X(7, 2, 8)
-#define SK_DECODE_GATED 5  // the first of them, which a gated pair has, too
+  X(7, 2, 8)                 \
+  X(8, 2, 16)                \
+  X(9, 1, 8)                 \
+  X(10, 1, 16)
+#define SK_DECODE_GATED 5    // the first of them, which a gated pair has, too
+#define SK_DECODE_WIDENED 8  // and those that weights of 8 and 4 bits have
 
 // The mma.sp kernel's tiles.
 // X(index, BLOCK_M rows, BLOCK_N tokens, warps along rows, along tokens, along K, stages)

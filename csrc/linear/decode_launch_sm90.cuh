@@ -12,13 +12,19 @@ namespace sparsekern::decode {
 
 constexpr const char* kOp = "sparsekern.linear (decode)";
 
-// kSplit: the kernel's, or 0 where it has all.
+// kSplit: the kernel's, or 0 where it has all. Half of it where the GPU has no room for so large a
+// cluster.
 template <class Cfg, int kSplit>
 Status launch(const LinearProblem& p, int split, cudaStream_t stream) {
   static KernelStates states;
   const DeviceKernel kernel(kOp, "spmm_decode_sm90_kernel", spmm_decode_sm90_kernel<Cfg, kSplit>,
                             states);
-  const LaunchShape shape = {kThreads, Cfg::kSmemBytes, split, !p.weight_is_new};
+  const LaunchShape shape = {Cfg::kThreads, Cfg::kSmemBytes, split, !p.weight_is_new};
+  if constexpr (kSplit > kPortableCluster) {
+    int clusters = 0;
+    SK_RETURN_IF_ERROR(kernel.clusters_that_fit(shape, clusters));
+    if (clusters == 0) return launch<Cfg, kSplit / 2>(p, split / 2, stream);
+  }
   CUtensorMap x_map;
   SK_RETURN_IF_ERROR(make_activation_map(kOp, x_map, p, Cfg::kTokens));
   Params<Cfg> params = make_params<Cfg>(p);
@@ -32,10 +38,13 @@ Status launch(const LinearProblem& p, int split, cudaStream_t stream) {
 
 template <class W, class X, class Y, int kTokenTiles, int kWeights, int kScaleGroup>
 Status launch_config(const LinearProblem& p, int config, cudaStream_t stream) {
+  constexpr int kConfigs = kWeights == 2                    ? SK_DECODE_GATED
+                           : Element<W>::kStorageBits == 16 ? kDecodeConfigs.rows
+                                                            : SK_DECODE_WIDENED;
   switch (config) {
 #define SK_CASE(index, panels, split)                                              \
   case index:                                                                      \
-    if constexpr (kWeights == 1 || index < SK_DECODE_GATED)                        \
+    if constexpr (index < kConfigs)                                                \
       return launch<Config<W, X, Y, kTokenTiles, kWeights, panels, kScaleGroup>,   \
                     kLaunchedSplit<W, kTokenTiles> ? 0 : split>(p, split, stream); \
     break;

@@ -7,10 +7,10 @@
 // At these N the weights are the only traffic that counts: 9/16 of the dense bytes, each read once.
 // So the kernel is a copy loop with a little arithmetic in its shadow:
 //
-//   one CTA      = one row block of 256 rows (a tile row group) or 128, and one slice of K
+//   one CTA      = one row block of 256 rows (a tile row group), 128 or 64, and one slice of K
 //   one stage    = the 64 dense columns of a tile: [x tile | 16 KiB values | 2 KiB metadata]
-//   one cluster  = the 1, 2, 4 or 8 CTAs that share a row block; each takes 1/C of K, partial sums
-//                  meet in shared memory
+//   one cluster  = the 1, 2, 4, 8 or 16 CTAs that share a row block; each takes 1/C of K, partial
+//                  sums meet in shared memory
 //
 // Few row blocks (a 4096-row weight has 16) would leave most SMs idle, hence the split of K; the
 // reduction adds in a fixed order, so the result does not depend on timing. Up to 190 KiB per SM
@@ -19,10 +19,13 @@
 // Roles (288 threads)
 //   warps 0-7   consumers: warp w owns an eighth of the rows (two m16 tiles or one) and all tokens
 //   warp 8      producer: one lane issues the copies
+// With 64 rows (320 threads) a CTA has two such teams, warps 0-3 and 8, and 4-7 and 9, each with half
+// of its slice of K and a ring of its own, because a stage of so few bytes takes as long as a turn of
+// their loops. A warp owns a quarter of the rows, one m16 tile.
 //
 // Barriers      filled by                      released by         arrivals
 //   full[s]     copy engine, by byte count     -                   1 (producer announces the bytes)
-//   empty[s]    -                              consumer warps      8
+//   empty[s]    -                              consumer warps      8, of a team of two 4
 //
 // Per stage and warp (256 rows): 4 ldmatrix of A, 2 words of metadata (each serves both k-steps), 2
 // ldmatrix of B and 4 mma.sp per 8 tokens. The gated form streams two weights, gate and up, and
@@ -58,13 +61,12 @@ namespace sparsekern::decode {
 
 constexpr int kConsumerWarps = 8;
 constexpr int kConsumerThreads = kConsumerWarps * 32;
-constexpr int kThreads = kConsumerThreads + 32;
 constexpr int kConsumerBarrier = 1;
 constexpr int kSmemCapacity = 227 * 1024;
 
 // W, X, Y: types of the weight's values, of x and of y. kTokenTiles: tokens in units of 8. kWeights:
-// 1, or 2 for the gated form. kPanels: row panels of a row block, 4 or 2. kScaleGroup: columns that
-// share a scale of the metadata (int4), or 0.
+// 1, or 2 for the gated form. kPanels: row panels of a row block, 4, 2 or 1. kScaleGroup: columns
+// that share a scale of the metadata (int4), or 0.
 template <class W_, class X_, class Y_, int kTokenTiles_, int kWeights_, int kPanels_,
           int kScaleGroup_ = 0>
 struct Config {
@@ -77,7 +79,10 @@ struct Config {
   static constexpr int kScaleGroup = kScaleGroup_;
   static constexpr int kPanels = kPanels_;
   static constexpr int kRows = kPanels * tile64::kRows;
-  static constexpr int kWarpRows = kRows / kConsumerWarps;  // 32 or 16
+  static constexpr int kTeams = kPanels == 1 ? 2 : 1;
+  static constexpr int kTeamWarps = kConsumerWarps / kTeams;  // without the producer
+  static constexpr int kThreads = kConsumerThreads + 32 * kTeams;
+  static constexpr int kWarpRows = kRows / kTeamWarps;  // 32 or 16
   static constexpr int kWarpTiles = kWarpRows / 16;
   static constexpr int kTokenTiles = kTokenTiles_;
   static constexpr int kWeights = kWeights_;
@@ -90,12 +95,14 @@ struct Config {
   static constexpr int kTileMetadataBytes = Tile::kMetadataBytes + tile64::scale_bytes(kScaleGroup);
   static constexpr int kMetadataBytes = kPanels * kTileMetadataBytes;
   static constexpr int kWeightBytes = kValueBytes + kMetadataBytes;
-  static constexpr int kStageBytes = kXBytes + kWeights * kWeightBytes;
+  static constexpr int kStageBytes =  // a multiple of 1024, for the swizzle of x
+      tile64::ceil_div(kXBytes + kWeights * kWeightBytes, 1024) * 1024;
   static constexpr int kSumPitch = kRows + 4;  // words; +4 spreads the banks
   static constexpr int kSumBytes = kWeights * kTokens * kSumPitch * 4;
-  static constexpr int kFit = (kSmemCapacity - 256 - kSumBytes) / kStageBytes;
-  static constexpr int kStages = kFit < 12 ? kFit : 12;
-  static constexpr int kSmemBytes = kStages * kStageBytes + kSumBytes + 2 * kStages * 8;
+  static constexpr int kFit = (kSmemCapacity - 256 - kSumBytes) / kStageBytes / kTeams;
+  static constexpr int kStages = kFit < 12 ? kFit : 12;  // of a team
+  static constexpr int kAllStages = kTeams * kStages;
+  static constexpr int kSmemBytes = kAllStages * kStageBytes + kSumBytes + 2 * kAllStages * 8;
   static_assert(kStages >= (Element<W>::kStorageBits < 8 ? 2 : 3) && kSmemBytes <= kSmemCapacity);
   static_assert(Element<X>::kStorageBits == 16 && (kWidens || std::is_same_v<W, X>));
   static_assert(kWeights == 1 || !kWidens, "the epilogue has the scales of one weight");
@@ -139,15 +146,18 @@ __device__ __forceinline__ int panels_in(const tile64::Extent& extent, int row_b
 }
 
 // Shared memory as byte addresses: stages first (1024-byte aligned for the swizzle), then sums,
-// then barriers.
+// then barriers. Stages are counted from the first of a team.
 template <class Cfg>
 struct Smem {
   uint32_t base;
+  int first = 0;
 
   __device__ __forceinline__ explicit Smem(const void* raw) : base(ptx::smem_address(raw)) {
     if (base % 1024 != 0) __trap();  // the swizzle needs it; no static shared memory comes before
   }
-  __device__ __forceinline__ uint32_t x(int stage) const { return base + stage * Cfg::kStageBytes; }
+  __device__ __forceinline__ uint32_t x(int stage) const {
+    return base + (first + stage) * Cfg::kStageBytes;
+  }
   __device__ __forceinline__ uint32_t values(int stage, int weight) const {
     return x(stage) + Cfg::kXBytes + weight * Cfg::kWeightBytes;
   }
@@ -155,13 +165,13 @@ struct Smem {
     return values(stage, weight) + Cfg::kValueBytes;
   }
   __device__ __forceinline__ uint32_t sums() const {
-    return base + Cfg::kStages * Cfg::kStageBytes;
+    return base + Cfg::kAllStages * Cfg::kStageBytes;
   }
   __device__ __forceinline__ uint32_t full(int stage) const {
-    return sums() + Cfg::kSumBytes + stage * 8;
+    return sums() + Cfg::kSumBytes + (first + stage) * 8;
   }
   __device__ __forceinline__ uint32_t empty(int stage) const {
-    return full(stage) + Cfg::kStages * 8;
+    return full(stage) + Cfg::kAllStages * 8;
   }
 };
 
@@ -178,7 +188,7 @@ struct RingPosition {
   }
 };
 
-// The column tiles of one CTA: first, first + step, ... The CTAs of a cluster interleave, so that
+// The column tiles of one team: first, first + step, ... The teams of a cluster interleave, so that
 // together they read memory in order.
 struct KTiles {
   int first, step, count;
@@ -444,8 +454,8 @@ __device__ __forceinline__ void multiply_int4_stage(Accumulators<Cfg>& d, const 
   }
 }
 
-// Accumulators -> sums[weight][token][row] in this CTA's shared memory.
-template <class Cfg>
+// Accumulators -> sums[weight][token][row] in this CTA's shared memory. kAdd: to the other team's.
+template <class Cfg, bool kAdd>
 __device__ __forceinline__ void write_sums(const Accumulators<Cfg>& d, const Smem<Cfg>& smem,
                                            int warp_idx, int lane_idx) {
   const int g = lane_idx / 4, t = lane_idx % 4;
@@ -461,7 +471,8 @@ __device__ __forceinline__ void write_sums(const Accumulators<Cfg>& d, const Sme
           const int row = warp_idx * Cfg::kWarpRows + i * 16 + g + 8 * (e / 2);
           const uint32_t address =
               smem.sums() + ((w * Cfg::kTokens + token) * Cfg::kSumPitch + row) * 4;
-          ptx::store_shared_f32(address, d[w][i][n][e]);
+          const float v = d[w][i][n][e];
+          ptx::store_shared_f32(address, kAdd ? ptx::load_shared_f32(address) + v : v);
         }
       }
     }
@@ -517,24 +528,29 @@ __device__ __forceinline__ void store_outputs(const Params<Cfg>& p, const Smem<C
 // kRanks: CTAs of a cluster, or 0: p.ranks. With more than one, a cluster has one row block (see the
 // launcher).
 template <class Cfg, int kRanks>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Cfg::kThreads, 1)
     spmm_decode_sm90_kernel(const __grid_constant__ CUtensorMap x_map,
                             const __grid_constant__ Params<Cfg> p) {
   extern __shared__ __align__(1024) uint8_t raw_smem[];
-  const Smem<Cfg> smem(raw_smem);
+  Smem<Cfg> smem(raw_smem);
   const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
+  const int team = Cfg::kTeams == 1            ? 0
+                   : warp_idx < kConsumerWarps ? warp_idx / Cfg::kTeamWarps
+                                               : warp_idx - kConsumerWarps;
+  const int row_warp = warp_idx - team * Cfg::kTeamWarps;  // of a consumer
+  smem.first = team * Cfg::kStages;
   const int ranks = kRanks > 0 ? kRanks : p.ranks;
   const int rank = blockIdx.x & (ranks - 1);
   // Where all splits are possible no register should wait for the end of the loop: a step that is
   // too large with more ranks than one, and the rank asked for once more.
   const int first = kRanks > 0 ? blockIdx.x / ranks : ptx::cluster_idx();
   const int step = kRanks > 0 ? gridDim.x / ranks : gridDim.x;
-  const KTiles k = KTiles::of(p.extent.k_tiles, rank, ranks);
+  const KTiles k = KTiles::of(p.extent.k_tiles, rank + team * ranks, ranks * Cfg::kTeams);
 
   if (threadIdx.x == kConsumerThreads) {
-    for (int s = 0; s < Cfg::kStages; ++s) {
+    for (int s = 0; s < Cfg::kAllStages; ++s) {
       ptx::mbarrier_init(smem.full(s), 1);
-      ptx::mbarrier_init(smem.empty(s), kConsumerWarps * ptx::kArrivalsPerWarp);
+      ptx::mbarrier_init(smem.empty(s), Cfg::kTeamWarps * ptx::kArrivalsPerWarp);
     }
     ptx::mbarrier_init_fence();
     ptx::prefetch_tensor_map(&x_map);
@@ -542,7 +558,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   ptx::let_successor_start();
 
-  if (warp_idx == kConsumerWarps) {
+  if (warp_idx == kConsumerWarps + team) {
     if (lane_idx == 0) {
       Producer<Cfg> producer{&x_map, p, smem};
       const int issued = producer.first_turn(first, k);
@@ -565,20 +581,24 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int row_block = first; row_block < p.row_blocks; row_block += step) {
     Accumulators<Cfg> d = {};
     const bool has_rows =
-        warp_idx * Cfg::kWarpRows / tile64::kRows < panels_in<Cfg>(p.extent, row_block);
+        row_warp * Cfg::kWarpRows / tile64::kRows < panels_in<Cfg>(p.extent, row_block);
     for (int i = 0; i < k.count; ++i) {
       ptx::mbarrier_wait(smem.full(ring.stage), ring.parity);
       if (has_rows) {
         if constexpr (std::is_same_v<typename Cfg::W, Int4>)
-          multiply_int4_stage<Cfg>(d, smem, ring.stage, warp_idx, lane_idx);
+          multiply_int4_stage<Cfg>(d, smem, ring.stage, row_warp, lane_idx);
         else if constexpr (Cfg::kWidens)
-          multiply_widened_stage<Cfg>(d, smem, ring.stage, warp_idx, lane_idx);
-        else multiply_stage<Cfg>(d, smem, ring.stage, warp_idx, lane_idx);
+          multiply_widened_stage<Cfg>(d, smem, ring.stage, row_warp, lane_idx);
+        else multiply_stage<Cfg>(d, smem, ring.stage, row_warp, lane_idx);
       }
       ptx::mbarrier_arrive_warp(smem.empty(ring.stage));
       ring.advance();
     }
-    write_sums<Cfg>(d, smem, warp_idx, lane_idx);
+    if (team == 0) write_sums<Cfg, false>(d, smem, row_warp, lane_idx);
+    if constexpr (Cfg::kTeams == 2) {
+      ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);  // the first team's are there
+      if (team == 1) write_sums<Cfg, true>(d, smem, row_warp, lane_idx);
+    }
     sync();  // all sums are there
     ptx::wait_for_predecessor();
     store_outputs<Cfg, kRanks>(p, smem, row_block, kRanks > 0 ? rank : ptx::cluster_cta_rank());

@@ -56,7 +56,9 @@ def needs_kernels():
 
 
 def configs():
-    return [config["index"] for config in _native.module().kernels()["decode"]]
+    """Those that narrow weights have, whatever their type."""
+    rows = _native.module().kernels()["decode"]
+    return [row["index"] for row in rows if ("int8", "bfloat16", "bfloat16") in row["types"]]
 
 
 @pytest.mark.parametrize("weight, group, dtype", TYPES, ids=str)

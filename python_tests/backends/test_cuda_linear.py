@@ -43,6 +43,7 @@ SHAPES = (
     (320, 576),  # a last superpanel of one panel; more steps than stages
     (520, 1032),  # a tail of 8 columns, deep in the ring
     (1100, 200),  # more rows than a cluster of four tiles
+    (130, 27452),  # more steps than the stages of 16 thread blocks with two rings each
 )
 
 

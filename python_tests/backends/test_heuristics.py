@@ -274,8 +274,8 @@ def test_the_promoted_tile():
 
 
 def test_resident_clusters():
-    found = [heuristics.resident_clusters(size, H100) for size in (1, 2, 4, 8)]
-    assert found == [132, 66, 31, 15]
+    found = [heuristics.resident_clusters(size, H100) for size in (1, 2, 4, 8, 16)]
+    assert found == [132, 66, 31, 15, 7]
     assert heuristics.resident_clusters(4, 4) == 1
 
 
@@ -434,6 +434,25 @@ def test_decode_work_by_hand():
         assert work(RowBlocks(256, 4), tokens, 4096, 4096, H100).extras == 16 * wide
     assert work(RowBlocks(128, 4), 1, 4096, 4096, H100).stages == 2 * 16, "32 clusters: two waves"
     assert work(RowBlocks(128, 2), 1, 4096, 4096, H100).stages == 32
+    assert work(RowBlocks(64, 16), 1, 64, 23168, H100).stages == 23, "362 stages"
+    assert work(RowBlocks(64, 16), 1, 64 * 8, 4096, H100).stages == 2 * 4, "7 clusters of 16"
+
+
+def test_few_out_features_and_long_in_features():
+    """An H200 took 8.2, 9.7 and 8.0 us with 8 thread blocks of 128 rows; sixteen are estimates."""
+    eight, sixteen = RowBlocks(128, 8), RowBlocks(128, 16)
+    for tokens, shape, us in ((1, (64, 23168), 8.2), (6, (128, 27456), 9.7), (1, (64, 23040), 8.0)):
+        problem = tokens, *shape, H100
+        assert predicted_us(eight, *problem) == pytest.approx(us, rel=0.1)
+        assert predicted_us(sixteen, *problem) < 0.7 * predicted_us(eight, *problem)
+        assert fastest(*problem) == RowBlocks(64, 16)
+        built = tuple(v for v in TIMES if v != RowBlocks(64, 16))
+        assert fastest(*problem, built) in (sixteen, RowBlocks(64, 8))
+
+
+def test_weights_of_fewer_bits_have_no_estimated_row_blocks():
+    estimated = {RowBlocks(128, 16), RowBlocks(64, 8), RowBlocks(64, 16)}
+    assert not estimated & (set(coefficients.TIMES_8) | set(coefficients.TIMES_4))
 
 
 def test_mma_work_by_hand():

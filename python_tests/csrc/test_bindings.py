@@ -139,8 +139,10 @@ def test_which_types_a_config_takes(native):
     )
     taken["mma"] = plain | w8a8
     taken["narrow"] = {("int4", y, y) for y in halves}
-    limits = dict(re.findall(r"#define (SK_\w+) (\d+)  //", CONFIGS))
+    taken["decode"] |= taken["narrow"]
+    limits = dict(re.findall(r"#define (SK_\w+) (\d+) +//", CONFIGS))
     first = {("mma", True): "SK_MMA_BOTH", ("split", True): "SK_SPLIT_BOTH"}
+    first[("decode", True)] = "SK_DECODE_WIDENED"
     first[("decode_gated", False)] = "SK_DECODE_GATED"
     kernels = native.kernels()
     for kernel, types in taken.items():
@@ -149,11 +151,8 @@ def test_which_types_a_config_takes(native):
             for narrow in (True, False):
                 limit = first.get((kernel, narrow))
                 if limit and row["index"] >= int(limits[limit]):
-                    fits = {of for of in fits if (of[0] in eight) != narrow}
-            if kernel == "decode":  # and int4
-                assert fits <= set(row["types"]), (kernel, row)
-            else:
-                assert fits == set(row["types"]), (kernel, row)
+                    fits = {of for of in fits if (of[0] not in halves) != narrow}
+            assert fits == set(row["types"]), (kernel, row)
 
 
 def test_a_kernel_without_a_gpu_says_so(native):

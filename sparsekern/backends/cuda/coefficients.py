@@ -42,6 +42,12 @@ TIMES: dict[Variant, Times] = {
     RowBlocks(128, 1): Times(0.127, 0.229, 0.01, 4.37, 0.394, 2.47, 0, 0.383),
     RowBlocks(128, 4): Times(0.128, 0.233, 0.01, 4.03, 1.15, 2.64, 0, 0.222),
     RowBlocks(128, 8): Times(0.127, 0.154, 0.555, 3.96, 1.51, 2.34, 0, 0.0753),
+    # Estimates until these three are measured, from the row above: sixteen thread blocks begin and
+    # end 0.3 us later than eight, as in the split kernel; of 64 rows two teams, each of half of the
+    # stages, take half of the time for them, and also end 0.3 us later (csrc/notes/decode.md).
+    RowBlocks(128, 16): Times(0.127, 0.154, 0.555, 3.96, 1.81, 2.34, 0, 0.0753),
+    RowBlocks(64, 8): Times(0.0635, 0.077, 0.278, 3.96, 1.81, 2.34, 0, 0.0753),
+    RowBlocks(64, 16): Times(0.0635, 0.077, 0.278, 3.96, 2.11, 2.34, 0, 0.0753),
     Tile(256, 192, 1, 1): Times(0.541, 0.448, 0.719, 3.79, 1.67, 5.14, 6.9, 2.89),
     Tile(256, 192, 2, 1): Times(0.552, 0.221, 0.679, 3.48, 2.16, 3.33, 8.54, 2.57),
     Tile(256, 192, 1, 2): Times(0.608, 0.0533, 0.66, 3.26, 0.63, 4.23, 8.12, 4.08),
