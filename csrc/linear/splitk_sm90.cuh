@@ -234,11 +234,9 @@ __device__ __forceinline__ bool gather_across(Accumulators<Cfg>& d,
   prefill::publish_sums(consumer);
   if (thread == 0) {
     uint32_t* counter = p.counters + (tile * Cfg::kSplits + kSplit) * kConsumers + consumer;
-    const bool last = atomicAdd(counter, 1u) == static_cast<uint32_t>(p.clusters - 1);
-    if (last) {
-      *counter = 0;     // nobody else counts on it; the next launch finds zero
-      __threadfence();  // what the others have written before they counted is seen after this
-    }
+    const uint32_t before = ptx::atomic_add_acquire(counter, 1u);
+    const bool last = before == static_cast<uint32_t>(p.clusters - 1);
+    if (last) *counter = 0;  // nobody else counts on it; the next launch finds zero
     ptx::store_shared_int4(smem.progress(consumer), {last, 0, 0, 0});
   }
   ptx::named_barrier_sync(1 + consumer, 128);
@@ -252,16 +250,17 @@ __device__ __forceinline__ bool gather_across(Accumulators<Cfg>& d,
     }
 #pragma unroll 1
     for (int first = 0; first < p.clusters; first += kClusters) {
-      float4 add[kClusters][kAtOnce];
+      float4 add[kClusters][kAtOnce] = {};
 #pragma unroll
       for (int i = 0; i < kClusters; ++i) {
-        const float4* from = partial(tile * p.clusters + min(first + i, p.clusters - 1));
+        const float4* from = partial(tile * p.clusters + first + i);
+        if (first + i < p.clusters) {
 #pragma unroll
-        for (int v = 0; v < kAtOnce; ++v) add[i][v] = __ldcg(from + (begin + v) * 128);
+          for (int v = 0; v < kAtOnce; ++v) add[i][v] = __ldcg(from + (begin + v) * 128);
+        }
       }
 #pragma unroll
       for (int i = 0; i < kClusters; ++i) {
-        if (first + i >= p.clusters) break;
 #pragma unroll
         for (int v = 0; v < kAtOnce; ++v) prefill::add_bits(sums(begin + v), add[i][v]);
       }

@@ -167,6 +167,8 @@ uint32_t load_acquire(const uint32_t* at) {
   return *at;
 }
 
+uint32_t atomic_add_acquire(uint32_t* at, uint32_t v) { return atomicAdd(at, v); }
+
 uint32_t thread_idx_again() { return threadIdx.x; }
 template <class Sum>
 float as_float_here(Sum sum) {
@@ -386,11 +388,12 @@ const char* emulate_launch(const Emulated* e, Linear linear) {
   struct sigaction fault = {}, before;
   fault.sa_handler = emulator::on_fault;
   sigaction(SIGSEGV, &fault, &before);
+  const auto forget = [](uint8_t* begin, int64_t bytes) { memset(begin, 0xFF, bytes); };
   Status status = linear(p);
   for (int i = 0; i < e->again && status.ok() && emulator::error.empty(); ++i) {
     for (int token = 0; token < p.tokens; ++token)
-      memset(emulator::output.data + token * emulator::output.row_bytes, 0xFF,
-             emulator::output.width);
+      forget(emulator::output.data + token * emulator::output.row_bytes, emulator::output.width);
+    forget(memory.data() + kPrefillCounterBytes, memory.size() - kPrefillCounterBytes);
     std::fill(std::begin(emulator::stores), std::end(emulator::stores), 0);
     status = linear(p);
   }

@@ -354,7 +354,8 @@ __half2 __hfma2(const __half2& a, const __half2& b, const __half2& c) { return f
 
 // A problem as in csrc/core/problem.h, then the freedoms; clusters: 0 for one per row block, of the
 // prefill and the split kernel those that a GPU holds at once. beside: clusters that run side by
-// side where none waits for another, 0: one; again: how often the launch is repeated.
+// side where none waits for another, 0: one; again: how often the launch is repeated,
+// with the counters that the last one has left.
 struct Emulated {
   const void *x, *values, *metadata, *bias, *residual, *channel_scale;
   void* y;
