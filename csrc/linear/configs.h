@@ -71,7 +71,8 @@
   X(28, 2, 128, 1, 1)       \
   X(29, 2, 128, 2, 1)
 #define SK_SPLIT_BOTH 17  // the first of them, which 8 bits have, too
-#define SK_SPLIT_ACROSS 23  // the first of them that are across clusters
+
+#define SK_SPLIT_ACROSS 23  // the first of them across clusters
 
 // The narrow kernel's tiles of 256 rows.
 // X(index, BLOCK_N tokens, CTAs of a cluster along out_features that share x, CTAs that share the K

@@ -66,8 +66,7 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
     int resident = 0;
     if (p.workspace) SK_RETURN_IF_ERROR(kernel.clusters_that_fit(shape, resident));
     params.clusters = choose_clusters(tiles, resident, extent.k_tiles, kSplits);
-    if (params.clusters < 2)
-      return launch<T, Y, kPanels, kTokens, kSplits, false>(p, stream);
+    if (params.clusters < 2) return launch<T, Y, kPanels, kTokens, kSplits, false>(p, stream);
     params.counters = static_cast<uint32_t*>(p.workspace);
     params.partials =
         reinterpret_cast<float4*>(static_cast<uint8_t*>(p.workspace) + kPrefillCounterBytes);

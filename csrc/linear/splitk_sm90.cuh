@@ -25,7 +25,8 @@
 //   warpgroups 0, 1   consumers: half of the rows each            240
 //   warps 8, 9        producers: one lane copies x, one weights    24    (10, 11 idle)
 //
-// One tile, or one part of it, per cluster, and no cluster waits for another. Launches overlap (dependent_launch.cuh).
+// One tile, or one part of it, per cluster, and no cluster waits for another. Launches overlap
+// (dependent_launch.cuh).
 #pragma once
 #include "linear/mainloop_sm90.cuh"
 #include "linear/prefill_epilogue_sm90.cuh"

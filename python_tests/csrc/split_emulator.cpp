@@ -34,7 +34,8 @@ extern "C" const char* emulate(const Emulated* e) {
 #else
   constexpr Run runs[3][2] = {
       {split::run<__half, __half, 1, 15, 26>,
-       split::run<__nv_bfloat16, __nv_bfloat16, 0, 2, 4, 6, 10, 12, 14, 16, 23, 24, 25, 27, 28, 29>},
+       split::run<__nv_bfloat16, __nv_bfloat16, 0, 2, 4, 6, 10, 12, 14, 16,  //
+                  23, 24, 25, 27, 28, 29>},
       {nullptr, split::run<__nv_fp8_e4m3, __nv_bfloat16, 2>},
       {split::run<int8_t, __half, 14>, nullptr},
   };

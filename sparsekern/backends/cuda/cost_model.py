@@ -375,11 +375,10 @@ def shares_nothing(
     multiprocessors: int,
     bits: Bits = PLAIN,
 ) -> bool:
-    """True for a tile across clusters of which each gets one: what would run is the tile without."""
-    if not (isinstance(variant, SplitTile) and variant.across):
-        return False
+    """True for a tile across clusters where each would get one: what runs is the tile without."""
     problem = tokens, out_features, in_features, multiprocessors, bits
-    return clusters_of_tile(variant, *problem) == 1
+    across = variant if isinstance(variant, SplitTile) and variant.across else None
+    return across is not None and clusters_of_tile(across, *problem) == 1
 
 
 def split_work(
