@@ -16,7 +16,7 @@ constexpr const char* kOp = "sparsekern.linear (split)";
 // few column tiles.
 inline int choose_clusters(int64_t tiles, int resident, int k_tiles, int splits) {
   constexpr int kFewestTiles = 4, kMost = 16;
-  int64_t clusters = resident / tiles;
+  int64_t clusters = tiles > 0 ? resident / tiles : 0;
   clusters = clusters < kMost ? clusters : kMost;
   const int most = k_tiles / (splits * kFewestTiles);
   return static_cast<int>(clusters < most ? clusters : most);
