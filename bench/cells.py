@@ -90,8 +90,8 @@ def variants() -> dict[str, Variant]:
         rows = 2 * heuristics.PANEL * panels
         found.append(Tile(rows, *rest, bool(streamed), bool(promoted)))
     found += [MmaTile(*numbers) for numbers in entries("SK_MMA_CONFIGS")]
-    for panels, *rest in entries("SK_SPLIT_CONFIGS"):
-        found.append(SplitTile(2 * heuristics.PANEL * panels, *rest))
+    for panels, *rest, across in entries("SK_SPLIT_CONFIGS"):
+        found.append(SplitTile(2 * heuristics.PANEL * panels, *rest, bool(across)))
     return {variant_name(variant): variant for variant in found}
 
 

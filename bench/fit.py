@@ -266,7 +266,7 @@ def source(table: dict[Variant, Times], name: str = "TIMES") -> str:
 
 def _call(values: Variant | Times) -> str:
     shown = list(values)
-    while isinstance(values, Tile) and shown[-1] is False:
+    while isinstance(values, Tile | SplitTile) and shown[-1] is False:
         shown.pop()  # the default
     text = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in shown)
     return f"{type(values).__name__}({text})"

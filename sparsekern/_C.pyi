@@ -147,7 +147,7 @@ class Linear:
         stream: int,
         bias: int = 0,  # [out_features]
         residual: int = 0,  # [tokens, out_features]
-        workspace: int = 0,  # zeroed once, of one stream alone; others than prefill leave it
+        workspace: int = 0,  # zeroed once, of one stream alone; only where needed
         up_values: int = 0,  # of a gated kernel
         up_metadata: int = 0,
         channel_scale: int = 0,  # float32 [out_features]; of 8 or 4 bits, or the naive kernel

@@ -37,32 +37,42 @@
 #define SK_PREFILL_UNPROMOTED 20  // the first of them, which all types have
 
 // The split kernel's tiles.
-// X(index, panels per consumer, BLOCK_N tokens, CTAs that share the K of a tile)
+// X(index, panels per consumer, BLOCK_N tokens, CTAs that share the K of a tile, across clusters)
+// Across clusters: as many such clusters as are resident share the K of a tile.
 #define SK_SPLIT_CONFIGS(X) \
-  X(0, 1, 64, 1)            \
-  X(1, 1, 64, 2)            \
-  X(2, 1, 64, 3)            \
-  X(3, 1, 64, 4)            \
-  X(4, 1, 64, 6)            \
-  X(5, 1, 96, 1)            \
-  X(6, 1, 96, 2)            \
-  X(7, 1, 96, 3)            \
-  X(8, 1, 128, 1)           \
-  X(9, 1, 128, 2)           \
-  X(10, 1, 128, 3)          \
-  X(11, 1, 128, 4)          \
-  X(12, 2, 64, 1)           \
-  X(13, 2, 96, 1)           \
-  X(14, 2, 96, 2)           \
-  X(15, 2, 128, 1)          \
-  X(16, 2, 128, 2)          \
-  X(17, 1, 128, 6)          \
-  X(18, 2, 64, 2)           \
-  X(19, 1, 64, 8)           \
-  X(20, 1, 64, 16)          \
-  X(21, 1, 128, 8)          \
-  X(22, 1, 128, 16)
+  X(0, 1, 64, 1, 0)         \
+  X(1, 1, 64, 2, 0)         \
+  X(2, 1, 64, 3, 0)         \
+  X(3, 1, 64, 4, 0)         \
+  X(4, 1, 64, 6, 0)         \
+  X(5, 1, 96, 1, 0)         \
+  X(6, 1, 96, 2, 0)         \
+  X(7, 1, 96, 3, 0)         \
+  X(8, 1, 128, 1, 0)        \
+  X(9, 1, 128, 2, 0)        \
+  X(10, 1, 128, 3, 0)       \
+  X(11, 1, 128, 4, 0)       \
+  X(12, 2, 64, 1, 0)        \
+  X(13, 2, 96, 1, 0)        \
+  X(14, 2, 96, 2, 0)        \
+  X(15, 2, 128, 1, 0)       \
+  X(16, 2, 128, 2, 0)       \
+  X(17, 1, 128, 6, 0)       \
+  X(18, 2, 64, 2, 0)        \
+  X(19, 1, 64, 8, 0)        \
+  X(20, 1, 64, 16, 0)       \
+  X(21, 1, 128, 8, 0)       \
+  X(22, 1, 128, 16, 0)      \
+  X(23, 1, 64, 4, 1)        \
+  X(24, 1, 64, 8, 1)        \
+  X(25, 1, 128, 1, 1)       \
+  X(26, 1, 128, 2, 1)       \
+  X(27, 1, 128, 4, 1)       \
+  X(28, 2, 128, 1, 1)       \
+  X(29, 2, 128, 2, 1)
 #define SK_SPLIT_BOTH 17  // the first of them, which 8 bits have, too
+
+#define SK_SPLIT_ACROSS 23  // the first of them across clusters
 
 // The narrow kernel's tiles of 256 rows.
 // X(index, BLOCK_N tokens, CTAs of a cluster along out_features that share x, CTAs that share the K
@@ -164,7 +174,8 @@ struct ConfigTable {
 
 #define SK_PREFILL_ROW(index, panels, tokens, cluster_m, cluster_n, streamed, promoted) \
   index, 128 * panels, tokens, cluster_m, cluster_n, streamed, promoted,
-#define SK_SPLIT_ROW(index, panels, tokens, split) index, 128 * panels, tokens, split,
+#define SK_SPLIT_ROW(index, panels, tokens, split, across) \
+  index, 128 * panels, tokens, split, across,
 #define SK_DECODE_ROW(index, panels, split) index, 64 * panels, split,
 #define SK_NARROW_ROW(index, tokens, cluster_rows, split) index, 256, tokens, cluster_rows, split,
 #define SK_MMA_ROW(...) __VA_ARGS__,
@@ -179,7 +190,8 @@ struct ConfigTable {
 
 SK_CONFIG_TABLE(Prefill, SK_PREFILL_CONFIGS, SK_PREFILL_ROW, "index", "rows", "tokens",
                 "cluster_rows", "cluster_tokens", "streamed?", "promoted?")
-SK_CONFIG_TABLE(Split, SK_SPLIT_CONFIGS, SK_SPLIT_ROW, "index", "rows", "tokens", "split")
+SK_CONFIG_TABLE(Split, SK_SPLIT_CONFIGS, SK_SPLIT_ROW, "index", "rows", "tokens", "split",
+                "across?")
 SK_CONFIG_TABLE(Decode, SK_DECODE_CONFIGS, SK_DECODE_ROW, "index", "rows", "split")
 SK_CONFIG_TABLE(Narrow, SK_NARROW_CONFIGS, SK_NARROW_ROW, "index", "rows", "tokens", "cluster_rows",
                 "split")

@@ -75,7 +75,7 @@ enum Takes : unsigned {
   kTakesChannelScale = 2,  // whatever the types; see takes()
   kTakesTokenScale = 4,    // the same
   kTakesUp = 8,            // a second weight: gated
-  kTakesWorkspace = 16,    // linear/workspace.h
+  kTakesWorkspace = 16,    // linear/workspace.h; see Kernel::sharing
 };
 
 struct Kernel {
@@ -84,6 +84,11 @@ struct Kernel {
   ConfigTable configs;
   int max_tokens;  // 0: any number
   unsigned takes;
+  int sharing = 0;  // the first config whose thread blocks share tiles through the workspace
+
+  constexpr bool needs_workspace(int config) const {
+    return (takes & kTakesWorkspace) != 0 && config >= sharing;
+  }
 };
 
 // decode, prefill, split, narrow, mma: the weights are read before the predecessor in the stream has
@@ -93,7 +98,7 @@ inline constexpr Kernel kKernels[] = {
     {"decode", kDecode, kDecodeConfigs, 64, kTakesEpilogue},
     {"decode_gated", kDecodeGated, kDecodeConfigs, 32, kTakesUp},
     {"prefill", kPrefill, kPrefillConfigs, 0, kTakesEpilogue | kTakesWorkspace},
-    {"split", kSplit, kSplitConfigs, 0, kTakesEpilogue},
+    {"split", kSplit, kSplitConfigs, 0, kTakesEpilogue | kTakesWorkspace, SK_SPLIT_ACROSS},
     {"narrow", kNarrow, kNarrowConfigs, 0, kTakesEpilogue},
     {"mma", kMma, kMmaConfigs, 0, kTakesEpilogue},
     {"naive", kNaive, kNaiveConfigs, 0, kTakesEpilogue | kTakesChannelScale | kTakesTokenScale},

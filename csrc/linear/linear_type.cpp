@@ -283,7 +283,7 @@ bool fill(LinearObject& object, PyObject* const* values) {
   } else {
     object.refused |= bit(Call::kWidened);
   }
-  object.needs_workspace = (taken & kTakesWorkspace) != 0;
+  object.needs_workspace = object.kernel->needs_workspace(object.config);
   for (const Optional& optional : kOptional)
     if (!(taken & optional.takes)) object.refused |= optional.fields;
   if (p.tokens > 0 && p.out_features > 0 && p.in_features > 0) {

@@ -82,6 +82,13 @@ __device__ __forceinline__ float4* partial_sums(const Params<typename Cfg::Outpu
          consumer * Cfg::kPanels * 4 * 128 + ptx::thread_idx_again() % 128;
 }
 
+// After a consumer's threads have written sums and before one of them counts it: whoever finds the
+// count finds the sums.
+__device__ __forceinline__ void publish_sums(int consumer) {
+  __threadfence();
+  ptx::named_barrier_sync(1 + consumer, 128);
+}
+
 // Adds up a tile whose K is shared: writes the blocks that others own, waits for theirs, adds those
 // of its own blocks, starting with the next split: a fixed order.
 template <class Cfg>
@@ -104,8 +111,7 @@ __device__ __forceinline__ void exchange_sums(Accumulators<Cfg>& d,
     if (block_of<Cfg>(step) != own) write_block<Cfg>(d, step, mine + step * kBlockStride<Cfg>);
     else if (step < Cfg::kBlocks - 1) own += p.splits;
   }
-  __threadfence();
-  ptx::named_barrier_sync(1 + consumer, 128);
+  publish_sums(consumer);
   if (thread == 0) {
     uint32_t* arrived = counter();
     atomicAdd(arrived, 1u);
@@ -156,8 +162,7 @@ __device__ __forceinline__ bool gather_streamed(Accumulators<Cfg>& d,
     for (int step = 0; step < Cfg::kSteps; ++step) {
       write_block<Cfg>(d, step, partial(cluster, step));
     }
-    __threadfence();
-    ptx::named_barrier_sync(1 + consumer, 128);
+    publish_sums(consumer);
     if (thread == 0) atomicAdd(counter, 1u);
     return false;
   }

@@ -6,19 +6,32 @@
 #include "linear/configs.h"
 #include "linear/launch.h"
 #include "linear/splitk_sm90.cuh"
+#include "linear/workspace.h"
 
 namespace sparsekern::split {
 
 constexpr const char* kOp = "sparsekern.linear (split)";
 
+// How many clusters share each tile: as many as are resident, as long as each thread block keeps a
+// few column tiles.
+inline int choose_clusters(int64_t tiles, int resident, int k_tiles, int splits) {
+  constexpr int kFewestTiles = 4, kMost = 16;
+  int64_t clusters = tiles > 0 ? resident / tiles : 0;
+  clusters = clusters < kMost ? clusters : kMost;
+  const int most = k_tiles / (splits * kFewestTiles);
+  return static_cast<int>(clusters < most ? clusters : most);
+}
+
 // Fewer splits than kSplits where K has not as many column tiles, or the GPU no room for so large a
-// cluster.
-template <class T, class Y, int kPanels, int kTokens, int kSplits>
+// cluster. Where no two clusters would share a tile, or without a workspace, the kernel that never
+// does.
+template <class T, class Y, int kPanels, int kTokens, int kSplits, bool kAcross>
 Status launch(const LinearProblem& p, cudaStream_t stream) {
-  using Cfg = Config<T, Y, kPanels, kTokens, kSplits>;
+  using Cfg = Config<T, Y, kPanels, kTokens, kSplits, kAcross>;
   const auto extent = tile64::Extent::of<typename Cfg::Tile>(p.out_features, p.in_features);
   if constexpr (kSplits > 1) {
-    if (extent.k_tiles < kSplits) return launch<T, Y, kPanels, kTokens, kSplits / 2>(p, stream);
+    if (extent.k_tiles < kSplits)
+      return launch<T, Y, kPanels, kTokens, kSplits / 2, false>(p, stream);
   }
   static KernelStates states;
   const DeviceKernel kernel(kOp, "spmm_split_sm90_kernel", spmm_split_sm90_kernel<Cfg>, states);
@@ -26,7 +39,7 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
   if constexpr (kSplits > kPortableCluster) {
     int clusters = 0;
     SK_RETURN_IF_ERROR(kernel.clusters_that_fit(shape, clusters));
-    if (clusters == 0) return launch<T, Y, kPanels, kTokens, kSplits / 2>(p, stream);
+    if (clusters == 0) return launch<T, Y, kPanels, kTokens, kSplits / 2, false>(p, stream);
   }
   CUtensorMap x_map;
   const int columns = tile64::ceil_div(p.tokens, kTokens);
@@ -44,9 +57,25 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
   params.whole_pieces = params.out.aligned && p.out_features % 8 == 0;
   const int64_t tiles = static_cast<int64_t>(params.tile_rows) * columns;
   SK_CHECK_REL(kOp, tiles * kSplits, <, int64_t{1} << 31, "Split the tokens.");
+  int64_t clusters = tiles;
+  if constexpr (kAcross) {
+    // An SM holds one thread block, and those of all clusters are resident: no more than there are
+    // SMs, each with the sums of at most one tile and at most a counter per consumer, which a
+    // workspace has memory for.
+    static_assert(2 * Cfg::kSmemBytes > prefill::kSmemCapacity);
+    static_assert(Cfg::kSumBytes <= kPrefillTileBytes);
+    int resident = 0;
+    if (p.workspace) SK_RETURN_IF_ERROR(kernel.clusters_that_fit(shape, resident));
+    params.clusters = choose_clusters(tiles, resident, extent.k_tiles, kSplits);
+    if (params.clusters < 2) return launch<T, Y, kPanels, kTokens, kSplits, false>(p, stream);
+    params.counters = static_cast<uint32_t*>(p.workspace);
+    params.partials =
+        reinterpret_cast<float4*>(static_cast<uint8_t*>(p.workspace) + kPrefillCounterBytes);
+    clusters *= params.clusters;
+  }
   SK_RETURN_IF_ERROR(kernel.prepare(shape.smem_bytes, shape.dependent));
   shape.dependent &= !p.weight_is_new;
-  return kernel.launch(shape, tiles * kSplits, stream, x_map, params);
+  return kernel.launch(shape, clusters * kSplits, stream, x_map, params);
 }
 
 template <class T, class X, class Y>
@@ -54,10 +83,10 @@ Status linear(const LinearProblem& p, int config, cudaStream_t stream) {
   static_assert(std::is_same_v<T, X>);
   if (p.tokens == 0) return {};
   switch (config) {
-#define SK_CASE(index, panels, tokens, splits)                             \
+#define SK_CASE(index, panels, tokens, splits, across)                     \
   case index:                                                              \
     if constexpr (Element<T>::kStorageBits == 16 || index < SK_SPLIT_BOTH) \
-      return launch<T, Y, panels, tokens, splits>(p, stream);              \
+      return launch<T, Y, panels, tokens, splits, across>(p, stream);      \
     break;
     SK_SPLIT_CONFIGS(SK_CASE)
 #undef SK_CASE

@@ -12,6 +12,11 @@
 // sums of these straight into its shared memory, in a place of their own; one cluster barrier; it
 // adds its own sums first and then those of the splits after it: a fixed order.
 //
+// Across clusters: with so few tiles that one cluster of each leaves most SMs idle, several share
+// the K of a tile. Each split then writes what it has added up to the workspace, and counts. The
+// last one to do so adds up what all have written, in the order of the clusters, so that the bits
+// do not depend on who that is, and stores it; the others end. Nobody waits.
+//
 // Columns of tiles are as wide as kTokens at most and equally wide: a box of x that has rows
 // outside of x is slower to fetch than a whole one. What the main loop finds in the rest of a stage
 // belongs to tokens that nobody stores.
@@ -20,7 +25,8 @@
 //   warpgroups 0, 1   consumers: half of the rows each            240
 //   warps 8, 9        producers: one lane copies x, one weights    24    (10, 11 idle)
 //
-// One tile per cluster, and no cluster waits for another. Launches overlap (dependent_launch.cuh).
+// One tile, or one part of it, per cluster, and no cluster waits for another. Launches overlap
+// (dependent_launch.cuh).
 #pragma once
 #include "linear/mainloop_sm90.cuh"
 #include "linear/prefill_epilogue_sm90.cuh"
@@ -41,10 +47,12 @@ using prefill::kThreads;
 
 // As the prefill kernel's, but what is on its way to y lies in the ring of stages, which is empty
 // then, and the received sums take its place beside the ring.
-template <class T_, class Y_, int kPanels_, int kTokens_, int kSplits_>
+// kAcross: clusters share tiles.
+template <class T_, class Y_, int kPanels_, int kTokens_, int kSplits_, bool kAcross_>
 struct Config : prefill::Config<T_, Y_, kPanels_, kTokens_, false> {
   using Base = prefill::Config<T_, Y_, kPanels_, kTokens_, false>;
   static constexpr int kSplits = kSplits_;
+  static constexpr bool kAcross = kAcross_;
   static constexpr int kOwnTokens = tile64::ceil_div(kTokens_ / kSumTokens, kSplits) * kSumTokens;
   static constexpr int kOwnVectors = kOwnTokens / 8 * kPanels_;  // float4 of sums per thread
   static constexpr int kConsumerSumBytes = kOwnVectors * 128 * 16;
@@ -78,6 +86,10 @@ struct Params {
   int tile_rows;      // tiles along M; the clusters go through them first
   bool only_round;    // y is sums plus bias, rounded
   bool whole_pieces;  // of 16 bytes, each with a place in y
+  // Across clusters:
+  int clusters;        // of a tile
+  float4* partials;    // [cluster][CTA][consumer][kOwnVectors][128]
+  uint32_t* counters;  // [tile][CTA][consumer]: clusters that have written; zero between launches
 };
 
 // The part of the work of one CTA.
@@ -88,14 +100,22 @@ struct Part {
 
   template <class Cfg>
   static __device__ __forceinline__ Part of(const Params<typename Cfg::Output>& p) {
-    const int tile = ptx::cluster_idx(), rank = ptx::cluster_cta_rank(), k = p.extent.k_tiles;
+    const int cluster = ptx::cluster_idx(), rank = ptx::cluster_cta_rank(), k = p.extent.k_tiles;
+    const int tile = Cfg::kAcross ? cluster / p.clusters : cluster;
     const int n = tile / p.tile_rows, token = n * p.column_tokens;
-    return {tile % p.tile_rows,
-            n,
-            token,
-            min(token + p.column_tokens, p.tokens),
-            k * rank / Cfg::kSplits,
-            k * (rank + 1) / Cfg::kSplits};
+    Part part = {tile % p.tile_rows,
+                 n,
+                 token,
+                 min(token + p.column_tokens, p.tokens),
+                 k * rank / Cfg::kSplits,
+                 k * (rank + 1) / Cfg::kSplits};
+    if constexpr (Cfg::kAcross) {  // as equal, without products that may not fit
+      const int parts = p.clusters * Cfg::kSplits, at = cluster % p.clusters * Cfg::kSplits + rank;
+      const int fewest = k / parts, longer = k % parts;
+      part.k_begin = at * fewest + min(at, longer);
+      part.k_end = part.k_begin + fewest + (at < longer);
+    }
+    return part;
   }
 };
 
@@ -188,6 +208,69 @@ __device__ __forceinline__ void reduce_sums(Accumulators<Cfg>& d, const prefill:
   }
 }
 
+// Across clusters: writes this CTA's sums of its own tokens. Returns false, but for the last
+// cluster of the tile to do so, which then has the sums of all.
+//
+// The kernel before this one in the stream may use the same workspace. It has ended: the consumers
+// come here with sums of x, which the producer has fetched after wait_for_predecessor.
+template <class Cfg, int kSplit>
+__device__ __forceinline__ bool gather_across(Accumulators<Cfg>& d,
+                                              const Params<typename Cfg::Output>& p,
+                                              const prefill::Smem<Cfg>& smem, int consumer) {
+  constexpr int kFirst = kSplit * Cfg::kOwnTokens / 8;  // of eight tokens
+  constexpr int kLeft = (Cfg::kTokens / 8 - kFirst) * Cfg::kPanels;
+  constexpr int kVectors = kLeft < Cfg::kOwnVectors ? kLeft : Cfg::kOwnVectors;
+  constexpr int kInFlight = 16;  // loads of a thread
+  constexpr int kAtOnce = kVectors < kInFlight ? kVectors : kInFlight;
+  constexpr int kClusters = kInFlight / kAtOnce;
+  static_assert(kVectors % kAtOnce == 0);
+  const int cluster = ptx::cluster_idx(), tile = cluster / p.clusters, thread = threadIdx.x % 128;
+  const auto partial = [&](int of_cluster) {
+    const int index = (of_cluster * Cfg::kSplits + kSplit) * kConsumers + consumer;
+    return p.partials + index * Cfg::kOwnVectors * 128 + thread;
+  };
+  const auto sums = [&](int v) { return &d[v % Cfg::kPanels][(kFirst + v / Cfg::kPanels) * 4]; };
+  float4* mine = partial(cluster);
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) __stcg(mine + v * 128, prefill::bits_of(sums(v)));
+  prefill::publish_sums(consumer);
+  if (thread == 0) {
+    uint32_t* counter = p.counters + (tile * Cfg::kSplits + kSplit) * kConsumers + consumer;
+    const uint32_t before = ptx::atomic_add_acquire(counter, 1u);
+    const bool last = before == static_cast<uint32_t>(p.clusters - 1);
+    if (last) *counter = 0;  // nobody else counts on it; the next launch finds zero
+    ptx::store_shared_int4(smem.progress(consumer), {last, 0, 0, 0});
+  }
+  ptx::named_barrier_sync(1 + consumer, 128);
+  if (!ptx::load_shared_int4(smem.progress(consumer)).x) return false;
+#pragma unroll
+  for (int begin = 0; begin < kVectors; begin += kAtOnce) {
+#pragma unroll
+    for (int v = 0; v < kAtOnce; ++v) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums(begin + v)[i] = 0;
+    }
+#pragma unroll 1
+    for (int first = 0; first < p.clusters; first += kClusters) {
+      float4 add[kClusters][kAtOnce] = {};
+#pragma unroll
+      for (int i = 0; i < kClusters; ++i) {
+        const float4* from = partial(tile * p.clusters + first + i);
+        if (first + i < p.clusters) {
+#pragma unroll
+          for (int v = 0; v < kAtOnce; ++v) add[i][v] = __ldcg(from + (begin + v) * 128);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kClusters; ++i) {
+#pragma unroll
+        for (int v = 0; v < kAtOnce; ++v) prefill::add_bits(sums(begin + v), add[i][v]);
+      }
+    }
+  }
+  return true;
+}
+
 // first_token: of the tile; the finished tokens begin kSplit * kOwnTokens later. Sums plus bias,
 // rounded, through boxes in shared memory, then 16 bytes per thread, shifted where pieces of y begin
 // elsewhere.
@@ -242,6 +325,10 @@ __device__ __forceinline__ void finish(Accumulators<Cfg>& d, const Params<typena
     }
   }
   reduce_sums<Cfg, kSplit>(d, smem);
+  if constexpr (Cfg::kAcross && kSplit * Cfg::kOwnTokens < Cfg::kTokens) {
+    if (part.token + kSplit * Cfg::kOwnTokens >= part.token_end) return;
+    if (!gather_across<Cfg, kSplit>(d, p, smem, consumer)) return;
+  }
   const int row = part.m * Cfg::kRows + consumer * Cfg::kConsumerRows;
   const uint32_t staging = smem.base + consumer * Cfg::kStagingBytes;
   if (p.only_round)

@@ -1,10 +1,11 @@
-// workspace.h: the memory through which the prefill kernel's thread blocks share a tile.
+// workspace.h: the memory through which thread blocks of the prefill and of the split kernel share
+// a tile.
 //
 //   counters   kPrefillCounterBytes, zero before the first launch; each launch leaves them so
 //   sums       float32, of at most one tile per SM
 //
-// Launches that may overlap must not share one. Null: tiles are never cut along K, which is slower
-// when there are few.
+// Launches that may overlap must not share one. Null: the prefill kernel never cuts tiles along K,
+// clusters of the split kernel share none, which is slower when there are few.
 #pragma once
 #include <cuda_runtime_api.h>
 

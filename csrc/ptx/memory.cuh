@@ -1,5 +1,5 @@
-// memory.cuh: shared memory by its 32-bit address, and loads of global memory that order others
-// (PTX ISA, "ld", "st", "cvta"; sm_80 and later).
+// memory.cuh: shared memory by its 32-bit address, and accesses of global memory that order
+// others (PTX ISA, "ld", "st", "atom", "cvta"; sm_80 and later).
 #pragma once
 #include <cstdint>
 
@@ -85,6 +85,16 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* gmem) {
   uint32_t v;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(gmem) : "memory");
   return v;
+}
+
+// What others have written, and published before they added theirs, is seen after this.
+__device__ __forceinline__ uint32_t atomic_add_acquire(uint32_t* gmem, uint32_t add) {
+  uint32_t before;
+  asm volatile("atom.acquire.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(gmem), "r"(add)
+               : "memory");
+  return before;
 }
 
 }  // namespace sparsekern::ptx

@@ -38,6 +38,7 @@ BLOCKS += [v for v in TIMES if isinstance(v, RowBlocks) and v not in BLOCKS]
 MMA_TILES = (MmaTile(128, 128, 2, 4, 1, 2), MmaTile(64, 8, 2, 1, 4, 3))
 
 
+ACROSS = 99  # the config of a split tile across clusters, where a test has one
 # Tiles for e4m3 alone, and the types of kernels: of the weight, of x and of y.
 PROMOTED = [Tile(128, 192, 1, 1, promoted=True), Tile(128, 128, 2, 1, promoted=True)]
 PLAIN = [(F16,) * 3, (BF16,) * 3]
@@ -57,7 +58,7 @@ class FakeLinear:
 
     def __init__(self, calls, problem):
         self.calls, self.problem = calls, dict(residual_stride=0, activation=None) | problem
-        self.needs_workspace = problem["kernel"] == "prefill"
+        self.needs_workspace = problem["kernel"] == "prefill" or problem["config"] == ACROSS
         self.widened_bytes = 4608 if "stored_dtype" in problem else 0
 
     def __call__(self, **arguments):
@@ -946,6 +947,29 @@ def test_which_int4_the_kernels_take(native):
     forget()
     assert "no kernel for weights of int4" in CudaBackend().supports(on_gpu)
     assert CudaBackend().prefers(w24.spec, cuda) is None
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_a_split_tile_across_clusters_gets_a_workspace(scaled_on_cpu, monkeypatch, across):
+    """By every way: aligned rows and others, a launcher, and int4 that is widened in memory."""
+    tile = SplitTile(128, 64, 4, across)
+    monkeypatch.setitem(scaled_on_cpu.rows, "split", rows([tile], ACROSS if across else 0))
+    forget()
+    w24 = pack(compress(random_weight(64, 4096, torch.bfloat16)))
+    x, y = torch.ones(65, 4096, dtype=torch.bfloat16), torch.ones(65, 64, dtype=torch.bfloat16)
+    tune(tuning.user_path(), {65: (variant_name(tile), 3.5)}, shape=(64, 4096))
+    cuda_backend.bind(problem(x, w24))(x, w24)
+    skewed = torch.ones(65, 4100, dtype=torch.bfloat16)[:, 4:]
+    cuda_backend.bind(problem(skewed, w24))(skewed, w24)
+    int4 = pack(sparsekern.quantize(w24, "int4"))
+    scaled_linear.bind(problem(x, int4))(x, int4)
+    space = torch.zeros(64, dtype=torch.uint8)
+    cuda_backend.launcher(variant_name(tile), x, w24, y, space)()
+    calls = scaled_on_cpu.calls
+    assert {call["kernel"] for call in calls} == {"split"} and len(calls) == 4
+    shared = cuda_backend._workspace(-1, 77)[1]
+    wanted = [shared] * 3 + [space.data_ptr()] if across else [0] * 4
+    assert [call.get("workspace", 0) for call in calls] == wanted
 
 
 @pytest.mark.parametrize("multiprocessors, shares", [(132, True), (1, False)])

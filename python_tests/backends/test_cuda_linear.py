@@ -18,6 +18,7 @@ from python_tests.backends.cuda_cases import (
     needs_hopper,
     same_bits,
     variants,
+    workspace,
 )
 from python_tests.linear_cases import assert_within, error_bound, random_input, random_weight
 from sparsekern import _native, reference
@@ -44,6 +45,7 @@ SHAPES = (
     (520, 1032),  # a tail of 8 columns, deep in the ring
     (1100, 200),  # more rows than a cluster of four tiles
     (130, 27452),  # more steps than the stages of 16 thread blocks with two rings each
+    (130, 8200),  # few tiles, whose in_features several clusters share
 )
 
 
@@ -79,7 +81,7 @@ def test_exact_on_small_integers_in_every_variant(shape, dtype):
     for kernel, variant in variants():
         for tokens in DECODE_TOKENS if kernel == "decode" else PREFILL_TOKENS:
             assert_exact(kernel, variant, p, tokens, p.product)
-            if kernel == "prefill":
+            if kernel in ("prefill", "split"):
                 assert_exact(kernel, variant, p, tokens, p.product, cut_k=False)
 
 
@@ -92,10 +94,11 @@ def test_exact_with_more_row_blocks_than_multiprocessors(dtype):
             assert_exact(kernel, variant, p, tokens, p.product)
 
 
+@pytest.mark.parametrize("in_features", [132, 4100], ids=["short", "long"])
 @pytest.mark.parametrize("out_features", [320, 323], ids=["aligned", "unaligned"])
 @pytest.mark.parametrize("dtype", [BF16, F16])
-def test_epilogue_in_every_variant(dtype, out_features):
-    p = Problem(130, out_features, 132, dtype)
+def test_epilogue_in_every_variant(dtype, out_features, in_features):
+    p = Problem(130, out_features, in_features, dtype)
     with_bias = p.product + p.bias.double()
     for kernel, variant in variants():
         tokens = 60 if kernel == "decode" else 130
@@ -133,10 +136,12 @@ def test_infinite_and_nan_tokens_stay_alone():
         assert y[3].isnan().all() and torch.equal(y[others], expected[others])
 
 
-def test_bitwise_identical_over_100_runs():
-    p = Problem(500, 1100, 1032, BF16, integers=False)
+@pytest.mark.parametrize("size", [(500, 1100, 1032), (100, 130, 16392)], ids=str)
+def test_bitwise_identical_over_100_runs(size):
+    """And the counters of the workspace are zero again."""
+    p = Problem(*size, BF16, integers=False)
     for kernel, variant in variants():
-        tokens = 64 if kernel == "decode" else 500
+        tokens = 64 if kernel == "decode" else size[0]
         first = torch.full((tokens, p.out_features), float("nan"), dtype=BF16, device=DEVICE)
         call(kernel, variant, p, tokens, first)
         differences = torch.zeros((), dtype=torch.int64, device=DEVICE)
@@ -146,6 +151,7 @@ def test_bitwise_identical_over_100_runs():
             call(kernel, variant, p, tokens, y)
             differences += (y.view(torch.int16) != first.view(torch.int16)).sum()
         assert not first.isnan().any() and differences.item() == 0, (kernel, variant)
+        assert not workspace()[: _native.module().PREFILL_COUNTER_BYTES].any(), (kernel, variant)
 
 
 def test_a_launch_reads_what_the_one_before_it_wrote():
@@ -385,22 +391,32 @@ def test_on_another_stream(tokens):
     assert torch.equal(y, dense(module, new))
 
 
-def test_overlapping_launches_have_their_own_workspaces():
-    """Two streams, and two graphs replayed on two streams, at the same time."""
+@pytest.mark.parametrize("variant", [None, "split 128x64, 4 parts, across clusters"])
+def test_overlapping_launches_have_their_own_workspaces(variant):
+    """Two streams, and two graphs replayed on two streams, at the same time; variant: None for what
+    is chosen."""
+    if variant is not None:
+        needs_hopper()
     module, x = layer(320, 2048), integers(100, 2048)
+
+    def planned(x):
+        found = cuda_backend.variants()[variant]
+        return cuda_backend.linear(x, module.weight, module.bias, plan=lambda *problem: found)
+
+    run = module if variant is None else planned
     expected = dense(module, x)
     streams, graphs, outputs = [torch.cuda.Stream() for _ in range(2)], [], []
     for _ in range(2):
         graphs.append(torch.cuda.CUDAGraph())
         with torch.cuda.graph(graphs[-1]):
-            outputs.append([module(x) for _ in range(20)])
+            outputs.append([run(x) for _ in range(20)])
     eager = [[], []]
     torch.cuda.synchronize()
     for _ in range(10):
         for i in range(2):
             with torch.cuda.stream(streams[i]):
                 graphs[i].replay()
-                eager[i] += [module(x) for _ in range(3)]
+                eager[i] += [run(x) for _ in range(3)]
     torch.cuda.synchronize()
     for y in (*outputs[0], *outputs[1], *eager[0], *eager[1]):
         assert torch.equal(y, expected)

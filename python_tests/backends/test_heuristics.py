@@ -63,10 +63,10 @@ def blocks_of_the_source():
 
 
 def splits_of_the_source():
-    """The entries of SK_SPLIT_CONFIGS: X(index, panels, tokens, split)."""
+    """The entries of SK_SPLIT_CONFIGS: X(index, panels, tokens, split, across clusters)."""
     found = entries("SK_SPLIT_CONFIGS")
     assert [entry[0] for entry in found] == list(range(len(found))) and found
-    return [SplitTile(128 * panels, *rest) for _, panels, *rest in found]
+    return [SplitTile(128 * panels, *rest, bool(across)) for _, panels, *rest, across in found]
 
 
 def test_every_variant_is_compiled():
@@ -87,6 +87,8 @@ def test_names():
     assert variant_name(MmaTile(64, 8, 2, 1, 4, 4)) == "mma 64x8, 2x1x4 warps"
     assert variant_name(SplitTile(128, 64, 4)) == "split 128x64, 4 parts"
     assert variant_name(SplitTile(128, 64, 1)) == "split 128x64, 1 part"
+    across = SplitTile(128, 64, 4, True)
+    assert variant_name(across) == "split 128x64, 4 parts, across clusters"
 
 
 def test_split_work_by_hand():
@@ -98,6 +100,47 @@ def test_split_work_by_hand():
     assert work(SplitTile(128, 128, 4), 128, 2048, 2048, H100).stages == 8
     three = work(SplitTile(128, 64, 1), 130, 2048, 2048, H100)
     assert three.extras == 32 * 48 / 64, "three columns of 44 tokens, rounded up to 48"
+
+
+def test_tiles_across_clusters_by_hand():
+    """64x23168 are 362 stages of one tile of 40 tokens; 15 clusters of 8 and 31 of 4 are resident,
+    and each part has four stages at least."""
+    eight, four = SplitTile(128, 64, 8, True), SplitTile(128, 64, 4, True)
+    problem = 40, 64, 23168, H100
+    assert heuristics.clusters_of_tile(eight, *problem) == 11, "362 / (8 * 4)"
+    assert heuristics.clusters_of_tile(four, *problem) == 16, "the most"
+    assert heuristics.clusters_of_tile(four, 40, 900, 23168, H100) == 3, "8 tiles of 31"
+    assert heuristics.clusters_of_tile(four._replace(across=False), *problem) == 1
+    alone, of = work(eight._replace(across=False), *problem), work(eight, *problem)
+    assert (alone.stages, alone.crowds) == (46, 0) and of.stages == 5
+    assert of.crowds == 1 + 11 * 16 * 128 * 4 / heuristics.SUMS_READ, "16 tokens of 11 clusters"
+    same = ("totals", "megabytes", "items", "exchanges")
+    assert all(getattr(of, name) == getattr(alone, name) for name in same)
+    wide = work(SplitTile(256, 128, 1, True), 128, 256, 4096, H100)
+    assert wide.crowds == 1 + 16 * 128 * 256 * 4 / heuristics.SUMS_READ
+    eights = heuristics.clusters_of_tile(four, 40, 64, 23168, H100, EIGHT)
+    assert eights == 181 // 16, "half the stages"
+
+
+def test_tiles_across_clusters_are_chosen_for_few_rows_and_long_in_features():
+    """By estimates: some 2 us dearer than without where two clusters or more share a tile. Where
+    none do, the tile without is chosen."""
+    for shape, tokens in (((64, 23168), 40), ((128, 27456), 51), ((320, 20992), 977)):
+        chosen = fastest(tokens, *shape, H100)
+        assert isinstance(chosen, SplitTile) and chosen.across, shape
+        assert heuristics.clusters_of_tile(chosen, tokens, *shape, H100) > 1
+    alone, shared = (64, 8192, 256, H100), (64, 256, 8192, H100)
+    for across in (v for v in TIMES if isinstance(v, SplitTile) and v.across):
+        assert heuristics.shares_nothing(across, *alone)
+        assert not heuristics.shares_nothing(across, *shared)
+        assert fastest(*alone, (across, RowBlocks(256, 1))) == RowBlocks(256, 1)
+        assert fastest(*shared, (across,)) == across
+        plain = across._replace(across=False)
+        if plain in TIMES:
+            assert predicted_us(across, *alone) == predicted_us(plain, *alone)
+            assert TIMES[across]._replace(crowd=0) == TIMES[plain]
+        assert TIMES[across].crowd * work(across, *shared).crowds > 1.5
+    assert not heuristics.shares_nothing(SplitTile(128, 64, 4), *alone)
 
 
 def test_what_a_copy_of_x_costs():

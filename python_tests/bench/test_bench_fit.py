@@ -208,6 +208,19 @@ def test_an_empty_file_is_refused(tmp_path):
         fit.read([write(tmp_path / "none.jsonl", [])])
 
 
+def test_flags_are_printed_where_they_are_set():
+    plain, across = SplitTile(128, 64, 4), SplitTile(128, 64, 4, True)
+    table = {v: coefficients.TIMES[v] for v in (plain, across, Tile(256, 128, 2, 1, True))}
+    printed = fit.source(table)
+    for text in ("SplitTile(128, 64, 4):", "SplitTile(128, 64, 4, True):", "1, True):"):
+        assert text in printed
+    scope = dict(vars(heuristics))
+    exec(printed, scope)
+    assert scope["TIMES"] == table
+    new = SplitTile(256, 64, 2, True)
+    assert fit.start_of(new, coefficients.TIMES).crowd > 0, "that of a tile across clusters"
+
+
 def test_what_is_printed_is_python_and_the_table(cells, capsys):
     assert fit.main([cells]) == 0
     printed = capsys.readouterr().out

@@ -30,7 +30,7 @@ class Emulated(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("bf16", "activation", "config", "clusters")),
         *((name, ctypes.c_int) for name in ("late", "falling")),
         ("token_scale", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("lag_first", "lag_count")),
+        *((name, ctypes.c_int) for name in ("lag_first", "lag_count", "beside", "again")),
     ]
 
 
@@ -198,7 +198,7 @@ def call(
     activation(x · wᵀ * scale * token_scale + bias) + residual.
 
     w: the stored numbers, float32; of_groups: scales [out, groups] of `group` columns; dtype: of y,
-    if not that of x. freedoms: late, falling, clusters, lag_first, lag_count.
+    if not that of x. freedoms: late, falling, clusters, lag_first, lag_count, beside, again.
     """
     (tokens, in_features), out_features = x.shape, w.shape[0]
     output = Output(tokens, out_features, dtype or x.dtype, stride, shift)

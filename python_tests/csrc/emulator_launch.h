@@ -22,7 +22,9 @@ struct Output {
 std::vector<std::pair<const uint8_t*, const uint8_t*>> operands;  // bias, residual and scales
 int64_t stores[17];                                               // to y: how many, by their bytes
 int resident;  // clusters that the GPU holds at once
-int together;  // and those of them that may wait for each other
+int together;  // and those that the last launch ran side by side
+int beside;    // as many if none of them waits for another, or fewer
+int launched;  // clusters of the last launch
 
 // A copy of what the epilogue reads, aligned as that, between pages that nobody may touch: next to
 // the one before it or, but for the alignment, the one after it.
@@ -165,6 +167,8 @@ uint32_t load_acquire(const uint32_t* at) {
   return *at;
 }
 
+uint32_t atomic_add_acquire(uint32_t* at, uint32_t v) { return atomicAdd(at, v); }
+
 uint32_t thread_idx_again() { return threadIdx.x; }
 template <class Sum>
 float as_float_here(Sum sum) {
@@ -294,18 +298,22 @@ class DeviceKernel {
     count = emulator::resident;
     return {};
   }
-  // Cluster by cluster, or all side by side where one may wait for another.
+  // All clusters side by side where one may wait for another; else as many as the problem says, in
+  // rising or falling order.
   Status launch(const LaunchShape& shape, int64_t blocks, cudaStream_t,
                 const Params&... arguments) const {
-    const int clusters = static_cast<int>(blocks / shape.cluster);
-    const int together = emulator::together = shape.cooperative ? clusters : 1;
+    const int clusters = emulator::launched = static_cast<int>(blocks / shape.cluster);
+    const int together = emulator::together =
+        shape.cooperative ? clusters : std::min(emulator::beside, clusters);
     emulator::require(shape.smem_bytes <= 227 * 1024, "shared memory that an SM has");
     emulator::require(together <= emulator::resident, "clusters that are resident at once");
     emulator::blocks = static_cast<int>(blocks);
-    for (int first = 0; first < clusters && emulator::error.empty(); first += together) {
+    for (int begin = 0; begin < clusters && emulator::error.empty(); begin += together) {
+      const int here = std::min(together, clusters - begin);
+      const int first = emulator::falling_order ? clusters - begin - here : begin;
       emulator::first_block = first * shape.cluster;
       emulator::unseen.clear(), emulator::polled.clear(), ptx::boxes.clear();
-      ptx::run_clusters(together, shape.cluster, shape.threads, shape.smem_bytes,
+      ptx::run_clusters(here, shape.cluster, shape.threads, shape.smem_bytes,
                         [&] { function_(arguments...); });
       for (const auto& [thread, of] : ptx::boxes)
         emulator::require(of.open.empty() && of.groups.empty() && !of.unfinished,
@@ -360,7 +368,7 @@ const char* emulate_launch(const Emulated* e, Linear linear) {
   emulator::output = {static_cast<uint8_t*>(p.y.data), p.y.stride * 2, p.out_features * int64_t{2},
                       p.tokens};
   std::fill(std::begin(emulator::stores), std::end(emulator::stores), 0);
-  emulator::resident = e->clusters;
+  emulator::resident = e->clusters, emulator::beside = std::max(e->beside, 1);
   emulator::operands.clear();
   std::list<emulator::Guarded> copies;
   const auto guard = [&](auto& pointer, int64_t bytes) {
@@ -380,7 +388,15 @@ const char* emulate_launch(const Emulated* e, Linear linear) {
   struct sigaction fault = {}, before;
   fault.sa_handler = emulator::on_fault;
   sigaction(SIGSEGV, &fault, &before);
-  const Status status = linear(p);
+  const auto forget = [](uint8_t* begin, int64_t bytes) { memset(begin, 0xFF, bytes); };
+  Status status = linear(p);
+  for (int i = 0; i < e->again && status.ok() && emulator::error.empty(); ++i) {
+    for (int token = 0; token < p.tokens; ++token)
+      forget(emulator::output.data + token * emulator::output.row_bytes, emulator::output.width);
+    forget(memory.data() + kPrefillCounterBytes, memory.size() - kPrefillCounterBytes);
+    std::fill(std::begin(emulator::stores), std::end(emulator::stores), 0);
+    status = linear(p);
+  }
   sigaction(SIGSEGV, &before, nullptr);
   if (!status.ok() && emulator::error.empty()) emulator::error = status.message;
   emulator::require(std::count(memory.begin(), memory.begin() + kPrefillCounterBytes, 0) ==
@@ -391,7 +407,8 @@ const char* emulate_launch(const Emulated* e, Linear linear) {
 
 // How many stores of so many bytes to y the last problem took.
 extern "C" int64_t stores_of(int bytes) { return emulator::stores[bytes]; }
-// And how many clusters it ran side by side.
+// How many clusters it had, and how many of them ran side by side.
+extern "C" int clusters_launched() { return emulator::launched; }
 extern "C" int clusters_together() { return emulator::together; }
 // Of those that tests put into the kernel's source.
 extern "C" {

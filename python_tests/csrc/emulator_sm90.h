@@ -353,14 +353,16 @@ __nv_bfloat162 __hfma2(const __nv_bfloat162& a, const __nv_bfloat162& b, const _
 __half2 __hfma2(const __half2& a, const __half2& b, const __half2& c) { return fma_pairs(a, b, c); }
 
 // A problem as in csrc/core/problem.h, then the freedoms; clusters: 0 for one per row block, of the
-// prefill kernel those that a GPU holds at once.
+// prefill and the split kernel those that a GPU holds at once. beside: clusters that run side by
+// side where none waits for another, 0: one; again: how often the launch is repeated,
+// with the counters that the last one has left.
 struct Emulated {
   const void *x, *values, *metadata, *bias, *residual, *channel_scale;
   void* y;
   int64_t x_stride, y_stride, residual_stride, values_bytes, metadata_bytes;
   int tokens, out_features, in_features, weight, bf16, activation, config, clusters, late, falling;
   const void* token_scale;
-  int lag_first, lag_count;
+  int lag_first, lag_count, beside, again;
 };
 
 sparsekern::LinearProblem emulated_problem(const Emulated* e) {

@@ -97,7 +97,7 @@ def test_kernels_are_the_rows_of_configs_h(native):
         prefill=(
             *("index", "rows", "tokens", "cluster_rows", "cluster_tokens", "streamed", "promoted"),
         ),
-        split=("index", "rows", "tokens", "split"),
+        split=("index", "rows", "tokens", "split", "across"),
         narrow=("index", "rows", "tokens", "cluster_rows", "split"),
         mma=("index", "rows", "tokens", "warps_rows", "warps_tokens", "split", "stages"),
         naive=("index", "rows", "tokens"),
@@ -120,6 +120,10 @@ def test_kernels_are_the_rows_of_configs_h(native):
         listed = [{k: v for k, v in row.items() if k != "types"} for row in kernels[kernel]]
         assert listed == [dict(zip(names, row, strict=True)) for row in rows]
     assert all(type(row["streamed"]) is bool for row in kernels["prefill"])
+    assert all(type(row["across"]) is bool for row in kernels["split"])
+    (first,) = re.findall(r"#define SK_SPLIT_ACROSS (\d+)", CONFIGS)
+    assert [row["index"] for row in kernels["split"] if row["across"]][0] == int(first)
+    assert all(row["across"] for row in kernels["split"][int(first) :])
 
 
 def test_which_types_a_config_takes(native):

@@ -134,6 +134,7 @@ def test_activations_and_defaults(probe):
 
 
 def test_needs_workspace(probe):
+    """The prefill kernel, and the split kernel across clusters."""
     needs = {
         kernel: linear(
             probe, kernel=kernel, config=0, activation=None, weight_dtype=WEIGHTS.get(kernel)
@@ -141,6 +142,9 @@ def test_needs_workspace(probe):
         for kernel in KERNELS
     }
     assert [kernel for kernel, of in needs.items() if of.needs_workspace] == ["prefill"]
+    for row in probe.kernels()["split"]:
+        of = linear(probe, kernel="split", config=row["index"], activation=None)
+        assert of.needs_workspace == row["across"]
     with pytest.raises(AttributeError):
         needs["mma"].needs_workspace = True
     linear(probe, kernel="mma", config=0)(**ADDRESSES, workspace=8)  # left alone

@@ -63,25 +63,18 @@ MISTAKES = [
         "shared",
     ),
     ("tile_scheduler_sm90.cuh", "end - start - k_tiles", "(end - start - k_tiles - 1)", "streamed"),
-    (EPILOGUE, "__threadfence();", ";", "shared"),
-    (EPILOGUE, "__threadfence();", ";", "streamed"),
     (
         EPILOGUE,
-        "@ptx::named_barrier_sync(1 + consumer, 128);@\n  if (thread == 0) {\n"
-        "    uint32_t* arrived = counter();\n    atomicAdd(arrived, 1u);",
+        "__threadfence();\n  @ptx::named_barrier_sync(1 + consumer, 128);@",
         ";",
         "shared, and a warp lags",
     ),
+    (EPILOGUE, "__threadfence();", ";", "shared"),
+    (EPILOGUE, "__threadfence();", ";", "streamed"),
     (EPILOGUE, "@ptx::named_barrier_sync(1 + consumer, 128);@\n  own = split;", ";", "shared"),
     (EPILOGUE, "@block_of<Cfg>(step) != own@) write_block", "step > 0", "shared"),
     (EPILOGUE, "arrived[0] = 0;", ";", "shared"),
     (EPILOGUE, "arrived[1] = 0;", ";", "shared"),
-    (
-        EPILOGUE,
-        "@ptx::named_barrier_sync(1 + consumer, 128);@\n    if (thread == 0) atomicAdd(counter",
-        ";",
-        "streamed, and a warp lags",
-    ),
     (EPILOGUE, "counter[0] = 0;", ";", "streamed"),
     (EPILOGUE, "@first@; other < cluster", "first + 1", "streamed"),
     (EPILOGUE, "@(cluster - first)@) {", "(1)", "streamed by three"),
@@ -262,11 +255,6 @@ CASES = {
     "shared, and a warp lags": (ALONE_64, (64, 256, 512), dict(lag_first=32, lag_count=32)),
     "streamed": (STREAMED, (129, 512, 384), dict(clusters=3)),
     "streamed by three": (STREAMED, (100, 300, 768), dict(clusters=3)),
-    "streamed, and a warp lags": (
-        STREAMED,
-        (129, 512, 384),
-        dict(clusters=3, lag_first=32, lag_count=32),
-    ),
 }
 
 

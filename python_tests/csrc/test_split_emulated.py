@@ -1,8 +1,8 @@
 """The split kernel without a GPU: its source, run by split_emulator.cpp, against float64.
 
 Addresses, descriptors of wgmma.sp, metadata, edges, the ring of stages, sums that a cluster
-exchanges, both ways to y and how wide its stores are; not that the hardware does what the PTX ISA
-says.
+exchanges, sums that clusters share, both ways to y and how wide its stores are; not that the
+hardware does what the PTX ISA says.
 """
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 
 from python_tests.csrc.emulated_linear import (
     builder,
+    call,
     configs,
     ends_on_16_bytes,
     problem,
@@ -18,16 +19,25 @@ from python_tests.csrc.emulated_linear import (
     wrong,
 )
 from python_tests.csrc.staged_cases import patterns, scalings, silu_is_rounded_once, ways_to_y
-from python_tests.linear_cases import random_input
+from python_tests.linear_cases import random_input, random_weight
 
 F16, BF16 = torch.float16, torch.bfloat16
 E4M3, INT8 = torch.float8_e4m3fn, torch.int8
-CONFIGS = {row[1:]: row[0] for row in configs("SK_SPLIT_CONFIGS")}  # (panels, tokens, split)
+# {(panels, tokens, split): index}, and of those that share tiles across clusters
+CONFIGS, ACROSS = (
+    {row[1:4]: row[0] for row in configs("SK_SPLIT_CONFIGS") if row[4] == across}
+    for across in (0, 1)
+)
 # What split_emulator.cpp compiles.
 TYPES = [
     *((BF16, of) for of in ((1, 64, 1), (1, 64, 3), (1, 64, 6), (1, 96, 2), (1, 128, 3))),
     *((BF16, of) for of in ((2, 64, 1), (2, 96, 2), (2, 128, 2))),
     *((F16, of) for of in ((1, 64, 2), (2, 128, 1))),
+]
+SHARED = [
+    *((BF16, of) for of in ((1, 64, 4), (1, 64, 8), (1, 128, 1), (1, 128, 4))),
+    *((BF16, of) for of in ((2, 128, 1), (2, 128, 2))),
+    (F16, (1, 128, 2)),
 ]
 BYTES = [(E4M3, BF16, (1, 64, 3)), (INT8, F16, (2, 96, 2))]
 HEADERS = ("core/device.h", "core/tensor_map.h")
@@ -39,10 +49,11 @@ def build(tmp_path_factory):
     return builder("split_emulator.cpp", tmp_path_factory, MISTAKES, HEADERS)
 
 
-def faults(emulate, of, w, x, dtype=None, **what):
+def faults(emulate, of, w, x, dtype=None, config=None, **what):
     """What is wrong with y, in words, or with the number of its stores of 16 bytes."""
-    what = dict(weight=x.dtype, dtype=dtype, clusters=1, **what)
-    found, y_shape = wrong(emulate, CONFIGS[of], w, x, **what), (x.shape[0], w.shape[0])
+    what = dict(weight=x.dtype, dtype=dtype, **{"clusters": 1, **what})
+    found = wrong(emulate, CONFIGS[of] if config is None else config, w, x, **what)
+    y_shape = x.shape[0], w.shape[0]
     where = dict(stride=what.get("stride"), shift=what.get("shift", 0))
     expected = any(reaches_y(w.shape[0], **what)) and wide_stores(*y_shape, 64 * of[0], **where)
     stores = emulate.library.stores_of(16)
@@ -116,6 +127,101 @@ def test_threads_that_lag(build, late):
         assert not faults(build(), (1, 64, 3), *case, late=late, **lagging)
 
 
+# ---- across clusters -----------------------------------------------------------------------------
+
+
+def tiles_of(of, tokens, out_features):
+    return -(-out_features // (128 * of[0])) * -(-tokens // of[1])
+
+
+def faults_across(emulate, of, sharing, w, x, **what):
+    """As `faults`, of so many clusters that share each tile, as many as the GPU holds."""
+    tiles, clusters = tiles_of(of, x.shape[0], w.shape[0]), what.pop("clusters", None)
+    clusters = clusters or tiles * sharing
+    found = faults(emulate, of, w, x, config=ACROSS[of], clusters=clusters, **what)
+    launched = emulate.library.clusters_launched()
+    expected = tiles * sharing
+    return found or ("" if launched == expected else f"{launched} clusters, not {expected}")
+
+
+@pytest.mark.parametrize("dtype, of", SHARED, ids=str)
+def test_clusters_that_share_a_tile(build, dtype, of):
+    """2, 3 and 5 of them, parts of K that are not equally long, the first as the last and together;
+    each twice, on the same workspace."""
+    panels, tokens, split = of
+    rows = 128 * panels
+    for sharing, case, freedoms in (
+        (2, (tokens, rows, 64 * 4 * 2 * split), dict(late=True)),
+        (2, (tokens + 1, rows + 2, 64 * 4 * 2 * split + 36), dict(falling=True, beside=8)),
+        (3, (9, 65, 64 * (4 * 3 * split + 1)), dict(late=True, falling=True)),
+        (5, (min(tokens, 70), 120, 64 * (4 * 5 * split + split + 1) - 20), dict(beside=3)),
+    ):
+        what = dict(again=1, **freedoms)
+        assert not faults_across(build(), of, sharing, *problem(*case, dtype), **what), case
+
+
+def test_how_many_clusters_share_a_tile(build):
+    """As many as are resident, up to 16, with four column tiles each at least; one: the kernel that
+    shares nothing."""
+    of, tile = (1, 64, 4), (9, 65)
+    for sharing, columns, clusters in (
+        (1, 64 * 31, 9),
+        (2, 64 * 32, 9),
+        (2, 64 * 47, 9),
+        (3, 64 * 48, 3),
+        (1, 64 * 48, 1),
+        (1, 64 * 2, 9),
+        (16, 64 * 16 * 17, 33),
+    ):
+        what = dict(clusters=clusters, late=False)
+        assert not faults_across(build(), of, sharing, *problem(*tile, columns), **what), columns
+    case = problem(65, 129, 64 * 64)  # four tiles
+    assert not faults_across(build(), of, 2, *case, clusters=11)
+    assert not faults_across(build(), of, 1, *case, clusters=7)
+
+
+@pytest.mark.parametrize("dtype, of", [SHARED[0], SHARED[2], SHARED[5], SHARED[6]], ids=str)
+@pytest.mark.parametrize("out_features", [320, 323, 65])
+def test_rows_that_are_not_aligned_and_shared(build, dtype, of, out_features):
+    w, x = problem(33, out_features, 64 * 8 * of[2] + 20, dtype)
+    for what in ways_to_y(33, out_features, dtype):
+        assert not faults_across(build(), of, 2, w, x, **what), what.keys()
+
+
+def cancelling(tokens, rows, sharing, split):
+    """A problem in which the first and the last of so many clusters have large sums of which
+    nothing is left: of each other order of additions something else."""
+    each = 64 * 4 * split
+    w = random_weight(rows, each * sharing, BF16).float()
+    x = random_input((tokens, each * sharing), BF16)
+    w[:, -each:], x[:, :each] = -w[:, :each], x[:, :each] * 2**18
+    x[:, -each:] = x[:, :each]
+    return w, x
+
+
+@pytest.mark.parametrize("of", [(1, 64, 4), (2, 128, 1)], ids=str)
+def test_the_order_of_arrival_changes_no_bit(build, of):
+    """Each cluster as the last one, each warp that writes sums, all at once and one by one."""
+    sharing, threads = 5, 384 * of[2]
+    w, x = cancelling(40, 100, sharing, of[2])
+    orders = [dict(), dict(falling=True), dict(beside=3), dict(beside=2, falling=True)]
+    orders += [
+        dict(beside=sharing, lag_first=cluster * threads, lag_count=threads, falling=falling)
+        for cluster in range(sharing)
+        for falling in (False, True)
+    ]
+    orders += [dict(beside=sharing, lag_first=32 * warp, lag_count=32) for warp in range(8)]
+    expected = None
+    for late in (True, False):
+        for order in orders:
+            what = dict(weight=BF16, clusters=sharing, late=late, **order)
+            broken, output = call(build(), ACROSS[of], w, x, **what)
+            assert not broken, (broken, order)
+            assert build().library.clusters_launched() == sharing
+            expected = output.y.clone() if expected is None else expected
+            assert not output.differ(expected), order
+
+
 # ---- the emulator itself -------------------------------------------------------------------------
 
 # Of the config 1, 64, 3: a problem, and more.
@@ -131,6 +237,12 @@ CASES = {
     "a late thread block": ((70, 200, 200), dict(lag_first=384, lag_count=384)),
     "many stages": ((9, 130, 64 * 3 * 20), dict()),
     "unaligned": ((9, 200, 200), dict(stride=204)),
+}
+# Of the config 1, 64, 4 across clusters: how many share a tile, a problem, and more.
+SHARED_CASES = {
+    "shared": (3, (40, 130, 64 * 50), dict(again=1)),
+    "shared, odd": (2, (64, 65, 64 * 33 + 20), dict(stride=65, beside=4)),
+    "shared in any order": (3, (40, 100), dict()),
 }
 EPILOGUE = "prefill_epilogue_sm90.cuh"
 MISTAKES = [
@@ -192,6 +304,33 @@ MISTAKES = [
         ";",
         "odd and added to",
     ),
+    ("splitk_sm90.cuh", "cluster % p.clusters * Cfg::kSplits + rank", "rank", "shared"),
+    ("splitk_sm90.cuh", "at * fewest + @min(at, longer)@", "0", "shared"),
+    ("splitk_sm90.cuh", "fewest + @(at < longer)@", "0", "shared"),
+    ("splitk_sm90.cuh", "tile = @cluster / p.clusters@, thread", "0", "shared"),
+    ("splitk_sm90.cuh", "(@of_cluster * Cfg::kSplits@ + kSplit)", "0", "shared"),
+    ("splitk_sm90.cuh", "of_cluster * Cfg::kSplits) + @kSplit@)", "0", "shared, odd"),
+    ("splitk_sm90.cuh", "(tile * Cfg::kSplits + @kSplit@)", "0", "shared, odd"),
+    ("splitk_sm90.cuh", "* kConsumers + @consumer@;\n    return", "0", "shared"),
+    ("splitk_sm90.cuh", "* kConsumers + @consumer@;\n    const uint32_t before", "0", "shared"),
+    ("splitk_sm90.cuh", "static_cast<uint32_t>(p.clusters - 1)", "1u", "shared"),
+    ("splitk_sm90.cuh", "*counter = 0;", ";", "shared"),
+    (
+        "splitk_sm90.cuh",
+        "@ptx::named_barrier_sync(1 + consumer, 128);@\n  if (!ptx::load_shared",
+        ";",
+        "shared",
+    ),
+    ("splitk_sm90.cuh", "sums(begin + v)[i] = 0;", ";", "shared"),
+    ("splitk_sm90.cuh", "first = @0@; first < p.clusters", "1", "shared"),
+    ("splitk_sm90.cuh", "first + i < @p.clusters@)", "p.clusters + 1", "shared"),
+    (
+        "splitk_sm90.cuh",
+        "p.clusters + @first + i@)",
+        "(cluster + first + i) % p.clusters",
+        "shared in any order",
+    ),
+    ("prefill_epilogue_sm90.cuh", "__threadfence();", ";", "shared"),
     ("epilogue.cuh", "(@first@ + token * static_cast<uint32_t>(y_stride)", "0", "odd"),
     ("epilogue.cuh", "i < count && bias", "bias != nullptr", "odd and added to"),
     ("epilogue.cuh", "is_aligned16(p.y.data, p.y.stride)", "true", "unaligned"),
@@ -200,9 +339,25 @@ MISTAKES = [
 
 
 def fault_of(emulate, case, late):
-    shape, what = CASES[case]
+    if case in CASES:
+        shape, what = CASES[case]
+        what = dict(late=late, falling=not late, **what)
+        return faults(emulate, (1, 64, 3), *problem(*shape), **what)
+    sharing, shape, what = SHARED_CASES[case]
+    if case == "shared in any order":
+        return differs_by_order(emulate, sharing, *shape, late)
     what = dict(late=late, falling=not late, **what)
-    return faults(emulate, (1, 64, 3), *problem(*shape), **what)
+    return faults_across(emulate, (1, 64, 4), sharing, *problem(*shape), **what)
+
+
+def differs_by_order(emulate, sharing, tokens, rows, late):
+    """Where y of clusters one after the other has other bits in rising and in falling order."""
+    w, x = cancelling(tokens, rows, sharing, 4)
+    what = dict(weight=BF16, clusters=sharing, late=late)
+    rising, falling = (
+        call(emulate, ACROSS[1, 64, 4], w, x, falling=falling, **what) for falling in (False, True)
+    )
+    return rising[0] or falling[0] or falling[1].differ(rising[1].y)
 
 
 @pytest.mark.parametrize("number", range(len(MISTAKES)))
@@ -213,4 +368,5 @@ def test_the_emulator_sees_mistakes(build, number):
 
 def test_without_mistakes_all_is_right(build):
     emulate = build.with_mistake(-1)
-    assert not any(fault_of(emulate, case, late) for case in CASES for late in (True, False))
+    cases = (*CASES, *SHARED_CASES)
+    assert not any(fault_of(emulate, case, late) for case in cases for late in (True, False))

@@ -107,12 +107,12 @@ class Layer:
         multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
 
         bits = self.types.bits
+        problem = tokens, *self.shape, multiprocessors, bits
         known = {variant_name(variant): variant for variant in coefficients.table(bits)}
 
         def predicted(name):
             if name not in known:
                 return math.inf
-            problem = tokens, *self.shape, multiprocessors, bits
             return heuristics.predicted_us(known[name], *problem)
 
         decode = tokens <= heuristics.DECODE_TOKENS
@@ -120,9 +120,10 @@ class Layer:
         many = max(tokens, heuristics.PREFILL_TOKENS) if bits.x == 8 else tokens
         split = heuristics.split_considered(many, *self.shape)
         wanted = {"prefill": True, "decode": decode, "mma": mma, "split": split}
-        names = [name for name, kernel in kernels.items() if wanted[kernel]]
-        problem = tuning.gpu_name(index), self.types.key, *self.shape, tokens
-        tuned = tuning.lookup(*problem, runnable)
+        same = {name for name, v in known.items() if heuristics.shares_nothing(v, *problem)}
+        names = [name for name, kernel in kernels.items() if wanted[kernel] and name not in same]
+        gpu = tuning.gpu_name(index)
+        tuned = tuning.lookup(gpu, self.types.key, *self.shape, tokens, runnable)
         present = [] if tuned is None else [tuned.variant]
         return list(dict.fromkeys([chosen, *present, *sorted(names, key=predicted)]))
 

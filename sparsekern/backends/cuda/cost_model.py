@@ -34,11 +34,13 @@ of 128 with 8-bit weights, 256 with int4):
     crowds       the same, of all clusters  0                          0
                  per multiprocessor
 
-The split kernel counts as a prefill kernel whose tiles are all cut (split_work), with three
+The split kernel counts as a prefill kernel whose tiles are all cut (split_work), with these
 differences. Extras are the stages times the share of a tile's tokens that are there, because only
 these are fetched. Totals are megabytes from L2, as in mma.sp, and not only in sustained work: with
-all multiprocessors at work a stage takes longer than with half of them. Crowds are 0: the sums that
-are given away stay in the cluster.
+all multiprocessors at work a stage takes longer than with half of them. Crowds are 0, because the
+sums that are given away stay in the cluster, but where clusters share a tile (clusters_of_tile,
+choose_clusters in csrc/linear/splitk_launch_sm90.cuh): there they are 1 for writing, counting and
+the way back, plus the bytes that the last thread block of a tile reads in SUMS_READ.
 
 Copy: the time of `copy_us`, where the kernel cannot fetch rows of x as they are (`work`).
 
@@ -119,6 +121,12 @@ SPLIT_PRODUCTS = 2**36  # the split kernel is considered up to so many tokens * 
 # As in the kernels: the fewest stages in a part of a tile, the fewest tokens that a part finishes,
 # and rows of a tile of tile64.
 STAGES_OF_PART, TOKENS_OF_PART, PANEL = 4, 32, 64
+# In the split kernel: the most clusters that share a tile, and the tokens of the smallest part of a
+# tile that a thread block finishes.
+CLUSTERS_OF_TILE, TOKENS_OF_SUMS = 16, 16
+# Bytes of sums that one multiprocessor reads from L2 in about as long as it takes to write, count
+# and come back: at 50 bytes a clock some 2 us.
+SUMS_READ = 170_000
 
 SMOOTH = 4  # exponent of the smooth maximum
 SUSTAINED_PRODUCTS = 2**33  # tokens * out * in that draw all the power there is, one after another
@@ -242,6 +250,7 @@ def fastest(
     problem = tokens, out_features, in_features, multiprocessors, bits
     size = tokens, out_features, in_features, bits
     known = [v for v in table(bits) if v in variants and considered(v, *size)]
+    known = [v for v in known if not shares_nothing(v, *problem)]
     narrow = [v for v in variants if isinstance(v, NarrowTile) and considered(v, *size)]
     return min(narrow or known, key=lambda variant: predicted_us(variant, *problem))
 
@@ -341,6 +350,37 @@ def may_cut(tile: Tile, tokens: int, out_features: int, multiprocessors: int) ->
     return tile.streamed or not (one_wave and 2 * tiles > multiprocessors // size)
 
 
+def clusters_of_tile(
+    tile: SplitTile,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    multiprocessors: int,
+    bits: Bits = PLAIN,
+) -> int:
+    """Clusters of the split kernel that share a tile; 1 but across clusters."""
+    if not tile.across:
+        return 1
+    tiles = -(-out_features // tile.rows) * -(-tokens // tile.tokens)
+    resident = resident_clusters(tile.split, multiprocessors)
+    most = -(-in_features // bits.stage) // (tile.split * STAGES_OF_PART)
+    return max(1, min(resident // tiles, most, CLUSTERS_OF_TILE))
+
+
+def shares_nothing(
+    variant: Variant,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    multiprocessors: int,
+    bits: Bits = PLAIN,
+) -> bool:
+    """True for a tile across clusters where each would get one: what runs is the tile without."""
+    problem = tokens, out_features, in_features, multiprocessors, bits
+    across = variant if isinstance(variant, SplitTile) and variant.across else None
+    return across is not None and clusters_of_tile(across, *problem) == 1
+
+
 def split_work(
     tile: SplitTile,
     tokens: int,
@@ -353,9 +393,13 @@ def split_work(
     stages, columns = -(-in_features // bits.stage), -(-tokens // tile.tokens)
     wide = -(-tokens // (8 * columns)) * 8  # tokens of a column of tiles, which are equally wide
     tiles = -(-out_features // tile.rows) * columns
-    waves = -(-tiles // resident_clusters(tile.split, multiprocessors))
-    busiest = waves * -(-stages // tile.split)
+    problem = tokens, out_features, in_features, multiprocessors, bits
+    clusters = clusters_of_tile(tile, *problem)
+    waves = -(-tiles * clusters // resident_clusters(tile.split, multiprocessors))
+    busiest = waves * -(-stages // (tile.split * clusters))
     read = tiles * stages * (bits.row_bytes * tile.rows + 128 * wide)
+    own = -(-tile.tokens // (TOKENS_OF_SUMS * tile.split)) * TOKENS_OF_SUMS
+    sums = clusters * own * tile.rows * 4  # bytes
     return Work(
         stages=busiest,
         extras=busiest * wide / tile.tokens,
@@ -363,7 +407,7 @@ def split_work(
         megabytes=_megabytes(tokens, out_features, in_features, bits),
         items=waves,
         exchanges=waves * (tile.split - 1) / tile.split,
-        crowds=0.0,
+        crowds=1 + sums / SUMS_READ if clusters > 1 else 0.0,
     )
 
 

@@ -193,12 +193,13 @@ def _native_linear(
 
 # ---- workspaces ----------------------------------------------------------------------------------
 
-# {(GPU, stream, captured): (number of the capture or 0, address, tensor)} for the prefill kernel.
+# {(GPU, stream, captured): (number of the capture or 0, address, tensor)} for the launches that
+# need one: of the prefill kernel, and of the split kernel across clusters.
 _workspaces: dict[tuple[int, int, bool], tuple[int, int, Tensor]] = {}
 
 
 def _workspace(index: int, stream: int) -> tuple[int, int, Tensor]:
-    """(number, address, tensor) of the workspace for the next prefill launch on this stream of the
+    """(number, address, tensor) of the workspace for the next such launch on this stream of the
     current GPU. The caller holds it until the launch.
 
     Launches that may overlap must not share one: so each stream has its own, and so has each graph

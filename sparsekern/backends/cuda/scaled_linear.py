@@ -349,10 +349,10 @@ class _Product:
 def _shares_tiles(
     plan: tuple[str, int], tokens: int, out_features: int, _: int, types: Types, gpu: int
 ) -> bool:
-    """Whether thread blocks of the launch may share a tile, through a workspace."""
+    """Whether thread blocks of a launch that takes a workspace may share a tile through it."""
     kernel, number = plan
     if kernel != "prefill":
-        return False
+        return True
     (tile,) = (tile for tile, config in configs._tiles(types).items() if config == number)
     multiprocessors = torch.cuda.get_device_properties(gpu).multi_processor_count
     return heuristics.may_cut(tile, tokens, out_features, multiprocessors)

@@ -77,10 +77,11 @@ class SplitTile(NamedTuple):
     rows: int  # out_features
     tokens: int
     split: int  # thread blocks of the cluster
+    across: bool = False  # several clusters share them, where there are few tiles
 
     def __str__(self) -> str:
         parts = "1 part" if self.split == 1 else f"{self.split} parts"
-        return f"{self.rows}x{self.tokens}, {parts}"
+        return f"{self.rows}x{self.tokens}, {parts}" + ", across clusters" * self.across
 
 
 Variant = RowBlocks | Tile | MmaTile | SplitTile | NarrowTile
