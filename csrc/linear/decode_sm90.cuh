@@ -48,6 +48,7 @@
 #include "layout/tile64.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/dependent_launch.cuh"
+#include "ptx/elect.cuh"
 #include "ptx/matrix.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/memory.cuh"
@@ -559,7 +560,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   ptx::let_successor_start();
 
   if (warp_idx == kConsumerWarps + team) {
-    if (lane_idx == 0) {
+    if (ptx::elect_one()) {
       Producer<Cfg> producer{&x_map, p, smem};
       const int issued = producer.first_turn(first, k);
       producer.run(first, k, issued);

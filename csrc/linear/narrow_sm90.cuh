@@ -391,12 +391,17 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (warpgroup_idx == kConsumers) {
     ptx::give_up_registers<Cfg::kProducerRegisters>();
-    if (threadIdx.x == kConsumerThreads) produce_weights<Cfg>(p, part, smem);
+    const int warp_idx = ptx::uniform((threadIdx.x - kConsumerThreads) / 32);
+    if (warp_idx == 0) {
+      if (ptx::elect_one()) produce_weights<Cfg>(p, part, smem);
+    }
     __syncwarp();
     ptx::cluster_wait();
-    if (threadIdx.x == kConsumerThreads + 32) {
-      ptx::wait_for_predecessor();  // it made x; it may read y
-      produce_x<Cfg>(&x_map, p, part, smem);
+    if (warp_idx == 1) {
+      if (ptx::elect_one()) {
+        ptx::wait_for_predecessor();  // it made x; it may read y
+        produce_x<Cfg>(&x_map, p, part, smem);
+      }
     }
     __syncwarp();
     ptx::cluster_sync();

@@ -41,6 +41,7 @@
 #include "linear/tile_scheduler_sm90.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/dependent_launch.cuh"
+#include "ptx/elect.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/registers.cuh"
@@ -149,18 +150,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warpgroup_idx == kConsumers) {
     ptx::give_up_registers<kProducerRegisters>();
     RingPosition<Cfg::kStages> ring;
-    if (threadIdx.x == kConsumers * 128) {
-      ptx::wait_for_predecessor();  // it made x; it may read y, and use the workspace
+    const int warp_idx = ptx::uniform(threadIdx.x / 32) - kConsumers * 4;
+    if (warp_idx == 0) {
+      if (ptx::elect_one()) {
+        ptx::wait_for_predecessor();  // it made x; it may read y, and use the workspace
 #pragma unroll 1
-      for (int index = ptx::cluster_idx(); index < work_items<Cfg>(p); index += p.clusters)
-        produce_x<Cfg>(&x_map, p, smem, index, ring);
-    } else if (threadIdx.x == kConsumers * 128 + 32) {
+        for (int index = ptx::cluster_idx(); index < work_items<Cfg>(p); index += p.clusters)
+          produce_x<Cfg>(&x_map, p, smem, index, ring);
+      }
+    } else if (warp_idx == 1) {
+      if (ptx::elect_one()) {
 #pragma unroll 1
-      for (int index = ptx::cluster_idx(); index < work_items<Cfg>(p); index += p.clusters)
-        produce_weights<Cfg>(p, smem, index, ring);
-    } else if (const int warp_idx = threadIdx.x / 32 - (kConsumers * 4 + kProducers);
-               warp_idx >= 0 && p.whole_boxes) {
-      store_boxes<Cfg>(&y_map, smem, warp_idx);
+        for (int index = ptx::cluster_idx(); index < work_items<Cfg>(p); index += p.clusters)
+          produce_weights<Cfg>(p, smem, index, ring);
+      }
+    } else if (p.whole_boxes) {
+      store_boxes<Cfg>(&y_map, smem, warp_idx - kProducers);
     }
   } else {
     ptx::take_registers<kConsumerRegisters>();

@@ -32,6 +32,7 @@
 #include "linear/prefill_epilogue_sm90.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/dependent_launch.cuh"
+#include "ptx/elect.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/named_barrier.cuh"
@@ -362,12 +363,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (warpgroup_idx == kConsumers) {
     ptx::give_up_registers<prefill::kProducerRegisters>();
-    if (threadIdx.x == kConsumers * 128) {
-      ptx::wait_for_predecessor();  // it made x; it may read y
-      produce_x<Cfg>(&x_map, p.column_tokens, part, smem);
-    } else if (threadIdx.x == kConsumers * 128 + 32) {
-      produce_weights<Cfg>(p, part, smem);
+    const int warp_idx = ptx::uniform(threadIdx.x / 32) - kConsumers * 4;
+    if (warp_idx == 0) {
+      if (ptx::elect_one()) {
+        ptx::wait_for_predecessor();  // it made x; it may read y
+        produce_x<Cfg>(&x_map, p.column_tokens, part, smem);
+      }
+    } else if (warp_idx == 1) {
+      if (ptx::elect_one()) produce_weights<Cfg>(p, part, smem);
     }
+    __syncwarp();
     ptx::cluster_wait();
     ptx::cluster_sync();
   } else {

@@ -145,6 +145,7 @@ void named_barrier_sync(int id, int threads) {
   emulator::require(id > 0 && id < 16 && threads % 32 == 0, "a barrier from 1 to 15, of warps");
   emulator::meet(emulator::of_block(id), threads);
 }
+bool elect_one() { return threadIdx.x % 32 == 0; }
 int cluster_cta_rank() { return emulator::cta() % emulator::cluster_ctas; }
 int cluster_idx() { return blockIdx.x / emulator::cluster_ctas; }
 void cluster_arrive() {
