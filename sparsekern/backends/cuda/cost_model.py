@@ -199,7 +199,9 @@ def work(
     else:
         other = {RowBlocks: decode_work, MmaTile: mma_work, SplitTile: split_work}
         counts = other[type(variant)](variant, *problem)
-    copied = bits.x == 16 and in_features % 8 != 0 and not isinstance(variant, MmaTile)
+    copied = (
+        bits.x == 16 and tokens > 1 and in_features % 8 != 0 and not isinstance(variant, MmaTile)
+    )
     return counts._replace(copy=copy_us(tokens, in_features)) if copied else counts
 
 
