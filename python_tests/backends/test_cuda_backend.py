@@ -227,8 +227,8 @@ def test_heuristics_may_choose_mma_on_hopper(native, monkeypatch):
     """32x16: the fastest at 64 tokens of a weight with few rows."""
     tile = MmaTile(32, 16, 1, 1, 4, 5)
     native.rows["mma"] = rows([tile], 7, PLAIN)
-    assert cuda_backend._plan(64, 512, 2048, BF16, 0) == ("mma", 7)
-    assert explained(64, 512, 2048)[0] == "mma 32x16, 1x1x4 warps"
+    assert cuda_backend._plan(64, 512, 1024, BF16, 0) == ("mma", 7)
+    assert explained(64, 512, 1024)[0] == "mma 32x16, 1x1x4 warps"
 
 
 def test_a_tuned_table_decides_what_runs(native, tmp_path):
@@ -705,6 +705,27 @@ def test_rows_of_8_bytes_that_the_mma_kernel_takes(on_cpu):
         cuda_backend.linear(x, w24, plan=lambda *problem, kernel=kernel: (kernel, 0))
         call = on_cpu.calls.pop()
         assert call["x_stride"] == stride and (call["x"] == x.data_ptr()) == (kernel == "mma")
+
+
+def test_rows_are_copied_by_8_bytes_where_they_begin_there(monkeypatch):
+    copied = []
+    copy = torch.Tensor.copy_
+    monkeypatch.setattr(
+        torch.Tensor, "copy_", lambda to, x: (copied.append(x.dtype), copy(to, x))[1]
+    )
+    data = torch.arange(80.0, dtype=torch.bfloat16)
+    wide, narrow = torch.int64, torch.bfloat16
+    for x, dtype in (
+        (data[:64].view(16, 4), wide),
+        (data[:64].view(4, 16)[:, 4:8], wide),
+        (data[2:62].view(15, 4), narrow),  # begins at 4 bytes
+        (data[:60].view(10, 6)[:, :4], narrow),  # rows begin at 12
+        (data[:66].view(11, 6), narrow),
+        (data[:64].view(4, 16).t(), narrow),
+    ):
+        rows = torch.empty(x.shape[0], 24, dtype=narrow)[:, : x.shape[1]]
+        cuda_backend._copy_rows(rows, x)
+        assert torch.equal(rows, x) and copied.pop() == dtype
 
 
 def test_rows_that_are_copied():
