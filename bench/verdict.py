@@ -4,7 +4,7 @@
 Random shapes: as many as unseen.py has by default; fewer than SHARE of the cells below BELOW times
 the speed of cuBLAS, and none below FAR but where the dense 16-bit weight is smaller than SMALL
 bytes; the regret of the cost model's pick at most MEAN on average and WORST in the worst cell. Only
-the newest campaign counts.
+the newest campaign with so many shapes counts, or the newest where none has.
 """
 
 from __future__ import annotations
@@ -135,12 +135,17 @@ def weight_bytes(cell: results.Cell) -> int:
 
 
 def judge(records: Iterable[dict], ours: str = results.OURS) -> Verdict | None:
-    """The verdict on random shapes by the newest campaign of records of one GPU; None without."""
+    """The verdict on random shapes by one campaign of records of one GPU; None without."""
     of = [entry for entry in records if entry["op"] in (OP, PICK)]
-    timed = [entry for entry in of if entry["op"] == OP]
-    if not timed:
+    shapes: dict[str, set] = {}  # the newest campaign last
+    for entry in of:
+        if entry["op"] == OP:
+            name = entry.get("campaign", entry["id"])
+            shapes[name] = shapes.pop(name, set()) | {(entry["out_features"], entry["in_features"])}
+    if not shapes:
         return None
-    campaign = timed[-1].get("campaign", timed[-1]["id"])
+    whole = [name for name, found in shapes.items() if len(found) >= SHAPES_WANTED]
+    campaign = (whole or [*shapes])[-1]
     of = [entry for entry in of if entry.get("campaign", entry["id"]) == campaign]
     ratios = [(cell, cell.ratio("dense", ours)) for cell in results.cells(of, OP)]
     cells = [(cell, ratio) for cell, ratio in ratios if ratio is not None]

@@ -149,6 +149,8 @@ def test_the_newest_campaign_counts_whole():
     old = [r for n in range(1, 9) for r in cell("640x2048", n, 0.5, "old")]
     found = verdict.judge([*old, pick("8x8", 1, 0.9, "old"), *cell("640x2048", 1, 1.2, "new")])
     assert found.campaign == "new" and len(found.cells) == 1 and found.regrets == []
+    whole = [r for n in range(1, 121) for r in cell(f"{8 * n}x2048", 1, 1.0, "whole")]
+    assert verdict.judge([*old, *whole, *old]).campaign == "whole", "a sample decides nothing"
     assert verdict.judge([]) is None
     alone = cell("640x2048", 1, 1.0)[:1]
     assert verdict.judge(alone) is None, "without dense there is no ratio"
