@@ -52,6 +52,24 @@ def test_a_plain_load_of_another_class_and_dtype(tmp_path):
     assert isinstance(head.model.layers[0].mlp.up_proj, SparseLinear)
 
 
+def test_the_folder_says_whether_it_is_compressed_not_a_config_of_the_caller(tmp_path):
+    """config=, an own one, a path or that of a loaded model; quantization_config=None."""
+    model, dense = cases.sparsify(cases.llama()), cases.llama()
+    save_pretrained(model, tmp_path / "pruned")
+    dense.save_pretrained(tmp_path / "dense")
+    auto, cls = transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM
+    loaded = auto.from_pretrained(tmp_path / "pruned", quantization_config=None)
+    assert torch.equal(logits(loaded), logits(model))
+    own = transformers.AutoConfig.from_pretrained(tmp_path / "dense")
+    for config in (own, loaded.config, os.fspath(tmp_path / "dense")):
+        again = cls.from_pretrained(tmp_path / "pruned", config=config)
+        assert torch.equal(logits(again), logits(model))
+        again = cls.from_pretrained(tmp_path / "dense", config=config)
+        assert torch.equal(logits(again), logits(dense))
+        assert getattr(again.config, "quantization_config", None) is None
+    assert not hasattr(own, "quantization_config")  # the caller's stays as it was
+
+
 def test_a_loaded_model_can_be_copied_and_pickled(tmp_path):
     model = cases.sparsify(cases.llama())
     save_pretrained(model, tmp_path / "a")

@@ -9,15 +9,16 @@ Loading goes through Transformers' extension points for quantizers (`register_qu
 and compressed layers come from the files without ever being dense. Without this package the same
 call ends with an error that names it (formats/disk.py, UNREADABLE_WITHOUT_US).
 
-There is no extension point that sees a model which was pruned after loading, so
-`PreTrainedModel.save_pretrained`, which Trainer calls too, is wrapped: models without a
-SparseLinear pass through unchanged. `import sparsekern` imports nothing of Transformers; it
-registers at once where Transformers is there already, and otherwise when
-`transformers.modeling_utils` is imported.
+No extension point sees a model that was pruned after loading, so `PreTrainedModel.save_pretrained`,
+which Trainer calls too, is wrapped: models without a SparseLinear pass through unchanged. None sees a
+folder whose entry a caller's `config=` hides, so `PreTrainedModel.from_pretrained` is wrapped, too.
+`import sparsekern` imports nothing of Transformers; it registers at once where Transformers is there
+already, and otherwise when `transformers.modeling_utils` is imported.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.abc
 import importlib.machinery
@@ -25,9 +26,9 @@ import inspect
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from sparsekern.checkpoint.save import save_pretrained
 from sparsekern.formats.disk import METHOD
@@ -36,6 +37,7 @@ from sparsekern.nn.sparse_linear import SparseLinear
 
 OP = "sparsekern.integrations.transformers"
 WATCHED = "transformers.modeling_utils"
+HUB_WORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 _lock = threading.RLock()
 _registered = False
@@ -66,6 +68,7 @@ def register() -> None:
         register_quantizer(METHOD)(SparsekernQuantizer)
         attention.register()
         _wrap_save(PreTrainedModel)
+        _wrap_load(PreTrainedModel)
         _registered = True
 
 
@@ -83,6 +86,43 @@ def _wrap_save(cls: Any) -> None:
         return save_pretrained(asked.pop("self"), asked.pop("save_directory"), **asked)
 
     cls.save_pretrained = wrapped
+
+
+def _wrap_load(cls: Any) -> None:
+    original: Any = cls.from_pretrained.__func__
+
+    @functools.wraps(original)
+    def wrapped(cls: Any, name: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        if config is not None and name is not None and kwargs.get("gguf_file") is None:
+            config = _as_the_folder_says(cls, name, config, kwargs)
+        return original(cls, name, *args, config=config, **kwargs)
+
+    cls.from_pretrained = classmethod(cast(Any, wrapped))
+
+
+def _as_the_folder_says(cls: Any, name: Any, config: Any, kwargs: dict[str, Any]) -> Any:
+    """A caller's config (Auto classes pass one, too) with the folder's own entry about weights of
+    ours: it may have none, by quantization_config=None too, or that of a model loaded before."""
+    from transformers import PretrainedConfig
+
+    from sparsekern.integrations._transformers_quantizer import SparsekernConfig
+
+    said = getattr(config, "quantization_config", None)
+    if said is not None and not isinstance(said, SparsekernConfig):
+        return config
+    hub = {key: kwargs[key] for key in HUB_WORDS if key in kwargs}
+    try:
+        entry = PretrainedConfig.get_config_dict(name, **hub)[0].get("quantization_config")
+    except OSError:  # no config.json, as a caller with an own config may have it
+        entry = None
+    ours = isinstance(entry, Mapping) and entry.get("quant_method") == METHOD
+    if not ours and said is None:
+        return config
+    if not isinstance(config, PretrainedConfig):
+        config = cls.config_class.from_pretrained(config)
+    config = copy.copy(config)
+    config.quantization_config = entry
+    return config
 
 
 # ---- when Transformers comes after sparsekern ---------------------------------------------------
