@@ -29,6 +29,13 @@ def refuses(part, call, kind=ValueError):
         raise AssertionError(f"not refused: {part}")
 
 
+def same_after(model, plan, ids, layers):
+    wanted = model.to(ids.device)(ids).last_hidden_state
+    sk.tensor_parallel(model, plan=plan)
+    assert sum(hasattr(m, "group") and hasattr(m, "layer") for m in model.modules()) == layers
+    assert distance(model(ids).last_hidden_state, wanted) < 1e-5
+
+
 def main(rank, world, port, backend):
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
@@ -87,8 +94,33 @@ def main(rank, world, port, backend):
     assert type(sparse[0]) is sk.SparseLinear
     # OPT's o_proj is called out_proj: its own plan would split q, k and v alone.
     small = dict(hidden_size=32, ffn_dim=64, word_embed_proj_dim=32, num_hidden_layers=1)
-    opt = transformers.OPTModel(transformers.OPTConfig(**small, num_attention_heads=4))
-    refuses("got colwise alone. Pass plan=.", lambda: sk.tensor_parallel(opt))
+    opt = transformers.OPTModel(transformers.OPTConfig(**small, num_attention_heads=4)).eval()
+    refuses("a 'rowwise' layer beside decoder.layers.0.self_attn.", lambda: sk.tensor_parallel(opt))
+    # OPT's attention reshapes by a number of heads of its own.
+    plan = {"*.[qkv]_proj": "colwise", "*.out_proj": "rowwise", "*.fc1": "colwise"}
+    plan["*.fc2"] = "rowwise"
+    same_after(opt, plan, ids, 6)
+    few = dict(num_attention_heads=4, vocab_size=64, num_hidden_layers=1, hidden_size=32)
+    one = transformers.LlamaConfig(**few, num_key_value_heads=1, intermediate_size=64)
+    mlp = {"*.gate_proj": "colwise", "*.up_proj": "colwise", "*.down_proj": "rowwise"}
+    one = transformers.LlamaModel(one).eval()
+    refuses("Use fewer ranks, or a plan without attention.", lambda: sk.tensor_parallel(one))
+    same_after(one, mlp, ids, 3)
+    t5 = transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    wi_wo = {"*.wi": "colwise", "*.wo": "rowwise"}
+    t5 = transformers.T5EncoderModel(t5).eval()
+    same_after(t5, wi_wo, ids, 2)  # reads wo.weight.dtype
+    phi3 = transformers.Phi3Model(
+        transformers.Phi3Config(**few, intermediate_size=64, pad_token_id=0)
+    )
+    fused = {"*.gate_up_proj": "colwise", "*.down_proj": "rowwise"}
+    refuses("at most the 64 out_features", lambda: sk.tensor_parallel(phi3, plan=fused))
+    refuses("got 3: 'colwise'", lambda: sk.tensor_parallel(phi3, plan={3: "colwise"}))
+    shared = nn.Linear(32, 32)
+    shared = nn.Sequential(shared, nn.ReLU(), shared)
+    both = {"0": "colwise", "2": "rowwise"}
+    refuses("one word for 0 and 2", lambda: sk.tensor_parallel(shared, plan=both))
+    refuses("a whole model", lambda: sk.save_pretrained(split, "never"))
     flat = dist.device_mesh.init_device_mesh(device.type, (world, 1))
     refuses("got one of 2 dimensions", lambda: sk.tensor_parallel(sparse, flat))
     refuses("a process group, got 'cpu'", lambda: sk.tensor_parallel(sparse, "cpu"), TypeError)

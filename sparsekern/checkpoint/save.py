@@ -41,6 +41,7 @@ from sparsekern.formats.disk import (
 )
 from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.nn.parallel import SplitLinear
 from sparsekern.nn.replace import is_conv1d
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.utils.arguments import checked
@@ -122,6 +123,9 @@ def save_pretrained(
     if not is_main_process:
         return
     model = bare(model)
+    split = any(isinstance(module, SplitLinear) for module in model.modules())
+    remedy = "Save the model before it."
+    check(not split, SAVE_OP, "a whole model", "one split by tensor_parallel", remedy)
     head = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
     skeleton = skeleton_of(model, untied=_compressed_head(model, head))
     sparse = {n: m for n, m in _places(model, skeleton) if isinstance(m, SparseLinear)}

@@ -9,11 +9,11 @@ Loading goes through Transformers' extension points for quantizers (`register_qu
 and compressed layers come from the files without ever being dense. Without this package the same
 call ends with an error that names it (formats/disk.py, UNREADABLE_WITHOUT_US).
 
-No extension point sees a model that was pruned after loading, so `PreTrainedModel.save_pretrained`,
-which Trainer calls too, is wrapped: models without a SparseLinear pass through unchanged. None sees a
-folder whose entry a caller's `config=` hides, so `PreTrainedModel.from_pretrained` is wrapped, too.
-`import sparsekern` imports nothing of Transformers; it registers at once where Transformers is there
-already, and otherwise when `transformers.modeling_utils` is imported.
+No extension point sees a model that was pruned after loading, so `save_pretrained` of
+PreTrainedModel, which Trainer calls too, is wrapped: models without a SparseLinear pass through
+unchanged. None sees a folder whose entry a caller's `config=` hides, so `from_pretrained` is
+wrapped, too. `import sparsekern` imports nothing of Transformers; it registers at once where
+Transformers is there already, and otherwise when `transformers.modeling_utils` is imported.
 """
 
 from __future__ import annotations

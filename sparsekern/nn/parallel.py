@@ -12,6 +12,7 @@ al. 2019, arXiv:1909.08053); both go through functional collectives, which torch
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -20,11 +21,15 @@ from torch import Tensor, nn
 
 from sparsekern.errors import check, message
 from sparsekern.nn.optimize import JoinedLinear, PassesOn
+from sparsekern.nn.replace import replace_module
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.utils.arguments import checked, shown
 
 _OP = "sparsekern.tensor_parallel"
 COLWISE, ROWWISE = "colwise", "rowwise"
+HEADS = ("num_attention_heads", "num_key_value_heads")  # of a config
+# Where attention modules keep their own numbers of heads.
+OWN_HEADS = (*HEADS, "num_heads", "n_heads", "n_head", "heads", "num_kv_heads")
 # Where a model says nothing itself: the names of Llama and its kin.
 DEFAULT_PLAN = {
     **dict.fromkeys(("*.q_proj", "*.k_proj", "*.v_proj", "*.gate_proj", "*.up_proj"), COLWISE),
@@ -63,12 +68,20 @@ def _all_reduce(tensor: Tensor, group: Any) -> Tensor:
     return cast(Tensor, collectives.all_reduce(tensor.contiguous(), "sum", group))
 
 
-class ColwiseLinear(PassesOn):
-    """A linear layer that has some rows of the weight: x whole in, its part of y out."""
+class SplitLinear(nn.Module):
+    """A rank's part of a linear layer; `weight` for code that reads its dtype or device."""
 
     def __init__(self, layer: nn.Module, group: Any) -> None:
         super().__init__()
         self.layer, self.group = layer, group
+
+    @property
+    def weight(self) -> Any:
+        return self.layer.weight
+
+
+class ColwiseLinear(SplitLinear, PassesOn):
+    """A linear layer that has some rows of the weight: x whole in, its part of y out."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
@@ -76,12 +89,12 @@ class ColwiseLinear(PassesOn):
         return cast(Tensor, self.layer(x))
 
 
-class RowwiseLinear(nn.Module):
+class RowwiseLinear(SplitLinear):
     """A linear layer that has some columns of the weight: its part of x in, y whole out."""
 
     def __init__(self, layer: nn.Module, group: Any, bias: nn.Parameter | None) -> None:
-        super().__init__()
-        self.layer, self.group, self.bias = layer, group, bias
+        super().__init__(layer, group)
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _SumOfRanks.apply(self.layer(x), self.group)  # type: ignore[no-untyped-call]
@@ -106,12 +119,15 @@ def tensor_parallel(
         RuntimeError: torch.distributed is not initialised.
         ValueError: a word in the plan, out_features or in_features that the ranks do not divide
             (columns: in multiples of 8, and of the group of scales), a plan that matches nothing, a
-            model whose own plan has one kind of layer alone.   TypeError: no mesh.
+            "colwise" layer without a "rowwise" one beside it or the other way round, a "colwise"
+            layer of more out_features than those take, which holds several matrices (q, k, v or
+            gate, up in one), unless the model's own plan says it, two words for one layer.
+            TypeError: no mesh.
             Nothing is split then.
     Notes:
         Attention layers are split by heads: the number of key-value heads has to be a multiple of
-        the ranks, which is checked where the model's config names it. Call `sparsekern.optimize`
-        afterwards, save the model before.
+        the ranks, which is checked where the model's config names it; what their modules keep of it
+        is divided. Call `sparsekern.optimize` afterwards, save the model before.
     """
     import torch.distributed as dist
 
@@ -129,40 +145,78 @@ def tensor_parallel(
     group = mesh.get_group() if is_mesh else mesh
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     group = dist.group.WORLD if group is None else group
-    rules = _rules(model, plan)
-    found = {}
-    for name, module in model.named_modules():
+    own = _own_rules(model)
+    rules = own or dict(DEFAULT_PLAN) if plan is None else _checked_rules(plan)
+    places: dict[nn.Module, dict[str, str | None]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SparseLinear | nn.Linear):
-            style = next((s for p, s in rules.items() if fnmatch.fnmatchcase(name, p)), None)
-            if style is not None:
-                found[name] = style
+            places.setdefault(module, {})[name] = _style(name, rules)
+    for styles in places.values():
+        expected = f"plan: one word for {' and '.join(styles)}, which are one layer"
+        words = list(styles.values())
+        check(len(set(words)) == 1, _OP, expected, words, "Name all or none.")
+    found = {n: style for styles in places.values() for n, style in styles.items() if style}
     expected = "a plan that names linear layers of the model"
     check(found, _OP, expected, f"{list(rules)[:4]}", 'Pass plan={"*.up_proj": "colwise", ...}.')
     for name, style in found.items():
         _check_sizes(name, model.get_submodule(name), style, ranks)
-    _check_heads(model, ranks)
-    styles = set(found.values())
-    expected = "plan: 'colwise' and 'rowwise' layers, as this model's names do not say them"
-    check(plan or len(styles) == 2, _OP, expected, f"{styles.pop()} alone", "Pass plan=.")
     for name, style in found.items():
-        parent, _, child = name.rpartition(".")
-        layer = model.get_submodule(name)
-        setattr(model.get_submodule(parent), child, _split(layer, style, rank, ranks, group))
+        wide = style == COLWISE and _style(name, own) != COLWISE
+        _check_beside(model, name, found, wide)
+    attention = [name for name in found if re.search(r"att|mixer|\b[qkv]_proj$", name.lower())]
+    homes = {model.get_submodule(name.rpartition(".")[0]) for name in attention}
+    holders = [(getattr(model, "config", None), HEADS), *((home, OWN_HEADS) for home in homes)]
+    _check_heads(holders if attention else [], ranks)
+    for layer, styles in places.items():
+        word = next(iter(styles.values()))
+        if word is not None:
+            replace_module(model, layer, _split(layer, word, rank, ranks, group))
+    for home in homes:
+        for key in OWN_HEADS:
+            if type(heads := getattr(home, key, None)) is int:
+                setattr(home, key, heads // ranks)
     return model
 
 
-def _rules(model: nn.Module, plan: Mapping[str, str] | None) -> dict[str, str]:
-    if plan is None:
-        config = getattr(model, "config", None)
-        own = getattr(config, "base_model_tp_plan", None) or {}
-        prefix = getattr(model, "base_model_prefix", "")
-        prefix = f"{prefix}." if prefix and hasattr(model, prefix) else ""
-        rules = {f"{prefix}{k}": v for k, v in own.items() if v in (COLWISE, ROWWISE)}
-        return rules or dict(DEFAULT_PLAN)
+def _own_rules(model: nn.Module) -> dict[str, str]:
+    own = getattr(getattr(model, "config", None), "base_model_tp_plan", None) or {}
+    prefix = getattr(model, "base_model_prefix", "")
+    prefix = f"{prefix}." if prefix and hasattr(model, prefix) else ""
+    return {f"{prefix}{k}": v for k, v in own.items() if v in (COLWISE, ROWWISE)}
+
+
+def _checked_rules(plan: Mapping[str, str]) -> dict[str, str]:
     for pattern, style in plan.items():
-        known = style in (COLWISE, ROWWISE)
-        check(known, _OP, f"'{COLWISE}' or '{ROWWISE}' for {pattern!r}", repr(style))
+        known = isinstance(pattern, str) and style in (COLWISE, ROWWISE)
+        expected = f"plan: a pattern of names with '{COLWISE}' or '{ROWWISE}'"
+        check(known, _OP, expected, f"{pattern!r}: {style!r}", 'As in {"*.up_proj": "colwise"}.')
     return dict(plan)
+
+
+def _style(name: str, rules: Mapping[str, str]) -> str | None:
+    return next((s for pattern, s in rules.items() if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+def _beside(name: str, other: str) -> bool:
+    """In one module, or in modules of one: mlp.up and mlp.down, attention.self.q and
+    attention.output.dense."""
+    a, b = name.split("."), other.split(".")
+    common = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return max(len(a), len(b)) - common <= 2
+
+
+def _check_beside(model: nn.Module, name: str, found: Mapping[str, str], wide: bool) -> None:
+    """That what a layer gives or takes, a part of the features, is taken or given by another."""
+    others = [n for n, style in found.items() if style != found[name] and _beside(name, n)]
+    missing = ROWWISE if found[name] == COLWISE else COLWISE
+    expected = f"plan: a '{missing}' layer beside {name} ('{found[name]}')"
+    check(others, _OP, expected, "none", "Pass plan= with both, or without both.")
+    if wide:
+        rows = cast(int, model.get_submodule(name).out_features)
+        most = max(cast(int, model.get_submodule(n).in_features) for n in others)
+        expected = f"plan: {name} with at most the {most} out_features that {others[0]} takes"
+        remedy = "Several matrices in one cannot be cut in a row: leave both out of the plan."
+        check(rows <= most, _OP, expected, rows, remedy)
 
 
 def _check_sizes(name: str, layer: nn.Module, style: str, ranks: int) -> None:
@@ -186,14 +240,13 @@ def _check_sizes(name: str, layer: nn.Module, style: str, ranks: int) -> None:
     check(good, _OP, f"in_features of {name} a multiple of {unit}", in_features, remedy)
 
 
-def _check_heads(model: nn.Module, ranks: int) -> None:
-    config = getattr(model, "config", None)
-    for key in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(config, key, None)
-        if isinstance(heads, int):
-            check(
-                heads % ranks == 0, _OP, f"{key} a multiple of {ranks}", heads, "Use fewer ranks."
-            )
+def _check_heads(holders: list[tuple[Any, tuple[str, ...]]], ranks: int) -> None:
+    remedy = "Use fewer ranks, or a plan without attention."
+    for holder, keys in holders:
+        for key in keys:
+            heads = getattr(holder, key, None)
+            good = not isinstance(heads, int) or heads % ranks == 0
+            check(good, _OP, f"{key} a multiple of {ranks}", heads, remedy)
 
 
 @torch.no_grad()
