@@ -211,7 +211,7 @@ def test_without_the_package_a_plain_load_fails_and_names_it(tmp_path):
 
 
 def test_folders_of_older_releases_are_read(tmp_path):
-    """quant_method compressed-tensors, no SHA256SUMS."""
+    """quant_method compressed-tensors, or compression_config; no SHA256SUMS."""
     model = cases.sparsify(cases.llama())
     save_pretrained(model, tmp_path)
     (tmp_path / "SHA256SUMS").unlink()
@@ -220,3 +220,15 @@ def test_folders_of_older_releases_are_read(tmp_path):
     del config["transformers_weights"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert torch.equal(logits(from_pretrained(tmp_path)), logits(model))
+    auto, cls = transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM
+    for load in (auto.from_pretrained, cls.from_pretrained):
+        loaded = load(tmp_path, dtype=torch.float32, attn_implementation="eager", use_cache=False)
+        assert torch.allclose(logits(loaded), logits(model), atol=1e-6)
+        assert isinstance(loaded.model.layers[0].mlp.up_proj, SparseLinear)
+        assert loaded.config._attn_implementation == "eager" and not loaded.config.use_cache
+    config["compression_config"] = config.pop("quantization_config")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for load in (auto.from_pretrained, cls.from_pretrained):
+        loaded = load(tmp_path, dtype=torch.float16)
+        assert loaded.model.layers[0].mlp.up_proj.weight.dtype == torch.float16
+        assert torch.allclose(logits(loaded).float(), logits(model), atol=1e-2)

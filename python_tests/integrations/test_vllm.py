@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import sparsekern as sk
+from sparsekern.formats.disk import sparsity_entry
 from sparsekern.integrations import inductor_pdl
 from sparsekern.integrations import vllm_rules as plugin
 
@@ -143,7 +144,7 @@ def test_which_quantised_folders_are_read(weights, activations, readable):
     ],
 )
 def test_which_configs_are_ours(config, known):
-    assert (plugin.sparsity_entry(config) is not None) == known
+    assert (sparsity_entry(config) is not None) == known
 
 
 def free_port():

@@ -568,6 +568,15 @@ def numbers_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
     return found[0] if found else None
 
 
+def sparsity_entry(config: Any) -> Mapping[str, Any] | None:
+    """The entry of a quantization_config that describes 2:4 weights; None for other formats."""
+    if not isinstance(config, dict):
+        return None
+    entry = config.get("sparsity_config") or {}
+    known = isinstance(entry, dict) and entry.get("format") == FORMAT
+    return entry if known else None
+
+
 def read_compression_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(config, sparsity_config): config.json of a folder and its sparsity entry, {} where it has
     none.

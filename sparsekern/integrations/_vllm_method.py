@@ -30,7 +30,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from sparsekern.backends.quantize_rows import quantize_torch
 from sparsekern.errors import FormatError, message
 from sparsekern.formats import dtypes, packed, scaled
-from sparsekern.formats.disk import ALL_PARTS
+from sparsekern.formats.disk import ALL_PARTS, sparsity_entry
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
 from sparsekern.formats.scaled import SCALE
 from sparsekern.formats.sparse24 import Sparse24, metadata_of_bitmask, of_levels
@@ -69,7 +69,7 @@ class SparseKernConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SparseKernConfig:
-        entry = plugin.sparsity_entry(config)
+        entry = sparsity_entry(config)
         why = str(config)[:120] if entry is None else plugin.unreadable(config)
         if entry is None or why is not None:
             expected = f"a quantization_config of format {plugin.FORMAT}"
@@ -82,7 +82,7 @@ class SparseKernConfig(QuantizationConfig):
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
         """Folders in compressed-tensors' sparse-24-bitmask, which vLLM no longer reads."""
-        ours = plugin.sparsity_entry(hf_quant_cfg) is not None
+        ours = sparsity_entry(hf_quant_cfg) is not None
         return plugin.NAME if ours and plugin.unreadable(hf_quant_cfg) is None else None
 
     def maybe_update_config(

@@ -31,7 +31,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from sparsekern.checkpoint.save import save_pretrained
-from sparsekern.formats.disk import METHOD
+from sparsekern.formats.disk import METHOD, sparsity_entry
 from sparsekern.integrations import attention
 from sparsekern.nn.sparse_linear import SparseLinear
 
@@ -92,37 +92,46 @@ def _wrap_load(cls: Any) -> None:
     original: Any = cls.from_pretrained.__func__
 
     @functools.wraps(original)
-    def wrapped(cls: Any, name: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        if config is not None and name is not None and kwargs.get("gguf_file") is None:
-            config = _as_the_folder_says(cls, name, config, kwargs)
-        return original(cls, name, *args, config=config, **kwargs)
+    def wrapped(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+        if name is not None and kwargs.get("gguf_file") is None:
+            kwargs = _as_the_folder_says(cls, name, kwargs)
+        return original(cls, name, *args, **kwargs)
 
     cls.from_pretrained = classmethod(cast(Any, wrapped))
 
 
-def _as_the_folder_says(cls: Any, name: Any, config: Any, kwargs: dict[str, Any]) -> Any:
-    """A caller's config (Auto classes pass one, too) with the folder's own entry about weights of
-    ours: it may have none, by quantization_config=None too, or that of a model loaded before."""
+def _as_the_folder_says(cls: Any, name: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of from_pretrained, where a caller's config (Auto classes pass one, too) gets
+    the folder's own entry about weights of ours: it may have none, by quantization_config=None
+    too, or that of a model loaded before, or that of the releases that wrote the method of
+    compressed-tensors."""
     from transformers import PretrainedConfig
 
     from sparsekern.integrations._transformers_quantizer import SparsekernConfig
 
-    said = getattr(config, "quantization_config", None)
-    if said is not None and not isinstance(said, SparsekernConfig):
-        return config
+    config = kwargs.get("config")
+    said: Any = getattr(config, "quantization_config", None)
+    entry = said
     hub = {key: kwargs[key] for key in HUB_WORDS if key in kwargs}
-    try:
-        entry = PretrainedConfig.get_config_dict(name, **hub)[0].get("quantization_config")
-    except OSError:  # no config.json, as a caller with an own config may have it
-        entry = None
-    ours = isinstance(entry, Mapping) and entry.get("quant_method") == METHOD
-    if not ours and said is None:
-        return config
+    if said is None or isinstance(said, SparsekernConfig):
+        try:
+            raw = PretrainedConfig.get_config_dict(name, **hub)[0]
+        except OSError:  # no config.json, as a caller with an own config may have it
+            raw = {}
+        entry = raw.get("quantization_config") or raw.get("compression_config")
+    current = isinstance(entry, Mapping) and entry.get("quant_method") == METHOD
+    ours = current or sparsity_entry(entry) is not None
+    if (current and config is None) or not (ours or isinstance(said, SparsekernConfig)):
+        return kwargs
     if not isinstance(config, PretrainedConfig):
-        config = cls.config_class.from_pretrained(config)
+        rest = {key: value for key, value in kwargs.items() if key not in (*hub, "config")}
+        home, words = (name, hub) if config is None else (config, {})
+        build = cls.config_class.from_pretrained
+        config, rest = build(home, return_unused_kwargs=True, **words, **rest)
+        kwargs = {**hub, **rest}
     config = copy.copy(config)
-    config.quantization_config = entry
-    return config
+    config.quantization_config = {**entry, "quant_method": METHOD} if ours else None
+    return {**kwargs, "config": config}
 
 
 # ---- when Transformers comes after sparsekern ---------------------------------------------------

@@ -15,7 +15,6 @@ from torch import Tensor
 from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import dtypes, scaled
 from sparsekern.formats.disk import (
-    FORMAT,
     LEVELS,
     METHOD,
     PLAIN,
@@ -38,15 +37,6 @@ TESTED = "0.24"
 OP = "sparsekern.vllm"
 # Names of experts' matrices in files that have a tensor for each.
 _EXPERT = re.compile(r"(^|\.)experts\.(\d+\.|gate_up_proj$|down_proj$)")
-
-
-def sparsity_entry(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The entry of a quantization_config that describes 2:4 weights; None for other formats."""
-    if not isinstance(config, dict):
-        return None
-    entry = config.get("sparsity_config") or {}
-    known = isinstance(entry, dict) and entry.get("format") == FORMAT
-    return entry if known else None
 
 
 def unreadable(config: Mapping[str, Any]) -> str | None:
