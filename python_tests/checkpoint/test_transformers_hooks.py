@@ -50,6 +50,8 @@ def test_a_plain_load_of_another_class_and_dtype(tmp_path):
     head = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
     assert isinstance(head.score, torch.nn.Linear)
     assert isinstance(head.model.layers[0].mlp.up_proj, SparseLinear)
+    with pytest.raises(FormatError, match=r"got torch.float64. Pass one of these as dtype="):
+        transformers.AutoModel.from_pretrained(tmp_path, dtype=torch.float64)
 
 
 def test_the_folder_says_whether_it_is_compressed_not_a_config_of_the_caller(tmp_path):

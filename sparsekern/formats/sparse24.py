@@ -261,7 +261,8 @@ class Sparse24:
         if not layouts.layout(spec.layout).converts:
             return self.rowmajor().to(*args, **kwargs)
         known = f"a dtype in {dtypes.names()}"
-        check(probe.dtype in dtypes.PLAIN, f"{_OP}.to", known, probe.dtype, exc=FormatError)
+        remedy = "Pass one of these as dtype=, or call sparsekern.decompress_model afterwards."
+        check(probe.dtype in dtypes.PLAIN, f"{_OP}.to", known, probe.dtype, remedy, FormatError)
         # Of its own dtype, when it does not change: the device and how to get there.
         later, device = bool(kwargs.get("non_blocking")), probe.device
         tensors = {
