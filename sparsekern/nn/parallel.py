@@ -173,7 +173,7 @@ def tensor_parallel(
             replace_module(model, layer, _split(layer, word, rank, ranks, group))
     for home in homes:
         for key in OWN_HEADS:
-            if type(heads := getattr(home, key, None)) is int:
+            if type(heads := home.__dict__.get(key)) is int:  # no property
                 setattr(home, key, heads // ranks)
     return model
 
