@@ -111,8 +111,8 @@ REFUSALS = [
     (dict(quantize="fp4"), "one of 'fp8'"),
     (dict(quantize="fp8", pattern=(4, 8), compress=False), r"pattern \(2, 4\) with quantize="),
     (dict(quantize="fp8", quantize_method="awq"), "quantize_method in"),
-    (dict(quantize="int4", quantize_group=32), "quantize_group None or one of"),
-    (dict(quantize="int8", quantize_group=64), "one scale for each output channel"),
+    (dict(quantize="int4", quantize_group=32), r"quantize_group in \(64, 128\), got 32"),
+    (dict(quantize="int8", quantize_group=64), "quantize_group=None for int8, which has one scale"),
     (dict(quantize_group=64), "quantize= with quantize_group"),
     (dict(quantize_method="rtn"), "quantize= with quantize_method"),
 ]
@@ -251,3 +251,24 @@ def test_layers_that_were_2_4_before_are_quantised_by_compress_model():
     assert [row.quantized for row in report.layers] == ["int8", "fp8 rtn", "int8"]
     with pytest.raises(ValueError, match="expected quantize= with quantize_group"):
         sk.compress_model(pruned(), quantize_group=64)
+
+
+def test_levels_of_another_group_or_name_are_told_apart():
+    def pruned(**options):
+        model = nn.Sequential(nn.Linear(128, 16), nn.Linear(16, 128))
+        sk.prune_model(model, "magnitude", targets=["0"], progress=False, **options)
+        return model
+
+    model = pruned(quantize="int4")
+    advice = "decompress_model.*, then sparsekern.compress_model"
+    with pytest.warns(UserWarning, match=f"1 of them keep the numbers that they had.*{advice}"):
+        report = sk.prune_model(model, "magnitude", quantize="int4", quantize_group=64)
+    assert [row.name for row in report.unquantized] == ["0"]
+    with pytest.warns(UserWarning, match="no int4 g64.*Call sparsekern.decompress_model"):
+        sk.compress_model(model, quantize="int4", quantize_group=64)
+    report = sk.compress_model(sk.decompress_model(model), quantize="int4", quantize_group=64)
+    assert not report.partial
+    assert [row.quantized for row in report.layers] == ["int4 g64 rtn", "int4 g16 rtn"]
+
+    report = sk.prune_model(pruned(quantize="fp8"), "magnitude", quantize="float8_e4m3fn")
+    assert not report.partial and [row.quantized for row in report.layers] == ["fp8", "fp8 rtn"]
