@@ -197,6 +197,22 @@ def test_the_search_finds_tables_of_dtypes(text, lines):
     assert list(dtype_tables(ast.parse(text))) == lines
 
 
+MAKERS = {f"torch.{name}" for name in "ones zeros empty full eye rand randn linspace".split()}
+
+
+def test_new_tensors_do_not_follow_the_default_dtype():
+    """torch.set_default_dtype is the caller's: every maker of floating-point tensors gets dtype."""
+    found = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in MAKERS
+        and not {"dtype", None} & {keyword.arg for keyword in node.keywords}
+    ]
+    assert found == []
+
+
 def test_cpp_decides_by_dtype_in_one_place():
     """`dtype == DType::k...` and `switch` on it belong into csrc/core/dtype.cuh."""
     found = []

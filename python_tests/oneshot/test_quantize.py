@@ -1,5 +1,6 @@
 """prune_model(quantize=), compress_model(quantize=), their reports, resume folders, the command."""
 
+import copy
 import json
 
 import pytest
@@ -272,3 +273,22 @@ def test_levels_of_another_group_or_name_are_told_apart():
 
     report = sk.prune_model(pruned(quantize="fp8"), "magnitude", quantize="float8_e4m3fn")
     assert not report.partial and [row.quantized for row in report.layers] == ["fp8", "fp8 rtn"]
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["fp8", "int4"])
+def test_levels_do_not_depend_on_torchs_default_dtype(default, name):
+    (w, h), first = (torch.randn(8, 32), Hessian(32)), model()
+    h.add(torch.randn(64, 32))
+    other = copy.deepcopy(first)
+    wanted, _ = gptq(w, h, name)
+    prune(first, quantize=name)
+    calibration = inputs()
+    torch.set_default_dtype(default)
+    try:
+        found, _ = gptq(w, h, name)
+        sk.prune_model(other, "sparsegpt", calibration, quantize=name, progress=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.to_dense(), wanted.to_dense())
+    assert torch.equal(other(calibration), first(calibration))

@@ -372,7 +372,7 @@ def distance(known: Mapping[str, Any], ids: Tensor | Sequence[int]) -> float:
         names = torch.tensor([int(token) for token, _ in pairs], dtype=torch.int64)
         p = torch.tensor([int(count) for _, count in pairs] + [int(known["rest"])]).double()
     except (KeyError, TypeError, ValueError, AttributeError):
-        names = torch.empty(0)
+        names = torch.empty(0, dtype=torch.float32)
     check(names.numel() > 0, op, "a sketch of token frequencies", repr(known)[:80])
     counts = torch.bincount(flat, minlength=int(names.max()) + 1)[names].double()
     q = torch.cat([counts, (flat.numel() - counts.sum())[None]])

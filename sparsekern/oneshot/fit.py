@@ -79,7 +79,7 @@ class Loss:
             for keep in self.walk.batches[index].keep:
                 if keep.shape == t.shape[:-1]:
                     return keep.to(t.device, torch.float32)
-        return torch.ones(t.shape[:-1], device=t.device)
+        return torch.ones(t.shape[:-1], device=t.device, dtype=torch.float32)
 
     def _scale(self, j: int, t: Tensor) -> Tensor:
         """1 / variance of each channel over the tokens of the first batch seen, each of unit size;

@@ -324,7 +324,7 @@ def _distance(before: Tensor, after: Tensor) -> float:
 def _checked(order: Tensor | None, site: Site) -> Tensor:
     """A stored order, if it is one of this place; else FormatError."""
     if order is None or order.shape != (site.heads, site.size):
-        order = torch.zeros(1, 1)
+        order = torch.zeros(1, 1, dtype=torch.float32)
     right = torch.equal(order.sort(1).values, torch.arange(site.size).expand(site.heads, -1))
     expected = f"an order of {site.heads} x {site.size} channels for {site.name}"
     check(right, OP, expected, "none that fits", "Delete the directory.", FormatError)
@@ -447,7 +447,9 @@ def search(scores: Tensor, rounds: int, generator: torch.Generator) -> Tensor:
     costs = _costs_function(scores)
     least = max(1, _ELEMENTS // (16 * max(1, rows))) if costs is _costs else heads * groups
     for _ in range(rounds):
-        mixed = torch.rand(heads, groups, generator=generator).argsort(1) + firsts
+        mixed = (
+            torch.rand(heads, groups, generator=generator, dtype=torch.float32).argsort(1) + firsts
+        )
         pairs = mixed[:, : groups // 2 * 2].reshape(-1, 2).to(order.device, non_blocking=True)
         for part in pairs.split(least):
             eight = order.view(-1, 4)[part].view(-1, 8)

@@ -232,7 +232,10 @@ class Turns:
     makes of the gradient at a = b = 0, so that no turn is too far for the form."""
 
     def __init__(self, width: int, sizes: list[tuple[int, int, int, int]], device: Any) -> None:
-        eyes = [torch.eye(n, device=device) for n in (width, *(size[-1] for size in sizes))]
+        eyes = [
+            torch.eye(n, device=device, dtype=torch.float32)
+            for n in (width, *(size[-1] for size in sizes))
+        ]
         shapes = [(width, width), *sizes]
         self.values = [
             eye.expand(shape).clone().requires_grad_()

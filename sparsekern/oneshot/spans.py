@@ -274,7 +274,11 @@ def recut(batches: Sequence[Batch], seed: int, noise: float = 0.0) -> list[Batch
         rows = pieces[order].reshape(-1, length)
         if noise:
             others = stream[torch.randint(stream.numel(), rows.shape, generator=generator)]
-            rows = torch.where(torch.rand(rows.shape, generator=generator) < noise, others, rows)
+            rows = torch.where(
+                torch.rand(rows.shape, generator=generator, dtype=torch.float32) < noise,
+                others,
+                rows,
+            )
         made[length] = rows
     result, used = [], dict.fromkeys(made, 0)
     for batch in batches:
