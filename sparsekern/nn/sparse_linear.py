@@ -405,7 +405,7 @@ class SparseLinear(nn.Module):
         if not w24.spec.element.plain:
             tensors |= {name: w24.tensors[name] for name in w24.spec.element.tensors}
             stored = f"{w24.spec.storage} {w24.spec.group}".encode()
-            tensors[_STORAGE_KEY] = torch.tensor(list(stored), dtype=torch.uint8)
+            tensors[_STORAGE_KEY] = torch.tensor(list(stored), dtype=torch.uint8, device="cpu")
         for key, tensor in tensors.items():
             destination[prefix + key] = tensor
 

@@ -213,7 +213,7 @@ def fit(
         for epoch in range(0 if stopped else options.epochs):
             new_epoch(epoch)
             losses, epochs = [], epoch + 1
-            for number in torch.randperm(len(train), generator=generator).tolist():
+            for number in torch.randperm(len(train), generator=generator, device="cpu").tolist():
                 place = max(step, min(total - 1, int(total * clock.share())))
                 rate = highest * schedule(place, total, options.warmup)
                 for group in optimizer.param_groups:

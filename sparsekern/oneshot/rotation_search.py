@@ -327,7 +327,7 @@ def learn(
                 # A look at all matrices costs as much as `parts` / 3 steps.
                 if made > 1 and (made - 1) % (2 * parts) == 0:
                     best.show(*objective.everywhere(turns.q, turns.rs), turns)
-                order = torch.randperm(len(everything), generator=generator).tolist()
+                order = torch.randperm(len(everything), generator=generator, device="cpu").tolist()
                 picked = objective.pick(next(objective.chunks(order)))
             with torch.enable_grad():
                 shares = objective(picked, turns.q, turns.rs)
