@@ -197,6 +197,30 @@ def test_the_search_finds_tables_of_dtypes(text, lines):
     assert list(dtype_tables(ast.parse(text))) == lines
 
 
+FLOATS = "ones zeros empty full eye rand randn linspace".split()
+MAKERS = {
+    "dtype": {f"torch.{name}" for name in FLOATS},
+    "device": {f"torch.{name}" for name in (*FLOATS, "arange", "tensor", "randperm", "randint")},
+}
+# The specification, and vLLM's loader, which builds layers on the default device.
+ON_THE_DEFAULT_DEVICE = {"sparsekern/reference.py", "sparsekern/integrations/_vllm_method.py"}
+
+
+@pytest.mark.parametrize("option", ["dtype", "device"])
+def test_new_tensors_do_not_follow_torchs_defaults(option):
+    """torch.set_default_dtype and set_default_device are the caller's."""
+    found = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in MODULES
+        if option == "dtype" or name_of(path) not in ON_THE_DEFAULT_DEVICE
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in MAKERS[option]
+        and not {option, None} & {keyword.arg for keyword in node.keywords}
+    ]
+    assert found == []
+
+
 def test_cpp_decides_by_dtype_in_one_place():
     """`dtype == DType::k...` and `switch` on it belong into csrc/core/dtype.cuh."""
     found = []

@@ -83,7 +83,7 @@ def m4n2_1d(matrix: Tensor) -> Tensor:
     """
     groups = matrix.detach().float().abs().reshape(-1, 4)
     sums = torch.stack([groups[:, i] + groups[:, j] for i, j in PATTERN_ORDER], dim=1)
-    table = torch.zeros(len(PATTERN_ORDER), 4, dtype=torch.bool)
+    table = torch.zeros(len(PATTERN_ORDER), 4, dtype=torch.bool, device="cpu")
     for row, pair in enumerate(PATTERN_ORDER):
         table[row, list(pair)] = True
     return table.to(matrix.device)[sums.argmax(dim=1)].view(matrix.shape)

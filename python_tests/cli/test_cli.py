@@ -122,6 +122,22 @@ def test_a_partial_result_has_an_exit_code_of_its_own(places, tmp_path, call, mo
     assert code == 0 and "expected at least half" in error
 
 
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ((), "expected layers to prune, got none: 14 were 2:4 already."),
+        (("--quantize", "int8"), "expected int8 in all layers that are 2:4, got 14 that keep "),
+    ],
+)
+def test_a_folder_that_is_2_4_already(places, tmp_path, call, options, text):
+    warnings.simplefilter("ignore")  # prune_model says it, too
+    arguments = ["--method", "magnitude", "--device", "cpu", "--quiet"]
+    first = ("prune", places / "dense", *arguments, "--quantize", "fp8", "--out", tmp_path / "a")
+    assert call(*first)[0] == 0
+    code, _, error = call("prune", tmp_path / "a", *arguments, *options, "--out", tmp_path / "b")
+    assert code == cli.PARTIAL and text in error
+
+
 def test_a_model_that_stays_dense_is_partial(places, tmp_path, call):
     """No layer has in_features that are a multiple of four: nothing is pruned."""
     config = transformers.LlamaConfig(

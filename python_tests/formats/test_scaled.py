@@ -158,7 +158,11 @@ def quantized_weight(name="int4"):
 
 
 REFUSALS = [
-    (lambda: sk.quantize(torch.randn(8, 16), "fp8"), TypeError, r"2:4 weight.*dense.*Prune first"),
+    (
+        lambda: sk.quantize(torch.randn(8, 16), "fp8"),
+        TypeError,
+        r"w24 of type.*Tensor \[8, 16\]. Prune first",
+    ),
     (lambda: sk.quantize(quantized_weight(), "fp8"), TypeError, "got int4.*dequantize"),
     (lambda: sk.compress(torch.randn(8, 16), quantize="fp8"), ValueError, "non-zeros.*Prune first"),
     (lambda: sk.quantize(sk.compress(weight()), "fp4"), ValueError, "'fp8', 'int8', 'int4', got"),
@@ -202,7 +206,26 @@ REFUSALS = [
         ValueError,
         "one of dtype and quantize",
     ),
-    (lambda: sk.dequantize(torch.ones(4, 4)), TypeError, "a Sparse24, got Tensor"),
+    (
+        lambda: sk.quantize(
+            sk.compress(weight()), "int8", scale="mse", importance=torch.ones(200).cfloat()
+        ),
+        TypeError,
+        "importance of real numbers, got torch.complex64",
+    ),
+    (
+        lambda: sk.compress(weight(), dtype="int5"),
+        TypeError,
+        "compress: expected dtype: an element type in .*got 'int5'",
+    ),
+    (
+        lambda: sk.compress(weight(), dtype=torch.int8),
+        TypeError,
+        "got torch.int8. Quantised types go by name: 'fp8', 'int8', 'int4'",
+    ),
+    (lambda: sk.dequantize(torch.ones(4, 4)), TypeError, "w24 of type Sparse24, got Tensor"),
+    (lambda: sk.quantize(sk.SparseLinear(8, 4), "int8"), TypeError, "Pass its attribute weight"),
+    (lambda: sk.quantize(torch.nn.Sequential(), "int8"), TypeError, "compress_model takes a model"),
     (lambda: WeightSpec.of((4, 8), "int8", group=64), FormatError, "group 0 for int8"),
     (lambda: WeightSpec.of((4, 8), "int4", group=6), FormatError, "multiple of 4, got 6"),
 ]
@@ -253,8 +276,10 @@ def test_numbers_that_float16_cannot_hold():
 
 
 def test_numbers_at_the_ends_of_float32():
-    w = torch.zeros(4, 8)
-    w[0, 0], w[1, 0], w[2, 0], w[3, 0] = 1e-45, 2.0**-126, 3e38, -1e-40
+    w = torch.zeros(6, 8)
+    w[:4, 0] = torch.tensor([1e-45, 2.0**-126, 3e38, -1e-40])
+    w[4, 0] = torch.finfo(torch.float32).max
+    w[5] = -w[4]
     for name in ("fp8", "int8", "int4"):
         w24 = sk.quantize(sk.compress(w), name)
         sk.verify(w24)

@@ -18,7 +18,7 @@ from python_tests.linear_cases import (
 from sparsekern import reference
 from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.errors import FormatError
-from sparsekern.formats.sparse24 import compress, decompress, verify
+from sparsekern.formats.sparse24 import Sparse24, compress, decompress, verify
 from sparsekern.nn.sparse_linear import SparseLinear
 
 KEYS = ["bias", "compressed", "bitmask", "shape"]
@@ -148,10 +148,20 @@ def test_assigning_a_weight():
         sparse.weight = torch.zeros(6, 20)
 
 
-def test_a_dense_parameter_as_weight():
-    """Ties and initialisations of models assign one."""
-    with pytest.raises(TypeError, match=r"of type Sparse24, got Parameter.*compress\(w\)"):
-        make().weight = torch.nn.Parameter(torch.zeros(6, 20))
+@pytest.mark.parametrize(
+    "other, text",
+    [
+        (torch.nn.Parameter(torch.zeros(6, 20)), r"Parameter \[6, 20\].*compress\(w\)"),
+        (make(), "SparseLinear. Pass its attribute weight"),
+        (torch.nn.Linear(20, 6), "Linear. Pass the weight of one layer"),
+    ],
+)
+def test_something_else_as_weight(other, text):
+    """Ties and initialisations of models assign a Parameter; nn.Module would take a layer, too."""
+    module = make()
+    with pytest.raises(TypeError, match=f"expected weight of type Sparse24, got {text}"):
+        module.weight = other
+    assert isinstance(module.weight, Sparse24) and not list(module.children())
 
 
 def test_repr():

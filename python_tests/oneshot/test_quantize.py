@@ -1,5 +1,6 @@
 """prune_model(quantize=), compress_model(quantize=), their reports, resume folders, the command."""
 
+import copy
 import json
 
 import pytest
@@ -111,8 +112,8 @@ REFUSALS = [
     (dict(quantize="fp4"), "one of 'fp8'"),
     (dict(quantize="fp8", pattern=(4, 8), compress=False), r"pattern \(2, 4\) with quantize="),
     (dict(quantize="fp8", quantize_method="awq"), "quantize_method in"),
-    (dict(quantize="int4", quantize_group=32), "quantize_group None or one of"),
-    (dict(quantize="int8", quantize_group=64), "one scale for each output channel"),
+    (dict(quantize="int4", quantize_group=32), r"quantize_group in \(64, 128\), got 32"),
+    (dict(quantize="int8", quantize_group=64), "quantize_group=None for int8, which has one scale"),
     (dict(quantize_group=64), "quantize= with quantize_group"),
     (dict(quantize_method="rtn"), "quantize= with quantize_method"),
 ]
@@ -251,3 +252,43 @@ def test_layers_that_were_2_4_before_are_quantised_by_compress_model():
     assert [row.quantized for row in report.layers] == ["int8", "fp8 rtn", "int8"]
     with pytest.raises(ValueError, match="expected quantize= with quantize_group"):
         sk.compress_model(pruned(), quantize_group=64)
+
+
+def test_levels_of_another_group_or_name_are_told_apart():
+    def pruned(**options):
+        model = nn.Sequential(nn.Linear(128, 16), nn.Linear(16, 128))
+        sk.prune_model(model, "magnitude", targets=["0"], progress=False, **options)
+        return model
+
+    model = pruned(quantize="int4")
+    advice = "decompress_model.*, then sparsekern.compress_model"
+    with pytest.warns(UserWarning, match=f"1 of them keep the numbers that they had.*{advice}"):
+        report = sk.prune_model(model, "magnitude", quantize="int4", quantize_group=64)
+    assert [row.name for row in report.unquantized] == ["0"]
+    with pytest.warns(UserWarning, match="no int4 g64.*Call sparsekern.decompress_model"):
+        sk.compress_model(model, quantize="int4", quantize_group=64)
+    report = sk.compress_model(sk.decompress_model(model), quantize="int4", quantize_group=64)
+    assert not report.partial
+    assert [row.quantized for row in report.layers] == ["int4 g64 rtn", "int4 g16 rtn"]
+
+    report = sk.prune_model(pruned(quantize="fp8"), "magnitude", quantize="float8_e4m3fn")
+    assert not report.partial and [row.quantized for row in report.layers] == ["fp8", "fp8 rtn"]
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["fp8", "int4"])
+def test_levels_do_not_depend_on_torchs_default_dtype(default, name):
+    (w, h), first = (torch.randn(8, 32), Hessian(32)), model()
+    h.add(torch.randn(64, 32))
+    other = copy.deepcopy(first)
+    wanted, _ = gptq(w, h, name)
+    prune(first, quantize=name)
+    calibration = inputs()
+    torch.set_default_dtype(default)
+    try:
+        found, _ = gptq(w, h, name)
+        sk.prune_model(other, "sparsegpt", calibration, quantize=name, progress=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.to_dense(), wanted.to_dense())
+    assert torch.equal(other(calibration), first(calibration))

@@ -79,6 +79,20 @@ def test_what_the_search_predicts_is_what_the_model_has():
     assert abs(float(torch.stack(shares).mean().detach()) - report.lost_after) < 2e-3
 
 
+@pytest.mark.parametrize("change", [sk.rotate, sk.permute])
+def test_torchs_defaults_change_nothing(change):
+    first, other, few = build(), build(), {sk.rotate: "steps", sk.permute: "rounds"}
+    calibration = ids()
+    change(first, calibration, **{few[change]: 3})
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            change(other, calibration, **{few[change]: 3})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(first(ids()).logits, other(ids()).logits)
+
+
 def test_zero_steps_fold_the_gains_alone():
     model = build()
     before = model.model.layers[0].mlp.up_proj.weight.detach().clone()

@@ -164,7 +164,9 @@ def _turns(model: nn.Module, place: Place, conversion: Conversion, shape: tuple[
     """Whether Transformers turns the matrices of a tensor of all experts round when it loads it."""
     if any(getattr(op, "check_dims", False) for op in conversion.converter.operations):
         return shape != place.shape
-    made = conversion.run(model, lambda _: torch.zeros(shape[0], 2, 3, device="cpu"))[place.name]
+    made = conversion.run(
+        model, lambda _: torch.zeros(shape[0], 2, 3, device="cpu", dtype=torch.float32)
+    )[place.name]
     return tuple(made.shape[1:]) == (3, 2)
 
 

@@ -656,7 +656,9 @@ def _check_dense(
         "The folder belongs to another model.",
     )
     allowed = FLOATING if tensor.dtype in FLOATING else (tensor.dtype,)
-    remedy = "Quantised dense weights are not read." if dtype in LEVEL_DTYPES else ""
+    remedy = ""
+    if dtype in LEVEL_DTYPES:
+        remedy = "Quantised dense weights are not read: export without --keep-quantized."
     require(dtype in allowed, where, f"dtype {' | '.join(map(str, allowed))}", dtype, remedy)
     if layer is not None and form_of(files, layer) is PLAIN:
         expected = files.info[join(layer, "compressed")].dtype

@@ -183,7 +183,7 @@ def calibration_windows(tokenizer: Any, paragraphs: Sequence[str], budget: Budge
 def conversation(tokenizer: Any, answers: Sequence[str], window: int) -> Tensor:
     """The first `window` tokens of a chat in which the user asks for one answer after the other."""
     messages: list[dict[str, str]] = []
-    ids = torch.empty(0, dtype=torch.int64)
+    ids = torch.empty(0, dtype=torch.int64, device="cpu")
     for answer in itertools.cycle(answers):
         opening = " ".join(answer.split()[:QUOTED_WORDS])
         messages += [

@@ -178,8 +178,7 @@ def _say(args: argparse.Namespace, out: Path, report: PruneReport) -> int:
     print(
         message(
             OP,
-            f"at least half of the weights to be {report.pattern}",
-            f"{report.share:.1%} of all",
+            *report.shortfall,
             "prune_report.json has the reasons; --allow-partial makes this exit code 0.",
         ),
         file=sys.stderr,

@@ -166,10 +166,10 @@ def calibration_mix(
         wanted = max(1, round(tokens * share / window))
         generator = torch.Generator().manual_seed(seed * 1009 + number)
         documents, sha = _documents(name, tokenizer)
-        order = torch.randperm(len(documents), generator=generator).tolist()
+        order = torch.randperm(len(documents), generator=generator, device="cpu").tolist()
         shuffled = [documents[i] for i in order]
         cut = _whole(shuffled, window) if whole_documents else _joined(shuffled, window, joint)
-        order = torch.randperm(len(cut), generator=generator).tolist()
+        order = torch.randperm(len(cut), generator=generator, device="cpu").tolist()
         taken: list[Tensor] = []
         for i in order:
             if sum(row.numel() for row in taken) >= wanted * window:
@@ -191,7 +191,9 @@ def calibration_mix(
                 "sha256": sha,
             }
         )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(
+        len(rows), generator=torch.Generator().manual_seed(seed), device="cpu"
+    ).tolist()
     rows = [rows[i] for i in order]
     if whole_documents:
         rows.sort(key=lambda row: -row.numel())
@@ -209,7 +211,7 @@ def _joined(documents: Documents, window: int, joint: list[int]) -> list[Tensor]
     ids: list[int] = []
     for number, document in enumerate(documents):
         ids += (joint if number else []) + document
-    stream = torch.tensor(ids, dtype=torch.int64)
+    stream = torch.tensor(ids, dtype=torch.int64, device="cpu")
     return list(stream[: stream.numel() // window * window].view(-1, window))
 
 
@@ -218,7 +220,7 @@ def _whole(documents: Documents, window: int) -> list[Tensor]:
     piece = max(1, window // PIECES)
     rows = []
     for document in documents:
-        ids = torch.tensor(document, dtype=torch.int64)
+        ids = torch.tensor(document, dtype=torch.int64, device="cpu")
         for part in torch.split(ids, window):
             length = part.numel() // piece * piece
             if length > 1:
@@ -369,10 +371,12 @@ def distance(known: Mapping[str, Any], ids: Tensor | Sequence[int]) -> float:
     check(flat.numel() > 0, op, "token ids", "none")
     try:
         pairs = [pair.split(":") for pair in known["tokens"].split()]
-        names = torch.tensor([int(token) for token, _ in pairs], dtype=torch.int64)
-        p = torch.tensor([int(count) for _, count in pairs] + [int(known["rest"])]).double()
+        names = torch.tensor([int(token) for token, _ in pairs], dtype=torch.int64, device="cpu")
+        p = torch.tensor(
+            [int(count) for _, count in pairs] + [int(known["rest"])], device="cpu"
+        ).double()
     except (KeyError, TypeError, ValueError, AttributeError):
-        names = torch.empty(0)
+        names = torch.empty(0, dtype=torch.float32, device="cpu")
     check(names.numel() > 0, op, "a sketch of token frequencies", repr(known)[:80])
     counts = torch.bincount(flat, minlength=int(names.max()) + 1)[names].double()
     q = torch.cat([counts, (flat.numel() - counts.sum())[None]])

@@ -99,7 +99,7 @@ def tokenize(tokenizer, text):
     Special tokens appear only where the tokenizer adds them by itself.
     """
     ids = tokenizer(text, verbose=False)["input_ids"]  # quiet: longer than the model's window
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 # Of a calibration: 32 GiB of ids.
@@ -130,7 +130,9 @@ def calibration_windows(token_ids, samples=128, window=2048, seed=0):
         "Give a longer text or a smaller window.",
     )
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, token_ids.numel() - window, (samples,), generator=generator)
+    starts = torch.randint(
+        0, token_ids.numel() - window, (samples,), generator=generator, device="cpu"
+    )
     return torch.stack([token_ids[start : start + window] for start in starts.tolist()])
 
 
@@ -161,17 +163,19 @@ def side_by_side(token_ids, samples=None, window=2048, seed=0, twice=False):
     check(enough, op, f"{window} tokens in one row", list(token_ids.shape), remedy)
     rows = token_ids[: token_ids.numel() // window * window].view(-1, window)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(rows.shape[0], generator=generator)
+    order = torch.randperm(rows.shape[0], generator=generator, device="cpu")
     if not twice or samples is None or samples <= rows.shape[0]:
         return rows[order[:samples]]
     alone = -(-rows.shape[0] // 5)
-    free = torch.ones(rows.shape[0], dtype=torch.bool)
+    free = torch.ones(rows.shape[0], dtype=torch.bool, device="cpu")
     free[order[-alone:]] = False
     middles = (free[:-1] & free[1:]).nonzero().view(-1) * window + window // 2
-    more = token_ids[middles[:, None] + torch.arange(window)]
-    more = more[torch.randperm(more.shape[0], generator=generator)[: samples - rows.shape[0]]]
+    more = token_ids[middles[:, None] + torch.arange(window, device="cpu")]
+    more = more[
+        torch.randperm(more.shape[0], generator=generator, device="cpu")[: samples - rows.shape[0]]
+    ]
     both = torch.cat([rows[order[:-alone]], more])
-    both = both[torch.randperm(both.shape[0], generator=generator)]
+    both = both[torch.randperm(both.shape[0], generator=generator, device="cpu")]
     return torch.cat([both, rows[order[-alone:]]])
 
 

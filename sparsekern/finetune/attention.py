@@ -94,7 +94,7 @@ def why_not_causal(model: nn.Module, tokens: int) -> str:
         device = next(model.parameters()).device
         size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(size, (1, tokens), generator=generator).to(device)
+        ids = torch.randint(size, (1, tokens), generator=generator, device="cpu").to(device)
         theirs = body(input_ids=ids, use_cache=False).last_hidden_state.float()
         with use(model, CAUSAL, causal):
             ours = body(input_ids=ids, use_cache=False).last_hidden_state.float()

@@ -103,8 +103,8 @@ def pack(documents: Sequence[Tensor], window: int, separator: int | None = None)
         check(good, f"{OP}.pack", expected, shown(document), "Tokenize the text.", TypeError)
         parts.append(document.reshape(-1).to(torch.int32))
         if separator is not None:
-            parts.append(torch.tensor([separator], dtype=torch.int32))
-    ids = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
+            parts.append(torch.tensor([separator], dtype=torch.int32, device="cpu"))
+    ids = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32, device="cpu")
     remedy = "Give more text or a smaller window."
     check(window >= 2, f"{OP}.pack", "window >= 2", window)
     got = f"{ids.numel()} tokens"
@@ -119,11 +119,11 @@ def batch_rows(count: int, batch: int, seed: int, step: int) -> Tensor:
     Returns:
         int64 [batch]; a batch at the end of a pass takes the rest from the next one.
     """
-    places = torch.arange(step * batch, (step + 1) * batch)
+    places = torch.arange(step * batch, (step + 1) * batch, device="cpu")
     rows = torch.empty_like(places)
     for number in (places // count).unique().tolist():
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        order = torch.randperm(count, generator=generator)
+        order = torch.randperm(count, generator=generator, device="cpu")
         here = places // count == number
         rows[here] = order[places[here] % count]
     return rows
@@ -183,7 +183,7 @@ def generate(
     if prompts is None:
         first = _start_token(teacher) if start is None else start
         check(first is not None, op, "a start token", "none in the config", "Pass start=.")
-        prompts = torch.tensor([[first]])
+        prompts = torch.tensor([[first]], device="cpu")
     fits = prompts.dim() == 2 and 1 <= prompts.shape[1] < window
     check(fits, op, f"prompts [n, 1 to {window - 1}]", list(prompts.shape))
     short = prompts < 0
@@ -272,7 +272,7 @@ def _own_text(
 ) -> dict[str, float]:
     """{"entropy", "nll"} in nats a token over at most 32 rows, checked against each other."""
     device = next(teacher.parameters()).device
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64, device="cpu")
     for row in rows[:: max(1, rows.shape[0] // 32)][:32]:
         ids = row.to(device, torch.int64).unsqueeze(0)
         on = autocast is not None
@@ -323,7 +323,7 @@ def _sample(
         for begin in range(0, count, batch):
             if deadline is not None and time.perf_counter() > deadline:
                 break
-            numbers = torch.arange(begin, begin + batch) % prompts.shape[0]
+            numbers = torch.arange(begin, begin + batch, device="cpu") % prompts.shape[0]
             try:
                 rows = sampler.fill(prompts[numbers], deadline, bar)
             except RuntimeError as error:
@@ -342,7 +342,7 @@ def _whole_rows(parts: list[Tensor], window: int, op: str) -> tuple[Tensor, int]
     if rest:
         ids = torch.cat(rest)
         whole.append(ids[: ids.numel() // window * window].view(-1, window))
-    rows = torch.cat(whole) if whole else torch.empty(0, window, dtype=torch.int32)
+    rows = torch.cat(whole) if whole else torch.empty(0, window, dtype=torch.int32, device="cpu")
     check(rows.shape[0] > 0, op, "time for one row", "none", "Raise seconds, lower batch.")
     return rows, count
 
@@ -372,7 +372,9 @@ def _sample_with_cache(
         for begin in range(0, count, batch):
             if deadline is not None and time.perf_counter() > deadline:
                 break
-            numbers = torch.arange(begin, min(begin + batch, count)) % prompts.shape[0]
+            numbers = (
+                torch.arange(begin, min(begin + batch, count), device="cpu") % prompts.shape[0]
+            )
             ids = torch.empty(len(numbers), window, dtype=torch.int64, device=device)
             given = prompts[numbers].to(device)
             ids[:, :length] = given[:, :length]
@@ -415,7 +417,7 @@ class _Decoder:
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         size = int(self._forward(prompt, None).shape[-1])
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, size, (prompt.shape[0], 4), generator=generator)
+        ids = torch.randint(0, size, (prompt.shape[0], 4), generator=generator, device="cpu")
         reasons = []
         for kind in ("StaticCache", "DynamicCache"):
             self.kind = kind

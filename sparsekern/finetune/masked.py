@@ -575,7 +575,10 @@ class Masked:
         loaded = {}
         for entry in self.entries:
             shape = list(
-                grouped(torch.empty(entry.parameter.shape, device="meta"), entry.transposed).shape
+                grouped(
+                    torch.empty(entry.parameter.shape, device="meta", dtype=torch.float32),
+                    entry.transposed,
+                ).shape
             )
             found = state["shapes"][entry.name]
             require(found == shape, f"mask {entry.name!r} of shape {shape}", found)

@@ -248,7 +248,7 @@ def why_not(model: nn.Module, prompt: Tensor, window: int, autocast: torch.dtype
         with torch.no_grad():
             size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
             generator = torch.Generator().manual_seed(0)
-            more = torch.randint(size, (prompt.shape[0], 7), generator=generator)
+            more = torch.randint(size, (prompt.shape[0], 7), generator=generator, device="cpu")
             ids = torch.cat((prompt[:, :1], more.to(prompt.device)), dim=1)
             probe = Sampler(model, ids.shape[0], 9, autocast=autocast)
             probe.ids[:, :8] = ids

@@ -407,7 +407,7 @@ class _Run:
         total = self.steps if self.steps is not None else math.ceil(60 * (recipe.minutes or 0))
         unit = "step" if self.steps is not None else "s"
         tokens = recipe.batch * self.corpus.window
-        sums = torch.zeros(4, device=self.device)
+        sums = torch.zeros(4, device=self.device, dtype=torch.float32)
         first_done = step > 0
         seen = 0  # steps that count for the speed
         before = self.spent  # without the first step, which compiles
@@ -499,7 +499,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros(4, device=self.device)
+        total = torch.zeros(4, device=self.device, dtype=torch.float32)
         kind, on = self.device.type, self.autocast is not None
         for number, (ids, (target, theirs)) in enumerate(zip(batches, targets)):
             wait = number + 1 < len(batches) and world.size > 1

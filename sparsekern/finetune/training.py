@@ -310,7 +310,7 @@ class _Made:
         if values.is_cuda:
             # A kernel between the writes and the linear kernels, which may read their weight while
             # the kernel queued just before them still runs (see tile64.pack).
-            torch.zeros(1, device=values.device)
+            torch.zeros(1, device=values.device, dtype=torch.float32)
         self.source, self.version = values, values._version
         self._dense = None
 

@@ -38,13 +38,13 @@ def transposable_patterns() -> Tensor:
         for tile in itertools.product(rows, repeat=4)
         if all(sum(column) == 2 for column in zip(*tile))
     ]
-    return torch.tensor(found, dtype=torch.bool)
+    return torch.tensor(found, dtype=torch.bool, device="cpu")
 
 
 @functools.cache
 def pattern_bits() -> Tensor:
     """The 90 patterns as int32 [90], bit i = element i of the tile, rows one after another."""
-    weights = 1 << torch.arange(16, dtype=torch.int32)
+    weights = 1 << torch.arange(16, dtype=torch.int32, device="cpu")
     return (transposable_patterns().view(PATTERNS, 16) * weights).sum(1, dtype=torch.int32)
 
 

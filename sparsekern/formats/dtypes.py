@@ -164,7 +164,7 @@ def elements() -> tuple[ElementType, ...]:
     return tuple(_TABLE.values())
 
 
-def element(name: str | torch.dtype) -> ElementType:
+def element(name: str | torch.dtype, op: str = "sparsekern.element") -> ElementType:
     """The row of a name ("fp8" is that of float8_e4m3fn), or of a plain torch dtype.
 
     Raises:
@@ -175,7 +175,8 @@ def element(name: str | torch.dtype) -> ElementType:
     else:
         known, found = ", ".join(_TABLE), _TABLE.get(ALIASES.get(name, name))
     if found is None:
-        raise TypeError(message("sparsekern.element", f"an element type in {known}", repr(name)))
+        remedy = f"Quantised types go by name: {', '.join(map(repr, QUANTIZED))}."
+        raise TypeError(message(op, f"dtype: an element type in {known}", repr(name), remedy))
     return found
 
 

@@ -97,6 +97,14 @@ class WeightSpec:
     def element(self) -> ElementType:
         return dtypes.element(self.storage)
 
+    @property
+    def levels(self) -> str:
+        """A coded type in users' words, "fp8" or "int4 g128"; "" for a plain one."""
+        if self.element.plain:
+            return ""
+        name = next((k for k, v in dtypes.ALIASES.items() if v == self.storage), self.storage)
+        return f"{name} g{self.group}" if self.group else name
+
     def with_(self, *, layout: str | None = None, dtype: torch.dtype | None = None) -> WeightSpec:
         """The same weight in another layout, or with other numbers (a plain type changes)."""
         dtype = self.dtype if dtype is None else dtype

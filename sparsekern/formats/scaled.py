@@ -32,6 +32,7 @@ from sparsekern.errors import FormatError, check, message
 SCALE = "weight_scale"
 DEFAULT_GROUP = 128  # of types whose scales belong to groups
 _SMALLEST = torch.finfo(torch.float32).tiny
+_LARGEST = torch.finfo(torch.float32).max * (1 - 2**-23)  # top · (it / top) is finite, rounded up
 SHRINKS, SHRINK = 31, 0.02  # of "mse": scales that are tried, and from one to the next
 _BLOCK = 1 << 20  # values for which every scale is tried at a time
 
@@ -99,7 +100,7 @@ class ScaledCodec:
 
     def absmax(self, numbers: Tensor, group: int) -> Tensor:
         """max |w| / top of every row or group, float32 [out, groups]; 1 where all are 0."""
-        most = _by_group(numbers.float().abs(), group).amax(dim=2)
+        most = _by_group(numbers.float().abs(), group).amax(dim=2).clamp_(max=_LARGEST)
         # By a tensor: torch multiplies by the reciprocal of a number on a GPU.
         scale = (most / most.new_full((), self.top)).clamp_(min=_SMALLEST)
         return scale.masked_fill_(most == 0, 1.0)

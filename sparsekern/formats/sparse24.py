@@ -515,7 +515,7 @@ def encode(w24: Sparse24, storage: str | torch.dtype, group: int = 0) -> Sparse2
         TypeError: no such type, or it has no codec.   FormatError: the codec made tensors of
         another form than the table says.
     """
-    kind = dtypes.element(storage)
+    kind = dtypes.element(storage, "sparsekern.compress")
     if kind.plain:
         return w24.to(kind.storage)
     if kind.codec is None:
@@ -625,6 +625,19 @@ def verify(w24: Sparse24) -> None:
 
 
 # ---- checks --------------------------------------------------------------------------------------
+
+
+def check_is_sparse24(op: str, w24: object, name: str = "weight", dense: str = "") -> None:
+    """TypeError unless w24 is a Sparse24. dense: what to do with a dense tensor."""
+    if not isinstance(w24, Sparse24):
+        got, remedy = type(w24).__name__, dense or "Call sparsekern.compress(w)."
+        if isinstance(getattr(w24, "weight", None), Sparse24):
+            remedy = "Pass its attribute weight."
+        elif isinstance(w24, torch.nn.Module):
+            remedy = "Pass the weight of one layer; sparsekern.compress_model takes a model."
+        elif isinstance(w24, Tensor):
+            got = f"{got} {list(w24.shape)}"
+        raise TypeError(message(op, f"{name} of type Sparse24", got, remedy))
 
 
 def _check(condition: bool, op: str, expected: str, got: object, remedy: str = "") -> None:

@@ -65,7 +65,7 @@ class WaitingLayer(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """For code that initialises weights: a tensor without data that counts as initialised."""
-        weight = torch.empty(self.size, device="meta")
+        weight = torch.empty(self.size, device="meta", dtype=torch.get_default_dtype())
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
         return weight
 

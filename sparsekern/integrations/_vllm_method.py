@@ -272,7 +272,7 @@ class SparseKernLinearMethod(LinearMethodBase):
         if SCALE in stored:
             stored[SCALE][first:] = 1
         if "weight_packed" in stored:
-            zero = packed.pack_words(torch.zeros(1, 8))
+            zero = packed.pack_words(torch.zeros(1, 8, dtype=torch.float32))
             stored["weight_packed"][first:] = zero.to(stored["weight_packed"].device)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:

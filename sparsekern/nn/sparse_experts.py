@@ -315,7 +315,7 @@ class SparseExperts(nn.Module):
             if role == "hidden":
                 given[name] = x
             elif role == "index":
-                given[name] = torch.full((x.shape[0], 1), index, device=x.device)
+                given[name] = torch.full((x.shape[0], 1), index, device=x.device, dtype=torch.int64)
             else:
                 given[name] = x.new_ones(x.shape[0], 1)
         self.forward(**given)
@@ -596,10 +596,17 @@ def _example(
     generator = torch.Generator().manual_seed(0)
     tokens = _PROBE_TOKENS if form == "routed" else experts
     dtype = next(p.dtype for p in module._parameters.values() if p is not None)
-    x = torch.randn(tokens, width, generator=generator).to(dtype)
+    x = torch.randn(tokens, width, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
     count = min(2, experts)
-    index = torch.stack([torch.arange(tokens), torch.arange(tokens) + 1], 1)[:, :count] % experts
-    weight = torch.rand(tokens, count, generator=generator).to(dtype)
+    index = (
+        torch.stack(
+            [torch.arange(tokens, device="cpu"), torch.arange(tokens, device="cpu") + 1], 1
+        )[:, :count]
+        % experts
+    )
+    weight = torch.rand(tokens, count, generator=generator, dtype=torch.float32, device="cpu").to(
+        dtype
+    )
     made = {"hidden": x, "index": index, "weight": weight, "sizes": [1] * experts}
     return {name: made[role] for name, role in roles}
 
@@ -632,7 +639,7 @@ class _Probe:
         value = module._parameters.get(name)
         value = module._buffers.get(name) if value is None else value
         if isinstance(value, Tensor):
-            made[name] = torch.zeros(1, dtype=value.dtype).expand(value.shape)
+            made[name] = torch.zeros(1, dtype=value.dtype, device="cpu").expand(value.shape)
             return made[name]
         if name == "training":
             return False

@@ -28,7 +28,13 @@ from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import dtypes
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
 from sparsekern.formats.layouts import layout as layout_named
-from sparsekern.formats.sparse24 import Sparse24, for_pickle, from_pickle, verify
+from sparsekern.formats.sparse24 import (
+    Sparse24,
+    check_is_sparse24,
+    for_pickle,
+    from_pickle,
+    verify,
+)
 from sparsekern.nn.replace import dense_weight, is_linear
 from sparsekern.ops import linear_op as ops
 from sparsekern.ops.compress import compress
@@ -131,7 +137,7 @@ class SparseLinear(nn.Module):
             TypeError: w24 is no Sparse24, or the bias has another dtype.
             ValueError: the bias has another shape or device.   And what `layout` raises.
         """
-        _check_weight(w24)
+        check_is_sparse24(_OP, w24)
         out_features, in_features = w24.shape
         module = cls(in_features, out_features, bias=False, dtype=w24.dtype, device="meta")
         module._wanted = _wanted_layout(layout, packed)
@@ -202,18 +208,19 @@ class SparseLinear(nn.Module):
 
     @weight.setter
     def weight(self, w24: Sparse24) -> None:
-        _check_weight(w24)
+        check_is_sparse24(_OP, w24)
         if tuple(w24.shape) != (self.out_features, self.in_features):
             expected = f"a weight of shape [{self.out_features}, {self.in_features}]"
             remedy = "Build a new module with from_sparse24."
             raise ValueError(message(_OP, expected, str(list(w24.shape)), remedy))
         self._arrange(w24)
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of nn.Module; a dense Parameter as weight is a TypeError that says what to do."""
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As of nn.Module, which would take a Parameter or a layer as weight beside the property:
+        what is no Sparse24 is a TypeError that says what to do."""
         if name == "weight":
-            _check_weight(param)
-        super().register_parameter(name, param)
+            check_is_sparse24(_OP, value)
+        super().__setattr__(name, value)
 
     @property
     def layout(self) -> str | None:
@@ -398,7 +405,7 @@ class SparseLinear(nn.Module):
         if not w24.spec.element.plain:
             tensors |= {name: w24.tensors[name] for name in w24.spec.element.tensors}
             stored = f"{w24.spec.storage} {w24.spec.group}".encode()
-            tensors[_STORAGE_KEY] = torch.tensor(list(stored), dtype=torch.uint8)
+            tensors[_STORAGE_KEY] = torch.tensor(list(stored), dtype=torch.uint8, device="cpu")
         for key, tensor in tensors.items():
             destination[prefix + key] = tensor
 
@@ -579,13 +586,6 @@ def _wanted_layout(layout: str | None, packed: bool | str | None) -> str | None:
     if layout is not None:
         layout_named(layout, _OP)
     return layout
-
-
-def _check_weight(w24: object) -> None:
-    if not isinstance(w24, Sparse24):
-        got = type(w24).__name__
-        remedy = "Call sparsekern.compress(w)."
-        raise TypeError(message(_OP, "weight of type Sparse24", got, remedy))
 
 
 def _bias_parameter(bias: Tensor, w24: Sparse24) -> nn.Parameter:

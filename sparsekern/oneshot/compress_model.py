@@ -24,7 +24,7 @@ from sparsekern.oneshot.layerwise import new_report
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.oneshot.selection import select
 from sparsekern.oneshot.skip import as_rules
-from sparsekern.ops.quantize import GROUPS, checked_group
+from sparsekern.ops.quantize import checked_group
 from sparsekern.ops.quantize import quantize as quantized
 from sparsekern.utils.arguments import checked
 
@@ -62,7 +62,7 @@ def compress_model(
     start = time.perf_counter()
     if quantize is not None:
         quantized_type(OP, quantize, "quantize")
-        checked_group(OP, quantize, quantize_group, max(GROUPS))
+        checked_group(OP, quantize, quantize_group, None, "quantize_group")
     alone = quantize is None and quantize_group is not None
     check(not alone, OP, "quantize= with quantize_group", None, "Leave quantize_group out.")
     model = models.unwrapped(model)
@@ -91,8 +91,7 @@ def compress_model(
                 if quantize is not None:
                     group = quantize_group
                     w24 = quantized(w24, quantize, group=group, scale="mse", layout=ROWMAJOR)
-                    group_text = f" g{w24.spec.group}" if w24.spec.group else ""
-                    row.quantized = f"{quantize}{group_text} rtn"
+                    row.quantized = f"{w24.spec.levels} rtn"
                 bias: Any = getattr(old, "bias", None)
                 new: SparseLinear = SparseLinear.from_sparse24(w24, bias)
                 replace_module(layer.home or model, old, new)
@@ -107,7 +106,9 @@ def compress_model(
     if report.partial:
         why = "; ".join(f"{share:.0%} {text} ({n})" for text, n, share in report.why_dense()[:4])
         kept = len(report.unquantized)
-        held = f"{kept} layers keep the numbers that they had: no {quantize}. " if kept else ""
+        levels = quantize if quantize_group is None else f"{quantize} g{quantize_group}"
+        held = f"{kept} layers keep the numbers that they had: no {levels}. " if kept else ""
+        remedy = " Call sparsekern.decompress_model(model) first." if kept else ""
         text = f"{held}{report.share:.1%} of the linear weights of {report.model} are 2:4"
-        warnings.warn(f"{OP}: {text}. Dense: {why or 'none'}.", stacklevel=4)
+        warnings.warn(f"{OP}: {text}. Dense: {why or 'none'}.{remedy}", stacklevel=4)
     return report

@@ -147,7 +147,7 @@ def computes_linear(module: nn.Module) -> bool:
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         return False
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, weight.shape[1], generator=generator)
+    x = torch.randn(2, 3, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu")
     x = x.to(weight.device, weight.dtype)
     flag = module.training
     try:

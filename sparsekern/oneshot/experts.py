@@ -240,13 +240,15 @@ class ExpertPools:
     ) -> Hessian | None:
         """H' of a layer; None where its own Hessian stays as it is."""
         seen, width = self.tokens[layer.name], layer.shape[1]
-        total = torch.zeros(width, width, device=self.device)
+        total = torch.zeros(width, width, device=self.device, dtype=torch.float32)
         if own is not None and seen:
             total += own.matrix * (own.samples / 2)
         if pool is not None and pool[1]:
             extra = pool[0].matrix * (pool[0].samples / 2 / pool[1])
         elif own is not None and 0 < seen < width:
-            extra = torch.eye(width, device=self.device) * (total.trace() / (seen * width))
+            extra = torch.eye(width, device=self.device, dtype=torch.float32) * (
+                total.trace() / (seen * width)
+            )
         else:
             return None
         k = PRIOR * width

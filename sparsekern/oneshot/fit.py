@@ -79,7 +79,7 @@ class Loss:
             for keep in self.walk.batches[index].keep:
                 if keep.shape == t.shape[:-1]:
                     return keep.to(t.device, torch.float32)
-        return torch.ones(t.shape[:-1], device=t.device)
+        return torch.ones(t.shape[:-1], device=t.device, dtype=torch.float32)
 
     def _scale(self, j: int, t: Tensor) -> Tensor:
         """1 / variance of each channel over the tokens of the first batch seen, each of unit size;
@@ -213,7 +213,7 @@ def fit(
         for epoch in range(0 if stopped else options.epochs):
             new_epoch(epoch)
             losses, epochs = [], epoch + 1
-            for number in torch.randperm(len(train), generator=generator).tolist():
+            for number in torch.randperm(len(train), generator=generator, device="cpu").tolist():
                 place = max(step, min(total - 1, int(total * clock.share())))
                 rate = highest * schedule(place, total, options.warmup)
                 for group in optimizer.param_groups:

@@ -20,7 +20,6 @@ from torch import Tensor
 from sparsekern import prune
 from sparsekern.errors import check
 from sparsekern.formats import sparse24
-from sparsekern.formats.dtypes import ALIASES
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.discovery import Layer
@@ -88,10 +87,8 @@ def new_report(layer: Layer, options: Options | None = None) -> LayerReport:
     row = LayerReport(layer.name, layer.shape, layer.dtype, layer.block)
     row.bytes_dense, row.bytes_sparse = layer.bytes_dense, layer.bytes_now
     row.is_24, row.tokens = layer.is_24, layer.tokens
-    if isinstance(layer.module, SparseLinear) and not layer.module.weight.spec.element.plain:
-        spec = layer.module.weight.spec
-        name = next((k for k, v in ALIASES.items() if v == spec.storage), spec.storage)
-        row.quantized = f"{name}{f' g{spec.group}' if spec.group else ''}"
+    if isinstance(layer.module, SparseLinear):
+        row.quantized = layer.module.weight.spec.levels or None
     if options is None:
         row.skipped, row.reason = True, layer.reason
     else:
@@ -235,17 +232,11 @@ def describe_quantized(
     block has been trained through the levels."""
     method = "rtn" if hessian is None else options.quantize_method or "gptq"
     more = " + blocks" if trained else ""
-    report.quantized = f"{quantized_as(quantized, options)} {method}{more}"
+    report.quantized = f"{quantized.spec.levels} {method}{more}"
     if hessian is not None and report.relative_error is not None:
         total = prune.relative_error(dense, quantized.to_dense(), hessian)
         report.quantize_error = total - report.relative_error
         report.relative_error = total
-
-
-def quantized_as(quantized: Sparse24, options: Options) -> str:
-    """The type of levels in a row's words: "int4 g128"."""
-    group = quantized.spec.group
-    return f"{options.quantize}{f' g{group}' if group else ''}"
 
 
 def _given(layer: Layer, options: Options) -> bool:

@@ -215,7 +215,7 @@ def permute_on(
             done[:] = [pair for pair in done if pair[0].name in mlps]
             for site, order in between:
                 apply(site, order.argsort(1), target)
-                orders[site.name] = torch.arange(site.size).repeat(site.heads, 1)
+                orders[site.name] = torch.arange(site.size, device="cpu").repeat(site.heads, 1)
                 shares[site.name] = (shares[site.name][0],) * 2
             distance = _distance(before, _outputs(model, probe, home, target))
             text = (
@@ -232,8 +232,11 @@ def permute_on(
     except BaseException:
         undo()
         raise
-    mean = torch.tensor(list(shares.values()), dtype=torch.float64).mean(0).tolist()
-    moved = sum(not torch.equal(o, torch.arange(o.shape[1]).expand_as(o)) for o in orders.values())
+    mean = torch.tensor(list(shares.values()), dtype=torch.float64, device="cpu").mean(0).tolist()
+    moved = sum(
+        not torch.equal(o, torch.arange(o.shape[1], device="cpu").expand_as(o))
+        for o in orders.values()
+    )
     took = time.perf_counter() - start
     report = PermutationReport(moved, rounds, took, mean[0], mean[1], distance, parts)
     logger.info("%s", report)
@@ -286,12 +289,14 @@ def apply(site: Site, order: Tensor, device: torch.device | None = None) -> None
     """Write an order [heads, size] into the rows of the makers and the columns of the reader.
     device: where they are put in order; None: where they are."""
     heads, size = order.cpu(), site.size
-    rows = (heads + size * torch.arange(site.heads)[:, None]).view(-1)
+    rows = (heads + size * torch.arange(site.heads, device="cpu")[:, None]).view(-1)
     for layer in site.makers:
         _reorder(layer.weight, rows, 0, device)
         if layer.bias is not None:
             _reorder(layer.bias, rows, 0, device)
-    starts = size * torch.arange(site.heads * site.repeat).view(site.heads, site.repeat, 1)
+    starts = size * torch.arange(site.heads * site.repeat, device="cpu").view(
+        site.heads, site.repeat, 1
+    )
     _reorder(site.reader.weight, (heads[:, None] + starts).reshape(-1), 1, device)
 
 
@@ -324,8 +329,10 @@ def _distance(before: Tensor, after: Tensor) -> float:
 def _checked(order: Tensor | None, site: Site) -> Tensor:
     """A stored order, if it is one of this place; else FormatError."""
     if order is None or order.shape != (site.heads, site.size):
-        order = torch.zeros(1, 1)
-    right = torch.equal(order.sort(1).values, torch.arange(site.size).expand(site.heads, -1))
+        order = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
+    right = torch.equal(
+        order.sort(1).values, torch.arange(site.size, device="cpu").expand(site.heads, -1)
+    )
     expected = f"an order of {site.heads} x {site.size} channels for {site.name}"
     check(right, OP, expected, "none that fits", "Delete the directory.", FormatError)
     return order
@@ -443,11 +450,16 @@ def search(scores: Tensor, rounds: int, generator: torch.Generator) -> Tensor:
     columns = scores.transpose(1, 2).reshape(heads * size, rows).contiguous()
     order = torch.arange(heads * size, device=scores.device)
     groups = size // 4
-    firsts = groups * torch.arange(heads)[:, None]
+    firsts = groups * torch.arange(heads, device="cpu")[:, None]
     costs = _costs_function(scores)
     least = max(1, _ELEMENTS // (16 * max(1, rows))) if costs is _costs else heads * groups
     for _ in range(rounds):
-        mixed = torch.rand(heads, groups, generator=generator).argsort(1) + firsts
+        mixed = (
+            torch.rand(
+                heads, groups, generator=generator, dtype=torch.float32, device="cpu"
+            ).argsort(1)
+            + firsts
+        )
         pairs = mixed[:, : groups // 2 * 2].reshape(-1, 2).to(order.device, non_blocking=True)
         for part in pairs.split(least):
             eight = order.view(-1, 4)[part].view(-1, 8)

@@ -151,7 +151,7 @@ class Ranks:
     def _status(self, error: BaseException | None) -> None:
         dist = torch.distributed
         self._step += 1
-        state = torch.tensor([error is not None, self._step, -self._step])
+        state = torch.tensor([error is not None, self._step, -self._step], device="cpu")
         try:
             dist.all_reduce(state, op=dist.ReduceOp.MAX, group=self._control)
             failed, last, first = state.tolist()

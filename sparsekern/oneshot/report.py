@@ -12,6 +12,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from sparsekern.errors import check, message
+from sparsekern.formats.layouts import WeightSpec
 from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
 from sparsekern.utils.arguments import checked
 from sparsekern.utils.files import write_atomic
@@ -175,9 +176,23 @@ class PruneReport:
     def unquantized(self) -> list[LayerReport]:
         """With quantize=, the layers that are 2:4, and that no rule leaves out, but hold other
         numbers than asked for: those that were 2:4, or quantised, before."""
-        wanted = self.options.get("quantize")
-        rows = [row for row in self.layers if wanted is not None and row.asked and row.is_24]
-        return [row for row in rows if (row.quantized or "").split(" ")[0] != wanted]
+        wanted, group = self.options.get("quantize"), self.options.get("quantize_group") or 0
+        if wanted is None:
+            return []
+        rows = [row for row in self.layers if row.asked and row.is_24]
+        levels = [WeightSpec.of(row.shape, wanted, group=group).levels for row in rows]
+        return [r for r, text in zip(rows, levels) if not f"{r.quantized} ".startswith(f"{text} ")]
+
+    @property
+    def shortfall(self) -> tuple[str, str]:
+        """(what was asked for, what was done instead) of a report that is `partial`."""
+        if self.unquantized:
+            wanted = f"{self.options['quantize']} in all layers that are {self.pattern}"
+            return wanted, f"{len(self.unquantized)} that keep the numbers that they had"
+        already = sum(row.is_24 for row in self.skipped)
+        if already and not self.pruned:
+            return "layers to prune", f"none: {already} were {self.pattern} already"
+        return f"at least half of the weights to be {self.pattern}", f"{self.share:.1%} of all"
 
     def why_dense(self) -> list[tuple[str, int, float]]:
         """[(reason, layers, share of all weights)] of what is not sparse, largest share first;

@@ -175,7 +175,9 @@ class ResumeDir:
                 tensors[f"{name}.compressed"] = weight.values.cpu().contiguous()
                 tensors[f"{name}.bitmask"] = weight.bitmask().cpu().contiguous()
                 if not weight.spec.element.plain:
-                    text = torch.tensor(list(weight.spec.text.encode()), dtype=torch.uint8)
+                    text = torch.tensor(
+                        list(weight.spec.text.encode()), dtype=torch.uint8, device="cpu"
+                    )
                     tensors[f"{name}.spec"] = text
                     for part in weight.spec.element.tensors:
                         tensors[f"{name}.{part}"] = weight.tensors[part].cpu().contiguous()

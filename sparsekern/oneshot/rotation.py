@@ -134,7 +134,7 @@ class Rotated:
     def tensors(self) -> dict[str, Tensor]:
         """What was learnt, as `rotate_on(known=)` takes it."""
         lost = [self.report.lost_before, self.report.lost_after]
-        made = {"basis": self.basis, "lost": torch.tensor(lost, dtype=torch.float64)}
+        made = {"basis": self.basis, "lost": torch.tensor(lost, dtype=torch.float64, device="cpu")}
         return made | {f"turns.{i}": turn for i, turn in enumerate(self.turns)}
 
 
@@ -172,7 +172,11 @@ def rotate_on(
     tie_flag = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
     undo = functools.partial(_restore, model, kept, tied is not None, tie_flag)
     width = stream.embedding.weight.shape[1]
-    basis, turns, lost = torch.eye(width, dtype=torch.float64), list[Tensor](), (0.0, 0.0)
+    basis, turns, lost = (
+        torch.eye(width, dtype=torch.float64, device="cpu"),
+        list[Tensor](),
+        (0.0, 0.0),
+    )
     made = steps
     try:
         untied = _untie(model, stream) if tied is not None else 0

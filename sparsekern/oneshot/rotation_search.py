@@ -232,7 +232,10 @@ class Turns:
     makes of the gradient at a = b = 0, so that no turn is too far for the form."""
 
     def __init__(self, width: int, sizes: list[tuple[int, int, int, int]], device: Any) -> None:
-        eyes = [torch.eye(n, device=device) for n in (width, *(size[-1] for size in sizes))]
+        eyes = [
+            torch.eye(n, device=device, dtype=torch.float32)
+            for n in (width, *(size[-1] for size in sizes))
+        ]
         shapes = [(width, width), *sizes]
         self.values = [
             eye.expand(shape).clone().requires_grad_()
@@ -324,7 +327,7 @@ def learn(
                 # A look at all matrices costs as much as `parts` / 3 steps.
                 if made > 1 and (made - 1) % (2 * parts) == 0:
                     best.show(*objective.everywhere(turns.q, turns.rs), turns)
-                order = torch.randperm(len(everything), generator=generator).tolist()
+                order = torch.randperm(len(everything), generator=generator, device="cpu").tolist()
                 picked = objective.pick(next(objective.chunks(order)))
             with torch.enable_grad():
                 shares = objective(picked, turns.q, turns.rs)

@@ -419,8 +419,10 @@ class Run(Rounds):
         if already:
             done += f", {already} layers were 2:4 already"
         if report.unquantized:
+            levels = any(row.quantized for row in report.unquantized)
+            first = "sparsekern.decompress_model(model), then " if levels else ""
             done += f", {len(report.unquantized)} of them keep the numbers that they had (see "
-            done += "sparsekern.compress_model(model, quantize=...))"
+            done += f"{first}sparsekern.compress_model(model, quantize=...))"
         text = f"{done}: {report.share:.1%} of the linear weights of {report.model}"
         text += f" are {report.pattern}"
         warnings.warn(f"{OP}: {text}. Dense: {why or 'none'}.", stacklevel=5)

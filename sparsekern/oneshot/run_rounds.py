@@ -20,7 +20,7 @@ from sparsekern.oneshot.collector import collected
 from sparsekern.oneshot.devices import on_device
 from sparsekern.oneshot.executor import Calibration
 from sparsekern.oneshot.extra import OP, Extra
-from sparsekern.oneshot.layerwise import Options, describe_quantized, quantized_as
+from sparsekern.oneshot.layerwise import Options, describe_quantized
 from sparsekern.oneshot.layerwise import quantize as quantize_layer
 from sparsekern.oneshot.portion import portion
 from sparsekern.oneshot.reconstruct import reconstruct_block
@@ -249,9 +249,7 @@ class Rounds:
         for name, layer in layers.items():
             row = self.rows[name]
             row.note = "; ".join(filter(None, (row.note, _said(fit, " through levels"))))
-            row.quantized = (
-                f"{quantized_as(levels[layer.module], options)} {methods[name]} + blocks"
-            )
+            row.quantized = f"{levels[layer.module].spec.levels} {methods[name]} + blocks"
         return {name: levels[layer.module].to(self.walk.home) for name, layer in layers.items()}
 
     def _train_window(

@@ -20,7 +20,7 @@ from sparsekern.oneshot import skip as skip_rules
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.layerwise import Options
 from sparsekern.oneshot.source import Source
-from sparsekern.ops.quantize import GROUPS, checked_group
+from sparsekern.ops.quantize import checked_group
 from sparsekern.prune.quantize import METHODS
 
 OP = "sparsekern.oneshot.select"
@@ -107,10 +107,7 @@ def _check_quantize(options: Options, calibrated: bool, op: str) -> None:
     enough = calibrated or method != "gptq"
     remedy = 'Pass token ids [samples, tokens] as calibration=, or quantize_method="rtn".'
     check(enough, op, 'calibration for quantize_method="gptq"', None, remedy)
-    known_group = group is None or group in GROUPS
-    check(known_group, op, f"quantize_group None or one of {GROUPS}", repr(group))
-    if group is not None:
-        checked_group(op, name, group, max(GROUPS))
+    checked_group(op, name, group, None, "quantize_group")
 
 
 def select(

@@ -266,15 +266,22 @@ def recut(batches: Sequence[Batch], seed: int, noise: float = 0.0) -> list[Batch
     made: dict[int, Tensor] = {}
     for length, parts in by_length.items():
         stream = torch.cat(parts)
-        shift = int(torch.randint(stream.numel(), (1,), generator=generator))
+        shift = int(torch.randint(stream.numel(), (1,), generator=generator, device="cpu"))
         piece = max(1, length // PIECES)
         piece = piece if length % piece == 0 else length
         pieces = stream.roll(shift).view(-1, piece)
-        order = torch.randperm(pieces.shape[0], generator=generator)
+        order = torch.randperm(pieces.shape[0], generator=generator, device="cpu")
         rows = pieces[order].reshape(-1, length)
         if noise:
-            others = stream[torch.randint(stream.numel(), rows.shape, generator=generator)]
-            rows = torch.where(torch.rand(rows.shape, generator=generator) < noise, others, rows)
+            others = stream[
+                torch.randint(stream.numel(), rows.shape, generator=generator, device="cpu")
+            ]
+            rows = torch.where(
+                torch.rand(rows.shape, generator=generator, dtype=torch.float32, device="cpu")
+                < noise,
+                others,
+                rows,
+            )
         made[length] = rows
     result, used = [], dict.fromkeys(made, 0)
     for batch in batches:

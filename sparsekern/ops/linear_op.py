@@ -118,9 +118,7 @@ def check_linear(
 def check_types(op: str, x: object, w24: object) -> None:
     """TypeError unless x is a tensor and w24 a Sparse24."""
     if not isinstance(w24, Sparse24):
-        got = type(w24).__name__
-        remedy = "Call sparsekern.compress(w)."
-        raise TypeError(message(op, "weight of type Sparse24", got, remedy))
+        sparse24.check_is_sparse24(op, w24)
     if not isinstance(x, Tensor):
         got, remedy = type(x).__name__, "Call torch.as_tensor(x)."
         if got == "Proxy":  # of torch.fx: a graph cannot hold a Sparse24

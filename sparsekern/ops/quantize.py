@@ -99,8 +99,7 @@ def dequantize(w24: Sparse24, *, layout: str | None = None) -> Sparse24:
         TypeError: w24 is no Sparse24.   FormatError: a number is not finite in w24.dtype.
     """
     op = "sparsekern.dequantize"
-    if not isinstance(w24, Sparse24):
-        raise TypeError(message(op, "a Sparse24", type(w24).__name__))
+    sparse24.check_is_sparse24(op, w24, "w24")
     plain = w24
     if not w24.spec.element.plain:
         rows = w24.rowmajor()
@@ -111,32 +110,34 @@ def dequantize(w24: Sparse24, *, layout: str | None = None) -> Sparse24:
     return plain.to_layout(layout)
 
 
-def check_prunable_first(op: str, w24: object) -> None:
+def check_prunable_first(op: str, w24: Sparse24) -> None:
     """TypeError unless w24 is a Sparse24 of a plain dtype: it has to be pruned, and not yet
     quantised."""
-    if not isinstance(w24, Sparse24):
-        got = f"a dense tensor {list(w24.shape)}" if isinstance(w24, Tensor) else type(w24).__name__
-        remedy = (
-            "Prune first: a mask chosen among rounded weights is worse, and scales have to fit the "
-            "kept weights alone. Pass sparsekern.compress(w, mask) or sparsekern.prune_compress(w)."
-        )
-        raise TypeError(message(op, "a 2:4 weight (Sparse24)", got, remedy))
+    remedy = (
+        "Prune first: a mask chosen among rounded weights is worse, and scales have to fit the "
+        "kept weights alone. Pass sparsekern.compress(w, mask) or sparsekern.prune_compress(w)."
+    )
+    sparse24.check_is_sparse24(op, w24, "w24", remedy)
     if not w24.spec.element.plain:
         expected = f"a weight of dtype {dtypes.names(' | ')}"
         remedy = "Quantise the weight that it was made of; dequantize() gives its numbers."
         raise TypeError(message(op, expected, w24.spec.storage, remedy))
 
 
-def checked_group(op: str, dtype: str, group: int | None, in_features: int) -> int:
-    """The spec's group for `group=` of a quantised type: 0 for one scale a row."""
+def checked_group(
+    op: str, dtype: str, group: int | None, in_features: int | None, name: str = "group"
+) -> int:
+    """The spec's group for `group=` of a quantised type: 0 for one scale a row. in_features: of the
+    weight; None for many weights, which are to have groups. name: of the argument."""
     if dtypes.quantized(op, dtype).scale != "group":
-        expected = f"group=None for {dtype}, which has one scale for each output channel"
+        expected = f"{name}=None for {dtype}, which has one scale for each output channel"
         check(group is None, op, expected, group, "Leave it out, or choose int4.")
         return 0
     if group is None:
         return scaled.DEFAULT_GROUP
-    expected = f"group in {GROUPS}, or in_features ({in_features}) for one scale a row"
-    check(type(group) is int and group in (*GROUPS, in_features), op, expected, repr(group))
+    whole = "" if in_features is None else f", or in_features ({in_features}) for one scale a row"
+    expected, remedy = f"{name} in {GROUPS}{whole}", f"Leave it None: {scaled.DEFAULT_GROUP}."
+    check(type(group) is int and group in (*GROUPS, in_features), op, expected, repr(group), remedy)
     return group
 
 
@@ -162,6 +163,8 @@ def _kept_importance(importance: Tensor | None, w24: Sparse24) -> Tensor | None:
     check(is_tensor and list(importance.shape) == [w24.in_features], _OP, expected, got)
     place = importance.device
     check(place == w24.device, _OP, f"importance on the weight's device ({w24.device})", place)
+    kind, remedy = importance.dtype, "Pass the diagonal of the Hessian."
+    check(not kind.is_complex, _OP, "importance of real numbers", kind, remedy, TypeError)
     values = importance.detach().float()
     bad = ~(values.isfinite() & (values >= 0))
     if bool(bad.any()):

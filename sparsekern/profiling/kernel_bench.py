@@ -412,7 +412,7 @@ def ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
     kind = device.type
     source = torch.rand(CEILING_BYTES[kind] // 4, dtype=torch.float32, device=device)
     target, n = torch.empty_like(source), CEILING_SIZE[kind]
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
     calls: dict[str, Sequence[timer.Call]] = {
         "read": [lambda: source.sum()],
         "copy": [lambda: target.copy_(source)],

@@ -98,9 +98,13 @@ def bench_shape(
         f"{out_features}x{in_features}, {tokens} tokens",
     )
     generator = torch.Generator(device=device).manual_seed(0)
-    weight = torch.randn(out_features, in_features, generator=generator, device=device)
+    weight = torch.randn(
+        out_features, in_features, generator=generator, device=device, dtype=torch.float32
+    )
     weight = (weight * in_features**-0.5).to(dtype)
-    x = torch.randn(tokens, in_features, generator=generator, device=device).to(dtype)
+    x = torch.randn(
+        tokens, in_features, generator=generator, device=device, dtype=torch.float32
+    ).to(dtype)
     mask = magnitude_mask(weight)
     dense, sparse = weight * mask, compress(weight, mask)
     copies = copies_beyond_cache(sparse.nbytes)

@@ -85,7 +85,7 @@ class Layer:
         rows = prune_compress(self._integers(weight), layout="rowmajor")
         self.exact_dense = decompress(rows)
         self.dense = [weight] if plain else []  # of quantised weights there is no one dense product
-        ones = torch.ones(out_features, 1, device=device)
+        ones = torch.ones(out_features, 1, device=device, dtype=torch.float32)
         self.exact = pack(rows if plain else quantize(rows, self.types.weight, scale=ones))
         size = _native.module().prefill_workspace_bytes()
         self.workspace = torch.zeros(size, dtype=torch.uint8, device=device)

@@ -105,7 +105,9 @@ class Pattern(tuple[int, int]):
         """All ways to keep n of m, bool [number, m], in lexicographic order of the kept units; six
         for 2:4 and for 4:8 in pairs."""
         kept = itertools.combinations(range(self[1] // self.unit), self[0] // self.unit)
-        units = torch.tensor([[i in k for i in range(self[1] // self.unit)] for k in kept])
+        units = torch.tensor(
+            [[i in k for i in range(self[1] // self.unit)] for k in kept], device="cpu"
+        )
         return units.repeat_interleave(self.unit, dim=1)
 
     def folded(self, values: Tensor, join: Callable[[Tensor], Tensor] | None = None) -> Tensor:

@@ -36,7 +36,7 @@ def sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cuda" or not dtype.is_floating_point or dtype.itemsize != 2:
         return False
     generator = torch.Generator(device).manual_seed(0)
-    x = torch.rand(4096, 64, generator=generator, device=device).to(dtype)
+    x = torch.rand(4096, 64, generator=generator, device=device, dtype=torch.float32).to(dtype)
     try:
         got = torch.mm(x.t(), x, out_dtype=torch.float32)  # torch 2.8 and later, on CUDA alone
     except (RuntimeError, TypeError, NotImplementedError):
@@ -133,7 +133,7 @@ def large_inverse(a: Tensor) -> Tensor | None:
     if found is None:
         return None
     generator = torch.Generator(a.device).manual_seed(0)
-    z = torch.randn(8, len(a), generator=generator, device=a.device)
+    z = torch.randn(8, len(a), generator=generator, device=a.device, dtype=torch.float32)
     return found if float((z @ found @ a - z).norm() / z.norm()) <= AMISS else None
 
 

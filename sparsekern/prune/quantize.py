@@ -202,7 +202,7 @@ class _Solver:
         self.grouped = groups > 1
         # A block is a group of scales, so that all earlier errors have arrived when one is fitted.
         self.block = spec.group if self.grouped else BLOCK
-        self.scales = torch.ones(groups, out_features, device=h.device)
+        self.scales = torch.ones(groups, out_features, device=h.device, dtype=torch.float32)
         self.kernels: ModuleType | None = None
         if backend == "triton":
             from sparsekern.backends.triton import gptq as kernels

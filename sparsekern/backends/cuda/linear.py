@@ -546,6 +546,10 @@ def _degenerate(
     y: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
 ) -> Tensor:
     """The result of an empty sum: activation(bias) + residual in every row."""
-    total = torch.zeros(y.shape, device=y.device) if bias is None else bias.float().expand(y.shape)
+    total = (
+        torch.zeros(y.shape, device=y.device, dtype=torch.float32)
+        if bias is None
+        else bias.float().expand(y.shape)
+    )
     total = activate(total, activation)
     return y.copy_(total if residual is None else total + residual)

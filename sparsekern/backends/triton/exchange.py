@@ -115,7 +115,7 @@ def costs(columns: Tensor, eight: Tensor) -> tuple[Tensor, Tensor]:
     for name, tensor in (("columns", columns), ("eight", eight)):
         strides = tensor.stride()
         check(tensor.is_contiguous(), OP, f"contiguous {name}", f"strides {strides}", "Copy it.")
-    sums = torch.empty(len(eight), 17, device=columns.device)
+    sums = torch.empty(len(eight), 17, device=columns.device, dtype=torch.float32)
     here = torch.cuda.device(columns.device) if columns.is_cuda else contextlib.nullcontext()
     with here:
         _costs_kernel[(len(eight),)](

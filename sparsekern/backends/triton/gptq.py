@@ -266,7 +266,7 @@ def fit(
         float32 [out_features]; 1 where no weight but zero is kept.
     """
     columns, out_features = wt.shape
-    scale = torch.empty(out_features, device=wt.device)
+    scale = torch.empty(out_features, device=wt.device, dtype=torch.float32)
     with _device(wt):
         _fit_kernel[(triton.cdiv(out_features, _BLOCK_ROWS),)](
             wt,
