@@ -263,7 +263,7 @@ def find_layers(
         for key, child in parent.named_children():
             parents[id(child)].append((parent, key))
     tied, adapters, read = tied_names(model), _adapters(model), _Readers()
-    held = _held_elsewhere(model) if compress else {}
+    held = held_elsewhere(model) if compress else {}
     experts = {
         f"{name}.{i}.{key}".lstrip("."): (module, (name, i, key))
         for name, module in model.named_modules()
@@ -289,9 +289,7 @@ def find_layers(
             layer.raw = layer.weight.dim() != 2
             layer.reason = _why_not(layer, tied.get(name), pattern)
             if layer.reason is None and compress:
-                layer.reason = _why_no_other(module)
-            if layer.reason is None and id(module) in held:
-                layer.reason = f"{held[id(module)]} holds it outside of its modules, too"
+                layer.reason = why_no_other(module, held)
             if layer.reason is None and name in adapters:
                 layer.reason = f"adapter of {adapters[name]}"
             if layer.reason is None and compress:
@@ -345,9 +343,12 @@ def _why_not(layer: Layer, tied_with: str | None, pattern: tuple[int, int]) -> s
     return None
 
 
-def _why_no_other(module: nn.Module) -> str | None:
-    """Why a SparseLinear cannot stand in the place of this linear layer, or None."""
+def why_no_other(module: nn.Module, held: Mapping[int, str]) -> str | None:
+    """Why a SparseLinear cannot stand in the place of this linear layer, or None. `held`: what
+    held_elsewhere found in the model."""
     kind = type(module).__name__
+    if id(module) in held:
+        return f"{held[id(module)]} holds it outside of its modules, too"
     if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:
         return f"{kind} has a forward of its own, set on the layer"
     names = {
@@ -359,8 +360,8 @@ def _why_no_other(module: nn.Module) -> str | None:
     }
     if names:
         return f"{kind} has methods of its own ({', '.join(sorted(names))})"
-    held = {**module._parameters, **module._buffers, **module._modules}
-    lost = {name for name, value in held.items() if value is not None} - {"weight", "bias"}
+    own = {**module._parameters, **module._buffers, **module._modules}
+    lost = {name for name, value in own.items() if value is not None} - {"weight", "bias"}
     lost -= {name for name in lost if _ASP_MASK.fullmatch(name)}
     if lost:
         return f"{kind} holds more than weight and bias ({', '.join(sorted(lost))})"
@@ -370,7 +371,7 @@ def _why_no_other(module: nn.Module) -> str | None:
     return None
 
 
-def _held_elsewhere(model: nn.Module) -> dict[int, str]:
+def held_elsewhere(model: nn.Module) -> dict[int, str]:
     """id of each module that another one holds, itself or a method of it, where nothing can be
     replaced (in a list, a tuple, a dict or a plain attribute) -> the class of that other one.
     What torch.compile made of a layer is bound anew (nn/replace.py)."""
