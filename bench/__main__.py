@@ -26,6 +26,9 @@ def names() -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(f"{__doc__}\nBenchmarks: {', '.join(names())}")
+        return 0
     if arguments[:1] == ["table"]:
         from . import table
 

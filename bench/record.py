@@ -15,6 +15,7 @@ import os
 import re
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -113,6 +114,17 @@ def append(path: str | Path, measurement: dict, env: dict | None = None) -> dict
     return record
 
 
+class Fields(dict):
+    """A record, or a dict in one, whose KeyError says where it was read."""
+
+    def __init__(self, where: str, fields: dict) -> None:
+        super().__init__(fields)
+        self.where = where
+
+    def __missing__(self, key: object) -> NoReturn:
+        raise KeyError(f"{self.where}: expected a field {key!r}, got {sorted(self)}")
+
+
 def read(*paths: str | Path) -> list[dict]:
     """All records of these files, or of bench/records/*.jsonl without an argument, oldest first.
 
@@ -121,17 +133,20 @@ def read(*paths: str | Path) -> list[dict]:
     """
     records = []
     for path in paths or sorted((ROOT / "bench" / "records").glob("*.jsonl")):
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
             try:
                 record = json.loads(line)
                 if record["schema"] != SCHEMA:
                     raise ValueError(f"schema {record['schema']}, expected {SCHEMA}")
                 missing = {"id", "time", "dirty", *REQUIRED} - set(record)
-                if missing:
-                    raise ValueError(f"fields missing: {', '.join(sorted(missing))}")
+                if missing or ("us" in record) == ("metrics" in record):
+                    lacking = ", ".join(sorted(missing)) or "either us or metrics"
+                    raise ValueError(f"fields missing: {lacking}")
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}: not a record: {error!r}") from error
-            records.append(record)
+            where = f"{path}, line {number}"
+            inner = {k: Fields(where, v) for k, v in record.items() if isinstance(v, dict)}
+            records.append(Fields(where, record | inner))
     return sorted(records, key=lambda record: record["time"])
 
 

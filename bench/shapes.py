@@ -63,7 +63,7 @@ def select(names: str | None, kind: str, quick: bool = False) -> list[Shape]:
         found = [shape for shape in SHAPES if name in (shape.model, str(shape))]
         if not found:
             out_features, _, in_features = name.partition("x")
-            if not (out_features.isdigit() and in_features.isdigit()):
+            if not (out_features.isdecimal() and in_features.isdecimal()):
                 models = ", ".join(dict.fromkeys(shape.model for shape in SHAPES))
                 raise ValueError(f"bench: expected shapes as {models} or OUTxIN, got {name!r}.")
             found = [Shape("", "", int(out_features), int(in_features))]
@@ -74,7 +74,10 @@ def select(names: str | None, kind: str, quick: bool = False) -> list[Shape]:
 def token_counts(text: str | None, kind: str, quick: bool = False) -> tuple[int, ...]:
     """Numbers of tokens from "1,16,64"; by default those of the kind."""
     if text is not None:
-        return tuple(int(part) for part in text.split(","))
+        parts = text.split(",")
+        if not all(part.isdecimal() and int(part) for part in parts):
+            raise ValueError(f"bench: expected numbers of tokens such as 1,16,64, got {text!r}.")
+        return tuple(map(int, parts))
     if quick:
         return QUICK_TOKENS[kind]
     return DECODE_TOKENS if kind == "decode" else PREFILL_TOKENS

@@ -13,6 +13,7 @@ class FormatError(ValueError):
 
 def message(op: str, expected: str, got: str, remedy: str = "") -> str:
     """The error text, e.g. "sparsekern.linear: expected x.shape[-1] == 4096, got 4000. Pad x."."""
+    got = got or "''"
     text = f"{op}: expected {expected}, got {got}."
     return f"{text} {remedy}" if remedy else text
 

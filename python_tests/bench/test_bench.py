@@ -18,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
-from bench import headline, record, table, timing  # noqa: E402
+from bench import headline, record, shapes, table, timing  # noqa: E402
 
 ENV = {
     "schema": 1,
@@ -212,12 +212,28 @@ def test_append_refuses(tmp_path, fields, message):
     assert not path.exists()
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"schema": 2}', '{"schema": 1, "id": "x"}'])
+@pytest.mark.parametrize(
+    "line", [b"{", b"[]", b"\xff", b'{"schema": 2}', b'{"schema": 1, "id": "x"}']
+)
 def test_read_names_the_bad_line(tmp_path, line):
     path = tmp_path / "a.jsonl"
     record.append(path, measurement(), ENV)
-    path.write_text(path.read_text() + line + "\n")
+    path.write_bytes(path.read_bytes() + line + b"\n")
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not a record"):
+        record.read(path)
+
+
+def test_a_field_that_a_record_lacks_is_named_with_its_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    record.append(path, measurement(), ENV)
+    entry = measurement(op="linear8")
+    del entry["out_features"]
+    entry = record.append(path, entry, ENV)
+    with pytest.raises(KeyError, match=r"a\.jsonl, line 2: expected a field 'out_features'"):
+        table.render(record.read(path))
+    del entry["us"]
+    path.write_text(json.dumps(entry) + "\n")
+    with pytest.raises(ValueError, match="line 1: .*fields missing: either us or metrics"):
         record.read(path)
 
 
@@ -371,6 +387,9 @@ def test_bench_without_gpu_says_so():
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0 and "no CUDA GPU" in done.stdout
+    for wanted in ("1,x", "0", "²"):
+        with pytest.raises(ValueError, match="numbers of tokens such as 1,16,64"):
+            shapes.token_counts(wanted, "decode")
     done = subprocess.run(
         [sys.executable, "-m", "bench", "nothing"], cwd=ROOT, capture_output=True, text=True
     )

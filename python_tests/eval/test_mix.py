@@ -113,8 +113,10 @@ def test_chats_go_through_the_template(files):
 @pytest.mark.parametrize(
     "content, text",
     [
-        ('{"text": 3}', r"line 1 of .* got the keys \['text'\]"),
+        ('{"text": 3}', "line 1 of .* got 3 as text"),
+        ('{"body": "a"}', r"line 1 of .* got the keys \['body'\]"),
         ("{", "line 1 of .* to hold JSON"),
+        ('{"text": "é"}', r"UTF-8 text in .*x\.jsonl, got byte 0xe9 at 10"),
         ("[1]", 'an object with "text" or "messages" in line 1'),
         ('{"messages": [{"role": "user"}]}', 'messages with "role" and "content" in line 1'),
         ('{"messages": []}', "messages in line 1 of .* got none"),
@@ -122,7 +124,7 @@ def test_chats_go_through_the_template(files):
     ],
 )
 def test_wrong_lines(content, text, tmp_path):
-    (tmp_path / "x.jsonl").write_text(content + "\n")
+    (tmp_path / "x.jsonl").write_text(content + "\n", encoding="latin-1")
     with pytest.raises(ValueError, match=text):
         calibration_mix(str(tmp_path / "x.jsonl"), Letters(), tokens=16, window=8)
 

@@ -12,6 +12,7 @@ import sparsekern as sk
 from python_tests.nn import expert_models
 from python_tests.oneshot.driver_models import build, run_prune, tokens
 from sparsekern.cli import main as cli
+from sparsekern.errors import FormatError
 from sparsekern.eval import sensitivity as module
 from sparsekern.eval.sensitivity import Row, SensitivityReport, sensitivity
 from sparsekern.oneshot.skip import RULE_OF_THUMB, as_rules
@@ -101,6 +102,24 @@ def test_a_skip_list_goes_to_prune_model(tmp_path):
     dense = {row.name for row in done.skipped}
     assert dense == {"lm_head", *names}
     assert done.options["skip"] == ["lm_head", *names]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: [b"\xff", *lines],
+        lambda lines: [*lines, b'{"name": "lm_head"}'],
+        lambda lines: [*lines, b'{"name": "a", "perplexity": null, "kl": 1.0}'],
+        lambda lines: [*lines, b'{"name": "a", "perplexity": 1.0, "kl": "x"}'],
+    ],
+)
+def test_a_damaged_file_of_a_sweep(damage, tmp_path):
+    file, model = tmp_path / "rows.jsonl", build()
+    knobs = {**OPTIONS, "by": "block", "method": "magnitude", "out": file}
+    sensitivity(model, tokens(), TEXT, **knobs)
+    file.write_bytes(b"\n".join([*damage(file.read_bytes().splitlines()), b""]))
+    with pytest.raises(FormatError, match=r"rows\.jsonl is no file of a sweep"):
+        sensitivity(model, tokens(), TEXT, **knobs)
 
 
 def rows():

@@ -543,3 +543,15 @@ def test_some_experts_pruned_and_some_not():
         masked = Masked(model)
     assert any(name.endswith("experts.down_proj") for name in masked.masks)
     assert not any(name.endswith("gate_up_proj") for name in masked.masks)
+
+
+def test_compress_leaves_dense_what_would_lose_something():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    sk.prune_model(model, "magnitude", compress=False, progress=False)
+    model[0].register_buffer("seen", torch.ones(1))
+    model.order = [model[1]]
+    assert Masked(model).compress() == {
+        "0": "Linear holds more than weight and bias (seen)",
+        "1": "Sequential holds it outside of its modules, too",
+    }
+    assert model.order[0] is model[1] and isinstance(model[2], sk.SparseLinear)

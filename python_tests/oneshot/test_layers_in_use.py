@@ -128,8 +128,23 @@ def test_layers_that_nothing_can_stand_for_stay_dense():
     own.first.forward = types.MethodType(lambda self, x: helper(self, x) * 2, own.first)
     expanded = Pair()
     expanded.first.weight = nn.Parameter(torch.randn(16, 1).expand(16, 16))
+    narrow, elsewhere = Pair(), [Pair() for _ in range(3)]
+    narrow.first.bias = nn.Parameter(torch.ones(1))
+    object.__setattr__(elsewhere[0], "other", elsewhere[0].first)
+    elsewhere[1].others = {"a": elsewhere[1].first}
+    elsewhere[2].others = [elsewhere[2].first.forward]
+    held = [Pair() for _ in range(3)]
+    held[0].last.register_buffer("none", None)
+    held[0].first.register_buffer("seen", torch.ones(1))
+    held[1].first.register_parameter("gain", nn.Parameter(torch.ones(1)))
+    held[2].first.add_module("inner", nn.Linear(16, 16))
     for model, reason in (
         (own, "a forward of its own"),
+        (narrow, "its bias is [1] of torch.float32"),
+        *((model, "Pair holds it outside of its modules, too") for model in elsewhere),
+        (held[0], "Linear holds more than weight and bias (seen)"),
+        (held[1], "Linear holds more than weight and bias (gain)"),
+        (held[2], "Linear holds more than weight and bias (inner)"),
         (Pair(Named(16, 16)), "Named has methods of its own (twice)"),
         (expanded, "share their memory"),
     ):

@@ -90,6 +90,15 @@ def test_the_default_rule_is_the_output_embedding_under_any_name():
     assert report["output"].reason == "skip rule 'lm_head'"
 
 
+def test_files_of_rules_among_others(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text('{"skip": ["lm_head", "*.up_proj"]}')
+    expected = skipped_names(["lm_head", "*.up_proj", "*.q_proj"])
+    assert skipped_names([str(file), "*.q_proj"]) == expected == skipped_names(["*.q_proj", file])
+    with pytest.raises(FileNotFoundError, match=r"expected a file of skip rules at no\.json"):
+        skipped_names(["no.json", "*.q_proj"])
+
+
 @pytest.mark.parametrize("more", [{"skip": ""}, {"targets": ["up", " "]}])
 def test_an_empty_rule_does_not_mean_everything(more):
     with pytest.raises(ValueError, match="rule '.?' to name something, got empty text"):

@@ -227,6 +227,22 @@ def test_what_is_right_passes_through():
         _tried(DENSE, other=1)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: sk.prune_model(model, "magnitude"),
+        lambda model: sk.SparseLinear.from_linear(model[1]),
+        sk.compress_model,
+        sk.num_parameters,
+        lambda model: sk.save_pretrained(model, "nowhere"),
+    ],
+)
+def test_a_lazy_layer_without_weights(call):
+    model = nn.Sequential(nn.ReLU(), nn.LazyLinear(8))
+    with pytest.raises(ValueError, match="expected initialised weights, got LazyLinear at '1?'"):
+        call(model)
+
+
 def test_a_gpu_that_is_not_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="without a usable CUDA GPU. Pass device='cpu'"):

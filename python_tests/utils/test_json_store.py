@@ -79,6 +79,7 @@ DAMAGED = {
     "not text": (b'{"\x80": 1}', "UnicodeDecodeError"),
     "a list": ("[1, 2]", 'expected {"version"'),
     "entries of another type": ('{"version": 1, "entries": [1]}', 'expected {"version"'),
+    "a version in quotes": ('{"version": "1", "entries": {}}', "expected version 1, got '1'"),
     "another version": ('{"version": 2, "entries": {"a": 1}}', "expected version 1, got 2"),
     "deep nesting": ("[" * 100_000, "Error"),
 }

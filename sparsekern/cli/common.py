@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ def new_folder(path: str) -> Path:
     """
     from sparsekern.checkpoint import check_writable
 
+    check(path, "sparsekern", "--out to be a new or empty folder", path, "Name one.")
     folder = check_writable(path, "sparsekern --out")
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     check(empty, "sparsekern", "--out to be a new or empty folder", path, "Choose another name.")
@@ -98,3 +99,7 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     """torch's dtype of that name, as the choices of --dtype spell it."""
     dtype: torch.dtype | None = None if name is None else getattr(torch, name)
     return dtype
+
+
+def skip_rules(rules: Sequence[str] | None) -> tuple[str, ...]:
+    return ("lm_head",) if rules is None else tuple(rules)

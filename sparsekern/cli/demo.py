@@ -102,7 +102,7 @@ def run(
         list of Row: dense, magnitude, wanda, sparsegpt.
     """
     begin = time.perf_counter()
-    path = Path(gguf) if gguf else model_file(cache)
+    path = model_file(cache) if gguf is None else Path(gguf)
     begin_work = time.perf_counter()
     budget = BUDGETS[torch.device(device).type]
     model, tokenizer = load_gguf(path)

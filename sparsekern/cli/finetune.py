@@ -118,33 +118,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Carry the command out; the exit code."""
     import sparsekern as sk
+    from sparsekern.finetune.recipe import Recipe
     from sparsekern.finetune.trainer import distill
     from sparsekern.integrations.loading import cast_weights, folder_bytes, load_model
 
     out = new_folder(args.out)
-    work = Path(args.work) if args.work else out.with_name(out.name + "-run")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    teacher, tokenizer = load_model(args.model, "cpu")
-    beside = files_beside(args.model)
-    check(tokenizer is not None, OP, "a tokenizer with the model", "none", "Add tokenizer.json.")
-    student, report = _student(args, teacher, tokenizer, device, work)
-    corpus = _corpus(args, teacher, tokenizer, device)
-    steps = None if args.passes or args.minutes else args.steps
-    result = distill(
-        student,
-        teacher,
-        corpus,
-        schedule=_schedule(args),
-        evaluate={Path(name).name: _ids(tokenizer, name, "test") for name in args.eval},
-        eval_window=args.eval_window,
-        folder=work,
-        limit_seconds=args.limit_seconds,
-        device=device,
-        offload_teacher=args.offload_teacher,
-        progress=not args.quiet,
-        steps=steps,
+    recipe = Recipe(
+        steps=args.steps,
         minutes=args.minutes,
-        passes=args.passes or 1.0,
+        passes=1.0 if args.passes is None else args.passes,
         batch=args.batch,
         micro_batch=args.micro_batch,
         lr=args.lr,
@@ -157,6 +139,27 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         eval_every=args.eval_every,
         save_every=args.save_every,
+    )
+    work = Path(args.work) if args.work else out.with_name(out.name + "-run")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    teacher, tokenizer = load_model(args.model, "cpu")
+    beside = files_beside(args.model)
+    check(tokenizer is not None, OP, "a tokenizer with the model", "none", "Add tokenizer.json.")
+    student, report = _student(args, teacher, tokenizer, device, work)
+    corpus = _corpus(args, teacher, tokenizer, device)
+    result = distill(
+        student,
+        teacher,
+        corpus,
+        schedule=_schedule(args),
+        evaluate={Path(name).name: _ids(tokenizer, name, "test") for name in args.eval},
+        eval_window=args.eval_window,
+        folder=work,
+        limit_seconds=args.limit_seconds,
+        device=device,
+        offload_teacher=args.offload_teacher,
+        progress=not args.quiet,
+        recipe=recipe,
     )
     parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
     if parallel and torch.distributed.get_rank() > 0:

@@ -400,7 +400,7 @@ def _option(text: str) -> tuple[str, Any]:
 def _shape(text: str) -> tuple[int, int]:
     """The shape in a text such as "4096x14336": (4096, 14336)."""
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"expected OUTxIN such as 4096x14336, got {text!r}")
     return int(parts[0]), int(parts[1])
 
@@ -435,7 +435,7 @@ def _tunable_dtypes(text: str) -> list[str]:
 def _shard(text: str) -> tuple[int, int]:
     """ "1/2": (1, 2)."""
     number, _, of = text.partition("/")
-    if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
         raise argparse.ArgumentTypeError(f"expected a part such as 1/2, got {text!r}")
     return int(number), int(of)
 
@@ -443,7 +443,7 @@ def _shard(text: str) -> tuple[int, int]:
 def _counts(text: str) -> list[int]:
     """The numbers in a text such as "1,16,256": [1, 16, 256]."""
     parts = text.split(",")
-    if not all(part.isdigit() and int(part) for part in parts):
+    if not all(part.isdecimal() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(
             f"expected positive numbers such as 1,16,256, got {text!r}"
         )

@@ -8,7 +8,7 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sparsekern.checkpoint.arguments import parse_size
 from sparsekern.cli.common import (
     copy_beside,
     device_of,
@@ -23,6 +24,7 @@ from sparsekern.cli.common import (
     files_beside,
     needed,
     new_folder,
+    skip_rules,
 )
 from sparsekern.cli.parser import CPU_WINDOWS, GPU_WINDOWS
 from sparsekern.errors import check, message
@@ -101,6 +103,9 @@ def _run(args: argparse.Namespace, rank: int) -> int:
         value = getattr(args, name)
         fits = value is None or value >= least
         check(fits, OP, f"--{name} >= {least}", value)
+    knobs: dict[str, Any] = {}
+    if args.max_shard_size is not None:
+        knobs["max_shard_size"] = parse_size(OP, args.max_shard_size)
     pattern = Pattern.of(args.pattern, OP)
     taken = sorted(set(dict(args.option or ())) & set(vars(args)))
     remedy = "Write --" + " --".join(name.replace("_", "-") for name in taken)
@@ -153,9 +158,7 @@ def _run(args: argparse.Namespace, rank: int) -> int:
             as_stored(report, cast_weights(model, stored), stored)
         if rank:
             return 0
-        knobs: dict[str, Any] = {"tokenizer": tokenizer}
-        if args.max_shard_size is not None:
-            knobs["max_shard_size"] = args.max_shard_size
+        knobs["tokenizer"] = tokenizer
         if streamed is None:
             sk.save_pretrained(model, out, **knobs)
         else:
@@ -284,9 +287,3 @@ def calibration_of(
     source = {"name": str(args.calibration), "taken": windows.numel(), "tokens": ids.numel()}
     settings = {"window": window, "seed": args.seed, "side_by_side": apart}
     return mix.Mix(list(windows), [source], settings)
-
-
-def skip_rules(rules: Sequence[str] | None) -> tuple[str, ...] | str:
-    if rules is not None and len(rules) == 1 and rules[0].endswith(".json"):
-        return rules[0]
-    return ("lm_head",) if rules is None else tuple(rules)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sparsekern.cli.common import needed
+from sparsekern.cli.common import needed, skip_rules
 from sparsekern.errors import check
 
 OP = "sparsekern sensitivity"
@@ -70,6 +70,10 @@ def run(args: argparse.Namespace) -> None:
     for path in (args.skip_out, args.plot, args.out):
         exists = path is None or Path(path).resolve().parent.is_dir()
         check(exists, OP, f"a folder for {path}", "none")
+        fits = path is None or not Path(path).is_dir()
+        check(fits, OP, "names of files to write", f"the folder {path!r}", "Add a name to it.")
+    for name, value in given.items():
+        check(0 < value < float("inf"), OP, f"a positive --{name}", value)
     model, tokenizer = load_model(args.model, "cpu", None)
     tokenizer = needed(tokenizer, args.model)
     if mix.is_mix(args.calibration):
@@ -96,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
         by=args.by,
         mode=args.mode,
         method=args.method,
-        skip=("lm_head",) if args.skip is None else tuple(args.skip),
+        skip=skip_rules(args.skip),
         window=args.window,
         windows=args.windows,
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),

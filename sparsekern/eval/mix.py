@@ -263,7 +263,7 @@ def _records(source: str) -> list[Any]:
 
 def _json(path: Path) -> Iterator[tuple[Any, str]]:
     """(object, where it stands) of a JSONL file, or of a JSON file with a list."""
-    text = path.read_text(encoding="utf-8")
+    text = texts.utf8(path, OP)
     if path.suffix == ".json":
         try:
             whole = json.loads(text)
@@ -296,7 +296,8 @@ def _record(row: Any, where: str) -> Any:
             check(bool(made), OP, f"messages in {where}", "none")
             return made
     text = row.get("text")
-    check(isinstance(text, str), OP, expected, f"the keys {sorted(map(str, row))}")
+    got = f"{text!r} as text" if "text" in row else f"the keys {sorted(map(str, row))}"
+    check(isinstance(text, str), OP, expected, got[:80])
     return text
 
 

@@ -497,12 +497,16 @@ class _Stored:
         if not self.path.exists() or not self.path.stat().st_size:
             write_atomic(self.path, (first + "\n").encode())
             return
-        lines = self.path.read_text(encoding="utf-8").split("\n")
-        whole, rest = lines[:-1], lines[-1]
+        check(self.path.is_file(), OP, f"{self.path} to be a file", "none", "Give another.")
         try:
+            *whole, rest = self.path.read_text(encoding="utf-8").split("\n")
             known = json.loads(whole[0]) if whole else None
             found = [json.loads(line) for line in whole[1:]]
-            self.rows = {row["name"]: row for row in found}
+            numbers = ("perplexity", "kl")
+            self.rows = {
+                row["name"]: {"name": row["name"], **{key: float(row[key]) for key in numbers}}
+                for row in found
+            }
         except (ValueError, KeyError, TypeError) as error:
             text = f"{OP}: {self.path} is no file of a sweep ({error}). Give another."
             raise FormatError(text) from error

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from sparsekern.errors import check
+from sparsekern.errors import check, message
+from sparsekern.utils.arguments import SEEDS, shown
 
 HELD_OUT_EVERY = 5  # every fifth topic of the sorted list is held out
 # short name -> (data set, configuration, {split: data file} where only one file is wanted)
@@ -69,13 +70,7 @@ def read_rows(source, split):
                 f"sparsekern.read_rows: no text file at {path}. "
                 "Give a UTF-8 file, hf:NAME or builtin."
             )
-        try:
-            text = path.read_bytes().decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"sparsekern.read_rows: expected UTF-8 text in {path}, got byte "
-                f"0x{error.object[error.start]:02x} at {error.start}. Convert the file."
-            ) from error
+        text = utf8(path, "sparsekern.read_rows").replace("\r\n", "\n").replace("\r", "\n")
         *whole, last = text.split("\n")  # splitlines() would also split at form feeds
         rows = [row + "\n" for row in whole] + [last] * bool(last)
     check(
@@ -102,8 +97,24 @@ def tokenize(tokenizer, text):
     return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
+def utf8(path: Path, op: str) -> str:
+    """The text of a file; ValueError, which names the byte, where it is not UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        got = f"byte 0x{error.object[error.start]:02x} at {error.start}"
+        raise ValueError(message(op, f"UTF-8 text in {path}", got, "Convert the file.")) from error
+
+
 # Of a calibration: 32 GiB of ids.
 MOST_TOKENS = 2**32
+
+
+def _generator(seed, op):
+    low, high = SEEDS
+    known = isinstance(seed, int) and low <= seed <= high
+    check(known, op, f"seed, an int from {low} to {high}", shown(seed), "The default is 0.")
+    return torch.Generator().manual_seed(seed)
 
 
 def calibration_windows(token_ids, samples=128, window=2048, seed=0):
@@ -129,7 +140,7 @@ def calibration_windows(token_ids, samples=128, window=2048, seed=0):
         list(token_ids.shape),
         "Give a longer text or a smaller window.",
     )
-    generator = torch.Generator().manual_seed(seed)
+    generator = _generator(seed, op)
     starts = torch.randint(
         0, token_ids.numel() - window, (samples,), generator=generator, device="cpu"
     )
@@ -162,7 +173,7 @@ def side_by_side(token_ids, samples=None, window=2048, seed=0, twice=False):
     remedy = "Give a longer text or a smaller window."
     check(enough, op, f"{window} tokens in one row", list(token_ids.shape), remedy)
     rows = token_ids[: token_ids.numel() // window * window].view(-1, window)
-    generator = torch.Generator().manual_seed(seed)
+    generator = _generator(seed, op)
     order = torch.randperm(rows.shape[0], generator=generator, device="cpu")
     if not twice or samples is None or samples <= rows.shape[0]:
         return rows[order[:samples]]

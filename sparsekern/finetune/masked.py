@@ -498,10 +498,13 @@ class Masked:
         remedy = "Attach the optimizer before training."
         check(not (count := self.check()), op, "no violations of 2:4", count, remedy)
         parents = {id(child): one for one in model.modules() for child in one.children()}
+        held = discovery.held_elsewhere(model)
         dense: dict[str, str] = {}
         fused: list[tuple[str, str, Tensor]] = []
         for entry in self.entries:
             reason = why_dense(entry, parents.get(id(entry.module)), model)
+            if reason is None and not entry.stacked:
+                reason = discovery.why_no_other(entry.module, held)
             if reason:
                 dense[entry.name] = reason
                 continue

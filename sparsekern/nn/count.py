@@ -8,6 +8,7 @@ from torch import nn
 
 from sparsekern.errors import check
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.utils.arguments import check_initialised
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ def num_parameters(model: nn.Module) -> ParameterCount:
     (SparseExperts). Shared ones count once.
 
     Raises:
-        TypeError: no nn.Module.
+        TypeError: no nn.Module.   ValueError: a lazy layer without weights.
     """
     op = "sparsekern.num_parameters"
     check(isinstance(model, nn.Module), op, "an nn.Module", type(model).__name__, exc=TypeError)
+    check_initialised(op, model)
     parameters = list(model.parameters())
     dense = stored = sum(p.numel() for p in parameters)
     nbytes = sum(p.nbytes for p in parameters)

@@ -38,7 +38,7 @@ from sparsekern.formats.sparse24 import (
 from sparsekern.nn.replace import dense_weight, is_linear
 from sparsekern.ops import linear_op as ops
 from sparsekern.ops.compress import compress
-from sparsekern.utils.arguments import checked, shown
+from sparsekern.utils.arguments import check_initialised, checked, shown
 
 _OP = "sparsekern.SparseLinear"
 _WEIGHT_KEYS = ("compressed", "bitmask", "shape")
@@ -172,6 +172,7 @@ class SparseLinear(nn.Module):
             got = type(linear).__name__
             remedy = "Compress the weight and call from_sparse24."
             raise TypeError(message(f"{_OP}.from_linear", "nn.Linear or Conv1D", got, remedy))
+        check_initialised(f"{_OP}.from_linear", linear)
         w24 = compress(dense_weight(linear), mask, dtype=dtype)
         module = cls.from_sparse24(w24, layout=layout)
         bias = linear.bias

@@ -20,7 +20,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import CodeType
+from types import CodeType, MethodType
 from typing import Any, cast
 
 import torch
@@ -46,6 +46,9 @@ ALREADY = "already 2:4"
 BASES_APART = 0.2  # of its norm: a rotated embedding differs by more, a trained one by less
 # Methods that code beside the layer may call; those that make its weights are not among them.
 _CALLED = re.compile(r"(?!_|forward$|extra_repr$|reset|init)\w+")
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+# Buffers of ASP, whose masks are in the zeros of the weights.
+_ASP_MASK = re.compile(r"__\w+_mma_(mask|pruned_p)")
 # (whether it begins at `self`, attributes): where a method reads a weight.
 Chain = tuple[bool, tuple[str, ...]]
 # Parameters with two or more dimensions that enter no matrix product: tables, positions, biases,
@@ -260,6 +263,7 @@ def find_layers(
         for key, child in parent.named_children():
             parents[id(child)].append((parent, key))
     tied, adapters, read = tied_names(model), _adapters(model), _Readers()
+    held = held_elsewhere(model) if compress else {}
     experts = {
         f"{name}.{i}.{key}".lstrip("."): (module, (name, i, key))
         for name, module in model.named_modules()
@@ -285,7 +289,7 @@ def find_layers(
             layer.raw = layer.weight.dim() != 2
             layer.reason = _why_not(layer, tied.get(name), pattern)
             if layer.reason is None and compress:
-                layer.reason = _why_no_other(module)
+                layer.reason = why_no_other(module, held)
             if layer.reason is None and name in adapters:
                 layer.reason = f"adapter of {adapters[name]}"
             if layer.reason is None and compress:
@@ -339,9 +343,12 @@ def _why_not(layer: Layer, tied_with: str | None, pattern: tuple[int, int]) -> s
     return None
 
 
-def _why_no_other(module: nn.Module) -> str | None:
-    """Why a SparseLinear cannot stand in the place of this linear layer, or None."""
+def why_no_other(module: nn.Module, held: Mapping[int, str]) -> str | None:
+    """Why a SparseLinear cannot stand in the place of this linear layer, or None. `held`: what
+    held_elsewhere found in the model."""
     kind = type(module).__name__
+    if id(module) in held:
+        return f"{held[id(module)]} holds it outside of its modules, too"
     if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:
         return f"{kind} has a forward of its own, set on the layer"
     names = {
@@ -353,7 +360,33 @@ def _why_no_other(module: nn.Module) -> str | None:
     }
     if names:
         return f"{kind} has methods of its own ({', '.join(sorted(names))})"
+    own = {**module._parameters, **module._buffers, **module._modules}
+    lost = {name for name, value in own.items() if value is not None} - {"weight", "bias"}
+    lost -= {name for name in lost if _ASP_MASK.fullmatch(name)}
+    if lost:
+        return f"{kind} holds more than weight and bias ({', '.join(sorted(lost))})"
+    weight, bias = dense_weight(module), getattr(module, "bias", None)
+    if isinstance(bias, Tensor) and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        return f"its bias is {list(bias.shape)} of {bias.dtype}"
     return None
+
+
+def held_elsewhere(model: nn.Module) -> dict[int, str]:
+    """id of each module that another one holds, itself or a method of it, where nothing can be
+    replaced (in a list, a tuple, a dict or a plain attribute) -> the class of that other one.
+    What torch.compile made of a layer is bound anew (nn/replace.py)."""
+    found: dict[int, str] = {}
+    for module in model.modules():
+        if hasattr(module, "dynamo_ctx"):
+            continue
+        for key in module.__dict__.keys() - _OF_EVERY_MODULE:
+            value = module.__dict__[key]
+            values = value.values() if isinstance(value, dict) else value
+            for held in values if isinstance(value, (dict, list, tuple)) else (value,):
+                owner = held.__self__ if isinstance(held, MethodType) else held
+                if isinstance(owner, nn.Module) and owner is not module:
+                    found[id(owner)] = type(module).__name__
+    return found
 
 
 def _other_weights(name: str, module: nn.Module, block: int | None) -> list[Layer]:

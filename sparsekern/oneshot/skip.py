@@ -9,8 +9,7 @@ A rule is a string, an int or a range; the forms, tried in this order:
     "model.layers.0.mlp"      exact name of a layer, or of a module: every layer below it
     "LlamaMLP" "Linear"       class name of a layer, or of a module that holds it
     "rule-of-thumb"           the output embedding, and the attention of the first block
-    "skip.json"               a file: {"skip": [rules]} (SensitivityReport.save_skip); alone, not
-                              in a list
+    "skip.json"               a file: {"skip": [rules]} (SensitivityReport.save_skip)
 
 The matrices of experts have one name for each expert, "model.layers.0.mlp.experts.3.down_proj"; the
 name of the parameter that holds all of them, "model.layers.0.mlp.experts.down_proj", stands for
@@ -54,18 +53,24 @@ def as_rules(skip: Any, op: str = OP, kind: str = "skip") -> tuple[Any, ...]:
     """
     if skip is None:
         return ()
-    if isinstance(skip, os.PathLike) or (isinstance(skip, str) and skip.endswith(".json")):
+    if _is_file(skip):
         return _read(os.fspath(skip))
     if isinstance(skip, (str, int, range)):
         return (skip,)
     listed = isinstance(skip, Iterable) and not isinstance(skip, (bytes, Tensor))
     expected = f"{kind} rules: text, block indices, ranges, or a list of them"
     check(listed, op, expected, shown(skip), "See sparsekern/oneshot/skip.py.", TypeError)
-    return tuple(skip)
+    return tuple(part for rule in skip for part in (as_rules(rule) if _is_file(rule) else (rule,)))
+
+
+def _is_file(rule: Any) -> bool:
+    return isinstance(rule, os.PathLike) or (isinstance(rule, str) and rule.endswith(".json"))
 
 
 def _read(path: str) -> tuple[Any, ...]:
     """The rules in a file."""
+    expected, remedy = f"a file of skip rules at {path}", "sparsekern sensitivity writes one."
+    check(os.path.isfile(path), OP, expected, "none", remedy, FileNotFoundError)
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)

@@ -91,10 +91,11 @@ def bench_shape(
         ValueError: sizes not positive.
         RuntimeError: the sparse result differs from the dense one.
     """
+    sizes = (out_features, in_features, tokens)
     check(
-        min(out_features, in_features, tokens) > 0,
+        0 < min(sizes) and max(sizes) < 2**31 and in_features % 4 == 0,
         "sparsekern.bench",
-        "positive sizes",
+        "sizes of 1 up to 2147483647, in_features a multiple of 4",
         f"{out_features}x{in_features}, {tokens} tokens",
     )
     generator = torch.Generator(device=device).manual_seed(0)

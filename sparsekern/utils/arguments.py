@@ -7,8 +7,9 @@
     TypeError: sparsekern.rotate: expected steps: a whole number, got 'x'. The default is 200.
 
 What an annotation means here: int and float are numbers of Python or numpy, and no bool; bool is
-True, False, 1 or 0; a path is not empty; a device is one that this torch can put tensors on; of
-containers the kind counts, not what is in them; Any and object are not looked at.
+True, False, 1 or 0; a path is not empty; a module has no lazy layer without weights; a
+device is one that this torch can put tensors on; of containers the kind counts, not what is in
+them; Any and object are not looked at.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from sparsekern.errors import check, message
 
@@ -72,6 +74,8 @@ class _Argument:
         if self.path and isinstance(value, str):
             good = bool(value) and "\0" not in value
             check(good, op, f"{self.name}: a path", shown(value), remedy)
+        if isinstance(value, nn.Module):
+            check_initialised(op, value)
         if self.device and value is not None:
             usable_device(op, value, self.name)
         if self.span is not None and value is not None and _fits(float, value):
@@ -115,6 +119,17 @@ def check_fields(op: str, instance: Any, **spans: Range) -> None:
     known = _arguments(kind.__init__, spans)
     for name, argument in known.items():
         argument.check(op, getattr(instance, name))
+
+
+def check_initialised(op: str, model: nn.Module) -> None:
+    """ValueError where a lazy layer has no weights yet."""
+    lazy = [
+        f"{type(m).__name__} at {name!r}"
+        for name, m in model.named_modules()
+        if isinstance(m, LazyModuleMixin) and m.has_uninitialized_params()  # type: ignore[misc]
+    ]
+    remedy = "Call the model once on a batch."
+    check(not lazy, op, "initialised weights", ", ".join(lazy[:3]), remedy)
 
 
 def usable_device(op: str, value: Any, name: str = "") -> torch.device:

@@ -95,7 +95,7 @@ def _read(path: str | os.PathLike[str], version: int) -> tuple[dict[str, Any], s
         return {}, 'expected {"version": ..., "entries": {...}}'
     found = content.get("version")
     if type(found) is not int or found != version:
-        return {}, f"expected version {version}, got {str(found)[:40]}"
+        return {}, f"expected version {version}, got {found!r:.40}"
     return content["entries"], ""
 
 
