@@ -19,7 +19,6 @@ from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.utils.arguments import shown
 
 OP = "sparsekern.integrations.semi_structured"
-DTYPES = (torch.float16, torch.bfloat16)
 ROWS, COLUMNS, WORD = 32, 64, 16  # what sizes are multiples of; columns of a word
 
 
@@ -35,7 +34,7 @@ def to_semi_structured(w24: Sparse24) -> SparseSemiStructuredTensorCUTLASS:
     op = f"{OP}.to_semi_structured"
     check(isinstance(w24, Sparse24), op, "w24: a Sparse24", shown(w24), exc=TypeError)
     rows, columns = w24.shape
-    plain, got = w24.spec.element.plain and w24.dtype in DTYPES, f"{w24.spec.storage}"
+    plain, got = w24.spec.element.plain and w24.dtype.itemsize == 2, f"{w24.spec.storage}"
     remedy = "Call sparsekern.dequantize or .to(torch.bfloat16) first."
     check(plain, op, "w24: float16 or bfloat16", got, remedy)
     expected = f"w24: [out, in] multiples of {ROWS} and {COLUMNS}"
@@ -72,7 +71,7 @@ def from_semi_structured(tensor: Tensor) -> Sparse24:
     check(known, op, "tensor: a SparseSemiStructuredTensorCUTLASS", got, remedy, TypeError)
     ours = cast(SparseSemiStructuredTensorCUTLASS, tensor)
     values, meta = ours.packed, ours.meta
-    check(ours.dtype in DTYPES, op, "tensor: float16 or bfloat16", ours.dtype, remedy)
+    check(ours.dtype.itemsize == 2, op, "tensor: float16 or bfloat16", ours.dtype, remedy)
     whole = values is not None and meta is not None and meta.ndim == 2 and values.ndim == 2
     check(whole, op, "tensor: values and metadata of one matrix", "another form", remedy)
     assert values is not None and meta is not None
