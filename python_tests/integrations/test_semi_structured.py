@@ -52,6 +52,13 @@ def test_what_torch_made_of_fewer_than_two_values():
     assert torch.equal(back.to_dense(), dense), "its own memory"
 
 
+def test_metadata_that_is_none():
+    theirs = to_semi_structured(weight((32, 64)))
+    theirs.meta.zero_()  # both values in the first column of each group
+    with pytest.raises(sk.FormatError, match="metadata"):
+        from_semi_structured(theirs)
+
+
 def test_nothing_is_dense_on_the_way(monkeypatch):
     for cls in (sk.Sparse24, SparseSemiStructuredTensorCUTLASS):
         monkeypatch.setattr(cls, "to_dense", None)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUTLASS
 
 from sparsekern.errors import check
-from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.formats.sparse24 import Sparse24, verify
 from sparsekern.utils.arguments import shown
 
 OP = "sparsekern.integrations.semi_structured"
@@ -78,7 +78,9 @@ def from_semi_structured(tensor: Tensor) -> Sparse24:
     (rows, columns), flat = ours.shape, meta.contiguous().flatten()
     words = flat.gather(0, _places(rows, columns, flat.device))
     metadata = words.view(torch.uint8).view(rows, columns // 8)
-    return Sparse24(values.detach().clone(), metadata, (rows, columns))
+    w24 = Sparse24(values.detach().clone(), metadata, (rows, columns))
+    verify(w24)
+    return w24
 
 
 def _places(rows: int, columns: int, device: torch.device) -> Tensor:
