@@ -140,7 +140,7 @@ def test_cells_of_8_bits_are_fitted_by_scaling_what_there_is(tmp_path, capsys):
     """Times of 8 bits made from TIMES by one factor per kernel, and of row blocks of their own."""
     tiles = [v for v in coefficients.TIMES if isinstance(v, (Tile, SplitTile))]
     tiles = [v for v in tiles if not getattr(v, "across", False)]  # of 16 bits alone
-    factors = {Tile: 1.2, SplitTile: 0.8}
+    factors = {Tile: 1.2, SplitTile: 1.1}
     lines = []
     for shape in SHAPES:
         for tokens in TOKENS:
@@ -162,8 +162,7 @@ def test_cells_of_8_bits_are_fitted_by_scaling_what_there_is(tmp_path, capsys):
     table = fit.fit_table(read, SMS)
     assert set(table) == {*tiles, RowBlocks(256, 4)}
     gaps = [gap.share for gap in fit.gaps(read, table, SMS)]
-    # One factor a kernel cannot part every tile: a few cells pick a neighbour.
-    assert sum(gap > 0.02 for gap in gaps) <= 4 and sum(gaps) / len(gaps) < 0.03, sorted(gaps)[-5:]
+    assert max(gaps) < 0.02
     assert fit.main([path, "--check"]) == 0
     assert capsys.readouterr().out.startswith("all cells, ")
     with pytest.raises(ValueError, match="cells of one table"):
