@@ -124,8 +124,8 @@ STAGES_OF_PART, TOKENS_OF_PART, PANEL = 4, 32, 64
 # In the split kernel: the most clusters that share a tile, and the tokens of the smallest part of a
 # tile that a thread block finishes.
 CLUSTERS_OF_TILE, TOKENS_OF_SUMS = 16, 16
-# Bytes of sums that one multiprocessor reads from L2 in about as long as it takes to write, count
-# and come back: at 50 bytes a clock some 2 us.
+# Bytes of sums that one multiprocessor was estimated to read from L2 while it writes, counts and
+# comes back, 2 us at 50 bytes a clock; what a crowd of them takes is fitted.
 SUMS_READ = 170_000
 
 SMOOTH = 4  # exponent of the smooth maximum
