@@ -225,6 +225,9 @@ def test_prune_model_permutes_first_and_resumes(tmp_path):
     with pytest.raises(ValueError, match="the permutation that .* was started with"):
         other = dict(knobs, permute={"rounds": 31})
         sk.prune_model(copy.deepcopy(start), "sparsegpt", ids(8), **other)
+    with pytest.raises(FormatError, match="the permutation that .* was started with"):
+        other = dict(knobs, permute=None, preset="default", reconstruct=())
+        sk.prune_model(copy.deepcopy(start), "sparsegpt", ids(9), **other)
     file = tmp_path / "run" / "permutation.safetensors"
     good = file.read_bytes()
     for damage in (good[:-1] + bytes([good[-1] ^ 1]), good[:40], b"{"):
