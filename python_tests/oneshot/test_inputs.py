@@ -266,6 +266,25 @@ def test_an_encoder_decoder_gets_the_ids_of_a_dict_as_both_inputs():
         assert_same_state(other, expected)
 
 
+def test_sound_alone_is_not_enough_for_an_encoder_decoder():
+    sizes = dict(d_model=32, encoder_layers=1, decoder_layers=1, vocab_size=64, num_mel_bins=8)
+    sizes |= dict(encoder_attention_heads=4, decoder_attention_heads=4)
+    ends = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    config = transformers.WhisperConfig(
+        encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=20, **sizes, **ends
+    )
+    model, sound = (
+        transformers.WhisperForConditionalGeneration(config).eval(),
+        torch.randn(2, 8, 40),
+    )
+    text = r"decoder_input_ids or labels beside input_features .* got input_features \[2, 8, 40\]"
+    for form in (sound, {"input_features": sound}, [(sound, tokens(2, 6))]):
+        with pytest.raises(ValueError, match=text):
+            run_prune(model, "wanda", form)
+    report = run_prune(model, "wanda", {"input_features": sound, "labels": tokens(2, 6)})
+    assert len(report.pruned) == 16
+
+
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()

@@ -579,6 +579,15 @@ def input_embedding(model: nn.Module) -> nn.Module | None:
     return embedding if isinstance(embedding, nn.Module) else None
 
 
+def positions(model: nn.Module) -> int | None:
+    """Tokens that a Transformers model was made for; None where its config does not say."""
+    config: Any = getattr(model, "config", None)
+    getter = getattr(config, "get_text_config", None)
+    text = getter() if callable(getter) else config
+    count = getattr(text, "max_position_embeddings", None)
+    return count if isinstance(count, int) and count > 0 else None
+
+
 def is_transformers(model: nn.Module) -> bool:
     """A Transformers model, or one wrapped by peft: takes its inputs by keyword and has a config.
     Recognised without importing transformers."""

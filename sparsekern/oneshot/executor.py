@@ -34,7 +34,14 @@ from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot.calibration import Batch, make_batches
 from sparsekern.oneshot.collector import HessianCollector
-from sparsekern.oneshot.devices import eager, home_of, looked, on_device, quiet
+from sparsekern.oneshot.devices import (
+    eager,
+    home_of,
+    looked,
+    on_device,
+    quiet,
+    working_device,
+)
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.experts import put_together
 from sparsekern.oneshot.ranks import Ranks
@@ -170,7 +177,7 @@ class Calibration(Timed):
         self.model, self.selection, self.op = model, selection, op
         self.batches = batches or []
         self.home = home_of(model)
-        self.device = self.device_of(model, device)
+        self.device = working_device(op, model, device)
         self.true_sequential, self.beside_dense, self.offload = (
             true_sequential,
             beside_dense,
@@ -191,15 +198,6 @@ class Calibration(Timed):
         self._training: dict[int, tuple[nn.Module, bool]] = {}
         self._planned: list[Stage] | None = None
         self._homes = {id(a.module): a.weight.device for a in selection.active}
-
-    @staticmethod
-    def device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
-        """Where blocks run: `device`, or CUDA if there is one, else where the model is."""
-        default = torch.device("cuda") if torch.cuda.is_available() else home_of(model)
-        chosen = torch.device(device) if device is not None else default
-        if chosen.type == "cuda" and chosen.index is None:
-            return torch.device("cuda", torch.cuda.current_device())
-        return chosen
 
     def __iter__(self) -> Iterator[Group]:
         for stage in self.stages():

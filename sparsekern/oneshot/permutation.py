@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from sparsekern.backends import triton
 from sparsekern.errors import FormatError, check
 from sparsekern.oneshot.calibration import Batch, make_batches
-from sparsekern.oneshot.devices import looked
+from sparsekern.oneshot.devices import looked, working_device
 from sparsekern.oneshot.discovery import find_blocks
 from sparsekern.oneshot.observe import observe
 from sparsekern.utils.arguments import SEEDS, checked
@@ -143,8 +143,7 @@ def permute(
         UserWarning: they did because of what the attention does between v and o (a gate); the order
             there is as before.
     """
-    home = next(model.parameters()).device
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else home))
+    target = working_device(OP, model, device)
     batches = make_batches(calibration, model, None, target, op=OP)
     return permute_on(model, batches, target, rounds=rounds, heads=heads, seed=seed).report
 

@@ -19,6 +19,7 @@ from sparsekern.nn.sparse_linear import check_before_loading
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot import keep_dense as dense_rule
 from sparsekern.oneshot.calibration import digest, make_batches
+from sparsekern.oneshot.devices import working_device
 from sparsekern.oneshot.estimate import free_host_bytes
 from sparsekern.oneshot.executor import Calibration
 from sparsekern.oneshot.experts import with_experts_apart
@@ -272,7 +273,7 @@ def prune_model(
         if source is not None:
             _check_streamed(extra, compress, resume, preset)
         if crew is not None:
-            crew.device = Calibration.device_of(model, device)
+            crew.device = working_device(OP, model, device)
         walk = walked()
         if crew is not None:
             experts = any(layer.owner is not None for layer in walk.selection.active)
