@@ -51,7 +51,10 @@ def bool_mask(*shape):
             f"Near matches: .*{UP}",
         ),
         (dict(masks={UP: bool_mask(32, 64)}), ValueError, r"\[64, 32\], got \[32, 64\]"),
-        (dict(masks={UP: torch.zeros(64, 32)}), TypeError, r"bool \[64, 32\], got torch.float32"),
+        (dict(masks={UP: torch.zeros(64, 32)}), TypeError, r"bool \[64, 32\], got a tensor .*32"),
+        (dict(masks={UP: bool_mask(64, 32).numpy()}), TypeError, r"bool \[64, 32\], got array"),
+        (dict(device="meta"), ValueError, "device: one that holds data, got meta. Pass device="),
+        (dict(device="mtia"), ValueError, "device: a device that this torch has, got 'mtia'"),
         (dict(masks={UP: ~bool_mask(64, 32)}), ValueError, "at most 2 kept .* got 4"),
         (
             dict(masks={UP: bool_mask(64, 32)}, skip=(UP,)),
