@@ -97,6 +97,8 @@ def test_json_round_trip(report):
         PruneReport.from_json(text.replace('"schema": 1', '"schema": 2'))
     with pytest.raises(ValueError, match="schema 1, got None"):
         PruneReport.from_json("[]")
+    with pytest.raises(ValueError, match="the fields of a report, got KeyError: 'layers'. Pass"):
+        PruneReport.from_json(text.replace('"layers"', '"rows"'))
 
 
 def test_json_has_no_infinities():

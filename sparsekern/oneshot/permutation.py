@@ -111,7 +111,7 @@ class Permuted:
         return self.orders
 
 
-@checked(OP, rounds=(0, 10**6), seed=SEEDS)
+@checked(OP)
 @torch.no_grad()
 def permute(
     model: nn.Module,
@@ -148,6 +148,7 @@ def permute(
     return permute_on(model, batches, target, rounds=rounds, heads=heads, seed=seed).report
 
 
+@checked(OP, rounds=(0, 10**6), seed=SEEDS)
 @torch.no_grad()
 def permute_on(
     model: nn.Module,
@@ -165,7 +166,6 @@ def permute_on(
     its report, of the same model in another process, they are applied and nothing else. energies:
     of the readers' inputs, where the forward passes are done."""
     start = time.perf_counter()
-    check(type(rounds) is int and rounds >= 0, OP, "rounds, an int >= 0", repr(rounds))
     home = next(model.parameters()).device
     sites = find_sites(model, heads)
     expected = f"{type(model).__name__} with an MLP or attention of layers {MLPS[0]} or v_proj"

@@ -77,7 +77,7 @@ class RotationReport:
         return f"{text}, head untied (+{self.untied_bytes} bytes)" if self.untied_bytes else text
 
 
-@checked(OP, steps=(0, 10**6), seconds=(0, 10**9), rate=(0, 1), seed=SEEDS)
+@checked(OP)
 @torch.no_grad()
 def rotate(
     model: nn.Module,
@@ -139,6 +139,7 @@ class Rotated:
         return made | {f"turns.{i}": turn for i, turn in enumerate(self.turns)}
 
 
+@checked(OP, steps=(0, 10**6), seconds=(0, 10**9), rate=(0, 1), seed=SEEDS)
 @torch.no_grad()
 def rotate_on(
     model: nn.Module,
