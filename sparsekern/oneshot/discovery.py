@@ -254,8 +254,11 @@ def find_layers(
     remedy = "Use SparseLinear.from_linear, or wrap it in nn.Sequential."
     check(not is_linear(model), op, "a model that contains Linear layers", got, remedy)
     scripted = [name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
-    got, remedy = f"TorchScript at {scripted[:1]}", "Prune the model that it was made of."
-    check(not scripted, op, "a model of Python code", got, remedy, TypeError)
+    # torch.export puts a function there that refuses.
+    exported = isinstance(model, torch.fx.GraphModule) and "eval" in vars(model)
+    got = f"TorchScript at {scripted[:1]}" if scripted else "a graph of torch.export"
+    remedy = "Prune the model that it was made of."
+    check(not (scripted or exported), op, "a model of Python code", got, remedy, TypeError)
     _, blocks = find_blocks(model)
     index_of = {id(m): i for i, block in enumerate(blocks) for m in block.modules()}
     parents: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
