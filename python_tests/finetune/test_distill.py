@@ -356,6 +356,23 @@ def test_a_model_that_takes_more_than_ids_is_refused():
         run(student, teacher)
 
 
+def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
+    """torch.save says "unexpected pos" where the disk is full."""
+
+    def full(state, file):
+        file.write(b"PK")
+        raise RuntimeError("[enforce fail] . unexpected pos 64 vs 0")
+
+    teacher, student = pair()
+    run(student, teacher, folder=tmp_path, steps=2, save_every=1)
+    kept = (tmp_path / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="checkpoint.pt to be written, got .*pos 64 vs 0. Make room"):
+        run(copy.deepcopy(student), teacher, folder=tmp_path, resume=False, steps=2, save_every=1)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == kept
+    assert not (tmp_path / "checkpoint.part").exists()
+
+
 def test_the_speed_is_that_of_the_steps_after_the_first(monkeypatch):
     """Each step takes one second of this clock, so that counting the first one too would show."""
     monkeypatch.setattr(trainer, "time", Clock(1.0))

@@ -498,6 +498,14 @@ def test_what_enable_and_load_state_dict_refuse_changes_nothing():
         ({"masks": {**state["masks"], "up": pack_bits(dense["up"])}}, "2:4 mask 'up', got 4"),
         ({"residue": {"up": torch.ones(3)}}, "residue 'up' of shape"),
         ({"shapes": {}}, "shapes of 2 weights"),
+        ({"masks": {**state["masks"], "up": [255]}}, r"mask 'up' of uint8, got \[255\]"),
+        ({"masks": {n: m.float() for n, m in state["masks"].items()}}, "of uint8, got a tensor"),
+        ({"residue": {"up": 5}}, "residue 'up' of shape .* got 5"),
+        ({"residue": None}, "'residue', of type dict, got None"),
+        ({"step": "x"}, "'step', of type int, got 'x'"),
+        ({"step": -5}, "step >= 0, got -5"),
+        ({"enabled": "no"}, "'enabled', of type bool, got 'no'"),
+        ({"schedule": "SRSTE"}, "'schedule', of type dict, got 'SRSTE'"),
     ):
         with pytest.raises(FormatError, match=part):
             masked.load_state_dict({**state, "step": 7, **wrong})

@@ -128,6 +128,26 @@ def test_datasets_arrays_columns_and_pairs():
         assert_same_state(model, expected)
 
 
+def test_numbers_beside_one_sample_are_its_targets():
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
+    config = transformers.BertConfig(intermediate_size=64, **sizes)
+    for kind, targets in (
+        ("BertForSequenceClassification", {"labels": 1}),
+        ("BertForQuestionAnswering", {"start_positions": 2, "end_positions": 5}),
+    ):
+
+        def model(kind=kind):
+            torch.manual_seed(0)
+            return getattr(transformers, kind)(config).eval()
+
+        one, other = model(), model()
+        beside = {"token_type_ids": [0] * 12, "attention_mask": [1] * 12}
+        rows = [{"input_ids": row.tolist(), **beside} for row in tokens(4, 12)]
+        run_prune(one, "wanda", rows)
+        run_prune(other, "wanda", [{**row, **targets} for row in rows])
+        assert_same_state(one, other)
+
+
 def test_samples_of_unequal_lengths_in_one_dict():
     """A tokenizer's output without padding."""
     rows = [tokens(1, n, seed=n)[0].tolist() for n in (5, 9)]

@@ -173,7 +173,9 @@ def test_models_that_cannot_be_changed():
         with pytest.raises(TypeError, match="expected a model of Python code, got TorchScript"):
             sk.prune_model(model, "magnitude", progress=False)
     exported = torch.export.export(nn.Sequential(nn.Linear(16, 16)), (X,)).module()
-    with pytest.raises(TypeError, match="expected a model of Python code, got a graph of torch.exp"):
+    with pytest.raises(
+        TypeError, match="expected a model of Python code, got a graph of torch.exp"
+    ):
         sk.prune_model(exported, "magnitude", progress=False)
     with torch.inference_mode():
         model = Pair()

@@ -116,9 +116,9 @@ def test_save_is_atomic(report, tmp_path, monkeypatch):
     report.save(path)
     assert PruneReport.from_json(path.read_text()) == report
     monkeypatch.setattr(
-        files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full"))
+        files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "disk full"))
     )
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=r"disk full: '.*report\.json'"):
         write_atomic(path, b"half")
     assert os.listdir(tmp_path) == ["report.json"]
     assert PruneReport.from_json(path.read_text()) == report

@@ -571,8 +571,14 @@ class Masked:
             check(good, op, expected, got, "The state is of another run.", FormatError)
 
         require(state.get("version") == VERSION, f"version {VERSION}", state.get("version"))
-        keys = {"step", "enabled", "pattern", "schedule", "shapes", "masks", "residue"}
+        kinds = {"step": int, "enabled": bool, "schedule": dict, "shapes": dict, "masks": dict}
+        kinds["residue"] = dict
+        keys = {*kinds, "pattern"}
         require(keys <= set(state), f"the keys {sorted(keys)}", sorted(state))
+        for key, kind in kinds.items():
+            right = type(state[key]) is kind
+            require(right, f"{key!r}, of type {kind.__name__}", shown(state[key]))
+        require(state["step"] >= 0, "step >= 0", state["step"])
         names = {entry.name for entry in self.entries}
         for key in ("shapes", "masks"):
             found = set(state[key])
@@ -589,6 +595,8 @@ class Masked:
             found = state["shapes"][entry.name]
             require(found == shape, f"mask {entry.name!r} of shape {shape}", found)
             packed = state["masks"][entry.name]
+            bits = isinstance(packed, Tensor) and packed.dtype == torch.uint8
+            require(bits, f"mask {entry.name!r} of uint8", shown(packed))
             size = -(-math.prod(shape) // 8)
             require(packed.numel() == size, f"{size} bytes of mask {entry.name!r}", packed.numel())
             mask = unpack_bits(packed, shape)
@@ -598,7 +606,7 @@ class Masked:
             loaded[entry.name] = ~grouped(mask, entry.transposed).contiguous()
             residue = state["residue"].get(entry.name)
             own = list(entry.parameter.shape)
-            fits = residue is None or list(residue.shape) == own
+            fits = residue is None or isinstance(residue, Tensor) and list(residue.shape) == own
             require(fits, f"residue {entry.name!r} of shape {own}", shown(residue))
         self.pattern, self.schedule = pattern, schedule
         self.step, self.enabled = int(state["step"]), bool(state["enabled"])

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern.errors import FormatError, check
+from sparsekern.errors import FormatError, check, message
 from sparsekern.eval.perplexity import check_model, perplexity
 from sparsekern.finetune import attention, metrics
 from sparsekern.finetune import data as text
@@ -625,10 +625,15 @@ class _Run:
         }
         final = self.folder / CHECKPOINT
         partial = final.with_suffix(".part")
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(partial, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            partial.unlink(missing_ok=True)
+            remedy = "Make room there: the same call goes on from the checkpoint before."
+            raise OSError(message(OP, f"{final} to be written", str(error), remedy)) from error
         os.replace(partial, final)
 
     def _load(self) -> int:

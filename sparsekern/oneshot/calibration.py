@@ -509,10 +509,13 @@ class _Transformers:
         """The batches of one dict: itself, or its samples without their padding."""
         ids = item.get("input_ids")
         main = item.get(self.main) if ids is None else ids
-        if isinstance(main, Tensor) and main.dim() == 1:  # one sample
+        if (
+            isinstance(main, Tensor) and main.dim() == 1
+        ):  # one sample; plain numbers are its targets
             item = {
                 key: value[None] if isinstance(value, Tensor) else value
                 for key, value in item.items()
+                if type(value) not in (int, float)
             }
         decoder = {"decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "labels"}
         if self.doubled and not decoder & set(item):

@@ -331,10 +331,8 @@ def _why_not(layer: Layer, tied_with: str | None, pattern: tuple[int, int]) -> s
     standard = is_conv1d(module) or type(module).forward is nn.Linear.forward
     if weight.dtype not in PRUNABLE_DTYPES:
         name = str(weight.dtype).removeprefix("torch.")
-        quantised = (
-            "" if weight.is_floating_point() and weight.element_size() > 1 else "quantised: "
-        )
-        return f"{quantised}dtype {name} is not float32, float16 or bfloat16"
+        wide = weight.is_complex() or weight.is_floating_point() and weight.element_size() > 1
+        return f"{'' if wide else 'quantised: '}dtype {name} is not float32, float16 or bfloat16"
     if not standard and not computes_linear(module):
         return f"{kind} has its own forward"
     if weight.numel() == 0:
