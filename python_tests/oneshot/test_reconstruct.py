@@ -271,6 +271,8 @@ def test_a_model_that_is_pruned_already(compress):
         assert not bool((model.get_submodule(name).weight.to_dense()[~mask] != 0).any()), name
     with pytest.raises(ValueError, match="3 blocks in dense, got 2"):
         sk.reconstruct(model, build(layers=2), ids, SPAN, device="cpu", progress=False)
+    with pytest.raises(ValueError, match="dense: a model of its own, got the model itself. Pass"):
+        sk.reconstruct(model, model, ids, SPAN, device="cpu", progress=False)
     with pytest.raises(ValueError, match="2:4 layers in the blocks"):
         sk.reconstruct(build(), build(), ids, SPAN, device="cpu", progress=False)
 

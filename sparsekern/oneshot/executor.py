@@ -197,6 +197,7 @@ class Calibration(Timed):
         self.apart: dict[str, Any] = {}  # modules with experts that the end puts together again
         self._training: dict[int, tuple[nn.Module, bool]] = {}
         self._planned: list[Stage] | None = None
+        self.begun = False  # whether the stages were asked for
         self._homes = {id(a.module): a.weight.device for a in selection.active}
 
     def __iter__(self) -> Iterator[Group]:
@@ -208,7 +209,13 @@ class Calibration(Timed):
 
         done: keys of stages that are not calibrated, because the caller replaces their layers from
             what it stored.
+
+        Raises:
+            ValueError: they were gone through before; the hidden states are those of the end.
         """
+        remedy = "Call it again for another pass."
+        check(not self.begun, self.op, "a calibration that is new", "one that was used", remedy)
+        self.begun = True
         with contextlib.ExitStack() as stack:
             stack.callback(put_together, self.model, self.apart)
             stack.enter_context(self.evaluating())
