@@ -40,6 +40,7 @@ def bool_mask(*shape):
         ),
         (dict(calibration=torch.zeros(2, 2, 8, dtype=torch.long)), ValueError, r"got \(2, 2, 8\)"),
         (dict(batch_size=0), ValueError, "batch_size >= 1, got 0"),
+        (dict(method="wanda", blocksize=8), ValueError, "options of wanda: none, got 'blocksize'"),
         (dict(pattern=(4, 8)), ValueError, r"compress=True, got \(4, 8\)"),
         (dict(pattern=(4, 4), compress=False), ValueError, r"1 <= n < m, got \(4, 4\)"),
         (dict(on_error="ignore"), ValueError, "'ignore'"),
