@@ -191,7 +191,7 @@ class Problem:
             device=self.run.device,
             batch_size=args.batch_size,
             damp=args.damp,
-            blocksize=args.blocksize,
+            blocksize=args.blocksize if method == "sparsegpt" else None,
             refine=args.refine,
             true_sequential=args.true_sequential,
             match_dense=args.match_dense if method == "sparsegpt" else None,

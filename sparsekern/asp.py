@@ -313,10 +313,11 @@ class ASP:
         for entry in state.masked.entries:
             weight, mask = entry.weight(), _buffer(entry)
             found = state.calculate(weight)
-            good = found.dtype == torch.bool and found.shape == weight.shape
-            got = f"{found.dtype} {list(found.shape)}"
+            good = isinstance(found, Tensor) and found.dtype == torch.bool
+            good = good and found.shape == weight.shape
             expected = f"a bool mask {list(weight.shape)} from mask_calculator"
-            check(good, op, expected, got, "Return True where a weight is kept: mask.bool().")
+            remedy = "Return True where a weight is kept: mask.bool()."
+            check(good, op, expected, shown(found), remedy)
             mask.copy_(found)
             if state.recompute:
                 held = entry.module._buffers[_held_name(entry)]

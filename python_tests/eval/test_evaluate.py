@@ -107,6 +107,30 @@ def test_input_that_does_not_fit(ids, options, error, text):
         perplexity(build("llama"), ids, **{"window": WINDOW, **options})
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_is_no_text(left):
+    model, ids = build("llama"), tokens(1, 30)
+    none = torch.zeros(1, 9, dtype=torch.long)
+    parts = [(none, none), (ids, torch.ones_like(ids))]
+    padded, mask = (torch.cat(part, 1) for part in zip(*(parts if left else parts[::-1])))
+    expected = perplexity(model, ids, WINDOW)
+    assert perplexity(model, {"input_ids": padded, "attention_mask": mask}, WINDOW) == expected
+    with pytest.raises(ValueError, match=r"attention_mask of the shape of token_ids, got \[30\]"):
+        perplexity(model, {"input_ids": ids, "attention_mask": [1] * 30}, WINDOW)
+
+
+def test_windows_longer_than_the_positions():
+    """A warning where the model goes on beyond them, an error where it cannot."""
+    ids = tokens(1, 70)[0]
+    with pytest.warns(
+        UserWarning, match="window of at most 64 tokens, the positions of Llama.* 65"
+    ):
+        perplexity(build("llama"), ids, window=65)
+    text = "GPT2LMHeadModel to take token ids alone, got IndexError.* at most 64 tokens"
+    with pytest.raises(ValueError, match=text), pytest.warns(UserWarning, match="got 65"):
+        perplexity(build("gpt2"), ids, window=65)
+
+
 @pytest.mark.parametrize("kind", ["BertForMaskedLM", "BartForConditionalGeneration"])
 @pytest.mark.parametrize("spread", [1.0, 0.02])
 def test_a_model_that_reads_later_tokens(kind, spread):

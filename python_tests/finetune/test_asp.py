@@ -235,6 +235,11 @@ def test_errors():
         ASP.init_model_for_pruning(net(), "m4n2_3d")
     with pytest.raises(ValueError, match="custom_layer_dict"):
         ASP.init_model_for_pruning(net(), whitelist=[nn.Bilinear])
+    for wrong in (lambda w: None, lambda w: torch.ones_like(w)):
+        model = net()
+        ASP.init_model_for_pruning(model, wrong, verbosity=0, allow_permutation=False)
+        with pytest.raises(ValueError, match="a bool mask .* from mask_calculator, got .* Return"):
+            ASP.compute_sparse_masks(model)
 
 
 def test_one_optimizer_of_two_models():

@@ -1,5 +1,6 @@
 """distill on a tiny Llama: it recovers, keeps masks, resumes bit for bit, runs in parallel."""
 
+import contextlib
 import copy
 import json
 import subprocess
@@ -12,7 +13,7 @@ import sparsekern as sk
 from python_tests.clock import Clock
 from python_tests.finetune.distill_child import SAVING
 from python_tests.finetune.tiny import OPTIONS, WINDOW, pair, rows, run, weights
-from python_tests.oneshot.driver_models import build, tokens
+from python_tests.oneshot.driver_models import build, run_prune, tokens
 from sparsekern.errors import FormatError
 from sparsekern.finetune import SRSTE, Masked, build_cache, data, distill, losses, trainer
 from sparsekern.finetune.metrics import plot, read_metrics
@@ -310,6 +311,68 @@ def test_on_step_ends_a_run():
     assert report.first_step > 0
 
 
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("when", ["before", "during", "evaluation", "never"])
+def test_what_is_put_back(when):
+    """Dtypes, gradients, hooks and torch's random numbers; after an exception the modes, too."""
+
+    def stop(_):
+        raise Stop
+
+    teacher, student = pair(attention_dropout=0.5)
+    student.bfloat16().train().model.norm.eval()
+    options = {
+        "before": {"evaluate": {"a": 3}},
+        "during": {"on_step": stop},
+        "evaluation": {"evaluate": {"a": stop}},
+        "never": {},
+    }[when]
+    modes, random = [m.training for m in student.modules()], torch.get_rng_state()
+    masked = Masked(student)
+    with pytest.raises((Stop, TypeError)) if options else contextlib.nullcontext():
+        run(student, teacher, masks=masked, steps=2, **options)
+    assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
+    assert all(p.grad is None for p in student.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+    after = [m.training for m in student.modules()]
+    assert after == (modes if options else [False] * len(modes))
+    count, own = masked.step, torch.optim.SGD(student.parameters(), 0.1)
+    masked.attach(own)
+    student(rows()).logits.square().mean().backward()
+    own.step()
+    assert masked.step == count + 1, "this optimizer counts the steps now"
+
+
+def test_a_model_that_takes_more_than_ids_is_refused():
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    sizes = dict(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=64)
+    teacher = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    student = copy.deepcopy(teacher)
+    run_prune(student, "magnitude", None, compress=False)
+    with pytest.raises(ValueError, match="T5.* to take token ids alone, got ValueError.* causal"):
+        run(student, teacher)
+
+
+def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
+    """torch.save says "unexpected pos" where the disk is full."""
+
+    def full(state, file):
+        file.write(b"PK")
+        raise RuntimeError("[enforce fail] . unexpected pos 64 vs 0")
+
+    teacher, student = pair()
+    run(student, teacher, folder=tmp_path, steps=2, save_every=1)
+    kept = (tmp_path / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="checkpoint.pt to be written, got .*pos 64 vs 0. Make room"):
+        run(copy.deepcopy(student), teacher, folder=tmp_path, resume=False, steps=2, save_every=1)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == kept
+    assert not (tmp_path / "checkpoint.part").exists()
+
+
 def test_the_speed_is_that_of_the_steps_after_the_first(monkeypatch):
     """Each step takes one second of this clock, so that counting the first one too would show."""
     monkeypatch.setattr(trainer, "time", Clock(1.0))
@@ -341,6 +404,11 @@ def test_what_distill_refuses_before_anything_is_done(tmp_path):
         ({"device": "gpu"}, ValueError, "device: a device such as"),
         ({"schedule": "rigl"}, TypeError, "schedule: a Schedule"),
         ({"folder": file}, ValueError, "folder: a folder, or the name of a new one"),
+        (
+            {"folder": file / "below"},
+            OSError,
+            "a folder that can be written, got .*which is a file",
+        ),
         ({"window": 1}, ValueError, "window from 2"),
         ({"temperature": 0.0}, ValueError, "temperature > 0"),
     ):

@@ -53,6 +53,32 @@ def test_any_optimizer_keeps_masks_and_masked_state(kind):
             assert value[~dropped].any(), key
 
 
+class Coded(torch.optim.Optimizer):
+    """Momentum in 8 bits, code 127 for zero."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 1e-2})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            state = self.state[parameter]
+            codes = state.setdefault("codes", torch.full(parameter.shape, 127, dtype=torch.uint8))
+            momentum = (codes.float() - 127) / 127 * state.get("most", 1.0) * 0.9 + parameter.grad
+            most = state["most"] = momentum.abs().max().clamp_min(1e-9)
+            codes.copy_((momentum / most * 127 + 127).round())
+            parameter.sub_(momentum, alpha=self.defaults["lr"])
+
+
+def test_codes_of_an_8_bit_optimizer_are_not_zeroed():
+    """A zero there is the largest negative momentum."""
+    model = pruned()
+    masked, optimizer = Masked(model), Coded(model.parameters())
+    train(model, masked.attach(optimizer), 3)
+    assert masked.check() == 0
+    assert (optimizer.state[model.up.weight]["codes"][~masked.masks["up"]] == 127).all()
+
+
 def test_kept_weights_train_as_if_dropped_ones_did_not_exist():
     """Exactly the steps of a model whose forward multiplies by the mask."""
     model, twin = pruned(), pruned()
@@ -161,8 +187,10 @@ def test_lbfgs_whose_gradients_come_from_a_closure():
     [None, Magnitude(every=3), SRSTE(weight_decay=2e-2, ramp=4), RigL(every=2, freeze_at=8)],
     ids=lambda s: type(s).__name__,
 )
-def test_resume_is_bit_equal(schedule):
-    """5 + 5 steps through a saved state equal 10 steps, dropout included."""
+@pytest.mark.parametrize("order", ["model masked optimizer", "optimizer masked model"])
+def test_resume_is_bit_equal(schedule, order):
+    """5 + 5 steps through a saved state equal 10 steps, dropout included, in any order of loading,
+    though the new model has other masks until then."""
     model = pruned(dropout=0.2)
     masked = Masked(model, schedule=schedule, keep_dense=True)
     optimizer = masked.attach(adamw(model))
@@ -183,9 +211,9 @@ def test_resume_is_bit_equal(schedule):
     again = pruned(seed=9, dropout=0.2)
     other = Masked(again)
     optimizer2 = other.attach(adamw(again))
-    again.load_state_dict(state["model"])
-    other.load_state_dict(state["masked"])
-    optimizer2.load_state_dict(state["optimizer"])
+    parts = {"model": again, "masked": other, "optimizer": optimizer2}
+    for part in order.split():
+        parts[part].load_state_dict(state[part])
     torch.set_rng_state(state["rng"])
     train(again, optimizer2, 5, first=5)
     assert torch.equal(bits(model), bits(again))
@@ -470,6 +498,14 @@ def test_what_enable_and_load_state_dict_refuse_changes_nothing():
         ({"masks": {**state["masks"], "up": pack_bits(dense["up"])}}, "2:4 mask 'up', got 4"),
         ({"residue": {"up": torch.ones(3)}}, "residue 'up' of shape"),
         ({"shapes": {}}, "shapes of 2 weights"),
+        ({"masks": {**state["masks"], "up": [255]}}, r"mask 'up' of uint8, got \[255\]"),
+        ({"masks": {n: m.float() for n, m in state["masks"].items()}}, "of uint8, got a tensor"),
+        ({"residue": {"up": 5}}, "residue 'up' of shape .* got 5"),
+        ({"residue": None}, "'residue', of type dict, got None"),
+        ({"step": "x"}, "'step', of type int, got 'x'"),
+        ({"step": -5}, "step >= 0, got -5"),
+        ({"enabled": "no"}, "'enabled', of type bool, got 'no'"),
+        ({"schedule": "SRSTE"}, "'schedule', of type dict, got 'SRSTE'"),
     ):
         with pytest.raises(FormatError, match=part):
             masked.load_state_dict({**state, "step": 7, **wrong})

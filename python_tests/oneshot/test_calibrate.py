@@ -130,5 +130,10 @@ def test_bad_arguments_are_named_at_once():
     group = next(iter(sk.calibrate(build(), tokens())))
     with pytest.raises(ValueError, match="one of .*q_proj"):
         group.replace("lm_head", torch.zeros(64, 32))
-    with pytest.raises(ValueError, match=r"a weight \[32, 32\]"):
-        group.replace(group.layers[0].name, torch.zeros(4, 4))
+    for wrong in (torch.zeros(4, 4), None, torch.zeros(32, 32, device="meta")):
+        with pytest.raises(ValueError, match=r"a weight \[32, 32\] for .* got .*Pass a tensor"):
+            group.replace(group.layers[0].name, wrong)
+    groups = sk.calibrate(build(), tokens())
+    assert list(groups)
+    with pytest.raises(ValueError, match="a calibration that is new, got one that was used. Call"):
+        next(iter(groups))

@@ -350,14 +350,18 @@ def test_score_functions():
     def by_norm(w, hessian):
         return w.abs() * hessian.act_norm
 
-    report = run_prune(model, by_norm)
+    def in_place(w, hessian):
+        return w.abs_().mul_(hessian.act_norm)
+
+    report, other = run_prune(model, by_norm), build("llama")
     run_prune(wanda, "wanda")
+    run_prune(other, in_place)
     assert report.method.endswith("by_norm")
     for name, module in wanda.named_modules():
         if isinstance(module, SparseLinear):
-            assert torch.equal(
-                model.get_submodule(name).weight.to_dense(), module.weight.to_dense()
-            )
+            for scored in (model, other):
+                weight = scored.get_submodule(name).weight
+                assert torch.equal(weight.to_dense(), module.weight.to_dense())
 
 
 def test_other_patterns_without_compression():

@@ -78,6 +78,32 @@ def test_plain_modules(method, form):
     assert model(x).shape == x.shape
 
 
+class Experts(nn.Module):
+    """Each is called with the tokens that chose it, if there are any or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = (x[:, 0] > 0) == (number == 0) if number < 2 else x[:, 0] > 1e9
+            y[rows] = expert(x[rows])
+        return y
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+def test_a_layer_that_is_called_without_a_row_was_not_called(method):
+    model = nn.Sequential(Experts(), nn.ReLU(), Experts())
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    report = run_prune(model, method, [x[:20], x[20:]])
+    dense = {row.name: row.reason for row in report.skipped}
+    never = "never called on the calibration data"
+    # After the ReLU no value is below zero, and what is zero takes the second expert.
+    assert dense == {"0.experts.2": never, "2.experts.2": never}
+
+
 def test_true_sequential_on_a_plain_tree():
     x = torch.randn(6, 5, 16, generator=torch.Generator().manual_seed(0))
     model, dense = plain(), plain()

@@ -128,6 +128,26 @@ def test_datasets_arrays_columns_and_pairs():
         assert_same_state(model, expected)
 
 
+def test_numbers_beside_one_sample_are_its_targets():
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
+    config = transformers.BertConfig(intermediate_size=64, **sizes)
+    for kind, targets in (
+        ("BertForSequenceClassification", {"labels": 1}),
+        ("BertForQuestionAnswering", {"start_positions": 2, "end_positions": 5}),
+    ):
+
+        def model(kind=kind):
+            torch.manual_seed(0)
+            return getattr(transformers, kind)(config).eval()
+
+        one, other = model(), model()
+        beside = {"token_type_ids": [0] * 12, "attention_mask": [1] * 12}
+        rows = [{"input_ids": row.tolist(), **beside} for row in tokens(4, 12)]
+        run_prune(one, "wanda", rows)
+        run_prune(other, "wanda", [{**row, **targets} for row in rows])
+        assert_same_state(one, other)
+
+
 def test_samples_of_unequal_lengths_in_one_dict():
     """A tokenizer's output without padding."""
     rows = [tokens(1, n, seed=n)[0].tolist() for n in (5, 9)]
@@ -264,6 +284,25 @@ def test_an_encoder_decoder_gets_the_ids_of_a_dict_as_both_inputs():
         other = model()
         run_prune(other, "wanda", form)
         assert_same_state(other, expected)
+
+
+def test_sound_alone_is_not_enough_for_an_encoder_decoder():
+    sizes = dict(d_model=32, encoder_layers=1, decoder_layers=1, vocab_size=64, num_mel_bins=8)
+    sizes |= dict(encoder_attention_heads=4, decoder_attention_heads=4)
+    ends = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    config = transformers.WhisperConfig(
+        encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=20, **sizes, **ends
+    )
+    model, sound = (
+        transformers.WhisperForConditionalGeneration(config).eval(),
+        torch.randn(2, 8, 40),
+    )
+    text = r"decoder_input_ids or labels beside input_features .* got input_features \[2, 8, 40\]"
+    for form in (sound, {"input_features": sound}, [(sound, tokens(2, 6))]):
+        with pytest.raises(ValueError, match=text):
+            run_prune(model, "wanda", form)
+    report = run_prune(model, "wanda", {"input_features": sound, "labels": tokens(2, 6)})
+    assert len(report.pruned) == 16
 
 
 class TwoInputs(nn.Module):

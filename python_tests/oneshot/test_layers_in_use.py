@@ -172,6 +172,11 @@ def test_models_that_cannot_be_changed():
     for model in (scripted, nn.Sequential(scripted, nn.Linear(16, 16))):
         with pytest.raises(TypeError, match="expected a model of Python code, got TorchScript"):
             sk.prune_model(model, "magnitude", progress=False)
+    exported = torch.export.export(nn.Sequential(nn.Linear(16, 16)), (X,)).module()
+    with pytest.raises(
+        TypeError, match="expected a model of Python code, got a graph of torch.exp"
+    ):
+        sk.prune_model(exported, "magnitude", progress=False)
     with torch.inference_mode():
         model = Pair()
     with pytest.raises(ValueError, match="first, got inference tensors. Build or load the model"):

@@ -225,6 +225,9 @@ def test_prune_model_permutes_first_and_resumes(tmp_path):
     with pytest.raises(ValueError, match="the permutation that .* was started with"):
         other = dict(knobs, permute={"rounds": 31})
         sk.prune_model(copy.deepcopy(start), "sparsegpt", ids(8), **other)
+    with pytest.raises(FormatError, match="the permutation that .* was started with"):
+        other = dict(knobs, permute=None, preset="default", reconstruct=())
+        sk.prune_model(copy.deepcopy(start), "sparsegpt", ids(9), **other)
     file = tmp_path / "run" / "permutation.safetensors"
     good = file.read_bytes()
     for damage in (good[:-1] + bytes([good[-1] ^ 1]), good[:40], b"{"):
@@ -333,8 +336,13 @@ def test_mistakes_of_prune_model():
     ):
         with pytest.raises(ValueError, match=text):
             sk.prune_model(model, "magnitude", **{"calibration": ids(), **QUIET, **options})
-    with pytest.raises(TypeError, match="permute: True or False or a dict or None, got 3"):
-        sk.prune_model(model, "magnitude", ids(), permute=3, **QUIET)
+    for options, text in (
+        (dict(permute=3), "permute: True or False or a dict or None, got 3"),
+        (dict(permute={"heads": 3}), "sparsekern.permute: expected heads: True or False, got 3"),
+        (dict(rotate={"steps": "x"}), "sparsekern.rotate: expected steps: a whole number, got 'x'"),
+    ):
+        with pytest.raises(TypeError, match=text):
+            sk.prune_model(model, "magnitude", ids(), **QUIET, **options)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

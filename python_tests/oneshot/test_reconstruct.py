@@ -79,9 +79,10 @@ def test_it_lowers_the_error_of_text_that_it_never_saw(rounds):
         assert fit["after"] <= fit["before"] and fit["steps"] > 0
     assert sum(fit["kept"] for fit in report.reconstruction) * 2 > len(report.reconstruction)
     assert end_error(after, dense, ids[24:]) < end_error(before, dense, ids[24:])
+    assert all(p.grad is None for p in after.parameters()), "those of norms and the head, too"
     for name, weight in linear_weights(after).items():
         assert is_24(weight), name
-        assert weight.dtype == torch.float32 and not weight.grad
+        assert weight.dtype == torch.float32
         assert weight.requires_grad == before.get_submodule(name).weight.requires_grad
     assert report.options["reconstruct"][0]["epochs"] in (4, 6)
     assert "held-out error" in report["model.layers.0.mlp.up_proj"].note
@@ -270,6 +271,8 @@ def test_a_model_that_is_pruned_already(compress):
         assert not bool((model.get_submodule(name).weight.to_dense()[~mask] != 0).any()), name
     with pytest.raises(ValueError, match="3 blocks in dense, got 2"):
         sk.reconstruct(model, build(layers=2), ids, SPAN, device="cpu", progress=False)
+    with pytest.raises(ValueError, match="dense: a model of its own, got the model itself. Pass"):
+        sk.reconstruct(model, model, ids, SPAN, device="cpu", progress=False)
     with pytest.raises(ValueError, match="2:4 layers in the blocks"):
         sk.reconstruct(build(), build(), ids, SPAN, device="cpu", progress=False)
 

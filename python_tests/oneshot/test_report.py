@@ -97,6 +97,8 @@ def test_json_round_trip(report):
         PruneReport.from_json(text.replace('"schema": 1', '"schema": 2'))
     with pytest.raises(ValueError, match="schema 1, got None"):
         PruneReport.from_json("[]")
+    with pytest.raises(ValueError, match="the fields of a report, got KeyError: 'layers'. Pass"):
+        PruneReport.from_json(text.replace('"layers"', '"rows"'))
 
 
 def test_json_has_no_infinities():
@@ -114,9 +116,9 @@ def test_save_is_atomic(report, tmp_path, monkeypatch):
     report.save(path)
     assert PruneReport.from_json(path.read_text()) == report
     monkeypatch.setattr(
-        files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full"))
+        files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "disk full"))
     )
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=r"disk full: '.*report\.json'"):
         write_atomic(path, b"half")
     assert os.listdir(tmp_path) == ["report.json"]
     assert PruneReport.from_json(path.read_text()) == report

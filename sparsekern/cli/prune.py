@@ -37,6 +37,7 @@ from sparsekern.integrations.loading import (
     load_model,
     load_tokenizer,
 )
+from sparsekern.oneshot.discovery import positions
 from sparsekern.oneshot.estimate import available_host_bytes, size
 from sparsekern.oneshot.presets import find_preset
 from sparsekern.oneshot.report import PruneReport
@@ -260,9 +261,7 @@ def calibration_of(
     tokenizer = needed(tokenizer, args.model)
     apart = preset.side_by_side
     samples, window = CPU_WINDOWS if device == "cpu" else (preset.samples, GPU_WINDOWS[1])
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 1:
-        window = min(window, positions)
+    window = min(window, positions(model) or window)
     samples = samples if args.samples is None else args.samples
     window = window if args.window is None else args.window
     if mix.is_mix(args.calibration) or args.whole_documents:

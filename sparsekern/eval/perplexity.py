@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import check, message
 from sparsekern.oneshot.calibration import PROBE_TOKENS, REFUSALS
-from sparsekern.oneshot.discovery import input_embedding
+from sparsekern.oneshot.discovery import input_embedding, positions
 from sparsekern.utils.arguments import checked, shown
 
 OP = "sparsekern.perplexity"
@@ -44,7 +44,7 @@ def perplexity(
         model: a Transformers causal language model, or any module that maps ids [batch, window] to
             logits [batch, window, vocabulary] (or to an object with such `.logits`).
         token_ids: int64 [tokens] or [1, tokens], as a tensor, an array or a list; or a dict that
-            has them as input_ids.
+            has them as input_ids, of which those count where its attention_mask, if any, is not 0.
         window: tokens per window, at least 2. Numbers of different windows cannot be compared.
         batch_size: windows per forward. It changes the result by rounding only.
         progress: show a progress bar.
@@ -52,16 +52,20 @@ def perplexity(
         float; inf when a token has probability zero, nan when the logits hold NaN.
     Raises:
         ValueError: fewer tokens than one window; ids outside the vocabulary; window < 2; batch_size
-            < 1; a model that does not take ids alone, or whose logits depend on later tokens (by
-            more than 3 % of the largest; by more than rounding: a UserWarning).
+            < 1; a model that does not take ids alone, or windows of this length, or whose logits
+            depend on later tokens (by more than 3 % of the largest).
         TypeError: ids that are not integers.
+    Warns:
+        UserWarning: a window longer than the model's positions; logits that depend on later tokens
+            by more than rounding.
     Notes:
         The model runs in eval mode without cache; its flags are restored. Print window, tokenizer
         and dtype with the number.
     Source: Frantar and Alistarh 2023, evaluation code of "SparseGPT" (arXiv:2301.00774).
     """
     windows = windows_of(OP, "token_ids", model, token_ids, window)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    own = (p.device for p in model.parameters() if not p.is_meta)
+    device = next(own, torch.device("cpu"))
     kwargs = {"use_cache": False} if hasattr(model, "config") else {}
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -71,7 +75,7 @@ def perplexity(
             check_model(OP, model, windows[:1].to(device), kwargs)
             for ids in _bar(torch.split(windows, int(batch_size)), progress):
                 ids = ids.to(device)
-                logits = _logits_of(model(ids, **kwargs))
+                logits = logits_of(OP, model, ids, kwargs)
                 got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
                 fits = isinstance(logits, Tensor) and got[:-1] == tuple(ids.shape)
                 expected = f"logits of shape [{ids.shape[0]}, {ids.shape[1]}, vocabulary]"
@@ -100,15 +104,8 @@ def check_model(
     other = short.clone()
     others = ids[ids != short[0, -1]]
     other[0, -1] = others[0] if len(others) else 0
-    try:
-        with torch.compiler.set_stance("force_eager"):  # nothing is compiled for a short text
-            first, second = (_logits_of(model(x, **kwargs)) for x in (short, other))
-    except REFUSALS as error:
-        if type(error) not in REFUSALS or str(error).startswith("sparsekern"):
-            raise
-        expected, got = f"{kind} to take token ids alone", f"{type(error).__name__}: {error}"
-        remedy = "Pass a causal language model."
-        raise ValueError(message(op, expected, got.rstrip("."), remedy)) from error
+    with torch.compiler.set_stance("force_eager"):  # nothing is compiled for a short text
+        first, second = (logits_of(op, model, x, kwargs) for x in (short, other))
     fits = isinstance(first, Tensor) and first.shape[:-1] == short.shape
     expected = f"logits of shape [{short.shape[0]}, {short.shape[1]}, vocabulary]"
     shape = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
@@ -127,7 +124,19 @@ def check_model(
         warnings.warn(message(op, expected, got, NOT_CAUSAL), stacklevel=3)
 
 
-def _logits_of(output: Any) -> Any:
+def logits_of(op: str, model: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> Any:
+    """What the model makes of ids [samples, tokens].   ValueError: its own code refuses them."""
+    try:
+        output = model(ids, **kwargs)
+    except REFUSALS as error:
+        if type(error) not in REFUSALS or str(error).startswith("sparsekern"):
+            raise
+        expected = f"{type(model).__name__} to take token ids alone"
+        got, remedy = f"{type(error).__name__}: {error}".rstrip("."), "Pass a causal language model"
+        most = positions(model)
+        longer = most is not None and ids.shape[1] > most
+        remedy += f", and windows of at most {most} tokens, its positions." if longer else "."
+        raise ValueError(message(op, expected, got, remedy)) from error
     first = output[0] if isinstance(output, (tuple, list)) and output else output
     return getattr(output, "logits", first)
 
@@ -139,8 +148,20 @@ def windows_of(op: str, name: str, model: nn.Module, text: Any, window: int) -> 
     remedy = "Join the texts first."
     check(one_text, op, f"{name} [tokens] or [1, tokens]", list(ids.shape), remedy)
     integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    integer = integer or not ids.numel()
     check(integer, op, f"integer {name}", ids.dtype, "Tokenise the text first.", TypeError)
+    mask = text.get("attention_mask") if isinstance(text, Mapping) else None
+    if mask is not None:
+        mask = _as_ids(op, "attention_mask", mask)
+        expected, remedy = f"attention_mask of the shape of {name}", "Pass one number for each."
+        check(mask.shape == ids.shape, op, expected, list(mask.shape), remedy)
+        ids = ids[mask.to(ids.device) != 0]
     ids = ids.reshape(-1).to(torch.int64)
+    most = positions(model)
+    if most is not None and window > most:
+        expected = f"window of at most {most} tokens, the positions of {type(model).__name__}"
+        remedy = "Tokens beyond them are seldom predicted as well: pass a smaller one."
+        warnings.warn(message(op, expected, str(window), remedy), stacklevel=4)
     remedy = "Pass a longer text or a smaller window."
     check(
         ids.numel() >= window,

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import FormatError, check
-from sparsekern.eval.perplexity import check_model, windows_of
+from sparsekern.eval.perplexity import check_model, logits_of, windows_of
 from sparsekern.nn.replace import dense_weight, write_weight
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot import keep_dense as dense_rule
 from sparsekern.oneshot.calibration import digest, make_batches
+from sparsekern.oneshot.devices import working_device
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.executor import calibrate
 from sparsekern.oneshot.experts import with_experts_apart
@@ -269,7 +270,7 @@ def sensitivity(
         check(type(count) is int and count > 0, OP, "time_tokens > 0, whole numbers", repr(count))
     check(window > 1 and windows > 0, OP, "window > 1 and windows > 0", f"{window}, {windows}")
     rows = windows_of(OP, "text", model, text, window)[:windows]
-    target = _device(model, device)
+    target = working_device(OP, model, device)
     data = list(data) if isinstance(data, Iterator) else data
     batches = make_batches(data, model, batch_size, target, None, OP)
     manifest = {
@@ -334,13 +335,6 @@ def sensitivity(
             )
         )
     return report
-
-
-def _device(model: nn.Module, device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    home = next(model.parameters()).device
-    return torch.device("cuda") if torch.cuda.is_available() else home
 
 
 def _pruned_alone(
@@ -423,8 +417,8 @@ class _Evaluator:
 
     @torch.no_grad()
     def _logits(self, model: nn.Module, row: Tensor) -> Tensor:
-        output = model(row[None].to(self.device), **self._kwargs(model))
-        return cast(Tensor, getattr(output, "logits", output))[0]
+        ids = row[None].to(self.device)
+        return cast(Tensor, logits_of(OP, model, ids, self._kwargs(model)))[0]
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> tuple[float, float]:

@@ -53,9 +53,11 @@ class Corpus:
 
     def __post_init__(self) -> None:
         good = self.rows.dim() == 2 and self.rows.shape[0] > 0 and self.rows.shape[1] >= 2
-        check(good, f"{OP}.Corpus", "rows [count, window >= 2]", list(self.rows.shape))
+        remedy = "Give rows of two tokens or more, or ids [tokens] and window=."
+        check(good, f"{OP}.Corpus", "rows [count, window >= 2]", list(self.rows.shape), remedy)
         integer = not self.rows.is_floating_point() and self.rows.dtype != torch.bool
-        check(integer, f"{OP}.Corpus", "rows of integer ids", self.rows.dtype, exc=TypeError)
+        expected, remedy = "rows of integer ids", "Tokenise the text."
+        check(integer, f"{OP}.Corpus", expected, self.rows.dtype, remedy, TypeError)
 
     @property
     def tokens(self) -> int:

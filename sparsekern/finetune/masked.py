@@ -108,6 +108,7 @@ class Masked:
         self.enabled = True
         self.entries: list[Entry] = []
         self._optimizers: list[tuple[Optimizer, list[Any]]] = []
+        self._unmasked: set[Optimizer] = set()  # whose moments the next step masks first
         tied = discovery.tied_names(inner)
         for entry, mask in find(inner, masks, self.pattern):
             self._fill(entry, mask, tied)
@@ -217,7 +218,8 @@ class Masked:
         Notes:
             What it holds is asked at each step, so that add_param_group may come later.
             Steps are counted by the optimizer that was attached first. Moments that exist already
-            are masked, and so are those that load_state_dict brings.
+            are masked by the next step, and so are those that load_state_dict brings; those that
+            are not in floating point, as in 8-bit optimizers, are left to fade.
         """
         optimizer = unwrap_optimizer(optimizer)
         op = f"{OP}.attach"
@@ -227,15 +229,14 @@ class Masked:
         check(good, op, "optimizer: a torch optimizer", got, remedy, TypeError)
         known = any(optimizer is one for one, _ in self._optimizers)
         check(not known, op, "an optimizer that is not attached yet", got, "Attach it once.")
-        entries = self._entries_of(optimizer)
+        self._entries_of(optimizer)
         handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_load_state_dict_post_hook(self._after_load),
+            optimizer.register_load_state_dict_post_hook(self._unmasked.add),
         ]
         self._optimizers.append((optimizer, handles))
-        if self.enabled and not self.schedule.trains_dropped(self.step + 1):
-            self._mask_moments(optimizer, entries)
+        self._unmasked.add(optimizer)
         return optimizer
 
     def detach(self) -> None:
@@ -244,6 +245,7 @@ class Masked:
             for handle in handles:
                 handle.remove()
         self._optimizers.clear()
+        self._unmasked.clear()
 
     def _entries_of(self, optimizer: Optimizer) -> list[Entry]:
         """The masked weights that an optimizer trains now."""
@@ -285,7 +287,12 @@ class Masked:
         straight = self.schedule.trains_dropped(step)
         rate = self.schedule.decay(step)
         scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales by itself
-        for entry in self._entries_of(optimizer):
+        entries = self._entries_of(optimizer)
+        if optimizer in self._unmasked:
+            self._unmasked.discard(optimizer)
+            if not straight:
+                self._mask_moments(optimizer, entries)
+        for entry in entries:
             if not straight:
                 self._mask_gradient(entry)
                 continue
@@ -364,17 +371,14 @@ class Masked:
                 check(chunk % m == 0, OP, f"shards of {entry.name} in groups of {m}", chunk, remedy)
 
     @torch.no_grad()
-    def _after_load(self, optimizer: Optimizer) -> None:
-        if self.enabled and not self.schedule.trains_dropped(self.step + 1):
-            self._mask_moments(optimizer, self._entries_of(optimizer))
-
-    @torch.no_grad()
     def _mask_moments(self, optimizer: Optimizer, entries: Iterable[Entry]) -> None:
-        """Zero what the optimizer has stored elementwise for dropped weights."""
+        """Zero what the optimizer has stored elementwise, as numbers and not as codes, for dropped
+        weights."""
         for entry in entries:
             parameter = entry.parameter
             for value in optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                whole = isinstance(value, Tensor) and value.shape == parameter.shape
+                if whole and value.is_floating_point():
                     local(value).masked_fill_(entry.drop(), 0)
 
     # ------------------------------------------------------------------ on and off
@@ -428,8 +432,7 @@ class Masked:
             self._set_drop(by_name[name], dropped)
         self.enabled = True
         self._apply()
-        for optimizer, _ in self._optimizers:
-            self._mask_moments(optimizer, self._entries_of(optimizer))
+        self._unmasked.update(optimizer for optimizer, _ in self._optimizers)
 
     def _set_drop(self, entry: Entry, dropped: Tensor) -> None:
         """`dropped` as `checked_drop` returns it."""
@@ -568,8 +571,14 @@ class Masked:
             check(good, op, expected, got, "The state is of another run.", FormatError)
 
         require(state.get("version") == VERSION, f"version {VERSION}", state.get("version"))
-        keys = {"step", "enabled", "pattern", "schedule", "shapes", "masks", "residue"}
+        kinds = {"step": int, "enabled": bool, "schedule": dict, "shapes": dict, "masks": dict}
+        kinds["residue"] = dict
+        keys = {*kinds, "pattern"}
         require(keys <= set(state), f"the keys {sorted(keys)}", sorted(state))
+        for key, kind in kinds.items():
+            right = type(state[key]) is kind
+            require(right, f"{key!r}, of type {kind.__name__}", shown(state[key]))
+        require(state["step"] >= 0, "step >= 0", state["step"])
         names = {entry.name for entry in self.entries}
         for key in ("shapes", "masks"):
             found = set(state[key])
@@ -586,6 +595,8 @@ class Masked:
             found = state["shapes"][entry.name]
             require(found == shape, f"mask {entry.name!r} of shape {shape}", found)
             packed = state["masks"][entry.name]
+            bits = isinstance(packed, Tensor) and packed.dtype == torch.uint8
+            require(bits, f"mask {entry.name!r} of uint8", shown(packed))
             size = -(-math.prod(shape) // 8)
             require(packed.numel() == size, f"{size} bytes of mask {entry.name!r}", packed.numel())
             mask = unpack_bits(packed, shape)
@@ -595,7 +606,7 @@ class Masked:
             loaded[entry.name] = ~grouped(mask, entry.transposed).contiguous()
             residue = state["residue"].get(entry.name)
             own = list(entry.parameter.shape)
-            fits = residue is None or list(residue.shape) == own
+            fits = residue is None or isinstance(residue, Tensor) and list(residue.shape) == own
             require(fits, f"residue {entry.name!r} of shape {own}", shown(residue))
         self.pattern, self.schedule = pattern, schedule
         self.step, self.enabled = int(state["step"]), bool(state["enabled"])
@@ -609,8 +620,7 @@ class Masked:
                 entry.residue = shard(residue.to(weight.dtype), entry.parameter).to(place)
             if self.enabled:
                 weight.masked_fill_(entry.drop(), 0)
-        for optimizer, _ in self._optimizers:
-            self._after_load(optimizer)
+        self._unmasked.update(optimizer for optimizer, _ in self._optimizers)
 
 
 # ---------------------------------------------------------------------- helpers

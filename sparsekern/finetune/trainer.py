@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern.errors import FormatError, check
-from sparsekern.eval.perplexity import perplexity
+from sparsekern.errors import FormatError, check, message
+from sparsekern.eval.perplexity import check_model, perplexity
 from sparsekern.finetune import attention, metrics
 from sparsekern.finetune import data as text
 from sparsekern.finetune.data import Corpus
@@ -46,6 +46,7 @@ from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.discovery import check_basis
 from sparsekern.utils.arguments import checked, shown
 from sparsekern.utils.files import write_atomic
+from sparsekern.utils.staging import check_writable
 
 CHECKPOINT, REPORT = "checkpoint.pt", "report.json"
 ROWS_ON_DEVICE = 2 << 30  # bytes of training rows that a GPU may hold
@@ -110,7 +111,9 @@ def distill(
             another kind.   FormatError: a damaged checkpoint.
     Notes:
         Under torchrun every process calls this with the same arguments. Weights are left on
-        `device`, in their dtypes, in eval mode; the teacher stays frozen.
+        `device`, in their dtypes, without gradients, in eval mode; the teacher stays frozen. An
+        exception leaves what was trained until then, in the modes from before. torch's random
+        numbers go on as if it had not been called.
     """
     begin = time.perf_counter()
     check(recipe is None or not options, OP, "recipe or its fields", "both")
@@ -119,6 +122,8 @@ def distill(
     check(good, OP, "limit_seconds > 0 and a folder for the checkpoint", limit_seconds, remedy)
     free = folder is None or Path(folder).is_dir() or not Path(folder).exists()
     check(free, OP, "folder: a folder, or the name of a new one", repr(str(folder)))
+    if folder is not None:
+        check_writable(folder, OP)
     run = _Run(
         model,
         recipe or recipe_from(options),
@@ -133,12 +138,13 @@ def distill(
         by_time = run.recipe.minutes is not None
         check(by_time or not shorten, OP, "minutes with shorten", "steps")
         run.deadline, run.shorten = begin + limit_seconds, shorten
-    run.open_data(data, teacher, window, generate_tokens)
-    run.open_model(masks)
-    run.open_teacher(teacher, offload_teacher)
-    run.open_evaluations(evaluate or {})
-    with run.attention():
-        return run.train(resume)
+    with run.restored():
+        run.open_data(data, teacher, window, generate_tokens)
+        run.open_model(masks)
+        run.open_teacher(teacher, offload_teacher)
+        run.open_evaluations(evaluate or {})
+        with run.attention():
+            return run.train(resume)
 
 
 def eval_batch(model: nn.Module, window: int, device: torch.device) -> int:
@@ -222,6 +228,27 @@ class _Run:
         check(share == 0, OP, f"batch divisible by {world.size} processes", recipe.batch)
         self.mine = recipe.batch // world.size
         self.micro = min(recipe.micro_batch or self.mine, self.mine)
+        self.trained: list[nn.Parameter] = []
+        self.end = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Afterwards dtypes, gradients, hooks and torch's random numbers are as distill says."""
+        model, devices = self.model, [self.device] if self.device.type == "cuda" else []
+        flags = [(module, module.training) for module in model.modules()]
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        try:
+            with self.end, torch.random.fork_rng(devices):
+                yield
+        except BaseException:
+            for module, flag in flags:
+                module.training = flag
+            raise
+        finally:
+            for parameter in self.trained:
+                parameter.grad = None
+            for name, parameter in model.named_parameters():
+                parameter.data = parameter.data.to(dtypes[name])
 
     # ------------------------------------------------------------------ what goes in
 
@@ -282,7 +309,6 @@ class _Run:
         got = f"{len(packed)} SparseLinear, first {packed[0] if packed else ''}"
         check(not packed, OP, "a model with dense weights", got, remedy)
         model.to(self.device)
-        self.dtypes = {name: p.dtype for name, p in model.named_parameters()}
         for parameter in model.parameters():
             if parameter.is_floating_point() and parameter.dtype != torch.float32:
                 parameter.data = parameter.data.float()
@@ -295,8 +321,12 @@ class _Run:
         self.split = Split(model)
         if not self.split.plain:
             self.report.notes.append("logits are no plain product: they are materialised")
+        ids = self.corpus.rows[:1].to(self.device, torch.int64)
+        kwargs = {"use_cache": False} if hasattr(model, "config") else {}
+        check_model(OP, model, ids, kwargs, causal=False)
         trained = [p for p in model.parameters() if p.requires_grad]
-        check(trained, OP, "parameters with requires_grad", "none")
+        remedy = "Call model.requires_grad_(True)."
+        check(trained, OP, "parameters with requires_grad", "none", remedy)
         recipe = self.recipe
         self.optimizer = torch.optim.AdamW(
             trained,
@@ -306,6 +336,7 @@ class _Run:
             weight_decay=recipe.weight_decay,
             fused=self.device.type == "cuda",
         )
+        self.end.callback(self.masked.detach)
         self.masked.attach(self.optimizer)
         half = self.autocast is not None and self.autocast == PRECISIONS["float16"]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
@@ -546,15 +577,11 @@ class _Run:
         report.steps, report.tokens, report.seconds = step, step * tokens, self.spent
         if self.folder is not None and (self.recipe.save_every or report.stopped):
             self._save(step)
-        self.masked.detach()
-        self.optimizer.zero_grad(set_to_none=True)
         self.model.eval()
         report.violations = self.masked.check()
         known = bool(report.evaluations) and report.final["step"] == step
         if self.evaluations and not known and not report.stopped:
             self._evaluate(step)
-        for name, parameter in self.model.named_parameters():
-            parameter.data = parameter.data.to(self.dtypes[name])
         if self.folder is not None and self.world.first:
             try:
                 metrics.plot(self.folder)
@@ -598,10 +625,15 @@ class _Run:
         }
         final = self.folder / CHECKPOINT
         partial = final.with_suffix(".part")
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(partial, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            partial.unlink(missing_ok=True)
+            remedy = "Make room there: the same call goes on from the checkpoint before."
+            raise OSError(message(OP, f"{final} to be written", str(error), remedy)) from error
         os.replace(partial, final)
 
     def _load(self) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import check, message
-from sparsekern.oneshot.discovery import input_embedding, is_transformers
+from sparsekern.oneshot.discovery import input_embedding, is_transformers, positions
 from sparsekern.oneshot.fingerprint import bits_of
 
 OP = "sparsekern.oneshot.make_batches"
@@ -232,11 +232,7 @@ class _Transformers:
         self.model, self.batch_size, self.device, self.op = model, batch_size, device, op
         self.tokenizer = tokenizer
         config: Any = model.config
-        getter = getattr(config, "get_text_config", None)
-        text = getter() if callable(getter) else config
-        self.positions = getattr(text, "max_position_embeddings", None)
-        if not isinstance(self.positions, int) or self.positions < 1:
-            self.positions = None
+        self.positions = positions(model)
         try:
             parameters = inspect.signature(model.forward).parameters
         except (TypeError, ValueError):
@@ -513,16 +509,23 @@ class _Transformers:
         """The batches of one dict: itself, or its samples without their padding."""
         ids = item.get("input_ids")
         main = item.get(self.main) if ids is None else ids
-        if isinstance(main, Tensor) and main.dim() == 1:  # one sample
+        if (
+            isinstance(main, Tensor) and main.dim() == 1
+        ):  # one sample; plain numbers are its targets
             item = {
                 key: value[None] if isinstance(value, Tensor) else value
                 for key, value in item.items()
+                if type(value) not in (int, float)
             }
         decoder = {"decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "labels"}
-        if self.doubled and isinstance(ids, Tensor) and not decoder & set(item):
-            item["decoder_input_ids"] = item["input_ids"]
-            if "attention_mask" in item:
-                item["decoder_attention_mask"] = item["attention_mask"]
+        if self.doubled and not decoder & set(item):
+            expected = f"decoder_input_ids or labels beside {self.main} as calibration"
+            fits = isinstance(ids, Tensor) or self.main not in item
+            check(fits, self.op, expected, _shapes(item), "Pass both by name, in dicts.")
+            if isinstance(ids, Tensor):
+                item["decoder_input_ids"] = item["input_ids"]
+                if "attention_mask" in item:
+                    item["decoder_attention_mask"] = item["attention_mask"]
         kwargs = {**item, **self.extra}
         masks = {
             key: kwargs[key]

@@ -42,7 +42,7 @@ class HessianCollector:
         share: False gives every layer its own.
     Attributes:
         hessians: layer name -> Hessian, shared within a group. Layers that were never called are
-            absent.
+            absent, after `finish` also those that no row reached.
     """
 
     def __init__(self, layers: list[Layer], device: torch.device, share: bool = True):
@@ -87,8 +87,11 @@ class HessianCollector:
                 return
 
     def finish(self) -> None:
-        """After the last batch, within the context: the rule for experts that saw few tokens."""
+        """After the last batch, within the context: the rule for experts that saw few tokens.
+        Layers that were called without a row, as experts that no token chose, were not called."""
         self.experts.fill(self.hessians, self._leader)
+        for name in [name for name, hessian in self.hessians.items() if not hessian.samples]:
+            del self.hessians[name], self._leader[name]
 
     def new_hessian(self, width: int) -> Hessian:
         """For a layer's inputs."""

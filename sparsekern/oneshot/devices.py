@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from sparsekern.errors import check
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot.calibration import move
 
@@ -30,6 +31,21 @@ def home_of(model: nn.Module) -> torch.device:
     if tensor is None:
         tensor = next(model.buffers(), None)
     return tensor.device if isinstance(tensor, Tensor) else torch.device("cpu")
+
+
+def working_device(op: str, model: nn.Module, device: torch.device | str | None) -> torch.device:
+    """Where a model is run: `device`, or CUDA if there is one, else where the model is.
+
+    Raises:
+        ValueError: "meta", which holds no data.
+    """
+    default = torch.device("cuda") if torch.cuda.is_available() else home_of(model)
+    chosen = torch.device(device) if device is not None else default
+    remedy = "Pass device='cpu'." if device is not None else "Load the model's weights first."
+    check(chosen.type != "meta", op, "device: one that holds data", "meta", remedy)
+    if chosen.type == "cuda" and chosen.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return chosen
 
 
 @contextlib.contextmanager

@@ -254,8 +254,11 @@ def find_layers(
     remedy = "Use SparseLinear.from_linear, or wrap it in nn.Sequential."
     check(not is_linear(model), op, "a model that contains Linear layers", got, remedy)
     scripted = [name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
-    got, remedy = f"TorchScript at {scripted[:1]}", "Prune the model that it was made of."
-    check(not scripted, op, "a model of Python code", got, remedy, TypeError)
+    # torch.export puts a function there that refuses.
+    exported = isinstance(model, torch.fx.GraphModule) and "eval" in vars(model)
+    got = f"TorchScript at {scripted[:1]}" if scripted else "a graph of torch.export"
+    remedy = "Prune the model that it was made of."
+    check(not (scripted or exported), op, "a model of Python code", got, remedy, TypeError)
     _, blocks = find_blocks(model)
     index_of = {id(m): i for i, block in enumerate(blocks) for m in block.modules()}
     parents: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
@@ -328,10 +331,8 @@ def _why_not(layer: Layer, tied_with: str | None, pattern: tuple[int, int]) -> s
     standard = is_conv1d(module) or type(module).forward is nn.Linear.forward
     if weight.dtype not in PRUNABLE_DTYPES:
         name = str(weight.dtype).removeprefix("torch.")
-        quantised = (
-            "" if weight.is_floating_point() and weight.element_size() > 1 else "quantised: "
-        )
-        return f"{quantised}dtype {name} is not float32, float16 or bfloat16"
+        wide = weight.is_complex() or weight.is_floating_point() and weight.element_size() > 1
+        return f"{'' if wide else 'quantised: '}dtype {name} is not float32, float16 or bfloat16"
     if not standard and not computes_linear(module):
         return f"{kind} has its own forward"
     if weight.numel() == 0:
@@ -577,6 +578,15 @@ def input_embedding(model: nn.Module) -> nn.Module | None:
     except (AttributeError, NotImplementedError):
         return None
     return embedding if isinstance(embedding, nn.Module) else None
+
+
+def positions(model: nn.Module) -> int | None:
+    """Tokens that a Transformers model was made for; None where its config does not say."""
+    config: Any = getattr(model, "config", None)
+    getter = getattr(config, "get_text_config", None)
+    text = getter() if callable(getter) else config
+    count = getattr(text, "max_position_embeddings", None)
+    return count if isinstance(count, int) and count > 0 else None
 
 
 def is_transformers(model: nn.Module) -> bool:

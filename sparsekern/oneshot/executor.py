@@ -34,7 +34,14 @@ from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot.calibration import Batch, make_batches
 from sparsekern.oneshot.collector import HessianCollector
-from sparsekern.oneshot.devices import eager, home_of, looked, on_device, quiet
+from sparsekern.oneshot.devices import (
+    eager,
+    home_of,
+    looked,
+    on_device,
+    quiet,
+    working_device,
+)
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.experts import put_together
 from sparsekern.oneshot.ranks import Ranks
@@ -170,7 +177,7 @@ class Calibration(Timed):
         self.model, self.selection, self.op = model, selection, op
         self.batches = batches or []
         self.home = home_of(model)
-        self.device = self.device_of(model, device)
+        self.device = working_device(op, model, device)
         self.true_sequential, self.beside_dense, self.offload = (
             true_sequential,
             beside_dense,
@@ -190,16 +197,8 @@ class Calibration(Timed):
         self.apart: dict[str, Any] = {}  # modules with experts that the end puts together again
         self._training: dict[int, tuple[nn.Module, bool]] = {}
         self._planned: list[Stage] | None = None
+        self.begun = False  # whether the stages were asked for
         self._homes = {id(a.module): a.weight.device for a in selection.active}
-
-    @staticmethod
-    def device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
-        """Where blocks run: `device`, or CUDA if there is one, else where the model is."""
-        default = torch.device("cuda") if torch.cuda.is_available() else home_of(model)
-        chosen = torch.device(device) if device is not None else default
-        if chosen.type == "cuda" and chosen.index is None:
-            return torch.device("cuda", torch.cuda.current_device())
-        return chosen
 
     def __iter__(self) -> Iterator[Group]:
         for stage in self.stages():
@@ -210,7 +209,13 @@ class Calibration(Timed):
 
         done: keys of stages that are not calibrated, because the caller replaces their layers from
             what it stored.
+
+        Raises:
+            ValueError: they were gone through before; the hidden states are those of the end.
         """
+        remedy = "Call it again for another pass."
+        check(not self.begun, self.op, "a calibration that is new", "one that was used", remedy)
+        self.begun = True
         with contextlib.ExitStack() as stack:
             stack.callback(put_together, self.model, self.apart)
             stack.enter_context(self.evaluating())

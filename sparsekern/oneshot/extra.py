@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern.errors import check
+from sparsekern.errors import FormatError, check
 from sparsekern.oneshot.calibration import Batch
 from sparsekern.oneshot.permutation import Energies, added_up, observed, permute_on
 from sparsekern.oneshot.presets import find_preset, for_blocks
@@ -27,6 +27,8 @@ from sparsekern.oneshot.rounds import Given, as_rounds, described
 
 OP = "sparsekern.prune_model"
 logger = logging.getLogger("sparsekern")
+# What says nothing of the model: another rank, or what is in the folder to resume from.
+NOT_THE_MODEL = (RankError, FormatError)
 
 
 class Extra:
@@ -158,7 +160,7 @@ class Extra:
                 search = functools.partial(permute_on, energies=energies)
             made = _found(PERMUTATION, search, model, batches, device, resume, self.permute, ranks)
         except (ValueError, RuntimeError) as error:
-            if not self.order_optional or isinstance(error, RankError):
+            if not self.order_optional or isinstance(error, NOT_THE_MODEL):
                 raise
             report.permutation, self.permute = {"skipped": str(error)}, None
             self._rules["permute"] = "no permutation"
@@ -182,7 +184,7 @@ class Extra:
         try:
             turned = _found(ROTATION, rotate_on, model, batches, device, resume, self.rotate, ranks)
         except (ValueError, RuntimeError) as error:
-            if not self.turn_optional or isinstance(error, RankError):
+            if not self.turn_optional or isinstance(error, NOT_THE_MODEL):
                 raise
             report.rotation, self.rotate = {"skipped": str(error)}, None
             self._rules["rotate"] = "no rotation"

@@ -299,13 +299,13 @@ def repeatable(function: Callable[[], T]) -> T:
 def _backward(
     loss: Callable[[int], Tensor], index: int, parameters: Sequence[nn.Parameter]
 ) -> Tensor:
-    """The gradients of one batch; returns its error."""
+    """The gradients of one batch, of these parameters alone; returns its error."""
 
     def run() -> Tensor:
         for p in parameters:
             p.grad = None
         value = loss(index)
-        value.backward()
+        value.backward(inputs=parameters)
         return value.detach()
 
     return repeatable(run)

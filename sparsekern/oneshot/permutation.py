@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from sparsekern.backends import triton
 from sparsekern.errors import FormatError, check
 from sparsekern.oneshot.calibration import Batch, make_batches
-from sparsekern.oneshot.devices import looked
+from sparsekern.oneshot.devices import looked, working_device
 from sparsekern.oneshot.discovery import find_blocks
 from sparsekern.oneshot.observe import observe
 from sparsekern.utils.arguments import SEEDS, checked
@@ -111,7 +111,7 @@ class Permuted:
         return self.orders
 
 
-@checked(OP, rounds=(0, 10**6), seed=SEEDS)
+@checked(OP)
 @torch.no_grad()
 def permute(
     model: nn.Module,
@@ -143,12 +143,12 @@ def permute(
         UserWarning: they did because of what the attention does between v and o (a gate); the order
             there is as before.
     """
-    home = next(model.parameters()).device
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else home))
+    target = working_device(OP, model, device)
     batches = make_batches(calibration, model, None, target, op=OP)
     return permute_on(model, batches, target, rounds=rounds, heads=heads, seed=seed).report
 
 
+@checked(OP, rounds=(0, 10**6), seed=SEEDS)
 @torch.no_grad()
 def permute_on(
     model: nn.Module,
@@ -166,7 +166,6 @@ def permute_on(
     its report, of the same model in another process, they are applied and nothing else. energies:
     of the readers' inputs, where the forward passes are done."""
     start = time.perf_counter()
-    check(type(rounds) is int and rounds >= 0, OP, "rounds, an int >= 0", repr(rounds))
     home = next(model.parameters()).device
     sites = find_sites(model, heads)
     expected = f"{type(model).__name__} with an MLP or attention of layers {MLPS[0]} or v_proj"

@@ -19,6 +19,7 @@ from sparsekern.nn.sparse_linear import check_before_loading
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot import keep_dense as dense_rule
 from sparsekern.oneshot.calibration import digest, make_batches
+from sparsekern.oneshot.devices import working_device
 from sparsekern.oneshot.estimate import free_host_bytes
 from sparsekern.oneshot.executor import Calibration
 from sparsekern.oneshot.experts import with_experts_apart
@@ -120,7 +121,7 @@ def prune_model(
         true_sequential: prune the layers of a block in order of execution, each group on the
             outputs of the groups before. Slower: one more forward of the block per group.
         damp, blocksize: as in prune.sparsegpt; None: 0.01 and 128. damp is also that of refine and
-            match_dense.
+            match_dense; blocksize is for methods that have it alone.
         refine: steps of prune.refine after each layer's own method: the kept weights move towards
             the least-squares fit under the mask. None: the method's default, 16 with "sparsegpt"
             and "admm", else 0. With 0 the method is the published one.
@@ -272,7 +273,7 @@ def prune_model(
         if source is not None:
             _check_streamed(extra, compress, resume, preset)
         if crew is not None:
-            crew.device = Calibration.device_of(model, device)
+            crew.device = working_device(OP, model, device)
         walk = walked()
         if crew is not None:
             experts = any(layer.owner is not None for layer in walk.selection.active)
@@ -390,10 +391,10 @@ def _on_error(undo: Callable[[], None]) -> Callable[..., None]:
 def _values(
     method: Method, common: Mapping[str, Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The method's own options: what prune_model has a keyword for, where the method knows it, and
-    the rest as given."""
-    declared = {option.name for option in method.options}
-    given = {k: v for k, v in common.items() if v is not None and k in declared}
+    """The method's own options: what prune_model has a keyword for, and the rest as given. damp,
+    which is refine's too, only where the method knows it."""
+    elsewhere = {"damp"} - {option.name for option in method.options}
+    given = {k: v for k, v in common.items() if v is not None and k not in elsewhere}
     return method.values(OP, {**given, **options})
 
 

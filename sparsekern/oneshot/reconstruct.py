@@ -251,7 +251,10 @@ def reconstruct(
     _, blocks = models.find_blocks(model)
     _, teachers = models.find_blocks(dense)
     check(bool(blocks), OP, "a model with decoder blocks", type(model).__name__)
-    check(len(blocks) == len(teachers), OP, f"{len(blocks)} blocks in dense", len(teachers))
+    remedy = "Pass copy.deepcopy(model) from before the pruning."
+    check(dense is not model, OP, "dense: a model of its own", "the model itself", remedy)
+    expected, got = f"{len(blocks)} blocks in dense", len(teachers)
+    check(len(blocks) == len(teachers), OP, expected, got, remedy)
     models.check_basis(OP, model, dense)
     fits: list[Fit] = []
     with torch.inference_mode(False), torch.no_grad(), _decompressed(model, blocks):

@@ -339,10 +339,15 @@ class PruneReport:
             schema,
             "Pass the output of to_json().",
         )
-        layers = [
-            LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in data.pop("layers")
-        ]
-        return cls(**data, layers=layers)
+        try:
+            layers = [
+                LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in data.pop("layers")
+            ]
+            return cls(**data, layers=layers)
+        except (KeyError, TypeError, AttributeError) as error:
+            got, remedy = f"{type(error).__name__}: {error}", "Pass the output of to_json()."
+            expected = "the fields of a report"
+            raise ValueError(message("sparsekern.PruneReport", expected, got, remedy)) from error
 
     @checked("sparsekern.PruneReport.save")
     def save(self, path: str | os.PathLike[str]) -> None:

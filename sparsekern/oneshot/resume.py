@@ -275,8 +275,8 @@ def once(
     the folder, for step(known=) of the next call.
 
     Raises:
-        ValueError: the folder holds what was found for another model, calibration or options.
-        FormatError: the stored file cannot be read, or is damaged.
+        FormatError: the folder holds what was found for another model, calibration or options; the
+            stored file cannot be read, or is damaged.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save
@@ -303,5 +303,5 @@ def once(
     check(whole, OP, f"{file} as written", "other content", "Delete the directory.", FormatError)
     remedy = "Call it with the same model and arguments, or give another directory."
     expected = f"the {name.partition('.')[0]} that {path} was started with"
-    check(was == asked, OP, expected, "another", remedy)
+    check(was == asked, OP, expected, "another", remedy, FormatError)
     return step(model, batches, device, known=tensors, **options)

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import check
 from sparsekern.oneshot.calibration import Batch, make_batches
+from sparsekern.oneshot.devices import working_device
 from sparsekern.oneshot.rotation_search import learn
 from sparsekern.oneshot.rotation_stream import OP, Stream, collect_grams, find_stream, tied_head
 from sparsekern.utils.arguments import SEEDS, checked
@@ -76,7 +77,7 @@ class RotationReport:
         return f"{text}, head untied (+{self.untied_bytes} bytes)" if self.untied_bytes else text
 
 
-@checked(OP, steps=(0, 10**6), seconds=(0, 10**9), rate=(0, 1), seed=SEEDS)
+@checked(OP)
 @torch.no_grad()
 def rotate(
     model: nn.Module,
@@ -115,7 +116,7 @@ def rotate(
             another form, ...), or its head is tied and untie is False. Nothing is changed then.
         RuntimeError: the logits differ by more than rounding. The model is as it was before.
     """
-    target = _target(model, device)
+    target = working_device(OP, model, device)
     batches = make_batches(calibration, model, None, target, op=OP)
     knobs: dict[str, Any] = {"steps": steps, "rate": rate, "heads": heads, "untie": untie}
     knobs["seconds"] = seconds
@@ -138,6 +139,7 @@ class Rotated:
         return made | {f"turns.{i}": turn for i, turn in enumerate(self.turns)}
 
 
+@checked(OP, steps=(0, 10**6), seconds=(0, 10**9), rate=(0, 1), seed=SEEDS)
 @torch.no_grad()
 def rotate_on(
     model: nn.Module,
@@ -207,13 +209,6 @@ def rotate_on(
     report = RotationReport(made, took, *lost, untied, distance, rotated)
     logger.info("%s", report)
     return Rotated(report, basis.cpu(), [turn.cpu() for turn in turns], undo)
-
-
-def _target(model: nn.Module, device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    home = next(model.parameters()).device
-    return torch.device("cuda") if torch.cuda.is_available() else home
 
 
 # ------------------------------------------------------------------------------- changing a model

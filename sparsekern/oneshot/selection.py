@@ -22,6 +22,7 @@ from sparsekern.oneshot.layerwise import Options
 from sparsekern.oneshot.source import Source
 from sparsekern.ops.quantize import checked_group
 from sparsekern.prune.quantize import METHODS
+from sparsekern.utils.arguments import shown
 
 OP = "sparsekern.oneshot.select"
 
@@ -196,8 +197,9 @@ def _check_masks(layers: list[Layer], masks: Mapping[str, Tensor], compress: boo
         check(name in by_name, op, f"mask {name!r} to name a Linear layer", "no match", remedy)
         shape, reason = by_name[name].shape, by_name[name].reason
         what = f"mask of {name} bool {list(shape)}"
-        dtype = getattr(mask, "dtype", type(mask).__name__)
-        check(dtype == torch.bool, op, what, dtype, "True = kept.", TypeError)
+        good = isinstance(mask, Tensor) and mask.dtype == torch.bool
+        remedy = "True = kept: torch.as_tensor(mask, dtype=torch.bool)."
+        check(good, op, what, shown(mask), remedy, TypeError)
         remedy = "Masks are [out_features, in_features]."
         check(tuple(mask.shape) == shape, op, what, list(mask.shape), remedy)
         what = f"{name}, which has a mask, to be prunable"

@@ -20,6 +20,7 @@ from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.experts import merge_passes, split_passes
 from sparsekern.oneshot.sequential import Walk, call_block
 from sparsekern.prune import Hessian
+from sparsekern.utils.arguments import shown
 
 Forwards = Callable[[], Iterator[None]]
 NEVER_CALLED = "never called on the calibration data"
@@ -154,8 +155,10 @@ class Stage:
         if layer is None:
             check(False, op, f"a layer of {self.key}", repr(name))
             return
-        shape = tuple(weight.shape)
-        check(shape == layer.shape, op, f"a weight {list(layer.shape)} for {name}", list(shape))
+        fits = isinstance(weight, (Tensor, Sparse24)) and tuple(weight.shape) == layer.shape
+        fits = fits and not (isinstance(weight, Tensor) and weight.is_meta)
+        expected = f"a weight {list(layer.shape)} for {name}"
+        check(fits, op, expected, shown(weight), "Pass a tensor [out_features, in_features].")
         self._walk_dense()
         self._run.remember(layer)
         write_weight(layer.module, weight.to_dense() if isinstance(weight, Sparse24) else weight)

@@ -215,12 +215,13 @@ def from_scores(score: Callable[..., Tensor], name: str | None = None, help: str
         pattern: tuple[int, int],
         mask: Tensor | None = None,
     ) -> Pruned:
-        scores = score(weight, hessian)
+        scores = score(weight.clone(), hessian)  # it may work in place
         is_tensor = isinstance(scores, Tensor)
         expected = f"scores [out_features, in_features] = {list(weight.shape)}"
         shape = tuple(scores.shape) if is_tensor else type(scores).__name__
         remedy = "Return one score per weight, higher = kept."
-        fits = is_tensor and scores.shape == weight.shape
+        shape = "a meta tensor" if is_tensor and scores.is_meta else shape
+        fits = is_tensor and scores.shape == weight.shape and not scores.is_meta
         check(fits, f"sparsekern.prune method {label}", expected, shape, remedy)
         kept = Pattern.of(pattern)
         mask = nm_mask(scores.to(weight.device), *kept, kept.unit)

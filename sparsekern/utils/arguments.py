@@ -156,6 +156,12 @@ def usable_device(op: str, value: Any, name: str = "") -> torch.device:
         count = torch.cuda.device_count()
         fits = (device.index or 0) < count
         check(fits, op, f"{what}a GPU among the {count} here", str(device))
+        return device
+    try:
+        torch.empty(0, device=device, dtype=torch.uint8)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        expected, remedy = f"{what}a device that this torch has", "Pass device='cpu'."
+        raise ValueError(message(op, expected, repr(str(device)), remedy)) from error
     return device
 
 

@@ -49,7 +49,7 @@ def read_regular(path: str | os.PathLike[str], max_bytes: int) -> bytes:
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path` through a temporary file in the same folder and a rename; flushed to
-    disk before the rename."""
+    disk before the rename. An OSError names the file."""
     target = os.path.abspath(os.fspath(path))
     folder = os.path.dirname(target)
     descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".part")
@@ -60,8 +60,10 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # a full disk
+            error.filename = target
         raise
 
 
