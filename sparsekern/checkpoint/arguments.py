@@ -26,6 +26,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.A
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*(|B|[KMGT]i?B)", re.IGNORECASE | re.ASCII)
 _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # of device_map
 
 
 class ModelNotFound(FormatError, FileNotFoundError):
@@ -219,12 +220,7 @@ def place(
     if device_map is None:
         single = parse_device(op, device)
         return (lambda name: single), None
-    if isinstance(device_map, str) and device_map in (
-        "auto",
-        "balanced",
-        "balanced_low_0",
-        "sequential",
-    ):
+    if isinstance(device_map, str) and device_map in STRATEGIES:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0 and max_memory is None:
             device_map = "cpu"

@@ -33,7 +33,7 @@ class Reconstruction:
             mean square of its kept weights.
         target: "dense": what the dense model has there; "pruned": the dense blocks on the inputs
             that the pruned model gives them.
-        between: weight of the blocks inside the span.
+        between: weight of the blocks inside the span, which has several.
         parts: "block", or "sublayers": attention on the hidden states between it and the MLP
             first, then the MLP (span 1 only).
         loss: "token": each token's error relative to its size, as the next norm sees it; "channel":
@@ -101,6 +101,8 @@ class Reconstruction:
         fixed = self.span != 1 or not self.reselect
         check(fixed, op, "reselect=0 with span=1", repr(self.reselect))
         check(number(self.between, 0), op, "between >= 0", repr(self.between))
+        inside = self.span != 1 or not self.between
+        check(inside, op, "between=0 with span=1", self.between, "Leave between out.")
         for name in ("warmup", "held_out", "noise"):
             value = getattr(self, name)
             check(number(value, 0, 0.5), op, f"{name} from 0 to 0.5", repr(value))

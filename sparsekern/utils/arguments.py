@@ -6,6 +6,16 @@
     rotate(model, ids, steps="x")
     TypeError: sparsekern.rotate: expected steps: a whole number, got 'x'. The default is 200.
 
+An argument that nothing reads in this call is refused as well, where the function has a table of
+what reads which (`Uses`):
+
+    rotate(model, ids, method="none", rate=0.1)
+    ValueError: sparsekern.rotate: expected method="descent" with rate, got rate=0.1, which nothing
+    reads. Leave rate at 0.02.
+
+One at its default counts as not given, and one that forbids what does not happen anyway
+(progress=False) has been obeyed: it is in no table.
+
 What an annotation means here: int and float are numbers of Python or numpy, and no bool; bool is
 True, False, 1 or 0; a path is not empty; a module has no lazy layer without weights; a
 device is one that this torch can put tensors on; of containers the kind counts, not what is in
@@ -21,7 +31,7 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -33,6 +43,9 @@ from sparsekern.errors import check, message
 P = ParamSpec("P")
 R = TypeVar("R")
 Range = tuple[float, float]
+Given = Mapping[str, Any]
+# Argument -> (what reads it, in words; whether that is there, from all arguments by name).
+Uses = Mapping[str, tuple[str, Callable[[Given], object]]]
 # torch.manual_seed takes these.
 SEEDS: Range = (-(2**63), 2**64 - 1)
 _NAMES = {
@@ -85,12 +98,14 @@ class _Argument:
 
 
 def checked(
-    op: str, *, leave: tuple[str, ...] = (), **spans: Range
+    op: str, *, leave: tuple[str, ...] = (), uses: Uses | None = None, **spans: Range
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Check every call of a function: the arguments against its annotations, and numbers against
-    spans, name=(lowest, highest), both included. `leave`: those that it checks itself.
+    spans, name=(lowest, highest), both included. `leave`: those that it checks itself. `uses`: what
+    reads some of them.
 
-    Raises, from the function: TypeError, another kind; ValueError, out of its span, or no device.
+    Raises, from the function: TypeError, another kind; ValueError, out of its span, no device, or
+    an argument that nothing reads.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -102,10 +117,13 @@ def checked(
             if not torch.compiler.is_compiling():
                 if not known:
                     known.update(_arguments(function, spans))
-                for name, value in (*zip(order, args, strict=False), *kwargs.items()):
+                given = {**dict(zip(order, args, strict=False)), **kwargs}
+                for name, value in given.items():
                     argument = known.get(name)
                     if argument is not None and name not in leave:
                         argument.check(op, value)
+                if uses is not None:
+                    check_used(op, uses, given, _defaults(known))
             return function(*args, **kwargs)
 
         return wrapper
@@ -113,12 +131,42 @@ def checked(
     return decorate
 
 
-def check_fields(op: str, instance: Any, **spans: Range) -> None:
+def check_fields(op: str, instance: Any, uses: Uses | None = None, **spans: Range) -> None:
     """The same for the fields of a dataclass, to be called in its __post_init__."""
     kind = type(instance)
     known = _arguments(kind.__init__, spans)
+    given = {name: getattr(instance, name) for name in known}
     for name, argument in known.items():
-        argument.check(op, getattr(instance, name))
+        argument.check(op, given[name])
+    check_used(op, uses or {}, given, _defaults(known))
+
+
+def check_used(
+    op: str, uses: Uses, given: Given, defaults: Given, spelt: Callable[[str], str] = str
+) -> None:
+    """ValueError for an argument that is given, other than by default, and that nothing reads.
+
+    given, defaults: by name; an argument without a default is in `given`. spelt: a name in the
+    message.
+    """
+    everything = {**defaults, **given}
+    for name, (what, reads) in uses.items():
+        value, default = map(_unlisted, (everything.get(name), defaults.get(name)))
+        plain = value is None or isinstance(value, (bool, int, float, str, tuple))
+        if (plain and value == default) or value is default or reads(everything):
+            continue
+        own = spelt(name)
+        got = f"{own}={shown(value)}, which nothing reads"
+        raise ValueError(message(op, f"{what} with {own}", got, f"Leave {own} at {default!r}."))
+
+
+def _unlisted(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _defaults(known: Mapping[str, _Argument]) -> dict[str, Any]:
+    empty = inspect.Parameter.empty
+    return {name: a.default for name, a in known.items() if a.default is not empty}
 
 
 def check_initialised(op: str, model: nn.Module) -> None:
