@@ -378,13 +378,16 @@ def _other_weights(name: str, module: nn.Module, block: int | None) -> list[Laye
 
 def _adapters(model: nn.Module) -> dict[str, str]:
     """Name of each module that belongs to an adapter -> name of the layer that it adapts. An
-    adapted layer (peft) keeps the original as `base_layer` and names its own parts in
-    `adapter_layer_names`."""
+    adapted layer (peft) keeps the original as `base_layer`, and names its own parts in
+    `adapter_layer_names`; or as `original_module` beside the copy that is trained in its place, and
+    both stay as they are."""
     found = {}
     for name, module in model.named_modules():
-        if not isinstance(module._modules.get("base_layer"), nn.Module):
+        whole = isinstance(module._modules.get("original_module"), nn.Module)
+        if not whole and not isinstance(module._modules.get("base_layer"), nn.Module):
             continue
-        own = getattr(module, "adapter_layer_names", None) or set(module._modules) - {"base_layer"}
+        named = None if whole else getattr(module, "adapter_layer_names", None)
+        own = named or set(module._modules) - {"base_layer"}
         for key in own:
             part = module._modules.get(key)
             if part is not None:
@@ -497,7 +500,8 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 def output_layer_names(model: nn.Module) -> list[str]:
     """Names of the output embedding: what `get_output_embeddings()` returns, under whatever name it
-    is registered; of a wrapped model (peft, torch.compile) that of the model inside."""
+    is registered, and what that holds; of a wrapped model (peft, torch.compile) that of the model
+    inside."""
     heads = set()
     for module in (model, *model.modules()):
         getter = getattr(module, "get_output_embeddings", None)
@@ -507,7 +511,7 @@ def output_layer_names(model: nn.Module) -> list[str]:
             except (AttributeError, NotImplementedError):
                 continue
             if isinstance(head, nn.Module):
-                heads.add(id(head))
+                heads |= {id(inner) for inner in head.modules()}
     return [name for name, module in model.named_modules() if id(module) in heads]
 
 
