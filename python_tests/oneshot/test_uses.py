@@ -59,7 +59,13 @@ REFUSED = [
     ({"quantize_group": 64}, "quantize= with quantize_group"),
     ({"untie": True}, "a rotation .* with untie"),
     ({"method": None, "preset": "best", "rotate": False, "untie": True}, "with untie"),
-    ({"calibration": data(), "reconstruct": {"between": 0.5}}, "between=0 with span=1, got 0.5"),
+    (
+        {"calibration": data(), "reconstruct": {"between": 0.5}},
+        "span=None or of several blocks with between, got",
+    ),
+    ({"calibration": data(), "reconstruct": {"reselect": 0.5}}, "with reselect.* at 0.0"),
+    ({"calibration": data(), "reconstruct": {"batch": 2}}, "with batch, got batch=2"),
+    ({"calibration": data(), "reconstruct": {"span": None, "noise": 0.1}}, "recut=True with noise"),
 ]
 
 

@@ -309,3 +309,21 @@ def test_an_unread_flag_has_its_own_spelling():
     given, usual = {"log": False, "log_file": "x"}, {"log": False, "log_file": None}
     with pytest.raises(ValueError, match=r"got --log_file='x', which .* Leave --log_file at None"):
         check_used("op", uses, given, usual, lambda name: f"--{name}")
+
+
+HOMELESS = {
+    "prune_model": lambda **on: sk.prune_model(new(DENSE), "magnitude", progress=False, **on),
+    "calibrate": lambda **on: sk.calibrate(new(DENSE), [X], **on),
+    "rotate": lambda **on: sk.rotate(new(DENSE), [X], **on),
+    "permute": lambda **on: sk.permute(new(DENSE), [X], **on),
+    "reconstruct": lambda **on: sk.reconstruct(new(ZEROS), new(DENSE), [X], **on),
+    "sensitivity": lambda **on: sk.sensitivity(new(DENSE), [X], [X], **on),
+    "finetune.distill": lambda **on: sk.finetune.distill(new(ZEROS), new(DENSE), X.long(), **on),
+}
+
+
+@pytest.mark.parametrize("name", HOMELESS)
+def test_weights_do_not_go_to_a_device_without_data(name):
+    text = f"^sparsekern.{name}: expected device: a device that holds data, got meta. Pass device="
+    with pytest.raises(ValueError, match=text):
+        HOMELESS[name](device="meta")

@@ -171,14 +171,6 @@ def parse_dtype(op: str, value: Any, config: Mapping[str, Any] | None = None) ->
     return value  # type: ignore[no-any-return]
 
 
-def parse_device(op: str, value: Any, name: str = "device") -> torch.device:
-    """device argument: what torch.device takes, where this torch can put data."""
-    device = usable_device(op, value, name)
-    remedy = "Use the CPU; transformers.AutoConfig reads a model's sizes without its weights."
-    check(device.type != "meta", op, f"{name}: a device that holds data", "meta", remedy)
-    return device
-
-
 def parse_size(op: str, value: Any) -> int:
     """max_shard_size argument in bytes: an int, or text such as "2GB" (10^9) or "500MiB" (2^20)."""
     if isinstance(value, str):
@@ -218,7 +210,7 @@ def place(
         ValueError, TypeError: no device; "disk", which is not supported; modules without one.
     """
     if device_map is None:
-        single = parse_device(op, device)
+        single = usable_device(op, device, "device")
         return (lambda name: single), None
     if isinstance(device_map, str) and device_map in STRATEGIES:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -229,14 +221,14 @@ def place(
         else:
             device_map = _inferred(op, model, device_map, max_memory)
     if not isinstance(device_map, Mapping):
-        single = parse_device(op, device_map, "device_map")
+        single = usable_device(op, device_map, "device_map")
         return (lambda name: single), None
     known = {name for name, _ in model.named_modules()}
     where = {}
     for name, target in device_map.items():
         check(name in known, op, "device_map to name modules of the model", repr(name)[:80])
         check(target != "disk", op, "device_map without 'disk'", "disk", "Use the CPU.")
-        where[name] = parse_device(op, target, "device_map")
+        where[name] = usable_device(op, target, "device_map")
 
     def device_of(name: str) -> torch.device:
         while name not in where and name:

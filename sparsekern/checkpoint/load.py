@@ -47,7 +47,7 @@ from sparsekern.formats.disk import (
 from sparsekern.nn.sparse_experts import fuse_experts, unfuse_experts
 from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
 from sparsekern.oneshot.discovery import unwrapped
-from sparsekern.utils.arguments import Given, Uses, checked
+from sparsekern.utils.arguments import Given, Uses, checked, usable_device
 from sparsekern.utils.safetensors_io import (
     CONFIG_FILE,
     OP,
@@ -200,7 +200,7 @@ def from_pretrained(
     raw = with_config(LOAD_OP, raw, config)
     wanted = arguments.parse_dtype(LOAD_OP, dtype, raw)
     if device_map is None:
-        arguments.parse_device(LOAD_OP, device)  # before anything is built
+        usable_device(LOAD_OP, device, "device")  # before anything is built
     with torch.device("cpu"):  # whatever torch's default device is
         model = build_from_dict(raw, files.info, attn_implementation, kwargs)
         device_of, spread = arguments.place(
@@ -254,7 +254,7 @@ def load_into(
         config, _ = read_compression_config(folder)
     if device is None:
         device = next((p.device for p in tree.parameters() if not p.is_meta), torch.device("cpu"))
-    place = arguments.parse_device(op, device)
+    place = usable_device(op, device, "device")
     wanted = arguments.parse_dtype(op, dtype, config)
     empty = [
         join(name, key)

@@ -141,7 +141,7 @@ def distill(
         `device`, in their dtypes, in eval mode; the teacher stays frozen.
     """
     begin = time.perf_counter()
-    check(recipe is None or not options, OP, "recipe or its fields", "both")
+    check(recipe is None or not options, OP, "recipe or its fields", "both", "Leave one out.")
     good = limit_seconds is None or (limit_seconds > 0 and (shorten or folder is not None))
     remedy = "Pass folder=, or shorten=True with minutes."
     check(good, OP, "limit_seconds > 0 and a folder for the checkpoint", limit_seconds, remedy)

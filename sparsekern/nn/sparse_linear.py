@@ -83,7 +83,7 @@ class SparseLinear(nn.Module):
     bias: nn.Parameter | None
     _version = 2  # of state_dicts; the first one had no coded types
 
-    @checked(_OP)
+    @checked(_OP, meta=True)
     def __init__(
         self,
         in_features: int,

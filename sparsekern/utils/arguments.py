@@ -69,8 +69,10 @@ _NAMES = {
 class _Argument:
     """What one parameter of a function takes."""
 
-    def __init__(self, name: str, kind: Any, default: Any, span: Range | None) -> None:
-        self.name, self.kinds, self.span = name, _members(kind), span
+    def __init__(
+        self, name: str, kind: Any, default: Any, span: Range | None, meta: bool = False
+    ) -> None:
+        self.name, self.kinds, self.span, self.meta = name, _members(kind), span, meta
         self.default = default
         self.any = Any in self.kinds or object in self.kinds
         self.path = os.PathLike in map(_plain, self.kinds)
@@ -90,7 +92,7 @@ class _Argument:
         if isinstance(value, nn.Module):
             check_initialised(op, value)
         if self.device and value is not None:
-            usable_device(op, value, self.name)
+            usable_device(op, value, self.name, meta=self.meta)
         if self.span is not None and value is not None and _fits(float, value):
             low, high = self.span
             expected = f"{self.name} from {low} to {high}"
@@ -98,11 +100,16 @@ class _Argument:
 
 
 def checked(
-    op: str, *, leave: tuple[str, ...] = (), uses: Uses | None = None, **spans: Range
+    op: str,
+    *,
+    leave: tuple[str, ...] = (),
+    uses: Uses | None = None,
+    meta: bool = False,
+    **spans: Range,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Check every call of a function: the arguments against its annotations, and numbers against
     spans, name=(lowest, highest), both included. `leave`: those that it checks itself. `uses`: what
-    reads some of them.
+    reads some of them. `meta`: its devices may be "meta", which holds no data.
 
     Raises, from the function: TypeError, another kind; ValueError, out of its span, no device, or
     an argument that nothing reads.
@@ -116,7 +123,7 @@ def checked(
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             if not torch.compiler.is_compiling():
                 if not known:
-                    known.update(_arguments(function, spans))
+                    known.update(_arguments(function, spans, meta))
                 given = {**dict(zip(order, args, strict=False)), **kwargs}
                 for name, value in given.items():
                     argument = known.get(name)
@@ -180,8 +187,9 @@ def check_initialised(op: str, model: nn.Module) -> None:
     check(not lazy, op, "initialised weights", ", ".join(lazy[:3]), remedy)
 
 
-def usable_device(op: str, value: Any, name: str = "") -> torch.device:
-    """What torch.device makes of a value, where this torch can put tensors there.
+def usable_device(op: str, value: Any, name: str = "", meta: bool = False) -> torch.device:
+    """What torch.device makes of a value, where this torch can put tensors there, and their data
+    unless `meta`.
 
     Raises:
         TypeError: neither text, number nor device.   ValueError: none that is here.
@@ -194,6 +202,8 @@ def usable_device(op: str, value: Any, name: str = "") -> torch.device:
         raise (TypeError if not isinstance(value, (str, int)) else ValueError)(
             message(op, expected, shown(value))
         ) from error
+    holds = meta or device.type != "meta"
+    check(holds, op, f"{what}a device that holds data", device.type, "Pass device='cpu'.")
     if device.type == "cuda":
         there = torch.cuda.is_available()
         expected, got = (
@@ -220,11 +230,13 @@ def shown(value: Any) -> str:
     return text if type(value).__module__ == "builtins" else f"{text} ({type(value).__name__})"
 
 
-def _arguments(function: Callable[..., Any], spans: dict[str, Range]) -> dict[str, _Argument]:
+def _arguments(
+    function: Callable[..., Any], spans: dict[str, Range], meta: bool = False
+) -> dict[str, _Argument]:
     hints = typing.get_type_hints(function)
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return {
-        name: _Argument(name, hints[name], parameter.default, spans.get(name))
+        name: _Argument(name, hints[name], parameter.default, spans.get(name), meta)
         for name, parameter in inspect.signature(function).parameters.items()
         if name in hints and parameter.kind not in variable
     }
