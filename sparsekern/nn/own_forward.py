@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from sparsekern.nn.replace import is_conv1d
 from sparsekern.utils.exact import exact_float32
 
+UNDERFLOW = 2.0**-14  # the smallest normal number of 16 bits
+
 
 def own_forward(module: nn.Module) -> str | None:
     """Why this module with a weight is not x·Wᵀ + b in inference, or None."""
@@ -94,9 +96,7 @@ def computes_linear(module: nn.Module, training: bool = False) -> bool:
         exact = factor * (x.to(wide) @ w.t()) + b
         if y.shape != exact.shape:
             return False
-        wrong = (y.to(wide) - exact).abs() > slack * factor * bound + torch.finfo(
-            torch.float16
-        ).tiny
+        wrong = (y.to(wide) - exact).abs() > slack * factor * bound + UNDERFLOW
         if bool(wrong.any()):
             return False
     return True
