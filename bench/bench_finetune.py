@@ -190,14 +190,14 @@ class Recovery(Material):
         with run.phase(f"{start}: train"):
             report = distill(
                 student,
-                self.teacher,
+                self.teacher if args.alpha < 1 or args.block else None,
                 self.corpus,
                 schedule=moving,
                 folder=folder,
                 resume=args.resume is not None,
                 # A run of so many steps without a folder is ended by the watch alone.
                 limit_seconds=limit if folder is not None or args.steps is None else None,
-                shorten=args.resume is None and args.steps is None,
+                shorten=args.resume is None and args.steps is None and limit is not None,
                 device=run.device,
                 progress=False,
                 steps=args.steps,

@@ -184,18 +184,19 @@ class Problem:
         if on_gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
+        known = {option.name for option in sparsekern.prune.methods()[method].options}
+        known |= {"damp"} if args.refine else set()
+        known |= {"match_dense"} if method == "sparsegpt" else set()
+        known |= {"batch_size", "true_sequential"} if method != "magnitude" else set()
+        names = ("damp", "blocksize", "match_dense", "batch_size", "true_sequential")
         report = sparsekern.prune_model(
             self.pruned,
             method,
             None if method == "magnitude" else self.calibration,
             device=self.run.device,
-            batch_size=args.batch_size,
-            damp=args.damp,
-            blocksize=args.blocksize if method == "sparsegpt" else None,
             refine=args.refine,
-            true_sequential=args.true_sequential,
-            match_dense=args.match_dense if method == "sparsegpt" else None,
             progress=False,
+            **{name: getattr(args, name) for name in names if name in known},
         )
         return report, torch.cuda.max_memory_allocated() if on_gpu else 0
 

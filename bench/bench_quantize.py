@@ -52,8 +52,8 @@ from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
 from sparsekern.integrations.loading import cast_weights, load_model
 from sparsekern.nn.replace import dense_weight, write_weight
 from sparsekern.oneshot import presets
-from sparsekern.prune.hessian import exact_float32
 from sparsekern.prune.quantize import PASSES, _picked, _Solver
+from sparsekern.utils.exact import exact_float32
 
 from .options import Run, parser, told, watchdog
 

@@ -24,6 +24,7 @@ from sparsekern.eval.sensitivity import SensitivityReport, sensitivity
 from sparsekern.formats.dtypes import ElementType, register_dtype
 from sparsekern.formats.layouts import Layout, WeightSpec, register_layout
 from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.integrations.peft_errors import install_when_imported
 from sparsekern.integrations.transformers import register_when_imported
 from sparsekern.nn.count import ParameterCount, num_parameters
 from sparsekern.nn.optimize import OptimizeReport, optimize
@@ -47,6 +48,7 @@ from sparsekern.ops.quantized_linear import linear_quantized
 
 _moved.install()
 register_when_imported()
+install_when_imported()
 
 __all__ = [
     "ElementType",

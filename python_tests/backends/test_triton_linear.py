@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,10 +34,26 @@ from sparsekern.backends.protocol import problem_of
 from sparsekern.backends.triton import configs
 from sparsekern.backends.triton.backend import TritonBackend
 from sparsekern.formats import dtypes
+from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.sparse24 import Sparse24, compress, decompress
 from sparsekern.ops.linear_op import linear
 
 # ---- without a GPU -------------------------------------------------------------------------------
+
+
+def test_groups_that_no_tile_ends_with_are_refused(monkeypatch):
+    """A tile of columns has one scale: a smaller group, or one of 96, would get another's."""
+    from sparsekern.backends import triton as backend
+
+    monkeypatch.setattr(backend, "available", lambda: True)
+    cases = ((32, 256, 0), (96, 192, 0), (64, 256, 1), (256, 512, 1), (96, 96, 1))
+    for group, columns, fits in cases:
+        spec = WeightSpec.of((8, columns), "int4", "rowmajor", torch.bfloat16, None, group)
+        on_gpu = SimpleNamespace(device=torch.device("cuda"), spec=spec, in_features=columns)
+        reason = TritonBackend().supports(on_gpu)
+        assert reason == (
+            None if fits else f"backend 'triton' needs groups of a multiple of 64, got {group}"
+        )
 
 
 def test_kernels_in_the_interpreter():

@@ -5,10 +5,14 @@ A Sequential of Linear layers a (quantised, bfloat16) and b (dense), without bia
 """
 
 import base64
+import json
 import zlib
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
+
+from sparsekern.formats.packed import pack_words
 
 # {name: (storage, shape, scales of a row, config.json, model.safetensors)}
 FOLDERS = {
@@ -149,3 +153,22 @@ def module(name):
     model.add_module("a", nn.Linear(in_features, out_features, bias=False))
     model.add_module("b", nn.Linear(out_features, 4, bias=False))
     return model.bfloat16()
+
+
+def write_packed(folder, size, in_features, group_size, *, stated="group_size", **more):
+    """A pack-quantized folder of one Linear "a" [8, in_features] with scales of `size` columns
+    each, of which config.json says what `stated` and `more` do; its dense bfloat16 weight."""
+    folder.mkdir(exist_ok=True)
+    level, scale = levels(8, in_features), scales(8, -(-in_features // size)).bfloat16()
+    tensors = {
+        "a.weight_packed": pack_words(level),
+        "a.weight_scale": scale,
+        "a.weight_shape": torch.tensor([8, in_features]),
+    }
+    save_file(tensors, folder / "model.safetensors")
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "symmetric": True}
+    group = {"targets": ["Linear"], "weights": weights | {stated: group_size} | more}
+    entry = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    config = {"quantization_config": {**entry, "config_groups": {"group_0": group}}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return (level * scale.float().repeat_interleave(size, 1)[:, :in_features]).bfloat16()

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from collections import OrderedDict
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import sparsekern as sk
 from python_tests.checkpoint import checkpoint_cases as cases
@@ -150,6 +152,82 @@ def test_folders_of_compressed_tensors(tmp_path, name):
     export_dense(tmp_path, tmp_path / "dense")
     exported = load_file(tmp_path / "dense" / "model.safetensors")["a.weight"]
     assert torch.equal(exported.to(BF16), dense)
+
+
+def one(in_features):
+    return nn.Sequential(OrderedDict(a=nn.Linear(in_features, 8, bias=False))).bfloat16()
+
+
+GROUPS = [(96, 192), (96, 288), (48, 96), (160, 320), (40, 160), (12, 96), (4, 64), (32, 256)]
+GROUPS += [(96, 256), (128, 192), (64, 256), (128, 256), (512, 1024), (4096, 8192)]
+
+
+@pytest.mark.parametrize("size, in_features", GROUPS)
+def test_groups_are_as_the_config_says(tmp_path, size, in_features):
+    """The number of scales does not say it: rows of 192 have two of 96 columns, or two of 128 with
+    a shorter last one."""
+    dense = foreign.write_packed(tmp_path / "a", size, in_features, size)
+    assert verify_checkpoint(tmp_path / "a").ok
+    model = sk.load_into(one(in_features), tmp_path / "a")
+    assert model.a.weight.spec.levels == f"int4 g{size}"
+    assert torch.equal(model.a.weight.to_dense(), dense)
+    x = torch.randn(3, in_features).bfloat16()
+    torch.testing.assert_close(model(x), nn.functional.linear(x, dense), rtol=2e-2, atol=2e-2)
+    sk.save_pretrained(model, tmp_path / "b")
+    export_dense(tmp_path / "b", tmp_path / "c", keep_quantized=True)
+    for folder in "bc":
+        again = sk.load_into(one(in_features), tmp_path / folder)
+        assert again.a.weight.spec.group == size
+        assert torch.equal(again.a.weight.to_dense(), dense)
+
+
+@pytest.mark.parametrize("group_size, more", [(-1, {}), (None, {"strategy": "channel"}), (512, {})])
+def test_one_scale_a_row(tmp_path, group_size, more):
+    dense = foreign.write_packed(tmp_path, 192, 192, group_size, **more)
+    assert torch.equal(sk.load_into(one(192), tmp_path).a.weight.to_dense(), dense)
+
+
+WRONG = [
+    ((64, 256, 128), r"rows of 256 columns as config.json says \(group_size 128\), got 4 a row"),
+    ((6, 96, 6), "groups of a multiple of 4 columns, got 6. Quantise"),
+    ((64, 256, "64"), "config.json: expected group_size > 0, a whole number, got '64'"),
+    ((64, 256, 0), "group_size > 0, a whole number, got 0"),
+]
+
+
+@pytest.mark.parametrize("sizes, text", WRONG)
+def test_groups_that_do_not_fit(tmp_path, sizes, text):
+    foreign.write_packed(tmp_path, *sizes)
+    with pytest.raises(FormatError, match=text):
+        sk.load_into(one(sizes[1]), tmp_path)
+    assert not verify_checkpoint(tmp_path).ok
+
+
+def test_a_folder_that_does_not_say_its_groups(tmp_path):
+    dense = foreign.write_packed(tmp_path, 128, 256, 128)
+    (tmp_path / "config.json").unlink()
+    assert torch.equal(sk.load_into(one(256), tmp_path).a.weight.to_dense(), dense)
+    foreign.write_packed(tmp_path, 96, 192, 96)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FormatError, match="only one size of groups has, got 2. config.json says"):
+        sk.load_into(one(192), tmp_path)
+
+
+def test_layers_in_groups_of_two_sizes(tmp_path):
+    """Where both sizes have as many scales, the config_groups that name the layer decide."""
+    dense = foreign.write_packed(tmp_path, 96, 192, 96)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    groups = config["quantization_config"]["config_groups"]
+    other = {"targets": ["b"], "weights": groups["group_0"]["weights"] | {"group_size": 128}}
+    for targets in (["a"], ["re:^a"]):
+        groups["group_0"]["targets"], groups["group_1"] = targets, other
+        path.write_text(json.dumps(config))
+        assert torch.equal(sk.load_into(one(192), tmp_path).a.weight.to_dense(), dense)
+    groups["group_0"]["targets"] = ["Linear"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(FormatError, match="group_size 96 or group_size 128.*got 2 a row"):
+        sk.load_into(one(192), tmp_path)
 
 
 def test_the_config_is_the_one_that_compressed_tensors_writes(tmp_path):

@@ -194,6 +194,27 @@ def test_a_device_without_data(words, folder):
         from_pretrained(folder, **words)
 
 
+UNREAD = [
+    ({"revision": "main"}, "the id of a model on the Hub, no folder, with revision, got"),
+    ({"force_download": True}, "no folder, with force_download"),
+    ({"max_memory": {0: 1}}, "device_map in .*'balanced'.* with max_memory"),
+    ({"device_map": {"": "cpu"}, "max_memory": {"cpu": 1}}, "with max_memory"),
+    ({"device": "cpu:0", "device_map": "cpu"}, "device_map=None with device, got device='cpu:0'"),
+    ({"dtype": "float16", "torch_dtype": "float32"}, "dtype or torch_dtype, got dtype='float16'"),
+]
+
+
+@pytest.mark.parametrize("words, text", UNREAD, ids=str)
+def test_words_that_nothing_reads(words, text, folder):
+    with pytest.raises(ValueError, match=text):
+        from_pretrained(folder, **words)
+
+
+def test_words_about_fetching_ask_for_nothing_where_a_folder_is(folder, tmp_path):
+    words = {"cache_dir": tmp_path, "token": "t", "local_files_only": True, "revision": None}
+    assert from_pretrained(folder, **words, dtype="float32", torch_dtype="float32") is not None
+
+
 @pytest.mark.parametrize("device", ["meta"])
 def test_under_another_default_device(device, folder, tmp_path):
     with torch.no_grad():

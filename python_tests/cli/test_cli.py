@@ -444,6 +444,8 @@ def test_demo_reports_a_failing_pip(tmp_path, monkeypatch):
 
 
 TEXT = ["--calibration", "{r}/text.txt", "--window", "64"]
+MAGNITUDE = ["prune", "{r}/dense", "--out", "{r}/new", "--method", "magnitude", "--device", "cpu"]
+FINETUNE = ["finetune", "{r}/dense", "--out", "{r}/new"]
 ERRORS = [
     (["eval", "{r}/absent"], "no model at"),
     (["eval", "{r}/text.txt"], "no model at"),
@@ -499,6 +501,27 @@ ERRORS = [
         "a positive --share, got nan",
     ),
     (["bench", "--shape", "8x8", "--tokens", "9" * 20, "--device", "cpu"], "up to 2147483647"),
+    # flags that nothing reads
+    ([*MAGNITUDE, "--samples", "4"], "than magnitude, with --samples, got --samples=4"),
+    ([*MAGNITUDE, "--seed", "4"], "with --seed, got --seed=4, which nothing reads"),
+    ([*MAGNITUDE, "--whole-documents"], "with --whole-documents"),
+    ([*MAGNITUDE, "--damp", "0.1"], "with damp, got damp=0.1"),
+    ([*MAGNITUDE, "--keep-dense-tokens", "7"], "with keep_dense_tokens"),
+    ([*MAGNITUDE, "--untie"], "with untie"),
+    ([*FINETUNE, "--freeze-at", "4"], "--schedule than frozen with --freeze-at"),
+    ([*FINETUNE, "--eval-every", "4"], "--eval with --eval-every"),
+    ([*FINETUNE, "--method", "magnitude", "--samples", "4"], "no --sparse, with --samples"),
+    ([*FINETUNE, "--text", "x", "--teacher-seconds", "4"], "with --teacher-seconds"),
+    ([*FINETUNE, "--alpha", "1", "--offload-teacher"], "--block with --offload-teacher"),
+    ([*FINETUNE, "--alpha", "1", "--temperature", "2"], "alpha < 1 with temperature"),
+    (["sensitivity", "{r}/dense", "--tokens", "8"], "--milliseconds with --tokens"),
+    (["tune", "--merge", "a.json", "--budget", "9"], "no --merge, with --budget, got --budget=9"),
+    (["demo", "--gguf", "a.gguf", "--cache", "c"], "no --gguf, with --cache"),
+    (["bench", "--shape", "8x8", "--plot", "a.svg"], "the word 'kernels' with --plot"),
+    (
+        ["export", "{r}/sparse", "--to", "dense", "--out", "{r}/new", "--keep-quantized"],
+        "quantised layers with keep_quantized, got none in",
+    ),
 ]
 
 

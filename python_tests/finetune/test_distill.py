@@ -15,7 +15,16 @@ from python_tests.finetune.distill_child import SAVING
 from python_tests.finetune.tiny import OPTIONS, WINDOW, pair, rows, run, weights
 from python_tests.oneshot.driver_models import build, run_prune, tokens
 from sparsekern.errors import FormatError
-from sparsekern.finetune import SRSTE, Masked, build_cache, data, distill, losses, trainer
+from sparsekern.finetune import (
+    SRSTE,
+    Magnitude,
+    Masked,
+    build_cache,
+    data,
+    distill,
+    losses,
+    trainer,
+)
 from sparsekern.finetune.metrics import plot, read_metrics
 from sparsekern.finetune.recipe import Recipe
 from sparsekern.finetune.teacher import LiveTeacher, Split, cache_bytes
@@ -68,7 +77,7 @@ def test_resume_after_sigkill_is_bit_equal(tmp_path):
     report = run(student, teacher, folder=tmp_path, **SAVING)
     assert report.resumed == 4 and report.steps == 8
     teacher, whole = pair(attention_dropout=0.1)
-    run(whole, teacher, **SAVING)
+    run(whole, teacher, log_every=SAVING["log_every"])
     assert torch.equal(weights(student), weights(whole))
     assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, 9))
     again = pair(attention_dropout=0.1)[1]  # a finished run is loaded, not repeated
@@ -411,6 +420,18 @@ def test_what_distill_refuses_before_anything_is_done(tmp_path):
         ),
         ({"window": 1}, ValueError, "window from 2"),
         ({"temperature": 0.0}, ValueError, "temperature > 0"),
+        ({"generate_tokens": 64}, ValueError, "data=None with generate_tokens, got"),
+        ({"window": 32}, ValueError, "rows of as many with window, got window=32"),
+        ({"eval_window": 32}, ValueError, "ids to evaluate with eval_window"),
+        ({"evaluate": {"a": len}, "eval_window": 32}, ValueError, "with eval_window"),
+        ({"eval_every": 2}, ValueError, "evaluate with eval_every"),
+        ({"save_every": 2}, ValueError, "a folder with save_every"),
+        ({"shorten": True}, ValueError, "limit_seconds with shorten"),
+        ({"alpha": 1.0}, ValueError, "block > 0 or data=None with teacher.*Leave teacher at None"),
+        ({"alpha": 1.0, "teacher": None, "temperature": 2.0}, ValueError, "with temperature"),
+        ({"alpha": 1.0, "teacher": None, "offload_teacher": True}, ValueError, "offload_teacher"),
+        ({"passes": 3.0}, ValueError, "neither steps nor minutes with passes"),
+        ({"schedule": Magnitude(every=9)}, ValueError, "steps >= 9, at which Magnitude .* got 8"),
     ):
         given = {"data": ids, "teacher": teacher, **OPTIONS, **arguments}
         with pytest.raises(error, match=text):
@@ -423,6 +444,7 @@ def test_arguments_of_generate_and_pack():
         (lambda: data.generate(None, 8), TypeError, "teacher: an nn.Module, got None"),
         (lambda: data.generate(build("llama"), 0), ValueError, "tokens from 1 to"),
         (lambda: data.generate(build("llama"), 8, window=1), ValueError, "window from 2 to"),
+        (lambda: data.generate(build("llama"), 8, prompts=rows(), start=2), ValueError, "start=2"),
         (lambda: data.pack(["text"], 4), TypeError, r"documents\[0\]: a tensor of ids, got 'text'"),
     ):
         with pytest.raises(error, match=text):

@@ -397,7 +397,7 @@ def test_masks_from_zeros_and_state_bits():
         packed = pack_bits(mask)
         assert packed.numel() == -(-mask.numel() // 8)
         assert torch.equal(unpack_bits(packed, shape), mask)
-    for schedule in (Frozen(), SRSTE(3, 9, 0.5, 2), Magnitude(), RigL(freeze_at=5)):
+    for schedule in (Frozen(), SRSTE(3, 9, 0.5, 2), Magnitude(), RigL(5, freeze_at=5)):
         assert make(schedule.describe()) == schedule
 
 
@@ -416,6 +416,14 @@ def test_errors_name_the_argument():
         Masked(model, {"up": torch.ones_like(masks["up"])})
     with pytest.raises(ValueError, match="freeze_at, a step, with RigL"):
         RigL(freeze_at=None)
+    with pytest.raises(ValueError, match=r"freeze_at >= every \(100\), got 50. Pass every=50"):
+        Magnitude(freeze_at=50)
+    with pytest.raises(ValueError, match="a schedule that moves masks with every, got every=5"):
+        Frozen(every=5)
+    with pytest.raises(ValueError, match="weight_decay > 0 with ramp, got ramp=5"):
+        Magnitude(ramp=5)
+    with pytest.raises(ValueError, match="trains dropped weights with dense_device"):
+        Masked(model, masks, schedule=RigL(every=1), dense_device="cpu")
     masked = Masked(model, masks)
     with pytest.raises(ValueError, match="over the masked weights"):
         masked.attach(adamw(network()))

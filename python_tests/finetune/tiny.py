@@ -8,9 +8,7 @@ from python_tests.oneshot.driver_models import build, run_prune, tokens
 from sparsekern.finetune import distill
 
 WINDOW = 16
-OPTIONS = dict(
-    steps=8, batch=4, lr=2e-3, window=WINDOW, eval_window=WINDOW, device="cpu", progress=False
-)
+OPTIONS = dict(steps=8, batch=4, lr=2e-3, window=WINDOW, device="cpu", progress=False)
 
 
 def pair(seed=0, **overrides):
@@ -26,7 +24,8 @@ def rows(count=24, seed=3):
 
 
 def run(student, teacher, data=None, **options):
-    return distill(student, teacher, rows() if data is None else data, **{**OPTIONS, **options})
+    options = OPTIONS | ({"eval_window": WINDOW} if "evaluate" in options else {}) | options
+    return distill(student, teacher, rows() if data is None else data, **options)
 
 
 def weights(model):

@@ -118,7 +118,8 @@ def with_failure(model, folder=None, rank=1, block=1):
     before = run_module.prune_group
     run_module.prune_group = failing(rank, block)
     try:
-        prune_model(model, "sparsegpt", uneven(), **OPTIONS, device="cpu", resume=folder, undo=True)
+        undo = {"undo": True} if folder is None else {"resume": folder}
+        prune_model(model, "sparsegpt", uneven(), **OPTIONS, device="cpu", **undo)
     except RuntimeError as error:
         return f"{type(error).__name__}: {error} {getattr(error, '__notes__', '')}"
     finally:
@@ -225,7 +226,9 @@ CASES = {
     "permuted": lambda folder: pruned(build(), uneven(), "admm", permute={"rounds": 1}),
     "together": lambda folder: together(build(), uneven(), "admm"),
     "together-masked": together_masked,
-    "magnitude": lambda folder: pruned(build("qwen3"), None, "magnitude", compress=False),
+    "magnitude": lambda folder: pruned(
+        build("qwen3"), None, "magnitude", compress=False, batch_size=None
+    ),
     "levels": lambda folder: pruned(build(), uneven(), quantize="int8"),
     "whole": lambda folder: pruned(plain(), [torch.randn(3, 5, 16) for _ in range(3)]),
     "many": lambda folder: pruned(build(), tokens(samples=5)),

@@ -10,8 +10,8 @@ from torch.nn.utils import prune as torch_prune
 
 import sparsekern as sk
 from python_tests.oneshot.driver_models import build, is_24, run_prune, tokens, transformers
+from sparsekern.nn.own_forward import computes_linear
 from sparsekern.nn.sparse_linear import SparseLinear
-from sparsekern.oneshot.discovery import computes_linear
 
 X = torch.randn(6, 5, 16, generator=torch.Generator().manual_seed(0))
 SMALL = dict(

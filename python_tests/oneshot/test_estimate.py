@@ -78,7 +78,7 @@ def test_a_long_run_says_so_beside_the_bar(monkeypatch):
 
 
 def test_without_calibration_there_is_none():
-    report = prune_model(build(), "magnitude", **OPTIONS)
+    report = prune_model(build(), "magnitude", progress=False)
     assert report.estimate == {}
 
 
@@ -132,6 +132,7 @@ def windows(monkeypatch, device, positions=8192, **given):
         window=None,
         preset=None,
         whole_documents=False,
+        **dict.fromkeys(("quantize_method", "refine", "permute")),
     )
     vars(args).update(given)
     model = torch.nn.Linear(4, 4)

@@ -16,7 +16,7 @@ from sparsekern.oneshot.layerwise import prune_group
 
 
 def prune(model, method="sparsegpt", data=None, **more):
-    data = ids() if data is None else data
+    data = ids() if data is None and "hessians" not in more else data
     return sk.prune_model(model, method, data, device="cpu", progress=False, **more)
 
 
@@ -337,7 +337,7 @@ def test_hessians_handed_out_and_in():
     model, other = build("qwen3-moe"), build("qwen3-moe")
     hessians = prune(model, "wanda", keep_hessians=True).hessians
     assert hessians.keys() >= {"model.layers.0.mlp.experts.2.down_proj"}
-    report = prune(other, "sparsegpt", hessians=hessians, match_dense=0.0, data=None)
+    report = prune(other, "sparsegpt", hessians=hessians, match_dense=0.0)
     assert len(report.pruned) == len(hessians)
 
 

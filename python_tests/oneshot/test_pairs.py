@@ -213,7 +213,7 @@ def test_command_line_prunes_and_verifies_pairs(tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "dense")
     out = tmp_path / "pairs"
     arguments = ["prune", tmp_path / "dense", "--method", "magnitude", "--pattern", "4:8 in pairs"]
-    arguments += ["--samples", "2", "--window", "16", "--quiet", "--out", out]
+    arguments += ["--quiet", "--out", out]
     assert cli.main(list(map(str, arguments))) == 0
     assert "are 4:8 in pairs" in capsys.readouterr().out
     assert json.loads((out / "prune_report.json").read_text())["options"]["compress"] is False

@@ -104,7 +104,11 @@ def test_a_finished_run_is_only_loaded(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{"method": "magnitude", "calibration": None}, {"true_sequential": True}]
+    "options",
+    [
+        {"method": "magnitude", "calibration": None, "batch_size": None},
+        {"true_sequential": True},
+    ],
 )
 def test_interrupted_inside_a_process(options, tmp_path, monkeypatch):
     """The same without a kill: an exception in the second block, for other kinds of run."""

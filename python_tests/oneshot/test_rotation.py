@@ -189,3 +189,13 @@ def test_untold_is_the_variance_that_half_of_the_others_leave():
     half = half[keep][:, keep]
     direct = 2 / torch.linalg.inv(half).diagonal()
     torch.testing.assert_close(energy[keep], direct, rtol=1e-4, atol=1e-8)
+
+
+def test_untie_among_the_keywords_of_a_rotation():
+    """rotate={"untie": True} is untie=True, not overruled by its default."""
+    options = dict(method="magnitude", calibration=ids(), progress=False)
+    with pytest.raises(ValueError, match="untie"):
+        sk.prune_model(build(tie_word_embeddings=True), rotate={"steps": 1}, **options)
+    wanted = {"rotate": {"steps": 1, "untie": True}}
+    report = sk.prune_model(build(tie_word_embeddings=True), **wanted, **options)
+    assert report.rotation["untied_bytes"] > 0

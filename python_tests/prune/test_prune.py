@@ -11,7 +11,7 @@ import torch
 
 from sparsekern.prune import Hessian, magnitude_mask, nm_mask, relative_error, wanda_mask
 from sparsekern.prune import hessian as hessian_module
-from sparsekern.prune.hessian import exact_float32
+from sparsekern.utils.exact import exact_float32
 
 PATTERNS = [(2, 4), (1, 4), (3, 4), (1, 2), (4, 8), (5, 7), (70, 140)]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
@@ -307,7 +307,7 @@ def test_relative_error_refuses_what_does_not_fit():
 
 _SWITCHES = """
 import torch
-from sparsekern.prune.hessian import exact_float32
+from sparsekern.utils.exact import exact_float32
 cuda = torch.backends.cuda.matmul
 mkldnn = torch.backends.mkldnn.matmul
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsekern as sk
-from sparsekern.utils.arguments import SEEDS, check_fields, checked, usable_device
+from sparsekern.utils.arguments import SEEDS, check_fields, check_used, checked, usable_device
 
 ODD = {
     "None": None,
@@ -284,3 +284,46 @@ def _tried_function():
 
 
 _tried = _tried_function()
+
+
+def test_an_argument_that_nothing_reads():
+    calls = []
+
+    @checked("op", uses={"rate": ("steps > 0", lambda given: given["steps"] > 0)})
+    def function(model, steps: int = 0, *, rate: object = (1, 2), **more: object):
+        calls.append(rate)
+
+    text = r"^op: expected steps > 0 with rate, got rate=3, which nothing reads. Leave rate at "
+    with pytest.raises(ValueError, match=text):
+        function(None, rate=3)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'model'"):
+        function()
+    function(None, 1, rate=3)
+    function(None, rate=[1, 2])  # the default, as a list
+    function(None, steps=0)
+    assert calls == [3, [1, 2], (1, 2)]
+
+
+def test_an_unread_flag_has_its_own_spelling():
+    uses = {"log_file": ("--log", lambda given: given["log"])}
+    given, usual = {"log": False, "log_file": "x"}, {"log": False, "log_file": None}
+    with pytest.raises(ValueError, match=r"got --log_file='x', which .* Leave --log_file at None"):
+        check_used("op", uses, given, usual, lambda name: f"--{name}")
+
+
+HOMELESS = {
+    "prune_model": lambda **on: sk.prune_model(new(DENSE), "magnitude", progress=False, **on),
+    "calibrate": lambda **on: sk.calibrate(new(DENSE), [X], **on),
+    "rotate": lambda **on: sk.rotate(new(DENSE), [X], **on),
+    "permute": lambda **on: sk.permute(new(DENSE), [X], **on),
+    "reconstruct": lambda **on: sk.reconstruct(new(ZEROS), new(DENSE), [X], **on),
+    "sensitivity": lambda **on: sk.sensitivity(new(DENSE), [X], [X], **on),
+    "finetune.distill": lambda **on: sk.finetune.distill(new(ZEROS), new(DENSE), X.long(), **on),
+}
+
+
+@pytest.mark.parametrize("name", HOMELESS)
+def test_weights_do_not_go_to_a_device_without_data(name):
+    text = f"^sparsekern.{name}: expected device: a device that holds data, got meta. Pass device="
+    with pytest.raises(ValueError, match=text):
+        HOMELESS[name](device="meta")

@@ -26,6 +26,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.A
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*(|B|[KMGT]i?B)", re.IGNORECASE | re.ASCII)
 _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # of device_map
 
 
 class ModelNotFound(FormatError, FileNotFoundError):
@@ -170,14 +171,6 @@ def parse_dtype(op: str, value: Any, config: Mapping[str, Any] | None = None) ->
     return value  # type: ignore[no-any-return]
 
 
-def parse_device(op: str, value: Any, name: str = "device") -> torch.device:
-    """device argument: what torch.device takes, where this torch can put data."""
-    device = usable_device(op, value, name)
-    remedy = "Use the CPU; transformers.AutoConfig reads a model's sizes without its weights."
-    check(device.type != "meta", op, f"{name}: a device that holds data", "meta", remedy)
-    return device
-
-
 def parse_size(op: str, value: Any) -> int:
     """max_shard_size argument in bytes: an int, or text such as "2GB" (10^9) or "500MiB" (2^20)."""
     if isinstance(value, str):
@@ -217,14 +210,9 @@ def place(
         ValueError, TypeError: no device; "disk", which is not supported; modules without one.
     """
     if device_map is None:
-        single = parse_device(op, device)
+        single = usable_device(op, device, "device")
         return (lambda name: single), None
-    if isinstance(device_map, str) and device_map in (
-        "auto",
-        "balanced",
-        "balanced_low_0",
-        "sequential",
-    ):
+    if isinstance(device_map, str) and device_map in STRATEGIES:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0 and max_memory is None:
             device_map = "cpu"
@@ -233,14 +221,14 @@ def place(
         else:
             device_map = _inferred(op, model, device_map, max_memory)
     if not isinstance(device_map, Mapping):
-        single = parse_device(op, device_map, "device_map")
+        single = usable_device(op, device_map, "device_map")
         return (lambda name: single), None
     known = {name for name, _ in model.named_modules()}
     where = {}
     for name, target in device_map.items():
         check(name in known, op, "device_map to name modules of the model", repr(name)[:80])
         check(target != "disk", op, "device_map without 'disk'", "disk", "Use the CPU.")
-        where[name] = parse_device(op, target, "device_map")
+        where[name] = usable_device(op, target, "device_map")
 
     def device_of(name: str) -> torch.device:
         while name not in where and name:

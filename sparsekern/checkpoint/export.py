@@ -83,7 +83,7 @@ def export_dense(
         max_shard_size: bytes per safetensors file, or text such as "2GB".
     Raises:
         FormatError: damaged or unsupported input, or a link in it to a file outside of it.
-        ValueError: dir_out is dir_in; keep_quantized for a Conv1D.
+        ValueError: dir_out is dir_in; keep_quantized for a Conv1D, or without quantised layers.
         OSError: dir_out cannot be written.
     """
     source = folder_path(EXPORT_OP, "dir_in", dir_in)
@@ -104,6 +104,8 @@ def export_dense(
     fused = {name: entry for entry in entries for name in entry["layers"]}
     numbers = numbers_dtype(config)
     kept = [name for name in layers if keep_quantized and storage_of(files, name) is not None]
+    expected, got = "quantised layers with keep_quantized", f"none in {source}"
+    check(bool(kept) or not keep_quantized, EXPORT_OP, expected, got, "Export it without.")
     turned = sorted(transposed & set(kept))
     remedy = "Export it without keep_quantized."
     check(not turned, EXPORT_OP, "quantised layers that were Linear", turned[:4], remedy)

@@ -47,7 +47,7 @@ from sparsekern.formats.disk import (
 from sparsekern.nn.sparse_experts import fuse_experts, unfuse_experts
 from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
 from sparsekern.oneshot.discovery import unwrapped
-from sparsekern.utils.arguments import checked
+from sparsekern.utils.arguments import Given, Uses, checked, usable_device
 from sparsekern.utils.safetensors_io import (
     CONFIG_FILE,
     OP,
@@ -96,7 +96,23 @@ FIXED: dict[str, tuple[Any, ...]] = {
 M = TypeVar("M", bound=nn.Module)
 
 
-@checked(LOAD_OP)
+def _from_hub(given: Given) -> bool:
+    return not os.path.lexists(given.get("directory", ""))
+
+
+def _infers(given: Given) -> bool:
+    return isinstance(given["device_map"], str) and given["device_map"] in arguments.STRATEGIES
+
+
+USES: Uses = {
+    "device": ("device_map=None", lambda given: given["device_map"] is None),
+    "max_memory": (f"device_map in {arguments.STRATEGIES}", _infers),
+    "revision": ("the id of a model on the Hub, no folder,", _from_hub),
+    "force_download": ("the id of a model on the Hub, no folder,", _from_hub),
+}
+
+
+@checked(LOAD_OP, uses=USES)
 def from_pretrained(
     directory: str | os.PathLike[str],
     device: Any = "cpu",
@@ -130,7 +146,8 @@ def from_pretrained(
             default.
         device_map, max_memory: as in Transformers, instead of `device`; several devices need the
             package accelerate.
-        revision, cache_dir, token, local_files_only, force_download: of a Hub id.
+        revision, force_download: of a Hub id. cache_dir, token, local_files_only: likewise; for a
+            folder there is nothing to fetch.
         subfolder, variant: of the model's files, as in Transformers.
         key_mapping: {regular expression: replacement} for names in the files.
         verify: check SHA256SUMS (where the folder has it) before anything is read, and refuse
@@ -150,6 +167,9 @@ def from_pretrained(
     """
     if "torch_dtype" in kwargs:
         old = kwargs.pop("torch_dtype")
+        got = f"dtype={dtype!r} and torch_dtype={old!r}"
+        one = dtype is None or old is None or old == dtype
+        check(one, LOAD_OP, "dtype or torch_dtype", got, "Leave torch_dtype, its old name, out.")
         dtype = old if dtype is None else dtype
     for name, allowed in FIXED.items():
         value = kwargs.pop(name, allowed[0])
@@ -180,7 +200,7 @@ def from_pretrained(
     raw = with_config(LOAD_OP, raw, config)
     wanted = arguments.parse_dtype(LOAD_OP, dtype, raw)
     if device_map is None:
-        arguments.parse_device(LOAD_OP, device)  # before anything is built
+        usable_device(LOAD_OP, device, "device")  # before anything is built
     with torch.device("cpu"):  # whatever torch's default device is
         model = build_from_dict(raw, files.info, attn_implementation, kwargs)
         device_of, spread = arguments.place(
@@ -234,7 +254,7 @@ def load_into(
         config, _ = read_compression_config(folder)
     if device is None:
         device = next((p.device for p in tree.parameters() if not p.is_meta), torch.device("cpu"))
-    place = arguments.parse_device(op, device)
+    place = usable_device(op, device, "device")
     wanted = arguments.parse_dtype(op, dtype, config)
     empty = [
         join(name, key)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sparsekern.checkpoint.arguments import folder_path, parse_device
+from sparsekern.checkpoint.arguments import folder_path
 from sparsekern.checkpoint.load import plan, require_finite
 from sparsekern.checkpoint.names import disk_names
 from sparsekern.checkpoint.skeleton import build_skeleton, linear_shape
@@ -33,6 +33,7 @@ from sparsekern.formats.disk import (
     storage_of,
     values_name,
 )
+from sparsekern.utils.arguments import usable_device
 from sparsekern.utils.safetensors_io import (
     CONFIG_FILE,
     OP,
@@ -133,7 +134,7 @@ def verify_checkpoint(
         CheckpointReport. Damage is reported, not raised.
     """
     folder = folder_path(VERIFY_OP, "the model", directory)
-    device = parse_device(VERIFY_OP, device)
+    device = usable_device(VERIFY_OP, device, "device")
     report = CheckpointReport(str(folder))
     changed: Mapping[str, str] = {}
     try:

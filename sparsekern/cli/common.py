@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,9 +11,27 @@ from typing import Any
 import torch
 
 from sparsekern.errors import check
+from sparsekern.oneshot.presets import Preset
+from sparsekern.prune import methods
+from sparsekern.utils.arguments import Uses, check_used
 
 # Small files of a model that neither the model nor its tokenizer writes.
 BESIDE = ("*processor_config.json", "LICENSE*", "NOTICE*")
+
+
+def check_flags(op: str, uses: Uses, args: argparse.Namespace) -> None:
+    """ValueError for a flag, other than at its default, that nothing reads.
+
+    uses: as of utils.arguments.      args: with the command's parser as `parser`.
+    """
+    defaults = {name: args.parser.get_default(name) for name in vars(args)}
+    check_used(op, uses, vars(args), defaults, lambda name: f"--{name.replace('_', '-')}")
+
+
+def reads_data(method: str | None, preset: Preset) -> bool:
+    """Whether pruning with them reads calibration data."""
+    beside = bool(preset.rounds) or preset.rotate or preset.permute
+    return beside or methods()[method or preset.method].needs != "weights"
 
 
 def needed(tokenizer: Any, path: str) -> Any:

@@ -10,12 +10,47 @@ from typing import Any
 
 import torch
 
-from sparsekern.cli.common import copy_beside, files_beside, new_folder
+from sparsekern.cli.common import (
+    check_flags,
+    copy_beside,
+    files_beside,
+    new_folder,
+    reads_data,
+)
 from sparsekern.errors import check
 from sparsekern.oneshot.presets import PRESETS, find_preset
+from sparsekern.utils.arguments import Given, Uses
 
 OP = "sparsekern finetune"
 SOURCE = "FILE|hf:NAME|builtin"
+
+
+def _calibrates(given: Given) -> bool:
+    return not given["sparse"] and reads_data(given["method"], find_preset(OP, given["preset"]))
+
+
+def _samples(given: Given) -> bool:
+    """Whether the teacher writes text."""
+    tokens = given["teacher_tokens"]
+    return not given["text"] if tokens is None else tokens > 0
+
+
+def _distils(given: Given) -> bool:
+    """Whether the loss reads the teacher."""
+    return bool(given["alpha"] < 1 or given["block"] > 0)
+
+
+_PRUNES = ("a model to prune, no --sparse,", lambda given: not given["sparse"])
+_CALIBRATES = ("a method that reads calibration, no --sparse,", _calibrates)
+_EVALUATES = ("--eval", lambda given: given["eval"])
+USES: Uses = {
+    **dict.fromkeys(("method", "preset", "untie"), _PRUNES),
+    **dict.fromkeys(("calibration", "samples", "calibration_window"), _CALIBRATES),
+    **dict.fromkeys(("eval_window", "eval_every"), _EVALUATES),
+    "teacher_seconds": ("text by the teacher (--teacher-tokens, or no --text)", _samples),
+    "freeze_at": ("another --schedule than frozen", lambda given: given["schedule"] != "frozen"),
+    "offload_teacher": ("--alpha < 1 or --block", _distils),
+}
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -23,7 +58,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     text = "Train a 2:4 model towards its dense teacher, masks kept, and save it compressed."
     sub: argparse.ArgumentParser = subparsers.add_parser("finetune", help=text, description=text)
     sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    sub.set_defaults(run=run)
+    sub.set_defaults(run=run, parser=sub)
     model_help = "folder with config.json and safetensors files, or a .gguf file"
     sub.add_argument("model", metavar="MODEL", help=f"the dense model: {model_help}; the teacher")
     sub.add_argument(
@@ -122,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
     from sparsekern.finetune.trainer import distill
     from sparsekern.integrations.loading import cast_weights, folder_bytes, load_model
 
+    check_flags(OP, USES, args)
     out = new_folder(args.out)
     recipe = Recipe(
         steps=args.steps,
@@ -149,7 +185,7 @@ def run(args: argparse.Namespace) -> int:
     corpus = _corpus(args, teacher, tokenizer, device)
     result = distill(
         student,
-        teacher,
+        teacher if _distils(vars(args)) else None,
         corpus,
         schedule=_schedule(args),
         evaluate={Path(name).name: _ids(tokenizer, name, "test") for name in args.eval},
@@ -201,15 +237,12 @@ def _student(
 
     first = int(os.environ.get("RANK", "0")) == 0
     if args.sparse:
-        named = args.preset or args.method
-        expected, remedy = "--preset or --method without --sparse", "Leave one of them out."
-        check(named is None, OP, expected, named, remedy)
         student = densify(load_model(args.sparse, "cpu")[0])
         asked: dict[str, Any] = {"sparse": fingerprint.of_model(student)}
         start.once(work, teacher, asked, lambda: (student, None), weights=False, write=first)
         return student, None
     calibration, preset = None, find_preset(OP, args.preset)
-    if (args.method or preset.method) != "magnitude":
+    if _calibrates(vars(args)):
         ids = _ids(tokenizer, args.calibration, "train")
         samples = preset.samples if args.samples is None else args.samples
         draw: Any = texts.side_by_side if preset.side_by_side else texts.calibration_windows

@@ -20,7 +20,14 @@ from typing import Any
 
 import torch
 
-from sparsekern.cli.common import device_name, device_of, dtype_of, needed, new_folder
+from sparsekern.cli.common import (
+    check_flags,
+    device_name,
+    device_of,
+    dtype_of,
+    needed,
+    new_folder,
+)
 from sparsekern.cli.parser import make_parser
 from sparsekern.cli.prune import PARTIAL as PARTIAL
 from sparsekern.cli.prune import run_prune
@@ -154,9 +161,9 @@ def run_bench(args: argparse.Namespace) -> int | None:
     dtype = dtype_of(args.dtype) or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     if args.model == "kernels":
         return _bench_kernels(args, device, dtype)
-    for name in ("shapes", "kernel", "out", "plot"):
-        given = bool(getattr(args, name))
-        check(not given, "sparsekern bench", f"'kernels' before --{name}", "no such word")
+    kernels = ("the word 'kernels'", lambda given: given["model"] == "kernels")
+    flags = ("shapes", "kernel", "out", "plot")
+    check_flags("sparsekern bench", dict.fromkeys(flags, kernels), args)
     counts = None if args.shape else _counted_shapes(args.model)
     shapes: list[tuple[int, int]] = list(dict.fromkeys(args.shape or counts or ()))
     print(f"{device_name(device)}, torch {torch.__version__}")
@@ -197,6 +204,9 @@ def run_tune(args: argparse.Namespace) -> None:
     from sparsekern.profiling import tune as tuner
     from sparsekern.profiling import tune_table
 
+    measured = ("measurements, no --merge,", lambda given: not given["merge"])
+    flags = ("tokens", "dtype", "budget", "cell_seconds", "shard", "log", "device")
+    check_flags("sparsekern tune", dict.fromkeys(flags, measured), args)
     if args.merge:
         tune_table.merge(args.merge, args.out or tuned_tables.user_path())
         return
@@ -228,6 +238,8 @@ def run_doctor(args: argparse.Namespace) -> int:
 def run_demo(args: argparse.Namespace) -> None:
     from sparsekern.cli import demo
 
+    fetches = ("the default model, no --gguf,", lambda given: given["gguf"] is None)
+    check_flags("sparsekern demo", {"cache": fetches}, args)
     demo.run(gguf=args.gguf, cache=args.cache, out=args.out, device=device_of(args.device))
 
 

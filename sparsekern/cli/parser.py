@@ -41,7 +41,7 @@ def make_parser(
     def command(name: str, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        sub.set_defaults(run=runs[name])
+        sub.set_defaults(run=runs[name], parser=sub)
         return sub
 
     model_help = (
@@ -63,10 +63,10 @@ def make_parser(
     )
     sub.add_argument(
         "--calibration",
-        default="builtin",
         metavar="FILE|hf:NAME|builtin",
         help="calibration text: .txt, .jsonl (texts or chats), .parquet, or shares of several: "
-        "a.txt=0.7,b.jsonl=0.3 (default: builtin, the Python language reference)",
+        "a.txt=0.7,b.jsonl=0.3 (default: builtin, the Python language reference, where anything "
+        "reads it)",
     )
     sub.add_argument(
         "--whole-documents",
@@ -126,7 +126,11 @@ def make_parser(
     sub.add_argument(
         "--true-sequential", action="store_true", help="prune inside a block in order of execution"
     )
-    sub.add_argument("--damp", type=float, help="of the SparseGPT Hessian (default 0.01)")
+    sub.add_argument(
+        "--damp",
+        type=float,
+        help="of the Hessian, for sparsegpt, admm, --refine, --match-dense and gptq (default 0.01)",
+    )
     sub.add_argument(
         "--option",
         action="append",
@@ -157,7 +161,8 @@ def make_parser(
     sub.add_argument(
         "--quantize-method",
         choices=QUANTIZE_METHODS,
-        help="gptq reads the Hessian of the inputs, rtn rounds to nearest (default: gptq)",
+        help="gptq reads the Hessian of the inputs, rtn rounds to nearest (default: gptq, but rtn "
+        "where nothing else reads calibration)",
     )
     sub.add_argument(
         "--quantize-group", type=int, choices=GROUPS, help="columns of a group (default 128)"

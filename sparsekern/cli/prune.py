@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from sparsekern.checkpoint.arguments import parse_size
 from sparsekern.cli.common import (
+    check_flags,
     copy_beside,
     device_of,
     dtype_of,
     files_beside,
     needed,
     new_folder,
+    reads_data,
     skip_rules,
 )
 from sparsekern.cli.parser import CPU_WINDOWS, GPU_WINDOWS
@@ -42,6 +44,7 @@ from sparsekern.oneshot.estimate import available_host_bytes, size
 from sparsekern.oneshot.presets import find_preset
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.prune import Pattern
+from sparsekern.utils.arguments import Given
 
 if TYPE_CHECKING:
     from sparsekern.checkpoint.stream import Streamed
@@ -50,6 +53,19 @@ if TYPE_CHECKING:
 OP = "sparsekern prune"
 PARTIAL = 3  # exit code of a prune that left more than half of the weights dense
 GROUP_HOURS = 24  # for what is exchanged; oneshot/ranks.py has its own, shorter time to wait
+
+
+def _reads_data(given: Given) -> bool:
+    """Whether anything that is asked for reads calibration data."""
+    flags = given["calibration"], given["refine"], given["permute"]
+    asked = any(flags) or given["quantize_method"] == "gptq"
+    return asked or reads_data(given["method"], find_preset(OP, given["preset"]))
+
+
+USES = dict.fromkeys(
+    ("samples", "window", "seed", "whole_documents"),
+    ("--calibration, or another method than magnitude,", _reads_data),
+)
 
 
 def run_prune(args: argparse.Namespace) -> int:
@@ -104,6 +120,7 @@ def _run(args: argparse.Namespace, rank: int) -> int:
         value = getattr(args, name)
         fits = value is None or value >= least
         check(fits, OP, f"--{name} >= {least}", value)
+    check_flags(OP, USES, args)
     knobs: dict[str, Any] = {}
     if args.max_shard_size is not None:
         knobs["max_shard_size"] = parse_size(OP, args.max_shard_size)
@@ -249,13 +266,12 @@ def as_stored(report: PruneReport, model: nn.Module, dtype: torch.dtype) -> None
 def calibration_of(
     args: argparse.Namespace, model: nn.Module, tokenizer: Any, device: str
 ) -> Mix | None:
-    """Windows by the published protocol, or a mix of sources; None where the method looks at
-    the weights alone."""
-    import sparsekern as sk
-
+    """Windows by the published protocol, or a mix of sources; None where nothing that is asked for
+    reads them."""
     preset = find_preset(OP, args.preset)
-    if sk.prune.methods()[args.method or preset.method].needs == "weights":
+    if not _reads_data(vars(args)):
         return None
+    source = args.calibration or "builtin"
     from sparsekern.eval import mix, texts
 
     tokenizer = needed(tokenizer, args.model)
@@ -264,9 +280,9 @@ def calibration_of(
     window = min(window, positions(model) or window)
     samples = samples if args.samples is None else args.samples
     window = window if args.window is None else args.window
-    if mix.is_mix(args.calibration) or args.whole_documents:
+    if mix.is_mix(source) or args.whole_documents:
         made = mix.calibration_mix(
-            args.calibration,
+            source,
             tokenizer,
             tokens=samples * window,
             window=window,
@@ -276,13 +292,13 @@ def calibration_of(
         parts = ", ".join(f"{row['taken']} of {row['name']}" for row in made.sources)
         print(f"calibration: {made.tokens} tokens in {len(made)} rows ({parts}), seed {args.seed}")
         return made
-    ids = texts.tokenize(tokenizer, "".join(texts.read_rows(args.calibration, "train")))
+    ids = texts.tokenize(tokenizer, "".join(texts.read_rows(source, "train")))
     draw: Any = texts.side_by_side if apart else texts.calibration_windows
     windows: Tensor = draw(ids, samples, window, args.seed)
     print(
-        f"calibration: {windows.shape[0]} windows of {window} tokens from {args.calibration} "
+        f"calibration: {windows.shape[0]} windows of {window} tokens from {source} "
         f"({ids.numel()} tokens), seed {args.seed}" + ", side by side" * apart
     )
-    source = {"name": str(args.calibration), "taken": windows.numel(), "tokens": ids.numel()}
+    row = {"name": source, "taken": windows.numel(), "tokens": ids.numel()}
     settings = {"window": window, "seed": args.seed, "side_by_side": apart}
-    return mix.Mix(list(windows), [source], settings)
+    return mix.Mix(list(windows), [row], settings)

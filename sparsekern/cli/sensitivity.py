@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sparsekern.cli.common import needed, skip_rules
+from sparsekern.cli.common import check_flags, needed, skip_rules
 from sparsekern.errors import check
 
 OP = "sparsekern sensitivity"
@@ -18,7 +18,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     text = "Rank layers, types of layer or blocks by what pruning them costs."
     sub: argparse.ArgumentParser = subparsers.add_parser("sensitivity", help=text, description=text)
     sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    sub.set_defaults(run=run)
+    sub.set_defaults(run=run, parser=sub)
     help = "the dense model: folder with config.json and safetensors files, or a .gguf file"
     sub.add_argument("model", metavar="MODEL", help=help)
     sub.add_argument("--calibration", default="builtin", metavar=SOURCE, help="text to prune with")
@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> None:
     from sparsekern.eval import mix, texts
     from sparsekern.integrations.loading import load_model
 
+    timed = ("--milliseconds", lambda given: given["milliseconds"] is not None)
+    check_flags(OP, {"tokens": timed}, args)
     names = ("share", "perplexity", "milliseconds")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     check(

@@ -135,7 +135,14 @@ def batch_rows(count: int, batch: int, seed: int, step: int) -> Tensor:
 
 
 @torch.no_grad()
-@checked(f"{OP}.generate", tokens=(1, 2**40), window=(2, 2**31), batch=(1, 2**31), seed=SEEDS)
+@checked(
+    f"{OP}.generate",
+    uses={"start": ("prompts=None", lambda given: given["prompts"] is None)},
+    tokens=(1, 2**40),
+    window=(2, 2**31),
+    batch=(1, 2**31),
+    seed=SEEDS,
+)
 def generate(
     teacher: nn.Module,
     tokens: int,
@@ -160,7 +167,8 @@ def generate(
         temperature: 1 samples the teacher's own distribution.
         prompts: int64 [n, length < window]: row i starts with prompts[i % n]; None: with `start`.
             -1 at the end of a prompt makes it shorter.
-        start: id that rows start with; None: the teacher's bos token, else its eos token.
+        start: id that rows start with, without prompts; None: the teacher's bos token, else its eos
+            token.
         seconds: sample for at most this long, whatever `tokens` says. Rows that are not complete
             then are joined to whole ones.
         cache: a folder, True for sparsekern's cache folder, False for none. The file's name is the

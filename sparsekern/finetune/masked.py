@@ -57,9 +57,17 @@ from sparsekern.oneshot import discovery
 from sparsekern.oneshot.experts import put_together
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.prune.pattern import Pattern
-from sparsekern.utils.arguments import checked, shown
+from sparsekern.utils.arguments import Given, Uses, checked, shown
 
 VERSION = 1
+
+
+def _keeps(given: Given) -> bool:
+    schedule = given["schedule"]
+    return given["keep_dense"] or (schedule is not None and schedule.trains_dropped(1))
+
+
+USES: Uses = {"dense_device": ("keep_dense=True or a schedule that trains dropped weights", _keeps)}
 
 
 class Masked:
@@ -87,7 +95,7 @@ class Masked:
         are refused: state_dict() is what to keep.
     """
 
-    @checked("sparsekern.finetune.Masked", leave=("pattern",))
+    @checked("sparsekern.finetune.Masked", leave=("pattern",), uses=USES)
     def __init__(
         self,
         model: nn.Module,

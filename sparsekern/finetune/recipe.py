@@ -13,13 +13,21 @@ from sparsekern.errors import check
 from sparsekern.finetune.masked import Masked
 from sparsekern.finetune.metrics import finite
 from sparsekern.formats import dtypes
-from sparsekern.utils.arguments import SEEDS, check_fields
+from sparsekern.utils.arguments import SEEDS, Uses, check_fields
 
 OP = "sparsekern.finetune.distill"
 # name -> dtype of autocast; float32 needs none
 PRECISIONS: dict[str, torch.dtype | None] = {
     "float32": None,
     **{dtypes.PLAIN[dtype].name: dtype for dtype in dtypes.NATIVE},
+}
+
+USES: Uses = {
+    "passes": (
+        "neither steps nor minutes",
+        lambda given: given["steps"] is None and given["minutes"] is None,
+    ),
+    "temperature": ("alpha < 1", lambda given: given["alpha"] < 1),
 }
 
 
@@ -72,7 +80,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         whole, positive = (1, 2**63), (0, math.inf)
-        check_fields(OP, self, steps=whole, batch=whole, micro_batch=whole, seed=SEEDS)
+        check_fields(OP, self, USES, steps=whole, batch=whole, micro_batch=whole, seed=SEEDS)
         check_fields(OP, self, lr=(0, 10**3), clip=positive, weight_decay=positive, eps=(0, 1))
         check(self.steps is None or self.steps >= 1, OP, "steps >= 1", self.steps)
         check(self.minutes is None or self.minutes > 0, OP, "minutes > 0", self.minutes)

@@ -26,7 +26,7 @@ from torch import Tensor
 from sparsekern.errors import check
 from sparsekern.prune.masks import nm_mask
 from sparsekern.prune.pattern import Pattern
-from sparsekern.utils.arguments import checked, shown
+from sparsekern.utils.arguments import check_fields, checked, shown
 
 OP = "sparsekern.finetune.schedule"
 
@@ -49,6 +49,9 @@ class Schedule:
         last = self.freeze_at
         good = last is None or (isinstance(last, int) and last >= 0)
         check(good, OP, "freeze_at >= 0, a step, or None", repr(last))
+        reached = not last or last >= self.every
+        remedy = f"Pass every={last} or less."
+        check(reached, OP, f"freeze_at >= every ({self.every})", last, remedy)
 
     def live(self, step: int) -> bool:
         """Whether masks can still move at this step or a later one."""
@@ -92,7 +95,12 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Frozen(Schedule):
-    """The masks stay as they are."""
+    """The masks stay as they are; every and freeze_at are refused."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        moving = ("a schedule that moves masks", lambda given: False)
+        check_fields(OP, self, {"every": moving, "freeze_at": moving})
 
     def live(self, step: int) -> bool:
         return False
@@ -117,6 +125,7 @@ class SRSTE(Schedule):
         super().__post_init__()
         check(self.weight_decay >= 0, OP, "weight_decay >= 0", self.weight_decay)
         check(self.ramp >= 0, OP, "ramp >= 0, a number of steps", self.ramp)
+        check_fields(OP, self, {"ramp": ("weight_decay > 0", lambda given: given["weight_decay"])})
 
     def trains_dropped(self, step: int) -> bool:
         return self.live(step)

@@ -44,7 +44,7 @@ from sparsekern.finetune.teacher import CachedTeacher, LiveTeacher, Split, compi
 from sparsekern.finetune.world import World
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.discovery import check_basis
-from sparsekern.utils.arguments import checked, shown
+from sparsekern.utils.arguments import Given, Uses, check_used, checked, shown
 from sparsekern.utils.files import write_atomic
 from sparsekern.utils.staging import check_writable
 
@@ -53,7 +53,34 @@ ROWS_ON_DEVICE = 2 << 30  # bytes of training rows that a GPU may hold
 Evaluation = Callable[[nn.Module], float]
 
 
-@checked(OP, window=(2, 2**31), eval_window=(2, 2**31), generate_tokens=(1, 2**40))
+def _evaluates(given: Given) -> bool:
+    return any(isinstance(what, Tensor) for what in (given["evaluate"] or {}).values())
+
+
+def _fits_rows(given: Given) -> bool:
+    rows = getattr(given["data"], "rows", given["data"])
+    return not isinstance(rows, Tensor) or rows.dim() == 1 or rows.shape[1] == given["window"]
+
+
+USES: Uses = {
+    "generate_tokens": ("data=None", lambda given: given["data"] is None),
+    "window": ("data=None, ids [tokens], or rows of as many", _fits_rows),
+    "eval_window": ("ids to evaluate", _evaluates),
+    "offload_teacher": ("a model as teacher", lambda g: isinstance(g.get("teacher"), nn.Module)),
+    "shorten": ("limit_seconds", lambda given: given["limit_seconds"] is not None),
+}
+# The same of fields of the recipe, and of what the recipe decides on.
+RECIPE_USES: Uses = {
+    "eval_every": ("evaluate", lambda given: given["evaluate"]),
+    "save_every": ("a folder", lambda given: given["folder"] is not None),
+    "teacher": (
+        "alpha < 1, block > 0 or data=None",
+        lambda given: given["alpha"] < 1 or given["block"] or given["data"] is None,
+    ),
+}
+
+
+@checked(OP, uses=USES, window=(2, 2**31), eval_window=(2, 2**31), generate_tokens=(1, 2**40))
 def distill(
     model: nn.Module,
     teacher: nn.Module | str | Path | None,
@@ -106,9 +133,10 @@ def distill(
     Returns:
         DistillReport; report.masked.compress() then makes SparseLinear layers.
     Raises:
-        ValueError: arguments that do not fit, ids beyond the vocabulary, a teacher of another one,
-            a resumed run that is another, a loss that is not finite.   TypeError: arguments of
-            another kind.   FormatError: a damaged checkpoint.
+        ValueError: arguments that do not fit or that nothing reads, masks that would never move,
+            ids beyond the vocabulary, a teacher of another one, a resumed run that is another, a
+            loss that is not finite.   TypeError: arguments of another kind.   FormatError: a
+            damaged checkpoint.
     Notes:
         Under torchrun every process calls this with the same arguments. Weights are left on
         `device`, in their dtypes, without gradients, in eval mode; the teacher stays frozen. An
@@ -116,17 +144,21 @@ def distill(
         numbers go on as if it had not been called.
     """
     begin = time.perf_counter()
-    check(recipe is None or not options, OP, "recipe or its fields", "both")
+    check(recipe is None or not options, OP, "recipe or its fields", "both", "Leave one out.")
     good = limit_seconds is None or (limit_seconds > 0 and (shorten or folder is not None))
     remedy = "Pass folder=, or shorten=True with minutes."
     check(good, OP, "limit_seconds > 0 and a folder for the checkpoint", limit_seconds, remedy)
     free = folder is None or Path(folder).is_dir() or not Path(folder).exists()
     check(free, OP, "folder: a folder, or the name of a new one", repr(str(folder)))
+    recipe = recipe or recipe_from(options)
+    given = {"evaluate": evaluate, "folder": folder, "teacher": teacher, "data": data}
+    defaults = {**asdict(Recipe()), **dict.fromkeys(given)}
+    check_used(OP, RECIPE_USES, {**asdict(recipe), **given}, defaults)
     if folder is not None:
         check_writable(folder, OP)
     run = _Run(
         model,
-        recipe or recipe_from(options),
+        recipe,
         World.join(device),
         folder,
         progress,
@@ -317,6 +349,7 @@ class _Run:
             self.masked = masks
         else:
             self.masked = Masked(model, masks, schedule=self.schedule)
+        self._check_moves()
         self.report.masked = self.masked
         self.split = Split(model)
         if not self.split.plain:
@@ -341,6 +374,15 @@ class _Run:
         half = self.autocast is not None and self.autocast == PRECISIONS["float16"]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.trained = trained
+
+    def _check_moves(self) -> None:
+        """ValueError for a schedule that moves masks, but in none of the run's steps."""
+        schedule, step = self.masked.schedule, self.masked.step
+        first = (step // schedule.every + 1) * schedule.every
+        moving = schedule.live(first) and self.steps is not None
+        expected = f"steps >= {first - step}, at which {type(schedule).__name__} first moves a mask"
+        remedy = f"Train longer, or pass a schedule with every < {schedule.every}."
+        check(not moving or first - step <= (self.steps or 0), OP, expected, self.steps, remedy)
 
     def open_teacher(self, teacher: nn.Module | str | Path | None, offload: bool) -> None:
         self.teacher: LiveTeacher | CachedTeacher | None = None

@@ -34,6 +34,7 @@ from sparsekern.finetune.transposable import transposable_mask
 from sparsekern.formats import dtypes
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn import replace
+from sparsekern.nn.own_forward import lost_forward
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.ops.compress import compress
 from sparsekern.ops.linear_op import autocast, linear
@@ -142,6 +143,9 @@ class SparseTrainingLinear(nn.Module):
         fits = isinstance(getattr(linear, "weight", None), Tensor) and replace.is_linear(linear)
         got = type(linear).__name__
         check(fits, f"{OP}.from_linear", "nn.Linear or Conv1D", got, exc=TypeError)
+        reason, expected = lost_forward(linear), "a layer that computes x·Wᵀ + b alone"
+        remedy = "Leave it dense."
+        check(reason is None, f"{OP}.from_linear", expected, reason, remedy, TypeError)
         bias: Any = getattr(linear, "bias", None)
         return cls(replace.dense_weight(linear), mask, bias, **options).train(linear.training)
 
@@ -440,7 +444,10 @@ def sparse_training(
         names = [
             name
             for name, module in modules.items()
-            if name not in tied and replace.is_linear(module) and _divisible(module)
+            if name not in tied
+            and replace.is_linear(module)
+            and _divisible(module)
+            and lost_forward(module) is None
         ]
     else:
         names = list(masks)

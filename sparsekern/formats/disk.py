@@ -29,6 +29,7 @@ float-quantized and int-quantized with sparse-24-bitmask. It has no packed int4 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,10 +248,69 @@ def _scale_shape(files: TensorFiles, layer: str, form: Form, rows: int, columns:
         return
     fits = len(shape) == 2 and shape[0] == rows
     require(fits, where, f"[{rows}, groups]", list(shape))
+    scale_group(files, layer, columns, shape[1])
+
+
+def scale_group(files: TensorFiles, layer: str, columns: int, count: int) -> int:
+    """Columns of an int4 layer that share a scale, of which a row has `count`: config.json says it
+    (group_size), because the count does not: rows of 192 have two scales by groups of 128 and of
+    96. Where it says nothing, 128 or the power of two that fits.
+
+    Raises:
+        FormatError: the two do not fit together; no multiple of 4.
+    """
+    part = "scale_packed" if form_of(files, layer) is MARLIN else SCALE
+    where = f"{files.where(join(layer, part))} of groups of columns"
+    sizes = _stated_groups(files.config, layer)
+    if not sizes:
+        try:
+            return scaled.group_of(columns, count)
+        except FormatError as error:
+            raise FormatError(f"{where}: {error}") from error
+    found = {min(size, columns) for size in (each or columns for each in sizes)}
+    found = {size for size in found if scaled.groups(columns, size) == count}
+    stated = " or ".join("one a row" if size is None else f"group_size {size}" for size in sizes)
+    expected = f"as many scales for rows of {columns} columns as {CONFIG_FILE} says ({stated})"
+    remedy = "config.json is of another checkpoint, or says too little of which layer is in groups."
+    require(len(found) == 1, where, expected, f"{count} a row", remedy)
+    (group,) = found
+    expected, remedy = "groups of a multiple of 4 columns", "Quantise the model by others."
+    require(group % 4 == 0 or count == 1, where, expected, group, remedy)
+    return group
+
+
+def _stated_groups(config: Mapping[str, Any], layer: str) -> list[int | None]:
+    """The group sizes of int4 weights in config.json, without repeats, None for one scale a row: of
+    the config_groups that name this layer, where any does, else of all."""
+    entry = config.get("quantization_config", config.get("compression_config"))
+    groups = entry.get("config_groups") if isinstance(entry, dict) else None
+    found = [
+        (group.get("targets") or (), group["weights"])
+        for group in (groups.values() if isinstance(groups, dict) else ())
+        if isinstance(group, dict) and isinstance(group.get("weights"), dict)
+        if group["weights"].get("num_bits") == 4
+    ]
+    own = [weights for targets, weights in found if any(_names(t, layer) for t in targets)]
+    sizes: list[int | None] = []
+    for weights in own or [weights for _, weights in found]:
+        size = weights.get("group_size") if weights.get("strategy") == "group" else None
+        size = None if size == -1 else size
+        good = size is None or (type(size) is int and size > 0)
+        require(good, f"{OP}: {CONFIG_FILE}", "group_size > 0, a whole number", repr(size))
+        sizes += [] if size in sizes else [size]
+    return sizes
+
+
+def _names(target: Any, layer: str) -> bool:
+    """Whether a target of compressed-tensors names this layer, and not a class."""
+    if not isinstance(target, str):
+        return False
+    if not target.startswith("re:"):
+        return target == layer
     try:
-        scaled.group_of(columns, shape[1])
-    except FormatError as error:
-        require(False, where, "scales of groups of columns", list(shape), str(error))
+        return re.match(target[3:], layer) is not None
+    except re.error:
+        return False
 
 
 def _stored_sizes(files: TensorFiles, layer: str, form: Form) -> tuple[int, ...]:
@@ -300,7 +360,8 @@ def _marlin_shapes(files: TensorFiles, layer: str) -> None:
     scales, where = shapes["scale_packed"], files.where(join(layer, "scale_packed"))
     counts = (1,) if words[packed] == 8 else (1, -(-columns // 128))
     fits = len(scales) == 2 and scales[0] in counts and scales[1] == rows
-    remedy = "Scales of groups of 8-bit weights are not read." if words[packed] == 8 else ""
+    remedy = "Groups of another size than 128 are not known of marlin-24."
+    remedy = "Scales of groups of 8-bit weights are not read." if words[packed] == 8 else remedy
     require(fits, where, f"[groups, {rows}] with groups in {counts}", list(scales), remedy)
 
 
@@ -400,7 +461,9 @@ def _read_quantized(
         part = "scale_packed" if form is MARLIN else SCALE
         scaled.check_scales(OP, scale, part)
         storage = storage_of(files, layer)
-        group = scaled.group_of(in_features, scale.shape[1]) if storage == "int4" else 0
+        group = 0
+        if storage == "int4":
+            group = scale_group(files, layer, in_features, scale.shape[1])
         spec = WeightSpec.of(shape, str(storage), ROWMAJOR, dtype, None, group)
         return of_levels(spec, levels, scale, metadata)
     except ValueError as error:  # FormatError is one

@@ -187,19 +187,21 @@ def checked_group(name: str, scale: str | None, group: int, in_features: int) ->
 
 
 def group_of(in_features: int, count: int) -> int:
-    """The group of which rows of this length have `count` scales: 128, else 64, 32, 256 ..., or
-    in_features for one.
+    """The group of which rows of this length have `count` scales, where nothing says it: 128, else
+    64, 32, 256 ..., or in_features for one.
 
     Raises:
-        FormatError: there is none.
+        FormatError: there is none, or whole groups of another size have as many.
     """
     if count == 1:
         return in_features
+    whole = in_features // count if count and in_features % (4 * count) == 0 else 0
     for group in (DEFAULT_GROUP, 64, 32, 16, 8, 256, 512, 1024):
-        if groups(in_features, group) == count:
+        if groups(in_features, group) == count and whole in (0, group):
             return group
-    expected = f"a number of scales for rows of {in_features}"
-    raise FormatError(message("sparsekern.WeightSpec", expected, str(count)))
+    expected = f"a number of scales for rows of {in_features} that only one size of groups has"
+    remedy = "config.json says it: group_size in quantization_config.config_groups.*.weights."
+    raise FormatError(message("sparsekern.WeightSpec", expected, str(count), remedy))
 
 
 def groups(in_features: int, group: int) -> int:

@@ -20,20 +20,17 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.abc
-import importlib.machinery
 import inspect
-import sys
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Any, cast
 
 from sparsekern.checkpoint.save import save_pretrained
 from sparsekern.formats.disk import METHOD, sparsity_entry
 from sparsekern.integrations import attention
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.utils.when_imported import when_imported
 
 OP = "sparsekern.integrations.transformers"
 WATCHED = "transformers.modeling_utils"
@@ -137,42 +134,6 @@ def _as_the_folder_says(cls: Any, name: Any, kwargs: dict[str, Any]) -> dict[str
 # ---- when Transformers comes after sparsekern ---------------------------------------------------
 
 
-class _Loader(importlib.abc.Loader):
-    """Runs a module's own loader, then `register`."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["loader"], name)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)  # type: ignore[no-any-return]
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self.loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self.loader
-        self.loader.exec_module(module)
-        _try_register()
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds WATCHED through the other finders; knows nothing else."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != WATCHED:
-            return None
-        for finder in sys.meta_path:
-            found = None if finder is self else finder.find_spec(name, path, target)
-            if found is not None and found.loader is not None:
-                found.loader = _Loader(found.loader)
-                return found
-        return None
-
-
 def _try_register() -> None:
     try:
         register()
@@ -186,8 +147,4 @@ def _try_register() -> None:
 
 def register_when_imported() -> None:
     """`register` now where Transformers' models are imported already, else when they are."""
-    module = sys.modules.get(WATCHED)
-    if module is not None and hasattr(module, "PreTrainedModel"):
-        _try_register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    when_imported(WATCHED, _try_register)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import FormatError, check, message
-from sparsekern.formats import dtypes, scaled
+from sparsekern.formats import dtypes
 from sparsekern.formats.disk import (
     LEVELS,
     METHOD,
@@ -23,6 +23,7 @@ from sparsekern.formats.disk import (
     form_of,
     join,
     layer_shape,
+    scale_group,
     storage_of,
 )
 from sparsekern.formats.scaled import SCALE
@@ -221,7 +222,7 @@ def coded_layers(folder: str) -> dict[str, Coding]:
         group = 0
         if form is WORDS:
             columns = layer_shape(files, layer)[1]
-            group = scaled.group_of(columns, files.info[join(layer, SCALE)].shape[1])
+            group = scale_group(files, layer, columns, files.info[join(layer, SCALE)].shape[1])
             group = group if group < columns else 0
         found[layer] = Coding(storage, group)
     return found

@@ -35,6 +35,7 @@ from sparsekern.formats.sparse24 import (
     from_pickle,
     verify,
 )
+from sparsekern.nn.own_forward import lost_forward
 from sparsekern.nn.replace import dense_weight, is_linear
 from sparsekern.ops import linear_op as ops
 from sparsekern.ops.compress import compress
@@ -82,7 +83,7 @@ class SparseLinear(nn.Module):
     bias: nn.Parameter | None
     _version = 2  # of state_dicts; the first one had no coded types
 
-    @checked(_OP)
+    @checked(_OP, meta=True)
     def __init__(
         self,
         in_features: int,
@@ -164,14 +165,18 @@ class SparseLinear(nn.Module):
                 quantise.
         Returns:
             SparseLinear with copies of weight and bias, the bias' requires_grad, and
-            linear.training.
+            linear.training. Hooks stay with `linear`.
         Raises:
-            TypeError: another kind of module. ValueError: the weight is not 2:4 (see compress).
+            TypeError: another kind of module, or one whose forward computes more than x·Wᵀ + b.
+            ValueError: the weight is not 2:4 (see compress).
         """
         if not isinstance(getattr(linear, "weight", None), Tensor) or not is_linear(linear):
             got = type(linear).__name__
             remedy = "Compress the weight and call from_sparse24."
             raise TypeError(message(f"{_OP}.from_linear", "nn.Linear or Conv1D", got, remedy))
+        if (reason := lost_forward(linear)) is not None:
+            expected, remedy = "a layer that computes x·Wᵀ + b alone", "Leave it dense."
+            raise TypeError(message(f"{_OP}.from_linear", expected, reason, remedy))
         check_initialised(f"{_OP}.from_linear", linear)
         w24 = compress(dense_weight(linear), mask, dtype=dtype)
         module = cls.from_sparse24(w24, layout=layout)

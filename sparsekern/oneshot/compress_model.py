@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from sparsekern.backends.compress import compress
-from sparsekern.errors import check
 from sparsekern.formats.dtypes import quantized as quantized_type
 from sparsekern.formats.layouts import ROWMAJOR
 from sparsekern.formats.sparse24 import Sparse24
@@ -31,7 +30,7 @@ from sparsekern.utils.arguments import checked
 OP = "sparsekern.compress_model"
 
 
-@checked(OP)
+@checked(OP, uses={"quantize_group": ("quantize=", lambda given: given["quantize"] is not None)})
 @with_experts_apart
 def compress_model(
     model: nn.Module,
@@ -63,8 +62,6 @@ def compress_model(
     if quantize is not None:
         quantized_type(OP, quantize, "quantize")
         checked_group(OP, quantize, quantize_group, None, "quantize_group")
-    alone = quantize is None and quantize_group is not None
-    check(not alone, OP, "quantize= with quantize_group", None, "Leave quantize_group out.")
     model = models.unwrapped(model)
     selection = select(model, skip, (2, 4), True, targets=targets, op=OP)
     options: dict[str, Any] = {"skip": [str(rule) for rule in as_rules(skip)]}

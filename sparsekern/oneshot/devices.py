@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsekern.errors import check
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot.calibration import move
+from sparsekern.utils.arguments import usable_device
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -37,12 +38,14 @@ def working_device(op: str, model: nn.Module, device: torch.device | str | None)
     """Where a model is run: `device`, or CUDA if there is one, else where the model is.
 
     Raises:
-        ValueError: "meta", which holds no data.
+        ValueError, TypeError: as usable_device; a model on "meta", whose weights hold no data.
     """
-    default = torch.device("cuda") if torch.cuda.is_available() else home_of(model)
-    chosen = torch.device(device) if device is not None else default
-    remedy = "Pass device='cpu'." if device is not None else "Load the model's weights first."
-    check(chosen.type != "meta", op, "device: one that holds data", "meta", remedy)
+    if device is not None:
+        chosen = usable_device(op, device, "device")
+    else:
+        chosen = torch.device("cuda") if torch.cuda.is_available() else home_of(model)
+        remedy = "Load the model's weights first."
+        check(chosen.type != "meta", op, "a model whose weights hold data", "meta", remedy)
     if chosen.type == "cuda" and chosen.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return chosen

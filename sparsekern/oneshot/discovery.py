@@ -29,10 +29,10 @@ from torch.nn.utils import parametrize
 
 from sparsekern.errors import check
 from sparsekern.formats import dtypes
+from sparsekern.nn.own_forward import computes_linear, is_plain, lost_forward, own_forward
 from sparsekern.nn.replace import dense_weight, is_conv1d, is_linear
 from sparsekern.nn.sparse_experts import SparseExperts
 from sparsekern.nn.sparse_linear import SparseLinear
-from sparsekern.prune.hessian import exact_float32
 
 OP = "sparsekern.oneshot.find_layers"
 PRUNABLE_DTYPES = tuple(dtypes.PLAIN)
@@ -131,59 +131,6 @@ class Layer:
         if isinstance(self.module, SparseLinear):
             return int(self.module.weight.nbytes)
         return self.bytes_dense
-
-
-def computes_linear(module: nn.Module) -> bool:
-    """Whether this module is a linear layer: it owns a 2-D weight [out_features, in_features], and
-    its forward gives x·Wᵀ + bias for one tensor x [..., in_features]. Tried out with a few rows
-    through the class's own forward, without hooks."""
-    parameters = module._parameters
-    weight = parameters.get("weight")
-    if weight is None or weight.dim() != 2 or weight.is_meta or 0 in weight.shape:
-        return False
-    if not weight.is_floating_point() or not _is_plain(weight):
-        return False
-    others = set(parameters) - {"weight", "bias"} or any(c is not None for c in module.children())
-    if others or isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
-        return False
-    bias = parameters.get("bias")
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        return False
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu")
-    x = x.to(weight.device, weight.dtype)
-    flag = module.training
-    try:
-        module.training = False
-        with exact_float32(weight.device):
-            got = type(module).forward(module, x)
-            again = type(module).forward(module, 2 * x)
-    except Exception:  # another signature, or another kind of input: not a linear layer
-        return False
-    finally:
-        module.training = flag
-    if not isinstance(got, Tensor) or not isinstance(again, Tensor):
-        return False
-    wide = torch.float64 if weight.device.type != "mps" else torch.float32
-    w = weight.detach().to(wide)
-    b = 0 if bias is None else bias.detach().to(wide)
-    bound = x.to(wide).abs() @ w.abs().t() + (0 if bias is None else bias.detach().to(wide).abs())
-    slack = 4 * torch.finfo(weight.dtype).eps * max(4.0, weight.shape[1] ** 0.5)
-    for factor, y in ((1, got), (2, again)):
-        exact = factor * (x.to(wide) @ w.t()) + b
-        if y.shape != exact.shape:
-            return False
-        wrong = (y.to(wide) - exact).abs() > slack * factor * bound + torch.finfo(
-            torch.float16
-        ).tiny
-        if bool(wrong.any()):
-            return False
-    return True
-
-
-def _is_plain(weight: Tensor) -> bool:
-    """A tensor of its own, not a subclass such as a quantised or a distributed one."""
-    return type(weight) in (Tensor, nn.Parameter) and type(weight.data) is Tensor
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -316,25 +263,23 @@ def _dora(parents: list[tuple[nn.Module, str]]) -> str | None:
 def _why_not(layer: Layer, tied_with: str | None, pattern: tuple[int, int]) -> str | None:
     """Why this linear layer cannot be pruned, or None."""
     module, weight = layer.module, layer.weight
-    kind = type(module).__name__
     if parametrize.is_parametrized(module):
         return "weight is parametrized"
     if "weight" not in module._parameters:
         made = ", ".join(sorted(module._parameters)) or "a plain attribute"
         return f"weight is computed in every forward from {made}"
-    if not _is_plain(cast(Tensor, module.weight)):
+    if not is_plain(cast(Tensor, module.weight)):
         return (
             f"weight is a {type(cast(Tensor, module.weight).data).__name__}, quantised or wrapped"
         )
     if tied_with:
         return f"weight tied to {tied_with}"
-    standard = is_conv1d(module) or type(module).forward is nn.Linear.forward
     if weight.dtype not in PRUNABLE_DTYPES:
         name = str(weight.dtype).removeprefix("torch.")
         wide = weight.is_complex() or weight.is_floating_point() and weight.element_size() > 1
         return f"{'' if wide else 'quantised: '}dtype {name} is not float32, float16 or bfloat16"
-    if not standard and not computes_linear(module):
-        return f"{kind} has its own forward"
+    if (reason := own_forward(module)) is not None:
+        return reason
     if weight.numel() == 0:
         return "the weight is empty"
     if any(step == 0 < size - 1 for step, size in zip(weight.stride(), weight.shape, strict=True)):
@@ -350,8 +295,8 @@ def why_no_other(module: nn.Module, held: Mapping[int, str]) -> str | None:
     kind = type(module).__name__
     if id(module) in held:
         return f"{held[id(module)]} holds it outside of its modules, too"
-    if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:
-        return f"{kind} has a forward of its own, set on the layer"
+    if (reason := lost_forward(module)) is not None:
+        return reason
     names = {
         name
         for base in type(module).__mro__
@@ -434,13 +379,16 @@ def _other_weights(name: str, module: nn.Module, block: int | None) -> list[Laye
 
 def _adapters(model: nn.Module) -> dict[str, str]:
     """Name of each module that belongs to an adapter -> name of the layer that it adapts. An
-    adapted layer (peft) keeps the original as `base_layer` and names its own parts in
-    `adapter_layer_names`."""
+    adapted layer (peft) keeps the original as `base_layer`, and names its own parts in
+    `adapter_layer_names`; or as `original_module` beside the copy that is trained in its place, and
+    both stay as they are."""
     found = {}
     for name, module in model.named_modules():
-        if not isinstance(module._modules.get("base_layer"), nn.Module):
+        whole = isinstance(module._modules.get("original_module"), nn.Module)
+        if not whole and not isinstance(module._modules.get("base_layer"), nn.Module):
             continue
-        own = getattr(module, "adapter_layer_names", None) or set(module._modules) - {"base_layer"}
+        named = None if whole else getattr(module, "adapter_layer_names", None)
+        own = named or set(module._modules) - {"base_layer"}
         for key in own:
             part = module._modules.get(key)
             if part is not None:
@@ -538,7 +486,7 @@ def tied_names(model: nn.Module) -> dict[str, str]:
             if parameter is not None and (id(module), key) not in seen:
                 seen.add((id(module), key))
                 memory = id(parameter)
-                if parameter.numel() and not parameter.is_meta and _is_plain(parameter):
+                if parameter.numel() and not parameter.is_meta and is_plain(parameter):
                     memory = parameter.data_ptr()
                 place = (memory, parameter.device, parameter.numel())
                 places[place].append((module_name, f"{module_name}.{key}"))
@@ -553,7 +501,8 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 def output_layer_names(model: nn.Module) -> list[str]:
     """Names of the output embedding: what `get_output_embeddings()` returns, under whatever name it
-    is registered; of a wrapped model (peft, torch.compile) that of the model inside."""
+    is registered, and what that holds; of a wrapped model (peft, torch.compile) that of the model
+    inside."""
     heads = set()
     for module in (model, *model.modules()):
         getter = getattr(module, "get_output_embeddings", None)
@@ -563,7 +512,7 @@ def output_layer_names(model: nn.Module) -> list[str]:
             except (AttributeError, NotImplementedError):
                 continue
             if isinstance(head, nn.Module):
-                heads.add(id(head))
+                heads |= {id(inner) for inner in head.modules()}
     return [name for name, module in model.named_modules() if id(module) in heads]
 
 

@@ -52,6 +52,7 @@ from sparsekern.oneshot.skip import DEFAULT_RULE
 from sparsekern.oneshot.source import Source
 from sparsekern.oneshot.stages import NEVER_CALLED, Forwards, Group, Stage
 from sparsekern.oneshot.timed import Timed
+from sparsekern.oneshot.uses import CALIBRATE
 from sparsekern.prune import Hessian
 from sparsekern.utils.arguments import checked
 
@@ -59,7 +60,7 @@ logger = logging.getLogger("sparsekern")
 T = TypeVar("T")
 
 
-@checked("sparsekern.calibrate")
+@checked("sparsekern.calibrate", uses=CALIBRATE)
 def calibrate(
     model: nn.Module,
     data: Any = None,
@@ -93,7 +94,7 @@ def calibrate(
         beside_dense: Hessians also compare with the dense model's inputs (Hessian.drift), as
             prune.retarget needs; for a model that is a chain of blocks. One more forward a block.
         hessians: layer name -> Hessian or its matrix, of an earlier calibration, for every layer:
-            nothing is run then, and `data` is not needed.
+            nothing is run then, and `data` is refused.
     Returns:
         Calibration: iterate over it for the groups, or over its `stages()` where the boundaries of
         the blocks matter. It can be iterated once.

@@ -63,7 +63,7 @@ class Extra:
         known = {"steps", "seconds", "rate", "heads", "seed", "untie"}
         self.rotate = _keywords("rotate", wanted, known)
         if self.rotate is not None:
-            self.rotate["untie"] = untie
+            self.rotate["untie"] = untie or bool(self.rotate.get("untie"))
         self.order_optional = permute is None
         ordered = row.permute if permute is None else permute
         self.permute = _keywords("permute", ordered, {"rounds", "heads", "seed"})

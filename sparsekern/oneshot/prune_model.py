@@ -18,6 +18,7 @@ from sparsekern.nn.count import num_parameters
 from sparsekern.nn.sparse_linear import check_before_loading
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot import keep_dense as dense_rule
+from sparsekern.oneshot import uses
 from sparsekern.oneshot.calibration import digest, make_batches
 from sparsekern.oneshot.devices import working_device
 from sparsekern.oneshot.estimate import free_host_bytes
@@ -45,7 +46,7 @@ from sparsekern.utils.arguments import checked
 from sparsekern.utils.staging import check_writable
 
 
-@checked(OP, leave=("pattern",), refine=(0, 10**6), damp=(0, 10**6))
+@checked(OP, leave=("pattern",), uses=uses.PRUNE_MODEL, refine=(0, 10**6), damp=(0, 10**6))
 @with_experts_apart
 def prune_model(
     model: nn.Module,
@@ -120,8 +121,8 @@ def prune_model(
             method's mask. A method that updates weights ("sparsegpt") still does.
         true_sequential: prune the layers of a block in order of execution, each group on the
             outputs of the groups before. Slower: one more forward of the block per group.
-        damp, blocksize: as in prune.sparsegpt; None: 0.01 and 128. damp is also that of refine and
-            match_dense; blocksize is for methods that have it alone.
+        damp, blocksize: as in prune.sparsegpt; None: 0.01 and 128. damp is also that of admm,
+            refine, match_dense and gptq; blocksize is for methods that have it alone.
         refine: steps of prune.refine after each layer's own method: the kept weights move towards
             the least-squares fit under the mask. None: the method's default, 16 with "sparsegpt"
             and "admm", else 0. With 0 the method is the published one.
@@ -142,15 +143,15 @@ def prune_model(
             are in the report with the times. Times that a tuned table of the GPU has are taken
             from there. On a CPU that is every layer, with a warning.
         keep_dense_tokens: numbers of tokens per call that matter to you.
-        hessians: layer name -> Hessian (or its matrix) for every layer to prune: used in place of a
+        hessians: layer name -> Hessian (or its matrix) for every layer to prune, in place of a
             calibration.
         keep_hessians: report.hessians then holds them, on the host.
         resume: a directory. Each finished block is stored there; the same call on a freshly loaded
             model continues after the last of them, with the same result as an uninterrupted run.
         undo: True keeps the dense weights on the host until the run has succeeded, so that an
             exception leaves the model as it was; "auto": where half of the free memory holds them.
-            Without it, and with `resume`, an exception leaves the finished blocks pruned and the
-            others as they were, and its notes name the last one.
+            Without it, and with `resume`, which True does not go with, an exception leaves the
+            finished blocks pruned and the others as they were, and its notes name the last one.
         progress: show a progress bar with the time left.
         quantize: "fp8", "int8" or "int4": each layer's kept weights become levels with scales once
             it is pruned and refined (see sparsekern.quantize), and the layers after it are
@@ -187,7 +188,8 @@ def prune_model(
     Returns:
         PruneReport with one row per weight that takes part in matrix products.
     Raises:
-        ValueError: an argument that does not fit; a skip rule or mask name that matches nothing;
+        ValueError: an argument that does not fit, or that nothing in this call reads
+            (oneshot/uses.py); a skip rule or mask name that matches nothing;
             non-finite weights; a resume directory of another run. Checked before anything is
             changed.
         TypeError: arguments of the wrong type.
@@ -391,10 +393,10 @@ def _on_error(undo: Callable[[], None]) -> Callable[..., None]:
 def _values(
     method: Method, common: Mapping[str, Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The method's own options: what prune_model has a keyword for, and the rest as given. damp,
-    which is refine's too, only where the method knows it."""
-    elsewhere = {"damp"} - {option.name for option in method.options}
-    given = {k: v for k, v in common.items() if v is not None and k not in elsewhere}
+    """The method's own options: what prune_model has a keyword for, where the method knows it, and
+    the rest as given."""
+    declared = {option.name for option in method.options}
+    given = {k: v for k, v in common.items() if v is not None and k in declared}
     return method.values(OP, {**given, **options})
 
 

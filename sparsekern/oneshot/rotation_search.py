@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sparsekern.oneshot.rotation_formulas import Turned, cayley, lost, untold
 from sparsekern.oneshot.rotation_stream import Stream
-from sparsekern.prune.hessian import exact_float32
+from sparsekern.utils.exact import exact_float32
 
 ELEMENTS = 2**27  # of the weights that one step looks at
 WARM = 10  # steps until the rate is the whole one

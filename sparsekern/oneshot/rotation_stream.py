@@ -13,7 +13,7 @@ from sparsekern.errors import check
 from sparsekern.oneshot.calibration import Batch
 from sparsekern.oneshot.discovery import find_blocks, input_embedding
 from sparsekern.oneshot.observe import observe
-from sparsekern.prune.hessian import exact_float32
+from sparsekern.utils.exact import exact_float32
 
 OP = "sparsekern.rotate"
 SKIPPED_POSITIONS = 4  # of a sequence: attention sinks

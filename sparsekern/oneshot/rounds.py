@@ -9,9 +9,20 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sparsekern.errors import check
+from sparsekern.utils.arguments import Uses, check_used
 
 OP = "sparsekern.reconstruct"
 LR, RATE = 6e-4, 16.0  # see Reconstruction.lr
+
+
+def _several(given: Mapping[str, Any]) -> bool:
+    return bool(given["span"] != 1)
+
+
+USES: Uses = {
+    **dict.fromkeys(("between", "reselect", "batch"), ("span=None or of several blocks", _several)),
+    "noise": ("recut=True", lambda given: given["recut"]),
+}
 TARGETS, PARTS, LOSSES = ("dense", "pruned"), ("block", "sublayers"), ("token", "channel", "mse")
 
 
@@ -33,7 +44,7 @@ class Reconstruction:
             mean square of its kept weights.
         target: "dense": what the dense model has there; "pruned": the dense blocks on the inputs
             that the pruned model gives them.
-        between: weight of the blocks inside the span.
+        between: weight of the blocks inside the span, which has several.
         parts: "block", or "sublayers": attention on the hidden states between it and the MLP
             first, then the MLP (span 1 only).
         loss: "token": each token's error relative to its size, as the next norm sees it; "channel":
@@ -98,8 +109,6 @@ class Reconstruction:
         rate = self.lr is None or (number(self.lr, 0) and self.lr > 0)
         check(rate, op, "lr > 0 or None", repr(self.lr))
         check(number(self.reselect, 0, 1), op, "reselect from 0 to 1", repr(self.reselect))
-        fixed = self.span != 1 or not self.reselect
-        check(fixed, op, "reselect=0 with span=1", repr(self.reselect))
         check(number(self.between, 0), op, "between >= 0", repr(self.between))
         for name in ("warmup", "held_out", "noise"):
             value = getattr(self, name)
@@ -112,11 +121,9 @@ class Reconstruction:
         check(not self.recut or self.span is None, op, "span=None with recut", repr(self.span))
         rows = self.batch is None or (type(self.batch) is int and self.batch >= 1)
         check(rows, op, "batch >= 1 or None", repr(self.batch))
-        later = self.batch is None or self.span != 1
-        check(later, op, "batch=None with span=1", self.batch, "prune_model(batch_size=) is it.")
         flag = type(self.levels) is bool
         check(flag, op, "levels: True or False", repr(self.levels))
-        check(self.recut or not self.noise, op, "noise=0 without recut", repr(self.noise))
+        check_used(op, USES, asdict(self), asdict(Reconstruction()))
 
 
 Given = Reconstruction | Mapping[str, Any] | Sequence[Any] | bool | None

@@ -94,10 +94,6 @@ def check_offload(offload: Any, op: str) -> None:
 def _check_quantize(options: Options, calibrated: bool, op: str) -> None:
     name, method, group = options.quantize, options.quantize_method, options.quantize_group
     if name is None:
-        given = [
-            f"quantize_{k}" for k, v in (("method", method), ("group", group)) if v is not None
-        ]
-        check(not given, op, f"quantize= with {' and '.join(given)}", None, "Leave it out.")
         return
     quantized(op, name, "quantize")
     right = options.pattern == (2, 4)

@@ -45,6 +45,7 @@ _jit_trace = torch._C._get_tracing_state
 _has_autocast = torch.amp.is_autocast_available
 _any_autocast = torch._C._is_any_autocast_enabled
 _any_transform = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack  # FlopCounterMode and its kind are to see it
 # Device types that have an autocast; asked here because torch.compile of torch 2.11 cannot.
 _AUTOCAST = frozenset(
     kind for kind in ("cpu", "cuda", "mps", "mtia", "xla", "xpu") if _has_autocast(kind)
@@ -382,8 +383,10 @@ def _wants_gradient(bias: Tensor | None) -> bool:
 
 
 def needs_custom_op(x: Tensor, bias: Tensor | None) -> bool:
-    """True where the call must be seen: gradients, tracing, tensors without data."""
+    """True where the call must be seen: gradients, tracing, modes, tensors without data."""
     if _is_compiling() or type(x) not in _PLAIN_TYPES or x.is_meta or _jit_trace() is not None:
+        return True
+    if _dispatch_modes():
         return True
     if not _is_grad_enabled():  # first, because then no tensor is asked
         return False
@@ -436,6 +439,7 @@ def linear(
         float32 never runs in TF32. On the CPU 16-bit inputs are multiplied in float32 (exact
         products, and no need for fast 16-bit matmuls; see backends/cpu.py).
         Bitwise reproducible for a fixed config; the config depends on the number of tokens.
+        FlopCounterMode counts dense-equivalent work: 2 · tokens · out_features · in_features.
         Whether an infinite or NaN x reaches a row that has pruned its column (0 · Inf) is left to
         the backend.
     """
@@ -451,6 +455,7 @@ def linear(
         and not _is_traced()
         and _forward_ad._current_level < 0
         and not _any_transform()
+        and not _dispatch_modes()
         and not _any_autocast()
         and _jit_trace() is None
         and not (_is_grad_enabled() and (x.requires_grad or _wants_gradient(bias)))

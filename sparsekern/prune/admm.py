@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsekern.backends import triton
 from sparsekern.errors import check, message
-from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32
+from sparsekern.prune.hessian import Hessian, as_matrix
 from sparsekern.prune.masks import check_no_nan, select
 from sparsekern.prune.methods import (
     Details,
@@ -35,6 +35,7 @@ from sparsekern.prune.products import Factor, large_inverse
 from sparsekern.prune.refine import fit_kept
 from sparsekern.prune.sparsegpt import damping_steps
 from sparsekern.prune.team import Team, gathered, own_rows, rows_at_a_time
+from sparsekern.utils.exact import exact_float32
 
 _OP = "sparsekern.prune.admm"
 ROUNDS = 48

@@ -8,10 +8,8 @@ they are, by the tensor cores: a product of two such numbers is exact in float32
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Container, Iterator
-from typing import Any
+from collections.abc import Callable, Container
 
 import torch
 from torch import Tensor
@@ -19,47 +17,13 @@ from torch import Tensor
 from sparsekern.errors import check
 from sparsekern.prune.products import Factor, product16, sums_in_float32
 from sparsekern.utils.arguments import checked
+from sparsekern.utils.exact import exact_float32
 
 # A CPU matmul of this many columns runs at full speed, so that half of the symmetric product can be
 # skipped. A GPU needs larger ones to fill its SMs.
 _CPU_COLUMNS = 256
 _GPU_COLUMNS = 2048
 TOKENS = 1024  # of a product by tensor cores
-
-
-@contextlib.contextmanager
-def exact_float32(device: torch.device | str) -> Iterator[None]:
-    """Run float32 matmuls on `device` in float32: no TF32, no bf16, no autocast, no autograd.
-
-    torch has two sets of switches for this. Mixing them is an error in torch, so each is only
-    touched where it is not exact already, and every value is restored on the way out.
-    """
-    matmuls: tuple[Any, ...] = (
-        torch.backends.cuda.matmul,
-        getattr(torch.backends.mkldnn, "matmul", None),
-    )
-    knobs = [matmul for matmul in matmuls if hasattr(matmul, "fp32_precision")]
-    before = [knob.fp32_precision for knob in knobs]
-    try:
-        legacy = torch.get_float32_matmul_precision()
-    except RuntimeError:  # only the newer switches were used, and the older cannot express them
-        legacy = "highest"
-    if legacy != "highest":
-        torch.set_float32_matmul_precision("highest")
-    for knob in knobs:
-        if knob.fp32_precision not in ("none", "ieee"):
-            knob.fp32_precision = "ieee"
-    try:
-        with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
-            yield
-    finally:
-        if legacy != "highest":
-            torch.set_float32_matmul_precision(legacy)
-        for knob, precision in zip(knobs, before):
-            if knob.fp32_precision != precision:
-                knob.fp32_precision = "none"  # inherit, where that gives the value that was seen
-                if knob.fp32_precision != precision:
-                    knob.fp32_precision = precision
 
 
 def sum16(a: Tensor, b: Tensor) -> Tensor:

@@ -32,11 +32,12 @@ from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
 from sparsekern.formats.scaled import ScaledCodec
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.ops import quantize as weights
-from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32, relative_error
+from sparsekern.prune.hessian import Hessian, as_matrix, relative_error
 from sparsekern.prune.masks import rank_mask
 from sparsekern.prune.methods import PruneError, is_count, is_number
 from sparsekern.prune.sparsegpt import _few_threads, _sweep, inverse_factor
 from sparsekern.utils.arguments import checked
+from sparsekern.utils.exact import exact_float32
 
 BLOCK = 128  # columns between two updates of the whole remainder
 PASSES = 2

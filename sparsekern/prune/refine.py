@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import check
-from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32
+from sparsekern.prune.hessian import Hessian, as_matrix
 from sparsekern.prune.masks import check_no_nan
 from sparsekern.prune.products import Factor
 from sparsekern.prune.team import Team, gathered, own_rows, rows_at_a_time
 from sparsekern.utils.arguments import checked
+from sparsekern.utils.exact import exact_float32
 
 _OP = "sparsekern.prune.refine"
 

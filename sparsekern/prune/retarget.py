@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import check, message
-from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32
+from sparsekern.prune.hessian import Hessian, as_matrix
 from sparsekern.prune.methods import PruneError
 from sparsekern.prune.products import Factor, is_large, large_inverse
 from sparsekern.prune.sparsegpt import damping_steps
 from sparsekern.prune.team import Team, gathered, own_rows, rows_at_a_time
 from sparsekern.utils.arguments import checked
+from sparsekern.utils.exact import exact_float32
 
 _OP = "sparsekern.prune.retarget"
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsekern.errors import check, message
 from sparsekern.formats import dtypes
-from sparsekern.prune.hessian import Hessian, as_matrix, exact_float32, relative_error
+from sparsekern.prune.hessian import Hessian, as_matrix, relative_error
 from sparsekern.prune.masks import check_no_nan, rank_mask
 from sparsekern.prune.methods import (
     Details,
@@ -33,6 +33,7 @@ from sparsekern.prune.methods import (
 )
 from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
 from sparsekern.utils.arguments import checked
+from sparsekern.utils.exact import exact_float32
 
 _OP = "sparsekern.prune.sparsegpt"
 _WEIGHT_DTYPES = (*dtypes.PLAIN, torch.float64)

@@ -6,6 +6,16 @@
     rotate(model, ids, steps="x")
     TypeError: sparsekern.rotate: expected steps: a whole number, got 'x'. The default is 200.
 
+An argument that nothing reads in this call is refused as well, where the function has a table of
+what reads which (`Uses`):
+
+    rotate(model, ids, method="none", rate=0.1)
+    ValueError: sparsekern.rotate: expected method="descent" with rate, got rate=0.1, which nothing
+    reads. Leave rate at 0.02.
+
+One at its default counts as not given, and one that forbids what does not happen anyway
+(progress=False) has been obeyed: it is in no table.
+
 What an annotation means here: int and float are numbers of Python or numpy, and no bool; bool is
 True, False, 1 or 0; a path is not empty; a module has no lazy layer without weights; a
 device is one that this torch can put tensors on; of containers the kind counts, not what is in
@@ -21,7 +31,7 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -33,6 +43,9 @@ from sparsekern.errors import check, message
 P = ParamSpec("P")
 R = TypeVar("R")
 Range = tuple[float, float]
+Given = Mapping[str, Any]
+# Argument -> (what reads it, in words; whether that is there, from all arguments by name).
+Uses = Mapping[str, tuple[str, Callable[[Given], object]]]
 # torch.manual_seed takes these.
 SEEDS: Range = (-(2**63), 2**64 - 1)
 _NAMES = {
@@ -56,8 +69,10 @@ _NAMES = {
 class _Argument:
     """What one parameter of a function takes."""
 
-    def __init__(self, name: str, kind: Any, default: Any, span: Range | None) -> None:
-        self.name, self.kinds, self.span = name, _members(kind), span
+    def __init__(
+        self, name: str, kind: Any, default: Any, span: Range | None, meta: bool = False
+    ) -> None:
+        self.name, self.kinds, self.span, self.meta = name, _members(kind), span, meta
         self.default = default
         self.any = Any in self.kinds or object in self.kinds
         self.path = os.PathLike in map(_plain, self.kinds)
@@ -77,7 +92,7 @@ class _Argument:
         if isinstance(value, nn.Module):
             check_initialised(op, value)
         if self.device and value is not None:
-            usable_device(op, value, self.name)
+            usable_device(op, value, self.name, meta=self.meta)
         if self.span is not None and value is not None and _fits(float, value):
             low, high = self.span
             expected = f"{self.name} from {low} to {high}"
@@ -85,12 +100,19 @@ class _Argument:
 
 
 def checked(
-    op: str, *, leave: tuple[str, ...] = (), **spans: Range
+    op: str,
+    *,
+    leave: tuple[str, ...] = (),
+    uses: Uses | None = None,
+    meta: bool = False,
+    **spans: Range,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Check every call of a function: the arguments against its annotations, and numbers against
-    spans, name=(lowest, highest), both included. `leave`: those that it checks itself.
+    spans, name=(lowest, highest), both included. `leave`: those that it checks itself. `uses`: what
+    reads some of them. `meta`: its devices may be "meta", which holds no data.
 
-    Raises, from the function: TypeError, another kind; ValueError, out of its span, or no device.
+    Raises, from the function: TypeError, another kind; ValueError, out of its span, no device, or
+    an argument that nothing reads.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -101,11 +123,14 @@ def checked(
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             if not torch.compiler.is_compiling():
                 if not known:
-                    known.update(_arguments(function, spans))
-                for name, value in (*zip(order, args, strict=False), *kwargs.items()):
+                    known.update(_arguments(function, spans, meta))
+                given = {**dict(zip(order, args, strict=False)), **kwargs}
+                for name, value in given.items():
                     argument = known.get(name)
                     if argument is not None and name not in leave:
                         argument.check(op, value)
+                if uses is not None:
+                    check_used(op, uses, given, _defaults(known))
             return function(*args, **kwargs)
 
         return wrapper
@@ -113,12 +138,42 @@ def checked(
     return decorate
 
 
-def check_fields(op: str, instance: Any, **spans: Range) -> None:
+def check_fields(op: str, instance: Any, uses: Uses | None = None, **spans: Range) -> None:
     """The same for the fields of a dataclass, to be called in its __post_init__."""
     kind = type(instance)
     known = _arguments(kind.__init__, spans)
+    given = {name: getattr(instance, name) for name in known}
     for name, argument in known.items():
-        argument.check(op, getattr(instance, name))
+        argument.check(op, given[name])
+    check_used(op, uses or {}, given, _defaults(known))
+
+
+def check_used(
+    op: str, uses: Uses, given: Given, defaults: Given, spelt: Callable[[str], str] = str
+) -> None:
+    """ValueError for an argument that is given, other than by default, and that nothing reads.
+
+    given, defaults: by name; an argument without a default is in `given`. spelt: a name in the
+    message.
+    """
+    everything = {**defaults, **given}
+    for name, (what, reads) in uses.items():
+        value, default = map(_unlisted, (everything.get(name), defaults.get(name)))
+        plain = value is None or isinstance(value, (bool, int, float, str, tuple))
+        if (plain and value == default) or value is default or reads(everything):
+            continue
+        own = spelt(name)
+        got = f"{own}={shown(value)}, which nothing reads"
+        raise ValueError(message(op, f"{what} with {own}", got, f"Leave {own} at {default!r}."))
+
+
+def _unlisted(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _defaults(known: Mapping[str, _Argument]) -> dict[str, Any]:
+    empty = inspect.Parameter.empty
+    return {name: a.default for name, a in known.items() if a.default is not empty}
 
 
 def check_initialised(op: str, model: nn.Module) -> None:
@@ -132,8 +187,9 @@ def check_initialised(op: str, model: nn.Module) -> None:
     check(not lazy, op, "initialised weights", ", ".join(lazy[:3]), remedy)
 
 
-def usable_device(op: str, value: Any, name: str = "") -> torch.device:
-    """What torch.device makes of a value, where this torch can put tensors there.
+def usable_device(op: str, value: Any, name: str = "", meta: bool = False) -> torch.device:
+    """What torch.device makes of a value, where this torch can put tensors there, and their data
+    unless `meta`.
 
     Raises:
         TypeError: neither text, number nor device.   ValueError: none that is here.
@@ -146,6 +202,8 @@ def usable_device(op: str, value: Any, name: str = "") -> torch.device:
         raise (TypeError if not isinstance(value, (str, int)) else ValueError)(
             message(op, expected, shown(value))
         ) from error
+    holds = meta or device.type != "meta"
+    check(holds, op, f"{what}a device that holds data", device.type, "Pass device='cpu'.")
     if device.type == "cuda":
         there = torch.cuda.is_available()
         expected, got = (
@@ -178,11 +236,13 @@ def shown(value: Any) -> str:
     return text if type(value).__module__ == "builtins" else f"{text} ({type(value).__name__})"
 
 
-def _arguments(function: Callable[..., Any], spans: dict[str, Range]) -> dict[str, _Argument]:
+def _arguments(
+    function: Callable[..., Any], spans: dict[str, Range], meta: bool = False
+) -> dict[str, _Argument]:
     hints = typing.get_type_hints(function)
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return {
-        name: _Argument(name, hints[name], parameter.default, spans.get(name))
+        name: _Argument(name, hints[name], parameter.default, spans.get(name), meta)
         for name, parameter in inspect.signature(function).parameters.items()
         if name in hints and parameter.kind not in variable
     }

@@ -15,6 +15,7 @@ Transformers.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -377,6 +378,12 @@ class TensorFiles:
             f"missing {listed(missing)}",
             "A shard is damaged or of another checkpoint.",
         )
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json of the folder; {} where it has none."""
+        path = self.folder / CONFIG_FILE
+        return read_json(path) if os.path.lexists(path) else {}
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsekern.backends import triton
 from sparsekern.backends.protocol import Explained, Launch, Problem, folded
-from sparsekern.backends.triton.configs import LinearConfig, pick_config
+from sparsekern.backends.triton.configs import SMALLEST_GROUP, LinearConfig, pick_config
 from sparsekern.formats.layouts import ROWMAJOR
 from sparsekern.formats.scaled import SCALE
 from sparsekern.formats.sparse24 import Sparse24
@@ -36,6 +36,9 @@ class TritonBackend:
             return f"backend 'triton' needs layout 'rowmajor', got {problem.spec.layout!r}"
         if not (problem.spec.element.plain or problem.spec.element.scaled):
             return f"backend 'triton' has no kernel for {problem.spec.storage}"
+        spec, step = problem.spec, SMALLEST_GROUP
+        if spec.group and spec.group < problem.in_features and spec.group % step:
+            return f"backend 'triton' needs groups of a multiple of {step}, got {spec.group}"
         return None
 
     def bind(self, problem: Problem) -> Launch:

@@ -23,6 +23,9 @@ PROGRAMS_WANTED = 264
 WARPS_WANTED = 8 * PROGRAMS_WANTED  # of the few-token kernel: what keeps the memory busy
 MAX_SPLIT_IN = 8
 FEW_TOKENS = 4
+SMALLEST_GROUP = (
+    64  # of columns with one scale; groups are multiples of it, and no tile is narrower
+)
 MANY_TOKENS = 512  # from here on a tile of W is expanded so often that once, to memory, is less
 # Of dense rows at a time, of their sums, and the fewest rows that torch.mm has work with.
 EXPANDED_BYTES, SUMS_BYTES, EXPANDED_ROWS = 2**26, 2**27, 512

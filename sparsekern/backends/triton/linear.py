@@ -37,11 +37,10 @@ import triton
 import triton.language as tl
 
 from sparsekern.backends.triton import epilogue, expanded, few_tokens
-from sparsekern.backends.triton.configs import Expanded, FewTokens, pick_config
+from sparsekern.backends.triton.configs import SMALLEST_GROUP, Expanded, FewTokens, pick_config
 from sparsekern.backends.triton.epilogue import finish
 from sparsekern.formats import dtypes
 
-_SMALLEST_GROUP = 64
 # What the kernel calls levels, by their dtype: names of the element types.
 _STORAGES = {row.storage: row.name for row in dtypes.elements() if row.scaled}
 
@@ -263,7 +262,7 @@ def linear(
     if scale is None or scale.shape[1] == 1:
         group = 0
     elif group % config.block_in:
-        config = config._replace(block_in=_SMALLEST_GROUP)
+        config = config._replace(block_in=SMALLEST_GROUP)
     if storage == "float8_e4m3fn":
         values = values.view(torch.uint8)
     split_length = triton.cdiv(in_features, config.split_in)

@@ -1,0 +1,65 @@
+"""What peft would do with a SparseLinear in silence, or refuse without saying what to do, as errors
+that name the remedy. `import sparsekern` imports nothing of peft: they are put in its place once
+peft is imported. What works is in peft.py."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+from torch import nn
+
+from sparsekern.errors import check, message
+from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.utils.when_imported import when_imported
+
+OP = "sparsekern.integrations.peft"
+
+
+def _install() -> None:
+    try:
+        _wrap()
+    except (ImportError, AttributeError) as error:  # another peft must still be importable
+        text = f"{OP}: this peft is not known ({error}): modules_to_save of 2:4 layers do not train"
+        warnings.warn(text, stacklevel=2)
+
+
+def _wrap() -> None:
+    from peft.tuners.lora.model import LoraModel  # type: ignore[import-not-found]
+    from peft.utils.other import ModulesToSaveWrapper  # type: ignore[import-not-found]
+
+    create, update = LoraModel._create_new_module, ModulesToSaveWrapper.update
+
+    @functools.wraps(update)
+    def updated(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Its copy of a SparseLinear would have a frozen weight, and nothing would train."""
+        held = self.original_module.named_modules()
+        frozen = [name for name, module in held if isinstance(module, SparseLinear)]
+        kind = type(self.original_module).__name__
+        got = f"a {kind} with {frozen[0]!r}" if frozen and frozen[0] else f"a {kind}"
+        remedy = "Name it in target_modules, with accept(config), or decompress it: to_linear()."
+        expected = "modules_to_save without compressed layers, whose weights are frozen"
+        check(not frozen, OP, expected, got, remedy)
+        return update(self, adapter_name, *args, **kwargs)
+
+    @functools.wraps(create)
+    def created(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:
+        try:
+            return create(lora_config, adapter_name, target, **kwargs)
+        except ValueError as error:
+            base = getattr(target, "base_layer", target)
+            if not isinstance(base, SparseLinear) or str(error).startswith("sparsekern"):
+                raise
+            remedy = "Call accept(config) first, of sparsekern.integrations.peft."
+            expected = "a config that knows SparseLinear, for target_modules"
+            got = type(lora_config).__name__
+            raise ValueError(message(OP, expected, got, remedy)) from error
+
+    LoraModel._create_new_module = staticmethod(created)
+    ModulesToSaveWrapper.update = updated
+
+
+def install_when_imported() -> None:
+    """Now where peft is imported already, else when it is."""
+    when_imported("peft", _install)
