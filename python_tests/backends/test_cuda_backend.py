@@ -113,6 +113,7 @@ def forget():
     for name in CACHED:
         getattr(cuda_backend, name).cache_clear()
     scaled_linear._built_for.cache_clear()
+    configs.in_halves.cache_clear()
     tuning.forget()
     registry.changed()
 
@@ -403,7 +404,8 @@ def test_linear_passes_what_the_module_takes(on_cpu, leading, dtype):
     )
 
 
-def test_rows_that_the_kernels_cannot_fetch_are_copied(on_cpu):
+def test_rows_that_the_kernels_cannot_fetch_are_copied(on_cpu, monkeypatch):
+    monkeypatch.setattr(cuda_backend, "in_halves", lambda *problem: False)
     dtype = torch.bfloat16
     w24 = pack(compress(random_weight(64, 132, dtype)))
     base = torch.ones(3, 2, 136, dtype=dtype)
@@ -424,6 +426,72 @@ def test_rows_that_the_kernels_cannot_fetch_are_copied(on_cpu):
         call = on_cpu.calls.pop()
         assert call["residual_stride"] == stride and call["residual"] % 2 == 0
         assert (call["residual"] == given.data_ptr()) == (stride == 80)
+
+
+def fixed_plan(kernel, config):
+    return lambda *problem: (kernel, config)
+
+
+@pytest.mark.parametrize("kernel, config", [("decode", 1), ("split", ACROSS), ("prefill", 0)])
+@pytest.mark.parametrize("tokens", [2, 3, 64])
+def test_even_and_odd_tokens_are_two_launches(on_cpu, monkeypatch, kernel, config, tokens):
+    """Rows of 8 bytes beyond 16, of x, y and the residual; one workspace."""
+    asked = []
+    monkeypatch.setattr(cuda_backend, "in_halves", lambda *problem: asked.append(problem) or True)
+    w24 = pack(compress(random_weight(70, 132, torch.bfloat16)))
+    x, bias = torch.ones(tokens, 132).bfloat16(), torch.ones(70).bfloat16()
+    residual = torch.ones(tokens, 75).bfloat16()[:, 3:73]
+    on_16 = x.data_ptr() % 16 == 0
+    y = cuda_backend.linear(x, w24, bias, "relu", residual, plan=fixed_plan(kernel, config))
+    assert asked == [(kernel, config, tokens, 70, 132, -1, configs.Types.of(BF16))]
+    assert on_16 and y.shape == (tokens, 70) and len(on_cpu.calls) == 2
+    for first, call in enumerate(on_cpu.calls):
+        row, skip = x.data_ptr() + first * 264, 4 * first
+        assert (call["x"], call["x_stride"]) == (row - 2 * skip, 264)
+        assert call.get("x_skip", 0) == skip and call["x"] % 16 == 0
+        assert call["tokens"] == (tokens + 1 - first) // 2
+        assert (call["y"], call["y_stride"]) == (y.data_ptr() + first * 140, 140)
+        assert call["residual"] == residual.data_ptr() + first * 150
+        assert call["residual_stride"] == 150 and call["bias"] == bias.data_ptr()
+    same = {"values", "metadata", "stream", "workspace", "kernel", "config", "activation"}
+    even, odd = ({name: call[name] for name in same} for call in on_cpu.calls)
+    assert even == odd and bool(even["workspace"]) == (kernel != "decode")
+
+
+def test_a_launcher_does_what_bind_does(on_cpu, monkeypatch):
+    """Two launches or a copy and one, by the same decision."""
+    w24 = pack(compress(random_weight(64, 132, torch.bfloat16)))
+    x, y = torch.ones(5, 132).bfloat16(), torch.ones(5, 64).bfloat16()
+    space = torch.zeros(64, dtype=torch.uint8)
+    same = ("kernel", "config", "tokens", "x_stride", "x_skip", "y_stride")
+    for halves in (False, True):
+        monkeypatch.setattr(heuristics, "in_halves", lambda *problem, halves=halves: halves)
+        configs.in_halves.cache_clear()
+        for name in (f"prefill {TILES[1]}", "decode 128 rows, split 4", f"mma {MMA_TILES[1]}"):
+            cuda_backend.linear(x, w24, plan=fixed_plan(*configs.variants()[name]))
+            bound = [*on_cpu.calls]
+            on_cpu.calls.clear()
+            cuda_backend.launcher(name, x, w24, y, space)()
+            launched = [*on_cpu.calls]
+            on_cpu.calls.clear()
+            assert len(bound) == (2 if halves and not name.startswith("mma") else 1)
+            for ours, theirs in zip(bound, launched, strict=True):
+                assert [ours.get(of) for of in same] == [theirs.get(of) for of in same]
+            offsets = [[call["y"] - calls[0]["y"] for call in calls] for calls in (bound, launched)]
+            assert offsets[0] == offsets[1]
+
+
+def test_which_variants_read_halves(native):
+    """As the cost model says of the variant behind the config, on Hopper alone."""
+    problem = 5024, 110, 4068
+    for name, (kernel, config) in configs.variants().items():
+        (variant,) = (v for v in configs._built() if variant_name(v) == name)
+        expected = heuristics.in_halves(variant, *problem, 132)
+        assert configs.in_halves(kernel, config, *problem, 0) == expected
+    assert configs.in_halves("prefill", 0, *problem, 0)
+    assert not configs.in_halves("mma", 0, *problem, 0)
+    eight = configs.Types("int8", "int8", BF16)
+    assert not configs.in_halves("prefill", 0, *problem, 0, eight)
 
 
 def test_a_gated_pair_is_one_launch(on_cpu, monkeypatch):
@@ -690,21 +758,91 @@ def test_rows_that_need_no_copy():
         assert same.data_ptr() == rows.data_ptr() and stride % 8 == 0 and stride >= columns
 
 
-def test_rows_of_8_bytes_that_the_mma_kernel_takes(on_cpu):
-    """in_features % 8 == 4: no copy for it, one for the others; launcher copies in every call."""
+def test_rows_of_8_bytes_that_the_mma_kernel_takes(on_cpu, monkeypatch):
+    """in_features % 8 == 4: no copy for it, one for the others where it is faster."""
+    monkeypatch.setattr(cuda_backend, "in_halves", lambda *problem: False)
     assert [cuda_backend._row(kernel) for kernel in ("mma", "split")] == [8, 16]
     assert cuda_backend._row("mma", 1) == 16
     x = torch.arange(64.0).to(torch.bfloat16).view(16, 4)
     for rows in (x, x[:, :], x.view(-1)[4:].view(15, 4)):
-        same, stride = cuda_backend._aligned_rows(rows, len(rows), 4, 8)
-        assert same.data_ptr() == rows.data_ptr() and stride == 4
-    copy, stride = cuda_backend._aligned_rows(x.view(-1)[2:62].view(15, 4), 15, 4, 8)
-    assert stride == 8 and torch.equal(copy, x.view(-1)[2:62].view(15, 4))
+        same, (part,) = cuda_backend._rows(rows, len(rows), 4, 8)
+        assert same.data_ptr() == rows.data_ptr() and part.stride == 4
+    copy, (part,) = cuda_backend._rows(x.view(-1)[2:62].view(15, 4), 15, 4, 8)
+    assert part.stride == 8 and torch.equal(copy, x.view(-1)[2:62].view(15, 4))
     w24, x = pack(compress(random_weight(64, 132, torch.bfloat16))), torch.ones(2, 132).bfloat16()
     for kernel, stride in (("mma", 132), ("prefill", 136)):
         cuda_backend.linear(x, w24, plan=lambda *problem, kernel=kernel: (kernel, 0))
         call = on_cpu.calls.pop()
         assert call["x_stride"] == stride and (call["x"] == x.data_ptr()) == (kernel == "mma")
+
+
+def covers(x, parts, row=16):
+    """Whether every token of x lies in one part, where this part says, no address outside of x's
+    memory."""
+    size, tokens = x.itemsize, x.shape[0]
+    places = {}
+    for part in parts:
+        assert part.address % row == 0 and part.stride * size % row == 0 and part.tokens > 0
+        assert part.stride >= x.shape[1] + part.skip
+        assert part.address >= x.untyped_storage().data_ptr() and part.skip in (0, 8 // size)
+        for i in range(part.tokens):
+            place = part.address + (part.skip + i * part.stride) * size
+            places[part.first + i * part.step] = place
+    first = x.data_ptr()
+    assert sum(part.tokens for part in parts) == tokens
+    return tokens == 1 or places == {t: first + t * x.stride(0) * size for t in range(tokens)}
+
+
+def test_rows_that_are_read_where_they_lie():
+    """In one launch or two, from 16 bytes on and from 8 beyond."""
+    data = torch.arange(600.0).to(torch.bfloat16)
+    data = data[-data.data_ptr() % 16 // 2 :]
+    for tokens in (1, 2, 3, 4, 7):
+        wide = data[: tokens * 20].view(tokens, 20)  # rows at 0, 8, 0, ...
+        beyond, even = data[4 : 4 + tokens * 20].view(tokens, 20), data[: tokens * 24]
+        for x, count in (
+            (wide, 2),
+            (beyond, 2),
+            (wide[:, :12], 2),
+            (wide[:, 4:16], 2),
+            (even.view(tokens, 24), 1),
+            (even.view(tokens, 24)[:, 4:20], 1),
+            (data[4 : 4 + tokens * 24].view(tokens, 24), 2),
+            (data[: tokens * 40].view(2 * tokens, 20)[::2], 1),
+            (data[: tokens * 40].view(2 * tokens, 20)[1::2], 1),
+        ):
+            rows, parts = cuda_backend._rows(x, *x.shape, skip=8, halves=True)
+            assert rows.data_ptr() == x.data_ptr() and covers(x, parts)
+            assert len(parts) == (count if tokens > 1 else 1)
+            if len(parts) == 2:
+                copy, (part,) = cuda_backend._rows(x, *x.shape, skip=8)
+                assert copy.data_ptr() != x.data_ptr() and covers(copy, [part])
+                assert torch.equal(copy, x)
+    eight = data.view(torch.int8)[: 3 * 48].view(3, 48)[:, 8:40]
+    (part,) = cuda_backend._rows(eight, 3, 32, skip=8)[1]
+    assert covers(eight, [part]) and part.skip == 8
+
+
+def test_rows_that_are_copied_whatever_the_launches():
+    """Nothing before the memory of x, elements at 4 bytes, rows that overlap or turn back."""
+    data = torch.arange(600.0).to(torch.bfloat16)
+    data = data[-data.data_ptr() % 16 // 2 :]
+    at_8 = torch.frombuffer(data.view(torch.int16).numpy(), dtype=torch.bfloat16, offset=8)
+    assert at_8.data_ptr() % 16 == 8 and at_8.storage_offset() == 0
+    for x in (
+        at_8[:60].view(3, 20),
+        at_8[:72].view(3, 24),
+        data[2:62].view(3, 20),
+        data[:66].view(3, 22),
+        data[:40].view(20, 2).t(),
+        data[:20].expand(3, 20),
+        data.as_strided((3, 20), (12, 1)),
+    ):
+        rows, parts = cuda_backend._rows(x, *x.shape, skip=8, halves=True)
+        assert rows.data_ptr() != x.data_ptr() and torch.equal(rows, x)
+        assert len(parts) == 1 and covers(rows, parts)
+    after = at_8[20:80].view(3, 20)
+    assert len(cuda_backend._rows(after, 3, 20, skip=8, halves=True)[1]) == 2, "not the first"
 
 
 def test_rows_are_copied_by_8_bytes_where_they_begin_there(monkeypatch):

@@ -363,7 +363,7 @@ struct Emulated {
   int64_t x_stride, y_stride, residual_stride, values_bytes, metadata_bytes;
   int tokens, out_features, in_features, weight, bf16, activation, config, clusters, late, falling;
   const void* token_scale;
-  int lag_first, lag_count, beside, again;
+  int lag_first, lag_count, beside, again, x_skip;
 };
 
 sparsekern::LinearProblem emulated_problem(const Emulated* e) {
@@ -376,6 +376,7 @@ sparsekern::LinearProblem emulated_problem(const Emulated* e) {
   p.tokens = e->tokens, p.out_features = e->out_features, p.in_features = e->in_features;
   const DType x = e->bf16 ? DType::kBFloat16 : DType::kFloat16;
   p.x = {const_cast<void*>(e->x), e->x_stride, x};
+  p.x_skip = e->x_skip;
   p.weight = {e->values, e->metadata};
   p.epilogue.channel_scale = static_cast<const float*>(e->channel_scale);
   p.epilogue.token_scale = static_cast<const float*>(e->token_scale);

@@ -8,7 +8,7 @@ everything, others the mma.sp kernel: of e4m3 from 8.9 on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -117,6 +117,8 @@ class Types(NamedTuple):
         return Bits(dtypes.element(self.weight).bits, dtypes.element(self.x).bits)
 
 
+# The kernels that take rows of x which begin 8 bytes beyond a multiple of 16 (Linear's x_skip).
+SKIPPING = ("decode", "prefill", "split")
 _E4M3, _E4M3_CAPABILITY = "float8_e4m3fn", (8, 9)
 _PLAIN = Types.of(dtypes.PLAIN[dtypes.DEFAULT_16_BIT].name)
 
@@ -196,6 +198,27 @@ def heuristic(
     multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
     problem = tokens, out_features, in_features, multiprocessors
     return variant_name(heuristics.fastest(*problem, tuple(_built(types)), types.bits))
+
+
+@lru_cache(maxsize=4096)
+def in_halves(
+    kernel: str,
+    config: int,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    index: int,
+    types: Types = _PLAIN,
+) -> bool:
+    """Whether this variant reads x whose rows it cannot fetch in one launch in two, on GPU `index`,
+    and not a copy of it (cost_model.in_halves)."""
+    if kernel not in SKIPPING:
+        return False
+    multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
+    problem = tokens, out_features, in_features, multiprocessors, types.bits
+    number = kernel, config
+    of = (variant for variant, known in _built(types).items() if known == number)
+    return any(heuristics.in_halves(variant, *problem) for variant in of)
 
 
 def promoted(tokens: int, out_features: int, index: int, types: Types) -> str:

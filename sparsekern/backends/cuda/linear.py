@@ -16,9 +16,9 @@ object is built, and torch is asked through its raw functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda import tuned_tables as tuning
 from sparsekern.backends.cuda.configs import (  # the tools' names for them
     _PLAIN,
+    SKIPPING,
     Choice,
     Types,
     _built,
@@ -39,6 +40,7 @@ from sparsekern.backends.cuda.configs import (  # the tools' names for them
     has_code,
     heuristic,
     hopper_refusal,
+    in_halves,
     mma_tile,
     refusal,
     runnable,
@@ -84,8 +86,8 @@ __all__ = [
 
 _MOST = 2**31 - 1024  # of any size: the kernels count in 32 bits, and up to the end of a tile
 # Bytes that every row of x begins at a multiple of: what the copy engine needs; what the mma.sp
-# kernel does, of x of 16 bits.
-_ROW, _MMA_ROW = 16, 8
+# kernel does, of x of 16 bits. The copy engine fetches rows that begin _SKIP bytes beyond, too.
+_ROW, _MMA_ROW, _SKIP = 16, 8, 8
 
 # (tokens, out_features, in_features, name of the dtype, GPU) -> (kernel, its config)
 Plan = Callable[[int, int, int, str, int], tuple[str, int]]
@@ -168,10 +170,12 @@ def _native_linear(
     activation: str | None,
     scale_group: int = 0,
     stored: str = "",
+    x_skip: int = 0,
+    y_step: int = 1,
 ) -> Any:
     """The native module's Linear for a problem; it holds no memory of the GPU. dtype: the name of
     all types, or they. scale_group: of int4, see tile64.scale_group. stored: of a weight that is
-    widened to the type of the weight first."""
+    widened to the type of the weight first. y_step: rows of y from a token to the next."""
     types = Types.of(dtype) if isinstance(dtype, str) else dtype
     return _native.module().Linear(
         kernel=kernel,
@@ -180,7 +184,7 @@ def _native_linear(
         out_features=out_features,
         in_features=in_features,
         x_stride=x_stride,
-        y_stride=out_features,
+        y_stride=y_step * out_features,
         residual_stride=residual_stride,
         dtype=types.y,
         weight_dtype=types.weight,
@@ -188,6 +192,7 @@ def _native_linear(
         activation=activation,
         **({"scale_group": scale_group} if scale_group else {}),
         **({"stored_dtype": stored} if stored else {}),
+        **({"x_skip": x_skip} if x_skip else {}),
     )
 
 
@@ -253,10 +258,12 @@ def mma_config(x: Tensor, w24: Sparse24) -> str:
 def bind(problem: Problem, plan: Plan = _plan) -> Launch:
     """The launch of a problem: y = activation(x · Wᵀ + bias), summed in float32, rounded once.
 
-    x is copied when its rows are not 16-byte aligned and evenly spaced, as with in_features % 8 ==
-    4; ahead of the mma.sp kernel, which then reads 8 bytes at a time, when not 8-byte aligned. The
-    weight's tensors must be complete: the decode kernel reads them before the work queued ahead of
-    it has finished (see tile64.pack).
+    Rows of x that begin at multiples of 8 bytes are read where they lie: by the mma.sp kernel as
+    they are; by the others in one launch where all begin at 16 bytes, or all 8 beyond with as
+    many between them; else, as with in_features % 8 == 4, in two, of even and of odd tokens,
+    unless a copy and one launch are expected to be faster (cost_model.in_halves). Other rows are
+    copied. The weight's tensors must be complete: the decode kernel reads them before the work
+    queued ahead of it has finished (see tile64.pack).
     """
     (out_features, in_features), tokens = problem.spec.shape, problem.tokens
     if not (tokens and out_features and in_features):
@@ -326,10 +333,10 @@ def _with_workspace(
 
 def _bind_any(problem: Problem, kernel: str, config: int) -> Callable[..., Tensor | None]:
     """The launch for any strides, address and GPU of x, and a residual [tokens, out_features]."""
-    (out_features, in_features), tokens = problem.spec.shape, problem.tokens
     dtype, index, activation = problem.dtype, problem.gpu, problem.activation
-    sizes = (*problem.x_shape[:-1], out_features)
+    sizes = (*problem.x_shape[:-1], problem.out_features)
     strides = _contiguous_strides(sizes)
+    types = Types.of(_name(dtype))
 
     def launch(
         x: Tensor, w24: Sparse24, bias: Tensor | None = None, residual: Tensor | None = None
@@ -337,24 +344,20 @@ def _bind_any(problem: Problem, kernel: str, config: int) -> Callable[..., Tenso
         if index != _current_device():
             with torch.cuda.device(index):
                 return launch(x, w24, bias, residual)
-        rows, x_stride = _aligned_rows(x, tokens, in_features, _row(kernel))
-        residual_stride = 0 if residual is None else residual.stride(0)
-        size = tokens, out_features, in_features
-        strided = x_stride, residual_stride
-        run = _native_linear(kernel, config, *size, *strided, _name(dtype), activation)
+        rows, parts = _parts(x, w24, kernel, config, types, index)
         y = _empty_strided(sizes, strides, dtype)
+        runs = [*_runs(parts, w24, kernel, config, types, y, residual, activation)]
         stream = _current_stream(index)
-        space = _workspace(index, stream) if run.needs_workspace else (0, 0, None)
-        run(
-            x=rows.data_ptr(),
-            values=w24.tensors["values"].data_ptr(),
-            metadata=w24.tensors["metadata"].data_ptr(),
-            y=y.data_ptr(),
-            stream=stream,
-            bias=0 if bias is None else bias.data_ptr(),
-            residual=0 if residual is None else residual.data_ptr(),
-            workspace=space[1],
-        )
+        space = _workspace(index, stream) if runs[0][0].needs_workspace else (0, 0, None)
+        for run, of_part in runs:
+            run(
+                **of_part,
+                values=w24.tensors["values"].data_ptr(),
+                metadata=w24.tensors["metadata"].data_ptr(),
+                stream=stream,
+                bias=0 if bias is None else bias.data_ptr(),
+                workspace=space[1],
+            )
         return y
 
     return launch
@@ -427,7 +430,7 @@ def launcher(
     """A function without arguments that computes y = x · Wᵀ by one variant, on the current stream.
 
     For measuring: nothing is checked or allocated in a call, so a CUDA graph can hold many. Rows of
-    x that the kernel cannot fetch are copied in every call, as in `bind`.
+    x that the kernel cannot fetch are copied, or read in two launches, in every call as in `bind`.
 
     Args:
         variant: a key of `variants` for these types.
@@ -439,19 +442,15 @@ def launcher(
     of_x = _name(x.dtype) if x.dtype in dtypes.PLAIN else spec.storage
     types = Types(spec.storage, of_x, _name(y.dtype))
     kernel, number = variants(_PLAIN if spec.element.plain else types)[variant]
-    tokens, (out_features, in_features) = x.shape[0], w24.shape
-    rows, x_stride = _aligned_rows(x, tokens, in_features, _row(kernel, x.dtype.itemsize))
+    rows, parts = _parts(x, w24, kernel, number, types, device)
     copied = rows.data_ptr() != x.data_ptr()
-    size = tokens, out_features, in_features
     group = 0 if spec.element.plain else scale_group(spec)
-    run = _native_linear(kernel, number, *size, x_stride, 0, types, None, group)
+    runs = [*_runs(parts, w24, kernel, number, types, y, group=group)]
     channel_scale = None if group else w24.tensors.get(SCALE)
     addresses = dict(
-        x=rows.data_ptr(),
         values=w24.values.data_ptr(),
         metadata=w24.metadata.data_ptr(),
-        y=y.data_ptr(),
-        workspace=workspace.data_ptr() if run.needs_workspace else 0,
+        workspace=workspace.data_ptr() if runs[0][0].needs_workspace else 0,
         channel_scale=0 if channel_scale is None else channel_scale.data_ptr(),
         token_scale=0 if x_scale is None else x_scale.data_ptr(),
     )
@@ -460,7 +459,8 @@ def launcher(
     def launch(keep: object = keep) -> None:
         if copied:
             _copy_rows(rows, x)
-        run(**addresses, stream=_current_stream(device))
+        for run, of_part in runs:
+            run(**of_part, **addresses, stream=_current_stream(device))
 
     return launch
 
@@ -513,23 +513,100 @@ def _row(kernel: str, itemsize: int = 2) -> int:
     return _MMA_ROW if kernel == "mma" and itemsize == 2 else _ROW
 
 
-def _aligned_rows(x: Tensor, tokens: int, in_features: int, row: int = _ROW) -> tuple[Tensor, int]:
-    """Rows that begin at a multiple of `row` bytes, and their stride in elements: x itself, or a
-    copy, of rows that 16 bytes divide."""
-    padded = -(-in_features * x.dtype.itemsize // _ROW) * _ROW // x.dtype.itemsize
-    whole = row // x.dtype.itemsize  # elements
+class _Part(NamedTuple):
+    """Tokens of x that one launch takes: first, first + step, ..."""
+
+    address: int  # of the first, less `skip` elements
+    stride: int  # from one to the next, in elements
+    skip: int
+    tokens: int
+    first: int = 0
+    step: int = 1
+
+
+def _parts(
+    x: Tensor, w24: Sparse24, kernel: str, config: int, types: Types, index: int
+) -> tuple[Tensor, Sequence[_Part]]:
+    """What the launches of a kernel read of x, and the tensor that holds it: x, or a copy."""
+    out_features, in_features = w24.shape
+    tokens, row = x.numel() // in_features, _row(kernel, x.dtype.itemsize)
+    if kernel not in SKIPPING:
+        return _rows(x, tokens, in_features, row)
+    halves = in_halves(kernel, config, tokens, out_features, in_features, index, types)
+    return _rows(x, tokens, in_features, row, _SKIP, halves)
+
+
+def _runs(
+    parts: Sequence[_Part],
+    w24: Sparse24,
+    kernel: str,
+    config: int,
+    types: Types,
+    y: Tensor,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    group: int = 0,
+) -> Iterator[tuple[Any, dict[str, int]]]:
+    """(native Linear, its addresses of x, y and the residual) of each part; y is contiguous."""
+    out_features = w24.shape[0]
+    row, stride = (0, 0) if residual is None else (residual.data_ptr(), residual.stride(0))
+    for part in parts:
+        size, step = (part.tokens, *w24.shape), part.step
+        fixed = (kernel, config, *size, part.stride, step * stride, types, activation, group)
+        of_part = dict(
+            x=part.address, y=y.data_ptr() + part.first * out_features * y.dtype.itemsize
+        )
+        if residual is not None:
+            of_part["residual"] = row + part.first * stride * residual.dtype.itemsize
+        yield _native_linear(*fixed, x_skip=part.skip, y_step=step), of_part
+
+
+def _aligned_rows(x: Tensor, tokens: int, in_features: int) -> tuple[Tensor, int]:
+    """Rows that begin at a multiple of 16 bytes, and their stride in elements: x or a copy."""
+    rows, (part,) = _rows(x, tokens, in_features)
+    return rows, part.stride
+
+
+def _rows(
+    x: Tensor, tokens: int, in_features: int, row: int = _ROW, skip: int = 0, halves: bool = False
+) -> tuple[Tensor, Sequence[_Part]]:
+    """(the tensor, its parts) of x as it lies, where in each part all rows begin at a multiple of
+    `row` bytes, or all `skip` bytes beyond; else of a copy, with rows that 16 bytes divide.
+
+    halves: there may be two parts, of the even and of the odd tokens.
+    """
+    size = x.dtype.itemsize
+    padded = -(-in_features * size // _ROW) * _ROW // size
     if x.is_contiguous():
         stride, step = in_features, 1
     else:
         x = x.reshape(tokens, in_features)
         stride, step = x.stride()
     if tokens == 1:
-        stride = padded  # never taken: any valid one will do
-    if step == 1 and stride % whole == 0 and stride >= in_features and x.data_ptr() % row == 0:
-        return x, stride
+        stride = 2 * padded  # never taken: any valid one will do
+    first, begin = x.data_ptr(), x.storage_offset() * size
+    for count in (1, 2) if halves else (1,):
+        beyond = [(first + i * stride * size) % row for i in range(count)]
+        apart = count * stride  # room for a row and what is skipped before it
+        fetched = apart * size % row == 0 and apart * size >= in_features * size + max(beyond)
+        fetched = (
+            fetched and {*beyond} <= {0, skip} and beyond[0] <= begin
+        )  # none before x's memory
+        if fetched and step == 1 and stride >= in_features:
+            return x, [
+                _Part(
+                    address=first + i * stride * size - beyond[i],
+                    stride=apart,
+                    skip=beyond[i] // size,
+                    tokens=-(-(tokens - i) // count),
+                    first=i,
+                    step=count,
+                )
+                for i in range(count)
+            ]
     rows = x.new_empty((tokens, padded))[:, :in_features]
     _copy_rows(rows, x.reshape(tokens, in_features))
-    return rows, padded
+    return rows, [_Part(rows.data_ptr(), padded, 0, tokens)]
 
 
 def _copy_rows(rows: Tensor, x: Tensor) -> None:
