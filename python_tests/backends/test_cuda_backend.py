@@ -17,6 +17,7 @@ from sparsekern.backends.cuda import tuned_tables as tuning
 from sparsekern.backends.cuda.backend import CudaBackend, PreciseBackend, SixteenBitBackend
 from sparsekern.backends.cuda.coefficients import TIMES
 from sparsekern.backends.cuda.narrow_model import NarrowTile
+from sparsekern.backends.cuda.native import _indices, gated_config
 from sparsekern.backends.cuda.variant import Bits, MmaTile, RowBlocks, SplitTile, Tile, variant_name
 from sparsekern.backends.protocol import problem_of
 from sparsekern.backends.triton.backend import TritonBackend
@@ -112,8 +113,8 @@ def native(monkeypatch, tmp_path):
 def forget():
     for name in CACHED:
         getattr(cuda_backend, name).cache_clear()
-    scaled_linear._built_for.cache_clear()
-    configs.in_halves.cache_clear()
+    for cached in (scaled_linear._built_for, configs.in_halves, gated_config, _indices):
+        cached.cache_clear()
     tuning.forget()
     registry.changed()
 

@@ -136,11 +136,14 @@ def aligned_rows(x):
     return rows.view(tokens, stride)[:, :in_features].copy_(x)
 
 
-def contiguous_rows(x, before):
-    """x, contiguous, `before` elements behind a 16-byte address; around it NaN."""
-    memory = torch.full((before + x.numel() + 32,), float("nan"), dtype=x.dtype)
+def rows_behind(x, before):
+    """x, `before` elements behind a 16-byte address; around it NaN. Contiguous, but for 16 bytes
+    between rows that 16 bytes divide."""
+    tokens, stride = x.shape[0], x.shape[1] + (8 if x.shape[1] % 8 == 0 else 0)
+    memory = torch.full((before + tokens * stride + 32,), float("nan"), dtype=x.dtype)
     start = -memory.data_ptr() % 16 // x.itemsize + before
-    return memory[start : start + x.numel()].view(x.shape).copy_(x)
+    rows = memory[start : start + tokens * stride].view(tokens, stride)
+    return rows[:, : x.shape[1]].copy_(x)
 
 
 def on_16_bytes(tensor):
@@ -208,13 +211,13 @@ def call(
     activation(x · wᵀ * scale * token_scale + bias) + residual.
 
     w: the stored numbers, float32; of_groups: scales [out, groups] of `group` columns; dtype: of y,
-    if not that of x; before: x is read where it lies, as `contiguous_rows`, in as many launches as
-    that takes. freedoms: late, falling, clusters, lag_first, lag_count, beside, again.
+    if not that of x; before: x is read where it lies, as `rows_behind`, in as many launches as that
+    takes. freedoms: late, falling, clusters, lag_first, lag_count, beside, again.
     """
     (tokens, in_features), out_features = x.shape, w.shape[0]
     output = Output(tokens, out_features, dtype or x.dtype, stride, shift)
     values, metadata = map(on_16_bytes, tiles(w, weight, group, of_groups))
-    x = aligned_rows(x) if before is None else contiguous_rows(x, before)
+    x = aligned_rows(x) if before is None else rows_behind(x, before)
     lies, parts = _rows(x, tokens, in_features, skip=8, halves=True)
     assert lies.data_ptr() == x.data_ptr(), "no copy"
     tensors = dict(

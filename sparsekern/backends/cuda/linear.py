@@ -587,16 +587,15 @@ def _rows(
     first, begin = x.data_ptr(), x.storage_offset() * size
     for count in (1, 2) if halves else (1,):
         beyond = [(first + i * stride * size) % row for i in range(count)]
-        apart = count * stride  # room for a row and what is skipped before it
-        fetched = apart * size % row == 0 and apart * size >= in_features * size + max(beyond)
-        fetched = (
-            fetched and {*beyond} <= {0, skip} and beyond[0] <= begin
-        )  # none before x's memory
+        apart = count * stride * size
+        fetched = apart % row == 0 and {*beyond} <= {0, skip}
+        # What is skipped lies in x's memory, and between rows.
+        fetched &= beyond[0] <= begin and in_features * size + max(beyond) <= apart
         if fetched and step == 1 and stride >= in_features:
             return x, [
                 _Part(
                     address=first + i * stride * size - beyond[i],
-                    stride=apart,
+                    stride=count * stride,
                     skip=beyond[i] // size,
                     tokens=-(-(tokens - i) // count),
                     first=i,
