@@ -109,9 +109,6 @@ class Linear:
             0: none but channel_scale.
         stored_dtype: of the weight as it is passed; None is weight_dtype. Of 8 or 4 bits beside a
             weight_dtype of 16: every call first writes levels times scales, rounded, to `widened`.
-        x_skip: elements between the address x and the first row, and so between each row and the
-            place that x_stride gives it: 0, or as many as 8 bytes hold. So rows that begin 8 bytes
-            beyond a multiple of 16 are read where they lie; of the kernels decode, prefill, split.
     Raises:
         ValueError: an unknown kernel, config, dtype or activation; types or a size that the kernel
             does not take.
@@ -135,7 +132,6 @@ class Linear:
         activation: str | None = None,
         scale_group: int = 0,
         stored_dtype: str | None = None,
-        x_skip: int = 0,
     ) -> None: ...
 
     needs_workspace: bool  # whether a call should pass one; 0 does without, and is slower

@@ -50,7 +50,6 @@ struct EpilogueArguments {
 struct LinearProblem {
   int tokens, out_features, in_features;
   Rows x;
-  int x_skip;  // a row of x begins so many elements after its place there: 0, or 8 bytes of them
   DType weight_dtype;  // storage type of the values
   int scale_group;     // of int4: columns that share a scale of the metadata (tile64.cuh); 0: none
   Operand weight;

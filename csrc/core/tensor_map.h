@@ -49,11 +49,10 @@ inline Status check_x(const char* op, const LinearProblem& p, int bytes = 16) {
   return {};
 }
 
-// Its column x_skip is the first of x: a box may begin at any.
 inline Status make_activation_map(const char* op, CUtensorMap& map, const LinearProblem& p,
                                   int box_rows) {
   SK_RETURN_IF_ERROR(check_x(op, p));
-  return make_tensor_map(op, map, p.x, p.tokens, p.in_features + p.x_skip, box_rows);
+  return make_tensor_map(op, map, p.x, p.tokens, p.in_features, box_rows);
 }
 
 // y must be 16-byte aligned, with y_stride a multiple of 8.

@@ -123,8 +123,7 @@ struct Params {
   tile64::Extent extent;
   int row_blocks;
   int tokens;
-  int x_skip;  // the column of x_map that is the first of x
-  int ranks;   // CTAs of a cluster, a power of two; for kernels that have all splits
+  int ranks;  // CTAs of a cluster, a power of two; for kernels that have all splits
 };
 
 template <class Cfg>
@@ -138,7 +137,6 @@ Params<Cfg> make_params(const LinearProblem& p) {
   params.extent = tile64::Extent::of<typename Cfg::Tile>(p.out_features, p.in_features);
   params.row_blocks = tile64::ceil_div(params.extent.panels, Cfg::kPanels);
   params.tokens = p.tokens;
-  params.x_skip = p.x_skip;
   return params;
 }
 
@@ -231,8 +229,8 @@ struct Producer {
 #pragma unroll
     for (int box = 0; box < Cfg::kXBoxes; ++box)
       ptx::tensor_copy(smem.x(stage) + box * Cfg::kXBoxBytes, x_map,
-                       k_tile * Cfg::Tile::kDenseK + box * Cfg::kXBoxColumns + p.x_skip, 0,
-                       smem.full(stage), ptx::L2Hint::kEvictLast);
+                       k_tile * Cfg::Tile::kDenseK + box * Cfg::kXBoxColumns, 0, smem.full(stage),
+                       ptx::L2Hint::kEvictLast);
   }
   // The first turn of the ring: weights at once, x when the kernel that made it has finished.
   // Returns the tiles issued.

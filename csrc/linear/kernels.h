@@ -76,7 +76,6 @@ enum Takes : unsigned {
   kTakesTokenScale = 4,    // the same
   kTakesUp = 8,            // a second weight: gated
   kTakesWorkspace = 16,    // linear/workspace.h; see Kernel::sharing
-  kTakesSkip = 32,         // x_skip
 };
 
 struct Kernel {
@@ -96,11 +95,10 @@ struct Kernel {
 // finished (programmatic dependent launch), so they must not come from it, unless
 // LinearProblem::weight_is_new says so.
 inline constexpr Kernel kKernels[] = {
-    {"decode", kDecode, kDecodeConfigs, 64, kTakesEpilogue | kTakesSkip},
+    {"decode", kDecode, kDecodeConfigs, 64, kTakesEpilogue},
     {"decode_gated", kDecodeGated, kDecodeConfigs, 32, kTakesUp},
-    {"prefill", kPrefill, kPrefillConfigs, 0, kTakesEpilogue | kTakesWorkspace | kTakesSkip},
-    {"split", kSplit, kSplitConfigs, 0, kTakesEpilogue | kTakesWorkspace | kTakesSkip,
-     SK_SPLIT_ACROSS},
+    {"prefill", kPrefill, kPrefillConfigs, 0, kTakesEpilogue | kTakesWorkspace},
+    {"split", kSplit, kSplitConfigs, 0, kTakesEpilogue | kTakesWorkspace, SK_SPLIT_ACROSS},
     {"narrow", kNarrow, kNarrowConfigs, 0, kTakesEpilogue},
     {"mma", kMma, kMmaConfigs, 0, kTakesEpilogue},
     {"naive", kNaive, kNaiveConfigs, 0, kTakesEpilogue | kTakesChannelScale | kTakesTokenScale},

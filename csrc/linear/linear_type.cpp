@@ -31,7 +31,7 @@ constexpr const char* kOp = "sparsekern._C.Linear";
 constexpr const char* kInitNames[] = {"kernel",          "config",       "tokens",   "out_features",
                                       "in_features",     "x_stride",     "y_stride", "dtype",
                                       "residual_stride", "weight_dtype", "x_dtype",  "activation",
-                                      "scale_group",     "stored_dtype", "x_skip"};
+                                      "scale_group",     "stored_dtype"};
 struct Init {
   enum {
     kKernel,
@@ -49,7 +49,6 @@ struct Init {
     kActivation,
     kScaleGroup,
     kStoredDtype,
-    kXSkip,
     kCount
   };
 };
@@ -228,11 +227,6 @@ Status check(const LinearObject& object, bool has_activation) {
   SK_CHECK_REL(kOp, x_stride, >=, 0, "Pass the stride of a row of x in elements.");
   SK_CHECK_REL(kOp, y_stride, >=, 0, "Pass the stride of a row of y in elements.");
   SK_CHECK_REL(kOp, residual_stride, >=, 0, "Pass the stride of a row in elements.");
-  const int skip = kernel.takes & kTakesSkip ? 64 / info(p.x.dtype).storage_bits : 0;
-  if (p.x_skip != 0 && p.x_skip != skip)
-    return make_status(StatusKind::value, kOp, ": expected x_skip 0",
-                       skip != 0 ? " or " + std::to_string(skip) : "", " with kernel '",
-                       kernel.name, "', got ", p.x_skip, ". Copy x to aligned memory.");
   if (kernel.max_tokens > 0) {
     const int max_tokens = kernel.max_tokens;
     SK_CHECK_REL(kOp, tokens, <=, max_tokens, "Use the prefill kernel.");
@@ -267,7 +261,6 @@ bool fill(LinearObject& object, PyObject* const* values) {
       !read_init(values, Init::kYStride, p.y.stride) ||
       !read_init(values, Init::kResidualStride, p.epilogue.residual_stride) ||
       !read_init(values, Init::kScaleGroup, p.scale_group) ||
-      !read_init(values, Init::kXSkip, p.x_skip) ||
       !read_dtype(values[Init::kDtype], "dtype", p.y.dtype) ||
       !read_activation(values[Init::kActivation], p.epilogue.activation))
     return false;
@@ -420,7 +413,7 @@ PyType_Slot slots[] = {
     {Py_tp_doc,
      const_cast<char*>("Linear(*, kernel, config, tokens, out_features, in_features, x_stride, "
                        "y_stride, residual_stride=0, dtype, weight_dtype=None, x_dtype=None, "
-                       "activation=None, scale_group=0, stored_dtype=None, x_skip=0)\n--\n\n"
+                       "activation=None, scale_group=0, stored_dtype=None)\n--\n\n"
                        "The fixed part of a launch, checked once; called with its addresses.")},
     {Py_tp_new, reinterpret_cast<void*>(&make)},
     {Py_tp_dealloc, reinterpret_cast<void*>(&destroy)},

@@ -54,7 +54,6 @@ Status launch(const LinearProblem& p, ClusterShape cluster, cudaStream_t stream)
   if (params.whole_boxes) SK_RETURN_IF_ERROR(make_output_map(kOp, y_map, p, kBlockTokens));
   params.extent = tile64::Extent::of<typename Cfg::Tile>(p.out_features, p.in_features);
   params.tokens = p.tokens;
-  params.x_skip = p.x_skip;
   params.cluster = cluster;
   params.tile_rows = tile64::ceil_div(p.out_features, Cfg::kRows * cluster.m);
   params.tile_columns = tile64::ceil_div(p.tokens, kTokens * cluster.n);

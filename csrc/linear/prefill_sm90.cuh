@@ -71,11 +71,12 @@ __device__ __forceinline__ void produce_x(const CUtensorMap* x_map,
     ptx::store_shared_int4(smem.tile(ring.stage()),
                            {tile.m, tile.n, index, item.k_end - item.k_begin});
     ptx::mbarrier_arrive_expect_bytes(full, Cfg::kXBytes);
-    const int column = k_tile * Cfg::Tile::kDenseK + p.x_skip;
     if (p.cluster.m == 1)
-      ptx::tensor_copy(slice, x_map, column, row, full, ptx::L2Hint::kEvictNormal);
+      ptx::tensor_copy(slice, x_map, k_tile * Cfg::Tile::kDenseK, row, full,
+                       ptx::L2Hint::kEvictNormal);
     else
-      ptx::tensor_copy_multicast(slice, x_map, column, row, full, mask, ptx::L2Hint::kEvictNormal);
+      ptx::tensor_copy_multicast(slice, x_map, k_tile * Cfg::Tile::kDenseK, row, full, mask,
+                                 ptx::L2Hint::kEvictNormal);
     ring.advance();
   }
 }

@@ -51,7 +51,6 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
   params.out = make_epilogue<Y, Cfg::kScaled>(p);
   params.extent = extent;
   params.tokens = p.tokens;
-  params.x_skip = p.x_skip;
   params.column_tokens = column_tokens;
   params.tile_rows = tile64::ceil_div(p.out_features, Cfg::kRows);
   params.only_round = only_adds_bias(params.out);

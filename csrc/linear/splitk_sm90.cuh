@@ -83,7 +83,6 @@ struct Params {
   Output out;
   tile64::Extent extent;
   int tokens;
-  int x_skip;         // the column of x_map that is the first of x
   int column_tokens;  // of a column of tiles, up to kTokens; a multiple of 8
   int tile_rows;      // tiles along M; the clusters go through them first
   bool only_round;    // y is sums plus bias, rounded
@@ -122,17 +121,16 @@ struct Part {
 };
 
 template <class Cfg>
-__device__ __forceinline__ void produce_x(const CUtensorMap* x_map,
-                                          const Params<typename Cfg::Output>& p, const Part& part,
-                                          const prefill::Smem<Cfg>& smem) {
+__device__ __forceinline__ void produce_x(const CUtensorMap* x_map, int column_tokens,
+                                          const Part& part, const prefill::Smem<Cfg>& smem) {
   prefill::RingPosition<Cfg::kStages> ring;
 #pragma unroll 1
   for (int k_tile = part.k_begin; k_tile < part.k_end; ++k_tile) {
     const int stage = ring.stage();
     ptx::mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
     ptx::store_shared_int4(smem.tile(stage), {part.m, part.n, 0, part.k_end - part.k_begin});
-    ptx::mbarrier_arrive_expect_bytes(smem.full(stage), p.column_tokens * 128);
-    ptx::tensor_copy(smem.x(stage), x_map, k_tile * Cfg::Tile::kDenseK + p.x_skip, part.token,
+    ptx::mbarrier_arrive_expect_bytes(smem.full(stage), column_tokens * 128);
+    ptx::tensor_copy(smem.x(stage), x_map, k_tile * Cfg::Tile::kDenseK, part.token,
                      smem.full(stage), ptx::L2Hint::kEvictNormal);
     ring.advance();
   }
@@ -369,7 +367,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp_idx == 0) {
       if (ptx::elect_one()) {
         ptx::wait_for_predecessor();  // it made x; it may read y
-        produce_x<Cfg>(&x_map, p, part, smem);
+        produce_x<Cfg>(&x_map, p.column_tokens, part, smem);
       }
     } else if (warp_idx == 1) {
       if (ptx::elect_one()) produce_weights<Cfg>(p, part, smem);

@@ -94,7 +94,6 @@ struct Params {
   uint32_t* counters;  // [CTA tile of the rest][consumer][2]: arrived, done; zero between launches
   uint16_t row_mask;   // CTAs of the cluster's first row; shifted by a CTA's place in its column
   int group_m;         // rows of cluster tiles that are walked together, for L2
-  int x_skip;          // column of x_map that is x's first. The last member: else 208 tokens spill
 };
 
 template <class Cfg>

@@ -113,16 +113,22 @@ def call(
     cut_k=True,
     channel_scale=None,
     token_scale=None,
+    halves=None,
 ):
-    """Launches a kernel of the native module on the first `tokens` rows of the problem; twice where
-    it can fetch every other row of x alone.
+    """Launches a kernel of the native module on the first `tokens` rows of the problem.
 
     cut_k=False keeps the workspace from prefill, which then never cuts a tile along in_features.
+    halves: rows of x that the kernel cannot fetch are copied: all (False), or every other one, of
+    two launches (True).
     """
-    x, parts = p.x, [cuda_backend._Part(p.x.data_ptr(), p.x.stride(0), 0, tokens)]
-    if kernel in cuda_backend.SKIPPING and tokens:
-        x, parts = cuda_backend._rows(x[:tokens], tokens, p.in_features, skip=8, halves=True)
-    assert x.data_ptr() == p.x.data_ptr(), "no copy"
+    parts = [cuda_backend._Part(p.x, p.x.stride(0), tokens)]
+    if halves is not None:
+        of = tokens, p.in_features, cuda_backend._row(kernel), halves
+        parts = cuda_backend._rows(p.x[:tokens], *of)
+        for part in parts:
+            if part.source is not None:
+                part.rows._base.fill_(float("nan"))
+        cuda_backend._copy(parts)
     operands = dict(bias=bias, channel_scale=channel_scale, token_scale=token_scale)
     row = 0 if residual is None else residual.stride(0)
     for part in parts:
@@ -133,7 +139,6 @@ def call(
             out_features=p.out_features,
             in_features=p.in_features,
             x_stride=part.stride,
-            x_skip=part.skip,
             y_stride=part.step * y.stride(0),
             residual_stride=part.step * row,
             dtype=str(p.dtype).removeprefix("torch."),
@@ -142,7 +147,7 @@ def call(
         if linear.needs_workspace and cut_k:
             operands["workspace"] = workspace()
         linear(
-            x=part.address,
+            x=part.rows.data_ptr(),
             values=p.w24.values.data_ptr(),
             metadata=p.w24.metadata.data_ptr(),
             y=y.data_ptr() + part.first * y.stride(0) * y.itemsize,

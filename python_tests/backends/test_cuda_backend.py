@@ -435,62 +435,97 @@ def fixed_plan(kernel, config):
 
 @pytest.mark.parametrize("kernel, config", [("decode", 1), ("split", ACROSS), ("prefill", 0)])
 @pytest.mark.parametrize("tokens", [2, 3, 64])
-def test_even_and_odd_tokens_are_two_launches(on_cpu, monkeypatch, kernel, config, tokens):
-    """Rows of 8 bytes beyond 16, of x, y and the residual; one workspace."""
-    asked = []
+@pytest.mark.parametrize("beyond", [0, 4], ids=["from 16 bytes on", "from 8 beyond"])
+def test_half_the_rows_are_copied(on_cpu, monkeypatch, kernel, config, tokens, beyond):
+    """The even or the odd tokens lie where they are; two launches, in order, of one workspace."""
+    asked, copied = [], []
     monkeypatch.setattr(cuda_backend, "in_halves", lambda *problem: asked.append(problem) or True)
+    copy = cuda_backend._copy_rows
+    monkeypatch.setattr(
+        cuda_backend, "_copy_rows", lambda *of: copied.append((*of, len(on_cpu.calls))) or copy(*of)
+    )
     w24 = pack(compress(random_weight(70, 132, torch.bfloat16)))
-    x, bias = torch.ones(tokens, 132).bfloat16(), torch.ones(70).bfloat16()
-    residual = torch.ones(tokens, 75).bfloat16()[:, 3:73]
-    on_16 = x.data_ptr() % 16 == 0
+    x = on_16_bytes(beyond + tokens * 132)[beyond:].view(tokens, 132)
+    bias, residual = torch.ones(70).bfloat16(), torch.ones(tokens, 75).bfloat16()[:, 3:73]
     y = cuda_backend.linear(x, w24, bias, "relu", residual, plan=fixed_plan(kernel, config))
     assert asked == [(kernel, config, tokens, 70, 132, -1, configs.Types.of(BF16))]
-    assert on_16 and y.shape == (tokens, 70) and len(on_cpu.calls) == 2
-    for first, call in enumerate(on_cpu.calls):
-        row, skip = x.data_ptr() + first * 264, 4 * first
-        assert (call["x"], call["x_stride"]) == (row - 2 * skip, 264)
-        assert call.get("x_skip", 0) == skip and call["x"] % 16 == 0
+    assert y.shape == (tokens, 70) and len(on_cpu.calls) == 2
+    ((rows, source, launched),) = copied
+    lies, copies = (0, 1) if beyond == 0 else (1, 0)
+    assert launched == 0 and torch.equal(rows, x[copies::2])
+    assert source.data_ptr() == x[copies].data_ptr()
+    places = (x[lies].data_ptr(), 264), (rows.data_ptr(), 136)
+    for call, first, place in zip(on_cpu.calls, (lies, copies), places, strict=True):
+        assert (call["x"], call["x_stride"]) == place and call["x"] % 16 == 0
         assert call["tokens"] == (tokens + 1 - first) // 2
         assert (call["y"], call["y_stride"]) == (y.data_ptr() + first * 140, 140)
         assert call["residual"] == residual.data_ptr() + first * 150
         assert call["residual_stride"] == 150 and call["bias"] == bias.data_ptr()
     same = {"values", "metadata", "stream", "workspace", "kernel", "config", "activation"}
-    even, odd = ({name: call[name] for name in same} for call in on_cpu.calls)
-    assert even == odd and bool(even["workspace"]) == (kernel != "decode")
+    one, other = ({name: call[name] for name in same} for call in on_cpu.calls)
+    assert one == other and bool(one["workspace"]) == (kernel != "decode")
 
 
 def test_a_launcher_does_what_bind_does(on_cpu, monkeypatch):
-    """Two launches or a copy and one, by the same decision."""
+    """A copy of all rows or of half, by the same decision, and in every call."""
+    copied = []
+    copy = cuda_backend._copy_rows
+    monkeypatch.setattr(
+        cuda_backend, "_copy_rows", lambda rows, x: copied.append(len(x)) or copy(rows, x)
+    )
     w24 = pack(compress(random_weight(64, 132, torch.bfloat16)))
-    x, y = torch.ones(5, 132).bfloat16(), torch.ones(5, 64).bfloat16()
+    x, y = on_16_bytes(5 * 132).view(5, 132), torch.ones(5, 64).bfloat16()
     space = torch.zeros(64, dtype=torch.uint8)
-    same = ("kernel", "config", "tokens", "x_stride", "x_skip", "y_stride")
+    same = ("kernel", "config", "tokens", "x_stride", "y_stride")
     for halves in (False, True):
         monkeypatch.setattr(heuristics, "in_halves", lambda *problem, halves=halves: halves)
         configs.in_halves.cache_clear()
-        for name in (f"prefill {TILES[1]}", "decode 128 rows, split 4", f"mma {MMA_TILES[1]}"):
-            cuda_backend.linear(x, w24, plan=fixed_plan(*configs.variants()[name]))
-            bound = [*on_cpu.calls]
-            on_cpu.calls.clear()
-            cuda_backend.launcher(name, x, w24, y, space)()
-            launched = [*on_cpu.calls]
-            on_cpu.calls.clear()
-            assert len(bound) == (2 if halves and not name.startswith("mma") else 1)
-            for ours, theirs in zip(bound, launched, strict=True):
-                assert [ours.get(of) for of in same] == [theirs.get(of) for of in same]
-            offsets = [[call["y"] - calls[0]["y"] for call in calls] for calls in (bound, launched)]
-            assert offsets[0] == offsets[1]
+        for name in (f"prefill {TILES[1]}", "decode 128 rows, split 4"):
+            launch = cuda_backend.launcher(name, x, w24, y, space)
+            assert not copied and not on_cpu.calls
+            done = []
+            for run in (
+                lambda name=name: cuda_backend.linear(
+                    x, w24, plan=fixed_plan(*configs.variants()[name])
+                ),
+                launch,
+                launch,
+            ):
+                run()
+                calls = [[call.get(of) for of in same] for call in on_cpu.calls]
+                offsets = [call["y"] - on_cpu.calls[0]["y"] for call in on_cpu.calls]
+                done.append(([*copied], calls, offsets))
+                copied.clear()
+                on_cpu.calls.clear()
+            bound, *launched = done
+            assert [bound, bound] == launched and bound[0] == [2 if halves else 5]
+            assert len(bound[1]) == (2 if halves else 1)
 
 
-def test_which_variants_read_halves(native):
-    """As the cost model says of the variant behind the config, on Hopper alone."""
-    problem = 5024, 110, 4068
+def test_a_launcher_copies_the_x_of_each_call(on_cpu, monkeypatch):
+    monkeypatch.setattr(cuda_backend, "in_halves", lambda *problem: True)
+    w24 = pack(compress(random_weight(64, 132, torch.bfloat16)))
+    x, y = on_16_bytes(4 * 132).view(4, 132), torch.ones(4, 64).bfloat16()
+    space, parts = torch.zeros(64, dtype=torch.uint8), []
+    rows = cuda_backend._rows
+    monkeypatch.setattr(cuda_backend, "_rows", lambda *of: parts.extend(rows(*of)) or parts)
+    launch = cuda_backend.launcher(f"prefill {TILES[1]}", x, w24, y, space)
+    for number in (3, 5):
+        x.fill_(number)
+        launch()
+        assert all(part.rows.eq(number).all() for part in parts)
+
+
+def test_of_which_variants_half_is_copied(native):
+    """As the cost model says of the variant behind the config; of none that it does not know."""
+    problem = 20000, 64, 4092
     for name, (kernel, config) in configs.variants().items():
         (variant,) = (v for v in configs._built() if variant_name(v) == name)
         expected = heuristics.in_halves(variant, *problem, 132)
         assert configs.in_halves(kernel, config, *problem, 0) == expected
     assert configs.in_halves("prefill", 0, *problem, 0)
     assert not configs.in_halves("mma", 0, *problem, 0)
+    assert not configs.in_halves("naive", 0, *problem, 0)
     eight = configs.Types("int8", "int8", BF16)
     assert not configs.in_halves("prefill", 0, *problem, 0, eight)
 
@@ -766,10 +801,11 @@ def test_rows_of_8_bytes_that_the_mma_kernel_takes(on_cpu, monkeypatch):
     assert cuda_backend._row("mma", 1) == 16
     x = torch.arange(64.0).to(torch.bfloat16).view(16, 4)
     for rows in (x, x[:, :], x.view(-1)[4:].view(15, 4)):
-        same, (part,) = cuda_backend._rows(rows, len(rows), 4, 8)
-        assert same.data_ptr() == rows.data_ptr() and part.stride == 4
-    copy, (part,) = cuda_backend._rows(x.view(-1)[2:62].view(15, 4), 15, 4, 8)
-    assert part.stride == 8 and torch.equal(copy, x.view(-1)[2:62].view(15, 4))
+        (part,) = cuda_backend._rows(rows, len(rows), 4, 8)
+        assert part.rows.data_ptr() == rows.data_ptr() and (part.stride, part.source) == (4, None)
+    at_4 = x.view(-1)[2:62].view(15, 4)
+    (part,) = cuda_backend._rows(at_4, 15, 4, 8)
+    assert part.stride == 8 and part.source.data_ptr() == at_4.data_ptr()
     w24, x = pack(compress(random_weight(64, 132, torch.bfloat16))), torch.ones(2, 132).bfloat16()
     for kernel, stride in (("mma", 132), ("prefill", 136)):
         cuda_backend.linear(x, w24, plan=lambda *problem, kernel=kernel: (kernel, 0))
@@ -777,73 +813,67 @@ def test_rows_of_8_bytes_that_the_mma_kernel_takes(on_cpu, monkeypatch):
         assert call["x_stride"] == stride and (call["x"] == x.data_ptr()) == (kernel == "mma")
 
 
-def covers(x, parts, row=16):
-    """Whether every token of x lies in one part, where this part says, no address outside of x's
-    memory."""
-    size, tokens = x.itemsize, x.shape[0]
-    places = {}
+def on_16_bytes(elements):
+    """Numbers in bfloat16 from a multiple of 16 bytes on."""
+    data = torch.arange(elements + 8.0).to(torch.bfloat16)
+    return data[-data.data_ptr() % 16 // 2 :][:elements]
+
+
+def copied_tokens(x, halves=True):
+    """Which tokens of x are copied; every one is in one part, where the kernels can fetch it."""
+    parts = cuda_backend._rows(x, *x.shape, halves=halves)
+    cuda_backend._copy(parts)
+    seen, copied = {}, []
     for part in parts:
-        assert part.address % row == 0 and part.stride * size % row == 0 and part.tokens > 0
-        assert part.stride >= x.shape[1] + part.skip
-        assert part.address >= x.untyped_storage().data_ptr() and part.skip in (0, 8 // size)
-        for i in range(part.tokens):
-            place = part.address + (part.skip + i * part.stride) * size
-            places[part.first + i * part.step] = place
-    first = x.data_ptr()
-    assert sum(part.tokens for part in parts) == tokens
-    return tokens == 1 or places == {t: first + t * x.stride(0) * size for t in range(tokens)}
+        tokens = range(len(x))[part.first :: part.step]
+        assert len(tokens) == part.tokens == len(part.rows) > 0
+        assert part.rows.data_ptr() % 16 == 0 == part.stride * x.itemsize % 16
+        assert part.stride >= x.shape[1]
+        assert part.tokens == 1 or part.stride == part.rows.stride(0)
+        assert part.rows.stride(1) == 1 and torch.equal(part.rows, x[tokens])
+        lies = part.rows.data_ptr() == x[part.first].data_ptr()
+        assert lies == (part.source is None)
+        copied += [] if lies else tokens
+        seen |= dict.fromkeys(tokens)
+    assert sum(part.tokens for part in parts) == len(seen) == len(x)
+    return copied
 
 
-def test_rows_that_are_read_where_they_lie():
-    """In one launch or two, from 16 bytes on and from 8 beyond."""
-    data = torch.arange(600.0).to(torch.bfloat16)
-    data = data[-data.data_ptr() % 16 // 2 :]
+def test_rows_of_which_every_other_one_lies_on_16_bytes():
+    data = on_16_bytes(600)
     for tokens in (1, 2, 3, 4, 7):
-        wide = data[: tokens * 20].view(tokens, 20)  # rows at 0, 8, 0, ...
-        beyond, even = data[4 : 4 + tokens * 20].view(tokens, 20), data[: tokens * 24]
-        for x, count in (
-            (wide, 2),
-            (beyond, 2),
-            (wide[:, :12], 2),
-            (wide[:, 4:16], 2),
-            (even.view(tokens, 24), 1),
-            (even.view(tokens, 24)[:, 4:20], 1),
-            (data[4 : 4 + tokens * 24].view(tokens, 24), 2),
-            (data[: tokens * 40].view(2 * tokens, 20)[::2], 1),
-            (data[: tokens * 40].view(2 * tokens, 20)[1::2], 1),
+        even, odd = [*range(0, tokens, 2)], [*range(1, tokens, 2)]
+        wide, beyond = (data[at : at + tokens * 20].view(tokens, 20) for at in (0, 4))
+        for x, copied in (
+            (wide, odd),
+            (beyond, even),
+            (wide[:, :12], odd),
+            (wide[:, 4:16], even),
+            (data[: tokens * 24].view(tokens, 24), []),
+            (data[: tokens * 24].view(tokens, 24)[:, :20], []),
+            (data[: tokens * 40].view(2 * tokens, 20)[::2], []),
         ):
-            rows, parts = cuda_backend._rows(x, *x.shape, skip=8, halves=True)
-            assert rows.data_ptr() == x.data_ptr() and covers(x, parts)
-            assert len(parts) == (count if tokens > 1 else 1)
-            if len(parts) == 2:
-                copy, (part,) = cuda_backend._rows(x, *x.shape, skip=8)
-                assert copy.data_ptr() != x.data_ptr() and covers(copy, [part])
-                assert torch.equal(copy, x)
-    eight = data.view(torch.int8)[: 3 * 48].view(3, 48)[:, 8:40]
-    (part,) = cuda_backend._rows(eight, 3, 32, skip=8)[1]
-    assert covers(eight, [part]) and part.skip == 8
+            assert copied_tokens(x) == copied
+            assert copied_tokens(x, halves=False) == ([*range(tokens)] if copied else [])
 
 
-def test_rows_that_are_copied_whatever_the_launches():
-    """Nothing before the memory of x, elements at 4 bytes, rows that overlap or turn back."""
-    data = torch.arange(600.0).to(torch.bfloat16)
-    data = data[-data.data_ptr() % 16 // 2 :]
-    at_8 = torch.frombuffer(data.view(torch.int16).numpy(), dtype=torch.bfloat16, offset=8)
-    assert at_8.data_ptr() % 16 == 8 and at_8.storage_offset() == 0
+def test_rows_that_are_all_copied():
+    """All 8 bytes beyond 16, elements at 4 bytes, rows that overlap or turn back."""
+    data = on_16_bytes(600)
     for x in (
-        at_8[:60].view(3, 20),
-        at_8[:72].view(3, 24),
+        data[4:76].view(3, 24),
+        data[:72].view(3, 24)[:, 4:],
+        data[:120].view(6, 20)[1::2],
         data[2:62].view(3, 20),
         data[:66].view(3, 22),
         data[:40].view(20, 2).t(),
         data[:20].expand(3, 20),
         data.as_strided((3, 20), (12, 1)),
     ):
-        rows, parts = cuda_backend._rows(x, *x.shape, skip=8, halves=True)
-        assert rows.data_ptr() != x.data_ptr() and torch.equal(rows, x)
-        assert len(parts) == 1 and covers(rows, parts)
-    after = at_8[20:80].view(3, 20)
-    assert len(cuda_backend._rows(after, 3, 20, skip=8, halves=True)[1]) == 2, "not the first"
+        assert copied_tokens(x) == [*range(len(x))]
+    x = data[:240].view(3, 4, 20)  # of several dimensions
+    parts = cuda_backend._rows(x, 12, 20, halves=True)
+    assert [part.rows.shape for part in parts] == [(6, 20)] * 2
 
 
 def test_rows_are_copied_by_8_bytes_where_they_begin_there(monkeypatch):

@@ -111,18 +111,18 @@ def test_epilogue_in_every_variant(dtype, out_features, in_features):
         assert_exact(*run, with_bias.relu() + p.residual.double(), **everything, cut_k=False)
 
 
-@pytest.mark.parametrize("before", [0, 4], ids=["from 16 bytes on", "from 8 beyond"])
+@pytest.mark.parametrize("before, halves", [(0, True), (4, True), (0, False), (4, False)])
 @pytest.mark.parametrize("shape", [(110, 4068), (64, 92), (323, 132), (65, 27452)], ids=str)
 @pytest.mark.parametrize("dtype", [BF16, F16])
-def test_rows_of_x_that_16_bytes_do_not_divide_in_every_variant(dtype, shape, before):
-    """Even and odd tokens in two launches, which share a workspace."""
+def test_rows_of_x_that_16_bytes_do_not_divide_in_every_variant(dtype, shape, before, halves):
+    """All copied, or every other one, for two launches, which share a workspace."""
     p = Problem(5024, *shape, dtype, before=before)
     with_all = (p.product + p.bias.double()).relu() + p.residual.double()
-    everything = dict(bias=p.bias, residual=p.residual, activation="relu")
+    everything = dict(bias=p.bias, residual=p.residual, activation="relu", halves=halves)
     for kernel, variant in variants():
         few = (1, 2, 3, 7, 16, 31, 64)
         for tokens in few if kernel == "decode" else (*few, 65, 127, 200, 989, 5024):
-            assert_exact(kernel, variant, p, tokens, p.product)
+            assert_exact(kernel, variant, p, tokens, p.product, halves=halves)
             assert_exact(kernel, variant, p, tokens, with_all, **everything)
 
 
@@ -223,7 +223,7 @@ def test_forced_backends():
         sk.linear(x, module.weight, backend="triton")
 
 
-@pytest.mark.parametrize("in_features", [576, 68], ids=["aligned", "between 16 bytes"])
+@pytest.mark.parametrize("in_features", [576, 68], ids=["aligned", "rows to be copied"])
 @pytest.mark.parametrize("tokens", [1, 6, 90])
 def test_strided_x(tokens, in_features):
     module = layer(70, in_features)

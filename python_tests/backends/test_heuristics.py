@@ -142,30 +142,26 @@ def test_tiles_across_clusters_are_chosen_for_few_rows_and_long_in_features():
 def test_what_a_copy_of_x_costs():
     """Of rows that 16 bytes do not divide, but for the mma.sp kernel; nothing of 8-bit x."""
     few = 55, 48504, 92, H100  # much to write, little to read
-    of = {v: work(v, *few) for v in coefficients.TIMES}
-    for v, counts in of.items():
-        assert (counts.copy == 0) == (isinstance(v, MmaTile) or heuristics.in_halves(v, *few))
-    assert max(counts.copy for counts in of.values()) == heuristics.copy_us(55, 92)
+    of = {v: work(v, *few).copy for v in TIMES}
+    assert {type(v) for v, us in of.items() if us == 0} == {MmaTile}
+    assert max(of.values()) == heuristics.copy_us(55, 92)
     assert heuristics.copy_us(16, 7500) == pytest.approx(4.12)
     tile = SplitTile(256, 64, 1)
     assert work(tile, 55, 48504, 96, H100).copy == 0 == work(tile, *few, EIGHT).copy
     assert work(tile, 1, *few[1:]).copy == 0, "one row has no stride"
     without = heuristics.us(TIMES[tile], work(tile, *few)._replace(copy=0.0))
     assert predicted_us(tile, *few) - without == pytest.approx(heuristics.copy_us(55, 92))
-    assert work(RowBlocks(128, 2), 16, 98, 7500, H100, Bits(8, 16)).copy > 4, "widened once"
+    assert work(RowBlocks(128, 2), 16, 98, 7500, H100, Bits(8, 16)).copy > 4
 
 
-def test_even_and_odd_tokens_apart():
-    """Two launches where they are expected to be faster than a copy and one."""
+def test_a_copy_of_half_and_two_launches():
+    """Where they are expected to be faster than a copy of all and one."""
     long, tile = (5025, 110, 4068, H100), SplitTile(128, 96, 2)
-    even, odd = (work(tile, tokens, 110, 4072, H100) for tokens in (2513, 2512))
-    even, odd = (of._replace(megabytes=0.0) for of in (even, odd))  # other columns
     both = work(tile, *long)
-    assert (both.launches, both.copy) == (2, 0)
-    assert both._replace(megabytes=0.0) == tuple(map(sum, zip(even, odd, strict=True)))
-    assert predicted_us(tile, *long) < 0.6 * (25 + heuristics.us(TIMES[tile], both)), (
-        "and 24 a copy"
-    )
+    even, odd = (work(tile, tokens, 110, 4072, H100) for tokens in (2513, 2512))
+    apart = Work(*map(sum, zip(even, odd, strict=True)))  # of 4 columns more
+    assert both._replace(megabytes=apart.megabytes, copy=0.0) == apart
+    assert both.launches == 2 and both.copy == heuristics.copy_us(2512, 4068)
     for problem in (long, (2, 64, 68, H100), (3, 4096, 4092, H100), (989, 1000, 1020, H100)):
         tokens, *layer = problem
         for variant in TIMES:
@@ -174,15 +170,17 @@ def test_even_and_odd_tokens_apart():
                 assert (of.launches, of.copy) == (1, 0)
                 assert not heuristics.in_halves(variant, *problem)
                 continue
-            aligned = [tokens, layer[0], layer[1] + 4, H100]  # as many stages
-            whole = heuristics.us(TIMES[variant], work(variant, *aligned))
-            copied = whole + heuristics.copy_us(tokens, layer[1])
-            apart = sum(
-                heuristics.us(TIMES[variant], work(variant, part, *aligned[1:]))
-                for part in (tokens // 2, tokens - tokens // 2)
+            few = tokens // 2
+            whole, rest, half = (
+                heuristics.us(TIMES[variant], work(variant, part, layer[0], layer[1] + 4, H100))
+                for part in (tokens, tokens - few, few)
             )
-            assert predicted_us(variant, *problem) == pytest.approx(min(copied, apart), rel=0.02)
-            assert heuristics.in_halves(variant, *problem) == (of.launches == 2) == (of.copy == 0)
+            whole += heuristics.copy_us(tokens, layer[1])
+            apart = rest + half + heuristics.copy_us(few, layer[1])
+            assert predicted_us(variant, *problem) == pytest.approx(min(whole, apart), rel=0.02)
+            halves = heuristics.in_halves(variant, *problem)
+            assert of.launches == 1 + halves and (tokens > 3 or not halves)
+            assert of.copy == heuristics.copy_us(few if halves else tokens, layer[1])
     assert not heuristics.in_halves(tile, *long, EIGHT)
     assert not heuristics.in_halves(tile, *long, Bits(8, 16)), "it would be widened twice"
     assert not heuristics.in_halves(SplitTile(1, 2, 3), *long), "nobody knows its time"
@@ -424,10 +422,10 @@ def test_time_of_some_work_by_hand():
 
 
 def test_megabytes():
-    """70 x 104 weights are stored as 128 x 128, 9/8 bytes each; x and y as they are."""
-    expected = (128 * 128 * 9 / 8 + 2 * 3 * (70 + 104)) / 1e6
+    """70 x 100 weights are stored as 128 x 128, 9/8 bytes each; x and y as they are."""
+    expected = (128 * 128 * 9 / 8 + 2 * 3 * (70 + 100)) / 1e6
     for variant in (Tile(256, 128, 1, 1), RowBlocks(256, 4), MmaTile(32, 16, 1, 1, 4, 5)):
-        assert work(variant, 3, 70, 104, H100).megabytes == pytest.approx(expected)
+        assert work(variant, 3, 70, 100, H100).megabytes == pytest.approx(expected)
 
 
 def prefill(tile, tokens, out_features, in_features=4096):

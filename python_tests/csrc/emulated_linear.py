@@ -12,7 +12,6 @@ import torch
 from python_tests.csrc.building import ROOT, cuda_include
 from python_tests.linear_cases import ACTIVATIONS, random_input, random_weight
 from python_tests.tile64_by_formula import tiles
-from sparsekern.backends.cuda.linear import _rows
 
 BF16, F32 = torch.bfloat16, torch.float32
 E4M3, INT8 = torch.float8_e4m3fn, torch.int8
@@ -32,7 +31,6 @@ class Emulated(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("late", "falling")),
         ("token_scale", ctypes.c_void_p),
         *((name, ctypes.c_int) for name in ("lag_first", "lag_count", "beside", "again")),
-        ("x_skip", ctypes.c_int),
     ]
 
 
@@ -136,16 +134,6 @@ def aligned_rows(x):
     return rows.view(tokens, stride)[:, :in_features].copy_(x)
 
 
-def rows_behind(x, before):
-    """x, `before` elements behind a 16-byte address; around it NaN. Contiguous, but for 16 bytes
-    between rows that 16 bytes divide."""
-    tokens, stride = x.shape[0], x.shape[1] + (8 if x.shape[1] % 8 == 0 else 0)
-    memory = torch.full((before + tokens * stride + 32,), float("nan"), dtype=x.dtype)
-    start = -memory.data_ptr() % 16 // x.itemsize + before
-    rows = memory[start : start + tokens * stride].view(tokens, stride)
-    return rows[:, : x.shape[1]].copy_(x)
-
-
 def on_16_bytes(tensor):
     memory = torch.empty(tensor.nbytes + 16, dtype=torch.uint8)
     start = -memory.data_ptr() % 16
@@ -204,52 +192,46 @@ def call(
     dtype=None,
     stride=None,
     shift=0,
-    before=None,
     **freedoms,
 ):
     """(what rule was broken, an Output): the kernel's
     activation(x · wᵀ * scale * token_scale + bias) + residual.
 
     w: the stored numbers, float32; of_groups: scales [out, groups] of `group` columns; dtype: of y,
-    if not that of x; before: x is read where it lies, as `rows_behind`, in as many launches as that
-    takes. freedoms: late, falling, clusters, lag_first, lag_count, beside, again.
+    if not that of x. freedoms: late, falling, clusters, lag_first, lag_count, beside, again.
     """
     (tokens, in_features), out_features = x.shape, w.shape[0]
     output = Output(tokens, out_features, dtype or x.dtype, stride, shift)
     values, metadata = map(on_16_bytes, tiles(w, weight, group, of_groups))
-    x = aligned_rows(x) if before is None else rows_behind(x, before)
-    lies, parts = _rows(x, tokens, in_features, skip=8, halves=True)
-    assert lies.data_ptr() == x.data_ptr(), "no copy"
+    x = aligned_rows(x)
     tensors = dict(
-        values=values, metadata=metadata, bias=bias, channel_scale=scale, token_scale=token_scale
+        x=x,
+        values=values,
+        metadata=metadata,
+        bias=bias,
+        residual=residual,
+        channel_scale=scale,
+        token_scale=token_scale,
+        y=output.y,
     )
-    residual_stride = 0 if residual is None else residual.stride(0)
-    for part in parts:
-        residual_at = residual is not None and residual[part.first].data_ptr()
-        broken = emulate(
-            Emulated(
-                **{name: 0 if t is None else t.data_ptr() for name, t in tensors.items()},
-                x=part.address,
-                y=output.y[part.first].data_ptr(),
-                residual=residual_at or 0,
-                x_stride=part.stride,
-                x_skip=part.skip,
-                y_stride=part.step * output.stride,
-                residual_stride=part.step * residual_stride,
-                values_bytes=values.nbytes,
-                metadata_bytes=metadata.nbytes,
-                tokens=part.tokens,
-                out_features=out_features,
-                in_features=in_features,
-                weight=3 + group // 64 if weight == "int4" else {E4M3: 1, INT8: 2}.get(weight, 0),
-                bf16=output.y.dtype == BF16,
-                activation=ACTIVATIONS.index(activation),
-                config=config,
-                **{"late": True, **freedoms},
-            )
+    broken = emulate(
+        Emulated(
+            **{name: 0 if t is None else t.data_ptr() for name, t in tensors.items()},
+            x_stride=x.stride(0),
+            y_stride=output.stride,
+            residual_stride=0 if residual is None else residual.stride(0),
+            values_bytes=values.nbytes,
+            metadata_bytes=metadata.nbytes,
+            tokens=tokens,
+            out_features=out_features,
+            in_features=in_features,
+            weight=3 + group // 64 if weight == "int4" else {E4M3: 1, INT8: 2}.get(weight, 0),
+            bf16=output.y.dtype == BF16,
+            activation=ACTIVATIONS.index(activation),
+            config=config,
+            **{"late": True, **freedoms},
         )
-        if broken:
-            break
+    )
     return broken.decode(), output
 
 
@@ -304,29 +286,6 @@ def wrong(
 def problem(tokens, out_features, in_features, dtype=BF16):
     w = random_weight(out_features, in_features, F32, integers=True)
     return w, random_input((tokens, in_features), dtype, integers=True)
-
-
-def wrong_between_16_bytes(emulate, config, tokens, out_features, in_features, dtype=BF16, **what):
-    """`wrong` of contiguous rows of x that 16 bytes do not divide, and so in two launches: from a
-    16-byte address on and from one 8 bytes beyond, with nothing added and with all there is. And of
-    every other token where the rest are NaN."""
-    assert in_features % 8 == 4
-    w, x = problem(tokens, out_features, in_features, dtype)
-    bias = random_input((out_features,), dtype, seed=2, integers=True)
-    residual = random_input((tokens, out_features), dtype, seed=3, integers=True)
-    what = dict(weight=dtype, stride=out_features, **what)
-    everything = dict(bias=bias, residual=residual, activation="relu")
-    for before, more in ((0, dict()), (4, everything)):
-        if found := wrong(emulate, config, w, x, before=before, **what, **more):
-            return f"{before} elements before, {more.keys()}: {found}"
-    for first in range(min(tokens, 2)):
-        among = torch.full_like(x, float("nan"))
-        among[first::2] = x[first::2]
-        broken, output = call(emulate, config, w, among, before=0, **what)
-        rows = output.y[first::2].double()
-        if broken or not torch.equal(rows, (x[first::2].double() @ w.double().t()).to(dtype)):
-            return f"tokens {first}::2 among NaN: {broken}"
-    return ""
 
 
 def reaches_y(out_features, stride=None, shift=0, bias=None, residual=None, activation=None, **_):

@@ -338,7 +338,7 @@ inline Status make_map(CUtensorMap& map, const Rows& tensor, int rows, int colum
 }
 inline Status make_activation_map(const char*, CUtensorMap& map, const LinearProblem& p,
                                   int box_rows) {
-  return make_map(map, p.x, p.tokens, p.in_features + p.x_skip, box_rows);
+  return make_map(map, p.x, p.tokens, p.in_features, box_rows);
 }
 inline Status make_output_map(const char*, CUtensorMap& map, const LinearProblem& p, int box_rows) {
   return make_map(map, p.y, p.tokens, p.out_features, box_rows);

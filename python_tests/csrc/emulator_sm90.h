@@ -111,6 +111,7 @@ void bulk_copy_multicast(uint32_t smem, const void* gmem, uint32_t bytes, uint32
 template <class Move>
 void for_each_chunk(const Tensor& t, uint32_t smem, int x, int y, Move move) {
   emulator::require(smem % 1024 == 0, "a swizzled box on 1024 bytes");  // and so in its block
+  emulator::require(int64_t{x} * t.element_bytes % 16 == 0, "a box whose rows begin at 16 bytes");
   for (int row = 0; row < t.box_rows; ++row) {
     for (int chunk = 0; chunk < 8; ++chunk) {
       const int64_t first = int64_t{x} * t.element_bytes + chunk * 16;
@@ -363,7 +364,7 @@ struct Emulated {
   int64_t x_stride, y_stride, residual_stride, values_bytes, metadata_bytes;
   int tokens, out_features, in_features, weight, bf16, activation, config, clusters, late, falling;
   const void* token_scale;
-  int lag_first, lag_count, beside, again, x_skip;
+  int lag_first, lag_count, beside, again;
 };
 
 sparsekern::LinearProblem emulated_problem(const Emulated* e) {
@@ -376,7 +377,6 @@ sparsekern::LinearProblem emulated_problem(const Emulated* e) {
   p.tokens = e->tokens, p.out_features = e->out_features, p.in_features = e->in_features;
   const DType x = e->bf16 ? DType::kBFloat16 : DType::kFloat16;
   p.x = {const_cast<void*>(e->x), e->x_stride, x};
-  p.x_skip = e->x_skip;
   p.weight = {e->values, e->metadata};
   p.epilogue.channel_scale = static_cast<const float*>(e->channel_scale);
   p.epilogue.token_scale = static_cast<const float*>(e->token_scale);

@@ -83,7 +83,7 @@ py::dict last_launch() {
   d["launched"] = py::make_tuple(name(seen.weight), name(seen.x), name(seen.y));
   d["dtype"] = name(p.y.dtype), d["x_dtype"] = name(p.x.dtype);
   d["tokens"] = p.tokens, d["out_features"] = p.out_features, d["in_features"] = p.in_features;
-  d["x_stride"] = p.x.stride, d["x_skip"] = p.x_skip, d["y_stride"] = p.y.stride;
+  d["x_stride"] = p.x.stride, d["y_stride"] = p.y.stride;
   d["residual_stride"] = p.epilogue.residual_stride;
   d["scale_group"] = p.scale_group;
   d["weight_dtype"] = name(p.weight_dtype);

@@ -11,13 +11,7 @@ import pytest
 import torch
 
 from python_tests.csrc.building import ROOT
-from python_tests.csrc.emulated_linear import (
-    builder,
-    configs,
-    problem,
-    wrong,
-    wrong_between_16_bytes,
-)
+from python_tests.csrc.emulated_linear import builder, configs, problem, wrong
 from python_tests.linear_cases import PAIRS, random_input
 
 F16, BF16 = torch.float16, torch.bfloat16
@@ -96,30 +90,6 @@ def test_long_in_features(build, config, panels, split, tokens):
         residual = random_input((tokens, out_features), BF16, seed=3, integers=True)
         what = dict(weight=BF16, bias=bias, residual=residual, activation="relu", **freedoms)
         assert not wrong(emulate, config, w, x, **what), stages
-
-
-@pytest.mark.parametrize("config, panels, split", PLAIN)
-@pytest.mark.parametrize("out_features, in_features", [(110, 92), (64, 268), (65, 4)], ids=str)
-def test_rows_of_x_that_16_bytes_do_not_divide(
-    build, config, panels, split, out_features, in_features
-):
-    for tokens in (1, 2, 3, 33):
-        case = config, tokens, out_features, in_features
-        assert not wrong_between_16_bytes(build(), *case, late=tokens % 2), tokens
-
-
-def test_many_stages_of_rows_that_16_bytes_do_not_divide(build):
-    for tokens, in_features in ((3, 28236), (9, 4068)):
-        case = problem(tokens, 64, in_features)
-        assert not wrong(build(), 0, *case, weight=BF16, before=4), in_features
-
-
-@pytest.mark.parametrize("edit", [(), ("decode_sm90.cuh", " + p.x_skip, 0,", ", 0,")], ids=len)
-def test_rows_of_x_8_bytes_beyond(build, edit):
-    """Of a weight of 8 bits, which takes two boxes of x a stage; without the skip all is wrong."""
-    case = problem(16, 65, 264)
-    found = wrong(build(*edit), 4, *case, weight=E4M3, before=4)
-    assert bool(found) == bool(edit)
 
 
 @pytest.mark.parametrize("config", [config for config, _, split in PLAIN if split == 16])

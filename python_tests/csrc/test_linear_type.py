@@ -51,8 +51,7 @@ def test_every_field_arrives_in_its_place(probe):
     types = dict(
         weight_dtype="bfloat16", x_dtype="bfloat16", launched=("bfloat16",) * 3, scale_group=0
     )
-    types |= dict(x_skip=0, activation=2)
-    expected = {**FIXED, **ADDRESSES, **OPTIONAL, **nothing, **types}
+    expected = {**FIXED, **ADDRESSES, **OPTIONAL, **nothing, **types, "activation": 2}
     assert probe.last_launch() == expected
 
 
@@ -158,34 +157,11 @@ def test_the_workspace_has_counters_and_a_tile_of_sums_per_multiprocessor(probe)
 
 def test_the_signature_is_that_of_the_stub(probe):
     parameters = inspect.signature(probe.Linear).parameters
-    added = {"weight_dtype", "x_dtype", "scale_group", "stored_dtype", "x_skip"}
+    added = {"weight_dtype", "x_dtype", "scale_group", "stored_dtype"}
     assert set(parameters) == {*FIXED, *added}
     assert {p.kind for p in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
     optional = {name for name, p in parameters.items() if p.default is not p.empty}
     assert optional == {"residual_stride", "activation", *added}
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_rows_of_x_may_begin_8_bytes_beyond_where_the_copy_engine_fetches_them(probe, kernel):
-    (row, *_) = (row for row in probe.kernels()[kernel] if row["types"])
-    weight, x, y = row["types"][0]
-    skips = {"decode", "prefill", "split"}
-    for skip in (0, 4, 8, 2, -4):
-        names = dict(weight_dtype=weight, x_dtype=x, dtype=y, activation=None)
-        made = dict(kernel=kernel, config=row["index"], x_skip=skip, **names)
-        if skip == 0 or skip == 4 and kernel in skips:
-            up = dict(up_values=9, up_metadata=10) if kernel == "decode_gated" else {}
-            linear(probe, **made)(**ADDRESSES, **up)
-            assert probe.last_launch()["x_skip"] == skip
-            continue
-        expected = f"expected x_skip 0{' or 4' if kernel in skips else ''} with kernel '{kernel}'"
-        with pytest.raises(ValueError, match=f"{expected}, got {skip}. Copy x"):
-            linear(probe, **made)
-    eight = dict(weight_dtype="int8", x_dtype="int8", x_skip=8)
-    linear(probe, **eight)(**ADDRESSES)
-    assert probe.last_launch()["x_skip"] == 8
-    with pytest.raises(ValueError, match="expected x_skip 0 or 8 with kernel 'prefill', got 4"):
-        linear(probe, **{**eight, "x_skip": 4})
 
 
 # ---- a weight that is widened first --------------------------------------------------------------

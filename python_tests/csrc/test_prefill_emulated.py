@@ -16,7 +16,6 @@ from python_tests.csrc.emulated_linear import (
     reaches_y,
     wide_stores,
     wrong,
-    wrong_between_16_bytes,
 )
 from python_tests.csrc.staged_cases import patterns, scalings, silu_is_rounded_once, ways_to_y
 from python_tests.linear_cases import random_input
@@ -45,7 +44,6 @@ HEADERS = ("core/device.h", "core/tensor_map.h")
 MISTAKES = [
     # (file of csrc/linear, in its source, instead, which of CASES shows it)
     ("prefill_sm90.cuh", "ptx::wait_for_predecessor();", ";", "boxes"),
-    ("prefill_sm90.cuh", "k_tile * Cfg::Tile::kDenseK + @p.x_skip@", "0", "8 bytes beyond"),
     ("prefill_sm90.cuh", "@cluster_m * share * 128@;", "0", "pair"),
     ("prefill_sm90.cuh", "@Cfg::kXBytes@);", "share * 128", "pair"),
     ("prefill_sm90.cuh", "available = @wanted + share - 1@", "wanted + share - 3", "odd"),
@@ -202,25 +200,6 @@ def test_rows_of_y_that_are_not_aligned(build, dtype, of, out_features):
         assert not faults(build(), of, w, x, **what), what.keys()
 
 
-@pytest.mark.parametrize("dtype, of", [*TYPES[:6], TYPES[8], TYPES[9]], ids=str)
-@pytest.mark.parametrize("out_features, in_features", [(110, 92), (64, 268), (65, 4)], ids=str)
-def test_rows_of_x_that_16_bytes_do_not_divide(build, dtype, of, out_features, in_features):
-    for tokens in (1, 2, 3, 2 * of[1] + 1):
-        case = CONFIGS[of], tokens, out_features, in_features, dtype
-        assert not wrong_between_16_bytes(build(), *case, clusters=2, late=tokens % 2), tokens
-
-
-@pytest.mark.parametrize(
-    "of, tokens, in_features",
-    [(ALONE_64, 13, 4068), (ALONE_64, 130, 1020), (PAIR_64, 9, 1020), (STREAMED, 258, 516)],
-    ids=str,
-)
-def test_many_stages_of_rows_that_16_bytes_do_not_divide(build, of, tokens, in_features):
-    """A last wave that is cut or streamed, too."""
-    case = CONFIGS[of], tokens, 110, in_features
-    assert not wrong_between_16_bytes(build(), *case, clusters=3)
-
-
 def test_silu(build):
     silu_is_rounded_once(build(), CONFIGS[PAIR_64])
 
@@ -268,7 +247,6 @@ def test_threads_that_lag(build, of, case, clusters, late):
 
 CASES = {
     "boxes": (ALONE_64, (130, 200, 136), dict(clusters=1)),
-    "8 bytes beyond": (ALONE_64, (70, 65, 136), dict(before=4)),
     "odd": (ALONE_64, (70, 323, 136), dict(stride=323, shift=1)),
     "pair": (PAIR_64, (9, 323, 64 * 19), dict(clusters=1)),
     "pair of which one lags": (PAIR_64, (9, 323, 136), dict(lag_first=384, lag_count=384)),

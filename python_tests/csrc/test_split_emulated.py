@@ -17,7 +17,6 @@ from python_tests.csrc.emulated_linear import (
     reaches_y,
     wide_stores,
     wrong,
-    wrong_between_16_bytes,
 )
 from python_tests.csrc.staged_cases import patterns, scalings, silu_is_rounded_once, ways_to_y
 from python_tests.linear_cases import random_input, random_weight
@@ -88,23 +87,6 @@ def test_rows_of_y_that_are_not_aligned(build, dtype, of, out_features):
     w, x = problem(33, out_features, 96 * of[2], dtype)
     for what in ways_to_y(33, out_features, dtype):
         assert not faults(build(), of, w, x, **what), what.keys()
-
-
-@pytest.mark.parametrize("dtype, of", TYPES, ids=str)
-@pytest.mark.parametrize("out_features, in_features", [(110, 92), (64, 268), (65, 4)], ids=str)
-def test_rows_of_x_that_16_bytes_do_not_divide(build, dtype, of, out_features, in_features):
-    for tokens in (1, 2, 3, 2 * of[1] + 1):
-        case = CONFIGS[of], tokens, out_features, in_features, dtype
-        assert not wrong_between_16_bytes(build(), *case, clusters=1, late=tokens % 2), tokens
-
-
-@pytest.mark.parametrize(
-    "config, tokens, in_features",
-    [(CONFIGS[1, 64, 3], 13, 8220), (CONFIGS[1, 96, 2], 193, 4068), (ACROSS[1, 64, 4], 9, 4068)],
-)
-def test_many_stages_of_rows_that_16_bytes_do_not_divide(build, config, tokens, in_features):
-    """Of tiles that clusters share, too."""
-    assert not wrong_between_16_bytes(build(), config, tokens, 110, in_features, clusters=3)
 
 
 def test_silu(build):
@@ -246,7 +228,6 @@ def test_the_order_of_arrival_changes_no_bit(build, of):
 BIAS = ends_on_16_bytes(random_input((323,), BF16, seed=2, integers=True))
 CASES = {
     "odd": ((70, 323, 200), dict(stride=323, shift=1)),
-    "8 bytes beyond": ((70, 65, 136), dict(before=4)),
     "odd and added to": (
         (40, 323, 64),
         dict(stride=323, shift=1, bias=BIAS, activation="relu"),
@@ -268,8 +249,7 @@ MISTAKES = [
     # (file of csrc/linear, in its source, instead, which of CASES shows it)
     ("splitk_sm90.cuh", "min(token + p.column_tokens, p.tokens)", "p.tokens", "odd"),
     ("splitk_sm90.cuh", "k * (rank + 1) / Cfg::kSplits", "(k * (rank + 1) / 3 - rank / 2)", "odd"),
-    ("splitk_sm90.cuh", "p.column_tokens * 128", "Cfg::kXBytes", "odd"),
-    ("splitk_sm90.cuh", "k_tile * Cfg::Tile::kDenseK + @p.x_skip@", "0", "8 bytes beyond"),
+    ("splitk_sm90.cuh", "column_tokens * 128", "Cfg::kXBytes", "odd"),
     ("splitk_sm90.cuh", "ptx::wait_for_predecessor();", ";", "odd"),
     ("splitk_sm90.cuh", "after - 1", "0", "odd"),
     (

@@ -117,8 +117,6 @@ class Types(NamedTuple):
         return Bits(dtypes.element(self.weight).bits, dtypes.element(self.x).bits)
 
 
-# The kernels that take rows of x which begin 8 bytes beyond a multiple of 16 (Linear's x_skip).
-SKIPPING = ("decode", "prefill", "split")
 _E4M3, _E4M3_CAPABILITY = "float8_e4m3fn", (8, 9)
 _PLAIN = Types.of(dtypes.PLAIN[dtypes.DEFAULT_16_BIT].name)
 
@@ -210,10 +208,8 @@ def in_halves(
     index: int,
     types: Types = _PLAIN,
 ) -> bool:
-    """Whether this variant reads x whose rows it cannot fetch in one launch in two, on GPU `index`,
-    and not a copy of it (cost_model.in_halves)."""
-    if kernel not in SKIPPING:
-        return False
+    """Whether x of which this variant can fetch every other row is copied in half, on GPU `index`
+    (cost_model.in_halves)."""
     multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
     problem = tokens, out_features, in_features, multiprocessors, types.bits
     number = kernel, config

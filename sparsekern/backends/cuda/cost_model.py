@@ -44,8 +44,8 @@ the way back, plus the bytes that the last thread block of a tile reads in SUMS_
 
 Rows of x of 16 bits that 16 bytes do not divide (in_features % 8 == 4) the copy engine cannot fetch
 as they are, but for every other one. So either x is copied first, and copy is the time of that
-(`copy_us`); or there are two launches, of the even and of the odd tokens, and the counts are the
-sums of theirs (`work`). What is expected to be faster is done (`in_halves`).
+(`copy_us`); or half of it is, and there are two launches, of the even and of the odd tokens, whose
+counts are added (`work`). What is expected to be faster is done (`in_halves`).
 
 How many clusters run at once decides the first count (`resident_clusters`). The prefill kernel cuts
 the tiles of a last, partly filled wave along in_features into as many parts as there are clusters
@@ -215,9 +215,9 @@ def in_halves(
     multiprocessors: int,
     bits: Bits = PLAIN,
 ) -> bool:
-    """Whether x of which the variant can fetch every other row is read in two launches and not
-    copied: where that is expected to be faster. Not with weights of fewer than 16 bits, which would
-    be widened twice, and not where no coefficients say what it costs."""
+    """Whether half of an x of which the variant can fetch every other row is copied, for two
+    launches, and not all: where that is expected to be faster. Not with weights of fewer than 16
+    bits, which would be widened twice, and not where no coefficients say what it costs."""
     times = table(PLAIN).get(variant)
     if bits != PLAIN or tokens < 2 or times is None or isinstance(variant, MmaTile):
         return False
@@ -239,9 +239,11 @@ def _copied(variant: Variant, tokens: int, out_features: int, in_features: int, 
 
 
 def _halves(variant: Variant, tokens: int, *layer: Any) -> Work:
-    """Of two launches; their sums, because the formula for two equal ones gives twice its time."""
-    even, odd = (_counts(variant, part, *layer) for part in (tokens - tokens // 2, tokens // 2))
-    return Work(*map(add, even, odd))
+    """Of two launches and a copy of half the tokens. Sums: of two equal launches the formula gives
+    twice the time then."""
+    even, odd = tokens - tokens // 2, tokens // 2
+    both = map(add, _counts(variant, even, *layer), _counts(variant, odd, *layer))
+    return Work(*both)._replace(copy=copy_us(odd, layer[1]))
 
 
 def us(times: Times, of: Work) -> float:

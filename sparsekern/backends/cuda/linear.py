@@ -30,7 +30,6 @@ from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda import tuned_tables as tuning
 from sparsekern.backends.cuda.configs import (  # the tools' names for them
     _PLAIN,
-    SKIPPING,
     Choice,
     Types,
     _built,
@@ -86,8 +85,8 @@ __all__ = [
 
 _MOST = 2**31 - 1024  # of any size: the kernels count in 32 bits, and up to the end of a tile
 # Bytes that every row of x begins at a multiple of: what the copy engine needs; what the mma.sp
-# kernel does, of x of 16 bits. The copy engine fetches rows that begin _SKIP bytes beyond, too.
-_ROW, _MMA_ROW, _SKIP = 16, 8, 8
+# kernel does, of x of 16 bits.
+_ROW, _MMA_ROW = 16, 8
 
 # (tokens, out_features, in_features, name of the dtype, GPU) -> (kernel, its config)
 Plan = Callable[[int, int, int, str, int], tuple[str, int]]
@@ -170,7 +169,6 @@ def _native_linear(
     activation: str | None,
     scale_group: int = 0,
     stored: str = "",
-    x_skip: int = 0,
     y_step: int = 1,
 ) -> Any:
     """The native module's Linear for a problem; it holds no memory of the GPU. dtype: the name of
@@ -192,7 +190,6 @@ def _native_linear(
         activation=activation,
         **({"scale_group": scale_group} if scale_group else {}),
         **({"stored_dtype": stored} if stored else {}),
-        **({"x_skip": x_skip} if x_skip else {}),
     )
 
 
@@ -258,12 +255,11 @@ def mma_config(x: Tensor, w24: Sparse24) -> str:
 def bind(problem: Problem, plan: Plan = _plan) -> Launch:
     """The launch of a problem: y = activation(x · Wᵀ + bias), summed in float32, rounded once.
 
-    Rows of x that begin at multiples of 8 bytes are read where they lie: by the mma.sp kernel as
-    they are; by the others in one launch where all begin at 16 bytes, or all 8 beyond with as
-    many between them; else, as with in_features % 8 == 4, in two, of even and of odd tokens,
-    unless a copy and one launch are expected to be faster (cost_model.in_halves). Other rows are
-    copied. The weight's tensors must be complete: the decode kernel reads them before the work
-    queued ahead of it has finished (see tile64.pack).
+    x is read where it lies when its rows are 16-byte aligned and evenly spaced, or 8-byte aligned
+    ahead of the mma.sp kernel; else it is copied. Of rows of which every other one is aligned, as
+    with in_features % 8 == 4, the others alone are copied, and there are two launches, where that
+    is expected to be faster (cost_model.in_halves). The weight's tensors must be complete: the
+    decode kernel reads them before the work queued ahead of it has finished (see tile64.pack).
     """
     (out_features, in_features), tokens = problem.spec.shape, problem.tokens
     if not (tokens and out_features and in_features):
@@ -344,7 +340,8 @@ def _bind_any(problem: Problem, kernel: str, config: int) -> Callable[..., Tenso
         if index != _current_device():
             with torch.cuda.device(index):
                 return launch(x, w24, bias, residual)
-        rows, parts = _parts(x, w24, kernel, config, types, index)
+        parts = _parts(x, w24, kernel, config, types, index)
+        _copy(parts)
         y = _empty_strided(sizes, strides, dtype)
         runs = [*_runs(parts, w24, kernel, config, types, y, residual, activation)]
         stream = _current_stream(index)
@@ -430,7 +427,7 @@ def launcher(
     """A function without arguments that computes y = x · Wᵀ by one variant, on the current stream.
 
     For measuring: nothing is checked or allocated in a call, so a CUDA graph can hold many. Rows of
-    x that the kernel cannot fetch are copied, or read in two launches, in every call as in `bind`.
+    x that the kernel cannot fetch are copied in every call, as in `bind`.
 
     Args:
         variant: a key of `variants` for these types.
@@ -442,8 +439,7 @@ def launcher(
     of_x = _name(x.dtype) if x.dtype in dtypes.PLAIN else spec.storage
     types = Types(spec.storage, of_x, _name(y.dtype))
     kernel, number = variants(_PLAIN if spec.element.plain else types)[variant]
-    rows, parts = _parts(x, w24, kernel, number, types, device)
-    copied = rows.data_ptr() != x.data_ptr()
+    parts = _parts(x, w24, kernel, number, types, device)
     group = 0 if spec.element.plain else scale_group(spec)
     runs = [*_runs(parts, w24, kernel, number, types, y, group=group)]
     channel_scale = None if group else w24.tensors.get(SCALE)
@@ -454,11 +450,10 @@ def launcher(
         channel_scale=0 if channel_scale is None else channel_scale.data_ptr(),
         token_scale=0 if x_scale is None else x_scale.data_ptr(),
     )
-    keep = rows, w24, y, workspace, x_scale
+    keep = w24, y, workspace, x_scale
 
     def launch(keep: object = keep) -> None:
-        if copied:
-            _copy_rows(rows, x)
+        _copy(parts)
         for run, of_part in runs:
             run(**of_part, **addresses, stream=_current_stream(device))
 
@@ -516,24 +511,22 @@ def _row(kernel: str, itemsize: int = 2) -> int:
 class _Part(NamedTuple):
     """Tokens of x that one launch takes: first, first + step, ..."""
 
-    address: int  # of the first, less `skip` elements
-    stride: int  # from one to the next, in elements
-    skip: int
+    rows: Tensor  # what it reads: these tokens of x where they lie, or memory for a copy of them
+    stride: int  # of the rows, in elements
     tokens: int
     first: int = 0
     step: int = 1
+    source: Tensor | None = None  # what is copied to rows before the launch: these tokens of x
 
 
 def _parts(
     x: Tensor, w24: Sparse24, kernel: str, config: int, types: Types, index: int
-) -> tuple[Tensor, Sequence[_Part]]:
-    """What the launches of a kernel read of x, and the tensor that holds it: x, or a copy."""
+) -> list[_Part]:
+    """What the launches of a kernel read."""
     out_features, in_features = w24.shape
     tokens, row = x.numel() // in_features, _row(kernel, x.dtype.itemsize)
-    if kernel not in SKIPPING:
-        return _rows(x, tokens, in_features, row)
     halves = in_halves(kernel, config, tokens, out_features, in_features, index, types)
-    return _rows(x, tokens, in_features, row, _SKIP, halves)
+    return _rows(x, tokens, in_features, row, halves)
 
 
 def _runs(
@@ -554,26 +547,27 @@ def _runs(
         size, step = (part.tokens, *w24.shape), part.step
         fixed = (kernel, config, *size, part.stride, step * stride, types, activation, group)
         of_part = dict(
-            x=part.address, y=y.data_ptr() + part.first * out_features * y.dtype.itemsize
+            x=part.rows.data_ptr(), y=y.data_ptr() + part.first * out_features * y.dtype.itemsize
         )
         if residual is not None:
             of_part["residual"] = row + part.first * stride * residual.dtype.itemsize
-        yield _native_linear(*fixed, x_skip=part.skip, y_step=step), of_part
+        yield _native_linear(*fixed, y_step=step), of_part
 
 
 def _aligned_rows(x: Tensor, tokens: int, in_features: int) -> tuple[Tensor, int]:
     """Rows that begin at a multiple of 16 bytes, and their stride in elements: x or a copy."""
-    rows, (part,) = _rows(x, tokens, in_features)
-    return rows, part.stride
+    parts = _rows(x, tokens, in_features)
+    _copy(parts)
+    return parts[0].rows, parts[0].stride
 
 
 def _rows(
-    x: Tensor, tokens: int, in_features: int, row: int = _ROW, skip: int = 0, halves: bool = False
-) -> tuple[Tensor, Sequence[_Part]]:
-    """(the tensor, its parts) of x as it lies, where in each part all rows begin at a multiple of
-    `row` bytes, or all `skip` bytes beyond; else of a copy, with rows that 16 bytes divide.
+    x: Tensor, tokens: int, in_features: int, row: int = _ROW, halves: bool = False
+) -> list[_Part]:
+    """Rows that begin at a multiple of `row` bytes: x itself, or memory for a copy, of rows that 16
+    bytes divide.
 
-    halves: there may be two parts, of the even and of the odd tokens.
+    halves: where every other token of x begins there, these are a part, and the rest another.
     """
     size = x.dtype.itemsize
     padded = -(-in_features * size // _ROW) * _ROW // size
@@ -583,29 +577,27 @@ def _rows(
         x = x.reshape(tokens, in_features)
         stride, step = x.stride()
     if tokens == 1:
-        stride = 2 * padded  # never taken: any valid one will do
-    first, begin = x.data_ptr(), x.storage_offset() * size
-    for count in (1, 2) if halves else (1,):
-        beyond = [(first + i * stride * size) % row for i in range(count)]
-        apart = count * stride * size
-        fetched = apart % row == 0 and {*beyond} <= {0, skip}
-        # What is skipped lies in x's memory, and between rows.
-        fetched &= beyond[0] <= begin and in_features * size + max(beyond) <= apart
-        if fetched and step == 1 and stride >= in_features:
-            return x, [
-                _Part(
-                    address=first + i * stride * size - beyond[i],
-                    stride=count * stride,
-                    skip=beyond[i] // size,
-                    tokens=-(-(tokens - i) // count),
-                    first=i,
-                    step=count,
-                )
-                for i in range(count)
-            ]
-    rows = x.new_empty((tokens, padded))[:, :in_features]
-    _copy_rows(rows, x.reshape(tokens, in_features))
-    return rows, [_Part(rows.data_ptr(), padded, 0, tokens)]
+        stride = padded  # never taken: any valid one will do
+    inside = step == 1 and stride >= in_features
+    beyond, apart = x.data_ptr() % row, stride * size % row
+    if inside and not (beyond or apart):
+        return [_Part(x, stride, tokens)]
+    x = x.reshape(tokens, in_features)
+    if not (halves and inside and 2 * apart == row and beyond in (0, apart)):
+        return [_Part(x.new_empty((tokens, padded))[:, :in_features], padded, tokens, source=x)]
+    first = int(beyond > 0)
+    lie, others = x[first::2], x[1 - first :: 2]
+    rows = lie.new_empty((len(others), padded))[:, :in_features]
+    return [
+        _Part(lie, 2 * stride, len(lie), first, 2),
+        _Part(rows, padded, len(others), 1 - first, 2, others),
+    ]
+
+
+def _copy(parts: Sequence[_Part]) -> None:
+    for part in parts:
+        if part.source is not None:
+            _copy_rows(part.rows, part.source)
 
 
 def _copy_rows(rows: Tensor, x: Tensor) -> None:
