@@ -21,14 +21,19 @@ GUARD = 8  # elements on each side of an output row, and rows above and below
 
 
 class Problem:
-    """A weight, an input and a bias with their exact float64 result; small integers by default."""
+    """A weight, an input and a bias with their exact float64 result; small integers by default.
 
-    def __init__(self, tokens, out_features, in_features, dtype, integers=True):
+    before: the rows of x follow each other, so many elements behind a 16-byte address; None: they
+    all begin at 16 bytes.
+    """
+
+    def __init__(self, tokens, out_features, in_features, dtype, integers=True, before=None):
         w = random_weight(out_features, in_features, dtype, integers=integers)
         self.dtype, self.out_features, self.in_features = dtype, out_features, in_features
         self.w24 = pack(compress(w).to(DEVICE))
         self.w = w.to(DEVICE)
-        self.x = self.rows(random_input((tokens, in_features), dtype, integers=integers))
+        x = random_input((tokens, in_features), dtype, integers=integers)
+        self.x = self.rows(x) if before is None else self.contiguous_rows(x, before)
         self.bias = random_input((out_features,), dtype, seed=2, integers=integers).to(DEVICE)
         shape = (tokens, out_features)
         self.residual = random_input(shape, dtype, seed=3, integers=integers).to(DEVICE)
@@ -41,6 +46,12 @@ class Problem:
         padded = torch.full((tokens, -(-in_features // 8) * 8 + 8), float("nan"), dtype=x.dtype)
         padded[:, :in_features] = x
         return padded.to(DEVICE)[:, :in_features]
+
+    @staticmethod
+    def contiguous_rows(x, before):
+        memory = torch.full((before + x.numel() + GUARD,), float("nan"), dtype=x.dtype)
+        memory[before : before + x.numel()] = x.flatten()
+        return memory.to(DEVICE)[before : before + x.numel()].view(x.shape)
 
 
 def mma_variants():
@@ -102,36 +113,48 @@ def call(
     cut_k=True,
     channel_scale=None,
     token_scale=None,
+    halves=None,
 ):
     """Launches a kernel of the native module on the first `tokens` rows of the problem.
 
     cut_k=False keeps the workspace from prefill, which then never cuts a tile along in_features.
+    halves: rows of x that the kernel cannot fetch are copied: all (False), or every other one, of
+    two launches (True).
     """
-    linear = _native.module().Linear(
-        kernel=kernel,
-        config=variant,
-        tokens=tokens,
-        out_features=p.out_features,
-        in_features=p.in_features,
-        x_stride=p.x.stride(0),
-        y_stride=y.stride(0),
-        residual_stride=0 if residual is None else residual.stride(0),
-        dtype=str(p.dtype).removeprefix("torch."),
-        activation=activation,
-    )
-    operands = dict(
-        bias=bias, residual=residual, channel_scale=channel_scale, token_scale=token_scale
-    )
-    if linear.needs_workspace and cut_k:
-        operands["workspace"] = workspace()
-    linear(
-        x=p.x.data_ptr(),
-        values=p.w24.values.data_ptr(),
-        metadata=p.w24.metadata.data_ptr(),
-        y=y.data_ptr(),
-        stream=stream(),
-        **{name: tensor.data_ptr() for name, tensor in operands.items() if tensor is not None},
-    )
+    parts = [cuda_backend._Part(p.x, p.x.stride(0), tokens)]
+    if halves is not None:
+        of = tokens, p.in_features, cuda_backend._row(kernel), halves
+        parts = cuda_backend._rows(p.x[:tokens], *of)
+        for part in parts:
+            if part.source is not None:
+                part.rows._base.fill_(float("nan"))
+        cuda_backend._copy(parts)
+    operands = dict(bias=bias, channel_scale=channel_scale, token_scale=token_scale)
+    row = 0 if residual is None else residual.stride(0)
+    for part in parts:
+        linear = _native.module().Linear(
+            kernel=kernel,
+            config=variant,
+            tokens=part.tokens,
+            out_features=p.out_features,
+            in_features=p.in_features,
+            x_stride=part.stride,
+            y_stride=part.step * y.stride(0),
+            residual_stride=part.step * row,
+            dtype=str(p.dtype).removeprefix("torch."),
+            activation=activation,
+        )
+        if linear.needs_workspace and cut_k:
+            operands["workspace"] = workspace()
+        linear(
+            x=part.rows.data_ptr(),
+            values=p.w24.values.data_ptr(),
+            metadata=p.w24.metadata.data_ptr(),
+            y=y.data_ptr() + part.first * y.stride(0) * y.itemsize,
+            residual=0 if residual is None else residual.data_ptr() + part.first * row * y.itemsize,
+            stream=stream(),
+            **{name: tensor.data_ptr() for name, tensor in operands.items() if tensor is not None},
+        )
 
 
 def same_bits(a, b):

@@ -17,6 +17,7 @@ from sparsekern.backends.cuda import tuned_tables as tuning
 from sparsekern.backends.cuda.backend import CudaBackend, PreciseBackend, SixteenBitBackend
 from sparsekern.backends.cuda.coefficients import TIMES
 from sparsekern.backends.cuda.narrow_model import NarrowTile
+from sparsekern.backends.cuda.native import _indices, gated_config
 from sparsekern.backends.cuda.variant import Bits, MmaTile, RowBlocks, SplitTile, Tile, variant_name
 from sparsekern.backends.protocol import problem_of
 from sparsekern.backends.triton.backend import TritonBackend
@@ -112,7 +113,8 @@ def native(monkeypatch, tmp_path):
 def forget():
     for name in CACHED:
         getattr(cuda_backend, name).cache_clear()
-    scaled_linear._built_for.cache_clear()
+    for cached in (scaled_linear._built_for, configs.in_halves, gated_config, _indices):
+        cached.cache_clear()
     tuning.forget()
     registry.changed()
 
@@ -403,7 +405,8 @@ def test_linear_passes_what_the_module_takes(on_cpu, leading, dtype):
     )
 
 
-def test_rows_that_the_kernels_cannot_fetch_are_copied(on_cpu):
+def test_rows_that_the_kernels_cannot_fetch_are_copied(on_cpu, monkeypatch):
+    monkeypatch.setattr(cuda_backend, "in_halves", lambda *problem: False)
     dtype = torch.bfloat16
     w24 = pack(compress(random_weight(64, 132, dtype)))
     base = torch.ones(3, 2, 136, dtype=dtype)
@@ -424,6 +427,107 @@ def test_rows_that_the_kernels_cannot_fetch_are_copied(on_cpu):
         call = on_cpu.calls.pop()
         assert call["residual_stride"] == stride and call["residual"] % 2 == 0
         assert (call["residual"] == given.data_ptr()) == (stride == 80)
+
+
+def fixed_plan(kernel, config):
+    return lambda *problem: (kernel, config)
+
+
+@pytest.mark.parametrize("kernel, config", [("decode", 1), ("split", ACROSS), ("prefill", 0)])
+@pytest.mark.parametrize("tokens", [2, 3, 64])
+@pytest.mark.parametrize("beyond", [0, 4], ids=["from 16 bytes on", "from 8 beyond"])
+def test_half_the_rows_are_copied(on_cpu, monkeypatch, kernel, config, tokens, beyond):
+    """The even or the odd tokens lie where they are; two launches, in order, of one workspace."""
+    asked, copied = [], []
+    monkeypatch.setattr(cuda_backend, "in_halves", lambda *problem: asked.append(problem) or True)
+    copy = cuda_backend._copy_rows
+    monkeypatch.setattr(
+        cuda_backend, "_copy_rows", lambda *of: copied.append((*of, len(on_cpu.calls))) or copy(*of)
+    )
+    w24 = pack(compress(random_weight(70, 132, torch.bfloat16)))
+    x = on_16_bytes(beyond + tokens * 132)[beyond:].view(tokens, 132)
+    bias, residual = torch.ones(70).bfloat16(), torch.ones(tokens, 75).bfloat16()[:, 3:73]
+    y = cuda_backend.linear(x, w24, bias, "relu", residual, plan=fixed_plan(kernel, config))
+    assert asked == [(kernel, config, tokens, 70, 132, -1, configs.Types.of(BF16))]
+    assert y.shape == (tokens, 70) and len(on_cpu.calls) == 2
+    ((rows, source, launched),) = copied
+    lies, copies = (0, 1) if beyond == 0 else (1, 0)
+    assert launched == 0 and torch.equal(rows, x[copies::2])
+    assert source.data_ptr() == x[copies].data_ptr()
+    places = (x[lies].data_ptr(), 264), (rows.data_ptr(), 136)
+    for call, first, place in zip(on_cpu.calls, (lies, copies), places, strict=True):
+        assert (call["x"], call["x_stride"]) == place and call["x"] % 16 == 0
+        assert call["tokens"] == (tokens + 1 - first) // 2
+        assert (call["y"], call["y_stride"]) == (y.data_ptr() + first * 140, 140)
+        assert call["residual"] == residual.data_ptr() + first * 150
+        assert call["residual_stride"] == 150 and call["bias"] == bias.data_ptr()
+    same = {"values", "metadata", "stream", "workspace", "kernel", "config", "activation"}
+    one, other = ({name: call[name] for name in same} for call in on_cpu.calls)
+    assert one == other and bool(one["workspace"]) == (kernel != "decode")
+
+
+def test_a_launcher_does_what_bind_does(on_cpu, monkeypatch):
+    """A copy of all rows or of half, by the same decision, and in every call."""
+    copied = []
+    copy = cuda_backend._copy_rows
+    monkeypatch.setattr(
+        cuda_backend, "_copy_rows", lambda rows, x: copied.append(len(x)) or copy(rows, x)
+    )
+    w24 = pack(compress(random_weight(64, 132, torch.bfloat16)))
+    x, y = on_16_bytes(5 * 132).view(5, 132), torch.ones(5, 64).bfloat16()
+    space = torch.zeros(64, dtype=torch.uint8)
+    same = ("kernel", "config", "tokens", "x_stride", "y_stride")
+    for halves in (False, True):
+        monkeypatch.setattr(heuristics, "in_halves", lambda *problem, halves=halves: halves)
+        configs.in_halves.cache_clear()
+        for name in (f"prefill {TILES[1]}", "decode 128 rows, split 4"):
+            launch = cuda_backend.launcher(name, x, w24, y, space)
+            assert not copied and not on_cpu.calls
+            done = []
+            for run in (
+                lambda name=name: cuda_backend.linear(
+                    x, w24, plan=fixed_plan(*configs.variants()[name])
+                ),
+                launch,
+                launch,
+            ):
+                run()
+                calls = [[call.get(of) for of in same] for call in on_cpu.calls]
+                offsets = [call["y"] - on_cpu.calls[0]["y"] for call in on_cpu.calls]
+                done.append(([*copied], calls, offsets))
+                copied.clear()
+                on_cpu.calls.clear()
+            bound, *launched = done
+            assert [bound, bound] == launched and bound[0] == [2 if halves else 5]
+            assert len(bound[1]) == (2 if halves else 1)
+
+
+def test_a_launcher_copies_the_x_of_each_call(on_cpu, monkeypatch):
+    monkeypatch.setattr(cuda_backend, "in_halves", lambda *problem: True)
+    w24 = pack(compress(random_weight(64, 132, torch.bfloat16)))
+    x, y = on_16_bytes(4 * 132).view(4, 132), torch.ones(4, 64).bfloat16()
+    space, parts = torch.zeros(64, dtype=torch.uint8), []
+    rows = cuda_backend._rows
+    monkeypatch.setattr(cuda_backend, "_rows", lambda *of: parts.extend(rows(*of)) or parts)
+    launch = cuda_backend.launcher(f"prefill {TILES[1]}", x, w24, y, space)
+    for number in (3, 5):
+        x.fill_(number)
+        launch()
+        assert all(part.rows.eq(number).all() for part in parts)
+
+
+def test_of_which_variants_half_is_copied(native):
+    """As the cost model says of the variant behind the config; of none that it does not know."""
+    problem = 20000, 64, 4092
+    for name, (kernel, config) in configs.variants().items():
+        (variant,) = (v for v in configs._built() if variant_name(v) == name)
+        expected = heuristics.in_halves(variant, *problem, 132)
+        assert configs.in_halves(kernel, config, *problem, 0) == expected
+    assert configs.in_halves("prefill", 0, *problem, 0)
+    assert not configs.in_halves("mma", 0, *problem, 0)
+    assert not configs.in_halves("naive", 0, *problem, 0)
+    eight = configs.Types("int8", "int8", BF16)
+    assert not configs.in_halves("prefill", 0, *problem, 0, eight)
 
 
 def test_a_gated_pair_is_one_launch(on_cpu, monkeypatch):
@@ -690,21 +794,86 @@ def test_rows_that_need_no_copy():
         assert same.data_ptr() == rows.data_ptr() and stride % 8 == 0 and stride >= columns
 
 
-def test_rows_of_8_bytes_that_the_mma_kernel_takes(on_cpu):
-    """in_features % 8 == 4: no copy for it, one for the others; launcher copies in every call."""
+def test_rows_of_8_bytes_that_the_mma_kernel_takes(on_cpu, monkeypatch):
+    """in_features % 8 == 4: no copy for it, one for the others where it is faster."""
+    monkeypatch.setattr(cuda_backend, "in_halves", lambda *problem: False)
     assert [cuda_backend._row(kernel) for kernel in ("mma", "split")] == [8, 16]
     assert cuda_backend._row("mma", 1) == 16
     x = torch.arange(64.0).to(torch.bfloat16).view(16, 4)
     for rows in (x, x[:, :], x.view(-1)[4:].view(15, 4)):
-        same, stride = cuda_backend._aligned_rows(rows, len(rows), 4, 8)
-        assert same.data_ptr() == rows.data_ptr() and stride == 4
-    copy, stride = cuda_backend._aligned_rows(x.view(-1)[2:62].view(15, 4), 15, 4, 8)
-    assert stride == 8 and torch.equal(copy, x.view(-1)[2:62].view(15, 4))
+        (part,) = cuda_backend._rows(rows, len(rows), 4, 8)
+        assert part.rows.data_ptr() == rows.data_ptr() and (part.stride, part.source) == (4, None)
+    at_4 = x.view(-1)[2:62].view(15, 4)
+    (part,) = cuda_backend._rows(at_4, 15, 4, 8)
+    assert part.stride == 8 and part.source.data_ptr() == at_4.data_ptr()
     w24, x = pack(compress(random_weight(64, 132, torch.bfloat16))), torch.ones(2, 132).bfloat16()
     for kernel, stride in (("mma", 132), ("prefill", 136)):
         cuda_backend.linear(x, w24, plan=lambda *problem, kernel=kernel: (kernel, 0))
         call = on_cpu.calls.pop()
         assert call["x_stride"] == stride and (call["x"] == x.data_ptr()) == (kernel == "mma")
+
+
+def on_16_bytes(elements):
+    """Numbers in bfloat16 from a multiple of 16 bytes on."""
+    data = torch.arange(elements + 8.0).to(torch.bfloat16)
+    return data[-data.data_ptr() % 16 // 2 :][:elements]
+
+
+def copied_tokens(x, halves=True):
+    """Which tokens of x are copied; every one is in one part, where the kernels can fetch it."""
+    parts = cuda_backend._rows(x, *x.shape, halves=halves)
+    cuda_backend._copy(parts)
+    seen, copied = {}, []
+    for part in parts:
+        tokens = range(len(x))[part.first :: part.step]
+        assert len(tokens) == part.tokens == len(part.rows) > 0
+        assert part.rows.data_ptr() % 16 == 0 == part.stride * x.itemsize % 16
+        assert part.stride >= x.shape[1]
+        assert part.tokens == 1 or part.stride == part.rows.stride(0)
+        assert part.rows.stride(1) == 1 and torch.equal(part.rows, x[tokens])
+        lies = part.rows.data_ptr() == x[part.first].data_ptr()
+        assert lies == (part.source is None)
+        copied += [] if lies else tokens
+        seen |= dict.fromkeys(tokens)
+    assert sum(part.tokens for part in parts) == len(seen) == len(x)
+    return copied
+
+
+def test_rows_of_which_every_other_one_lies_on_16_bytes():
+    data = on_16_bytes(600)
+    for tokens in (1, 2, 3, 4, 7):
+        even, odd = [*range(0, tokens, 2)], [*range(1, tokens, 2)]
+        wide, beyond = (data[at : at + tokens * 20].view(tokens, 20) for at in (0, 4))
+        for x, copied in (
+            (wide, odd),
+            (beyond, even),
+            (wide[:, :12], odd),
+            (wide[:, 4:16], even),
+            (data[: tokens * 24].view(tokens, 24), []),
+            (data[: tokens * 24].view(tokens, 24)[:, :20], []),
+            (data[: tokens * 40].view(2 * tokens, 20)[::2], []),
+        ):
+            assert copied_tokens(x) == copied
+            assert copied_tokens(x, halves=False) == ([*range(tokens)] if copied else [])
+
+
+def test_rows_that_are_all_copied():
+    """All 8 bytes beyond 16, elements at 4 bytes, rows that overlap or turn back."""
+    data = on_16_bytes(600)
+    for x in (
+        data[4:76].view(3, 24),
+        data[:72].view(3, 24)[:, 4:],
+        data[:120].view(6, 20)[1::2],
+        data[2:62].view(3, 20),
+        data[:66].view(3, 22),
+        data[:40].view(20, 2).t(),
+        data[:20].expand(3, 20),
+        data.as_strided((3, 20), (12, 1)),
+    ):
+        assert copied_tokens(x) == [*range(len(x))]
+    x = data[:240].view(3, 4, 20)  # of several dimensions
+    parts = cuda_backend._rows(x, 12, 20, halves=True)
+    assert [part.rows.shape for part in parts] == [(6, 20)] * 2
 
 
 def test_rows_are_copied_by_8_bytes_where_they_begin_there(monkeypatch):

@@ -111,6 +111,21 @@ def test_epilogue_in_every_variant(dtype, out_features, in_features):
         assert_exact(*run, with_bias.relu() + p.residual.double(), **everything, cut_k=False)
 
 
+@pytest.mark.parametrize("before, halves", [(0, True), (4, True), (0, False), (4, False)])
+@pytest.mark.parametrize("shape", [(110, 4068), (64, 92), (323, 132), (65, 27452)], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_rows_of_x_that_16_bytes_do_not_divide_in_every_variant(dtype, shape, before, halves):
+    """All copied, or every other one, for two launches, which share a workspace."""
+    p = Problem(5024, *shape, dtype, before=before)
+    with_all = (p.product + p.bias.double()).relu() + p.residual.double()
+    everything = dict(bias=p.bias, residual=p.residual, activation="relu", halves=halves)
+    for kernel, variant in variants():
+        few = (1, 2, 3, 7, 16, 31, 64)
+        for tokens in few if kernel == "decode" else (*few, 65, 127, 200, 989, 5024):
+            assert_exact(kernel, variant, p, tokens, p.product, halves=halves)
+            assert_exact(kernel, variant, p, tokens, with_all, **everything)
+
+
 @pytest.mark.parametrize("activation", [None, "relu", "gelu", "silu"])
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_random_within_bound_in_every_variant(dtype, activation):
@@ -125,10 +140,11 @@ def test_random_within_bound_in_every_variant(dtype, activation):
         assert_within(y, y64[:tokens], bound[:tokens])
 
 
-def test_infinite_and_nan_tokens_stay_alone():
-    module = layer(bias=False)
-    for tokens in (8, 100):
-        x = integers(tokens, 576)
+@pytest.mark.parametrize("in_features", [576, 580])
+def test_infinite_and_nan_tokens_stay_alone(in_features):
+    module = layer(in_features=in_features, bias=False)
+    for tokens in (8, 100, 3000):
+        x = integers(tokens, in_features)
         expected = module(x)
         x[3] = float("nan")
         y = module(x)
@@ -227,6 +243,29 @@ def test_strided_x(tokens, in_features):
     for name, x in views.items():
         y = module(x)
         assert y.is_contiguous() and torch.equal(y, dense(module, x)), name
+
+
+@pytest.mark.parametrize("out_features, in_features", [(110, 4068), (65, 92), (320, 1020)])
+@pytest.mark.parametrize("copied", [False, True], ids=["two launches", "a copy"])
+def test_rows_of_x_that_16_bytes_do_not_divide(out_features, in_features, copied, monkeypatch):
+    """Whatever is expected to be faster; alone and in a graph."""
+    monkeypatch.setattr(cuda_backend, "in_halves", lambda *problem: not copied)
+    module = layer(out_features, in_features)
+    w = module.weight.to_dense()
+    for tokens in (*range(1, 201), 989, 5024):
+        x, residual = integers(tokens, in_features), integers(tokens, out_features, seed=7)
+        y64 = reference.linear(x, w, module.bias, "relu")
+        y = cuda_backend.linear(x, module.weight, module.bias, "relu", residual)
+        assert torch.equal(y, (y64 + residual.double()).to(BF16)), tokens
+        y = cuda_backend.linear(x, module.weight, module.bias, "relu")
+        assert torch.equal(y, y64.to(BF16)), tokens
+    graph, y = torch.cuda.CUDAGraph(), None
+    with torch.cuda.graph(graph):
+        y = cuda_backend.linear(x, module.weight, module.bias, "relu")
+    for seed in (1, 2):
+        x.copy_(integers(5024, in_features, seed=seed))
+        graph.replay()
+        assert torch.equal(y, reference.linear(x, w, module.bias, "relu").to(BF16))
 
 
 def test_strided_residual_and_bias():

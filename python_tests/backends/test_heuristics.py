@@ -141,16 +141,50 @@ def test_tiles_across_clusters_are_chosen_for_few_rows_and_long_in_features():
 
 def test_what_a_copy_of_x_costs():
     """Of rows that 16 bytes do not divide, but for the mma.sp kernel; nothing of 8-bit x."""
-    of = {v: work(v, 16, 98, 7500, H100).copy for v in coefficients.TIMES}
+    few = 55, 48504, 92, H100  # much to write, little to read
+    of = {v: work(v, *few).copy for v in TIMES}
     assert {type(v) for v, us in of.items() if us == 0} == {MmaTile}
-    assert max(of.values()) == heuristics.copy_us(16, 7500) == pytest.approx(4.12)
-    assert work(SplitTile(128, 64, 4), 16, 98, 7504, H100).copy == 0
-    assert work(SplitTile(128, 64, 4), 16, 98, 7500, H100, EIGHT).copy == 0
-    tile = SplitTile(128, 64, 4)
-    without = work(tile, 16, 98, 7500, H100)._replace(copy=0.0)
-    added = heuristics.predicted_us(tile, 16, 98, 7500, H100)
-    added -= heuristics.us(coefficients.TIMES[tile], without)
-    assert added == pytest.approx(4.12)
+    assert max(of.values()) == heuristics.copy_us(55, 92)
+    assert heuristics.copy_us(16, 7500) == pytest.approx(4.12)
+    tile = SplitTile(256, 64, 1)
+    assert work(tile, 55, 48504, 96, H100).copy == 0 == work(tile, *few, EIGHT).copy
+    assert work(tile, 1, *few[1:]).copy == 0, "one row has no stride"
+    without = heuristics.us(TIMES[tile], work(tile, *few)._replace(copy=0.0))
+    assert predicted_us(tile, *few) - without == pytest.approx(heuristics.copy_us(55, 92))
+    assert work(RowBlocks(128, 2), 16, 98, 7500, H100, Bits(8, 16)).copy > 4
+
+
+def test_a_copy_of_half_and_two_launches():
+    """Where they are expected to be faster than a copy of all and one."""
+    long, tile = (5025, 110, 4068, H100), SplitTile(128, 96, 2)
+    both = work(tile, *long)
+    even, odd = (work(tile, tokens, 110, 4072, H100) for tokens in (2513, 2512))
+    apart = Work(*map(sum, zip(even, odd, strict=True)))  # of 4 columns more
+    assert both._replace(megabytes=apart.megabytes, copy=0.0) == apart
+    assert both.launches == 2 and both.copy == heuristics.copy_us(2512, 4068)
+    for problem in (long, (2, 64, 68, H100), (3, 4096, 4092, H100), (989, 1000, 1020, H100)):
+        tokens, *layer = problem
+        for variant in TIMES:
+            of = work(variant, *problem)
+            if isinstance(variant, MmaTile):
+                assert (of.launches, of.copy) == (1, 0)
+                assert not heuristics.in_halves(variant, *problem)
+                continue
+            few = tokens // 2
+            whole, rest, half = (
+                heuristics.us(TIMES[variant], work(variant, part, layer[0], layer[1] + 4, H100))
+                for part in (tokens, tokens - few, few)
+            )
+            whole += heuristics.copy_us(tokens, layer[1])
+            apart = rest + half + heuristics.copy_us(few, layer[1])
+            assert predicted_us(variant, *problem) == pytest.approx(min(whole, apart), rel=0.02)
+            halves = heuristics.in_halves(variant, *problem)
+            assert of.launches == 1 + halves and (tokens > 3 or not halves)
+            assert of.copy == heuristics.copy_us(few if halves else tokens, layer[1])
+    assert not heuristics.in_halves(tile, *long, EIGHT)
+    assert not heuristics.in_halves(tile, *long, Bits(8, 16)), "it would be widened twice"
+    assert not heuristics.in_halves(SplitTile(1, 2, 3), *long), "nobody knows its time"
+    assert not heuristics.in_halves(tile, 1, *long[1:])
 
 
 def test_the_split_kernel_is_considered_for_small_problems():

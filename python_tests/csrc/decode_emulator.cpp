@@ -57,6 +57,8 @@ class DeviceKernel {
 
 inline Status make_activation_map(const char*, CUtensorMap& map, const LinearProblem& p,
                                   int box_rows) {
+  emulator::require(reinterpret_cast<uintptr_t>(p.x.data) % 16 == 0 && p.x.stride % 8 == 0,
+                    "rows of 16 bytes");
   const ptx::Tensor t = {static_cast<uint8_t*>(p.x.data), p.x.stride * 2, p.tokens, p.in_features,
                          box_rows};
   memcpy(&map, &t, sizeof(t));

@@ -111,6 +111,7 @@ void bulk_copy_multicast(uint32_t smem, const void* gmem, uint32_t bytes, uint32
 template <class Move>
 void for_each_chunk(const Tensor& t, uint32_t smem, int x, int y, Move move) {
   emulator::require(smem % 1024 == 0, "a swizzled box on 1024 bytes");  // and so in its block
+  emulator::require(int64_t{x} * t.element_bytes % 16 == 0, "a box whose rows begin at 16 bytes");
   for (int row = 0; row < t.box_rows; ++row) {
     for (int chunk = 0; chunk < 8; ++chunk) {
       const int64_t first = int64_t{x} * t.element_bytes + chunk * 16;

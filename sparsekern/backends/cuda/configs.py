@@ -8,7 +8,7 @@ everything, others the mma.sp kernel: of e4m3 from 8.9 on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -196,6 +196,25 @@ def heuristic(
     multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
     problem = tokens, out_features, in_features, multiprocessors
     return variant_name(heuristics.fastest(*problem, tuple(_built(types)), types.bits))
+
+
+@lru_cache(maxsize=4096)
+def in_halves(
+    kernel: str,
+    config: int,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    index: int,
+    types: Types = _PLAIN,
+) -> bool:
+    """Whether x of which this variant can fetch every other row is copied in half, on GPU `index`
+    (cost_model.in_halves)."""
+    multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
+    problem = tokens, out_features, in_features, multiprocessors, types.bits
+    number = kernel, config
+    of = (variant for variant, known in _built(types).items() if known == number)
+    return any(heuristics.in_halves(variant, *problem) for variant in of)
 
 
 def promoted(tokens: int, out_features: int, index: int, types: Types) -> str:

@@ -6,7 +6,7 @@ kernel from 32 tokens on, the split kernel from there up to some size (`consider
 serves them all:
 
     us = smooth_max(stage * stages + extra * extras, total * totals, megabytes / rate)
-         + item * items + exchange * exchanges + crowd * crowds + constant + copy
+         + item * items + exchange * exchanges + crowd * crowds + constant * launches + copy
 
     smooth_max(a, b, c) = (a^4 + b^4 + c^4)^(1/4)
 
@@ -42,7 +42,10 @@ sums that are given away stay in the cluster, but where clusters share a tile (c
 choose_clusters in csrc/linear/splitk_launch_sm90.cuh): there they are 1 for writing, counting and
 the way back, plus the bytes that the last thread block of a tile reads in SUMS_READ.
 
-Copy: the time of `copy_us`, where the kernel cannot fetch rows of x as they are (`work`).
+Rows of x of 16 bits that 16 bytes do not divide (in_features % 8 == 4) the copy engine cannot fetch
+as they are, but for every other one. So either x is copied first, and copy is the time of that
+(`copy_us`); or half of it is, and there are two launches, of the even and of the odd tokens, whose
+counts are added (`work`). What is expected to be faster is done (`in_halves`).
 
 How many clusters run at once decides the first count (`resident_clusters`). The prefill kernel cuts
 the tiles of a last, partly filled wave along in_features into as many parts as there are clusters
@@ -86,7 +89,8 @@ tokens (mma_model.py).
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from operator import add
+from typing import Any, NamedTuple
 
 from sparsekern.backends.cuda import narrow_model
 from sparsekern.backends.cuda.coefficients import TIMES, Times, table
@@ -144,6 +148,7 @@ class Work(NamedTuple):
     exchanges: float
     crowds: float
     copy: float = 0.0  # us
+    launches: float = 1.0
 
 
 def considered(
@@ -192,17 +197,53 @@ def work(
     multiprocessors: int,
     bits: Bits = PLAIN,
 ) -> Work:
-    """What this variant does for one layer."""
+    """What this variant does for one layer whose x is contiguous."""
     problem = tokens, out_features, in_features, multiprocessors, bits
-    if isinstance(variant, Tile):
-        counts = prefill_work(variant, *problem)
-    else:
-        other = {RowBlocks: decode_work, MmaTile: mma_work, SplitTile: split_work}
-        counts = other[type(variant)](variant, *problem)
-    copied = (
-        bits.x == 16 and tokens > 1 and in_features % 8 != 0 and not isinstance(variant, MmaTile)
+    fetched = bits.x != 16 or tokens < 2 or in_features % 8 == 0 or isinstance(variant, MmaTile)
+    if fetched:
+        return _counts(variant, *problem)
+    return (
+        _halves(variant, *problem) if in_halves(variant, *problem) else _copied(variant, *problem)
     )
-    return counts._replace(copy=copy_us(tokens, in_features)) if copied else counts
+
+
+def in_halves(
+    variant: Variant,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    multiprocessors: int,
+    bits: Bits = PLAIN,
+) -> bool:
+    """Whether half of an x of which the variant can fetch every other row is copied, for two
+    launches, and not all: where that is expected to be faster. Not with weights of fewer than 16
+    bits, which would be widened twice, and not where no coefficients say what it costs."""
+    times = table(PLAIN).get(variant)
+    if bits != PLAIN or tokens < 2 or times is None or isinstance(variant, MmaTile):
+        return False
+    problem = tokens, out_features, in_features, multiprocessors
+    return us(times, _halves(variant, *problem)) < us(times, _copied(variant, *problem))
+
+
+def _counts(variant: Variant, *problem: Any) -> Work:
+    """Of one launch, of x as it is."""
+    if isinstance(variant, Tile):
+        return prefill_work(variant, *problem)
+    other = {RowBlocks: decode_work, MmaTile: mma_work, SplitTile: split_work}
+    return other[type(variant)](variant, *problem)
+
+
+def _copied(variant: Variant, tokens: int, out_features: int, in_features: int, *gpu: Any) -> Work:
+    counts = _counts(variant, tokens, out_features, in_features, *gpu)
+    return counts._replace(copy=copy_us(tokens, in_features))
+
+
+def _halves(variant: Variant, tokens: int, *layer: Any) -> Work:
+    """Of two launches and a copy of half the tokens. Sums: of two equal launches the formula gives
+    twice the time then."""
+    even, odd = tokens - tokens // 2, tokens // 2
+    both = map(add, _counts(variant, even, *layer), _counts(variant, odd, *layer))
+    return Work(*both)._replace(copy=copy_us(odd, layer[1]))
 
 
 def us(times: Times, of: Work) -> float:
@@ -211,7 +252,7 @@ def us(times: Times, of: Work) -> float:
     shared, memory = times.total * of.totals, of.megabytes / times.rate
     loop = (busiest**SMOOTH + shared**SMOOTH + memory**SMOOTH) ** (1 / SMOOTH)
     rest = times.item * of.items + times.exchange * of.exchanges + times.crowd * of.crowds
-    return loop + rest + times.constant + of.copy
+    return loop + rest + times.constant * of.launches + of.copy
 
 
 def predicted_us(

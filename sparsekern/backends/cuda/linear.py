@@ -16,9 +16,9 @@ object is built, and torch is asked through its raw functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from sparsekern.backends.cuda.configs import (  # the tools' names for them
     has_code,
     heuristic,
     hopper_refusal,
+    in_halves,
     mma_tile,
     refusal,
     runnable,
@@ -168,10 +169,11 @@ def _native_linear(
     activation: str | None,
     scale_group: int = 0,
     stored: str = "",
+    y_step: int = 1,
 ) -> Any:
     """The native module's Linear for a problem; it holds no memory of the GPU. dtype: the name of
     all types, or they. scale_group: of int4, see tile64.scale_group. stored: of a weight that is
-    widened to the type of the weight first."""
+    widened to the type of the weight first. y_step: rows of y from a token to the next."""
     types = Types.of(dtype) if isinstance(dtype, str) else dtype
     return _native.module().Linear(
         kernel=kernel,
@@ -180,7 +182,7 @@ def _native_linear(
         out_features=out_features,
         in_features=in_features,
         x_stride=x_stride,
-        y_stride=out_features,
+        y_stride=y_step * out_features,
         residual_stride=residual_stride,
         dtype=types.y,
         weight_dtype=types.weight,
@@ -253,10 +255,11 @@ def mma_config(x: Tensor, w24: Sparse24) -> str:
 def bind(problem: Problem, plan: Plan = _plan) -> Launch:
     """The launch of a problem: y = activation(x · Wᵀ + bias), summed in float32, rounded once.
 
-    x is copied when its rows are not 16-byte aligned and evenly spaced, as with in_features % 8 ==
-    4; ahead of the mma.sp kernel, which then reads 8 bytes at a time, when not 8-byte aligned. The
-    weight's tensors must be complete: the decode kernel reads them before the work queued ahead of
-    it has finished (see tile64.pack).
+    x is read where it lies when its rows are 16-byte aligned and evenly spaced, or 8-byte aligned
+    ahead of the mma.sp kernel; else it is copied. Of rows of which every other one is aligned, as
+    with in_features % 8 == 4, the others alone are copied, and there are two launches, where that
+    is expected to be faster (cost_model.in_halves). The weight's tensors must be complete: the
+    decode kernel reads them before the work queued ahead of it has finished (see tile64.pack).
     """
     (out_features, in_features), tokens = problem.spec.shape, problem.tokens
     if not (tokens and out_features and in_features):
@@ -326,10 +329,10 @@ def _with_workspace(
 
 def _bind_any(problem: Problem, kernel: str, config: int) -> Callable[..., Tensor | None]:
     """The launch for any strides, address and GPU of x, and a residual [tokens, out_features]."""
-    (out_features, in_features), tokens = problem.spec.shape, problem.tokens
     dtype, index, activation = problem.dtype, problem.gpu, problem.activation
-    sizes = (*problem.x_shape[:-1], out_features)
+    sizes = (*problem.x_shape[:-1], problem.out_features)
     strides = _contiguous_strides(sizes)
+    types = Types.of(_name(dtype))
 
     def launch(
         x: Tensor, w24: Sparse24, bias: Tensor | None = None, residual: Tensor | None = None
@@ -337,24 +340,21 @@ def _bind_any(problem: Problem, kernel: str, config: int) -> Callable[..., Tenso
         if index != _current_device():
             with torch.cuda.device(index):
                 return launch(x, w24, bias, residual)
-        rows, x_stride = _aligned_rows(x, tokens, in_features, _row(kernel))
-        residual_stride = 0 if residual is None else residual.stride(0)
-        size = tokens, out_features, in_features
-        strided = x_stride, residual_stride
-        run = _native_linear(kernel, config, *size, *strided, _name(dtype), activation)
+        parts = _parts(x, w24, kernel, config, types, index)
+        _copy(parts)
         y = _empty_strided(sizes, strides, dtype)
+        runs = [*_runs(parts, w24, kernel, config, types, y, residual, activation)]
         stream = _current_stream(index)
-        space = _workspace(index, stream) if run.needs_workspace else (0, 0, None)
-        run(
-            x=rows.data_ptr(),
-            values=w24.tensors["values"].data_ptr(),
-            metadata=w24.tensors["metadata"].data_ptr(),
-            y=y.data_ptr(),
-            stream=stream,
-            bias=0 if bias is None else bias.data_ptr(),
-            residual=0 if residual is None else residual.data_ptr(),
-            workspace=space[1],
-        )
+        space = _workspace(index, stream) if runs[0][0].needs_workspace else (0, 0, None)
+        for run, of_part in runs:
+            run(
+                **of_part,
+                values=w24.tensors["values"].data_ptr(),
+                metadata=w24.tensors["metadata"].data_ptr(),
+                stream=stream,
+                bias=0 if bias is None else bias.data_ptr(),
+                workspace=space[1],
+            )
         return y
 
     return launch
@@ -439,28 +439,23 @@ def launcher(
     of_x = _name(x.dtype) if x.dtype in dtypes.PLAIN else spec.storage
     types = Types(spec.storage, of_x, _name(y.dtype))
     kernel, number = variants(_PLAIN if spec.element.plain else types)[variant]
-    tokens, (out_features, in_features) = x.shape[0], w24.shape
-    rows, x_stride = _aligned_rows(x, tokens, in_features, _row(kernel, x.dtype.itemsize))
-    copied = rows.data_ptr() != x.data_ptr()
-    size = tokens, out_features, in_features
+    parts = _parts(x, w24, kernel, number, types, device)
     group = 0 if spec.element.plain else scale_group(spec)
-    run = _native_linear(kernel, number, *size, x_stride, 0, types, None, group)
+    runs = [*_runs(parts, w24, kernel, number, types, y, group=group)]
     channel_scale = None if group else w24.tensors.get(SCALE)
     addresses = dict(
-        x=rows.data_ptr(),
         values=w24.values.data_ptr(),
         metadata=w24.metadata.data_ptr(),
-        y=y.data_ptr(),
-        workspace=workspace.data_ptr() if run.needs_workspace else 0,
+        workspace=workspace.data_ptr() if runs[0][0].needs_workspace else 0,
         channel_scale=0 if channel_scale is None else channel_scale.data_ptr(),
         token_scale=0 if x_scale is None else x_scale.data_ptr(),
     )
-    keep = rows, w24, y, workspace, x_scale
+    keep = w24, y, workspace, x_scale
 
     def launch(keep: object = keep) -> None:
-        if copied:
-            _copy_rows(rows, x)
-        run(**addresses, stream=_current_stream(device))
+        _copy(parts)
+        for run, of_part in runs:
+            run(**of_part, **addresses, stream=_current_stream(device))
 
     return launch
 
@@ -513,11 +508,69 @@ def _row(kernel: str, itemsize: int = 2) -> int:
     return _MMA_ROW if kernel == "mma" and itemsize == 2 else _ROW
 
 
-def _aligned_rows(x: Tensor, tokens: int, in_features: int, row: int = _ROW) -> tuple[Tensor, int]:
-    """Rows that begin at a multiple of `row` bytes, and their stride in elements: x itself, or a
-    copy, of rows that 16 bytes divide."""
-    padded = -(-in_features * x.dtype.itemsize // _ROW) * _ROW // x.dtype.itemsize
-    whole = row // x.dtype.itemsize  # elements
+class _Part(NamedTuple):
+    """Tokens of x that one launch takes: first, first + step, ..."""
+
+    rows: Tensor  # what it reads: these tokens of x where they lie, or memory for a copy of them
+    stride: int  # of the rows, in elements
+    tokens: int
+    first: int = 0
+    step: int = 1
+    source: Tensor | None = None  # what is copied to rows before the launch: these tokens of x
+
+
+def _parts(
+    x: Tensor, w24: Sparse24, kernel: str, config: int, types: Types, index: int
+) -> list[_Part]:
+    """What the launches of a kernel read."""
+    out_features, in_features = w24.shape
+    tokens, row = x.numel() // in_features, _row(kernel, x.dtype.itemsize)
+    halves = in_halves(kernel, config, tokens, out_features, in_features, index, types)
+    return _rows(x, tokens, in_features, row, halves)
+
+
+def _runs(
+    parts: Sequence[_Part],
+    w24: Sparse24,
+    kernel: str,
+    config: int,
+    types: Types,
+    y: Tensor,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    group: int = 0,
+) -> Iterator[tuple[Any, dict[str, int]]]:
+    """(native Linear, its addresses of x, y and the residual) of each part; y is contiguous."""
+    out_features = w24.shape[0]
+    row, stride = (0, 0) if residual is None else (residual.data_ptr(), residual.stride(0))
+    for part in parts:
+        size, step = (part.tokens, *w24.shape), part.step
+        fixed = (kernel, config, *size, part.stride, step * stride, types, activation, group)
+        of_part = dict(
+            x=part.rows.data_ptr(), y=y.data_ptr() + part.first * out_features * y.dtype.itemsize
+        )
+        if residual is not None:
+            of_part["residual"] = row + part.first * stride * residual.dtype.itemsize
+        yield _native_linear(*fixed, y_step=step), of_part
+
+
+def _aligned_rows(x: Tensor, tokens: int, in_features: int) -> tuple[Tensor, int]:
+    """Rows that begin at a multiple of 16 bytes, and their stride in elements: x or a copy."""
+    parts = _rows(x, tokens, in_features)
+    _copy(parts)
+    return parts[0].rows, parts[0].stride
+
+
+def _rows(
+    x: Tensor, tokens: int, in_features: int, row: int = _ROW, halves: bool = False
+) -> list[_Part]:
+    """Rows that begin at a multiple of `row` bytes: x itself, or memory for a copy, of rows that 16
+    bytes divide.
+
+    halves: where every other token of x begins there, these are a part, and the rest another.
+    """
+    size = x.dtype.itemsize
+    padded = -(-in_features * size // _ROW) * _ROW // size
     if x.is_contiguous():
         stride, step = in_features, 1
     else:
@@ -525,11 +578,26 @@ def _aligned_rows(x: Tensor, tokens: int, in_features: int, row: int = _ROW) -> 
         stride, step = x.stride()
     if tokens == 1:
         stride = padded  # never taken: any valid one will do
-    if step == 1 and stride % whole == 0 and stride >= in_features and x.data_ptr() % row == 0:
-        return x, stride
-    rows = x.new_empty((tokens, padded))[:, :in_features]
-    _copy_rows(rows, x.reshape(tokens, in_features))
-    return rows, padded
+    inside = step == 1 and stride >= in_features
+    beyond, apart = x.data_ptr() % row, stride * size % row
+    if inside and not (beyond or apart):
+        return [_Part(x, stride, tokens)]
+    x = x.reshape(tokens, in_features)
+    if not (halves and inside and 2 * apart == row and beyond in (0, apart)):
+        return [_Part(x.new_empty((tokens, padded))[:, :in_features], padded, tokens, source=x)]
+    first = int(beyond > 0)
+    lie, others = x[first::2], x[1 - first :: 2]
+    rows = lie.new_empty((len(others), padded))[:, :in_features]
+    return [
+        _Part(lie, 2 * stride, len(lie), first, 2),
+        _Part(rows, padded, len(others), 1 - first, 2, others),
+    ]
+
+
+def _copy(parts: Sequence[_Part]) -> None:
+    for part in parts:
+        if part.source is not None:
+            _copy_rows(part.rows, part.source)
 
 
 def _copy_rows(rows: Tensor, x: Tensor) -> None:

@@ -261,8 +261,8 @@ def bind(
 ) -> Launch:
     """The launch of a problem with a quantised weight; see `why_not` and the top of the file.
 
-    As with `linear.bind`, x is copied when its rows are not 16-byte aligned and evenly spaced, and
-    the weight's tensors must be complete.
+    x is copied when its rows are not 16-byte aligned and evenly spaced. As with `linear.bind`, the
+    weight's tensors must be complete.
     """
     (out_features, in_features), tokens = problem.spec.shape, problem.tokens
     if not (tokens and out_features and in_features):
