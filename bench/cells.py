@@ -84,8 +84,8 @@ def variants() -> dict[str, Variant]:
         for numbers in re.findall(r"X\(([\d, ]+)\)", part):
             yield [int(number) for number in numbers.split(",")][1:]
 
-    for panels, split in entries("SK_DECODE_CONFIGS"):
-        found.append(RowBlocks(heuristics.PANEL * panels, split))
+    for panels, *rest in entries("SK_DECODE_CONFIGS"):
+        found.append(RowBlocks(heuristics.PANEL * panels, *rest))
     for panels, *rest, streamed, promoted in entries("SK_PREFILL_CONFIGS"):
         rows = 2 * heuristics.PANEL * panels
         found.append(Tile(rows, *rest, bool(streamed), bool(promoted)))

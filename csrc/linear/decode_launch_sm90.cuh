@@ -12,6 +12,11 @@ namespace sparsekern::decode {
 
 constexpr const char* kOp = "sparsekern.linear (decode)";
 
+// The rows of the table that a weight of so many bits has.
+constexpr int configs_of(int storage_bits) {
+  return storage_bits == 16 ? kDecodeConfigs.rows : storage_bits == 8 ? SK_DECODE_8 : SK_DECODE_4;
+}
+
 // kSplit: the kernel's, or 0 where it has all. Half of it where the GPU has no room for so large a
 // cluster.
 template <class Cfg, int kSplit>
@@ -38,14 +43,13 @@ Status launch(const LinearProblem& p, int split, cudaStream_t stream) {
 
 template <class W, class X, class Y, int kTokenTiles, int kWeights, int kScaleGroup>
 Status launch_config(const LinearProblem& p, int config, cudaStream_t stream) {
-  constexpr int kConfigs = kWeights == 2                    ? SK_DECODE_GATED
-                           : Element<W>::kStorageBits == 16 ? kDecodeConfigs.rows
-                                                            : SK_DECODE_WIDENED;
+  constexpr int kConfigs = kWeights == 2 ? SK_DECODE_GATED : configs_of(Element<W>::kStorageBits);
   switch (config) {
-#define SK_CASE(index, panels, split)                                              \
+#define SK_CASE(index, panels, split, per_sm)                                      \
   case index:                                                                      \
     if constexpr (index < kConfigs)                                                \
-      return launch<Config<W, X, Y, kTokenTiles, kWeights, panels, kScaleGroup>,   \
+      return launch<Config<W, X, Y, kTokenTiles, kWeights, panels, kScaleGroup,    \
+                           kTokenTiles * 8 <= kTwoAnSmTokens ? per_sm : 1>,        \
                     kLaunchedSplit<W, kTokenTiles> ? 0 : split>(p, split, stream); \
     break;
     SK_DECODE_CONFIGS(SK_CASE)

@@ -56,10 +56,10 @@ def entries(name):
 
 
 def blocks_of_the_source():
-    """The entries of SK_DECODE_CONFIGS: X(index, panels, split)."""
+    """The entries of SK_DECODE_CONFIGS: X(index, panels, split, per_sm)."""
     found = entries("SK_DECODE_CONFIGS")
     assert [entry[0] for entry in found] == list(range(len(found))) and found
-    return [RowBlocks(64 * panels, split) for _, panels, split in found]
+    return [RowBlocks(64 * panels, *rest) for _, panels, *rest in found]
 
 
 def splits_of_the_source():
@@ -84,6 +84,7 @@ def test_names():
     assert str(Tile(256, 192, 2, 1, True)) == "256x192 cluster 2x1, streamed"
     assert variant_name(Tile(256, 192, 2, 1)) == "prefill 256x192 cluster 2x1"
     assert variant_name(RowBlocks(128, 4)) == "decode 128 rows, split 4"
+    assert variant_name(RowBlocks(128, 4, 2)) == "decode 128 rows, split 4, two a multiprocessor"
     assert variant_name(MmaTile(64, 8, 2, 1, 4, 4)) == "mma 64x8, 2x1x4 warps"
     assert variant_name(SplitTile(128, 64, 4)) == "split 128x64, 4 parts"
     assert variant_name(SplitTile(128, 64, 1)) == "split 128x64, 1 part"

@@ -35,9 +35,11 @@ class RowBlocks(NamedTuple):
 
     rows: int  # out_features of a row block
     split: int  # thread blocks, a cluster, that share its in_features
+    per_sm: int = 1  # thread blocks of a multiprocessor, 1 or 2
 
     def __str__(self) -> str:
-        return f"{self.rows} rows, split {self.split}"
+        text = f"{self.rows} rows, split {self.split}"
+        return text + ", two a multiprocessor" * (self.per_sm == 2)
 
 
 class Tile(NamedTuple):
