@@ -132,12 +132,12 @@ def test_tiles_across_clusters_are_chosen_for_few_rows_and_long_in_features():
         assert heuristics.clusters_of_tile(chosen, tokens, *shape, H100) > 1
     alone, shared = (64, 8192, 256, H100), (64, 256, 8192, H100)
     for across in (v for v in TIMES if isinstance(v, SplitTile) and v.across):
-        assert heuristics.shares_nothing(across, *alone)
-        assert not heuristics.shares_nothing(across, *shared)
+        assert heuristics.same_as_another(across, *alone)
+        assert not heuristics.same_as_another(across, *shared)
         assert fastest(*alone, (across, RowBlocks(256, 1))) == RowBlocks(256, 1)
         assert fastest(*shared, (across,)) == across
         assert TIMES[across].crowd * work(across, *shared).crowds > 0.5
-    assert not heuristics.shares_nothing(SplitTile(128, 64, 4), *alone)
+    assert not heuristics.same_as_another(SplitTile(128, 64, 4), *alone)
 
 
 def test_what_a_copy_of_x_costs():

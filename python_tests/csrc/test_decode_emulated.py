@@ -62,7 +62,8 @@ def test_exact_at_the_edges(build, config, panels, split, per_sm, weight, dtype,
 
 
 @pytest.mark.parametrize(
-    "config, weight, group", [(0, E4M3, 0), (4, E4M3, 0), *((at, "int4", 128) for at in (0, 4, 8, 13))]
+    "config, weight, group",
+    [(0, E4M3, 0), (4, E4M3, 0), *((at, "int4", 128) for at in (0, 4, 8, 13))],
 )
 @pytest.mark.parametrize("late", [True, False])
 def test_more_stages_than_the_ring(build, config, weight, group, late):
