@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda.cost_model import Work
+from sparsekern.backends.cuda.narrow_model import NarrowTile
 from sparsekern.backends.cuda.variant import (
     PLAIN,
     Bits,
@@ -92,16 +93,19 @@ def variants() -> dict[str, Variant]:
     found += [MmaTile(*numbers) for numbers in entries("SK_MMA_CONFIGS")]
     for panels, *rest, across in entries("SK_SPLIT_CONFIGS"):
         found.append(SplitTile(2 * heuristics.PANEL * panels, *rest, bool(across)))
+    found += [NarrowTile(4 * heuristics.PANEL, *rest) for rest in entries("SK_NARROW_CONFIGS")]
     return {variant_name(variant): variant for variant in found}
 
 
 def read(paths: Iterable[str | Path]) -> list[Cell]:
-    """The cells of these files; of one that was measured twice the later.
+    """The cells of these files; of one that was measured twice the later. Without the narrow kernel's
+    tiles, which have a model of their own (narrow_model.py).
 
     Raises:
         ValueError: a line is no cell, or none is there.
     """
-    named, cells = variants(), {}
+    named = {name: v for name, v in variants().items() if not isinstance(v, NarrowTile)}
+    cells = {}
     for path in paths:
         for number, line in enumerate(Path(path).read_text().splitlines(), 1):
             try:

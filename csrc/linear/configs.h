@@ -142,9 +142,8 @@
   X(16, 2, 16, 1)            \
   X(17, 1, 8, 1)             \
   X(18, 1, 16, 1)
-#define SK_DECODE_GATED 5  // the first of them, which a gated pair has, too
-#define SK_DECODE_8 8      // those that weights of 8 bits have
-#define SK_DECODE_4 16     // and of 4 bits
+#define SK_DECODE_GATED 5    // the first of them, which a gated pair has, too
+#define SK_DECODE_NARROW 16  // and those that weights of 8 and 4 bits have
 
 // The mma.sp kernel's tiles.
 // X(index, BLOCK_M rows, BLOCK_N tokens, warps along rows, along tokens, along K, stages)

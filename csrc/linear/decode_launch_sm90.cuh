@@ -14,7 +14,7 @@ constexpr const char* kOp = "sparsekern.linear (decode)";
 
 // The rows of the table that a weight of so many bits has.
 constexpr int configs_of(int storage_bits) {
-  return storage_bits == 16 ? kDecodeConfigs.rows : storage_bits == 8 ? SK_DECODE_8 : SK_DECODE_4;
+  return storage_bits == 16 ? kDecodeConfigs.rows : SK_DECODE_NARROW;
 }
 
 // kSplit: the kernel's, or 0 where it has all. Half of it where the GPU has no room for so large a
@@ -41,16 +41,22 @@ Status launch(const LinearProblem& p, int split, cudaStream_t stream) {
   return kernel.launch(shape, int64_t{clusters} * split, stream, x_map, params);
 }
 
+template <class Cfg, int kSplit>
+Status launch_split(const LinearProblem& p, cudaStream_t stream) {
+  return launch<Cfg, kLaunchedSplit<Cfg> ? 0 : kSplit>(p, kSplit, stream);
+}
+
 template <class W, class X, class Y, int kTokenTiles, int kWeights, int kScaleGroup>
 Status launch_config(const LinearProblem& p, int config, cudaStream_t stream) {
   constexpr int kConfigs = kWeights == 2 ? SK_DECODE_GATED : configs_of(Element<W>::kStorageBits);
+  constexpr bool kFewTokens = kTokenTiles * 8 <= kTwoAnSmTokens;
   switch (config) {
-#define SK_CASE(index, panels, split, per_sm)                                      \
-  case index:                                                                      \
-    if constexpr (index < kConfigs)                                                \
-      return launch<Config<W, X, Y, kTokenTiles, kWeights, panels, kScaleGroup,    \
-                           kTokenTiles * 8 <= kTwoAnSmTokens ? per_sm : 1>,        \
-                    kLaunchedSplit<W, kTokenTiles> ? 0 : split>(p, split, stream); \
+#define SK_CASE(index, panels, split, per_sm)                                                   \
+  case index:                                                                                   \
+    if constexpr (index < kConfigs)                                                             \
+      return launch_split<                                                                      \
+          Config<W, X, Y, kTokenTiles, kWeights, panels, kScaleGroup, kFewTokens ? per_sm : 1>, \
+          split>(p, stream);                                                                    \
     break;
     SK_DECODE_CONFIGS(SK_CASE)
 #undef SK_CASE

@@ -114,11 +114,13 @@ struct Config {
   static_assert(kWeights == 1 || !kWidens, "the epilogue has the scales of one weight");
 };
 
-// The split of K is an argument of the launch, so that one kernel has all of them; for weights of int8
-// and int4, but for int8 with 64 tokens, which would spill. The others have a kernel for each.
-template <class W, int kTokenTiles>
-constexpr bool kLaunchedSplit = std::is_integral_v<typename Element<W>::Accumulator> &&
-                                (Element<W>::kStorageBits < 8 || kTokenTiles < 8);
+// The split of K is an argument of the launch, so that one kernel has all of them; where two CTAs share
+// an SM, and for weights of int8 and int4, but for int8 with 64 tokens, which would spill. The others
+// have a kernel for each.
+template <class Cfg>
+constexpr bool kLaunchedSplit =
+    Cfg::kPerSm == 2 || (std::is_integral_v<typename Element<typename Cfg::W>::Accumulator> &&
+                         (Element<typename Cfg::W>::kStorageBits < 8 || Cfg::kTokenTiles < 8));
 
 template <class Cfg>
 struct Params {

@@ -82,12 +82,12 @@ Status run(const LinearProblem& p, int config) {
 #define SK_CONFIGS(X) SK_DECODE_CONFIGS(X)
 #endif
   switch (config) {
-#define SK_CASE(index, panels, split, per_sm)                                       \
-  case index:                                                                       \
-    if constexpr (split != 4 && index < configs_of(Element<W>::kStorageBits))       \
-      return launch<Config<W, X, X, kTokenTiles, 1, panels, kScaleGroup,            \
-                           kTokenTiles * 8 <= kTwoAnSmTokens ? per_sm : 1>,         \
-                    kLaunchedSplit<W, kTokenTiles> ? 0 : split>(p, split, nullptr); \
+#define SK_CASE(index, panels, split, per_sm)                                     \
+  case index:                                                                     \
+    if constexpr (split != 4 && index < configs_of(Element<W>::kStorageBits))     \
+      return launch_split<Config<W, X, X, kTokenTiles, 1, panels, kScaleGroup,    \
+                                 kTokenTiles * 8 <= kTwoAnSmTokens ? per_sm : 1>, \
+                          split>(p, nullptr);                                     \
     break;
     SK_CONFIGS(SK_CASE)
 #undef SK_CASE

@@ -19,9 +19,9 @@ E4M3, INT8 = torch.float8_e4m3fn, torch.int8
 CONFIGS = configs("SK_DECODE_CONFIGS")  # (index, panels, split, CTAs of an SM)
 assert len(CONFIGS) >= 19
 CONFIGS = [config for config in CONFIGS if config[2] != 4]
-LIMITS = re.findall(r"#define SK_DECODE_(\d) +(\d+)", (ROOT / "csrc/linear/configs.h").read_text())
-FIRST = {int(bits): int(count) for bits, count in LIMITS}  # configs that narrow weights have
-PLAIN = [config for config in CONFIGS if config[0] >= FIRST[4]]
+LIMIT = r"#define SK_DECODE_NARROW (\d+)"  # the first config that only weights of 16 bits have
+NARROW_CONFIGS = int(re.search(LIMIT, (ROOT / "csrc/linear/configs.h").read_text()).group(1))
+PLAIN = [config for config in CONFIGS if config[0] >= NARROW_CONFIGS]
 HEADERS = ("core/device.h", "core/tensor_map.h")
 NARROW = [(w, x) for w in (E4M3, INT8) for x in (F16, BF16)]
 # (weight, x, columns that share a scale of the metadata)
@@ -45,7 +45,7 @@ def build(tmp_path_factory):
 @pytest.mark.parametrize("weight, dtype, group", TYPES, ids=str)
 def test_exact_at_the_edges(build, config, panels, split, per_sm, weight, dtype, group):
     """Less and more than a tile, a row block and a cluster; both landing times and orders."""
-    if weight != dtype and config >= FIRST[4 if weight == "int4" else 8]:
+    if weight != dtype and config >= NARROW_CONFIGS:
         assert "a config that is compiled" in wrong(
             build(), config, *problem(1, 7, 4, dtype), weight=weight, group=group
         )
