@@ -98,8 +98,8 @@ def variants() -> dict[str, Variant]:
 
 
 def read(paths: Iterable[str | Path]) -> list[Cell]:
-    """The cells of these files; of one that was measured twice the later. Without the narrow kernel's
-    tiles, which have a model of their own (narrow_model.py).
+    """The cells of these files; of one that was measured twice the later. Without the tiles of the
+    narrow kernel, which has a model of its own (narrow_model.py).
 
     Raises:
         ValueError: a line is no cell, or none is there.
