@@ -136,14 +136,11 @@
   X(10, 4, 4, 2)             \
   X(11, 4, 8, 2)             \
   X(12, 2, 1, 2)             \
-  X(13, 2, 2, 2)             \
-  X(14, 2, 4, 2)             \
-  X(15, 2, 8, 2)             \
-  X(16, 2, 16, 1)            \
-  X(17, 1, 8, 1)             \
-  X(18, 1, 16, 1)
+  X(13, 2, 16, 1)            \
+  X(14, 1, 8, 1)             \
+  X(15, 1, 16, 1)
 #define SK_DECODE_GATED 5    // the first of them, which a gated pair has, too
-#define SK_DECODE_NARROW 16  // and those that weights of 8 and 4 bits have
+#define SK_DECODE_NARROW 13  // and those that weights of 8 and 4 bits have
 
 // The mma.sp kernel's tiles.
 // X(index, BLOCK_M rows, BLOCK_N tokens, warps along rows, along tokens, along K, stages)

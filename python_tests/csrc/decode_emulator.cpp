@@ -77,7 +77,7 @@ template <class W, class X, int kTokenTiles, int kScaleGroup>
 Status run(const LinearProblem& p, int config) {
 #ifdef EMULATE_FEW
 #define SK_CONFIGS(X) \
-  X(0, 4, 1, 1) X(4, 2, 2, 1) X(9, 4, 2, 2) X(16, 2, 16, 1) X(17, 1, 8, 1) X(18, 1, 16, 1)
+  X(0, 4, 1, 1) X(4, 2, 2, 1) X(9, 4, 2, 2) X(13, 2, 16, 1) X(14, 1, 8, 1) X(15, 1, 16, 1)
 #else
 #define SK_CONFIGS(X) SK_DECODE_CONFIGS(X)
 #endif

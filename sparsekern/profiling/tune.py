@@ -96,7 +96,7 @@ class Layer:
     def _levels(self, rows):
         """Whole numbers, each its own level."""
         spec = self.weights[0].spec
-        groups = 1 if spec.group is None else -(-rows.in_features // spec.group)
+        groups = -(-rows.in_features // spec.group) if spec.group else 1
         ones = torch.ones(rows.out_features, groups, device=self.device, dtype=torch.float32)
         return quantize(rows, self.types.weight, scale=ones)
 
