@@ -210,7 +210,7 @@ def test_int4_has_coefficients_of_its_own():
         (16, (55168, 2752), RowBlocks(256, 1, 2), 22.59),
     ):
         assert fastest(tokens, *shape, H100, blocks, four) == variant
-        assert predicted_us(variant, tokens, *shape, H100, four) == pytest.approx(us, rel=0.15)
+        assert predicted_us(variant, tokens, *shape, H100, four) == pytest.approx(us, rel=0.25)
     one = tuple(v for v in blocks if v.per_sm == 1)
     assert fastest(16, 4096, 14336, H100, blocks, four) in (*one, RowBlocks(256, 8, 2))
     assert fastest(17, 28672, 4096, H100, blocks, four) in one, "two an SM take 16 tokens at most"
