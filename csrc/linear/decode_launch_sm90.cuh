@@ -49,14 +49,14 @@ Status launch_split(const LinearProblem& p, cudaStream_t stream) {
 template <class W, class X, class Y, int kTokenTiles, int kWeights, int kScaleGroup>
 Status launch_config(const LinearProblem& p, int config, cudaStream_t stream) {
   constexpr int kConfigs = kWeights == 2 ? SK_DECODE_GATED : configs_of(Element<W>::kStorageBits);
-  constexpr bool kFewTokens = kTokenTiles * 8 <= kTwoAnSmTokens;
+  constexpr bool kFewTokens = kTokenTiles * 8 <= kPairedTokens;
   switch (config) {
-#define SK_CASE(index, panels, split, per_sm)                                                   \
-  case index:                                                                                   \
-    if constexpr (index < kConfigs)                                                             \
-      return launch_split<                                                                      \
-          Config<W, X, Y, kTokenTiles, kWeights, panels, kScaleGroup, kFewTokens ? per_sm : 1>, \
-          split>(p, stream);                                                                    \
+#define SK_CASE(index, panels, split, paired)                                         \
+  case index:                                                                         \
+    if constexpr (index < kConfigs)                                                   \
+      return launch_split<Config<W, X, Y, kTokenTiles, kWeights, panels, kScaleGroup, \
+                                 kFewTokens ? paired : kAlone>,                       \
+                          split>(p, stream);                                          \
     break;
     SK_DECODE_CONFIGS(SK_CASE)
 #undef SK_CASE

@@ -61,18 +61,18 @@
 
 namespace sparsekern::decode {
 
-constexpr int kConsumerWarps = 8;
-constexpr int kConsumerThreads = kConsumerWarps * 32;
 constexpr int kConsumerBarrier = 1;
 // Of a CTA, of `per_sm` on an SM: the system takes 1 KiB of 228 for each.
 constexpr int smem_capacity(int per_sm) { return 228 * 1024 / per_sm - 1024; }
-constexpr int kTwoAnSmTokens = 16;  // the most of a CTA that shares its SM with another
+constexpr int kPairedTokens = 16;  // the most of a pair
+
+enum Pair { kAlone, kTwoOfSm, kTwoTeams };  // the last column of SK_DECODE_CONFIGS
 
 // W, X, Y: types of the weight's values, of x and of y. kTokenTiles: tokens in units of 8. kWeights:
 // 1, or 2 for the gated form. kPanels: row panels of a row block, 4, 2 or 1. kScaleGroup: columns
-// that share a scale of the metadata (int4), or 0. kPerSm: CTAs of an SM, 1 or 2.
+// that share a scale of the metadata (int4), or 0. kPaired: Pair.
 template <class W_, class X_, class Y_, int kTokenTiles_, int kWeights_, int kPanels_,
-          int kScaleGroup_ = 0, int kPerSm_ = 1>
+          int kScaleGroup_ = 0, int kPaired_ = kAlone>
 struct Config {
   using W = W_;
   using X = X_;
@@ -83,8 +83,11 @@ struct Config {
   static constexpr int kScaleGroup = kScaleGroup_;
   static constexpr int kPanels = kPanels_;
   static constexpr int kRows = kPanels * tile64::kRows;
-  static constexpr int kTeams = kPanels == 1 ? 2 : 1;
-  static constexpr int kTeamWarps = kConsumerWarps / kTeams;  // without the producer
+  static constexpr int kPaired = kPaired_;
+  static constexpr int kTeams = kPanels == 1 || kPaired == kTwoTeams ? 2 : 1;
+  static constexpr int kTeamWarps = kPanels == 1 ? 4 : 8;  // without the producer
+  static constexpr int kConsumerWarps = kTeams * kTeamWarps;
+  static constexpr int kConsumerThreads = kConsumerWarps * 32;
   static constexpr int kThreads = kConsumerThreads + 32 * kTeams;
   static constexpr int kWarpRows = kRows / kTeamWarps;  // 32 or 16
   static constexpr int kWarpTiles = kWarpRows / 16;
@@ -103,7 +106,7 @@ struct Config {
       tile64::ceil_div(kXBytes + kWeights * kWeightBytes, 1024) * 1024;
   static constexpr int kSumPitch = kRows + 4;  // words; +4 spreads the banks
   static constexpr int kSumBytes = kWeights * kTokens * kSumPitch * 4;
-  static constexpr int kPerSm = kPerSm_;
+  static constexpr int kPerSm = kPaired == kTwoOfSm ? 2 : 1;
   static constexpr int kCapacity = smem_capacity(kPerSm);
   static constexpr int kFit = (kCapacity - 256 - kSumBytes) / kStageBytes / kTeams;
   static constexpr int kStages = kFit < 12 ? kFit : 12;  // of a team
@@ -119,8 +122,9 @@ struct Config {
 // have a kernel for each.
 template <class Cfg>
 constexpr bool kLaunchedSplit =
-    Cfg::kPerSm == 2 || (std::is_integral_v<typename Element<typename Cfg::W>::Accumulator> &&
-                         (Element<typename Cfg::W>::kStorageBits < 8 || Cfg::kTokenTiles < 8));
+    Cfg::kPaired != kAlone ||
+    (std::is_integral_v<typename Element<typename Cfg::W>::Accumulator> &&
+     (Element<typename Cfg::W>::kStorageBits < 8 || Cfg::kTokenTiles < 8));
 
 template <class Cfg>
 struct Params {
@@ -389,7 +393,7 @@ template <class Cfg>
 __device__ __forceinline__ void multiply_int4_stage(Accumulators<Cfg>& d, const Smem<Cfg>& smem,
                                                     int stage, int warp_idx, int lane_idx) {
   constexpr bool kManyTokens = Cfg::kTokenTiles >= 8;
-  constexpr bool kFewRegisters = Cfg::kPerSm == 2 && Cfg::kTokenTiles == 2;
+  constexpr bool kFewRegisters = Cfg::kPaired != kAlone && Cfg::kTokenTiles == 2;
   constexpr int kBoxes = kManyTokens || Cfg::kScaleGroup == 64 ? 1 : 2;  // of a part
   constexpr int kParts = Cfg::kXBoxes / kBoxes;
   constexpr int kTurns = kFewRegisters ? kBoxes : 1, kWide = kBoxes / kTurns;  // boxes of a turn
@@ -397,7 +401,7 @@ __device__ __forceinline__ void multiply_int4_stage(Accumulators<Cfg>& d, const 
   // Asked for again there: places that follow from it need no register between stages.
   if constexpr (kFewRegisters) {
     const int thread = static_cast<int>(ptx::thread_idx_again());
-    warp_idx = thread / 32, lane_idx = thread % 32;
+    warp_idx = thread / 32 % Cfg::kTeamWarps, lane_idx = thread % 32;
   }
   const WarpRows<Cfg> rows(warp_idx, lane_idx);
   const int row_in_matrix = lane_idx % 8, matrix = lane_idx / 8;
@@ -517,7 +521,7 @@ template <class Cfg, int kRanks>
 __device__ __forceinline__ void reduce_segment(float (&v)[4], const Smem<Cfg>& smem, int weight,
                                                int token, int row, int rank, int ranks) {
   constexpr int kMost = kRanks > 0 ? kRanks : kMostRanks;
-  constexpr int kAtOnce = Cfg::kPerSm == 2 && kMost == 8 ? 4 : kMost;
+  constexpr int kAtOnce = Cfg::kPaired != kAlone && kMost == 8 ? 4 : kMost;
   const uint32_t local = smem.sums() + ((weight * Cfg::kTokens + token) * Cfg::kSumPitch + row) * 4;
 #pragma unroll
   for (int i = 0; i < 4; ++i) v[i] = 0.0f;
@@ -546,7 +550,8 @@ __device__ __forceinline__ void store_outputs(const Params<Cfg>& p, const Smem<C
   const int total = p.tokens * kSegments, ranks = kRanks > 0 ? kRanks : p.ranks;
   const int begin = total * rank / ranks, end = total * (rank + 1) / ranks;
 #pragma unroll 1
-  for (int item = begin + static_cast<int>(threadIdx.x); item < end; item += kConsumerThreads) {
+  for (int item = begin + static_cast<int>(threadIdx.x); item < end;
+       item += Cfg::kConsumerThreads) {
     const int token = item / kSegments, row = item % kSegments * 4;
     float v[4];
     reduce_segment<Cfg, kRanks>(v, smem, 0, token, row, rank, ranks);
@@ -568,9 +573,9 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kPerSm)
   extern __shared__ __align__(1024) uint8_t raw_smem[];
   Smem<Cfg> smem(raw_smem);
   const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
-  const int team = Cfg::kTeams == 1            ? 0
-                   : warp_idx < kConsumerWarps ? warp_idx / Cfg::kTeamWarps
-                                               : warp_idx - kConsumerWarps;
+  const int team = Cfg::kTeams == 1                 ? 0
+                   : warp_idx < Cfg::kConsumerWarps ? warp_idx / Cfg::kTeamWarps
+                                                    : warp_idx - Cfg::kConsumerWarps;
   const int row_warp = warp_idx - team * Cfg::kTeamWarps;  // of a consumer
   smem.first = team * Cfg::kStages;
   const int ranks = kRanks > 0 ? kRanks : p.ranks;
@@ -581,7 +586,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kPerSm)
   const int step = kRanks > 0 ? gridDim.x / ranks : gridDim.x;
   const KTiles k = KTiles::of(p.extent.k_tiles, rank + team * ranks, ranks * Cfg::kTeams);
 
-  if (threadIdx.x == kConsumerThreads) {
+  if (threadIdx.x == Cfg::kConsumerThreads) {
     for (int s = 0; s < Cfg::kAllStages; ++s) {
       ptx::mbarrier_init(smem.full(s), 1);
       ptx::mbarrier_init(smem.empty(s), Cfg::kTeamWarps * ptx::kArrivalsPerWarp);
@@ -592,7 +597,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kPerSm)
   __syncthreads();
   ptx::let_successor_start();
 
-  if (warp_idx == kConsumerWarps + team) {
+  if (warp_idx == Cfg::kConsumerWarps + team) {
     if (ptx::elect_one()) {
       Producer<Cfg> producer{&x_map, p, smem};
       const int issued = producer.first_turn(first, k);
@@ -609,7 +614,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kPerSm)
   }
   const auto sync = [&] {
     if (ranks > 1) ptx::cluster_sync();
-    else ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
+    else ptx::named_barrier_sync(kConsumerBarrier, Cfg::kConsumerThreads);
   };
   RingPosition<Cfg::kStages> ring;
   for (int row_block = first; row_block < p.row_blocks; row_block += step) {
@@ -630,7 +635,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kPerSm)
     }
     if (team == 0) write_sums<Cfg, false>(d, smem, row_warp, lane_idx);
     if constexpr (Cfg::kTeams == 2) {
-      ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);  // the first team's are there
+      ptx::named_barrier_sync(kConsumerBarrier,
+                              Cfg::kConsumerThreads);  // the first team's are there
       if (team == 1) write_sums<Cfg, true>(d, smem, row_warp, lane_idx);
     }
     sync();  // all sums are there

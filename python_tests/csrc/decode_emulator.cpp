@@ -77,17 +77,18 @@ template <class W, class X, int kTokenTiles, int kScaleGroup>
 Status run(const LinearProblem& p, int config) {
 #ifdef EMULATE_FEW
 #define SK_CONFIGS(X) \
-  X(0, 4, 1, 1) X(4, 2, 2, 1) X(9, 4, 2, 2) X(13, 2, 16, 1) X(14, 1, 8, 1) X(15, 1, 16, 1)
+  X(0, 4, 1, 0)       \
+  X(4, 2, 2, 0) X(9, 4, 2, 1) X(14, 4, 2, 2) X(17, 2, 16, 0) X(18, 1, 8, 0) X(19, 1, 16, 0)
 #else
 #define SK_CONFIGS(X) SK_DECODE_CONFIGS(X)
 #endif
   switch (config) {
-#define SK_CASE(index, panels, split, per_sm)                                     \
-  case index:                                                                     \
-    if constexpr (split != 4 && index < configs_of(Element<W>::kStorageBits))     \
-      return launch_split<Config<W, X, X, kTokenTiles, 1, panels, kScaleGroup,    \
-                                 kTokenTiles * 8 <= kTwoAnSmTokens ? per_sm : 1>, \
-                          split>(p, nullptr);                                     \
+#define SK_CASE(index, panels, split, paired)                                         \
+  case index:                                                                         \
+    if constexpr (split != 4 && index < configs_of(Element<W>::kStorageBits))         \
+      return launch_split<Config<W, X, X, kTokenTiles, 1, panels, kScaleGroup,        \
+                                 kTokenTiles * 8 <= kPairedTokens ? paired : kAlone>, \
+                          split>(p, nullptr);                                         \
     break;
     SK_CONFIGS(SK_CASE)
 #undef SK_CASE

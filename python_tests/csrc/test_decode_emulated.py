@@ -16,8 +16,8 @@ from python_tests.linear_cases import PAIRS, random_input
 
 F16, BF16 = torch.float16, torch.bfloat16
 E4M3, INT8 = torch.float8_e4m3fn, torch.int8
-CONFIGS = configs("SK_DECODE_CONFIGS")  # (index, panels, split, CTAs of an SM)
-assert len(CONFIGS) >= 16
+CONFIGS = configs("SK_DECODE_CONFIGS")  # (index, panels, split, paired)
+assert len(CONFIGS) >= 20
 CONFIGS = [config for config in CONFIGS if config[2] != 4]
 LIMIT = r"#define SK_DECODE_NARROW (\d+)"  # the first config that only weights of 16 bits have
 NARROW_CONFIGS = int(re.search(LIMIT, (ROOT / "csrc/linear/configs.h").read_text()).group(1))
@@ -41,9 +41,9 @@ def build(tmp_path_factory):
     return builder("decode_emulator.cpp", tmp_path_factory, own=HEADERS)
 
 
-@pytest.mark.parametrize("config, panels, split, per_sm", CONFIGS)
+@pytest.mark.parametrize("config, panels, split, paired", CONFIGS)
 @pytest.mark.parametrize("weight, dtype, group", TYPES, ids=str)
-def test_exact_at_the_edges(build, config, panels, split, per_sm, weight, dtype, group):
+def test_exact_at_the_edges(build, config, panels, split, paired, weight, dtype, group):
     """Less and more than a tile, a row block and a cluster; both landing times and orders."""
     if weight != dtype and config >= NARROW_CONFIGS:
         assert "a config that is compiled" in wrong(
@@ -63,7 +63,7 @@ def test_exact_at_the_edges(build, config, panels, split, per_sm, weight, dtype,
 
 @pytest.mark.parametrize(
     "config, weight, group",
-    [(0, E4M3, 0), (4, E4M3, 0), *((at, "int4", 128) for at in (0, 4, 8, 12))],
+    [(0, E4M3, 0), (4, E4M3, 0), *((at, "int4", 128) for at in (0, 4, 8, 12, 13, 14))],
 )
 @pytest.mark.parametrize("late", [True, False])
 def test_more_stages_than_the_ring(build, config, weight, group, late):
@@ -74,9 +74,9 @@ def test_more_stages_than_the_ring(build, config, weight, group, late):
     assert not wrong(build(), config, *case, **what)
 
 
-@pytest.mark.parametrize("config, panels, split, per_sm", PLAIN)
+@pytest.mark.parametrize("config, panels, split, paired", PLAIN)
 @pytest.mark.parametrize("tokens", [1, 8, 13, 64])
-def test_long_in_features(build, config, panels, split, per_sm, tokens):
+def test_long_in_features(build, config, panels, split, paired, tokens):
     """One stage less and one more than every CTA or team has, a whole ring, and its second turn;
     row blocks beside each other in a tile row group, which is shorter at the end."""
     parts, emulate = split * (2 if panels == 1 else 1), build()
@@ -193,7 +193,7 @@ def test_the_emulator_sees_mistakes(build, file, old, new):
 )
 def test_the_emulator_sees_mistakes_of_teams_and_clusters_of_sixteen(build, file, old, new):
     cases = [(config, problem(9, 130, 64 * 33 - 4)) for config, *_ in PLAIN]
-    cases += [(14, problem(2, 64, 64 * (12 * 8 * 2 + 1)))]  # a second turn of a ring
+    cases += [(18, problem(2, 64, 64 * (12 * 8 * 2 + 1)))]  # a second turn of a ring
     assert_found(build, (file, old, new), cases, BF16)
 
 

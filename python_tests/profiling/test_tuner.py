@@ -267,7 +267,7 @@ def test_candidates_start_with_the_choice_of_the_heuristics(stand_in):
 def test_candidates_of_int4(stand_in, monkeypatch):
     """Two blocks on a multiprocessor for few tokens, the narrow kernel from 17 on, and whole
     numbers are their own levels whatever the groups are."""
-    pair, narrow = RowBlocks(256, 1, 2), NarrowTile(256, 32, 1, 1)
+    pair, narrow = RowBlocks(256, 1, 1), NarrowTile(256, 32, 1, 1)
     kernels = cuda_backend._native.module().kernels()
     kernels["decode"] += [pair._asdict() | {"index": 9, "types": [INT4]}]
     kernels["narrow"] = [narrow._asdict() | {"index": 0, "types": [INT4]}]

@@ -102,8 +102,7 @@ from sparsekern.backends.cuda.variant import (
 )
 
 DECODE_TOKENS = 64  # the most that the decode kernel takes
-# Up to so many a multiprocessor holds two of its thread blocks, where a variant says so.
-TWO_AN_SM_TOKENS = 16
+PAIRED_TOKENS = 16  # the most with which its thread blocks or teams are paired (RowBlocks.paired)
 # With more tokens than this and x of 16 bits, weights of 8 or 4 bits are widened to 16 bits in
 # memory, and the kernel for those follows; else the decode kernel widens them in registers.
 # Estimate, int4 of 28672x4096 on an H200: 48 MB read and 132 written at 4.0 TB/s are 45 us, beside
@@ -381,9 +380,9 @@ def same_as_another(
     bits: Bits = PLAIN,
 ) -> bool:
     """True where what runs is another variant: for a tile across clusters of which each would get
-    one, and for two blocks on a multiprocessor with more tokens than TWO_AN_SM_TOKENS."""
+    one, and for paired row blocks with more tokens than PAIRED_TOKENS."""
     if isinstance(variant, RowBlocks):
-        return variant.per_sm == 2 and tokens > TWO_AN_SM_TOKENS
+        return variant.paired > 0 and tokens > PAIRED_TOKENS
     problem = tokens, out_features, in_features, multiprocessors, bits
     across = variant if isinstance(variant, SplitTile) and variant.across else None
     return across is not None and clusters_of_tile(across, *problem) == 1
@@ -430,9 +429,9 @@ def decode_work(
     """What the decode kernel does with these row blocks."""
     stages, rows = -(-in_features // bits.stage), -(-out_features // blocks.rows)
     wide = next(wide for wide in (8, 16, 32, 64) if tokens <= wide or wide == DECODE_TOKENS) / 64
-    resident = blocks.per_sm * resident_clusters(blocks.split, multiprocessors)
+    resident = resident_clusters(blocks.split, multiprocessors) * (2 if blocks.paired == 1 else 1)
     waves = -(-rows // resident)
-    busiest = waves * -(-stages // blocks.split)
+    busiest = waves * -(-stages // (blocks.split * (2 if blocks.paired == 2 else 1)))
     return Work(
         stages=busiest,
         extras=busiest * wide,

@@ -35,11 +35,11 @@ class RowBlocks(NamedTuple):
 
     rows: int  # out_features of a row block
     split: int  # thread blocks, a cluster, that share its in_features
-    per_sm: int = 1  # thread blocks of a multiprocessor, 1 or 2
+    paired: int = 0  # 1: with another thread block on its multiprocessor; 2: two teams in it
 
     def __str__(self) -> str:
-        text = f"{self.rows} rows, split {self.split}"
-        return text + ", two a multiprocessor" * (self.per_sm == 2)
+        pair = ("", ", two a multiprocessor", ", two teams")[self.paired]
+        return f"{self.rows} rows, split {self.split}{pair}"
 
 
 class Tile(NamedTuple):
