@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda.cost_model import Work
+from sparsekern.backends.cuda.narrow_model import NarrowTile
 from sparsekern.backends.cuda.variant import (
     PLAIN,
     Bits,
@@ -84,24 +85,27 @@ def variants() -> dict[str, Variant]:
         for numbers in re.findall(r"X\(([\d, ]+)\)", part):
             yield [int(number) for number in numbers.split(",")][1:]
 
-    for panels, split in entries("SK_DECODE_CONFIGS"):
-        found.append(RowBlocks(heuristics.PANEL * panels, split))
+    for panels, *rest in entries("SK_DECODE_CONFIGS"):
+        found.append(RowBlocks(heuristics.PANEL * panels, *rest))
     for panels, *rest, streamed, promoted in entries("SK_PREFILL_CONFIGS"):
         rows = 2 * heuristics.PANEL * panels
         found.append(Tile(rows, *rest, bool(streamed), bool(promoted)))
     found += [MmaTile(*numbers) for numbers in entries("SK_MMA_CONFIGS")]
     for panels, *rest, across in entries("SK_SPLIT_CONFIGS"):
         found.append(SplitTile(2 * heuristics.PANEL * panels, *rest, bool(across)))
+    found += [NarrowTile(4 * heuristics.PANEL, *rest) for rest in entries("SK_NARROW_CONFIGS")]
     return {variant_name(variant): variant for variant in found}
 
 
 def read(paths: Iterable[str | Path]) -> list[Cell]:
-    """The cells of these files; of one that was measured twice the later.
+    """The cells of these files; of one that was measured twice the later. Without the tiles of the
+    narrow kernel, which has a model of its own (narrow_model.py).
 
     Raises:
         ValueError: a line is no cell, or none is there.
     """
-    named, cells = variants(), {}
+    named = {name: v for name, v in variants().items() if not isinstance(v, NarrowTile)}
+    cells = {}
     for path in paths:
         for number, line in enumerate(Path(path).read_text().splitlines(), 1):
             try:

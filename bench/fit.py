@@ -28,7 +28,7 @@ picks in the fitted cells cost less, was tried and made the picks for shapes tha
 worse in one comparison: 5.5 % in place of 3.6 % slower than the fastest, in 183 cells of an H200.
 
 Cells of 8-bit weights make TIMES_8: row blocks in these steps, from the cells with x of 16 bits,
-and tiles and split tiles from those of TIMES (`scaled`).
+and tiles and split tiles from those of TIMES (`scaled`). Cells of int4 weights make TIMES_4.
 
 These gaps are of the data that was fitted. Those of data that was not: --cross tells each shape's
 picks by a table fitted to the other shapes, --test FILE those in the cells of other files. Shapes
@@ -289,9 +289,9 @@ def source(table: dict[Variant, Times], name: str = "TIMES") -> str:
 
 
 def _call(values: Variant | Times) -> str:
-    shown = list(values)
-    while isinstance(values, Tile | SplitTile) and shown[-1] is False:
-        shown.pop()  # the default
+    shown, defaults = list(values), [*values._field_defaults.values()]
+    while defaults and shown[-1] == defaults.pop():
+        shown.pop()
     text = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in shown)
     return f"{type(values).__name__}({text})"
 
@@ -321,9 +321,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cells = read(args.cells)
     tables = {id(table): table for table in (coefficients.table(cell.bits) for cell in cells)}
     if len(tables) > 1:
-        raise ValueError("expected cells of one table, got weights of 8 bits and of others")
+        raise ValueError("expected cells of one table, got weights of 8 or 4 bits and of others")
     (table,) = tables.values()
-    name = "TIMES" if table is coefficients.TIMES else "TIMES_8"
+    name = next(
+        name for name in ("TIMES", "TIMES_8", "TIMES_4") if getattr(coefficients, name) is table
+    )
     fit = fit_table
     if args.move:
         fit = partial(moved, kernels=args.move.split(","), new=args.new)

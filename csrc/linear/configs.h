@@ -120,21 +120,32 @@
   X(39, 128, 2, 4)
 
 // The decode kernel's row blocks and splits of K, with one weight or gated.
-// X(index, row panels of 64 per CTA, CTAs that share the K of a row block)
+// X(index, row panels of 64 per CTA, CTAs that share the K of a row block, paired)
+// Paired, up to 16 tokens: 1, two CTAs of an SM have half the ring each; 2, two teams of a CTA have
+// half the ring and half its K each.
 #define SK_DECODE_CONFIGS(X) \
-  X(0, 4, 1)                 \
-  X(1, 4, 2)                 \
-  X(2, 4, 4)                 \
-  X(3, 4, 8)                 \
-  X(4, 2, 2)                 \
-  X(5, 2, 1)                 \
-  X(6, 2, 4)                 \
-  X(7, 2, 8)                 \
-  X(8, 2, 16)                \
-  X(9, 1, 8)                 \
-  X(10, 1, 16)
+  X(0, 4, 1, 0)              \
+  X(1, 4, 2, 0)              \
+  X(2, 4, 4, 0)              \
+  X(3, 4, 8, 0)              \
+  X(4, 2, 2, 0)              \
+  X(5, 2, 1, 0)              \
+  X(6, 2, 4, 0)              \
+  X(7, 2, 8, 0)              \
+  X(8, 4, 1, 1)              \
+  X(9, 4, 2, 1)              \
+  X(10, 4, 4, 1)             \
+  X(11, 4, 8, 1)             \
+  X(12, 2, 1, 1)             \
+  X(13, 4, 1, 2)             \
+  X(14, 4, 2, 2)             \
+  X(15, 4, 4, 2)             \
+  X(16, 4, 8, 2)             \
+  X(17, 2, 16, 0)            \
+  X(18, 1, 8, 0)             \
+  X(19, 1, 16, 0)
 #define SK_DECODE_GATED 5    // the first of them, which a gated pair has, too
-#define SK_DECODE_WIDENED 8  // and those that weights of 8 and 4 bits have
+#define SK_DECODE_NARROW 17  // and those that weights of 8 and 4 bits have
 
 // The mma.sp kernel's tiles.
 // X(index, BLOCK_M rows, BLOCK_N tokens, warps along rows, along tokens, along K, stages)
@@ -176,7 +187,7 @@ struct ConfigTable {
   index, 128 * panels, tokens, cluster_m, cluster_n, streamed, promoted,
 #define SK_SPLIT_ROW(index, panels, tokens, split, across) \
   index, 128 * panels, tokens, split, across,
-#define SK_DECODE_ROW(index, panels, split) index, 64 * panels, split,
+#define SK_DECODE_ROW(index, panels, split, paired) index, 64 * panels, split, paired,
 #define SK_NARROW_ROW(index, tokens, cluster_rows, split) index, 256, tokens, cluster_rows, split,
 #define SK_MMA_ROW(...) __VA_ARGS__,
 #define SK_NAIVE_ROW(...) __VA_ARGS__,
@@ -192,7 +203,7 @@ SK_CONFIG_TABLE(Prefill, SK_PREFILL_CONFIGS, SK_PREFILL_ROW, "index", "rows", "t
                 "cluster_rows", "cluster_tokens", "streamed?", "promoted?")
 SK_CONFIG_TABLE(Split, SK_SPLIT_CONFIGS, SK_SPLIT_ROW, "index", "rows", "tokens", "split",
                 "across?")
-SK_CONFIG_TABLE(Decode, SK_DECODE_CONFIGS, SK_DECODE_ROW, "index", "rows", "split")
+SK_CONFIG_TABLE(Decode, SK_DECODE_CONFIGS, SK_DECODE_ROW, "index", "rows", "split", "paired")
 SK_CONFIG_TABLE(Narrow, SK_NARROW_CONFIGS, SK_NARROW_ROW, "index", "rows", "tokens", "cluster_rows",
                 "split")
 SK_CONFIG_TABLE(Mma, SK_MMA_CONFIGS, SK_MMA_ROW, "index", "rows", "tokens", "warps_rows",

@@ -12,6 +12,11 @@ namespace sparsekern::decode {
 
 constexpr const char* kOp = "sparsekern.linear (decode)";
 
+// The rows of the table that a weight of so many bits has.
+constexpr int configs_of(int storage_bits) {
+  return storage_bits == 16 ? kDecodeConfigs.rows : SK_DECODE_NARROW;
+}
+
 // kSplit: the kernel's, or 0 where it has all. Half of it where the GPU has no room for so large a
 // cluster.
 template <class Cfg, int kSplit>
@@ -36,17 +41,22 @@ Status launch(const LinearProblem& p, int split, cudaStream_t stream) {
   return kernel.launch(shape, int64_t{clusters} * split, stream, x_map, params);
 }
 
+template <class Cfg, int kSplit>
+Status launch_split(const LinearProblem& p, cudaStream_t stream) {
+  return launch<Cfg, kLaunchedSplit<Cfg> ? 0 : kSplit>(p, kSplit, stream);
+}
+
 template <class W, class X, class Y, int kTokenTiles, int kWeights, int kScaleGroup>
 Status launch_config(const LinearProblem& p, int config, cudaStream_t stream) {
-  constexpr int kConfigs = kWeights == 2                    ? SK_DECODE_GATED
-                           : Element<W>::kStorageBits == 16 ? kDecodeConfigs.rows
-                                                            : SK_DECODE_WIDENED;
+  constexpr int kConfigs = kWeights == 2 ? SK_DECODE_GATED : configs_of(Element<W>::kStorageBits);
+  constexpr bool kFewTokens = kTokenTiles * 8 <= kPairedTokens;
   switch (config) {
-#define SK_CASE(index, panels, split)                                              \
-  case index:                                                                      \
-    if constexpr (index < kConfigs)                                                \
-      return launch<Config<W, X, Y, kTokenTiles, kWeights, panels, kScaleGroup>,   \
-                    kLaunchedSplit<W, kTokenTiles> ? 0 : split>(p, split, stream); \
+#define SK_CASE(index, panels, split, paired)                                         \
+  case index:                                                                         \
+    if constexpr (index < kConfigs)                                                   \
+      return launch_split<Config<W, X, Y, kTokenTiles, kWeights, panels, kScaleGroup, \
+                                 kFewTokens ? paired : kAlone>,                       \
+                          split>(p, stream);                                          \
     break;
     SK_DECODE_CONFIGS(SK_CASE)
 #undef SK_CASE

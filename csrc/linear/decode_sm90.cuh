@@ -54,22 +54,25 @@
 #include "ptx/memory.cuh"
 #include "ptx/mma_sp.cuh"
 #include "ptx/named_barrier.cuh"
+#include "ptx/registers.cuh"
 #include "ptx/tma.cuh"
 #include "linear/decode_widen.cuh"
 #include "linear/epilogue.cuh"
 
 namespace sparsekern::decode {
 
-constexpr int kConsumerWarps = 8;
-constexpr int kConsumerThreads = kConsumerWarps * 32;
 constexpr int kConsumerBarrier = 1;
-constexpr int kSmemCapacity = 227 * 1024;
+// Of a CTA, of `per_sm` on an SM: the system takes 1 KiB of 228 for each.
+constexpr int smem_capacity(int per_sm) { return 228 * 1024 / per_sm - 1024; }
+constexpr int kPairedTokens = 16;  // the most of a pair
+
+enum Pair { kAlone, kTwoOfSm, kTwoTeams };  // the last column of SK_DECODE_CONFIGS
 
 // W, X, Y: types of the weight's values, of x and of y. kTokenTiles: tokens in units of 8. kWeights:
 // 1, or 2 for the gated form. kPanels: row panels of a row block, 4, 2 or 1. kScaleGroup: columns
-// that share a scale of the metadata (int4), or 0.
+// that share a scale of the metadata (int4), or 0. kPaired: Pair.
 template <class W_, class X_, class Y_, int kTokenTiles_, int kWeights_, int kPanels_,
-          int kScaleGroup_ = 0>
+          int kScaleGroup_ = 0, int kPaired_ = kAlone>
 struct Config {
   using W = W_;
   using X = X_;
@@ -80,8 +83,11 @@ struct Config {
   static constexpr int kScaleGroup = kScaleGroup_;
   static constexpr int kPanels = kPanels_;
   static constexpr int kRows = kPanels * tile64::kRows;
-  static constexpr int kTeams = kPanels == 1 ? 2 : 1;
-  static constexpr int kTeamWarps = kConsumerWarps / kTeams;  // without the producer
+  static constexpr int kPaired = kPaired_;
+  static constexpr int kTeams = kPanels == 1 || kPaired == kTwoTeams ? 2 : 1;
+  static constexpr int kTeamWarps = kPanels == 1 ? 4 : 8;  // without the producer
+  static constexpr int kConsumerWarps = kTeams * kTeamWarps;
+  static constexpr int kConsumerThreads = kConsumerWarps * 32;
   static constexpr int kThreads = kConsumerThreads + 32 * kTeams;
   static constexpr int kWarpRows = kRows / kTeamWarps;  // 32 or 16
   static constexpr int kWarpTiles = kWarpRows / 16;
@@ -100,20 +106,25 @@ struct Config {
       tile64::ceil_div(kXBytes + kWeights * kWeightBytes, 1024) * 1024;
   static constexpr int kSumPitch = kRows + 4;  // words; +4 spreads the banks
   static constexpr int kSumBytes = kWeights * kTokens * kSumPitch * 4;
-  static constexpr int kFit = (kSmemCapacity - 256 - kSumBytes) / kStageBytes / kTeams;
+  static constexpr int kPerSm = kPaired == kTwoOfSm ? 2 : 1;
+  static constexpr int kCapacity = smem_capacity(kPerSm);
+  static constexpr int kFit = (kCapacity - 256 - kSumBytes) / kStageBytes / kTeams;
   static constexpr int kStages = kFit < 12 ? kFit : 12;  // of a team
   static constexpr int kAllStages = kTeams * kStages;
   static constexpr int kSmemBytes = kAllStages * kStageBytes + kSumBytes + 2 * kAllStages * 8;
-  static_assert(kStages >= (Element<W>::kStorageBits < 8 ? 2 : 3) && kSmemBytes <= kSmemCapacity);
+  static_assert(kStages >= (Element<W>::kStorageBits < 8 ? 2 : 3) && kSmemBytes <= kCapacity);
   static_assert(Element<X>::kStorageBits == 16 && (kWidens || std::is_same_v<W, X>));
   static_assert(kWeights == 1 || !kWidens, "the epilogue has the scales of one weight");
 };
 
-// The split of K is an argument of the launch, so that one kernel has all of them; for weights of int8
-// and int4, but for int8 with 64 tokens, which would spill. The others have a kernel for each.
-template <class W, int kTokenTiles>
-constexpr bool kLaunchedSplit = std::is_integral_v<typename Element<W>::Accumulator> &&
-                                (Element<W>::kStorageBits < 8 || kTokenTiles < 8);
+// The split of K is an argument of the launch, so that one kernel has all of them; where two CTAs share
+// an SM, and for weights of int8 and int4, but for int8 with 64 tokens, which would spill. The others
+// have a kernel for each.
+template <class Cfg>
+constexpr bool kLaunchedSplit =
+    Cfg::kPaired != kAlone ||
+    (std::is_integral_v<typename Element<typename Cfg::W>::Accumulator> &&
+     (Element<typename Cfg::W>::kStorageBits < 8 || Cfg::kTokenTiles < 8));
 
 template <class Cfg>
 struct Params {
@@ -376,13 +387,22 @@ __device__ __forceinline__ void multiply_widened_stage(Accumulators<Cfg>& d, con
 
 // The same with weights of 4 bits, in parts of one or two boxes of columns (two or four k-steps), whose
 // sums are scaled. With many tokens a part is one box even where two have the same scale, and parts are
-// not interleaved, for the registers.
+// not interleaved, for the registers. Where two CTAs share the registers of an SM, the boxes of a part
+// are widened in turn, and the sums of all tokens wait for the last.
 template <class Cfg>
 __device__ __forceinline__ void multiply_int4_stage(Accumulators<Cfg>& d, const Smem<Cfg>& smem,
                                                     int stage, int warp_idx, int lane_idx) {
   constexpr bool kManyTokens = Cfg::kTokenTiles >= 8;
+  constexpr bool kFewRegisters = Cfg::kPaired != kAlone && Cfg::kTokenTiles == 2;
   constexpr int kBoxes = kManyTokens || Cfg::kScaleGroup == 64 ? 1 : 2;  // of a part
-  constexpr int kParts = Cfg::kXBoxes / kBoxes, kSteps = 2 * kBoxes;
+  constexpr int kParts = Cfg::kXBoxes / kBoxes;
+  constexpr int kTurns = kFewRegisters ? kBoxes : 1, kWide = kBoxes / kTurns;  // boxes of a turn
+  constexpr int kHeld = kTurns > 1 ? Cfg::kTokenTiles : 1;                     // sums that wait
+  // Asked for again there: places that follow from it need no register between stages.
+  if constexpr (kFewRegisters) {
+    const int thread = static_cast<int>(ptx::thread_idx_again());
+    warp_idx = thread / 32 % Cfg::kTeamWarps, lane_idx = thread % 32;
+  }
   const WarpRows<Cfg> rows(warp_idx, lane_idx);
   const int row_in_matrix = lane_idx % 8, matrix = lane_idx / 8;
   // ldmatrix takes both chunks of a part for one m16 tile, or one chunk for the warp's one or two.
@@ -396,59 +416,70 @@ __device__ __forceinline__ void multiply_int4_stage(Accumulators<Cfg>& d, const 
   const uint32_t metadata_lane = smem.metadata(stage, 0) + rows.metadata;
   const uint32_t scales_lane = smem.metadata(stage, 0) + rows.scales;
   const uint32_t b_lane = smem.x(stage) + row_in_matrix * 128;
-#pragma unroll(kManyTokens ? 1 : 2)
+#pragma unroll(kManyTokens || kFewRegisters ? 1 : 2)
   for (int part = 0; part < kParts; ++part) {
     uint32_t narrow[kLoads][4];
 #pragma unroll
     for (int load = 0; load < kLoads; ++load)
       ptx::ldmatrix_x4(narrow[load], values + part * kBoxes * tile64::kChunkStride +
                                          load * 2 * tile64::kRowGroupStride);
-    uint32_t a[kSteps][Cfg::kWarpTiles][4], metadata[kBoxes][Cfg::kWarpTiles];
     float scale[Cfg::kWarpTiles][2];  // of rows g and g + 8
+    float sums[kHeld][Cfg::kWarpTiles][4];
 #pragma unroll
-    for (int i = 0; i < Cfg::kWarpTiles; ++i) {
+    for (int turn = 0; turn < kTurns; ++turn) {
+      uint32_t a[2 * kWide][Cfg::kWarpTiles][4], metadata[kWide][Cfg::kWarpTiles];
 #pragma unroll
-      for (int box = 0; box < kBoxes; ++box) {
-        const uint32_t* words = kBoxes == 2 ? &narrow[i % kLoads][2 * box] : &narrow[0][2 * i];
+      for (int i = 0; i < Cfg::kWarpTiles; ++i) {
 #pragma unroll
-        for (int step = 0; step < 2; ++step) {
+        for (int box = 0; box < kWide; ++box) {
+          const int of_part = turn * kWide + box;
+          const uint32_t* words =
+              kBoxes == 2 ? &narrow[i % kLoads][2 * of_part] : &narrow[0][2 * i];
 #pragma unroll
-          for (int r = 0; r < 4; ++r)
-            a[2 * box + step][i][r] = widened_int4<typename Cfg::X>(words[r % 2], step * 2 + r / 2);
+          for (int step = 0; step < 2; ++step) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r)
+              a[2 * box + step][i][r] =
+                  widened_int4<typename Cfg::X>(words[r % 2], step * 2 + r / 2);
+          }
+          metadata[box][i] = ptx::load_shared_u32(
+              metadata_lane + (part * kBoxes + of_part) * tile64::kWordsBytes + i * 128);
         }
-        metadata[box][i] = ptx::load_shared_u32(
-            metadata_lane + (part * kBoxes + box) * tile64::kWordsBytes + i * 128);
-      }
-      if constexpr (Cfg::kScaleGroup != 0) {
-        const int group = part * kBoxes * Cfg::kXBoxColumns / Cfg::kScaleGroup;
+        if constexpr (Cfg::kScaleGroup != 0) {
+          if (turn + 1 < kTurns) continue;
+          const int group = part * kBoxes * Cfg::kXBoxColumns / Cfg::kScaleGroup;
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          scale[i][half] = __uint_as_float(
-              ptx::load_shared_u32(scales_lane + (group * tile64::kRows + i * 16 + half * 8) * 4));
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < Cfg::kTokenTiles; ++n) {
-      float sums[Cfg::kWarpTiles][4] = {};
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4(b, b_lane + (part * kBoxes + step / 2) * Cfg::kXBoxBytes + n * 1024 +
-                                ((step % 2 * 4 + matrix) ^ row_in_matrix) * 16);
-#pragma unroll
-        for (int i = 0; i < Cfg::kWarpTiles; ++i) {
-          float (&to)[4] = Cfg::kScaleGroup != 0 ? sums[i] : d[0][i][n];
-          if (step % 2 == 0)
-            ptx::mma_sp<typename Cfg::X, 0>(to, a[step][i], b, metadata[step / 2][i]);
-          else ptx::mma_sp<typename Cfg::X, 1>(to, a[step][i], b, metadata[step / 2][i]);
+          for (int half = 0; half < 2; ++half)
+            scale[i][half] = __uint_as_float(ptx::load_shared_u32(
+                scales_lane + (group * tile64::kRows + i * 16 + half * 8) * 4));
         }
       }
-      if constexpr (Cfg::kScaleGroup != 0) {
 #pragma unroll
-        for (int i = 0; i < Cfg::kWarpTiles; ++i) {
+      for (int n = 0; n < Cfg::kTokenTiles; ++n) {
+        float (&group_sums)[Cfg::kWarpTiles][4] = sums[n % kHeld];
 #pragma unroll
-          for (int e = 0; e < 4; ++e)
-            d[0][i][n][e] = fmaf(sums[i][e], scale[i][e / 2], d[0][i][n][e]);
+        for (int step = 0; step < 2 * kWide; ++step) {
+          uint32_t b[4];
+          ptx::ldmatrix_x4(b, b_lane + (part * kBoxes + turn * kWide + step / 2) * Cfg::kXBoxBytes +
+                                  n * 1024 + ((step % 2 * 4 + matrix) ^ row_in_matrix) * 16);
+#pragma unroll
+          for (int i = 0; i < Cfg::kWarpTiles; ++i) {
+            float (&to)[4] = Cfg::kScaleGroup != 0 ? group_sums[i] : d[0][i][n];
+            if (Cfg::kScaleGroup != 0 && turn == 0 && step == 0)
+              to[0] = to[1] = to[2] = to[3] = 0.0f;
+            if (step % 2 == 0)
+              ptx::mma_sp<typename Cfg::X, 0>(to, a[step][i], b, metadata[step / 2][i]);
+            else ptx::mma_sp<typename Cfg::X, 1>(to, a[step][i], b, metadata[step / 2][i]);
+          }
+        }
+        if constexpr (Cfg::kScaleGroup != 0) {
+          if (turn + 1 < kTurns) continue;
+#pragma unroll
+          for (int i = 0; i < Cfg::kWarpTiles; ++i) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+              d[0][i][n][e] = fmaf(group_sums[i][e], scale[i][e / 2], d[0][i][n][e]);
+          }
         }
       }
     }
@@ -484,24 +515,30 @@ constexpr int kMostRanks = 8;
 
 // Sum of 4 consecutive rows of one token over the CTAs of the cluster, starting with this one: a
 // fixed order, since an output always belongs to the same CTA, and not the same neighbour for
-// everybody at once. All loads first: a neighbour's shared memory is far away. Lanes read
-// consecutive 16-byte pieces.
+// everybody at once. All loads first, or half of them where two CTAs share the registers: a
+// neighbour's shared memory is far away. Lanes read consecutive 16-byte pieces.
 template <class Cfg, int kRanks>
 __device__ __forceinline__ void reduce_segment(float (&v)[4], const Smem<Cfg>& smem, int weight,
                                                int token, int row, int rank, int ranks) {
   constexpr int kMost = kRanks > 0 ? kRanks : kMostRanks;
+  constexpr int kAtOnce = Cfg::kPaired != kAlone && kMost == 8 ? 4 : kMost;
   const uint32_t local = smem.sums() + ((weight * Cfg::kTokens + token) * Cfg::kSumPitch + row) * 4;
-  float4 part[kMost];
-#pragma unroll
-  for (int i = 0; i < kMost; ++i) {
-    if (i < ranks)
-      part[i] = ptx::load_cluster_float4(ptx::map_to_cta(local, (rank + i) & (ranks - 1)));
-  }
 #pragma unroll
   for (int i = 0; i < 4; ++i) v[i] = 0.0f;
+#pragma unroll(kAtOnce < kMost ? 1 : 2)
+  for (int first = 0; first < kMost; first += kAtOnce) {
+    float4 part[kAtOnce];
 #pragma unroll
-  for (int i = 0; i < kMost; ++i) {
-    if (i < ranks) v[0] += part[i].x, v[1] += part[i].y, v[2] += part[i].z, v[3] += part[i].w;
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i < ranks)
+        part[i] =
+            ptx::load_cluster_float4(ptx::map_to_cta(local, (rank + first + i) & (ranks - 1)));
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i < ranks)
+        v[0] += part[i].x, v[1] += part[i].y, v[2] += part[i].z, v[3] += part[i].w;
+    }
   }
 }
 
@@ -513,7 +550,8 @@ __device__ __forceinline__ void store_outputs(const Params<Cfg>& p, const Smem<C
   const int total = p.tokens * kSegments, ranks = kRanks > 0 ? kRanks : p.ranks;
   const int begin = total * rank / ranks, end = total * (rank + 1) / ranks;
 #pragma unroll 1
-  for (int item = begin + static_cast<int>(threadIdx.x); item < end; item += kConsumerThreads) {
+  for (int item = begin + static_cast<int>(threadIdx.x); item < end;
+       item += Cfg::kConsumerThreads) {
     const int token = item / kSegments, row = item % kSegments * 4;
     float v[4];
     reduce_segment<Cfg, kRanks>(v, smem, 0, token, row, rank, ranks);
@@ -529,15 +567,15 @@ __device__ __forceinline__ void store_outputs(const Params<Cfg>& p, const Smem<C
 // kRanks: CTAs of a cluster, or 0: p.ranks. With more than one, a cluster has one row block (see the
 // launcher).
 template <class Cfg, int kRanks>
-__global__ void __launch_bounds__(Cfg::kThreads, 1)
+__global__ void __launch_bounds__(Cfg::kThreads, Cfg::kPerSm)
     spmm_decode_sm90_kernel(const __grid_constant__ CUtensorMap x_map,
                             const __grid_constant__ Params<Cfg> p) {
   extern __shared__ __align__(1024) uint8_t raw_smem[];
   Smem<Cfg> smem(raw_smem);
   const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
-  const int team = Cfg::kTeams == 1            ? 0
-                   : warp_idx < kConsumerWarps ? warp_idx / Cfg::kTeamWarps
-                                               : warp_idx - kConsumerWarps;
+  const int team = Cfg::kTeams == 1                 ? 0
+                   : warp_idx < Cfg::kConsumerWarps ? warp_idx / Cfg::kTeamWarps
+                                                    : warp_idx - Cfg::kConsumerWarps;
   const int row_warp = warp_idx - team * Cfg::kTeamWarps;  // of a consumer
   smem.first = team * Cfg::kStages;
   const int ranks = kRanks > 0 ? kRanks : p.ranks;
@@ -548,7 +586,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   const int step = kRanks > 0 ? gridDim.x / ranks : gridDim.x;
   const KTiles k = KTiles::of(p.extent.k_tiles, rank + team * ranks, ranks * Cfg::kTeams);
 
-  if (threadIdx.x == kConsumerThreads) {
+  if (threadIdx.x == Cfg::kConsumerThreads) {
     for (int s = 0; s < Cfg::kAllStages; ++s) {
       ptx::mbarrier_init(smem.full(s), 1);
       ptx::mbarrier_init(smem.empty(s), Cfg::kTeamWarps * ptx::kArrivalsPerWarp);
@@ -559,7 +597,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   __syncthreads();
   ptx::let_successor_start();
 
-  if (warp_idx == kConsumerWarps + team) {
+  if (warp_idx == Cfg::kConsumerWarps + team) {
     if (ptx::elect_one()) {
       Producer<Cfg> producer{&x_map, p, smem};
       const int issued = producer.first_turn(first, k);
@@ -576,7 +614,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   }
   const auto sync = [&] {
     if (ranks > 1) ptx::cluster_sync();
-    else ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
+    else ptx::named_barrier_sync(kConsumerBarrier, Cfg::kConsumerThreads);
   };
   RingPosition<Cfg::kStages> ring;
   for (int row_block = first; row_block < p.row_blocks; row_block += step) {
@@ -597,7 +635,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     }
     if (team == 0) write_sums<Cfg, false>(d, smem, row_warp, lane_idx);
     if constexpr (Cfg::kTeams == 2) {
-      ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);  // the first team's are there
+      ptx::named_barrier_sync(kConsumerBarrier,
+                              Cfg::kConsumerThreads);  // the first team's are there
       if (team == 1) write_sums<Cfg, true>(d, smem, row_warp, lane_idx);
     }
     sync();  // all sums are there

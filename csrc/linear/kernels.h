@@ -43,8 +43,8 @@ struct Launch {
   {kDTypeOf<W>, kDTypeOf<X>, kDTypeOf<Y>, &function<W, X, Y>, configs},
 
 inline constexpr Launch kDecode[] = {SK_PLAIN(SK_LAUNCH, decode::linear, kDecodeConfigs.rows)  //
-                                     SK_W8A16(SK_LAUNCH, decode::linear, SK_DECODE_WIDENED)
-                                         SK_W4A16(SK_LAUNCH, decode::linear, SK_DECODE_WIDENED)};
+                                     SK_W8A16(SK_LAUNCH, decode::linear, SK_DECODE_NARROW)
+                                         SK_W4A16(SK_LAUNCH, decode::linear, SK_DECODE_NARROW)};
 inline constexpr Launch kDecodeGated[] = {SK_PLAIN(SK_LAUNCH, decode::gated, SK_DECODE_GATED)};
 inline constexpr Launch kPrefill[] = {
     SK_PLAIN(SK_LAUNCH, prefill::linear, SK_PREFILL_UNPROMOTED)  //

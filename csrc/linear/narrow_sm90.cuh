@@ -67,14 +67,14 @@ struct Config {
   static constexpr int kXBytes = kBoxes * kBoxBytes;
   static constexpr int kWeightStages = kTokens <= 32 ? 6 : kTokens <= 64 ? 4 : 3;
   static constexpr int kFit =
-      (decode::kSmemCapacity - 256 - kWeightStages * kWeightBytes) / kXBytes;
+      (decode::smem_capacity(1) - 256 - kWeightStages * kWeightBytes) / kXBytes;
   static constexpr int kXStages = kFit < 8 ? kFit : 8;
   static constexpr int kRingBytes = kWeightStages * kWeightBytes + kXStages * kXBytes;
   static constexpr int kConsumerRegisters = kTokens > 96 ? 112 : 104;
   static constexpr int kProducerRegisters = kTokens > 96 ? 32 : 56;
   static constexpr int kSumPitch = kRows + 4;  // words; +4 spreads the banks
   static constexpr int kSmemBytes = kRingBytes + 2 * (kWeightStages + kXStages) * 8;
-  static_assert(kXStages >= 3 && kSmemBytes <= decode::kSmemCapacity);
+  static_assert(kXStages >= 3 && kSmemBytes <= decode::smem_capacity(1));
   static_assert(kTokens * kSumPitch * 4 <= kRingBytes, "sums lie where the ring was");
   static_assert(kWeightBytes % 1024 == 0 && kBoxBytes % 1024 == 0);
 };

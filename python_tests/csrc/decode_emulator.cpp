@@ -78,16 +78,19 @@ uint8_t raw_smem[1];  // the kernel's extern array; only its address is asked fo
 template <class W, class X, int kTokenTiles, int kScaleGroup>
 Status run(const LinearProblem& p, int config) {
 #ifdef EMULATE_FEW
-#define SK_CONFIGS(X) X(0, 4, 1) X(4, 2, 2) X(8, 2, 16) X(9, 1, 8) X(10, 1, 16)
+#define SK_CONFIGS(X) \
+  X(0, 4, 1, 0)       \
+  X(4, 2, 2, 0) X(9, 4, 2, 1) X(14, 4, 2, 2) X(17, 2, 16, 0) X(18, 1, 8, 0) X(19, 1, 16, 0)
 #else
 #define SK_CONFIGS(X) SK_DECODE_CONFIGS(X)
 #endif
   switch (config) {
-#define SK_CASE(index, panels, split)                                                          \
-  case index:                                                                                  \
-    if constexpr (split != 4 && (index < SK_DECODE_WIDENED || Element<W>::kStorageBits == 16)) \
-      return launch<Config<W, X, X, kTokenTiles, 1, panels, kScaleGroup>,                      \
-                    kLaunchedSplit<W, kTokenTiles> ? 0 : split>(p, split, nullptr);            \
+#define SK_CASE(index, panels, split, paired)                                         \
+  case index:                                                                         \
+    if constexpr (split != 4 && index < configs_of(Element<W>::kStorageBits))         \
+      return launch_split<Config<W, X, X, kTokenTiles, 1, panels, kScaleGroup,        \
+                                 kTokenTiles * 8 <= kPairedTokens ? paired : kAlone>, \
+                          split>(p, nullptr);                                         \
     break;
     SK_CONFIGS(SK_CASE)
 #undef SK_CASE

@@ -169,7 +169,6 @@ uint32_t load_acquire(const uint32_t* at) {
 
 uint32_t atomic_add_acquire(uint32_t* at, uint32_t v) { return atomicAdd(at, v); }
 
-uint32_t thread_idx_again() { return threadIdx.x; }
 template <class Sum>
 float as_float_here(Sum sum) {
   return static_cast<float>(sum);

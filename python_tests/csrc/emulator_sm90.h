@@ -10,6 +10,8 @@
 
 namespace sparsekern::ptx {
 
+uint32_t thread_idx_again() { return threadIdx.x; }
+
 enum class L2Hint { kEvictNormal, kEvictFirst, kEvictLast };
 constexpr int kArrivalsPerWarp = 1;
 

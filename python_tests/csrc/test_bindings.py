@@ -146,7 +146,7 @@ def test_which_types_a_config_takes(native):
     taken["decode"] |= taken["narrow"]
     limits = dict(re.findall(r"#define (SK_\w+) (\d+) +//", CONFIGS))
     first = {("mma", True): "SK_MMA_BOTH", ("split", True): "SK_SPLIT_BOTH"}
-    first[("decode", True)] = "SK_DECODE_WIDENED"
+    first[("decode", True)] = "SK_DECODE_NARROW"
     first[("decode_gated", False)] = "SK_DECODE_GATED"
     kernels = native.kernels()
     for kernel, types in taken.items():

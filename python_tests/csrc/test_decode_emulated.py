@@ -16,12 +16,12 @@ from python_tests.linear_cases import PAIRS, random_input
 
 F16, BF16 = torch.float16, torch.bfloat16
 E4M3, INT8 = torch.float8_e4m3fn, torch.int8
-CONFIGS = configs("SK_DECODE_CONFIGS")  # (index, panels, split)
-assert len(CONFIGS) >= 11
+CONFIGS = configs("SK_DECODE_CONFIGS")  # (index, panels, split, paired)
+assert len(CONFIGS) >= 20
 CONFIGS = [config for config in CONFIGS if config[2] != 4]
-LIMIT = r"#define SK_DECODE_WIDENED (\d+)"  # the first config that only weights of 16 bits have
-WIDENED = int(re.search(LIMIT, (ROOT / "csrc/linear/configs.h").read_text()).group(1))
-PLAIN = [config for config in CONFIGS if config[0] >= WIDENED]
+LIMIT = r"#define SK_DECODE_NARROW (\d+)"  # the first config that only weights of 16 bits have
+NARROW_CONFIGS = int(re.search(LIMIT, (ROOT / "csrc/linear/configs.h").read_text()).group(1))
+PLAIN = [config for config in CONFIGS if config[0] >= NARROW_CONFIGS]
 HEADERS = ("core/device.h", "core/tensor_map.h")
 NARROW = [(w, x) for w in (E4M3, INT8) for x in (F16, BF16)]
 # (weight, x, columns that share a scale of the metadata)
@@ -41,11 +41,11 @@ def build(tmp_path_factory):
     return builder("decode_emulator.cpp", tmp_path_factory, own=HEADERS)
 
 
-@pytest.mark.parametrize("config, panels, split", CONFIGS)
+@pytest.mark.parametrize("config, panels, split, paired", CONFIGS)
 @pytest.mark.parametrize("weight, dtype, group", TYPES, ids=str)
-def test_exact_at_the_edges(build, config, panels, split, weight, dtype, group):
+def test_exact_at_the_edges(build, config, panels, split, paired, weight, dtype, group):
     """Less and more than a tile, a row block and a cluster; both landing times and orders."""
-    if weight != dtype and config >= WIDENED:
+    if weight != dtype and config >= NARROW_CONFIGS:
         assert "a config that is compiled" in wrong(
             build(), config, *problem(1, 7, 4, dtype), weight=weight, group=group
         )
@@ -61,20 +61,22 @@ def test_exact_at_the_edges(build, config, panels, split, weight, dtype, group):
         assert not wrong(emulate, config, *problem(*case, dtype), **what)
 
 
-@pytest.mark.parametrize("config", [0, 4])
-@pytest.mark.parametrize("weight, group", [(E4M3, 0), ("int4", 128)], ids=str)
+@pytest.mark.parametrize(
+    "config, weight, group",
+    [(0, E4M3, 0), (4, E4M3, 0), *((at, "int4", 128) for at in (0, 4, 8, 12, 13, 14))],
+)
 @pytest.mark.parametrize("late", [True, False])
 def test_more_stages_than_the_ring(build, config, weight, group, late):
     """Every turn of the ring, and more row blocks than clusters where there is no split."""
-    _, panels, split = next(entry for entry in CONFIGS if entry[0] == config)
+    _, panels, split, _ = next(entry for entry in CONFIGS if entry[0] == config)
     case = problem(5, 64 * panels + 3, (256 if group else 128) * split * 13 - 60)
     what = dict(weight=weight, group=group, late=late, clusters=1)
     assert not wrong(build(), config, *case, **what)
 
 
-@pytest.mark.parametrize("config, panels, split", PLAIN)
+@pytest.mark.parametrize("config, panels, split, paired", PLAIN)
 @pytest.mark.parametrize("tokens", [1, 8, 13, 64])
-def test_long_in_features(build, config, panels, split, tokens):
+def test_long_in_features(build, config, panels, split, paired, tokens):
     """One stage less and one more than every CTA or team has, a whole ring, and its second turn;
     row blocks beside each other in a tile row group, which is shorter at the end."""
     parts, emulate = split * (2 if panels == 1 else 1), build()
@@ -92,7 +94,7 @@ def test_long_in_features(build, config, panels, split, tokens):
         assert not wrong(emulate, config, w, x, **what), stages
 
 
-@pytest.mark.parametrize("config", [config for config, _, split in PLAIN if split == 16])
+@pytest.mark.parametrize("config", [config for config, _, split, _ in PLAIN if split == 16])
 def test_half_the_cluster_where_sixteen_do_not_fit(build, config):
     library = build().library
     largest = ctypes.c_int.in_dll(library, "largest_cluster")
@@ -184,14 +186,14 @@ def test_the_emulator_sees_mistakes(build, file, old, new):
             "+ kWeights * kWeightBytes, 1024) * 1024",
             "+ kWeightBytes, 512) * 512",
         ),
-        ("decode_sm90.cuh", "(rank + i) & (ranks - 1)", "(rank + i) & 7"),
+        ("decode_sm90.cuh", "(rank + first + i) & (ranks - 1)", "(rank + first + i) & 7"),
         ("decode_sm90.cuh", "blockIdx.x & (ranks - 1)", "blockIdx.x & 7"),
         ("decode_sm90.cuh", "row_block % kBlocksPerGroup * Cfg::kPanels", "0"),
     ],
 )
 def test_the_emulator_sees_mistakes_of_teams_and_clusters_of_sixteen(build, file, old, new):
-    cases = [(config, problem(9, 130, 64 * 33 - 4)) for config, _, _ in PLAIN]
-    cases += [(9, problem(2, 64, 64 * (12 * 8 * 2 + 1)))]  # a second turn of a ring
+    cases = [(config, problem(9, 130, 64 * 33 - 4)) for config, *_ in PLAIN]
+    cases += [(18, problem(2, 64, 64 * (12 * 8 * 2 + 1)))]  # a second turn of a ring
     assert_found(build, (file, old, new), cases, BF16)
 
 

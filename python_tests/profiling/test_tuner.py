@@ -13,6 +13,8 @@ from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.backends.cuda import tuned_tables as tuning
 from sparsekern.backends.cuda.coefficients import TIMES
+from sparsekern.backends.cuda.configs import Types
+from sparsekern.backends.cuda.narrow_model import NarrowTile
 from sparsekern.backends.cuda.variant import RowBlocks, Tile
 from sparsekern.cli import main as cli
 from sparsekern.formats.sparse24 import decompress
@@ -210,6 +212,7 @@ def test_copies_beyond_the_cache():
 
 
 PLAIN = [("float16",) * 3, ("bfloat16",) * 3]
+INT4 = Types("int4", "bfloat16", "bfloat16")
 
 
 @pytest.fixture
@@ -259,6 +262,25 @@ def test_candidates_start_with_the_choice_of_the_heuristics(stand_in):
     assert sorted(few[:3]) == sorted([decode, *tiles]) and few[3:] == unknown
     assert many[0] == cuda_backend.heuristic(65, 96, 68, None)
     assert sorted(many[:2]) == sorted(tiles) and many[2:] == unknown[1:]
+
+
+def test_candidates_of_int4(stand_in, monkeypatch):
+    """Two blocks on a multiprocessor for few tokens, the narrow kernel from 17 on, and whole
+    numbers are their own levels whatever the groups are."""
+    pair, narrow = RowBlocks(256, 1, 1), NarrowTile(256, 32, 1, 1)
+    kernels = cuda_backend._native.module().kernels()
+    kernels["decode"] += [pair._asdict() | {"index": 9, "types": [INT4]}]
+    kernels["narrow"] = [narrow._asdict() | {"index": 0, "types": [INT4]}]
+    for row in kernels["decode"]:
+        row["types"] = [*row["types"], INT4]
+    monkeypatch.setattr(cuda_backend._native.module(), "kernels", lambda: kernels)
+    cuda_backend.variants.cache_clear()
+    layer = tuner.Layer(96, 196, torch.bfloat16, torch.device("cpu"), INT4)
+    few, some = {*layer.names(16)}, {*layer.names(17)}
+    assert f"decode {pair}" in few and f"narrow {narrow}" not in few
+    assert f"decode {pair}" not in some and f"narrow {narrow}" in some
+    assert layer.names(65) == layer.names(512) == [f"narrow {narrow}"] and not layer.names(513)
+    assert torch.equal(decompress(layer.exact.rowmajor()), layer.exact_dense)
 
 
 def test_other_kernels_are_candidates_where_they_may_be_chosen(stand_in, monkeypatch):
@@ -338,7 +360,7 @@ def test_command_options(asked):
     "arguments, text",
     [
         (["--shapes", "64x128,8"], "expected OUTxIN such as 4096x14336, got '8'"),
-        (["--dtype", "fp32"], "expected some of bf16, fp16, fp8, int8, got 'fp32'"),
+        (["--dtype", "fp32"], "expected some of bf16, fp16, fp8, int8, int4, got 'fp32'"),
         (["--tokens", "0"], "got '0'"),
         (["model", "--shapes", "8x8"], "not allowed with"),
         (["--shapes", "8x8", "--merge", "t.json"], "not allowed with"),

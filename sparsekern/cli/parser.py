@@ -313,8 +313,8 @@ def make_parser(
         "--dtype",
         type=_tunable_dtypes,
         default=["bfloat16"],
-        metavar="bf16,fp16",
-        help="one or both (default: bf16)",
+        metavar="bf16,...",
+        help="some of bf16, fp16, and fp8, int8, int4 of weights (default: bf16)",
     )
     sub.add_argument(
         "--out",
@@ -423,15 +423,15 @@ def _shapes(text: str) -> list[tuple[int, int]]:
 
 
 def _tunable_dtypes(text: str) -> list[str]:
-    """The types in a text such as "bf16,float16": ["bfloat16", "float16"]; fp8 and int8 are those
-    of quantised weights, with x of the same type and of 16 bits."""
-    from sparsekern.profiling.tune import EIGHT, KINDS
+    """The types in a text such as "bf16,float16": ["bfloat16", "float16"]; fp8, int8 and int4 are
+    those of quantised weights, with x of 16 bits, and of the same type if that has 8."""
+    from sparsekern.profiling.tune import EIGHT, KINDS, QUANTIZED
 
     kinds: list[str] = []
     for part in text.split(","):
         name = {**SHORT_DTYPES, "fp8": EIGHT[0]}.get(part, part)
-        if name not in (*SHORT_DTYPES.values(), *EIGHT):
-            expected = "expected some of bf16, fp16, fp8, int8"
+        if name not in (*SHORT_DTYPES.values(), *QUANTIZED):
+            expected = "expected some of bf16, fp16, fp8, int8, int4"
             raise argparse.ArgumentTypeError(f"{expected}, got {name!r}")
         kinds += [key for key, types in KINDS.items() if types.weight == name]
     return list(dict.fromkeys(kinds))

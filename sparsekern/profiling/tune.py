@@ -21,11 +21,12 @@ import torch
 
 from sparsekern import _native
 from sparsekern.backends import quantize_rows
-from sparsekern.backends.cuda import coefficients
+from sparsekern.backends.cuda import coefficients, narrow_model
 from sparsekern.backends.cuda import cost_model as heuristics
 from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.backends.cuda import tuned_tables as tuning
 from sparsekern.backends.cuda.configs import Types
+from sparsekern.backends.cuda.narrow_model import NarrowTile
 from sparsekern.backends.cuda.variant import variant_name
 from sparsekern.errors import message
 from sparsekern.formats import dtypes
@@ -40,15 +41,17 @@ from sparsekern.profiling.tune_cell import Cell, tune_cell
 OP = "sparsekern tune"
 DTYPES = {dtypes.PLAIN[dtype].name: dtype for dtype in dtypes.NATIVE}
 # What can be tuned, by the names that tables use. Of quantised weights with x of 16 bits up to
-# DECODE_TOKENS alone, since more tokens are quantised; y in the 16-bit type of the widest range.
-EIGHT = tuple(kind.name for kind in dtypes.elements() if kind.scaled and kind.bits == 8)
+# DECODE_TOKENS alone, since more tokens are quantised, or, of int4, up to the narrow kernel's; y in
+# the 16-bit type of the widest range.
+QUANTIZED = tuple(kind.name for kind in dtypes.elements() if kind.scaled)
+EIGHT = tuple(name for name in QUANTIZED if dtypes.element(name).bits == 8)
 _16 = dtypes.PLAIN[dtypes.DEFAULT_16_BIT].name
 KINDS = {
     types.key: types
     for types in (
         *(Types.of(name) for name in DTYPES),
         *(Types(name, name, _16) for name in EIGHT),
-        *(Types(name, _16, _16) for name in EIGHT),
+        *(Types(name, _16, _16) for name in QUANTIZED),
     )
 }
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
@@ -85,11 +88,17 @@ class Layer:
         rows = prune_compress(self._integers(weight), layout="rowmajor")
         self.exact_dense = decompress(rows)
         self.dense = [weight] if plain else []  # of quantised weights there is no one dense product
-        ones = torch.ones(out_features, 1, device=device, dtype=torch.float32)
-        self.exact = pack(rows if plain else quantize(rows, self.types.weight, scale=ones))
+        self.exact = pack(rows if plain else self._levels(rows))
         size = _native.module().prefill_workspace_bytes()
         self.workspace = torch.zeros(size, dtype=torch.uint8, device=device)
         torch.cuda.synchronize(device)  # kernels may read weights before queued work has ended
+
+    def _levels(self, rows):
+        """Whole numbers, each its own level."""
+        spec = self.weights[0].spec
+        groups = -(-rows.in_features // spec.group) if spec.group else 1
+        ones = torch.ones(rows.out_features, groups, device=self.device, dtype=torch.float32)
+        return quantize(rows, self.types.weight, scale=ones)
 
     def _integers(self, like):
         """A tensor like `like` of whole numbers from -2 to 2: every sum is exact in float32."""
@@ -101,26 +110,31 @@ class Layer:
         index = self.device.index
         runnable = cuda_backend.runnable(index, self.types)
         kernels = {name: kernel for name, (kernel, _) in runnable.items()}
-        if tokens > heuristics.DECODE_TOKENS and {*kernels.values()} <= {"decode"}:
+        most = {"decode": heuristics.DECODE_TOKENS, "narrow": heuristics.NARROW_TOKENS}
+        if all(kernel in most and tokens > most[kernel] for kernel in kernels.values()):
             return []
         chosen = cuda_backend.heuristic(tokens, *self.shape, index, self.types)
         multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
 
         bits = self.types.bits
         problem = tokens, *self.shape, multiprocessors, bits
-        known = {variant_name(variant): variant for variant in coefficients.table(bits)}
+        built = cuda_backend.built(self.types)
+        built = {variant_name(variant): variant for variant in cuda_backend.built(self.types)}
+        modelled = coefficients.table(bits)
 
         def predicted(name):
-            if name not in known:
-                return math.inf
-            return heuristics.predicted_us(known[name], *problem)
+            variant = built.get(name)
+            if variant in modelled or isinstance(variant, NarrowTile):
+                return heuristics.predicted_us(variant, *problem)
+            return math.inf
 
         decode = tokens <= heuristics.DECODE_TOKENS
         mma = heuristics.mma_considered(tokens, *self.shape) or "prefill" not in kernels.values()
         many = max(tokens, heuristics.PREFILL_TOKENS) if bits.x == 8 else tokens
         split = heuristics.split_considered(many, *self.shape)
         wanted = {"prefill": True, "decode": decode, "mma": mma, "split": split}
-        same = {name for name, v in known.items() if heuristics.shares_nothing(v, *problem)}
+        wanted["narrow"] = narrow_model.considered(tokens)
+        same = {name for name, v in built.items() if heuristics.same_as_another(v, *problem)}
         names = [name for name, kernel in kernels.items() if wanted[kernel] and name not in same]
         gpu = tuning.gpu_name(index)
         tuned = tuning.lookup(gpu, self.types.key, *self.shape, tokens, runnable)

@@ -138,16 +138,24 @@ TIMES_8: dict[Variant, Times] = {
 }
 
 
-# Weights of int4: row blocks as of 8 bits, which are widened at about the same cost (SASS,
-# csrc/notes/decode.md), with twice the in_features in a stage. Not a fit: of 64 tokens it gives
-# 42.5, 13.5, 14.0 and 34.0 us for what took 47.6, 14.7, 15.5 and 38.8 on an H200 (28672x4096 in 256
-# rows, split 1; 4096x4096, 6144x4096 and 4096x14336 in 256 rows, split 4); of 1 to 16 tokens 1.2 to
-# 1.6 times of what it takes, whatever the variant. TIMES would give 256 rows, split 1 for 6144x4096
-# at 1 token, 24 thread blocks, which took 12.0 us.
+# Weights of int4 with x of 16 bits, up to 16 tokens. From an H200 (132 multiprocessors, 700 W),
+# groups of 128, bfloat16: Llama-3 8B and 70B at 1, 2, 4, 8 and 16 tokens, 16 random shapes
+# (`bench.fit --shapes 16 --seed 105`) at 1, 8 and 16: 88 cells. Its picks are slower than the
+# fastest by 2.8 % in the mean and 35 % at worst, 3.7 and 55 % in shapes left out of the fit; those
+# of TIMES_8 with twice the stages, which it replaces, by 18 and 74 %.
 TIMES_4: dict[Variant, Times] = {
-    variant: times._replace(stage=2 * times.stage, extra=2 * times.extra, total=2 * times.total)
-    for variant, times in TIMES_8.items()
-    if isinstance(variant, RowBlocks)
+    RowBlocks(256, 1): Times(0.404, 1.47, 1.84, 4.34, 0.1, 2.81, 0, 3.02),
+    RowBlocks(256, 2): Times(0.436, 1.14, 2.14, 4.07, 2.35, 6.5, 0, 0.0999),
+    RowBlocks(256, 4): Times(0.379, 1.25, 2.08, 2.61, 1.02, 4.13, 0, 0.745),
+    RowBlocks(128, 2): Times(0.26, 0.854, 1.04, 3.56, 2.86, 1.25, 0, 0.349),
+    RowBlocks(128, 1): Times(0.326, 0.796, 0.908, 4.8, 0.701, 3.85, 0, 0.381),
+    RowBlocks(128, 4): Times(0.223, 0.903, 1.01, 2.41, 1.9, 3.7, 0, 0.133),
+    RowBlocks(128, 8): Times(0.251, 1.25, 1.01, 2.87, 2.46, 1.74, 0, 0.185),
+    RowBlocks(256, 1, 1): Times(0.284, 2.66, 3.21, 3.72, 0.0982, 7.48, 0, 2.45),
+    RowBlocks(256, 2, 1): Times(0.62, 1.33, 3.14, 3.84, 2.01, 8.52, 0, 0.112),
+    RowBlocks(256, 4, 1): Times(0.323, 2.64, 3.01, 3.63, 1.29, 6.93, 0, 1.48),
+    RowBlocks(256, 8, 1): Times(0.665, 1.21, 3.55, 4.03, 1.93, 6.45, 0, 0.806),
+    RowBlocks(128, 1, 1): Times(0.318, 2.09, 1.92, 4.04, 0.944, 3.68, 0, 0.226),
 }
 
 

@@ -137,7 +137,7 @@ def _mma_tiles(types: Types = _PLAIN) -> dict[MmaTile, int]:
     return _rows("mma", MmaTile, types)
 
 
-def _built(types: Types = _PLAIN) -> dict[Variant, tuple[str, int]]:
+def built(types: Types = _PLAIN) -> dict[Variant, tuple[str, int]]:
     """{variant as in cost_model.py: (kernel, its config)} of the native module."""
     found: dict[Variant, tuple[str, int]] = {}
     for kernel, rows in (
@@ -157,7 +157,7 @@ def variants(types: Types = _PLAIN) -> dict[str, tuple[str, int]]:
 
     The names are what `sparsekern.explain` shows and what tuned tables hold.
     """
-    return {variant_name(variant): of for variant, of in _built(types).items()}
+    return {variant_name(variant): of for variant, of in built(types).items()}
 
 
 def runnable(index: int, types: Types = _PLAIN) -> dict[str, tuple[str, int]]:
@@ -195,7 +195,7 @@ def heuristic(
         return f"mma {mma_tile(tokens, out_features, in_features, index, types)}"
     multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
     problem = tokens, out_features, in_features, multiprocessors
-    return variant_name(heuristics.fastest(*problem, tuple(_built(types)), types.bits))
+    return variant_name(heuristics.fastest(*problem, tuple(built(types)), types.bits))
 
 
 @lru_cache(maxsize=4096)
@@ -260,7 +260,7 @@ def expected_us(
     problem = tokens, out_features, in_features, multiprocessors
     modelled = []
     for types in kinds:
-        variant = heuristics.fastest(*problem, tuple(_built(types)), types.bits)
+        variant = heuristics.fastest(*problem, tuple(built(types)), types.bits)
         modelled.append(heuristics.predicted_us(variant, *problem, types.bits))
     return modelled
 

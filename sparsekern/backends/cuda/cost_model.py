@@ -106,6 +106,7 @@ from sparsekern.backends.cuda.variant import (
 )
 
 DECODE_TOKENS = 64  # the most that the decode kernel takes
+PAIRED_TOKENS = 16  # the most with which its thread blocks or teams are paired (RowBlocks.paired)
 # With more tokens than this and x of 16 bits, weights of 8 or 4 bits are widened to 16 bits in
 # memory, and the kernel for those follows; else the decode kernel widens them in registers.
 # Estimate, int4 of 28672x4096 on an H200: 48 MB read and 132 written at 4.0 TB/s are 45 us, beside
@@ -293,7 +294,7 @@ def fastest(
     problem = tokens, out_features, in_features, multiprocessors, bits
     size = tokens, out_features, in_features, bits
     known = [v for v in table(bits) if v in variants and considered(v, *size)]
-    known = [v for v in known if not shares_nothing(v, *problem)]
+    known = [v for v in known if not same_as_another(v, *problem)]
     narrow = [v for v in variants if isinstance(v, NarrowTile) and considered(v, *size)]
     return min(narrow or known, key=lambda variant: predicted_us(variant, *problem))
 
@@ -411,7 +412,7 @@ def clusters_of_tile(
     return max(1, min(resident // tiles, most, CLUSTERS_OF_TILE))
 
 
-def shares_nothing(
+def same_as_another(
     variant: Variant,
     tokens: int,
     out_features: int,
@@ -419,7 +420,10 @@ def shares_nothing(
     multiprocessors: int,
     bits: Bits = PLAIN,
 ) -> bool:
-    """True for a tile across clusters where each would get one: what runs is the tile without."""
+    """True where what runs is another variant: for a tile across clusters of which each would get
+    one, and for paired row blocks with more tokens than PAIRED_TOKENS."""
+    if isinstance(variant, RowBlocks):
+        return variant.paired > 0 and tokens > PAIRED_TOKENS
     problem = tokens, out_features, in_features, multiprocessors, bits
     across = variant if isinstance(variant, SplitTile) and variant.across else None
     return across is not None and clusters_of_tile(across, *problem) == 1
@@ -466,8 +470,9 @@ def decode_work(
     """What the decode kernel does with these row blocks."""
     stages, rows = -(-in_features // bits.stage), -(-out_features // blocks.rows)
     wide = next(wide for wide in (8, 16, 32, 64) if tokens <= wide or wide == DECODE_TOKENS) / 64
-    waves = -(-rows // resident_clusters(blocks.split, multiprocessors))
-    busiest = waves * -(-stages // blocks.split)
+    resident = resident_clusters(blocks.split, multiprocessors) * (2 if blocks.paired == 1 else 1)
+    waves = -(-rows // resident)
+    busiest = waves * -(-stages // (blocks.split * (2 if blocks.paired == 2 else 1)))
     return Work(
         stages=busiest,
         extras=busiest * wide,

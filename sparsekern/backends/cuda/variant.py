@@ -35,9 +35,11 @@ class RowBlocks(NamedTuple):
 
     rows: int  # out_features of a row block
     split: int  # thread blocks, a cluster, that share its in_features
+    paired: int = 0  # 1: with another thread block on its multiprocessor; 2: two teams in it
 
     def __str__(self) -> str:
-        return f"{self.rows} rows, split {self.split}"
+        pair = ("", ", two a multiprocessor", ", two teams")[self.paired]
+        return f"{self.rows} rows, split {self.split}{pair}"
 
 
 class Tile(NamedTuple):
