@@ -520,7 +520,7 @@ def test_of_which_variants_half_is_copied(native):
     """As the cost model says of the variant behind the config; of none that it does not know."""
     problem = 20000, 64, 4092
     for name, (kernel, config) in configs.variants().items():
-        (variant,) = (v for v in configs._built() if variant_name(v) == name)
+        (variant,) = (v for v in configs.built() if variant_name(v) == name)
         expected = heuristics.in_halves(variant, *problem, 132)
         assert configs.in_halves(kernel, config, *problem, 0) == expected
     assert configs.in_halves("prefill", 0, *problem, 0)

@@ -252,8 +252,8 @@ def test_int4_has_coefficients_of_its_own():
 
 
 def test_two_blocks_on_a_multiprocessor_by_hand():
-    """264 blocks of split 1 run at once; 33 clusters of four fit, but for two, twice. Two teams have
-    half the stages each."""
+    """264 blocks of split 1 run at once; 33 clusters of four fit, but for two, twice. Of two teams
+    each has half the stages."""
     assert work(RowBlocks(128, 1, 1), 8, 28672, 4096, H100, Bits(4, 16)).stages == 16, "224 blocks"
     assert work(RowBlocks(128, 1), 8, 28672, 4096, H100, Bits(4, 16)).stages == 2 * 16
     assert work(RowBlocks(256, 4, 1), 8, 256 * 62, 4096, H100, Bits(4, 16)).stages == 4

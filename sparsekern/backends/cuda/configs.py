@@ -213,7 +213,7 @@ def in_halves(
     multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
     problem = tokens, out_features, in_features, multiprocessors, types.bits
     number = kernel, config
-    of = (variant for variant, known in _built(types).items() if known == number)
+    of = (variant for variant, known in built(types).items() if known == number)
     return any(heuristics.in_halves(variant, *problem) for variant in of)
 
 
