@@ -173,7 +173,7 @@ def test_the_emulator_sees_mistakes(build, file, old, new):
         ("decode_sm90.cuh", "smem.first = team * Cfg::kStages;", ""),
         ("decode_sm90.cuh", "warp_idx - team * Cfg::kTeamWarps", "warp_idx"),
         ("decode_sm90.cuh", "s < Cfg::kAllStages", "s < Cfg::kStages"),
-        ("decode_sm90.cuh", "Cfg::kTeamWarps * ptx", "kConsumerWarps * ptx"),
+        ("decode_sm90.cuh", "Cfg::kTeamWarps * ptx", "Cfg::kConsumerWarps * ptx"),
         ("decode_sm90.cuh", "full(stage) + Cfg::kAllStages", "full(stage) + Cfg::kStages"),
         (
             "decode_sm90.cuh",
