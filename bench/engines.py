@@ -34,6 +34,12 @@ class Campaign:
         return self.cases[0].rpartition(", ")[0]
 
     @property
+    def gpus(self) -> int:
+        """2 of "8b, 32 layers, 2 GPUs, batch 1"; of "8b, 32 layers, batch 1" 1."""
+        count, _, unit = self.model.rpartition(", ")[2].partition(" ")
+        return int(count) if unit == "GPUs" else 1
+
+    @property
     def version(self) -> str:
         """vLLM's, where the records say it."""
         details = (next(iter(e.values())).get("details") or {} for e in self.engines.values())

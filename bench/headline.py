@@ -177,7 +177,7 @@ def _speed(records: list[dict]) -> str:
 def _engines(records: list[dict]) -> list[str]:
     """Lines of a table: a real vLLM, every engine over dense bfloat16 of its own run, and 2:4 fp8
     over dense fp8 of the same run."""
-    found = engines.campaigns(records)
+    found = [c for c in engines.campaigns(records) if c.gpus == 1]
     if not found:
         return []
     newest = found[0]

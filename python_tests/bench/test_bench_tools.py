@@ -324,6 +324,9 @@ def test_engines_are_compared_within_one_campaign():
     lines = headline._engines([*old, *new])
     assert "| 2:4 bfloat16 |  | 1.50 x |" in lines and "| 2:4 fp8 | 6.0 GB | 1.26 x |" in lines
     assert lines[-1] == "| **2:4 fp8 over dense fp8** |  | 0.90 x |"
+    two = [engine(name, "2 GPUs, batch 1", 200.0, "c3") for name in ("dense", "sparse")]
+    assert [e.gpus for e in engines.campaigns([*new, *two])] == [2, 1]
+    assert headline._engines([*old, *new, *two]) == lines, "one GPU, whatever is newer"
 
 
 def test_headline_shows_8_bit_layers_in_two_lines():
