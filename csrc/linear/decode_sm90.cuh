@@ -22,10 +22,13 @@
 // With 64 rows (320 threads) a CTA has two such teams, warps 0-3 and 8, and 4-7 and 9, each with half
 // of its slice of K and a ring of its own, because a stage of so few bytes takes as long as a turn of
 // their loops. A warp owns a quarter of the rows, one m16 tile.
+// Paired, for narrow weights and up to 16 tokens (SK_DECODE_CONFIGS): two CTAs of an SM with half the
+// ring each, so that one fetches while the other stores; or two teams of eight consumers and a producer
+// in a CTA (576 threads), each with half of its slice of K and of its ring.
 //
 // Barriers      filled by                      released by         arrivals
 //   full[s]     copy engine, by byte count     -                   1 (producer announces the bytes)
-//   empty[s]    -                              consumer warps      8, of a team of two 4
+//   empty[s]    -                              consumer warps      8, with 64 rows 4
 //
 // Per stage and warp (256 rows): 4 ldmatrix of A, 2 words of metadata (each serves both k-steps), 2
 // ldmatrix of B and 4 mma.sp per 8 tokens. The gated form streams two weights, gate and up, and
