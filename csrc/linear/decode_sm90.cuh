@@ -332,11 +332,25 @@ __device__ __forceinline__ void multiply_stage(Accumulators<Cfg>& d, const Smem<
   }
 }
 
+// Pairs with 16 tokens have no register to keep what follows from a thread's place between stages: it
+// is asked for again.
+template <class Cfg>
+constexpr bool kFewRegisters = Cfg::kPaired != kAlone && Cfg::kTokenTiles == 2;
+
+template <class Cfg>
+__device__ __forceinline__ void place_again(int& warp_idx, int& lane_idx) {
+  if constexpr (kFewRegisters<Cfg>) {
+    const int thread = static_cast<int>(ptx::thread_idx_again());
+    warp_idx = thread / 32 % Cfg::kTeamWarps, lane_idx = thread % 32;
+  }
+}
+
 // The same with weights of 8 bits: two units of two k-steps. See decode_widen.cuh.
 template <class Cfg>
 __device__ __forceinline__ void multiply_widened_stage(Accumulators<Cfg>& d, const Smem<Cfg>& smem,
                                                        int stage, int warp_idx, int lane_idx) {
   constexpr int kUnits = Cfg::Tile::kDenseK / 64, kUnitMetadataBytes = 512;
+  place_again<Cfg>(warp_idx, lane_idx);
   const WarpRows<Cfg> rows(warp_idx, lane_idx);
   const Widen<typename Cfg::W, typename Cfg::X> widen(lane_idx);
   const uint32_t metadata_pair = rows.metadata & ~7u;  // rows g and g + 8 of the lane's k-step
@@ -396,16 +410,12 @@ template <class Cfg>
 __device__ __forceinline__ void multiply_int4_stage(Accumulators<Cfg>& d, const Smem<Cfg>& smem,
                                                     int stage, int warp_idx, int lane_idx) {
   constexpr bool kManyTokens = Cfg::kTokenTiles >= 8;
-  constexpr bool kFewRegisters = Cfg::kPaired != kAlone && Cfg::kTokenTiles == 2;
   constexpr int kBoxes = kManyTokens || Cfg::kScaleGroup == 64 ? 1 : 2;  // of a part
   constexpr int kParts = Cfg::kXBoxes / kBoxes;
-  constexpr int kTurns = kFewRegisters ? kBoxes : 1, kWide = kBoxes / kTurns;  // boxes of a turn
-  constexpr int kHeld = kTurns > 1 ? Cfg::kTokenTiles : 1;                     // sums that wait
-  // Asked for again there: places that follow from it need no register between stages.
-  if constexpr (kFewRegisters) {
-    const int thread = static_cast<int>(ptx::thread_idx_again());
-    warp_idx = thread / 32 % Cfg::kTeamWarps, lane_idx = thread % 32;
-  }
+  constexpr int kTurns = kFewRegisters<Cfg> ? kBoxes : 1,
+                kWide = kBoxes / kTurns;                    // boxes of a turn
+  constexpr int kHeld = kTurns > 1 ? Cfg::kTokenTiles : 1;  // sums that wait
+  place_again<Cfg>(warp_idx, lane_idx);
   const WarpRows<Cfg> rows(warp_idx, lane_idx);
   const int row_in_matrix = lane_idx % 8, matrix = lane_idx / 8;
   // ldmatrix takes both chunks of a part for one m16 tile, or one chunk for the warp's one or two.
@@ -419,7 +429,7 @@ __device__ __forceinline__ void multiply_int4_stage(Accumulators<Cfg>& d, const 
   const uint32_t metadata_lane = smem.metadata(stage, 0) + rows.metadata;
   const uint32_t scales_lane = smem.metadata(stage, 0) + rows.scales;
   const uint32_t b_lane = smem.x(stage) + row_in_matrix * 128;
-#pragma unroll(kManyTokens || kFewRegisters ? 1 : 2)
+#pragma unroll(kManyTokens || kFewRegisters<Cfg> ? 1 : 2)
   for (int part = 0; part < kParts; ++part) {
     uint32_t narrow[kLoads][4];
 #pragma unroll
