@@ -177,7 +177,9 @@ def test_the_emulator_sees_mistakes(build, file, old, new):
         ("decode_sm90.cuh", "full(stage) + Cfg::kAllStages", "full(stage) + Cfg::kStages"),
         (
             "decode_sm90.cuh",
-            "ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);  //",
+            "ptx::named_barrier_sync(kConsumerBarrier,\n"
+            + " " * 30
+            + "Cfg::kConsumerThreads);  //",
             "//",
         ),
         ("decode_sm90.cuh", "ptx::load_shared_f32(address) + v", "v"),
