@@ -149,8 +149,8 @@ def make_parser(
         "--match-dense",
         type=float,
         metavar="SHARE",
-        help="with sparsegpt or admm: this share of the correction for changed inputs (default: 0.25 on "
-        "a chain of decoder blocks; 0 is the published method)",
+        help="with sparsegpt or admm: this share of the correction for changed inputs (default: "
+        "0.25 on a chain of decoder blocks; 0 is the published method)",
     )
     sub.add_argument(
         "--quantize",
