@@ -490,6 +490,7 @@ ERRORS = [
     (["demo", "--gguf", ""], "no file at"),
     (["prune", "{r}/dense", "--out", ""], "new or empty folder, got ''"),
     (["prune", "{r}/dense", "--out", "{r}/new", "--max-shard-size", "2QB"], "got '2QB'"),
+    (["prune", "{r}/dense", "--out", "{r}/new", "--activations", "cpu"], "got no folder at 'cpu'"),
     (["prune", "{r}/dense", "--out", "{r}/new", "--max-shard-size", "0"], "max_shard_size > 0"),
     (["prune", "{r}/dense", "--out", "{r}/new", *TEXT, "--seed", "9" * 25], "seed, an int from"),
     (["prune", "{r}/dense", "--out", "{r}/new", *TEXT, "--skip", "{r}/no.json"], "skip rules at"),

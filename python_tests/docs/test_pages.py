@@ -84,6 +84,17 @@ def test_links_between_files_lead_somewhere(page):
     for target in re.findall(r"(?:\]\(|srcset=\"|src=\")([^)#\"]+)", text):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([\w./-]*)#([^)]+)\)", text):
+        assert anchor in anchors(page.parent / target if target else page), (target, anchor)
+
+
+def anchors(page):
+    """Of the headings of a page, as GitHub and the built site make them."""
+    text = re.sub(
+        r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
+    titles = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in titles}
 
 
 def test_the_site_builds_without_a_warning(tmp_path):

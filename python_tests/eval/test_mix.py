@@ -77,6 +77,8 @@ def test_shares_seed_and_checksum(files):
     assert changed.sources[0]["sha256"] != shas[0] and changed.sources[1]["sha256"] == shas[1]
     with pytest.raises(ValueError, match="of .*a.txt, got 800. Give a longer text, or a budget"):
         calibration_mix(spec, Letters(), tokens=3200, window=16)
+    with pytest.raises(ValueError, match=r"of .*a.txt, got 0. Give a longer text\.$"):
+        calibration_mix(str(files / "a.txt"), Letters(), tokens=1024, window=1024)
 
 
 def test_whole_documents(files):

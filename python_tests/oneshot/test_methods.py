@@ -132,6 +132,12 @@ def test_a_method_of_block_outputs_lowers_the_error_of_the_block(registered):
         run_prune(nn.Sequential(nn.Linear(8, 8)), "descent", torch.randn(4, 3, 8))
 
 
+def test_an_option_that_prune_model_would_take_for_its_own_is_refused():
+    option = Option("targets", 1.0, "")
+    with pytest.raises(ValueError, match=r"options of mine with names of their own, .*'targets'"):
+        run_prune(build(), Method("mine", "", thinned, options=(option,)))
+
+
 def test_what_a_method_returns_is_checked(registered):
     def wrong(weight, hessian, *, pattern, mask):
         return weight, torch.ones_like(weight, dtype=torch.bool), None

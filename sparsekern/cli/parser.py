@@ -143,14 +143,14 @@ def make_parser(
         type=int,
         metavar="STEPS",
         help="then move the kept weights towards the least-squares fit (default: 16 with "
-        "sparsegpt, else 0; 0 is the published method)",
+        "sparsegpt and admm, else 0; 0 is the published method)",
     )
     sub.add_argument(
         "--match-dense",
         type=float,
         metavar="SHARE",
-        help="with sparsegpt: this share of the correction for changed inputs (default: 0.25 on "
-        "a chain of decoder blocks; 0 is the published method)",
+        help="with sparsegpt or admm: this share of the correction for changed inputs (default: "
+        "0.25 on a chain of decoder blocks; 0 is the published method)",
     )
     sub.add_argument(
         "--quantize",

@@ -121,6 +121,7 @@ def _run(args: argparse.Namespace, rank: int) -> int:
         fits = value is None or value >= least
         check(fits, OP, f"--{name} >= {least}", value)
     check_flags(OP, USES, args)
+    activations = _activations(args.activations)
     knobs: dict[str, Any] = {}
     if args.max_shard_size is not None:
         knobs["max_shard_size"] = parse_size(OP, args.max_shard_size)
@@ -163,7 +164,7 @@ def _run(args: argparse.Namespace, rank: int) -> int:
             quantize_group=args.quantize_group,
             keep_dense=args.keep_dense,
             keep_dense_tokens=tuple(args.keep_dense_tokens),
-            offload_activations=_activations(args.activations),
+            offload_activations=activations,
             resume=parts,
             progress=not args.quiet,
             preset=args.preset,
@@ -230,8 +231,10 @@ def _streamed(args: argparse.Namespace) -> Streamed | None:
 
 
 def _activations(text: str) -> bool | str:
-    """offload_activations in the words of --activations."""
+    """offload_activations in the words of --activations. ValueError: none, and no folder."""
     words: dict[str, bool | str] = {"auto": "auto", "device": False, "host": True}
+    expected, remedy = "--activations auto, device, host or a folder", "Make the folder first."
+    check(text in words or os.path.isdir(text), OP, expected, f"no folder at {text!r}", remedy)
     return words.get(text, text)
 
 

@@ -178,7 +178,8 @@ def calibration_mix(
         there = sum(len(document) for document in documents)
         count = sum(row.numel() for row in taken)
         enough = count >= wanted * window
-        remedy = f"Give a longer text, or a budget of {int(count / share)} tokens at most."
+        less = f", or a budget of {int(count / share)} tokens at most" if count else ""
+        remedy = f"Give a longer text{less}."
         check(enough, OP, f"{wanted * window} tokens of {name}", count, remedy)
         rows += taken
         sources.append(

@@ -5,6 +5,7 @@ executor.py."""
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -396,6 +397,9 @@ def _values(
     """The method's own options: what prune_model has a keyword for, where the method knows it, and
     the rest as given."""
     declared = {option.name for option in method.options}
+    taken = sorted((declared & set(inspect.signature(prune_model).parameters)) - set(common))
+    remedy = "prune_model has arguments of these names: give the options others."
+    check(not taken, OP, f"options of {method.name} with names of their own", taken, remedy)
     given = {k: v for k, v in common.items() if v is not None and k in declared}
     return method.values(OP, {**given, **options})
 

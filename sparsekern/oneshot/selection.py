@@ -85,10 +85,10 @@ def check_options(
 
 def check_offload(offload: Any, op: str) -> None:
     """Check offload_activations. Raises ValueError."""
-    expected = 'offload_activations True, False, "auto" or a folder'
+    expected, remedy = 'offload_activations True, False, "auto" or a folder', "Make the folder."
     known = offload in (True, False, "auto")
     fits = known or (isinstance(offload, (str, os.PathLike)) and os.path.isdir(offload))
-    check(fits, op, expected, repr(offload))
+    check(fits, op, expected, repr(offload), remedy)
 
 
 def _check_quantize(options: Options, calibrated: bool, op: str) -> None:

@@ -162,7 +162,8 @@ def register_method(method: Method) -> Method:
         TypeError: not a Method.
         ValueError: a name that is taken or not a word; another value of needs; needs="outputs"
             without finish or the reverse; match_dense for a method that changes no weights; an
-            option that prune_model itself has.
+            option named as what every method is called with. One that prune_model has, other than
+            damp and blocksize, is refused there.
     """
     op = "sparsekern.prune.register_method"
     check(isinstance(method, Method), op, "a Method", type(method).__name__, exc=TypeError)
