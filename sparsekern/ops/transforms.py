@@ -3,7 +3,8 @@
 torch derives the rules of neither from a custom op that takes a list of tensors, and a kernel that
 reads memory would lose a tangent without a word. Here is one function that is closed under all of
 them: the product with a frozen weight, P(x) = x · Wᵀ or x · W, whose every derivative is such a
-product again. Bias and activation are then torch's own.
+product again. Bias and activation are then torch's own. torch.compile cannot trace such a function:
+there the product is torch's, with a dense copy of the weight for the time of the call.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ _interpreter = torch._C._functorch.peek_interpreter_stack
 def active() -> bool:
     """Whether a transform of torch.func or a level of forward-mode AD is open."""
     return forward_ad._current_level >= 0 or _interpreter() is not None
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: asked once while
+# a graph is traced, which then is guarded by the transforms that are open.
+active._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Product(torch.autograd.Function):
@@ -70,7 +76,10 @@ def linear(
     expected, got = "one weight for all of torch.func.vmap", "a batch of weights"
     remedy = "Give the buffers in_dims=None, or call the models in a loop."
     check(one, "sparsekern.linear", expected, got, remedy, NotImplementedError)
-    y = product(x, w24, False, backend)
+    if torch.compiler.is_dynamo_compiling():
+        y = torch.nn.functional.linear(x, w24.to_dense())
+    else:
+        y = product(x, w24, False, backend)
     if bias is None and activation is None:
         return y
     z = y.float() if bias is None else y.float() + bias.float()
