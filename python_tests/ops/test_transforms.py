@@ -46,10 +46,14 @@ def test_as_the_dense_layer(name, activation, pair):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", ["rowmajor", "tile64"])
 @pytest.mark.parametrize("name", ["grad", "jvp", "vmap", "vmap of grad", "jacfwd"])
-def test_within_torch_compile(name, pair):
+def test_within_torch_compile(name, layout, pair):
     """A custom op has neither tangents nor batches: the compiled graph has products of torch."""
     w24, dense, x = pair
+    if layout == "tile64":  # which float32 weights cannot have
+        w24 = sk.quantize(w24, "int8")
+        w24, dense = w24.to_layout(layout), w24.to_dense()
     torch._dynamo.reset()
 
     def ours(x):
@@ -61,6 +65,19 @@ def test_within_torch_compile(name, pair):
 
     found = torch.compile(ours, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(found, theirs(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "jvp"])
+def test_within_torch_export(transform, pair):
+    w24, dense, x = pair
+
+    class Transformed(nn.Module):
+        def forward(self, x):
+            return TRANSFORMS[transform](lambda x: sk.linear(x, w24, BIAS), x)
+
+    found = torch.export.export(Transformed(), (x,), strict=False).module()(x)
+    expected = TRANSFORMS[transform](lambda x: nn.functional.linear(x, dense, BIAS), x)
+    torch.testing.assert_close(found, expected)
 
 
 def test_one_compiled_layer_with_and_without_a_tangent(pair):

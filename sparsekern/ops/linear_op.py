@@ -460,8 +460,8 @@ def linear(
         nn.Linear; x and bias are cast to the weight's dtype (a 16-bit weight to autocast's, call by
         call, where that is the other one), and what is accumulated is rounded once more.
         Under torch.func (grad, jvp, vmap, ...) and forward-mode AD the product is rounded before
-        bias and activation, which are then added in float32; within torch.compile, too, it is then
-        computed from a dense copy of the weight.
+        bias and activation, which are then added in float32; within torch.compile and torch.export
+        it is then computed from a dense copy of the weight.
         int4, and 8-bit weights with backend "cuda-a16", are widened to 16 bits in memory on Hopper
         with more than 64 tokens: 9/8 bytes for every dense number, for the time of the call.
         float32 never runs in TF32. On the CPU 16-bit inputs are multiplied in float32 (exact
