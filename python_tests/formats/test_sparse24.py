@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sparsekern as sk
 from sparsekern import reference
 from sparsekern.backends.compress import compress, decompress, mask24, prune_compress
 from sparsekern.errors import FormatError
@@ -490,6 +491,16 @@ def test_verify_finds_invalid_nibbles(device, nibble):
     expected = rf"got {nibble:#x} \(1 of 16 groups\) at row 1, columns 12..15"
     with pytest.raises(FormatError, match=expected):
         verify(w24)
+
+
+def test_verify_and_decompress_say_what_to_pass():
+    w24 = compress(torch.zeros(8, 16))
+    with pytest.raises(ValueError, match="verify: expected w24 with data, got one on device meta"):
+        verify(w24.to("meta"))
+    layer = sk.SparseLinear.from_sparse24(w24)
+    for function in (sk.verify, sk.decompress):
+        with pytest.raises(TypeError, match="got SparseLinear. Pass its attribute weight"):
+            function(layer)
 
 
 def test_verify_finds_padding_and_values():

@@ -141,8 +141,15 @@ def test_num_parameters():
     assert report.parameters == {"dense": after.dense, "stored": after.stored}
     assert f"{after.stored:,} of {after.dense:,} parameters kept" in report.summary()
     assert str(after).startswith(f"{after.dense:,} parameters")
-    with pytest.raises(TypeError, match="num_parameters: expected an nn.Module"):
+    with pytest.raises(TypeError, match="num_parameters: expected model: an nn.Module"):
         sk.num_parameters({})
+
+
+def test_a_weight_that_two_layers_share_counts_once():
+    w24 = sk.compress(torch.zeros(8, 16))
+    layers = [sk.SparseLinear.from_sparse24(w24, layout="rowmajor") for _ in range(2)]
+    count = sk.num_parameters(nn.ModuleList(layers))
+    assert (count.dense, count.stored, count.nbytes) == (8 * 16, 8 * 8, w24.nbytes)
 
 
 # ---- dtypes --------------------------------------------------------------------------------------

@@ -7,6 +7,9 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint as distributed
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.nn.utils import prune
 
 from python_tests.linear_cases import (
     DTYPES,
@@ -20,6 +23,7 @@ from sparsekern.backends.cuda import linear as cuda_backend
 from sparsekern.errors import FormatError
 from sparsekern.formats.sparse24 import Sparse24, compress, decompress, verify
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.ops.quantize import quantize
 
 KEYS = ["bias", "compressed", "bitmask", "shape"]
 
@@ -330,6 +334,36 @@ def test_to_dtype_and_device(device):
     assert sparse.weight.metadata.dtype == torch.uint8
     assert sparse.weight.device.type == sparse.bias.device.type == device.type
     assert sparse(torch.ones(1, 20, dtype=torch.bfloat16, device=device)).dtype == torch.bfloat16
+
+
+def test_type_leaves_what_is_no_number():
+    """nn.Module.type casts every buffer, of which the metadata is none."""
+    module = make()
+    same(copy.deepcopy(module).type(torch.bfloat16), copy.deepcopy(module).bfloat16())
+    coded = SparseLinear.from_sparse24(quantize(module.weight, "int8"))
+    kept = coded.values.clone()
+    assert torch.equal(coded.type(torch.bfloat16).values, kept)
+
+
+@pytest.mark.parametrize("storage", [None, "int8"])
+def test_distributed_checkpoints(storage, tmp_path):
+    """They ask for each key of a state_dict as an attribute."""
+    weight = make().weight if storage is None else quantize(make().weight, storage)
+    model = nn.Sequential(SparseLinear.from_sparse24(weight, torch.ones(6)), nn.ReLU())
+    distributed.save(get_model_state_dict(model), checkpoint_id=tmp_path, no_dist=True)
+    other = nn.Sequential(copy.deepcopy(model[0]), nn.ReLU())
+    other[0].values.zero_()
+    state = get_model_state_dict(other)
+    distributed.load(state, checkpoint_id=tmp_path, no_dist=True)
+    set_model_state_dict(other, state)
+    same(other[0], model[0])
+    assert torch.equal(model[0].compressed, weight.values)
+    assert hasattr(model[0], "storage") == (storage is not None)
+
+
+def test_torch_nn_utils_prune_of_the_weight_is_refused():
+    with pytest.raises(TypeError, match="SparseLinear: expected a Parameter.*before it is compr"):
+        prune.l1_unstructured(make(), "weight", 0.5)
 
 
 def test_underflow_leaves_positive_zeros():

@@ -46,6 +46,98 @@ def test_as_the_dense_layer(name, activation, pair):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", ["rowmajor", "tile64"])
+@pytest.mark.parametrize("name", ["grad", "jvp", "vmap", "vmap of grad", "jacfwd"])
+def test_within_torch_compile(name, layout, pair):
+    """A custom op has neither tangents nor batches: the compiled graph has products of torch."""
+    w24, dense, x = pair
+    if layout == "tile64":  # which float32 weights cannot have
+        w24 = sk.quantize(w24, "int8")
+        w24, dense = w24.to_layout(layout), w24.to_dense()
+    torch._dynamo.reset()
+
+    def ours(x):
+        return TRANSFORMS[name](lambda x: sk.linear(x, w24, BIAS, "silu"), x)
+
+    def theirs(x):
+        silu = nn.functional.silu
+        return TRANSFORMS[name](lambda x: silu(nn.functional.linear(x, dense, BIAS)), x)
+
+    found = torch.compile(ours, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(found, theirs(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "jvp"])
+def test_within_torch_export(transform, pair):
+    w24, dense, x = pair
+
+    class Transformed(nn.Module):
+        def forward(self, x):
+            return TRANSFORMS[transform](lambda x: sk.linear(x, w24, BIAS), x)
+
+    found = torch.export.export(Transformed(), (x,), strict=False).module()(x)
+    expected = TRANSFORMS[transform](lambda x: nn.functional.linear(x, dense, BIAS), x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_one_compiled_layer_with_and_without_a_tangent(pair):
+    w24, dense, x = pair
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def both(x):
+        def layer(x):
+            return sk.linear(x, w24)
+
+        return layer(x), torch.func.jvp(layer, (x,), (x.cos(),))[1]
+
+    y, tangent = both(x)
+    torch.testing.assert_close(y, x @ dense.t())
+    torch.testing.assert_close(tangent, x.cos() @ dense.t())
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_batches_of_gradients_of_torch_autograd(activation, pair):
+    """is_grads_batched, vectorize=True and gradcheck use another vmap than torch.func's."""
+    w24, dense, x = pair
+    act = getattr(nn.functional, activation) if activation else lambda y: y
+
+    def jacobians(f):
+        x_ = x.clone().requires_grad_()
+        vectors = torch.eye(48).view(48, 3, 16)
+        (rows,) = torch.autograd.grad(f(x_), x_, vectors, is_grads_batched=True)
+        hessian = torch.autograd.functional.hessian(
+            lambda x: f(x).pow(2).sum(), x[0], vectorize=True
+        )
+        return rows, hessian
+
+    ours = jacobians(lambda x: sk.linear(x, w24, None, activation))
+    theirs = jacobians(lambda x: act(x @ dense.t()))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tangent_of_the_gradient_alone(pair):
+    w24, dense, x = pair
+    x.requires_grad_()
+    y, v = sk.linear(x, w24), torch.ones(3, 16)
+    with forward_ad.dual_level():
+        (grad,) = torch.autograd.grad(y, x, forward_ad.make_dual(v, v.cos()))
+        tangent = forward_ad.unpack_dual(grad).tangent
+    torch.testing.assert_close(tangent, v.cos() @ dense)
+
+
+def test_quantized_rows_are_refused_under_transforms(pair):
+    w24, _, x = pair
+    quantized = sk.quantize(w24, "int8")
+    with pytest.raises(
+        NotImplementedError,
+        match="linear_quantized: .*outside of torch.func.*Call sparsekern.linear",
+    ):
+        torch.func.vmap(
+            lambda x: sk.linear_quantized(*sk.quantize_rows(x, "int8"), quantized), in_dims=0
+        )(x[:, None])
+
+
 @pytest.mark.parametrize("name", ["grad", "jvp", "vmap", "hessian"])
 def test_gated_linear(name, pair):
     w24, dense, x = pair

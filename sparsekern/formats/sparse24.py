@@ -37,7 +37,6 @@ from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import codec, dtypes, layouts, scaled
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec, check_tensor_shape, checked_shape
 from sparsekern.formats.scaled import ScaledCodec
-from sparsekern.utils.arguments import checked
 
 _OP = "sparsekern.Sparse24"
 _STATE_VERSION = 2  # of pickles; those without a version are of the first one
@@ -591,14 +590,17 @@ def decompress(w24: Sparse24) -> Tensor:
     return codec.decompress_dense(w24.numbers(), w24.metadata, w24.in_features)
 
 
-@checked("sparsekern.verify")
 def verify(w24: Sparse24) -> None:
     """Check the contents: six valid nibbles, 0x4 in the padding, finite values and good scales.
 
     Raises:
         FormatError: naming the first row and column that break a rule, and what stands there.
+        TypeError: no Sparse24.   ValueError: on "meta", where there is nothing to check.
     """
     op = "sparsekern.verify"
+    check_is_sparse24(op, w24, "w24")
+    remedy = "Load the weight first, for example with load_state_dict(..., assign=True)."
+    check(w24.device.type != "meta", op, "w24 with data", "one on device meta", remedy)
     w24 = w24.rowmajor()
     groups = w24.in_features // 4
     nibbles = codec.unpack_nibbles(w24.metadata, groups)

@@ -42,13 +42,16 @@ def num_parameters(model: nn.Module) -> ParameterCount:
         TypeError: no nn.Module.   ValueError: a lazy layer without weights.
     """
     op = "sparsekern.num_parameters"
-    check(isinstance(model, nn.Module), op, "an nn.Module", type(model).__name__, exc=TypeError)
+    got, remedy = type(model).__name__, "Pass the model, or one layer of it."
+    check(isinstance(model, nn.Module), op, "model: an nn.Module", got, remedy, TypeError)
     check_initialised(op, model)
     parameters = list(model.parameters())
     dense = stored = sum(p.numel() for p in parameters)
     nbytes = sum(p.nbytes for p in parameters)
+    seen: set[int] = set()
     for module in model.modules():
-        if isinstance(module, SparseLinear):
+        if isinstance(module, SparseLinear) and id(module.weight.values) not in seen:
+            seen.add(id(module.weight.values))
             count = module.out_features * module.in_features
             dense, stored = dense + count, stored + count // 2
             nbytes += module.weight.nbytes

@@ -228,6 +228,12 @@ class SparseLinear(nn.Module):
             check_is_sparse24(_OP, value)
         super().__setattr__(name, value)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of nn.Module; torch.nn.utils.prune comes here with the weight, which is pruned."""
+        got, remedy = f"the 2:4 weight as {name!r}", "Change the layer before it is compressed."
+        check(not isinstance(param, Sparse24), _OP, "a Parameter", got, remedy, TypeError)
+        super().register_parameter(name, param)
+
     @property
     def layout(self) -> str | None:
         """What decides the weight's layout: None (the device) or a name. It can be assigned;
@@ -348,17 +354,16 @@ class SparseLinear(nn.Module):
         before = {name: self._tensor(name) for name in spec.tensors}
         bias = None if self.bias is None else self.bias.detach()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if spec.element.plain:
-            values = self._tensor("values")
-            if values.dtype != spec.dtype:
-                self._buffers["values"] = values.masked_fill(values.eq(0), 0)
-                _warn_overflow("weight", before["values"], values)
-        else:
-            for name in spec.tensors:  # stored as they are, whatever the numbers' dtype
-                old, new = before[name], self._tensor(name)
-                if new.dtype != old.dtype:
-                    self._buffers[name] = old.to(new.device)
-            self._spec = spec.with_(dtype=dtype)
+        for name, old in before.items():
+            new = self._tensor(name)
+            if new.dtype == old.dtype:
+                continue
+            if spec.element.plain and name == "values":
+                self._buffers[name] = new.masked_fill(new.eq(0), 0)
+                _warn_overflow("weight", old, new)
+            else:  # stored as it is, whatever the numbers' dtype
+                self._buffers[name] = old.to(new.device)
+        self._spec = spec.with_(dtype=dtype)
         if bias is not None and self.bias is not None and bias.dtype != self.bias.dtype:
             _warn_overflow("bias", bias, self.bias.detach())
         self._arrange()
@@ -405,6 +410,11 @@ class SparseLinear(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key, tensor in self._entries().items():
+            destination[prefix + key] = tensor
+
+    def _entries(self) -> dict[str, Tensor]:
+        """What a state_dict has of the weight."""
         w24 = self.weight.rowmajor()
         shape = torch.tensor([[self.out_features], [self.in_features]], device=w24.device)
         tensors = {"compressed": w24.values, "bitmask": w24.bitmask(), "shape": shape}
@@ -412,8 +422,7 @@ class SparseLinear(nn.Module):
             tensors |= {name: w24.tensors[name] for name in w24.spec.element.tensors}
             stored = f"{w24.spec.storage} {w24.spec.group}".encode()
             tensors[_STORAGE_KEY] = torch.tensor(list(stored), dtype=torch.uint8, device="cpu")
-        for key, tensor in tensors.items():
-            destination[prefix + key] = tensor
+        return tensors
 
     def _load_from_state_dict(
         self,
@@ -522,6 +531,21 @@ class SparseLinear(nn.Module):
         except FormatError as error:
             raise FormatError(f"{op}: {error}") from error
         return loaded
+
+
+def _entry(key: str) -> property:
+    def read(module: SparseLinear) -> Tensor:
+        entries = module._entries()
+        if key not in entries:
+            raise AttributeError(key)
+        return entries[key]
+
+    return property(read, doc=f"{key!r} of the state_dict.")
+
+
+# torch.distributed.checkpoint looks every key of a state_dict up as an attribute.
+for _key in (*_WEIGHT_KEYS, _STORAGE_KEY):
+    setattr(SparseLinear, _key, _entry(_key))
 
 
 def check_before_loading(model: nn.Module) -> None:

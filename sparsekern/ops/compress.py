@@ -17,7 +17,6 @@ from sparsekern.errors import message
 from sparsekern.formats import dtypes, sparse24
 from sparsekern.formats.layouts import layout as layout_named
 from sparsekern.formats.sparse24 import Sparse24, verify
-from sparsekern.utils.arguments import checked
 
 __all__ = ["compress", "decompress", "prune_compress", "verify"]
 
@@ -99,11 +98,11 @@ def _finished(
     return w24.to_layout(layout)
 
 
-@checked("sparsekern.decompress")
 def decompress(w24: Sparse24) -> Tensor:
     """The dense weight [out, in]: every stored value at its column, +0.0 elsewhere, by indexing.
 
     Specification: reference.decompress. Exact, on CPU and GPU, from every layout. dtype and device
     of w24.
     """
+    sparse24.check_is_sparse24("sparsekern.decompress", w24, "w24")
     return fastest.decompress(w24)

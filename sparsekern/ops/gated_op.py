@@ -47,8 +47,7 @@ def gated_linear(x: Tensor, gate24: Sparse24, up24: Sparse24) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return gated_linear(x, gate24, up24).to(rounded)
     _check(x, gate24.spec, gate24.values, up24.spec, up24.values)
-    transformed = not torch.compiler.is_dynamo_compiling() and transforms.active()
-    if transformed or (x.requires_grad and torch.is_grad_enabled()):
+    if transforms.active() or (x.requires_grad and torch.is_grad_enabled()):
         return ops.linear(x, gate24, None, "silu") * ops.linear(x, up24)
     if ops.needs_custom_op(x, None):
         if not torch.compiler.is_compiling() and ops._jit_trace() is not None:

@@ -328,7 +328,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         dz = grad.float() * _activation_slope(z.float(), ctx.activation)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.sparsekern.linear_input_grad(dz.to(grad.dtype), tensors, ctx.spec)
+        w24 = weight_of(tensors, ctx.spec)
+        grad_x = transforms.product(dz.to(grad.dtype), w24, True, ctx.backend)
     if ctx.needs_input_grad[3]:
         out_features = WeightSpec.parse(ctx.spec).shape[0]
         grad_bias = dz.float().sum_to_size((out_features,)).to(grad.dtype)
@@ -342,12 +343,38 @@ def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor)
 
 def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     tensors = list(ctx.saved_tensors)
-    grad_grad = torch.ops.sparsekern.linear(grad, tensors, ctx.spec, None, None, None)
-    return grad_grad, [None] * len(tensors), None
+    w24 = weight_of(tensors, ctx.spec)
+    return transforms.product(grad, w24, False, None), [None] * len(tensors), None
 
 
 _linear_op.register_autograd(_backward, setup_context=_save_for_backward)
 _input_grad_op.register_autograd(_double_backward, setup_context=_save_for_double_backward)
+
+
+# torch.autograd.grad(is_grads_batched=True), jacobian(vectorize=True) and gradcheck hand their
+# batches of gradients to the backward by a vmap that is not torch.func's. Its fallback takes no
+# list of tensors: both products are then torch's, with a dense copy of the weight.
+
+
+def _batched_linear(
+    x: Tensor,
+    tensors: list[Tensor],
+    spec: str,
+    bias: Tensor | None,
+    activation: str | None,
+    backend: str | None,
+) -> Tensor:
+    z = torch.nn.functional.linear(x, weight_of(tensors, spec).to_dense(), bias)
+    return z if activation is None else getattr(torch.nn.functional, activation)(z)  # type: ignore[no-any-return]
+
+
+def _batched_input_grad(grad: Tensor, tensors: list[Tensor], spec: str) -> Tensor:
+    return grad @ weight_of(tensors, spec).to_dense()
+
+
+_batched = torch.library.Library("sparsekern", "IMPL")
+_batched.impl("linear", _batched_linear, "Batched")
+_batched.impl("linear_input_grad", _batched_input_grad, "Batched")
 
 
 def autocast(x: Tensor) -> torch.dtype | None:
@@ -433,7 +460,8 @@ def linear(
         nn.Linear; x and bias are cast to the weight's dtype (a 16-bit weight to autocast's, call by
         call, where that is the other one), and what is accumulated is rounded once more.
         Under torch.func (grad, jvp, vmap, ...) and forward-mode AD the product is rounded before
-        bias and activation, which are then added in float32.
+        bias and activation, which are then added in float32; within torch.compile and torch.export
+        it is then computed from a dense copy of the weight.
         int4, and 8-bit weights with backend "cuda-a16", are widened to 16 bits in memory on Hopper
         with more than 64 tokens: 9/8 bytes for every dense number, for the time of the call.
         float32 never runs in TF32. On the CPU 16-bit inputs are multiplied in float32 (exact
@@ -494,7 +522,7 @@ def linear(
             return linear(x, w24, bias, activation, backend=backend).to(rounded)
     check_linear(_OP, x, spec, values, bias, activation)
     registry.check_name(_OP, backend)
-    if not _is_traced() and transforms.active():
+    if transforms.active():
         return transforms.linear(x, w24, bias, activation, backend)
     if needs_custom_op(x, bias):
         if not _is_compiling() and _jit_trace() is not None:

@@ -16,6 +16,7 @@ from sparsekern.errors import check, message
 from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.ops import linear_op as ops
+from sparsekern.ops import transforms
 
 _OP = "sparsekern.linear_quantized"
 _calls: ops.Calls = {}
@@ -51,7 +52,7 @@ def linear_quantized(
     Raises:
         ValueError: shapes, devices, unknown activation or backend, a gradient is wanted.
         TypeError: dtypes, or w24 is no quantised Sparse24.   NotImplementedError: no backend, or
-        not the one asked for, can run this problem.
+        not the one asked for, can run this problem; a transform of torch.func around the call.
     Notes:
         A scale that is NaN makes the token's y NaN. Scales are not looked at otherwise.
         int8 without gelu and silu: the bits of the CPU on CUDA; Triton, where it splits
@@ -61,6 +62,9 @@ def linear_quantized(
     ops.check_types(_OP, x, w24)
     _check(x, x_scale, w24.spec, w24.values, bias, activation)
     registry.check_name(_OP, backend)
+    got, remedy = "a call within one", "Call sparsekern.linear, with x of the weight's dtype."
+    expected = "a call outside of torch.func and forward-mode AD"
+    check(not transforms.active(), _OP, expected, got, remedy, NotImplementedError)
     if ops.needs_custom_op(x, bias):
         wanted = torch.is_grad_enabled() and bias is not None and bias.requires_grad
         remedy = "Call it under torch.no_grad(), or pass bias.detach()."

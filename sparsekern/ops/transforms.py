@@ -3,7 +3,9 @@
 torch derives the rules of neither from a custom op that takes a list of tensors, and a kernel that
 reads memory would lose a tangent without a word. Here is one function that is closed under all of
 them: the product with a frozen weight, P(x) = x · Wᵀ or x · W, whose every derivative is such a
-product again. Bias and activation are then torch's own.
+product again. Bias and activation are then torch's own. torch.compile and torch.export cannot trace
+such a function: there the product is torch's, with a dense copy of the weight for the time of the
+call.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from sparsekern.backends.compress import decompress
 from sparsekern.errors import check
+from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
 
 _interpreter = torch._C._functorch.peek_interpreter_stack
@@ -23,6 +27,11 @@ _interpreter = torch._C._functorch.peek_interpreter_stack
 def active() -> bool:
     """Whether a transform of torch.func or a level of forward-mode AD is open."""
     return forward_ad._current_level >= 0 or _interpreter() is not None
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: asked once while
+# a graph is traced, which then is guarded by the transforms that are open.
+active._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Product(torch.autograd.Function):
@@ -61,6 +70,19 @@ def product(x: Tensor, w24: Sparse24, transposed: bool, backend: str | None) -> 
     return y
 
 
+@torch.library.custom_op("sparsekern::decompress", mutates_args=())
+def _decompress_op(tensors: list[Tensor], spec: str) -> Tensor:
+    """The dense weight [out, in], as one node of a graph."""
+    parsed = WeightSpec.parse(spec)
+    return decompress(Sparse24.from_tensors(parsed, dict(zip(parsed.tensors, tensors))))
+
+
+@_decompress_op.register_fake
+def _(tensors: list[Tensor], spec: str) -> Tensor:
+    parsed = WeightSpec.parse(spec)
+    return tensors[0].new_empty(parsed.shape, dtype=parsed.dtype)
+
+
 def linear(
     x: Tensor, w24: Sparse24, bias: Tensor | None, activation: str | None, backend: str | None
 ) -> Tensor:
@@ -70,7 +92,11 @@ def linear(
     expected, got = "one weight for all of torch.func.vmap", "a batch of weights"
     remedy = "Give the buffers in_dims=None, or call the models in a loop."
     check(one, "sparsekern.linear", expected, got, remedy, NotImplementedError)
-    y = product(x, w24, False, backend)
+    if torch.compiler.is_compiling():
+        dense = torch.ops.sparsekern.decompress(list(w24.tensors.values()), w24.spec.text)
+        y = torch.nn.functional.linear(x, dense)
+    else:
+        y = product(x, w24, False, backend)
     if bias is None and activation is None:
         return y
     z = y.float() if bias is None else y.float() + bias.float()
