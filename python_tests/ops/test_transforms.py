@@ -69,6 +69,8 @@ def test_within_torch_compile(name, layout, pair):
 
 @pytest.mark.parametrize("transform", ["vmap", "jvp"])
 def test_within_torch_export(transform, pair):
+    if transform == "jvp" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        pytest.skip("torch 2.11's export of a jvp fails for nn.Linear, too")
     w24, dense, x = pair
 
     class Transformed(nn.Module):
