@@ -106,3 +106,11 @@ def registries():
     registry._PREFERENCE.clear()
     registry._PREFERENCE.update(preference)
     registry.changed()
+
+
+@pytest.fixture(autouse=True)
+def _compiled_anew():
+    """torch.compile keeps little of a code object, and its own wrapper is one for all tests."""
+    yield
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()

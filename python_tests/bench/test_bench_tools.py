@@ -575,7 +575,7 @@ def test_sweep_times_every_config_and_drops_a_wrong_one(
         kernels = staticmethod(
             lambda: {
                 "decode": [
-                    {"index": i, "rows": 256, "split": split, "types": types}
+                    {"index": i, "rows": 256, "split": split, "paired": 0, "types": types}
                     for i, split in ((1, 1), (2, 2), (3, 4))
                 ],
                 "prefill": [

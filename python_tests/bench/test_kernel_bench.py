@@ -99,7 +99,7 @@ def test_files_that_are_no_kernels(tmp_path):
 
 def test_bad_arguments(capsys):
     assert main(["bench", "--shape", "64x32", "--device", "cpu", "--out", "x"]) == 2
-    assert "'kernels' before --out" in capsys.readouterr().err
+    assert "expected the word 'kernels' with --out" in capsys.readouterr().err
     options = dict(dtype=torch.float32, device="cpu", say=lambda text: None)
     with pytest.raises(ValueError, match="multiple of 4"):
         kernel_bench.bench_kernels([(64, 30)], [1], **options)

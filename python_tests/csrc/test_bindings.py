@@ -92,8 +92,8 @@ def test_named_functions_refuse_positions_and_gaps(native, name):
 
 def test_kernels_are_the_rows_of_configs_h(native):
     columns = dict(
-        decode=("index", "rows", "split"),
-        decode_gated=("index", "rows", "split"),
+        decode=("index", "rows", "split", "paired"),
+        decode_gated=("index", "rows", "split", "paired"),
         prefill=(
             *("index", "rows", "tokens", "cluster_rows", "cluster_tokens", "streamed", "promoted"),
         ),

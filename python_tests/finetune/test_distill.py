@@ -334,9 +334,9 @@ def test_what_is_put_back(when):
     teacher, student = pair(attention_dropout=0.5)
     student.bfloat16().train().model.norm.eval()
     options = {
-        "before": {"evaluate": {"a": 3}},
+        "before": {"evaluate": {"a": 3}, "eval_window": 2048},
         "during": {"on_step": stop},
-        "evaluation": {"evaluate": {"a": stop}},
+        "evaluation": {"evaluate": {"a": stop}, "eval_window": 2048},
         "never": {},
     }[when]
     modes, random = [m.training for m in student.modules()], torch.get_rng_state()
