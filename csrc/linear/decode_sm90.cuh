@@ -22,7 +22,7 @@
 // With 64 rows (320 threads) a CTA has two such teams, warps 0-3 and 8, and 4-7 and 9, each with half
 // of its slice of K and a ring of its own, because a stage of so few bytes takes as long as a turn of
 // their loops. A warp owns a quarter of the rows, one m16 tile.
-// Paired, for narrow weights and up to 16 tokens (SK_DECODE_CONFIGS): two CTAs of an SM with half the
+// Paired, up to 16 tokens and not gated (SK_DECODE_CONFIGS): two CTAs of an SM with half the
 // ring each, so that one fetches while the other stores; or two teams of eight consumers and a producer
 // in a CTA (576 threads), each with half of its slice of K and of its ring.
 //
