@@ -118,7 +118,6 @@ class Layer:
 
         bits = self.types.bits
         problem = tokens, *self.shape, multiprocessors, bits
-        built = cuda_backend.built(self.types)
         built = {variant_name(variant): variant for variant in cuda_backend.built(self.types)}
         modelled = coefficients.table(bits)
 
