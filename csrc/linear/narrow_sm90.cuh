@@ -143,7 +143,8 @@ struct Smem {
 
 // --- producers ---
 
-// Panels that the weight does not have are filled with copies of one that it has.
+// Panels that the weight does not have are filled with copies of one that it has in the first turn of
+// the ring, and left as they are then.
 template <class Cfg>
 __device__ __forceinline__ void produce_weights(const Params<typename Cfg::X>& p, const Part& part,
                                                 const Smem<Cfg>& smem) {
@@ -156,10 +157,11 @@ __device__ __forceinline__ void produce_weights(const Params<typename Cfg::X>& p
     const uint32_t full = smem.full_weights(ring.stage), to = smem.weights(ring.stage);
     const uint8_t* values = p.values + static_cast<size_t>(tile) * Cfg::Tile::kValueBytes;
     const uint8_t* metadata = p.metadata + static_cast<size_t>(tile) * Cfg::kTileMetadataBytes;
+    const int slots = i < Cfg::kWeightStages ? kPanels : panels;
     ptx::mbarrier_wait(smem.empty_weights(ring.stage), ring.parity ^ 1);
-    ptx::mbarrier_arrive_expect_bytes(full, Cfg::kWeightBytes);
+    ptx::mbarrier_arrive_expect_bytes(full, slots * (Cfg::kWeightBytes / kPanels));
 #pragma unroll 1
-    for (int slot = 0, count = panels; slot < kPanels; slot += count, count = 1) {
+    for (int slot = 0, count = panels; slot < slots; slot += count, count = 1) {
       ptx::bulk_copy(to + slot * Cfg::Tile::kValueBytes, values, count * Cfg::Tile::kValueBytes,
                      full, hint);
       ptx::bulk_copy(to + Cfg::kValueBytes + slot * Cfg::kTileMetadataBytes, metadata,

@@ -58,6 +58,7 @@ Status launch(const LinearProblem& p, ClusterShape cluster, cudaStream_t stream)
   params.tile_rows = tile64::ceil_div(p.out_features, Cfg::kRows * cluster.m);
   params.tile_columns = tile64::ceil_div(p.tokens, kTokens * cluster.n);
   params.group_m = 8 / cluster.m;
+  params.x_hint = x_hint(params.tile_rows);
   for (int n = 0; n < cluster.n; ++n) params.row_mask |= 1u << (n * cluster.m);
 
   int resident = 0;

@@ -72,36 +72,40 @@ __device__ __forceinline__ void produce_x(const CUtensorMap* x_map,
                            {tile.m, tile.n, index, item.k_end - item.k_begin});
     ptx::mbarrier_arrive_expect_bytes(full, Cfg::kXBytes);
     if (p.cluster.m == 1)
-      ptx::tensor_copy(slice, x_map, k_tile * Cfg::Tile::kDenseK, row, full,
-                       ptx::L2Hint::kEvictNormal);
+      ptx::tensor_copy(slice, x_map, k_tile * Cfg::Tile::kDenseK, row, full, p.x_hint);
     else
       ptx::tensor_copy_multicast(slice, x_map, k_tile * Cfg::Tile::kDenseK, row, full, mask,
-                                 ptx::L2Hint::kEvictNormal);
+                                 p.x_hint);
     ring.advance();
   }
 }
 
-// This CTA's share of the tile's panels. Panels that the weight does not have are filled with
-// copies of the first, so that no stage ever holds uninitialised metadata.
+// This CTA's share of the tile's panels. Panels that the weight does not have are filled with copies
+// of its last in the first turn of the ring, and left as they are then: no stage ever holds
+// uninitialised metadata, and nobody stores their sums. unfilled: stages that have held nothing yet.
 template <class Cfg>
 __device__ __forceinline__ void produce_weights(const Params<typename Cfg::Output>& p,
                                                 const Smem<Cfg>& smem, int index,
-                                                RingPosition<Cfg::kStages>& ring) {
+                                                RingPosition<Cfg::kStages>& ring, int& unfilled) {
   const int rank = ptx::cluster_cta_rank(), cluster_n = rank / p.cluster.m;
   const int share = Cfg::kTilePanels / p.cluster.n, last = p.extent.panels - 1;
   const WorkItem item = work_item<Cfg>(p, index);
-  const int wanted = tile_position(p, item.tile).m * Cfg::kTilePanels + cluster_n * share;
-  const int panel = wanted < last ? wanted : last;
-  const int available = wanted + share - 1 <= last ? share : last - panel + 1;
+  const int first = tile_position(p, item.tile).m * Cfg::kTilePanels;
+  const int wanted = first + cluster_n * share, panel = wanted < last ? wanted : last;
+  const int of_tile = min(max(last + 1 - first, 0), Cfg::kTilePanels);  // that there are
+  const int of_share = min(max(last + 1 - wanted, 0), share);
   const int group = panel / tile64::kPanelsPerGroup, step = p.extent.panels_in(group);
   uint32_t tile = p.extent.first_tile(group, item.k_begin) + panel % tile64::kPanelsPerGroup;
 #pragma unroll 1
   for (int k_tile = item.k_begin; k_tile < item.k_end; ++k_tile, tile += step) {
     const uint32_t full = smem.full(ring.stage());
+    const int slots = unfilled > 0 ? share : of_share;
+    const int expected = unfilled > 0 ? Cfg::kTilePanels : of_tile;
+    unfilled -= unfilled > 0;
     ptx::mbarrier_wait(smem.empty(ring.stage()), ring.parity() ^ 1);
-    ptx::mbarrier_arrive_expect_bytes(full, Cfg::kValueBytes + Cfg::kMetadataBytes);
+    ptx::mbarrier_arrive_expect_bytes(full, expected * Cfg::kPanelBytes);
 #pragma unroll 1
-    for (int i = 0, count = available; i < share; i += count, count = 1) {
+    for (int i = 0, count = max(of_share, 1); i < slots; i += count, count = 1) {
       const int slot = cluster_n * share + i;
       const uint32_t values = smem.values(ring.stage()) + slot * Cfg::Tile::kValueBytes;
       const uint32_t metadata = smem.metadata(ring.stage()) + slot * Cfg::Tile::kMetadataBytes;
@@ -160,9 +164,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     } else if (warp_idx == 1) {
       if (ptx::elect_one()) {
+        int unfilled = Cfg::kStages;
 #pragma unroll 1
         for (int index = ptx::cluster_idx(); index < work_items<Cfg>(p); index += p.clusters)
-          produce_weights<Cfg>(p, smem, index, ring);
+          produce_weights<Cfg>(p, smem, index, ring, unfilled);
       }
     } else if (p.whole_boxes) {
       store_boxes<Cfg>(&y_map, smem, warp_idx - kProducers);

@@ -12,6 +12,15 @@ namespace sparsekern::split {
 
 constexpr const char* kOp = "sparsekern.linear (split)";
 
+// How many columns of tiles: as few as tokens of a tile allow. Where one row of tiles has all of the
+// weight and x is larger, as many as run at once, down to half as wide.
+inline int choose_columns(int tokens, int most_tokens, int out_features, int rows, int resident) {
+  const int fewest = tile64::ceil_div(tokens, most_tokens);
+  if (out_features > rows || out_features >= tokens || resident <= fewest) return fewest;
+  const int most = tile64::ceil_div(tokens, most_tokens / 2);
+  return resident < most ? resident : most;
+}
+
 // How many clusters share each tile: as many as are resident, as long as each thread block keeps a
 // few column tiles.
 inline int choose_clusters(int64_t tiles, int resident, int k_tiles, int splits) {
@@ -36,14 +45,17 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
   static KernelStates states;
   const DeviceKernel kernel(kOp, "spmm_split_sm90_kernel", spmm_split_sm90_kernel<Cfg>, states);
   LaunchShape shape = {kThreads, Cfg::kSmemBytes, kSplits};
+  int resident = 0;
+  SK_RETURN_IF_ERROR(kernel.clusters_that_fit(shape, resident));
   if constexpr (kSplits > kPortableCluster) {
-    int clusters = 0;
-    SK_RETURN_IF_ERROR(kernel.clusters_that_fit(shape, clusters));
-    if (clusters == 0) return launch<T, Y, kPanels, kTokens, kSplits / 2, false>(p, stream);
+    if (resident == 0) return launch<T, Y, kPanels, kTokens, kSplits / 2, false>(p, stream);
   }
   CUtensorMap x_map;
-  const int columns = tile64::ceil_div(p.tokens, kTokens);
+  const int tile_rows = tile64::ceil_div(p.out_features, Cfg::kRows);
+  int columns =
+      choose_columns(p.tokens, kTokens, p.out_features, Cfg::kRows, kAcross ? 0 : resident);
   const int column_tokens = tile64::ceil_div(tile64::ceil_div(p.tokens, columns), 8) * 8;
+  columns = tile64::ceil_div(p.tokens, column_tokens);
   SK_RETURN_IF_ERROR(make_activation_map(kOp, x_map, p, column_tokens));
   Params<typename Cfg::Output> params = {};
   params.values = static_cast<const uint8_t*>(p.weight.values);
@@ -52,10 +64,11 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
   params.extent = extent;
   params.tokens = p.tokens;
   params.column_tokens = column_tokens;
-  params.tile_rows = tile64::ceil_div(p.out_features, Cfg::kRows);
+  params.tile_rows = tile_rows;
+  params.x_hint = prefill::x_hint(tile_rows);
   params.only_round = only_adds_bias(params.out);
   params.whole_pieces = params.out.aligned && p.out_features % 8 == 0;
-  const int64_t tiles = static_cast<int64_t>(params.tile_rows) * columns;
+  const int64_t tiles = static_cast<int64_t>(tile_rows) * columns;
   SK_CHECK_REL(kOp, tiles * kSplits, <, int64_t{1} << 31, "Split the tokens.");
   int64_t clusters = tiles;
   if constexpr (kAcross) {
@@ -64,9 +77,7 @@ Status launch(const LinearProblem& p, cudaStream_t stream) {
     // workspace has memory for.
     static_assert(2 * Cfg::kSmemBytes > prefill::kSmemCapacity);
     static_assert(Cfg::kSumBytes <= kPrefillTileBytes);
-    int resident = 0;
-    if (p.workspace) SK_RETURN_IF_ERROR(kernel.clusters_that_fit(shape, resident));
-    params.clusters = choose_clusters(tiles, resident, extent.k_tiles, kSplits);
+    params.clusters = choose_clusters(tiles, p.workspace ? resident : 0, extent.k_tiles, kSplits);
     if (params.clusters < 2) return launch<T, Y, kPanels, kTokens, kSplits, false>(p, stream);
     params.counters = static_cast<uint32_t*>(p.workspace);
     params.partials =

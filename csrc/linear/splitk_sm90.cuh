@@ -87,6 +87,7 @@ struct Params {
   int tile_rows;      // tiles along M; the clusters go through them first
   bool only_round;    // y is sums plus bias, rounded
   bool whole_pieces;  // of 16 bytes, each with a place in y
+  ptx::L2Hint x_hint;
   // Across clusters:
   int clusters;        // of a tile
   float4* partials;    // [cluster][CTA][consumer][kOwnVectors][128]
@@ -121,23 +122,25 @@ struct Part {
 };
 
 template <class Cfg>
-__device__ __forceinline__ void produce_x(const CUtensorMap* x_map, int column_tokens,
-                                          const Part& part, const prefill::Smem<Cfg>& smem) {
+__device__ __forceinline__ void produce_x(const CUtensorMap* x_map,
+                                          const Params<typename Cfg::Output>& p, const Part& part,
+                                          const prefill::Smem<Cfg>& smem) {
   prefill::RingPosition<Cfg::kStages> ring;
 #pragma unroll 1
   for (int k_tile = part.k_begin; k_tile < part.k_end; ++k_tile) {
     const int stage = ring.stage();
     ptx::mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
     ptx::store_shared_int4(smem.tile(stage), {part.m, part.n, 0, part.k_end - part.k_begin});
-    ptx::mbarrier_arrive_expect_bytes(smem.full(stage), column_tokens * 128);
+    ptx::mbarrier_arrive_expect_bytes(smem.full(stage), p.column_tokens * 128);
     ptx::tensor_copy(smem.x(stage), x_map, k_tile * Cfg::Tile::kDenseK, part.token,
-                     smem.full(stage), ptx::L2Hint::kEvictNormal);
+                     smem.full(stage), p.x_hint);
     ring.advance();
   }
 }
 
-// Panels that the weight does not have are filled with copies of its last, as in produce_weights of
-// the prefill kernel.
+// Panels that the weight does not have are filled with copies of its last in the first turn of the
+// ring, and left as they are then: no stage ever holds uninitialised metadata, and nobody stores
+// their sums.
 template <class Cfg>
 __device__ __forceinline__ void produce_weights(const Params<typename Cfg::Output>& p,
                                                 const Part& part, const prefill::Smem<Cfg>& smem) {
@@ -153,10 +156,11 @@ __device__ __forceinline__ void produce_weights(const Params<typename Cfg::Outpu
     const uint32_t full = smem.full(stage);
     const uint8_t* values = p.values + static_cast<size_t>(tile) * Cfg::Tile::kValueBytes;
     const uint8_t* metadata = p.metadata + static_cast<size_t>(tile) * Cfg::Tile::kMetadataBytes;
+    const int slots = k_tile - part.k_begin < Cfg::kStages ? Cfg::kTilePanels : available;
     ptx::mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
-    ptx::mbarrier_arrive_expect_bytes(full, Cfg::kValueBytes + Cfg::kMetadataBytes);
+    ptx::mbarrier_arrive_expect_bytes(full, slots * Cfg::kPanelBytes);
 #pragma unroll 1
-    for (int slot = 0, count = available; slot < Cfg::kTilePanels; slot += count, count = 1) {
+    for (int slot = 0, count = available; slot < slots; slot += count, count = 1) {
       ptx::bulk_copy(smem.values(stage) + slot * Cfg::Tile::kValueBytes, values,
                      count * Cfg::Tile::kValueBytes, full, ptx::L2Hint::kEvictNormal);
       ptx::bulk_copy(smem.metadata(stage) + slot * Cfg::Tile::kMetadataBytes, metadata,
@@ -367,7 +371,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp_idx == 0) {
       if (ptx::elect_one()) {
         ptx::wait_for_predecessor();  // it made x; it may read y
-        produce_x<Cfg>(&x_map, p.column_tokens, part, smem);
+        produce_x<Cfg>(&x_map, p, part, smem);
       }
     } else if (warp_idx == 1) {
       if (ptx::elect_one()) produce_weights<Cfg>(p, part, smem);
@@ -386,10 +390,13 @@ __global__ void __launch_bounds__(kThreads, 1)
                                    part.m * Cfg::kRows + warpgroup_idx * Cfg::kConsumerRows,
                                    part.token);
     });
+    // With few rows a consumer may have multiplied nothing but copies of panels.
+    const bool has_rows =
+        part.m * Cfg::kRows + warpgroup_idx * Cfg::kConsumerRows < p.out.out_features;
     ptx::cluster_wait();
-    scatter_sums<Cfg>(d, smem, rank, part.token_end - part.token);
+    if (has_rows) scatter_sums<Cfg>(d, smem, rank, part.token_end - part.token);
     ptx::cluster_sync();  // all sums have arrived; nobody reads the ring any more
-    finish<Cfg>(d, p, smem, part, rank, warpgroup_idx);
+    if (has_rows) finish<Cfg>(d, p, smem, part, rank, warpgroup_idx);
   }
 }
 

@@ -4,6 +4,7 @@
 #include "layout/tile64.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/memory.cuh"
+#include "ptx/tma.cuh"
 #include "linear/epilogue.cuh"
 
 namespace sparsekern::prefill {
@@ -41,6 +42,7 @@ struct Config {
   static constexpr int kRows = kTilePanels * tile64::kRows;  // BLOCK_M
   static constexpr int kTokens = kTokens_;                   // BLOCK_N
   static constexpr int kXBytes = kTokens * 128;
+  static constexpr int kPanelBytes = Tile::kValueBytes + Tile::kMetadataBytes;
   static constexpr int kValueBytes = kTilePanels * Tile::kValueBytes;
   static constexpr int kMetadataBytes = kTilePanels * Tile::kMetadataBytes;
   static constexpr int kStageBytes = kXBytes + kValueBytes + kMetadataBytes;
@@ -75,6 +77,11 @@ struct ClusterShape {
   int m, n;
 };
 
+// How L2 should keep x: where one row of tiles reads it, nobody will again. tile_rows: of clusters.
+inline ptx::L2Hint x_hint(int tile_rows) {
+  return tile_rows == 1 ? ptx::L2Hint::kEvictFirst : ptx::L2Hint::kEvictNormal;
+}
+
 template <class Output>
 struct Params {
   const uint8_t* values;
@@ -94,6 +101,7 @@ struct Params {
   uint32_t* counters;  // [CTA tile of the rest][consumer][2]: arrived, done; zero between launches
   uint16_t row_mask;   // CTAs of the cluster's first row; shifted by a CTA's place in its column
   int group_m;         // rows of cluster tiles that are walked together, for L2
+  ptx::L2Hint x_hint;
 };
 
 template <class Cfg>

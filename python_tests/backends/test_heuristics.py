@@ -104,6 +104,21 @@ def test_split_work_by_hand():
     assert three.extras == 32 * 48 / 64, "three columns of 44 tokens, rounded up to 48"
 
 
+def test_columns_of_few_rows_by_hand():
+    """x of more tokens than the weight has rows, in one row of tiles: as many columns as run."""
+    two, alone = SplitTile(128, 128, 2), SplitTile(128, 64, 1)
+    assert heuristics.columns_of_tiles(two, 6915, 64, H100) == 66, "not 55"
+    assert heuristics.columns_of_tiles(alone, 4654, 64, H100) == 132, "not 73"
+    assert heuristics.columns_of_tiles(alone, 300, 64, H100) == 10, "of 30 tokens, not 5"
+    assert heuristics.columns_of_tiles(alone, 20000, 64, H100) == 313
+    assert heuristics.columns_of_tiles(two, 6915, 129, H100) == 55, "two rows of tiles"
+    assert heuristics.columns_of_tiles(alone, 100, 100, H100) == 2, "as many rows as tokens"
+    assert heuristics.columns_of_tiles(two._replace(across=True), 6915, 64, H100) == 55
+    of = work(alone, 4654, 64, 832, H100)
+    assert of.items == 1 and of.extras == 13 * 40 / 64, "117 columns of 40 tokens"
+    assert of.totals == pytest.approx(13 * 117 * (64 * 72 + 40 * 128) / 1e6)
+
+
 def test_tiles_across_clusters_by_hand():
     """64x23168 are 362 stages of one tile of 40 tokens; 15 clusters of 8 and 31 of 4 are resident,
     and each part has four stages at least."""

@@ -46,7 +46,9 @@ MISTAKES = [
     ("prefill_sm90.cuh", "ptx::wait_for_predecessor();", ";", "boxes"),
     ("prefill_sm90.cuh", "@cluster_m * share * 128@;", "0", "pair"),
     ("prefill_sm90.cuh", "@Cfg::kXBytes@);", "share * 128", "pair"),
-    ("prefill_sm90.cuh", "available = @wanted + share - 1@", "wanted + share - 3", "odd"),
+    ("prefill_sm90.cuh", "of_share = @min(max(last + 1 - wanted, 0), share)@;", "share", "pair"),
+    ("prefill_sm90.cuh", "expected = @unfilled > 0@ ?", "true", "pair"),
+    ("prefill_sm90.cuh", "slots = @unfilled > 0@ ?", "false", "odd"),
     (
         "prefill_sm90.cuh",
         "its barriers.\n  @ptx::cluster_sync();@\n}",
@@ -141,6 +143,17 @@ def test_whole_tiles(build, dtype, of):
         ((tokens + 40, 323, 136), dict(late=True, clusters=1, stride=323)),
     ):
         assert not faults(build(), of, *problem(*case, dtype), **freedoms)
+
+
+@pytest.mark.parametrize("dtype, of", TYPES, ids=str)
+@pytest.mark.parametrize("panels", [1, 2, 3, 5])
+def test_panels_that_there_are_not(build, dtype, of, panels):
+    """Of the last tile, in more stages than the ring has; tiles of which all are there before and
+    after it. Of a cluster's thread blocks some may have none."""
+    _, tokens, cluster_m, cluster_n, *_ = of
+    rows = 256 * cluster_m + 64 * panels - 7
+    case = problem(tokens * cluster_n + 1, rows, 64 * 18, dtype)
+    assert not faults(build(), of, *case, clusters=1, late=True)
 
 
 # (type of x and y, config, problem, clusters that the GPU holds), of which the last wave is cut

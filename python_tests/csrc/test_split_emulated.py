@@ -81,6 +81,24 @@ def test_more_stages_than_the_ring(build, late):
         assert not faults(build(), of, *problem(9, 65, columns), late=late)
 
 
+@pytest.mark.parametrize(
+    "of, clusters, rows, columns",
+    [
+        ((1, 64, 1), 9, 70, 8),  # of 40 tokens: 9 of 34 would not be a multiple of 8
+        ((1, 64, 1), 99, 70, 10),  # half as wide
+        ((1, 64, 1), 4, 70, 5),
+        ((1, 64, 1), 99, 129, 2 * 5),  # two rows of tiles
+        ((1, 64, 3), 7, 70, 7),
+        ((2, 64, 1), 99, 200, 10),
+    ],
+)
+def test_as_many_columns_as_run_at_once(build, of, clusters, rows, columns):
+    """Where one row of tiles has all of the weight and x has more rows."""
+    case = problem(300, rows, 64 * 4 * of[2])
+    assert not faults(build(), of, *case, clusters=clusters, late=True)
+    assert build().library.clusters_launched() == columns
+
+
 @pytest.mark.parametrize("dtype, of", [TYPES[1], TYPES[6], TYPES[9]], ids=str)
 @pytest.mark.parametrize("out_features", [320, 323, 322, 324, 65, 7])
 def test_rows_of_y_that_are_not_aligned(build, dtype, of, out_features):
@@ -249,13 +267,21 @@ MISTAKES = [
     # (file of csrc/linear, in its source, instead, which of CASES shows it)
     ("splitk_sm90.cuh", "min(token + p.column_tokens, p.tokens)", "p.tokens", "odd"),
     ("splitk_sm90.cuh", "k * (rank + 1) / Cfg::kSplits", "(k * (rank + 1) / 3 - rank / 2)", "odd"),
-    ("splitk_sm90.cuh", "column_tokens * 128", "Cfg::kXBytes", "odd"),
+    ("splitk_sm90.cuh", "p.column_tokens * 128", "Cfg::kXBytes", "odd"),
     ("splitk_sm90.cuh", "ptx::wait_for_predecessor();", ";", "odd"),
     ("splitk_sm90.cuh", "after - 1", "0", "odd"),
     (
         "splitk_sm90.cuh",
+        "slots = @k_tile - part.k_begin < Cfg::kStages@",
+        "false",
+        "many stages",
+    ),
+    ("splitk_sm90.cuh", "slots * Cfg::kPanelBytes", "Cfg::kValueBytes", "many stages"),
+    ("splitk_sm90.cuh", "if (@has_rows@) finish", "false", "odd"),
+    (
+        "splitk_sm90.cuh",
         "@ptx::cluster_wait();\n"
-        "    scatter_sums<Cfg>(d, smem, rank, part.token_end - part.token);@",
+        "    if (has_rows) scatter_sums<Cfg>(d, smem, rank, part.token_end - part.token);@",
         "scatter_sums<Cfg>(d, smem, rank, part.token_end - part.token); ptx::cluster_wait();",
         "a late thread block",
     ),

@@ -398,6 +398,15 @@ def may_cut(tile: Tile, tokens: int, out_features: int, multiprocessors: int) ->
     return tile.streamed or not (one_wave and 2 * tiles > multiprocessors // size)
 
 
+def columns_of_tiles(tile: SplitTile, tokens: int, out_features: int, multiprocessors: int) -> int:
+    """Columns of tiles of the split kernel (choose_columns in csrc/linear/splitk_launch_sm90.cuh)."""
+    fewest = -(-tokens // tile.tokens)
+    if tile.across or out_features > tile.rows or out_features >= tokens:
+        return fewest
+    most = -(-tokens // (tile.tokens // 2))
+    return max(fewest, min(most, resident_clusters(tile.split, multiprocessors)))
+
+
 def clusters_of_tile(
     tile: SplitTile,
     tokens: int,
@@ -441,14 +450,17 @@ def split_work(
     bits: Bits = PLAIN,
 ) -> Work:
     """What the split kernel does with this tile; see the top of the file."""
-    stages, columns = -(-in_features // bits.stage), -(-tokens // tile.tokens)
+    stages, rows = -(-in_features // bits.stage), -(-out_features // tile.rows)
+    columns = columns_of_tiles(tile, tokens, out_features, multiprocessors)
     wide = -(-tokens // (8 * columns)) * 8  # tokens of a column of tiles, which are equally wide
-    tiles = -(-out_features // tile.rows) * columns
+    columns = -(-tokens // wide)
+    tiles = rows * columns
     problem = tokens, out_features, in_features, multiprocessors, bits
     clusters = clusters_of_tile(tile, *problem)
     waves = -(-tiles * clusters // resident_clusters(tile.split, multiprocessors))
     busiest = waves * -(-stages // (tile.split * clusters))
-    read = tiles * stages * (bits.row_bytes * tile.rows + 128 * wide)
+    panels = -(-out_features // PANEL) * PANEL  # a tile fetches those that there are
+    read = stages * (columns * bits.row_bytes * panels + tiles * 128 * wide)
     own = -(-tile.tokens // (TOKENS_OF_SUMS * tile.split)) * TOKENS_OF_SUMS
     sums = clusters * own * tile.rows * 4  # bytes
     return Work(
