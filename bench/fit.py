@@ -20,8 +20,10 @@ The table is made in two steps:
    them badly, and it gains little.
 
 With few cells, or when one kernel has changed, --move split takes the present table and moves the
-coefficients of that kernel, and of variants of any whose coefficients were estimates: each is named
-by --new, and held as little as one that had none.
+coefficients of that kernel. Its variants that had none get some where they are close to the fastest
+in three cells (NEW_CELLS); those of another kernel, or whose coefficients were estimates, are named
+by --new. New ones are held little. --trust 0.15: where the formula misses more than samples
+scatter, as of random shapes, so that what is missed is not distrusted as a bad sample.
 
 To leave out more variants, those that picks do not miss, and then to move the coefficients so that
 picks in the fitted cells cost less, was tried and made the picks for shapes that were left out
@@ -63,6 +65,7 @@ __all__ = ["CLASSES", "SHAPES", "Cell", "Gap", "main", "random_shapes", "read", 
 NEAR, NEAR_8 = 2.0, 0.15  # three times as slow as the fastest: half the weight; in `scaled`
 TRUST = 0.05  # error from which on a sample is distrusted
 MATTERS, FEW_CELLS = 0.03, 4  # kept: within 3 % of the fastest in at least four cells
+NEW_CELLS = 3  # the same, for a variant that gets coefficients in `moved`
 OFTEN = 0.05  # see `scaled`
 # A coefficient that is e times its start costs as much as HELD cells with an error of 1.3 TRUST, of
 # a variant that had none HELD_NEW; a start is at least LEAST.
@@ -101,19 +104,25 @@ def start_of(variant: Variant, table: dict[Variant, Times]) -> Times:
 
 
 def fit_variant(
-    start: Times, of: Work, us: numpy.ndarray, weights: numpy.ndarray, held: float = 0.0
+    start: Times,
+    of: Work,
+    us: numpy.ndarray,
+    weights: numpy.ndarray,
+    held: float = 0.0,
+    trust: float = TRUST,
 ) -> Times:
     """The coefficients of one variant.
 
     Args:
         of: its counts, arrays of one entry per cell. us, weights: of the cells.
-        held: how much to its start: HELD.
+        held: how much to its start: HELD.      trust: TRUST.
     """
-    logs = _fit_from(Times(*numpy.maximum(start, LEAST)), of, us, weights, held=held)
+    start = Times(*numpy.maximum(start, LEAST))
+    logs = _fit_from(start, of, us, weights, held=held, trust=trust)
     return Times(*(0.0 if value <= 1.01 * LOWEST else value for value in numpy.exp(logs).tolist()))
 
 
-def _fit_from(start, of, us, weights, unit=1.0, held=0.0):
+def _fit_from(start, of, us, weights, unit=1.0, held=0.0, trust=TRUST):
     """Logarithms of the coefficients of the local optimum that is reached from here; unit: what
     coefficients are multiples of; held: see HELD."""
     measured = numpy.log(us)
@@ -124,7 +133,7 @@ def _fit_from(start, of, us, weights, unit=1.0, held=0.0):
 
     def cost(error, logs):
         moved = held * numpy.sum((logs - begin) ** 2)
-        return numpy.sum(weights * numpy.log1p((error / TRUST) ** 2)) + moved
+        return numpy.sum(weights * numpy.log1p((error / trust) ** 2)) + moved
 
     used = numpy.array(
         [
@@ -146,7 +155,7 @@ def _fit_from(start, of, us, weights, unit=1.0, held=0.0):
             moved = logs.copy()
             moved[i] += EASE
             slopes[:, i] = (errors(moved) - error) / EASE
-        now = weights / (TRUST**2 + error**2)
+        now = weights / (trust**2 + error**2)
         normal = slopes.T @ (slopes * now[:, None]) + held * numpy.eye(len(logs))
         down = -slopes.T @ (now * error) - held * (logs - begin)
         for _ in range(8):
@@ -170,18 +179,27 @@ def fit_all(cells: Sequence[Cell], multiprocessors: int) -> dict[Variant, Times]
 
 
 def moved(
-    cells: Sequence[Cell], multiprocessors: int, kernels: Collection[str], new: Collection[str]
+    cells: Sequence[Cell],
+    multiprocessors: int,
+    kernels: Collection[str],
+    new: Collection[str],
+    trust: float = TRUST,
 ) -> dict[Variant, Times]:
     """The present table, with the coefficients of these kernels and of the variants with the `new`
-    names, whose were estimates, moved to these cells."""
-    present = coefficients.table(cells[0].bits)
-    names = {variant: variant_name(variant) for variant in present}
-    of = [v for v, name in names.items() if name.split()[0] in kernels or name in new]
-    known = {variant for variant, name in names.items() if name not in new}
-    return present | _fitted(cells, multiprocessors, of, known)
+    names moved to these cells, or made."""
+    present, close = coefficients.table(cells[0].bits), _close(cells)
+    of = [
+        variant
+        for name, variant in variants().items()
+        if name in new
+        or name.split()[0] in kernels
+        and (variant in present or close[variant] >= NEW_CELLS)
+    ]
+    known = {variant for variant in present if variant_name(variant) not in new}
+    return present | _fitted(cells, multiprocessors, of, known, trust)
 
 
-def _fitted(cells, multiprocessors, wanted, known):
+def _fitted(cells, multiprocessors, wanted, known, trust=TRUST):
     """Of the wanted variants those that were sampled in as many cells as there are coefficients.
     known: those that are held at the present ones by HELD."""
     table, present = {}, coefficients.table(cells[0].bits)
@@ -195,7 +213,7 @@ def _fitted(cells, multiprocessors, wanted, known):
         weights = 1 / (1 + (slower / NEAR) ** 2)
         start, held = start_of(variant, present), HELD if variant in known else HELD_NEW
         of_cells = Work(*numpy.array(counts, float).T)
-        table[variant] = rounded(fit_variant(start, of_cells, us, weights, held))
+        table[variant] = rounded(fit_variant(start, of_cells, us, weights, held, trust))
     return table
 
 
@@ -309,6 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--new", action="append", default=[], metavar="VARIANT", help="also moved: was an estimate"
     )
+    parser.add_argument("--trust", type=float, default=TRUST, help="of --move (default 0.05)")
     parser.add_argument(
         "--test", action="append", default=[], metavar="FILE", help="also gaps in cells not fitted"
     )
@@ -328,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     fit = fit_table
     if args.move:
-        fit = partial(moved, kernels=args.move.split(","), new=args.new)
+        fit = partial(moved, kernels=args.move.split(","), new=args.new, trust=args.trust)
     if not args.check:
         table = fit(cells, args.multiprocessors)
         print(source(table, name), end="\n\n")

@@ -104,6 +104,26 @@ def test_split_work_by_hand():
     assert three.extras == 32 * 48 / 64, "three columns of 44 tokens, rounded up to 48"
 
 
+def test_rows_of_y_that_are_not_aligned_by_hand():
+    for variant, us in ((Tile(256, 64, 1, 1), 0.5 + 0.6), (MmaTile(64, 8, 2, 1, 4, 4), 0.3 + 2)):
+        assert work(variant, 500, 1001, 2048, H100).ragged == pytest.approx(us, rel=0.01), "1 MB"
+        assert work(variant, 500, 1000, 2048, H100).ragged == 0
+        of = work(variant, 500, 1001, 2048, H100)
+        without = heuristics.us(TIMES[variant], of._replace(ragged=0.0))
+        assert heuristics.us(TIMES[variant], of) == pytest.approx(without + us, rel=0.01)
+
+
+def test_rows_of_x_that_are_no_multiple_of_a_stage():
+    """Two rows of tiles read x from memory twice."""
+    x = 1000 * 2056 * 2 / 1e6
+    for rows, more in ((129, x), (128, 0.0)):
+        of, tile = [], SplitTile(128, 128, 2)
+        for columns in (2056, 2112):  # as many stages
+            counts = work(tile, 1000, rows, columns, H100)
+            of.append(counts.megabytes - 1000 * columns * 2 / 1e6)
+        assert of[0] - of[1] == pytest.approx(more)
+
+
 def test_columns_of_few_rows_by_hand():
     """x of more tokens than the weight has rows, in one row of tiles: as many columns as run."""
     two, alone = SplitTile(128, 128, 2), SplitTile(128, 64, 1)
@@ -177,7 +197,8 @@ def test_a_copy_of_half_and_two_launches():
     both = work(tile, *long)
     even, odd = (work(tile, tokens, 110, 4072, H100) for tokens in (2513, 2512))
     apart = Work(*map(sum, zip(even, odd, strict=True)))  # of 4 columns more
-    assert both._replace(megabytes=apart.megabytes, copy=0.0) == apart
+    assert both._replace(megabytes=apart.megabytes, copy=0.0) == apart._replace(ragged=both.ragged)
+    assert both.ragged == pytest.approx(0.5 + 0.6 * 5025 * 110 * 2 / 1e6), "one y"
     assert both.launches == 2 and both.copy == heuristics.copy_us(2512, 4068)
     for problem in (long, (2, 64, 68, H100), (3, 4096, 4092, H100), (989, 1000, 1020, H100)):
         tokens, *layer = problem
@@ -374,8 +395,8 @@ def test_the_promoted_tile():
 
 
 def test_resident_clusters():
-    found = [heuristics.resident_clusters(size, H100) for size in (1, 2, 4, 8, 16)]
-    assert found == [132, 66, 31, 15, 7]
+    found = [heuristics.resident_clusters(size, H100) for size in (1, 2, 3, 4, 6, 8, 16)]
+    assert found == [132, 66, 39, 31, 17, 15, 6]
     assert heuristics.resident_clusters(4, 4) == 1
 
 

@@ -6,7 +6,8 @@ kernel from 32 tokens on, the split kernel from there up to some size (`consider
 serves them all:
 
     us = smooth_max(stage * stages + extra * extras, total * totals, megabytes / rate)
-         + item * items + exchange * exchanges + crowd * crowds + constant * launches + copy
+         + item * items + exchange * exchanges + crowd * crowds + constant * launches
+         + copy + ragged
 
     smooth_max(a, b, c) = (a^4 + b^4 + c^4)^(1/4)
 
@@ -46,6 +47,12 @@ Rows of x of 16 bits that 16 bytes do not divide (in_features % 8 == 4) the copy
 as they are, but for every other one. So either x is copied first, and copy is the time of that
 (`copy_us`); or half of it is, and there are two launches, of the even and of the odd tokens, whose
 counts are added (`work`). What is expected to be faster is done (`in_halves`).
+
+Rows of y that 16 bytes do not divide (out_features % 8) are put together by threads; ragged is the
+time of that (`ragged_us`). Rows of x that are no multiple of a stage (in_features % 64 at 16 bits)
+are in memory's count twice where the split kernel has more than one row of tiles: 184x11336 with
+3211 tokens, x of 73 MB, takes 44 us in two rows of 128 and 28 in one of 256, 256x12800 with 6559
+tokens 65 and 69. Why they are not found in L2 then is not known.
 
 How many clusters run at once decides the first count (`resident_clusters`). The prefill kernel cuts
 the tiles of a last, partly filled wave along in_features into as many parts as there are clusters
@@ -133,6 +140,14 @@ CLUSTERS_OF_TILE, TOKENS_OF_SUMS = 16, 16
 # comes back, 2 us at 50 bytes a clock; what a crowd of them takes is fitted.
 SUMS_READ = 170_000
 
+# us, and us a megabyte of y: medians of an H200 in 130 cells, beside a fit to aligned ones.
+RAGGED: dict[type, tuple[float, float]] = {
+    RowBlocks: (0.2, 2.0),
+    MmaTile: (0.3, 2.0),
+    SplitTile: (0.5, 0.6),
+    Tile: (0.5, 0.6),
+}
+
 SMOOTH = 4  # exponent of the smooth maximum
 SUSTAINED_PRODUCTS = 2**33  # tokens * out * in that draw all the power there is, one after another
 SM_BYTES, BLOCK_BYTES = 228 * 1024, 1024  # shared memory of a multiprocessor; the system's, a block
@@ -150,6 +165,7 @@ class Work(NamedTuple):
     crowds: float
     copy: float = 0.0  # us
     launches: float = 1.0
+    ragged: float = 0.0  # us
 
 
 def considered(
@@ -186,11 +202,11 @@ def split_considered(tokens: int, out_features: int, in_features: int) -> bool:
 def resident_clusters(size: int, multiprocessors: int) -> int:
     """Clusters of `size` thread blocks, one block per multiprocessor, that run at once.
 
-    A cluster lies inside a GPC, whose 16 or 18 multiprocessors 4 and 8 do not always divide: on an
-    H100 (132) there are 33 times 4, and 31 clusters of 4 resident at once; of 8, 16 and 15. Of 3
-    and 6 two fewer than fit by number are assumed, of 16 one.
+    A cluster lies inside a GPC, whose 16 or 18 multiprocessors few sizes divide: of 132 there are
+    33 times 4, and 31 clusters of 4 resident at once; of 8, 16 and 15. Of 3, 6 and 16 as the times
+    of an H200 say: one more, and there is a second wave.
     """
-    return max(1, multiprocessors // size - {3: 2, 4: 2, 6: 2, 8: 1, 16: 1}.get(size, 0))
+    return max(1, multiprocessors // size - {3: 5, 4: 2, 6: 5, 8: 1, 16: 2}.get(size, 0))
 
 
 def work(
@@ -203,12 +219,11 @@ def work(
 ) -> Work:
     """What this variant does for one layer whose x is contiguous."""
     problem = tokens, out_features, in_features, multiprocessors, bits
-    fetched = bits.x != 16 or tokens < 2 or in_features % 8 == 0 or isinstance(variant, MmaTile)
-    if fetched:
-        return _counts(variant, *problem)
-    return (
-        _halves(variant, *problem) if in_halves(variant, *problem) else _copied(variant, *problem)
-    )
+    of, fetched = _counts, bits.x != 16 or tokens < 2 or in_features % 8 == 0
+    if not fetched and not isinstance(variant, MmaTile):
+        of = _halves if in_halves(variant, *problem) else _copied
+    counts = of(variant, *problem)
+    return counts._replace(ragged=ragged_us(variant, tokens, out_features))
 
 
 def in_halves(
@@ -256,7 +271,7 @@ def us(times: Times, of: Work) -> float:
     shared, memory = times.total * of.totals, of.megabytes / times.rate
     loop = (busiest**SMOOTH + shared**SMOOTH + memory**SMOOTH) ** (1 / SMOOTH)
     rest = times.item * of.items + times.exchange * of.exchanges + times.crowd * of.crowds
-    return loop + rest + times.constant * of.launches + of.copy
+    return loop + rest + times.constant * of.launches + of.copy + of.ragged
 
 
 def predicted_us(
@@ -341,6 +356,15 @@ def copy_us(tokens: int, in_features: int) -> float:
     return 4.0 + tokens * in_features / 1e6
 
 
+def ragged_us(variant: Variant, tokens: int, out_features: int) -> float:
+    """What rows of y cost that 16 bytes do not divide, because their ends and pieces are put
+    together by threads (RAGGED); 0 of others."""
+    if out_features % 8 == 0:
+        return 0.0
+    start, of_megabyte = RAGGED[type(variant)]
+    return start + of_megabyte * tokens * out_features * 2 / 1e6
+
+
 def _megabytes(tokens: int, out_features: int, in_features: int, bits: Bits) -> float:
     stages = -(-in_features // bits.stage)
     weights = -(-out_features // PANEL) * PANEL * stages * bits.row_bytes
@@ -399,7 +423,7 @@ def may_cut(tile: Tile, tokens: int, out_features: int, multiprocessors: int) ->
 
 
 def columns_of_tiles(tile: SplitTile, tokens: int, out_features: int, multiprocessors: int) -> int:
-    """Columns of tiles of the split kernel (choose_columns in csrc/linear/splitk_launch_sm90.cuh)."""
+    """Columns of tiles of the split kernel, as choose_columns in csrc/linear has them."""
     fewest = -(-tokens // tile.tokens)
     if tile.across or out_features > tile.rows or out_features >= tokens:
         return fewest
@@ -463,11 +487,13 @@ def split_work(
     read = stages * (columns * bits.row_bytes * panels + tiles * 128 * wide)
     own = -(-tile.tokens // (TOKENS_OF_SUMS * tile.split)) * TOKENS_OF_SUMS
     sums = clusters * own * tile.rows * 4  # bytes
+    x_bytes = tokens * in_features * bits.x / 8
+    again = x_bytes if rows > 1 and in_features % bits.stage else 0.0
     return Work(
         stages=busiest,
         extras=busiest * wide / tile.tokens,
         totals=read / 1e6,
-        megabytes=_megabytes(tokens, out_features, in_features, bits),
+        megabytes=_megabytes(tokens, out_features, in_features, bits) + again / 1e6,
         items=waves,
         exchanges=waves * (tile.split - 1) / tile.split,
         crowds=1 + sums / SUMS_READ if clusters > 1 else 0.0,
