@@ -25,14 +25,16 @@ class Times(NamedTuple):
 # 183 cells of random shapes (`bench random` of seeds 101 to 104, most with few out_features or
 # short in_features) and 144 of Llama-3 8B and 70B (`sparsekern tune`), beginning at the older
 # coefficients of an H100's 432 cells; then row blocks of 64 rows or 16 splits moved (`--move`) to
-# 160 cells of seeds 77 and 78; then tiles, split tiles and two of mma.sp (`--move split,prefill
-# --trust 0.15`) to 275 cells of the kernels of 496fad0 (seeds 82 and 83, the former up to 2000
-# out_features) and 88 of 8B and 70B from 96 tokens on. Slower than the fastest of all variants in
-# the 275, on average and at worst: with the coefficients before 3.4 and 87 %, fitted 2.2 and 32
-# %, in each shape by a fit to the others 2.5 and 32 %; in 226 cells of seeds 77 to 80, whose
-# tiles are of older kernels, 2.1 and 26 %. Row blocks and mma.sp stay: moved, too, they were
-# picked worse in both. What is not here is never chosen. On another GPU the counts follow from
-# its multiprocessors, and these coefficients, its rates above all, are a guess.
+# 160 cells of seeds 77 and 78; then tiles and split tiles (`--move split,prefill --trust 0.15`)
+# to 275 cells of the kernels of 496fad0 (seeds 82 and 83, the former up to 2000 out_features) and
+# 88 of 8B and 70B from 96 tokens on. Slower than the fastest of all variants in the 275, on
+# average and at worst: with the coefficients before 3.4 and 87 %, fitted 2.3 and 32 %, in each
+# shape by a fit to the others 2.5 and 32 %; in 85 cells of seeds 81 and 84, measured afterwards,
+# 2.9 and 25 %. Row blocks and mma.sp stay: moved, too, they were picked worse. So were two more
+# of mma.sp, 64x64 and 128x64, the fastest in three of the 275: of the five cells of seed 81 that
+# were slower than cuBLAS they were picked in three. What is not here is never chosen. On another
+# GPU the counts follow from its multiprocessors, and these coefficients, its rates above all, are
+# a guess.
 TIMES: dict[Variant, Times] = {
     RowBlocks(256, 1): Times(0.144, 0.351, 0.428, 4.29, 0.0889, 2.78, 0, 0.801),
     RowBlocks(256, 2): Times(0.153, 0.245, 0.311, 4.33, 0.0924, 4.98, 0, 0.996),
@@ -94,8 +96,6 @@ TIMES: dict[Variant, Times] = {
     SplitTile(256, 128, 1, True): Times(0.25, 0.0507, 0.123, 4, 6.46, 0, 1.51, 0.103),
     SplitTile(256, 128, 2, True): Times(0.333, 0.0517, 0.118, 4.06, 4.83, 3.98, 1.38, 0.102),
     Tile(256, 64, 2, 1): Times(0.254, 0.104, 0.287, 3.54, 0.476, 1.9, 4.08, 3.36),
-    MmaTile(128, 64, 2, 2, 1, 4): Times(0.435, 0.0987, 0.0681, 3.78, 2.92, 0, 0, 0.101),
-    MmaTile(64, 64, 2, 2, 2, 3): Times(0.542, 0.0637, 0.07, 2.36, 1.98, 0, 0, 0.101),
     SplitTile(128, 96, 1): Times(0.17, 0.0302, 0.0813, 4.01, 2.4, 0, 0, 0.0884),
     SplitTile(128, 128, 4): Times(0.187, 0.0544, 0.106, 4.8, 2.06, 2.52, 0, 0.101),
     SplitTile(256, 64, 2): Times(0.216, 0.0438, 0.106, 3.92, 2, 2.36, 0, 0.102),
