@@ -113,6 +113,19 @@ def test_rows_of_y_that_are_not_aligned_by_hand():
         assert heuristics.us(TIMES[variant], of) == pytest.approx(without + us, rel=0.01)
 
 
+def test_mma_is_for_little_to_compute():
+    """And, where the copy engine can fetch x, for few tokens."""
+    tile = MmaTile(64, 16, 2, 1, 4, 3)
+    for tokens, columns, expected in (
+        (1024, 64, True),
+        (1025, 64, False),
+        (1025, 68, True),
+        (64, 30_000, True),
+        (512, 30_000, False),
+    ):
+        assert heuristics.considered(tile, tokens, 72, columns) == expected, (tokens, columns)
+
+
 def test_rows_of_x_that_are_no_multiple_of_a_stage():
     """Two rows of tiles read x from memory twice."""
     x = 1000 * 2056 * 2 / 1e6
