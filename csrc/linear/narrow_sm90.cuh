@@ -35,8 +35,16 @@
 // Columns of tiles are as wide as kTokens at most and equally wide, as in splitk_sm90.cuh. Weights are
 // read before the predecessor has finished, x after.
 #pragma once
-#include "linear/decode_sm90.cuh"
+#include "linear/decode_tile_sm90.cuh"
+#include "linear/decode_widen.cuh"
+#include "ptx/cluster.cuh"
+#include "ptx/dependent_launch.cuh"
+#include "ptx/elect.cuh"
+#include "ptx/matrix.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/named_barrier.cuh"
 #include "ptx/registers.cuh"
+#include "ptx/tma.cuh"
 #include "ptx/wgmma_sp.cuh"
 
 namespace sparsekern::narrow {

@@ -174,7 +174,7 @@ def test_the_emulator_sees_mistakes(build, file, old, new):
         ("decode_sm90.cuh", "warp_idx - team * Cfg::kTeamWarps", "warp_idx"),
         ("decode_sm90.cuh", "s < Cfg::kAllStages", "s < Cfg::kStages"),
         ("decode_sm90.cuh", "Cfg::kTeamWarps * ptx", "Cfg::kConsumerWarps * ptx"),
-        ("decode_sm90.cuh", "full(stage) + Cfg::kAllStages", "full(stage) + Cfg::kStages"),
+        ("decode_tile_sm90.cuh", "full(stage) + Cfg::kAllStages", "full(stage) + Cfg::kStages"),
         (
             "decode_sm90.cuh",
             "ptx::named_barrier_sync(kConsumerBarrier,\n"
@@ -184,7 +184,7 @@ def test_the_emulator_sees_mistakes(build, file, old, new):
         ),
         ("decode_sm90.cuh", "ptx::load_shared_f32(address) + v", "v"),
         (
-            "decode_sm90.cuh",
+            "decode_tile_sm90.cuh",
             "+ kWeights * kWeightBytes, 1024) * 1024",
             "+ kWeightBytes, 512) * 512",
         ),
