@@ -15,7 +15,7 @@ The table is made in two steps:
    are held there (HELD): what the cells say nothing of stays. A time counts the less the slower it
    is than the fastest in its cell (NEAR), because far from the best no pick will fall, and an error
    far beyond TRUST counts little more than one of TRUST (log(1 + (e/TRUST)^2) in place of e^2),
-   because most times are one sample.
+   because most times are the shorter of two samples.
 2. A variant that is seldom close to the fastest has no coefficients (`that_matter`): few cells hold
    them badly, and it gains little.
 

@@ -1,7 +1,8 @@
 """One cell of `sparsekern tune`: which variant computes a layer the fastest.
 
-1. every variant gets one short sample, until the screening time is used up: the one that
-   heuristics choose first, then in order of their predictions;
+1. every variant gets two short samples, of which the shorter counts, until the screening time is
+   used up: the one that heuristics choose first, then in order of their predictions. One sample
+   alone was longer by half now and then: its clock runs while the CPU gets to the launch;
 2. of the fastest those whose result on small whole numbers equals the dense product, bit for
    bit, go on. A wrong one is refused and reported;
 3. they are measured in turns (rounds.contest), and dense with them. The choice of the
@@ -23,7 +24,7 @@ from sparsekern.profiling import rounds, timer
 KEEP = 1.3  # a variant slower than this times the best is not sampled again
 FINALISTS = 6
 SCREEN_S = 0.4  # per cell, to prepare the samplers
-ONE_ROUND = timer.StopRule(max_rounds=1)
+SCREENING = timer.StopRule(max_rounds=2)
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Cell:
     """The outcome of one cell; us are medians per call, those of the last rounds comparable.
 
     refused: {name: why}, those that were fast and wrong, or failed.
-    times: {variant: us} of all that were sampled; of those that left early it is one sample.
+    times: {variant: us} of all that were sampled; of those that left early the shorter of two.
     dense_us: of the dense product; None when it was not measured.
     """
 
@@ -95,12 +96,12 @@ def tune_cell(
         prepare(name, functools.partial(sampler, name))
     if not samplers:
         return None
-    screened = replace(ONE_ROUND, settle_s=rule.settle_s)
+    screened = replace(SCREENING, settle_s=rule.settle_s)
     standing = rounds.contest(samplers, screened, peers=samplers, clock=clock)
     if standing is None:
         return None
     refused |= standing.failed
-    first = {name: us for name, (us,) in standing.values.items()}
+    first = {name: min(us) for name, us in standing.values.items()}
     finalists = _finalists(first, candidates[0], wrong, refused)
     if not finalists:
         return None

@@ -126,8 +126,8 @@ WIDEN_TOKENS = DECODE_TOKENS
 NARROW_TOKENS = narrow_model.MOST_TOKENS
 GATED_TOKENS = 32  # the most of the decode kernel's gated form, which holds two sums per output
 # On Hopper the mma.sp kernel is considered up to so many tokens, or tokens * out * in; with x that
-# the copy engine can fetch up to MMA_MOST tokens. With more it was picked in five of 589 cells of an
-# H200, and 3 to 17 % slower than the fastest in each.
+# the copy engine can fetch up to MMA_MOST tokens. With more it was picked in five of 589 cells of
+# an H200, and 3 to 17 % slower than the fastest in each.
 MMA_TOKENS, MMA_PRODUCTS, MMA_MOST = 64, 2**30, 1024
 PREFILL_TOKENS = 32  # the fewest at which the prefill kernel is, and the split kernel
 SPLIT_PRODUCTS = 2**36  # the split kernel is considered up to so many tokens * out * in
