@@ -15,13 +15,8 @@ from python_tests.checkpoint import foreign_quantized as foreign
 from sparsekern.checkpoint import export_dense, verify_checkpoint
 from sparsekern.errors import FormatError
 from sparsekern.formats import dtypes
-from sparsekern.formats.disk import (
-    FORMS,
-    form_of,
-    read_sparse24,
-    stored_bytes,
-    stored_tensors,
-)
+from sparsekern.formats.disk import read_sparse24, stored_bytes, stored_tensors
+from sparsekern.formats.forms import FORMS, form_of
 from sparsekern.utils.safetensors_io import TensorFiles
 
 BF16 = torch.bfloat16

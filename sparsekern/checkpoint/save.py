@@ -7,7 +7,7 @@ export_dense.
 
 The folder is what Transformers writes (config.json, safetensors shards, index, tokenizer,
 generation config, its names for tensors), with pruned layers in compressed-tensors'
-sparse-24-bitmask format (formats/disk.py) and a SHA256SUMS. This file writes; checkpoint/load.py
+sparse-24-bitmask format (formats/forms.py) and a SHA256SUMS. This file writes; checkpoint/load.py
 reads.
 """
 
@@ -29,16 +29,9 @@ from sparsekern.checkpoint.experts import Stored, apart, stored_experts
 from sparsekern.checkpoint.names import SAVE_OP, Conversion, DiskNames, disk_names
 from sparsekern.checkpoint.skeleton import bare, linear_shape, own_tensors, skeleton_of
 from sparsekern.errors import check
-from sparsekern.formats.disk import (
-    FILE_KEYS,
-    PARTS,
-    UNREADABLE_WITHOUT_US,
-    compression_config,
-    join,
-    require_storable,
-    stored_bytes,
-    stored_tensors,
-)
+from sparsekern.formats.config_json import FILE_KEYS, UNREADABLE_WITHOUT_US, compression_config
+from sparsekern.formats.disk import require_storable, stored_bytes, stored_tensors
+from sparsekern.formats.forms import PARTS, join
 from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.parallel import SplitLinear

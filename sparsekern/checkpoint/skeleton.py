@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sparsekern.errors import FormatError, check, message
-from sparsekern.formats.disk import FILE_KEYS
+from sparsekern.formats.config_json import FILE_KEYS
 from sparsekern.nn.replace import is_conv1d
 from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, TensorInfo, read_json, require
 
