@@ -17,7 +17,6 @@ from sparsekern.errors import FormatError
 from sparsekern.formats import dtypes, scaled
 from sparsekern.formats.forms import MARLIN, form_of, join
 from sparsekern.formats.layouts import WeightSpec
-from sparsekern.formats.scaled import SCALE
 from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, TensorFiles, read_json, require
 
 FORMAT = "sparse-24-bitmask"
@@ -229,8 +228,8 @@ def scale_group(files: TensorFiles, layer: str, columns: int, count: int) -> int
     Raises:
         FormatError: the two do not fit together; no multiple of 4.
     """
-    part = "scale_packed" if form_of(files, layer) is MARLIN else SCALE
-    where = f"{files.where(join(layer, part))} of groups of columns"
+    scales = join(layer, form_of(files, layer).scale)
+    where = f"{files.where(scales)} of groups of columns"
     sizes = _stated_groups(files.config, layer)
     if not sizes:
         try:

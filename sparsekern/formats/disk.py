@@ -221,7 +221,7 @@ def _read_quantized(
     out_features, in_features = shape = layer_shape(files, layer)
     tensors = files.read(*(join(layer, part) for part in form.parts), device=device)
     found = dict(zip(form.parts, tensors))
-    stored_scale = found["scale_packed" if form is MARLIN else SCALE]
+    stored_scale = found[form.scale]
     if dtype is None:
         dtype = stored_scale.dtype
     part = form.values
@@ -242,7 +242,7 @@ def _read_quantized(
                     levels = found["compressed"].float() + 0.0  # of other writers: -0.0
         if form is LEVELS:  # one scale of the whole weight stands for one a row
             scale = scale.reshape(-1, 1).expand(out_features, 1).contiguous()
-        part = "scale_packed" if form is MARLIN else SCALE
+        part = form.scale
         scaled.check_scales(OP, scale, part)
         storage = storage_of(files, layer)
         group = 0

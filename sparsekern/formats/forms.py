@@ -50,52 +50,40 @@ def join(module: str, tensor: str) -> str:
 class Form:
     """One of the forms above.
 
-    parts: names of its tensors. values: the one with the numbers. shape: the one with the sizes, or
-    "" where they follow from the others. dtypes: {part: those that it may have}.
+    values: name of the tensor with the numbers. shape, scale: of those with the sizes and with the
+    scales, or "" where there is none. dtypes: {name: those that it may have} of all its tensors.
     """
 
     name: str
-    parts: tuple[str, ...]
     values: str
     shape: str
+    scale: str
     dtypes: Mapping[str, tuple[torch.dtype, ...]]
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of its tensors."""
+        return tuple(self.dtypes)
 
-_SCALES = (torch.float32, *dtypes.NATIVE)
-_BITS, _SIZES = (torch.uint8,), (torch.int64,)
+
 LEVEL_DTYPES = {
     kind.storage: kind.name for kind in dtypes.elements() if kind.scaled and kind.bits == 8
 }
-PLAIN = Form(
-    "plain",
-    PARTS,
-    "compressed",
-    "shape",
-    {"compressed": VALUE_DTYPES, "bitmask": _BITS, "shape": _SIZES},
-)
-LEVELS = Form(
-    "levels",
-    (*PARTS, SCALE),
-    "compressed",
-    "shape",
-    {"compressed": tuple(LEVEL_DTYPES), "bitmask": _BITS, "shape": _SIZES, SCALE: _SCALES},
-)
-_WORDS = {"weight_packed": (torch.int32,), SCALE: _SCALES, "weight_shape": (*_SIZES, torch.int32)}
-WORDS = Form(
-    "words",
-    ("weight_packed", "bitmask", SCALE, "weight_shape"),
-    "weight_packed",
-    "weight_shape",
-    {**_WORDS, "bitmask": _BITS},
-)
-PACK_QUANTIZED = Form("pack-quantized", tuple(_WORDS), "weight_packed", "weight_shape", _WORDS)
-MARLIN = Form(
-    "marlin-24",
-    ("weight_packed", "scale_packed", "meta"),
-    "weight_packed",
-    "",
-    {"weight_packed": (torch.int32,), "scale_packed": _SCALES, "meta": (torch.int16,)},
-)
+_SCALES = (torch.float32, *dtypes.NATIVE)
+_MASK = {"bitmask": (torch.uint8,), "shape": (torch.int64,)}
+_LEVELS = {"compressed": tuple(LEVEL_DTYPES), **_MASK, SCALE: _SCALES}
+_EVERY = {
+    "weight_packed": (torch.int32,),
+    SCALE: _SCALES,
+    "weight_shape": (torch.int64, torch.int32),
+}
+_WORDS = {**_EVERY, "bitmask": _MASK["bitmask"]}
+_MARLIN = {"weight_packed": (torch.int32,), "scale_packed": _SCALES, "meta": (torch.int16,)}
+PLAIN = Form("plain", "compressed", "shape", "", {"compressed": VALUE_DTYPES, **_MASK})
+LEVELS = Form("levels", "compressed", "shape", SCALE, _LEVELS)
+WORDS = Form("words", "weight_packed", "weight_shape", SCALE, _WORDS)
+PACK_QUANTIZED = Form("pack-quantized", "weight_packed", "weight_shape", SCALE, _EVERY)
+MARLIN = Form("marlin-24", "weight_packed", "", "scale_packed", _MARLIN)
 FORMS = (PLAIN, LEVELS, WORDS, PACK_QUANTIZED, MARLIN)
 ALL_PARTS = tuple(dict.fromkeys(part for form in FORMS for part in form.parts))
 
