@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import sparsekern as sk
 from python_tests.checkpoint import checkpoint_cases as cases
 from sparsekern.checkpoint import from_pretrained, save_pretrained
 from sparsekern.errors import FormatError
@@ -123,16 +124,23 @@ def test_generate_gives_the_same_tokens(tmp_path):
     assert torch.equal(loaded.generate(TOKENS, **words), model.generate(TOKENS, **words))
 
 
-def test_save_pretrained_of_a_pruned_model_is_ours(tmp_path):
+@pytest.mark.parametrize("kind", [None, "fp8", "int4"])
+def test_save_pretrained_of_a_pruned_model_is_ours(tmp_path, kind):
     model = cases.sparsify(cases.llama())
+    for module in model.modules():
+        if kind and isinstance(module, SparseLinear):
+            module.weight = sk.quantize(module.weight, kind)
     save_pretrained(model, tmp_path / "ours")
     model.save_pretrained(tmp_path / "theirs")
-    model.save_pretrained(tmp_path / "state", state_dict=model.state_dict())
+    copies = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "state", state_dict=copies)
     assert files(tmp_path / "theirs") == files(tmp_path / "ours") == files(tmp_path / "state")
     model.save_pretrained(tmp_path / "worker", is_main_process=False)
     assert not (tmp_path / "worker").exists()
-    other = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for words in ({"push_to_hub": True}, {"variant": "x"}, {"state_dict": other}):
+    values = "model.layers.0.mlp.up_proj.compressed"
+    more = [{**copies, name: -copies[name].float()} for name in (values, "model.norm.weight")]
+    states = [{"state_dict": other} for other in more]
+    for words in ({"push_to_hub": True}, {"variant": "x"}, *states):
         with pytest.raises(ValueError, match="sparsekern.save_pretrained"):
             model.save_pretrained(tmp_path / "refused", **words)
     assert not (tmp_path / "refused").exists()

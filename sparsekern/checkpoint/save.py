@@ -28,10 +28,10 @@ from sparsekern.checkpoint.arguments import folder_path, parse_size
 from sparsekern.checkpoint.experts import Stored, apart, stored_experts
 from sparsekern.checkpoint.names import SAVE_OP, Conversion, DiskNames, disk_names
 from sparsekern.checkpoint.skeleton import bare, linear_shape, own_tensors, skeleton_of
-from sparsekern.errors import check
+from sparsekern.errors import check, message
 from sparsekern.formats.config_json import FILE_KEYS, UNREADABLE_WITHOUT_US, compression_config
 from sparsekern.formats.disk import require_storable, stored_bytes, stored_tensors
-from sparsekern.formats.forms import PARTS, join
+from sparsekern.formats.forms import join
 from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.parallel import SplitLinear
@@ -123,6 +123,7 @@ def save_pretrained(
     skeleton = skeleton_of(model, untied=_compressed_head(model, head))
     sparse = {n: m for n, m in _places(model, skeleton) if isinstance(m, SparseLinear)}
     dense = _dense_tensors(model, skeleton, fetch is not None)
+    _warn_lost_states(model)
     _warn_lost_buffers(model, skeleton)
     get = Fetch() if fetch is None else fetch
     inside = _inside_experts(model)
@@ -163,8 +164,9 @@ def _check_fixed(
     if state_dict is not None:
         own = model.state_dict()
         same = own.keys() == state_dict.keys() and all(
-            name.endswith(PARTS) or own[name].data_ptr() == state_dict[name].data_ptr()
-            for name in own
+            _same(tensor, state_dict[name])
+            for name, tensor in own.items()
+            if isinstance(tensor, Tensor)
         )
         check(same, SAVE_OP, "the model's own state_dict", "another", remedy)
 
@@ -396,7 +398,12 @@ def _config(
         return {}
     # The whole config: Transformers may write only what differs from its defaults, and leaves out
     # what another release has another default for.
-    config: dict[str, Any] = json.loads(source.to_json_string())
+    try:
+        config: dict[str, Any] = json.loads(source.to_json_string())
+    except (TypeError, ValueError) as error:
+        remedy = "Take what is no text, number, list or dict out of model.config."
+        text = message(SAVE_OP, "a model.config that JSON can hold", str(error), remedy)
+        raise type(error)(text) from error
     for key in FILE_KEYS:
         config.pop(key, None)
     config["architectures"] = [type(model).__name__]
@@ -408,6 +415,17 @@ def _config(
     if _compressed_head(model, sparse):
         config["tie_word_embeddings"] = False
     return config
+
+
+def _warn_lost_states(model: nn.Module) -> None:
+    own = nn.Module.get_extra_state
+    lost = [name for name, m in model.named_modules() if type(m).get_extra_state is not own]
+    if lost:
+        warnings.warn(
+            f"{SAVE_OP}: safetensors files hold tensors alone, not what get_extra_state returns: "
+            f"of {listed(lost)}. Save that with torch.save.",
+            stacklevel=3,
+        )
 
 
 def _warn_lost_buffers(model: nn.Module, skeleton: nn.Module | None) -> None:
@@ -443,6 +461,7 @@ def _warn_unlike_config(
     dense: Mapping[str, Tensor],
 ) -> None:
     """Says where the model that config.json describes is another one."""
+    left_out = False
     if skeleton is None:
         kind = getattr(getattr(model, "config", None), "model_type", None)
         differs = f"it is a {type(model).__name__} of its own with the config of {kind!r}"
@@ -464,18 +483,24 @@ def _warn_unlike_config(
         ]
         more = [name for name in own if name not in known and not name.startswith(inside)]
         shapes = [n for n, t in dense.items() if n in known and known[n].shape != t.shape]
+        left_out = not missing and not shapes and dense.keys() >= {*more}
         kinds = {"lacks": missing, "has besides": more, "has in other shapes": shapes}
         differs = "; ".join(
             f"it {word} {listed(names, 4)}" for word, names in kinds.items() if names
         )
     if differs:
+        then = "leaves that out" if left_out else "cannot load the folder"
         warnings.warn(
             f"{SAVE_OP}: the model is not the one that its config builds: {differs}. "
-            "from_pretrained cannot load the folder: correct model.config or merge adapters and "
+            f"from_pretrained {then}: correct model.config or merge adapters and "
             "save again, or load it with sparsekern.load_into into a model built like this one.",
             stacklevel=4,
         )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.cpu(), b.cpu())
+    """Whether two tensors are one, or have the same contents."""
+    if _identity(a) == _identity(b):
+        return True
+    fits = a.dtype == b.dtype and a.shape == b.shape and not (a.is_meta or b.is_meta)
+    return fits and torch.equal(a.cpu(), b.cpu())

@@ -37,7 +37,6 @@ from sparsekern.formats import dtypes
 from sparsekern.formats.scaled import SCALE
 from sparsekern.utils.safetensors_io import TensorFiles
 
-PARTS = ("compressed", "bitmask", "shape")
 VALUE_DTYPES = tuple(dtypes.PLAIN)
 
 
