@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsekern.errors import check, message
+from sparsekern.utils.files import require_reachable
 from sparsekern.utils.safetensors_io import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -74,6 +75,7 @@ def check_writable(folder: str | os.PathLike[str], op: str = OP) -> Path:
             file above it or a dangling link, or cannot be written.
     """
     path = Path(folder)
+    require_reachable(op, "the folder", path)
     remedy = "Give another folder for the output."
 
     def refuse(kind: type[OSError], number: int, got: str) -> None:
