@@ -31,14 +31,14 @@ from sparsekern.checkpoint.skeleton import bare, linear_shape, own_tensors, skel
 from sparsekern.errors import check, message
 from sparsekern.formats.config_json import FILE_KEYS, UNREADABLE_WITHOUT_US, compression_config
 from sparsekern.formats.disk import require_storable, stored_bytes, stored_tensors
-from sparsekern.formats.forms import join
+from sparsekern.formats.forms import MARKS, join
 from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.parallel import SplitLinear
 from sparsekern.nn.replace import is_conv1d
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.utils.arguments import checked
-from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, listed
+from sparsekern.utils.safetensors_io import CONFIG_FILE, DTYPES, listed
 from sparsekern.utils.staging import Group, StagedFolder, check_writable, write_shards, writing
 
 # Other arguments of Transformers' save_pretrained, with the values that ask for what is written.
@@ -258,13 +258,7 @@ def _dense_tensors(
             full = join(name, key)
             if full in computed:  # position tables that Transformers keeps out of files
                 continue
-            check(
-                absent or not tensor.is_meta,
-                f"{OP}: {full}",
-                "a tensor with data",
-                "one on meta",
-                "Load the weights first.",
-            )
+            _check_storable(full, tensor, absent)
             known = first.get(_identity(tensor))
             if known is not None and built.get(known) == built.get(full):
                 if known not in dependent or full in dependent:
@@ -273,6 +267,22 @@ def _dense_tensors(
             first[_identity(tensor)] = full
             found[full] = tensor
     return found
+
+
+def _check_storable(name: str, tensor: Tensor, absent: bool) -> None:
+    """ValueError for a tensor that safetensors has no form for, or that a reader would take for a
+    part of a compressed layer."""
+    where, has_data = f"{SAVE_OP}: {name}", absent or not tensor.is_meta
+    check(has_data, where, "a tensor with data", "one on meta", "Load the weights first.")
+    fits = tensor.layout is torch.strided and not tensor.is_nested
+    got = f"{tensor.dtype}, {'nested' if tensor.is_nested else tensor.layout}"
+    remedy = "Cast it, or make it a buffer that is not persistent."
+    expected = f"a strided tensor of {', '.join(DTYPES)}"
+    check(fits and tensor.dtype in DTYPES.values(), where, expected, got, remedy)
+    expected = f"no {', '.join(MARKS)}, which are tensors of compressed layers"
+    remedy = "Rename it; layers that another program has quantised are decompressed first."
+    reserved = name.rpartition(".")[2] in MARKS or name == "__metadata__"
+    check(not reserved, where, expected, "a tensor of this name", remedy)
 
 
 def _places(model: nn.Module, skeleton: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
@@ -319,11 +329,12 @@ def _identity(tensor: Tensor) -> object:
     """Equal for two names of the same elements (tied weights)."""
     if tensor.is_meta or tensor.numel() == 0:
         return id(tensor)
-    return tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride()
+    view = tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg()
+    return tensor.data_ptr(), tensor.device, tensor.dtype, view
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
 class Fetch:

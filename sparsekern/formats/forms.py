@@ -84,6 +84,7 @@ WORDS = Form("words", "weight_packed", "weight_shape", SCALE, _WORDS)
 PACK_QUANTIZED = Form("pack-quantized", "weight_packed", "weight_shape", SCALE, _EVERY)
 MARLIN = Form("marlin-24", "weight_packed", "", "scale_packed", _MARLIN)
 FORMS = (PLAIN, LEVELS, WORDS, PACK_QUANTIZED, MARLIN)
+MARKS = ("compressed", "bitmask", "weight_packed")  # of which a compressed layer has one at least
 ALL_PARTS = tuple(dict.fromkeys(part for form in FORMS for part in form.parts))
 
 
@@ -148,5 +149,4 @@ def layer_shape(files: TensorFiles, layer: str) -> tuple[int, int]:
 def compressed_layers(files: TensorFiles) -> list[str]:
     """Names of the modules that are stored compressed, sorted."""
     parts = (name.rpartition(".") for name in files.info)
-    marks = ("compressed", "bitmask", "weight_packed")
-    return sorted({module for module, _, part in parts if part in marks})
+    return sorted({module for module, _, part in parts if part in MARKS})
