@@ -138,9 +138,13 @@ def test_save_pretrained_of_a_pruned_model_is_ours(tmp_path, kind):
     model.save_pretrained(tmp_path / "worker", is_main_process=False)
     assert not (tmp_path / "worker").exists()
     values = "model.layers.0.mlp.up_proj.compressed"
-    more = [{**copies, name: -copies[name].float()} for name in (values, "model.norm.weight")]
-    states = [{"state_dict": other} for other in more]
-    for words in ({"push_to_hub": True}, {"variant": "x"}, *states):
+    norm, kept = "model.norm.weight", copies["model.norm.weight"]
+    changes = ((values, -copies[values].float()), (norm, 2 * kept), (norm, kept.numpy()))
+    changes += ((norm, kept.to_sparse()), (norm, kept.to("meta")), ("more", kept))
+    for name, other in changes:
+        with pytest.raises(ValueError, match=f"own state_dict, got one that differs in {name}"):
+            model.save_pretrained(tmp_path / "refused", state_dict={**copies, name: other})
+    for words in ({"push_to_hub": True}, {"variant": "x"}):
         with pytest.raises(ValueError, match="sparsekern.save_pretrained"):
             model.save_pretrained(tmp_path / "refused", **words)
     assert not (tmp_path / "refused").exists()

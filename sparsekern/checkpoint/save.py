@@ -163,12 +163,13 @@ def _check_fixed(
         check(fits, SAVE_OP, f"{name}={allowed[0]!r}", repr(value)[:80], remedy)
     if state_dict is not None:
         own = model.state_dict()
-        same = own.keys() == state_dict.keys() and all(
-            _same(tensor, state_dict[name])
+        differ = sorted(own.keys() ^ state_dict.keys()) or [
+            name
             for name, tensor in own.items()
-            if isinstance(tensor, Tensor)
-        )
-        check(same, SAVE_OP, "the model's own state_dict", "another", remedy)
+            if isinstance(tensor, Tensor) and not _same(tensor, state_dict[name])
+        ]
+        got = f"one that differs in {listed(differ, 4)}"
+        check(not differ, SAVE_OP, "the model's own state_dict", got, remedy)
 
 
 def model_config(
@@ -327,7 +328,7 @@ def _linears(
 
 def _identity(tensor: Tensor) -> object:
     """Equal for two names of the same elements (tied weights)."""
-    if tensor.is_meta or tensor.numel() == 0:
+    if tensor.is_meta or tensor.layout is not torch.strided or tensor.numel() == 0:
         return id(tensor)
     view = tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg()
     return tensor.data_ptr(), tensor.device, tensor.dtype, view
@@ -509,9 +510,9 @@ def _warn_unlike_config(
         )
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _same(a: Tensor, b: object) -> bool:
     """Whether two tensors are one, or have the same contents."""
-    if _identity(a) == _identity(b):
-        return True
-    fits = a.dtype == b.dtype and a.shape == b.shape and not (a.is_meta or b.is_meta)
-    return fits and torch.equal(a.cpu(), b.cpu())
+    if not isinstance(b, Tensor) or _identity(a) == _identity(b):
+        return isinstance(b, Tensor)
+    fits = a.dtype == b.dtype and a.shape == b.shape and a.layout == b.layout == torch.strided
+    return fits and not (a.is_meta or b.is_meta) and torch.equal(a.cpu(), b.cpu())
