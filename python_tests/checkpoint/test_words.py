@@ -182,7 +182,7 @@ def test_a_folder_without_weights_is_named_by_what_it_has(make, words, text, tmp
         from_pretrained(make(tmp_path), **words)
 
 
-@pytest.mark.parametrize("mapping", [{"(": ""}, {"x": None}, {1: "2"}], ids=str)
+@pytest.mark.parametrize("mapping", [{"(": ""}, {"x": None}, {1: "2"}, {"x": str}], ids=str)
 def test_a_key_mapping_that_is_none(mapping, folder):
     with pytest.raises(ValueError, match=r"key_mapping to be \{regular expression: replacement\}"):
         from_pretrained(folder, key_mapping=mapping)

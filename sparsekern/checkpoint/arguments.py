@@ -59,7 +59,7 @@ def check_mapping(op: str, key_mapping: Mapping[str, str] | None) -> None:
     """ValueError for a key_mapping that is none."""
     for pattern, replacement in (key_mapping or {}).items():
         try:
-            re.sub(pattern, replacement, "")
+            re.sub(pattern, "" + replacement, "")
         except (re.error, TypeError) as error:
             got = f"{pattern!r}: {replacement!r} ({error})"
             expected = "key_mapping to be {regular expression: replacement}"
