@@ -427,6 +427,8 @@ def test_a_failed_save_keeps_the_model_and_says_what_to_do(tmp_path, monkeypatch
     monkeypatch.setattr(staging, "save_file", full)
     with pytest.raises(OSError, match="No space left.*model in memory is unchanged") as caught:
         save_pretrained(model, tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        save_pretrained(model, tmp_path / "new")
     assert caught.value.errno == 28 and not list(tmp_path.iterdir())
     monkeypatch.undo()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

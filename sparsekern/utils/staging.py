@@ -136,6 +136,7 @@ class StagedFolder:
         self.folder = Path(folder)
 
     def __enter__(self) -> StagedFolder:
+        self._made = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=self.folder))
@@ -151,6 +152,9 @@ class StagedFolder:
     ) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
+        if self._made:
+            with contextlib.suppress(OSError):  # committed, or somebody else writes there
+                self.folder.rmdir()
 
     def write_json(self, name: str, value: Any) -> None:
         (self.path / name).write_text(
