@@ -248,7 +248,7 @@ def write_models(
     from safetensors.torch import save_file
 
     from sparsekern import prune_compress, quantize
-    from sparsekern.formats.disk import compression_config
+    from sparsekern.formats.config_json import compression_config
 
     folders = {name: folder / f"{preset}-{layers}-{name}" for name in kinds}
     if all((path / "config.json").exists() for path in folders.values()):

@@ -382,6 +382,41 @@ def test_buffers_of_every_type_that_safetensors_writes(tmp_path):
         assert got.tolist() == expected.tolist()
 
 
+def test_tensors_that_are_views_of_a_conjugate(tmp_path):
+    number = torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex64)
+    model = cases.Plain()
+    for name, value in (("own", number), ("conj", number.conj()), ("neg", number.conj().imag)):
+        model.register_buffer(name, value)
+    save_pretrained(model, tmp_path)
+    loaded = cases.Plain()
+    for name in ("own", "conj", "neg"):
+        loaded.register_buffer(name, torch.zeros_like(model.get_buffer(name)))
+    load_into(loaded, tmp_path)
+    assert loaded.own.tolist() == [1 + 2j, 3 - 4j]
+    assert loaded.conj.tolist() == [1 - 2j, 3 + 4j] and loaded.neg.tolist() == [-2, 4]
+
+
+@pytest.mark.parametrize(
+    "name, make, text",
+    [
+        ("c", lambda: torch.ones(2, dtype=torch.complex128), "strided .*got torch.complex128"),
+        ("c", lambda: torch.eye(2).to_sparse(), "strided .*torch.sparse_coo"),
+        ("c", lambda: torch.nested.nested_tensor([torch.ones(2)]), "strided .*nested"),
+        ("bitmask", lambda: torch.ones(2), "no compressed, bitmask, weight_packed"),
+        ("__metadata__", lambda: torch.ones(2), "a tensor of this name. Rename it"),
+    ],
+)
+def test_tensors_that_a_folder_cannot_hold(name, make, text, tmp_path):
+    model = cases.Plain()
+    model.register_buffer(name, make())
+    with pytest.raises(ValueError, match=f"save_pretrained: {name}: expected .*{text}"):
+        save_pretrained(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    del model._buffers[name]
+    model.register_buffer(name, make(), persistent=False)
+    save_pretrained(model, tmp_path / "out")
+
+
 @pytest.mark.parametrize("build", [cases.Plain, cases.llama])
 def test_saving_a_module_on_meta_is_an_error(build, tmp_path):
     with pytest.raises(ValueError, match="expected a tensor with data, got one on meta"):

@@ -391,6 +391,32 @@ def test_the_output_is_checked_before_the_work(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "file"]
 
 
+@pytest.mark.parametrize("kind", ["long", "loop", "bytes"])
+def test_paths_that_the_system_cannot_follow(kind, tmp_path):
+    path = tmp_path / {"long": "a" * 300, "loop": "loop", "bytes": "\udcff"}[kind]
+    if kind == "loop":
+        path.symlink_to(path)
+    with pytest.raises((OSError, ValueError), match="save_pretrained: expected directory to be"):
+        save_pretrained(torch.nn.Linear(4, 4), path)
+    with pytest.raises((OSError, ValueError), match="from_pretrained: expected the model to be"):
+        from_pretrained(path)
+    with pytest.raises((OSError, ValueError), match="the folder to be a path.*another path"):
+        check_writable(path)
+
+
+def test_shards_without_their_index(tmp_path):
+    save_pretrained(cases.sparsify(cases.llama()), tmp_path, max_shard_size=20_000)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(FormatError, match="index.json is missing, which names the shards"):
+        from_pretrained(tmp_path)
+    for shard in tmp_path.glob("*.safetensors"):
+        shard.rename(tmp_path / shard.name.replace("model", "model.fp16"))
+    with pytest.raises(FormatError, match="Pass variant='fp16'"):
+        from_pretrained(tmp_path)
+    with pytest.raises(FormatError, match="index.fp16.json is missing"):
+        from_pretrained(tmp_path, variant="fp16")
+
+
 def test_a_failed_save_keeps_the_model_and_says_what_to_do(tmp_path, monkeypatch):
     model = cases.sparsify(cases.llama())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -401,6 +427,8 @@ def test_a_failed_save_keeps_the_model_and_says_what_to_do(tmp_path, monkeypatch
     monkeypatch.setattr(staging, "save_file", full)
     with pytest.raises(OSError, match="No space left.*model in memory is unchanged") as caught:
         save_pretrained(model, tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        save_pretrained(model, tmp_path / "new")
     assert caught.value.errno == 28 and not list(tmp_path.iterdir())
     monkeypatch.undo()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import sparsekern as sk
 from python_tests.checkpoint import checkpoint_cases as cases
 from sparsekern.checkpoint import from_pretrained, save_pretrained
 from sparsekern.errors import FormatError
@@ -123,16 +124,27 @@ def test_generate_gives_the_same_tokens(tmp_path):
     assert torch.equal(loaded.generate(TOKENS, **words), model.generate(TOKENS, **words))
 
 
-def test_save_pretrained_of_a_pruned_model_is_ours(tmp_path):
+@pytest.mark.parametrize("kind", [None, "fp8", "int4"])
+def test_save_pretrained_of_a_pruned_model_is_ours(tmp_path, kind):
     model = cases.sparsify(cases.llama())
+    for module in model.modules():
+        if kind and isinstance(module, SparseLinear):
+            module.weight = sk.quantize(module.weight, kind)
     save_pretrained(model, tmp_path / "ours")
     model.save_pretrained(tmp_path / "theirs")
-    model.save_pretrained(tmp_path / "state", state_dict=model.state_dict())
+    copies = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "state", state_dict=copies)
     assert files(tmp_path / "theirs") == files(tmp_path / "ours") == files(tmp_path / "state")
     model.save_pretrained(tmp_path / "worker", is_main_process=False)
     assert not (tmp_path / "worker").exists()
-    other = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for words in ({"push_to_hub": True}, {"variant": "x"}, {"state_dict": other}):
+    values = "model.layers.0.mlp.up_proj.compressed"
+    norm, kept = "model.norm.weight", copies["model.norm.weight"]
+    changes = ((values, -copies[values].float()), (norm, 2 * kept), (norm, kept.numpy()))
+    changes += ((norm, kept.to_sparse()), (norm, kept.to("meta")), ("more", kept))
+    for name, other in changes:
+        with pytest.raises(ValueError, match=f"own state_dict, got one that differs in {name}"):
+            model.save_pretrained(tmp_path / "refused", state_dict={**copies, name: other})
+    for words in ({"push_to_hub": True}, {"variant": "x"}):
         with pytest.raises(ValueError, match="sparsekern.save_pretrained"):
             model.save_pretrained(tmp_path / "refused", **words)
     assert not (tmp_path / "refused").exists()

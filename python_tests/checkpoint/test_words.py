@@ -182,7 +182,7 @@ def test_a_folder_without_weights_is_named_by_what_it_has(make, words, text, tmp
         from_pretrained(make(tmp_path), **words)
 
 
-@pytest.mark.parametrize("mapping", [{"(": ""}, {"x": None}, {1: "2"}], ids=str)
+@pytest.mark.parametrize("mapping", [{"(": ""}, {"x": None}, {1: "2"}, {"x": str}], ids=str)
 def test_a_key_mapping_that_is_none(mapping, folder):
     with pytest.raises(ValueError, match=r"key_mapping to be \{regular expression: replacement\}"):
         from_pretrained(folder, key_mapping=mapping)
@@ -357,6 +357,19 @@ def test_models_whose_classes_initialise_layers_by_their_sizes(tmp_path):
         assert torch.equal(loaded(sound).logits, model(sound).logits)
 
 
+def test_the_callers_architectures_choose_the_class(folder):
+    model = from_pretrained(folder, architectures=["LlamaModel"])
+    assert type(model) is transformers.LlamaModel
+
+
+def test_a_config_that_json_cannot_hold(tmp_path):
+    model = cases.sparsify(cases.llama())
+    model.config.note = tmp_path
+    with pytest.raises(TypeError, match="model.config that JSON can hold, got .*PosixPath"):
+        save_pretrained(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # ---- what the commands load ----------------------------------------------------------------------
 
 
@@ -394,6 +407,14 @@ def test_a_gguf_is_known_by_what_it_is(tmp_path):
     model, _ = load_model(tmp_path / "folder.gguf", dtype="bfloat16")
     assert isinstance(model.model.layers[0].mlp.up_proj, SparseLinear)
     assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("path", [b"folder", None, 3])
+def test_what_is_no_path_for_the_commands(path):
+    from sparsekern.integrations.loading import load_model
+
+    with pytest.raises(TypeError, match="load_model: expected path to be a path, got"):
+        load_model(path)
 
 
 @pytest.mark.parametrize("kind", ["garbage", "pipe", "list"])

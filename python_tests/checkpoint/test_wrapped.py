@@ -131,6 +131,30 @@ def test_a_model_that_its_config_does_not_build_is_said(change, text, tmp_path):
     assert torch.equal(logits(other), logits(model))
 
 
+class Scales(nn.Module):
+    """A module with a state that is no tensor."""
+
+    def get_extra_state(self):
+        return {"amax": [1.0]}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_what_a_model_has_besides_its_config_is_said_to_be_left_out(tmp_path):
+    model = cases.sparsify(cases.llama())
+    model.model.extra = nn.Parameter(torch.ones(3))
+    model.model.scales = Scales()
+    with pytest.warns(UserWarning) as said:
+        model.save_pretrained(tmp_path, state_dict=model.state_dict())
+    texts = [str(warning.message) for warning in said]
+    assert any("has besides model.extra. from_pretrained leaves that out" in t for t in texts)
+    assert any("not what get_extra_state returns: of model.scales" in t for t in texts)
+    with pytest.warns(UserWarning, match="left out: model.extra"):
+        loaded = from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_a_class_of_ones_own_with_a_config_is_said(tmp_path):
     class Own(nn.Module):
         def __init__(self):

@@ -502,6 +502,8 @@ ERRORS = [
         "a positive --share, got nan",
     ),
     (["bench", "--shape", "8x8", "--tokens", "9" * 20, "--device", "cpu"], "up to 2147483647"),
+    *(([command, "a" * 300], "path that can be looked into") for command in ("eval", "verify")),
+    (["prune", "a" * 300, "--out", "{r}/new"], "path that can be looked into, got aaa"),
     # flags that nothing reads
     ([*MAGNITUDE, "--samples", "4"], "than magnitude, with --samples, got --samples=4"),
     ([*MAGNITUDE, "--seed", "4"], "with --seed, got --seed=4, which nothing reads"),

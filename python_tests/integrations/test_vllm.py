@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sparsekern as sk
-from sparsekern.formats.disk import sparsity_entry
+from sparsekern.formats.config_json import sparsity_entry
 from sparsekern.integrations import inductor_pdl
 from sparsekern.integrations import vllm_rules as plugin
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from sparsekern.errors import FormatError, check, message
 from sparsekern.utils.arguments import usable_device
+from sparsekern.utils.files import require_reachable
 from sparsekern.utils.safetensors_io import CONFIG_FILE, read_json, variant_names
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
@@ -34,7 +35,8 @@ class ModelNotFound(FormatError, FileNotFoundError):
 
 
 def folder_path(op: str, name: str, value: Any) -> Path:
-    """A path argument as Path; TypeError for anything but a str or os.PathLike."""
+    """A path argument as Path; TypeError for anything but a str or os.PathLike, OSError or
+    ValueError for one that no system call can follow."""
     check(
         isinstance(value, (str, os.PathLike)) and not isinstance(value, bytes),
         op,
@@ -49,6 +51,7 @@ def folder_path(op: str, name: str, value: Any) -> Path:
         f"{name} to be a path",
         repr(value),
     )
+    require_reachable(op, name, text)
     return Path(text)
 
 
@@ -56,7 +59,7 @@ def check_mapping(op: str, key_mapping: Mapping[str, str] | None) -> None:
     """ValueError for a key_mapping that is none."""
     for pattern, replacement in (key_mapping or {}).items():
         try:
-            re.sub(pattern, replacement, "")
+            re.sub(pattern, "" + replacement, "")
         except (re.error, TypeError) as error:
             got = f"{pattern!r}: {replacement!r} ({error})"
             expected = "key_mapping to be {regular expression: replacement}"

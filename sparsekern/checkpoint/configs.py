@@ -12,7 +12,7 @@ import torch
 from sparsekern.checkpoint.arguments import folder_path
 from sparsekern.checkpoint.skeleton import import_transformers
 from sparsekern.errors import FormatError, check, message
-from sparsekern.formats.disk import FILE_KEYS
+from sparsekern.formats.config_json import FILE_KEYS
 from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, read_json
 
 MAX_SMALL_JSON = 2**24

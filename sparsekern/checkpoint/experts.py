@@ -24,13 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import message
-from sparsekern.formats.disk import (
-    join,
-    read_sparse24,
-    stored_bytes,
-    stored_tensors,
-    values_name,
-)
+from sparsekern.formats.disk import read_sparse24, stored_bytes, stored_tensors
+from sparsekern.formats.forms import join, values_name
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.sparse_experts import SparseExperts, find_experts, linear_of

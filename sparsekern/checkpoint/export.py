@@ -18,22 +18,16 @@ from sparsekern.checkpoint.arguments import folder_path, parse_size
 from sparsekern.checkpoint.experts import fused_dense, read_entries
 from sparsekern.errors import check
 from sparsekern.formats import dtypes
-from sparsekern.formats.disk import (
+from sparsekern.formats.config_json import (
     FILE_KEYS,
     FORMAT_VERSION,
-    LEVEL_DTYPES,
     METHODS,
-    check_headers,
-    dense_levels,
-    join,
     numbers_dtype,
-    parts_of,
     quantization_groups,
     read_compression_config,
-    read_sparse24,
-    storage_of,
-    values_name,
 )
+from sparsekern.formats.disk import check_headers, dense_levels, read_sparse24
+from sparsekern.formats.forms import LEVEL_DTYPES, join, parts_of, storage_of, values_name
 from sparsekern.formats.layouts import WeightSpec
 from sparsekern.utils.safetensors_io import (
     CONFIG_FILE,

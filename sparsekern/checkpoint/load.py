@@ -31,17 +31,15 @@ from sparsekern.checkpoint.skeleton import (
 )
 from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import dtypes
-from sparsekern.formats.disk import (
+from sparsekern.formats.config_json import numbers_dtype, read_compression_config
+from sparsekern.formats.disk import check_headers, read_sparse24
+from sparsekern.formats.forms import (
     LEVEL_DTYPES,
     PLAIN,
     VALUE_DTYPES,
-    check_headers,
     form_of,
     join,
-    numbers_dtype,
     parts_of,
-    read_compression_config,
-    read_sparse24,
     values_name,
 )
 from sparsekern.nn.sparse_experts import fuse_experts, unfuse_experts

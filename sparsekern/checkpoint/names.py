@@ -33,7 +33,7 @@ from sparsekern.checkpoint.experts import (
 )
 from sparsekern.checkpoint.skeleton import own_tensors
 from sparsekern.errors import FormatError, message
-from sparsekern.formats.disk import join
+from sparsekern.formats.forms import join
 from sparsekern.utils.safetensors_io import OP, TensorInfo, listed, require
 
 SAVE_OP = "sparsekern.save_pretrained"

@@ -7,7 +7,7 @@ export_dense.
 
 The folder is what Transformers writes (config.json, safetensors shards, index, tokenizer,
 generation config, its names for tensors), with pruned layers in compressed-tensors'
-sparse-24-bitmask format (formats/disk.py) and a SHA256SUMS. This file writes; checkpoint/load.py
+sparse-24-bitmask format (formats/forms.py) and a SHA256SUMS. This file writes; checkpoint/load.py
 reads.
 """
 
@@ -28,24 +28,17 @@ from sparsekern.checkpoint.arguments import folder_path, parse_size
 from sparsekern.checkpoint.experts import Stored, apart, stored_experts
 from sparsekern.checkpoint.names import SAVE_OP, Conversion, DiskNames, disk_names
 from sparsekern.checkpoint.skeleton import bare, linear_shape, own_tensors, skeleton_of
-from sparsekern.errors import check
-from sparsekern.formats.disk import (
-    FILE_KEYS,
-    PARTS,
-    UNREADABLE_WITHOUT_US,
-    compression_config,
-    join,
-    require_storable,
-    stored_bytes,
-    stored_tensors,
-)
+from sparsekern.errors import check, message
+from sparsekern.formats.config_json import FILE_KEYS, UNREADABLE_WITHOUT_US, compression_config
+from sparsekern.formats.disk import require_storable, stored_bytes, stored_tensors
+from sparsekern.formats.forms import MARKS, join
 from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.parallel import SplitLinear
 from sparsekern.nn.replace import is_conv1d
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.utils.arguments import checked
-from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, listed
+from sparsekern.utils.safetensors_io import CONFIG_FILE, DTYPES, listed
 from sparsekern.utils.staging import Group, StagedFolder, check_writable, write_shards, writing
 
 # Other arguments of Transformers' save_pretrained, with the values that ask for what is written.
@@ -130,6 +123,7 @@ def save_pretrained(
     skeleton = skeleton_of(model, untied=_compressed_head(model, head))
     sparse = {n: m for n, m in _places(model, skeleton) if isinstance(m, SparseLinear)}
     dense = _dense_tensors(model, skeleton, fetch is not None)
+    _warn_lost_states(model)
     _warn_lost_buffers(model, skeleton)
     get = Fetch() if fetch is None else fetch
     inside = _inside_experts(model)
@@ -169,11 +163,13 @@ def _check_fixed(
         check(fits, SAVE_OP, f"{name}={allowed[0]!r}", repr(value)[:80], remedy)
     if state_dict is not None:
         own = model.state_dict()
-        same = own.keys() == state_dict.keys() and all(
-            name.endswith(PARTS) or own[name].data_ptr() == state_dict[name].data_ptr()
-            for name in own
-        )
-        check(same, SAVE_OP, "the model's own state_dict", "another", remedy)
+        differ = sorted(own.keys() ^ state_dict.keys()) or [
+            name
+            for name, tensor in own.items()
+            if isinstance(tensor, Tensor) and not _same(tensor, state_dict[name])
+        ]
+        got = f"one that differs in {listed(differ, 4)}"
+        check(not differ, SAVE_OP, "the model's own state_dict", got, remedy)
 
 
 def model_config(
@@ -263,13 +259,7 @@ def _dense_tensors(
             full = join(name, key)
             if full in computed:  # position tables that Transformers keeps out of files
                 continue
-            check(
-                absent or not tensor.is_meta,
-                f"{OP}: {full}",
-                "a tensor with data",
-                "one on meta",
-                "Load the weights first.",
-            )
+            _check_storable(full, tensor, absent)
             known = first.get(_identity(tensor))
             if known is not None and built.get(known) == built.get(full):
                 if known not in dependent or full in dependent:
@@ -278,6 +268,22 @@ def _dense_tensors(
             first[_identity(tensor)] = full
             found[full] = tensor
     return found
+
+
+def _check_storable(name: str, tensor: Tensor, absent: bool) -> None:
+    """ValueError for a tensor that safetensors has no form for, or that a reader would take for a
+    part of a compressed layer."""
+    where, has_data = f"{SAVE_OP}: {name}", absent or not tensor.is_meta
+    check(has_data, where, "a tensor with data", "one on meta", "Load the weights first.")
+    fits = tensor.layout is torch.strided and not tensor.is_nested
+    got = f"{tensor.dtype}, {'nested' if tensor.is_nested else tensor.layout}"
+    remedy = "Cast it, or make it a buffer that is not persistent."
+    expected = f"a strided tensor of {', '.join(DTYPES)}"
+    check(fits and tensor.dtype in DTYPES.values(), where, expected, got, remedy)
+    expected = f"no {', '.join(MARKS)}, which are tensors of compressed layers"
+    remedy = "Rename it; layers that another program has quantised are decompressed first."
+    reserved = name.rpartition(".")[2] in MARKS or name == "__metadata__"
+    check(not reserved, where, expected, "a tensor of this name", remedy)
 
 
 def _places(model: nn.Module, skeleton: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
@@ -322,13 +328,14 @@ def _linears(
 
 def _identity(tensor: Tensor) -> object:
     """Equal for two names of the same elements (tied weights)."""
-    if tensor.is_meta or tensor.numel() == 0:
+    if tensor.is_meta or tensor.layout is not torch.strided or tensor.numel() == 0:
         return id(tensor)
-    return tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride()
+    view = tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg()
+    return tensor.data_ptr(), tensor.device, tensor.dtype, view
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
 class Fetch:
@@ -403,7 +410,12 @@ def _config(
         return {}
     # The whole config: Transformers may write only what differs from its defaults, and leaves out
     # what another release has another default for.
-    config: dict[str, Any] = json.loads(source.to_json_string())
+    try:
+        config: dict[str, Any] = json.loads(source.to_json_string())
+    except (TypeError, ValueError) as error:
+        remedy = "Take what is no text, number, list or dict out of model.config."
+        text = message(SAVE_OP, "a model.config that JSON can hold", str(error), remedy)
+        raise type(error)(text) from error
     for key in FILE_KEYS:
         config.pop(key, None)
     config["architectures"] = [type(model).__name__]
@@ -415,6 +427,17 @@ def _config(
     if _compressed_head(model, sparse):
         config["tie_word_embeddings"] = False
     return config
+
+
+def _warn_lost_states(model: nn.Module) -> None:
+    own = nn.Module.get_extra_state
+    lost = [name for name, m in model.named_modules() if type(m).get_extra_state is not own]
+    if lost:
+        warnings.warn(
+            f"{SAVE_OP}: safetensors files hold tensors alone, not what get_extra_state returns: "
+            f"of {listed(lost)}. Save that with torch.save.",
+            stacklevel=3,
+        )
 
 
 def _warn_lost_buffers(model: nn.Module, skeleton: nn.Module | None) -> None:
@@ -450,6 +473,7 @@ def _warn_unlike_config(
     dense: Mapping[str, Tensor],
 ) -> None:
     """Says where the model that config.json describes is another one."""
+    left_out = False
     if skeleton is None:
         kind = getattr(getattr(model, "config", None), "model_type", None)
         differs = f"it is a {type(model).__name__} of its own with the config of {kind!r}"
@@ -471,18 +495,24 @@ def _warn_unlike_config(
         ]
         more = [name for name in own if name not in known and not name.startswith(inside)]
         shapes = [n for n, t in dense.items() if n in known and known[n].shape != t.shape]
+        left_out = not missing and not shapes and dense.keys() >= {*more}
         kinds = {"lacks": missing, "has besides": more, "has in other shapes": shapes}
         differs = "; ".join(
             f"it {word} {listed(names, 4)}" for word, names in kinds.items() if names
         )
     if differs:
+        then = "leaves that out" if left_out else "cannot load the folder"
         warnings.warn(
             f"{SAVE_OP}: the model is not the one that its config builds: {differs}. "
-            "from_pretrained cannot load the folder: correct model.config or merge adapters and "
+            f"from_pretrained {then}: correct model.config or merge adapters and "
             "save again, or load it with sparsekern.load_into into a model built like this one.",
             stacklevel=4,
         )
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.cpu(), b.cpu())
+def _same(a: Tensor, b: object) -> bool:
+    """Whether two tensors are one, or have the same contents."""
+    if not isinstance(b, Tensor) or _identity(a) == _identity(b):
+        return isinstance(b, Tensor)
+    fits = a.dtype == b.dtype and a.shape == b.shape and a.layout == b.layout == torch.strided
+    return fits and not (a.is_meta or b.is_meta) and torch.equal(a.cpu(), b.cpu())

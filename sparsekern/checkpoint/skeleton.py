@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sparsekern.errors import FormatError, check, message
-from sparsekern.formats.disk import FILE_KEYS
+from sparsekern.formats.config_json import FILE_KEYS
 from sparsekern.nn.replace import is_conv1d
 from sparsekern.utils.safetensors_io import CONFIG_FILE, OP, TensorInfo, read_json, require
 
@@ -300,7 +300,7 @@ def build_from_dict(
                 setattr(config, key, value)
             if attn_implementation is not None:
                 config._attn_implementation = attn_implementation
-            model = _model_class(transformers, raw, config)(config)
+            model = _model_class(transformers, config)(config)
         recompute_buffers(model)
     except (ImportError, FormatError, UnknownWord):
         raise
@@ -410,11 +410,11 @@ def recompute_buffers(model: nn.Module, names: frozenset[str] = frozenset()) -> 
             owners[id(module)]._init_weights(module)  # type: ignore[operator]
 
 
-def _model_class(transformers: ModuleType, raw: Mapping[str, Any], config: Any) -> Any:
+def _model_class(transformers: ModuleType, config: Any) -> Any:
     """The class named by config 'architectures' where it is a Transformers model, else what the
     first of Transformers' auto classes that knows the config gives.
     """
-    for name in raw.get("architectures") or ():
+    for name in config.architectures or ():
         cls = getattr(transformers, name, None) if isinstance(name, str) else None
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             return cls
@@ -427,7 +427,7 @@ def _model_class(transformers: ModuleType, raw: Mapping[str, Any], config: Any) 
         message(
             f"{OP}: {CONFIG_FILE}",
             "'architectures' to name a model of Transformers",
-            repr(raw.get("architectures")),
+            repr(config.architectures),
         )
     )
 

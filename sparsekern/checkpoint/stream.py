@@ -28,7 +28,9 @@ from sparsekern.checkpoint.names import Conversion
 from sparsekern.checkpoint.save import Fetch, save_pretrained
 from sparsekern.checkpoint.skeleton import build_from_dict, own_tensors
 from sparsekern.errors import check
-from sparsekern.formats.disk import check_headers, join, numbers_dtype, read_compression_config
+from sparsekern.formats.config_json import numbers_dtype, read_compression_config
+from sparsekern.formats.disk import check_headers
+from sparsekern.formats.forms import join
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.sparse_experts import fuse_experts, unfuse_experts
 from sparsekern.nn.sparse_linear import SparseLinear

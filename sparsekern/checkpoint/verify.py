@@ -17,19 +17,16 @@ from sparsekern.checkpoint.names import disk_names
 from sparsekern.checkpoint.skeleton import build_skeleton, linear_shape
 from sparsekern.errors import FormatError
 from sparsekern.formats import dtypes, sparse24
-from sparsekern.formats.disk import (
+from sparsekern.formats.config_json import numbers_dtype, read_compression_config
+from sparsekern.formats.disk import HEADER_RULES, check_headers, read_sparse24
+from sparsekern.formats.forms import (
     ALL_PARTS,
-    HEADER_RULES,
     PLAIN,
-    check_headers,
     compressed_layers,
     form_of,
     join,
     layer_shape,
-    numbers_dtype,
     parts_of,
-    read_compression_config,
-    read_sparse24,
     storage_of,
     values_name,
 )

@@ -129,10 +129,11 @@ def run_eval(args: argparse.Namespace) -> None:
 def run_verify(args: argparse.Namespace) -> int:
     """Exit code 0 when every rule holds, 1 otherwise."""
     from sparsekern.checkpoint import verify_checkpoint
+    from sparsekern.checkpoint.arguments import folder_path
     from sparsekern.cli.pattern import other_pattern, verify_pattern
 
     check(
-        Path(args.directory).is_dir(),
+        folder_path("sparsekern verify", "DIR", args.directory).is_dir(),
         "sparsekern verify",
         "a model folder",
         f"no folder at {args.directory}",

@@ -214,7 +214,7 @@ def _streamed(args: argparse.Namespace) -> Streamed | None:
         return None
     folder = Path(args.model)
     if args.stream is None:
-        needs = folder_bytes(folder) if folder.is_dir() else 0
+        needs = folder_bytes(folder) if os.path.isdir(folder) else 0
         needs *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         free = available_host_bytes()
         if not needs or free is None or needs < free:
@@ -226,7 +226,7 @@ def _streamed(args: argparse.Namespace) -> Streamed | None:
     from sparsekern.checkpoint.stream import Streamed
 
     got, remedy = f"{args.model}", "Give a folder, or leave --stream out."
-    check(folder.is_dir(), OP, "--stream with a model folder", got, remedy)
+    check(os.path.isdir(folder), OP, "--stream with a model folder", got, remedy)
     return Streamed(folder, dtype_of(args.dtype))
 
 

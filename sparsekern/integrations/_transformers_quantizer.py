@@ -19,18 +19,10 @@ from sparsekern.checkpoint.experts import ExpertReader, Part, check_columns
 from sparsekern.checkpoint.names import match_names
 from sparsekern.checkpoint.skeleton import linear_shape
 from sparsekern.errors import check
-from sparsekern.formats.disk import (
-    ALL_PARTS,
-    METHOD,
-    check_headers,
-    numbers_dtype,
-    parts_of,
-    read_compression_config,
-    read_sparse24,
-    storage_of,
-    values_name,
-)
+from sparsekern.formats.config_json import METHOD, numbers_dtype, read_compression_config
+from sparsekern.formats.disk import check_headers, read_sparse24
 from sparsekern.formats.dtypes import ElementType, element
+from sparsekern.formats.forms import ALL_PARTS, parts_of, storage_of, values_name
 from sparsekern.nn.sparse_experts import unfuse_experts
 from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
 from sparsekern.utils.safetensors_io import TensorFiles, listed, require

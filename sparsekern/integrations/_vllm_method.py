@@ -30,7 +30,8 @@ from vllm.model_executor.utils import set_weight_attrs
 from sparsekern.backends.quantize_rows import quantize_torch
 from sparsekern.errors import FormatError, message
 from sparsekern.formats import dtypes, packed, scaled
-from sparsekern.formats.disk import ALL_PARTS, sparsity_entry
+from sparsekern.formats.config_json import sparsity_entry
+from sparsekern.formats.forms import ALL_PARTS
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
 from sparsekern.formats.scaled import SCALE
 from sparsekern.formats.sparse24 import Sparse24, metadata_of_bitmask, of_levels

@@ -26,12 +26,17 @@ def load_model(
     Returns:
         (model in eval mode, tokenizer or None when the folder has none).
     Raises:
-        FileNotFoundError, FormatError.
+        FileNotFoundError, FormatError; TypeError: path is none.
     """
     from sparsekern.checkpoint import from_pretrained
-    from sparsekern.checkpoint.arguments import ModelNotFound, find_folder, parse_dtype
+    from sparsekern.checkpoint.arguments import (
+        ModelNotFound,
+        find_folder,
+        folder_path,
+        parse_dtype,
+    )
 
-    place = Path(path)
+    place = folder_path("sparsekern.load_model", "path", path)
     if place.suffix.lower() == ".gguf" and not place.is_dir():
         from sparsekern.integrations.gguf.model import load_gguf
 

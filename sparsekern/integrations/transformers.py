@@ -7,7 +7,7 @@
 Loading goes through Transformers' extension points for quantizers (`register_quantization_config`,
 `register_quantizer`) under the quant_method "sparsekern": Transformers loads every dense tensor,
 and compressed layers come from the files without ever being dense. Without this package the same
-call ends with an error that names it (formats/disk.py, UNREADABLE_WITHOUT_US).
+call ends with an error that names it (formats/config_json.py, UNREADABLE_WITHOUT_US).
 
 No extension point sees a model that was pruned after loading, so `save_pretrained` of
 PreTrainedModel, which Trainer calls too, is wrapped: models without a SparseLinear pass through
@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from sparsekern.checkpoint.save import save_pretrained
-from sparsekern.formats.disk import METHOD, sparsity_entry
+from sparsekern.formats.config_json import METHOD, sparsity_entry
 from sparsekern.integrations import attention
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.utils.when_imported import when_imported

@@ -14,16 +14,15 @@ from torch import Tensor
 
 from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import dtypes
-from sparsekern.formats.disk import (
+from sparsekern.formats.config_json import METHOD, scale_group
+from sparsekern.formats.forms import (
     LEVELS,
-    METHOD,
     PLAIN,
     WORDS,
     compressed_layers,
     form_of,
     join,
     layer_shape,
-    scale_group,
     storage_of,
 )
 from sparsekern.formats.scaled import SCALE

@@ -7,12 +7,35 @@ import stat
 import tempfile
 from typing import BinaryIO
 
+from sparsekern.errors import message
+
 # The first bytes of what git leaves in place of a large file that was not fetched.
 LFS_POINTER = b"version https://git-lfs"
 
 
 class NotRegular(OSError):
     """A pipe, a device or a folder where a file is expected."""
+
+
+def require_reachable(op: str, what: str, folder: str | os.PathLike[str]) -> None:
+    """OSError, of the system's kind, for a folder that cannot be looked into (no permission, a
+    name that is too long, a circle of links), and ValueError for a name that is no UTF-8, which
+    safetensors cannot open. A folder that is not there, or is a file, passes."""
+    text = os.fspath(folder)
+    remedy = "Give another path."
+    try:
+        text.encode()
+        os.stat(os.path.join(text, "x"))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except UnicodeEncodeError:
+        raise ValueError(
+            message(op, f"{what} to be a path in UTF-8", ascii(text), remedy)
+        ) from None
+    except OSError as error:
+        got = f"{text}: {error.strerror}"
+        expected = f"{what} to be a path that can be looked into"
+        raise type(error)(error.errno, message(op, expected, got, remedy)) from error
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

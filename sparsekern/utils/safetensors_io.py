@@ -324,7 +324,10 @@ def _refuse_folder(folder: Path, single: str, index: str) -> NoReturn:
         elif name.startswith("adapter_"):
             remedy = "It holds adapters: load the model that they are for, then them with peft."
         elif found := re.fullmatch(r"model(?:\.([\w-]+?))?(-\d{5}-of-\d{5})?\.safetensors", name):
-            remedy = remedy if folder.is_file() else f"Pass variant={found[1]!r}."
+            if folder.is_dir() and variant_names(found[1])[0] == single:
+                remedy = f"{index} is missing, which names the shards: get it again."
+            elif folder.is_dir():
+                remedy = f"Pass variant={found[1]!r}."
     raise FormatError(message(where, expected, got, remedy))
 
 
@@ -481,6 +484,9 @@ def check_sums(folder: Path) -> dict[str, str] | None:
     present += [CONFIG_FILE] if (folder / CONFIG_FILE).exists() else []
     wrong = {name: f"not listed in {SUMS_FILE}" for name in present if name not in sums}
     for name, expected in sums.items():
+        if not os.path.lexists(folder / name):
+            wrong[name] = "expected a regular file, got none"
+            continue
         try:
             got = sha256(folder / name, f"{OP}: {name}")
         except FormatError as error:

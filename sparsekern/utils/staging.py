@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsekern.errors import check, message
+from sparsekern.utils.files import require_reachable
 from sparsekern.utils.safetensors_io import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -74,6 +75,7 @@ def check_writable(folder: str | os.PathLike[str], op: str = OP) -> Path:
             file above it or a dangling link, or cannot be written.
     """
     path = Path(folder)
+    require_reachable(op, "the folder", path)
     remedy = "Give another folder for the output."
 
     def refuse(kind: type[OSError], number: int, got: str) -> None:
@@ -134,6 +136,7 @@ class StagedFolder:
         self.folder = Path(folder)
 
     def __enter__(self) -> StagedFolder:
+        self._made = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=self.folder))
@@ -149,6 +152,9 @@ class StagedFolder:
     ) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
+        if self._made:
+            with contextlib.suppress(OSError):  # committed, or somebody else writes there
+                self.folder.rmdir()
 
     def write_json(self, name: str, value: Any) -> None:
         (self.path / name).write_text(
