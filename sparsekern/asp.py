@@ -23,6 +23,8 @@ Names, arguments, defaults, masks and the buffers in a state_dict (`__weight_mma
     allow_permutation        not applied: a warning says so. ASP permutes input channels after
                              tracing the model with torch.fx, which current Transformers models do
                              not survive; there, too, pruning then goes on without it
+    a head tied to its       left dense with a warning, unless custom_layer_dict lists Embedding,
+    embedding                too (there both are pruned); tied layers get one mask
     already_init_asp_model   True or False at any verbosity (there None below 3)
     whitelist                never changed in place; subclasses of a listed type count as the type
     assert                   ValueError or RuntimeError with a text that names the remedy
@@ -53,6 +55,7 @@ from sparsekern.finetune.masked import Masked
 from sparsekern.finetune.schedule import Frozen
 from sparsekern.finetune.tensors import unwrap, unwrap_optimizer
 from sparsekern.finetune.transposable import transposable_mask
+from sparsekern.nn.tied import tied_outside
 from sparsekern.prune.masks import nm_mask
 from sparsekern.utils.arguments import checked, shown
 
@@ -184,7 +187,8 @@ class ASP:
             ValueError: this model, or another that has a weight of it, was initialised already; an
                 unknown pattern, type or parameter.   TypeError: arguments of another kind.
         Warns:
-            UserWarning: a name that no layer has.
+            UserWarning: a name that no layer has; a weight that is shared with what is not to be
+                pruned (a head with its embedding), which stays dense.
         """
         op = f"{OP}.init_model_for_pruning"
         inner = unwrap(model)
@@ -249,8 +253,23 @@ class ASP:
                 check(free, op, f"{name} in one model", "another one that is initialised", remedy)
                 _say(verbosity, 3, f"Sparsifying {label}")
                 found.append((name, module, key, parameter))
+        outside = tied_outside(inner, [(module, key) for _, module, key, _ in found])
+        left = [
+            f"{name}.{key} (with {outside[id(module), key]})"
+            for name, module, key, _ in found
+            if (id(module), key) in outside
+        ]
         remedy = "Look at whitelist, the layer names, and the size rule."
-        check(found, op, "a weight to prune", f"none in {type(inner).__name__}", remedy)
+        if left:
+            text = f"weights that are shared with what is not to be pruned: {', '.join(left)}"
+            remedy = (
+                "To prune one with all who share it, let the names and types take in each, an "
+                'Embedding by custom_layer_dict={nn.Embedding: ["weight"]}.'
+            )
+            warnings.warn(f"{op}: left dense: {text}. {remedy}", UserWarning, stacklevel=3)
+            found = [one for one in found if (id(one[1]), one[2]) not in outside]
+        got = f"none in {type(inner).__name__}" + " but shared ones" * bool(left)
+        check(found, op, "a weight to prune", got, remedy)
         masks, buffers = {}, {}
         for name, module, key, parameter in found:
             ones = torch.ones_like(parameter, dtype=torch.bool)
@@ -310,9 +329,13 @@ class ASP:
         state = cls._state(model, op)
         if any(not bool(_buffer(entry).all()) for entry in state.masked.entries):
             cls.restore_pruned_weights(model)
+        computed: dict[int, Tensor] = {}  # by Parameter, which several modules may share
         for entry in state.masked.entries:
             weight, mask = entry.weight(), _buffer(entry)
-            found = state.calculate(weight)
+            key = id(entry.parameter)
+            if key not in computed:
+                computed[key] = state.calculate(weight)
+            found = computed[key]
             good = isinstance(found, Tensor) and found.dtype == torch.bool
             good = good and found.shape == weight.shape
             expected = f"a bool mask {list(weight.shape)} from mask_calculator"
@@ -434,7 +457,10 @@ class _AspMasked(Masked):
         self._buffers = buffers
         super().__init__(model, masks, schedule=Frozen())
 
-    def _fill(self, entry: Entry, mask: Tensor, tied: dict[str, str]) -> None:
+    def _merged(self, entries: list[Entry]) -> list[Entry]:
+        return entries  # each module has buffers of its own, with equal masks
+
+    def _fill(self, entry: Entry, mask: Tensor) -> None:
         entry.buffer = self._buffers[entry.name]
         entry.transposed, entry.linear = False, entry.parameter.dim() == 2
 

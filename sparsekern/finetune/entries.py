@@ -16,6 +16,7 @@ from sparsekern.finetune.tensors import is_dtensor, local, shard, unshard
 from sparsekern.nn import replace
 from sparsekern.nn.sparse_experts import find_experts
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.nn.tied import tied_outside
 from sparsekern.oneshot import discovery
 from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
 from sparsekern.utils.arguments import shown
@@ -35,6 +36,7 @@ class Entry:
     buffer: name of a module buffer that holds the mask instead (True = kept), or None.
     residue: values of the dropped weights, zero elsewhere, or None.
     gradient: |gradient| kept for the schedule between the two hooks.
+    also: other names of the same Parameter, which the mask was given for, too.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Entry:
     residue: Tensor | None = None
     gradient: Tensor | None = None
     sharded: bool = False
+    also: tuple[str, ...] = ()
 
     @property
     def parameter(self) -> Tensor:
@@ -214,6 +217,29 @@ def kept(rows: Tensor, pattern: Pattern) -> Tensor:
 def groups_whole(entry: Entry, m: int) -> bool:
     """Whether the groups of this process' part of the weight are complete."""
     return grouped(entry.weight(), entry.transposed).shape[-1] % m == 0
+
+
+def check_whole(model: nn.Module, entries: list[Entry]) -> None:
+    """ValueError for a weight that is masked under some of its names alone (nn/tied.py)."""
+    outside = tied_outside(model, [(entry.module, entry.key) for entry in entries])
+    for entry in entries:
+        partner = outside.get((id(entry.module), entry.key))
+        expected = f"{entry.name} to have a weight of its own"
+        remedy = "Leave it unmasked, or pass masks= with one mask under each name of the Parameter."
+        check(partner is None, OP, expected, f"tied to {partner}", remedy)
+
+
+def merged(entries: list[Entry]) -> list[Entry]:
+    """One entry a Parameter, which knows its other names. ValueError for two masks of one."""
+    made: dict[int, Entry] = {}
+    for entry in entries:
+        first = made.setdefault(id(entry.parameter), entry)
+        if first is not entry:
+            same = torch.equal(first.drop(), entry.drop())
+            expected = f"one mask for {first.name} and {entry.name}, which share their weight"
+            check(same, OP, expected, "two that differ", "Pass the same mask for both.")
+            first.also += (entry.name,)
+    return list(made.values())
 
 
 def why_dense(entry: Entry, parent: nn.Module | None, model: nn.Module) -> str | None:

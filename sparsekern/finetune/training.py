@@ -36,6 +36,7 @@ from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn import replace
 from sparsekern.nn.own_forward import lost_forward
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.nn.tied import UNTIE, tied_places
 from sparsekern.ops.compress import compress
 from sparsekern.ops.linear_op import autocast, linear
 from sparsekern.profiling.timer import StopRule, compare
@@ -433,27 +434,37 @@ def sparse_training(
     Returns:
         Names of the layers.
     Raises:
-        ValueError: a name that is no Linear; no layer that fits; a mask that is not transposable.
+        ValueError: a name that is no Linear; no layer that fits; a mask that is not transposable;
+            masks of a weight that another module shares.
+    Warns:
+        UserWarning: Linears left dense because another module shares their weight.
     """
-    from sparsekern.oneshot import discovery
-
     op = "sparsekern.finetune.sparse_training"
     modules = dict(model.named_modules())
-    tied = discovery.tied_names(model)
+    tied = tied_places(model)
+    partners = {
+        name: tied[id(module), "weight"][0].name
+        for name, module in modules.items()
+        if replace.is_linear(module) and (id(module), "weight") in tied
+    }
     if masks is None:
         names = [
             name
             for name, module in modules.items()
-            if name not in tied
-            and replace.is_linear(module)
-            and _divisible(module)
-            and lost_forward(module) is None
+            if replace.is_linear(module) and _divisible(module) and lost_forward(module) is None
         ]
+        left = [f"{name} ({partners[name]})" for name in names if name in partners]
+        if left:
+            text = f"left dense, because another module shares the weight: {', '.join(left)}"
+            warnings.warn(f"{op}: {text}.", UserWarning, stacklevel=3)
+        names = [name for name in names if name not in partners]
     else:
         names = list(masks)
         for name in names:
             fits = name in modules and replace.is_linear(modules[name])
             check(fits, op, f"a Linear named {name!r}", "none")
+            got = f"one tied to {partners.get(name)}"
+            check(name not in partners, op, f"{name} to have a weight of its own", got, UNTIE)
     check(names, op, "a model with Linear layers whose sizes are multiples of 4", "none")
     for name in names:
         mask = None if masks is None else masks[name]
