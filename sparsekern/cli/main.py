@@ -31,6 +31,7 @@ from sparsekern.cli.common import (
 from sparsekern.cli.parser import make_parser
 from sparsekern.cli.prune import PARTIAL as PARTIAL
 from sparsekern.cli.prune import run_prune
+from sparsekern.cli.spelling import as_flags
 from sparsekern.errors import check
 from sparsekern.integrations.loading import (
     folder_bytes,
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         kinds = (ValueError, OSError, ImportError, NotImplementedError, RankError)
         known = isinstance(error, kinds)
         known |= isinstance(error, TypeError) and text.startswith("sparsekern.")
+        text = as_flags(text, args) if known else text
         rank = os.environ.get("RANK", "0")
         if rank != "0" and isinstance(error, RankError):
             return 2  # rank 0 says it
