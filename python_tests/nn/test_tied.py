@@ -1,5 +1,7 @@
 """Which weights share memory, and what each entry point does with them."""
 
+import operator
+
 import pytest
 import torch
 from torch import nn
@@ -129,13 +131,15 @@ def start(model, **options):
 
 def test_asp_leaves_a_head_that_is_its_embedding_dense():
     model = Head()
-    with pytest.warns(UserWarning, match=r"left dense.*head.weight \(with table.weight\)"):
+    with pytest.warns(
+        UserWarning, match=r"left dense: 1 shared with what .*head.weight = table.weight"
+    ):
         start(model)
     assert is_24(model.layer.weight) and not is_24(model.head.weight)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="none in Head but shared ones"):
+    with pytest.raises(ValueError, match="none in Head .1 shared"):
         start(Head(), allowed_layer_names=["head"])
     model = tied()
-    with pytest.warns(UserWarning, match=r"0.weight \(with 2.weight\)"):
+    with pytest.warns(UserWarning, match=r"0.weight = 2.weight"):
         start(model, disallowed_layer_names=["2"])
     assert not is_24(model[2].weight) and is_24(model[1].weight)
 
@@ -232,10 +236,12 @@ def test_tied_layers_train_as_one_layer_that_is_called_twice(schedule):
 
 def test_sparse_training_says_what_it_leaves_and_refuses_to_untie():
     model = tied()
-    with pytest.warns(UserWarning, match=r"left dense.*0 \(2.weight\), 2 \(0.weight\)"):
+    with pytest.warns(UserWarning, match=r"0 \(weight tied to 2.weight\), 2 \("):
         assert sparse_training(model) == ["1", "3", "4"]
     mask = sk.finetune.transposable_mask(model[0].weight.detach().abs())
-    with pytest.raises(ValueError, match="0 to have a weight of its own.*clone"):
+    with pytest.raises(
+        ValueError, match="0 to have a weight of its own, got weight tied to 2.weight"
+    ):
         sparse_training(tied(), {"0": mask})
 
 
@@ -251,3 +257,26 @@ def test_what_folds_into_weights_refuses_shared_ones(layer):
         with pytest.raises(ValueError, match=text):
             fold(model, ids())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("norm", ["parametrizations.weight_norm", "weight_norm"])
+def test_a_computed_weight_is_no_weight_to_train(norm):
+    """weight_norm makes the weight in every forward: there is no Parameter to mask or replace."""
+    model, mask = chain(), sk.finetune.transposable_mask(torch.randn(32, 32).abs())
+    operator.attrgetter(norm)(torch.nn.utils)(model[0])
+    with pytest.raises(ValueError, match="0 to have a weight of its own, got weight is "):
+        sparse_training(model, {"0": mask})
+    with pytest.raises(TypeError, match="with a weight of its own, got weight is "):
+        sk.finetune.SparseTrainingLinear.from_linear(model[0], mask)
+    with pytest.raises(ValueError, match="mask '0' .*got a weight that its module computes"):
+        Masked(model, {"0": mask})
+    with pytest.warns(UserWarning, match=r"left dense: 0 \(weight is "):
+        assert sparse_training(model) == ["1", "2", "3", "4"]
+
+
+def test_masked_finds_a_module_by_each_of_its_names():
+    model = chain()
+    model[1] = model[0]
+    mask = sk.prune.magnitude_mask(model[0].weight)
+    assert len(Masked(model, {"1": mask})) == len(Masked(model, {"0": mask, "1": mask})) == 1
+    assert len(Masked(model)) == 1

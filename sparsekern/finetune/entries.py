@@ -137,6 +137,7 @@ def find(
             yield entry, kept(rows, pattern)
         return
     check(masks, OP, "masks of at least one layer", "an empty dict", "Pass None for the zeros.")
+    modules = dict(named_modules(model, every=True))
     for name, mask in masks.items():
         place: Any = modules.get(name)
         key = "weight"
@@ -146,7 +147,9 @@ def find(
         parameter = getattr(place, key, None)
         known = place is not None and isinstance(parameter, nn.Parameter)
         remedy = "Names are those of model.named_modules() or model.named_parameters()."
-        check(known, OP, f"mask {name!r} to name a layer or Parameter", "no match", remedy)
+        made = isinstance(parameter, Tensor) and not isinstance(parameter, nn.Parameter)
+        got = "no match" if not made else f"a {key} that its module computes, or a plain tensor"
+        check(known, OP, f"mask {name!r} to name a layer or Parameter", got, remedy)
         transposed = key == "weight" and replace.is_conv1d(place)
         if name in experts:
             transposed = experts[name][2]
@@ -192,9 +195,10 @@ def checked_drop(op: str, entry: Entry, mask: Any, pattern: Pattern) -> Tensor:
     return ~grouped(mask, entry.transposed).contiguous()
 
 
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules without the parts of names that torch.compile adds."""
-    for name, module in model.named_modules():
+def named_modules(model: nn.Module, every: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """named_modules without the parts of names that torch.compile adds. every: under each name that
+    a module has, not under the first alone."""
+    for name, module in model.named_modules(remove_duplicate=not every):
         if name.rpartition(".")[2] != "_orig_mod":
             yield name.replace("_orig_mod.", ""), getattr(module, "_orig_mod", module)
 

@@ -34,9 +34,9 @@ from sparsekern.finetune.transposable import transposable_mask
 from sparsekern.formats import dtypes
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn import replace
-from sparsekern.nn.own_forward import lost_forward
+from sparsekern.nn.own_forward import computed_weight, lost_forward
 from sparsekern.nn.sparse_linear import SparseLinear
-from sparsekern.nn.tied import UNTIE, tied_places
+from sparsekern.nn.tied import Place, tied_places
 from sparsekern.ops.compress import compress
 from sparsekern.ops.linear_op import autocast, linear
 from sparsekern.profiling.timer import StopRule, compare
@@ -144,7 +144,8 @@ class SparseTrainingLinear(nn.Module):
         fits = isinstance(getattr(linear, "weight", None), Tensor) and replace.is_linear(linear)
         got = type(linear).__name__
         check(fits, f"{OP}.from_linear", "nn.Linear or Conv1D", got, exc=TypeError)
-        reason, expected = lost_forward(linear), "a layer that computes x·Wᵀ + b alone"
+        reason = computed_weight(linear) or lost_forward(linear)
+        expected = "a layer that computes x·Wᵀ + b alone, with a weight of its own"
         remedy = "Leave it dense."
         check(reason is None, f"{OP}.from_linear", expected, reason, remedy, TypeError)
         bias: Any = getattr(linear, "bias", None)
@@ -429,42 +430,37 @@ def sparse_training(
     Args:
         model: any nn.Module; make the optimizer afterwards.
         masks: layer name -> transposable mask. None: transposable_mask(|weight|) for every Linear
-            whose sizes are multiples of 4 and whose weight no other module shares.
+            whose sizes are multiples of 4 and whose weight is a Parameter of its own.
         options: dtype and when, as for SparseTrainingLinear.
     Returns:
         Names of the layers.
     Raises:
         ValueError: a name that is no Linear; no layer that fits; a mask that is not transposable;
-            masks of a weight that another module shares.
+            masks of a weight that another module shares, or that is computed (weight_norm).
     Warns:
-        UserWarning: Linears left dense because another module shares their weight.
+        UserWarning: Linears left dense for one of these two.
     """
     op = "sparsekern.finetune.sparse_training"
     modules = dict(model.named_modules())
     tied = tied_places(model)
-    partners = {
-        name: tied[id(module), "weight"][0].name
-        for name, module in modules.items()
-        if replace.is_linear(module) and (id(module), "weight") in tied
-    }
+    why = {name: _why_dense(m, tied) for name, m in modules.items() if replace.is_linear(m)}
     if masks is None:
         names = [
             name
             for name, module in modules.items()
             if replace.is_linear(module) and _divisible(module) and lost_forward(module) is None
         ]
-        left = [f"{name} ({partners[name]})" for name in names if name in partners]
+        left = [f"{name} ({why[name]})" for name in names if why[name]]
         if left:
-            text = f"left dense, because another module shares the weight: {', '.join(left)}"
-            warnings.warn(f"{op}: {text}.", UserWarning, stacklevel=3)
-        names = [name for name in names if name not in partners]
+            warnings.warn(f"{op}: left dense: {', '.join(left)}.", UserWarning, stacklevel=3)
+        names = [name for name in names if not why[name]]
     else:
         names = list(masks)
         for name in names:
             fits = name in modules and replace.is_linear(modules[name])
             check(fits, op, f"a Linear named {name!r}", "none")
-            got = f"one tied to {partners.get(name)}"
-            check(name not in partners, op, f"{name} to have a weight of its own", got, UNTIE)
+            expected, remedy = f"{name} to have a weight of its own", "Leave it out of masks=."
+            check(not why[name], op, expected, why[name], remedy)
     check(names, op, "a model with Linear layers whose sizes are multiples of 4", "none")
     for name in names:
         mask = None if masks is None else masks[name]
@@ -480,6 +476,11 @@ def finish_training(model: nn.Module, dtype: torch.dtype | None = None) -> list[
     for _, module in found:
         replace.replace_module(model, module, module.to_sparse_linear(dtype))
     return [name for name, _ in found]
+
+
+def _why_dense(module: nn.Module, tied: Mapping[tuple[int, str], list[Place]]) -> str | None:
+    partners = tied.get((id(module), "weight"))
+    return f"weight tied to {partners[0].name}" if partners else computed_weight(module)
 
 
 def _divisible(module: nn.Module) -> bool:

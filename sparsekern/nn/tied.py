@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from sparsekern.errors import check
 from sparsekern.nn.own_forward import is_plain
 
-# A remedy, where a weight has to be one module's own.
-UNTIE = "Give it one: layer.weight = nn.Parameter(layer.weight.detach().clone())."
 Key = tuple[int, str]  # id of a module, key of its Parameter or buffer
 
 

@@ -29,7 +29,13 @@ from torch.nn.utils import parametrize
 
 from sparsekern.errors import check
 from sparsekern.formats import dtypes
-from sparsekern.nn.own_forward import computes_linear, is_plain, lost_forward, own_forward
+from sparsekern.nn.own_forward import (
+    computed_weight,
+    computes_linear,
+    is_plain,
+    lost_forward,
+    own_forward,
+)
 from sparsekern.nn.replace import dense_weight, is_conv1d, is_linear
 from sparsekern.nn.sparse_experts import SparseExperts
 from sparsekern.nn.sparse_linear import SparseLinear
@@ -213,7 +219,7 @@ def find_layers(
     for parent in model.modules():
         for key, child in parent.named_children():
             parents[id(child)].append((parent, key))
-    tied, adapters, read = tied_places(model), _adapters(model), _Readers()
+    tied, adapters, read = tied_places(model), adapter_parts(model), _Readers()
     held = held_elsewhere(model) if compress else {}
     experts = {
         f"{name}.{i}.{key}".lstrip("."): (module, (name, i, key))
@@ -265,11 +271,8 @@ def _dora(parents: list[tuple[nn.Module, str]]) -> str | None:
 def _why_not(layer: Layer, tied_with: str | None, pattern: tuple[int, int]) -> str | None:
     """Why this linear layer cannot be pruned, or None."""
     module, weight = layer.module, layer.weight
-    if parametrize.is_parametrized(module):
-        return "weight is parametrized"
-    if "weight" not in module._parameters:
-        made = ", ".join(sorted(module._parameters)) or "a plain attribute"
-        return f"weight is computed in every forward from {made}"
+    if (reason := computed_weight(module)) is not None:
+        return reason
     if not is_plain(cast(Tensor, module.weight)):
         return (
             f"weight is a {type(cast(Tensor, module.weight).data).__name__}, quantised or wrapped"
@@ -379,7 +382,7 @@ def _other_weights(name: str, module: nn.Module, block: int | None) -> list[Laye
     return found
 
 
-def _adapters(model: nn.Module) -> dict[str, str]:
+def adapter_parts(model: nn.Module) -> dict[str, str]:
     """Name of each module that belongs to an adapter -> name of the layer that it adapts. An
     adapted layer (peft) keeps the original as `base_layer`, and names its own parts in
     `adapter_layer_names`; or as `original_module` beside the copy that is trained in its place, and
