@@ -277,7 +277,9 @@ class ASP:
         outside = tied_outside(inner, [(module, key) for _, module, key, _ in found])
         for name, module, key, _ in found:
             if (partner := outside.get((id(module), key))) is not None:
-                left["shared with what is not to be pruned"].append(f"{name}.{key} = {partner}")
+                left["shared with what is not pruned as one with it"].append(
+                    f"{name}.{key} = {partner}"
+                )
         remedy = "Look at whitelist, the layer names, and the size rule."
         if outside:
             remedy = (

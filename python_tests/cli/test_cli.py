@@ -516,6 +516,13 @@ ERRORS = [
         [*MAGNITUDE, "--keep-dense-tokens", "7"],
         "with --keep-dense-tokens, got --keep-dense-tokens=(7,)",
     ),
+    ([*MAGNITUDE, "--pattern", "1:4", "--stream"], "--pattern 2:4 with --stream, got 1:4"),
+    ([*MAGNITUDE, "--quantize", "int8", "--quantize-group", "64"], "expected no --quantize-group"),
+    ([*FINETUNE, "--work", "{r}/text.txt"], "--work to be a folder, or a new one, got"),
+    (
+        ["sensitivity", "{r}/dense", "--skip-out", "{r}/a.json", "--share", "2"],
+        "--share of at most 1, got 2.0",
+    ),
     ([*MAGNITUDE, "--untie"], "with --untie, got --untie, which nothing reads. Leave --untie out."),
     ([*FINETUNE, "--freeze-at", "4"], "--schedule than frozen with --freeze-at"),
     ([*FINETUNE, "--eval-every", "4"], "--eval with --eval-every"),

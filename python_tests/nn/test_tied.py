@@ -132,7 +132,8 @@ def start(model, **options):
 def test_asp_leaves_a_head_that_is_its_embedding_dense():
     model = Head()
     with pytest.warns(
-        UserWarning, match=r"left dense: 1 shared with what .*head.weight = table.weight"
+        UserWarning,
+        match=r"1 shared with what is not pruned as one with it: head.weight = table.weight",
     ):
         start(model)
     assert is_24(model.layer.weight) and not is_24(model.head.weight)
@@ -280,3 +281,11 @@ def test_masked_finds_a_module_by_each_of_its_names():
     mask = sk.prune.magnitude_mask(model[0].weight)
     assert len(Masked(model, {"1": mask})) == len(Masked(model, {"0": mask, "1": mask})) == 1
     assert len(Masked(model)) == 1
+
+
+def test_sparse_training_keeps_a_shared_bias():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[2].bias = model[0].bias
+    with pytest.warns(UserWarning, match=r"0 \(bias tied to 2.bias\)"):
+        assert sparse_training(model) == ["1"]
+    assert model[2].bias is model[0].bias

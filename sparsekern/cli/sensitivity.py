@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
         check(fits, OP, "names of files to write", f"the folder {path!r}", "Add a name to it.")
     for name, value in given.items():
         check(0 < value < float("inf"), OP, f"a positive --{name}", value)
+    check(args.share is None or args.share <= 1, OP, "--share of at most 1", args.share)
     model, tokenizer = load_model(args.model, "cpu", None)
     tokenizer = needed(tokenizer, args.model)
     if mix.is_mix(args.calibration):

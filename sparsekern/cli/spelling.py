@@ -56,6 +56,7 @@ def as_flags(text: str, args: argparse.Namespace) -> str:
         for name, dest in names.items():
             parts[i] = _flags(parts[i], name, actions[dest])
     text = re.sub(r"(--[\w-]+)=(?=[,.) ]|$)", r"\1", "".join(parts))
+    text = re.sub(r"(--[\w-]+)=(?:None|False)\b", r"no \1", text)
     text = text.replace(" The default is None.", "")
     text = re.sub(r"(Leave --[\w-]+) at (?:None|False|\(\))\.", r"\1 out.", text)
     if "--" in text:
@@ -88,7 +89,6 @@ def _choices(text: str, name: str, action: argparse.Action) -> str:
     text = re.sub(rf"{bare}(=| )(['\"])([\w.:-]+)\2", spelt, text)
     if action.nargs == 0:
         text = re.sub(rf"{bare}=True\b", flag, text)
-        text = re.sub(rf"{bare}=False\b", f"no {flag}", text)
     return text
 
 

@@ -436,9 +436,10 @@ def sparse_training(
         Names of the layers.
     Raises:
         ValueError: a name that is no Linear; no layer that fits; a mask that is not transposable;
-            masks of a weight that another module shares, or that is computed (weight_norm).
+            masks of a layer whose weight or bias another module shares, or is computed
+            (weight_norm).
     Warns:
-        UserWarning: Linears left dense for one of these two.
+        UserWarning: Linears left dense for one of these reasons.
     """
     op = "sparsekern.finetune.sparse_training"
     modules = dict(model.named_modules())
@@ -479,8 +480,10 @@ def finish_training(model: nn.Module, dtype: torch.dtype | None = None) -> list[
 
 
 def _why_dense(module: nn.Module, tied: Mapping[tuple[int, str], list[Place]]) -> str | None:
-    partners = tied.get((id(module), "weight"))
-    return f"weight tied to {partners[0].name}" if partners else computed_weight(module)
+    for key in ("weight", "bias"):
+        if partners := tied.get((id(module), key)):
+            return f"{key} tied to {partners[0].name}"
+    return computed_weight(module)
 
 
 def _divisible(module: nn.Module) -> bool:
