@@ -267,7 +267,7 @@ def test_a_computed_weight_is_no_weight_to_train(norm):
     operator.attrgetter(norm)(torch.nn.utils)(model[0])
     with pytest.raises(ValueError, match="0 to have a weight of its own, got weight is "):
         sparse_training(model, {"0": mask})
-    with pytest.raises(TypeError, match="with a weight of its own, got weight is "):
+    with pytest.raises(TypeError, match="alone, got weight is "):
         sk.finetune.SparseTrainingLinear.from_linear(model[0], mask)
     with pytest.raises(ValueError, match="mask '0' .*got a weight that its module computes"):
         Masked(model, {"0": mask})
@@ -289,3 +289,25 @@ def test_sparse_training_keeps_a_shared_bias():
     with pytest.warns(UserWarning, match=r"0 \(bias tied to 2.bias\)"):
         assert sparse_training(model) == ["1"]
     assert model[2].bias is model[0].bias
+
+
+def test_sparse_training_leaves_what_it_cannot_train():
+    model = chain()
+    model[0].weight = nn.Parameter(torch.ones(32, 32, dtype=torch.int8), requires_grad=False)
+    model[1].to("meta")
+    model[2].weight.requires_grad_(False)
+    text = r"0 \(weight is of torch.int8\), 1 \(weight is on meta\)"
+    with pytest.warns(UserWarning, match=text):
+        assert sparse_training(model) == ["2", "3", "4"]
+    assert not model[2].values.requires_grad and model[3].values.requires_grad
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "parametrizations.weight_norm"])
+def test_from_linear_takes_the_weight_as_the_next_forward_would(norm):
+    layer = nn.Linear(32, 32, bias=False)
+    operator.attrgetter(norm)(torch.nn.utils)(layer)
+    with torch.no_grad():
+        next(p for p in layer.parameters() if p.shape == (32, 1)).mul_(3)
+    mask = sk.prune.magnitude_mask(layer.weight.detach())
+    made = sk.SparseLinear.from_linear(layer, mask).weight.to_dense()
+    assert torch.allclose(made, layer(torch.eye(32)).detach().t() * mask, atol=1e-6)

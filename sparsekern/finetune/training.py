@@ -20,7 +20,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -140,16 +140,21 @@ class SparseTrainingLinear(nn.Module):
     def from_linear(
         cls, linear: nn.Module, mask: Tensor | None = None, **options: Any
     ) -> SparseTrainingLinear:
-        """From nn.Linear or Conv1D, with copies; options as for the class."""
+        """From nn.Linear or Conv1D, with copies and their requires_grad; options as for the
+        class."""
         fits = isinstance(getattr(linear, "weight", None), Tensor) and replace.is_linear(linear)
         got = type(linear).__name__
         check(fits, f"{OP}.from_linear", "nn.Linear or Conv1D", got, exc=TypeError)
         reason = computed_weight(linear) or lost_forward(linear)
-        expected = "a layer that computes x·Wᵀ + b alone, with a weight of its own"
+        expected = "a layer that computes x·Wᵀ + b alone"
         remedy = "Leave it dense."
         check(reason is None, f"{OP}.from_linear", expected, reason, remedy, TypeError)
         bias: Any = getattr(linear, "bias", None)
-        return cls(replace.dense_weight(linear), mask, bias, **options).train(linear.training)
+        made = cls(replace.dense_weight(linear), mask, bias, **options).train(linear.training)
+        made.values.requires_grad_(cast(Tensor, linear.weight).requires_grad)
+        if made.bias is not None:
+            made.bias.requires_grad_(bias.requires_grad)
+        return made
 
     # ------------------------------------------------------------------ what it is
 
@@ -436,8 +441,8 @@ def sparse_training(
         Names of the layers.
     Raises:
         ValueError: a name that is no Linear; no layer that fits; a mask that is not transposable;
-            masks of a layer whose weight or bias another module shares, or is computed
-            (weight_norm).
+            masks of a layer whose weight or bias another module shares, or whose weight is
+            computed (weight_norm), no floating point, or on meta.
     Warns:
         UserWarning: Linears left dense for one of these reasons.
     """
@@ -483,6 +488,9 @@ def _why_dense(module: nn.Module, tied: Mapping[tuple[int, str], list[Place]]) -
     for key in ("weight", "bias"):
         if partners := tied.get((id(module), key)):
             return f"{key} tied to {partners[0].name}"
+    weight = replace.dense_weight(module)
+    if weight.is_meta or not weight.is_floating_point():
+        return "weight is on meta" if weight.is_meta else f"weight is of {weight.dtype}"
     return computed_weight(module)
 
 

@@ -106,7 +106,7 @@ def computes_linear(module: nn.Module, training: bool = False) -> bool:
 def computed_weight(module: nn.Module) -> str | None:
     """Why the weight of a linear layer is no Parameter of its own (weight_norm, torch's prune, a
     parametrization), or None."""
-    if parametrize.is_parametrized(module):
+    if parametrize.is_parametrized(module, "weight"):
         return "weight is parametrized"
     if "weight" not in module._parameters:
         made = ", ".join(sorted(module._parameters)) or "a plain attribute"
