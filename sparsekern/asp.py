@@ -249,7 +249,7 @@ class ASP:
                 expected = f"parameters of {type(module).__name__} in custom_layer_dict"
                 remedy = f"It has {sorted(module._parameters)}."
                 check(not missing, op, expected, missing, remedy)
-            for key in set(chosen) - set(module._parameters):
+            for key in sorted(set(chosen) - set(module._parameters)):
                 if isinstance(getattr(module, key, None), Tensor):
                     left["computed in every forward"].append(f"{name}.{key}".lstrip("."))
             for key, parameter in module.named_parameters(recurse=False):

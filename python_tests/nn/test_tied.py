@@ -89,6 +89,10 @@ def test_a_module_used_twice_is_no_tie_and_a_buffer_is_one():
     assert names(model) == {}
     model[2].register_buffer("copy", model[3].weight.detach())
     assert names(model) == {"2.copy": ["3.weight"], "3.weight": ["2.copy"]}
+    for layer in model[:2]:
+        layer.register_buffer("graph", torch.eye(4).to_sparse())
+    model[2].register_buffer("graph", model[0].graph)
+    assert names(model)["2.graph"] == ["0.graph"]
 
 
 def test_what_is_chosen_under_all_its_names_is_one():
@@ -96,6 +100,9 @@ def test_what_is_chosen_under_all_its_names_is_one():
     places = [(model[0], "weight"), (model[2], "weight")]
     assert tied_outside(model, places) == {}
     assert list(tied_outside(model, places[:1]).values()) == ["2.weight"]
+    turned = nn.Sequential(nn.Linear(32, 32), type("Conv1D", (nn.Linear,), {"nf": 32})(32, 32))
+    turned[1].weight = turned[0].weight  # along another dimension
+    assert len(tied_outside(turned, [(layer, "weight") for layer in turned])) == 2
     model[2].weight = nn.Parameter(model[0].weight.detach().t())  # not one Parameter
     assert sorted(tied_outside(model, places).values()) == ["0.weight", "2.weight"]
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import check
 from sparsekern.nn.own_forward import is_plain
+from sparsekern.nn.replace import is_conv1d
 
 Key = tuple[int, str]  # id of a module, key of its Parameter or buffer
 
@@ -31,14 +32,15 @@ class Place(NamedTuple):
     @property
     def tensor(self) -> Tensor:
         """The Parameter or buffer."""
-        found: Tensor = getattr(self.module, self.key)
-        return found
+        found = self.module._parameters.get(self.key)
+        return cast(Tensor, self.module._buffers[self.key] if found is None else found)
 
 
 def tied_places(model: nn.Module) -> dict[Key, list[Place]]:
     """Of each Parameter or buffer that shares elements with others, the places of the others.
 
-    Tensors without data, and subclasses (quantised, distributed), share when they are one object.
+    Tensors without data, sparse ones and subclasses (quantised, distributed) share when they are
+    one object.
     """
     apart: dict[Any, list[tuple[int, int, Place]]] = defaultdict(list)
     for name, module in model.named_modules():
@@ -46,7 +48,8 @@ def tied_places(model: nn.Module) -> dict[Key, list[Place]]:
             if tensor is None:
                 continue
             place = Place(f"{name}.{key}".lstrip("."), module, key)
-            if tensor.numel() and not tensor.is_meta and is_plain(tensor):
+            strided = tensor.layout == torch.strided and is_plain(tensor)
+            if strided and tensor.numel() and not tensor.is_meta:
                 first = tensor.data_ptr()
                 end = first + _extent(tensor) * tensor.element_size()
                 apart[tensor.device].append((first, end, place))
@@ -67,7 +70,8 @@ def tied_places(model: nn.Module) -> dict[Key, list[Place]]:
 
 def tied_outside(model: nn.Module, chosen: Iterable[tuple[nn.Module, str]]) -> dict[Key, str]:
     """Of the chosen weights (module, key) those that cannot be pruned as one Parameter -> name of a
-    tensor that shares elements with it and is not chosen, or is another view of them."""
+    tensor that shares elements with it and is not chosen, or is read transposed, or is another view
+    of them."""
     tied = tied_places(model)
     places = [Place("", module, key) for module, key in chosen]
     keys = {(id(place.module), place.key) for place in places}
@@ -75,7 +79,8 @@ def tied_outside(model: nn.Module, chosen: Iterable[tuple[nn.Module, str]]) -> d
     for place in places:
         own = id(place.module), place.key
         for other in tied.get(own, ()):
-            if other.tensor is not place.tensor or (id(other.module), other.key) not in keys:
+            one = other.tensor is place.tensor and (id(other.module), other.key) in keys
+            if not one or is_conv1d(other.module) != is_conv1d(place.module):
                 outside.setdefault(own, other.name)
     return outside
 
@@ -100,9 +105,10 @@ def _extent(tensor: Tensor) -> int:
 
 def _share(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors, whose extents overlap, have an element in common."""
-    dense = a.numel() == _extent(a) and b.numel() == _extent(b)
-    if a is b or dense or a.element_size() != b.element_size():
+    if a is b or a.element_size() != b.element_size():
         return True
+    if a.numel() == _extent(a) and b.numel() == _extent(b):
+        return True  # no gaps
     size = a.element_size()
     begin = min(a.data_ptr(), b.data_ptr())
     starts = [(t.data_ptr() - begin) // size for t in (a, b)]
