@@ -586,7 +586,21 @@ def test_arguments_in_errors_are_flags(command):
             assert as_flags(f"{given} '{given}'", args) == f"{wanted} '{given}'"
 
 
-def test_words_that_are_no_arguments_stay(places):
+def test_warnings_name_flags(places, call, monkeypatch):
+    def warn(*_, **__):
+        warnings.warn("sparsekern.f: expected batch_size as damp.", stacklevel=2)
+        warnings.warn("another: batch_size", stacklevel=2)
+        raise ValueError("sparsekern.f: expected damp > 0, got 0.")
+
+    monkeypatch.setattr(sk, "prune_model", warn)
+    with pytest.warns(UserWarning) as shown:
+        code, _, error = call(*[w.format(r=places) for w in MAGNITUDE])
+    assert (code, error) == (2, "error: sparsekern.f: expected --damp > 0, got 0.\n")
+    texts = [str(one.message) for one in shown]
+    assert texts == ["sparsekern.f: expected --batch-size as --damp.", "another: batch_size"]
+
+
+def test_words_that_are_no_arguments_stay():
     args = argparse.Namespace(parser=COMMANDS["prune"])
     for text in (
         "sparsekern.f: expected the method of a window in the model, got samples of seed.py.",

@@ -1,4 +1,4 @@
-"""Errors of the Python API in the words of the command line: flags for arguments.
+"""Errors and warnings of the Python API in the words of the command line: flags for arguments.
 
     expected damp from 0 to 1000000, got -1.0. The default is None.
     expected --damp from 0 to 1000000, got -1.0.
@@ -12,8 +12,11 @@ then, those whose text it holds, or that got none, are added.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 # Arguments of a function that a flag of another name is handed to, where the command has that flag.
 RENAMED: Mapping[str, Mapping[str, str]] = {
@@ -69,6 +72,21 @@ def as_flags(text: str, args: argparse.Namespace) -> str:
     }
     named = ", ".join(f"{flag} {value or repr(value)}" for flag, value in given.items())
     return f"{text} ({named})" if given else text
+
+
+@contextlib.contextmanager
+def warnings_in_flags(args: argparse.Namespace) -> Iterator[None]:
+    """Warnings of this package in the words of the command line, too."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            text = " ".join(str(message).split())
+            own = text.startswith("sparsekern.")
+            shown(category(as_flags(text, args)) if own else message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def flag_of(action: argparse.Action) -> str:
