@@ -23,6 +23,10 @@ Names, arguments, defaults, masks and the buffers in a state_dict (`__weight_mma
     allow_permutation        not applied: a warning says so. ASP permutes input channels after
                              tracing the model with torch.fx, which current Transformers models do
                              not survive; there, too, pruning then goes on without it
+    a head tied to its       left dense with a warning, unless custom_layer_dict lists Embedding,
+    embedding                too (there both are pruned); tied layers get one mask
+    Conv1D of GPT-2          in custom_layer_dict: along in_features, its dimension 0 (there 1)
+    frozen, computed, peft   left dense with a warning (there in silence; adapters pruned)
     already_init_asp_model   True or False at any verbosity (there None below 3)
     whitelist                never changed in place; subclasses of a listed type count as the type
     assert                   ValueError or RuntimeError with a text that names the remedy
@@ -39,6 +43,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -50,9 +55,12 @@ from torch.optim import Optimizer
 from sparsekern.errors import check, message
 from sparsekern.finetune.entries import Entry
 from sparsekern.finetune.masked import Masked
-from sparsekern.finetune.schedule import Frozen
+from sparsekern.finetune.schedule import Frozen, grouped
 from sparsekern.finetune.tensors import unwrap, unwrap_optimizer
 from sparsekern.finetune.transposable import transposable_mask
+from sparsekern.nn.replace import is_conv1d
+from sparsekern.nn.tied import tied_outside
+from sparsekern.oneshot.discovery import adapter_parts
 from sparsekern.prune.masks import nm_mask
 from sparsekern.utils.arguments import checked, shown
 
@@ -184,7 +192,9 @@ class ASP:
             ValueError: this model, or another that has a weight of it, was initialised already; an
                 unknown pattern, type or parameter.   TypeError: arguments of another kind.
         Warns:
-            UserWarning: a name that no layer has.
+            UserWarning: a name that no layer has; weights that stay dense because they are shared
+                with what is not to be pruned (a head with its embedding), frozen, of an adapter
+                (peft), or computed in every forward (weight_norm).
         """
         op = f"{OP}.init_model_for_pruning"
         inner = unwrap(model)
@@ -206,7 +216,10 @@ class ASP:
             check(listed, op, expected, repr(keys), 'For example ["weight"].', TypeError)
         allowed = None if allowed_layer_names is None else frozenset(allowed_layer_names)
         disallowed = frozenset(disallowed_layer_names)
-        unknown = sorted(disallowed.union(allowed or ()) - {n for n, _ in inner.named_modules()})
+        names: dict[int, set[str]] = defaultdict(set)  # of each module, all
+        for name, module in inner.named_modules(remove_duplicate=False):
+            names[id(module)].add(name)
+        unknown = sorted(disallowed.union(allowed or ()).difference(*names.values()))
         if unknown:
             text = f"{op}: expected names of layers, got {unknown[:4]}, which no layer has. "
             text += "Names are those of model.named_modules(), without the wrapper's prefix."
@@ -223,10 +236,12 @@ class ASP:
             )
             warnings.warn(text, UserWarning, stacklevel=3)
         found: list[tuple[str, nn.Module, str, nn.Parameter]] = []
+        adapters = adapter_parts(inner)
+        left: dict[str, list[str]] = defaultdict(list)  # reason: weights that stay dense for it
         for name, module in inner.named_modules():
-            if not isinstance(module, kinds) or name in disallowed:
+            if not isinstance(module, kinds) or names[id(module)] & disallowed:
                 continue
-            if allowed is not None and name not in allowed:
+            if allowed is not None and not names[id(module)] & allowed:
                 continue
             chosen = _row(table, type(module)) or []
             if isinstance(module, tuple(custom)):
@@ -234,23 +249,53 @@ class ASP:
                 expected = f"parameters of {type(module).__name__} in custom_layer_dict"
                 remedy = f"It has {sorted(module._parameters)}."
                 check(not missing, op, expected, missing, remedy)
+            for key in sorted(set(chosen) - set(module._parameters)):
+                if isinstance(getattr(module, key, None), Tensor):
+                    left["computed in every forward"].append(f"{name}.{key}".lstrip("."))
             for key, parameter in module.named_parameters(recurse=False):
+                path = f"{name}.{key}".lstrip(".")
                 label = f"{name}::{key} of size={list(parameter.shape)}, {parameter.dtype}"
                 if key not in chosen or not parameter.requires_grad:
                     _say(verbosity, 3, f"Not sparsifying {label}")
+                    if key in chosen:
+                        left["frozen (requires_grad=False)"].append(path)
                     continue
-                if parameter.dim() < 2 or any(
-                    parameter.shape[dim] % size for dim, size in enumerate(MULTIPLE)
-                ):
+                if name in adapters:
+                    left["part of an adapter"].append(path)
+                    continue
+                shape = grouped(parameter, _turned(module, key)).shape
+                if parameter.dim() < 2 or any(shape[i] % size for i, size in enumerate(MULTIPLE)):
                     _say(verbosity, 0, f"Auto skipping pruning {label}")
                     continue
                 remedy = "ASP.forget(that model), or prune it alone."
                 free = (id(module), key) not in held
                 check(free, op, f"{name} in one model", "another one that is initialised", remedy)
+                remedy = "Load the model first."
+                check(not parameter.is_meta, op, f"{path} in memory", "a meta tensor", remedy)
                 _say(verbosity, 3, f"Sparsifying {label}")
                 found.append((name, module, key, parameter))
+        outside = tied_outside(inner, [(module, key) for _, module, key, _ in found])
+        for name, module, key, _ in found:
+            if (partner := outside.get((id(module), key))) is not None:
+                left["shared with what is not pruned as one with it"].append(
+                    f"{name}.{key} = {partner}"
+                )
         remedy = "Look at whitelist, the layer names, and the size rule."
-        check(found, op, "a weight to prune", f"none in {type(inner).__name__}", remedy)
+        if outside:
+            remedy = (
+                "To prune one with all who share it, let the names and types take in each, an "
+                'Embedding by custom_layer_dict={nn.Embedding: ["weight"]}.'
+            )
+            found = [one for one in found if (id(one[1]), one[2]) not in outside]
+        dense = "; ".join(
+            f"{len(paths)} {reason}: {', '.join(paths[:4])}{', ...' * (len(paths) > 4)}"
+            for reason, paths in left.items()
+        )
+        got = f"none in {type(inner).__name__}"
+        check(found, op, "a weight to prune", f"{got} ({dense})" if dense else got, remedy)
+        if dense:
+            text = f"{op}: left dense: {dense}. {remedy if outside else ''}"
+            warnings.warn(text.rstrip(), UserWarning, stacklevel=3)
         masks, buffers = {}, {}
         for name, module, key, parameter in found:
             ones = torch.ones_like(parameter, dtype=torch.bool)
@@ -258,7 +303,7 @@ class ASP:
             if allow_recompute_mask:
                 zeros = torch.zeros_like(parameter.detach(), device="cpu")
                 module.register_buffer(f"__{key}_mma_pruned_p", zeros)
-            path = f"{name}.{key}" if name else key
+            path = f"{name}.{key}".lstrip(".")
             masks[path], buffers[path] = ones, f"__{key}_mma_mask"
         masked = _AspMasked(inner, masks, buffers)
         state = _State(masked, calculate, verbosity, allow_recompute_mask, allow_permutation)
@@ -310,19 +355,23 @@ class ASP:
         state = cls._state(model, op)
         if any(not bool(_buffer(entry).all()) for entry in state.masked.entries):
             cls.restore_pruned_weights(model)
+        computed: dict[int, Tensor] = {}  # by Parameter, which several modules may share
         for entry in state.masked.entries:
-            weight, mask = entry.weight(), _buffer(entry)
-            found = state.calculate(weight)
+            weight, mask = grouped(entry.weight(), entry.transposed), _buffer(entry)
+            key = id(entry.parameter)
+            if key not in computed:
+                computed[key] = state.calculate(weight)
+            found = computed[key]
             good = isinstance(found, Tensor) and found.dtype == torch.bool
             good = good and found.shape == weight.shape
             expected = f"a bool mask {list(weight.shape)} from mask_calculator"
             remedy = "Return True where a weight is kept: mask.bool()."
             check(good, op, expected, shown(found), remedy)
-            mask.copy_(found)
+            mask.copy_(grouped(found, entry.transposed))
             if state.recompute:
                 held = entry.module._buffers[_held_name(entry)]
                 assert held is not None
-                held.copy_(torch.where(mask, 0, weight))
+                held.copy_(torch.where(mask, 0, entry.weight()))
             share = 100.0 * float((~mask).sum()) / mask.numel()
             text = f"Enabled {share:.2f}% sparsity for {entry.name} of size={list(weight.shape)}"
             _say(state.verbosity, 2, f"{text}, {weight.dtype}")
@@ -434,9 +483,13 @@ class _AspMasked(Masked):
         self._buffers = buffers
         super().__init__(model, masks, schedule=Frozen())
 
-    def _fill(self, entry: Entry, mask: Tensor, tied: dict[str, str]) -> None:
+    def _merged(self, entries: list[Entry]) -> list[Entry]:
+        return entries  # each module has buffers of its own, with equal masks
+
+    def _fill(self, entry: Entry, mask: Tensor) -> None:
         entry.buffer = self._buffers[entry.name]
-        entry.transposed, entry.linear = False, entry.parameter.dim() == 2
+        entry.transposed = _turned(entry.module, entry.key)
+        entry.linear = entry.parameter.dim() == 2
 
     def check(self) -> int:
         """Weights outside their mask that are not zero."""
@@ -468,6 +521,11 @@ def _row(table: dict[type[nn.Module], list[str]], kind: type) -> list[str] | Non
         if base in table:
             return table[base]
     return None
+
+
+def _turned(module: nn.Module, key: str) -> bool:
+    """Whether this is a weight [in_features, out_features]."""
+    return key == "weight" and is_conv1d(module)
 
 
 def _buffer(entry: Entry) -> Tensor:

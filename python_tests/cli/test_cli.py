@@ -1,6 +1,7 @@
 """The command line, in process and through `python -m sparsekern`: every command on a tiny model,
 every error one line."""
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import sparsekern as sk  # noqa: E402
 from python_tests.integrations import gguf_cases as cases  # noqa: E402
 from sparsekern.cli import demo, shapes  # noqa: E402
 from sparsekern.cli import main as cli  # noqa: E402
+from sparsekern.cli.spelling import as_flags  # noqa: E402
 from sparsekern.eval import texts  # noqa: E402
 from sparsekern.integrations.gguf.model import load_gguf  # noqa: E402
 from sparsekern.profiling import layer_bench  # noqa: E402
@@ -491,11 +493,11 @@ ERRORS = [
     (["prune", "{r}/dense", "--out", ""], "new or empty folder, got ''"),
     (["prune", "{r}/dense", "--out", "{r}/new", "--max-shard-size", "2QB"], "got '2QB'"),
     (["prune", "{r}/dense", "--out", "{r}/new", "--activations", "cpu"], "got no folder at 'cpu'"),
-    (["prune", "{r}/dense", "--out", "{r}/new", "--max-shard-size", "0"], "max_shard_size > 0"),
-    (["prune", "{r}/dense", "--out", "{r}/new", *TEXT, "--seed", "9" * 25], "seed, an int from"),
+    (["prune", "{r}/dense", "--out", "{r}/new", "--max-shard-size", "0"], "--max-shard-size > 0"),
+    (["prune", "{r}/dense", "--out", "{r}/new", *TEXT, "--seed", "9" * 25], "--seed, an int from"),
     (["prune", "{r}/dense", "--out", "{r}/new", *TEXT, "--skip", "{r}/no.json"], "skip rules at"),
-    (["finetune", "{r}/dense", "--out", "{r}/new", "--minutes", "0"], "minutes > 0, got 0"),
-    (["finetune", "{r}/dense", "--out", "{r}/new", "--passes", "0"], "passes > 0, got 0"),
+    (["finetune", "{r}/dense", "--out", "{r}/new", "--minutes", "0"], "--minutes > 0, got 0"),
+    (["finetune", "{r}/dense", "--out", "{r}/new", "--passes", "0"], "--passes > 0, got 0"),
     (["sensitivity", "{r}/dense", "--out", "{r}"], "names of files to write"),
     (
         ["sensitivity", "{r}/dense", "--skip-out", "{r}/a.json", "--share", "nan"],
@@ -508,22 +510,38 @@ ERRORS = [
     ([*MAGNITUDE, "--samples", "4"], "than magnitude, with --samples, got --samples=4"),
     ([*MAGNITUDE, "--seed", "4"], "with --seed, got --seed=4, which nothing reads"),
     ([*MAGNITUDE, "--whole-documents"], "with --whole-documents"),
-    ([*MAGNITUDE, "--damp", "0.1"], "with damp, got damp=0.1"),
-    ([*MAGNITUDE, "--keep-dense-tokens", "7"], "with keep_dense_tokens"),
-    ([*MAGNITUDE, "--untie"], "with untie"),
+    (
+        [*MAGNITUDE, "--damp", "0.1"],
+        "with --damp, got --damp=0.1, which nothing reads. Leave --damp out.",
+    ),
+    (
+        [*MAGNITUDE, "--keep-dense-tokens", "7"],
+        "with --keep-dense-tokens, got --keep-dense-tokens=(7,)",
+    ),
+    ([*MAGNITUDE, "--pattern", "1:4", "--stream"], "--pattern 2:4 with --stream, got 1:4"),
+    ([*MAGNITUDE, "--quantize", "int8", "--quantize-group", "64"], "expected no --quantize-group"),
+    ([*FINETUNE, "--work", "{r}/text.txt"], "--work to be a folder, or a new one, got"),
+    (
+        ["sensitivity", "{r}/dense", "--skip-out", "{r}/a.json", "--share", "2"],
+        "--share of at most 1, got 2.0",
+    ),
+    ([*MAGNITUDE, "--untie"], "with --untie, got --untie, which nothing reads. Leave --untie out."),
     ([*FINETUNE, "--freeze-at", "4"], "--schedule than frozen with --freeze-at"),
     ([*FINETUNE, "--eval-every", "4"], "--eval with --eval-every"),
     ([*FINETUNE, "--method", "magnitude", "--samples", "4"], "no --sparse, with --samples"),
     ([*FINETUNE, "--text", "x", "--teacher-seconds", "4"], "with --teacher-seconds"),
     ([*FINETUNE, "--alpha", "1", "--offload-teacher"], "--block with --offload-teacher"),
-    ([*FINETUNE, "--alpha", "1", "--temperature", "2"], "alpha < 1 with temperature"),
+    (
+        [*FINETUNE, "--alpha", "1", "--temperature", "2"],
+        "--alpha < 1 with --temperature, got --temperature=2.0",
+    ),
     (["sensitivity", "{r}/dense", "--tokens", "8"], "--milliseconds with --tokens"),
     (["tune", "--merge", "a.json", "--budget", "9"], "no --merge, with --budget, got --budget=9"),
     (["demo", "--gguf", "a.gguf", "--cache", "c"], "no --gguf, with --cache"),
     (["bench", "--shape", "8x8", "--plot", "a.svg"], "the word 'kernels' with --plot"),
     (
         ["export", "{r}/sparse", "--to", "dense", "--out", "{r}/new", "--keep-quantized"],
-        "quantised layers with keep_quantized, got none in",
+        "quantised layers with --keep-quantized, got none in",
     ),
 ]
 
@@ -540,7 +558,97 @@ def test_errors_are_one_line_and_exit_code_2(places, call, arguments, text):
     assert not (places / "new").exists()
     with pytest.raises(Exception, match=".") as raised:
         cli.main([*arguments, "--debug"])
-    assert " ".join(str(raised.value).split()) in error
+    given = cli.build_parser().parse_args(arguments)
+    assert as_flags(" ".join(str(raised.value).split()), given) in error
+
+
+FORMS = (
+    "sparsekern.f: expected {} from 0 to 1, got 2.",
+    "sparsekern.f: expected {}: a number, got 2.",
+    "sparsekern.f: expected {} >= 1, got 0.",
+    "sparsekern.f: expected 0 <= {} <= 1, got 2.",
+    "sparsekern.f: expected a method with {}, got {}=7, which nothing reads. Leave {} at 3.",
+    "sparsekern.f: expected one of both, got two. Leave {} out.",
+    "sparsekern.f: expected masks or {}, got both.",
+    "sparsekern.f({}): expected data as {}, got none. Pass {}=, or {}=7.",
+)
+COMMANDS = cli.build_parser()._subparsers._group_actions[0].choices
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_arguments_in_errors_are_flags(command):
+    """Every flag of the parser, in every form in which an error names an argument."""
+    args = argparse.Namespace(parser=COMMANDS[command])
+    for action in args.parser._actions:
+        flag = next((one for one in action.option_strings if one.startswith("--")), None)
+        for form in FORMS if flag else ():
+            given = form.format(*[action.dest] * form.count("{}"))
+            wanted = form.format(*[flag] * form.count("{}")).replace(f"{flag}=,", f"{flag},")
+            assert as_flags(given, args) == wanted
+            assert as_flags(f"{given} '{given}'", args) == f"{wanted} '{given}'"
+
+
+def test_warnings_name_flags(places, call, monkeypatch):
+    def warn(*_, **__):
+        warnings.warn("sparsekern.f: expected batch_size as damp.", stacklevel=2)
+        warnings.warn("another: batch_size", stacklevel=2)
+        raise ValueError("sparsekern.f: expected damp > 0, got 0.")
+
+    monkeypatch.setattr(sk, "prune_model", warn)
+    with pytest.warns(UserWarning) as shown:
+        code, _, error = call(*[w.format(r=places) for w in MAGNITUDE])
+    assert (code, error) == (2, "error: sparsekern.f: expected --damp > 0, got 0.\n")
+    texts = [str(one.message) for one in shown]
+    assert texts == ["sparsekern.f: expected --batch-size as --damp.", "another: batch_size"]
+
+
+def test_words_that_are_no_arguments_stay():
+    args = argparse.Namespace(parser=COMMANDS["prune"])
+    for text in (
+        "sparsekern.f: expected the method of a window in the model, got samples of seed.py.",
+        "sparsekern.f: expected x.dtype of a device, got 'with damp, leave batch_size out'.",
+        "sparsekern.f: expected a folder, got none at a/batch_size/refine=1.",
+    ):
+        assert as_flags(text, args) == text
+
+
+def test_values_that_python_spells_otherwise():
+    parse = cli.build_parser().parse_args
+    prune = ["prune", "m", "--out", "o"]
+    for arguments, text, wanted in (
+        (prune, "pass preset 'best'", "pass --preset best"),
+        (prune, 'keep_dense="if-slower"', "--keep-dense if-slower"),
+        (prune, "got untie=True. Leave untie at False.", "got --untie. Leave --untie out."),
+        (prune, "damp > 0. The default is None.", "--damp > 0."),
+        (prune, "sparsekern.prune_model: expected targets, got", "--target, got"),
+        ([*prune, "--skip", "layer"], "no layer here", "no layer here (--skip layer)"),
+        ([*prune, "--resume", ""], "no file at .", "no file at . (--resume '')"),
+        (["finetune", *prune[1:]], "sparsekern.perplexity: window > 1", "--eval-window > 1"),
+        (["finetune", *prune[1:], "--eval", "a.txt"], "a.txt or builtin", "builtin (--eval a.txt)"),
+        (["eval", "m"], "sparsekern.perplexity: window > 1", "--window > 1"),
+    ):
+        assert as_flags(text, parse(arguments)).endswith(wanted)
+
+
+@pytest.mark.parametrize("command", ["prune", "eval", "sensitivity", "finetune"])
+def test_a_number_that_is_refused_is_refused_by_its_flag(places, tmp_path, call, command):
+    """-1 for every flag that takes a number, except that of seeds."""
+    text = ["--text", places / "text.txt"]
+    calibration = ["--calibration", places / "text.txt"]
+    out = ["--out", tmp_path / "new"]
+    words = {
+        "prune": [*out, *calibration, "--quantize", "fp8"],
+        "eval": text,
+        "sensitivity": [*text, *calibration],
+        "finetune": [*out, *text, *calibration, "--eval", places / "text.txt"],
+    }[command]
+    if command == "finetune":
+        words += ["--samples", "2", "--calibration-window", "16", "--window", "16"]
+    words = [command, places / "dense", *words, "--device", "cpu", "--quiet"]
+    numbers = [a for a in COMMANDS[command]._actions if a.type in (int, float) and not a.choices]
+    for flag in {action.option_strings[0] for action in numbers} - {"--seed"}:
+        code, _, error = call(*words, f"{flag}=-1")
+        assert code == 2 and flag in error, (flag, error)
 
 
 @pytest.mark.parametrize(

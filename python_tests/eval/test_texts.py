@@ -102,7 +102,8 @@ def test_calibration_windows_follow_the_published_protocol():
 @pytest.mark.parametrize(
     "arguments, text",
     [
-        ((0, 64), "got 0 and 64"),
+        ((0, 64), "samples >= 1, got 0"),
+        ((4, 0), "window >= 1, got 0"),
         ((10**30, 64), r"<= \d+ tokens, got 10+ \* 64"),
         ((4, 1000), r"more than 1000 .*got \[1000\]"),
     ],

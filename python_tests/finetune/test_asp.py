@@ -299,3 +299,55 @@ def test_arguments_that_would_do_less_than_asked():
     ):
         with pytest.raises(error, match=text):
             start(**options)
+
+
+def initialised(model, **options):
+    ASP.init_model_for_pruning(model, verbosity=0, allow_permutation=False, **options)
+    ASP.compute_sparse_masks(model)
+    return [entry.name for entry in ASP.masked(model).entries]
+
+
+def test_what_stays_dense_is_said():
+    model = net()
+    model[0].weight.requires_grad_(False)
+    torch.nn.utils.weight_norm(model[2])
+    model.append(nn.Linear(16, 16))
+    text = r"1 frozen \(requires_grad=False\): 0.weight; 1 computed in every forward: 2.weight"
+    with pytest.warns(UserWarning, match=f"left dense: {text}"):
+        assert initialised(model) == ["4.weight"]
+    for parameter in (model := net()).parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"none in Sequential \(3 frozen .*: 0.weight, 2.weight"):
+        initialised(model)
+    with torch.device("meta"), pytest.raises(ValueError, match="0.weight in memory, got a meta"):
+        initialised(net())
+
+
+def test_adapters_stay_dense():
+    peft = pytest.importorskip("peft", reason="needs peft")
+    config = peft.LoraConfig(target_modules=["0"], r=16)
+    model = peft.get_peft_model(net(), config)
+    model.get_base_model()[2].weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match="2 part of an adapter"):
+        assert initialised(model) == ["base_model.model.2.weight"]
+
+
+def test_conv1d_is_masked_along_in_features():
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils", reason="needs transformers")
+    conv = pytorch_utils.Conv1D
+    model = nn.Sequential(conv(48, 32), conv(16, 48))
+    dense = model[0].weight.detach().t().clone()
+    initialised(model, custom_layer_dict={conv: ["weight"]}, allow_recompute_mask=True)
+    assert torch.equal(model[0].weight.t(), dense * create_mask(dense))
+    ASP.restore_pruned_weights(model)
+    assert torch.equal(model[0].weight.t(), dense)
+    ASP.compute_sparse_masks(model)
+    assert ASP.masked(model).compress() == {}
+    assert torch.equal(model[0].weight.to_dense(), dense * create_mask(dense))
+
+
+def test_a_module_goes_by_each_of_its_names():
+    for options in ({"disallowed_layer_names": ["3"]}, {"allowed_layer_names": ["2"]}):
+        model = net()
+        model[3] = model[0]
+        assert initialised(model, **options) == ["2.weight"]

@@ -6,6 +6,7 @@ from torch import nn
 from python_tests.oneshot.driver_models import build, plain, tokens
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.prune_model import prune_model
+from sparsekern.oneshot.skip import resolve
 
 
 def skipped_names(skip, layers=4):
@@ -124,3 +125,10 @@ def test_skipped_blocks_still_pass_their_outputs_on():
         == other["model.layers.0.mlp.up_proj"].relative_error
     )
     assert report[name].relative_error != other[name].relative_error
+
+
+def test_a_module_that_is_registered_twice_goes_by_each_name():
+    block = nn.ModuleDict({"up": nn.Linear(8, 8)})
+    model = nn.ModuleDict({"first": block, "second": block, "other": nn.Linear(8, 8)})
+    for rule in ("second.up", "second", "sec*", "re:second"):
+        assert list(resolve(rule, ["first.up", "other"], model, {}, 0)) == ["first.up"]

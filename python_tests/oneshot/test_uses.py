@@ -40,7 +40,7 @@ def test_every_argument_is_in_the_table_or_of_every_call():
 
 
 REFUSED = [
-    ({"damp": 0.1}, "refine, match_dense or gptq with damp, got damp=0.1.*Leave damp at None"),
+    ({"damp": 0.1}, "refine=, match_dense= or gptq with damp, got damp=0.1.*Leave damp at None"),
     ({"method": "wanda", "calibration": data(), "damp": 0.1}, "with damp"),
     ({"calibration": data(), "quantize": "int8", "quantize_method": "rtn", "damp": 0.1}, "damp"),
     ({"quantize": "int8", "damp": 0.1}, "with damp"),  # nothing for gptq to read

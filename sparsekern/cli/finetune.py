@@ -177,6 +177,7 @@ def run(args: argparse.Namespace) -> int:
         save_every=args.save_every,
     )
     work = Path(args.work) if args.work else out.with_name(out.name + "-run")
+    check(work.is_dir() or not work.exists(), OP, "--work to be a folder, or a new one", work)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     teacher, tokenizer = load_model(args.model, "cpu")
     beside = files_beside(args.model)

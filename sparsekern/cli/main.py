@@ -31,6 +31,7 @@ from sparsekern.cli.common import (
 from sparsekern.cli.parser import make_parser
 from sparsekern.cli.prune import PARTIAL as PARTIAL
 from sparsekern.cli.prune import run_prune
+from sparsekern.cli.spelling import as_flags, warnings_in_flags
 from sparsekern.errors import check
 from sparsekern.integrations.loading import (
     folder_bytes,
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"argument {word[:-3]}: expected a value, got '--'")
     args = parser.parse_args(words)
     try:
-        code: int | None = args.run(args)
+        with warnings_in_flags(args):
+            code: int | None = args.run(args)
         return code or 0
     except KeyboardInterrupt:
         print("sparsekern: interrupted", file=sys.stderr)
@@ -60,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         kinds = (ValueError, OSError, ImportError, NotImplementedError, RankError)
         known = isinstance(error, kinds)
         known |= isinstance(error, TypeError) and text.startswith("sparsekern.")
+        text = as_flags(text, args) if known else text
         rank = os.environ.get("RANK", "0")
         if rank != "0" and isinstance(error, RankError):
             return 2  # rank 0 says it

@@ -126,6 +126,9 @@ def _run(args: argparse.Namespace, rank: int) -> int:
     if args.max_shard_size is not None:
         knobs["max_shard_size"] = parse_size(OP, args.max_shard_size)
     pattern = Pattern.of(args.pattern, OP)
+    for flag, given in (("--stream", args.stream), ("--keep-dense", args.keep_dense)):
+        fits, remedy = not given or pattern == (2, 4), f"Leave {flag} out."
+        check(fits, OP, f"--pattern 2:4 with {flag}", args.pattern, remedy)
     taken = sorted(set(dict(args.option or ())) & set(vars(args)))
     remedy = "Write --" + " --".join(name.replace("_", "-") for name in taken)
     check(not taken, OP, "--option with what is no flag", taken, f"{remedy}.")

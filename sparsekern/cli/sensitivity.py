@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> None:
     check_flags(OP, {"tokens": timed}, args)
     names = ("share", "perplexity", "milliseconds")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    check(
-        bool(given) == bool(args.skip_out), OP, "--skip-out and a budget", "one without the other"
-    )
+    both = "--skip-out with a budget (--share, --perplexity or --milliseconds)"
+    check(bool(given) == bool(args.skip_out), OP, both, "one without the other")
+    check(args.rows >= 0, OP, "--rows >= 0", args.rows)
     for path in (args.skip_out, args.plot, args.out):
         exists = path is None or Path(path).resolve().parent.is_dir()
         check(exists, OP, f"a folder for {path}", "none")
@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
         check(fits, OP, "names of files to write", f"the folder {path!r}", "Add a name to it.")
     for name, value in given.items():
         check(0 < value < float("inf"), OP, f"a positive --{name}", value)
+    check(args.share is None or args.share <= 1, OP, "--share of at most 1", args.share)
     model, tokenizer = load_model(args.model, "cpu", None)
     tokenizer = needed(tokenizer, args.model)
     if mix.is_mix(args.calibration):

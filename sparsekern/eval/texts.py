@@ -130,7 +130,8 @@ def calibration_windows(token_ids, samples=128, window=2048, seed=0):
         ValueError: the text has no more tokens than one window, or a count is not positive.
     """
     op = "sparsekern.calibration_windows"
-    check(samples > 0 and window > 0, op, "positive samples and window", f"{samples} and {window}")
+    check(samples >= 1, op, "samples >= 1", samples)
+    check(window >= 1, op, "window >= 1", window)
     few = samples * window <= MOST_TOKENS
     check(few, op, f"samples * window <= {MOST_TOKENS} tokens", f"{samples} * {window}")
     check(
@@ -167,8 +168,8 @@ def side_by_side(token_ids, samples=None, window=2048, seed=0, twice=False):
         ValueError: the text has fewer tokens than one window, or a count is not positive.
     """
     op = "sparsekern.side_by_side"
-    positive = window > 0 and (samples is None or samples > 0)
-    check(positive, op, "positive samples and window", f"{samples} and {window}")
+    check(samples is None or samples >= 1, op, "samples >= 1", samples)
+    check(window >= 1, op, "window >= 1", window)
     enough = token_ids.dim() == 1 and token_ids.numel() >= window
     remedy = "Give a longer text or a smaller window."
     check(enough, op, f"{window} tokens in one row", list(token_ids.shape), remedy)

@@ -16,6 +16,7 @@ from sparsekern.finetune.tensors import is_dtensor, local, shard, unshard
 from sparsekern.nn import replace
 from sparsekern.nn.sparse_experts import find_experts
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.nn.tied import tied_outside
 from sparsekern.oneshot import discovery
 from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
 from sparsekern.utils.arguments import shown
@@ -35,6 +36,7 @@ class Entry:
     buffer: name of a module buffer that holds the mask instead (True = kept), or None.
     residue: values of the dropped weights, zero elsewhere, or None.
     gradient: |gradient| kept for the schedule between the two hooks.
+    also: other names of the same Parameter, which the mask was given for, too.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Entry:
     residue: Tensor | None = None
     gradient: Tensor | None = None
     sharded: bool = False
+    also: tuple[str, ...] = ()
 
     @property
     def parameter(self) -> Tensor:
@@ -134,6 +137,7 @@ def find(
             yield entry, kept(rows, pattern)
         return
     check(masks, OP, "masks of at least one layer", "an empty dict", "Pass None for the zeros.")
+    modules = dict(named_modules(model, every=True))
     for name, mask in masks.items():
         place: Any = modules.get(name)
         key = "weight"
@@ -143,7 +147,9 @@ def find(
         parameter = getattr(place, key, None)
         known = place is not None and isinstance(parameter, nn.Parameter)
         remedy = "Names are those of model.named_modules() or model.named_parameters()."
-        check(known, OP, f"mask {name!r} to name a layer or Parameter", "no match", remedy)
+        made = isinstance(parameter, Tensor) and not isinstance(parameter, nn.Parameter)
+        got = "no match" if not made else f"a {key} that its module computes, or a plain tensor"
+        check(known, OP, f"mask {name!r} to name a layer or Parameter", got, remedy)
         transposed = key == "weight" and replace.is_conv1d(place)
         if name in experts:
             transposed = experts[name][2]
@@ -189,9 +195,10 @@ def checked_drop(op: str, entry: Entry, mask: Any, pattern: Pattern) -> Tensor:
     return ~grouped(mask, entry.transposed).contiguous()
 
 
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules without the parts of names that torch.compile adds."""
-    for name, module in model.named_modules():
+def named_modules(model: nn.Module, every: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """named_modules without the parts of names that torch.compile adds. every: under each name that
+    a module has, not under the first alone."""
+    for name, module in model.named_modules(remove_duplicate=not every):
         if name.rpartition(".")[2] != "_orig_mod":
             yield name.replace("_orig_mod.", ""), getattr(module, "_orig_mod", module)
 
@@ -214,6 +221,29 @@ def kept(rows: Tensor, pattern: Pattern) -> Tensor:
 def groups_whole(entry: Entry, m: int) -> bool:
     """Whether the groups of this process' part of the weight are complete."""
     return grouped(entry.weight(), entry.transposed).shape[-1] % m == 0
+
+
+def check_whole(model: nn.Module, entries: list[Entry]) -> None:
+    """ValueError for a weight that is masked under some of its names alone (nn/tied.py)."""
+    outside = tied_outside(model, [(entry.module, entry.key) for entry in entries])
+    for entry in entries:
+        partner = outside.get((id(entry.module), entry.key))
+        expected = f"{entry.name} to have a weight of its own"
+        remedy = "Leave it unmasked, or pass masks= with one mask under each name of the Parameter."
+        check(partner is None, OP, expected, f"tied to {partner}", remedy)
+
+
+def merged(entries: list[Entry]) -> list[Entry]:
+    """One entry a Parameter, which knows its other names. ValueError for two masks of one."""
+    made: dict[int, Entry] = {}
+    for entry in entries:
+        first = made.setdefault(id(entry.parameter), entry)
+        if first is not entry:
+            same = torch.equal(first.drop(), entry.drop())
+            expected = f"one mask for {first.name} and {entry.name}, which share their weight"
+            check(same, OP, expected, "two that differ", "Pass the same mask for both.")
+            first.also += (entry.name,)
+    return list(made.values())
 
 
 def why_dense(entry: Entry, parent: nn.Module | None, model: nn.Module) -> str | None:

@@ -31,10 +31,12 @@ from sparsekern.errors import FormatError, check, message
 from sparsekern.finetune.entries import (
     OP,
     Entry,
+    check_whole,
     checked_drop,
     find,
     groups_whole,
     kept,
+    merged,
     named_modules,
     stacks,
     why_dense,
@@ -53,6 +55,7 @@ from sparsekern.finetune.tensors import (
 from sparsekern.nn import replace
 from sparsekern.nn.sparse_experts import unfuse_experts
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.nn.tied import tied_places
 from sparsekern.oneshot import discovery
 from sparsekern.oneshot.experts import put_together
 from sparsekern.oneshot.report import PruneReport
@@ -86,9 +89,12 @@ class Masked:
         keep_dense: keep the values that the masks drop, so that `restore` can bring them back.
         dense_device: where those are kept; None: on the weight's device.
     Raises:
-        ValueError: a mask that names nothing or does not fit; a weight tied to another one; no
-            layer that is sparse.   TypeError: a mask that is not bool.
+        ValueError: a mask that names nothing or does not fit; a weight that is masked under some
+            of its names alone; no layer that is sparse.   TypeError: a mask that is not bool.
     Notes:
+        A Parameter that several modules share (a head and its embedding, two tied Linears) is
+        masked as one when masks has the same mask under each of its names, or, with None, when all
+        of them are Linears. It stays tied, so `compress` leaves it dense.
         Dropped weights become zero at once. Any number of these may live in a process, one per
         weight. The model is held weakly. Deterministic: every process of a DDP or FSDP2 run moves
         its masks alike. It is part of its model and optimizers, so that copies and pickles of it
@@ -117,10 +123,11 @@ class Masked:
         self.entries: list[Entry] = []
         self._optimizers: list[tuple[Optimizer, list[Any]]] = []
         self._unmasked: set[Optimizer] = set()  # whose moments the next step masks first
-        tied = discovery.tied_names(inner)
-        for entry, mask in find(inner, masks, self.pattern):
-            self._fill(entry, mask, tied)
-            self.entries.append(entry)
+        found = list(find(inner, masks, self.pattern))
+        check_whole(inner, [entry for entry, _ in found])
+        for entry, mask in found:
+            self._fill(entry, mask)
+        self.entries = self._merged([entry for entry, _ in found])
         self._apply()
 
     @classmethod
@@ -173,12 +180,11 @@ class Masked:
 
     # ------------------------------------------------------------------ what is masked
 
-    def _fill(self, entry: Entry, mask: Any, tied: dict[str, str]) -> None:
+    def _merged(self, entries: list[Entry]) -> list[Entry]:
+        return merged(entries)
+
+    def _fill(self, entry: Entry, mask: Any) -> None:
         """Check a weight and its mask, and keep what the mask drops."""
-        partner = tied.get(entry.name)
-        expected = f"{entry.name} to have a weight of its own"
-        remedy = "Leave this layer unmasked: the other one would be pruned with it."
-        check(partner is None, OP, expected, f"tied to {partner}", remedy)
         shape, m = list(entry.parameter.shape), self.pattern[1]
         moving = self.schedule.live(1)
         remedy = "Its mask cannot move: use schedule=None."
@@ -200,7 +206,12 @@ class Masked:
     @property
     def masks(self) -> dict[str, Tensor]:
         """name -> bool, True = kept, in the shape that __init__ takes. Copies."""
-        return {entry.name: entry.mask() for entry in self.entries}
+        return {
+            name: mask.clone() if entry.also else mask
+            for entry in self.entries
+            for mask in (entry.mask(),)
+            for name in (entry.name, *entry.also)
+        }
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -429,13 +440,18 @@ class Masked:
             ValueError, TypeError: as in __init__; nothing changes.
         """
         op = f"{OP}.enable"
-        by_name = {entry.name: entry for entry in self.entries}
+        by_name = {name: e for e in self.entries for name in (e.name, *e.also)}
         for name in masks or {}:
             remedy = f"Names are such as {next(iter(by_name), None)!r}."
             check(name in by_name, op, f"a masked weight named {name!r}", "none", remedy)
         made = {
             k: checked_drop(op, by_name[k], mask, self.pattern) for k, mask in (masks or {}).items()
         }
+        for name, dropped in made.items():
+            for other in (by_name[name].name, *by_name[name].also):
+                same = torch.equal(made.get(other, dropped), dropped)
+                expected = f"one mask for {name} and {other}, which share their weight"
+                check(same, op, expected, "two that differ", "Pass the same mask for both.")
         for name, dropped in made.items():
             self._set_drop(by_name[name], dropped)
         self.enabled = True
@@ -510,10 +526,13 @@ class Masked:
         check(not (count := self.check()), op, "no violations of 2:4", count, remedy)
         parents = {id(child): one for one in model.modules() for child in one.children()}
         held = discovery.held_elsewhere(model)
+        tied = tied_places(model)
         dense: dict[str, str] = {}
         fused: list[tuple[str, str, Tensor]] = []
         for entry in self.entries:
             reason = why_dense(entry, parents.get(id(entry.module)), model)
+            if reason is None and (others := tied.get((id(entry.module), entry.key))):
+                reason = f"weight tied to {others[0].name}"
             if reason is None and not entry.stacked:
                 reason = discovery.why_no_other(entry.module, held)
             if reason:
@@ -547,7 +566,7 @@ class Masked:
             8j + b of the mask, "residue": name -> tensor}; torch.load(weights_only=True) reads it.
             Of shards, gathered: every process has to ask.
         """
-        masks = self.masks
+        masks = {entry.name: entry.mask() for entry in self.entries}
         residue = {}
         for entry in self.entries:
             if entry.residue is not None:

@@ -81,6 +81,8 @@ class Recipe:
     def __post_init__(self) -> None:
         whole, positive = (1, 2**63), (0, math.inf)
         check_fields(OP, self, USES, steps=whole, batch=whole, micro_batch=whole, seed=SEEDS)
+        every = (0, 2**63)
+        check_fields(OP, self, log_every=every, eval_every=every, save_every=every)
         check_fields(OP, self, lr=(0, 10**3), clip=positive, weight_decay=positive, eps=(0, 1))
         check(self.steps is None or self.steps >= 1, OP, "steps >= 1", self.steps)
         check(self.minutes is None or self.minutes > 0, OP, "minutes > 0", self.minutes)

@@ -145,9 +145,10 @@ def distill(
     """
     begin = time.perf_counter()
     check(recipe is None or not options, OP, "recipe or its fields", "both", "Leave one out.")
-    good = limit_seconds is None or (limit_seconds > 0 and (shorten or folder is not None))
+    check(limit_seconds is None or limit_seconds > 0, OP, "limit_seconds > 0", limit_seconds)
+    resumable = limit_seconds is None or shorten or folder is not None
     remedy = "Pass folder=, or shorten=True with minutes."
-    check(good, OP, "limit_seconds > 0 and a folder for the checkpoint", limit_seconds, remedy)
+    check(resumable, OP, "a folder for the checkpoint, with limit_seconds", "none", remedy)
     free = folder is None or Path(folder).is_dir() or not Path(folder).exists()
     check(free, OP, "folder: a folder, or the name of a new one", repr(str(folder)))
     recipe = recipe or recipe_from(options)

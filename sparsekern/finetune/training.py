@@ -20,7 +20,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,9 @@ from sparsekern.finetune.transposable import transposable_mask
 from sparsekern.formats import dtypes
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn import replace
-from sparsekern.nn.own_forward import lost_forward
+from sparsekern.nn.own_forward import computed_weight, lost_forward
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.nn.tied import Place, tied_places
 from sparsekern.ops.compress import compress
 from sparsekern.ops.linear_op import autocast, linear
 from sparsekern.profiling.timer import StopRule, compare
@@ -139,15 +140,21 @@ class SparseTrainingLinear(nn.Module):
     def from_linear(
         cls, linear: nn.Module, mask: Tensor | None = None, **options: Any
     ) -> SparseTrainingLinear:
-        """From nn.Linear or Conv1D, with copies; options as for the class."""
+        """From nn.Linear or Conv1D, with copies and their requires_grad; options as for the
+        class."""
         fits = isinstance(getattr(linear, "weight", None), Tensor) and replace.is_linear(linear)
         got = type(linear).__name__
         check(fits, f"{OP}.from_linear", "nn.Linear or Conv1D", got, exc=TypeError)
-        reason, expected = lost_forward(linear), "a layer that computes x·Wᵀ + b alone"
+        reason = computed_weight(linear) or lost_forward(linear)
+        expected = "a layer that computes x·Wᵀ + b alone"
         remedy = "Leave it dense."
         check(reason is None, f"{OP}.from_linear", expected, reason, remedy, TypeError)
         bias: Any = getattr(linear, "bias", None)
-        return cls(replace.dense_weight(linear), mask, bias, **options).train(linear.training)
+        made = cls(replace.dense_weight(linear), mask, bias, **options).train(linear.training)
+        made.values.requires_grad_(cast(Tensor, linear.weight).requires_grad)
+        if made.bias is not None:
+            made.bias.requires_grad_(bias.requires_grad)
+        return made
 
     # ------------------------------------------------------------------ what it is
 
@@ -428,32 +435,38 @@ def sparse_training(
     Args:
         model: any nn.Module; make the optimizer afterwards.
         masks: layer name -> transposable mask. None: transposable_mask(|weight|) for every Linear
-            whose sizes are multiples of 4 and whose weight no other module shares.
+            whose sizes are multiples of 4 and whose weight is a Parameter of its own.
         options: dtype and when, as for SparseTrainingLinear.
     Returns:
         Names of the layers.
     Raises:
-        ValueError: a name that is no Linear; no layer that fits; a mask that is not transposable.
+        ValueError: a name that is no Linear; no layer that fits; a mask that is not transposable;
+            masks of a layer whose weight or bias another module shares, or whose weight is
+            computed (weight_norm), no floating point, or on meta.
+    Warns:
+        UserWarning: Linears left dense for one of these reasons.
     """
-    from sparsekern.oneshot import discovery
-
     op = "sparsekern.finetune.sparse_training"
     modules = dict(model.named_modules())
-    tied = discovery.tied_names(model)
+    tied = tied_places(model)
+    why = {name: _why_dense(m, tied) for name, m in modules.items() if replace.is_linear(m)}
     if masks is None:
         names = [
             name
             for name, module in modules.items()
-            if name not in tied
-            and replace.is_linear(module)
-            and _divisible(module)
-            and lost_forward(module) is None
+            if replace.is_linear(module) and _divisible(module) and lost_forward(module) is None
         ]
+        left = [f"{name} ({why[name]})" for name in names if why[name]]
+        if left:
+            warnings.warn(f"{op}: left dense: {', '.join(left)}.", UserWarning, stacklevel=3)
+        names = [name for name in names if not why[name]]
     else:
         names = list(masks)
         for name in names:
             fits = name in modules and replace.is_linear(modules[name])
             check(fits, op, f"a Linear named {name!r}", "none")
+            expected, remedy = f"{name} to have a weight of its own", "Leave it out of masks=."
+            check(not why[name], op, expected, why[name], remedy)
     check(names, op, "a model with Linear layers whose sizes are multiples of 4", "none")
     for name in names:
         mask = None if masks is None else masks[name]
@@ -469,6 +482,16 @@ def finish_training(model: nn.Module, dtype: torch.dtype | None = None) -> list[
     for _, module in found:
         replace.replace_module(model, module, module.to_sparse_linear(dtype))
     return [name for name, _ in found]
+
+
+def _why_dense(module: nn.Module, tied: Mapping[tuple[int, str], list[Place]]) -> str | None:
+    for key in ("weight", "bias"):
+        if partners := tied.get((id(module), key)):
+            return f"{key} tied to {partners[0].name}"
+    weight = replace.dense_weight(module)
+    if weight.is_meta or not weight.is_floating_point():
+        return "weight is on meta" if weight.is_meta else f"weight is of {weight.dtype}"
+    return computed_weight(module)
 
 
 def _divisible(module: nn.Module) -> bool:

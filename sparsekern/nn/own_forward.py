@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from sparsekern.nn.replace import is_conv1d
 from sparsekern.utils.exact import exact_float32
@@ -100,6 +101,17 @@ def computes_linear(module: nn.Module, training: bool = False) -> bool:
         if bool(wrong.any()):
             return False
     return True
+
+
+def computed_weight(module: nn.Module) -> str | None:
+    """Why the weight of a linear layer is no Parameter of its own (weight_norm, torch's prune, a
+    parametrization), or None."""
+    if parametrize.is_parametrized(module, "weight"):
+        return "weight is parametrized"
+    if "weight" not in module._parameters:
+        made = ", ".join(sorted(module._parameters)) or "a plain attribute"
+        return f"weight is computed in every forward from {made}"
+    return None
 
 
 def is_plain(weight: Tensor) -> bool:

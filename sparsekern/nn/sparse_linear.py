@@ -178,6 +178,10 @@ class SparseLinear(nn.Module):
             expected, remedy = "a layer that computes x·Wᵀ + b alone", "Leave it dense."
             raise TypeError(message(f"{_OP}.from_linear", expected, reason, remedy))
         check_initialised(f"{_OP}.from_linear", linear)
+        for hook in linear._forward_pre_hooks.values():
+            # What weight_norm or torch's prune makes before each forward may be out of date.
+            if type(hook).__module__.startswith("torch.nn.utils."):
+                hook(linear, ())
         w24 = compress(dense_weight(linear), mask, dtype=dtype)
         module = cls.from_sparse24(w24, layout=layout)
         bias = linear.bias

@@ -115,7 +115,7 @@ def make_batches(
     """
     remedy = "Leave it out for the default."
     fits = batch_size is None or (type(batch_size) is int and 1 <= batch_size < 2**63)
-    check(fits, op, "batch_size >= 1", batch_size, remedy)
+    check(fits, op, "batch_size from 1 to 2**63 - 1", batch_size, remedy)
     items = _listed(calibration, op)
     check(len(items) > 0, op, "calibration with at least one sample", "none", IDS_REMEDY)
     empty = any(isinstance(item, Tensor) and item.is_meta for item in items)

@@ -29,10 +29,17 @@ from torch.nn.utils import parametrize
 
 from sparsekern.errors import check
 from sparsekern.formats import dtypes
-from sparsekern.nn.own_forward import computes_linear, is_plain, lost_forward, own_forward
+from sparsekern.nn.own_forward import (
+    computed_weight,
+    computes_linear,
+    is_plain,
+    lost_forward,
+    own_forward,
+)
 from sparsekern.nn.replace import dense_weight, is_conv1d, is_linear
 from sparsekern.nn.sparse_experts import SparseExperts
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.nn.tied import tied_places
 
 OP = "sparsekern.oneshot.find_layers"
 PRUNABLE_DTYPES = tuple(dtypes.PLAIN)
@@ -212,7 +219,7 @@ def find_layers(
     for parent in model.modules():
         for key, child in parent.named_children():
             parents[id(child)].append((parent, key))
-    tied, adapters, read = tied_names(model), _adapters(model), _Readers()
+    tied, adapters, read = tied_places(model), adapter_parts(model), _Readers()
     held = held_elsewhere(model) if compress else {}
     experts = {
         f"{name}.{i}.{key}".lstrip("."): (module, (name, i, key))
@@ -237,7 +244,8 @@ def find_layers(
             layer = Layer(name, module, block)
             layer.owner, layer.expert = experts.get(name, (None, None))
             layer.raw = layer.weight.dim() != 2
-            layer.reason = _why_not(layer, tied.get(name), pattern)
+            partners = tied.get((id(module), "weight"))
+            layer.reason = _why_not(layer, partners[0].name if partners else None, pattern)
             if layer.reason is None and compress:
                 layer.reason = why_no_other(module, held)
             if layer.reason is None and name in adapters:
@@ -263,11 +271,8 @@ def _dora(parents: list[tuple[nn.Module, str]]) -> str | None:
 def _why_not(layer: Layer, tied_with: str | None, pattern: tuple[int, int]) -> str | None:
     """Why this linear layer cannot be pruned, or None."""
     module, weight = layer.module, layer.weight
-    if parametrize.is_parametrized(module):
-        return "weight is parametrized"
-    if "weight" not in module._parameters:
-        made = ", ".join(sorted(module._parameters)) or "a plain attribute"
-        return f"weight is computed in every forward from {made}"
+    if (reason := computed_weight(module)) is not None:
+        return reason
     if not is_plain(cast(Tensor, module.weight)):
         return (
             f"weight is a {type(cast(Tensor, module.weight).data).__name__}, quantised or wrapped"
@@ -377,7 +382,7 @@ def _other_weights(name: str, module: nn.Module, block: int | None) -> list[Laye
     return found
 
 
-def _adapters(model: nn.Module) -> dict[str, str]:
+def adapter_parts(model: nn.Module) -> dict[str, str]:
     """Name of each module that belongs to an adapter -> name of the layer that it adapts. An
     adapted layer (peft) keeps the original as `base_layer`, and names its own parts in
     `adapter_layer_names`; or as `original_module` beside the copy that is trained in its place, and
@@ -474,29 +479,6 @@ def _chains_in(code: CodeType) -> set[Chain]:
         if isinstance(constant, CodeType):
             chains |= _chains_in(constant)
     return chains
-
-
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Module name of each shared weight -> name of another parameter that is the same object or
-    lies in the same memory."""
-    places: dict[tuple[Any, ...], list[tuple[str, str]]] = defaultdict(list)
-    seen = set()
-    for module_name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None and (id(module), key) not in seen:
-                seen.add((id(module), key))
-                memory = id(parameter)
-                if parameter.numel() and not parameter.is_meta and is_plain(parameter):
-                    memory = parameter.data_ptr()
-                place = (memory, parameter.device, parameter.numel())
-                places[place].append((module_name, f"{module_name}.{key}"))
-    tied: dict[str, str] = {}
-    for group in places.values():
-        for module_name, own in group:
-            others = [name for _, name in group if name != own]
-            if others and own.endswith(".weight"):
-                tied.setdefault(module_name, others[0])
-    return tied
 
 
 def output_layer_names(model: nn.Module) -> list[str]:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from sparsekern.backends import triton
 from sparsekern.errors import FormatError, check
+from sparsekern.nn.tied import check_untied
 from sparsekern.oneshot.calibration import Batch, make_batches
 from sparsekern.oneshot.devices import looked, working_device
 from sparsekern.oneshot.discovery import find_blocks
@@ -137,7 +138,8 @@ def permute(
     Returns:
         PermutationReport.
     Raises:
-        ValueError: the model has no such place. Nothing is changed then.
+        ValueError: the model has no such place, or a weight there is shared. Nothing is changed
+            then.
         RuntimeError: the outputs differ by more than rounding. The model is as it was before.
     Warns:
         UserWarning: they did because of what the attention does between v and o (a gate); the order
@@ -169,7 +171,9 @@ def permute_on(
     home = next(model.parameters()).device
     sites = find_sites(model, heads)
     expected = f"{type(model).__name__} with an MLP or attention of layers {MLPS[0]} or v_proj"
-    check(sites, OP, expected, "none", "Prune it without permutation.")
+    remedy = "Prune it without permutation."
+    check(sites, OP, expected, "none", remedy)
+    check_untied(OP, model, (m for site in sites for m in (*site.makers, site.reader)), remedy)
     if known is not None and report is not None:
         given = {site.name: _checked(known.get(site.name), site) for site in sites}
         for site in sites:

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import check
+from sparsekern.nn.tied import check_untied
 from sparsekern.oneshot.calibration import Batch, make_batches
 from sparsekern.oneshot.devices import working_device
 from sparsekern.oneshot.rotation_search import learn
@@ -113,7 +114,8 @@ def rotate(
         RotationReport.
     Raises:
         ValueError: the model has no such stream (LayerNorm, norms on what a layer adds, a gain of
-            another form, ...), or its head is tied and untie is False. Nothing is changed then.
+            another form, ...), its head is tied and untie is False, or another weight is shared.
+            Nothing is changed then.
         RuntimeError: the logits differ by more than rounding. The model is as it was before.
     """
     target = working_device(OP, model, device)
@@ -169,6 +171,9 @@ def rotate_on(
         "one tied to the embedding",
         f"Pass untie=True; it costs {stream.embedding.weight.nbytes} bytes.",
     )
+    turned = [*stream.writers, *(m for _, readers in stream.norms for m in readers)]
+    own = [module for module in turned if module is not tied]
+    check_untied(OP, model, own, "Prune it without rotation.")
     before = _logits(model, probe, home)
     kept = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
     tie_flag = getattr(getattr(model, "config", None), "tie_word_embeddings", None)

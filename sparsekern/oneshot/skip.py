@@ -15,6 +15,8 @@ The matrices of experts have one name for each expert, "model.layers.0.mlp.exper
 name of the parameter that holds all of them, "model.layers.0.mlp.experts.down_proj", stands for
 them in every form.
 
+A module that is registered under several names goes by each of them.
+
 A rule that matches no layer is an error that names the rule and the nearest names: a typing error
 must not silently prune what should have stayed dense. The one exception is "lm_head", the default:
 it stands for the output embedding under whatever name (and matches nothing in a model that has
@@ -28,6 +30,7 @@ import fnmatch
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -59,7 +62,7 @@ def as_rules(skip: Any, op: str = OP, kind: str = "skip") -> tuple[Any, ...]:
         return (skip,)
     listed = isinstance(skip, Iterable) and not isinstance(skip, (bytes, Tensor))
     expected = f"{kind} rules: text, block indices, ranges, or a list of them"
-    check(listed, op, expected, shown(skip), "See sparsekern/oneshot/skip.py.", TypeError)
+    check(listed, op, expected, shown(skip), 'For example ["*.q_proj", "block:0"].', TypeError)
     return tuple(part for rule in skip for part in (as_rules(rule) if _is_file(rule) else (rule,)))
 
 
@@ -132,7 +135,12 @@ class _Rules:
     ) -> None:
         self.names, self.block_of, self.block_count = names, block_of, block_count
         self.output_layers, self.kind, self.op = output_layers, kind, op
-        self.modules = dict(model.named_modules())
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        paths: dict[int, list[str]] = defaultdict(list)
+        for path, module in self.modules.items():
+            paths[id(module)].append(path)
+        # A module that is registered twice goes by each of its names.
+        self.paths = {name: paths[id(self.modules[name])] for name in names if name in self.modules}
         # Experts go by the name of the parameter that holds all of them, too.
         self.fused = {
             f"{name}.{i}.{key}": f"{name}.{key}"
@@ -186,11 +194,12 @@ class _Rules:
         if rule in self.fused.values():
             return [n for n in names if self.fused.get(n) == rule]
         if rule in self.modules or rule in names:
-            return [n for n in names if _below(n, rule)]
+            return [n for n in names if any(_below(text, rule) for text in self._texts(n))]
         return [n for n in names if any(rule in _class_names(m) for m in _holders(n, self.modules))]
 
     def _texts(self, name: str) -> tuple[str, ...]:
-        return (name, self.fused[name]) if name in self.fused else (name,)
+        other = [self.fused[name]] if name in self.fused else []
+        return (name, *self.paths.get(name, ()), *other)
 
     def _in_blocks(self, indices: set[int], rule: Any) -> list[str]:
         hits = [n for n in self.names if self.block_of.get(n) in indices]
@@ -203,7 +212,7 @@ class _Rules:
         """Block indices of a rule, negative ones resolved."""
         kinds = not isinstance(rule, bool) and isinstance(rule, (int, range, str))
         expected = f"{self.kind} rules of type str, int or range"
-        remedy = "See sparsekern/oneshot/skip.py."
+        remedy = 'Layers by name or glob, a class by its name, "Linear", a block by its index.'
         check(kinds, self.op, expected, repr(rule), remedy, TypeError)
         count = self.block_count
         expected = f"decoder blocks for {self.kind} rule {rule!r}"

@@ -60,7 +60,7 @@ def _data(name: str) -> Uses:
 CALIBRATE: Uses = {**_data("data"), "beside_dense": _data("data")["tokenizer"]}
 PRUNE_MODEL: Uses = {
     **_data("calibration"),
-    "damp": ("a method with damp (sparsegpt, admm), refine, match_dense or gptq", _damps),
+    "damp": ("a method with damp= (sparsegpt, admm), refine=, match_dense= or gptq", _damps),
     "blocksize": ("a method that has blocks (sparsegpt)", _own("blocksize")),
     "keep_hessians": (
         "calibration or hessians",
