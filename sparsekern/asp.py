@@ -51,8 +51,9 @@ from sparsekern.errors import check, message
 from sparsekern.finetune.entries import Entry
 from sparsekern.finetune.masked import Masked
 from sparsekern.finetune.schedule import Frozen
-from sparsekern.finetune.tensors import unwrap, unwrap_optimizer
+from sparsekern.finetune.tensors import unwrap_optimizer
 from sparsekern.finetune.transposable import transposable_mask
+from sparsekern.nn.wrappers import unwrapped
 from sparsekern.prune.masks import nm_mask
 from sparsekern.utils.arguments import checked, shown
 
@@ -187,7 +188,7 @@ class ASP:
             UserWarning: a name that no layer has.
         """
         op = f"{OP}.init_model_for_pruning"
-        inner = unwrap(model)
+        inner = unwrapped(model)
         known = inner not in cls._states
         check(
             known, op, "a model that is not initialised yet", type(inner).__name__, "Call it once."
@@ -268,7 +269,7 @@ class ASP:
     @classmethod
     def already_init_asp_model(cls, model: nn.Module | None = None) -> bool:
         """Whether the model (None: any that is alive) was initialised."""
-        return bool(cls._states) if model is None else unwrap(model) in cls._states
+        return bool(cls._states) if model is None else unwrapped(model) in cls._states
 
     @classmethod
     def init_optimizer_for_pruning(
@@ -418,7 +419,7 @@ class ASP:
 
     @classmethod
     def _state(cls, model: nn.Module | None, op: str) -> _State:
-        chosen = unwrap(model) if model is not None else (cls._last() if cls._last else None)
+        chosen = unwrapped(model) if model is not None else (cls._last() if cls._last else None)
         remedy = "Call init_model_for_pruning first."
         known = chosen is not None and chosen in cls._states
         got = "another" if chosen is not None else "none"

@@ -71,7 +71,7 @@ def perplexity(
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # FSDP2 gathers weights in place, which inference_mode refuses
             check_model(OP, model, windows[:1].to(device), kwargs)
             for ids in _bar(torch.split(windows, int(batch_size)), progress):
                 ids = ids.to(device)

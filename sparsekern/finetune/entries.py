@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from sparsekern.errors import check
 from sparsekern.finetune.schedule import grouped, zeros_mask
-from sparsekern.finetune.tensors import is_dtensor, local, shard, unshard
+from sparsekern.finetune.tensors import local, shard, unshard
 from sparsekern.nn import replace
 from sparsekern.nn.sparse_experts import find_experts
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.nn.wrappers import is_dtensor
 from sparsekern.oneshot import discovery
 from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
 from sparsekern.utils.arguments import shown
@@ -127,6 +128,8 @@ def find(
         remedy = "Call prune_model(..., compress=False) first, or pass masks=."
         if any(isinstance(module, SparseLinear) for module in modules.values()):
             remedy = "Call sparsekern.decompress_model(model) first: a SparseLinear is frozen."
+        if any(is_dtensor(entry.parameter) for entry in entries):
+            remedy = "Make it before fully_shard, where the zeros can be read, or pass masks=."
         expected = f"a model with {pattern} sparse Linear layers"
         check(found, OP, expected, "none", remedy)
         for entry in found:

@@ -36,6 +36,7 @@ from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn import replace
 from sparsekern.nn.own_forward import lost_forward
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.nn.wrappers import unwrapped, whole
 from sparsekern.ops.compress import compress
 from sparsekern.ops.linear_op import autocast, linear
 from sparsekern.profiling.timer import StopRule, compare
@@ -438,8 +439,9 @@ def sparse_training(
     from sparsekern.oneshot import discovery
 
     op = "sparsekern.finetune.sparse_training"
-    modules = dict(model.named_modules())
-    tied = discovery.tied_names(model)
+    inner = whole(op, model)
+    modules = dict(inner.named_modules())
+    tied = discovery.tied_names(inner)
     if masks is None:
         names = [
             name
@@ -465,7 +467,9 @@ def sparse_training(
 @checked("sparsekern.finetune.finish_training")
 def finish_training(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     """Replace every SparseTrainingLinear by a SparseLinear of its weight, in place; their names."""
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, SparseTrainingLinear)]
+    found = [
+        (n, m) for n, m in unwrapped(model).named_modules() if isinstance(m, SparseTrainingLinear)
+    ]
     for _, module in found:
         replace.replace_module(model, module, module.to_sparse_linear(dtype))
     return [name for name, _ in found]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,7 @@ def _install() -> None:
 
 
 def _wrap() -> None:
+    from peft.tuners.lora.layer import Linear  # type: ignore[import-not-found]
     from peft.tuners.lora.model import LoraModel  # type: ignore[import-not-found]
     from peft.utils.other import ModulesToSaveWrapper  # type: ignore[import-not-found]
 
@@ -56,6 +58,17 @@ def _wrap() -> None:
             got = type(lora_config).__name__
             raise ValueError(message(OP, expected, got, remedy)) from error
 
+    def adopting(call: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(call)
+        def adopted(self: Any, *args: Any, **kwargs: Any) -> None:
+            from sparsekern.integrations.peft import adopt
+
+            own = getattr(self, call.__name__) if adopt(self) else functools.partial(call, self)
+            own(*args, **kwargs)
+
+        return adopted
+
+    Linear.merge, Linear.unmerge = adopting(Linear.merge), adopting(Linear.unmerge)
     LoraModel._create_new_module = staticmethod(created)
     ModulesToSaveWrapper.update = updated
 

@@ -33,6 +33,7 @@ from sparsekern.nn.own_forward import computes_linear, is_plain, lost_forward, o
 from sparsekern.nn.replace import dense_weight, is_conv1d, is_linear
 from sparsekern.nn.sparse_experts import SparseExperts
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.nn.wrappers import unwrapped
 
 OP = "sparsekern.oneshot.find_layers"
 PRUNABLE_DTYPES = tuple(dtypes.PLAIN)
@@ -131,14 +132,6 @@ class Layer:
         if isinstance(self.module, SparseLinear):
             return int(self.module.weight.nbytes)
         return self.bytes_dense
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside what torch.compile(model) returns; any other model as it is."""
-    if isinstance(model, torch.jit.ScriptModule):
-        return model
-    inner = model._modules.get("_orig_mod")
-    return unwrapped(inner) if inner is not None else model
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:

@@ -32,12 +32,14 @@ _NOT_THE_MODEL = frozenset({"training", "name_or_path", "warnings_issued", "mode
 _NOT_THE_CONFIG = frozenset(
     {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"}
 )
-# What nn.Module itself keeps in every module, and what Transformers and accelerate leave there.
+# What nn.Module itself keeps in every module, and what Transformers, accelerate and torch.compile
+# leave there.
 _INTERNAL = frozenset(vars(nn.Module())) | {
     "_compiled_call_impl",
     "_hf_hook",
     "_hf_peft_config_loaded",
     "_is_hf_initialized",
+    "_is_torch_compile",
     "_old_forward",
     "_weight_conversions",
 }
