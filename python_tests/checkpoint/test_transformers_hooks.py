@@ -72,6 +72,15 @@ def test_the_folder_says_whether_it_is_compressed_not_a_config_of_the_caller(tmp
     assert not hasattr(own, "quantization_config")  # the caller's stays as it was
 
 
+def test_a_dense_folder_is_not_pruned_by_a_config(tmp_path):
+    cases.llama().save_pretrained(tmp_path)
+    text = r"expected quantization_config of a folder with 2:4 .* call sparsekern.prune_model"
+    with pytest.raises(ValueError, match=text):
+        transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config={"quant_method": "sparsekern"}
+        )
+
+
 def test_a_loaded_model_can_be_copied_and_pickled(tmp_path):
     model = cases.sparsify(cases.llama())
     save_pretrained(model, tmp_path / "a")
