@@ -94,6 +94,26 @@ def test_a_loaded_model_can_be_copied_and_pickled(tmp_path):
         assert files(tmp_path / "b") == files(tmp_path / "a")
 
 
+@pytest.mark.parametrize("part", ["text", "vision"])
+def test_a_class_whose_config_is_a_part_of_the_folders(tmp_path, part):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config=sizes | {"vocab_size": 64, "max_position_embeddings": 16},
+        vision_config=sizes | {"image_size": 8, "patch_size": 4},
+    )
+    model = cases.sparsify(transformers.CLIPModel(config).eval())
+    model.save_pretrained(tmp_path)
+    kind = {"text": transformers.CLIPTextModel, "vision": transformers.CLIPVisionModel}[part]
+    with pytest.warns(UserWarning, match="have no place"):  # those of the other part
+        loaded = kind.from_pretrained(tmp_path)
+    assert any(isinstance(module, SparseLinear) for module in loaded.modules())
+    x = TOKENS if part == "text" else torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        wanted, got = (m(x).last_hidden_state for m in (getattr(model, f"{part}_model"), loaded))
+    assert torch.equal(got, wanted)
+
+
 def test_compressed_layers_that_a_class_lacks_are_said(tmp_path):
     model = cases.sparsify(cases.llama(tied=False), keep=("no layer",))
     save_pretrained(model, tmp_path)
