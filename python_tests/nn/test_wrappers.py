@@ -76,6 +76,43 @@ def test_names_are_those_of_the_model_inside(wrap, one_process, tmp_path):
     assert not any(isinstance(m, sk.SparseLinear) for m in model.modules())
 
 
+def block_by_block(wrap):
+    def each(model):
+        layers = model.model.layers
+        for i, layer in enumerate(layers):
+            layers[i] = wrap(layer)
+        return model
+
+    return each
+
+
+def checkpointed(module):
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+
+    return checkpoint_wrapper.checkpoint_wrapper(module)
+
+
+@pytest.mark.parametrize("wrap", [compiled, checkpointed, nn.DataParallel])
+def test_names_have_no_wrappers_of_blocks(wrap, tmp_path):
+    dense = cases.llama()
+    plain, model = copy.deepcopy(dense), block_by_block(wrap)(copy.deepcopy(dense))
+    report = sk.prune_model(plain, "magnitude", skip=(UP, "lm_head"), compress=False, **QUIET)
+    same = sk.prune_model(model, "magnitude", skip=(UP, "lm_head"), compress=False, **QUIET)
+    assert [row.name for row in same.layers] == [row.name for row in report.layers]
+    masks = Masked.from_report(plain, report).masks
+    assert (
+        masks.keys() == Masked.from_report(model, same).masks.keys() == Masked(model).masks.keys()
+    )
+    by = {"by": "layer", "window": 16, "windows": 1, "progress": False}
+    found = sk.sensitivity(copy.deepcopy(dense), IDS, IDS.flatten(), method="magnitude", **by)
+    inside = block_by_block(wrap)(copy.deepcopy(dense))
+    same = sk.sensitivity(inside, IDS, IDS.flatten(), method="magnitude", **by)
+    assert [row.name for row in same.rows] == [row.name for row in found.rows]
+    sk.compress_model(model)
+    sk.save_pretrained(model, tmp_path / "out")
+    assert torch.equal(logits(sk.from_pretrained(tmp_path / "out")), logits(model))
+
+
 @wrapped
 def test_searches_see_the_model_inside(wrap, one_process):
     dense = cases.llama(tied=False)

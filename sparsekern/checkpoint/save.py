@@ -87,8 +87,8 @@ def save_pretrained(
 
     Args:
         model: Transformers model or any nn.Module, on any device, with SparseLinear modules where
-            it was pruned. What torch.compile and DistributedDataParallel put around it, or around
-            its blocks, is left out. Shards of FSDP are refused.
+            it was pruned. What torch.compile, DistributedDataParallel and activation checkpointing
+            put around it, or around its blocks, is left out. Shards of FSDP are refused.
         directory: created if needed; the files of an earlier checkpoint in it are replaced.
         tokenizer: anything with save_pretrained(folder), or None.
         max_shard_size: bytes per safetensors file, or text such as "2GB".

@@ -16,7 +16,7 @@ from sparsekern.finetune.tensors import local, shard, unshard
 from sparsekern.nn import replace
 from sparsekern.nn.sparse_experts import find_experts
 from sparsekern.nn.sparse_linear import SparseLinear
-from sparsekern.nn.wrappers import is_dtensor
+from sparsekern.nn.wrappers import is_dtensor, named_modules
 from sparsekern.oneshot import discovery
 from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
 from sparsekern.utils.arguments import shown
@@ -190,13 +190,6 @@ def checked_drop(op: str, entry: Entry, mask: Any, pattern: Pattern) -> Tensor:
         remedy = "sparsekern.prune.magnitude_mask(weight) is such a mask."
         check(most <= n, op, expected, most, remedy)
     return ~grouped(mask, entry.transposed).contiguous()
-
-
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules without the parts of names that torch.compile adds."""
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] != "_orig_mod":
-            yield name.replace("_orig_mod.", ""), getattr(module, "_orig_mod", module)
 
 
 def stacks(model: nn.Module) -> dict[str, tuple[nn.Module, str, bool]]:

@@ -35,7 +35,6 @@ from sparsekern.finetune.entries import (
     find,
     groups_whole,
     kept,
-    named_modules,
     stacks,
     why_dense,
 )
@@ -51,7 +50,7 @@ from sparsekern.finetune.tensors import (
 from sparsekern.nn import replace
 from sparsekern.nn.sparse_experts import unfuse_experts
 from sparsekern.nn.sparse_linear import SparseLinear
-from sparsekern.nn.wrappers import is_dtensor, unwrapped
+from sparsekern.nn.wrappers import is_dtensor, named_modules, unwrapped
 from sparsekern.oneshot import discovery
 from sparsekern.oneshot.experts import put_together
 from sparsekern.oneshot.report import PruneReport
@@ -451,7 +450,7 @@ class Masked:
     def apply_to(self, model: nn.Module) -> None:
         """Zero the dropped weights of another model of the same layers: an average (EMA) of
         weights whose masks moved is not 2:4 until then; one under fixed masks is anyway."""
-        modules = dict(named_modules(unwrapped(model)))
+        modules = dict(named_modules(model))
         for entry in self.entries:
             owner = entry.name if entry.key == "weight" else entry.name.rpartition(".")[0]
             module = modules.get(owner) or modules.get(entry.name.rpartition(".")[0])

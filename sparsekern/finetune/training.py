@@ -36,7 +36,7 @@ from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn import replace
 from sparsekern.nn.own_forward import lost_forward
 from sparsekern.nn.sparse_linear import SparseLinear
-from sparsekern.nn.wrappers import unwrapped, whole
+from sparsekern.nn.wrappers import named_modules, whole
 from sparsekern.ops.compress import compress
 from sparsekern.ops.linear_op import autocast, linear
 from sparsekern.profiling.timer import StopRule, compare
@@ -440,7 +440,7 @@ def sparse_training(
 
     op = "sparsekern.finetune.sparse_training"
     inner = whole(op, model)
-    modules = dict(inner.named_modules())
+    modules = dict(named_modules(inner))
     tied = discovery.tied_names(inner)
     if masks is None:
         names = [
@@ -467,9 +467,7 @@ def sparse_training(
 @checked("sparsekern.finetune.finish_training")
 def finish_training(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     """Replace every SparseTrainingLinear by a SparseLinear of its weight, in place; their names."""
-    found = [
-        (n, m) for n, m in unwrapped(model).named_modules() if isinstance(m, SparseTrainingLinear)
-    ]
+    found = [(n, m) for n, m in named_modules(model) if isinstance(m, SparseTrainingLinear)]
     for _, module in found:
         replace.replace_module(model, module, module.to_sparse_linear(dtype))
     return [name for name, _ in found]

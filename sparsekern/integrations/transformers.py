@@ -18,6 +18,7 @@ Transformers is there already, and otherwise when `transformers.modeling_utils` 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -111,10 +112,8 @@ def _as_the_folder_says(cls: Any, name: Any, kwargs: dict[str, Any]) -> dict[str
     entry, raw = said, {}
     hub = {key: kwargs[key] for key in HUB_WORDS if key in kwargs}
     if said is None or isinstance(said, SparsekernConfig):
-        try:
+        with contextlib.suppress(OSError):  # no config.json, as a caller of an own may have it
             raw = PretrainedConfig.get_config_dict(name, **hub)[0]
-        except OSError:  # no config.json, as a caller with an own config may have it
-            pass
         entry = raw.get("quantization_config") or raw.get("compression_config")
     current = isinstance(entry, Mapping) and entry.get("quant_method") == METHOD
     ours = current or sparsity_entry(entry) is not None

@@ -5,6 +5,7 @@ shard of each weight in a process."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,18 +14,36 @@ from torch.optim.swa_utils import AveragedModel
 
 from sparsekern.errors import check
 
+_KEYS = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile, of checkpoint_wrapper
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile's, (Distributed)DataParallel's and AveragedModel's wrappers,
-    one in the other; any other module as it is."""
+    """The module inside wrappers of torch.compile, (Distributed)DataParallel, AveragedModel and
+    activation checkpointing, one in the other; any other module as it is."""
     if isinstance(model, torch.jit.ScriptModule):
         return model
-    inner = model._modules.get("_orig_mod")
+    found = (model._modules.get(key) for key in _KEYS)
+    inner = next((module for module in found if module is not None), None)
     if inner is None and isinstance(model, _WRAPPERS):
         inner = model.module
     return model if inner is None else unwrapped(inner)
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """model.named_modules() of the model without wrappers around it or its parts."""
+    seen: set[nn.Module] = set()
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        inner = unwrapped(module)
+        if inner in seen:
+            return
+        seen.add(inner)
+        yield name, inner
+        for key, child in inner.named_children():
+            yield from walk(f"{name}.{key}" if name else key, child)
+
+    return walk("", model)
 
 
 def is_dtensor(tensor: Any) -> bool:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import FormatError, check, message
 from sparsekern.nn.sparse_experts import SparseExperts
+from sparsekern.nn.wrappers import named_modules
 from sparsekern.utils.arguments import shown
 
 OP = "sparsekern.oneshot.skip"
@@ -132,7 +133,7 @@ class _Rules:
     ) -> None:
         self.names, self.block_of, self.block_count = names, block_of, block_count
         self.output_layers, self.kind, self.op = output_layers, kind, op
-        self.modules = dict(model.named_modules())
+        self.modules = dict(named_modules(model))
         # Experts go by the name of the parameter that holds all of them, too.
         self.fused = {
             f"{name}.{i}.{key}": f"{name}.{key}"
