@@ -53,7 +53,7 @@ from sparsekern.finetune.masked import Masked
 from sparsekern.finetune.schedule import Frozen
 from sparsekern.finetune.tensors import unwrap_optimizer
 from sparsekern.finetune.transposable import transposable_mask
-from sparsekern.nn.wrappers import unwrapped
+from sparsekern.nn.wrappers import named_modules, unwrapped
 from sparsekern.prune.masks import nm_mask
 from sparsekern.utils.arguments import checked, shown
 
@@ -207,7 +207,7 @@ class ASP:
             check(listed, op, expected, repr(keys), 'For example ["weight"].', TypeError)
         allowed = None if allowed_layer_names is None else frozenset(allowed_layer_names)
         disallowed = frozenset(disallowed_layer_names)
-        unknown = sorted(disallowed.union(allowed or ()) - {n for n, _ in inner.named_modules()})
+        unknown = sorted(disallowed.union(allowed or ()) - {n for n, _ in named_modules(inner)})
         if unknown:
             text = f"{op}: expected names of layers, got {unknown[:4]}, which no layer has. "
             text += "Names are those of model.named_modules(), without the wrapper's prefix."
@@ -224,7 +224,7 @@ class ASP:
             )
             warnings.warn(text, UserWarning, stacklevel=3)
         found: list[tuple[str, nn.Module, str, nn.Parameter]] = []
-        for name, module in inner.named_modules():
+        for name, module in named_modules(inner):
             if not isinstance(module, kinds) or name in disallowed:
                 continue
             if allowed is not None and name not in allowed:

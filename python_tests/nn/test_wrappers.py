@@ -2,6 +2,7 @@
 models of which a process has only shards are refused, or run."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -108,6 +109,10 @@ def test_names_have_no_wrappers_of_blocks(wrap, tmp_path):
     inside = block_by_block(wrap)(copy.deepcopy(dense))
     same = sk.sensitivity(inside, IDS, IDS.flatten(), method="magnitude", **by)
     assert [row.name for row in same.rows] == [row.name for row in found.rows]
+    run = functools.partial(sk.prune_model, method="magnitude", resume=tmp_path / "run", **QUIET)
+    run(inside)
+    run(block_by_block(wrap)(copy.deepcopy(dense)))  # goes on, as it does without wrappers
+    run(copy.deepcopy(dense))
     sk.compress_model(model)
     sk.save_pretrained(model, tmp_path / "out")
     assert torch.equal(logits(sk.from_pretrained(tmp_path / "out")), logits(model))
@@ -136,6 +141,37 @@ def test_sparse_training_inside(wrap, one_process):
     layer = wrap(nn.Linear(8, 8))
     assert sparse_training(layer) == [""] == finish_training(layer)
     assert sum(isinstance(m, sk.SparseLinear) for m in layer.modules()) == 1
+
+
+def test_asp_knows_compiled_blocks():
+    from sparsekern.asp import ASP
+
+    model = block_by_block(compiled)(cases.llama())
+    kinds = {"verbosity": 0, "allow_permutation": False}
+    left, pruned = (f"model.layers.0.self_attn.{name}_proj" for name in "qk")
+    ASP.init_model_for_pruning(model, disallowed_layer_names=[left], **kinds)
+    names = {name.removesuffix(".weight") for name in ASP.masked(model).masks}
+    ASP.forget(model)
+    assert pruned in names and left not in names
+
+
+def test_models_without_data_are_refused_by_name():
+    dense = cases.llama()
+    pruned = cases.sparsify(copy.deepcopy(dense))
+    with torch.device("meta"):
+        empty = cases.llama()
+    sk.prune_model(dense, "magnitude", compress=False, **QUIET)
+    one = {"steps": 1, "batch": 2, "device": "cpu", "progress": False}
+    calls = {
+        "model": lambda: sk.perplexity(empty, IDS.flatten(), window=16),
+        "dense": lambda: sk.reconstruct(pruned, empty, IDS),
+        "teacher": lambda: sk.finetune.distill(dense, empty, IDS, **one),
+        "model: a": lambda: sparse_training(empty),
+    }
+    for name, call in calls.items():
+        text = f"expected {name}.* whose weights hold data, got one on meta. Load the weights"
+        with pytest.raises(ValueError, match=text):
+            call()
 
 
 def test_conv1d_and_config_inside_a_wrapper():

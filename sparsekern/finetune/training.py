@@ -437,9 +437,11 @@ def sparse_training(
         ValueError: a name that is no Linear; no layer that fits; a mask that is not transposable.
     """
     from sparsekern.oneshot import discovery
+    from sparsekern.oneshot.devices import check_data
 
     op = "sparsekern.finetune.sparse_training"
     inner = whole(op, model)
+    check_data(op, inner)
     modules = dict(named_modules(inner))
     tied = discovery.tied_names(inner)
     if masks is None:

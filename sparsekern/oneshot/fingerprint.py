@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import message
+from sparsekern.nn.wrappers import bare, named_modules
 
 OP = "sparsekern.prune_model(resume=)"
 # Attributes of modules that say where a model came from or what was done with it, not what it
@@ -67,7 +68,9 @@ def of_model(model: nn.Module) -> str:
     sha = hashlib.sha256()
     codes: dict[type, str] = {}
     seen: Seen = {}
-    for name, module in model.named_modules():  # a method of one of them is not a model of its own
+    given, model = model, bare(model)
+    # A method of one of them is not a model of its own.
+    for name, module in (*named_modules(given), *model.named_modules()):
         seen[id(module)] = module, f"module {name}"
     for name, module in model.named_modules(remove_duplicate=False):
         kind = type(module)

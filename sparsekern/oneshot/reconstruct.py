@@ -43,6 +43,7 @@ from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.nn.wrappers import whole
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot.calibration import make_batches
+from sparsekern.oneshot.devices import check_data
 from sparsekern.oneshot.executor import Calibration
 from sparsekern.oneshot.fit import Loss, fit, kept_weights, training
 from sparsekern.oneshot.levels import Levels
@@ -249,6 +250,8 @@ def reconstruct(
     apart = any(r.parts != "block" for r in chosen)
     check(not apart, OP, 'parts="block" on a model that is pruned', "sublayers")
     model, dense = whole(OP, model), whole(OP, dense)
+    check_data(OP, model)
+    check_data(OP, dense, "dense")
     _, blocks = models.find_blocks(model)
     _, teachers = models.find_blocks(dense)
     check(bool(blocks), OP, "a model with decoder blocks", type(model).__name__)
