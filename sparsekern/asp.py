@@ -56,10 +56,11 @@ from sparsekern.errors import check, message
 from sparsekern.finetune.entries import Entry
 from sparsekern.finetune.masked import Masked
 from sparsekern.finetune.schedule import Frozen, grouped
-from sparsekern.finetune.tensors import unwrap, unwrap_optimizer
+from sparsekern.finetune.tensors import unwrap_optimizer
 from sparsekern.finetune.transposable import transposable_mask
 from sparsekern.nn.replace import is_conv1d
 from sparsekern.nn.tied import tied_outside
+from sparsekern.nn.wrappers import named_modules, unwrapped
 from sparsekern.oneshot.discovery import adapter_parts
 from sparsekern.prune.masks import nm_mask
 from sparsekern.utils.arguments import checked, shown
@@ -197,7 +198,7 @@ class ASP:
                 (peft), or computed in every forward (weight_norm).
         """
         op = f"{OP}.init_model_for_pruning"
-        inner = unwrap(model)
+        inner = unwrapped(model)
         known = inner not in cls._states
         check(
             known, op, "a model that is not initialised yet", type(inner).__name__, "Call it once."
@@ -217,7 +218,7 @@ class ASP:
         allowed = None if allowed_layer_names is None else frozenset(allowed_layer_names)
         disallowed = frozenset(disallowed_layer_names)
         names: dict[int, set[str]] = defaultdict(set)  # of each module, all
-        for name, module in inner.named_modules(remove_duplicate=False):
+        for name, module in named_modules(inner, every=True):
             names[id(module)].add(name)
         unknown = sorted(disallowed.union(allowed or ()).difference(*names.values()))
         if unknown:
@@ -238,7 +239,7 @@ class ASP:
         found: list[tuple[str, nn.Module, str, nn.Parameter]] = []
         adapters = adapter_parts(inner)
         left: dict[str, list[str]] = defaultdict(list)  # reason: weights that stay dense for it
-        for name, module in inner.named_modules():
+        for name, module in named_modules(inner):
             if not isinstance(module, kinds) or names[id(module)] & disallowed:
                 continue
             if allowed is not None and not names[id(module)] & allowed:
@@ -313,7 +314,7 @@ class ASP:
     @classmethod
     def already_init_asp_model(cls, model: nn.Module | None = None) -> bool:
         """Whether the model (None: any that is alive) was initialised."""
-        return bool(cls._states) if model is None else unwrap(model) in cls._states
+        return bool(cls._states) if model is None else unwrapped(model) in cls._states
 
     @classmethod
     def init_optimizer_for_pruning(
@@ -467,7 +468,7 @@ class ASP:
 
     @classmethod
     def _state(cls, model: nn.Module | None, op: str) -> _State:
-        chosen = unwrap(model) if model is not None else (cls._last() if cls._last else None)
+        chosen = unwrapped(model) if model is not None else (cls._last() if cls._last else None)
         remedy = "Call init_model_for_pruning first."
         known = chosen is not None and chosen in cls._states
         got = "another" if chosen is not None else "none"

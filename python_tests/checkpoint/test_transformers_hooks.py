@@ -73,6 +73,15 @@ def test_the_folder_says_whether_it_is_compressed_not_a_config_of_the_caller(tmp
     assert not hasattr(own, "quantization_config")  # the caller's stays as it was
 
 
+def test_a_dense_folder_is_not_pruned_by_a_config(tmp_path):
+    cases.llama().save_pretrained(tmp_path)
+    text = r"expected quantization_config of a folder with 2:4 .* call sparsekern.prune_model"
+    with pytest.raises(ValueError, match=text):
+        transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config={"quant_method": "sparsekern"}
+        )
+
+
 def test_a_loaded_model_can_be_copied_and_pickled(tmp_path):
     model = cases.sparsify(cases.llama())
     save_pretrained(model, tmp_path / "a")
@@ -84,6 +93,26 @@ def test_a_loaded_model_can_be_copied_and_pickled(tmp_path):
         assert torch.equal(logits(other), logits(model))
         other.save_pretrained(tmp_path / "b")
         assert files(tmp_path / "b") == files(tmp_path / "a")
+
+
+@pytest.mark.parametrize("part", ["text", "vision"])
+def test_a_class_whose_config_is_a_part_of_the_folders(tmp_path, part):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config=sizes | {"vocab_size": 64, "max_position_embeddings": 16},
+        vision_config=sizes | {"image_size": 8, "patch_size": 4},
+    )
+    model = cases.sparsify(transformers.CLIPModel(config).eval())
+    model.save_pretrained(tmp_path)
+    kind = {"text": transformers.CLIPTextModel, "vision": transformers.CLIPVisionModel}[part]
+    with pytest.warns(UserWarning, match="have no place"):  # those of the other part
+        loaded = kind.from_pretrained(tmp_path)
+    assert any(isinstance(module, SparseLinear) for module in loaded.modules())
+    x = TOKENS if part == "text" else torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        wanted, got = (m(x).last_hidden_state for m in (getattr(model, f"{part}_model"), loaded))
+    assert torch.equal(got, wanted)
 
 
 def test_compressed_layers_that_a_class_lacks_are_said(tmp_path):

@@ -1,6 +1,7 @@
 """Adapters on 2:4 weights: the algebra alone, then inside peft."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -146,8 +147,23 @@ def test_plain_merge_says_what_it_loses(capsys):
     from sparsekern.integrations.peft import merge
 
     steps(ours)
-    assert 0.2 < merge(ours) < 0.9
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # it prints what peft's own calls warn of
+        assert 0.2 < merge(ours) < 0.9
     assert "the masks took" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_a_merge_by_peft_warns_of_what_it_loses(call):
+    ours, _ = adapted(False)
+    steps(ours)
+    with pytest.warns(UserWarning, match="expected adapters inside the masks, .* merge\\(model\\)"):
+        getattr(ours, call)()
+    masked, _ = adapted(True)
+    steps(masked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        getattr(masked, call)()
 
 
 def test_saved_adapters_load_again(tmp_path):
@@ -278,5 +294,15 @@ def test_adapters_of_a_model_that_was_pruned_afterwards():
         assert not torch.equal(model(input_ids=ids).logits, want)
         unmerge(model)
         assert torch.equal(model(input_ids=ids).logits, want)
-    plain = model.merge_and_unload()
+    with pytest.warns(UserWarning, match="adapters inside the masks"):
+        plain = model.merge_and_unload()
     assert isinstance(plain.model.layers[0].self_attn.q_proj, sk.SparseLinear)
+
+    model = peft.get_peft_model(build("llama"), config).eval()
+    run_prune(model, "magnitude")
+    with torch.no_grad(), pytest.warns(UserWarning, match="adapters inside the masks"):
+        want = model(input_ids=ids).logits
+        model.merge_adapter()  # peft's own call, and none of ours before it
+        assert not torch.equal(model(input_ids=ids).logits, want)
+        model.unmerge_adapter()
+        assert torch.equal(model(input_ids=ids).logits, want)

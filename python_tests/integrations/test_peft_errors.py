@@ -55,6 +55,23 @@ def test_modules_to_save_that_would_not_train(wanted, got, accepted):
         peft.get_peft_model(pruned(), options)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        lambda: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9),
+        lambda: peft.LoHaConfig(target_modules=["q_proj"]),
+        lambda: peft.LoKrConfig(target_modules=["q_proj"]),
+    ],
+)
+def test_adapters_of_other_kinds_name_the_remedy(other):
+    text = "expected a config that knows SparseLinear.*Take LoRA, or sparsekern.decompress_model"
+    with pytest.raises(ValueError, match=text):
+        peft.get_peft_model(pruned(), other())
+    dense = sk.decompress_model(pruned())
+    assert train(peft.get_peft_model(dense, other()))
+
+
 def test_modules_to_save_that_are_dense_train_and_come_back(tmp_path):
     model = peft.get_peft_model(pruned(), accept(config(modules_to_save=["lm_head"])))
     changed = train(model)

@@ -3,6 +3,7 @@ computes what the dense one with its zeros does, or the layer stays dense with t
 
 import copy
 import functools
+import operator
 import types
 import warnings
 
@@ -70,6 +71,16 @@ def test_other_uses_of_a_weight_say_what_to_do():
         lambda w: torch.cat([w, w]),
         lambda w: torch.matmul(X, w),
         lambda w: torch.einsum("to,oi->ti", X, w),
+        lambda w: w @ X.t(),
+        lambda w: 2 * w,
+        lambda w: w == 0,  # Python's own would be False
+        lambda w: w != torch.zeros(16, 16),
+        lambda w: w > 0,
+        lambda w: abs(-w),
+        lambda w: w[0],
+        list,
+        lambda w: operator.setitem(w, 0, 0.0),
+        lambda w: operator.imul(w, 2),
     ):
         with pytest.raises(TypeError, match="expected calls of the layer.*2:4 weight.*skip="):
             use(layer.weight)
@@ -80,6 +91,8 @@ def test_other_uses_of_a_weight_say_what_to_do():
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = layer.weight.nothing
     assert not hasattr(layer.weight, "mean")
+    weight = layer.weight
+    assert weight == weight and weight != weight.clone() and weight in {weight, None}
 
 
 def test_hooks_stay_and_can_be_removed():

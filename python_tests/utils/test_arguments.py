@@ -222,6 +222,7 @@ def test_messages(name, value, text):
 
 def test_what_is_right_passes_through():
     assert _tried(DENSE, np.int64(4), rate=np.float32(0.5), flag=1, pair=[1, 2], device="cpu") == 4
+    assert _tried(DENSE, inside="") == 3  # a default that is given
     assert _tried.__name__ == "tried" and "steps" in inspect.signature(_tried).parameters
     with pytest.raises(TypeError, match="unexpected keyword argument"):
         _tried(DENSE, other=1)
@@ -277,6 +278,7 @@ def _tried_function():
         pair: tuple[int, int] = (2, 4),
         hook: Callable[[int], int] | None = None,
         tensor: Tensor | None = None,
+        inside: str | os.PathLike[str] = "",
     ) -> int:
         return int(steps)
 

@@ -12,6 +12,7 @@ from sparsekern.errors import check
 from sparsekern.nn.replace import is_conv1d, replace_module
 from sparsekern.nn.sparse_experts import SparseExperts, decompress_experts
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.nn.wrappers import unwrapped
 
 OP = "sparsekern.decompress_model"
 # What Transformers sets on a model that its quantizers have loaded.
@@ -40,10 +41,11 @@ def decompress_model(model: M) -> M:
     remedy = "Pass the model that holds it." if isinstance(model, SparseExperts) else remedy
     fits = isinstance(model, nn.Module) and not isinstance(model, (SparseExperts, SparseLinear))
     check(fits, OP, "a model", type(model).__name__, remedy, TypeError)
+    inner: Any = unwrapped(model)
     apart = decompress_experts(model)
-    names = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
-    head = getattr(model, "get_output_embeddings", lambda: None)() if names else None
-    tree = skeleton_of(model, untied=any(m is head for m in names.values())) if names else None
+    names = {name: m for name, m in inner.named_modules() if isinstance(m, SparseLinear)}
+    head = getattr(inner, "get_output_embeddings", lambda: None)() if names else None
+    tree = skeleton_of(inner, untied=any(m is head for m in names.values())) if names else None
     built = {} if tree is None else dict(tree.named_modules())
     for name, module in names.items():
         before = built.get(name)
@@ -51,11 +53,11 @@ def decompress_model(model: M) -> M:
         if before is not None and is_conv1d(before):
             dense = _conv1d(type(before), module)
         replace_module(model, module, dense)
-        if module is head and getattr(model.config, "tie_word_embeddings", False):
-            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        if module is head and getattr(inner.config, "tie_word_embeddings", False):
+            inner.config.tie_word_embeddings = False
     for attribute in _OF_QUANTIZERS:
-        model.__dict__.pop(attribute, None)
-    config: Any = getattr(model, "config", None)
+        inner.__dict__.pop(attribute, None)
+    config: Any = getattr(inner, "config", None)
     if (names or apart) and hasattr(config, "quantization_config"):
         del config.quantization_config
     return model

@@ -44,7 +44,7 @@ from sparsekern.formats.forms import (
 )
 from sparsekern.nn.sparse_experts import fuse_experts, unfuse_experts
 from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
-from sparsekern.oneshot.discovery import unwrapped
+from sparsekern.nn.wrappers import whole
 from sparsekern.utils.arguments import Given, Uses, checked, usable_device
 from sparsekern.utils.safetensors_io import (
     CONFIG_FILE,
@@ -242,7 +242,7 @@ def load_into(
     """
     op = "sparsekern.load_into"
     check(isinstance(model, nn.Module), op, "an nn.Module", type(model).__name__, exc=TypeError)
-    tree = unwrapped(model)
+    tree = whole(op, model)
     folder = arguments.folder_path(op, "the model", directory)
     if verify:
         require_sums(folder)

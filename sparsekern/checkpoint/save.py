@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from sparsekern.checkpoint.arguments import folder_path, parse_size
 from sparsekern.checkpoint.experts import Stored, apart, stored_experts
 from sparsekern.checkpoint.names import SAVE_OP, Conversion, DiskNames, disk_names
-from sparsekern.checkpoint.skeleton import bare, linear_shape, own_tensors, skeleton_of
+from sparsekern.checkpoint.skeleton import linear_shape, own_tensors, skeleton_of
 from sparsekern.errors import check, message
 from sparsekern.formats.config_json import FILE_KEYS, UNREADABLE_WITHOUT_US, compression_config
 from sparsekern.formats.disk import require_storable, stored_bytes, stored_tensors
@@ -37,6 +37,7 @@ from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.parallel import SplitLinear
 from sparsekern.nn.replace import is_conv1d
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.nn.wrappers import bare, whole
 from sparsekern.utils.arguments import checked
 from sparsekern.utils.safetensors_io import CONFIG_FILE, DTYPES, listed
 from sparsekern.utils.staging import Group, StagedFolder, check_writable, write_shards, writing
@@ -79,8 +80,8 @@ def save_pretrained(
 
     Args:
         model: Transformers model or any nn.Module, on any device, with SparseLinear modules where
-            it was pruned. What torch.compile and DistributedDataParallel put around it, or around
-            its blocks, is left out.
+            it was pruned. What torch.compile, DistributedDataParallel and activation checkpointing
+            put around it, or around its blocks, is left out. Shards of FSDP are refused.
         directory: created if needed; the files of an earlier checkpoint in it are replaced.
         tokenizer: anything with save_pretrained(folder), or None.
         max_shard_size: bytes per safetensors file, or text such as "2GB".
@@ -115,7 +116,7 @@ def save_pretrained(
     _check_fixed(model, state_dict, kwargs)
     if not is_main_process:
         return
-    model = bare(model)
+    model = bare(whole(SAVE_OP, model))
     split = any(isinstance(module, SplitLinear) for module in model.modules())
     remedy = "Save the model before it."
     check(not split, SAVE_OP, "a whole model", "one split by tensor_parallel", remedy)

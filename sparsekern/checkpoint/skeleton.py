@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -45,7 +44,6 @@ SPARE_MODULES = 2_000
 # Keys that name code or files outside the folder; the model is built without them.
 FOREIGN_KEYS = ("auto_map", "custom_pipelines", "kernel_config", "fusion_config")
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 _REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's prefixes for names that it fetches
 
 
@@ -198,27 +196,6 @@ def import_transformers(why: str) -> ModuleType:
         ) from error
     module: ModuleType = transformers
     return module
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """A model without what torch.compile, DistributedDataParallel and their like put around it or
-    its parts: of the modules above such a wrapper shallow copies, the others themselves."""
-    made: dict[nn.Module, nn.Module] = {}
-
-    def view(module: nn.Module) -> nn.Module:
-        if module not in made:
-            inner = module
-            while isinstance(inner, _WRAPPERS) or "_orig_mod" in inner._modules:
-                key = "_orig_mod" if "_orig_mod" in inner._modules else "module"
-                inner = inner.get_submodule(key)
-            children = {k: None if m is None else view(m) for k, m in inner._modules.items()}
-            if any(m is not children[k] for k, m in inner._modules.items()):
-                inner = copy.copy(inner)
-                inner._modules = children
-            made[module] = inner
-        return made[module]
-
-    return view(model)
 
 
 def skeleton_of(model: nn.Module, untied: bool = False) -> nn.Module | None:

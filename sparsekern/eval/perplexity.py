@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import check, message
 from sparsekern.oneshot.calibration import PROBE_TOKENS, REFUSALS
+from sparsekern.oneshot.devices import check_data
 from sparsekern.oneshot.discovery import input_embedding, positions
 from sparsekern.utils.arguments import checked, shown
 
@@ -63,6 +64,7 @@ def perplexity(
         and dtype with the number.
     Source: Frantar and Alistarh 2023, evaluation code of "SparseGPT" (arXiv:2301.00774).
     """
+    check_data(OP, model)
     windows = windows_of(OP, "token_ids", model, token_ids, window)
     own = (p.device for p in model.parameters() if not p.is_meta)
     device = next(own, torch.device("cpu"))
@@ -71,7 +73,7 @@ def perplexity(
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # FSDP2 gathers weights in place, which inference_mode refuses
             check_model(OP, model, windows[:1].to(device), kwargs)
             for ids in _bar(torch.split(windows, int(batch_size)), progress):
                 ids = ids.to(device)

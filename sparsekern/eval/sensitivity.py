@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sparsekern.errors import FormatError, check
 from sparsekern.eval.perplexity import check_model, logits_of, windows_of
 from sparsekern.nn.replace import dense_weight, write_weight
-from sparsekern.oneshot import discovery as models
+from sparsekern.nn.wrappers import named_modules, whole
 from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot import keep_dense as dense_rule
 from sparsekern.oneshot.calibration import digest, make_batches
@@ -265,7 +265,7 @@ def sensitivity(
 
     check(by in UNITS, OP, f"by in {UNITS}", repr(by))
     check(mode in MODES, OP, f"mode in {MODES}", repr(mode))
-    model = models.unwrapped(model)
+    model = whole(OP, model)
     for count in time_tokens or ():
         check(type(count) is int and count > 0, OP, "time_tokens > 0, whole numbers", repr(count))
     check(window > 1 and windows > 0, OP, "window > 1 and windows > 0", f"{window}, {windows}")
@@ -306,7 +306,7 @@ def sensitivity(
     settings = {"method": method, "window": window, "windows": len(rows), **manifest["options"]}
     report = SensitivityReport(by, mode, dense_value, base, base_kl, total, settings=settings)
     extra = _times(layers, time_tokens, target)
-    modules = dict(work.named_modules())
+    modules = dict(named_modules(work))
     for name, members in tqdm(_parts(layers, by).items(), OP, unit=by, disable=not progress):
         names = [layer.name for layer in members]
         known = stored.rows.get(name)
@@ -389,7 +389,7 @@ def _pruned_together(
         **knobs,
         **options,
     )
-    modules = dict(work.named_modules())
+    modules = dict(named_modules(work))
     found = {row.name: row for row in report.pruned}
     weights = {name: dense_weight(modules[name]).to("cpu", copy=True) for name in found}
     return work, weights, {name: row.relative_error for name, row in found.items()}

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from sparsekern.errors import check
 from sparsekern.finetune.schedule import grouped, zeros_mask
-from sparsekern.finetune.tensors import is_dtensor, local, shard, unshard
+from sparsekern.finetune.tensors import local, shard, unshard
 from sparsekern.nn import replace
 from sparsekern.nn.sparse_experts import find_experts
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.nn.tied import tied_outside
+from sparsekern.nn.wrappers import is_dtensor, named_modules
 from sparsekern.oneshot import discovery
 from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
 from sparsekern.utils.arguments import shown
@@ -130,6 +131,8 @@ def find(
         remedy = "Call prune_model(..., compress=False) first, or pass masks=."
         if any(isinstance(module, SparseLinear) for module in modules.values()):
             remedy = "Call sparsekern.decompress_model(model) first: a SparseLinear is frozen."
+        if any(is_dtensor(entry.parameter) for entry in entries):
+            remedy = "Make it before fully_shard, where the zeros can be read, or pass masks=."
         expected = f"a model with {pattern} sparse Linear layers"
         check(found, OP, expected, "none", remedy)
         for entry in found:
@@ -193,14 +196,6 @@ def checked_drop(op: str, entry: Entry, mask: Any, pattern: Pattern) -> Tensor:
         remedy = "sparsekern.prune.magnitude_mask(weight) is such a mask."
         check(most <= n, op, expected, most, remedy)
     return ~grouped(mask, entry.transposed).contiguous()
-
-
-def named_modules(model: nn.Module, every: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules without the parts of names that torch.compile adds. every: under each name that
-    a module has, not under the first alone."""
-    for name, module in model.named_modules(remove_duplicate=not every):
-        if name.rpartition(".")[2] != "_orig_mod":
-            yield name.replace("_orig_mod.", ""), getattr(module, "_orig_mod", module)
 
 
 def stacks(model: nn.Module) -> dict[str, tuple[nn.Module, str, bool]]:

@@ -37,25 +37,23 @@ from sparsekern.finetune.entries import (
     groups_whole,
     kept,
     merged,
-    named_modules,
     stacks,
     why_dense,
 )
 from sparsekern.finetune.schedule import Frozen, Schedule, grouped, make
 from sparsekern.finetune.tensors import (
-    is_dtensor,
     local,
     pack_bits,
     shard,
     unpack_bits,
     unshard,
-    unwrap,
     unwrap_optimizer,
 )
 from sparsekern.nn import replace
 from sparsekern.nn.sparse_experts import unfuse_experts
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.nn.tied import tied_places
+from sparsekern.nn.wrappers import is_dtensor, named_modules, unwrapped
 from sparsekern.oneshot import discovery
 from sparsekern.oneshot.experts import put_together
 from sparsekern.oneshot.report import PruneReport
@@ -112,7 +110,7 @@ class Masked:
         keep_dense: bool = False,
         dense_device: torch.device | str | None = None,
     ) -> None:
-        inner = unwrap(model)
+        inner = unwrapped(model)
         self._model = weakref.ref(inner)
         self.pattern = Pattern.of(pattern, OP)
         self.schedule = schedule or Frozen()
@@ -144,7 +142,7 @@ class Masked:
                 experts of a mixture were pruned and others not.
         """
         op, pattern = f"{OP}.from_report", report.pattern
-        inner = unwrap(model)
+        inner = unwrapped(model)
         modules = dict(named_modules(inner))
         fused = stacks(inner)
         masks: dict[str, Tensor] = {}
@@ -468,7 +466,7 @@ class Masked:
     def apply_to(self, model: nn.Module) -> None:
         """Zero the dropped weights of another model of the same layers: an average (EMA) of
         weights whose masks moved is not 2:4 until then; one under fixed masks is anyway."""
-        modules = dict(named_modules(unwrap(model)))
+        modules = dict(named_modules(model))
         for entry in self.entries:
             owner = entry.name if entry.key == "weight" else entry.name.rpartition(".")[0]
             module = modules.get(owner) or modules.get(entry.name.rpartition(".")[0])

@@ -7,21 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, torch.compile's wrapper and AveragedModel."""
-    wrappers = ("DistributedDataParallel", "DataParallel", "AveragedModel")
-    inner: Any = model
-    while True:
-        if hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
-        elif type(inner).__name__ in wrappers and isinstance(inner.module, nn.Module):
-            inner = inner.module
-        else:
-            return inner  # type: ignore[no-any-return]
+from sparsekern.nn.wrappers import is_dtensor
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
@@ -29,11 +18,6 @@ def unwrap_optimizer(optimizer: Any) -> Any:
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     return optimizer
-
-
-def is_dtensor(tensor: Any) -> bool:
-    """Whether it is a torch.distributed DTensor, asked without importing that."""
-    return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
 
 
 def local(tensor: Tensor) -> Tensor:

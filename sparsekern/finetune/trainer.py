@@ -43,6 +43,7 @@ from sparsekern.finetune.schedule import Schedule
 from sparsekern.finetune.teacher import CachedTeacher, LiveTeacher, Split, compiled
 from sparsekern.finetune.world import World
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.oneshot.devices import check_data
 from sparsekern.oneshot.discovery import check_basis
 from sparsekern.utils.arguments import Given, Uses, check_used, checked, shown
 from sparsekern.utils.files import write_atomic
@@ -155,6 +156,9 @@ def distill(
     given = {"evaluate": evaluate, "folder": folder, "teacher": teacher, "data": data}
     defaults = {**asdict(Recipe()), **dict.fromkeys(given)}
     check_used(OP, RECIPE_USES, {**asdict(recipe), **given}, defaults)
+    check_data(OP, model)
+    if isinstance(teacher, nn.Module):
+        check_data(OP, teacher, "teacher")
     if folder is not None:
         check_writable(folder, OP)
     run = _Run(

@@ -37,6 +37,7 @@ from sparsekern.nn import replace
 from sparsekern.nn.own_forward import computed_weight, lost_forward
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.nn.tied import Place, tied_places
+from sparsekern.nn.wrappers import named_modules, whole
 from sparsekern.ops.compress import compress
 from sparsekern.ops.linear_op import autocast, linear
 from sparsekern.profiling.timer import StopRule, compare
@@ -446,9 +447,13 @@ def sparse_training(
     Warns:
         UserWarning: Linears left dense for one of these reasons.
     """
+    from sparsekern.oneshot.devices import check_data
+
     op = "sparsekern.finetune.sparse_training"
-    modules = dict(model.named_modules())
-    tied = tied_places(model)
+    inner = whole(op, model)
+    check_data(op, inner)
+    modules = dict(named_modules(inner))
+    tied = tied_places(inner)
     why = {name: _why_dense(m, tied) for name, m in modules.items() if replace.is_linear(m)}
     if masks is None:
         names = [
@@ -478,7 +483,7 @@ def sparse_training(
 @checked("sparsekern.finetune.finish_training")
 def finish_training(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     """Replace every SparseTrainingLinear by a SparseLinear of its weight, in place; their names."""
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, SparseTrainingLinear)]
+    found = [(n, m) for n, m in named_modules(model) if isinstance(m, SparseTrainingLinear)]
     for _, module in found:
         replace.replace_module(model, module, module.to_sparse_linear(dtype))
     return [name for name, _ in found]

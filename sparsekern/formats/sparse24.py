@@ -181,6 +181,15 @@ class Sparse24:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         raise AttributeError(message(_OP, _NO_DENSE, f".{name} of a 2:4 weight", _KEEP_DENSE))
 
+    def __eq__(self, other: object) -> bool:
+        """Identity. Numbers and tensors, which a dense weight compares element by element, want
+        that one."""
+        if isinstance(other, (Tensor, int, float)):
+            raise TypeError(message(_OP, _NO_DENSE, "== of a 2:4 weight", _KEEP_DENSE))
+        return self is other
+
+    __hash__ = object.__hash__
+
     def _set_data(self, data: Any) -> None:
         remedy = "Give the layer another one: layer.weight = sparsekern.compress(w, mask)."
         raise AttributeError(
@@ -624,6 +633,22 @@ def verify(w24: Sparse24) -> None:
         row, slot = infinite.nonzero()[0].tolist()
         got = f"{numbers[row, slot].item()} ({int(infinite.sum())} values are NaN or Inf)"
         _raise_at(op, "finite values", got, row, slot // 2)
+
+
+def _without(name: str) -> Callable[..., NoReturn]:
+    def refused(self: Sparse24, *_: Any) -> NoReturn:
+        got = f"{name.strip('_')} of a 2:4 weight"
+        raise TypeError(message(_OP, _NO_DENSE, got, _KEEP_DENSE))
+
+    return refused
+
+
+# Operators of a dense weight, which Python looks up in the class; `+`, `+=` and `1 + w` alike.
+_BINARY = "add and floordiv matmul lshift mod mul or pow rshift sub truediv xor".split()
+for _name in ("getitem", "setitem", "abs", "neg", "invert", "float", "int", "ge", "gt", "le", "lt"):
+    setattr(Sparse24, f"__{_name}__", _without(_name))
+for _name in (f"{kind}{name}" for kind in ("", "r", "i") for name in _BINARY):
+    setattr(Sparse24, f"__{_name}__", _without(_name))
 
 
 # ---- checks --------------------------------------------------------------------------------------

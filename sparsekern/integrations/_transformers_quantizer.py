@@ -98,6 +98,12 @@ class SparsekernQuantizer(HfQuantizer):  # type: ignore[misc]
     is_qat_trainable = True
     is_compileable = True
 
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        remedy = "Load it without quantization_config=, then call sparsekern.prune_model(model)."
+        expected, got = "quantization_config of a folder with 2:4 weights", "one for dense weights"
+        check(kwargs.get("pre_quantized", True), OP, expected, got, remedy)
+        super().__init__(quantization_config, **kwargs)
+
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         places = kwargs.get("device_map")
         on_disk = isinstance(places, Mapping) and "disk" in places.values()

@@ -99,8 +99,10 @@ class SparseLora(PeftLinear):  # type: ignore[misc, no-any-unimported, unused-ig
     """peft's LoRA layer with a SparseLinear as base: y = base(x) + s·B(A(dropout(x))).
 
     Attributes:
-        merge_losses: adapter name -> share of its product that the last merge lost.
+        merge_losses: adapter name -> share of its output that the last merge lost.
     """
+
+    masked = False
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, *args, **kwargs)
@@ -121,11 +123,25 @@ class SparseLora(PeftLinear):  # type: ignore[misc, no-any-unimported, unused-ig
         super().update_layer(adapter_name, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters at the slots that the weight stores; 2:4 and metadata stay.
+        """peft's call: `add`, with a UserWarning where the mask takes a part of an adapter.
 
         Args:
             safe_merge: of no effect: a result that is not finite is always refused.
             adapter_names: None for the active ones.
+        """
+        if self.add(adapter_names) > 0:
+            expected, got = "adapters inside the masks", "some that reach outside, where it is lost"
+            remedy = (
+                "Call merge(model) of sparsekern.integrations.peft, which prints how much, keep "
+                "them unmerged, or train with accept(config, masked_product=True)."
+            )
+            warnings.warn(message(f"{OP}.merge", expected, got, remedy), stacklevel=2)
+
+    def add(self, adapter_names: list[str] | None) -> float:
+        """Add the adapters at the slots that the weight stores; 2:4 and metadata stay.
+
+        Returns:
+            The largest share of an adapter that is lost.
         Notes:
             The values before the first merge are kept on the host, for an exact `unmerge`.
         """
@@ -140,8 +156,10 @@ class SparseLora(PeftLinear):  # type: ignore[misc, no-any-unimported, unused-ig
             if self._unmerged is None:
                 self._unmerged = base.weight.rowmajor().cpu().clone()
             base.weight = merged.weight.to(dtype=base.weight.dtype)
-            self.merge_losses[name] = merged.loss
+            # Trained under the mask, what lies outside it was never part of the output.
+            self.merge_losses[name] = 0.0 if self.masked else merged.loss
             self.merged_adapters.append(name)
+        return max((self.merge_losses[name] for name in names if name in self.lora_A), default=0.0)
 
     def check_mergeable(self, name: str) -> None:
         """ValueError for an adapter that no merge can take, TypeError for such a base weight."""
@@ -173,6 +191,8 @@ class SparseLora(PeftLinear):  # type: ignore[misc, no-any-unimported, unused-ig
 class MaskedSparseLora(SparseLora):
     """SparseLora trained under the mask: y = base(x) + s·x·((B·A)∘M)ᵀ."""
 
+    masked = True
+
     def __init__(self, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, *args, **kwargs)
         bitmask = self.get_base_layer().weight.bitmask()
@@ -200,6 +220,15 @@ class MaskedSparseLora(SparseLora):
         return result
 
 
+def adopt(module: nn.Module) -> bool:
+    """Make peft's own layer, whose base was pruned afterwards, a SparseLora; whether it was one."""
+    held = type(module) is PeftLinear and isinstance(module._modules["base_layer"], SparseLinear)
+    if held:
+        module.__class__ = SparseLora
+        module.__dict__.update(merge_losses={}, _unmerged=None)
+    return held
+
+
 @checked("sparsekern.integrations.peft.merge")
 def merge(
     model: nn.Module, adapter_names: Sequence[str] | None = None, quiet: bool = False
@@ -217,9 +246,7 @@ def merge(
     """
     op = f"{OP}.merge"
     for module in model.modules():
-        if type(module) is PeftLinear and isinstance(module._modules["base_layer"], SparseLinear):
-            module.__class__ = SparseLora
-            module.__dict__.update(merge_losses={}, _unmerged=None)
+        adopt(module)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, SparseLora)]
     remedy = "Call accept(config) before get_peft_model."
     check(layers, op, "LoRA layers on SparseLinear", "none", remedy)
@@ -230,12 +257,7 @@ def merge(
     for _, layer in layers:  # all of them, before the first one changes
         for name in layer.active_adapters if names is None else names:
             layer.check_mergeable(name)
-    losses: dict[str, float] = {}
-    for name, layer in layers:
-        layer.merge(adapter_names=names)
-        # Trained under the mask, what lies outside it was never part of the output.
-        masked = isinstance(layer, MaskedSparseLora)
-        losses[name] = 0.0 if masked else max(layer.merge_losses.values(), default=0.0)
+    losses = {name: layer.add(names) for name, layer in layers}
     worst = max(losses, key=lambda name: losses[name])
     if not quiet:
         mean = sum(losses.values()) / len(losses)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -26,10 +27,12 @@ def _install() -> None:
 
 
 def _wrap() -> None:
-    from peft.tuners.lora.model import LoraModel  # type: ignore[import-not-found]
+    from peft import LoraConfig  # type: ignore[import-not-found]
+    from peft.tuners.lora.layer import Linear  # type: ignore[import-not-found]
+    from peft.tuners.tuners_utils import BaseTuner  # type: ignore[import-not-found]
     from peft.utils.other import ModulesToSaveWrapper  # type: ignore[import-not-found]
 
-    create, update = LoraModel._create_new_module, ModulesToSaveWrapper.update
+    inject, update = BaseTuner.inject_adapter, ModulesToSaveWrapper.update
 
     @functools.wraps(update)
     def updated(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -43,20 +46,33 @@ def _wrap() -> None:
         check(not frozen, OP, expected, got, remedy)
         return update(self, adapter_name, *args, **kwargs)
 
-    @functools.wraps(create)
-    def created(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:
+    @functools.wraps(inject)
+    def injected(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         try:
-            return create(lora_config, adapter_name, target, **kwargs)
-        except ValueError as error:
-            base = getattr(target, "base_layer", target)
-            if not isinstance(base, SparseLinear) or str(error).startswith("sparsekern"):
+            return inject(self, model, adapter_name, *args, **kwargs)
+        except (TypeError, ValueError) as error:
+            if SparseLinear.__name__ not in str(error) or str(error).startswith("sparsekern"):
                 raise
+            config = self.peft_config[adapter_name]
+            lora = type(config) is LoraConfig
             remedy = "Call accept(config) first, of sparsekern.integrations.peft."
+            remedy = remedy if lora else "Take LoRA, or sparsekern.decompress_model(model) first."
             expected = "a config that knows SparseLinear, for target_modules"
-            got = type(lora_config).__name__
+            got = type(config).__name__
             raise ValueError(message(OP, expected, got, remedy)) from error
 
-    LoraModel._create_new_module = staticmethod(created)
+    def adopting(call: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(call)
+        def adopted(self: Any, *args: Any, **kwargs: Any) -> None:
+            from sparsekern.integrations.peft import adopt
+
+            own = getattr(self, call.__name__) if adopt(self) else functools.partial(call, self)
+            own(*args, **kwargs)
+
+        return adopted
+
+    Linear.merge, Linear.unmerge = adopting(Linear.merge), adopting(Linear.unmerge)
+    BaseTuner.inject_adapter = injected
     ModulesToSaveWrapper.update = updated
 
 

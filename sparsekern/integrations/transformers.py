@@ -18,6 +18,7 @@ Transformers is there already, and otherwise when `transformers.modeling_utils` 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -108,17 +109,18 @@ def _as_the_folder_says(cls: Any, name: Any, kwargs: dict[str, Any]) -> dict[str
 
     config = kwargs.get("config")
     said: Any = getattr(config, "quantization_config", None)
-    entry = said
+    entry, raw = said, {}
     hub = {key: kwargs[key] for key in HUB_WORDS if key in kwargs}
     if said is None or isinstance(said, SparsekernConfig):
-        try:
+        with contextlib.suppress(OSError):  # no config.json, as a caller of an own may have it
             raw = PretrainedConfig.get_config_dict(name, **hub)[0]
-        except OSError:  # no config.json, as a caller with an own config may have it
-            raw = {}
         entry = raw.get("quantization_config") or raw.get("compression_config")
     current = isinstance(entry, Mapping) and entry.get("quant_method") == METHOD
     ours = current or sparsity_entry(entry) is not None
-    if (current and config is None) or not (ours or isinstance(said, SparsekernConfig)):
+    # The class's config may be a part of the folder's (CLIPTextModel), and the entry is above it.
+    kind = raw.get("model_type")
+    whole = config is None and kind == getattr(cls.config_class, "model_type", kind)
+    if (current and whole) or not (ours or isinstance(said, SparsekernConfig)):
         return kwargs
     if not isinstance(config, PretrainedConfig):
         rest = {key: value for key, value in kwargs.items() if key not in (*hub, "config")}

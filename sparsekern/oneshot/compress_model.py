@@ -17,7 +17,7 @@ from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.count import num_parameters
 from sparsekern.nn.replace import replace_module
 from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
-from sparsekern.oneshot import discovery as models
+from sparsekern.nn.wrappers import whole
 from sparsekern.oneshot.experts import with_experts_apart
 from sparsekern.oneshot.layerwise import new_report
 from sparsekern.oneshot.report import PruneReport
@@ -62,7 +62,7 @@ def compress_model(
     if quantize is not None:
         quantized_type(OP, quantize, "quantize")
         checked_group(OP, quantize, quantize_group, None, "quantize_group")
-    model = models.unwrapped(model)
+    model = whole(OP, model)
     selection = select(model, skip, (2, 4), True, targets=targets, op=OP)
     options: dict[str, Any] = {"skip": [str(rule) for rule in as_rules(skip)]}
     if quantize is not None:

@@ -51,6 +51,14 @@ def working_device(op: str, model: nn.Module, device: torch.device | str | None)
     return chosen
 
 
+def check_data(op: str, model: nn.Module, name: str = "model") -> None:
+    """ValueError for a model on "meta", unless accelerate's hooks bring its weights."""
+    held = [not p.is_meta for p in model.parameters()]
+    brought = any("_hf_hook" in vars(module) for module in model.modules())
+    expected, remedy = f"{name}: a model whose weights hold data", "Load the weights first."
+    check(not held or any(held) or brought, op, expected, "one on meta", remedy)
+
+
 @contextlib.contextmanager
 def on_device(module: nn.Module | None, device: torch.device) -> Iterator[None]:
     """Move a module to `device` and back to where its first parameter was."""

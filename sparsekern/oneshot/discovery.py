@@ -40,6 +40,7 @@ from sparsekern.nn.replace import dense_weight, is_conv1d, is_linear
 from sparsekern.nn.sparse_experts import SparseExperts
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.nn.tied import tied_places
+from sparsekern.nn.wrappers import named_modules, unwrapped
 
 OP = "sparsekern.oneshot.find_layers"
 PRUNABLE_DTYPES = tuple(dtypes.PLAIN)
@@ -140,14 +141,6 @@ class Layer:
         return self.bytes_dense
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside what torch.compile(model) returns; any other model as it is."""
-    if isinstance(model, torch.jit.ScriptModule):
-        return model
-    inner = model._modules.get("_orig_mod")
-    return unwrapped(inner) if inner is not None else model
-
-
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     """The decoder blocks: (name of their ModuleList, blocks in order), or ("", []) when the model
     has none.
@@ -168,7 +161,7 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
                 return True
         return False
 
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         blocks = list(module) if isinstance(module, nn.ModuleList) else []
         one_class = len({type(unwrapped(b)) for b in blocks}) == 1 and not is_linear(blocks[0])
         if one_class:
@@ -223,13 +216,13 @@ def find_layers(
     held = held_elsewhere(model) if compress else {}
     experts = {
         f"{name}.{i}.{key}".lstrip("."): (module, (name, i, key))
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, SparseExperts)
         for i in range(module.recipe.experts)
         for key, _ in module.recipe.matrices
     }
     layers: list[Layer] = []
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         block = index_of.get(id(module))
         if isinstance(module, SparseLinear):
             layers.append(Layer(name, module, block, ALREADY))
@@ -388,7 +381,7 @@ def adapter_parts(model: nn.Module) -> dict[str, str]:
     `adapter_layer_names`; or as `original_module` beside the copy that is trained in its place, and
     both stay as they are."""
     found = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         whole = isinstance(module._modules.get("original_module"), nn.Module)
         if not whole and not isinstance(module._modules.get("base_layer"), nn.Module):
             continue
@@ -495,7 +488,7 @@ def output_layer_names(model: nn.Module) -> list[str]:
                 continue
             if isinstance(head, nn.Module):
                 heads |= {id(inner) for inner in head.modules()}
-    return [name for name, module in model.named_modules() if id(module) in heads]
+    return [name for name, module in named_modules(model) if id(module) in heads]
 
 
 def input_embedding(model: nn.Module) -> nn.Module | None:

@@ -31,6 +31,7 @@ from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.replace import replace_module
 from sparsekern.nn.sparse_experts import unfuse_experts
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.nn.wrappers import whole
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot.calibration import Batch, make_batches
 from sparsekern.oneshot.collector import HessianCollector
@@ -117,7 +118,7 @@ def calibrate(
         "beside_dense or true_sequential",
         "both of them",
     )
-    model = models.unwrapped(model)
+    model = whole(op, model)
     apart = unfuse_experts(model)
     try:
         selection = select(model, skip, (2, 4), True, targets=targets, op=op)

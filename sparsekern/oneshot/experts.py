@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsekern.nn.sparse_experts import SparseExperts, fuse_experts, unfuse_experts
-from sparsekern.oneshot.discovery import Layer, unwrapped
+from sparsekern.nn.wrappers import unwrapped
+from sparsekern.oneshot.discovery import Layer
 from sparsekern.prune import Hessian
 
 # Tokens of a layer that are kept for experts that saw few, and how many of one call.

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import message
+from sparsekern.nn.wrappers import bare, named_modules
 
 OP = "sparsekern.prune_model(resume=)"
 # Attributes of modules that say where a model came from or what was done with it, not what it
@@ -32,12 +33,14 @@ _NOT_THE_MODEL = frozenset({"training", "name_or_path", "warnings_issued", "mode
 _NOT_THE_CONFIG = frozenset(
     {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"}
 )
-# What nn.Module itself keeps in every module, and what Transformers and accelerate leave there.
+# What nn.Module itself keeps in every module, and what Transformers, accelerate and torch.compile
+# leave there.
 _INTERNAL = frozenset(vars(nn.Module())) | {
     "_compiled_call_impl",
     "_hf_hook",
     "_hf_peft_config_loaded",
     "_is_hf_initialized",
+    "_is_torch_compile",
     "_old_forward",
     "_weight_conversions",
 }
@@ -65,7 +68,9 @@ def of_model(model: nn.Module) -> str:
     sha = hashlib.sha256()
     codes: dict[type, str] = {}
     seen: Seen = {}
-    for name, module in model.named_modules():  # a method of one of them is not a model of its own
+    given, model = model, bare(model)
+    # A method of one of them is not a model of its own.
+    for name, module in (*named_modules(given), *model.named_modules()):
         seen[id(module)] = module, f"module {name}"
     for name, module in model.named_modules(remove_duplicate=False):
         kind = type(module)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sparsekern.errors import check
 from sparsekern.nn.count import num_parameters
 from sparsekern.nn.sparse_linear import check_before_loading
+from sparsekern.nn.wrappers import whole
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot import keep_dense as dense_rule
 from sparsekern.oneshot import uses
@@ -211,7 +212,7 @@ def prune_model(
     Source: Frantar and Alistarh 2023 (arXiv:2301.00774); Sun et al. 2024, "Wanda"
     (arXiv:2306.11695).
     """
-    start, model = time.perf_counter(), models.unwrapped(model)
+    start, model = time.perf_counter(), whole(OP, model)
     with joined(ranks, OP) as crew:
         first = crew is None or crew.rank == 0
         method = find_preset(OP, preset).method if method is None else method

@@ -40,8 +40,10 @@ from sparsekern.errors import check
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.nn.replace import dense_weight, is_linear, replace_module, write_weight
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.nn.wrappers import whole
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot.calibration import make_batches
+from sparsekern.oneshot.devices import check_data
 from sparsekern.oneshot.executor import Calibration
 from sparsekern.oneshot.fit import Loss, fit, kept_weights, training
 from sparsekern.oneshot.levels import Levels
@@ -247,7 +249,9 @@ def reconstruct(
     chosen = as_rounds({"span": None} if rounds is True else rounds, OP)
     apart = any(r.parts != "block" for r in chosen)
     check(not apart, OP, 'parts="block" on a model that is pruned', "sublayers")
-    model, dense = models.unwrapped(model), models.unwrapped(dense)
+    model, dense = whole(OP, model), whole(OP, dense)
+    check_data(OP, model)
+    check_data(OP, dense, "dense")
     _, blocks = models.find_blocks(model)
     _, teachers = models.find_blocks(dense)
     check(bool(blocks), OP, "a model with decoder blocks", type(model).__name__)

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import check
 from sparsekern.nn.tied import check_untied
+from sparsekern.nn.wrappers import whole
 from sparsekern.oneshot.calibration import Batch, make_batches
 from sparsekern.oneshot.devices import working_device
 from sparsekern.oneshot.rotation_search import learn
@@ -118,6 +119,7 @@ def rotate(
             Nothing is changed then.
         RuntimeError: the logits differ by more than rounding. The model is as it was before.
     """
+    model = whole(OP, model)
     target = working_device(OP, model, device)
     batches = make_batches(calibration, model, None, target, op=OP)
     knobs: dict[str, Any] = {"steps": steps, "rate": rate, "heads": heads, "untie": untie}

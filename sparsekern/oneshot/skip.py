@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import FormatError, check, message
 from sparsekern.nn.sparse_experts import SparseExperts
+from sparsekern.nn.wrappers import named_modules
 from sparsekern.utils.arguments import shown
 
 OP = "sparsekern.oneshot.skip"
@@ -135,7 +136,7 @@ class _Rules:
     ) -> None:
         self.names, self.block_of, self.block_count = names, block_of, block_count
         self.output_layers, self.kind, self.op = output_layers, kind, op
-        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.modules = dict(named_modules(model, every=True))
         paths: dict[int, list[str]] = defaultdict(list)
         for path, module in self.modules.items():
             paths[id(module)].append(path)

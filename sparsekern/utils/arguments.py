@@ -87,7 +87,7 @@ class _Argument:
             expected = f"{self.name}: {' or '.join(names)}"
             raise TypeError(message(op, expected, shown(value), remedy))
         if self.path and isinstance(value, str):
-            good = bool(value) and "\0" not in value
+            good = bool(value or value == self.default) and "\0" not in value
             check(good, op, f"{self.name}: a path", shown(value), remedy)
         if isinstance(value, nn.Module):
             check_initialised(op, value)
