@@ -228,4 +228,4 @@ def test_command_line_prunes_and_verifies_pairs(tmp_path, capsys):
     arguments[5] = "4:8 in threes"
     arguments[-1] = tmp_path / "other"
     assert cli.main(list(map(str, arguments))) == 2
-    assert "sparsekern prune: expected pattern" in capsys.readouterr().err
+    assert "sparsekern prune: expected --pattern" in capsys.readouterr().err
