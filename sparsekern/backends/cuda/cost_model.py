@@ -126,7 +126,7 @@ WIDEN_TOKENS = DECODE_TOKENS
 NARROW_TOKENS = narrow_model.MOST_TOKENS
 GATED_TOKENS = 32  # the most of the decode kernel's gated form, which holds two sums per output
 # On Hopper the mma.sp kernel is considered up to so many tokens, or tokens * out * in; with x that
-# the copy engine can fetch up to MMA_MOST tokens. With more it was picked in five of 589 cells of
+# the copy engine can fetch up to MMA_MOST tokens. With more it was picked in five of 586 cells of
 # an H200, and 3 to 17 % slower than the fastest in each.
 MMA_TOKENS, MMA_PRODUCTS, MMA_MOST = 64, 2**30, 1024
 PREFILL_TOKENS = 32  # the fewest at which the prefill kernel is, and the split kernel
@@ -142,7 +142,9 @@ CLUSTERS_OF_TILE, TOKENS_OF_SUMS = 16, 16
 # comes back, 2 us at 50 bytes a clock; what a crowd of them takes is fitted.
 SUMS_READ = 170_000
 
-# us, and us a megabyte of y: medians of an H200 in 130 cells, beside a fit to aligned ones.
+# us, and us a megabyte of y, after the medians of an H200 in 130 cells beside a fit to aligned
+# ones: 0.5 to 0.8 a megabyte of tiles and split tiles, 1.5 to 3 of mma.sp. Row blocks had too few
+# cells with so much of y, and are taken to store as mma.sp does.
 RAGGED: dict[type, tuple[float, float]] = {
     RowBlocks: (0.2, 2.0),
     MmaTile: (0.3, 2.0),
