@@ -105,7 +105,12 @@ def test_split_work_by_hand():
 
 
 def test_rows_of_y_that_are_not_aligned_by_hand():
-    for variant, us in ((Tile(256, 64, 1, 1), 0.5 + 0.6), (MmaTile(64, 8, 2, 1, 4, 4), 0.3 + 2)):
+    for variant, us in (
+        (Tile(256, 64, 1, 1), 0.5 + 0.6),
+        (SplitTile(256, 64, 1), 0.5 + 0.6),
+        (SplitTile(128, 64, 1), 0.5 + 1.0),
+        (MmaTile(64, 8, 2, 1, 4, 4), 0.3 + 2),
+    ):
         assert work(variant, 500, 1001, 2048, H100).ragged == pytest.approx(us, rel=0.01), "1 MB"
         assert work(variant, 500, 1000, 2048, H100).ragged == 0
         of = work(variant, 500, 1001, 2048, H100)
@@ -114,12 +119,15 @@ def test_rows_of_y_that_are_not_aligned_by_hand():
 
 
 def test_mma_is_for_little_to_compute():
-    """And, where the copy engine can fetch x, for few tokens."""
+    """And, where the copy engine can fetch x, for few tokens; where not, for short rows."""
     tile = MmaTile(64, 16, 2, 1, 4, 3)
     for tokens, columns, expected in (
         (1024, 64, True),
         (1025, 64, False),
         (1025, 68, True),
+        (65, 4092, True),
+        (65, 4100, False),
+        (64, 4100, True),
         (64, 30_000, True),
         (512, 30_000, False),
     ):
@@ -211,7 +219,7 @@ def test_a_copy_of_half_and_two_launches():
     even, odd = (work(tile, tokens, 110, 4072, H100) for tokens in (2513, 2512))
     apart = Work(*map(sum, zip(even, odd, strict=True)))  # of 4 columns more
     assert both._replace(megabytes=apart.megabytes, copy=0.0) == apart._replace(ragged=both.ragged)
-    assert both.ragged == pytest.approx(0.5 + 0.6 * 5025 * 110 * 2 / 1e6), "one y"
+    assert both.ragged == pytest.approx(0.5 + 1.0 * 5025 * 110 * 2 / 1e6), "one y"
     assert both.launches == 2 and both.copy == heuristics.copy_us(2512, 4068)
     for problem in (long, (2, 64, 68, H100), (3, 4096, 4092, H100), (989, 1000, 1020, H100)):
         tokens, *layer = problem

@@ -127,8 +127,10 @@ NARROW_TOKENS = narrow_model.MOST_TOKENS
 GATED_TOKENS = 32  # the most of the decode kernel's gated form, which holds two sums per output
 # On Hopper the mma.sp kernel is considered up to so many tokens, or tokens * out * in; with x that
 # the copy engine can fetch up to MMA_MOST tokens. With more it was picked in five of 586 cells of
-# an H200, and 3 to 17 % slower than the fastest in each.
-MMA_TOKENS, MMA_PRODUCTS, MMA_MOST = 64, 2**30, 1024
+# an H200, and 3 to 17 % slower than the fastest in each. With x that it cannot fetch, 8 bytes at a
+# time here, and more than MMA_TOKENS tokens it took 0.9 to 1.7 times what the formula says from
+# 7000 in_features on, and was the fastest in none of 7 cells: up to MMA_UNALIGNED in_features.
+MMA_TOKENS, MMA_PRODUCTS, MMA_MOST, MMA_UNALIGNED = 64, 2**30, 1024, 4096
 PREFILL_TOKENS = 32  # the fewest at which the prefill kernel is, and the split kernel
 SPLIT_PRODUCTS = 2**36  # the split kernel is considered up to so many tokens * out * in
 
@@ -144,13 +146,15 @@ SUMS_READ = 170_000
 
 # us, and us a megabyte of y, after the medians of an H200 in 130 cells beside a fit to aligned
 # ones: 0.5 to 0.8 a megabyte of tiles and split tiles, 1.5 to 3 of mma.sp. Row blocks had too few
-# cells with so much of y, and are taken to store as mma.sp does.
+# cells with so much of y, and are taken to store as mma.sp does. Split tiles of 128 rows take 0.4
+# more than those of 256 (medians of 667 and 334 times of more than a megabyte).
 RAGGED: dict[type, tuple[float, float]] = {
     RowBlocks: (0.2, 2.0),
     MmaTile: (0.3, 2.0),
     SplitTile: (0.5, 0.6),
     Tile: (0.5, 0.6),
 }
+RAGGED_HALF = 0.4  # us a megabyte more, split tiles of 128 rows
 
 SMOOTH = 4  # exponent of the smooth maximum
 SUSTAINED_PRODUCTS = 2**33  # tokens * out * in that draw all the power there is, one after another
@@ -196,7 +200,9 @@ def considered(
 def mma_considered(tokens: int, out_features: int, in_features: int) -> bool:
     """`considered` for every tile of the mma.sp kernel."""
     little = tokens <= MMA_TOKENS or tokens * out_features * in_features <= MMA_PRODUCTS
-    return little and (tokens <= MMA_MOST or in_features % 8 != 0)
+    if in_features % 8:
+        return little and (tokens <= MMA_TOKENS or in_features <= MMA_UNALIGNED)
+    return little and tokens <= MMA_MOST
 
 
 def split_considered(tokens: int, out_features: int, in_features: int) -> bool:
@@ -367,6 +373,8 @@ def ragged_us(variant: Variant, tokens: int, out_features: int) -> float:
     if out_features % 8 == 0:
         return 0.0
     start, of_megabyte = RAGGED[type(variant)]
+    if isinstance(variant, SplitTile) and variant.rows == 2 * PANEL:
+        of_megabyte += RAGGED_HALF
     return start + of_megabyte * tokens * out_features * 2 / 1e6
 
 
