@@ -30,6 +30,7 @@ from python_tests.linear_cases import (
     error_bound,
 )
 from sparsekern import linear_quantized, quantize, quantize_rows, reference
+from sparsekern.backends import triton as triton_backend
 from sparsekern.backends.protocol import problem_of
 from sparsekern.backends.triton import configs
 from sparsekern.backends.triton.backend import TritonBackend
@@ -282,11 +283,13 @@ def test_which_kernel(tokens, in_features, dtype, plain, kind):
     [
         (1, None, "few_rows2_unroll2_split1_w1", False),
         (16, None, "out64_in128_tokens16_split1_w4_s3", True),
-        (512, None, "expanded_rows512", False),
+        (512, None, "expanded_rows512", True),
         (1, "int8", "out64_in128_tokens16_split1_w4_s3", True),
     ],
 )
-def test_explain_tells_the_kernel_and_what_was_timed(tokens, storage, config, slower):
+def test_explain_tells_the_kernel_and_what_was_timed(tokens, storage, config, slower, monkeypatch):
+    """Where mma.sp is not to be had."""
+    monkeypatch.setattr(triton_backend, "mma_sp_reason", lambda: "no Gluon")
     w24 = compress(torch.ones(64, 256).bfloat16() * torch.tensor([1, 0, 1, 0]).repeat(64))
     w24 = w24 if storage is None else quantize(w24, storage)
     x = torch.ones(tokens, 256, dtype=torch.bfloat16)

@@ -111,10 +111,11 @@ def _kernels() -> Iterator[Finding]:
         )
     else:
         yield Finding("kernels", "sparsekern._C", _native.reason(), present=False)
-    usable = triton_kernels.available()
-    yield Finding(
-        "kernels", "Triton", "usable" if usable else triton_kernels.reason(), present=usable
-    )
+    usable, what = triton_kernels.available(), triton_kernels.reason()
+    if usable:
+        without = triton_kernels.mma_sp_reason()
+        what = "usable, but not on the sparse tensor cores: " + without if without else "usable"
+    yield Finding("kernels", "Triton", what, present=usable)
     yield from _tuned_tables()
 
 

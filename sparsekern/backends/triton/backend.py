@@ -11,7 +11,13 @@ from torch import Tensor
 
 from sparsekern.backends import triton
 from sparsekern.backends.protocol import Explained, Launch, Problem, folded
-from sparsekern.backends.triton.configs import SMALLEST_GROUP, LinearConfig, pick_config
+from sparsekern.backends.triton.configs import (
+    FASTER_TOKENS,
+    SMALLEST_GROUP,
+    LinearConfig,
+    MmaSp,
+    pick_config,
+)
 from sparsekern.formats.layouts import ROWMAJOR
 from sparsekern.formats.scaled import SCALE
 from sparsekern.formats.sparse24 import Sparse24
@@ -67,10 +73,14 @@ class TritonBackend:
     def explain(self, problem: Problem) -> Explained:
         spec = problem.spec
         plain = spec.element.plain
-        config = pick_config(problem.tokens, *problem.sizes, problem.dtype, plain)
+        missing = triton.mma_sp_reason()
+        of = problem.tokens, *problem.sizes, problem.dtype, plain
+        config = pick_config(*of, mma_sp=not missing)
         why = "x is on a GPU and the layout is 'rowmajor'"
+        if missing and isinstance(pick_config(*of, mma_sp=True), MmaSp):
+            why += f"; not on the sparse tensor cores: {missing}"
         if not plain:
             why += "; levels are widened, and multiplied as dense numbers of the dtype of x"
-        if isinstance(config, LinearConfig):
+        if isinstance(config, LinearConfig) or problem.tokens > FASTER_TOKENS:
             why += "; this kernel was slower than dense wherever it was timed"
         return Explained(str(config), why)

@@ -2,11 +2,12 @@
 dtype. The order of summation follows from the config, so results are the same from run to run and
 from GPU to GPU.
 
-    FewTokens      few_tokens.py    up to 4 tokens: picks x by the metadata, no tensor cores
+    FewTokens      few_tokens.py    one token, or up to 4: picks x by the metadata, no tensor cores
+    MmaSp          mma_sp.py        up to 1023: the sparse tensor cores, W is not expanded
     LinearConfig   linear.py        any problem: expands tiles of W in registers, tl.dot
     Expanded       expanded.py      many tokens: expands W once, some rows at a time, torch.mm
 
-Of these only LinearConfig was measured (bench/records); the estimates are in csrc/notes/triton.md.
+Which is the fastest where was measured on an H200 (csrc/notes/triton.md).
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from sparsekern.formats import dtypes
 PROGRAMS_WANTED = 264
 WARPS_WANTED = 8 * PROGRAMS_WANTED  # of the few-token kernel: what keeps the memory busy
 MAX_SPLIT_IN = 8
-FEW_TOKENS = 4
+FEW_TOKENS = 4  # the most of the few-token kernel; where mma.sp is not to be had it takes them
 SMALLEST_GROUP = (
     64  # of columns with one scale; groups are multiples of it, and no tile is narrower
 )
 MANY_TOKENS = 512  # from here on a tile of W is expanded so often that once, to memory, is less
+MMA_TOKENS = 1023  # the most that mma.sp takes; with more, torch.mm of the expanded W is faster
+MMA_COLUMNS = 32  # of one mma.sp: in_features are a multiple
+FASTER_TOKENS = 64  # with more, dense was faster wherever it was timed; in tiles with any number
 # Of dense rows at a time, of their sums, and the fewest rows that torch.mm has work with.
 EXPANDED_BYTES, SUMS_BYTES, EXPANDED_ROWS = 2**26, 2**27, 512
 
@@ -68,7 +72,39 @@ class Expanded(NamedTuple):
         return f"expanded_rows{self.rows}"
 
 
-Config = LinearConfig | FewTokens | Expanded
+class MmaSp(NamedTuple):
+    """One launch of the mma.sp kernel: tiles of block_out x block_tokens in warps_out x
+    warps_tokens warps; a ring of `stages` stages of `steps` times 32 columns; in_features shared by
+    split_in programs. Steps and stages do not change the order of summation."""
+
+    block_out: int
+    block_tokens: int
+    warps_out: int
+    warps_tokens: int
+    steps: int
+    stages: int
+    split_in: int = 1
+
+    def __str__(self) -> str:
+        tile = f"mma_sp_out{self.block_out}_tokens{self.block_tokens}"
+        warps = f"w{self.warps_out}x{self.warps_tokens}"
+        return f"{tile}_split{self.split_in}_{warps}_in{MMA_COLUMNS * self.steps}_s{self.stages}"
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of the ring: 36 bytes of a row of W a step, 64 of a token."""
+        step = 36 * self.block_out + 64 * self.block_tokens
+        return self.stages * self.steps * step
+
+    def fitting(self, shared_bytes: int) -> MmaSp:
+        """The same with the ring that a GPU has room for: an A100 has 166,912 bytes for a thread
+        block, an RTX 4090 101,376, an H100 232,448."""
+        rings = ((self.steps, self.stages), (2, 4), (2, 3), (2, 2))
+        fit = [self._replace(steps=steps, stages=stages) for steps, stages in rings]
+        return next((config for config in fit if config.shared_bytes <= shared_bytes), fit[-1])
+
+
+Config = LinearConfig | FewTokens | MmaSp | Expanded
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -76,21 +112,52 @@ def _cdiv(a: int, b: int) -> int:
 
 
 def pick_config(
-    tokens: int, out_features: int, in_features: int, dtype: torch.dtype, plain: bool = True
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    plain: bool = True,
+    mma_sp: bool = False,
 ) -> Config:
     """The kernel and its sizes for one problem.
 
     Args:
         dtype: of x.      plain: values have the dtype of x; quantised ones take tiles.
+        mma_sp: the mma.sp kernel can run (mma_sp_reason in backends/triton).
     """
     if plain and dtype in dtypes.NATIVE:
-        if 0 < tokens <= FEW_TOKENS and in_features % 8 == 0:
+        sparse = mma_sp and in_features > 0 and in_features % MMA_COLUMNS == 0
+        if 0 < tokens <= (1 if sparse else FEW_TOKENS) and in_features % 8 == 0:
             return few_config(out_features, in_features)
+        if sparse and 0 < tokens <= MMA_TOKENS:
+            return mma_config(tokens, out_features, in_features)
         if tokens >= MANY_TOKENS:
             rows = EXPANDED_BYTES // max(1, in_features * dtype.itemsize)
             rows = min(rows, SUMS_BYTES // (4 * tokens), _cdiv(out_features, 64) * 64)
             return Expanded(max(EXPANDED_ROWS, rows // 64 * 64))
     return tile_config(tokens, out_features, in_features, dtype)
+
+
+def mma_config(tokens: int, out_features: int, in_features: int) -> MmaSp:
+    """The fastest tile of those that were measured, and as many parts of in_features, of 256
+    columns at least, as give each multiprocessor a program (of tiles of 64 rows, two)."""
+    wanted = PROGRAMS_WANTED // 2
+    if tokens <= 64:
+        block_tokens = max(8, 1 << (tokens - 1).bit_length())
+        config = MmaSp(128, block_tokens, 4, 1, 4, 4 if tokens <= 16 else 3)
+    elif tokens <= 128:
+        config, wanted = MmaSp(64, 128, 2, 2, 2, 4), PROGRAMS_WANTED
+    else:
+        config = MmaSp(256, 128, 4, 2, 2, 6)
+    programs = _cdiv(out_features, config.block_out) * _cdiv(tokens, config.block_tokens)
+    split_in = 1
+    while (
+        split_in < MAX_SPLIT_IN
+        and programs * split_in < 0.9 * wanted
+        and in_features >= 512 * split_in
+    ):
+        split_in *= 2
+    return config._replace(split_in=split_in)
 
 
 def few_config(out_features: int, in_features: int) -> FewTokens:

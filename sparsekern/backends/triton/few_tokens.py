@@ -30,6 +30,7 @@ import triton.language as tl
 from sparsekern.backends.triton import epilogue
 from sparsekern.backends.triton.configs import FewTokens
 from sparsekern.backends.triton.epilogue import finish
+from sparsekern.backends.triton.operands import words
 from sparsekern.formats import dtypes
 
 
@@ -152,15 +153,6 @@ def _moved(pointers, step: tl.constexpr, COUNT: tl.constexpr):
     return moved
 
 
-def _words(tensor):
-    """The same rows as int64 words of four 16-bit numbers; copied where a word is not aligned."""
-    stride, step = tensor.stride()
-    aligned = tensor.data_ptr() % 16 == 0 and tensor.storage_offset() % 4 == 0
-    if not (aligned and step == 1 and stride % 4 == 0):
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-    return tensor.view(torch.int64)
-
-
 def launch(x, values, metadata, bias, activation, config: FewTokens, out):
     """out = activation(x · Wᵀ + bias), arguments as linear.linear has checked them.
 
@@ -170,7 +162,7 @@ def launch(x, values, metadata, bias, activation, config: FewTokens, out):
     """
     tokens, out_features = out.shape
     half = dtypes.PLAIN[x.dtype].name == "float16"
-    x, values = _words(x), _words(values)
+    x, values = words(x, torch.int64, 8), words(values, torch.int64, 8)
     pairs, turn = values.shape[1], 32 * config.num_warps * config.unroll
     split_length = triton.cdiv(triton.cdiv(pairs, config.split_in), turn) * turn
     target = out

@@ -6,7 +6,8 @@ tl.dot. The weights tile is the left operand because the tensor cores want at le
 and as few as 8 columns on the right: a single token then costs one padded column block of 16, not a
 padded row block of 64. This kernel exists so that every shape, dtype and number of tokens works on
 every GPU that Triton supports; it does dense arithmetic and saves memory traffic alone. A few
-tokens and many have kernels that expand less (`pick_config` in configs.py); `linear` launches all.
+tokens and many have kernels that expand less, or nothing (`pick_config` in configs.py); `linear`
+launches all.
 
     operand     shape                dtype              memory
     x           [tokens, in]         fp32|fp16|bf16     unit stride along in, any along tokens
@@ -32,14 +33,28 @@ reproducible from run to run and from GPU to GPU.
 Specification: sparsekern/reference.py:linear. Launched by sparsekern/ops/linear_op.py.
 """
 
+import importlib
+
 import torch
 import triton
 import triton.language as tl
+from triton.compiler.errors import CompilationError
 
-from sparsekern.backends.triton import epilogue, expanded, few_tokens
-from sparsekern.backends.triton.configs import SMALLEST_GROUP, Expanded, FewTokens, pick_config
+from sparsekern.backends.triton import epilogue, mma_sp_failed, mma_sp_reason
+from sparsekern.backends.triton.configs import (
+    SMALLEST_GROUP,
+    Expanded,
+    FewTokens,
+    LinearConfig,
+    MmaSp,
+    pick_config,
+)
 from sparsekern.backends.triton.epilogue import finish
 from sparsekern.formats import dtypes
+
+# The kernels for plain values of 16 bits, by their configs. Imported when they are launched: not
+# every Triton has what mma_sp needs.
+_OTHERS = {FewTokens: "few_tokens", MmaSp: "mma_sp", Expanded: "expanded"}
 
 # What the kernel calls levels, by their dtype: names of the element types.
 _STORAGES = {row.storage: row.name for row in dtypes.elements() if row.scaled}
@@ -210,6 +225,12 @@ def sparse_linear_kernel(
     tl.store(out_tile_ptr, y, mask=token_ok[:, None] & row_ok[None, :])
 
 
+def _launch_other(config, x, values, metadata, bias, activation, out):
+    kernel = importlib.import_module(f"sparsekern.backends.triton.{_OTHERS[type(config)]}")
+    with torch.cuda.device_of(x):
+        kernel.launch(x, values, metadata, bias, activation, config, out)
+
+
 def linear(
     x,
     values,
@@ -250,13 +271,19 @@ def linear(
     if x.stride(1) != 1:
         x = x.contiguous()
     plain = scale is None
-    config = config or pick_config(tokens, out_features, in_features, x.dtype, plain)
-    if not plain:
-        assert not isinstance(config, FewTokens | Expanded)  # they have no scales
-    elif isinstance(config, FewTokens | Expanded):
-        module = few_tokens if isinstance(config, FewTokens) else expanded
-        with torch.cuda.device_of(x):
-            module.launch(x, values, metadata, bias, activation, config, out)
+    if config is None:
+        problem = tokens, out_features, in_features, x.dtype, plain
+        config = pick_config(*problem, mma_sp=x.is_cuda and not mma_sp_reason())
+        if isinstance(config, MmaSp):
+            try:
+                _launch_other(config, x, values, metadata, bias, activation, out)
+                return out
+            except CompilationError as error:
+                mma_sp_failed(error)
+                config = pick_config(*problem)
+    if not isinstance(config, LinearConfig):
+        assert plain  # they have no scales
+        _launch_other(config, x, values, metadata, bias, activation, out)
         return out
     storage = "plain" if scale is None else _STORAGES[values.dtype]
     if scale is None or scale.shape[1] == 1:

@@ -1,0 +1,319 @@
+"""Sparse linear layer on the sparse tensor cores, in Gluon (Triton's language of explicit layouts):
+yᵀ[out, tokens] = W[out, in] · xᵀ by mma.sp.m16n8k32, 16-bit operands, sums in float32.
+
+A program has a tile of BLOCK_OUT rows of W and BLOCK_TOKENS rows of x. cp.async brings values,
+metadata and x to shared memory, STEPS * 32 columns at a time, STAGES - 1 times ahead; ldmatrix
+takes them to registers, and nothing is expanded. Columns are counted in steps of 32, the columns of
+one mma.sp; everything is moved as 32-bit words.
+
+    operand     shape                 words              memory
+    x           [tokens, 16 * steps]  2 numbers          16 bytes aligned rows, any row stride
+    values      [out, 8 * steps]      2 kept values      row-major
+    metadata    [out, steps]          8 groups of 4      nibble idx0 | idx1 << 2, low nibble first
+    bias        [out]                 fp16 | bf16        optional
+    out         [tokens, out]         fp16 | bf16        or float32 [SPLIT_IN, tokens, out]
+
+An operand of inline assembly is a tensor whose elements each thread has in a known order: all have
+the shape [tiles of rows, of tokens, warps of rows, of tokens, 8, 2, 2, 2, 2] in one layout, where
+the three dimensions after the warps are the lane (4 g + 2 t1 + t0) and the last two the register
+(2 r1 + r0) of a fragment; PTX ISA, "Matrix Fragments for sparse mma.m16n8k32", 16-bit types:
+
+    A   row g + 8 r0, word 4 r1 + t      B   token g, word 4 (2 r1 + r0) + t, words of two columns
+    C   row g + 8 r1, token 2 t + r0     E   16 bits of row g, then of row g + 8: the first half of
+                                             the columns from even lanes, the other from odd ones;
+                                             lanes t = 0, 1 or 2, 3 as the selector says
+
+A_DIMS to C_DIMS take tiles of shared memory to that shape. So that a lane's metadata are words as
+they stand, lanes t1 = 0 have those of even steps and t1 = 1 of odd ones, and the selector is the
+step's parity. Products follow one another along in_features, whatever STEPS and STAGES are.
+
+in_features is a multiple of 32. Specification: sparsekern/reference.py:linear.
+"""
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from sparsekern.backends.triton import epilogue
+from sparsekern.backends.triton.configs import MmaSp
+from sparsekern.backends.triton.operands import words
+from sparsekern.formats import dtypes
+
+COLUMNS = 32  # of a step
+PART_STEPS = 4  # parts of in_features are multiples of so many steps
+_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+_finish = gluon.jit(epilogue.finish.fn)
+
+# Dimensions of a tile of shared memory, as the kernel splits it, in the order of the fragments.
+A_DIMS = gl.constexpr((0, 1, 3, 5, 6, 4, 2))  # [tiles, warps, r0, g, r1, t1, t0]
+B_DIMS = gl.constexpr((0, 1, 2, 5, 6, 3, 4))  # [tiles, warps, g, r1, r0, t1, t0]
+E_DIMS = gl.constexpr((0, 1, 3, 5, 4, 2))  # [tiles, warps, r0, g, pairs of steps, t1]
+C_DIMS = gl.constexpr((0, 2, 7, 4, 1, 3, 5, 6, 8))  # to [tiles, warps, r1, g; tiles, warps, t, r0]
+
+
+@gluon.jit
+def _odd_lanes(LAYOUT: gl.constexpr, WARPS_OUT: gl.constexpr):
+    """Of two words of metadata, row g's and row g + 8's, the halves that a lane supplies: the
+    selector of prmt."""
+    zero = gl.full([1, 1, WARPS_OUT, 1, 8, 2, 2, 1, 1], 0, gl.int32, LAYOUT)
+    return gl.inline_asm_elementwise(
+        "{ .reg .u32 lane; .reg .pred odd; mov.u32 lane, %laneid; and.b32 lane, lane, 1;"
+        " setp.ne.u32 odd, lane, $1; selp.b32 $0, 0x7632, 0x5410, odd; }",
+        "=r,r",
+        [zero],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _halves(metadata, odd_lanes):
+    """The words of E: twice the same for each pair of rows, because a fragment has four."""
+    metadata, odd_lanes = gl.broadcast(metadata, odd_lanes)
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $2, $3, $4; mov.b32 $1, $0;",
+        "=&r,=&r,r,r,r,r",
+        [metadata, odd_lanes],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def _mma_sp(a, b, acc, e, PAIR: gl.constexpr, SELECTOR: gl.constexpr, TYPE: gl.constexpr):
+    """acc + a · b of all fragments, which are broadcast. PAIR: of steps, whose word of e it is."""
+    return gl.inline_asm_elementwise(
+        f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{TYPE}.{TYPE}.f32"
+        f" {{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9, $10, $11}},"
+        f" {{$12, $13, $14, $15}}, ${16 + 2 * PAIR}, {SELECTOR};",
+        "=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r,r,r,r",
+        [a, b, acc, e],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def _fetch(shared, at, stage, step, steps_in, EVEN: gl.constexpr):
+    """Begins to copy `shared`'s columns from `step` on. at: pointers to the first columns; not
+    EVEN: columns from steps_in on are not there, values and x of them 0, metadata others'."""
+    values, metadata, x = shared
+    values_at, metadata_at, x_at = at
+    if EVEN:
+        _copy(values.index(stage), values_at + step * 8)
+        _copy(metadata.index(stage), metadata_at + step)
+        _copy(x.index(stage), x_at + step * 16)
+    else:
+        WORDS: gl.constexpr = values.shape[2]
+        OF_VALUES: gl.constexpr = gl.SliceLayout(0, values_at.type.layout)
+        OF_METADATA: gl.constexpr = gl.SliceLayout(0, metadata_at.type.layout)
+        OF_X: gl.constexpr = gl.SliceLayout(0, x_at.type.layout)
+        there = gl.arange(0, WORDS, OF_VALUES) < (steps_in - step) * 8
+        _copy(values.index(stage), values_at + step * 8, mask=there[None, :])
+        column = gl.arange(0, WORDS // 8, OF_METADATA)
+        back = gl.minimum(column + step, steps_in - 1) - column
+        _copy(metadata.index(stage), metadata_at + back[None, :])
+        there = gl.arange(0, 2 * WORDS, OF_X) < (steps_in - step) * 16
+        _copy(x.index(stage), x_at + step * 16, mask=there[None, :])
+
+
+@gluon.jit(do_not_specialize=["tokens"])
+def mma_sp_kernel(
+    x_ptr,
+    values_ptr,
+    metadata_ptr,
+    bias_ptr,
+    out_ptr,
+    tokens,
+    out_features,
+    steps_in,  # in_features / 32
+    stride_x,  # 16 bytes
+    split_length,  # steps of a part of in_features
+    TYPE: gl.constexpr,  # "bf16" or "f16"
+    HAS_BIAS: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    EVEN: gl.constexpr,  # steps_in is a multiple of STEPS
+    SPLIT_IN: gl.constexpr,
+    BLOCK_OUT: gl.constexpr,
+    BLOCK_TOKENS: gl.constexpr,
+    WARPS_OUT: gl.constexpr,
+    WARPS_TOKENS: gl.constexpr,
+    STEPS: gl.constexpr,  # of a stage, 2 or 4
+    STAGES: gl.constexpr,
+    LOAD_A: gl.constexpr,  # layouts of a step's tiles in registers, which ldmatrix loads
+    LOAD_B: gl.constexpr,
+    LOAD_E: gl.constexpr,
+):
+    """One [BLOCK_OUT, BLOCK_TOKENS] tile of yᵀ over split_length steps of W."""
+    WARPS: gl.constexpr = WARPS_OUT * WARPS_TOKENS
+    OUT: gl.constexpr = BLOCK_OUT // (16 * WARPS_OUT)  # tiles of a warp
+    TOKENS: gl.constexpr = BLOCK_TOKENS // (8 * WARPS_TOKENS)
+    FRAGMENT: gl.constexpr = gl.BlockedLayout(
+        [1, 1, 1, 1, 1, 1, 1, 2, 2],
+        [1, 1, 1, 1, 8, 2, 2, 1, 1],
+        [1, 1, WARPS_OUT, WARPS_TOKENS, 1, 1, 1, 1, 1],
+        [8, 7, 6, 5, 4, 3, 2, 1, 0],
+    )
+    # How threads copy: 16 bytes each where rows are aligned; chunks of 16 bytes are XORed with the
+    # row, so that the eight rows of a matrix lie in different banks.
+    COPY_V: gl.constexpr = gl.BlockedLayout([1, 4], [16 // STEPS, 2 * STEPS], [WARPS, 1], [1, 0])
+    COPY_E: gl.constexpr = gl.BlockedLayout([1, STEPS], [32, 1], [WARPS, 1], [1, 0])
+    COPY_X: gl.constexpr = gl.BlockedLayout([1, 4], [8 // STEPS, 4 * STEPS], [WARPS, 1], [1, 0])
+    SHARED_V: gl.constexpr = gl.SwizzledSharedLayout(4, 4 // STEPS, 2 * STEPS, [1, 0])
+    SHARED_E: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    SHARED_X: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
+    smem_v = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_OUT, 8 * STEPS], SHARED_V)
+    smem_e = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_OUT, STEPS], SHARED_E)
+    smem_x = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_TOKENS, 16 * STEPS], SHARED_X)
+    shared = (smem_v, smem_e, smem_x)
+
+    # Programs that run together share rows of W: token tiles vary fastest, within bands of 8 tiles.
+    pid = gl.program_id(0)
+    split_idx = gl.program_id(1)
+    tiles_out = gl.cdiv(out_features, BLOCK_OUT)
+    band_idx = pid // (8 * tiles_out)
+    band_tokens = gl.minimum(gl.cdiv(tokens, BLOCK_TOKENS) - band_idx * 8, 8)
+    in_band = pid - band_idx * 8 * tiles_out
+    first_row = in_band // band_tokens * BLOCK_OUT
+    first_token = (band_idx * 8 + in_band % band_tokens) * BLOCK_TOKENS
+
+    # Of a row or a token that is not there the last one is read again, and nothing is stored.
+    row_v = first_row + gl.arange(0, BLOCK_OUT, gl.SliceLayout(1, COPY_V))
+    row_e = first_row + gl.arange(0, BLOCK_OUT, gl.SliceLayout(1, COPY_E))
+    token = first_token + gl.arange(0, BLOCK_TOKENS, gl.SliceLayout(1, COPY_X))
+    values_row = gl.minimum(row_v, out_features - 1).to(gl.int64) * (steps_in * 8)
+    metadata_row = gl.minimum(row_e, out_features - 1).to(gl.int64) * steps_in
+    x_row = gl.minimum(token, tokens - 1).to(gl.int64) * (stride_x * 4)
+    word_v = gl.arange(0, 8 * STEPS, gl.SliceLayout(0, COPY_V))
+    word_e = gl.arange(0, STEPS, gl.SliceLayout(0, COPY_E))
+    word_x = gl.arange(0, 16 * STEPS, gl.SliceLayout(0, COPY_X))
+    at = (
+        values_ptr + values_row[:, None] + word_v[None, :],
+        metadata_ptr + metadata_row[:, None] + word_e[None, :],
+        x_ptr + x_row[:, None] + word_x[None, :],
+    )
+
+    start = split_idx * split_length
+    turns = gl.cdiv(gl.minimum(start + split_length, steps_in) - start, STEPS)
+    for turn in gl.static_range(STAGES - 1):
+        if turn < turns:
+            _fetch(shared, at, turn, start + STEPS * turn, steps_in, EVEN)
+        async_copy.commit_group()
+    odd_lanes = _odd_lanes(FRAGMENT, WARPS_OUT)
+    acc = gl.full([OUT, TOKENS, WARPS_OUT, WARPS_TOKENS, 8, 2, 2, 2, 2], 0.0, gl.float32, FRAGMENT)
+    for turn in range(turns):
+        async_copy.wait_group(STAGES - 2)
+        ahead = turn + STAGES - 1
+        if ahead < turns:
+            _fetch(shared, at, ahead % STAGES, start + STEPS * ahead, steps_in, EVEN)
+        async_copy.commit_group()
+        stage = turn % STAGES
+        e = smem_e.index(stage).load(LOAD_E).reshape(OUT, WARPS_OUT, 2, 8, STEPS // 2, 2)
+        e = e.permute(E_DIMS.value).reshape(OUT, 1, WARPS_OUT, 1, 8, 2, 1, STEPS // 2, 2)
+        e = _halves(gl.convert_layout(e, FRAGMENT), odd_lanes)
+        for step in gl.static_range(STEPS):
+            a = smem_v.index(stage).slice(8 * step, 8, 1).load(LOAD_A)
+            a = a.reshape(OUT, WARPS_OUT, 2, 8, 2, 2, 2).permute(A_DIMS.value)
+            a = gl.convert_layout(a.reshape(OUT, 1, WARPS_OUT, 1, 8, 2, 2, 2, 2), FRAGMENT)
+            b = smem_x.index(stage).slice(16 * step, 16, 1).load(LOAD_B)
+            b = b.reshape(TOKENS, WARPS_TOKENS, 8, 2, 2, 2, 2).permute(B_DIMS.value)
+            b = gl.convert_layout(b.reshape(1, TOKENS, 1, WARPS_TOKENS, 8, 2, 2, 2, 2), FRAGMENT)
+            acc = _mma_sp(a, b, acc, e, step // 2, step % 2, TYPE)
+
+    STORE: gl.constexpr = gl.BlockedLayout([4, 1], [32, 1], [1, WARPS], [0, 1])
+    sums = gl.convert_layout(acc.permute(C_DIMS.value).reshape(BLOCK_OUT, BLOCK_TOKENS), STORE)
+    row = first_row + gl.arange(0, BLOCK_OUT, gl.SliceLayout(1, STORE))
+    token_out = first_token + gl.arange(0, BLOCK_TOKENS, gl.SliceLayout(0, STORE))
+    if SPLIT_IN > 1:
+        out_ptr += split_idx.to(gl.int64) * tokens * out_features
+    elif HAS_BIAS:
+        bias = gl.load(bias_ptr + row, mask=row < out_features, other=0.0).to(gl.float32)
+        sums = _finish(sums, bias[:, None], ACTIVATION)
+    else:
+        sums = _finish(sums, 0.0, ACTIVATION)
+    out_at = out_ptr + token_out.to(gl.int64)[None, :] * out_features + row[:, None]
+    there = (row < out_features)[:, None] & (token_out < tokens)[None, :]
+    gl.store(out_at, sums.to(out_ptr.dtype.element_ty), mask=there)
+
+
+def layouts(config: MmaSp):
+    """LOAD_A, LOAD_B, LOAD_E of a config: which element a thread loads, so that the shapes that
+    the kernel makes of it need no exchange between threads."""
+
+    def bits(count, of_one):
+        return [[of_one << bit, 0] for bit in range((count - 1).bit_length())]
+
+    warps_out, warps_tokens = config.warps_out, config.warps_tokens
+    rows = bits(config.block_out // (16 * warps_out), 16 * warps_out)
+    tokens = bits(config.block_tokens // (8 * warps_tokens), 8 * warps_tokens)
+    warp_a = [[0, 0]] * len(bits(warps_tokens, 1)) + bits(warps_out, 16)
+    warp_b = bits(warps_tokens, 8) + [[0, 0]] * len(bits(warps_out, 1))
+    g, t = [[1, 0], [2, 0], [4, 0]], [[0, 1], [0, 2]]
+    pairs = [[0, 2]] if config.steps == 4 else []
+    size_e = [config.block_out, config.steps]
+    layout = gl.DistributedLinearLayout
+    return {
+        "LOAD_A": layout([[8, 0], [0, 4], *rows], t + g, warp_a, [], [config.block_out, 8]),
+        "LOAD_B": layout([[0, 4], [0, 8], *tokens], t + g, warp_b, [], [config.block_tokens, 16]),
+        "LOAD_E": layout([[8, 0], *pairs, *rows], [[0, 0], [0, 1]] + g, warp_a, [], size_e),
+    }
+
+
+def constants(config: MmaSp):
+    """The kernel's compile-time arguments that follow from a config."""
+    return {
+        "SPLIT_IN": config.split_in,
+        "BLOCK_OUT": config.block_out,
+        "BLOCK_TOKENS": config.block_tokens,
+        "WARPS_OUT": config.warps_out,
+        "WARPS_TOKENS": config.warps_tokens,
+        "STEPS": config.steps,
+        "STAGES": config.stages,
+        **layouts(config),
+    }
+
+
+def launch(x, values, metadata, bias, activation, config: MmaSp, out):
+    """out = activation(x · Wᵀ + bias), arguments as linear.linear has checked them.
+
+    Args:
+        x: [tokens, in_features], float16 or bfloat16, in_features % 32 == 0.
+        out: [tokens, out_features], contiguous.
+    """
+    tokens, out_features = out.shape
+    steps_in = x.shape[1] // COLUMNS
+    kind = dtypes.PLAIN[x.dtype].name.replace("loat", "")  # f16 or bf16
+    x, values = words(x, torch.int32, 16), words(values, torch.int32, 16)
+    metadata = words(metadata, torch.int32, 4)
+    length = triton.cdiv(triton.cdiv(steps_in, config.split_in), PART_STEPS) * PART_STEPS
+    properties = triton.runtime.driver.active.utils.get_device_properties(x.device.index)
+    config = config.fitting(properties["max_shared_mem"])
+    target = out
+    if config.split_in > 1:
+        target = torch.empty((config.split_in, *out.shape), dtype=torch.float32, device=x.device)
+    tiles = triton.cdiv(out_features, config.block_out) * triton.cdiv(tokens, config.block_tokens)
+    mma_sp_kernel[(tiles, config.split_in)](
+        x,
+        values,
+        metadata,
+        bias,
+        target,
+        tokens,
+        out_features,
+        steps_in,
+        x.stride(0) // 4,
+        length,
+        TYPE=kind,
+        HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
+        EVEN=steps_in % config.steps == 0,
+        num_warps=config.warps_out * config.warps_tokens,
+        **constants(config),
+    )
+    if config.split_in > 1:
+        epilogue.split_reduce(target, bias, activation, out)
