@@ -3,7 +3,7 @@ dtype. The order of summation follows from the config, so results are the same f
 from GPU to GPU.
 
     FewTokens      few_tokens.py    one token, or up to 4: picks x by the metadata, no tensor cores
-    MmaSp          mma_sp.py        up to 1023: the sparse tensor cores, W is not expanded
+    MmaSp          mma_sp.py        up to 767:  the sparse tensor cores, W is not expanded
     LinearConfig   linear.py        any problem: expands tiles of W in registers, tl.dot
     Expanded       expanded.py      many tokens: expands W once, some rows at a time, torch.mm
 
@@ -28,7 +28,7 @@ SMALLEST_GROUP = (
     64  # of columns with one scale; groups are multiples of it, and no tile is narrower
 )
 MANY_TOKENS = 512  # from here on a tile of W is expanded so often that once, to memory, is less
-MMA_TOKENS = 1023  # the most that mma.sp takes; with more, torch.mm of the expanded W is faster
+MMA_TOKENS = 767  # the most that mma.sp takes; with more, torch.mm of the expanded W is faster
 MMA_COLUMNS = 32  # of one mma.sp: in_features are a multiple
 FASTER_TOKENS = 64  # with more, dense was faster wherever it was timed; in tiles with any number
 # Of dense rows at a time, of their sums, and the fewest rows that torch.mm has work with.
@@ -97,11 +97,16 @@ class MmaSp(NamedTuple):
         return self.stages * self.steps * step
 
     def fitting(self, shared_bytes: int) -> MmaSp:
-        """The same with the ring that a GPU has room for: an A100 has 166,912 bytes for a thread
-        block, an RTX 4090 101,376, an H100 232,448."""
-        rings = ((self.steps, self.stages), (2, 4), (2, 3), (2, 2))
-        fit = [self._replace(steps=steps, stages=stages) for steps, stages in rings]
+        """The same with the tile and the ring that a GPU has room for: an A100 has 166,912 bytes
+        for a thread block, an RTX 4090 101,376, an H100 232,448."""
+        half = self.halved() if self.block_out > 128 else self
+        fit = [self, *(half._replace(steps=2, stages=stages) for stages in (4, 3, 2))]
         return next((config for config in fit if config.shared_bytes <= shared_bytes), fit[-1])
+
+    def halved(self) -> MmaSp:
+        """With half the rows and half the warps, of which a multiprocessor holds twice as many."""
+        rows, warps = self.block_out // 2, self.warps_out // 2
+        return self._replace(block_out=rows, warps_out=warps, steps=2, stages=4)
 
 
 Config = LinearConfig | FewTokens | MmaSp | Expanded
@@ -140,15 +145,17 @@ def pick_config(
 
 def mma_config(tokens: int, out_features: int, in_features: int) -> MmaSp:
     """The fastest tile of those that were measured, and as many parts of in_features, of 256
-    columns at least, as give each multiprocessor a program (of tiles of 64 rows, two)."""
+    columns at least, as give each multiprocessor a program, or two where it holds two."""
     wanted = PROGRAMS_WANTED // 2
     if tokens <= 64:
         block_tokens = max(8, 1 << (tokens - 1).bit_length())
         config = MmaSp(128, block_tokens, 4, 1, 4, 4 if tokens <= 16 else 3)
     elif tokens <= 128:
-        config, wanted = MmaSp(64, 128, 2, 2, 2, 4), PROGRAMS_WANTED
+        config, wanted = MmaSp(64, 128, 1, 4, 2, 4), PROGRAMS_WANTED
     else:
-        config = MmaSp(256, 128, 4, 2, 2, 6)
+        config = MmaSp(256, 128, 4, 2, 4, 3)
+        if in_features % (4 * MMA_COLUMNS):  # a part of a stage, for which it has no registers left
+            config, wanted = config.halved(), PROGRAMS_WANTED
     programs = _cdiv(out_features, config.block_out) * _cdiv(tokens, config.block_tokens)
     split_in = 1
     while (

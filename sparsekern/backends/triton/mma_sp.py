@@ -99,27 +99,29 @@ def _mma_sp(a, b, acc, e, PAIR: gl.constexpr, SELECTOR: gl.constexpr, TYPE: gl.c
 
 
 @gluon.jit
-def _fetch(shared, at, stage, step, steps_in, EVEN: gl.constexpr):
-    """Begins to copy `shared`'s columns from `step` on. at: pointers to the first columns; not
-    EVEN: columns from steps_in on are not there, values and x of them 0, metadata others'."""
+def _fetch(shared, tiles, places, stage, step, steps_in, EVEN: gl.constexpr):
+    """Begins to copy `shared`'s columns from `step` on. tiles, places: pointers to the tiles' first
+    words, and where words of the first stage are from there. Not EVEN: columns from steps_in on are
+    not there, values and x of them are 0, metadata those of the last."""
     values, metadata, x = shared
-    values_at, metadata_at, x_at = at
+    values_tile, metadata_tile, x_tile = tiles
+    values_at, metadata_at, x_at = places
     if EVEN:
-        _copy(values.index(stage), values_at + step * 8)
-        _copy(metadata.index(stage), metadata_at + step)
-        _copy(x.index(stage), x_at + step * 16)
+        _copy(values.index(stage), values_tile + step * 8 + values_at)
+        _copy(metadata.index(stage), metadata_tile + step + metadata_at)
+        _copy(x.index(stage), x_tile + step * 16 + x_at)
     else:
         WORDS: gl.constexpr = values.shape[2]
         OF_VALUES: gl.constexpr = gl.SliceLayout(0, values_at.type.layout)
         OF_METADATA: gl.constexpr = gl.SliceLayout(0, metadata_at.type.layout)
         OF_X: gl.constexpr = gl.SliceLayout(0, x_at.type.layout)
         there = gl.arange(0, WORDS, OF_VALUES) < (steps_in - step) * 8
-        _copy(values.index(stage), values_at + step * 8, mask=there[None, :])
+        _copy(values.index(stage), values_tile + step * 8 + values_at, mask=there[None, :])
         column = gl.arange(0, WORDS // 8, OF_METADATA)
         back = gl.minimum(column + step, steps_in - 1) - column
-        _copy(metadata.index(stage), metadata_at + back[None, :])
+        _copy(metadata.index(stage), metadata_tile + metadata_at + back[None, :])
         there = gl.arange(0, 2 * WORDS, OF_X) < (steps_in - step) * 16
-        _copy(x.index(stage), x_at + step * 16, mask=there[None, :])
+        _copy(x.index(stage), x_tile + step * 16 + x_at, mask=there[None, :])
 
 
 @gluon.jit(do_not_specialize=["tokens"])
@@ -182,27 +184,33 @@ def mma_sp_kernel(
     first_row = in_band // band_tokens * BLOCK_OUT
     first_token = (band_idx * 8 + in_band % band_tokens) * BLOCK_TOKENS
 
-    # Of a row or a token that is not there the last one is read again, and nothing is stored.
-    row_v = first_row + gl.arange(0, BLOCK_OUT, gl.SliceLayout(1, COPY_V))
-    row_e = first_row + gl.arange(0, BLOCK_OUT, gl.SliceLayout(1, COPY_E))
-    token = first_token + gl.arange(0, BLOCK_TOKENS, gl.SliceLayout(1, COPY_X))
-    values_row = gl.minimum(row_v, out_features - 1).to(gl.int64) * (steps_in * 8)
-    metadata_row = gl.minimum(row_e, out_features - 1).to(gl.int64) * steps_in
-    x_row = gl.minimum(token, tokens - 1).to(gl.int64) * (stride_x * 4)
+    # Of a row or a token that is not there the last one is read again, and nothing is stored. The
+    # places within a tile take 32 bits, or the pointers would leave too few registers.
+    row_v = gl.arange(0, BLOCK_OUT, gl.SliceLayout(1, COPY_V))
+    row_e = gl.arange(0, BLOCK_OUT, gl.SliceLayout(1, COPY_E))
+    token = gl.arange(0, BLOCK_TOKENS, gl.SliceLayout(1, COPY_X))
+    values_row = gl.minimum(row_v, out_features - 1 - first_row) * (steps_in * 8)
+    metadata_row = gl.minimum(row_e, out_features - 1 - first_row) * steps_in
+    x_row = gl.minimum(token, tokens - 1 - first_token) * (stride_x * 4)
     word_v = gl.arange(0, 8 * STEPS, gl.SliceLayout(0, COPY_V))
     word_e = gl.arange(0, STEPS, gl.SliceLayout(0, COPY_E))
     word_x = gl.arange(0, 16 * STEPS, gl.SliceLayout(0, COPY_X))
-    at = (
-        values_ptr + values_row[:, None] + word_v[None, :],
-        metadata_ptr + metadata_row[:, None] + word_e[None, :],
-        x_ptr + x_row[:, None] + word_x[None, :],
+    tiles = (
+        values_ptr + first_row.to(gl.int64) * (steps_in * 8),
+        metadata_ptr + first_row.to(gl.int64) * steps_in,
+        x_ptr + first_token.to(gl.int64) * (stride_x * 4),
+    )
+    places = (
+        values_row[:, None] + word_v[None, :],
+        metadata_row[:, None] + word_e[None, :],
+        x_row[:, None] + word_x[None, :],
     )
 
     start = split_idx * split_length
     turns = gl.cdiv(gl.minimum(start + split_length, steps_in) - start, STEPS)
     for turn in gl.static_range(STAGES - 1):
         if turn < turns:
-            _fetch(shared, at, turn, start + STEPS * turn, steps_in, EVEN)
+            _fetch(shared, tiles, places, turn, start + STEPS * turn, steps_in, EVEN)
         async_copy.commit_group()
     odd_lanes = _odd_lanes(FRAGMENT, WARPS_OUT)
     acc = gl.full([OUT, TOKENS, WARPS_OUT, WARPS_TOKENS, 8, 2, 2, 2, 2], 0.0, gl.float32, FRAGMENT)
@@ -210,7 +218,7 @@ def mma_sp_kernel(
         async_copy.wait_group(STAGES - 2)
         ahead = turn + STAGES - 1
         if ahead < turns:
-            _fetch(shared, at, ahead % STAGES, start + STEPS * ahead, steps_in, EVEN)
+            _fetch(shared, tiles, places, ahead % STAGES, start + STEPS * ahead, steps_in, EVEN)
         async_copy.commit_group()
         stage = turn % STAGES
         e = smem_e.index(stage).load(LOAD_E).reshape(OUT, WARPS_OUT, 2, 8, STEPS // 2, 2)
