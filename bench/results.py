@@ -59,18 +59,21 @@ class Cell:
         return moved and moved / self.us(backend) / 1e6
 
 
-def cells(records: Iterable[dict], op: str = "linear") -> list[Cell]:
-    """The cells of records with this op, of the newest campaign for each, in order of size."""
-    groups: dict[tuple, tuple[str, dict]] = {}
+def cells(records: Iterable[dict], op: str = "linear", timed: str = OURS) -> list[Cell]:
+    """The cells of records with this op, in order of size; each of the newest campaign that timed
+    the backend `timed` there, or of the newest where none did."""
+    groups: dict[tuple, dict[str, dict]] = {}
     for entry in records:
         if entry["op"] != op or "us" not in entry:
             continue
         key = tuple(entry[n] for n in ("out_features", "in_features", "tokens", "dtype"))
         campaign = entry.get("campaign", entry["id"])
-        if key not in groups or groups[key][0] != campaign:
-            groups[key] = (campaign, {})
-        groups[key][1][entry["backend"]] = entry
-    found = [Cell(*key, campaign, entries) for key, (campaign, entries) in groups.items()]
+        groups.setdefault(key, {}).setdefault(campaign, {})[entry["backend"]] = entry
+    found = []
+    for key, campaigns in groups.items():
+        having = [name for name, entries in campaigns.items() if timed in entries]
+        newest = (having or list(campaigns))[-1]
+        found.append(Cell(*key, newest, campaigns[newest]))
     return sorted(found, key=lambda c: (c.dtype, c.out_features * c.in_features, c.shape, c.tokens))
 
 

@@ -166,18 +166,16 @@ def _case(entry: dict) -> str:
 def linear_tables(records: list[dict]) -> str:
     """Decode and prefill by dtype. All records have op "linear" and the same GPU."""
     found = results.cells(records)
-    # Few campaigns time the Triton kernel; the newest of those is not the newest of all.
-    with_triton = {entry.get("campaign") for entry in records if entry.get("backend") == "triton"}
-    portable = results.cells([entry for entry in records if entry.get("campaign") in with_triton])
+    portable = results.cells(records, timed="triton")
     parts = []
     for dtype in dict.fromkeys(cell.dtype for cell in found):
         cells = [cell for cell in found if cell.dtype == dtype]
         few = [cell for cell in cells if cell.tokens <= DECODE_TOKENS]
         many = [cell for cell in cells if cell.tokens > DECODE_TOKENS]
-        triton = [cell for cell in portable if cell.dtype == dtype and cell.tokens <= DECODE_TOKENS]
+        triton = [cell for cell in portable if cell.dtype == dtype]
         kinds = (
             (few, "decode", "time of cuBLAS / cuSPARSELt over ours", results.OURS),
-            (triton, "decode, Triton kernel", "the same for the portable kernel", "triton"),
+            (triton, "Triton kernels", "the same for the portable kernels", "triton"),
             (many, "prefill", "the same, and (dense-equivalent TFLOPS)", results.OURS),
         )
         for members, name, text, ours in kinds:
@@ -242,8 +240,7 @@ def losses(records: list[dict]) -> str:
     quantised layers, quantising activations, engines."""
     linear = [entry for entry in records if entry["op"] == "linear" and "us" in entry]
     parts = [losses_table(results.cells(linear))] if linear else []
-    with_triton = {entry.get("campaign") for entry in linear if entry["backend"] == "triton"}
-    cells = results.cells([entry for entry in linear if entry.get("campaign") in with_triton])
+    cells = results.cells(linear, timed="triton")
     ratios = [c.ratio("dense", "triton") for c in cells if c.us("triton") and c.us("dense")]
     if ratios:
         lost = sum(ratio < 1 for ratio in ratios)

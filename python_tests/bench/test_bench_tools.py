@@ -237,7 +237,7 @@ def test_linear_tables_begin_with_what_is_lost():
         "| --- | ---: | ---: |",
         "| 4096x4096 | 1.60 / 2.20 | 0.80 / 1.10 |",
         "",
-        "decode, Triton kernel, bfloat16: the same for the portable kernel",
+        "Triton kernels, bfloat16: the same for the portable kernels",
         "",
         "| out x in | 64 tokens |",
         "| --- | ---: |",
