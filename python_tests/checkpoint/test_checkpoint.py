@@ -347,6 +347,30 @@ def test_load_into_a_compressed_module_again(tmp_path):
     assert torch.equal(target.second.weight.values, model.second.weight.values)
 
 
+def test_load_into_keeps_what_others_hold(tmp_path):
+    """Parameters for an optimizer that was made before, also with a gradient and in another dtype,
+    and of a layer that is compressed now its bias, its hooks and attributes."""
+    model = cases.plain_folder(tmp_path)
+    target, calls = cases.Plain(), []
+    handle = target.first.register_forward_hook(lambda *_: calls.append(1))
+    target.first.tag = "mine"
+    optimizer = torch.optim.SGD(target.parameters(), lr=1.0)
+    target(torch.ones(2, 12)).sum().backward()
+    kept = {name: target.get_parameter(name) for name in ("first.bias", "table.weight")}
+    load_into(target, tmp_path)
+    assert target.first.tag == "mine" and target.again is target.first
+    x = torch.ones(2, 12, dtype=torch.bfloat16)
+    assert torch.equal(target(x), model(x)) and len(calls) == 2 + 2  # it stands in two places
+    for name, parameter in kept.items():
+        assert target.get_parameter(name) is parameter and parameter.grad is None
+    target(x).sum().backward()
+    optimizer.step()
+    for name in kept:
+        assert not torch.equal(target.get_parameter(name), model.get_parameter(name))
+    handle.remove()
+    assert not target.first._forward_hooks
+
+
 def test_parameters_that_are_views_of_one_storage(tmp_path):
     def build():
         both = torch.arange(12.0).view(2, 6)

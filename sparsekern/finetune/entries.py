@@ -202,8 +202,8 @@ def stacks(model: nn.Module) -> dict[str, tuple[nn.Module, str, bool]]:
     """name of a Parameter that holds all experts of a mixture -> (module, key, whether it is
     [experts, in_features, out_features])."""
     return {
-        f"{name}.{key}": (model.get_submodule(name), key, transposed)
-        for name, recipe in find_experts(model).items()
+        f"{name}.{key}": (module, key, transposed)
+        for name, (module, recipe) in find_experts(model).items()
         for key, transposed in recipe.matrices
     }
 

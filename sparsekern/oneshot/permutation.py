@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from sparsekern.backends import triton
 from sparsekern.errors import FormatError, check
 from sparsekern.nn.tied import check_untied
-from sparsekern.nn.wrappers import whole
+from sparsekern.nn.wrappers import taken_off, whole
 from sparsekern.oneshot.calibration import Batch, make_batches
 from sparsekern.oneshot.devices import looked, working_device
 from sparsekern.oneshot.discovery import find_blocks
@@ -149,7 +149,8 @@ def permute(
     model = whole(OP, model)
     target = working_device(OP, model, device)
     batches = make_batches(calibration, model, None, target, op=OP)
-    return permute_on(model, batches, target, rounds=rounds, heads=heads, seed=seed).report
+    with taken_off(model):
+        return permute_on(model, batches, target, rounds=rounds, heads=heads, seed=seed).report
 
 
 @checked(OP, rounds=(0, 10**6), seed=SEEDS)
