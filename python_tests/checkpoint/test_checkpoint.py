@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -267,23 +269,75 @@ def test_a_folder_in_the_way_of_a_file_leaves_the_old_checkpoint(name, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-def test_an_interrupted_rename_is_no_checkpoint(tmp_path, monkeypatch):
-    save_pretrained(cases.sparsify(cases.llama()), tmp_path)
-    replace, done = os.replace, []
+class Renames:
+    """os.replace of which the one at `first`, and `others` after it, fail."""
 
-    def interrupted(source, target):
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(target)
-        replace(source, target)
+    def __init__(self, monkeypatch, first, others=0, error=None):
+        self.replace, self.count = os.replace, 0
+        self.bad = range(first, first + 1 + others)
+        self.error = error or PermissionError(13, "Permission denied")
+        monkeypatch.setattr(os, "replace", self)
 
-    monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        save_pretrained(cases.sparsify(cases.llama()), tmp_path, max_shard_size=9000)
-    monkeypatch.undo()
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-    with pytest.raises(FormatError):
-        from_pretrained(tmp_path)
+    def __call__(self, source, target):
+        self.count += 1
+        if self.count - 1 in self.bad:
+            raise self.error
+        self.replace(source, target)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def two_checkpoints(folder):
+    """(the first, in the folder, the second): one in one file, one in shards."""
+    torch.manual_seed(0)
+    models = cases.sparsify(cases.llama()), cases.sparsify(cases.llama())
+    save_pretrained(models[0], folder)
+    (folder / "README.md").write_text("mine")
+    return models
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
+def test_a_rename_that_fails_leaves_the_old_checkpoint(error, tmp_path, monkeypatch):
+    _, new = two_checkpoints(tmp_path)
+    before = contents(tmp_path)
+    text = "" if error else f"Permission denied in {tmp_path}. Nothing was lost"
+    for first in range(200):
+        Renames(monkeypatch, first, error=error)
+        try:
+            save_pretrained(new, tmp_path, max_shard_size=9000)
+            break
+        except (OSError, KeyboardInterrupt) as caught:
+            assert text in str(caught) and contents(tmp_path) == before
+        finally:
+            monkeypatch.undo()
+    assert first > 8 and len(list(tmp_path.glob("model-*"))) > 3  # every rename has failed once
+    assert torch.equal(logits(from_pretrained(tmp_path)), logits(new))
+
+
+def test_renames_that_cannot_be_taken_back_say_where_the_files_are(tmp_path, monkeypatch):
+    told = set()
+    for first in range(1, 12):
+        for others in (1, 3, 50):
+            folder = tmp_path / f"{first}-{others}"
+            old, new = two_checkpoints(folder)
+            Renames(monkeypatch, first, others)
+            with pytest.raises(OSError, match="Nothing reads .* as a model now") as caught:
+                save_pretrained(new, folder, max_shard_size=9000)
+            monkeypatch.undo()
+            with pytest.raises(FormatError):
+                from_pretrained(folder)
+            place, kind = re.search(
+                r"move what (\S+) holds .*: the (\w+) model", str(caught.value)
+            ).groups()
+            found = [path for path in sorted(Path(place).iterdir()) if path.name[0] != "."]
+            for path in sorted(found, key=lambda path: path.name == "config.json"):
+                path.rename(folder / path.name)
+            right = old if kind == "earlier" else new
+            assert torch.equal(logits(from_pretrained(folder)), logits(right))
+            told.add(kind)
+    assert told == {"earlier", "new"}
 
 
 def test_saving_again_removes_shards_of_the_old_checkpoint_only(tmp_path):

@@ -20,6 +20,7 @@ from sparsekern.cli.common import (
 from sparsekern.errors import check
 from sparsekern.oneshot.presets import PRESETS, find_preset
 from sparsekern.utils.arguments import Given, Uses
+from sparsekern.utils.files import write_atomic
 
 OP = "sparsekern finetune"
 SOURCE = "FILE|hf:NAME|builtin"
@@ -209,7 +210,7 @@ def run(args: argparse.Namespace) -> int:
     dense = result.masked.compress()
     sk.save_pretrained(cast_weights(student.cpu(), torch.bfloat16), out, tokenizer=tokenizer)
     copy_beside(beside, out)
-    (out / "finetune_report.json").write_text(result.to_json(), encoding="utf-8")
+    write_atomic(out / "finetune_report.json", result.to_json().encode())
     if report is not None:
         print(report.summary())
         report.save(out / "prune_report.json")
