@@ -25,7 +25,7 @@ def check_flags(op: str, uses: Uses, args: argparse.Namespace) -> None:
     uses: as of utils.arguments.      args: with the command's parser as `parser`.
     """
     defaults = {name: args.parser.get_default(name) for name in vars(args)}
-    check_used(op, uses, vars(args), defaults, lambda name: f"--{name.replace('_', '-')}")
+    check_used(op, uses, vars(args), defaults)
 
 
 def reads_data(method: str | None, preset: Preset) -> bool:

@@ -42,12 +42,7 @@ from sparsekern.oneshot.ranks import RankError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = build_parser()
-    words = sys.argv[1:] if argv is None else argv
-    for word in words:
-        if word.startswith("--") and word.endswith("=--"):  # argparse makes a list of it
-            parser.error(f"argument {word[:-3]}: expected a value, got '--'")
-    args = parser.parse_args(words)
+    args = parse(sys.argv[1:] if argv is None else argv)
     try:
         with warnings_in_flags(args):
             code: int | None = args.run(args)
@@ -74,6 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """What was typed, as the parser has it; and as it is, as `words`."""
+    parser = build_parser()
+    for word in words:
+        if word.startswith("--") and word.endswith("=--"):  # argparse makes a list of it
+            parser.error(f"argument {word[:-3]}: expected a value, got '--'")
+    return parser.parse_args(words, argparse.Namespace(words=words))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -63,7 +63,10 @@ def _reads_data(given: Given) -> bool:
 
 
 USES = dict.fromkeys(
-    ("samples", "window", "seed", "whole_documents"),
+    (
+        *("samples", "window", "seed", "whole_documents"),
+        *("batch_size", "true_sequential", "activations"),
+    ),
     ("--calibration, or another method than magnitude,", _reads_data),
 )
 

@@ -385,7 +385,7 @@ class _Run:
         first = (step // schedule.every + 1) * schedule.every
         moving = schedule.live(first) and self.steps is not None
         expected = f"steps >= {first - step}, at which {type(schedule).__name__} first moves a mask"
-        remedy = f"Train longer, or pass a schedule with every < {schedule.every}."
+        remedy = f"Train longer, or with another schedule (every < {schedule.every})."
         check(not moving or first - step <= (self.steps or 0), OP, expected, self.steps, remedy)
 
     def open_teacher(self, teacher: nn.Module | str | Path | None, offload: bool) -> None:

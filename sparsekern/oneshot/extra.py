@@ -81,10 +81,9 @@ class Extra:
         if not possible:
             rounds, self.rotate, self.permute = (), None, None
         both = true_sequential and any(r.span == 1 and r.target == "dense" for r in rounds)
-        remedy = 'Use target="pruned".'
-        check(
-            not both, OP, 'a round of span 1 with target="dense" or true_sequential', "both", remedy
-        )
+        one = 'a round of span 1 with target="dense"'
+        one = f"preset {preset!r}, with a round inside the walk," if self.optional else one
+        check(not both, OP, f"{one} or true_sequential", "both", "Leave true_sequential out.")
         self.block = next((r for r in rounds if r.span == 1), None)
         self.spans = [r for r in rounds if r.span != 1]
 
