@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsekern as sk
-from sparsekern.utils.arguments import SEEDS, check_fields, check_used, checked, usable_device
+from sparsekern.utils.arguments import SEEDS, check_fields, checked, usable_device
 
 ODD = {
     "None": None,
@@ -304,13 +304,6 @@ def test_an_argument_that_nothing_reads():
     function(None, rate=[1, 2])  # the default, as a list
     function(None, steps=0)
     assert calls == [3, [1, 2], (1, 2)]
-
-
-def test_an_unread_flag_has_its_own_spelling():
-    uses = {"log_file": ("--log", lambda given: given["log"])}
-    given, usual = {"log": False, "log_file": "x"}, {"log": False, "log_file": None}
-    with pytest.raises(ValueError, match=r"got --log_file='x', which .* Leave --log_file at None"):
-        check_used("op", uses, given, usual, lambda name: f"--{name}")
 
 
 HOMELESS = {
