@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 import sparsekern as sk  # noqa: E402
 from python_tests.integrations import gguf_cases as cases  # noqa: E402
+from sparsekern.checkpoint import verify_checkpoint  # noqa: E402
 from sparsekern.cli import demo, shapes  # noqa: E402
 from sparsekern.cli import main as cli  # noqa: E402
 from sparsekern.cli.spelling import as_flags  # noqa: E402
@@ -586,6 +587,15 @@ ERRORS = [
         ["finetune", "{r}/sparse", "--out", "{r}/new"],
         "expected MODEL to be dense, got 2:4 layers in",
     ),
+    (
+        [*FINETUNE, "--sparse", "{r}/dense", "--text", "{r}/text.txt", "--work", "{r}/work"],
+        "2:4 sparse Linear layers, got none. Prune it first.\n",
+    ),
+    (
+        ["sensitivity", "{r}/dense", "--plot", "{r}/a.foo"],
+        "--plot NAME.svg or NAME.png, got",
+    ),
+    (["bench", "kernels", "--plot", "a"], "--plot NAME.svg or NAME.png, got a."),
     ([*FINETUNE, *TRAIN, "--schedule", "rigl"], "--steps >= 100, at which RigL first moves a mask"),
 ]
 
@@ -658,6 +668,35 @@ def test_what_was_typed_is_named_where_no_flag_is():
         assert as_flags(text, cli.parse([*prune, *words])) == text + added
     merge = cli.parse(["tune", "--merge", "a.json", "b.json"])
     assert as_flags("f: got b.json.", merge) == "f: got b.json. (--merge b.json)"
+
+
+def test_arguments_that_are_no_flags_are_left_out_beside_others():
+    args = cli.parse(["prune", "m", "--out", "o"])
+    for text, wanted in (
+        ('Repair it, or pass on_error="skip".', "Repair it."),
+        (
+            "Leave it out, or run it in one process, with ranks=False.",
+            "Leave it out, or run it in one",
+        ),
+        ("Give the same data on each, or ranks=False.", "Give the same data on each."),
+        ("Pass variant='x', or rename the files.", "Rename the files."),
+        ("a rotation (rotate=True or preset 'best')", "a rotation (--preset best)"),
+        ("Lower refine, or pass damp=1.", "Lower --refine, or pass --damp=1."),
+    ):
+        assert as_flags(f"sparsekern.f: {text}", args).startswith(f"sparsekern.f: {wanted}")
+
+
+def test_a_report_that_cannot_be_written_says_that_the_model_is_whole(places, tmp_path, call):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    words = [word.format(r=places) for word in TINY]
+    words[words.index("--out") + 1] = str(tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sk.PruneReport, "save", refuse)
+        code, _, error = call(*words)
+    assert code == 2 and "No space left" in error and "The model there is whole" in error
+    assert verify_checkpoint(tmp_path / "out").ok
 
 
 def test_words_that_are_no_arguments_stay():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sparsekern.cli.common import (
+    beside_the_model,
     check_flags,
     copy_beside,
     files_beside,
@@ -219,11 +220,12 @@ def run(args: argparse.Namespace) -> int:
     assert result.masked is not None
     dense = result.masked.compress()
     sk.save_pretrained(cast_weights(student.cpu(), torch.bfloat16), out, tokenizer=tokenizer)
-    copy_beside(beside, out)
-    write_atomic(out / "finetune_report.json", result.to_json().encode())
-    if report is not None:
-        print(report.summary())
-        report.save(out / "prune_report.json")
+    with beside_the_model(OP, out):
+        copy_beside(beside, out)
+        write_atomic(out / "finetune_report.json", result.to_json().encode())
+        if report is not None:
+            print(report.summary())
+            report.save(out / "prune_report.json")
     print(result.summary())
     for name, found in result.overlap.items():
         print(

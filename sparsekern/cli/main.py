@@ -22,6 +22,7 @@ import torch
 
 from sparsekern.cli.common import (
     check_flags,
+    check_plot,
     device_name,
     device_of,
     dtype_of,
@@ -188,6 +189,7 @@ def _bench_kernels(args: argparse.Namespace, device: str, dtype: torch.dtype) ->
     """Exit code 1 when a kernel failed its check."""
     from sparsekern.profiling import kernel_bench, kernel_plot
 
+    check_plot("sparsekern bench kernels", args.plot)
     kernels = [kernel_bench.load_kernel(path) for path in args.kernel]
     shapes = list(dict.fromkeys(args.shapes or kernel_bench.MODELS["llama3-8b"]))
     rows, limits = kernel_bench.bench_kernels(

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sparsekern.cli.common import check_flags, needed, skip_rules
+from sparsekern.cli.common import check_flags, check_plot, needed, skip_rules
 from sparsekern.errors import check
 
 OP = "sparsekern sensitivity"
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
         check(exists, OP, f"a folder for {path}", "none")
         fits = path is None or not Path(path).is_dir()
         check(fits, OP, "names of files to write", f"the folder {path!r}", "Add a name to it.")
+    check_plot(OP, args.plot)
     for name, value in given.items():
         check(0 < value < float("inf"), OP, f"a positive --{name}", value)
     check(args.share is None or args.share <= 1, OP, "--share of at most 1", args.share)

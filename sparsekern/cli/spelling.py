@@ -46,6 +46,12 @@ _WORD = (
     r"|(?<=smaller )|(?<=larger )"
     rf"|(?<=as )|(?<=for )|(?<=or )){_BARE}(?=[,.]| out\b| at (?:\S+\.|$)))"
 )
+# What an argument that is no flag would do beside something else.
+_NO_FLAGS = (
+    (r"\b\w+=\w+ or (?=--)", ""),
+    (r", (?:or (?:pass )?|with )[a-z_]+=[^ .,]*(?=, |\.(?: |$))", ""),
+    (r"\bPass [a-z_]+=[^ ,]+, or (\w)", lambda match: match[1].upper()),
+)
 _QUOTED = re.compile(r"((?<!\w)'[^']*'(?!\w)|\"[^\"]*\")")
 
 
@@ -73,7 +79,8 @@ def as_flags(text: str, args: argparse.Namespace) -> str:
     text = re.sub(r"(--[\w-]+)=(?=[,.) ]|$)", r"\1", "".join(parts))
     text = re.sub(r"(--[\w-]+)=[(\[].*?(?=, which nothing reads)", r"\1", text)
     text = re.sub(r"(--[\w-]+)=(?:None|False)\b", r"no \1", text)
-    text = re.sub(r"\b\w+=\w+ or (?=--)", "", text)  # an argument that is no flag
+    for form, rest in _NO_FLAGS:
+        text = re.sub(form, rest, text)
     if "--pattern" in text:
         text = re.sub(r"\((\w+), (\w+)\)", r"\1:\2", text)
     text = text.replace(" The default is None.", "")

@@ -128,7 +128,7 @@ def find(
             for entry in entries
             if not is_dtensor(entry.parameter) and _sparse(entry, pattern)
         ]
-        remedy = "Call prune_model(..., compress=False) first, or pass masks=."
+        remedy = "Prune it first, with compress=False, or pass masks=."
         if any(isinstance(module, SparseLinear) for module in modules.values()):
             remedy = "Call sparsekern.decompress_model(model) first: a SparseLinear is frozen."
         if any(is_dtensor(entry.parameter) for entry in entries):
