@@ -423,6 +423,11 @@ def test_load_into_keeps_what_others_hold(tmp_path):
         assert not torch.equal(target.get_parameter(name), model.get_parameter(name))
     handle.remove()
     assert not target.first._forward_hooks
+    with torch.inference_mode():
+        target = cases.Plain()
+    load_into(target, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(target(x), model(x))
 
 
 def test_parameters_that_are_views_of_one_storage(tmp_path):

@@ -485,8 +485,8 @@ class _Reader:
 
 def _filled(parameter: Tensor, data: Tensor) -> Tensor:
     """The Parameter itself, which optimizers and DistributedDataParallel know, with other data; for
-    one on meta another."""
-    if parameter.is_meta:
+    one on meta, or made in inference mode, another."""
+    if parameter.is_meta or parameter.is_inference():
         return nn.Parameter(data, requires_grad=parameter.requires_grad)
     parameter.data, parameter.grad = data, None
     return parameter
