@@ -338,6 +338,14 @@ def test_renames_that_cannot_be_taken_back_say_where_the_files_are(tmp_path, mon
             assert torch.equal(logits(from_pretrained(folder)), logits(right))
             told.add(kind)
     assert told == {"earlier", "new"}
+    folder = tmp_path / "interrupted"
+    two_checkpoints(folder)
+    before = contents(folder)
+    Renames(monkeypatch, 4, 1, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        save_pretrained(new, folder, max_shard_size=9000)
+    kept = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert all(kept[name] == content for name, content in before.items())
 
 
 def test_saving_again_removes_shards_of_the_old_checkpoint_only(tmp_path):

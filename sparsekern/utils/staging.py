@@ -211,12 +211,12 @@ class StagedFolder:
 
     def _take_back(self, done: list[tuple[Path, Path]], error: BaseException) -> None:
         """Undo these renames, of which the last may not have happened."""
+        self._keep = True
         for now, then in reversed(done):
             try:
                 if os.path.lexists(then):
                     os.replace(then, now)
             except OSError as second:
-                self._keep = True
                 earlier = then.is_relative_to(self.path / ASIDE)
                 kind, place = ("earlier", self.path / ASIDE) if earlier else ("new", self.path)
                 got = f"{error}, and {second.strerror} where files were put back"
@@ -227,6 +227,7 @@ class StagedFolder:
                 expected = f"a folder that can be written, {self.folder}"
                 number = second.errno or errno.EIO
                 raise HalfWritten(number, message(OP, expected, got, remedy)) from error
+        self._keep = False
 
 
 Group = tuple[int, Callable[[], dict[str, Tensor]]]
