@@ -150,6 +150,28 @@ def test_a_model_with_adapters_of_every_kind_is_pruned_and_runs(kind):
     torch.testing.assert_close(logits(model.merge_and_unload()), after, atol=1e-4, rtol=1e-4)
 
 
+def test_a_merge_after_the_layers_were_made_dense():
+    for masked in (False, True):
+        model = peft.get_peft_model(pruned(), accept(config(), masked_product=masked)).eval()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter.data)
+        before = logits(model)
+        sk.decompress_model(model)
+        torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
+        if masked:  # whose adapter is no B·A
+            with pytest.raises(ValueError, match="made dense. Merge before sparsekern.decomp"):
+                model.merge_and_unload()
+        else:
+            merged = model.merge_and_unload()
+            torch.testing.assert_close(logits(merged), before, atol=1e-4, rtol=1e-4)
+    model = peft.get_peft_model(pruned(), accept(config(), masked_product=True))
+    model.merge_adapter()
+    sk.decompress_model(model)
+    with pytest.raises(ValueError, match="made dense after the merge. Keep it merged"):
+        model.unmerge_adapter()
+
+
 def test_what_makes_prompts_is_no_layer_to_prune():
     model = peft.get_peft_model(build(), other("P_TUNING", num_virtual_tokens=3))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]

@@ -96,9 +96,10 @@ def _wrap() -> None:
     def adopting(call: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(call)
         def adopted(self: Any, *args: Any, **kwargs: Any) -> None:
-            from sparsekern.integrations.peft import adopt
+            from sparsekern.integrations.peft import SparseLora, adopt
 
-            own = getattr(self, call.__name__) if adopt(self) else functools.partial(call, self)
+            sparse = issubclass(adopt(self), SparseLora)
+            own = getattr(self, call.__name__) if sparse else functools.partial(call, self)
             own(*args, **kwargs)
 
         return adopted
