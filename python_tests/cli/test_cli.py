@@ -746,6 +746,10 @@ def test_a_number_that_is_refused_is_refused_by_its_flag(places, tmp_path, call,
     for flag in {action.option_strings[0] for action in numbers} - {"--seed"}:
         code, _, error = call(*words, f"{flag}=-1")
         assert code == 2 and flag in error, (flag, error)
+    endless = {"--minutes", "--passes", "--temperature", "--block", "--lr", "--damp", "--warmup"}
+    for flag in {a.option_strings[0] for a in numbers if a.type is float} & endless:
+        code, _, error = call(*words, f"{flag}=inf")
+        assert code == 2 and flag in error and "got inf" in error, (flag, error)
 
 
 @pytest.mark.parametrize(

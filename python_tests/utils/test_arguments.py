@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import sparsekern as sk
-from sparsekern.utils.arguments import SEEDS, check_fields, checked, usable_device
+from python_tests.oneshot.driver_models import build, tokens
+from sparsekern.utils.arguments import SEEDS, check_fields, checked, folded, usable_device
 
 ODD = {
     "None": None,
@@ -304,6 +305,18 @@ def test_an_argument_that_nothing_reads():
     function(None, rate=[1, 2])  # the default, as a list
     function(None, steps=0)
     assert calls == [3, [1, 2], (1, 2)]
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**63, 2**64 - 1])
+def test_every_seed_that_is_allowed_is_taken(seed):
+    from sparsekern.finetune.data import batch_rows
+
+    model, x = build(), tokens(4, 12)
+    sk.permute(model, x, seed=seed)
+    rounds = sk.Reconstruction(epochs=1, seed=max(seed, 0))  # it has a rule of its own
+    sk.prune_model(model, "magnitude", calibration=x, reconstruct=rounds, progress=False)
+    assert sorted(batch_rows(8, 8, seed, 1).tolist()) == list(range(8))
+    assert folded(seed) == seed and folded(seed * 3) != folded(seed * 3 + 1)
 
 
 HOMELESS = {

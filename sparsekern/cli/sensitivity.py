@@ -8,6 +8,7 @@ from typing import Any
 
 from sparsekern.cli.common import check_flags, check_plot, needed, skip_rules
 from sparsekern.errors import check
+from sparsekern.oneshot.discovery import positions
 
 OP = "sparsekern sensitivity"
 SOURCE = "FILE|hf:NAME|builtin"
@@ -24,7 +25,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     sub.add_argument("--calibration", default="builtin", metavar=SOURCE, help="text to prune with")
     sub.add_argument("--samples", type=int, default=32, help="calibration windows (default 32)")
     sub.add_argument("--text", default="builtin", metavar=SOURCE, help="text to evaluate")
-    sub.add_argument("--window", type=int, default=1024, help="tokens per window (default 1024)")
+    sub.add_argument(
+        "--window",
+        type=int,
+        help="tokens per window (default 1024, or the model's positions where those are fewer)",
+    )
     sub.add_argument("--windows", type=int, default=8, help="windows of the text (default 8)")
     sub.add_argument("--by", choices=("layer", "type", "block"), default="layer")
     sub.add_argument(
@@ -80,6 +85,8 @@ def run(args: argparse.Namespace) -> None:
     check(args.share is None or args.share <= 1, OP, "--share of at most 1", args.share)
     model, tokenizer = load_model(args.model, "cpu", None)
     tokenizer = needed(tokenizer, args.model)
+    if args.window is None:
+        args.window = min(1024, positions(model) or 1024)
     if mix.is_mix(args.calibration):
         tokens = args.samples * args.window
         made = mix.calibration_mix(

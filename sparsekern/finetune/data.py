@@ -26,7 +26,7 @@ from sparsekern.errors import check
 from sparsekern.eval.perplexity import is_beyond, logits_of
 from sparsekern.finetune.sampler import Sampler, why_not
 from sparsekern.oneshot.fingerprint import of_model as fingerprint
-from sparsekern.utils.arguments import SEEDS, checked, shown
+from sparsekern.utils.arguments import SEEDS, checked, folded, shown
 from sparsekern.utils.json_store import cache_folder
 
 OP = "sparsekern.finetune.data"
@@ -125,7 +125,7 @@ def batch_rows(count: int, batch: int, seed: int, step: int) -> Tensor:
     places = torch.arange(step * batch, (step + 1) * batch, device="cpu")
     rows = torch.empty_like(places)
     for number in (places // count).unique().tolist():
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed(folded(seed * 1_000_003 + number))
         order = torch.randperm(count, generator=generator, device="cpu")
         here = places // count == number
         rows[here] = order[places[here] % count]

@@ -44,7 +44,7 @@ from sparsekern.finetune.world import World
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.devices import check_data
 from sparsekern.oneshot.discovery import check_basis
-from sparsekern.utils.arguments import Given, Uses, check_used, checked, shown
+from sparsekern.utils.arguments import Given, Uses, check_used, checked, folded, shown
 from sparsekern.utils.files import renamed, write_atomic
 from sparsekern.utils.staging import check_writable
 
@@ -459,7 +459,7 @@ class _Run:
         from tqdm import tqdm
 
         recipe, world, report = self.recipe, self.world, self.report
-        torch.manual_seed(recipe.seed + world.rank)
+        torch.manual_seed(folded(recipe.seed + world.rank))
         self.manifest = json.loads(
             json.dumps(
                 {

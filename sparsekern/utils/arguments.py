@@ -219,6 +219,11 @@ def usable_device(op: str, value: Any, name: str = "", meta: bool = False) -> to
     return device
 
 
+def folded(seed: int) -> int:
+    """A seed that torch takes, itself where it does."""
+    return seed if SEEDS[0] <= seed <= SEEDS[1] else seed % 2**64
+
+
 def shown(value: Any) -> str:
     """A value in a message."""
     if isinstance(value, Tensor):
