@@ -104,7 +104,7 @@ def _wrap() -> None:
 
         return adopted
 
-    for name in ("merge_adapter", "merge_and_unload"):
+    for name in {"merge_adapter", "merge_and_unload"} & vars(BaseTuner).keys():
         setattr(BaseTuner, name, merging(getattr(BaseTuner, name)))
     Linear.merge, Linear.unmerge = adopting(Linear.merge), adopting(Linear.unmerge)
     BaseTuner.__init__, BaseTuner.inject_adapter = started, injected
@@ -118,9 +118,9 @@ def _refuse(tuner: Any, model: nn.Module, config: Any) -> None:
     if SparseLinear in (getattr(config, "_custom_modules", None) or ()):
         return
     # X-LoRA reads configs of LoRA from disk.
-    kinds = {str(c.peft_type) for c in (config, *vars(tuner).get("peft_config", {}).values())}
-    remedy = f"Call accept(config, model=model) first, of {OP}."
-    remedy = remedy if kinds == {"PeftType.LORA"} else OTHERWISE
+    kinds = [c.peft_type for c in (config, *vars(tuner).get("peft_config", {}).values())]
+    lora = all(getattr(kind, "value", kind) == "LORA" for kind in kinds)
+    remedy = f"Call accept(config, model=model) first, of {OP}." if lora else OTHERWISE
     _check_none(config, _targets(tuner, model, config), remedy)
 
 
