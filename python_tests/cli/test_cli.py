@@ -596,6 +596,7 @@ ERRORS = [
         "--plot NAME.svg or NAME.png, got",
     ),
     (["bench", "kernels", "--plot", "a"], "--plot NAME.svg or NAME.png, got a."),
+    (["bench", "kernels", "--out", "{r}/no/x"], "none. Make it first. (--out"),
     ([*FINETUNE, *TRAIN, "--schedule", "rigl"], "--steps >= 100, at which RigL first moves a mask"),
 ]
 
@@ -662,6 +663,7 @@ def test_what_was_typed_is_named_where_no_flag_is():
         (["--window", "320", "--samples", "14"], "f: expected 256, got 320.", " (--window 320)"),
         (["--samples", "14"], "f: expected a dense model of 14 layers, got some.", ""),
         (["--calib=a.txt=0.7,b=1"], "f: no file a.txt", " (--calibration a.txt=0.7,b=1)"),
+        (["--calib=a.txt=0.7,b.txt=1"], "f: no b.txt", " (--calibration a.txt=0.7,b.txt=1)"),
         (["--permute", "--quiet"], "sparsekern.permute: got none.", " (--permute)"),
         (["--quiet", "--quantize", "fp8"], "f: got fp8.", " (--quantize fp8)"),
     ):

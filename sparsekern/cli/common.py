@@ -102,6 +102,14 @@ def beside_the_model(op: str, out: Path) -> Iterator[None]:
         raise OSError(number, message(op, expected, str(error), remedy)) from error
 
 
+def check_file(op: str, path: str | None) -> None:
+    """Ask before a long measurement whether its file can be there."""
+    exists = path is None or Path(path).resolve().parent.is_dir()
+    check(exists, op, f"a folder for {path}", "none", "Make it first.")
+    fits = path is None or not Path(path).is_dir()
+    check(fits, op, "names of files to write", f"the folder {path!r}", "Add a name to it.")
+
+
 def check_plot(op: str, path: str | None) -> None:
     """Ask before a long measurement whether its picture can be drawn.
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from sparsekern.cli.common import (
+    check_file,
     check_flags,
     check_plot,
     device_name,
@@ -190,6 +191,7 @@ def _bench_kernels(args: argparse.Namespace, device: str, dtype: torch.dtype) ->
     from sparsekern.profiling import kernel_bench, kernel_plot
 
     check_plot("sparsekern bench kernels", args.plot)
+    check_file("sparsekern bench kernels", args.out)
     kernels = [kernel_bench.load_kernel(path) for path in args.kernel]
     shapes = list(dict.fromkeys(args.shapes or kernel_bench.MODELS["llama3-8b"]))
     rows, limits = kernel_bench.bench_kernels(

@@ -147,8 +147,11 @@ def _typed(args: argparse.Namespace) -> Iterator[tuple[str, str, str | None]]:
 
 
 def _is_shown(value: str, text: str) -> bool:
-    """Whether a text has a value that was typed, or the first part of one such as a=1. A short one
-    may stand in it by accident, other than as what the error got."""
-    value, _, rest = value.partition("=") if "=" in value else (value, "", "")
-    text = text if len(value) > 2 or not value else text.partition(", got ")[2]
-    return not value or bool(re.search(rf"(?<![\w/.-]){re.escape(value)}(?![\w/-])", text))
+    """Whether a text has a value that was typed, or a name of one such as a=1 or a=0.7,b=0.3. A
+    short one may stand in it by accident, other than as what the error got."""
+    got = text.partition(", got ")[2]
+    return not value or any(
+        re.search(rf"(?<![\w/.-]){re.escape(part)}(?![\w/-])", text if len(part) > 2 else got)
+        for part in (value, *(one.partition("=")[0] for one in value.split(",") if "=" in one))
+        if part
+    )
