@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -267,23 +269,83 @@ def test_a_folder_in_the_way_of_a_file_leaves_the_old_checkpoint(name, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-def test_an_interrupted_rename_is_no_checkpoint(tmp_path, monkeypatch):
-    save_pretrained(cases.sparsify(cases.llama()), tmp_path)
-    replace, done = os.replace, []
+class Renames:
+    """os.replace of which the one at `first`, and `others` after it, fail."""
 
-    def interrupted(source, target):
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(target)
-        replace(source, target)
+    def __init__(self, monkeypatch, first, others=0, error=None):
+        self.replace, self.count = os.replace, 0
+        self.bad = range(first, first + 1 + others)
+        self.error = error or PermissionError(13, "Permission denied")
+        monkeypatch.setattr(os, "replace", self)
 
-    monkeypatch.setattr(os, "replace", interrupted)
+    def __call__(self, source, target):
+        self.count += 1
+        if self.count - 1 in self.bad:
+            raise self.error
+        self.replace(source, target)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def two_checkpoints(folder):
+    """(the first, in the folder, the second): one in one file, one in shards."""
+    torch.manual_seed(0)
+    models = cases.sparsify(cases.llama()), cases.sparsify(cases.llama())
+    save_pretrained(models[0], folder)
+    (folder / "README.md").write_text("mine")
+    return models
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
+def test_a_rename_that_fails_leaves_the_old_checkpoint(error, tmp_path, monkeypatch):
+    _, new = two_checkpoints(tmp_path)
+    before = contents(tmp_path)
+    text = "" if error else f"Permission denied in {tmp_path}. Nothing was lost"
+    for first in range(200):
+        Renames(monkeypatch, first, error=error)
+        try:
+            save_pretrained(new, tmp_path, max_shard_size=9000)
+            break
+        except (OSError, KeyboardInterrupt) as caught:
+            assert text in str(caught) and contents(tmp_path) == before
+        finally:
+            monkeypatch.undo()
+    assert first > 8 and len(list(tmp_path.glob("model-*"))) > 3  # every rename has failed once
+    assert torch.equal(logits(from_pretrained(tmp_path)), logits(new))
+
+
+def test_renames_that_cannot_be_taken_back_say_where_the_files_are(tmp_path, monkeypatch):
+    told = set()
+    for first in range(1, 12):
+        for others in (1, 3, 50):
+            folder = tmp_path / f"{first}-{others}"
+            old, new = two_checkpoints(folder)
+            Renames(monkeypatch, first, others)
+            with pytest.raises(OSError, match="Nothing reads .* as a model now") as caught:
+                save_pretrained(new, folder, max_shard_size=9000)
+            monkeypatch.undo()
+            with pytest.raises(FormatError):
+                from_pretrained(folder)
+            place, kind = re.search(
+                r"move what (\S+) holds .*: the (\w+) model", str(caught.value)
+            ).groups()
+            found = [path for path in sorted(Path(place).iterdir()) if path.name[0] != "."]
+            for path in sorted(found, key=lambda path: path.name == "config.json"):
+                path.rename(folder / path.name)
+            right = old if kind == "earlier" else new
+            assert torch.equal(logits(from_pretrained(folder)), logits(right))
+            told.add(kind)
+    assert told == {"earlier", "new"}
+    folder = tmp_path / "interrupted"
+    two_checkpoints(folder)
+    before = contents(folder)
+    Renames(monkeypatch, 4, 1, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        save_pretrained(cases.sparsify(cases.llama()), tmp_path, max_shard_size=9000)
-    monkeypatch.undo()
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-    with pytest.raises(FormatError):
-        from_pretrained(tmp_path)
+        save_pretrained(new, folder, max_shard_size=9000)
+    kept = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert all(kept[name] == content for name, content in before.items())
 
 
 def test_saving_again_removes_shards_of_the_old_checkpoint_only(tmp_path):
@@ -345,6 +407,35 @@ def test_load_into_a_compressed_module_again(tmp_path):
     target = cases.sparsify(cases.with_dtype(cases.Plain(), torch.bfloat16), keep=("head",))
     load_into(target, tmp_path)
     assert torch.equal(target.second.weight.values, model.second.weight.values)
+
+
+def test_load_into_keeps_what_others_hold(tmp_path):
+    """Parameters for an optimizer that was made before, also with a gradient and in another dtype,
+    and of a layer that is compressed now its bias, its hooks and attributes."""
+    model = cases.plain_folder(tmp_path)
+    target, calls = cases.Plain(), []
+    handle = target.first.register_forward_hook(lambda *_: calls.append(1))
+    target.first.tag = "mine"
+    optimizer = torch.optim.SGD(target.parameters(), lr=1.0)
+    target(torch.ones(2, 12)).sum().backward()
+    kept = {name: target.get_parameter(name) for name in ("first.bias", "table.weight")}
+    load_into(target, tmp_path)
+    assert target.first.tag == "mine" and target.again is target.first
+    x = torch.ones(2, 12, dtype=torch.bfloat16)
+    assert torch.equal(target(x), model(x)) and len(calls) == 2 + 2  # it stands in two places
+    for name, parameter in kept.items():
+        assert target.get_parameter(name) is parameter and parameter.grad is None
+    target(x).sum().backward()
+    optimizer.step()
+    for name in kept:
+        assert not torch.equal(target.get_parameter(name), model.get_parameter(name))
+    handle.remove()
+    assert not target.first._forward_hooks
+    with torch.inference_mode():
+        target = cases.Plain()
+    load_into(target, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(target(x), model(x))
 
 
 def test_parameters_that_are_views_of_one_storage(tmp_path):

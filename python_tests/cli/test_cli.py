@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 import sparsekern as sk  # noqa: E402
 from python_tests.integrations import gguf_cases as cases  # noqa: E402
+from sparsekern.checkpoint import verify_checkpoint  # noqa: E402
 from sparsekern.cli import demo, shapes  # noqa: E402
 from sparsekern.cli import main as cli  # noqa: E402
 from sparsekern.cli.spelling import as_flags  # noqa: E402
@@ -448,6 +449,9 @@ def test_demo_reports_a_failing_pip(tmp_path, monkeypatch):
 TEXT = ["--calibration", "{r}/text.txt", "--window", "64"]
 MAGNITUDE = ["prune", "{r}/dense", "--out", "{r}/new", "--method", "magnitude", "--device", "cpu"]
 FINETUNE = ["finetune", "{r}/dense", "--out", "{r}/new"]
+SMALL = ["--calibration", "{r}/text.txt", "--samples", "2", "--quiet", "--device", "cpu"]
+TINY = ["prune", "{r}/dense", "--out", "{r}/new", *SMALL, "--window", "32"]
+TRAIN = [*SMALL, "--calibration-window", "32", "--text", "{r}/text.txt", "--steps", "1"]
 ERRORS = [
     (["eval", "{r}/absent"], "no model at"),
     (["eval", "{r}/text.txt"], "no model at"),
@@ -516,7 +520,7 @@ ERRORS = [
     ),
     (
         [*MAGNITUDE, "--keep-dense-tokens", "7"],
-        "with --keep-dense-tokens, got --keep-dense-tokens=(7,)",
+        "with --keep-dense-tokens, got --keep-dense-tokens, which nothing reads",
     ),
     ([*MAGNITUDE, "--pattern", "1:4", "--stream"], "--pattern 2:4 with --stream, got 1:4"),
     ([*MAGNITUDE, "--quantize", "int8", "--quantize-group", "64"], "expected no --quantize-group"),
@@ -543,6 +547,57 @@ ERRORS = [
         ["export", "{r}/sparse", "--to", "dense", "--out", "{r}/new", "--keep-quantized"],
         "quantised layers with --keep-quantized, got none in",
     ),
+    # in the words that were typed, and no argument that is no flag
+    (
+        [*MAGNITUDE, "--activations", "host"],
+        "got --activations host, which nothing reads. Leave --",
+    ),
+    ([*MAGNITUDE, "--batch-size", "4"], "than magnitude, with --batch-size, got --batch-size=4"),
+    ([*MAGNITUDE, "--true-sequential"], "got --true-sequential, which nothing reads"),
+    (
+        [*TINY, "--preset", "fast", "--untie"],
+        "a rotation (--preset best) with --untie, got --untie",
+    ),
+    ([*TINY, "--pattern", "1:4", "--permute"], "expected --pattern 2:4 with --permute, got 1:4."),
+    (
+        [*TINY, "--pattern", "3:2"],
+        "--pattern n:m of integers with 1 <= n < m, got 3:2. Such are 2:4",
+    ),
+    (
+        [*TINY, "--preset", "best", "--true-sequential"],
+        "expected --preset best, with a round inside the walk, or --true-sequential, got both. L",
+    ),
+    ([*TINY, "--option", "blocksize=0"], "expected --option blocksize, an int >= 1, got 0"),
+    ([*TINY, "--option", "foo=1"], "got 'foo'. Leave it out. (--option foo=1)"),
+    ([*TINY, "--stream", "--permute"], "for --stream, got a permutation"),
+    ([*TINY, "--resume", "{r}/text.txt"], "error: sparsekern.prune_model(--resume): expected"),
+    (["bench", "--shape", "8x0", "--device", "cpu"], "got 8x0, 1 tokens. (--shape 8x0)"),
+    (["bench", "--shape", "8x8", "--shapes", "8x8"], "with --shapes, got --shapes, which nothing"),
+    ([*FINETUNE, *TRAIN, "--preset", "fast", "--untie"], "a rotation (--preset best) with --untie"),
+    (
+        [*FINETUNE, "--alpha", "1", "--offload-teacher"],
+        "got --offload-teacher, which nothing reads",
+    ),
+    (
+        [*FINETUNE, "--sparse", "{r}/sparse", "--calibration", "a b"],
+        "got --calibration 'a b', which",
+    ),
+    ([*FINETUNE, "--work", "/proc/nowhere"], "sparsekern finetune --work: expected a folder that"),
+    (
+        ["finetune", "{r}/sparse", "--out", "{r}/new"],
+        "expected MODEL to be dense, got 2:4 layers in",
+    ),
+    (
+        [*FINETUNE, "--sparse", "{r}/dense", "--text", "{r}/text.txt", "--work", "{r}/work"],
+        "2:4 sparse Linear layers, got none. Prune it first.\n",
+    ),
+    (
+        ["sensitivity", "{r}/dense", "--plot", "{r}/a.foo"],
+        "--plot NAME.svg or NAME.png, got",
+    ),
+    (["bench", "kernels", "--plot", "a"], "--plot NAME.svg or NAME.png, got a."),
+    (["bench", "kernels", "--out", "{r}/no/x"], "none. Make it first. (--out"),
+    ([*FINETUNE, *TRAIN, "--schedule", "rigl"], "--steps >= 100, at which RigL first moves a mask"),
 ]
 
 
@@ -558,7 +613,7 @@ def test_errors_are_one_line_and_exit_code_2(places, call, arguments, text):
     assert not (places / "new").exists()
     with pytest.raises(Exception, match=".") as raised:
         cli.main([*arguments, "--debug"])
-    given = cli.build_parser().parse_args(arguments)
+    given = cli.parse(arguments)
     assert as_flags(" ".join(str(raised.value).split()), given) in error
 
 
@@ -602,8 +657,52 @@ def test_warnings_name_flags(places, call, monkeypatch):
     assert texts == ["sparsekern.f: expected --batch-size as --damp.", "another: batch_size"]
 
 
+def test_what_was_typed_is_named_where_no_flag_is():
+    prune = ["prune", "m", "--out", "o"]
+    for words, text, added in (
+        (["--window", "320", "--samples", "14"], "f: expected 256, got 320.", " (--window 320)"),
+        (["--samples", "14"], "f: expected a dense model of 14 layers, got some.", ""),
+        (["--calib=a.txt=0.7,b=1"], "f: no file a.txt", " (--calibration a.txt=0.7,b=1)"),
+        (["--calib=a.txt=0.7,b.txt=1"], "f: no b.txt", " (--calibration a.txt=0.7,b.txt=1)"),
+        (["--permute", "--quiet"], "sparsekern.permute: got none.", " (--permute)"),
+        (["--quiet", "--quantize", "fp8"], "f: got fp8.", " (--quantize fp8)"),
+    ):
+        assert as_flags(text, cli.parse([*prune, *words])) == text + added
+    merge = cli.parse(["tune", "--merge", "a.json", "b.json"])
+    assert as_flags("f: got b.json.", merge) == "f: got b.json. (--merge b.json)"
+
+
+def test_arguments_that_are_no_flags_are_left_out_beside_others():
+    args = cli.parse(["prune", "m", "--out", "o"])
+    for text, wanted in (
+        ('Repair it, or pass on_error="skip".', "Repair it."),
+        (
+            "Leave it out, or run it in one process, with ranks=False.",
+            "Leave it out, or run it in one",
+        ),
+        ("Give the same data on each, or ranks=False.", "Give the same data on each."),
+        ("Pass variant='x', or rename the files.", "Rename the files."),
+        ("a rotation (rotate=True or preset 'best')", "a rotation (--preset best)"),
+        ("Lower refine, or pass damp=1.", "Lower --refine, or pass --damp=1."),
+    ):
+        assert as_flags(f"sparsekern.f: {text}", args).startswith(f"sparsekern.f: {wanted}")
+
+
+def test_a_report_that_cannot_be_written_says_that_the_model_is_whole(places, tmp_path, call):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    words = [word.format(r=places) for word in TINY]
+    words[words.index("--out") + 1] = str(tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sk.PruneReport, "save", refuse)
+        code, _, error = call(*words)
+    assert code == 2 and "No space left" in error and "The model there is whole" in error
+    assert verify_checkpoint(tmp_path / "out").ok
+
+
 def test_words_that_are_no_arguments_stay():
-    args = argparse.Namespace(parser=COMMANDS["prune"])
+    args = argparse.Namespace(parser=COMMANDS["prune"], words=[])
     for text in (
         "sparsekern.f: expected the method of a window in the model, got samples of seed.py.",
         "sparsekern.f: expected x.dtype of a device, got 'with damp, leave batch_size out'.",
@@ -613,7 +712,7 @@ def test_words_that_are_no_arguments_stay():
 
 
 def test_values_that_python_spells_otherwise():
-    parse = cli.build_parser().parse_args
+    parse = cli.parse
     prune = ["prune", "m", "--out", "o"]
     for arguments, text, wanted in (
         (prune, "pass preset 'best'", "pass --preset best"),
@@ -649,6 +748,10 @@ def test_a_number_that_is_refused_is_refused_by_its_flag(places, tmp_path, call,
     for flag in {action.option_strings[0] for action in numbers} - {"--seed"}:
         code, _, error = call(*words, f"{flag}=-1")
         assert code == 2 and flag in error, (flag, error)
+    endless = {"--minutes", "--passes", "--temperature", "--block", "--lr", "--damp", "--warmup"}
+    for flag in {a.option_strings[0] for a in numbers if a.type is float} & endless:
+        code, _, error = call(*words, f"{flag}=inf")
+        assert code == 2 and flag in error and "got inf" in error, (flag, error)
 
 
 @pytest.mark.parametrize(

@@ -369,7 +369,7 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
     """torch.save says "unexpected pos" where the disk is full."""
 
     def full(state, file):
-        file.write(b"PK")
+        file.write_bytes(b"PK")
         raise RuntimeError("[enforce fail] . unexpected pos 64 vs 0")
 
     teacher, student = pair()

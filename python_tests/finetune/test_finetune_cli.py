@@ -45,6 +45,25 @@ def call(folder, *options):
     return main(arguments(folder, *options))
 
 
+def test_windows_fit_a_model_of_few_positions(folder, capsys):
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file="model.gguf")
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 24}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes))
+    model.save_pretrained(folder / "gpt2")
+    tokenizer.save_pretrained(folder / "gpt2")
+    text = str(folder / "train.txt")
+    words = ["finetune", str(folder / "gpt2"), "--out", str(folder / "out"), "--text", text]
+    words += ["--calibration", text, "--samples", "4", "--steps", "1", "--batch", "2", "--quiet"]
+    words += ["--eval", text, "--device", "cpu"]
+    assert main([*words, "--window", "25", "--work", str(folder / "run")]) == 2
+    assert "and --window <= 24, its positions." in capsys.readouterr().err
+    assert main([*words, "--calibration-window", "25"]) == 2
+    assert "got 25. Cut the samples into shorter windows. (--calib" in capsys.readouterr().err
+    assert main(words) == 0 and verify_checkpoint(folder / "out").ok
+
+
 def test_prune_distil_compress_save(folder, capsys):
     out = folder / "out"
     texts = ["--text", str(folder / "train.txt"), "--eval", str(folder / "test.txt")]

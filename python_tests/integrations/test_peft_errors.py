@@ -1,6 +1,7 @@
 """peft on a model with 2:4 layers: what it would do in silence is refused, and what a PeftModel
 trains is left as it is."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ import sparsekern as sk
 from python_tests.oneshot.driver_models import build, tokens
 
 peft = pytest.importorskip("peft", reason="needs peft, which is no dependency")
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: E402
+
 from sparsekern.integrations.peft import accept  # noqa: E402
 
 IDS = tokens(4, 12)
@@ -55,21 +58,126 @@ def test_modules_to_save_that_would_not_train(wanted, got, accepted):
         peft.get_peft_model(pruned(), options)
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
-        lambda: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9),
-        lambda: peft.LoHaConfig(target_modules=["q_proj"]),
-        lambda: peft.LoKrConfig(target_modules=["q_proj"]),
-    ],
-)
-def test_adapters_of_other_kinds_name_the_remedy(other):
-    text = "expected a config that knows SparseLinear.*Take LoRA, or sparsekern.decompress_model"
+# Kinds of peft that put nothing around a linear layer: prompts, and what is around blocks.
+NO_LAYERS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT"}
+NO_LAYERS |= {"CARTRIDGE", "SHADOW"}
+KINDS = {str(k.value): kind for k, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+SIZES = {"block_size": 16, "n_frequency": 50, "group_size": 8, "vector_length": 16, "total_step": 9}
+SMALL_RANK = {"MISS", "SHIRA", "PSOFT"}
+
+
+def other(kind, **given):
+    """A config of another method that fits the tiny model."""
+    given = {"feedforward_modules": [], "task_type": "CAUSAL_LM", **SIZES, **given}
+    given |= {"r": 4} if kind in SMALL_RANK else {}
+    known = {field.name for field in dataclasses.fields(KINDS[kind])}
+    return KINDS[kind](**{name: value for name, value in given.items() if name in known})
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - NO_LAYERS))
+@pytest.mark.parametrize("wanted", [["q_proj", "lm_head"], r".*v_proj", "all-linear"])
+def test_adapters_of_every_kind_name_the_remedy_before_they_change_the_model(kind, wanted):
+    if kind in ("XLORA", "ADAMSS"):  # of adapters on disk; without scikit-learn
+        pytest.skip("needs more than a config")
+    special = {"adapter_len": 2, "adapter_layers": 1, "target_modules": "self_attn"}
+    config = other(kind, **special if kind == "ADAPTION_PROMPT" else {"target_modules": wanted})
+    model = pruned()
+    names = [name for name, _ in model.named_modules()]
+    text = f"expected a config that knows SparseLinear, .*, got {type(config).__name__} for model"
+    text += ".layers.0.self_attn.*" + (
+        "Call accept.config, model=model. first"
+        if kind == "LORA"
+        else "Take LoRA, or sparsekern.de"
+    )
     with pytest.raises(ValueError, match=text):
-        peft.get_peft_model(pruned(), other())
+        peft.get_peft_model(model, config)
+    assert [name for name, _ in model.named_modules()] == names
+    assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["IA3", "ADALORA", "LOHA", "LOKR", "VERA", "LN_TUNING"])
+def test_adapters_of_other_kinds_on_dense_layers(kind):
     dense = sk.decompress_model(pruned())
-    assert train(peft.get_peft_model(dense, other()))
+    assert train(peft.get_peft_model(dense, other(kind, target_modules=["q_proj"])))
+    partly = build()
+    sk.prune_model(partly, "magnitude", skip=("*q_proj", "lm_head"), progress=False)
+    model = peft.get_peft_model(partly, other(kind, target_modules=["q_proj"]))
+    assert train(model) and any(isinstance(m, sk.SparseLinear) for m in model.modules())
+
+
+def test_a_further_adapter_and_those_from_disk(tmp_path):
+    again = "expected a config that knows SparseLinear, .*, got LoraConfig for .*v_proj"
+    model = peft.get_peft_model(pruned(), accept(config()))
+    model.add_adapter("same", config())  # on layers that have one
+    with pytest.raises(ValueError, match=f"{again}.* Call accept"):
+        model.add_adapter("other", config(target_modules=["q_proj", "v_proj"]))
+    peft.get_peft_model(build(), config(target_modules=["v_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{again}.* Call accept"):
+        peft.PeftModel.from_pretrained(pruned(), tmp_path)
+    base = pruned()
+    base.config.use_cache = False
+    mixed = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters={"a": str(tmp_path)})
+    with pytest.raises(ValueError, match=f"{again}.* Take LoRA, or"):
+        peft.get_peft_model(base, mixed)
+
+
+def test_mistakes_in_a_config_are_said_by_peft():
+    for wrong in (config(target_modules=["qproj"]), accept(config(target_modules=["qproj"]))):
+        with pytest.raises(ValueError, match="qproj.* not found in the base model"):
+            peft.get_peft_model(pruned(), wrong)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - NO_LAYERS - {"LORA", "LN_TUNING"}))
+def test_a_model_with_adapters_of_every_kind_is_pruned_and_runs(kind):
+    """The layers that an adapter reads stay dense; those around which it does, do not."""
+    if kind in ("ADAPTION_PROMPT", "XLORA", "ADAMSS", "POLY", "TRAINABLE_TOKENS"):
+        pytest.skip("needs more than a config, or has no base layer")
+    model = peft.get_peft_model(build(), other(kind, target_modules=["q_proj", "v_proj"])).eval()
+    before = sum(parameter.requires_grad for parameter in model.parameters())
+    report = sk.prune_model(model, "magnitude", progress=False)
+    assert sum(parameter.requires_grad for parameter in model.parameters()) == before
+    bases = {row.name: row for row in report.layers if row.name.endswith("base_layer")}
+    assert len(bases) == 4 and len(report.pruned) == 14 - sum(r.skipped for r in bases.values())
+    reads = kind in ("FROD", "GLORA", "HIRA", "HRA", "PEANUT", "SHIRA", "SUPERTUNING")
+    for row in bases.values():
+        assert row.skipped == reads and (not reads or "reads the weight itself" in row.reason)
+    after = logits(model)
+    if reads or kind in ("LILY", "BEFT"):  # these two never merge
+        return
+    with pytest.raises(ValueError, match="adapters of LoRA, to merge .*decompress_model"):
+        model.merge_and_unload()
+    sk.decompress_model(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), after, atol=1e-4, rtol=1e-4)
+
+
+def test_a_merge_after_the_layers_were_made_dense():
+    for masked in (False, True):
+        model = peft.get_peft_model(pruned(), accept(config(), masked_product=masked)).eval()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter.data)
+        before = logits(model)
+        sk.decompress_model(model)
+        torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
+        if masked:  # whose adapter is no B·A
+            with pytest.raises(ValueError, match="made dense. Merge before sparsekern.decomp"):
+                model.merge_and_unload()
+        else:
+            merged = model.merge_and_unload()
+            torch.testing.assert_close(logits(merged), before, atol=1e-4, rtol=1e-4)
+    model = peft.get_peft_model(pruned(), accept(config(), masked_product=True))
+    model.merge_adapter()
+    sk.decompress_model(model)
+    with pytest.raises(ValueError, match="made dense after the merge. Keep it merged"):
+        model.unmerge_adapter()
+
+
+def test_what_makes_prompts_is_no_layer_to_prune():
+    model = peft.get_peft_model(build(), other("P_TUNING", num_virtual_tokens=3))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    report = sk.prune_model(model, "magnitude", progress=False)
+    assert len(report.pruned) == 14 and report["prompt_encoder.default.mlp_head.0"].skipped
+    assert sorted(train(model)) == sorted(trained) != []
 
 
 def test_modules_to_save_that_are_dense_train_and_come_back(tmp_path):

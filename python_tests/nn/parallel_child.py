@@ -7,8 +7,10 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import sparsekern as sk
+from sparsekern.nn.parallel import SplitLinear
 
 SIZES = dict(num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
 WIDTHS = {"cpu": (64, 256), "cuda": (1024, 1024)}  # hidden, intermediate; tiles of a GPU are 256
@@ -32,7 +34,7 @@ def refuses(part, call, kind=ValueError):
 def same_after(model, plan, ids, layers):
     wanted = model.to(ids.device)(ids).last_hidden_state
     sk.tensor_parallel(model, plan=plan)
-    assert sum(hasattr(m, "group") and hasattr(m, "layer") for m in model.modules()) == layers
+    assert sum(isinstance(m, SplitLinear) for m in model.modules()) == layers
     assert distance(model(ids).last_hidden_state, wanted) < 1e-5
 
 
@@ -99,7 +101,12 @@ def main(rank, world, port, backend):
     # OPT's attention reshapes by a number of heads of its own.
     plan = {"*.[qkv]_proj": "colwise", "*.out_proj": "rowwise", "*.fc1": "colwise"}
     plan["*.fc2"] = "rowwise"
+    wrapped = copy.deepcopy(opt)
+    for name, module in list(wrapped.named_modules()):
+        if isinstance(module, nn.Linear):  # names are those inside
+            wrapped.set_submodule(name, checkpoint_wrapper(module))
     same_after(opt, plan, ids, 6)
+    same_after(wrapped, plan, ids, 6)
     few = dict(num_attention_heads=4, vocab_size=64, num_hidden_layers=1, hidden_size=32)
     one = transformers.LlamaConfig(**few, num_key_value_heads=1, intermediate_size=64)
     mlp = {"*.gate_proj": "colwise", "*.up_proj": "colwise", "*.down_proj": "rowwise"}

@@ -45,7 +45,8 @@ def test_apart_and_together(family):
 def test_a_bank_of_our_own_is_found_by_what_it_computes():
     torch.manual_seed(0)
     model = Mixture()
-    recipe = find_experts(model)["bank"]
+    bank, recipe = find_experts(model)["bank"]
+    assert bank is model.bank
     assert recipe.matrices == (("first", False), ("second", True), ("last", True))
     assert recipe.experts == 4 and recipe.form == "routed"
     x = torch.randn(50, 16)

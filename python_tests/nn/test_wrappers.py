@@ -12,6 +12,8 @@ from torch import nn
 import sparsekern as sk
 from python_tests.checkpoint import checkpoint_cases as cases
 from sparsekern.finetune import Masked, finish_training, sparse_training
+from sparsekern.nn.replace import is_linear
+from sparsekern.nn.wrappers import named_modules, unwrapped
 
 transformers = pytest.importorskip("transformers")
 IDS = torch.randint(3, 64, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -118,6 +120,79 @@ def test_names_have_no_wrappers_of_blocks(wrap, tmp_path):
     assert torch.equal(logits(sk.from_pretrained(tmp_path / "out")), logits(model))
 
 
+def mixtral():
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).eval()
+
+
+def part_by_part(wrap):
+    """Around every block, and within it around its first linear layer."""
+
+    def each(model):
+        blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+        for i, block in enumerate(blocks):
+            name = next(n for n, m in block.named_modules() if is_linear(m))
+            block.set_submodule(name, wrap(block.get_submodule(name)))
+            blocks[i] = wrap(block)
+        return model
+
+    return each
+
+
+def both(module):
+    return compiled(checkpointed(module))
+
+
+INSIDE = [compiled, checkpointed, both, nn.parallel.DistributedDataParallel]
+
+
+@pytest.mark.parametrize("wrap", INSIDE)
+@pytest.mark.parametrize("make", [cases.llama, cases.gpt2, mixtral])
+def test_parts_inside_wrappers_are_filled_and_made_dense(make, wrap, one_process, tmp_path):
+    pruned = make()
+    sk.prune_model(pruned, "magnitude", **QUIET)
+    sk.save_pretrained(pruned, tmp_path)
+    model = part_by_part(wrap)(make())
+    before = [type(m) for m in model.modules() if unwrapped(m) is not m]
+    with torch.no_grad():
+        model(IDS)  # torch.compile has made something of the dense layers
+    sk.load_into(model, tmp_path)
+    after = [type(m) for m in model.modules() if unwrapped(m) is not m]
+    assert after == before and len(before) >= 2
+    assert torch.equal(logits(model), logits(pruned))
+    with torch.no_grad():
+        assert torch.allclose(model(IDS).logits, logits(pruned), atol=1e-5)
+    sk.decompress_model(model)
+    kinds = [
+        sorted(type(unwrapped(m)).__name__ for _, m in named_modules(m)) for m in (model, make())
+    ]
+    assert kinds[0] == kinds[1]
+    assert torch.allclose(logits(model), logits(pruned), atol=1e-5)
+
+
+def test_a_folder_that_does_not_fit_leaves_the_wrappers(tmp_path):
+    sk.save_pretrained(cases.sparsify(cases.llama(hidden=16)), tmp_path)
+    model = part_by_part(compiled)(cases.llama())
+    names, before = [name for name, _ in model.named_modules()], logits(model)
+    with pytest.raises(ValueError, match="tensor 'model.layers.0.mlp.down_proj.compressed'"):
+        sk.load_into(model, tmp_path)
+    assert [name for name, _ in model.named_modules()] == names
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("wrap", [compiled, checkpointed])
+def test_experts_in_wrapped_blocks_are_masked_under_their_names(wrap):
+    plain = mixtral()
+    sk.prune_model(plain, "magnitude", compress=False, **QUIET)
+    model = block_by_block(wrap)(copy.deepcopy(plain))
+    masked, same = Masked(plain), Masked(model)
+    assert same.masks.keys() == masked.masks.keys()
+    assert "model.layers.0.mlp.experts.down_proj" in same.masks
+    assert same.compress() == masked.compress()
+    assert torch.equal(logits(model), logits(plain))
+
+
 @wrapped
 def test_searches_see_the_model_inside(wrap, one_process):
     dense = cases.llama(tied=False)
@@ -127,7 +202,12 @@ def test_searches_see_the_model_inside(wrap, one_process):
         wanted, found = search(plain), search(model)
         assert (found.lost_before, found.lost_after) == (wanted.lost_before, wanted.lost_after)
         assert torch.equal(logits(model), logits(plain))
-    model = wrap(copy.deepcopy(dense))
+    for search in (lambda m: sk.rotate(m, IDS, steps=1), lambda m: sk.permute(m, IDS)):
+        plain, model = copy.deepcopy(dense), part_by_part(wrap)(copy.deepcopy(dense))
+        wanted, found = search(plain), search(model)
+        assert (found.lost_before, found.lost_after) == (wanted.lost_before, wanted.lost_after)
+        assert torch.equal(logits(model), logits(plain))
+    model = wrap(part_by_part(checkpointed)(copy.deepcopy(dense)))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # of a preset that is not done in full
         report = sk.prune_model(model, calibration=IDS, preset="best", **QUIET)

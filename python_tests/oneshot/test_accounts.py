@@ -191,7 +191,7 @@ def test_a_base_whose_weight_dora_reads_stays_dense():
     report = sk.prune_model(adapted, "wanda", X, progress=False, device="cpu")
     assert [row.name for row in report.pruned] == ["base_model.model.1"]
     base = report["base_model.model.0.base_layer"]
-    assert base.reason == "an adapter with DoRA reads the weight itself"
+    assert base.reason == "an adapter (peft.tuners.lora.layer) reads the weight itself"
     assert adapted(X).isfinite().all()
 
 

@@ -46,7 +46,7 @@ def test_the_share_and_every_group_of_four(case):
         assert 0 <= row.relative_error < 1
     rows = {row.name for row in case.report.layers}
     linear = {n for n, m in case.dense.named_modules() if isinstance(m, nn.Linear)}
-    experts = find_experts(case.dense)
+    experts = {name: recipe for name, (_, recipe) in find_experts(case.dense).items()}
     matrices = {
         f"{name}.{i}.{key}"
         for name, recipe in experts.items()

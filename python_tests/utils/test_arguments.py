@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import sparsekern as sk
-from sparsekern.utils.arguments import SEEDS, check_fields, check_used, checked, usable_device
+from python_tests.oneshot.driver_models import build, tokens
+from sparsekern.utils.arguments import SEEDS, check_fields, checked, folded, usable_device
 
 ODD = {
     "None": None,
@@ -306,11 +307,16 @@ def test_an_argument_that_nothing_reads():
     assert calls == [3, [1, 2], (1, 2)]
 
 
-def test_an_unread_flag_has_its_own_spelling():
-    uses = {"log_file": ("--log", lambda given: given["log"])}
-    given, usual = {"log": False, "log_file": "x"}, {"log": False, "log_file": None}
-    with pytest.raises(ValueError, match=r"got --log_file='x', which .* Leave --log_file at None"):
-        check_used("op", uses, given, usual, lambda name: f"--{name}")
+@pytest.mark.parametrize("seed", [-(2**63), 2**63, 2**64 - 1])
+def test_every_seed_that_is_allowed_is_taken(seed):
+    from sparsekern.finetune.data import batch_rows
+
+    model, x = build(), tokens(4, 12)
+    sk.permute(model, x, seed=seed)
+    rounds = sk.Reconstruction(epochs=1, seed=max(seed, 0))  # it has a rule of its own
+    sk.prune_model(model, "magnitude", calibration=x, reconstruct=rounds, progress=False)
+    assert sorted(batch_rows(8, 8, seed, 1).tolist()) == list(range(8))
+    assert folded(seed) == seed and folded(seed * 3) != folded(seed * 3 + 1)
 
 
 HOMELESS = {

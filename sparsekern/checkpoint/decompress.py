@@ -12,7 +12,7 @@ from sparsekern.errors import check
 from sparsekern.nn.replace import is_conv1d, replace_module
 from sparsekern.nn.sparse_experts import SparseExperts, decompress_experts
 from sparsekern.nn.sparse_linear import SparseLinear
-from sparsekern.nn.wrappers import unwrapped
+from sparsekern.nn.wrappers import named_modules, unwrapped
 
 OP = "sparsekern.decompress_model"
 # What Transformers sets on a model that its quantizers have loaded.
@@ -43,7 +43,7 @@ def decompress_model(model: M) -> M:
     check(fits, OP, "a model", type(model).__name__, remedy, TypeError)
     inner: Any = unwrapped(model)
     apart = decompress_experts(model)
-    names = {name: m for name, m in inner.named_modules() if isinstance(m, SparseLinear)}
+    names = {name: m for name, m in named_modules(model) if isinstance(m, SparseLinear)}
     head = getattr(inner, "get_output_embeddings", lambda: None)() if names else None
     tree = skeleton_of(inner, untied=any(m is head for m in names.values())) if names else None
     built = {} if tree is None else dict(tree.named_modules())

@@ -75,8 +75,7 @@ class Place:
 def places(model: nn.Module) -> dict[str, Place]:
     """{name of the fused parameter: Place} of a model, whether its experts are apart or not."""
     found: dict[str, Place] = {}
-    for name, recipe in find_experts(model).items():
-        module = model.get_submodule(name)
+    for name, (module, recipe) in find_experts(model).items():
         for key, transposed in recipe.matrices:
             shape = cast(Tensor, module._parameters[key]).shape
             place = Place(name, key, cast("tuple[int, int, int]", tuple(shape)), transposed)

@@ -42,9 +42,10 @@ from sparsekern.formats.forms import (
     parts_of,
     values_name,
 )
+from sparsekern.nn.replace import replace_at
 from sparsekern.nn.sparse_experts import fuse_experts, unfuse_experts
 from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
-from sparsekern.nn.wrappers import whole
+from sparsekern.nn.wrappers import named_modules, taken_off, whole
 from sparsekern.utils.arguments import Given, Uses, checked, usable_device
 from sparsekern.utils.safetensors_io import (
     CONFIG_FILE,
@@ -230,7 +231,9 @@ def load_into(
     """Load a folder into an existing module in place; SparseLinear replaces compressed Linears.
 
     Args:
-        model: module with the tree that was saved; parameters may be on the meta device.
+        model: module with the tree that was saved, around or inside of which torch.compile, data
+            parallel or activation checkpointing may have wrappers. Parameters may be on the meta
+            device; others stay the same objects, with other data and no gradient.
         directory: as in from_pretrained, a folder.
         device: None takes the model's (CPU for a model on meta). dtype, verify: as in
             from_pretrained.
@@ -256,13 +259,14 @@ def load_into(
     wanted = arguments.parse_dtype(op, dtype, config)
     empty = [
         join(name, key)
-        for name, module in tree.named_modules()
+        for name, module in named_modules(tree)
         for key in module._non_persistent_buffers_set
         if (buffer := module._buffers.get(key)) is not None and buffer.is_meta
     ]
     expected, got = "data in buffers that no file holds", f"{listed(empty)} on meta"
     check(not empty, op, expected, got, "Build the model outside of torch.device('meta').")
-    _load(tree, files, lambda name: place, wanted, None, config, finite=verify, whole=False)
+    with taken_off(tree):
+        _load(tree, files, lambda name: place, wanted, None, config, finite=verify, whole=False)
     return model
 
 
@@ -326,8 +330,7 @@ def _load(
         device = device_of(name)
         if name in found.names.layers or name in found.names.experts.matrices:
             sparse = reader.layer(name, found, module, device)
-            for parent, attribute in parents[id(module)]:
-                setattr(parent, attribute, sparse)
+            replace_at(parents[id(module)], module, sparse)
             continue
         for key, old, is_parameter in list(own_tensors(module)):
             if id(old) not in loaded:
@@ -336,9 +339,7 @@ def _load(
                     new = reader.dense(*source, device)
                 else:
                     new = old if old.is_meta else old.to(device)
-                loaded[id(old)] = (
-                    nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new
-                )
+                loaded[id(old)] = _filled(old, new) if is_parameter else new
             home: dict[str, Any] = module._parameters if is_parameter else module._buffers
             home[key] = loaded[id(old)]
         for key in module._non_persistent_buffers_set:
@@ -470,7 +471,7 @@ class _Reader:
         parts = found.names.experts.matrices.get(name)
         if parts is not None:
             trained = all(p.requires_grad for p in module.parameters())
-            return self.experts.module(parts, device, trained).train(module.training)
+            return self.experts.module(parts, device, trained)
         stored = found.names.layers[name]
         weight = read_sparse24(self.files, stored, device, self.dtype, self.numbers)
         if self.finite:
@@ -478,9 +479,17 @@ class _Reader:
         bias = getattr(module, "bias", None)
         if bias is not None:
             source = found.sources[id(bias)]
-            bias = self.dense(*source, device).to(weight.dtype)
-        sparse: SparseLinear = SparseLinear.from_sparse24(weight, bias)
-        return sparse.train(module.training)
+            bias = _filled(bias, self.dense(*source, device).to(weight.dtype))
+        return SparseLinear.from_sparse24(weight, bias)
+
+
+def _filled(parameter: Tensor, data: Tensor) -> Tensor:
+    """The Parameter itself, which optimizers and DistributedDataParallel know, with other data; for
+    one on meta, or made in inference mode, another."""
+    if parameter.is_meta or parameter.is_inference():
+        return nn.Parameter(data, requires_grad=parameter.requires_grad)
+    parameter.data, parameter.grad = data, None
+    return parameter
 
 
 def _precise(model: nn.Module, dtype: torch.dtype | None) -> re.Pattern[str] | None:

@@ -74,8 +74,9 @@ def save_pretrained(
 ) -> None:
     """Write a model to a folder: compressed layers as sparse-24-bitmask, the rest as it is.
 
-    All files are written under temporary names and renamed when the last one is complete; an
-    error or interruption before that leaves the folder untouched. Tied weights are stored once.
+    All files are written under temporary names and renamed when the last one is complete. An error
+    or interruption, also between two renames, leaves the folder as it was; a process that is killed
+    there leaves a folder without config.json. Tied weights are stored once.
     Host memory: one shard.
 
     Args:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparsekern.errors import check
+from sparsekern.errors import check, message
 from sparsekern.oneshot.presets import Preset
 from sparsekern.prune import methods
 from sparsekern.utils.arguments import Uses, check_used
@@ -25,7 +27,7 @@ def check_flags(op: str, uses: Uses, args: argparse.Namespace) -> None:
     uses: as of utils.arguments.      args: with the command's parser as `parser`.
     """
     defaults = {name: args.parser.get_default(name) for name in vars(args)}
-    check_used(op, uses, vars(args), defaults, lambda name: f"--{name.replace('_', '-')}")
+    check_used(op, uses, vars(args), defaults)
 
 
 def reads_data(method: str | None, preset: Preset) -> bool:
@@ -85,6 +87,44 @@ def copy_beside(files: Iterable[Path], out: Path) -> None:
     for path in files:
         if not (out / path.name).exists():
             shutil.copyfile(path, out / path.name)
+
+
+@contextlib.contextmanager
+def beside_the_model(op: str, out: Path) -> Iterator[None]:
+    """Turns what goes wrong with small files, once the model is saved, into an OSError that says
+    so."""
+    try:
+        yield
+    except OSError as error:
+        expected = f"{out} to take a report and small files of the model"
+        remedy = "The model there is whole without them."
+        number = error.errno or errno.EIO
+        raise OSError(number, message(op, expected, str(error), remedy)) from error
+
+
+def check_file(op: str, path: str | None) -> None:
+    """Ask before a long measurement whether its file can be there."""
+    exists = path is None or Path(path).resolve().parent.is_dir()
+    check(exists, op, f"a folder for {path}", "none", "Make it first.")
+    fits = path is None or not Path(path).is_dir()
+    check(fits, op, "names of files to write", f"the folder {path!r}", "Add a name to it.")
+
+
+def check_plot(op: str, path: str | None) -> None:
+    """Ask before a long measurement whether its picture can be drawn.
+
+    Raises:
+        ImportError: matplotlib is missing.   ValueError: it does not write files of this name.
+    """
+    if path is None:
+        return
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        text = f"{op}: --plot needs matplotlib. Run: pip install matplotlib."
+        raise ImportError(text) from error
+    known = Path(path).suffix[1:].lower() in FigureCanvasBase.get_supported_filetypes()
+    check(known, op, "--plot NAME.svg or NAME.png", path, "Give it another ending.")
 
 
 def device_of(name: str | None) -> str:

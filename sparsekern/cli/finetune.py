@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sparsekern.cli.common import (
+    beside_the_model,
     check_flags,
     copy_beside,
     files_beside,
@@ -18,8 +19,11 @@ from sparsekern.cli.common import (
     reads_data,
 )
 from sparsekern.errors import check
+from sparsekern.oneshot.discovery import positions
 from sparsekern.oneshot.presets import PRESETS, find_preset
 from sparsekern.utils.arguments import Given, Uses
+from sparsekern.utils.files import write_atomic
+from sparsekern.utils.staging import check_writable
 
 OP = "sparsekern finetune"
 SOURCE = "FILE|hf:NAME|builtin"
@@ -85,8 +89,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     sub.add_argument(
         "--samples", type=int, help="calibration windows (default 128, or the preset's)"
     )
+    fewer = "or the model's positions where those are fewer"
     sub.add_argument(
-        "--calibration-window", type=int, default=2048, help="tokens per window (default 2048)"
+        "--calibration-window", type=int, help=f"tokens per window (default 2048, {fewer})"
     )
     sub.add_argument(
         "--text",
@@ -111,8 +116,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         metavar=SOURCE,
         help="text whose perplexity is measured, rows joined with a blank line; may be repeated",
     )
-    sub.add_argument("--eval-window", type=int, default=2048, help="tokens (default 2048)")
-    sub.add_argument("--window", type=int, default=1024, help="tokens per row (default 1024)")
+    sub.add_argument("--eval-window", type=int, help=f"tokens (default 2048, {fewer})")
+    sub.add_argument("--window", type=int, help=f"tokens per row (default 1024, {fewer})")
     length = sub.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="optimizer steps (default: one pass)")
     length.add_argument("--minutes", type=float, help="train for a time instead")
@@ -178,8 +183,15 @@ def run(args: argparse.Namespace) -> int:
     )
     work = Path(args.work) if args.work else out.with_name(out.name + "-run")
     check(work.is_dir() or not work.exists(), OP, "--work to be a folder, or a new one", work)
+    check_writable(work, "sparsekern finetune --work")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     teacher, tokenizer = load_model(args.model, "cpu")
+    sparse = any(isinstance(module, sk.SparseLinear) for module in teacher.modules())
+    remedy = "Give the model that it was made of, and this one as --sparse."
+    check(not sparse, OP, "MODEL to be dense", f"2:4 layers in {args.model}", remedy)
+    for name, usual in (("calibration_window", 2048), ("eval_window", 2048), ("window", 1024)):
+        if getattr(args, name) is None:
+            setattr(args, name, min(usual, positions(teacher) or usual))
     beside = files_beside(args.model)
     check(tokenizer is not None, OP, "a tokenizer with the model", "none", "Add tokenizer.json.")
     student, report = _student(args, teacher, tokenizer, device, work)
@@ -190,7 +202,7 @@ def run(args: argparse.Namespace) -> int:
         corpus,
         schedule=_schedule(args),
         evaluate={Path(name).name: _ids(tokenizer, name, "test") for name in args.eval},
-        eval_window=args.eval_window,
+        **({"eval_window": args.eval_window} if args.eval else {}),
         folder=work,
         limit_seconds=args.limit_seconds,
         device=device,
@@ -208,11 +220,12 @@ def run(args: argparse.Namespace) -> int:
     assert result.masked is not None
     dense = result.masked.compress()
     sk.save_pretrained(cast_weights(student.cpu(), torch.bfloat16), out, tokenizer=tokenizer)
-    copy_beside(beside, out)
-    (out / "finetune_report.json").write_text(result.to_json(), encoding="utf-8")
-    if report is not None:
-        print(report.summary())
-        report.save(out / "prune_report.json")
+    with beside_the_model(OP, out):
+        copy_beside(beside, out)
+        write_atomic(out / "finetune_report.json", result.to_json().encode())
+        if report is not None:
+            print(report.summary())
+            report.save(out / "prune_report.json")
     print(result.summary())
     for name, found in result.overlap.items():
         print(

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 
 from sparsekern.cli.common import (
+    check_file,
     check_flags,
+    check_plot,
     device_name,
     device_of,
     dtype_of,
@@ -42,12 +44,7 @@ from sparsekern.oneshot.ranks import RankError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = build_parser()
-    words = sys.argv[1:] if argv is None else argv
-    for word in words:
-        if word.startswith("--") and word.endswith("=--"):  # argparse makes a list of it
-            parser.error(f"argument {word[:-3]}: expected a value, got '--'")
-    args = parser.parse_args(words)
+    args = parse(sys.argv[1:] if argv is None else argv)
     try:
         with warnings_in_flags(args):
             code: int | None = args.run(args)
@@ -74,6 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """What was typed, as the parser has it; and as it is, as `words`."""
+    parser = build_parser()
+    for word in words:
+        if word.startswith("--") and word.endswith("=--"):  # argparse makes a list of it
+            parser.error(f"argument {word[:-3]}: expected a value, got '--'")
+    return parser.parse_args(words, argparse.Namespace(words=words))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -184,6 +190,8 @@ def _bench_kernels(args: argparse.Namespace, device: str, dtype: torch.dtype) ->
     """Exit code 1 when a kernel failed its check."""
     from sparsekern.profiling import kernel_bench, kernel_plot
 
+    check_plot("sparsekern bench kernels", args.plot)
+    check_file("sparsekern bench kernels", args.out)
     kernels = [kernel_bench.load_kernel(path) for path in args.kernel]
     shapes = list(dict.fromkeys(args.shapes or kernel_bench.MODELS["llama3-8b"]))
     rows, limits = kernel_bench.bench_kernels(

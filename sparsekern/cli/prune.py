@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sparsekern.checkpoint.arguments import parse_size
 from sparsekern.cli.common import (
+    beside_the_model,
     check_flags,
     copy_beside,
     device_of,
@@ -63,7 +64,10 @@ def _reads_data(given: Given) -> bool:
 
 
 USES = dict.fromkeys(
-    ("samples", "window", "seed", "whole_documents"),
+    (
+        *("samples", "window", "seed", "whole_documents"),
+        *("batch_size", "true_sequential", "activations"),
+    ),
     ("--calibration, or another method than magnitude,", _reads_data),
 )
 
@@ -189,13 +193,14 @@ def _run(args: argparse.Namespace, rank: int) -> int:
             save_streamed(streamed, parts, out, **knobs)
             if args.resume is None:
                 shutil.rmtree(parts)
-        copy_beside(beside, out)
+        with beside_the_model(OP, out):
+            copy_beside(beside, out)
+            report.save(out / "prune_report.json")
     return _say(args, out, report)
 
 
 def _say(args: argparse.Namespace, out: Path, report: PruneReport) -> int:
-    """Write the report, say what there is; the exit code."""
-    report.save(out / "prune_report.json")
+    """Say what there is; the exit code."""
     print(report.summary() if args.quiet else report.table())
     print(f"saved    {out} ({folder_bytes(out)} bytes of weights), prune_report.json beside them")
     if not report.partial:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from sparsekern.cli.common import check_flags, needed, skip_rules
+from sparsekern.cli.common import check_file, check_flags, check_plot, needed, skip_rules
 from sparsekern.errors import check
+from sparsekern.oneshot.discovery import positions
 
 OP = "sparsekern sensitivity"
 SOURCE = "FILE|hf:NAME|builtin"
@@ -24,7 +24,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     sub.add_argument("--calibration", default="builtin", metavar=SOURCE, help="text to prune with")
     sub.add_argument("--samples", type=int, default=32, help="calibration windows (default 32)")
     sub.add_argument("--text", default="builtin", metavar=SOURCE, help="text to evaluate")
-    sub.add_argument("--window", type=int, default=1024, help="tokens per window (default 1024)")
+    sub.add_argument(
+        "--window",
+        type=int,
+        help="tokens per window (default 1024, or the model's positions where those are fewer)",
+    )
     sub.add_argument("--windows", type=int, default=8, help="windows of the text (default 8)")
     sub.add_argument("--by", choices=("layer", "type", "block"), default="layer")
     sub.add_argument(
@@ -70,15 +74,15 @@ def run(args: argparse.Namespace) -> None:
     check(bool(given) == bool(args.skip_out), OP, both, "one without the other")
     check(args.rows >= 0, OP, "--rows >= 0", args.rows)
     for path in (args.skip_out, args.plot, args.out):
-        exists = path is None or Path(path).resolve().parent.is_dir()
-        check(exists, OP, f"a folder for {path}", "none")
-        fits = path is None or not Path(path).is_dir()
-        check(fits, OP, "names of files to write", f"the folder {path!r}", "Add a name to it.")
+        check_file(OP, path)
+    check_plot(OP, args.plot)
     for name, value in given.items():
         check(0 < value < float("inf"), OP, f"a positive --{name}", value)
     check(args.share is None or args.share <= 1, OP, "--share of at most 1", args.share)
     model, tokenizer = load_model(args.model, "cpu", None)
     tokenizer = needed(tokenizer, args.model)
+    if args.window is None:
+        args.window = min(1024, positions(model) or 1024)
     if mix.is_mix(args.calibration):
         tokens = args.samples * args.window
         made = mix.calibration_mix(

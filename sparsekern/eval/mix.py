@@ -30,7 +30,7 @@ from torch import Tensor
 
 from sparsekern.errors import check
 from sparsekern.eval import texts
-from sparsekern.utils.arguments import SEEDS, checked, shown
+from sparsekern.utils.arguments import SEEDS, checked, folded, shown
 
 OP = "sparsekern.calibration_mix"
 SKETCH = 1024  # most frequent tokens that a report keeps, for `distance`
@@ -164,7 +164,7 @@ def calibration_mix(
     sources = []
     for number, (name, share) in enumerate(parse(spec)):
         wanted = max(1, round(tokens * share / window))
-        generator = torch.Generator().manual_seed(seed * 1009 + number)
+        generator = torch.Generator().manual_seed(folded(seed * 1009 + number))
         documents, sha = _documents(name, tokenizer)
         order = torch.randperm(len(documents), generator=generator, device="cpu").tolist()
         shuffled = [documents[i] for i in order]

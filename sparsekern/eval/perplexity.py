@@ -96,13 +96,15 @@ def perplexity(
 def check_model(
     op: str, model: nn.Module, ids: Tensor, kwargs: dict[str, Any], causal: bool = True
 ) -> None:
-    """Try ids [1, tokens] out, at most PROBE_TOKENS of them.
+    """Try ids [1, tokens] out: PROBE_TOKENS of them, or more than the model's positions.
 
     Raises:
         ValueError: the forward refuses them; with causal, logits that change with a later token: a
             masked language model reads the very token that it is to predict.
     """
     short, kind = ids[:, :PROBE_TOKENS], type(model).__name__
+    if is_beyond(model, ids.shape[1]):
+        logits_of(op, model, ids, kwargs)
     other = short.clone()
     others = ids[ids != short[0, -1]]
     other[0, -1] = others[0] if len(others) else 0
@@ -126,6 +128,11 @@ def check_model(
         warnings.warn(message(op, expected, got, NOT_CAUSAL), stacklevel=3)
 
 
+def is_beyond(model: nn.Module, tokens: int) -> bool:
+    """Whether a row of so many tokens has more than the model has positions."""
+    return tokens > (positions(model) or tokens)
+
+
 def logits_of(op: str, model: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> Any:
     """What the model makes of ids [samples, tokens].   ValueError: its own code refuses them."""
     try:
@@ -135,9 +142,8 @@ def logits_of(op: str, model: nn.Module, ids: Tensor, kwargs: dict[str, Any]) ->
             raise
         expected = f"{type(model).__name__} to take token ids alone"
         got, remedy = f"{type(error).__name__}: {error}".rstrip("."), "Pass a causal language model"
-        most = positions(model)
-        longer = most is not None and ids.shape[1] > most
-        remedy += f", and windows of at most {most} tokens, its positions." if longer else "."
+        longer = is_beyond(model, ids.shape[1])
+        remedy += f", and window <= {positions(model)}, its positions." if longer else "."
         raise ValueError(message(op, expected, got, remedy)) from error
     first = output[0] if isinstance(output, (tuple, list)) and output else output
     return getattr(output, "logits", first)

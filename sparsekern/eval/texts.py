@@ -232,7 +232,7 @@ def _hf_rows(name, split):
         import datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "sparsekern.read_rows: hf: sources need the package 'datasets'. "
+            f"sparsekern.read_rows: hf:{name} needs the package 'datasets'. "
             "Run: pip install datasets, or give a text file."
         ) from error
     if name in HF_NAMES:

@@ -20,6 +20,7 @@ import torch
 
 from sparsekern.errors import check
 from sparsekern.finetune.masked import Masked
+from sparsekern.utils.files import renamed
 
 try:
     from transformers import TrainerCallback
@@ -74,9 +75,10 @@ class MaskedCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         masks = self.masked.state_dict()
         if state.is_world_process_zero and folder.is_dir():
+            remedy = "Make room there, and resume from the checkpoint before."
             partial = folder / f".{FILE}"
-            torch.save(masks, partial)
-            os.replace(partial, folder / FILE)
+            with renamed(OP, partial, folder / FILE, remedy):
+                torch.save(masks, partial)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the violations to what is logged: 0."""

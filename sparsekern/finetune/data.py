@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import check
+from sparsekern.eval.perplexity import is_beyond, logits_of
 from sparsekern.finetune.sampler import Sampler, why_not
 from sparsekern.oneshot.fingerprint import of_model as fingerprint
-from sparsekern.utils.arguments import SEEDS, checked, shown
+from sparsekern.utils.arguments import SEEDS, checked, folded, shown
 from sparsekern.utils.json_store import cache_folder
 
 OP = "sparsekern.finetune.data"
@@ -124,7 +125,7 @@ def batch_rows(count: int, batch: int, seed: int, step: int) -> Tensor:
     places = torch.arange(step * batch, (step + 1) * batch, device="cpu")
     rows = torch.empty_like(places)
     for number in (places // count).unique().tolist():
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed(folded(seed * 1_000_003 + number))
         order = torch.randperm(count, generator=generator, device="cpu")
         here = places // count == number
         rows[here] = order[places[here] % count]
@@ -192,7 +193,13 @@ def generate(
     check(temperature > 0, op, "temperature > 0", temperature)
     if prompts is None:
         first = _start_token(teacher) if start is None else start
-        check(first is not None, op, "a start token", "none in the config", "Pass start=.")
+        check(
+            first is not None,
+            op,
+            "a start token",
+            "none in the config",
+            "Pass start=, or set bos_token_id there.",
+        )
         prompts = torch.tensor([[first]], device="cpu")
     fits = prompts.dim() == 2 and 1 <= prompts.shape[1] < window
     check(fits, op, f"prompts [n, 1 to {window - 1}]", list(prompts.shape))
@@ -201,6 +208,10 @@ def generate(
     check(not holes, op, "-1 at the ends of prompts", "elsewhere, too")
     count = -(-tokens // window)
     device = next(teacher.parameters()).device
+    if is_beyond(teacher, window):
+        row = prompts[:1, :1].to(device, torch.int64).expand(1, window)
+        with torch.no_grad():
+            logits_of(op, teacher, row, {"use_cache": False})
     settings = {
         "sampler": 2,
         "seconds": seconds,

@@ -128,7 +128,7 @@ def find(
             for entry in entries
             if not is_dtensor(entry.parameter) and _sparse(entry, pattern)
         ]
-        remedy = "Call prune_model(..., compress=False) first, or pass masks=."
+        remedy = "Prune it first, with compress=False, or pass masks=."
         if any(isinstance(module, SparseLinear) for module in modules.values()):
             remedy = "Call sparsekern.decompress_model(model) first: a SparseLinear is frozen."
         if any(is_dtensor(entry.parameter) for entry in entries):
@@ -202,8 +202,8 @@ def stacks(model: nn.Module) -> dict[str, tuple[nn.Module, str, bool]]:
     """name of a Parameter that holds all experts of a mixture -> (module, key, whether it is
     [experts, in_features, out_features])."""
     return {
-        f"{name}.{key}": (model.get_submodule(name), key, transposed)
-        for name, recipe in find_experts(model).items()
+        f"{name}.{key}": (module, key, transposed)
+        for name, (module, recipe) in find_experts(model).items()
         for key, transposed in recipe.matrices
     }
 

@@ -79,8 +79,10 @@ class Recipe:
     save_every: int = 0
 
     def __post_init__(self) -> None:
-        whole, positive = (1, 2**63), (0, math.inf)
-        check_fields(OP, self, USES, steps=whole, batch=whole, micro_batch=whole, seed=SEEDS)
+        whole, rows, positive = (1, 2**63), (1, 2**31), (0, math.inf)
+        check_fields(OP, self, USES, steps=whole, batch=rows, micro_batch=rows, seed=SEEDS)
+        most = (0, 10**9)
+        check_fields(OP, self, minutes=most, passes=most, temperature=most, block=most)
         every = (0, 2**63)
         check_fields(OP, self, log_every=every, eval_every=every, save_every=every)
         check_fields(OP, self, lr=(0, 10**3), clip=positive, weight_decay=positive, eps=(0, 1))

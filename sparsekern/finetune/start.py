@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sparsekern.errors import FormatError, check
 from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot.report import PruneReport
-from sparsekern.utils.files import open_regular
+from sparsekern.utils.files import open_regular, renamed
 
 OP = "sparsekern finetune"
 FILE = "start.safetensors"
@@ -145,13 +145,8 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     sha = fingerprint.of_tensors(sorted(tensors.items()), *_texts(metadata))
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with renamed(OP, partial, path, "Make room there, and begin again."):
         save_file(tensors, partial, metadata={**metadata, "sha256": sha})
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern.errors import FormatError, check, message
+from sparsekern.errors import FormatError, check
 from sparsekern.eval.perplexity import check_model, perplexity
 from sparsekern.finetune import attention, metrics
 from sparsekern.finetune import data as text
@@ -45,8 +44,8 @@ from sparsekern.finetune.world import World
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.devices import check_data
 from sparsekern.oneshot.discovery import check_basis
-from sparsekern.utils.arguments import Given, Uses, check_used, checked, shown
-from sparsekern.utils.files import write_atomic
+from sparsekern.utils.arguments import Given, Uses, check_used, checked, folded, shown
+from sparsekern.utils.files import renamed, write_atomic
 from sparsekern.utils.staging import check_writable
 
 CHECKPOINT, REPORT = "checkpoint.pt", "report.json"
@@ -386,7 +385,7 @@ class _Run:
         first = (step // schedule.every + 1) * schedule.every
         moving = schedule.live(first) and self.steps is not None
         expected = f"steps >= {first - step}, at which {type(schedule).__name__} first moves a mask"
-        remedy = f"Train longer, or pass a schedule with every < {schedule.every}."
+        remedy = f"Train longer, or with another schedule (every < {schedule.every})."
         check(not moving or first - step <= (self.steps or 0), OP, expected, self.steps, remedy)
 
     def open_teacher(self, teacher: nn.Module | str | Path | None, offload: bool) -> None:
@@ -460,7 +459,7 @@ class _Run:
         from tqdm import tqdm
 
         recipe, world, report = self.recipe, self.world, self.report
-        torch.manual_seed(recipe.seed + world.rank)
+        torch.manual_seed(folded(recipe.seed + world.rank))
         self.manifest = json.loads(
             json.dumps(
                 {
@@ -672,16 +671,9 @@ class _Run:
         }
         final = self.folder / CHECKPOINT
         partial = final.with_suffix(".part")
-        try:
-            with open(partial, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
-            remedy = "Make room there: the same call goes on from the checkpoint before."
-            raise OSError(message(OP, f"{final} to be written", str(error), remedy)) from error
-        os.replace(partial, final)
+        remedy = "Make room there: the same call goes on from the checkpoint before."
+        with renamed(OP, partial, final, remedy):
+            torch.save(state, partial)
 
     def _load(self) -> int:
         """The step to go on from."""

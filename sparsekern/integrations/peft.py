@@ -129,6 +129,9 @@ class SparseLora(PeftLinear):  # type: ignore[misc, no-any-unimported, unused-ig
             safe_merge: of no effect: a result that is not finite is always refused.
             adapter_names: None for the active ones.
         """
+        if adopt(self) is PeftLinear:
+            PeftLinear.merge(self, safe_merge, adapter_names)
+            return
         if self.add(adapter_names) > 0:
             expected, got = "adapters inside the masks", "some that reach outside, where it is lost"
             remedy = (
@@ -166,6 +169,10 @@ class SparseLora(PeftLinear):  # type: ignore[misc, no-any-unimported, unused-ig
         op, remedy = f"{OP}.merge", "Keep the adapter unmerged."
         biased = self.lora_bias.get(name)
         check(not biased, op, f"lora_bias=False in adapter {name!r}", biased, remedy)
+        remedy = "Merge before sparsekern.decompress_model(model)."
+        expected = "a 2:4 layer under an adapter with masked_product=True"
+        held = isinstance(self.get_base_layer(), SparseLinear)
+        check(held, op, expected, "one that was made dense", remedy)
         lora.check_mergeable(op, self.get_base_layer().weight)
 
     def unmerge(self) -> None:
@@ -176,6 +183,10 @@ class SparseLora(PeftLinear):  # type: ignore[misc, no-any-unimported, unused-ig
         expected, got = "weights from before the merge", "a model pruned after the merge"
         check(self._unmerged is not None, f"{OP}.unmerge", expected, got, "Keep it merged.")
         base = self.get_base_layer()
+        got = "a layer that was made dense after the merge"
+        check(
+            isinstance(base, SparseLinear), f"{OP}.unmerge", "a 2:4 layer", got, "Keep it merged."
+        )
         base.weight = self._unmerged.to(base.weight.device)
         self._unmerged = None
         self.merged_adapters.clear()
@@ -220,13 +231,16 @@ class MaskedSparseLora(SparseLora):
         return result
 
 
-def adopt(module: nn.Module) -> bool:
-    """Make peft's own layer, whose base was pruned afterwards, a SparseLora; whether it was one."""
-    held = type(module) is PeftLinear and isinstance(module._modules["base_layer"], SparseLinear)
-    if held:
+def adopt(module: nn.Module) -> Any:
+    """Make peft's own layer, whose base was pruned afterwards, a SparseLora, and the other way
+    round one whose base was made dense; the class that it has then."""
+    sparse = isinstance(module._modules.get("base_layer"), SparseLinear)
+    if type(module) is PeftLinear and sparse:
         module.__class__ = SparseLora
         module.__dict__.update(merge_losses={}, _unmerged=None)
-    return held
+    elif type(module) is SparseLora and not sparse and not module.merged:
+        module.__class__ = PeftLinear
+    return type(module)
 
 
 @checked("sparsekern.integrations.peft.merge")

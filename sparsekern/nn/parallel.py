@@ -23,7 +23,7 @@ from sparsekern.errors import check, message
 from sparsekern.nn.optimize import JoinedLinear, PassesOn
 from sparsekern.nn.replace import replace_module
 from sparsekern.nn.sparse_linear import SparseLinear
-from sparsekern.nn.wrappers import whole
+from sparsekern.nn.wrappers import taken_off, whole
 from sparsekern.utils.arguments import checked, shown
 
 _OP = "sparsekern.tensor_parallel"
@@ -146,7 +146,15 @@ def tensor_parallel(
     group = mesh.get_group() if is_mesh else mesh
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     group = dist.group.WORLD if group is None else group
-    given, model = model, whole(_OP, model)
+    inner = whole(_OP, model)
+    with taken_off(inner):
+        _split_layers(inner, plan, rank, ranks, group)
+    return model
+
+
+def _split_layers(
+    model: nn.Module, plan: Mapping[str, str] | None, rank: int, ranks: int, group: Any
+) -> None:
     own = _own_rules(model)
     rules = own or dict(DEFAULT_PLAN) if plan is None else _checked_rules(plan)
     places: dict[nn.Module, dict[str, str | None]] = {}
@@ -177,7 +185,6 @@ def tensor_parallel(
         for key in OWN_HEADS:
             if type(heads := home.__dict__.get(key)) is int:  # no property
                 setattr(home, key, heads // ranks)
-    return given
 
 
 def _own_rules(model: nn.Module) -> dict[str, str]:

@@ -8,6 +8,7 @@ out_features]; every weight that enters or leaves these functions is [out_featur
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -61,6 +62,11 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     ]
     got, remedy = "the layer itself", "Put it into a model: torch.nn.Sequential(layer)."
     check(above, "sparsekern", "a model with layers to replace", got, remedy)
+    replace_at(above, old, new)
+
+
+def replace_at(places: Iterable[tuple[nn.Module, str]], old: nn.Module, new: nn.Module) -> None:
+    """`replace_module` where the places (parent, its attribute) are known."""
     new.train(old.training)
     for name in _HOOKS & old.__dict__.keys():
         new.__dict__[name] = old.__dict__[name]
@@ -68,7 +74,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for key, value in old.__dict__.items():
             if not key.startswith("_") and key not in _OWN and not hasattr(new, key):
                 new.__dict__[key] = value
-    for parent, key in above:
+    for parent, key in places:
         setattr(parent, key, new)
         if key == "_orig_mod" and hasattr(parent, "dynamo_ctx"):
             # What torch.compile made of the layer holds it: bind it anew.

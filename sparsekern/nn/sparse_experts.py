@@ -35,6 +35,7 @@ from torch.nn import functional
 from sparsekern.errors import check, message
 from sparsekern.nn.replace import replace_module
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.nn.wrappers import named_modules
 from sparsekern.utils.arguments import checked
 
 _OP = "sparsekern.SparseExperts"
@@ -399,10 +400,9 @@ def unfuse_experts(model: nn.Module, names: Any = None) -> dict[str, tuple[nn.Mo
         {name: (module that was replaced, its SparseExperts)}.
     """
     made: dict[str, tuple[nn.Module, Any]] = {}
-    for name, recipe in find_experts(model).items():
+    for name, (old, recipe) in find_experts(model).items():
         if names is not None and name not in names:
             continue
-        old = model.get_submodule(name)
         new = SparseExperts(old, recipe)
         replace_module(model, old, new)
         for key, _ in recipe.matrices:
@@ -477,7 +477,7 @@ def decompress_experts(model: nn.Module) -> list[str]:
     where the compressed weights have none; names of the modules. Holds one layer's experts dense
     and compressed at a time."""
     names = []
-    for name, module in list(model.named_modules()):
+    for name, module in list(named_modules(model)):
         if not isinstance(module, SparseExperts):
             continue
         for key, _ in module.recipe.matrices:
@@ -494,17 +494,17 @@ def decompress_experts(model: nn.Module) -> list[str]:
 # ---- finding experts ----------------------------------------------------------------------------
 
 
-def find_experts(model: nn.Module) -> dict[str, Recipe]:
-    """{name: Recipe} of the modules of a model that hold experts in 3-D parameters.
+def find_experts(model: nn.Module) -> dict[str, tuple[nn.Module, Recipe]]:
+    """{name: (module, Recipe)} of the modules of a model that hold experts in 3-D parameters.
 
     A module counts when its forward, run on stand-ins for these parameters and on random tokens,
     uses each of them in matrix products only, one expert at a time or all by torch.bmm, and always
     the same way round; and, where its weights are in memory, when the result is that of the module
     itself. Modules of one class with one set of shapes are tried once.
     """
-    found: dict[str, Recipe] = {}
+    found: dict[str, tuple[nn.Module, Recipe]] = {}
     known: dict[Any, Recipe | None] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         other = isinstance(module, (SparseExperts, torch.jit.ScriptModule))
         if not name or other or not _candidates(module):
             continue
@@ -514,7 +514,7 @@ def find_experts(model: nn.Module) -> dict[str, Recipe]:
             known[key] = describe_experts(module)
         recipe = known[key]
         if recipe is not None and "forward" not in module.__dict__:
-            found[name] = recipe
+            found[name] = module, recipe
     return found
 
 

@@ -4,6 +4,7 @@ shard of each weight in a process."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from sparsekern.errors import check
+from sparsekern.nn.replace import replace_module
 
 _KEYS = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile, of checkpoint_wrapper
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
@@ -87,3 +89,26 @@ def bare(model: nn.Module) -> nn.Module:
         return made[module]
 
     return view(model)
+
+
+@contextlib.contextmanager
+def taken_off(model: nn.Module) -> Iterator[None]:
+    """Within: a model that is `unwrapped` has no wrappers around its parts, either. Afterwards they
+    are back, around what stands in those places then. For what changes a model by names."""
+    places = [
+        (parent, key, child)
+        for parent in list(model.modules())
+        if unwrapped(parent) is parent
+        for key, child in parent._modules.items()
+        if child is not None and unwrapped(child) is not child
+    ]
+    for parent, key, child in places:
+        parent._modules[key] = unwrapped(child)
+    try:
+        yield
+    finally:
+        for parent, key, child in places:
+            before, now = unwrapped(child), parent._modules[key]
+            parent._modules[key] = child
+            if now is not None and now is not before:
+                replace_module(child, before, now)

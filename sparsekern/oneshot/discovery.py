@@ -228,7 +228,8 @@ def find_layers(
             layers.append(Layer(name, module, block, ALREADY))
             layers[-1].owner, layers[-1].expert = experts.get(name, (None, None))
             continue
-        linear = is_linear(module) or computes_linear(module)
+        adapted = isinstance(module._modules.get("base_layer"), nn.Module)  # which is listed itself
+        linear = not adapted and (is_linear(module) or computes_linear(module))
         if linear and isinstance(getattr(module, "weight", None), Tensor):
             meta = cast(Tensor, module.weight).is_meta and not absent(module)
             check(
@@ -245,7 +246,7 @@ def find_layers(
                 layer.reason = f"adapter of {adapters[name]}"
             if layer.reason is None and compress:
                 owners = (read.owner(*above) for above in _above(module, parents))
-                owner = next((o for o in owners if o), None) or _dora(parents[id(module)])
+                owner = next((o for o in owners if o), None) or _adapter(module, parents)
                 layer.reason = f"{owner} reads the weight itself" if owner else None
             layers.append(layer)
         elif isinstance(module, nn.Module):
@@ -253,12 +254,38 @@ def find_layers(
     return layers
 
 
-def _dora(parents: list[tuple[nn.Module, str]]) -> str | None:
-    """peft's adapter of a layer, where it normalises by the columns of the sum of both weights."""
-    for parent, key in parents:
-        if key == "base_layer" and any((getattr(parent, "use_dora", None) or {}).values()):
-            return "an adapter with DoRA"
+def _adapter(module: nn.Module, parents: Mapping[int, list[tuple[nn.Module, str]]]) -> str | None:
+    """peft's adapter of a layer, where it cannot do with a SparseLinear: as DoRA, which normalises
+    by the columns of the sum of both weights, or FRoD, which has taken it apart. Tried out
+    on one row."""
+    weight = cast(Tensor, module.weight)
+    above = [parent for parent, key in parents[id(module)] if key == "base_layer"]
+    if not above or weight.is_meta:
+        return None
+    rows, columns = dense_weight(module).shape
+    kinds: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
+    sparse, calls = SparseLinear(columns, rows, module.bias is not None, **kinds), list[None]()
+    sparse.register_forward_pre_hook(lambda *_: calls.append(None))
+    x = torch.ones(1, columns, **kinds)
+    for parent in above:
+        if _runs(parent, x):
+            parent._modules["base_layer"] = sparse
+            try:
+                calls.clear()
+                if not _runs(parent, x) or not calls:
+                    return f"an adapter ({type(parent).__module__})"
+            finally:
+                parent._modules["base_layer"] = module
     return None
+
+
+def _runs(module: nn.Module, x: Tensor) -> bool:
+    try:
+        with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
+            module(x)
+    except Exception:
+        return False
+    return True
 
 
 def _why_not(layer: Layer, tied_with: str | None, pattern: tuple[int, int]) -> str | None:
@@ -379,14 +406,15 @@ def adapter_parts(model: nn.Module) -> dict[str, str]:
     """Name of each module that belongs to an adapter -> name of the layer that it adapts. An
     adapted layer (peft) keeps the original as `base_layer`, and names its own parts in
     `adapter_layer_names`; or as `original_module` beside the copy that is trained in its place, and
-    both stay as they are."""
+    both stay as they are; and what makes prompts is in its `prompt_encoder`."""
     found = {}
     for name, module in named_modules(model):
         whole = isinstance(module._modules.get("original_module"), nn.Module)
-        if not whole and not isinstance(module._modules.get("base_layer"), nn.Module):
+        prompts = "prompt_encoder" in module._modules and hasattr(module, "peft_config")
+        if not (whole or prompts) and not isinstance(module._modules.get("base_layer"), nn.Module):
             continue
-        named = None if whole else getattr(module, "adapter_layer_names", None)
-        own = named or set(module._modules) - {"base_layer"}
+        named = ("prompt_encoder",) if prompts else getattr(module, "adapter_layer_names", None)
+        own = (not whole and named) or set(module._modules) - {"base_layer"}
         for key in own:
             part = module._modules.get(key)
             if part is not None:

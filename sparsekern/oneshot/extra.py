@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import FormatError, check
+from sparsekern.nn.wrappers import taken_off
 from sparsekern.oneshot.calibration import Batch
 from sparsekern.oneshot.permutation import Energies, added_up, observed, permute_on
 from sparsekern.oneshot.presets import find_preset, for_blocks
@@ -80,10 +81,9 @@ class Extra:
         if not possible:
             rounds, self.rotate, self.permute = (), None, None
         both = true_sequential and any(r.span == 1 and r.target == "dense" for r in rounds)
-        remedy = 'Use target="pruned".'
-        check(
-            not both, OP, 'a round of span 1 with target="dense" or true_sequential', "both", remedy
-        )
+        one = 'a round of span 1 with target="dense"'
+        one = f"preset {preset!r}, with a round inside the walk," if self.optional else one
+        check(not both, OP, f"{one} or true_sequential", "both", "Leave true_sequential out.")
         self.block = next((r for r in rounds if r.span == 1), None)
         self.spans = [r for r in rounds if r.span != 1]
 
@@ -154,11 +154,13 @@ class Extra:
         assert self.permute is not None
         try:
             search: Callable[..., Any] = permute_on
-            if ranks is not None:
-                heads = self.permute.get("heads", True)
-                energies = _observed_together(model, batches, device, heads, ranks)
-                search = functools.partial(permute_on, energies=energies)
-            made = _found(PERMUTATION, search, model, batches, device, resume, self.permute, ranks)
+            with taken_off(model):
+                if ranks is not None:
+                    heads = self.permute.get("heads", True)
+                    energies = _observed_together(model, batches, device, heads, ranks)
+                    search = functools.partial(permute_on, energies=energies)
+                steps = model, batches, device, resume, self.permute, ranks
+                made = _found(PERMUTATION, search, *steps)
         except (ValueError, RuntimeError) as error:
             if not self.order_optional or isinstance(error, NOT_THE_MODEL):
                 raise
@@ -182,7 +184,9 @@ class Extra:
         """Rotate the model; returns how to take it back, None where the preset does without."""
         assert self.rotate is not None
         try:
-            turned = _found(ROTATION, rotate_on, model, batches, device, resume, self.rotate, ranks)
+            with taken_off(model):
+                steps = model, batches, device, resume, self.rotate, ranks
+                turned = _found(ROTATION, rotate_on, *steps)
         except (ValueError, RuntimeError) as error:
             if not self.turn_optional or isinstance(error, NOT_THE_MODEL):
                 raise

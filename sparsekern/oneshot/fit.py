@@ -24,6 +24,7 @@ from sparsekern.oneshot.portion import add_up
 from sparsekern.oneshot.ranks import Ranks
 from sparsekern.oneshot.rounds import LR, OP, Fit, Reconstruction
 from sparsekern.oneshot.sequential import Walk
+from sparsekern.utils.arguments import folded
 
 logger = logging.getLogger("sparsekern")
 T = TypeVar("T")
@@ -206,7 +207,7 @@ def fit(
     moving = Moving(trained) if options.reselect else None
     if moving is not None:
         optimizer.param_groups[0]["params"] = moving.latent
-    generator = torch.Generator().manual_seed(options.seed * 7919 + blocks[0])
+    generator = torch.Generator().manual_seed(folded(options.seed * 7919 + blocks[0]))
     total, step, stale, epochs, last = options.epochs * len(train), 0, 0, 0, before
     stopped, said = clock.over(0, after), start_time
     try:

@@ -34,12 +34,12 @@ from torch import Tensor, nn
 from sparsekern.backends import triton
 from sparsekern.errors import FormatError, check
 from sparsekern.nn.tied import check_untied
-from sparsekern.nn.wrappers import whole
+from sparsekern.nn.wrappers import taken_off, whole
 from sparsekern.oneshot.calibration import Batch, make_batches
 from sparsekern.oneshot.devices import looked, working_device
 from sparsekern.oneshot.discovery import find_blocks
 from sparsekern.oneshot.observe import observe
-from sparsekern.utils.arguments import SEEDS, checked
+from sparsekern.utils.arguments import SEEDS, checked, folded
 
 OP = "sparsekern.permute"
 logger = logging.getLogger("sparsekern")
@@ -149,7 +149,8 @@ def permute(
     model = whole(OP, model)
     target = working_device(OP, model, device)
     batches = make_batches(calibration, model, None, target, op=OP)
-    return permute_on(model, batches, target, rounds=rounds, heads=heads, seed=seed).report
+    with taken_off(model):
+        return permute_on(model, batches, target, rounds=rounds, heads=heads, seed=seed).report
 
 
 @checked(OP, rounds=(0, 10**6), seed=SEEDS)
@@ -199,7 +200,7 @@ def permute_on(
         if known is not None:
             order = torch.cat([_checked(known.get(site.name), site) for site in stack]).to(target)
         else:
-            generator = torch.Generator().manual_seed(seed * 7919 + number)
+            generator = torch.Generator().manual_seed(folded(seed * 7919 + number))
             order = search(scores, rounds, generator)
         shares |= zip((s.name for s in stack), _shares(scores, order, stack[0].heads))
         orders |= {s.name: o for s, o in zip(stack, order.cpu().split(stack[0].heads))}

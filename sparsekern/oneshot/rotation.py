@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import check
 from sparsekern.nn.tied import check_untied
-from sparsekern.nn.wrappers import whole
+from sparsekern.nn.wrappers import taken_off, whole
 from sparsekern.oneshot.calibration import Batch, make_batches
 from sparsekern.oneshot.devices import working_device
 from sparsekern.oneshot.rotation_search import learn
@@ -124,7 +124,8 @@ def rotate(
     batches = make_batches(calibration, model, None, target, op=OP)
     knobs: dict[str, Any] = {"steps": steps, "rate": rate, "heads": heads, "untie": untie}
     knobs["seconds"] = seconds
-    return rotate_on(model, batches, target, seed=seed, **knobs).report
+    with taken_off(model):
+        return rotate_on(model, batches, target, seed=seed, **knobs).report
 
 
 @dataclass
@@ -234,7 +235,8 @@ def _untie(model: nn.Module, stream: Stream) -> int:
 def _restore(
     model: nn.Module, kept: dict[str, Tensor], was_tied: bool, tie_flag: bool | None
 ) -> None:
-    own = dict(model.named_parameters())
+    with taken_off(model):
+        own = dict(model.named_parameters())
     for name, value in kept.items():
         own[name].copy_(value)
     if was_tied:

@@ -22,7 +22,7 @@ from sparsekern.errors import check
 
 UNITS = {1: "", 2: " in pairs"}
 _TEXT = re.compile(r"(\d+):(\d+)([ -]in[ -]pairs|[ -]pairs)?")
-_REMEDY = '2:4 is (2, 4) or "2:4"; pairs are "4:8 in pairs".'
+_REMEDY = 'Such are (2, 4) and "4:8 in pairs".'
 
 
 class Pattern(tuple[int, int]):

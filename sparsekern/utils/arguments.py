@@ -148,13 +148,10 @@ def check_fields(op: str, instance: Any, uses: Uses | None = None, **spans: Rang
     check_used(op, uses or {}, given, _defaults(known))
 
 
-def check_used(
-    op: str, uses: Uses, given: Given, defaults: Given, spelt: Callable[[str], str] = str
-) -> None:
+def check_used(op: str, uses: Uses, given: Given, defaults: Given) -> None:
     """ValueError for an argument that is given, other than by default, and that nothing reads.
 
-    given, defaults: by name; an argument without a default is in `given`. spelt: a name in the
-    message.
+    given, defaults: by name; an argument without a default is in `given`.
     """
     everything = {**defaults, **given}
     for name, (what, reads) in uses.items():
@@ -162,9 +159,8 @@ def check_used(
         plain = value is None or isinstance(value, (bool, int, float, str, tuple))
         if (plain and value == default) or value is default or reads(everything):
             continue
-        own = spelt(name)
-        got = f"{own}={shown(value)}, which nothing reads"
-        raise ValueError(message(op, f"{what} with {own}", got, f"Leave {own} at {default!r}."))
+        got = f"{name}={shown(value)}, which nothing reads"
+        raise ValueError(message(op, f"{what} with {name}", got, f"Leave {name} at {default!r}."))
 
 
 def _unlisted(value: Any) -> Any:
@@ -221,6 +217,11 @@ def usable_device(op: str, value: Any, name: str = "", meta: bool = False) -> to
         expected, remedy = f"{what}a device that this torch has", "Pass device='cpu'."
         raise ValueError(message(op, expected, repr(str(device)), remedy)) from error
     return device
+
+
+def folded(seed: int) -> int:
+    """A seed that torch takes, itself where it does."""
+    return seed if SEEDS[0] <= seed <= SEEDS[1] else seed % 2**64
 
 
 def shown(value: Any) -> str:

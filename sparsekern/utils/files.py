@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
+
+from safetensors import SafetensorError
 
 from sparsekern.errors import message
 
@@ -88,6 +94,23 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         if isinstance(error, OSError) and error.errno and error.filename is None:  # a full disk
             error.filename = target
         raise
+
+
+@contextlib.contextmanager
+def renamed(op: str, partial: Path, path: Path, remedy: str) -> Iterator[None]:
+    """Within: others (torch.save, safetensors) write the file `partial`, which becomes `path` at
+    the end, flushed. What goes wrong is an OSError with the remedy, and leaves `path` as it was."""
+    try:
+        yield
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        number = getattr(error, "errno", None) or errno.EIO
+        text = message(op, f"{path} to be written", str(error), remedy)
+        raise OSError(number, text) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def open_lock(path: str | os.PathLike[str]) -> BinaryIO:

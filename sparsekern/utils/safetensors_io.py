@@ -327,7 +327,7 @@ def _refuse_folder(folder: Path, single: str, index: str) -> NoReturn:
             if folder.is_dir() and variant_names(found[1])[0] == single:
                 remedy = f"{index} is missing, which names the shards: get it again."
             elif folder.is_dir():
-                remedy = f"Pass variant={found[1]!r}."
+                remedy = f"Pass variant={found[1]!r}, or rename the files."
     raise FormatError(message(where, expected, got, remedy))
 
 

@@ -38,7 +38,12 @@ from sparsekern.utils.safetensors_io import (
 SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 PREFIX = ".sparsekern-"  # of temporary folders
 LOCK_NAME = ".lock"
+ASIDE = ".aside"  # in a temporary folder: what stood in the place of its files
 STALE_SECONDS = 3600  # a temporary folder without a lock file, of an older release
+
+
+class HalfWritten(OSError):
+    """Files that could neither be put in their place nor taken back; it says where they are."""
 
 
 @contextlib.contextmanager
@@ -50,6 +55,8 @@ def writing(op: str, folder: Path) -> Iterator[None]:
     )
     try:
         yield
+    except HalfWritten:
+        raise
     except SafetensorError as error:
         got = f"{error} in {folder}"
         full = "No space" in str(error)
@@ -124,9 +131,10 @@ class StagedFolder:
     `commit()` renames its files out and lists their sums in SHA256SUMS.
 
     Leaving the `with` block without commit() (an exception, too) removes what was staged and
-    leaves the folder as it was. During commit the old config.json goes first and the new one
-    comes last, so an interruption between two renames leaves a folder that no reader takes for a
-    model, never a mixture of two models. A config.json must be among the files. What a killed
+    leaves the folder as it was, and so does a commit that fails: the files of before, which it has
+    set aside, are put back. During commit the old config.json goes first and the new one comes
+    last, so a process that is killed between two renames leaves a folder that no reader takes for
+    a model, never a mixture of two models. A config.json must be among the files. What a killed
     process leaves is removed by the next StagedFolder there.
     """
 
@@ -137,6 +145,7 @@ class StagedFolder:
 
     def __enter__(self) -> StagedFolder:
         self._made = not self.folder.exists()
+        self._keep = False
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=self.folder))
@@ -150,7 +159,8 @@ class StagedFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        if not self._keep:
+            shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
         if self._made:
             with contextlib.suppress(OSError):  # committed, or somebody else writes there
@@ -176,20 +186,48 @@ class StagedFolder:
         for name in staged:
             if (self.folder / name).is_dir():  # no rename would replace it
                 raise IsADirectoryError(errno.EISDIR, f"a folder named {name}")
-        for name in (CONFIG_FILE, INDEX_FILE, SUMS_FILE):
-            (self.folder / name).unlink(missing_ok=True)
-        for old in self.folder.glob("model*.safetensors"):  # shards of an earlier checkpoint
-            if SHARD_NAME.fullmatch(old.name) and old.name not in staged:
-                old.unlink()
-        for name in staged:
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self.path / name, self.folder / name)
-        if hasattr(os, "O_DIRECTORY"):
-            folder = os.open(self.folder, os.O_DIRECTORY)
+        shards = [p.name for p in self.folder.glob("model*.safetensors") if p.is_file()]
+        shards = [name for name in shards if SHARD_NAME.fullmatch(name)]  # of an earlier checkpoint
+        earlier = dict.fromkeys([CONFIG_FILE, INDEX_FILE, SUMS_FILE, *shards, *staged])
+        aside = self.path / ASIDE
+        renames = [(self.folder / name, aside / name) for name in earlier]
+        renames = [(now, then) for now, then in renames if os.path.lexists(now)]
+        renames += [(self.path / name, self.folder / name) for name in staged]
+        done: list[tuple[Path, Path]] = []
+        try:
+            for now, then in renames:
+                then.parent.mkdir(parents=True, exist_ok=True)
+                done.append((now, then))
+                os.replace(now, then)
+            if hasattr(os, "O_DIRECTORY"):
+                folder = os.open(self.folder, os.O_DIRECTORY)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
+        except BaseException as error:
+            self._take_back(done, error)
+            raise
+
+    def _take_back(self, done: list[tuple[Path, Path]], error: BaseException) -> None:
+        """Undo these renames, of which the last may not have happened."""
+        self._keep = True
+        for now, then in reversed(done):
             try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+                if os.path.lexists(then):
+                    os.replace(then, now)
+            except OSError as second:
+                earlier = then.is_relative_to(self.path / ASIDE)
+                kind, place = ("earlier", self.path / ASIDE) if earlier else ("new", self.path)
+                got = f"{error}, and {second.strerror} where files were put back"
+                remedy = (
+                    f"Nothing reads {self.folder} as a model now. Before anything is saved there "
+                    f"again, move what {place} holds to it, config.json last: the {kind} model."
+                )
+                expected = f"a folder that can be written, {self.folder}"
+                number = second.errno or errno.EIO
+                raise HalfWritten(number, message(OP, expected, got, remedy)) from error
+        self._keep = False
 
 
 Group = tuple[int, Callable[[], dict[str, Tensor]]]
