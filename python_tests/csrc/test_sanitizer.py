@@ -1,6 +1,7 @@
 """compute-sanitizer over all kernels: stray accesses, races in shared memory, wrong barriers.
 
-For races build with SPARSEKERN_RACECHECK=1: see kArrivalsPerWarp in csrc/ptx/mbarrier.cuh.
+For races build with SPARSEKERN_RACECHECK=1: see kArrivalsPerWarp in csrc/ptx/mbarrier.cuh. They are
+looked for in parts, which several processes (pytest -n) take at the same time.
 """
 
 import importlib.util
@@ -33,8 +34,12 @@ def find_sanitizer():
     return shutil.which("compute-sanitizer", path=path)
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_sanitizer_is_silent(tool):
+PARTS = 6  # of racecheck
+RUNS = [("memcheck", 0), ("synccheck", 0), *(("racecheck", part) for part in range(PARTS))]
+
+
+@pytest.mark.parametrize("tool, part", RUNS)
+def test_sanitizer_is_silent(tool, part):
     if reason := cuda_backend.refusal(torch.cuda.current_device()):
         pytest.skip(reason)
     sanitizer = find_sanitizer()
@@ -45,7 +50,7 @@ def test_sanitizer_is_silent(tool):
         and "-DSPARSEKERN_RACECHECK" not in _native.module().build_info()["flags"]
     ):
         pytest.skip("racecheck cannot follow this build; build with SPARSEKERN_RACECHECK=1")
-    few = ["few"] if tool == "racecheck" else []
+    few = ["few", str(part), str(PARTS)] if tool == "racecheck" else []
     done = subprocess.run(
         [
             sanitizer,
