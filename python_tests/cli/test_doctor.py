@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from sparsekern import _native
@@ -71,6 +72,19 @@ def test_what_will_run_is_what_the_dispatch_says(device):
         name = f"{device.type}, {str(dtype).removeprefix('torch.')}, {tokens} tokens"
         x = torch.zeros(tokens, size, dtype=dtype, device=device)
         assert findings()["sparse linear layers", name].text == str(explain(x, weight))
+
+
+@pytest.mark.parametrize(
+    "without, text",
+    [
+        ("", "slower than dense with more than 64 tokens"),
+        ("no Gluon", "not on the sparse tensor cores: no Gluon"),
+    ],
+)
+def test_triton_says_where_it_does_not_pay(monkeypatch, without, text):
+    monkeypatch.setattr(triton_kernels, "available", lambda: True)
+    monkeypatch.setattr(triton_kernels, "mma_sp_reason", lambda: without)
+    assert text in findings()["kernels", "Triton"].text
 
 
 def test_absent_parts_are_reported_with_a_reason(monkeypatch, tmp_path):

@@ -113,8 +113,12 @@ def _kernels() -> Iterator[Finding]:
         yield Finding("kernels", "sparsekern._C", _native.reason(), present=False)
     usable, what = triton_kernels.available(), triton_kernels.reason()
     if usable:
-        without = triton_kernels.mma_sp_reason()
-        what = "usable, but not on the sparse tensor cores: " + without if without else "usable"
+        from sparsekern.backends.triton.configs import FASTER_TOKENS
+
+        most = f"more than {FASTER_TOKENS} tokens, and float32 or quantised weights at any number"
+        what = f"usable; slower than dense with {most}"
+        if without := triton_kernels.mma_sp_reason():
+            what = f"usable, but not on the sparse tensor cores: {without}"
     yield Finding("kernels", "Triton", what, present=usable)
     yield from _tuned_tables()
 
