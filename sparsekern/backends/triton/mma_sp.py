@@ -30,8 +30,11 @@ step's parity. Products follow one another along in_features, whatever STEPS and
 in_features is a multiple of 32. Specification: sparsekern/reference.py:linear.
 """
 
+import functools
+
 import torch
 import triton
+from triton import constexpr_function
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -51,6 +54,47 @@ A_DIMS = gl.constexpr((0, 1, 3, 5, 6, 4, 2))  # [tiles, warps, r0, g, r1, t1, t0
 B_DIMS = gl.constexpr((0, 1, 2, 5, 6, 3, 4))  # [tiles, warps, g, r1, r0, t1, t0]
 E_DIMS = gl.constexpr((0, 1, 3, 5, 4, 2))  # [tiles, warps, r0, g, pairs of steps, t1]
 C_DIMS = gl.constexpr((0, 2, 7, 4, 1, 3, 5, 6, 8))  # to [tiles, warps, r1, g; tiles, warps, t, r0]
+
+
+@constexpr_function
+def _bits(count, of_one):
+    return [[of_one << bit, 0] for bit in range((count - 1).bit_length())]
+
+
+@constexpr_function
+def _layout(shape, warps, warps_before, warps_after, registers, lanes):
+    """Which elements of a step's tile a thread loads, by the bits of register, lane and warp: those
+    that FRAGMENT gives it, so that nothing is exchanged between threads.
+
+    Args:
+        warps: (count, rows of one), along this operand; warps_before, warps_after: those that have
+            the same elements, along the other one, in faster and slower bits.
+    """
+    count, of_one = warps
+    tiles = _bits(shape[0] // (of_one * count), of_one * count)
+    same = [[0, 0]] * len(_bits(warps_before, 1)), [[0, 0]] * len(_bits(warps_after, 1))
+    along = same[0] + _bits(count, of_one) + same[1]
+    lanes = lanes + [[1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers + tiles, lanes, along, [], shape)
+
+
+@constexpr_function
+def _load_a(rows, warps_out, warps_tokens):
+    words = [[0, 1], [0, 2]]
+    return _layout([rows, 8], (warps_out, 16), warps_tokens, 1, [[8, 0], [0, 4]], words)
+
+
+@constexpr_function
+def _load_b(tokens, warps_out, warps_tokens):
+    words = [[0, 1], [0, 2]]
+    return _layout([tokens, 16], (warps_tokens, 8), 1, warps_out, [[0, 4], [0, 8]], words)
+
+
+@constexpr_function
+def _load_e(rows, warps_out, warps_tokens, steps):
+    registers = [[8, 0], [0, 2]] if steps == 4 else [[8, 0]]
+    words = [[0, 0], [0, 1]]
+    return _layout([rows, steps], (warps_out, 16), warps_tokens, 1, registers, words)
 
 
 @gluon.jit
@@ -147,9 +191,6 @@ def mma_sp_kernel(
     WARPS_TOKENS: gl.constexpr,
     STEPS: gl.constexpr,  # of a stage, 2 or 4
     STAGES: gl.constexpr,
-    LOAD_A: gl.constexpr,  # layouts of a step's tiles in registers, which ldmatrix loads
-    LOAD_B: gl.constexpr,
-    LOAD_E: gl.constexpr,
 ):
     """One [BLOCK_OUT, BLOCK_TOKENS] tile of yᵀ over split_length steps of W."""
     WARPS: gl.constexpr = WARPS_OUT * WARPS_TOKENS
@@ -161,6 +202,9 @@ def mma_sp_kernel(
         [1, 1, WARPS_OUT, WARPS_TOKENS, 1, 1, 1, 1, 1],
         [8, 7, 6, 5, 4, 3, 2, 1, 0],
     )
+    LOAD_A: gl.constexpr = _load_a(BLOCK_OUT, WARPS_OUT, WARPS_TOKENS)
+    LOAD_B: gl.constexpr = _load_b(BLOCK_TOKENS, WARPS_OUT, WARPS_TOKENS)
+    LOAD_E: gl.constexpr = _load_e(BLOCK_OUT, WARPS_OUT, WARPS_TOKENS, STEPS)
     # How threads copy: 16 bytes each where rows are aligned; chunks of 16 bytes are XORed with the
     # row, so that the eight rows of a matrix lie in different banks.
     COPY_V: gl.constexpr = gl.BlockedLayout([1, 4], [16 // STEPS, 2 * STEPS], [WARPS, 1], [1, 0])
@@ -249,29 +293,6 @@ def mma_sp_kernel(
     gl.store(out_at, sums.to(out_ptr.dtype.element_ty), mask=there)
 
 
-def layouts(config: MmaSp):
-    """LOAD_A, LOAD_B, LOAD_E of a config: which element a thread loads, so that the shapes that
-    the kernel makes of it need no exchange between threads."""
-
-    def bits(count, of_one):
-        return [[of_one << bit, 0] for bit in range((count - 1).bit_length())]
-
-    warps_out, warps_tokens = config.warps_out, config.warps_tokens
-    rows = bits(config.block_out // (16 * warps_out), 16 * warps_out)
-    tokens = bits(config.block_tokens // (8 * warps_tokens), 8 * warps_tokens)
-    warp_a = [[0, 0]] * len(bits(warps_tokens, 1)) + bits(warps_out, 16)
-    warp_b = bits(warps_tokens, 8) + [[0, 0]] * len(bits(warps_out, 1))
-    g, t = [[1, 0], [2, 0], [4, 0]], [[0, 1], [0, 2]]
-    pairs = [[0, 2]] if config.steps == 4 else []
-    size_e = [config.block_out, config.steps]
-    layout = gl.DistributedLinearLayout
-    return {
-        "LOAD_A": layout([[8, 0], [0, 4], *rows], t + g, warp_a, [], [config.block_out, 8]),
-        "LOAD_B": layout([[0, 4], [0, 8], *tokens], t + g, warp_b, [], [config.block_tokens, 16]),
-        "LOAD_E": layout([[8, 0], *pairs, *rows], [[0, 0], [0, 1]] + g, warp_a, [], size_e),
-    }
-
-
 def constants(config: MmaSp):
     """The kernel's compile-time arguments that follow from a config."""
     return {
@@ -282,8 +303,13 @@ def constants(config: MmaSp):
         "WARPS_TOKENS": config.warps_tokens,
         "STEPS": config.steps,
         "STAGES": config.stages,
-        **layouts(config),
     }
+
+
+@functools.lru_cache(maxsize=1024)
+def _fitting(config: MmaSp, device: int) -> MmaSp:
+    properties = triton.runtime.driver.active.utils.get_device_properties(device)
+    return config.fitting(properties["max_shared_mem"])
 
 
 def launch(x, values, metadata, bias, activation, config: MmaSp, out):
@@ -299,8 +325,7 @@ def launch(x, values, metadata, bias, activation, config: MmaSp, out):
     x, values = words(x, torch.int32, 16), words(values, torch.int32, 16)
     metadata = words(metadata, torch.int32, 4)
     length = triton.cdiv(triton.cdiv(steps_in, config.split_in), PART_STEPS) * PART_STEPS
-    properties = triton.runtime.driver.active.utils.get_device_properties(x.device.index)
-    config = config.fitting(properties["max_shared_mem"])
+    config = _fitting(config, x.device.index)
     target = out
     if config.split_in > 1:
         target = torch.empty((config.split_in, *out.shape), dtype=torch.float32, device=x.device)
