@@ -40,11 +40,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from sparsekern.backends.triton import epilogue
-from sparsekern.backends.triton.configs import MmaSp
+from sparsekern.backends.triton.configs import MMA_COLUMNS, MmaSp
 from sparsekern.backends.triton.operands import words
 from sparsekern.formats import dtypes
 
-COLUMNS = 32  # of a step
 PART_STEPS = 4  # parts of in_features are multiples of so many steps
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 _finish = gluon.jit(epilogue.finish.fn)
@@ -320,7 +319,7 @@ def launch(x, values, metadata, bias, activation, config: MmaSp, out):
         out: [tokens, out_features], contiguous.
     """
     tokens, out_features = out.shape
-    steps_in = x.shape[1] // COLUMNS
+    steps_in = x.shape[1] // MMA_COLUMNS
     kind = dtypes.PLAIN[x.dtype].name.replace("loat", "")  # f16 or bf16
     x, values = words(x, torch.int32, 16), words(values, torch.int32, 16)
     metadata = words(metadata, torch.int32, 4)
