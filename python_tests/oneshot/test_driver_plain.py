@@ -104,6 +104,35 @@ def test_a_layer_that_is_called_without_a_row_was_not_called(method):
     assert dense == {"0.experts.2": never, "2.experts.2": never}
 
 
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "admm", "magnitude"])
+def test_a_layer_that_sees_only_zeros_is_known_as_little_as_one_never_called(method):
+    """SparseGPT would zero the whole weight, and Wanda choose by place."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    nn.init.zeros_(model[0].weight)
+    nn.init.zeros_(model[0].bias)
+    before = model[1].weight.clone()
+    report = run_prune(model, method, torch.randn(64, 16))
+    reasons = {row.name: row.reason for row in report.skipped}
+    if method == "magnitude":  # which asks no inputs
+        assert reasons == {} and isinstance(model[1], SparseLinear)
+    else:
+        assert reasons == {"1": "its inputs were all zero on the calibration data"}
+        assert torch.equal(model[1].weight, before)
+
+
+def test_torchs_transformer_layers_with_padding():
+    """Their fast path for inference makes nested tensors of padded batches, and calls no layer."""
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    padded = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    call = {"src": torch.randn(2, 5, 16), "src_key_padding_mask": padded}
+    report = run_prune(model, "wanda", [call], compress=False)
+    assert {row.name for row in report.pruned} == {
+        f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)
+    }
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_true_sequential_on_a_plain_tree():
     x = torch.randn(6, 5, 16, generator=torch.Generator().manual_seed(0))
     model, dense = plain(), plain()

@@ -1,5 +1,6 @@
 """Whatever a caller has as calibration: padding, tokenizer output, pairs, texts, images."""
 
+import warnings
 from collections import UserDict
 
 import numpy
@@ -162,6 +163,9 @@ def test_a_name_that_a_forward_swallows_is_a_warning():
     data = {"input_ids": tokens(), "atention_mask": torch.ones(6, 20), "num_items_in_batch": 6}
     with pytest.warns(UserWarning, match="forward names in every dict, got atention_mask, which"):
         run_prune(build(), "wanda", data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what Transformers' decorators read is read
+        run_prune(build(), "wanda", {"input_ids": tokens(), "return_dict": True})
 
 
 def tokenizer(text):
@@ -182,6 +186,9 @@ def test_texts():
         assert_same_state(again, model)
     with pytest.raises(ValueError, match="tokenizer= with texts .*Pass the model's tokenizer"):
         run_prune(build(), "wanda", texts)
+    for made in ("words", {"ids": [3, 4]}, [None]):
+        with pytest.raises(TypeError, match="token ids of a text from tokenizer, got .*Pass the"):
+            run_prune(build(), "wanda", texts, tokenizer=lambda text, made=made: made)
     with pytest.raises(ValueError, match="text itself, got 'hf:c4'. Read the source first"):
         run_prune(build(), "wanda", "hf:c4")
 

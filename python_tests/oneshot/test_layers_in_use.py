@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import sparsekern as sk
+from sparsekern.oneshot.discovery import HARMLESS
 
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
 
@@ -93,6 +94,40 @@ def test_other_uses_of_a_weight_say_what_to_do():
     assert not hasattr(layer.weight, "mean")
     weight = layer.weight
     assert weight == weight and weight != weight.clone() and weight in {weight, None}
+
+
+ASKING = {
+    "dtype": lambda w: w.dtype == X.dtype,
+    "device": lambda w: w.device == X.device,
+    "shape": lambda w: w.shape[0],
+    "requires_grad": lambda w: 2 + w.requires_grad * 0,
+    "is_meta": lambda w: not w.is_meta,
+    "is_cuda": lambda w: not w.is_cuda,
+    "is_floating_point": lambda w: w.is_floating_point(),
+    "ndim": lambda w: w.ndim,
+    "size": lambda w: w.size(1) * w.size()[0] * w.size(dim=-1),
+    "dim": lambda w: w.dim(),
+}
+
+
+@pytest.mark.parametrize("what", sorted(HARMLESS))
+def test_what_a_forward_may_ask_of_a_weight_is_answered_as_of_a_dense_one(what):
+    """Every attribute that leaves a layer prunable is one that the 2:4 weight has."""
+    model = Pair()
+    model.forward = types.MethodType(
+        lambda self, x: self.last(self.first(x) * ASKING[what](self.first.weight)), model
+    )
+    got, expected = dense_with_zeros(model)
+    assert isinstance(model.first, sk.SparseLinear)
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_weight_is_frozen_and_can_be_told_so():
+    weight = sk.prune_compress(torch.randn(16, 16))
+    weight.requires_grad = False
+    assert weight.requires_grad_(False) is weight and not weight.requires_grad
+    with pytest.raises(ValueError, match="expected requires_grad=False: .* got True. Train the"):
+        weight.requires_grad = True
 
 
 def test_hooks_stay_and_can_be_removed():

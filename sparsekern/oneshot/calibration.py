@@ -241,7 +241,8 @@ class _Transformers:
         self.open_ended = bool(rest)
         # Unpack[TransformersKwargs] says what the rest may be.
         named = [vars(kind).get("__annotations__") for a in rest for kind in get_args(a)]
-        self.known: set[str] | None = {*parameters, *(named[0] or () if named else ()), "labels"}
+        self.known: set[str] | None = {*parameters, *(named[0] or () if named else ())}
+        self.known |= {"labels", "return_dict"}
         if not parameters or (rest and not named):
             self.known = None  # anything
         self.takes_ids = self.known is None or "input_ids" in self.known
@@ -389,9 +390,13 @@ class _Transformers:
         got = repr(text) if source else "none"
         check(self.tokenizer is not None and not source, self.op, expected, got, remedy)
         assert self.tokenizer is not None
-        ids = self.tokenizer(text)
-        ids = ids["input_ids"] if isinstance(ids, Mapping) else getattr(ids, "ids", ids)
-        row = torch.as_tensor(ids, dtype=torch.int64).reshape(-1)
+        made = self.tokenizer(text)
+        ids = made.get("input_ids") if isinstance(made, Mapping) else getattr(made, "ids", made)
+        try:
+            row = torch.as_tensor(ids, dtype=torch.int64).reshape(-1)
+        except (TypeError, ValueError, RuntimeError):
+            expected, remedy = "token ids of a text from tokenizer", "Pass the model's tokenizer."
+            check(False, self.op, expected, _shapes(made), remedy, TypeError)
         if not len(row):
             return []
         window = min(TEXT_WINDOW, self.positions or TEXT_WINDOW)

@@ -48,7 +48,7 @@ PRUNABLE_DTYPES = tuple(dtypes.PLAIN)
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # What may be asked of a weight that is a Sparse24: reading these does not need a dense one.
 HARMLESS = frozenset(
-    {"dtype", "device", "shape", "requires_grad", "is_meta", "ndim", "size", "dim"}
+    "dtype device shape requires_grad is_meta is_cuda is_floating_point ndim size dim".split()
 )
 ALREADY = "already 2:4"
 BASES_APART = 0.2  # of its norm: a rotated embedding differs by more, a trained one by less
