@@ -544,7 +544,12 @@ def _entry(key: str) -> property:
             raise AttributeError(key)
         return entries[key]
 
-    return property(read, doc=f"{key!r} of the state_dict.")
+    def write(module: SparseLinear, value: Tensor) -> NoReturn:
+        expected, remedy = "a weight that is assigned whole", "Assign layer.weight, or give "
+        remedy += "functional_call dict(model.named_buffers()) in place of a state_dict."
+        raise AttributeError(message(_OP, expected, f"{key} alone", remedy))
+
+    return property(read, write, doc=f"{key!r} of the state_dict.")
 
 
 # torch.distributed.checkpoint looks every key of a state_dict up as an attribute.
