@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -60,6 +61,30 @@ def new_folder(path: str) -> Path:
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     check(empty, "sparsekern", "--out to be a new or empty folder", path, "Choose another name.")
     return folder
+
+
+def check_files(op: str, args: argparse.Namespace, *names: str, makes: bool = False) -> None:
+    """Flags that name files to write, asked before any work is done for them.
+
+    Args:
+        makes: whether the folder of the file is made with it.
+    Raises:
+        OSError: one cannot be written.   ValueError: its folder is not there, or it is one.
+    """
+    from sparsekern.checkpoint import check_writable
+
+    for name in names:
+        path = getattr(args, name)
+        if path is None:
+            continue
+        flag, place = f"--{name.replace('_', '-')}", Path(path)
+        folder = place.resolve().parent
+        expected = f"a folder for {path}, of {flag}"
+        check(makes or folder.is_dir(), op, expected, "none", "Make it first.")
+        got, remedy = f"the folder {path!r}", "Add a name to it."
+        check(not place.is_dir(), op, f"names of files to write with {flag}", got, remedy)
+        if not (place.exists() and os.access(place, os.W_OK)):
+            check_writable(folder, f"{op} {flag}")
 
 
 def files_beside(model: str) -> list[Path]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from sparsekern.cli.common import check_flags, needed, skip_rules
+from sparsekern.cli.common import check_files, check_flags, needed, skip_rules
 from sparsekern.errors import check
 
 OP = "sparsekern sensitivity"
@@ -69,11 +68,7 @@ def run(args: argparse.Namespace) -> None:
     both = "--skip-out with a budget (--share, --perplexity or --milliseconds)"
     check(bool(given) == bool(args.skip_out), OP, both, "one without the other")
     check(args.rows >= 0, OP, "--rows >= 0", args.rows)
-    for path in (args.skip_out, args.plot, args.out):
-        exists = path is None or Path(path).resolve().parent.is_dir()
-        check(exists, OP, f"a folder for {path}", "none")
-        fits = path is None or not Path(path).is_dir()
-        check(fits, OP, "names of files to write", f"the folder {path!r}", "Add a name to it.")
+    check_files(OP, args, "skip_out", "plot", "out")
     for name, value in given.items():
         check(0 < value < float("inf"), OP, f"a positive --{name}", value)
     check(args.share is None or args.share <= 1, OP, "--share of at most 1", args.share)
