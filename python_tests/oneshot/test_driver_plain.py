@@ -55,6 +55,54 @@ def test_module_lists_that_are_not_a_chain_are_calibrated_as_a_whole(cls, propag
 # ------------------------------------------------------------------------------- plain module trees
 
 
+class Gaps(Residual):
+    """A list with a place that has no module, as Informer's layers between its blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.between = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+        self.between.append(None)
+
+    def forward(self, x):
+        for block, layer in zip(self.blocks, self.between):
+            x = block(x)
+            x = x if layer is None else layer(x)
+        return x
+
+
+class TwoStreams(nn.Module):
+    """What comes after the block reads more than its hidden states, as LXMERT's heads do."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x, y):
+            return self.first(x) + y, self.second(y) + x
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([self.Block()])
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, x):
+        y = x.flip(1)
+        for block in self.blocks:
+            x, y = block(x, y)
+        return self.head(x * y)
+
+
+@pytest.mark.parametrize("kind, layers", [(Gaps, 5), (TwoStreams, 3)])
+def test_trees_that_only_look_like_a_chain(kind, layers):
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(40, 16)
+    zeros = copy.deepcopy(model)
+    assert len(run_prune(model, "wanda", x).pruned) == layers
+    run_prune(zeros, "wanda", x, compress=False)
+    torch.testing.assert_close(model(x), zeros(x))
+
+
 @pytest.mark.parametrize("form", ["tensor", "list", "dicts", "tuples", "generator"])
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
 def test_plain_modules(method, form):

@@ -163,6 +163,8 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
 
     for name, module in named_modules(model):
         blocks = list(module) if isinstance(module, nn.ModuleList) else []
+        if None in blocks:  # a place without a module
+            continue
         one_class = len({type(unwrapped(b)) for b in blocks}) == 1 and not is_linear(blocks[0])
         if one_class:
             size = sum(p.numel() for p in module.parameters())

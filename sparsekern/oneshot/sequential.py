@@ -195,15 +195,17 @@ def probe(
 def _walks(
     model: nn.Module, blocks: list[nn.Module], batch: Batch, shown: Probe, device: torch.device
 ) -> bool:
-    """Whether the blocks, run one by one on recorded calls, give what the model gave: a block may
-    return more than its hidden states (a position bias for the next one), or read what a block
-    before it left behind."""
+    """Whether the blocks, run one by one on recorded calls, give what the model gave, and what comes
+    after them runs on that: a block may return more than its hidden states (a position bias for the
+    next one, the states of another input), or read what a block before it left behind."""
     walk = Walk(model, blocks, [batch], shown, device, device, None)
     for _ in walk.capture():
         pass
     for index in range(len(blocks)):
         for _ in walk.block(index, keep=True):
             pass
+    for _ in walk.head():
+        pass
     got, expected = walk.hidden[0], shown.last.to(walk.hidden[0].device)
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return False
