@@ -195,8 +195,8 @@ def probe(
 def _walks(
     model: nn.Module, blocks: list[nn.Module], batch: Batch, shown: Probe, device: torch.device
 ) -> bool:
-    """Whether the blocks, run one by one on recorded calls, give what the model gave, and what comes
-    after them runs on that: a block may return more than its hidden states (a position bias for the
+    """Whether the blocks, run one by one on recorded calls, give what the model gave, and what
+    follows runs on that: a block may return more than its hidden states (a position bias for the
     next one, the states of another input), or read what a block before it left behind."""
     walk = Walk(model, blocks, [batch], shown, device, device, None)
     for _ in walk.capture():
