@@ -206,6 +206,50 @@ def test_layers_that_nothing_can_stand_for_stay_dense():
     assert sk.prune_model(model, "magnitude", compress=False, progress=False).share == 1
 
 
+def in_a_closure(model):
+    layer = model.first
+    return lambda x: layer(x)
+
+
+HOLDERS = {
+    "a closure": in_a_closure,
+    "a partial": lambda model: functools.partial(lambda f, x: f(x), model.first),
+    "a list in a dict": lambda model: {"a": [model.first]},
+    "an object": lambda model: types.SimpleNamespace(first=model.first),
+}
+
+
+@pytest.mark.parametrize("where", HOLDERS)
+@pytest.mark.parametrize("undo", [False, True])
+def test_who_holds_a_layer_out_of_sight_calls_the_one_in_its_place(where, undo):
+    model, zeros, calls = Pair(), Pair(), []
+    model.holder = HOLDERS[where](model)
+    model.first.register_forward_hook(lambda *_: calls.append(1))
+
+    def forward(self, x):
+        holder = self.holder
+        if not callable(holder):
+            holder = holder["a"][0] if isinstance(holder, dict) else holder.first
+        return self.last(holder(x))
+
+    model.forward = types.MethodType(forward, model)
+    sk.prune_model(model, "wanda", X, progress=False, undo=undo)
+    sk.prune_model(zeros, "wanda", X, progress=False, compress=False)
+    assert isinstance(model.first, sk.SparseLinear)
+    calls.clear()
+    torch.testing.assert_close(model(X), zeros(X))
+    assert calls == [1]
+    copied = copy.deepcopy(model)
+    sk.decompress_model(model)
+    with torch.no_grad():
+        model.first.weight.mul_(2)
+        zeros.first.weight.mul_(2)
+        torch.testing.assert_close(model(X), zeros(X))
+        if where != "a closure":  # which no copy has of its own
+            zeros.first.weight.mul_(0.5)
+            torch.testing.assert_close(copied(X), zeros(X))
+
+
 def test_a_compiled_layer():
     model = Pair()
     model.first = torch.compile(model.first, backend="eager")
