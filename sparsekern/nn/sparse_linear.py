@@ -428,6 +428,8 @@ class SparseLinear(nn.Module):
             tensors[_STORAGE_KEY] = torch.tensor(list(stored), dtype=torch.uint8, device="cpu")
         return tensors
 
+    @torch.inference_mode(False)  # whose tensors could not be trained around
+    @torch.no_grad()
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
