@@ -308,6 +308,8 @@ def test_sound_alone_is_not_enough_for_an_encoder_decoder():
     for form in (sound, {"input_features": sound}, [(sound, tokens(2, 6))]):
         with pytest.raises(ValueError, match=text):
             run_prune(model, "wanda", form)
+    with pytest.raises(TypeError, match="floating-point input_features .*got .* int64. Pass what"):
+        run_prune(model, "wanda", tokens(2, 6))
     report = run_prune(model, "wanda", {"input_features": sound, "labels": tokens(2, 6)})
     assert len(report.pruned) == 16
 

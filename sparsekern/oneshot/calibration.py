@@ -286,10 +286,10 @@ class _Transformers:
         self.known |= {"labels", "return_dict"}
         if not parameters or (rest and not named):
             self.known = None  # anything
-        self.takes_ids = self.known is None or "input_ids" in self.known
         self.swallowed: set[str] = set()
         self.extra = {"use_cache": False} if "use_cache" in parameters else {}
         self.main = getattr(model, "main_input_name", "input_ids")
+        self.takes_ids = self.main == "input_ids" or not parameters or "input_ids" in parameters
         self.doubled = (
             bool(getattr(config, "is_encoder_decoder", False)) and "decoder_input_ids" in parameters
         )
