@@ -179,6 +179,38 @@ def test_a_layer_that_sees_only_zeros_is_known_as_little_as_one_never_called(met
         assert torch.equal(model[1].weight, before)
 
 
+TRANSFORMED = {
+    "vmap": lambda f, x: torch.vmap(f)(x),
+    "vmap along the last": lambda f, x: torch.vmap(f, in_dims=1)(x.t().contiguous()),
+    "vmap twice": lambda f, x: torch.vmap(torch.vmap(f))(x[None]),
+    "jacrev": lambda f, x: torch.vmap(torch.func.jacrev(f))(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,))[1],
+}
+
+
+@pytest.mark.parametrize("how", TRANSFORMED)
+def test_layers_inside_of_transforms_are_calibrated_on_what_they_see(how):
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)), torch.randn(40, 16)
+    model = nn.Sequential(copy.deepcopy(plain))
+    inner = model[0]
+    model.forward = lambda x: TRANSFORMED[how](inner, x)
+    for one in (plain, model):
+        run_prune(one, "sparsegpt", x)
+    for i in (0, 2):
+        torch.testing.assert_close(inner[i].weight.to_dense(), plain[i].weight.to_dense())
+
+
+def test_a_forward_that_needs_gradients_is_told_how():
+    class Force(nn.Sequential):
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(super().forward(x).sum(), x)[0]
+
+    with pytest.raises(RuntimeError, match=r"Decorate its forward with torch.enable_grad\(\)"):
+        run_prune(Force(nn.Linear(16, 16)), "wanda", torch.randn(4, 16))
+
+
 def test_torchs_transformer_layers_with_padding():
     """For inference they make nested tensors of padded batches, which hooks cannot read."""
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)

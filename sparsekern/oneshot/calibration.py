@@ -72,6 +72,8 @@ class Batch:
             got = f"{_shapes((*self.args, self.kwargs))}: {type(error).__name__}: {error}"
             expected = f"calibration that {type(model).__name__}.forward takes"
             remedy = "Pass its inputs by name, as batches in dicts."
+            if "require grad" in str(error):
+                remedy = "Decorate its forward with torch.enable_grad(): nothing else asks for any."
             text = message(self.op, expected, got.rstrip("."), remedy)
             kind = RuntimeError if isinstance(error, RuntimeError) else ValueError
             raise kind(text) from error

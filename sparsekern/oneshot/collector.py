@@ -15,6 +15,7 @@ from sparsekern.oneshot.devices import quiet
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.experts import ExpertPools
 from sparsekern.oneshot.sequential import Walk
+from sparsekern.ops.transforms import within
 from sparsekern.prune import Hessian
 
 _unseen = itertools.count(1)
@@ -142,6 +143,7 @@ class HessianCollector:
         @quiet
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+            x = within(x)
             if not self.experts.listens(name):
                 return
             if self.experts.filling is not None:

@@ -36,6 +36,21 @@ def active() -> bool:
 active._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def within(x: Tensor) -> Tensor:
+    """The tensor inside of what torch.func's transforms put around it, the dimensions that vmap
+    hides in front."""
+    functorch = torch._C._functorch
+    if not functorch.is_functorch_wrapped_tensor(x):
+        return x
+    inner = functorch.get_unwrapped(x)
+    plain = within(inner)
+    if not functorch.is_batchedtensor(x):
+        return plain
+    hidden = functorch.maybe_get_bdim(x) + plain.dim() - inner.dim()
+    with torch._C._DisableFuncTorch():  # which would wrap it again
+        return plain.movedim(hidden, 0)
+
+
 class Product(torch.autograd.Function):
     """apply(x, w24, transposed, backend): x [..., in] -> x · Wᵀ [..., out]; transposed: x · W."""
 
