@@ -349,13 +349,18 @@ class Pooled(nn.Module):
 
 
 class Features(Pooled):
-    """The same, of a dict as its one argument, as sentence-transformers have it."""
+    """The same, of a dict as its one argument."""
 
     def forward(self, features):
         return super().forward(features["input_ids"], features["attention_mask"])
 
 
-@pytest.mark.parametrize("kind", [Pooled, Features])
+class Open(Features):
+    def forward(self, features, **kwargs):
+        return super().forward(features)
+
+
+@pytest.mark.parametrize("kind", [Pooled, Features, Open])
 def test_padding_of_plain_modules_stays_out(kind):
     rows = [tokens(1, n, seed=n)[0] for n in (5, 12, 9, 12)]
     ids, mask = padded(rows, 16, False)

@@ -227,8 +227,10 @@ def _takes_whole(model: nn.Module, item: Mapping[str, Any]) -> bool:
         parameters = inspect.signature(model.forward).parameters
     except (TypeError, ValueError):
         return False
-    named = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return not named and len(parameters) == 1 and not item.keys() & parameters.keys()
+    swallows = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    usual = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    needed = [p for p in usual if p.default is p.empty] if swallows else usual
+    return len(needed) == 1 and not item.keys() & parameters.keys()
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
