@@ -1,6 +1,7 @@
 """`sparsekern bench kernels`: rows, checks, a kernel from a file, JSON lines, plots."""
 
 import json
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -127,6 +128,20 @@ def test_a_plot_needs_a_time(tmp_path):
     assert asdict(row)["us"] == {}
     with pytest.raises(ValueError, match="a row with a time"):
         kernel_plot.plot([row], kernel_bench.Ceilings(1.0, 1.0, 1.0), tmp_path / "k.svg")
+
+
+def test_a_plot_that_cannot_be_is_refused_before_anything_is_measured(capsys, monkeypatch):
+    def measure(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(kernel_bench, "bench_kernels", measure)
+    words = ["bench", "kernels", "--shapes", "64x32", "--device", "cpu", "--plot"]
+    for name in ("k", "k.words"):
+        assert main([*words, name]) == 2
+        assert f"--plot NAME.svg or NAME.png, got {name}" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main([*words, "k.svg"]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

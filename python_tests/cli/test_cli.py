@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 import warnings
 import zipfile
 
@@ -452,6 +453,7 @@ FINETUNE = ["finetune", "{r}/dense", "--out", "{r}/new"]
 SMALL = ["--calibration", "{r}/text.txt", "--samples", "2", "--quiet", "--device", "cpu"]
 TINY = ["prune", "{r}/dense", "--out", "{r}/new", *SMALL, "--window", "32"]
 TRAIN = [*SMALL, "--calibration-window", "32", "--text", "{r}/text.txt", "--steps", "1"]
+KERNELS = ["bench", "kernels", "--shapes", "8x8", "--tokens", "1", "--device", "cpu"]
 ERRORS = [
     (["eval", "{r}/absent"], "no model at"),
     (["eval", "{r}/text.txt"], "no model at"),
@@ -540,6 +542,17 @@ ERRORS = [
         "--alpha < 1 with --temperature, got --temperature=2.0",
     ),
     (["sensitivity", "{r}/dense", "--tokens", "8"], "--milliseconds with --tokens"),
+    # files to write, before anything is measured
+    ([*KERNELS, "--out", "{r}"], "names of files to write with --out, got the folder"),
+    ([*KERNELS, "--out", "{r}/absent/a.jsonl"], "expected a folder for"),
+    ([*KERNELS, "--plot", "{r}/absent/a.svg"], "of --plot, got none. Make it first"),
+    ([*KERNELS, "--out", "/proc/a.jsonl"], "bench kernels --out: expected a folder that can be"),
+    (["tune", "--log", "{r}"], "names of files to write with --log"),
+    (["tune", "--out", "{r}"], "names of files to write with --out"),
+    (["tune", "--merge", "{r}/a.json", "--out", "{r}"], "names of files to write with --out"),
+    (["sensitivity", "{r}/dense", "--plot", "{r}/absent/a.svg"], "of --plot, got none"),
+    (["tune", "--budget", "nan"], "--budget > 0, got nan. Leave --budget out for no limit."),
+    (["tune", "--cell-seconds", "0"], "--cell-seconds > 0, got 0.0"),
     (["tune", "--merge", "a.json", "--budget", "9"], "no --merge, with --budget, got --budget=9"),
     (["demo", "--gguf", "a.gguf", "--cache", "c"], "no --gguf, with --cache"),
     (["bench", "--shape", "8x8", "--plot", "a.svg"], "the word 'kernels' with --plot"),
@@ -596,7 +609,7 @@ ERRORS = [
         "--plot NAME.svg or NAME.png, got",
     ),
     (["bench", "kernels", "--plot", "a"], "--plot NAME.svg or NAME.png, got a."),
-    (["bench", "kernels", "--out", "{r}/no/x"], "none. Make it first. (--out"),
+    (["bench", "kernels", "--out", "{r}/no/x"], "of --out, got none. Make it first."),
     ([*FINETUNE, *TRAIN, "--schedule", "rigl"], "--steps >= 100, at which RigL first moves a mask"),
 ]
 
@@ -773,6 +786,28 @@ def test_usage_errors(arguments, text, capsys):
     with pytest.raises(SystemExit) as raised:
         cli.main(arguments)
     assert raised.value.code == 2 and text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "code, text",
+    [
+        ("def linear(x, w24) return x", "SyntaxError: "),
+        ("import a_module_of_nobody", "ModuleNotFoundError: No module named 'a_module_of_nobody'."),
+        ("raise SystemExit(3)", "SystemExit: 3. Try: python "),
+    ],
+)
+def test_kernels_that_do_not_run_are_named(call, tmp_path, code, text):
+    (tmp_path / "own.py").write_text(code)
+    code, _, error = call(*KERNELS, "--kernel", tmp_path / "own.py")
+    assert code == 2 and f"expected --kernel {tmp_path / 'own.py'} to run, got {text}" in error
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(call, monkeypatch):
+    def write(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=write, flush=write))
+    assert call("doctor") == (141, "", "")
 
 
 def test_unexpected_errors_and_interrupts_show_no_traceback(places, call, monkeypatch):

@@ -204,6 +204,17 @@ def test_bitmask_bits_are_the_kept_columns():
     assert not bits.flatten(1)[:, 20:].any()
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_in_inference_mode_leaves_a_layer_that_trains(assign):
+    """As an nn.Linear, into whose tensors the loaded ones are copied."""
+    state, module = make().state_dict(), SparseLinear(20, 6)
+    with torch.inference_mode():
+        module.load_state_dict(state, assign=assign)
+    x = torch.randn(3, 20, requires_grad=True)
+    module(x).sum().backward()
+    torch.testing.assert_close(x.grad, module.weight.to_dense().sum(0).expand(3, 20))
+
+
 def test_loading_copies_and_casts_to_the_module():
     state = make().state_dict()
     target = SparseLinear(20, 6, dtype=torch.bfloat16)

@@ -424,6 +424,19 @@ def test_runs_inside_inference_mode():
     assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("training", [{}, {"reconstruct": {"epochs": 1}}])
+def test_a_forward_in_inference_mode_gives_the_same(training):
+    """Its tensors have no versions, and what blocks are trained on is copied."""
+    model, other = build("llama"), build("llama")
+    model.forward = torch.inference_mode()(model.forward)
+    for one in (model, other):
+        run_prune(one, **training)
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            expected = other.get_submodule(name).weight.to_dense()
+            assert torch.equal(module.weight.to_dense(), expected)
+
+
 @pytest.mark.parametrize("method", ["sparsegpt", "magnitude"])
 def test_no_dense_copy_outlives_its_block(method, monkeypatch):
     """When block 1 is pruned, the dense layers of block 0 are freed, not merely replaced."""

@@ -40,7 +40,18 @@ class Chain(Residual):
         return x
 
 
-@pytest.mark.parametrize("cls, propagates", [(Residual, False), (Chain, True)])
+class Stacked(Residual):
+    """Blocks in an nn.Sequential, as timm has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(*self.blocks)
+
+    def forward(self, x):
+        return self.blocks(x)
+
+
+@pytest.mark.parametrize("cls, propagates", [(Residual, False), (Chain, True), (Stacked, True)])
 def test_module_lists_that_are_not_a_chain_are_calibrated_as_a_whole(cls, propagates):
     torch.manual_seed(0)
     model = cls()
@@ -53,6 +64,54 @@ def test_module_lists_that_are_not_a_chain_are_calibrated_as_a_whole(cls, propag
 
 
 # ------------------------------------------------------------------------------- plain module trees
+
+
+class Gaps(Residual):
+    """A list with a place that has no module, as Informer's layers between its blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.between = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+        self.between.append(None)
+
+    def forward(self, x):
+        for block, layer in zip(self.blocks, self.between):
+            x = block(x)
+            x = x if layer is None else layer(x)
+        return x
+
+
+class TwoStreams(nn.Module):
+    """What comes after the block reads more than its hidden states, as LXMERT's heads do."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x, y):
+            return self.first(x) + y, self.second(y) + x
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([self.Block()])
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, x):
+        y = x.flip(1)
+        for block in self.blocks:
+            x, y = block(x, y)
+        return self.head(x * y)
+
+
+@pytest.mark.parametrize("kind, layers", [(Gaps, 5), (TwoStreams, 3)])
+def test_trees_that_only_look_like_a_chain(kind, layers):
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(40, 16)
+    zeros = copy.deepcopy(model)
+    assert len(run_prune(model, "wanda", x).pruned) == layers
+    run_prune(zeros, "wanda", x, compress=False)
+    torch.testing.assert_close(model(x), zeros(x))
 
 
 @pytest.mark.parametrize("form", ["tensor", "list", "dicts", "tuples", "generator"])
@@ -102,6 +161,67 @@ def test_a_layer_that_is_called_without_a_row_was_not_called(method):
     never = "never called on the calibration data"
     # After the ReLU no value is below zero, and what is zero takes the second expert.
     assert dense == {"0.experts.2": never, "2.experts.2": never}
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "admm", "magnitude"])
+def test_a_layer_that_sees_only_zeros_is_known_as_little_as_one_never_called(method):
+    """SparseGPT would zero the whole weight, and Wanda choose by place."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    nn.init.zeros_(model[0].weight)
+    nn.init.zeros_(model[0].bias)
+    before = model[1].weight.clone()
+    report = run_prune(model, method, torch.randn(64, 16))
+    reasons = {row.name: row.reason for row in report.skipped}
+    if method == "magnitude":  # which asks no inputs
+        assert reasons == {} and isinstance(model[1], SparseLinear)
+    else:
+        assert reasons == {"1": "its inputs were all zero on the calibration data"}
+        assert torch.equal(model[1].weight, before)
+
+
+TRANSFORMED = {
+    "vmap": lambda f, x: torch.vmap(f)(x),
+    "vmap along the last": lambda f, x: torch.vmap(f, in_dims=1)(x.t().contiguous()),
+    "vmap twice": lambda f, x: torch.vmap(torch.vmap(f))(x[None]),
+    "jacrev": lambda f, x: torch.vmap(torch.func.jacrev(f))(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,))[1],
+}
+
+
+@pytest.mark.parametrize("how", TRANSFORMED)
+def test_layers_inside_of_transforms_are_calibrated_on_what_they_see(how):
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)), torch.randn(40, 16)
+    model = nn.Sequential(copy.deepcopy(plain))
+    inner = model[0]
+    model.forward = lambda x: TRANSFORMED[how](inner, x)
+    for one in (plain, model):
+        run_prune(one, "sparsegpt", x)
+    for i in (0, 2):
+        torch.testing.assert_close(inner[i].weight.to_dense(), plain[i].weight.to_dense())
+
+
+def test_a_forward_that_needs_gradients_is_told_how():
+    class Force(nn.Sequential):
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(super().forward(x).sum(), x)[0]
+
+    with pytest.raises(RuntimeError, match=r"Decorate its forward with torch.enable_grad\(\)"):
+        run_prune(Force(nn.Linear(16, 16)), "wanda", torch.randn(4, 16))
+
+
+def test_torchs_transformer_layers_with_padding():
+    """For inference they make nested tensors of padded batches, which hooks cannot read."""
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    padded = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    call = {"src": torch.randn(2, 5, 16), "src_key_padding_mask": padded}
+    report = run_prune(model, "wanda", [call], compress=False)
+    assert {row.name for row in report.pruned} == {
+        f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)
+    }
+    assert model.use_nested_tensor
 
 
 def test_true_sequential_on_a_plain_tree():

@@ -1,5 +1,6 @@
 """Whatever a caller has as calibration: padding, tokenizer output, pairs, texts, images."""
 
+import warnings
 from collections import UserDict
 
 import numpy
@@ -162,6 +163,9 @@ def test_a_name_that_a_forward_swallows_is_a_warning():
     data = {"input_ids": tokens(), "atention_mask": torch.ones(6, 20), "num_items_in_batch": 6}
     with pytest.warns(UserWarning, match="forward names in every dict, got atention_mask, which"):
         run_prune(build(), "wanda", data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what Transformers' decorators read is read
+        run_prune(build(), "wanda", {"input_ids": tokens(), "return_dict": True})
 
 
 def tokenizer(text):
@@ -182,6 +186,9 @@ def test_texts():
         assert_same_state(again, model)
     with pytest.raises(ValueError, match="tokenizer= with texts .*Pass the model's tokenizer"):
         run_prune(build(), "wanda", texts)
+    for made in ("words", {"ids": [3, 4]}, [None]):
+        with pytest.raises(TypeError, match="token ids of a text from tokenizer, got .*Pass the"):
+            run_prune(build(), "wanda", texts, tokenizer=lambda text, made=made: made)
     with pytest.raises(ValueError, match="text itself, got 'hf:c4'. Read the source first"):
         run_prune(build(), "wanda", "hf:c4")
 
@@ -301,6 +308,8 @@ def test_sound_alone_is_not_enough_for_an_encoder_decoder():
     for form in (sound, {"input_features": sound}, [(sound, tokens(2, 6))]):
         with pytest.raises(ValueError, match=text):
             run_prune(model, "wanda", form)
+    with pytest.raises(TypeError, match="floating-point input_features .*got .* int64. Pass what"):
+        run_prune(model, "wanda", tokens(2, 6))
     report = run_prune(model, "wanda", {"input_features": sound, "labels": tokens(2, 6)})
     assert len(report.pruned) == 16
 
@@ -323,6 +332,60 @@ def test_pairs_of_a_loader_are_cut_to_what_a_plain_forward_takes():
     for form in (data[:][0].numpy(), data[:][0].double().numpy(), {"x": data[:][0].numpy()}, data):
         report = run_prune(TwoInputs(), "wanda", form)
         assert len(report.pruned) == 1 and report.calibration["tokens"] == 8
+
+
+class Pooled(nn.Module):
+    """A sentence encoder: the mean over the tokens that count."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(64, 16)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, input_ids, attention_mask):
+        x = self.down(torch.relu(self.up(self.embedding(input_ids))))
+        return (x * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True)
+
+
+class Features(Pooled):
+    """The same, of a dict as its one argument."""
+
+    def forward(self, features):
+        return super().forward(features["input_ids"], features["attention_mask"])
+
+
+class Open(Features):
+    def forward(self, features, **kwargs):
+        return super().forward(features)
+
+
+@pytest.mark.parametrize("kind", [Pooled, Features, Open])
+def test_padding_of_plain_modules_stays_out(kind):
+    rows = [tokens(1, n, seed=n)[0] for n in (5, 12, 9, 12)]
+    ids, mask = padded(rows, 16, False)
+    model, other = kind(), kind()
+    report = run_prune(model, "wanda", [{"input_ids": ids, "attention_mask": mask}])
+    assert report.calibration["tokens"] == 38 and report.calibration["samples"] == 4
+    whole = [{"input_ids": row[None], "attention_mask": torch.ones(1, len(row))} for row in rows]
+    assert run_prune(other, "wanda", whole).calibration["tokens"] == 38
+    assert_same_state(model, other)
+    added = torch.zeros(4, 16).masked_fill(mask == 0, float("-inf"))
+    (batch,) = make_batches([{"input_ids": ids, "attention_mask": added}], model, None, CPU)
+    assert not batch.keep, "a mask that is added to scores is none of 0 and 1"
+
+
+def test_tensors_inside_of_lists_and_dicts_are_a_batch():
+    class Stacking(TwoInputs):
+        def forward(self, xs):
+            return self.linear(torch.stack(list(xs.values()) if isinstance(xs, dict) else xs))
+
+    for form in ([([torch.randn(16)] * 3,)], [{"a": torch.randn(16)}], [({"a": torch.randn(16)},)]):
+        assert len(run_prune(Stacking(), "wanda", form).pruned) == 1
+    with pytest.raises(RuntimeError, match=r'Module \[Module\] is missing the required "forward"'):
+        model = nn.Module()
+        model.linear = nn.Linear(16, 16)
+        run_prune(model, "wanda", torch.randn(2, 16))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.uint32])

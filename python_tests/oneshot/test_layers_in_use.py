@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import sparsekern as sk
+from sparsekern.oneshot.discovery import HARMLESS
 
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
 
@@ -95,6 +96,40 @@ def test_other_uses_of_a_weight_say_what_to_do():
     assert weight == weight and weight != weight.clone() and weight in {weight, None}
 
 
+ASKING = {
+    "dtype": lambda w: w.dtype == X.dtype,
+    "device": lambda w: w.device == X.device,
+    "shape": lambda w: w.shape[0],
+    "requires_grad": lambda w: 2 + w.requires_grad * 0,
+    "is_meta": lambda w: not w.is_meta,
+    "is_cuda": lambda w: not w.is_cuda,
+    "is_floating_point": lambda w: w.is_floating_point(),
+    "ndim": lambda w: w.ndim,
+    "size": lambda w: w.size(1) * w.size()[0] * w.size(dim=-1),
+    "dim": lambda w: w.dim(),
+}
+
+
+@pytest.mark.parametrize("what", sorted(HARMLESS))
+def test_what_a_forward_may_ask_of_a_weight_is_answered_as_of_a_dense_one(what):
+    """Every attribute that leaves a layer prunable is one that the 2:4 weight has."""
+    model = Pair()
+    model.forward = types.MethodType(
+        lambda self, x: self.last(self.first(x) * ASKING[what](self.first.weight)), model
+    )
+    got, expected = dense_with_zeros(model)
+    assert isinstance(model.first, sk.SparseLinear)
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_weight_is_frozen_and_can_be_told_so():
+    weight = sk.prune_compress(torch.randn(16, 16))
+    weight.requires_grad = False
+    assert weight.requires_grad_(False) is weight and not weight.requires_grad
+    with pytest.raises(ValueError, match="expected requires_grad=False: .* got True. Train the"):
+        weight.requires_grad = True
+
+
 def test_hooks_stay_and_can_be_removed():
     model = Pair()
     handles = [
@@ -169,6 +204,50 @@ def test_layers_that_nothing_can_stand_for_stay_dense():
     # Without a SparseLinear in their place nothing is in the way.
     model = Pair(Named(16, 16))
     assert sk.prune_model(model, "magnitude", compress=False, progress=False).share == 1
+
+
+def in_a_closure(model):
+    layer = model.first
+    return lambda x: layer(x)
+
+
+HOLDERS = {
+    "a closure": in_a_closure,
+    "a partial": lambda model: functools.partial(lambda f, x: f(x), model.first),
+    "a list in a dict": lambda model: {"a": [model.first]},
+    "an object": lambda model: types.SimpleNamespace(first=model.first),
+}
+
+
+@pytest.mark.parametrize("where", HOLDERS)
+@pytest.mark.parametrize("undo", [False, True])
+def test_who_holds_a_layer_out_of_sight_calls_the_one_in_its_place(where, undo):
+    model, zeros, calls = Pair(), Pair(), []
+    model.holder = HOLDERS[where](model)
+    model.first.register_forward_hook(lambda *_: calls.append(1))
+
+    def forward(self, x):
+        holder = self.holder
+        if not callable(holder):
+            holder = holder["a"][0] if isinstance(holder, dict) else holder.first
+        return self.last(holder(x))
+
+    model.forward = types.MethodType(forward, model)
+    sk.prune_model(model, "wanda", X, progress=False, undo=undo)
+    sk.prune_model(zeros, "wanda", X, progress=False, compress=False)
+    assert isinstance(model.first, sk.SparseLinear)
+    calls.clear()
+    torch.testing.assert_close(model(X), zeros(X))
+    assert calls == [1]
+    copied = copy.deepcopy(model)
+    sk.decompress_model(model)
+    with torch.no_grad():
+        model.first.weight.mul_(2)
+        zeros.first.weight.mul_(2)
+        torch.testing.assert_close(model(X), zeros(X))
+        if where != "a closure":  # which no copy has of its own
+            zeros.first.weight.mul_(0.5)
+            torch.testing.assert_close(copied(X), zeros(X))
 
 
 def test_a_compiled_layer():

@@ -33,6 +33,11 @@ TRANSFORMS = {
     "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(lambda x: f(x).exp().sum()))(x),
     "grad of vmap": lambda f, x: torch.func.grad(lambda x: torch.func.vmap(f)(x).pow(2).sum())(x),
     "linearize": lambda f, x: torch.func.linearize(f, x)[1](x.cos()),
+    "functionalize": lambda f, x: torch.func.functionalize(f)(x),
+    "functionalize of grad": lambda f, x: torch.func.functionalize(
+        torch.func.grad(lambda x: f(x).exp().sum())
+    )(x),
+    "vmap of functionalize": lambda f, x: torch.func.vmap(torch.func.functionalize(f))(x),
 }
 
 
@@ -180,6 +185,14 @@ def test_gradients_for_the_biases_by_functional_call(pair):
     layers(x).pow(2).sum().backward()
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, parameters[name].grad)
+
+
+def test_functional_call_takes_buffers_and_names_them_for_a_state_dict(pair):
+    layers, x = model(), pair[2]
+    given = dict(layers.named_parameters()) | dict(layers.named_buffers())
+    assert torch.equal(torch.func.functional_call(layers, given, (x,)), layers(x))
+    with pytest.raises(AttributeError, match=r"got compressed alone. .*named_buffers\(\)\)"):
+        torch.func.functional_call(layers, layers.state_dict(), (x,))
 
 
 def test_fx_sees_one_call_of_a_module(pair):

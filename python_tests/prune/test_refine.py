@@ -56,6 +56,18 @@ def test_every_step_lowers_the_error_and_keeps_the_mask():
     assert torch.equal(refine(w, pruned, mask, hessian, steps=0), pruned)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("damp", [0, 1e-8, 0.01, 1])
+def test_steps_after_the_last_that_helps_do_no_harm(tokens, damp):
+    """Few tokens are fitted soon: what is left of the residual is rounding, and stays."""
+    torch.manual_seed(0)
+    x, w = torch.randn(tokens, 64), torch.randn(8, 64)
+    mask = magnitude_mask(w)
+    start = objective(w, w * mask, x.T @ x, damp)
+    got = refine(w, w * mask, mask, x.T @ x, steps=1000, damp=damp)
+    assert objective(w, got, x.T @ x, damp) < 0.9 * start
+
+
 def test_rows_are_solved_in_parts(monkeypatch):
     w, hessian = make_layer(10, 32)
     mask = magnitude_mask(w)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -64,6 +65,30 @@ def new_folder(path: str) -> Path:
     return folder
 
 
+def check_files(op: str, args: argparse.Namespace, *names: str, makes: bool = False) -> None:
+    """Flags that name files to write, asked before any work is done for them.
+
+    Args:
+        makes: whether the folder of the file is made with it.
+    Raises:
+        OSError: one cannot be written.   ValueError: its folder is not there, or it is one.
+    """
+    from sparsekern.checkpoint import check_writable
+
+    for name in names:
+        path = getattr(args, name)
+        if path is None:
+            continue
+        flag, place = f"--{name.replace('_', '-')}", Path(path)
+        folder = place.resolve().parent
+        expected = f"a folder for {path}, of {flag}"
+        check(makes or folder.is_dir(), op, expected, "none", "Make it first.")
+        got, remedy = f"the folder {path!r}", "Add a name to it."
+        check(not place.is_dir(), op, f"names of files to write with {flag}", got, remedy)
+        if not (place.exists() and os.access(place, os.W_OK)):
+            check_writable(folder, f"{op} {flag}")
+
+
 def files_beside(model: str) -> list[Path]:
     """The files of BESIDE in the folder, or cached snapshot of a Hub id, that a model comes from.
 
@@ -100,31 +125,6 @@ def beside_the_model(op: str, out: Path) -> Iterator[None]:
         remedy = "The model there is whole without them."
         number = error.errno or errno.EIO
         raise OSError(number, message(op, expected, str(error), remedy)) from error
-
-
-def check_file(op: str, path: str | None) -> None:
-    """Ask before a long measurement whether its file can be there."""
-    exists = path is None or Path(path).resolve().parent.is_dir()
-    check(exists, op, f"a folder for {path}", "none", "Make it first.")
-    fits = path is None or not Path(path).is_dir()
-    check(fits, op, "names of files to write", f"the folder {path!r}", "Add a name to it.")
-
-
-def check_plot(op: str, path: str | None) -> None:
-    """Ask before a long measurement whether its picture can be drawn.
-
-    Raises:
-        ImportError: matplotlib is missing.   ValueError: it does not write files of this name.
-    """
-    if path is None:
-        return
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError as error:
-        text = f"{op}: --plot needs matplotlib. Run: pip install matplotlib."
-        raise ImportError(text) from error
-    known = Path(path).suffix[1:].lower() in FigureCanvasBase.get_supported_filetypes()
-    check(known, op, "--plot NAME.svg or NAME.png", path, "Give it another ending.")
 
 
 def device_of(name: str | None) -> str:

@@ -3,8 +3,8 @@ sensitivity | doctor | demo.
 
 Every command is a few lines around the public Python API. An error is one line on stderr and exit
 code 2 (--debug shows the traceback); `verify` exits with 1 when a folder breaks a rule; `prune`
-exits with 3 when the model it saved is less than half 2:4, unless --allow-partial; everything else
-exits with 0.
+exits with 3 when the model it saved is less than half 2:4, unless --allow-partial; a command whose
+output is closed (head) with 141; everything else exits with 0.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from typing import Any
 import torch
 
 from sparsekern.cli.common import (
-    check_file,
+    check_files,
     check_flags,
-    check_plot,
     device_name,
     device_of,
     dtype_of,
@@ -48,10 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings_in_flags(args):
             code: int | None = args.run(args)
+        print(end="", flush=True)
         return code or 0
     except KeyboardInterrupt:
         print("sparsekern: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who read the output, such as head, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for what is left to be flushed
+        return 141
     except Exception as error:
         if args.debug:
             raise
@@ -190,8 +193,9 @@ def _bench_kernels(args: argparse.Namespace, device: str, dtype: torch.dtype) ->
     """Exit code 1 when a kernel failed its check."""
     from sparsekern.profiling import kernel_bench, kernel_plot
 
-    check_plot("sparsekern bench kernels", args.plot)
-    check_file("sparsekern bench kernels", args.out)
+    check_files(kernel_bench.OP, args, "out", "plot")
+    if args.plot:
+        kernel_plot.usable(args.plot)
     kernels = [kernel_bench.load_kernel(path) for path in args.kernel]
     shapes = list(dict.fromkeys(args.shapes or kernel_bench.MODELS["llama3-8b"]))
     rows, limits = kernel_bench.bench_kernels(
@@ -219,6 +223,12 @@ def run_tune(args: argparse.Namespace) -> None:
     measured = ("measurements, no --merge,", lambda given: not given["merge"])
     flags = ("tokens", "dtype", "budget", "cell_seconds", "shard", "log", "device")
     check_flags("sparsekern tune", dict.fromkeys(flags, measured), args)
+    check_files("sparsekern tune", args, "log")
+    check_files("sparsekern tune", args, "out", makes=True)
+    for name in ("budget", "cell_seconds"):
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        good = value is None or value > 0
+        check(good, "sparsekern tune", f"{flag} > 0", value, f"Leave {flag} out for no limit.")
     if args.merge:
         tune_table.merge(args.merge, args.out or tuned_tables.user_path())
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sparsekern.cli.common import check_file, check_flags, check_plot, needed, skip_rules
+from sparsekern.cli.common import check_files, check_flags, needed, skip_rules
 from sparsekern.errors import check
 from sparsekern.oneshot.discovery import positions
 
@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
     import sparsekern as sk
     from sparsekern.eval import mix, texts
     from sparsekern.integrations.loading import load_model
+    from sparsekern.profiling import kernel_plot
 
     timed = ("--milliseconds", lambda given: given["milliseconds"] is not None)
     check_flags(OP, {"tokens": timed}, args)
@@ -73,9 +74,9 @@ def run(args: argparse.Namespace) -> None:
     both = "--skip-out with a budget (--share, --perplexity or --milliseconds)"
     check(bool(given) == bool(args.skip_out), OP, both, "one without the other")
     check(args.rows >= 0, OP, "--rows >= 0", args.rows)
-    for path in (args.skip_out, args.plot, args.out):
-        check_file(OP, path)
-    check_plot(OP, args.plot)
+    check_files(OP, args, "skip_out", "plot", "out")
+    if args.plot:
+        kernel_plot.usable(args.plot, OP)
     for name, value in given.items():
         check(0 < value < float("inf"), OP, f"a positive --{name}", value)
     check(args.share is None or args.share <= 1, OP, "--share of at most 1", args.share)

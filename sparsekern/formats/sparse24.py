@@ -247,6 +247,45 @@ class Sparse24:
     def device(self) -> torch.device:
         return self.tensors["values"].device
 
+    ndim = 2
+
+    def dim(self) -> int:
+        """`ndim`, as of a tensor."""
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """`shape`, or its number `dim`."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def is_floating_point(self) -> bool:
+        """Whether the numbers are: always."""
+        return True
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def is_meta(self) -> bool:
+        return self.device.type == "meta"
+
+    @property
+    def requires_grad(self) -> bool:
+        """False, and can be set to that alone: a 2:4 weight is frozen."""
+        return self.tensors["values"].requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Sparse24:
+        """As of a tensor, for False. Raises ValueError for True."""
+        remedy = "Train the dense weight under its mask first: sparsekern.finetune.Masked."
+        op = f"{_OP}.requires_grad_"
+        check(not requires_grad, op, "requires_grad=False: a frozen weight", "True", remedy)
+        self.tensors["values"].requires_grad_(False)
+        return self
+
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors, without a copy that `twin` remembers."""

@@ -7,9 +7,10 @@ out_features]; every weight that enters or leaves these functions is [out_featur
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +47,16 @@ def write_weight(module: nn.Module, weight: Tensor) -> None:
     cast(Tensor, module.weight).copy_(weight.t() if is_conv1d(module) else weight)
 
 
+def _forward_of(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What the module computes, without its hooks."""
+    return module.forward(*args, **kwargs)
+
+
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` at every place of the tree where `old` stands (a module may be registered under
     several names). It gets the forward and backward hooks of `old`, whose handles still remove
-    them, and, as a layer, the attributes that somebody has set on `old`.
+    them, and, as a layer, the attributes that somebody has set on `old`. Who holds `old` elsewhere
+    (in a closure, say) and calls it calls `new`.
 
     Raises:
         ValueError: `old` stands nowhere below `model`.
@@ -74,6 +81,8 @@ def replace_at(places: Iterable[tuple[nn.Module, str]], old: nn.Module, new: nn.
         for key, value in old.__dict__.items():
             if not key.startswith("_") and key not in _OWN and not hasattr(new, key):
                 new.__dict__[key] = value
+        new.__dict__.pop("forward", None)
+        old.__dict__["forward"] = functools.partial(_forward_of, new)
     for parent, key in places:
         setattr(parent, key, new)
         if key == "_orig_mod" and hasattr(parent, "dynamo_ctx"):

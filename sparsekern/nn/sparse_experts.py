@@ -11,7 +11,8 @@ What the module computes stays the code of the module that it stands for: its ow
 torch.bmm) the expert's linear layer is called. Activations, gates, clamps, biases and the weighting
 of the experts are therefore that module's, whatever they are. It is the forward in the model's file
 (experts_implementation "eager"), a loop over the experts that were chosen: it waits for the device
-once per expert, and torch.compile leaves it out of its graphs (fullgraph=True is an error).
+once per expert, and torch.compile leaves it out of its graphs (fullgraph=True and torch.export are
+errors).
 
 Which parameters hold experts, and which way round, is found by running that forward once on
 stand-ins that note how each parameter is used (`find_experts`).
@@ -281,6 +282,10 @@ class SparseExperts(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's forward; see the head of this file."""
+        if torch.compiler.is_exporting():
+            expected, got = "dense experts for torch.export", "a loop over those that were chosen"
+            remedy = "Export sparsekern.decompress_model(copy.deepcopy(model))."
+            raise NotImplementedError(message(_OP, expected, got, remedy))
         return _run(self, args, kwargs)
 
     def expert(self, index: int) -> dict[str, nn.Module]:

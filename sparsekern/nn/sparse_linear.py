@@ -428,6 +428,8 @@ class SparseLinear(nn.Module):
             tensors[_STORAGE_KEY] = torch.tensor(list(stored), dtype=torch.uint8, device="cpu")
         return tensors
 
+    @torch.inference_mode(False)  # whose tensors could not be trained around
+    @torch.no_grad()
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -544,7 +546,12 @@ def _entry(key: str) -> property:
             raise AttributeError(key)
         return entries[key]
 
-    return property(read, doc=f"{key!r} of the state_dict.")
+    def write(module: SparseLinear, value: Tensor) -> NoReturn:
+        expected, remedy = "a weight that is assigned whole", "Assign layer.weight, or give "
+        remedy += "functional_call dict(model.named_buffers()) in place of a state_dict."
+        raise AttributeError(message(_OP, expected, f"{key} alone", remedy))
+
+    return property(read, write, doc=f"{key!r} of the state_dict.")
 
 
 # torch.distributed.checkpoint looks every key of a state_dict up as an attribute.

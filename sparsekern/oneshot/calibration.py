@@ -31,7 +31,15 @@ TEXT_WINDOW = 2048
 TOKEN_KEYS = ("input_ids", "input_values", "attention_mask", "token_type_ids", "position_ids")
 DECODER_KEYS = ("decoder_input_ids", "decoder_attention_mask")
 # What the code of a model raises where a call does not fit it.
-REFUSALS = (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError)
+REFUSALS = (
+    TypeError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    RuntimeError,
+    NotImplementedError,
+)
 
 
 @dataclass
@@ -64,6 +72,8 @@ class Batch:
             got = f"{_shapes((*self.args, self.kwargs))}: {type(error).__name__}: {error}"
             expected = f"calibration that {type(model).__name__}.forward takes"
             remedy = "Pass its inputs by name, as batches in dicts."
+            if "require grad" in str(error):
+                remedy = "Decorate its forward with torch.enable_grad(): nothing else asks for any."
             text = message(self.op, expected, got.rstrip("."), remedy)
             kind = RuntimeError if isinstance(error, RuntimeError) else ValueError
             raise kind(text) from error
@@ -184,6 +194,8 @@ def _split(data: Tensor, batch_size: int | None, device: torch.device, op: str) 
 def _plain_batch(item: Any, model: nn.Module, op: str) -> Batch:
     kwargs = {key: _array(v) for key, v in item.items()} if isinstance(item, Mapping) else {}
     args: tuple[Any, ...] = ()
+    if kwargs and _takes_whole(model, kwargs):
+        return _as_batch((kwargs,), {}, item, op)
     if not kwargs:
         args = tuple(map(_array, item)) if isinstance(item, (tuple, list)) else (item,)
         args = args[: _positional(model)]
@@ -202,20 +214,53 @@ def _positional(model: nn.Module) -> int | None:
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
+def _masks(named: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The attention masks [samples, tokens] of a call; what is below 0 is added to scores."""
+    keys = ("attention_mask", "decoder_attention_mask")
+    found = {key: named[key] for key in keys if isinstance(named.get(key), Tensor)}
+    return {k: mask for k, mask in found.items() if mask.dim() == 2 and bool((mask >= 0).all())}
+
+
+def _takes_whole(model: nn.Module, item: Mapping[str, Any]) -> bool:
+    """Whether the forward takes a dict as its one argument, and none of the names in it."""
+    try:
+        parameters = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return False
+    swallows = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    usual = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    needed = [p for p in usual if p.default is p.empty] if swallows else usual
+    return len(needed) == 1 and not item.keys() & parameters.keys()
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor inside tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value
+    nested = isinstance(value, (Mapping, tuple, list))
+    return [tensor for part in parts for tensor in _tensors_in(part)] if nested else []
+
+
 def _as_batch(args: tuple[Any, ...], kwargs: dict[str, Any], item: Any, op: str) -> Batch:
-    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    tensors = _tensors_in((*args, kwargs))
     got, remedy = (
         _shapes(item) or f"an empty {type(item).__name__}",
         "Pass tensors, tuples or dicts.",
     )
     check(bool(tensors), op, "a tensor in every calibration batch", got, remedy, TypeError)
-    ids = kwargs.get("input_ids")
+    named = args[0] if args and isinstance(args[0], Mapping) else kwargs
+    ids = named.get("input_ids")
     first = ids if isinstance(ids, Tensor) else tensors[0]
     samples = first.shape[0] if first.dim() else 1
     tokens = first.numel()
     if first.is_floating_point():
         tokens = tokens // max(1, first.shape[-1] if first.dim() else 1)
-    return Batch(args, kwargs, samples, tokens, op=op)
+    masks = (mask for mask in _masks(named).values() if len(mask) == samples)
+    keep = tuple(mask != 0 for mask in masks)
+    if all(bool(mask.all()) for mask in keep):
+        return Batch(args, kwargs, samples, tokens, op=op)
+    return Batch(args, kwargs, samples, int(keep[0].sum()), keep, op)
 
 
 class _Transformers:
@@ -241,13 +286,14 @@ class _Transformers:
         self.open_ended = bool(rest)
         # Unpack[TransformersKwargs] says what the rest may be.
         named = [vars(kind).get("__annotations__") for a in rest for kind in get_args(a)]
-        self.known: set[str] | None = {*parameters, *(named[0] or () if named else ()), "labels"}
+        self.known: set[str] | None = {*parameters, *(named[0] or () if named else ())}
+        self.known |= {"labels", "return_dict"}
         if not parameters or (rest and not named):
             self.known = None  # anything
-        self.takes_ids = self.known is None or "input_ids" in self.known
         self.swallowed: set[str] = set()
         self.extra = {"use_cache": False} if "use_cache" in parameters else {}
         self.main = getattr(model, "main_input_name", "input_ids")
+        self.takes_ids = self.main == "input_ids" or not parameters or "input_ids" in parameters
         self.doubled = (
             bool(getattr(config, "is_encoder_decoder", False)) and "decoder_input_ids" in parameters
         )
@@ -389,9 +435,13 @@ class _Transformers:
         got = repr(text) if source else "none"
         check(self.tokenizer is not None and not source, self.op, expected, got, remedy)
         assert self.tokenizer is not None
-        ids = self.tokenizer(text)
-        ids = ids["input_ids"] if isinstance(ids, Mapping) else getattr(ids, "ids", ids)
-        row = torch.as_tensor(ids, dtype=torch.int64).reshape(-1)
+        made = self.tokenizer(text)
+        ids = made.get("input_ids") if isinstance(made, Mapping) else getattr(made, "ids", made)
+        try:
+            row = torch.as_tensor(ids, dtype=torch.int64).reshape(-1)
+        except (TypeError, ValueError, RuntimeError):
+            expected, remedy = "token ids of a text from tokenizer", "Pass the model's tokenizer."
+            check(False, self.op, expected, _shapes(made), remedy, TypeError)
         if not len(row):
             return []
         window = min(TEXT_WINDOW, self.positions or TEXT_WINDOW)
@@ -527,11 +577,7 @@ class _Transformers:
                 if "attention_mask" in item:
                     item["decoder_attention_mask"] = item["attention_mask"]
         kwargs = {**item, **self.extra}
-        masks = {
-            key: kwargs[key]
-            for key in ("attention_mask", "decoder_attention_mask")
-            if isinstance(kwargs.get(key), Tensor) and kwargs[key].dim() == 2
-        }
+        masks = _masks(kwargs)
         if all(bool((mask != 0).all()) for mask in masks.values()):
             return [_as_batch((), kwargs, item, self.op)]
         for key, mask in masks.items():
@@ -544,10 +590,7 @@ class _Transformers:
         cut = self._without_padding(item, masks)
         if cut is not None:
             return cut
-        batch = _as_batch((), kwargs, item, self.op)
-        batch.keep = tuple(mask != 0 for mask in masks.values())
-        batch.tokens = int(batch.keep[0].sum())
-        return [batch]
+        return [_as_batch((), kwargs, item, self.op)]
 
     def _without_padding(
         self, item: dict[str, Any], masks: dict[str, Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,10 +11,20 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsekern.oneshot.calibration import Batch
+from sparsekern.oneshot.devices import quiet
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.experts import ExpertPools
 from sparsekern.oneshot.sequential import Walk
+from sparsekern.ops.transforms import within
 from sparsekern.prune import Hessian
+
+_unseen = itertools.count(1)
+
+
+def state_of(x: Tensor) -> tuple[int, int]:
+    """(id, version) of an input: equal for two calls on one unchanged tensor. The changes of an
+    inference tensor cannot be seen: each call has a negative version of its own."""
+    return id(x), -next(_unseen) if x.is_inference() else x._version
 
 
 class SharingChanged(Exception):
@@ -129,8 +140,10 @@ class HessianCollector:
         self._first_batch = False
 
     def _make_hook(self, name: str) -> Callable[..., None]:
+        @quiet
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+            x = within(x)
             if not self.experts.listens(name):
                 return
             if self.experts.filling is not None:
@@ -159,7 +172,7 @@ class HessianCollector:
 
     def take(self, name: str, x: Tensor) -> None:
         """Add x to the Hessian of a layer, or of the group that it is the first of."""
-        key = (id(x), x._version)
+        key = state_of(x)
         self._calls[name] = self._calls.get(name, 0) + 1
         if name in self.experts.tokens:
             bare = self._without_padding(x)

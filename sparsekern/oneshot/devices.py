@@ -145,14 +145,20 @@ def looked(blocks: Sequence[nn.Module], device: torch.device, look: Callable[[],
 
 @contextlib.contextmanager
 def eager(model: nn.Module) -> Iterator[None]:
-    """Run torch.compile'd parts eagerly, so that hooks see their layers. Only models that have any
-    pay for the import of the compiler."""
+    """Run torch.compile'd parts eagerly, and nn.TransformerEncoder on padded batches instead of the
+    nested tensors that it makes of them for its fast path, so that hooks see their layers. Only
+    models that are compiled pay for the import of the compiler."""
     compiled = any(
         "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
-    if not compiled:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    nests = [(m, m.use_nested_tensor) for m in encoders]
+    try:
+        for encoder in encoders:
+            encoder.use_nested_tensor = False
+        with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+            yield
+    finally:
+        for encoder, flag in nests:
+            encoder.use_nested_tensor = flag

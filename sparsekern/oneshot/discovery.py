@@ -2,8 +2,9 @@
 where the decoder blocks are.
 
 Works on any nn.Module; nothing here names a model family. The decoder blocks are the largest
-nn.ModuleList whose members are of one class and hold linear layers: that finds `model.layers`
-(Llama, Mistral, Qwen, Gemma, Phi), `model.decoder.layers` (OPT) and `transformer.h` (GPT-2) alike.
+nn.ModuleList or nn.Sequential whose members are of one class and hold linear layers: that finds
+`model.layers` (Llama, Mistral, Qwen, Gemma, Phi), `model.decoder.layers` (OPT), `transformer.h`
+(GPT-2) and timm's `blocks` alike.
 
 A linear layer is nn.Linear, Conv1D, or any module with a 2-D `weight` whose forward computes
 x·Wᵀ + bias: that is tried out on a few numbers, not read off its name. Weights that are used in
@@ -48,7 +49,7 @@ PRUNABLE_DTYPES = tuple(dtypes.PLAIN)
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # What may be asked of a weight that is a Sparse24: reading these does not need a dense one.
 HARMLESS = frozenset(
-    {"dtype", "device", "shape", "requires_grad", "is_meta", "ndim", "size", "dim"}
+    "dtype device shape requires_grad is_meta is_cuda is_floating_point ndim size dim".split()
 )
 ALREADY = "already 2:4"
 BASES_APART = 0.2  # of its norm: a rotated embedding differs by more, a trained one by less
@@ -142,12 +143,12 @@ class Layer:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    """The decoder blocks: (name of their ModuleList, blocks in order), or ("", []) when the model
-    has none.
+    """The decoder blocks: (name of their list, blocks in order), or ("", []) when the model has
+    none.
 
-    Of all nn.ModuleLists whose members are of one class and each hold a linear layer below them,
-    the one with the most parameters. Experts inside a block therefore lose to the blocks around
-    them.
+    Of all nn.ModuleLists, and nn.Sequentials of two or more, whose members are of one class and
+    each hold a linear layer below them, the one with the most parameters. Experts inside a block
+    therefore lose to the blocks around them.
     """
     best: tuple[str, list[nn.Module]] = ("", [])
     best_size = 0
@@ -162,7 +163,11 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
         return False
 
     for name, module in named_modules(model):
-        blocks = list(module) if isinstance(module, nn.ModuleList) else []
+        listed = isinstance(module, nn.ModuleList)
+        listed |= isinstance(module, nn.Sequential) and len(module) > 1
+        blocks = list(cast(Any, module)) if listed else []
+        if None in blocks:  # a place without a module
+            continue
         one_class = len({type(unwrapped(b)) for b in blocks}) == 1 and not is_linear(blocks[0])
         if one_class:
             size = sum(p.numel() for p in module.parameters())

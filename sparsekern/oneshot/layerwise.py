@@ -31,6 +31,7 @@ from sparsekern.prune.retarget import retargeted
 from sparsekern.prune.team import Team
 
 DAMP = 0.01
+ONLY_ZEROS = "its inputs were all zero on the calibration data"
 
 
 def _untimed(name: str) -> contextlib.AbstractContextManager[None]:
@@ -99,7 +100,8 @@ def new_report(layer: Layer, options: Options | None = None) -> LayerReport:
 def prune_group(
     layers: list[Layer], hessian: prune.Hessian | None, options: Options
 ) -> list[Pruned]:
-    """Prune layers that read the same input.
+    """Prune layers that read the same input. Those whose inputs were all zero stay dense where the
+    method goes by inputs: nothing is known of them, as of layers that were never called.
 
     Args:
         layers: on the device of the Hessian; their modules are not changed.
@@ -118,6 +120,9 @@ def prune_group(
         skips = options.on_error == "skip"
         check(skips, options.op, f"finite inputs of {names}", "NaN or Inf", remedy)
         return [_failed(layer, options, reason) for layer in layers]
+    reads = options.method.needs != "weights"
+    if hessian is not None and reads and not bool(hessian.matrix.diagonal().any()):
+        return [_failed(layer, options, ONLY_ZEROS) for layer in layers]
     if not options.method.stacked:
         parts = [[layer] for layer in layers]
     else:

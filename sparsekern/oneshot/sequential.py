@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsekern.errors import message
 from sparsekern.oneshot.calibration import Batch, move
+from sparsekern.oneshot.devices import quiet
 from sparsekern.oneshot.discovery import Layer
 
 OP = "sparsekern.oneshot.Walk"
@@ -76,6 +77,11 @@ def first_tensor(output: Any) -> Any:
     """The hidden states in a block's output: the output itself or the first element of a tuple or
     list."""
     return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor, copied where it was made in inference mode: autograd could not save it."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _own_cache(value: Any) -> Any:
@@ -189,15 +195,17 @@ def probe(
 def _walks(
     model: nn.Module, blocks: list[nn.Module], batch: Batch, shown: Probe, device: torch.device
 ) -> bool:
-    """Whether the blocks, run one by one on recorded calls, give what the model gave: a block may
-    return more than its hidden states (a position bias for the next one), or read what a block
-    before it left behind."""
+    """Whether the blocks, run one by one on recorded calls, give what the model gave, and what
+    follows runs on that: a block may return more than its hidden states (a position bias for the
+    next one, the states of another input), or read what a block before it left behind."""
     walk = Walk(model, blocks, [batch], shown, device, device, None)
     for _ in walk.capture():
         pass
     for index in range(len(blocks)):
         for _ in walk.block(index, keep=True):
             pass
+    for _ in walk.head():
+        pass
     got, expected = walk.hidden[0], shown.last.to(walk.hidden[0].device)
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return False
@@ -331,7 +339,7 @@ class Walk:
         """Hidden states where this walk keeps them: on the device, on the host, or in a file."""
         if isinstance(self.offload, (str, os.PathLike)):
             return _in_file(hidden, self.offload)
-        return hidden.to("cpu" if self.offload else self.device)
+        return _plain(hidden).to("cpu" if self.offload else self.device)
 
     def inputs(self) -> Iterator[Tensor]:
         """The present hidden states, batch by batch, on the device."""
@@ -397,10 +405,11 @@ class _SharedTensors:
             return type(value)(self(v) for v in value)
         return {k: self(v) for k, v in value.items()} if type(value) is dict else value
 
+    @quiet
     def _one(self, tensor: Tensor) -> Tensor:
         if id(tensor) in self.by_id:
             return self.by_id[id(tensor)][1]
-        moved = tensor.to(self.device)
+        moved = _plain(tensor).to(self.device)
         known = self.by_shape.setdefault((moved.shape, moved.dtype), [])
         kept = next((k for k in known if torch.equal(k, moved)), None)
         if kept is None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsekern.errors import check
 from sparsekern.oneshot.calibration import Batch
-from sparsekern.oneshot.collector import HessianCollector
+from sparsekern.oneshot.collector import HessianCollector, state_of
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.ranks import Ranks
 from sparsekern.prune import Hessian
@@ -70,7 +70,7 @@ class SharedCollector(HessianCollector):
             self._note("pool", str(self._mixtures.index(owner)), rows)
 
     def _note(self, kind: str, name: str, x: Tensor) -> None:
-        key = (id(x), x._version)
+        key = state_of(x)
         if key not in self._place:
             self._place[key] = len(self._tensors)
             self._tensors.append(x)
@@ -112,7 +112,8 @@ class SharedCollector(HessianCollector):
         self.experts.bare = False
 
     def _check_unchanged(self) -> None:
-        changed = any(self._tensors[i]._version != key[1] for key, i in self._place.items())
+        seen = [(self._tensors[i], version) for (_, version), i in self._place.items()]
+        changed = any(version >= 0 and x._version != version for x, version in seen)
         expected = "layers whose inputs stay as they are within a forward"
         remedy = "Prune this model in one process, with ranks=False."
         check(not changed, self.ranks.op, expected, "one that is changed in place", remedy)

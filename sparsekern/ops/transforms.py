@@ -3,9 +3,9 @@
 torch derives the rules of neither from a custom op that takes a list of tensors, and a kernel that
 reads memory would lose a tangent without a word. Here is one function that is closed under all of
 them: the product with a frozen weight, P(x) = x · Wᵀ or x · W, whose every derivative is such a
-product again. Bias and activation are then torch's own. torch.compile and torch.export cannot trace
-such a function: there the product is torch's, with a dense copy of the weight for the time of the
-call.
+product again. Bias and activation are then torch's own. torch.compile, torch.export and
+torch.func.functionalize cannot trace such a function: there the product is torch's, with a dense
+copy of the weight for the time of the call.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
 
 _interpreter = torch._C._functorch.peek_interpreter_stack
+_interpreters = torch._C._functorch.get_interpreter_stack
+_FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
 
 
 def active() -> bool:
@@ -32,6 +34,21 @@ def active() -> bool:
 # What torch.compiler.assume_constant_result does, without importing the compiler: asked once while
 # a graph is traced, which then is guarded by the transforms that are open.
 active._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def within(x: Tensor) -> Tensor:
+    """The tensor inside of what torch.func's transforms put around it, the dimensions that vmap
+    hides in front."""
+    functorch = torch._C._functorch
+    if not functorch.is_functorch_wrapped_tensor(x):
+        return x
+    inner = functorch.get_unwrapped(x)
+    plain = within(inner)
+    if not functorch.is_batchedtensor(x):
+        return plain
+    hidden = functorch.maybe_get_bdim(x) + plain.dim() - inner.dim()
+    with torch._C._DisableFuncTorch():  # which would wrap it again
+        return plain.movedim(hidden, 0)
 
 
 class Product(torch.autograd.Function):
@@ -92,7 +109,8 @@ def linear(
     expected, got = "one weight for all of torch.func.vmap", "a batch of weights"
     remedy = "Give the buffers in_dims=None, or call the models in a loop."
     check(one, "sparsekern.linear", expected, got, remedy, NotImplementedError)
-    if torch.compiler.is_compiling():
+    traced = torch.compiler.is_compiling()
+    if traced or any(level.key() == _FUNCTIONALIZE for level in _interpreters() or ()):
         dense = torch.ops.sparsekern.decompress(list(w24.tensors.values()), w24.spec.text)
         y = torch.nn.functional.linear(x, dense)
     else:

@@ -40,7 +40,7 @@ from torch import Tensor
 from sparsekern import _native
 from sparsekern.backends.compress import compress, decompress, prune_compress
 from sparsekern.backends.cuda import linear as cuda_backend
-from sparsekern.errors import check
+from sparsekern.errors import check, message
 from sparsekern.formats import dtypes
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.formats.tile64 import pack
@@ -155,7 +155,8 @@ def load_kernel(path: str | Path) -> UserKernel:
     in a CUDA graph.
 
     Raises:
-        FileNotFoundError: no such file.   ValueError: neither function, or an unknown layout.
+        FileNotFoundError: no such file.   ValueError: code that does not run, neither function, or
+        an unknown layout.
     """
     path = Path(path)
     if not path.is_file():
@@ -164,7 +165,12 @@ def load_kernel(path: str | Path) -> UserKernel:
     check(spec is not None, OP, "--kernel to be a .py file", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        got = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
+        remedy = f"Try: python {path}."
+        raise ValueError(message(OP, f"--kernel {path} to run", got, remedy)) from error
     layout = getattr(module, "LAYOUT", "rowmajor")
     check(layout in ("rowmajor", "tile64"), OP, "LAYOUT 'rowmajor' or 'tile64'", repr(layout))
     build: Any = getattr(module, "build", None)

@@ -6,7 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsekern.errors import check
-from sparsekern.profiling.kernel_bench import SPARSE_RATIO, Ceilings, Row
+from sparsekern.profiling.kernel_bench import OP, SPARSE_RATIO, Ceilings, Row
+
+
+def usable(path: str | Path, op: str = OP) -> Path:
+    """The path, where matplotlib can write a picture of its suffix; to be asked first.
+
+    Raises:
+        ModuleNotFoundError: no matplotlib.   ValueError: no suffix, or one of no picture.
+    """
+    path = Path(path)
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{op}: --plot needs matplotlib. Run: pip install matplotlib."
+        ) from error
+    known = path.suffix[1:].lower() in Figure().canvas.get_supported_filetypes()
+    check(known, op, "--plot NAME.svg or NAME.png", path, "Give it another ending.")
+    return path
 
 
 def plot(rows: Sequence[Row], limits: Ceilings, path: str | Path) -> list[Path]:
@@ -16,18 +34,13 @@ def plot(rows: Sequence[Row], limits: Ceilings, path: str | Path) -> list[Path]:
         rows: of one dtype and machine; those without a time are left out.
         path: a name whose suffix matplotlib writes, such as speed.svg or speed.png.
     Raises:
-        ModuleNotFoundError: no matplotlib.   ValueError: no suffix, or no row with a time.
+        As `usable`; ValueError: no row with a time.
     """
-    path = Path(path)
-    check(bool(path.suffix), "sparsekern bench kernels", "--plot NAME.svg or NAME.png", path)
+    path = usable(path)
     timed = [row for row in rows if row.status == "ok"]
-    check(bool(timed), "sparsekern bench kernels", "a row with a time to plot", "none")
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "sparsekern bench kernels: --plot needs matplotlib. Run: pip install matplotlib."
-        ) from error
+    check(bool(timed), OP, "a row with a time to plot", "none")
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -38,7 +38,7 @@ def refine(
 
     Conjugate gradients with the diagonal of A = H + λI as preconditioner: with the residual
     R = mask ⊙ ((W − W')A), every row r takes the step W'_r += α_r·P_r, α_r = ⟨R_r, Z_r⟩ /
-    ⟨P_r, P_r A⟩, Z = R / diag(A). A row whose residual is zero stays as it is.
+    ⟨P_r, P_r A⟩, Z = R / diag(A). A row whose residual is zero, or rounding, stays as it is.
 
     Args:
         w: [out_features, in_features] floating point, the weights before pruning.
@@ -112,9 +112,11 @@ def _solve(w: Tensor, x: Tensor, free: Tensor, a: Factor, diagonal: Tensor, step
     r = a.times(w - x).mul_(free)
     z = r * inverse_diagonal
     p, rz = z.clone(), (r * z).sum(dim=1)
+    arrived = rz * (64 * torch.finfo(torch.float32).eps) ** 2
     for _ in range(steps):
         q = a.times(p).mul_(free)
-        alpha = _ratio(rz, (p * q).sum(dim=1))
+        # What is left of a residual that has arrived is rounding, whose steps would lead away.
+        alpha = _ratio(rz, (p * q).sum(dim=1)).masked_fill_(rz <= arrived, 0)
         x.addcmul_(alpha[:, None], p)
         r.addcmul_(alpha[:, None], q, value=-1)
         torch.mul(r, inverse_diagonal, out=z)
