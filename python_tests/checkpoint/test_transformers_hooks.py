@@ -1,11 +1,13 @@
 """Transformers' own from_pretrained and save_pretrained on pruned models, with and without us."""
 
 import copy
+import functools
 import io
 import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -275,3 +277,78 @@ def test_folders_of_older_releases_are_read(tmp_path):
         loaded = load(tmp_path, dtype=torch.float16)
         assert loaded.model.layers[0].mlp.up_proj.weight.dtype == torch.float16
         assert torch.allclose(logits(loaded).float(), logits(model), atol=1e-2)
+
+
+def test_a_variant_is_read_whole(tmp_path):
+    """Compressed layers, too, are those of the variant, beside other weights or not, in shards or
+    not; Transformers alone knows the argument."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    first, second = (cases.sparsify(cases.llama(tied=tied)) for tied in (True, False))
+    for size in ("9kB", "1GB"):
+        for beside in (None, first, cases.llama()):
+            home, other = (tmp_path / f"{size}{type(beside)}{n}" for n in ("", "variant"))
+            save_pretrained(second, other, max_shard_size=size)
+            if beside is not None:
+                beside.save_pretrained(home)
+            home.mkdir(exist_ok=True)
+            for path in other.iterdir():
+                start, *rest = path.name.split(".", 1)
+                if path.suffix == ".safetensors":
+                    path.rename(home / (f"{start}.x.{rest[0]}" if size == "1GB" else path.name))
+                elif rest[-1:] == ["safetensors.index.json"]:
+                    path.rename(home / "model.safetensors.index.x.json")
+                elif path.name != "SHA256SUMS":
+                    path.replace(home / path.name)
+            loaded = load(home, variant="x")
+            assert torch.equal(logits(loaded), logits(second))
+            assert isinstance(loaded.model.layers[0].mlp.up_proj, SparseLinear)
+
+
+def test_a_tie_of_the_callers_leaves_a_compressed_head_alone(tmp_path):
+    model = cases.llama(tied=False)
+    sk.prune_model(model, "magnitude", skip=(), progress=False)
+    save_pretrained(model, tmp_path)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    with pytest.warns(UserWarning, match="ties lm_head to other weights.*loaded untied"):
+        loaded = load(tmp_path, tie_word_embeddings=True)
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.config.tie_word_embeddings is False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(tmp_path)
+
+
+def test_a_state_dict_with_compressed_layers_is_refused(tmp_path):
+    model = cases.sparsify(cases.llama())
+    with pytest.raises(FormatError, match=r"got a state_dict. Use load_state_dict"):
+        type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    dense = cases.llama()
+    made = type(dense).from_pretrained(None, config=dense.config, state_dict=dense.state_dict())
+    assert torch.equal(logits(made), logits(dense))
+
+
+def test_code_that_came_with_a_model_is_saved_with_it(tmp_path):
+    config = cases.llama().config.to_dict() | {
+        "model_type": "own_llama",
+        "architectures": ["OwnLM"],
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnLM"},
+    }
+    model = cases.sparsify(cases.llama())
+    save_pretrained(model, tmp_path / "first")
+    (tmp_path / "first" / "SHA256SUMS").unlink()
+    path = tmp_path / "first" / "config.json"
+    entry = json.loads(path.read_text())["quantization_config"]
+    path.write_text(json.dumps(config | {"quantization_config": entry}))
+    (tmp_path / "first" / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
+        "class OwnLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    load = functools.partial(
+        transformers.AutoModelForCausalLM.from_pretrained, trust_remote_code=True
+    )
+    loaded = load(tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert type(again).__name__ == "OwnLM" and torch.equal(logits(again), logits(model))
+    assert "own.py" in (tmp_path / "again" / "SHA256SUMS").read_text()

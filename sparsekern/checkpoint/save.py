@@ -148,6 +148,11 @@ def save_pretrained(
         generation: Any = getattr(model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(str(stage.path))
+        for own in (model, getattr(model, "config", None)):
+            if getattr(own, "_auto_class", None) is not None:  # code that came with the model
+                from transformers.dynamic_module_utils import custom_object_save
+
+                custom_object_save(own, str(stage.path), config)
         write_shards(stage, groups, limit)
         stage.write_json(CONFIG_FILE, config)
         stage.commit()

@@ -6,6 +6,7 @@ Source: compressed-tensors 0.14.0: quantization_config with a sparsity_config an
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -171,6 +172,7 @@ def read_compression_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any
         "Other quantization formats are not read.",
     )
     _check_groups(where, entry)
+    _check_transforms(where, entry)
     sparsity = entry.get("sparsity_config") or {}
     require(
         isinstance(sparsity, dict) and sparsity.get("format", FORMAT) in (FORMAT, "dense"),
@@ -186,6 +188,15 @@ def read_compression_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any
         str(ignored)[:80],
     )
     return config, sparsity
+
+
+def _check_transforms(where: str, entry: Mapping[str, Any]) -> None:
+    """Rotations within the weights are done; of those that a model computes as it runs, none is."""
+    text = json.dumps(entry.get("transform_config") or {})
+    running = set(re.findall(r'"location": "(\w+)"', text)) - {"weight_input", "weight_output"}
+    expected = "transform_config of weights alone (weight_input, weight_output)"
+    remedy = "Make the folder without transforms that run in the forward pass."
+    require(not running, where, expected, ", ".join(sorted(running)), remedy)
 
 
 def _check_groups(where: str, entry: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +22,10 @@ from sparsekern.errors import check
 from sparsekern.formats.config_json import METHOD, numbers_dtype, read_compression_config
 from sparsekern.formats.disk import check_headers, read_sparse24
 from sparsekern.formats.dtypes import ElementType, element
-from sparsekern.formats.forms import ALL_PARTS, parts_of, storage_of, values_name
+from sparsekern.formats.forms import ALL_PARTS, join, parts_of, storage_of, values_name
 from sparsekern.nn.sparse_experts import unfuse_experts
 from sparsekern.nn.sparse_linear import SparseLinear, check_before_loading
-from sparsekern.utils.safetensors_io import TensorFiles, listed, require
+from sparsekern.utils.safetensors_io import TensorFiles, listed, require, variant_of
 
 OP = "sparsekern.integrations.transformers"
 PART_NAMES = rf"(^|\.)({'|'.join(ALL_PARTS)})$"
@@ -140,7 +140,7 @@ class SparsekernQuantizer(HfQuantizer):  # type: ignore[misc]
         )
         assert checkpoint_files
         folder = os.path.dirname(checkpoint_files[0])
-        self.files = TensorFiles(folder)
+        self.files = TensorFiles(folder, variant_of(checkpoint_files))
         config, _ = read_compression_config(self.files.folder)
         self.numbers = numbers_dtype(config)
         layers = check_headers(self.files)
@@ -178,6 +178,7 @@ class SparsekernQuantizer(HfQuantizer):  # type: ignore[misc]
             kind = element(storage_of(self.files, layer) or self.files.info[values].dtype)
             _replace(model, modules[name], WaitingLayer(modules[name], kind))
             self.waiting[name] = layer
+        self._untie_head(model, names.layers)
         check_columns(self.files, layers, names.experts, names.known)
         unfuse_experts(model, names.experts.modules)
         for name, expert_parts in names.experts.matrices.items():
@@ -198,6 +199,18 @@ class SparsekernQuantizer(HfQuantizer):  # type: ignore[misc]
             *(rf"^{name}$" for name in fused),
         }
         return model
+
+    def _untie_head(self, model: Any, compressed: Collection[str]) -> None:
+        """A compressed layer has a weight of its own, whatever a config says of ties."""
+        ties = getattr(model, "all_tied_weights_keys", None) or {}
+        untied = [name for name in compressed if ties.pop(join(name, "weight"), None) is not None]
+        if untied:
+            model.config.tie_word_embeddings = False
+            warnings.warn(
+                f"{OP}: the config ties {listed(untied)} to other weights, and "
+                f"{self.files.folder} holds 2:4 ones: they are loaded untied.",
+                stacklevel=2,
+            )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> Any:
         dtype = getattr(self, "dtype", None) or getattr(model, "dtype", None)

@@ -31,6 +31,7 @@ from sparsekern.checkpoint.save import save_pretrained
 from sparsekern.formats.config_json import METHOD, sparsity_entry
 from sparsekern.integrations import attention
 from sparsekern.nn.sparse_linear import SparseLinear
+from sparsekern.utils.safetensors_io import require
 from sparsekern.utils.when_imported import when_imported
 
 OP = "sparsekern.integrations.transformers"
@@ -91,6 +92,9 @@ def _wrap_load(cls: Any) -> None:
 
     @functools.wraps(original)
     def wrapped(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+        fits = not any(str(key).endswith(".bitmask") for key in kwargs.get("state_dict") or ())
+        remedy = "Use load_state_dict on a model that has SparseLinear layers."
+        require(fits, OP, "a folder of safetensors files", "a state_dict", remedy)
         if name is not None and kwargs.get("gguf_file") is None:
             kwargs = _as_the_folder_says(cls, name, kwargs)
         return original(cls, name, *args, **kwargs)

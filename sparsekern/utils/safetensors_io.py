@@ -15,13 +15,14 @@ Transformers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -264,6 +265,17 @@ def variant_names(variant: str | None) -> tuple[str, str]:
     if variant is None:
         return SINGLE_FILE, INDEX_FILE
     return tuple(f".{variant}.".join(n.rsplit(".", 1)) for n in (SINGLE_FILE, INDEX_FILE))
+
+
+def variant_of(files: Collection[str]) -> str | None:
+    """The variant by whose names these weight files stand in their folder; None for none."""
+    folder, names = Path(min(files)).parent, {Path(file).name for file in files}
+    for entry in sorted(os.listdir(folder)):
+        found = re.fullmatch(r"model\.(?:safetensors\.index\.(.+)\.json|(.+)\.safetensors)", entry)
+        with contextlib.suppress(FormatError):  # of another variant, which nobody asked for
+            if found and names == set(_weight_files(folder, found[1] or found[2])[0]):
+                return found[1] or found[2]
+    return None
 
 
 def _weight_files(
