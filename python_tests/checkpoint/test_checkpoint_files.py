@@ -320,6 +320,7 @@ DAMAGE = {
     "missing part": (rename("first.bitmask", "other"), "first.bitmask.*none in the folder"),
     "dense weight beside": (rename("steps", "first.weight"), "first.weight.*both"),
     "missing tensor": (rename("table.weight", "tables.weight"), "1 missing.*1 unexpected"),
+    "dots in a name": (rename("table.weight", "..x"), "1 missing.*1 unexpected"),
     "layer that the model lacks": (
         edit(lambda h, d: json.dumps({k.replace("first", "x"): v for k, v in h.items()}).encode()),
         "x.compressed.*linear layer named 'x'",
@@ -443,6 +444,10 @@ def test_random_damage_never_raises_anything_else(tmp_path, seed):
             "sparse-bitmask",
         ),
         ({"quantization_config": [1]}, "quantization_config"),
+        (
+            {"quantization_config": {"transform_config": {"apply": [{"location": "input"}]}}},
+            "weight_input, weight_output.*got input. Make",
+        ),
     ],
 )
 def test_config_that_does_not_fit_is_a_format_error(tmp_path, change, pattern):
@@ -467,6 +472,15 @@ def test_verify_finds_a_config_that_hides_layers(tmp_path):
         entry["ignore"] = ignore
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert named in verify_checkpoint(tmp_path).problems["ignore"]
+    (tmp_path / "SHA256SUMS").unlink()
+    # As llm-compressor writes where few are compressed: each layer by its name, nothing of others.
+    entry["ignore"] = []
+    entry["targets"] = [layer.name for layer in verify_checkpoint(tmp_path).layers]
+    config["quantization_config"]["transform_config"] = {
+        "config_groups": {"R1": {"type": "hadamard", "apply": [{"location": "weight_output"}]}}
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert verify_checkpoint(tmp_path).ok
     del config["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "config" in verify_checkpoint(tmp_path).problems

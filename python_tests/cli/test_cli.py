@@ -497,6 +497,7 @@ ERRORS = [
     (["demo", "--gguf", "{r}/absent.gguf"], "no file at"),
     (["demo", "--gguf", ""], "no file at"),
     (["prune", "{r}/dense", "--out", ""], "new or empty folder, got ''"),
+    (["prune", "{r}/dense", "--out", "{r}/new", "--resume", "{r}/./new"], "--resume other than"),
     (["prune", "{r}/dense", "--out", "{r}/new", "--max-shard-size", "2QB"], "got '2QB'"),
     (["prune", "{r}/dense", "--out", "{r}/new", "--activations", "cpu"], "got no folder at 'cpu'"),
     (["prune", "{r}/dense", "--out", "{r}/new", "--max-shard-size", "0"], "--max-shard-size > 0"),

@@ -85,3 +85,17 @@ def test_what_cannot_be_converted():
     other = SparseSemiStructuredTensorCUTLASS(dense.shape, dense, dense.flatten(), *[None] * 3)
     with pytest.raises(ValueError, match="another form"):
         from_semi_structured(other)
+
+
+def test_where_a_tensor_with_its_own_memory_is_wanted(tmp_path):
+    linear = torch.nn.Linear(128, 64, bias=False, dtype=torch.float16)
+    theirs = to_semi_structured(weight((64, 128), torch.float16))
+    linear.weight = torch.nn.Parameter(theirs, requires_grad=False)
+    for call in (sk.compress, sk.prune_compress):
+        with pytest.raises(TypeError, match=r"own memory, got SparseSemi.*Call its .*to_dense"):
+            call(theirs)
+    with pytest.raises(TypeError, match=r"own memory, got SparseSemi"):
+        sk.SparseLinear.from_linear(linear)
+    with pytest.raises(ValueError, match=r"0.weight: expected a strided .*got .*SparseSemi"):
+        sk.save_pretrained(torch.nn.Sequential(linear), tmp_path)
+    assert not list(tmp_path.iterdir())

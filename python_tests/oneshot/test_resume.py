@@ -1,6 +1,7 @@
 """prune_model killed and resumed: the result is that of an uninterrupted run, and only the same run
 may continue."""
 
+import errno
 import functools
 import json
 import os
@@ -373,3 +374,18 @@ def test_what_is_no_file_is_refused_without_waiting(name, kind, tmp_path):
         run(model, tmp_path)
     if not name.startswith("block"):  # else the block before it is pruned, as it was stored
         assert_same_state(model, build("llama"))
+
+
+def test_a_disk_that_is_full_is_said_with_its_remedy(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def full(source, target):
+        if str(target).endswith("block-00001.safetensors"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match=r"block-00001.* to be written, got No space.*Make room"):
+        run(build("llama"), tmp_path)
+    monkeypatch.undo()
+    assert run(build("llama"), tmp_path).resumed == 1

@@ -261,7 +261,8 @@ def _natural(name: str) -> list[tuple[int, int | str, int]]:
     for part in name.split("."):
         text = part.rstrip("0123456789")
         digits = part[len(text) :][:18]
-        key.append((0, int(digits), 0) if not text else (1, text, int(digits or -1)))
+        counts = digits and not text
+        key.append((0, int(digits), 0) if counts else (1, text, int(digits or -1)))
     return key
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparsekern.checkpoint.arguments import folder_path, parse_size
 from sparsekern.checkpoint.experts import Stored, apart, stored_experts
@@ -282,8 +283,10 @@ def _check_storable(name: str, tensor: Tensor, absent: bool) -> None:
     part of a compressed layer."""
     where, has_data = f"{SAVE_OP}: {name}", absent or not tensor.is_meta
     check(has_data, where, "a tensor with data", "one on meta", "Load the weights first.")
-    fits = tensor.layout is torch.strided and not tensor.is_nested
-    got = f"{tensor.dtype}, {'nested' if tensor.is_nested else tensor.layout}"
+    wrapped = is_traceable_wrapper_subclass(tensor)  # of torchao, or torch's own 2:4 tensors
+    fits = tensor.layout is torch.strided and not tensor.is_nested and not wrapped
+    kind = type(tensor).__name__ if wrapped else "nested" if tensor.is_nested else tensor.layout
+    got = f"{tensor.dtype}, {kind}"
     remedy = "Cast it, or make it a buffer that is not persistent."
     expected = f"a strided tensor of {', '.join(DTYPES)}"
     check(fits and tensor.dtype in DTYPES.values(), where, expected, got, remedy)

@@ -217,7 +217,10 @@ def _verify_tree(report: CheckpointReport, files: TensorFiles, sparsity: Mapping
         for name in stored
         if report.layers and join(name, "weight") in files.info and name not in ignored
     )
-    if forgotten and not any(str(entry).startswith("re:") for entry in ignored):
+    # Of patterns nothing is asked, nor where the targets are single layers and no class of them.
+    targets = sparsity.get("targets")
+    single = isinstance(targets, list) and targets and all(t in layers for t in map(str, targets))
+    if forgotten and not single and not any(str(n).startswith("re:") for n in ignored):
         report.problems["ignore"] = (
             f"{CONFIG_FILE} says nothing of these layers being dense: {listed(forgotten)}"
         )

@@ -21,6 +21,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparsekern.errors import check, message
 from sparsekern.formats import dtypes
@@ -239,6 +240,9 @@ def _check_matrix(tensor: Tensor, op: str, name: str) -> None:
     kind = type(tensor).__name__
     remedy = "Call torch.as_tensor."
     check(isinstance(tensor, Tensor), op, f"{name} as a Tensor", kind, remedy, TypeError)
+    remedy = "Call its dequantize(), to_dense() or full_tensor() first."
+    plain = not is_traceable_wrapper_subclass(tensor)
+    check(plain, op, f"{name} as a tensor with its own memory", kind, remedy, TypeError)
     check(not tensor.is_meta, op, f"{name} with data", "a meta tensor", "Load the weights first.")
     check(tensor.ndim == 2, op, f"{name} of shape [out, in]", f"shape {list(tensor.shape)}")
     check(

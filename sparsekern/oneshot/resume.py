@@ -104,7 +104,7 @@ class ResumeDir:
             stages = {name for name in os.listdir(self.path) if name.endswith(".safetensors")}
             stages -= {ROTATION, PERMUTATION}
             expected = f"manifest.json beside the stages in {self.path}"
-            remedy = "Delete the stages, or give another directory."
+            remedy = "Give a new or an empty directory."
             check(not stages, OP, expected, "none", remedy)
             write_atomic(file, json.dumps(manifest, indent=1).encode())
         text = json.dumps(manifest, sort_keys=True)

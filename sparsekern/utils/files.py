@@ -78,11 +78,16 @@ def read_regular(path: str | os.PathLike[str], max_bytes: int) -> bytes:
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path` through a temporary file in the same folder and a rename; flushed to
-    disk before the rename. An OSError names the file."""
+    disk before the rename.
+
+    Raises:
+        OSError: with the file, the reason and the remedy; a file of that name is as it was.
+    """
     target = os.path.abspath(os.fspath(path))
-    folder = os.path.dirname(target)
-    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".part")
+    temporary = None
     try:
+        folder = os.path.dirname(target)
+        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".part")
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
@@ -90,9 +95,12 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
     except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError) and error.errno and error.filename is None:  # a full disk
-            error.filename = target
+        if temporary is not None:
+            os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno:
+            remedy = "Make room, or give another place, and do it again."
+            text = message("sparsekern", f"{target} to be written", str(error.strerror), remedy)
+            raise OSError(error.errno, text) from error
         raise
 
 
