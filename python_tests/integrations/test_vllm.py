@@ -131,6 +131,10 @@ def test_which_quantised_folders_are_read(weights, activations, readable):
     ours = plugin.unreadable({**config, "quant_method": "sparsekern"}) is None
     assert ours == (readable or weights["num_bits"] == 4)  # int4 has a form in our folders alone
     assert plugin.unreadable({}) is None
+    for place, readable in (("weight_output", True), ("q_attn", False)):
+        use = {"targets": ["Linear"], "location": place}
+        config = {"transform_config": {"config_groups": {"R3": {"apply": [use]}}}}
+        assert (plugin.unreadable(config) is None) == readable
 
 
 @pytest.mark.parametrize(

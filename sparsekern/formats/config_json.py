@@ -172,7 +172,8 @@ def read_compression_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any
         "Other quantization formats are not read.",
     )
     _check_groups(where, entry)
-    _check_transforms(where, entry)
+    running, remedy = running_transforms(entry), "Make the folder without them."
+    require(not running, where, "transform_config of weights alone", f"some of {running}", remedy)
     sparsity = entry.get("sparsity_config") or {}
     require(
         isinstance(sparsity, dict) and sparsity.get("format", FORMAT) in (FORMAT, "dense"),
@@ -190,13 +191,12 @@ def read_compression_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any
     return config, sparsity
 
 
-def _check_transforms(where: str, entry: Mapping[str, Any]) -> None:
-    """Rotations within the weights are done; of those that a model computes as it runs, none is."""
+def running_transforms(entry: Mapping[str, Any]) -> str:
+    """Where the transforms of a transform_config work that a model would compute as it runs; those
+    of weights alone (weight_input, weight_output) are in the weights."""
     text = json.dumps(entry.get("transform_config") or {})
-    running = set(re.findall(r'"location": "(\w+)"', text)) - {"weight_input", "weight_output"}
-    expected = "transform_config of weights alone (weight_input, weight_output)"
-    remedy = "Make the folder without transforms that run in the forward pass."
-    require(not running, where, expected, ", ".join(sorted(running)), remedy)
+    places = set(re.findall(r'"location": "(\w+)"', text)) - {"weight_input", "weight_output"}
+    return ", ".join(sorted(places))
 
 
 def _check_groups(where: str, entry: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import dtypes
-from sparsekern.formats.config_json import METHOD, scale_group
+from sparsekern.formats.config_json import METHOD, running_transforms, scale_group
 from sparsekern.formats.forms import (
     LEVELS,
     PLAIN,
@@ -56,7 +56,8 @@ def unreadable(config: Mapping[str, Any]) -> str | None:
             return f"{name}: weights {dict(zip(words, kind))}"
         if isinstance(activations, dict) and not activations.get("dynamic", True):
             return f"{name}: activations with stored scales"
-    return None
+    running = running_transforms(config)
+    return f"transform_config of {running}" if running else None
 
 
 def _groups(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], Any]]:
