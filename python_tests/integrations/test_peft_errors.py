@@ -2,6 +2,7 @@
 trains is left as it is."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 
@@ -114,6 +115,17 @@ def test_a_further_adapter_and_those_from_disk(tmp_path):
     peft.get_peft_model(build(), config(target_modules=["v_proj"])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"{again}.* Call accept"):
         peft.PeftModel.from_pretrained(pruned(), tmp_path)
+    # Beside the model's own files, where Transformers looks for them, too: as the message says.
+    base = pruned()
+    sk.save_pretrained(base, tmp_path / "both")
+    for path in tmp_path.glob("adapter_*"):
+        shutil.copy(path, tmp_path / "both")
+    with pytest.raises(ValueError, match=f"{again}.* saved adapters: .*config=accept"):
+        type(base).from_pretrained(tmp_path / "both")
+    accepted = accept(peft.PeftConfig.from_pretrained(tmp_path / "both"))
+    base = sk.from_pretrained(tmp_path / "both")
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "both", config=accepted)
+    assert type(model.get_base_model().model.layers[0].self_attn.v_proj).__name__ == "SparseLora"
     base = pruned()
     base.config.use_cache = False
     mixed = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters={"a": str(tmp_path)})

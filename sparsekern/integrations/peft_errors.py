@@ -120,7 +120,12 @@ def _refuse(tuner: Any, model: nn.Module, config: Any) -> None:
     # X-LoRA reads configs of LoRA from disk.
     kinds = [c.peft_type for c in (config, *vars(tuner).get("peft_config", {}).values())]
     lora = all(getattr(kind, "value", kind) == "LORA" for kind in kinds)
-    remedy = f"Call accept(config, model=model) first, of {OP}." if lora else OTHERWISE
+    remedy = (
+        f"Call accept(config, model=model) first, of {OP}; saved adapters: "
+        "peft.PeftModel.from_pretrained(model, folder, config=accept(PeftConfig.from_pretrained("
+        "folder)))."
+    )
+    remedy = remedy if lora else OTHERWISE
     _check_none(config, _targets(tuner, model, config), remedy)
 
 
