@@ -279,6 +279,17 @@ def test_folders_of_older_releases_are_read(tmp_path):
         assert torch.allclose(logits(loaded).float(), logits(model), atol=1e-2)
 
 
+def test_a_dense_model_saved_over_a_pruned_one_is_no_damage(tmp_path):
+    model = cases.sparsify(cases.llama())
+    save_pretrained(model, tmp_path)
+    dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    sk.decompress_model(dense).save_pretrained(tmp_path, is_main_process=False)
+    assert (tmp_path / "SHA256SUMS").is_file()
+    dense.save_pretrained(tmp_path)
+    assert sk.checkpoint.verify_checkpoint(tmp_path).ok
+    assert torch.equal(logits(from_pretrained(tmp_path, verify=True)), logits(model))
+
+
 def test_a_variant_is_read_whole(tmp_path):
     """Compressed layers, too, are those of the variant, beside other weights or not, in shards or
     not; Transformers alone knows the argument."""

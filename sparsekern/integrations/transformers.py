@@ -22,6 +22,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import os
 import threading
 import warnings
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ from sparsekern.checkpoint.save import save_pretrained
 from sparsekern.formats.config_json import METHOD, sparsity_entry
 from sparsekern.integrations import attention
 from sparsekern.nn.sparse_linear import SparseLinear
-from sparsekern.utils.safetensors_io import require
+from sparsekern.utils.safetensors_io import SUMS_FILE, require
 from sparsekern.utils.when_imported import when_imported
 
 OP = "sparsekern.integrations.transformers"
@@ -78,10 +79,16 @@ def _wrap_save(cls: Any) -> None:
     @functools.wraps(original)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         adapters_only = getattr(self, "_hf_peft_config_loaded", False)
-        if adapters_only or not any(isinstance(m, SparseLinear) for m in self.modules()):
+        if adapters_only:
             return original(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs).arguments
         asked = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
+        if not any(isinstance(m, SparseLinear) for m in self.modules()):
+            written = original(self, *args, **kwargs)
+            if asked.get("is_main_process", True):  # of a pruned model that was there before
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(asked["save_directory"], SUMS_FILE))
+            return written
         return save_pretrained(asked.pop("self"), asked.pop("save_directory"), **asked)
 
     cls.save_pretrained = wrapped
