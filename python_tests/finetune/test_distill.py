@@ -365,6 +365,36 @@ def test_a_model_that_takes_more_than_ids_is_refused():
         run(student, teacher)
 
 
+def test_a_teacher_without_logits_or_of_other_blocks_is_refused():
+    teacher, student = pair()
+    with pytest.raises(ValueError, match="expected logits of shape .*, got BaseModelOutput"):
+        run(student, teacher.model)
+    other = build("llama", hidden_size=16)
+    with pytest.raises(ValueError, match=r"the teacher's 2 block outputs .* Pass block=0"):
+        run(student, other, block=1.0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_on_whatever_the_caller_has(mode):
+    teacher, student = pair()
+    again = copy.deepcopy(student)
+    run(student, teacher, steps=2)
+    with mode():
+        run(again, teacher, steps=2)
+    assert torch.equal(weights(student), weights(again))
+
+
+@pytest.mark.parametrize("value", [torch.ones(1), None, {"loss": 1.0}, torch.ones(2)])
+def test_an_evaluation_gives_a_number(value):
+    teacher, student = pair()
+    options = OPTIONS | {"steps": 1, "evaluate": {"a": lambda _: value}}
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        assert distill(student, teacher, rows(), **options).final["a"] == 1
+        return
+    with pytest.raises(TypeError, match=r"a number from evaluate\['a'\], got .* Return one"):
+        distill(student, teacher, rows(), **options)
+
+
 def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
     """torch.save says "unexpected pos" where the disk is full."""
 
@@ -445,6 +475,11 @@ def test_arguments_of_generate_and_pack():
         (lambda: data.generate(build("llama"), 0), ValueError, "tokens from 1 to"),
         (lambda: data.generate(build("llama"), 8, window=1), ValueError, "window from 2 to"),
         (lambda: data.generate(build("llama"), 8, prompts=rows(), start=2), ValueError, "start=2"),
+        (
+            lambda: data.generate(build("llama"), 8, start=999),
+            ValueError,
+            "below 64, got 999. Pass",
+        ),
         (lambda: data.pack(["text"], 4), TypeError, r"documents\[0\]: a tensor of ids, got 'text'"),
     ):
         with pytest.raises(error, match=text):

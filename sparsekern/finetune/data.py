@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sparsekern.errors import check
 from sparsekern.eval.perplexity import is_beyond, logits_of
 from sparsekern.finetune.sampler import Sampler, why_not
+from sparsekern.oneshot.discovery import input_embedding
 from sparsekern.oneshot.fingerprint import of_model as fingerprint
 from sparsekern.utils.arguments import SEEDS, checked, folded, shown
 from sparsekern.utils.json_store import cache_folder
@@ -203,6 +204,11 @@ def generate(
         prompts = torch.tensor([[first]], device="cpu")
     fits = prompts.dim() == 2 and 1 <= prompts.shape[1] < window
     check(fits, op, f"prompts [n, 1 to {window - 1}]", list(prompts.shape))
+    embedding = getattr(input_embedding(teacher), "weight", None)
+    if isinstance(embedding, Tensor):
+        most, least = embedding.shape[0], int(prompts.max())
+        remedy = "Pass start=, an id of its tokenizer, or set bos_token_id in its config."
+        check(least < most, op, f"ids of prompts, or the start token, below {most}", least, remedy)
     short = prompts < 0
     holes = bool((short[:, :-1] & ~short[:, 1:]).any() or short[:, 0].any())
     check(not holes, op, "-1 at the ends of prompts", "elsewhere, too")
@@ -530,7 +536,8 @@ def overlap(rows: Tensor, test: Tensor, n: int = 13) -> Overlap:
     """
     op = f"{OP}.overlap"
     check(n >= 1, op, "n >= 1", n)
-    check(test.numel() >= n, op, f"a test text of at least {n} tokens", test.numel())
+    remedy = "Give a longer text."
+    check(test.numel() >= n, op, f"a test text of at least {n} tokens", test.numel(), remedy)
     wanted = _ngram_hashes(test.reshape(1, -1), n)
     if rows.shape[1] < n:
         return Overlap(n, wanted.size, 0)

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -274,7 +274,12 @@ class _Run:
         flags = [(module, module.training) for module in model.modules()]
         dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         try:
-            with self.end, torch.random.fork_rng(devices):
+            with (
+                self.end,
+                torch.inference_mode(False),
+                torch.enable_grad(),  # whatever the caller has
+                torch.random.fork_rng(devices),
+            ):
                 yield
         except BaseException:
             for module, flag in flags:
@@ -315,6 +320,8 @@ class _Run:
         elif isinstance(data, Tensor):
             rows = text.pack([data], window) if data.dim() == 1 else data
             data = Corpus(rows.cpu(), [text.Source("text", "ids", rows.numel())])
+        if data.rows.is_inference():
+            data = Corpus(data.rows.clone(), data.sources)
         self._check_ids("data", data.rows)
         self.corpus = data
         self.rows = data.rows
@@ -407,6 +414,11 @@ class _Run:
                 compile=self.recipe.compile and not offload,
                 blocks=self.recipe.block > 0,
             )
+            if not self.teacher.split.plain:  # else compared with its logits already
+                ids = self.corpus.rows[:1].to(next(teacher.parameters()).device, torch.int64)
+                kwargs = {"use_cache": False} if hasattr(teacher, "config") else {}
+                with torch.no_grad():
+                    check_model(OP, teacher, ids, kwargs, causal=False)
             self.report.teacher = "offloaded" if offload else "live"
         elif teacher is not None:
             self.teacher = CachedTeacher(teacher, self.corpus, self.device)
@@ -639,7 +651,14 @@ class _Run:
 
     def _evaluate(self, step: int) -> None:
         self.model.eval()
-        values = {name: float(measure(self.model)) for name, measure in self.evaluations.items()}
+        values: dict[str, float] = {}
+        for name, measure in self.evaluations.items():
+            found = measure(self.model)
+            one = not isinstance(found, Tensor) or found.numel() == 1
+            number = isinstance(found, SupportsFloat) and one
+            expected = f"a number from evaluate[{name!r}]"
+            check(number, OP, expected, shown(found), "Return one.", TypeError)
+            values[name] = float(found)
         row = {"step": step, **values}
         self.report.evaluations.append(row)
         self._log({"step": step, "evaluation": values, "seconds": self.spent})
