@@ -182,6 +182,40 @@ def test_limit_stops_with_a_checkpoint_and_goes_on(tmp_path):
     torch.testing.assert_close(weights(again), weights(one), rtol=0, atol=0)
 
 
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    """Of the same recipe, rows and shapes, but for what each name says."""
+    options = dict(folder=tmp_path, steps=2, save_every=1)
+    teacher, student = pair()
+    first = run(student, teacher, **options)
+    again = run(student, teacher, **options)
+    assert again.resumed == 2 and again.loss == first.loss
+    dense = build("llama", seed=7)
+    other, deeper = pair(seed=7), pair(num_hidden_layers=3)
+    wanda = copy.deepcopy(teacher).requires_grad_(True)
+    run_prune(wanda, "wanda", compress=False)
+    for model, asked, more, name in (
+        (student, dense, {}, "another weights of the teacher"),
+        (other[1], other[0], {}, "another weights of the teacher, masks"),
+        (wanda, teacher, {}, "another masks"),
+        (deeper[1], deeper[0], {}, "another weights of the teacher, model, masks"),
+        (pair()[1], teacher, {"schedule": Magnitude(every=1)}, "another schedule, masks"),
+    ):
+        before = weights(model)
+        with pytest.raises(ValueError, match=f"got {name}. Choose another folder"):
+            run(model, asked, **options, **more)
+        assert torch.equal(weights(model), before)
+    for foreign in ({"a": 1}, [1]):
+        torch.save(foreign, tmp_path / "checkpoint.pt")
+        with pytest.raises(FormatError, match="a checkpoint of distill in .* Choose another"):
+            run(student, teacher, **options)
+
+
+def test_a_damaged_manifest_of_a_cache(tmp_path):
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(FormatError, match="JSON in .*manifest.json, got .* Build the cache again"):
+        run(pair()[1], tmp_path)
+
+
 def test_limit_shortens_a_run_by_minutes(monkeypatch):
     monkeypatch.setattr(trainer, "time", Clock(0.05))
     teacher, student = pair()
