@@ -503,6 +503,31 @@ def test_what_distill_refuses_before_anything_is_done(tmp_path):
     assert torch.equal(weights(student), before)
 
 
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "T5ForConditionalGeneration"])
+def test_a_teacher_that_cannot_write_is_refused(kind):
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
+    sizes |= dict(intermediate_size=64, initializer_range=1.0) if kind[0] == "B" else {"d_ff": 64}
+    made = getattr(transformers, kind)
+    teacher = made(made.config_class(**sizes))
+    with pytest.raises(ValueError, match="to be causal|to take token ids alone"):
+        data.generate(teacher, 8, window=8, start=3, cache=False, progress=False)
+    with pytest.raises(TypeError, match="a Transformers model, got Linear. Unwrap it"):
+        data.generate(torch.nn.Linear(2, 2), 8, start=3)
+
+
+def test_a_cache_of_text_that_is_no_folder_or_damaged(tmp_path):
+    teacher = build("llama")
+    options = dict(window=8, start=3, cache=tmp_path / "texts", progress=False)
+    data.generate(teacher, 8, **options)
+    (file,) = (tmp_path / "texts").iterdir()
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(FormatError, match="cached rows, got a damaged file: .* Delete "):
+        data.generate(teacher, 8, **options)
+    with pytest.raises(OSError, match="a folder that can be written"):
+        data.generate(teacher, 8, **options | {"cache": file})
+
+
 def test_arguments_of_generate_and_pack():
     for call, error, text in (
         (lambda: data.generate(None, 8), TypeError, "teacher: an nn.Module, got None"),
