@@ -343,6 +343,17 @@ def test_ema_under_moving_masks_is_made_sparse_by_apply_to():
     assert not average.module.up.weight[~masked.masks["up"]].any()
 
 
+def test_apply_to_another_model_changes_nothing():
+    masked = Masked(pruned())
+    for down, text in ((nn.Identity(), "a layer named down, got none"), (nn.Linear(4, 4), "of sh")):
+        other = network(1)
+        other.down = down
+        before = other.up.weight.clone()
+        with pytest.raises(ValueError, match=f"{text}.* Pass a copy of the model"):
+            masked.apply_to(other)
+        assert torch.equal(other.up.weight, before)
+
+
 def test_keep_dense_restores_what_was_dropped():
     model = network()
     dense = model.up.weight.detach().clone()

@@ -469,14 +469,23 @@ class Masked:
     @torch.no_grad()
     def apply_to(self, model: nn.Module) -> None:
         """Zero the dropped weights of another model of the same layers: an average (EMA) of
-        weights whose masks moved is not 2:4 until then; one under fixed masks is anyway."""
-        modules = dict(named_modules(model))
+        weights whose masks moved is not 2:4 until then; one under fixed masks is anyway.
+
+        Raises:
+            ValueError: a layer that it has not, or of another shape; nothing changes.
+        """
+        op, remedy = f"{OP}.apply_to", "Pass a copy of the model that is masked."
+        modules, weights = dict(named_modules(model)), []
         for entry in self.entries:
             owner = entry.name if entry.key == "weight" else entry.name.rpartition(".")[0]
             module = modules.get(owner) or modules.get(entry.name.rpartition(".")[0])
             known = module is not None and isinstance(getattr(module, entry.key, None), Tensor)
-            check(known, f"{OP}.apply_to", f"a layer named {entry.name}", "none")
-            weight = local(getattr(module, entry.key).detach())
+            check(known, op, f"a layer named {entry.name}", "none", remedy)
+            weight, shape = local(getattr(module, entry.key).detach()), list(entry.drop().shape)
+            expected = f"{entry.name} of shape {shape}"
+            check(list(weight.shape) == shape, op, expected, list(weight.shape), remedy)
+            weights.append(weight)
+        for weight, entry in zip(weights, self.entries):
             weight.masked_fill_(entry.drop().to(weight.device), 0)
 
     # ------------------------------------------------------------------ checks and the end
