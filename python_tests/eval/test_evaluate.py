@@ -8,6 +8,7 @@ from torch import nn
 
 from python_tests.oneshot.driver_models import VOCABULARY, build, tokens, transformers
 from sparsekern.eval.perplexity import perplexity
+from sparsekern.oneshot.discovery import positions
 
 WINDOW = 12
 
@@ -131,6 +132,21 @@ def test_windows_longer_than_the_positions():
     )
     with pytest.raises(ValueError, match=text), pytest.warns(UserWarning, match="got 65"):
         perplexity(build("gpt2"), ids, window=65)
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "XLMRoberta", "Data2VecText"])
+def test_positions_that_begin_after_the_id_of_padding(kind):
+    """Two of them are no tokens'."""
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    sizes |= dict(vocab_size=VOCABULARY, max_position_embeddings=14, pad_token_id=1)
+    config = getattr(transformers, f"{kind}Config")(**sizes, is_decoder=True)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    assert positions(model) == WINDOW
+    ids = tokens(1, 26)[0].clamp(min=2)
+    assert 1 < perplexity(model, ids, window=WINDOW) < math.inf
+    text, warned = "window <= 12, its positions", "at most 12 tokens"
+    with pytest.raises(ValueError, match=text), pytest.warns(UserWarning, match=warned):
+        perplexity(model, ids, window=WINDOW + 1)
 
 
 @pytest.mark.parametrize("kind", ["BertForMaskedLM", "BartForConditionalGeneration"])

@@ -123,12 +123,24 @@ def test_chats_go_through_the_template(files):
         ('{"messages": [{"role": "user"}]}', 'messages with "role" and "content" in line 1'),
         ('{"messages": []}', "messages in line 1 of .* got none"),
         ('{"text": ""}', "text in .* got none"),
+        (r'{"text": "a\ud800"}', r"a text in line 1 of .*, got '\\ud800' at 1. Mend it"),
     ],
 )
 def test_wrong_lines(content, text, tmp_path):
     (tmp_path / "x.jsonl").write_text(content + "\n", encoding="latin-1")
     with pytest.raises(ValueError, match=text):
         calibration_mix(str(tmp_path / "x.jsonl"), Letters(), tokens=16, window=8)
+
+
+def test_a_file_goes_by_its_name_and_pairs_may_be_lists(files):
+    odd = files / "a=b,c.NDJSON"
+    odd.write_text('{"text": "abcdefgh"}\n' * 4, encoding="utf-8-sig")
+    made = calibration_mix(str(odd), Letters(), tokens=16, window=8)
+    assert made.tokens == 16 and made.sources[0]["documents"] == 4
+    assert mix.is_mix(str(odd)) and mix.is_mix("T.JSONL")
+    assert mix.parse([["a", 1], ["b", 3]]) == [("a", 0.25), ("b", 0.75)]
+    with pytest.raises(ValueError, match="a number as the share of a, got 'x'. Write NAME=0.5"):
+        mix.parse({"a": "x"})
 
 
 def test_parquet_needs_a_reader(files, monkeypatch):

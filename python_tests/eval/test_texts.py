@@ -31,6 +31,27 @@ def test_bad_files(tmp_path, content, text):
         texts.read_rows(tmp_path / "t.txt", "train")
 
 
+@pytest.mark.parametrize("name", ["t.jsonl", "T.JSONL", "t.ndjson", "t.json", "t.parquet"])
+def test_records_are_no_plain_text(tmp_path, name):
+    (tmp_path / name).write_text('{"text": "a"}\n')
+    with pytest.raises(ValueError, match="plain text, got records in .* Write its texts"):
+        texts.read_rows(tmp_path / name, "test")
+
+
+def test_a_mark_before_the_text_is_none_of_it(tmp_path):
+    (tmp_path / "t.txt").write_text("a\n", encoding="utf-8-sig")
+    assert texts.read_rows(tmp_path / "t.txt", "train") == ["a\n"]
+
+
+def test_what_tokenizers_return():
+    for made in ([5, 6], torch.tensor([5, 6]), [[5, 6]]):
+        ids = texts.tokenize(lambda _, verbose, made=made: {"input_ids": made}, "a text")
+        assert ids.dtype == torch.int64 and ids.tolist() == [5, 6]
+    for made in ([5, 6], "ids", {"ids": [5]}, {"input_ids": [[5], [6]]}, {"input_ids": None}):
+        with pytest.raises(TypeError, match="to be a list of ids, got .* Pass a tokenizer"):
+            texts.tokenize(lambda _, verbose, made=made: made, "a text")
+
+
 def test_other_bad_sources(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no text file at"):
         texts.read_rows(tmp_path / "absent", "train")

@@ -182,6 +182,40 @@ def test_limit_stops_with_a_checkpoint_and_goes_on(tmp_path):
     torch.testing.assert_close(weights(again), weights(one), rtol=0, atol=0)
 
 
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    """Of the same recipe, rows and shapes, but for what each name says."""
+    options = dict(folder=tmp_path, steps=2, save_every=1)
+    teacher, student = pair()
+    first = run(student, teacher, **options)
+    again = run(student, teacher, **options)
+    assert again.resumed == 2 and again.loss == first.loss
+    dense = build("llama", seed=7)
+    other, deeper = pair(seed=7), pair(num_hidden_layers=3)
+    wanda = copy.deepcopy(teacher).requires_grad_(True)
+    run_prune(wanda, "wanda", compress=False)
+    for model, asked, more, name in (
+        (student, dense, {}, "another weights of the teacher"),
+        (other[1], other[0], {}, "another weights of the teacher, masks"),
+        (wanda, teacher, {}, "another masks"),
+        (deeper[1], deeper[0], {}, "another weights of the teacher, model, masks"),
+        (pair()[1], teacher, {"schedule": Magnitude(every=1)}, "another schedule, masks"),
+    ):
+        before = weights(model)
+        with pytest.raises(ValueError, match=f"got {name}. Choose another folder"):
+            run(model, asked, **options, **more)
+        assert torch.equal(weights(model), before)
+    for foreign in ({"a": 1}, [1]):
+        torch.save(foreign, tmp_path / "checkpoint.pt")
+        with pytest.raises(FormatError, match="a checkpoint of distill in .* Choose another"):
+            run(student, teacher, **options)
+
+
+def test_a_damaged_manifest_of_a_cache(tmp_path):
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(FormatError, match="JSON in .*manifest.json, got .* Build the cache again"):
+        run(pair()[1], tmp_path)
+
+
 def test_limit_shortens_a_run_by_minutes(monkeypatch):
     monkeypatch.setattr(trainer, "time", Clock(0.05))
     teacher, student = pair()
@@ -365,6 +399,36 @@ def test_a_model_that_takes_more_than_ids_is_refused():
         run(student, teacher)
 
 
+def test_a_teacher_without_logits_or_of_other_blocks_is_refused():
+    teacher, student = pair()
+    with pytest.raises(ValueError, match="expected logits of shape .*, got BaseModelOutput"):
+        run(student, teacher.model)
+    other = build("llama", hidden_size=16)
+    with pytest.raises(ValueError, match=r"the teacher's 2 block outputs .* Pass block=0"):
+        run(student, other, block=1.0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_on_whatever_the_caller_has(mode):
+    teacher, student = pair()
+    again = copy.deepcopy(student)
+    run(student, teacher, steps=2)
+    with mode():
+        run(again, teacher, steps=2)
+    assert torch.equal(weights(student), weights(again))
+
+
+@pytest.mark.parametrize("value", [torch.ones(1), None, {"loss": 1.0}, torch.ones(2)])
+def test_an_evaluation_gives_a_number(value):
+    teacher, student = pair()
+    options = OPTIONS | {"steps": 1, "evaluate": {"a": lambda _: value}}
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        assert distill(student, teacher, rows(), **options).final["a"] == 1
+        return
+    with pytest.raises(TypeError, match=r"a number from evaluate\['a'\], got .* Return one"):
+        distill(student, teacher, rows(), **options)
+
+
 def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
     """torch.save says "unexpected pos" where the disk is full."""
 
@@ -439,12 +503,42 @@ def test_what_distill_refuses_before_anything_is_done(tmp_path):
     assert torch.equal(weights(student), before)
 
 
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "T5ForConditionalGeneration"])
+def test_a_teacher_that_cannot_write_is_refused(kind):
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
+    sizes |= dict(intermediate_size=64, initializer_range=1.0) if kind[0] == "B" else {"d_ff": 64}
+    made = getattr(transformers, kind)
+    teacher = made(made.config_class(**sizes))
+    with pytest.raises(ValueError, match="to be causal|to take token ids alone"):
+        data.generate(teacher, 8, window=8, start=3, cache=False, progress=False)
+    with pytest.raises(TypeError, match="a Transformers model, got Linear. Unwrap it"):
+        data.generate(torch.nn.Linear(2, 2), 8, start=3)
+
+
+def test_a_cache_of_text_that_is_no_folder_or_damaged(tmp_path):
+    teacher = build("llama")
+    options = dict(window=8, start=3, cache=tmp_path / "texts", progress=False)
+    data.generate(teacher, 8, **options)
+    (file,) = (tmp_path / "texts").iterdir()
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(FormatError, match="cached rows, got a damaged file: .* Delete "):
+        data.generate(teacher, 8, **options)
+    with pytest.raises(OSError, match="a folder that can be written"):
+        data.generate(teacher, 8, **options | {"cache": file})
+
+
 def test_arguments_of_generate_and_pack():
     for call, error, text in (
         (lambda: data.generate(None, 8), TypeError, "teacher: an nn.Module, got None"),
         (lambda: data.generate(build("llama"), 0), ValueError, "tokens from 1 to"),
         (lambda: data.generate(build("llama"), 8, window=1), ValueError, "window from 2 to"),
         (lambda: data.generate(build("llama"), 8, prompts=rows(), start=2), ValueError, "start=2"),
+        (
+            lambda: data.generate(build("llama"), 8, start=999),
+            ValueError,
+            "below 64, got 999. Pass",
+        ),
         (lambda: data.pack(["text"], 4), TypeError, r"documents\[0\]: a tensor of ids, got 'text'"),
     ):
         with pytest.raises(error, match=text):

@@ -84,6 +84,29 @@ def test_prune_distil_compress_save(folder, capsys):
     assert "new or empty folder" in capsys.readouterr().err
 
 
+def test_texts_are_read_before_the_pruning(folder, capsys, monkeypatch):
+    (folder / "rows.jsonl").write_text(json.dumps({"text": WORDS * 20}) + "\n")
+    text, out = str(folder / "train.txt"), ["--out", str(folder / "out"), "--steps", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sk, "prune_model", no_pruning)
+        for options, wanted in (
+            (["--text", text, "--eval", str(folder / "none")], "no text file at"),
+            (["--text", str(folder / "rows.jsonl")], "plain text, got records in"),
+            (["--text", text, "--window", "100000"], "at least 100000 tokens"),
+        ):
+            assert call(folder, *out, *options) == 2
+            assert wanted in capsys.readouterr().err
+    (folder / "other").mkdir()
+    (folder / "other" / "test.txt").write_text(WORDS * 10)
+    evals = [str(folder / "test.txt"), str(folder / "other" / "test.txt")]
+    options = ["--text", text, "--eval", evals[0], "--eval", evals[1], "--eval-window", "16"]
+    assert call(folder, *out, *options, "--calibration", str(folder / "rows.jsonl")) == 0
+    report = json.loads((folder / "out" / "finetune_report.json").read_text())
+    assert set(evals) <= set(report["evaluations"][-1])
+    pruned = json.loads((folder / "out" / "prune_report.json").read_text())
+    assert pruned["calibration"]["samples"] == 8
+
+
 def test_from_a_preset_that_rotates(folder, capsys, monkeypatch):
     """The start is the preset's, its head untied; hidden states cannot be matched then."""
     row = Preset("", "admm", {"steps": 20}, {"rounds": 2}, samples=4, side_by_side=True)

@@ -129,6 +129,9 @@ def test_square_head():
     assert float(square_head([a], [a])) == 0
     want = ((a - b) ** 2).sum() / (b**2).sum()
     torch.testing.assert_close(square_head([a, b], [b, b]), want / 2)
+    for other in ([b], [b, b.t()], [b.t(), b]):
+        with pytest.raises(ValueError, match="the teacher's . block outputs .* Pass block=0"):
+            square_head([a, b], other)
 
 
 def test_errors():

@@ -53,6 +53,61 @@ def test_any_optimizer_keeps_masks_and_masked_state(kind):
             assert value[~dropped].any(), key
 
 
+class SharpnessAware(torch.optim.Optimizer):
+    """SAM as its users have it: two half steps, the second by another optimizer."""
+
+    def __init__(self, parameters, base, **options):
+        super().__init__(parameters, options)
+        self.base_optimizer = base(self.param_groups, **options)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_step(self):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["old"] = p.clone()
+            p.add_(p.grad, alpha=0.05)
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self):
+        for p in self.param_groups[0]["params"]:
+            p.copy_(self.state[p]["old"])
+        self.base_optimizer.step()
+        self.zero_grad()
+
+    def step(self, closure):
+        self.first_step()
+        torch.enable_grad()(closure)()
+        self.second_step()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_optimizer_that_steps_through_another(whole):
+    model = pruned()
+    masked = Masked(model)
+    sam = SharpnessAware(model.parameters(), torch.optim.AdamW, lr=1e-2)
+    assert masked.attach(sam) is sam
+    between = []
+
+    def backward():
+        between.append(masked.check())
+        model(batch(0)[0]).square().mean().backward()
+
+    for _ in range(3):
+        backward()
+        if whole:
+            sam.step(backward)
+        else:
+            masked.mask_gradients()
+            sam.first_step()
+            backward()
+            sam.second_step()
+        sam.zero_grad()
+    assert masked.check() == 0 and masked.step == 3 and between == [0] * 6
+    with pytest.raises(ValueError, match="not attached yet"):
+        masked.attach(sam.base_optimizer)
+
+
 class Coded(torch.optim.Optimizer):
     """Momentum in 8 bits, code 127 for zero."""
 
@@ -286,6 +341,17 @@ def test_ema_under_moving_masks_is_made_sparse_by_apply_to():
     assert outside.any()
     masked.apply_to(average)
     assert not average.module.up.weight[~masked.masks["up"]].any()
+
+
+def test_apply_to_another_model_changes_nothing():
+    masked = Masked(pruned())
+    for down, text in ((nn.Identity(), "a layer named down, got none"), (nn.Linear(4, 4), "of sh")):
+        other = network(1)
+        other.down = down
+        before = other.up.weight.clone()
+        with pytest.raises(ValueError, match=f"{text}.* Pass a copy of the model"):
+            masked.apply_to(other)
+        assert torch.equal(other.up.weight, before)
 
 
 def test_keep_dense_restores_what_was_dropped():

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import sparsekern
+from python_tests.nn import expert_models
 from sparsekern.finetune import Masked, SparseTrainingLinear, finish_training, sparse_training
 from sparsekern.finetune.transposable import is_transposable, transposable_mask
 
@@ -163,6 +164,28 @@ def test_float32_values_under_autocast():
     assert layer.to_sparse_linear().weight.values.dtype == torch.bfloat16
 
 
+def test_steps_after_an_evaluation_in_inference_mode():
+    model = net()
+    sparse_training(model)
+    x = torch.randn(3, model[0].in_features)
+    for _ in range(2):
+        with torch.inference_mode():
+            model(x)
+        model(x).square().sum().backward()
+        torch.optim.SGD(model.parameters(), 0.1).step()
+    want = model[0].to_linear()(x)
+    torch.testing.assert_close(model[0](x), want)
+
+
+def test_what_is_left_dense_is_said():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6))
+    with pytest.warns(UserWarning, match=r"left dense: 1 \(6x8 is no multiple of 4\)"):
+        assert sparse_training(model) == ["0"]
+    model = expert_models.build("mixtral")
+    with pytest.warns(UserWarning, match=r"mlp.experts.gate_up_proj \(experts in one Parameter"):
+        assert not any("experts" in name for name in sparse_training(model))
+
+
 def test_bad_arguments():
     w = torch.randn(8, 16)
     rows_only = sparsekern.prune.magnitude_mask(w)
@@ -178,7 +201,7 @@ def test_bad_arguments():
         SparseTrainingLinear(w, when="never")
     with pytest.raises(ValueError, match="no such"):
         sparse_training(net(), {"no such": rows_only})
-    with pytest.raises(ValueError, match="multiples of 4"):
+    with pytest.raises(ValueError, match="multiples of 4"), pytest.warns(UserWarning, match="3x6"):
         sparse_training(nn.Sequential(nn.Linear(6, 3)))
 
 

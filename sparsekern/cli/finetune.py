@@ -194,14 +194,18 @@ def run(args: argparse.Namespace) -> int:
             setattr(args, name, min(usual, positions(teacher) or usual))
     beside = files_beside(args.model)
     check(tokenizer is not None, OP, "a tokenizer with the model", "none", "Add tokenizer.json.")
+    given = _given(args, tokenizer)  # what is wrong with a text is said before the pruning
+    names = [Path(name).name for name in args.eval]
+    names = names if len(set(names)) == len(names) else args.eval
+    evaluate = {k: _ids(tokenizer, name, "test") for k, name in zip(names, args.eval)}
     student, report = _student(args, teacher, tokenizer, device, work)
-    corpus = _corpus(args, teacher, tokenizer, device)
+    corpus = _corpus(args, teacher, given, device)
     result = distill(
         student,
         teacher if _distils(vars(args)) else None,
         corpus,
         schedule=_schedule(args),
-        evaluate={Path(name).name: _ids(tokenizer, name, "test") for name in args.eval},
+        evaluate=evaluate,
         **({"eval_window": args.eval_window} if args.eval else {}),
         folder=work,
         limit_seconds=args.limit_seconds,
@@ -244,7 +248,7 @@ def _student(
     import copy
 
     import sparsekern as sk
-    from sparsekern.eval import texts
+    from sparsekern.eval import mix, texts
     from sparsekern.finetune import start
     from sparsekern.integrations.loading import load_model
     from sparsekern.oneshot import fingerprint
@@ -257,10 +261,17 @@ def _student(
         return student, None
     calibration, preset = None, find_preset(OP, args.preset)
     if _calibrates(vars(args)):
-        ids = _ids(tokenizer, args.calibration, "train")
         samples = preset.samples if args.samples is None else args.samples
-        draw: Any = texts.side_by_side if preset.side_by_side else texts.calibration_windows
-        calibration = draw(ids, samples, args.calibration_window, args.seed)
+        window, seed = args.calibration_window, args.seed
+        if mix.is_mix(args.calibration):
+            made = mix.calibration_mix(
+                args.calibration, tokenizer, tokens=samples * window, window=window, seed=seed
+            )
+            calibration = torch.stack(made.rows)
+        else:
+            ids = _ids(tokenizer, args.calibration, "train")
+            draw: Any = texts.side_by_side if preset.side_by_side else texts.calibration_windows
+            calibration = draw(ids, samples, window, seed)
     asked = {
         "model": fingerprint.of_model(teacher),
         "preset": args.preset,
@@ -307,19 +318,26 @@ def densify(model: Any) -> Any:
     return model
 
 
-def _corpus(args: argparse.Namespace, teacher: Any, tokenizer: Any, device: str) -> Any:
+def _given(args: argparse.Namespace, tokenizer: Any) -> Any:
+    """Rows of the texts that were given, or None."""
+    from sparsekern.finetune import data
+
+    if not args.text:
+        return None
+    documents = [_ids(tokenizer, name, "train") for name in args.text]
+    rows = data.pack(documents, args.window, tokenizer.eos_token_id)
+    counts = zip(args.text, documents)
+    sources = [data.Source("text", Path(n).name, ids.numel()) for n, ids in counts]
+    return data.Corpus(rows, sources)
+
+
+def _corpus(args: argparse.Namespace, teacher: Any, corpus: Any, device: str) -> Any:
+    """The rows that were given, and those that the teacher samples."""
     from sparsekern.finetune import data
 
     made = args.teacher_tokens
     if made is None:
         made = 0 if args.text else 4_000_000
-    corpus = None
-    if args.text:
-        documents = [_ids(tokenizer, name, "train") for name in args.text]
-        rows = data.pack(documents, args.window, tokenizer.eos_token_id)
-        counts = zip(args.text, documents)
-        sources = [data.Source("text", Path(n).name, ids.numel()) for n, ids in counts]
-        corpus = data.Corpus(rows, sources)
     if made:
         autocast = torch.bfloat16 if device.startswith("cuda") else None
         teacher.to(device)

@@ -2,7 +2,7 @@
 sets, in given shares, as rows of token ids with a description that goes into the report.
 
     c4.txt                            a UTF-8 file, one document
-    notes.jsonl, notes.json           one object a line, or a list of them: {"text": ...} or a chat,
+    notes.jsonl (.ndjson), notes.json one object a line, or a list of them: {"text": ...} or a chat,
                                       {"messages": [{"role": ..., "content": ...}, ...]}
     rows.parquet                      the same as columns; read by pandas or pyarrow
     hf:NAME[:CONFIG[:SPLIT]], builtin as in eval/texts.py, one document a row
@@ -20,6 +20,7 @@ import hashlib
 import importlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,28 +82,23 @@ def parse(spec: str | Mapping[str, float] | Iterable[Any]) -> list[tuple[str, fl
         ValueError: no source, one twice, a share that is no positive number, or shares for some.
     """
     items: list[Any]
-    if isinstance(spec, str):
+    if isinstance(spec, str) and os.path.isfile(spec):  # whatever its name has in it
+        items = [(spec, None)]
+    elif isinstance(spec, str):
         items = [part.strip() for part in spec.split(",") if part.strip()]
     else:
         items = list(spec.items()) if isinstance(spec, Mapping) else list(spec)
     found: list[tuple[str, float | None]] = []
     for item in items:
-        name, share = item if isinstance(item, tuple) else (str(item), None)
-        if share is None and isinstance(spec, str):
-            before, equals, after = name.rpartition("=")
-            if equals:
-                name = before
-                try:
-                    share = float(after)
-                except ValueError:
-                    check(
-                        False,
-                        OP,
-                        f"a number as the share of {before}",
-                        repr(after),
-                        "Write NAME=0.5.",
-                    )
-        found.append((str(name), None if share is None else float(share)))
+        pair = isinstance(item, (tuple, list)) and len(item) == 2
+        name, share = item if pair else (str(item), None)
+        if isinstance(spec, str) and not pair and "=" in name:
+            name, _, share = name.rpartition("=")
+        try:
+            found.append((str(name), None if share is None else float(share)))
+        except (TypeError, ValueError):
+            expected = f"a number as the share of {name}"
+            check(False, OP, expected, repr(share), "Write NAME=0.5.")
     check(bool(found), OP, "at least one source", repr(spec))
     names = [name for name, _ in found]
     check(len(set(names)) == len(names), OP, "each source once", names)
@@ -117,8 +113,8 @@ def parse(spec: str | Mapping[str, float] | Iterable[Any]) -> list[tuple[str, fl
 
 def is_mix(spec: str) -> bool:
     """Whether a text names more than one plain text source, and so is for calibration_mix."""
-    ends = (".jsonl", ".json", ".parquet")
-    return not Path(spec).is_file() and ("," in spec or "=" in spec) or spec.endswith(ends)
+    one = os.path.isfile(spec) or not ("," in spec or "=" in spec)
+    return not one or spec.lower().endswith(texts.RECORDS)
 
 
 @checked(OP, tokens=(1, 10**12), window=(1, 10**9), seed=SEEDS)
@@ -250,13 +246,14 @@ def _documents(source: str, tokenizer: Any) -> tuple[Documents, str]:
 def _records(source: str) -> list[Any]:
     """Documents of a source: texts, or lists of messages."""
     path = Path(source)
-    if not path.suffix or source == "builtin" or source.startswith("hf:"):
+    suffix = path.suffix.lower()
+    if not suffix or source == "builtin" or source.startswith("hf:"):
         rows = cast("list[str]", texts.read_rows(source, "train"))
         return ["".join(rows)] if path.is_file() else rows
-    if path.suffix in (".jsonl", ".json", ".parquet"):
+    if suffix in texts.RECORDS:
         if not path.is_file():
-            raise FileNotFoundError(f"{OP}: no file at {path}.")
-        if path.suffix == ".parquet":
+            raise FileNotFoundError(f"{OP}: no file at {path}. Give the path of one that is there.")
+        if suffix == ".parquet":
             return [_record(row, f"row {i} of {path}") for i, row in enumerate(_parquet(path))]
         return [_record(row, where) for row, where in _json(path)]
     return ["".join(cast("list[str]", texts.read_rows(source, "train")))]
@@ -265,12 +262,14 @@ def _records(source: str) -> list[Any]:
 def _json(path: Path) -> Iterator[tuple[Any, str]]:
     """(object, where it stands) of a JSONL file, or of a JSON file with a list."""
     text = texts.utf8(path, OP)
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         try:
             whole = json.loads(text)
         except ValueError as error:
-            check(False, OP, f"{path} to hold JSON", str(error))
-        check(isinstance(whole, list), OP, f"a list in {path}", type(whole).__name__)
+            remedy = "Name it .jsonl where it has an object a line."
+            check(False, OP, f"{path} to hold JSON", str(error), remedy)
+        remedy = "Save the list of its texts alone."
+        check(isinstance(whole, list), OP, f"a list in {path}", type(whole).__name__, remedy)
         yield from ((row, f"entry {i} of {path}") for i, row in enumerate(whole))
         return
     for number, line in enumerate(text.split("\n"), 1):
@@ -280,26 +279,37 @@ def _json(path: Path) -> Iterator[tuple[Any, str]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            check(False, OP, f"{where} to hold JSON", str(error))
+            check(False, OP, f"{where} to hold JSON", str(error), "Mend the line, or leave it out.")
         yield row, where
 
 
 def _record(row: Any, where: str) -> Any:
     """The text of an object, or its messages."""
     if isinstance(row, str):
-        return row
+        return _storable(row, where)
     expected = f'an object with "text" or "messages" in {where}'
-    check(isinstance(row, Mapping), OP, expected, type(row).__name__)
+    remedy = "Rename its key, or leave the record out."
+    check(isinstance(row, Mapping), OP, expected, type(row).__name__, remedy)
     for key in CHAT_KEYS:
         messages = row.get(key)
         if messages is not None and not isinstance(messages, str):
             made = [_message(message, where) for message in messages]
-            check(bool(made), OP, f"messages in {where}", "none")
+            check(bool(made), OP, f"messages in {where}", "none", "Leave the record out.")
             return made
     text = row.get("text")
     got = f"{text!r} as text" if "text" in row else f"the keys {sorted(map(str, row))}"
-    check(isinstance(text, str), OP, expected, got[:80])
-    return text
+    check(isinstance(text, str), OP, expected, got[:80], remedy)
+    return _storable(text, where)
+
+
+def _storable(text: Any, where: str) -> str:
+    """The text, if it can be written as UTF-8: half a pair of surrogates cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        got, remedy = f"{text[error.start]!r} at {error.start}", "Mend it, or leave the record out."
+        check(False, OP, f"a text in {where}", got, remedy)
+    return str(text)
 
 
 def _message(message: Any, where: str) -> dict[str, str]:
@@ -310,8 +320,9 @@ def _message(message: Any, where: str) -> dict[str, str]:
         content = message.get("content", message.get("value"))
     role = {"human": "user", "gpt": "assistant"}.get(str(role), role)
     fits = isinstance(role, str) and isinstance(content, str)
-    check(fits, OP, f'messages with "role" and "content" in {where}', repr(message)[:80])
-    return {"role": str(role), "content": str(content)}
+    expected, remedy = f'messages with "role" and "content" in {where}', "Make both texts."
+    check(fits, OP, expected, repr(message)[:80], remedy)
+    return {"role": str(role), "content": _storable(content, where)}
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Text for calibration and evaluation: where it comes from, how it becomes token ids and windows.
 
 Three kinds of source, written the same way on the command line and in Python:
-    path/to/file.txt            a UTF-8 file
+    path/to/file.txt            a UTF-8 file of plain text
     hf:NAME[:CONFIG[:SPLIT]]    a Hugging Face data set, read with the `datasets` package;
                                 hf:wikitext2 and hf:c4 are short names
     builtin                     the Python language reference inside `pydoc_data`, which every full
@@ -24,6 +24,7 @@ import torch
 from sparsekern.errors import check, message
 from sparsekern.utils.arguments import SEEDS, shown
 
+RECORDS = (".jsonl", ".ndjson", ".json", ".parquet")  # files of texts and what is beside them
 HELD_OUT_EVERY = 5  # every fifth topic of the sorted list is held out
 # short name -> (data set, configuration, {split: data file} where only one file is wanted)
 HF_NAMES = {
@@ -70,6 +71,9 @@ def read_rows(source, split):
                 f"sparsekern.read_rows: no text file at {path}. "
                 "Give a UTF-8 file, hf:NAME or builtin."
             )
+        remedy = "Write its texts to a file of plain text."
+        plain = path.suffix.lower() not in RECORDS
+        check(plain, "sparsekern.read_rows", "plain text", f"records in {path}", remedy)
         text = utf8(path, "sparsekern.read_rows").replace("\r\n", "\n").replace("\r", "\n")
         *whole, last = text.split("\n")  # splitlines() would also split at form feeds
         rows = [row + "\n" for row in whole] + [last] * bool(last)
@@ -93,14 +97,22 @@ def tokenize(tokenizer, text):
 
     Special tokens appear only where the tokenizer adds them by itself.
     """
-    ids = tokenizer(text, verbose=False)["input_ids"]  # quiet: longer than the model's window
-    return torch.tensor(ids, dtype=torch.int64, device="cpu")
+    output = tokenizer(text, verbose=False)  # quiet: longer than the model's window
+    try:
+        ids = torch.as_tensor(output["input_ids"], dtype=torch.int64, device="cpu")
+    except (TypeError, KeyError, IndexError, ValueError, RuntimeError):
+        ids = None
+    good = ids is not None and (ids.dim() == 1 or ids.dim() == 2 and ids.shape[0] == 1)
+    expected = 'tokenizer(text)["input_ids"] to be a list of ids'
+    remedy = "Pass a tokenizer of Transformers."
+    check(good, "sparsekern.tokenize", expected, shown(output), remedy, TypeError)
+    return ids.reshape(-1)
 
 
 def utf8(path: Path, op: str) -> str:
     """The text of a file; ValueError, which names the byte, where it is not UTF-8."""
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")  # without the mark that may be before it
     except UnicodeDecodeError as error:
         got = f"byte 0x{error.object[error.start]:02x} at {error.start}"
         raise ValueError(message(op, f"UTF-8 text in {path}", got, "Convert the file.")) from error

@@ -22,12 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsekern.errors import check
-from sparsekern.eval.perplexity import is_beyond, logits_of
+from sparsekern.errors import FormatError, check
+from sparsekern.eval.perplexity import check_model
 from sparsekern.finetune.sampler import Sampler, why_not
+from sparsekern.oneshot.discovery import input_embedding, is_transformers
 from sparsekern.oneshot.fingerprint import of_model as fingerprint
 from sparsekern.utils.arguments import SEEDS, checked, folded, shown
 from sparsekern.utils.json_store import cache_folder
+from sparsekern.utils.staging import check_writable
 
 OP = "sparsekern.finetune.data"
 
@@ -181,8 +183,10 @@ def generate(
         rows, the teacher's entropy and mean −ln p of the tokens: of its own text they are equal but
         for chance.
     Raises:
-        ValueError: numbers that do not fit, no start token, non-finite logits, no row in
+        ValueError: numbers that do not fit, no start token, or one that the teacher has not; a
+            teacher that is not causal or needs more than ids; non-finite logits, no row in
             `seconds`, text whose −ln p says that it is not the teacher's.
+        TypeError: no model of Transformers.   FormatError: a damaged file in the cache.
     Notes:
         A row goes on after an end-of-text token with what the teacher says next, as in packed
         training text. Deterministic for one device, dtype and batch, but for `seconds`. A step is
@@ -191,6 +195,8 @@ def generate(
     op = f"{OP}.generate"
     check(seconds is None or seconds > 0, op, "seconds > 0", seconds)
     check(temperature > 0, op, "temperature > 0", temperature)
+    got, remedy = type(teacher).__name__, "Unwrap it, or pass texts of your own as data."
+    check(is_transformers(teacher), op, "teacher: a Transformers model", got, remedy, TypeError)
     if prompts is None:
         first = _start_token(teacher) if start is None else start
         check(
@@ -203,15 +209,16 @@ def generate(
         prompts = torch.tensor([[first]], device="cpu")
     fits = prompts.dim() == 2 and 1 <= prompts.shape[1] < window
     check(fits, op, f"prompts [n, 1 to {window - 1}]", list(prompts.shape))
+    weight = getattr(input_embedding(teacher), "weight", None)
+    entries = len(weight) if isinstance(weight, Tensor) else 2**31
+    remedy = "Pass start=, an id of its tokenizer, or set bos_token_id in its config."
+    expected, most = f"ids of prompts, or the start token, below {entries}", int(prompts.max())
+    check(most < entries, op, expected, most, remedy)
     short = prompts < 0
     holes = bool((short[:, :-1] & ~short[:, 1:]).any() or short[:, 0].any())
     check(not holes, op, "-1 at the ends of prompts", "elsewhere, too")
     count = -(-tokens // window)
     device = next(teacher.parameters()).device
-    if is_beyond(teacher, window):
-        row = prompts[:1, :1].to(device, torch.int64).expand(1, window)
-        with torch.no_grad():
-            logits_of(op, teacher, row, {"use_cache": False})
     settings = {
         "sampler": 2,
         "seconds": seconds,
@@ -231,7 +238,7 @@ def generate(
     file = None
     if cache is not False:
         folder = cache_folder() / "teacher-text" if cache is True else Path(cache)
-        file = folder / f"{digest}.safetensors"
+        file = check_writable(folder, op) / f"{digest}.safetensors"
         if file.exists():
             rows, stated = _read_rows(file, op, count, window, seconds)
             name = type(teacher).__name__
@@ -241,6 +248,8 @@ def generate(
     flags = [(module, module.training) for module in teacher.modules()]
     teacher.eval()
     try:
+        row = torch.arange(window, device=device).remainder(entries).unsqueeze(0)
+        check_model(op, teacher, row, {"use_cache": False})
         options = (temperature, seed, autocast, progress, deadline)
         parts, how = _sample(teacher, prompts, count, window, min(batch, count), *options)
         details |= {"how": how, "sampling_seconds": round(time.perf_counter() - begin, 2)}
@@ -274,11 +283,15 @@ def _narrow(rows: Tensor) -> Tensor:
 def _read_rows(
     file: Path, op: str, count: int, window: int, seconds: float | None
 ) -> tuple[Tensor, dict[str, Any]]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(file, framework="pt") as opened:
-        rows: Tensor = opened.get_tensor("rows")
-        metadata = opened.metadata() or {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            rows: Tensor = opened.get_tensor("rows")
+            metadata = opened.metadata() or {}
+    except SafetensorError as error:
+        check(False, op, "cached rows", f"a damaged file: {error}", f"Delete {file}.", FormatError)
+        raise
     if rows.dtype == torch.int16:
         rows = rows.to(torch.int32) + 32768
     got, remedy = list(rows.shape), f"Delete {file}."
@@ -530,7 +543,8 @@ def overlap(rows: Tensor, test: Tensor, n: int = 13) -> Overlap:
     """
     op = f"{OP}.overlap"
     check(n >= 1, op, "n >= 1", n)
-    check(test.numel() >= n, op, f"a test text of at least {n} tokens", test.numel())
+    remedy = "Give a longer text."
+    check(test.numel() >= n, op, f"a test text of at least {n} tokens", test.numel(), remedy)
     wanted = _ngram_hashes(test.reshape(1, -1), n)
     if rows.shape[1] < n:
         return Overlap(n, wanted.size, 0)

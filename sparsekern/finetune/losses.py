@@ -317,8 +317,12 @@ def square_head(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
     Args:
         student, teacher: block outputs of the same tokens, same shapes, any float dtype.
     """
-    fits = len(student) == len(teacher) and student
-    check(fits, "sparsekern.finetune.square_head", "as many blocks", (len(student), len(teacher)))
+    shapes, wanted = ([list(h.shape) for h in states] for states in (student, teacher))
+    fits = student and shapes == wanted
+    expected = f"the teacher's {len(wanted)} block outputs {wanted[:1]}"
+    remedy = "Pass block=0, or a teacher of the same blocks."
+    got = f"{len(shapes)} of the model {shapes[:1]}"
+    check(fits, "sparsekern.finetune.square_head", expected, got, remedy)
     total = student[0].new_zeros((), dtype=torch.float32)
     for ours, theirs in zip(student, teacher):
         t = theirs.detach().float()

@@ -225,10 +225,10 @@ class Masked:
         """Make every later step of this optimizer keep the masks.
 
         Args:
-            optimizer: any torch.optim.Optimizer over (some of) the masked weights; a wrapper that
-                has the optimizer as `.optimizer` (accelerate) will do. Make it after fully_shard.
+            optimizer: any torch.optim.Optimizer over (some of) the masked weights; one that steps
+                through another (accelerate's, SAM) will do. Make it after fully_shard.
         Returns:
-            The optimizer.
+            What was passed.
         Raises:
             ValueError: it holds none of the masked weights, or is attached already; from a later
                 step, when the model's Parameters are no longer those that it has.
@@ -238,7 +238,7 @@ class Masked:
             are masked by the next step, and so are those that load_state_dict brings; those that
             are not in floating point, as in 8-bit optimizers, are left to fade.
         """
-        optimizer = unwrap_optimizer(optimizer)
+        given, optimizer = optimizer, unwrap_optimizer(optimizer)
         op = f"{OP}.attach"
         got = type(optimizer).__name__
         remedy = "Pass one torch.optim.Optimizer; attach several one by one."
@@ -252,9 +252,13 @@ class Masked:
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_load_state_dict_post_hook(self._unmasked.add),
         ]
+        if given is not optimizer and hasattr(given, "_optimizer_step_pre_hooks"):
+            # What SAM does with gradients before the step is for the kept weights alone. A wrapper
+            # without hooks (accelerate's) does nothing with them.
+            handles.append(given.register_step_pre_hook(lambda *_: self.mask_gradients()))
         self._optimizers.append((optimizer, handles))
         self._unmasked.add(optimizer)
-        return optimizer
+        return given
 
     def detach(self) -> None:
         """Remove the hooks from all optimizers: masks are kept no longer."""
@@ -465,14 +469,23 @@ class Masked:
     @torch.no_grad()
     def apply_to(self, model: nn.Module) -> None:
         """Zero the dropped weights of another model of the same layers: an average (EMA) of
-        weights whose masks moved is not 2:4 until then; one under fixed masks is anyway."""
-        modules = dict(named_modules(model))
+        weights whose masks moved is not 2:4 until then; one under fixed masks is anyway.
+
+        Raises:
+            ValueError: a layer that it has not, or of another shape; nothing changes.
+        """
+        op, remedy = f"{OP}.apply_to", "Pass a copy of the model that is masked."
+        modules, weights = dict(named_modules(model)), []
         for entry in self.entries:
             owner = entry.name if entry.key == "weight" else entry.name.rpartition(".")[0]
             module = modules.get(owner) or modules.get(entry.name.rpartition(".")[0])
             known = module is not None and isinstance(getattr(module, entry.key, None), Tensor)
-            check(known, f"{OP}.apply_to", f"a layer named {entry.name}", "none")
-            weight = local(getattr(module, entry.key).detach())
+            check(known, op, f"a layer named {entry.name}", "none", remedy)
+            weight, shape = local(getattr(module, entry.key).detach()), list(entry.drop().shape)
+            expected = f"{entry.name} of shape {shape}"
+            check(list(weight.shape) == shape, op, expected, list(weight.shape), remedy)
+            weights.append(weight)
+        for weight, entry in zip(weights, self.entries):
             weight.masked_fill_(entry.drop().to(weight.device), 0)
 
     # ------------------------------------------------------------------ checks and the end

@@ -206,7 +206,12 @@ class CachedTeacher:
         remedy = "Pass the teacher as a model, or call sparsekern.finetune.build_cache."
         got = f"no {file}"
         check(file.is_file(), op, "teacher: a folder of build_cache", got, remedy, FormatError)
-        manifest = json.loads(file.read_text())
+        self.manifest = file.read_text()
+        try:
+            manifest = json.loads(self.manifest)
+        except ValueError as error:
+            remedy = "Build the cache again."
+            check(False, op, f"JSON in {file}", str(error), remedy, FormatError)
         wanted = corpus.describe()["sha256"]
         got = manifest.get("rows_sha256")
         check(

@@ -14,10 +14,22 @@ from sparsekern.nn.wrappers import is_dtensor
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
-    """The torch optimizer inside a wrapper that has it as `.optimizer` (accelerate)."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
+    """The torch optimizer that takes the steps of a wrapper, under whatever name it is there:
+    `.optimizer` (accelerate, a schedule of rates), `.base_optimizer` (SAM, Lookahead). One that has
+    a part of its wrapper's Parameters alone (ZeRO) is not it."""
+    while True:
+        held = getattr(optimizer, "__dict__", {}).values()
+        inner = [one for one in held if isinstance(one, Optimizer)]
+        whole = not hasattr(optimizer, "param_groups") or any(
+            _parameters(one) == _parameters(optimizer) for one in inner
+        )
+        if len(inner) != 1 or not whole:
+            return optimizer
+        optimizer = inner[0]
+
+
+def _parameters(optimizer: Any) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -38,12 +38,13 @@ from sparsekern.finetune.losses import IGNORED, Target, distillation_loss, squar
 from sparsekern.finetune.masked import Masked
 from sparsekern.finetune.recipe import OP, PRECISIONS, DistillReport, Recipe
 from sparsekern.finetune.recipe import from_options as recipe_from
-from sparsekern.finetune.schedule import Schedule
+from sparsekern.finetune.schedule import Frozen, Schedule
 from sparsekern.finetune.teacher import CachedTeacher, LiveTeacher, Split, compiled
 from sparsekern.finetune.world import World
 from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.oneshot.devices import check_data
 from sparsekern.oneshot.discovery import check_basis
+from sparsekern.oneshot.fingerprint import of_tensors
 from sparsekern.utils.arguments import Given, Uses, check_used, checked, folded, shown
 from sparsekern.utils.files import renamed, write_atomic
 from sparsekern.utils.staging import check_writable
@@ -274,7 +275,12 @@ class _Run:
         flags = [(module, module.training) for module in model.modules()]
         dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         try:
-            with self.end, torch.random.fork_rng(devices):
+            with (
+                self.end,
+                torch.inference_mode(False),
+                torch.enable_grad(),  # whatever the caller has
+                torch.random.fork_rng(devices),
+            ):
                 yield
         except BaseException:
             for module, flag in flags:
@@ -315,6 +321,8 @@ class _Run:
         elif isinstance(data, Tensor):
             rows = text.pack([data], window) if data.dim() == 1 else data
             data = Corpus(rows.cpu(), [text.Source("text", "ids", rows.numel())])
+        if data.rows.is_inference():
+            data = Corpus(data.rows.clone(), data.sources)
         self._check_ids("data", data.rows)
         self.corpus = data
         self.rows = data.rows
@@ -407,6 +415,11 @@ class _Run:
                 compile=self.recipe.compile and not offload,
                 blocks=self.recipe.block > 0,
             )
+            if not self.teacher.split.plain:  # else compared with its logits already
+                ids = self.corpus.rows[:1].to(next(teacher.parameters()).device, torch.int64)
+                kwargs = {"use_cache": False} if hasattr(teacher, "config") else {}
+                with torch.no_grad():
+                    check_model(OP, teacher, ids, kwargs, causal=False)
             self.report.teacher = "offloaded" if offload else "live"
         elif teacher is not None:
             self.teacher = CachedTeacher(teacher, self.corpus, self.device)
@@ -460,16 +473,7 @@ class _Run:
 
         recipe, world, report = self.recipe, self.world, self.report
         torch.manual_seed(folded(recipe.seed + world.rank))
-        self.manifest = json.loads(
-            json.dumps(
-                {
-                    "recipe": {k: v for k, v in report.recipe.items() if not k.endswith("_every")},
-                    "data": report.data["sha256"],
-                    "teacher": report.teacher,
-                    "processes": world.size,
-                }
-            )
-        )
+        self.manifest = json.loads(json.dumps(self._identity())) if self.folder is not None else {}
         self.spent = 0.0  # seconds in steps, of earlier processes of the run, too
         step = self._load() if resume else 0
         report.resumed = step
@@ -549,6 +553,27 @@ class _Run:
                     report.stopped = True
                     break
         return self._finish(step, tokens)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed run has to have in common with this one. The student's weights are not in
+        it, which may be the trained ones already; under masks that do not move those say enough."""
+        report, masked, teacher = self.report, self.masked, self.teacher
+        if isinstance(teacher, LiveTeacher):
+            weights = of_tensors(teacher.split.model.named_parameters())
+        else:
+            weights = teacher.manifest if teacher is not None else ""
+        shapes = {name: list(p.shape) for name, p in self.model.named_parameters()}
+        fixed = isinstance(masked.schedule, Frozen)
+        return {
+            "recipe": {k: v for k, v in report.recipe.items() if not k.endswith("_every")},
+            "data": report.data["sha256"],
+            "teacher": report.teacher,
+            "weights of the teacher": weights,
+            "model": of_tensors((), type(self.model).__name__, json.dumps(shapes)),
+            "schedule": masked.schedule.describe(),
+            "masks": of_tensors(sorted(masked.masks.items())) if fixed else None,
+            "processes": self.world.size,
+        }
 
     def _out_of_time(self, step: int) -> bool:
         """Whether limit_seconds is reached; looked at with every log, when the device is idle."""
@@ -639,7 +664,14 @@ class _Run:
 
     def _evaluate(self, step: int) -> None:
         self.model.eval()
-        values = {name: float(measure(self.model)) for name, measure in self.evaluations.items()}
+        values: dict[str, float] = {}
+        for name, measure in self.evaluations.items():
+            found = measure(self.model)
+            one = not isinstance(found, Tensor) or found.numel() == 1
+            number = isinstance(found, SupportsFloat) and one
+            expected = f"a number from evaluate[{name!r}]"
+            check(number, OP, expected, shown(found), "Return one.", TypeError)
+            values[name] = float(found)
         row = {"step": step, **values}
         self.report.evaluations.append(row)
         self._log({"step": step, "evaluation": values, "seconds": self.spent})
@@ -668,6 +700,7 @@ class _Run:
             "rng": rng,
             "device_rng": device_rng,
             "evaluations": self.report.evaluations,
+            "loss": self.report.loss,
         }
         final = self.folder / CHECKPOINT
         partial = final.with_suffix(".part")
@@ -687,6 +720,9 @@ class _Run:
             text_ = f"{type(error).__name__}: {error}"
             check(False, OP, f"a checkpoint in {path}", text_, remedy, FormatError)
             raise
+        remedy = "Choose another folder, or delete it to start again."
+        known = isinstance(state, dict) and isinstance(state.get("manifest"), dict)
+        check(known, OP, f"a checkpoint of distill in {path}", shown(state), remedy, FormatError)
         differing = [k for k in self.manifest if state["manifest"].get(k) != self.manifest[k]]
         remedy = "Choose another folder, or pass resume=False."
         check(not differing, OP, f"the run of {path}", f"another {', '.join(differing)}", remedy)
@@ -698,5 +734,6 @@ class _Run:
         if state["device_rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["device_rng"][self.world.rank], self.device)
         self.report.evaluations = list(state["evaluations"])
+        self.report.loss = float(state["loss"])
         self.spent = float(state["seconds"])
         return int(state["step"])

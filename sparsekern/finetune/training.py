@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from sparsekern.backends import registry
 from sparsekern.backends import triton as triton_kernels
 from sparsekern.errors import check, message
+from sparsekern.finetune.entries import stacks
 from sparsekern.finetune.transposable import transposable_mask
 from sparsekern.formats import dtypes
 from sparsekern.formats.sparse24 import Sparse24
@@ -200,9 +201,10 @@ class SparseTrainingLinear(nn.Module):
 
     def refresh(self) -> None:
         """Make the kernels' weights from the values again; forward does it when they changed."""
-        if self._made is None or not self._made.fits(self):
-            self._made = _Made(self)
-        self._made.refresh(self.values.detach())
+        with torch.inference_mode(False):  # an evaluation in it comes before later steps
+            if self._made is None or not self._made.fits(self):
+                self._made = _Made(self)
+            self._made.refresh(self.values.detach())
 
     def _ready(self) -> _Made:
         made = self._made
@@ -445,7 +447,7 @@ def sparse_training(
             masks of a layer whose weight or bias another module shares, or whose weight is
             computed (weight_norm), no floating point, or on meta.
     Warns:
-        UserWarning: Linears left dense for one of these reasons.
+        UserWarning: Linears and experts that are left dense, with the reason.
     """
     from sparsekern.oneshot.devices import check_data
 
@@ -456,15 +458,14 @@ def sparse_training(
     tied = tied_places(inner)
     why = {name: _why_dense(m, tied) for name, m in modules.items() if replace.is_linear(m)}
     if masks is None:
-        names = [
-            name
-            for name, module in modules.items()
-            if replace.is_linear(module) and _divisible(module) and lost_forward(module) is None
-        ]
-        left = [f"{name} ({why[name]})" for name in names if why[name]]
+        found = {
+            n: w or lost_forward(modules[n]) or _why_no_tiles(modules[n]) for n, w in why.items()
+        }
+        found |= dict.fromkeys(stacks(inner), "experts in one Parameter: train them with Masked")
+        left = [f"{name} ({reason})" for name, reason in found.items() if reason]
         if left:
             warnings.warn(f"{op}: left dense: {', '.join(left)}.", UserWarning, stacklevel=3)
-        names = [name for name in names if not why[name]]
+        names = [name for name, reason in found.items() if not reason]
     else:
         names = list(masks)
         for name in names:
@@ -472,7 +473,8 @@ def sparse_training(
             check(fits, op, f"a Linear named {name!r}", "none")
             expected, remedy = f"{name} to have a weight of its own", "Leave it out of masks=."
             check(not why[name], op, expected, why[name], remedy)
-    check(names, op, "a model with Linear layers whose sizes are multiples of 4", "none")
+    remedy = "Masked trains layers of any size; decompress_model makes a SparseLinear dense."
+    check(names, op, "a model with Linear layers whose sizes are multiples of 4", "none", remedy)
     for name in names:
         mask = None if masks is None else masks[name]
         layer = SparseTrainingLinear.from_linear(modules[name], mask, **options)
@@ -499,6 +501,7 @@ def _why_dense(module: nn.Module, tied: Mapping[tuple[int, str], list[Place]]) -
     return computed_weight(module)
 
 
-def _divisible(module: nn.Module) -> bool:
+def _why_no_tiles(module: nn.Module) -> str | None:
     rows, columns = replace.dense_weight(module).shape
-    return rows % 4 == 0 and columns % 4 == 0
+    whole = rows % 4 == 0 and columns % 4 == 0
+    return None if whole else f"{rows}x{columns} is no multiple of 4"

@@ -538,12 +538,19 @@ def input_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def positions(model: nn.Module) -> int | None:
-    """Tokens that a Transformers model was made for; None where its config does not say."""
+    """Tokens that a Transformers model was made for; None where its config does not say.
+
+    RoBERTa and its kin begin to count after the id of padding: 512 positions of the 514 there."""
     config: Any = getattr(model, "config", None)
     getter = getattr(config, "get_text_config", None)
     text = getter() if callable(getter) else config
     count = getattr(text, "max_position_embeddings", None)
-    return count if isinstance(count, int) and count > 0 else None
+    if not isinstance(count, int) or count <= 0:
+        return None
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "num_embeddings", 0) == count:
+            return count - 1 - (-1 if module.padding_idx is None else module.padding_idx)
+    return count
 
 
 def is_transformers(model: nn.Module) -> bool:
