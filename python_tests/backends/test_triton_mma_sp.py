@@ -216,6 +216,32 @@ def test_a_kernel_that_does_not_compile_is_done_without(monkeypatch):
     assert "another" not in triton_backend.mma_sp_reason()
 
 
+def test_linear_goes_on_with_another_kernel(monkeypatch):
+    """Whatever Triton says: that it does not compile, or that the GPU has no room."""
+    from triton.runtime.errors import OutOfResources
+
+    from sparsekern.backends.triton import linear as kernels
+
+    launched = []
+
+    def launch(config, *arguments):
+        launched.append(type(config))
+        if isinstance(config, MmaSp):
+            raise OutOfResources(208_896, 101_376, "shared memory")
+        arguments[-1].fill_(7)
+
+    monkeypatch.setattr(triton_backend, "_broken", [])
+    monkeypatch.setattr(triton_backend, "_gluon_reason", lambda: "")
+    monkeypatch.setattr(kernels, "_launch_other", launch)
+    w24 = compress(torch.ones(8, 64).bfloat16() * torch.tensor([1, 0, 1, 0]).repeat(16))
+    x = torch.ones(2, 64, dtype=torch.bfloat16)
+    with pytest.warns(RuntimeWarning, match="shared memory.*used instead"):
+        y = kernels.linear(x, w24.values, w24.metadata, 64)
+    assert torch.equal(y, torch.full((2, 8), 7.0).bfloat16())
+    assert torch.equal(y, kernels.linear(x, w24.values, w24.metadata, 64)), "asked once"
+    assert launched == [MmaSp, FewTokens, FewTokens]
+
+
 # ---- on a GPU ------------------------------------------------------------------------------------
 
 # (case, config): rows and tokens that are not whole tiles, columns that are not whole stages, parts

@@ -115,8 +115,8 @@ def _kernels() -> Iterator[Finding]:
     if usable:
         from sparsekern.backends.triton.configs import FASTER_TOKENS
 
-        most = f"more than {FASTER_TOKENS} tokens, and float32 or quantised weights at any number"
-        what = f"usable; slower than dense with {most}"
+        timed = "quantised and float32 weights are not timed"
+        what = f"usable; slower than dense with more than {FASTER_TOKENS} tokens; {timed}"
         if without := triton_kernels.mma_sp_reason():
             what = f"usable, but not on the sparse tensor cores: {without}"
     yield Finding("kernels", "Triton", what, present=usable)

@@ -33,12 +33,13 @@ reproducible from run to run and from GPU to GPU.
 Specification: sparsekern/reference.py:linear. Launched by sparsekern/ops/linear_op.py.
 """
 
+import functools
 import importlib
 
 import torch
 import triton
 import triton.language as tl
-from triton.compiler.errors import CompilationError
+from triton.errors import TritonError
 
 from sparsekern.backends.triton import epilogue, mma_sp_failed, mma_sp_reason
 from sparsekern.backends.triton.configs import (
@@ -225,10 +226,14 @@ def sparse_linear_kernel(
     tl.store(out_tile_ptr, y, mask=token_ok[:, None] & row_ok[None, :])
 
 
+@functools.cache
+def _other(kind):
+    return importlib.import_module(f"sparsekern.backends.triton.{_OTHERS[kind]}")
+
+
 def _launch_other(config, x, values, metadata, bias, activation, out):
-    kernel = importlib.import_module(f"sparsekern.backends.triton.{_OTHERS[type(config)]}")
     with torch.cuda.device_of(x):
-        kernel.launch(x, values, metadata, bias, activation, config, out)
+        _other(type(config)).launch(x, values, metadata, bias, activation, config, out)
 
 
 def linear(
@@ -273,12 +278,12 @@ def linear(
     plain = scale is None
     if config is None:
         problem = tokens, out_features, in_features, x.dtype, plain
-        config = pick_config(*problem, mma_sp=x.is_cuda and not mma_sp_reason())
+        config = pick_config(*problem, mma_sp=not mma_sp_reason())
         if isinstance(config, MmaSp):
             try:
                 _launch_other(config, x, values, metadata, bias, activation, out)
                 return out
-            except CompilationError as error:
+            except TritonError as error:
                 mma_sp_failed(error)
                 config = pick_config(*problem)
     if not isinstance(config, LinearConfig):
