@@ -30,11 +30,11 @@ class Times(NamedTuple):
 # 88 of 8B and 70B from 96 tokens on. Slower than the fastest of all variants in the 275, on
 # average and at worst: with the coefficients before 3.4 and 87 %, fitted 2.2 and 32 %, in each
 # shape by a fit to the others 2.5 and 32 %; in 194 cells of seeds 81 and 84 to 87, measured
-# afterwards, 2.2 and 21 %. Row blocks and mma.sp stay: moved, too, they were picked worse. So were
-# two more of mma.sp, 64x64 and 128x64, the fastest in two of the 275: of the five cells of seed 81
-# that were slower than cuBLAS 64x64 was picked in three. What is not here is never chosen. On
-# another GPU the counts follow from its multiprocessors, and these coefficients, its rates above
-# all, are a guess.
+# afterwards, 2.2 and 21 %, with two constants of cost_model that came of them (MMA_UNALIGNED,
+# RAGGED_HALF). Row blocks and mma.sp stay: moved, too, they were picked worse. So were two more of
+# mma.sp, 64x64 and 128x64, the fastest in two of the 275: of the five cells of seed 81 that were
+# slower than cuBLAS 64x64 was picked in three. What is not here is never chosen. On another GPU the
+# counts follow from its multiprocessors, and these coefficients, its rates above all, are a guess.
 TIMES: dict[Variant, Times] = {
     RowBlocks(256, 1): Times(0.144, 0.351, 0.428, 4.29, 0.0889, 2.78, 0, 0.801),
     RowBlocks(256, 2): Times(0.153, 0.245, 0.311, 4.33, 0.0924, 4.98, 0, 0.996),
