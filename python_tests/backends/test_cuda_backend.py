@@ -1139,6 +1139,29 @@ def test_which_int4_the_kernels_take(native):
     assert CudaBackend().prefers(w24.spec, cuda) is None
 
 
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0)])
+def test_a_gpu_without_the_module(native, monkeypatch, capability):
+    """Every weight is kept as "rowmajor", and every backend says why it does not run."""
+    native.capability = capability
+
+    def absent():
+        raise RuntimeError("sparsekern: no CUDA module.")
+
+    monkeypatch.setattr(cuda_backend._native, "module", absent)
+    monkeypatch.setattr(cuda_backend._native, "available", lambda: False)
+    monkeypatch.setattr(cuda_backend._native, "reason", lambda: "no CUDA module")
+    forget()
+    x = torch.ones(3, 256, dtype=torch.bfloat16)
+    for storage in ("int8", "float8_e4m3fn", "int4"):
+        w24 = quantized(storage)
+        assert registry.best_layout(w24.spec, torch.device("cuda", 0)) == "rowmajor"
+        on_gpu = problem(x, w24)._replace(device=torch.device("cuda", 0), gpu=0)
+        for backend in (CudaBackend(), PreciseBackend(), SixteenBitBackend()):
+            assert backend.supports(on_gpu), f"{backend.name} {storage}"
+    plain = compress(random_weight(8, 16, torch.bfloat16))
+    assert registry.best_layout(plain.spec, torch.device("cuda", 0)) == "rowmajor"
+
+
 @pytest.mark.parametrize("across", [False, True])
 def test_a_split_tile_across_clusters_gets_a_workspace(scaled_on_cpu, monkeypatch, across):
     """By every way: aligned rows and others, a launcher, and int4 that is widened in memory."""

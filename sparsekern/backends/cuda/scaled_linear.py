@@ -75,7 +75,9 @@ _ROW = 16  # bytes, and so elements of 8 bits, that every row of x begins at a m
 
 @cache
 def _built_for(kernel: str, types: Types) -> bool:
-    """Whether the native module has this kernel for these types."""
+    """Whether there is a native module and it has this kernel for these types."""
+    if not _native.available():
+        return False
     return any(types in row["types"] for row in _native.module().kernels().get(kernel, ()))
 
 
