@@ -16,6 +16,7 @@ from python_tests.backends.triton_linear_cases import (
     FEW,
     MANY,
     QUANTIZED,
+    QUANTIZED_MANY,
     TILES,
     check,
     check_few,
@@ -66,7 +67,7 @@ def test_kernels_in_the_interpreter():
     )
     assert child.returncode == 0, child.stderr[-3000:]
     results = json.loads(child.stdout.splitlines()[-1])
-    assert len(results) == len(TILES) + 2 * len(FEW) + len(MANY) + len(QUANTIZED)
+    assert len(results) == len(TILES) + 2 * len(FEW) + len(MANY + QUANTIZED + QUANTIZED_MANY)
     assert {case: error for case, error in results.items() if error is not None} == {}
 
 
@@ -258,23 +259,24 @@ def test_few_tokens_fill_the_gpu_where_they_can():
 
 
 @pytest.mark.parametrize(
-    "tokens, in_features, dtype, plain, kind",
+    "tokens, in_features, dtype, bits, kind",
     [
-        (1, 4096, torch.bfloat16, True, configs.FewTokens),
-        (4, 4096, torch.float16, True, configs.FewTokens),
-        (5, 4096, torch.float16, True, configs.LinearConfig),
-        (1, 4100, torch.float16, True, configs.LinearConfig),
-        (1, 4096, torch.float32, True, configs.LinearConfig),
-        (1, 4096, torch.bfloat16, False, configs.LinearConfig),
-        (0, 4096, torch.bfloat16, True, configs.LinearConfig),
-        (511, 4096, torch.bfloat16, True, configs.LinearConfig),
-        (512, 4100, torch.bfloat16, True, configs.Expanded),
-        (512, 4096, torch.bfloat16, False, configs.LinearConfig),
-        (512, 4096, torch.float32, True, configs.LinearConfig),
+        (1, 4096, torch.bfloat16, None, configs.FewTokens),
+        (4, 4096, torch.float16, None, configs.FewTokens),
+        (5, 4096, torch.float16, None, configs.LinearConfig),
+        (1, 4100, torch.float16, None, configs.LinearConfig),
+        (1, 4096, torch.float32, None, configs.LinearConfig),
+        (1, 4096, torch.bfloat16, 8, configs.LinearConfig),
+        (0, 4096, torch.bfloat16, None, configs.LinearConfig),
+        (511, 4096, torch.bfloat16, None, configs.LinearConfig),
+        (512, 4100, torch.bfloat16, None, configs.Expanded),
+        (511, 4096, torch.bfloat16, 8, configs.LinearConfig),
+        (512, 4096, torch.bfloat16, 8, configs.Expanded),
+        (512, 4096, torch.float32, None, configs.LinearConfig),
     ],
 )
-def test_which_kernel(tokens, in_features, dtype, plain, kind):
-    config = configs.pick_config(tokens, 4096, in_features, dtype, plain)
+def test_which_kernel(tokens, in_features, dtype, bits, kind):
+    config = configs.pick_config(tokens, 4096, in_features, dtype, bits)
     assert isinstance(config, kind), str(config)
 
 
@@ -339,6 +341,13 @@ def test_many_tokens_on_gpu(case, config, dtype):
 @pytest.mark.parametrize("case", QUANTIZED, ids=str)
 def test_quantized_weights_on_gpu(case, dtype):
     check_quantized(case, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case, config", QUANTIZED_MANY, ids=str)
+def test_quantized_weights_with_many_tokens_on_gpu(case, config, dtype):
+    check_quantized(case, dtype, "cuda", config)
 
 
 @pytest.mark.gpu

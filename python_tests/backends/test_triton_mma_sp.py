@@ -8,7 +8,8 @@ import torch
 pytest.importorskip("triton", reason="needs Triton")
 
 from python_tests.backends.test_triton_linear import inner_loop, stack_bytes
-from python_tests.backends.triton_linear_cases import check, problem
+from python_tests.backends.triton_linear_cases import check, check_quantized, problem
+from sparsekern import quantize
 from sparsekern.backends import triton as triton_backend
 from sparsekern.backends.protocol import problem_of
 from sparsekern.backends.triton import configs
@@ -91,7 +92,9 @@ def test_shapes_and_orders_of_fragments(config):
     assert (y == dense.reshape(out, columns) @ x.T).all()
 
 
-def compiled_for(config, architecture, monkeypatch, folder, even=True, epilogue=False):
+def compiled_for(
+    config, architecture, monkeypatch, folder, even=True, epilogue=False, storage="plain", group=0
+):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -100,10 +103,12 @@ def compiled_for(config, architecture, monkeypatch, folder, even=True, epilogue=
     names = mma_sp.mma_sp_kernel.arg_names
     fixed = {"TYPE": "bf16", "HAS_BIAS": epilogue, "ACTIVATION": "silu" if epilogue else None}
     fixed |= {"EVEN": even, **mma_sp.constants(config)} | ({} if epilogue else {"bias_ptr": None})
+    fixed |= {"STORAGE": storage, "GROUP": group, "HAS_X_SCALE": storage != "plain"}
+    fixed |= {"scale_ptr": None, "x_scale_ptr": None} if storage == "plain" else {}
     types = {"out_ptr": "*fp32" if config.split_in > 1 else "*bf16", "bias_ptr": "*bf16"}
-    types |= dict.fromkeys(("x_ptr", "values_ptr", "metadata_ptr"), "*i32") | dict.fromkeys(
-        fixed, "constexpr"
-    )
+    types |= {"x_ptr": "*i32", "metadata_ptr": "*i32", "scale_ptr": "*fp32", "x_scale_ptr": "*fp32"}
+    types["values_ptr"] = f"*i{8 * config.element_bytes}"
+    types |= dict.fromkeys(fixed, "constexpr")
     aligned = [i for i, name in enumerate(names) if name not in fixed and name != "tokens"]
     source = GluonASTSource(
         mma_sp.mma_sp_kernel,
@@ -138,6 +143,25 @@ def test_a_step_is_ldmatrix_and_mma_sp(config, architecture, room, tmp_path, mon
 
 
 @needs_gluon
+@pytest.mark.parametrize("storage, group", [("int8", 0), ("float8_e4m3fn", 0), ("int4", 128)])
+@pytest.mark.parametrize("tokens", [8, 64, 511])
+def test_levels_are_widened_in_registers(tokens, storage, group, tmp_path, monkeypatch):
+    """No spill, no exchange, and for 16 rows and 32 columns four loads of the levels of two."""
+    config = configs.quantized_config(tokens, 28672, 4096, 4 if group else 8, group)
+    config = config.fitting(RTX_4090)
+    compiled = compiled_for(
+        config, 80, monkeypatch, tmp_path, epilogue=True, storage=storage, group=group
+    )
+    assert compiled.metadata.shared == config.shared_bytes <= RTX_4090
+    assert stack_bytes(compiled.asm["cubin"], tmp_path) == 0
+    names = [line.split()[0] for line in inner_loop(compiled.asm["cubin"], tmp_path)]
+    rows = config.block_out // (16 * config.warps_out)
+    load = "LDS.U8" if group else "LDS.U16"
+    assert sum(name.startswith(load) for name in names) == 4 * config.steps * rows
+    assert not any(name.startswith(("SHFL", "STS", "LDL", "STL")) for name in names)
+
+
+@needs_gluon
 @pytest.mark.parametrize("config", [CHOSEN[1], CHOSEN[-1]], ids=str)
 def test_columns_that_are_not_there_and_the_epilogue_compile(config, tmp_path, monkeypatch):
     whole = compiled_for(config, 90, monkeypatch, tmp_path, even=False, epilogue=True)
@@ -161,22 +185,26 @@ def test_tiles_and_rings_fit_the_gpu():
 
 
 @pytest.mark.parametrize(
-    "tokens, in_features, dtype, plain, kind",
+    "tokens, in_features, dtype, bits, kind",
     [
-        (1, 4096, torch.bfloat16, True, FewTokens),
-        (2, 4096, torch.float16, True, MmaSp),
-        (767, 4096, torch.bfloat16, True, MmaSp),
-        (768, 4096, torch.bfloat16, True, Expanded),
-        (16, 4112, torch.bfloat16, True, LinearConfig),
-        (2, 4112, torch.bfloat16, True, FewTokens),
-        (16, 4096, torch.float32, True, LinearConfig),
-        (16, 4096, torch.bfloat16, False, LinearConfig),
-        (16, 0, torch.bfloat16, True, LinearConfig),
-        (0, 4096, torch.bfloat16, True, LinearConfig),
+        (1, 4096, torch.bfloat16, None, FewTokens),
+        (2, 4096, torch.float16, None, MmaSp),
+        (767, 4096, torch.bfloat16, None, MmaSp),
+        (768, 4096, torch.bfloat16, None, Expanded),
+        (16, 4112, torch.bfloat16, None, LinearConfig),
+        (2, 4112, torch.bfloat16, None, FewTokens),
+        (16, 4096, torch.float32, None, LinearConfig),
+        (16, 4096, torch.bfloat16, 8, MmaSp),
+        (1, 4096, torch.float16, 4, MmaSp),
+        (511, 4096, torch.float16, 4, MmaSp),
+        (512, 4096, torch.float16, 4, Expanded),
+        (16, 4112, torch.bfloat16, 4, LinearConfig),
+        (16, 0, torch.bfloat16, None, LinearConfig),
+        (0, 4096, torch.bfloat16, None, LinearConfig),
     ],
 )
-def test_which_kernel(tokens, in_features, dtype, plain, kind):
-    config = configs.pick_config(tokens, 4096, in_features, dtype, plain, mma_sp=True)
+def test_which_kernel(tokens, in_features, dtype, bits, kind):
+    config = configs.pick_config(tokens, 4096, in_features, dtype, bits, mma_sp=True)
     assert isinstance(config, kind), str(config)
 
 
@@ -190,6 +218,10 @@ def test_parts_fill_the_gpu_and_have_some_columns():
             assert most or programs * config.split_in >= 118
     assert configs.mma_config(16, 4096, 4096).split_in == 4
     assert configs.mma_config(16, 28672, 4096).split_in == 1
+    parts = [
+        configs.quantized_config(64, rows, 8192, 8, 0).split_in for rows in (28672, 8192, 4096)
+    ]
+    assert parts == [1, 4, 8]
 
 
 def test_explain_says_why_not(monkeypatch):
@@ -199,6 +231,8 @@ def test_explain_says_why_not(monkeypatch):
     told = TritonBackend().explain(problem_of(x, w24.spec))
     assert told.config == "mma_sp_out128_tokens16_split1_w4x1_in128_s4"
     assert "sparse tensor cores" not in told.why and "slower" not in told.why
+    levels = TritonBackend().explain(problem_of(x, quantize(w24, "int4", group=128).spec))
+    assert levels.config == "mma_sp_out128_tokens16_split1_w4x1_in128_s4"
     many = TritonBackend().explain(problem_of(x.repeat(8, 1), w24.spec))
     assert "slower than dense wherever it was timed" in many.why
     monkeypatch.setattr(triton_backend, "mma_sp_reason", lambda: "no Gluon")
@@ -266,6 +300,29 @@ def test_on_gpu(case, config, dtype):
     assert triton_backend.mma_sp_reason() == ""
     for gap in (8, 3):
         check(case, dtype, "cuda", config, gap)
+
+
+QUANTIZED = [
+    (storage, 0, *shape, activation, True, activation is None)
+    for storage in ("float8_e4m3fn", "int8")
+    for shape, activation in (((1, 64, 1024), None), ((9, 250, 544), "relu"), ((140, 70, 96), None))
+]
+QUANTIZED += [
+    ("int4", 128, 1, 64, 1024, None, False, False),
+    ("int4", 64, 9, 250, 1056, "relu", True, False),
+    ("int4", 64, 33, 70, 1088, None, True, False),
+    ("int4", 128, 100, 70, 416, "relu", True, False),
+    ("int4", 128, 300, 130, 4096, None, True, False),
+    ("int4", 32, 3, 6, 32, None, True, False),
+]
+
+
+@pytest.mark.gpu
+@needs_gluon
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", QUANTIZED, ids=str)
+def test_quantized_weights_on_gpu(case, dtype):
+    check_quantized(case, dtype, "cuda")
 
 
 @pytest.mark.gpu

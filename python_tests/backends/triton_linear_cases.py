@@ -67,10 +67,18 @@ QUANTIZED += [
     ("int4", 268, 5, 9, 268, "silu", True, False),
     ("int4", 128, 3, 6, 20, None, True, False),
 ]
+# (case, config): the same for many tokens, several parts of the rows.
+QUANTIZED_MANY = [
+    (("int8", 0, 3, 70, 36, "relu", True, True), Expanded(64)),
+    (("float8_e4m3fn", 0, 3, 70, 36, None, False, False), Expanded(64)),
+    (("int4", 64, 3, 70, 132, "relu", True, True), Expanded(64)),
+    (("int4", 36, 2, 9, 36, "silu", True, False), Expanded(512)),
+]
 
 
-def check_quantized(case, dtype, device):
-    """Exact on whole levels and scales that are powers of two; within the bound on random data."""
+def check_quantized(case, dtype, device, config=None):
+    """Exact on whole levels and scales that are powers of two; within the bound on random data.
+    Expanded rounds level times scale of a group to dtype."""
     from sparsekern.backends.triton import linear as kernels
 
     storage, group, tokens, out_features, in_features, activation, with_bias, with_scale = case
@@ -93,11 +101,15 @@ def check_quantized(case, dtype, device):
             in_features,
             None if bias is None else bias.to(device),
             activation,
+            config,
             scale=tensors["weight_scale"],
             group=w24.spec.group,
             x_scale=None if x_scale is None else x_scale.to(device),
         )
-        dense = decompress(Sparse24(w24.numbers(torch.float32), w24.metadata, w24.shape))
+        groups = w24.tensors["weight_scale"].shape[1]
+        exact = dtype if isinstance(config, Expanded) and groups > 1 else torch.float32
+        numbers = w24.numbers(exact).float()
+        dense = decompress(Sparse24(numbers, w24.metadata, w24.shape))
         x64 = x.double() if x_scale is None else x.double() * x_scale[:, None]
         y64 = reference.linear(x64, dense, bias, activation)
         assert y.dtype == dtype and y.is_contiguous()
@@ -190,6 +202,7 @@ def run_interpreted():
     jobs += [(check_few_bfloat16, case, config, "cpu") for case, config in FEW]
     jobs += [(check, case, torch.float16, "cpu", config) for case, config in MANY]
     jobs += [(check_quantized, case, torch.float16, "cpu") for case in QUANTIZED]
+    jobs += [(check_quantized, case, torch.float16, "cpu", c) for case, c in QUANTIZED_MANY]
     results = {}
     for function, *arguments in jobs:
         name = f"{function.__name__} {' '.join(map(str, arguments))}"

@@ -115,7 +115,7 @@ def _kernels() -> Iterator[Finding]:
     if usable:
         from sparsekern.backends.triton.configs import FASTER_TOKENS
 
-        timed = "quantised and float32 weights are not timed"
+        timed = "no records of quantised and float32 weights"
         what = f"usable; slower than dense with more than {FASTER_TOKENS} tokens; {timed}"
         if without := triton_kernels.mma_sp_reason():
             what = f"usable, but not on the sparse tensor cores: {without}"

@@ -74,13 +74,15 @@ class TritonBackend:
         spec = problem.spec
         plain = spec.element.plain
         missing = triton.mma_sp_reason()
-        of = problem.tokens, *problem.sizes, problem.dtype, plain
+        bits = None if plain else spec.element.bits
+        group = spec.group if spec.group < problem.in_features else 0
+        of = problem.tokens, *problem.sizes, problem.dtype, bits, group
         config = pick_config(*of, mma_sp=not missing)
         why = "x is on a GPU and the layout is 'rowmajor'"
         if missing and isinstance(pick_config(*of, mma_sp=True), MmaSp):
             why += f"; not on the sparse tensor cores: {missing}"
         if not plain:
-            why += "; levels are widened, and multiplied as dense numbers of the dtype of x"
+            why += "; levels are widened, and multiplied as numbers of the dtype of x"
         if isinstance(config, LinearConfig) or problem.tokens > FASTER_TOKENS:
             why += "; this kernel was slower than dense wherever it was timed"
         return Explained(str(config), why)

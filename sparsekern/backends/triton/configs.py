@@ -3,7 +3,7 @@ dtype. The order of summation follows from the config, so results are the same f
 from GPU to GPU.
 
     FewTokens      few_tokens.py    one token, or up to 4: picks x by the metadata, no tensor cores
-    MmaSp          mma_sp.py        up to 767:  the sparse tensor cores, W is not expanded
+    MmaSp          mma_sp.py        up to 767, quantised up to 511: the sparse tensor cores
     LinearConfig   linear.py        any problem: expands tiles of W in registers, tl.dot
     Expanded       expanded.py      many tokens: expands W once, some rows at a time, torch.mm
 
@@ -84,6 +84,7 @@ class MmaSp(NamedTuple):
     steps: int
     stages: int
     split_in: int = 1
+    element_bytes: int = 4  # of the two values that a group of four keeps
 
     def __str__(self) -> str:
         tile = f"mma_sp_out{self.block_out}_tokens{self.block_tokens}"
@@ -92,8 +93,8 @@ class MmaSp(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        """Of the ring: 36 bytes of a row of W a step, 64 of a token."""
-        step = 36 * self.block_out + 64 * self.block_tokens
+        """Of the ring: values and metadata of a row of W, and 64 bytes of a token, a step."""
+        step = (8 * self.element_bytes + 4) * self.block_out + 64 * self.block_tokens
         return self.stages * self.steps * step
 
     def fitting(self, shared_bytes: int) -> MmaSp:
@@ -121,20 +122,25 @@ def pick_config(
     out_features: int,
     in_features: int,
     dtype: torch.dtype,
-    plain: bool = True,
+    bits: int | None = None,
+    group: int = 0,
     mma_sp: bool = False,
 ) -> Config:
     """The kernel and its sizes for one problem.
 
     Args:
-        dtype: of x.      plain: values have the dtype of x; quantised ones take tiles.
+        dtype: of x.      bits: of a quantised value; None: values have the dtype of x.
+        group: columns that share a scale; 0: all.
         mma_sp: the mma.sp kernel can run (mma_sp_reason in backends/triton).
     """
-    if plain and dtype in dtypes.NATIVE:
+    if tokens > 0 and dtype in dtypes.NATIVE:
         sparse = mma_sp and in_features > 0 and in_features % MMA_COLUMNS == 0
-        if 0 < tokens <= (1 if sparse else FEW_TOKENS) and in_features % 8 == 0:
+        if bits is not None:
+            if sparse and tokens < MANY_TOKENS:
+                return quantized_config(tokens, out_features, in_features, bits, group)
+        elif tokens <= (1 if sparse else FEW_TOKENS) and in_features % 8 == 0:
             return few_config(out_features, in_features)
-        if sparse and 0 < tokens <= MMA_TOKENS:
+        elif sparse and tokens <= MMA_TOKENS:
             return mma_config(tokens, out_features, in_features)
         if tokens >= MANY_TOKENS:
             rows = EXPANDED_BYTES // max(1, in_features * dtype.itemsize)
@@ -156,6 +162,31 @@ def mma_config(tokens: int, out_features: int, in_features: int) -> MmaSp:
         config = MmaSp(256, 128, 4, 2, 4, 3)
         if in_features % (4 * MMA_COLUMNS):  # a part of a stage, for which it has no registers left
             config, wanted = config.halved(), PROGRAMS_WANTED
+    return _in_parts(config, tokens, out_features, in_features, wanted)
+
+
+def quantized_config(
+    tokens: int, out_features: int, in_features: int, bits: int, group: int
+) -> MmaSp:
+    """The same for quantised weights; those with groups have small tiles, because the sums of a
+    stage get the scale of its group in registers of their own."""
+    wanted = PROGRAMS_WANTED
+    if tokens <= 64 or group > 0:
+        block_tokens = max(8, 1 << (min(tokens, 64) - 1).bit_length())
+        narrow = bits == 8 and tokens <= 16
+        stages = 6 if narrow or tokens <= 8 else 4
+        config = MmaSp(64 if narrow else 128, block_tokens, 4, 1, 4, stages, 1, bits // 4)
+        if group % (4 * MMA_COLUMNS):
+            config = config._replace(steps=2, stages=2 * stages)
+        wanted = 3 * wanted // 4
+    else:
+        config = MmaSp(128, 128, 2, 2, 2, 4, 1, bits // 4)
+    return _in_parts(config, tokens, out_features, in_features, wanted)
+
+
+def _in_parts(
+    config: MmaSp, tokens: int, out_features: int, in_features: int, wanted: int
+) -> MmaSp:
     programs = _cdiv(out_features, config.block_out) * _cdiv(tokens, config.block_tokens)
     split_in = 1
     while (

@@ -53,8 +53,8 @@ from sparsekern.backends.triton.configs import (
 from sparsekern.backends.triton.epilogue import finish
 from sparsekern.formats import dtypes
 
-# The kernels for plain values of 16 bits, by their configs. Imported when they are launched: not
-# every Triton has what mma_sp needs.
+# The kernels for x of 16 bits, by their configs; that of few tokens takes no scales. Imported when
+# they are launched: not every Triton has what mma_sp needs.
 _OTHERS = {FewTokens: "few_tokens", MmaSp: "mma_sp", Expanded: "expanded"}
 
 # What the kernel calls levels, by their dtype: names of the element types.
@@ -231,9 +231,9 @@ def _other(kind):
     return importlib.import_module(f"sparsekern.backends.triton.{_OTHERS[kind]}")
 
 
-def _launch_other(config, x, values, metadata, bias, activation, out):
+def _launch_other(config, x, values, metadata, bias, activation, out, **scales):
     with torch.cuda.device_of(x):
-        _other(type(config)).launch(x, values, metadata, bias, activation, config, out)
+        _other(type(config)).launch(x, values, metadata, bias, activation, config, out, **scales)
 
 
 def linear(
@@ -275,25 +275,26 @@ def linear(
         return out
     if x.stride(1) != 1:
         x = x.contiguous()
-    plain = scale is None
+    storage = "plain" if scale is None else _STORAGES[values.dtype]
+    scales = {}
+    if scale is not None:
+        group = 0 if scale.shape[1] == 1 else group
+        scales = {"storage": storage, "scale": scale, "group": group, "x_scale": x_scale}
     if config is None:
-        problem = tokens, out_features, in_features, x.dtype, plain
+        bits = None if scale is None else dtypes.element(storage).bits
+        problem = tokens, out_features, in_features, x.dtype, bits, group
         config = pick_config(*problem, mma_sp=not mma_sp_reason())
         if isinstance(config, MmaSp):
             try:
-                _launch_other(config, x, values, metadata, bias, activation, out)
+                _launch_other(config, x, values, metadata, bias, activation, out, **scales)
                 return out
             except TritonError as error:
                 mma_sp_failed(error)
                 config = pick_config(*problem)
     if not isinstance(config, LinearConfig):
-        assert plain  # they have no scales
-        _launch_other(config, x, values, metadata, bias, activation, out)
+        _launch_other(config, x, values, metadata, bias, activation, out, **scales)
         return out
-    storage = "plain" if scale is None else _STORAGES[values.dtype]
-    if scale is None or scale.shape[1] == 1:
-        group = 0
-    elif group % config.block_in:
+    if scale is not None and group % config.block_in:
         config = config._replace(block_in=SMALLEST_GROUP)
     if storage == "float8_e4m3fn":
         values = values.view(torch.uint8)

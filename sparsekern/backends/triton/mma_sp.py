@@ -4,14 +4,21 @@ yᵀ[out, tokens] = W[out, in] · xᵀ by mma.sp.m16n8k32, 16-bit operands, sums
 A program has a tile of BLOCK_OUT rows of W and BLOCK_TOKENS rows of x. cp.async brings values,
 metadata and x to shared memory, STEPS * 32 columns at a time, STAGES - 1 times ahead; ldmatrix
 takes them to registers, and nothing is expanded. Columns are counted in steps of 32, the columns of
-one mma.sp; everything is moved as 32-bit words.
+one mma.sp; an element of values is what a group of four keeps.
 
-    operand     shape                 words              memory
-    x           [tokens, 16 * steps]  2 numbers          16 bytes aligned rows, any row stride
-    values      [out, 8 * steps]      2 kept values      row-major
-    metadata    [out, steps]          8 groups of 4      nibble idx0 | idx1 << 2, low nibble first
+    operand     shape                 element            memory
+    x           [tokens, 16 * steps]  2 numbers, int32   16 bytes aligned rows, any row stride
+    values      [out, 8 * steps]      2 kept values      row-major; int32, int16 or int8
+    metadata    [out, steps]          8 groups, int32    nibble idx0 | idx1 << 2, low nibble first
     bias        [out]                 fp16 | bf16        optional
     out         [tokens, out]         fp16 | bf16        or float32 [SPLIT_IN, tokens, out]
+
+Quantised values are levels of int8 or e4m3 (int16) or of int4 (int8, low nibble first), which 16
+bits hold exactly: a thread widens those of its fragments (`_widened`), and the sums get the scales:
+
+    scale       [out] or, per GROUP columns, [out, groups]   fp32; a group's come with the sums of
+                a stage, a row's at the end
+    x_scale     [tokens]                                     fp32, optional
 
 An operand of inline assembly is a tensor whose elements each thread has in a known order: all have
 the shape [tiles of rows, of tokens, warps of rows, of tokens, 8, 2, 2, 2, 2] in one layout, where
@@ -96,6 +103,14 @@ def _load_e(rows, warps_out, warps_tokens, steps):
     return _layout([rows, steps], (warps_out, 16), warps_tokens, 1, registers, words)
 
 
+@constexpr_function
+def _rows_of_sums(rows, warps_out, warps_tokens):
+    tiles = [[row] for row, _ in _bits(rows // (16 * warps_out), 16 * warps_out)]
+    warps = [[0]] * len(_bits(warps_tokens, 1)) + [[row] for row, _ in _bits(warps_out, 16)]
+    lanes = [[0], [0], [1], [2], [4]]
+    return gl.DistributedLinearLayout([[8], *tiles], lanes, warps, [], [rows])
+
+
 @gluon.jit
 def _odd_lanes(LAYOUT: gl.constexpr, WARPS_OUT: gl.constexpr):
     """Of two words of metadata, row g's and row g + 8's, the halves that a lane supplies: the
@@ -123,6 +138,49 @@ def _halves(metadata, odd_lanes):
         dtype=gl.int32,
         is_pure=True,
         pack=2,
+    )
+
+
+@gluon.jit
+def _widened(levels, STORAGE: gl.constexpr, TYPE: gl.constexpr):
+    """Words of two 16-bit numbers of elements that hold two levels, exactly.
+
+    Integers: the bits of a level above those of 2^23 are a float32, and subtracting takes away what
+    the sign has moved it by. e4m3: its exponent has 8 less in its bias than that of float16, and
+    as many bits from bit 10 on; the product with 256 is exact.
+    """
+    bits = levels.to(gl.int32)
+    if STORAGE == "float8_e4m3fn":
+        apart = (bits & 0xFF) << 8 | (bits & 0xFF00) << 16
+        half = (apart & -0x7FFF8000) | ((apart & 0x7F007F00) >> 1)
+        TO_TYPE: gl.constexpr = (
+            "{ .reg .b32 c; mov.b32 c, 0x5C005C00; mul.rn.f16x2 $0, $1, c; }"
+            if TYPE == "f16"
+            else "{ .reg .b32 c, h; .reg .b16 l0, l1; .reg .f32 f0, f1; mov.b32 c, 0x5C005C00;"
+            " mul.rn.f16x2 h, $1, c; mov.b32 {l0, l1}, h; cvt.f32.f16 f0, l0; cvt.f32.f16 f1, l1;"
+            " cvt.rn.bf16x2.f32 $0, f1, f0; }"
+        )
+        return gl.inline_asm_elementwise(
+            TO_TYPE, "=r,r", [half], dtype=gl.int32, is_pure=True, pack=1
+        )
+    if STORAGE == "int8":
+        SIGN: gl.constexpr = 0x80
+        first = bits & 0xFF
+        second = bits >> 8 & 0xFF
+    else:
+        SIGN: gl.constexpr = 8
+        first = bits & 0xF
+        second = bits >> 4 & 0xF
+    OFFSET: gl.constexpr = 8388608.0 + SIGN
+    first = (first ^ (0x4B000000 | SIGN)).to(gl.float32, bitcast=True) - OFFSET
+    second = (second ^ (0x4B000000 | SIGN)).to(gl.float32, bitcast=True) - OFFSET
+    return gl.inline_asm_elementwise(
+        f"cvt.rn.{TYPE}x2.f32 $0, $2, $1;",
+        "=r,f,f",
+        [first, second],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
     )
 
 
@@ -172,14 +230,20 @@ def mma_sp_kernel(
     x_ptr,
     values_ptr,
     metadata_ptr,
+    scale_ptr,
+    x_scale_ptr,
     bias_ptr,
     out_ptr,
     tokens,
     out_features,
     steps_in,  # in_features / 32
     stride_x,  # 16 bytes
+    stride_scale,
     split_length,  # steps of a part of in_features
     TYPE: gl.constexpr,  # "bf16" or "f16"
+    STORAGE: gl.constexpr,  # "plain", "int8", "float8_e4m3fn" or "int4"
+    GROUP: gl.constexpr,  # columns that share a scale, a multiple of a stage's; 0: all
+    HAS_X_SCALE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     EVEN: gl.constexpr,  # steps_in is a multiple of STEPS
@@ -206,13 +270,16 @@ def mma_sp_kernel(
     LOAD_E: gl.constexpr = _load_e(BLOCK_OUT, WARPS_OUT, WARPS_TOKENS, STEPS)
     # How threads copy: 16 bytes each where rows are aligned; chunks of 16 bytes are XORed with the
     # row, so that the eight rows of a matrix lie in different banks.
-    COPY_V: gl.constexpr = gl.BlockedLayout([1, 4], [16 // STEPS, 2 * STEPS], [WARPS, 1], [1, 0])
+    ELEMENT: gl.constexpr = values_ptr.dtype.element_ty
+    WIDTH: gl.constexpr = 128 // ELEMENT.primitive_bitwidth  # elements in 16 bytes
+    CHUNKS: gl.constexpr = 8 * STEPS // WIDTH  # of a row
+    COPY_V: gl.constexpr = gl.BlockedLayout([1, WIDTH], [32 // CHUNKS, CHUNKS], [WARPS, 1], [1, 0])
     COPY_E: gl.constexpr = gl.BlockedLayout([1, STEPS], [32, 1], [WARPS, 1], [1, 0])
     COPY_X: gl.constexpr = gl.BlockedLayout([1, 4], [8 // STEPS, 4 * STEPS], [WARPS, 1], [1, 0])
-    SHARED_V: gl.constexpr = gl.SwizzledSharedLayout(4, 4 // STEPS, 2 * STEPS, [1, 0])
+    SHARED_V: gl.constexpr = gl.SwizzledSharedLayout(WIDTH, 8 // CHUNKS, CHUNKS, [1, 0])
     SHARED_E: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     SHARED_X: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
-    smem_v = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_OUT, 8 * STEPS], SHARED_V)
+    smem_v = gl.allocate_shared_memory(ELEMENT, [STAGES, BLOCK_OUT, 8 * STEPS], SHARED_V)
     smem_e = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_OUT, STEPS], SHARED_E)
     smem_x = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_TOKENS, 16 * STEPS], SHARED_X)
     shared = (smem_v, smem_e, smem_x)
@@ -257,6 +324,13 @@ def mma_sp_kernel(
         async_copy.commit_group()
     odd_lanes = _odd_lanes(FRAGMENT, WARPS_OUT)
     acc = gl.full([OUT, TOKENS, WARPS_OUT, WARPS_TOKENS, 8, 2, 2, 2, 2], 0.0, gl.float32, FRAGMENT)
+    zeros = acc
+    if GROUP > 0:
+        row_s = gl.arange(0, BLOCK_OUT, _rows_of_sums(BLOCK_OUT, WARPS_OUT, WARPS_TOKENS))
+        row_s = row_s.reshape(OUT, WARPS_OUT, 2, 8).permute(0, 1, 3, 2)
+        row_s = gl.convert_layout(row_s.reshape(OUT, 1, WARPS_OUT, 1, 8, 1, 1, 2, 1), FRAGMENT)
+        row_s = gl.minimum(row_s, out_features - 1 - first_row)
+        scale_at = scale_ptr + (first_row + row_s).to(gl.int64) * stride_scale
     for turn in range(turns):
         async_copy.wait_group(STAGES - 2)
         ahead = turn + STAGES - 1
@@ -267,19 +341,34 @@ def mma_sp_kernel(
         e = smem_e.index(stage).load(LOAD_E).reshape(OUT, WARPS_OUT, 2, 8, STEPS // 2, 2)
         e = e.permute(E_DIMS.value).reshape(OUT, 1, WARPS_OUT, 1, 8, 2, 1, STEPS // 2, 2)
         e = _halves(gl.convert_layout(e, FRAGMENT), odd_lanes)
+        part = zeros if GROUP > 0 else acc
         for step in gl.static_range(STEPS):
             a = smem_v.index(stage).slice(8 * step, 8, 1).load(LOAD_A)
             a = a.reshape(OUT, WARPS_OUT, 2, 8, 2, 2, 2).permute(A_DIMS.value)
             a = gl.convert_layout(a.reshape(OUT, 1, WARPS_OUT, 1, 8, 2, 2, 2, 2), FRAGMENT)
+            if STORAGE != "plain":
+                a = _widened(a, STORAGE, TYPE)
             b = smem_x.index(stage).slice(16 * step, 16, 1).load(LOAD_B)
             b = b.reshape(TOKENS, WARPS_TOKENS, 8, 2, 2, 2, 2).permute(B_DIMS.value)
             b = gl.convert_layout(b.reshape(1, TOKENS, 1, WARPS_TOKENS, 8, 2, 2, 2, 2), FRAGMENT)
-            acc = _mma_sp(a, b, acc, e, step // 2, step % 2, TYPE)
+            part = _mma_sp(a, b, part, e, step // 2, step % 2, TYPE)
+        if GROUP > 0:
+            of_group, part = gl.broadcast(
+                gl.load(scale_at + (start + STEPS * turn) * 32 // GROUP), part
+            )
+            acc += of_group * part
+        else:
+            acc = part
 
     STORE: gl.constexpr = gl.BlockedLayout([4, 1], [32, 1], [1, WARPS], [0, 1])
     sums = gl.convert_layout(acc.permute(C_DIMS.value).reshape(BLOCK_OUT, BLOCK_TOKENS), STORE)
     row = first_row + gl.arange(0, BLOCK_OUT, gl.SliceLayout(1, STORE))
     token_out = first_token + gl.arange(0, BLOCK_TOKENS, gl.SliceLayout(0, STORE))
+    if STORAGE != "plain" and GROUP == 0:
+        of_row = gl.load(scale_ptr + row.to(gl.int64) * stride_scale, row < out_features, 0.0)
+        sums *= of_row[:, None]
+    if HAS_X_SCALE:
+        sums *= gl.load(x_scale_ptr + token_out, token_out < tokens, 0.0)[None, :]
     if SPLIT_IN > 1:
         out_ptr += split_idx.to(gl.int64) * tokens * out_features
     elif HAS_BIAS:
@@ -311,18 +400,33 @@ def _fitting(config: MmaSp, device: int) -> MmaSp:
     return config.fitting(properties["max_shared_mem"])
 
 
-def launch(x, values, metadata, bias, activation, config: MmaSp, out):
+def launch(
+    x,
+    values,
+    metadata,
+    bias,
+    activation,
+    config: MmaSp,
+    out,
+    *,
+    storage="plain",
+    scale=None,
+    group=0,
+    x_scale=None,
+):
     """out = activation(x · Wᵀ + bias), arguments as linear.linear has checked them.
 
     Args:
         x: [tokens, in_features], float16 or bfloat16, in_features % 32 == 0.
         out: [tokens, out_features], contiguous.
+        storage: name of the element type of quantised values.
     """
     tokens, out_features = out.shape
     steps_in = x.shape[1] // MMA_COLUMNS
     kind = dtypes.PLAIN[x.dtype].name.replace("loat", "")  # f16 or bf16
-    x, values = words(x, torch.int32, 16), words(values, torch.int32, 16)
-    metadata = words(metadata, torch.int32, 4)
+    x, metadata = words(x, torch.int32, 16), words(metadata, torch.int32, 4)
+    element = {4: torch.int32, 2: torch.int16, 1: torch.int8}[config.element_bytes]
+    values = words(values if scale is None else values.view(torch.uint8), element, 1)
     length = triton.cdiv(triton.cdiv(steps_in, config.split_in), PART_STEPS) * PART_STEPS
     config = _fitting(config, x.device.index)
     target = out
@@ -333,14 +437,20 @@ def launch(x, values, metadata, bias, activation, config: MmaSp, out):
         x,
         values,
         metadata,
+        scale,
+        x_scale,
         bias,
         target,
         tokens,
         out_features,
         steps_in,
         x.stride(0) // 4,
+        0 if scale is None else scale.stride(0),
         length,
         TYPE=kind,
+        STORAGE=storage,
+        GROUP=group,
+        HAS_X_SCALE=x_scale is not None,
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
         EVEN=steps_in % config.steps == 0,
