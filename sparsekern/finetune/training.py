@@ -230,7 +230,8 @@ class SparseTrainingLinear(nn.Module):
         """[..., in_features] -> [..., out_features] of the dtype of the matmuls."""
         if x.dtype != self.dtype and autocast(x):
             x = x.to(self.dtype)
-        check(x.dtype == self.dtype, OP, f"x of {self.dtype}", x.dtype, "Cast it.", TypeError)
+        remedy = f"Run it under torch.autocast, or make it with dtype={x.dtype}."
+        check(x.dtype == self.dtype, OP, f"x of {self.dtype}", x.dtype, remedy, TypeError)
         got = list(x.shape)
         check(x.shape[-1] == self.in_features, OP, f"x [..., {self.in_features}]", got)
         made = self._ready()
