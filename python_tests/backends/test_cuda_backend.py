@@ -1158,6 +1158,8 @@ def test_a_gpu_without_the_module(native, monkeypatch, capability):
         on_gpu = problem(x, w24)._replace(device=torch.device("cuda", 0), gpu=0)
         for backend in (CudaBackend(), PreciseBackend(), SixteenBitBackend()):
             assert backend.supports(on_gpu), f"{backend.name} {storage}"
+        rows = on_gpu._replace(spec=w24.rowmajor().spec)
+        assert CudaBackend().supports(rows) == "no CUDA module", "not that nobody packed it"
     plain = compress(random_weight(8, 16, torch.bfloat16))
     assert registry.best_layout(plain.spec, torch.device("cuda", 0)) == "rowmajor"
 

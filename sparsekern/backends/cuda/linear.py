@@ -102,10 +102,20 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
     return not refusal(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def layout_refusal(problem: Problem) -> str:
+    """Why the weight's layout is not "tile64": the GPU has no kernels for it, or nobody packed it;
+    empty when it is."""
+    layout = problem.spec.layout
+    if layout == LAYOUT:
+        return ""
+    why = refusal(problem.gpu) if problem.device.type == "cuda" else ""
+    return why or f"backend 'cuda' needs layout 'tile64' (SparseLinear), got {layout!r}"
+
+
 def why_not(problem: Problem) -> str | None:
     """Why the kernels cannot compute a problem; None when they can."""
-    if problem.spec.layout != LAYOUT:
-        return f"backend 'cuda' needs layout 'tile64' (SparseLinear), got {problem.spec.layout!r}"
+    if why := layout_refusal(problem):
+        return why
     if problem.device.type != "cuda":
         return f"backend 'cuda' needs x on a GPU, got {problem.device}"
     if problem.dtype not in dtypes.NATIVE or not problem.spec.element.plain:

@@ -56,6 +56,7 @@ from sparsekern.backends.cuda.linear import (
     _name,
     _native_linear,
     _workspace,
+    layout_refusal,
 )
 from sparsekern.backends.cuda.linear import _plan as _plain_plan
 from sparsekern.backends.protocol import ALIGNMENT, Explained, Launch, Problem
@@ -63,7 +64,7 @@ from sparsekern.formats import dtypes
 from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.scaled import SCALE
 from sparsekern.formats.sparse24 import Sparse24
-from sparsekern.formats.tile64 import LAYOUT, fits, scale_group
+from sparsekern.formats.tile64 import fits, scale_group
 
 _CHOSEN, _PRECISE, _MMA = "chosen", "precise", "mma"
 WORTH = 1.05  # how much faster x of 8 bits must be where x of 16 bits would do
@@ -159,8 +160,8 @@ def why_not(
         mma: by the mma.sp kernel.
     """
     spec = problem.spec
-    if spec.layout != LAYOUT:
-        return f"backend 'cuda' needs layout 'tile64' (SparseLinear), got {spec.layout!r}"
+    if why := layout_refusal(problem):
+        return why
     if problem.device.type != "cuda":
         return f"backend 'cuda' needs x on a GPU, got {problem.device}"
     if problem.dtype not in dtypes.NATIVE:
