@@ -22,6 +22,7 @@ from sparsekern.finetune import (
     build_cache,
     data,
     distill,
+    loop,
     losses,
     trainer,
 )
@@ -217,7 +218,9 @@ def test_a_damaged_manifest_of_a_cache(tmp_path):
 
 
 def test_limit_shortens_a_run_by_minutes(monkeypatch):
-    monkeypatch.setattr(trainer, "time", Clock(0.05))
+    clock = Clock(0.05)
+    for module in (trainer, loop):
+        monkeypatch.setattr(module, "time", clock)
     teacher, student = pair()
     report = run(student, teacher, steps=None, minutes=60, limit_seconds=4, shorten=True)
     assert not report.stopped and 2 < report.seconds < 4.2 and report.recipe["minutes"] < 0.1
@@ -448,7 +451,7 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_the_speed_is_that_of_the_steps_after_the_first(monkeypatch):
     """Each step takes one second of this clock, so that counting the first one too would show."""
-    monkeypatch.setattr(trainer, "time", Clock(1.0))
+    monkeypatch.setattr(loop, "time", Clock(1.0))
     teacher, student = pair()
     report = run(student, teacher, steps=5)
     assert report.first_step == 1.0
