@@ -357,8 +357,34 @@ def test_on_step_ends_a_run():
     assert report.first_step > 0
 
 
+def test_without_logs_the_last_step_is_logged_and_a_limit_holds(tmp_path, monkeypatch):
+    teacher, student = pair()
+    report = run(student, teacher, log_every=0, steps=3, folder=tmp_path / "whole")
+    assert [row["step"] for row in read_metrics(tmp_path / "whole")] == [3]
+    assert report.loss == read_metrics(tmp_path / "whole")[0]["loss"]
+    clock = Clock(1.0)
+    for module in (trainer, loop):
+        monkeypatch.setattr(module, "time", clock)
+    options = dict(log_every=0, steps=30, folder=tmp_path / "parts")
+    report = run(student, teacher, limit_seconds=10, **options)
+    assert report.stopped and 0 < report.steps < 10 and report.loss == report.loss
+
+
 class Stop(Exception):
     pass
+
+
+def test_on_step_ends_a_resumed_run_that_never_logged(tmp_path):
+    def stop(step):
+        if step == 3:
+            raise Stop
+
+    teacher, student = pair()
+    options = dict(folder=tmp_path, save_every=2, log_every=9, steps=12)
+    with pytest.raises(Stop):
+        run(student, teacher, on_step=stop, **options)
+    report = run(student, teacher, on_step=lambda step: step == 4, **options)
+    assert (report.resumed, report.steps) == (2, 4) and report.loss == report.loss
 
 
 @pytest.mark.parametrize("when", ["before", "during", "evaluation", "never"])

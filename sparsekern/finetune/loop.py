@@ -68,7 +68,7 @@ class Loop:
     """One call of distill, once everything that goes in is open.
 
     steps: of the run, None when recipe.minutes decide. deadline: time.perf_counter() at which
-    limit_seconds is over. shorten, progress, on_step: as in distill.
+    limit_seconds is over. progress: whether this process shows it. shorten, on_step: as in distill.
     """
 
     student: Student
@@ -111,75 +111,70 @@ class Loop:
         """The steps after `step`; returns the last one."""
         from tqdm import tqdm
 
-        recipe, world, report = self.recipe, self.world, self.report
+        recipe, report = self.recipe, self.report
         module = self._module()
-        shown = self.progress and world.first
         total = self.steps if self.steps is not None else math.ceil(60 * (recipe.minutes or 0))
         unit = "step" if self.steps is not None else "s"
         tokens = recipe.batch * self.corpus.window
         sums = torch.zeros(4, device=self.device, dtype=torch.float32)
-        first_done = step > 0
         seen = 0  # steps that count for the speed
         before = self.spent  # without the first step, which compiles
+        first_done = step > 0
         if step == 0 and self.evaluations:
             self._evaluate(0)
             module.train()
-        with tqdm(total=total, initial=step, desc="distill", unit=unit, disable=not shown) as bar:
+        off = not self.progress
+        with tqdm(total=total, initial=step, desc="distill", unit=unit, disable=off) as bar:
             while not self._finished(step):
                 start = time.perf_counter()
-                done = self._progress(step)
-                rate = recipe.rate(done)
+                rate = recipe.rate(self._progress(step))
                 sums += self._one_step(module, step, rate)
                 step += 1
                 last = self.steps is not None and step >= self.steps
-                if step % recipe.log_every == 0 or last or not first_done:
-                    values = (world.mean(sums.clone()) / sums[3].clamp(min=1)).tolist()
+                logged = last or _due(recipe.log_every, step)
+                if logged or not first_done:
                     self._synchronise()
                 took = time.perf_counter() - start
-                report.first_step = report.first_step if first_done else took
+                if first_done or self.steps is not None:
+                    self.spent += took
                 if first_done:
-                    self.spent += took
                     seen += 1
-                elif self.steps is not None:
-                    self.spent += took
-                    before += took
-                if not last and self.steps is None and self._finished(step):
-                    last = True
+                else:
+                    report.first_step, before, first_done = took, self.spent, True
+                    self._shorten()
+                if not last and self._finished(step):
+                    last = logged = True
                     waited = time.perf_counter()
-                    values = (world.mean(sums.clone()) / sums[3].clamp(min=1)).tolist()
                     self._synchronise()
                     self.spent += time.perf_counter() - waited
-                if step % recipe.log_every == 0 or last:
-                    loss = values[0]
+                if logged:
+                    loss, kl, ce = self._means(sums)
                     check(math.isfinite(loss), OP, "a finite loss", loss, "Lower lr.")
                     report.loss = loss
                     speed = seen * tokens / max(1e-9, self.spent - before) if seen else 0.0
                     report.tokens_per_second = speed
                     self.files.log({
-                        "step": step, "tokens": step * tokens, "loss": loss, "kl": values[1],
-                        "ce": values[2], "lr": rate, "grad_norm": float(self.norm),
-                        "tokens_per_s": speed, "seconds": self.spent,
+                        "step": step, "tokens": step * tokens, "loss": loss, "kl": kl, "ce": ce,
+                        "lr": rate, "grad_norm": float(self.norm), "tokens_per_s": speed,
+                        "seconds": self.spent,
                     })  # fmt: skip
                     bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                     sums.zero_()
-                if not first_done and self.deadline is not None and self.shorten:
-                    left = world.same(self.deadline - time.perf_counter()) / 60
-                    self.minutes = max(1e-3, min(self.minutes or left, left))
-                    report.recipe["minutes"] = round(self.minutes, 3)
-                first_done = True
                 bar.update(1 if self.steps is not None else int(self.spent) - bar.n)
-                if recipe.eval_every and step % recipe.eval_every == 0 and not last:
+                if _due(recipe.eval_every, step) and not last:
                     self._evaluate(step)
                     module.train()
-                if recipe.save_every and step % recipe.save_every == 0 and not last:
+                if _due(recipe.save_every, step) and not last:
                     self.files.save(step, self.spent)
                 asked = self.on_step is not None and self.on_step(step) is True
-                if asked and not last:
-                    report.notes.append(f"ended by on_step with step {step}")
-                    report.loss = values[0] if math.isnan(report.loss) else report.loss
+                if last:
                     break
-                if not last and self._out_of_time(step):
-                    report.stopped = True
+                if asked:
+                    report.notes.append(f"ended by on_step with step {step}")
+                report.stopped = not asked and self._out_of_time(step)
+                if asked or report.stopped:
+                    if math.isnan(report.loss):  # nothing was logged
+                        report.loss = self._means(sums)[0]
                     break
         return step
 
@@ -240,6 +235,11 @@ class Loop:
             numbers = numbers.pin_memory().to(self.device, non_blocking=True)
         return self.rows[numbers].to(self.device, torch.int64)
 
+    def _means(self, sums: Tensor) -> list[float]:
+        """[loss, kl, ce], means over the steps that are summed up and over the processes."""
+        loss, kl, ce, _ = (self.world.mean(sums.clone()) / sums[3]).tolist()
+        return [loss, kl, ce]
+
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -259,9 +259,17 @@ class Loop:
         assert self.minutes is not None
         return self.world.same(self.spent) >= 60 * self.minutes
 
+    def _shorten(self) -> None:
+        """After the first step, with `shorten`: at most the minutes that limit_seconds leaves."""
+        if self.shorten and self.deadline is not None:
+            left = self.world.same(self.deadline - time.perf_counter()) / 60
+            self.minutes = max(1e-3, min(self.minutes or left, left))
+            self.report.recipe["minutes"] = round(self.minutes, 3)
+
     def _out_of_time(self, step: int) -> bool:
-        """Whether limit_seconds is reached; looked at with every log, when the device is idle."""
-        if self.deadline is None or self.shorten or step % self.recipe.log_every:
+        """Whether limit_seconds is reached; looked at with every log, when the device is idle, or
+        with every step where none are asked for."""
+        if self.deadline is None or self.shorten or not _due(self.recipe.log_every or 1, step):
             return False
         return self.world.same(self.deadline - time.perf_counter()) < 0
 
@@ -293,3 +301,8 @@ class Loop:
             self._evaluate(step)
         self.files.end()
         return report
+
+
+def _due(every: int, step: int) -> bool:
+    """Whether something that is done `every` so many steps, 0 for never, is done with this one."""
+    return every > 0 and step % every == 0
