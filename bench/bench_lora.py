@@ -45,11 +45,11 @@ import sparsekern
 from sparsekern import SparseLinear
 from sparsekern.cli.finetune import densify
 from sparsekern.finetune import data
+from sparsekern.finetune.loop import Step
 from sparsekern.finetune.losses import Target
 from sparsekern.finetune.masked import Masked
 from sparsekern.finetune.recipe import Recipe
 from sparsekern.finetune.teacher import LiveTeacher, Split, compiled
-from sparsekern.finetune.trainer import Step
 
 from .options import Run, Watch, parser, told, watchdog
 from .recovery import STARTS, Evaluated, Material, add_options, finite, shown, synchronise

@@ -46,7 +46,7 @@ import torch
 import sparsekern
 from sparsekern import prune
 from sparsekern.eval import texts
-from sparsekern.finetune.trainer import eval_batch
+from sparsekern.finetune.inputs import eval_batch
 from sparsekern.formats import dtypes
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
 from sparsekern.integrations.loading import cast_weights, load_model

@@ -22,7 +22,7 @@ import sparsekern
 from sparsekern.cli.finetune import densify
 from sparsekern.eval import texts
 from sparsekern.finetune import data
-from sparsekern.finetune.trainer import eval_batch
+from sparsekern.finetune.inputs import eval_batch
 from sparsekern.integrations.loading import load_model
 from sparsekern.oneshot.presets import PRESETS
 

@@ -269,7 +269,7 @@ EXCEPTIONS = {
     "cli/doctor.py": "the dtype that its smoke test runs",
     "integrations/gguf/model.py": "the dtype that a model is loaded in by default",
     "oneshot/discovery.py": "what a dense weight to prune may have",
-    "checkpoint/load.py": "how a file's 16-bit numbers are compared",
+    "checkpoint/reader.py": "how a file's 16-bit numbers are compared",
     "cli/finetune.py": "the dtypes that a command computes and writes in",
     "finetune/data.py": "the dtype of autocast",
     "finetune/teacher.py": "the dtype of autocast, and of stored log-probabilities",

@@ -22,6 +22,7 @@ from sparsekern.finetune import (
     build_cache,
     data,
     distill,
+    loop,
     losses,
     trainer,
 )
@@ -217,7 +218,9 @@ def test_a_damaged_manifest_of_a_cache(tmp_path):
 
 
 def test_limit_shortens_a_run_by_minutes(monkeypatch):
-    monkeypatch.setattr(trainer, "time", Clock(0.05))
+    clock = Clock(0.05)
+    for module in (trainer, loop):
+        monkeypatch.setattr(module, "time", clock)
     teacher, student = pair()
     report = run(student, teacher, steps=None, minutes=60, limit_seconds=4, shorten=True)
     assert not report.stopped and 2 < report.seconds < 4.2 and report.recipe["minutes"] < 0.1
@@ -354,8 +357,34 @@ def test_on_step_ends_a_run():
     assert report.first_step > 0
 
 
+def test_without_logs_the_last_step_is_logged_and_a_limit_holds(tmp_path, monkeypatch):
+    teacher, student = pair()
+    report = run(student, teacher, log_every=0, steps=3, folder=tmp_path / "whole")
+    assert [row["step"] for row in read_metrics(tmp_path / "whole")] == [3]
+    assert report.loss == read_metrics(tmp_path / "whole")[0]["loss"]
+    clock = Clock(1.0)
+    for module in (trainer, loop):
+        monkeypatch.setattr(module, "time", clock)
+    options = dict(log_every=0, steps=30, folder=tmp_path / "parts")
+    report = run(student, teacher, limit_seconds=10, **options)
+    assert report.stopped and 0 < report.steps < 10 and report.loss == report.loss
+
+
 class Stop(Exception):
     pass
+
+
+def test_on_step_ends_a_resumed_run_that_never_logged(tmp_path):
+    def stop(step):
+        if step == 3:
+            raise Stop
+
+    teacher, student = pair()
+    options = dict(folder=tmp_path, save_every=2, log_every=9, steps=12)
+    with pytest.raises(Stop):
+        run(student, teacher, on_step=stop, **options)
+    report = run(student, teacher, on_step=lambda step: step == 4, **options)
+    assert (report.resumed, report.steps) == (2, 4) and report.loss == report.loss
 
 
 @pytest.mark.parametrize("when", ["before", "during", "evaluation", "never"])
@@ -448,7 +477,7 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_the_speed_is_that_of_the_steps_after_the_first(monkeypatch):
     """Each step takes one second of this clock, so that counting the first one too would show."""
-    monkeypatch.setattr(trainer, "time", Clock(1.0))
+    monkeypatch.setattr(loop, "time", Clock(1.0))
     teacher, student = pair()
     report = run(student, teacher, steps=5)
     assert report.first_step == 1.0

@@ -154,12 +154,12 @@ def test_limit_and_the_same_command_again(folder, capsys, monkeypatch):
 KILLED = """
 import os, signal, sys
 from sparsekern.cli.main import main
-from sparsekern.finetune import trainer
-save = trainer._Run._save
-def once(self, step):
-    save(self, step)
+from sparsekern.finetune.files import RunFiles
+save = RunFiles.save
+def once(self, step, seconds):
+    save(self, step, seconds)
     os.kill(os.getpid(), signal.SIGKILL)
-trainer._Run._save = once
+RunFiles.save = once
 main(sys.argv[1:])
 """
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from sparsekern.checkpoint import arguments
 from sparsekern.checkpoint.configs import generation_config
-from sparsekern.checkpoint.load import LOAD_OP, _Reader, _untie, plan
 from sparsekern.checkpoint.names import Conversion
+from sparsekern.checkpoint.plan import LOAD_OP, plan, untie
+from sparsekern.checkpoint.reader import Reader
 from sparsekern.checkpoint.save import Fetch, save_pretrained
 from sparsekern.checkpoint.skeleton import build_from_dict, own_tensors
 from sparsekern.errors import check
@@ -71,8 +72,8 @@ class Streamed:
         check(self.blocks, OP, "a model with decoder blocks", name, REMEDY)
         found = plan(self.model, self.files, layers, whole=True)
         check(not found.computed, OP, "every weight in the files", found.computed[:3], REMEDY)
-        _untie(self.model, found)
-        self._reader = _Reader(self.model, self.files, wanted, False, numbers_dtype(raw))
+        untie(self.model, found)
+        self._reader = Reader(self.model, self.files, wanted, False, numbers_dtype(raw))
         if found.names.used is not None:
             conversions: Any = found.names.used
             self.model._weight_conversions = conversions

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from sparsekern.checkpoint.arguments import folder_path
-from sparsekern.checkpoint.load import plan, require_finite
 from sparsekern.checkpoint.names import disk_names
+from sparsekern.checkpoint.plan import plan
+from sparsekern.checkpoint.reader import require_finite
 from sparsekern.checkpoint.skeleton import build_skeleton, linear_shape
 from sparsekern.errors import FormatError
 from sparsekern.formats import dtypes, sparse24

@@ -10,8 +10,12 @@ teacher.py        the dense model: live, on the host, or a top-k cache on disk
 sampler.py        many rows of text at once from the teacher, by CUDA graphs
 attention.py      attention functions that training and sampling put in a model's place
 data.py           packed rows of tokens, text made by the teacher, overlap with a test text
-trainer.py        distill: the loop, checkpoints, resume
-recipe.py         Recipe, DistillReport; world.py: its processes; metrics.py: its lines and plot
+trainer.py        distill: its arguments, and what is opened in which order
+inputs.py         what a run is given: rows, teacher, evaluations
+student.py        the model in training: float32 weights, masks, optimizer
+loop.py           the steps, and what is logged
+files.py          a run's folder: checkpoint, resume; metrics.py: its lines and plot
+recipe.py         Recipe, DistillReport; world.py: the processes of a run
 callback.py       MaskedCallback, for scripts around Transformers' Trainer
 lora.py           low-rank products under a mask; the peft layer is in integrations/peft.py
 """

@@ -107,6 +107,10 @@ class Recipe:
         known = self.precision is None or self.precision in PRECISIONS
         check(known, OP, f"precision in {sorted(PRECISIONS)}", repr(self.precision))
 
+    def autocast(self, device: torch.device) -> torch.dtype | None:
+        """The dtype of autocast on this device, None for float32."""
+        return PRECISIONS[self.precision or ("bfloat16" if device.type == "cuda" else "float32")]
+
     def rate(self, progress: float) -> float:
         """The learning rate at a share of the run, 0 to 1: linear warm-up, then a cosine."""
         if progress < self.warmup:

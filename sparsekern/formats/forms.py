@@ -38,6 +38,7 @@ from sparsekern.formats.scaled import SCALE
 from sparsekern.utils.safetensors_io import TensorFiles
 
 VALUE_DTYPES = tuple(dtypes.PLAIN)
+FLOATING = (*VALUE_DTYPES, torch.float64)  # of dense tensors
 
 
 def join(module: str, tensor: str) -> str:
