@@ -89,6 +89,17 @@ def test_experts_in_one_parameter_are_parts(mode):
     assert row.perplexity == pytest.approx(expected, rel=1e-5)
 
 
+def test_inference_mode_around_it():
+    model, options = build(), dict(by="block", **OPTIONS)
+    want = sensitivity(model, tokens(), TEXT, **options)
+    with torch.inference_mode():
+        got = sensitivity(model, tokens(), TEXT, **options)
+        made = build()
+    assert [row.effect for row in got.rows] == [row.effect for row in want.rows]
+    with pytest.raises(ValueError, match="sensitivity: expected weights that can be changed"):
+        sensitivity(made, tokens(), TEXT, **options)
+
+
 def test_a_skip_list_goes_to_prune_model(tmp_path):
     model = build()
     report = sensitivity(model, tokens(), TEXT, **OPTIONS)

@@ -1,5 +1,6 @@
 """Whatever a caller has as calibration: padding, tokenizer output, pairs, texts, images."""
 
+import copy
 import warnings
 from collections import UserDict
 
@@ -147,6 +148,16 @@ def test_numbers_beside_one_sample_are_its_targets():
         run_prune(one, "wanda", rows)
         run_prune(other, "wanda", [{**row, **targets} for row in rows])
         assert_same_state(one, other)
+
+
+def test_rows_of_a_plain_dataset_are_one_sample_each():
+    x = torch.randn(6, 16)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 8))
+    for rows in (list(x), [x]):
+        report = sk.prune_model(
+            copy.deepcopy(model), "wanda", rows, skip=(), compress=False, progress=False
+        )
+        assert report.calibration["samples"] == report.calibration["tokens"] == 6
 
 
 def test_samples_of_unequal_lengths_in_one_dict():

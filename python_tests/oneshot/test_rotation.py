@@ -80,6 +80,23 @@ def test_what_the_search_predicts_is_what_the_model_has():
 
 
 @pytest.mark.parametrize("change", [sk.rotate, sk.permute])
+def test_inference_mode_and_autocast_around_it(change):
+    """The model can be trained afterwards; what autocast rounds says nothing of the weights."""
+    few = {sk.rotate: "steps", sk.permute: "rounds"}[change]
+    for around in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        model = build()
+        with around:
+            report = change(model, ids(), **{few: 3})
+        assert report.logits_distance < 1e-4 and report.lost_after < report.lost_before
+        model(ids(), labels=ids()).loss.backward()
+        torch.optim.SGD(model.parameters(), 0.1).step()
+    with torch.inference_mode():
+        model = build()
+    with pytest.raises(ValueError, match="embed_tokens.weight, got inference tensors. Build or"):
+        change(model, ids())
+
+
+@pytest.mark.parametrize("change", [sk.rotate, sk.permute])
 def test_torchs_defaults_change_nothing(change):
     first, other, few = build(), build(), {sk.rotate: "steps", sk.permute: "rounds"}
     calibration = ids()

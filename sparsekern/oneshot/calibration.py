@@ -252,7 +252,8 @@ def _as_batch(args: tuple[Any, ...], kwargs: dict[str, Any], item: Any, op: str)
     named = args[0] if args and isinstance(args[0], Mapping) else kwargs
     ids = named.get("input_ids")
     first = ids if isinstance(ids, Tensor) else tensors[0]
-    samples = first.shape[0] if first.dim() else 1
+    one = first.dim() <= int(first.is_floating_point())  # sample, without a dimension for more
+    samples = 1 if one else first.shape[0]
     tokens = first.numel()
     if first.is_floating_point():
         tokens = tokens // max(1, first.shape[-1] if first.dim() else 1)

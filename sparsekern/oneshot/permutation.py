@@ -36,7 +36,7 @@ from sparsekern.errors import FormatError, check
 from sparsekern.nn.tied import check_untied
 from sparsekern.nn.wrappers import taken_off, whole
 from sparsekern.oneshot.calibration import Batch, make_batches
-from sparsekern.oneshot.devices import looked, working_device
+from sparsekern.oneshot.devices import check_changeable, looked, quiet, working_device
 from sparsekern.oneshot.discovery import find_blocks
 from sparsekern.oneshot.observe import observe
 from sparsekern.utils.arguments import SEEDS, checked, folded
@@ -114,7 +114,7 @@ class Permuted:
 
 
 @checked(OP)
-@torch.no_grad()
+@quiet
 def permute(
     model: nn.Module,
     calibration: object,
@@ -147,6 +147,7 @@ def permute(
             there is as before.
     """
     model = whole(OP, model)
+    check_changeable(OP, model)
     target = working_device(OP, model, device)
     batches = make_batches(calibration, model, None, target, op=OP)
     with taken_off(model):
@@ -154,7 +155,7 @@ def permute(
 
 
 @checked(OP, rounds=(0, 10**6), seed=SEEDS)
-@torch.no_grad()
+@quiet
 def permute_on(
     model: nn.Module,
     batches: list[Batch],

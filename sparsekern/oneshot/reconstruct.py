@@ -43,7 +43,7 @@ from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.nn.wrappers import whole
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot.calibration import make_batches
-from sparsekern.oneshot.devices import check_data
+from sparsekern.oneshot.devices import check_changeable, check_data
 from sparsekern.oneshot.executor import Calibration
 from sparsekern.oneshot.fit import Loss, fit, kept_weights, training
 from sparsekern.oneshot.levels import Levels
@@ -251,6 +251,7 @@ def reconstruct(
     check(not apart, OP, 'parts="block" on a model that is pruned', "sublayers")
     model, dense = whole(OP, model), whole(OP, dense)
     check_data(OP, model)
+    check_changeable(OP, model)
     check_data(OP, dense, "dense")
     _, blocks = models.find_blocks(model)
     _, teachers = models.find_blocks(dense)
