@@ -233,6 +233,15 @@ def test_steps_after_an_evaluation_in_inference_mode():
     torch.testing.assert_close(model[0](x), want)
 
 
+def test_a_model_in_training_is_told():
+    model = net()
+    sparse_training(model)
+    with pytest.raises(ValueError, match="got none, and 2 SparseTrainingLinear"):
+        sparse_training(model)
+    with pytest.warns(UserWarning, match="SparseTrainingLinear trains it: .*finish_training"):
+        sparsekern.compress_model(model)
+
+
 def test_what_is_left_dense_is_said():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6))
     with pytest.warns(UserWarning, match=r"left dense: 1 \(6x8 is no multiple of 4\)"):

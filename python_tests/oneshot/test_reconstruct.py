@@ -470,6 +470,19 @@ def test_what_is_given_wins_over_the_preset(quick):
     assert report.method == "sparsegpt"
 
 
+def test_quantised_layers_are_refused_and_stay():
+    """They came back as plain numbers, whether anything was kept or not."""
+    dense = build(layers=2)
+    model = copy.deepcopy(dense)
+    run_prune(model, "magnitude", quantize="int8")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match="layers of plain numbers, got 14 .* int8. Call sparsekern"
+    ):
+        sk.reconstruct(model, dense, texts(), batch_size=2, progress=False)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_fast_is_admm_alone_and_no_preset_is_sparsegpt():
     for one, other in (({"preset": "fast"}, "admm"), ({}, "sparsegpt")):
         a, b = pruned(**one)[0], pruned(method=other)[0]

@@ -97,6 +97,17 @@ def test_inference_mode_and_autocast_around_it(change):
 
 
 @pytest.mark.parametrize("change", [sk.rotate, sk.permute])
+def test_a_pruned_model_is_told_the_order(change):
+    model = build()
+    sk.prune_model(model, "magnitude", progress=False)
+    with pytest.raises(ValueError, match="Do it before the model is pruned"):
+        change(model, ids())
+    sk.decompress_model(model)
+    assert change(model, ids()).lost_after < 1e-6  # zeros are not moved out of their groups
+    assert sk.compress_model(model).share > 0.8
+
+
+@pytest.mark.parametrize("change", [sk.rotate, sk.permute])
 def test_torchs_defaults_change_nothing(change):
     first, other, few = build(), build(), {sk.rotate: "steps", sk.permute: "rounds"}
     calibration = ids()

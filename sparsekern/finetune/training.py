@@ -484,7 +484,9 @@ def sparse_training(
             expected = f"a layer that may be replaced, {name}"
             check(not other[name], op, expected, other[name], remedy)
     remedy = "Masked trains layers of any size; decompress_model makes a SparseLinear dense."
-    check(names, op, "a model with Linear layers whose sizes are multiples of 4", "none", remedy)
+    done = sum(isinstance(module, SparseTrainingLinear) for module in modules.values())
+    got = f"none, and {done} SparseTrainingLinear" if done else "none"
+    check(names, op, "a model with Linear layers whose sizes are multiples of 4", got, remedy)
     for name in names:
         mask = None if masks is None else masks[name]
         layer = SparseTrainingLinear.from_linear(modules[name], mask, **options)

@@ -392,6 +392,8 @@ def _other_weights(name: str, module: nn.Module, block: int | None) -> list[Laye
             reason = f"recurrent layer ({kind})"
         elif isinstance(module, READS_WEIGHTS):
             reason = f"{kind} reads the weight itself"
+        elif hasattr(module, "to_sparse_linear"):
+            reason = f"{kind} trains it: sparsekern.finetune.finish_training compresses it"
         elif min(parameter.shape) < 2 or _NO_PRODUCT.search(key):
             continue
         elif parameter.dim() == 3:
@@ -516,6 +518,12 @@ def _chains_in(code: CodeType) -> set[Chain]:
         if isinstance(constant, CodeType):
             chains |= _chains_in(constant)
     return chains
+
+
+def remedy_before(model: nn.Module, otherwise: str) -> str:
+    """What to do where something needs the dense layers of a model, and does not find them."""
+    pruned = any(isinstance(module, SparseLinear) for module in model.modules())
+    return "Do it before the model is pruned: 2:4 layers stay as they are." if pruned else otherwise
 
 
 def output_layer_names(model: nn.Module) -> list[str]:

@@ -242,7 +242,7 @@ def reconstruct(
         one Fit per window and round.
     Raises:
         ValueError: no chain; models that do not fit each other, such as a rotated one and the dense
-            model before the rotation; no 2:4 layer; values that do not fit.
+            model before the rotation; no 2:4 layer, or quantised ones; values that do not fit.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -298,7 +298,13 @@ def _decompressed(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[Non
     """SparseLinear layers of the blocks as dense ones for the duration, and back with the values
     that these then have."""
     changed: list[tuple[SparseLinear, nn.Linear]] = []
-    for old in [m for b in blocks for m in b.modules() if isinstance(m, SparseLinear)]:
+    sparse = [m for b in blocks for m in b.modules() if isinstance(m, SparseLinear)]
+    levels = [m.weight.spec.storage for m in sparse if not m.weight.spec.element.plain]
+    remedy = "Call sparsekern.compress_model(model, quantize=...) afterwards, or "
+    remedy += "prune_model(quantize=..., reconstruct=...), which trains through the levels."
+    got = f"{len(levels)} that are stored as {', '.join(sorted(set(levels)))}"
+    check(not levels, OP, "2:4 layers of plain numbers", got, remedy)
+    for old in sparse:
         weight = old.weight.to_dense()
         new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         new.weight = nn.Parameter(weight, requires_grad=False)
