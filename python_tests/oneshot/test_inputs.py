@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections import UserDict
+from pathlib import Path
 
 import numpy
 import pytest
@@ -202,6 +203,9 @@ def test_texts():
             run_prune(build(), "wanda", texts, tokenizer=lambda text, made=made: made)
     with pytest.raises(ValueError, match="text itself, got 'hf:c4'. Read the source first"):
         run_prune(build(), "wanda", "hf:c4")
+    for file in (__file__, Path(__file__)):  # whose name is no text
+        with pytest.raises(ValueError, match="text itself, got .*test_inputs.py'. Read the source"):
+            run_prune(build(), "wanda", file, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(

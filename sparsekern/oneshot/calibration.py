@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -155,7 +156,7 @@ def _array(value: Any) -> Any:
 
 def _listed(data: Any, op: str) -> list[Any]:
     """The items of whatever the caller has."""
-    data = _array(data)
+    data = os.fspath(data) if isinstance(data, os.PathLike) else _array(data)
     if isinstance(data, (Tensor, str, bytes, Mapping)):
         return [data]
     if isinstance(data, Iterable):
@@ -424,7 +425,7 @@ class _Transformers:
 
     def _tokenized(self, text: str) -> list[Tensor]:
         """Windows of one text."""
-        source = text == "builtin" or text.startswith("hf:")
+        source = text == "builtin" or text.startswith("hf:") or os.path.isfile(text)
         expected = (
             "calibration as text itself" if source else "tokenizer= with texts as calibration"
         )
