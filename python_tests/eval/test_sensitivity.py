@@ -155,6 +155,8 @@ def test_budgets():
         report.skip_list(share=0.1, perplexity=3.0)
     with pytest.raises(ValueError, match="a positive budget"):
         report.skip_list(share=-1.0)
+    with pytest.raises(ValueError, match="share, at most 1, got 10. 10 % is 0.1"):
+        report.skip_list(share=10)
     report.rows[0].extra_us = None
     with pytest.raises(ValueError, match="times of every part"):
         report.skip_list(milliseconds=1.0)

@@ -119,6 +119,7 @@ class SensitivityReport:
         check(len(given) == 1, op, "one of share, perplexity and milliseconds", f"{len(given)}")
         positive = type(given[0]) in (int, float) and math.isfinite(given[0]) and given[0] > 0
         check(positive, op, "a positive budget", repr(given[0]))
+        check(share is None or share <= 1, op, "share, at most 1", repr(share), "10 % is 0.1.")
         timed = milliseconds is not None
         if timed:
             missing = [row.name for row in self.rows if row.extra_us is None]
