@@ -48,7 +48,7 @@ from sparsekern.oneshot.executor import Calibration
 from sparsekern.oneshot.fit import Loss, fit, kept_weights, training
 from sparsekern.oneshot.levels import Levels
 from sparsekern.oneshot.ranks import Ranks
-from sparsekern.oneshot.rounds import OP, Fit, Given, Reconstruction, as_rounds
+from sparsekern.oneshot.rounds import OP, Fit, Given, Reconstruction, as_rounds, warn_unjudged
 from sparsekern.oneshot.selection import select
 from sparsekern.oneshot.sequential import Call, Walk, call_block
 from sparsekern.oneshot.spans import SpanRound, final_norm, rebatch
@@ -266,6 +266,7 @@ def reconstruct(
         selection = select(model, (), (2, 4), True, op=OP)
         walk = Calibration(model, selection, op=OP, device=device)
         walk.batches = make_batches(calibration, model, batch_size, walk.device, tokenizer, OP)
+        warn_unjudged(chosen, len(walk.batches), OP, 4)
         walk.plan()
         check(walk.chained, OP, "a chain of decoder blocks", type(model).__name__)
         masks = _masks_of(blocks)
