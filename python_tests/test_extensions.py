@@ -204,7 +204,7 @@ def test_an_element_type_from_outside(rows8, dtype):
     assert torch.equal(w24.to_layout("tile64").to_dense(), dense)
 
 
-def test_modules_of_an_element_type_from_outside(rows8):
+def test_modules_of_an_element_type_from_outside(rows8, tmp_path):
     linear = torch.nn.Linear(20, 8)
     linear.weight.data = random_weight(8, 20, torch.float32)
     module = sk.SparseLinear.from_linear(linear, dtype="rows8")
@@ -227,6 +227,8 @@ def test_modules_of_an_element_type_from_outside(rows8):
     assert module.weight.dtype == BF16 and module.bias.dtype == BF16
     assert torch.equal(module.weight_scale, scale), "the codec's tensors stay as they are"
     assert module(x.to(BF16)).dtype == BF16
+    with pytest.raises(ValueError, match=r"save_pretrained: 0: .* got rows8. Save its state_dict"):
+        sk.save_pretrained(torch.nn.Sequential(module), tmp_path / "folder")
     other.weight = sk.compress(random_weight(8, 20, torch.float32))
     assert "weight_scale" not in dict(other.named_buffers()), "back to a plain type"
     assert "storage" not in other.state_dict()

@@ -135,8 +135,9 @@ def test_wrong_lines(content, text, tmp_path):
 def test_a_file_goes_by_its_name_and_pairs_may_be_lists(files):
     odd = files / "a=b,c.NDJSON"
     odd.write_text('{"text": "abcdefgh"}\n' * 4, encoding="utf-8-sig")
-    made = calibration_mix(str(odd), Letters(), tokens=16, window=8)
-    assert made.tokens == 16 and made.sources[0]["documents"] == 4
+    for name in (str(odd), odd):
+        made = calibration_mix(name, Letters(), tokens=16, window=8)
+        assert made.tokens == 16 and made.sources[0]["documents"] == 4
     assert mix.is_mix(str(odd)) and mix.is_mix("T.JSONL")
     assert mix.parse([["a", 1], ["b", 3]]) == [("a", 0.25), ("b", 0.75)]
     with pytest.raises(ValueError, match="a number as the share of a, got 'x'. Write NAME=0.5"):

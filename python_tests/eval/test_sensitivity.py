@@ -89,6 +89,17 @@ def test_experts_in_one_parameter_are_parts(mode):
     assert row.perplexity == pytest.approx(expected, rel=1e-5)
 
 
+def test_inference_mode_around_it():
+    model, options = build(), dict(by="block", **OPTIONS)
+    want = sensitivity(model, tokens(), TEXT, **options)
+    with torch.inference_mode():
+        got = sensitivity(model, tokens(), TEXT, **options)
+        made = build()
+    assert [row.effect for row in got.rows] == [row.effect for row in want.rows]
+    with pytest.raises(ValueError, match="sensitivity: expected weights that can be changed"):
+        sensitivity(made, tokens(), TEXT, **options)
+
+
 def test_a_skip_list_goes_to_prune_model(tmp_path):
     model = build()
     report = sensitivity(model, tokens(), TEXT, **OPTIONS)
@@ -144,6 +155,8 @@ def test_budgets():
         report.skip_list(share=0.1, perplexity=3.0)
     with pytest.raises(ValueError, match="a positive budget"):
         report.skip_list(share=-1.0)
+    with pytest.raises(ValueError, match="share, at most 1, got 10. 10 % is 0.1"):
+        report.skip_list(share=10)
     report.rows[0].extra_us = None
     with pytest.raises(ValueError, match="times of every part"):
         report.skip_list(milliseconds=1.0)

@@ -134,6 +134,16 @@ def test_calibration_windows_refuse(arguments, text):
         texts.calibration_windows(torch.arange(1000), *arguments)
 
 
+@pytest.mark.parametrize("cut", [texts.calibration_windows, texts.side_by_side])
+def test_ids_as_lists_arrays_and_tokenizer_outputs(cut):
+    ids = torch.arange(100)
+    want = cut(ids, 3, 16)
+    for form in (ids.tolist(), ids.numpy(), {"input_ids": ids.tolist()}):
+        assert torch.equal(cut(form, 3, 16), want)
+    with pytest.raises(TypeError, match="token_ids: token ids, a tensor or a list .* got 'a text'"):
+        cut("a text", 3, 16)
+
+
 def test_language_reference_parts_share_nothing():
     calibration, held_out = texts.language_reference()
     plain = [

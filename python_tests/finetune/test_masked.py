@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import sparsekern as sk
 from python_tests.finetune.small import adamw, batch, bits, masks_of, network, pruned, train
+from python_tests.oneshot import architectures
 from sparsekern.errors import FormatError
 from sparsekern.finetune import SRSTE, Frozen, Magnitude, Masked, RigL
 from sparsekern.finetune.schedule import make, zeros_mask
@@ -665,3 +666,46 @@ def test_compress_leaves_dense_what_would_lose_something():
         "1": "Sequential holds it outside of its modules, too",
     }
     assert model.order[0] is model[1] and isinstance(model[2], sk.SparseLinear)
+
+
+class Scaled(nn.Module):
+    """One layer whose weight is read beside the call, and one that is asked for its dtype alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.asked = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.asked(x.to(self.asked.weight.dtype))
+        return nn.functional.linear(y, self.read.weight.abs(), self.read.bias)
+
+
+def test_compress_leaves_dense_whose_weight_the_model_reads():
+    model, x = nn.Sequential(Scaled(), Scaled()), torch.randn(3, 8)
+    sk.prune_model(model, "magnitude", compress=False, progress=False)
+    want = model(x)
+    with torch.inference_mode():  # the model trains on afterwards
+        left = Masked(model).compress()
+    assert left == dict.fromkeys(("0.read", "1.read"), "Scaled reads the weight itself")
+    assert isinstance(model[1].asked, sk.SparseLinear)
+    torch.testing.assert_close(model(x), want)
+    model(x.requires_grad_()).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["bloom", "wavlm", "jamba"])
+def test_compress_replaces_what_prune_model_does(name):
+    transformers = pytest.importorskip("transformers")
+    model, other = (architectures.build(transformers, name) for _ in range(2))
+    options = {"method": "magnitude", "skip": (), "progress": False}
+    report = sk.prune_model(model, compress=False, **options)
+    want = architectures.outputs(model, name)
+    Masked.from_report(model, report).compress()
+    sk.prune_model(other, **options)
+    for got, expected in zip(architectures.outputs(model, name), want, strict=True):
+        torch.testing.assert_close(got, expected)
+    found = [
+        [n for n, m in one.named_modules() if isinstance(m, sk.SparseLinear)]
+        for one in (model, other)
+    ]
+    assert found[0] == found[1] != []

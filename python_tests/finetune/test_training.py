@@ -13,6 +13,7 @@ from torch import nn
 
 import sparsekern
 from python_tests.nn import expert_models
+from python_tests.oneshot import architectures
 from sparsekern.finetune import Masked, SparseTrainingLinear, finish_training, sparse_training
 from sparsekern.finetune.transposable import is_transposable, transposable_mask
 
@@ -166,6 +167,61 @@ def test_float32_values_under_autocast():
     assert layer.to_sparse_linear().weight.values.dtype == torch.bfloat16
 
 
+def test_float32_matmuls_under_autocast():
+    """What autocast rounds is the business of the layers around: forward, backward and gradients
+    are those without it."""
+    model = net()
+    sparse_training(model)
+    ours, theirs = (torch.randn(3, 16, generator=torch.Generator().manual_seed(0)) for _ in "12")
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(ours.requires_grad_())
+    want = model(theirs.requires_grad_())
+    assert y.dtype == torch.float32 and torch.equal(y, want)
+    y.square().sum().backward()
+    want.square().sum().backward()
+    assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_a_model_in_inference_mode_still_trains():
+    model = net()
+    with torch.inference_mode():
+        sparse_training(model)
+    model(torch.randn(3, 16)).sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    with torch.inference_mode():
+        finish_training(model)
+    x = torch.randn(3, 16, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad.abs().sum() > 0 and model[0].bias.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["t5", "wavlm", "jamba"])
+def test_models_that_read_weights(name):
+    """A layer that is asked for its dtype is replaced; one that is read stays dense."""
+    transformers = pytest.importorskip("transformers")
+    model = architectures.build(transformers, name)
+    with pytest.warns(UserWarning, match="left dense"):
+        names = sparse_training(model)
+    assert any(n.endswith("DenseReluDense.wo") for n in names) == (name == "t5")
+    outputs = architectures.outputs(model, name)
+    model(**architectures.inputs(name)).logits.square().mean().backward()
+    layers = [m for m in model.modules() if isinstance(m, SparseTrainingLinear)]
+    assert len(layers) == len(names) and all(m.values.grad is not None for m in layers)
+    finish_training(model)
+    for got, want in zip(architectures.outputs(model, name), outputs, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_mask_of_a_layer_that_is_read():
+    model = nn.TransformerEncoderLayer(8, 2, 8)
+    mask = transposable_mask(model.linear1.weight.detach().abs())
+    with pytest.raises(ValueError, match="linear1, got TransformerEncoderLayer reads the weight"):
+        sparse_training(model, {"linear1": mask})
+    layer = SparseTrainingLinear(torch.randn(8, 16), dtype=torch.bfloat16)
+    assert layer.weight.dtype == torch.bfloat16 and tuple(layer.weight.shape) == (8, 16)
+    assert torch.equal(layer.weight.to_dense(), layer.to_linear().weight.bfloat16())
+
+
 def test_steps_after_an_evaluation_in_inference_mode():
     model = net()
     sparse_training(model)
@@ -177,6 +233,15 @@ def test_steps_after_an_evaluation_in_inference_mode():
         torch.optim.SGD(model.parameters(), 0.1).step()
     want = model[0].to_linear()(x)
     torch.testing.assert_close(model[0](x), want)
+
+
+def test_a_model_in_training_is_told():
+    model = net()
+    sparse_training(model)
+    with pytest.raises(ValueError, match="got none, and 2 SparseTrainingLinear"):
+        sparse_training(model)
+    with pytest.warns(UserWarning, match="SparseTrainingLinear trains it: .*finish_training"):
+        sparsekern.compress_model(model)
 
 
 def test_what_is_left_dense_is_said():

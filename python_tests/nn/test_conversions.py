@@ -86,6 +86,22 @@ def test_decompress_model(family, tmp_path):
         assert torch.equal(dense(tokens()).logits, expected)
 
 
+def test_inference_mode_around_it_leaves_what_trains():
+    model = build()
+    sk.prune_model(model, "magnitude", progress=False)
+    with torch.inference_mode():
+        sk.decompress_model(model)
+    model(tokens()).logits.square().mean().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    sk.prune_model(model, "magnitude", compress=False, progress=False)
+    with torch.inference_mode():
+        sk.compress_model(model, quantize="int8")
+        sk.optimize(model)
+    x = torch.randn(2, 4, model.config.hidden_size, requires_grad=True)
+    model(inputs_embeds=x).logits.sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
 def test_transformers_own_word_for_it(tmp_path):
     pruned = build()
     sk.prune_model(pruned, "magnitude", progress=False)

@@ -107,6 +107,18 @@ def test_an_iteration_that_is_left_leaves_the_model_usable():
     assert all("forward" not in m.__dict__ and not m._forward_pre_hooks for m in model.modules())
 
 
+def test_a_group_whose_block_is_done_is_refused():
+    """A Sparse24 put there would stay a dense weight."""
+    model, untouched = build(), build()
+    groups = list(sk.calibrate(model, tokens()))
+    layer = groups[0].layers[0]
+    with pytest.raises(
+        ValueError, match="the loop is at, got one of block-00000, which is done. C"
+    ):
+        groups[0].replace(layer.name, sk.prune_compress(layer.weight))
+    assert_same_state(model, untouched)
+
+
 def test_hessians_out_and_in():
     first, second, third = build(), build(), build()
     report = run_prune(first, refine=0, match_dense=0, keep_hessians=True)

@@ -1,7 +1,9 @@
 """Whatever a caller has as calibration: padding, tokenizer output, pairs, texts, images."""
 
+import copy
 import warnings
 from collections import UserDict
+from pathlib import Path
 
 import numpy
 import pytest
@@ -149,6 +151,16 @@ def test_numbers_beside_one_sample_are_its_targets():
         assert_same_state(one, other)
 
 
+def test_rows_of_a_plain_dataset_are_one_sample_each():
+    x = torch.randn(6, 16)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 8))
+    for rows in (list(x), [x]):
+        report = sk.prune_model(
+            copy.deepcopy(model), "wanda", rows, skip=(), compress=False, progress=False
+        )
+        assert report.calibration["samples"] == report.calibration["tokens"] == 6
+
+
 def test_samples_of_unequal_lengths_in_one_dict():
     """A tokenizer's output without padding."""
     rows = [tokens(1, n, seed=n)[0].tolist() for n in (5, 9)]
@@ -191,6 +203,9 @@ def test_texts():
             run_prune(build(), "wanda", texts, tokenizer=lambda text, made=made: made)
     with pytest.raises(ValueError, match="text itself, got 'hf:c4'. Read the source first"):
         run_prune(build(), "wanda", "hf:c4")
+    for file in (__file__, Path(__file__)):  # whose name is no text
+        with pytest.raises(ValueError, match="text itself, got .*test_inputs.py'. Read the source"):
+            run_prune(build(), "wanda", file, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(

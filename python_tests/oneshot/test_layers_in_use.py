@@ -271,5 +271,7 @@ def test_models_that_cannot_be_changed():
         sk.prune_model(exported, "magnitude", progress=False)
     with torch.inference_mode():
         model = Pair()
-    with pytest.raises(ValueError, match="first, got inference tensors. Build or load the model"):
+    with pytest.raises(
+        ValueError, match="first.weight, got inference tensors. Build or load the model"
+    ):
         sk.prune_model(model, "magnitude", progress=False)

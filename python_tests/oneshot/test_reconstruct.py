@@ -1,6 +1,7 @@
 """Reconstruction: held-out errors fall, masks hold, a resumed run is equal, presets are seen."""
 
 import copy
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -468,6 +469,33 @@ def test_what_is_given_wins_over_the_preset(quick):
     assert report.reconstruction == [] and report.rotation is None and report.permutation is None
     assert not {"reconstruct", "rotate", "permute"} & set(report.options)
     assert report.method == "sparsegpt"
+
+
+def test_a_calibration_of_one_batch_is_told():
+    """Nothing is held out then; a round with batches of its own has some."""
+    dense, ids = build(layers=2), texts(4)
+    with pytest.warns(UserWarning, match="two batches .*, got one. .*Pass batch_size=") as seen:
+        model, _ = pruned({"span": None, "epochs": 1}, ids, copy.deepcopy(dense), batch_size=4)
+    with pytest.warns(UserWarning, match="two batches of calibration or more") as again:
+        sk.reconstruct(model, dense, ids, {"epochs": 1}, device="cpu", progress=False)
+    assert again[0].filename == __file__ and len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        rounds = {"span": None, "epochs": 1, "batch": 2}
+        sk.reconstruct(model, dense, ids, rounds, device="cpu", progress=False)
+
+
+def test_quantised_layers_are_refused_and_stay():
+    """They came back as plain numbers, whether anything was kept or not."""
+    dense = build(layers=2)
+    model = copy.deepcopy(dense)
+    run_prune(model, "magnitude", quantize="int8")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match="layers of plain numbers, got 14 .* int8. Call sparsekern"
+    ):
+        sk.reconstruct(model, dense, texts(), batch_size=2, progress=False)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_fast_is_admm_alone_and_no_preset_is_sparsegpt():

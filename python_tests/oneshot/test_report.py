@@ -40,6 +40,7 @@ def test_content(report):
     assert set(report.phases) == phases and report.phases["other"] >= 0
     with pytest.raises(KeyError, match="nothing"):
         report["nothing"]
+    assert "lm_head" in report and "nothing" not in report and list(report) == report.layers
 
 
 def test_relative_error_is_that_of_the_outputs():

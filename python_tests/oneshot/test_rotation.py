@@ -80,6 +80,34 @@ def test_what_the_search_predicts_is_what_the_model_has():
 
 
 @pytest.mark.parametrize("change", [sk.rotate, sk.permute])
+def test_inference_mode_and_autocast_around_it(change):
+    """The model can be trained afterwards; what autocast rounds says nothing of the weights."""
+    few = {sk.rotate: "steps", sk.permute: "rounds"}[change]
+    for around in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        model = build()
+        with around:
+            report = change(model, ids(), **{few: 3})
+        assert report.logits_distance < 1e-4 and report.lost_after < report.lost_before
+        model(ids(), labels=ids()).loss.backward()
+        torch.optim.SGD(model.parameters(), 0.1).step()
+    with torch.inference_mode():
+        model = build()
+    with pytest.raises(ValueError, match="embed_tokens.weight, got inference tensors. Build or"):
+        change(model, ids())
+
+
+@pytest.mark.parametrize("change", [sk.rotate, sk.permute])
+def test_a_pruned_model_is_told_the_order(change):
+    model = build()
+    sk.prune_model(model, "magnitude", progress=False)
+    with pytest.raises(ValueError, match="Do it before the model is pruned"):
+        change(model, ids())
+    sk.decompress_model(model)
+    assert change(model, ids()).lost_after < 1e-6  # zeros are not moved out of their groups
+    assert sk.compress_model(model).share > 0.8
+
+
+@pytest.mark.parametrize("change", [sk.rotate, sk.permute])
 def test_torchs_defaults_change_nothing(change):
     first, other, few = build(), build(), {sk.rotate: "steps", sk.permute: "rounds"}
     calibration = ids()

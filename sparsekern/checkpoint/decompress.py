@@ -20,6 +20,7 @@ _OF_QUANTIZERS = ("hf_quantizer", "is_quantized", "quantization_method", "_is_qu
 M = TypeVar("M", bound=nn.Module)
 
 
+@torch.inference_mode(False)  # whose tensors could not be trained
 @torch.no_grad()
 def decompress_model(model: M) -> M:
     """Replace every SparseLinear and SparseExperts of a model by what is dense, in place; W' = W,

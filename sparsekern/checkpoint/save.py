@@ -125,6 +125,8 @@ def save_pretrained(
     head = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
     skeleton = skeleton_of(model, untied=_compressed_head(model, head))
     sparse = {n: m for n, m in _places(model, skeleton) if isinstance(m, SparseLinear)}
+    for name, module in sparse.items():
+        require_storable(f"{SAVE_OP}: {name}", module.weight.spec)
     dense = _dense_tensors(model, skeleton, fetch is not None)
     _warn_lost_states(model)
     _warn_lost_buffers(model, skeleton)
@@ -402,7 +404,6 @@ def _converted_groups(
 
 def _sparse_group(stored: str, name: str, module: SparseLinear, get: Fetch) -> Group:
     """The tensors of the compressed layer `name`, under its name in the files."""
-    require_storable(f"{SAVE_OP}: {stored}", module.weight.spec)
 
     def make() -> dict[str, Tensor]:
         tensors = stored_tensors(get.sparse(name, module))

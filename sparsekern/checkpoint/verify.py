@@ -72,7 +72,7 @@ class CheckpointReport:
         directory: the folder. layers: a LayerResult for each compressed layer. dense: names of
             two-dimensional weights that are stored dense. problems: {rule: message} of the folder
             as a whole. nbytes / dense_nbytes: bytes of the compressed layers' weights in the
-            files, and what they would take dense in the same dtype. sums: whether the folder has a
+            files, and what they would take dense in the same types. sums: whether the folder has a
         SHA256SUMS; without one, a changed number that breaks no rule cannot be seen.
     """
 
@@ -104,7 +104,7 @@ class CheckpointReport:
             lines += [f"    {rule}: {text}" for rule, text in layer.problems.items()]
         lines += [f"folder: {rule}: {text}" for rule, text in self.problems.items()]
         size = (
-            f", {self.nbytes} bytes = {self.nbytes / self.dense_nbytes:.4f} x dense"
+            f", {self.nbytes} bytes = {self.nbytes / self.dense_nbytes:.4f} x dense in these types"
             if self.dense_nbytes
             else ""
         )

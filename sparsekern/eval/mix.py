@@ -40,6 +40,7 @@ SKETCH = 1024  # most frequent tokens that a report keeps, for `distance`
 # other side of it is 2 x and more of what it could be.
 FAR = 0.2
 PIECES = 8  # rows of whole documents have a multiple of window / 8 tokens
+Spec = str | os.PathLike[str] | Mapping[str, float] | Iterable[Any]
 CHAT_KEYS = ("messages", "conversations", "conversation")
 Documents = list[list[int]]
 
@@ -75,14 +76,15 @@ class Mix:
         return {"sources": self.sources, **self.settings, "unigrams": sketch(self.rows)}
 
 
-def parse(spec: str | Mapping[str, float] | Iterable[Any]) -> list[tuple[str, float]]:
+def parse(spec: Spec) -> list[tuple[str, float]]:
     """[(source, share)], shares adding up to 1: of "a=0.7,b=0.3", of a dict, or of names or pairs.
 
     Raises:
         ValueError: no source, one twice, a share that is no positive number, or shares for some.
     """
     items: list[Any]
-    if isinstance(spec, str) and os.path.isfile(spec):  # whatever its name has in it
+    one = isinstance(spec, str) and os.path.isfile(spec)  # whatever its name has in it
+    if isinstance(spec, os.PathLike) or one:
         items = [(spec, None)]
     elif isinstance(spec, str):
         items = [part.strip() for part in spec.split(",") if part.strip()]
@@ -119,7 +121,7 @@ def is_mix(spec: str) -> bool:
 
 @checked(OP, tokens=(1, 10**12), window=(1, 10**9), seed=SEEDS)
 def calibration_mix(
-    spec: str | Mapping[str, float] | Iterable[Any],
+    spec: Spec,
     tokenizer: Any,
     *,
     tokens: int = 262144,

@@ -151,7 +151,7 @@ def logits_of(op: str, model: nn.Module, ids: Tensor, kwargs: dict[str, Any]) ->
 
 def windows_of(op: str, name: str, model: nn.Module, text: Any, window: int) -> Tensor:
     """The ids of a text, the argument `name` of op, as int64 [windows, window], checked."""
-    ids = _as_ids(op, name, text)
+    ids = as_ids(op, name, text)
     one_text = ids.dim() == 1 or (ids.dim() == 2 and ids.shape[0] == 1)
     remedy = "Join the texts first."
     check(one_text, op, f"{name} [tokens] or [1, tokens]", list(ids.shape), remedy)
@@ -160,7 +160,7 @@ def windows_of(op: str, name: str, model: nn.Module, text: Any, window: int) -> 
     check(integer, op, f"integer {name}", ids.dtype, "Tokenise the text first.", TypeError)
     mask = text.get("attention_mask") if isinstance(text, Mapping) else None
     if mask is not None:
-        mask = _as_ids(op, "attention_mask", mask)
+        mask = as_ids(op, "attention_mask", mask)
         expected, remedy = f"attention_mask of the shape of {name}", "Pass one number for each."
         check(mask.shape == ids.shape, op, expected, list(mask.shape), remedy)
         ids = ids[mask.to(ids.device) != 0]
@@ -193,7 +193,8 @@ def windows_of(op: str, name: str, model: nn.Module, text: Any, window: int) -> 
     return ids[: ids.numel() // window * window].view(-1, int(window))
 
 
-def _as_ids(op: str, name: str, token_ids: Any) -> Tensor:
+def as_ids(op: str, name: str, token_ids: Any) -> Tensor:
+    """The ids of one text as a tensor: of an array, of a list, or of a dict with input_ids."""
     remedy = "Pass the input_ids of the model's tokenizer."
     if isinstance(token_ids, Mapping):
         token_ids = token_ids.get("input_ids")

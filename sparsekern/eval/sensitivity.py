@@ -30,7 +30,7 @@ from sparsekern.nn.wrappers import named_modules, whole
 from sparsekern.oneshot import fingerprint
 from sparsekern.oneshot import keep_dense as dense_rule
 from sparsekern.oneshot.calibration import digest, make_batches
-from sparsekern.oneshot.devices import working_device
+from sparsekern.oneshot.devices import check_changeable, quiet, working_device
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.executor import calibrate
 from sparsekern.oneshot.experts import with_experts_apart
@@ -119,6 +119,7 @@ class SensitivityReport:
         check(len(given) == 1, op, "one of share, perplexity and milliseconds", f"{len(given)}")
         positive = type(given[0]) in (int, float) and math.isfinite(given[0]) and given[0] > 0
         check(positive, op, "a positive budget", repr(given[0]))
+        check(share is None or share <= 1, op, "share, at most 1", repr(share), "10 % is 0.1.")
         timed = milliseconds is not None
         if timed:
             missing = [row.name for row in self.rows if row.extra_us is None]
@@ -217,8 +218,8 @@ class SensitivityReport:
 
 
 @checked(OP, window=(2, 10**9), windows=(1, 10**9))
+@quiet
 @with_experts_apart
-@torch.no_grad()
 def sensitivity(
     model: nn.Module,
     data: Any,
@@ -266,6 +267,7 @@ def sensitivity(
     check(by in UNITS, OP, f"by in {UNITS}", repr(by))
     check(mode in MODES, OP, f"mode in {MODES}", repr(mode))
     model = whole(OP, model)
+    check_changeable(OP, model)
     for count in time_tokens or ():
         check(type(count) is int and count > 0, OP, "time_tokens > 0, whole numbers", repr(count))
     check(window > 1 and windows > 0, OP, "window > 1 and windows > 0", f"{window}, {windows}")

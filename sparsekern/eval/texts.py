@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from sparsekern.errors import check, message
+from sparsekern.eval.perplexity import as_ids
 from sparsekern.utils.arguments import SEEDS, shown
 
 RECORDS = (".jsonl", ".ndjson", ".json", ".parquet")  # files of texts and what is beside them
@@ -133,7 +134,7 @@ def calibration_windows(token_ids, samples=128, window=2048, seed=0):
     """Windows at random starts: rows token_ids[s : s + window], s from randint(0, tokens - window).
 
     Args:
-        token_ids: int64 [tokens], one tokenisation of the whole text.
+        token_ids: int64 [tokens], one tokenisation of the whole text; a tensor, an array or a list.
         samples, window: how many windows, and tokens in each.
         seed: of a private torch.Generator on the CPU: the same windows on every machine.
     Returns:
@@ -146,6 +147,7 @@ def calibration_windows(token_ids, samples=128, window=2048, seed=0):
     check(window >= 1, op, "window >= 1", window)
     few = samples * window <= MOST_TOKENS
     check(few, op, f"samples * window <= {MOST_TOKENS} tokens", f"{samples} * {window}")
+    token_ids = as_ids(op, "token_ids", token_ids)
     check(
         token_ids.dim() == 1 and token_ids.numel() > window,
         op,
@@ -168,7 +170,7 @@ def side_by_side(token_ids, samples=None, window=2048, seed=0, twice=False):
     would be rows that it is trained on, too.
 
     Args:
-        token_ids: int64 [tokens].
+        token_ids: int64 [tokens], as for calibration_windows.
         samples: how many at most; None: all.      window: tokens in each.
         seed: of the order, and so of the choice.
         twice: where the text has fewer windows than `samples`, others follow that begin in the
@@ -182,6 +184,7 @@ def side_by_side(token_ids, samples=None, window=2048, seed=0, twice=False):
     op = "sparsekern.side_by_side"
     check(samples is None or samples >= 1, op, "samples >= 1", samples)
     check(window >= 1, op, "window >= 1", window)
+    token_ids = as_ids(op, "token_ids", token_ids)
     enough = token_ids.dim() == 1 and token_ids.numel() >= window
     remedy = "Give a longer text or a smaller window."
     check(enough, op, f"{window} tokens in one row", list(token_ids.shape), remedy)

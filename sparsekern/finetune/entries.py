@@ -241,7 +241,7 @@ def merged(entries: list[Entry]) -> list[Entry]:
     return list(made.values())
 
 
-def why_dense(entry: Entry, parent: nn.Module | None, model: nn.Module) -> str | None:
+def why_dense(entry: Entry, model: nn.Module) -> str | None:
     """Why `compress` leaves this weight dense, or None."""
     if entry.module is model:
         return "the model itself is the layer and cannot be replaced in place"
@@ -249,8 +249,6 @@ def why_dense(entry: Entry, parent: nn.Module | None, model: nn.Module) -> str |
         return f"{type(entry.module).__name__}.{entry.key} is no Linear weight"
     if TWO_OF_FOUR.most(entry.mask()) > 2:
         return "its mask is not 2:4"
-    if isinstance(parent, discovery.READS_WEIGHTS):
-        return f"{type(parent).__name__} reads the weight itself"
     if entry.weight().dtype not in discovery.PRUNABLE_DTYPES:
         return f"dtype {entry.weight().dtype} has no compressed form"
     return None

@@ -515,6 +515,7 @@ class Masked:
             total = int(count)
         return total
 
+    @torch.inference_mode(False)  # whose tensors could not be trained
     def compress(self) -> dict[str, str]:
         """Replace every masked Linear by a SparseLinear of its weight and mask, in place, and
         masked experts by SparseExperts.
@@ -535,17 +536,16 @@ class Masked:
         check(not sharded, op, "whole weights", "shards of FSDP", remedy)
         remedy = "Attach the optimizer before training."
         check(not (count := self.check()), op, "no violations of 2:4", count, remedy)
-        parents = {id(child): one for one in model.modules() for child in one.children()}
-        held = discovery.held_elsewhere(model)
+        places = discovery.Places(model)
         tied = tied_places(model)
         dense: dict[str, str] = {}
         fused: list[tuple[str, str, Tensor]] = []
         for entry in self.entries:
-            reason = why_dense(entry, parents.get(id(entry.module)), model)
+            reason = why_dense(entry, model)
             if reason is None and (others := tied.get((id(entry.module), entry.key))):
                 reason = f"weight tied to {others[0].name}"
             if reason is None and not entry.stacked:
-                reason = discovery.why_no_other(entry.module, held)
+                reason = places.why_no_other(entry.module)
             if reason:
                 dense[entry.name] = reason
                 continue

@@ -160,6 +160,12 @@ class SparseTrainingLinear(nn.Module):
 
     # ------------------------------------------------------------------ what it is
 
+    @property
+    def weight(self) -> Sparse24:
+        """W of the dtype of the matmuls, as the kernels read it: for code that asks a layer's
+        weight for dtype, shape or device."""
+        return self._ready().sparse["forward"]
+
     def weight24(self) -> Sparse24:
         """W as a row-major Sparse24 of the values' dtype; shares their memory."""
         shape = (self.out_features, self.in_features)
@@ -228,8 +234,9 @@ class SparseTrainingLinear(nn.Module):
     @_disable_dynamo
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] of the dtype of the matmuls."""
-        if x.dtype != self.dtype and autocast(x):
-            x = x.to(self.dtype)
+        if autocast(x) is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x.to(self.dtype))
         remedy = f"Run it under torch.autocast, or make it with dtype={x.dtype}."
         check(x.dtype == self.dtype, OP, f"x of {self.dtype}", x.dtype, remedy, TypeError)
         got = list(x.shape)
@@ -431,6 +438,7 @@ class _Product(torch.autograd.Function):
 
 
 @checked("sparsekern.finetune.sparse_training")
+@torch.inference_mode(False)  # whose tensors could not be trained
 def sparse_training(
     model: nn.Module, masks: Mapping[str, Tensor] | None = None, **options: Any
 ) -> list[str]:
@@ -451,17 +459,17 @@ def sparse_training(
         UserWarning: Linears and experts that are left dense, with the reason.
     """
     from sparsekern.oneshot.devices import check_data
+    from sparsekern.oneshot.discovery import Places
 
     op = "sparsekern.finetune.sparse_training"
     inner = whole(op, model)
     check_data(op, inner)
     modules = dict(named_modules(inner))
-    tied = tied_places(inner)
+    tied, places = tied_places(inner), Places(inner)
     why = {name: _why_dense(m, tied) for name, m in modules.items() if replace.is_linear(m)}
+    other = {name: places.why_no_other(modules[name]) for name, reason in why.items() if not reason}
     if masks is None:
-        found = {
-            n: w or lost_forward(modules[n]) or _why_no_tiles(modules[n]) for n, w in why.items()
-        }
+        found = {n: w or other[n] or _why_no_tiles(modules[n]) for n, w in why.items()}
         found |= dict.fromkeys(stacks(inner), "experts in one Parameter: train them with Masked")
         left = [f"{name} ({reason})" for name, reason in found.items() if reason]
         if left:
@@ -474,8 +482,12 @@ def sparse_training(
             check(fits, op, f"a Linear named {name!r}", "none")
             expected, remedy = f"{name} to have a weight of its own", "Leave it out of masks=."
             check(not why[name], op, expected, why[name], remedy)
+            expected = f"a layer that may be replaced, {name}"
+            check(not other[name], op, expected, other[name], remedy)
     remedy = "Masked trains layers of any size; decompress_model makes a SparseLinear dense."
-    check(names, op, "a model with Linear layers whose sizes are multiples of 4", "none", remedy)
+    done = sum(isinstance(module, SparseTrainingLinear) for module in modules.values())
+    got = f"none, and {done} SparseTrainingLinear" if done else "none"
+    check(names, op, "a model with Linear layers whose sizes are multiples of 4", got, remedy)
     for name in names:
         mask = None if masks is None else masks[name]
         layer = SparseTrainingLinear.from_linear(modules[name], mask, **options)
@@ -484,6 +496,7 @@ def sparse_training(
 
 
 @checked("sparsekern.finetune.finish_training")
+@torch.inference_mode(False)  # whose tensors could not be trained
 def finish_training(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     """Replace every SparseTrainingLinear by a SparseLinear of its weight, in place; their names."""
     found = [(n, m) for n, m in named_modules(model) if isinstance(m, SparseTrainingLinear)]

@@ -272,6 +272,7 @@ def _of_rows(spec: WeightSpec, rows: int) -> WeightSpec:
     return WeightSpec.of(size, spec.storage, spec.layout, spec.dtype, spec.scale, spec.group)
 
 
+@torch.inference_mode(False)  # whose tensors could not be trained around
 @torch.no_grad()
 def _join(layers: list[SparseLinear]) -> list[JoinedLinear]:
     weights = [layer.weight for layer in layers]

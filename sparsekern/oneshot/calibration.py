@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -155,7 +156,7 @@ def _array(value: Any) -> Any:
 
 def _listed(data: Any, op: str) -> list[Any]:
     """The items of whatever the caller has."""
-    data = _array(data)
+    data = os.fspath(data) if isinstance(data, os.PathLike) else _array(data)
     if isinstance(data, (Tensor, str, bytes, Mapping)):
         return [data]
     if isinstance(data, Iterable):
@@ -252,7 +253,8 @@ def _as_batch(args: tuple[Any, ...], kwargs: dict[str, Any], item: Any, op: str)
     named = args[0] if args and isinstance(args[0], Mapping) else kwargs
     ids = named.get("input_ids")
     first = ids if isinstance(ids, Tensor) else tensors[0]
-    samples = first.shape[0] if first.dim() else 1
+    one = first.dim() <= int(first.is_floating_point())  # sample, without a dimension for more
+    samples = 1 if one else first.shape[0]
     tokens = first.numel()
     if first.is_floating_point():
         tokens = tokens // max(1, first.shape[-1] if first.dim() else 1)
@@ -423,7 +425,7 @@ class _Transformers:
 
     def _tokenized(self, text: str) -> list[Tensor]:
         """Windows of one text."""
-        source = text == "builtin" or text.startswith("hf:")
+        source = text == "builtin" or text.startswith("hf:") or os.path.isfile(text)
         expected = (
             "calibration as text itself" if source else "tokenizer= with texts as calibration"
         )

@@ -59,6 +59,16 @@ def check_data(op: str, model: nn.Module, name: str = "model") -> None:
     check(not held or any(held) or brought, op, expected, "one on meta", remedy)
 
 
+def check_changeable(op: str, model: nn.Module, name: str = "") -> None:
+    """ValueError for inference tensors, which no weight can be written to: of a model, or of its
+    layer `name`."""
+    names = (f"{name}.{key}".strip(".") for key, p in model.named_parameters() if p.is_inference())
+    made = next(names, None)
+    remedy = "Build or load the model outside of torch.inference_mode()."
+    expected = f"weights that can be changed, {made}"
+    check(made is None, op, expected, "inference tensors", remedy)
+
+
 @contextlib.contextmanager
 def on_device(module: nn.Module | None, device: torch.device) -> Iterator[None]:
     """Move a module to `device` and back to where its first parameter was."""

@@ -213,12 +213,8 @@ def find_layers(
     check(not (scripted or exported), op, "a model of Python code", got, remedy, TypeError)
     _, blocks = find_blocks(model)
     index_of = {id(m): i for i, block in enumerate(blocks) for m in block.modules()}
-    parents: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
-    for parent in model.modules():
-        for key, child in parent.named_children():
-            parents[id(child)].append((parent, key))
-    tied, adapters, read = tied_places(model), adapter_parts(model), _Readers()
-    held = held_elsewhere(model) if compress else {}
+    tied, adapters = tied_places(model), adapter_parts(model)
+    places = Places(model) if compress else None
     experts = {
         f"{name}.{i}.{key}".lstrip("."): (module, (name, i, key))
         for name, module in named_modules(model)
@@ -245,14 +241,10 @@ def find_layers(
             layer.raw = layer.weight.dim() != 2
             partners = tied.get((id(module), "weight"))
             layer.reason = _why_not(layer, partners[0].name if partners else None, pattern)
-            if layer.reason is None and compress:
-                layer.reason = why_no_other(module, held)
             if layer.reason is None and name in adapters:
                 layer.reason = f"adapter of {adapters[name]}"
-            if layer.reason is None and compress:
-                owners = (read.owner(*above) for above in _above(module, parents))
-                owner = next((o for o in owners if o), None) or _adapter(module, parents)
-                layer.reason = f"{owner} reads the weight itself" if owner else None
+            if layer.reason is None and places is not None:
+                layer.reason = places.why_no_other(module)
             layers.append(layer)
         elif isinstance(module, nn.Module):
             layers.extend(_other_weights(name, module, block))
@@ -319,12 +311,31 @@ def _why_not(layer: Layer, tied_with: str | None, pattern: tuple[int, int]) -> s
     return None
 
 
-def why_no_other(module: nn.Module, held: Mapping[int, str]) -> str | None:
-    """Why a SparseLinear cannot stand in the place of this linear layer, or None. `held`: what
-    held_elsewhere found in the model."""
+class Places:
+    """The linear layers of a model as places: what else than the dense layer may stand there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held, self._read = _held_elsewhere(model), _Readers()
+        self._parents: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+        for parent in model.modules():
+            for key, child in parent.named_children():
+                self._parents[id(child)].append((parent, key))
+
+    def why_no_other(self, module: nn.Module) -> str | None:
+        """Why a layer without a dense weight cannot stand in the place of this linear layer, or
+        None."""
+        if id(module) in self._held:
+            return f"{self._held[id(module)]} holds it outside of its modules, too"
+        if (reason := _lost(module)) is not None:
+            return reason
+        owners = (self._read.owner(*above) for above in _above(module, self._parents))
+        owner = next((o for o in owners if o), None) or _adapter(module, self._parents)
+        return f"{owner} reads the weight itself" if owner else None
+
+
+def _lost(module: nn.Module) -> str | None:
+    """What a layer of weight and bias alone would lose of this linear layer, or None."""
     kind = type(module).__name__
-    if id(module) in held:
-        return f"{held[id(module)]} holds it outside of its modules, too"
     if (reason := lost_forward(module)) is not None:
         return reason
     names = {
@@ -347,7 +358,7 @@ def why_no_other(module: nn.Module, held: Mapping[int, str]) -> str | None:
     return None
 
 
-def held_elsewhere(model: nn.Module) -> dict[int, str]:
+def _held_elsewhere(model: nn.Module) -> dict[int, str]:
     """id of each module that another one holds, itself or a method of it, where nothing can be
     replaced (in a list, a tuple, a dict or a plain attribute) -> the class of that other one.
     What torch.compile made of a layer is bound anew (nn/replace.py)."""
@@ -381,6 +392,8 @@ def _other_weights(name: str, module: nn.Module, block: int | None) -> list[Laye
             reason = f"recurrent layer ({kind})"
         elif isinstance(module, READS_WEIGHTS):
             reason = f"{kind} reads the weight itself"
+        elif hasattr(module, "to_sparse_linear"):
+            reason = f"{kind} trains it: sparsekern.finetune.finish_training compresses it"
         elif min(parameter.shape) < 2 or _NO_PRODUCT.search(key):
             continue
         elif parameter.dim() == 3:
@@ -505,6 +518,12 @@ def _chains_in(code: CodeType) -> set[Chain]:
         if isinstance(constant, CodeType):
             chains |= _chains_in(constant)
     return chains
+
+
+def remedy_before(model: nn.Module, otherwise: str) -> str:
+    """What to do where something needs the dense layers of a model, and does not find them."""
+    pruned = any(isinstance(module, SparseLinear) for module in model.modules())
+    return "Do it before the model is pruned: 2:4 layers stay as they are." if pruned else otherwise
 
 
 def output_layer_names(model: nn.Module) -> list[str]:

@@ -24,7 +24,7 @@ from sparsekern.oneshot.ranks import RankError, Ranks
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.oneshot.resume import PERMUTATION, ROTATION, once
 from sparsekern.oneshot.rotation import rotate_on
-from sparsekern.oneshot.rounds import Given, as_rounds, described
+from sparsekern.oneshot.rounds import Given, Reconstruction, as_rounds, described
 
 OP = "sparsekern.prune_model"
 logger = logging.getLogger("sparsekern")
@@ -133,9 +133,14 @@ class Extra:
         self.block, self.spans = None, []
         self._rules["reconstruct"] = "no reconstruction"
 
+    @property
+    def rounds(self) -> list[Reconstruction]:
+        """All rounds, that inside the walk first."""
+        return [r for r in (self.block, *self.spans) if r is not None]
+
     def described(self) -> dict[str, Any]:
         """As options of the report and of the manifest."""
-        rounds = described([r for r in (self.block, *self.spans) if r is not None])
+        rounds = described(self.rounds)
         made: dict[str, Any] = {"reconstruct": rounds} if rounds else {}
         made |= {"preset_rule": self.rule} if self.rule is not None else {}
         made |= {"rotate": dict(self.rotate)} if self.rotate is not None else {}

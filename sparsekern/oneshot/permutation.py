@@ -36,8 +36,8 @@ from sparsekern.errors import FormatError, check
 from sparsekern.nn.tied import check_untied
 from sparsekern.nn.wrappers import taken_off, whole
 from sparsekern.oneshot.calibration import Batch, make_batches
-from sparsekern.oneshot.devices import looked, working_device
-from sparsekern.oneshot.discovery import find_blocks
+from sparsekern.oneshot.devices import check_changeable, looked, quiet, working_device
+from sparsekern.oneshot.discovery import find_blocks, remedy_before
 from sparsekern.oneshot.observe import observe
 from sparsekern.utils.arguments import SEEDS, checked, folded
 
@@ -114,7 +114,7 @@ class Permuted:
 
 
 @checked(OP)
-@torch.no_grad()
+@quiet
 def permute(
     model: nn.Module,
     calibration: object,
@@ -147,6 +147,7 @@ def permute(
             there is as before.
     """
     model = whole(OP, model)
+    check_changeable(OP, model)
     target = working_device(OP, model, device)
     batches = make_batches(calibration, model, None, target, op=OP)
     with taken_off(model):
@@ -154,7 +155,7 @@ def permute(
 
 
 @checked(OP, rounds=(0, 10**6), seed=SEEDS)
-@torch.no_grad()
+@quiet
 def permute_on(
     model: nn.Module,
     batches: list[Batch],
@@ -174,7 +175,7 @@ def permute_on(
     home = next(model.parameters()).device
     sites = find_sites(model, heads)
     expected = f"{type(model).__name__} with an MLP or attention of layers {MLPS[0]} or v_proj"
-    remedy = "Prune it without permutation."
+    remedy = remedy_before(model, "Prune it without permutation.")
     check(sites, OP, expected, "none", remedy)
     check_untied(OP, model, (m for site in sites for m in (*site.makers, site.reader)), remedy)
     if known is not None and report is not None:

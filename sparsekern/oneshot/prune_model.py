@@ -36,7 +36,7 @@ from sparsekern.oneshot.presets import find_preset
 from sparsekern.oneshot.ranks import joined
 from sparsekern.oneshot.report import PruneReport
 from sparsekern.oneshot.resume import ResumeDir
-from sparsekern.oneshot.rounds import Given
+from sparsekern.oneshot.rounds import Given, warn_unjudged
 from sparsekern.oneshot.run import Run
 from sparsekern.oneshot.selection import check_options, check_weights, describe, select
 from sparsekern.oneshot.skip import DEFAULT_RULE
@@ -286,6 +286,7 @@ def prune_model(
         batches = []
         if calibration is not None and hessians is None:
             batches = make_batches(calibration, model, batch_size, walk.device, tokenizer, OP)
+            warn_unjudged(extra.rounds, len(batches), OP, 5)
         report = PruneReport(
             type(model).__name__, chosen.name, device=str(walk.device), preset=preset
         )

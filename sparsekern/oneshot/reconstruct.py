@@ -43,12 +43,12 @@ from sparsekern.nn.sparse_linear import SparseLinear
 from sparsekern.nn.wrappers import whole
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot.calibration import make_batches
-from sparsekern.oneshot.devices import check_data
+from sparsekern.oneshot.devices import check_changeable, check_data
 from sparsekern.oneshot.executor import Calibration
 from sparsekern.oneshot.fit import Loss, fit, kept_weights, training
 from sparsekern.oneshot.levels import Levels
 from sparsekern.oneshot.ranks import Ranks
-from sparsekern.oneshot.rounds import OP, Fit, Given, Reconstruction, as_rounds
+from sparsekern.oneshot.rounds import OP, Fit, Given, Reconstruction, as_rounds, warn_unjudged
 from sparsekern.oneshot.selection import select
 from sparsekern.oneshot.sequential import Call, Walk, call_block
 from sparsekern.oneshot.spans import SpanRound, final_norm, rebatch
@@ -242,7 +242,7 @@ def reconstruct(
         one Fit per window and round.
     Raises:
         ValueError: no chain; models that do not fit each other, such as a rotated one and the dense
-            model before the rotation; no 2:4 layer; values that do not fit.
+            model before the rotation; no 2:4 layer, or quantised ones; values that do not fit.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -251,6 +251,7 @@ def reconstruct(
     check(not apart, OP, 'parts="block" on a model that is pruned', "sublayers")
     model, dense = whole(OP, model), whole(OP, dense)
     check_data(OP, model)
+    check_changeable(OP, model)
     check_data(OP, dense, "dense")
     _, blocks = models.find_blocks(model)
     _, teachers = models.find_blocks(dense)
@@ -265,6 +266,7 @@ def reconstruct(
         selection = select(model, (), (2, 4), True, op=OP)
         walk = Calibration(model, selection, op=OP, device=device)
         walk.batches = make_batches(calibration, model, batch_size, walk.device, tokenizer, OP)
+        warn_unjudged(chosen, len(walk.batches), OP, 4)
         walk.plan()
         check(walk.chained, OP, "a chain of decoder blocks", type(model).__name__)
         masks = _masks_of(blocks)
@@ -297,7 +299,13 @@ def _decompressed(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[Non
     """SparseLinear layers of the blocks as dense ones for the duration, and back with the values
     that these then have."""
     changed: list[tuple[SparseLinear, nn.Linear]] = []
-    for old in [m for b in blocks for m in b.modules() if isinstance(m, SparseLinear)]:
+    sparse = [m for b in blocks for m in b.modules() if isinstance(m, SparseLinear)]
+    levels = [m.weight.spec.storage for m in sparse if not m.weight.spec.element.plain]
+    remedy = "Call sparsekern.compress_model(model, quantize=...) afterwards, or "
+    remedy += "prune_model(quantize=..., reconstruct=...), which trains through the levels."
+    got = f"{len(levels)} that are stored as {', '.join(sorted(set(levels)))}"
+    check(not levels, OP, "2:4 layers of plain numbers", got, remedy)
+    for old in sparse:
         weight = old.weight.to_dense()
         new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         new.weight = nn.Parameter(weight, requires_grad=False)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -207,6 +208,12 @@ class PruneReport:
                 found[reason] = count + 1, size + layer.elements
         rows = [(reason, n, size / max(1, total)) for reason, (n, size) in found.items()]
         return sorted(rows, key=lambda row: -row[2])
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        return iter(self.layers)
+
+    def __contains__(self, name: object) -> bool:
+        return any(layer.name == name for layer in self.layers)
 
     def __getitem__(self, name: str) -> LayerReport:
         """The report of the layer of that name; KeyError if there is none."""

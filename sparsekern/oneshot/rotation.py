@@ -42,7 +42,7 @@ from sparsekern.errors import check
 from sparsekern.nn.tied import check_untied
 from sparsekern.nn.wrappers import taken_off, whole
 from sparsekern.oneshot.calibration import Batch, make_batches
-from sparsekern.oneshot.devices import working_device
+from sparsekern.oneshot.devices import check_changeable, quiet, working_device
 from sparsekern.oneshot.rotation_search import learn
 from sparsekern.oneshot.rotation_stream import OP, Stream, collect_grams, find_stream, tied_head
 from sparsekern.utils.arguments import SEEDS, checked
@@ -80,7 +80,7 @@ class RotationReport:
 
 
 @checked(OP)
-@torch.no_grad()
+@quiet
 def rotate(
     model: nn.Module,
     calibration: object,
@@ -120,6 +120,7 @@ def rotate(
         RuntimeError: the logits differ by more than rounding. The model is as it was before.
     """
     model = whole(OP, model)
+    check_changeable(OP, model)
     target = working_device(OP, model, device)
     batches = make_batches(calibration, model, None, target, op=OP)
     knobs: dict[str, Any] = {"steps": steps, "rate": rate, "heads": heads, "untie": untie}
@@ -145,7 +146,7 @@ class Rotated:
 
 
 @checked(OP, steps=(0, 10**6), seconds=(0, 10**9), rate=(0, 1), seed=SEEDS)
-@torch.no_grad()
+@quiet
 def rotate_on(
     model: nn.Module,
     batches: list[Batch],
@@ -300,6 +301,7 @@ def _apply(stream: Stream, basis: Tensor, turns: list[Tensor]) -> None:
 
 
 def _logits(model: nn.Module, probe: Batch, home: torch.device) -> Tensor:
-    output = probe.run(model, home)
+    with torch.autocast(home.type, enabled=False):  # whose rounding says nothing of the weights'
+        output = probe.run(model, home)
     logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
     return logits

@@ -4,11 +4,12 @@ is in oneshot/reconstruct.py."""
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sparsekern.errors import check
+from sparsekern.errors import check, message
 from sparsekern.utils.arguments import Uses, check_used
 
 OP = "sparsekern.reconstruct"
@@ -157,6 +158,15 @@ def as_rounds(given: Given, op: str = OP) -> tuple[Reconstruction, ...]:
     check(late == sorted(late), op, "rounds with span=1 before the others", "another order")
     check(late.count(False) <= 1, op, "at most one round with span=1", late.count(False))
     return tuple(rounds)
+
+
+def warn_unjudged(rounds: Sequence[Reconstruction], batches: int, op: str, level: int) -> None:
+    """UserWarning for a calibration of one batch, of which no round can hold out another; level:
+    frames from here to the caller's."""
+    if batches == 1 and any(r.held_out and r.batch is None for r in rounds):
+        expected = "two batches of calibration or more, one of them held out, for reconstruct"
+        remedy = "What is kept is judged on rows that it was trained on. Pass batch_size=."
+        warnings.warn(message(op, expected, "one", remedy), UserWarning, stacklevel=level)
 
 
 def described(rounds: Sequence[Reconstruction]) -> list[dict[str, Any]]:

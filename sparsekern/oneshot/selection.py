@@ -17,6 +17,7 @@ from sparsekern.errors import check
 from sparsekern.formats.dtypes import quantized
 from sparsekern.oneshot import discovery as models
 from sparsekern.oneshot import skip as skip_rules
+from sparsekern.oneshot.devices import check_changeable
 from sparsekern.oneshot.discovery import Layer
 from sparsekern.oneshot.layerwise import Options
 from sparsekern.oneshot.source import Source
@@ -167,10 +168,7 @@ def check_weights(selection: Selection, options: Options, compress: bool) -> Non
 def check_finite(layers: Iterable[Layer], options: Options) -> None:
     """check_weights of layers whose weights are in memory, without masks."""
     for layer in layers:
-        normal = not layer.weight.is_inference()
-        remedy = "Build or load the model outside of torch.inference_mode()."
-        got = "inference tensors"
-        check(normal, options.op, f"weights that can be changed, {layer.name}", got, remedy)
+        check_changeable(options.op, layer.module, layer.name)
         if not _finite(layer.weight):
             remedy = 'Repair the checkpoint, or pass on_error="skip".'
             may_skip = options.on_error == "skip"

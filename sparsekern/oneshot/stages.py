@@ -72,7 +72,7 @@ class Group:
         the layer into a SparseLinear when the block is done.
 
         Raises:
-            ValueError: no layer of that name in the group, or another shape.
+            ValueError: no layer of that name in the group, another shape, or a block that is done.
         """
         names = [layer.name for layer in self.layers]
         check(name in names, "sparsekern.calibrate", f"one of {names}", repr(name))
@@ -115,6 +115,7 @@ class Stage:
     _dense: Forwards | None = field(default=None, repr=False)  # the same of the dense model
     _dense_done: bool = field(default=False, repr=False)
     _new: dict[str, Tensor | Sparse24] = field(default_factory=dict, repr=False)
+    _done: bool = field(default=False, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -152,6 +153,9 @@ class Stage:
         """Group.replace for any layer of the stage."""
         layer = next((layer for layer in self.layers if layer.name == name), None)
         op = "sparsekern.calibrate"
+        got = f"one of {self.key}, which is done"
+        remedy = "Call it in the loop over sparsekern.calibrate, not over a list of its groups."
+        check(not self._done, op, "a group of the block that the loop is at", got, remedy)
         if layer is None:
             check(False, op, f"a layer of {self.key}", repr(name))
             return
@@ -298,6 +302,7 @@ class Stage:
     @quiet
     def _finish(self) -> None:
         """Make the next stage's inputs, then put a SparseLinear where a weight is compressed."""
+        self._done = True
         self._walk_dense()
         if self._advance is not None and self._run.goes_on:
             with self._run.phase("capture" if self.key == "stem" else "forward"):

@@ -243,7 +243,8 @@ def find_method(op: str, method: str | Method | Callable[..., Tensor]) -> Method
     if callable(method):
         return from_scores(method)
     expected = f"method in {names()} or a function (w, hessian) -> scores"
-    check(isinstance(method, str) and method in _METHODS, op, expected, repr(method))
+    remedy = "Register a method of your own with sparsekern.prune.register_method."
+    check(isinstance(method, str) and method in _METHODS, op, expected, repr(method), remedy)
     return _METHODS[method]
 
 
