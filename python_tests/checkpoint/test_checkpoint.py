@@ -436,6 +436,11 @@ def test_load_into_keeps_what_others_hold(tmp_path):
     load_into(target, tmp_path)
     with torch.no_grad():
         assert torch.equal(target(x), model(x))
+    target = cases.Plain()
+    with torch.inference_mode():
+        load_into(target, tmp_path)
+    target(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in target.parameters())
 
 
 def test_parameters_that_are_views_of_one_storage(tmp_path):

@@ -513,6 +513,7 @@ def test_what_distill_refuses_before_anything_is_done(tmp_path):
         ),
         ({"window": 1}, ValueError, "window from 2"),
         ({"temperature": 0.0}, ValueError, "temperature > 0"),
+        ({"betas": (0.9, 1.5)}, ValueError, "betas from 0 to below 1"),
         ({"generate_tokens": 64}, ValueError, "data=None with generate_tokens, got"),
         ({"window": 32}, ValueError, "rows of as many with window, got window=32"),
         ({"eval_window": 32}, ValueError, "ids to evaluate with eval_window"),

@@ -200,6 +200,7 @@ def from_pretrained(
 
 
 @checked("sparsekern.load_into")
+@torch.inference_mode(False)  # whose tensors could not be trained
 def load_into(
     model: M,
     directory: str | os.PathLike[str],

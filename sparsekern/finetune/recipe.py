@@ -99,6 +99,8 @@ class Recipe:
             self.micro_batch,
         )
         check(self.lr > 0, OP, "lr > 0", self.lr)
+        fits = all(0 <= beta < 1 for beta in self.betas)
+        check(fits, OP, "betas from 0 to below 1", self.betas)
         for name in ("warmup", "final", "alpha"):
             value = getattr(self, name)
             check(0 <= value <= 1, OP, f"0 <= {name} <= 1", value)
