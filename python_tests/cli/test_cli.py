@@ -631,6 +631,14 @@ def test_errors_are_one_line_and_exit_code_2(places, call, arguments, text):
     assert as_flags(" ".join(str(raised.value).split()), given) in error
 
 
+def test_the_home_folder_in_words_that_the_shell_has_left(monkeypatch):
+    monkeypatch.setenv("HOME", "/ann")
+    mixed = "~/a.txt=0.5,~/b~/c.txt=0.5"
+    args = cli.parse(["prune", "~/model", "--out=~/pruned", "--calibration", mixed, "--skip", "a~"])
+    assert (args.model, args.out) == ("/ann/model", "/ann/pruned")
+    assert args.calibration == "/ann/a.txt=0.5,/ann/b~/c.txt=0.5" and args.skip == ["a~"]
+
+
 FORMS = (
     "sparsekern.f: expected {} from 0 to 1, got 2.",
     "sparsekern.f: expected {}: a number, got 2.",
