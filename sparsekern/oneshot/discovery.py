@@ -142,6 +142,13 @@ class Layer:
         return self.bytes_dense
 
 
+def before_pruning(model: nn.Module, what: str) -> str:
+    """The remedy where a model's dense layers cannot have a rotation or permutation."""
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        return f"Its layers are compressed: the {what} comes before prune_model."
+    return f"Prune it without {what}."
+
+
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     """The decoder blocks: (name of their list, blocks in order), or ("", []) when the model has
     none.
