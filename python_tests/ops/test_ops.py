@@ -178,7 +178,7 @@ ERRORS = {
     "bias dtype": (
         dict(bias=torch.ones(4, dtype=F16)),
         TypeError,
-        r"bias\.dtype == x\.dtype .*got torch\.float16",
+        r"bias\.dtype == weight\.dtype .*got torch\.float16",
     ),
     "bias device": (
         dict(bias=torch.ones(4, device="meta")),
@@ -304,11 +304,41 @@ def test_a_backend_that_comes_or_goes_changes_calls_like_one_before():
         assert torch.equal(linear(x, w24), before)
 
 
+class Named(Seven):
+    def __init__(self, name):
+        self.name = name
+
+
+@pytest.mark.parametrize("result", [7.0, torch.zeros(1), torch.zeros(3, 8).half(), "turned"])
+def test_what_a_backend_returns_is_checked(result):
+    class Wrong(Named):
+        def supports(self, problem):
+            return None
+
+        def bind(self, problem):
+            turned = torch.zeros(8, 3).t()
+            return lambda x, w24, bias: turned if isinstance(result, str) else result
+
+    x, w24 = torch.ones(3, 16), compress(random_weight(8, 16, torch.float32))
+    registry.register_backend(Wrong("wrong"))
+    try:
+        for _ in range(2):  # a wrong launch is not kept
+            with pytest.raises(TypeError, match=r"a contiguous y \[3, 8\] of torch.float32 from"):
+                linear(x, w24, backend="wrong")
+    finally:
+        registry.unregister_backend("wrong")
+
+
 def test_what_cannot_be_registered(seven):
     for backend, options, error, text in (
         (Seven(), {}, ValueError, "a new name, got 'seven'"),
         (object(), {}, TypeError, "supports, bind and explain, got object"),
         (registry._BACKENDS["triton"], dict(device="cpu"), ValueError, "a new name, got 'triton'"),
+        (Seven, {}, TypeError, "an object with name, supports, bind and explain, got type"),
+        (Named(8), {}, TypeError, "text as the backend's name, got 8"),
+        (Named("eight"), dict(device="gpu"), ValueError, "device: a type such as .*got 'gpu'"),
+        (Named("eight"), dict(device="cuda:0"), ValueError, "device: a type such as"),
+        (Named("eight"), dict(before="cpu"), ValueError, "Say on which type: device='cpu'"),
     ):
         with pytest.raises(error, match=text):
             registry.register_backend(backend, **options)

@@ -16,18 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from sparsekern.errors import check, message
 from sparsekern.formats.scaled import ScaledCodec
-from sparsekern.utils.arguments import checked
+from sparsekern.utils.arguments import check_fields, checked
 
 _OP = "sparsekern.register_dtype"
 
 
+@runtime_checkable
 class Codec(Protocol):
     """How numbers become the stored tensors of a coded element type, on whole tensors in torch.
 
@@ -74,6 +75,9 @@ class ElementType:
     backends: tuple[str, ...] = ("cpu",)
     native_code: int | None = None
     codec: Codec | None = None
+
+    def __post_init__(self) -> None:
+        check_fields("sparsekern.ElementType", self, bits=(1, 64))
 
     @property
     def plain(self) -> bool:
@@ -227,7 +231,8 @@ def register_dtype(new: ElementType) -> ElementType:
         new, which `sparsekern.compress(w, dtype=new.name)` takes from now on.
     Raises:
         ValueError: the name is taken by a type that can be stored already, or is not one word; no
-            codec; a tensor's name that is taken.
+            codec, or infinity_bits, which plain types have; an unknown scale; a tensor's name that
+            is taken.   TypeError: the codec is a class.
     """
     check(
         new.name.isidentifier(),
@@ -237,7 +242,7 @@ def register_dtype(new: ElementType) -> ElementType:
     )
     old = _TABLE.get(new.name)
     check(
-        old is None or not old.storable,
+        new.name not in ALIASES and (old is None or not old.storable),
         _OP,
         "the name of no element type that can be stored already",
         repr(new.name),
@@ -245,6 +250,12 @@ def register_dtype(new: ElementType) -> ElementType:
     )
     if new.codec is None:
         raise ValueError(message(_OP, "a codec", "None", "Pass ElementType(..., codec=...)."))
+    remedy = "Leave it out: plain types alone have it."
+    check(new.infinity_bits is None, _OP, "infinity_bits=None", new.infinity_bits, remedy)
+    kinds = (None, "row", "group")
+    check(new.scale in kinds, _OP, f"scale in {kinds}", repr(new.scale), "Leave it None.")
+    made = not isinstance(new.codec, type)
+    check(made, _OP, "a codec that is an object", new.codec, "Pass codec=YourCodec().", TypeError)
     taken = {"values", "metadata"} & set(new.codec.tensors)
     check(not taken, _OP, "codec.tensors without values and metadata", sorted(taken))
     _TABLE[new.name] = new

@@ -17,6 +17,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import dtypes, scaled
 from sparsekern.formats.dtypes import ElementType
-from sparsekern.utils.arguments import checked
+from sparsekern.utils.arguments import check_fields, checked
 
 Tensors = dict[str, Tensor]
 ROWMAJOR = "rowmajor"
@@ -84,9 +85,7 @@ class WeightSpec:
         scale = kind.scale if scale is None else scale
         if kind.scaled:
             group = scaled.checked_group(kind.name, scale, group, size[1])
-        key = (*size, kind.name, plain, layout, scale, group)
-        found = _SPECS.get(key)
-        return _new_spec(key, size, kind) if found is None else found
+        return _spec((*size, kind.name, plain, layout, scale, group))
 
     @staticmethod
     def parse(text: str) -> WeightSpec:
@@ -128,15 +127,22 @@ class WeightSpec:
 _SPECS: WeakValueDictionary[tuple[object, ...], WeightSpec] = WeakValueDictionary()
 
 
-def _new_spec(key: tuple[object, ...], shape: torch.Size, kind: ElementType) -> WeightSpec:
-    spec = WeightSpec()
-    spec.shape, spec.storage = shape, kind.name
-    _, _, _, spec.dtype, spec.layout, spec.scale, spec.group = key  # type: ignore[assignment]
-    spec.tensors = ("values", "metadata", *kind.tensors)
+def _spec(key: tuple[Any, ...]) -> WeightSpec:
+    found = _SPECS.get(key)
+    if found is not None:
+        return found
+    spec, shape = WeightSpec(), torch.Size(key[:2])
+    spec.shape, (spec.storage, spec.dtype, spec.layout, spec.scale, spec.group) = shape, key[2:]
+    spec.tensors = ("values", "metadata", *spec.element.tensors)
     plain = str(spec.dtype).removeprefix("torch.")
     parts = (f"{shape[0]}x{shape[1]}", spec.storage, plain, spec.layout, spec.scale or "-")
     spec.text = " ".join((*parts, str(spec.group)))
     return _SPECS.setdefault(key, spec)
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler, which cannot
+# trace weak references.
+_spec._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=4096)
@@ -185,8 +191,9 @@ class Layout:
     Args:
         name: one word; what Sparse24.layout, `layout=` and messages say.
         check: (op, spec, tensors) -> None; raises FormatError for shapes that do not fit.
-        pack: (row-major spec, tensors) -> tensors in this layout, new or shared. Raises TypeError,
-            ValueError or NotImplementedError with a remedy for what it cannot hold.
+        pack: (row-major spec, tensors) -> tensors in this layout, new or shared; those that a coded
+            type adds, as they are. Raises TypeError, ValueError or NotImplementedError with a
+            remedy for what it cannot hold.
         unpack: (spec, tensors) -> row-major tensors, exactly.
         converts: True when the values are numbers that `.to(dtype)` and `.to(device)` may convert
             in place; False: the weight becomes row-major where anything changes, and for copies
@@ -204,6 +211,9 @@ class Layout:
     converts: bool = True
     lives_on: Callable[[torch.device], bool] = _everywhere
     complete: Callable[[Tensor], None] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields("sparsekern.Layout", self)
 
 
 _LAYOUTS: dict[str, Layout] = {}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsekern.errors import check
 from sparsekern.prune.products import Factor, product16, sums_in_float32
-from sparsekern.utils.arguments import checked
+from sparsekern.utils.arguments import check_strided, checked
 from sparsekern.utils.exact import exact_float32
 
 # A CPU matmul of this many columns runs at full speed, so that half of the symmetric product can be
@@ -89,6 +89,7 @@ class Hessian:
             ValueError: x.shape[-1] != in_features.   TypeError: x is not floating point.
         """
         op = "sparsekern.prune.Hessian.add"
+        check_strided(op, "x", x)
         check(
             x.dim() >= 1 and x.shape[-1] == self.in_features,
             op,

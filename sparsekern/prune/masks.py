@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsekern.errors import check
 from sparsekern.prune.pattern import Pattern
-from sparsekern.utils.arguments import checked
+from sparsekern.utils.arguments import check_data, check_strided, checked
 
 
 def check_no_nan(op: str, name: str, tensor: Tensor) -> None:
@@ -94,6 +94,7 @@ def nm_mask(scores: Tensor, n: int = 2, m: int = 4, unit: int = 1) -> Tensor:
         TypeError: complex scores.
     """
     op = "sparsekern.prune.nm_mask"
+    _check_tensor(op, "scores", scores)
     return _nm_mask(op, "scores", scores, Pattern(n, m, unit, op=op))
 
 
@@ -141,6 +142,8 @@ def wanda_mask(w: Tensor, act_norm: Tensor, n: int = 2, m: int = 4, unit: int = 
     Source: Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models".
     """
     op = "sparsekern.prune.wanda_mask"
+    _check_tensor(op, "w", w)
+    _check_tensor(op, "act_norm", act_norm)
     check(not w.is_complex(), op, "a real weight", str(w.dtype), exc=TypeError)
     check(
         w.dim() >= 1 and tuple(act_norm.shape) == (w.shape[-1],),
@@ -171,9 +174,11 @@ def wanda_mask(w: Tensor, act_norm: Tensor, n: int = 2, m: int = 4, unit: int = 
     return _nm_mask(op, "|w| * act_norm", scores if unit == 1 else scores.square(), pattern)
 
 
-def _check_tensor(op: str, name: str, tensor: object) -> None:
+def _check_tensor(op: str, name: str, tensor: Tensor) -> None:
     got = type(tensor).__name__
     check(isinstance(tensor, Tensor), op, f"{name} as a Tensor", got, exc=TypeError)
+    check_strided(op, name, tensor)
+    check_data(op, name, tensor)
 
 
 def _nm_mask(op: str, name: str, scores: Tensor, pattern: Pattern) -> Tensor:
