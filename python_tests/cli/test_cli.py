@@ -527,6 +527,7 @@ ERRORS = [
     ),
     ([*MAGNITUDE, "--pattern", "1:4", "--stream"], "--pattern 2:4 with --stream, got 1:4"),
     ([*MAGNITUDE, "--quantize", "int8", "--quantize-group", "64"], "expected no --quantize-group"),
+    ([*FINETUNE, "--work", "{r}/./new"], "--work other than --out"),
     ([*FINETUNE, "--work", "{r}/text.txt"], "--work to be a folder, or a new one, got"),
     (
         ["sensitivity", "{r}/dense", "--skip-out", "{r}/a.json", "--share", "2"],
