@@ -192,7 +192,7 @@ def rows8():
         (dict(backends="cpu"), TypeError, "backends: a tuple, got 'cpu'"),
         (dict(codec=object()), TypeError, "codec: a Codec or None"),
         (dict(codec=RowScales), TypeError, "a codec that is an object, .*codec=YourCodec()"),
-        (dict(scale="column"), ValueError, r"scale in \(None, 'row', 'group'\), got 'column'"),
+        (dict(scale="column"), ValueError, r"scale in \('row', 'group'\) or None, got 'column'"),
         (dict(infinity_bits=3), ValueError, "infinity_bits=None, got 3"),
         (dict(name="fp8"), ValueError, "no element type that can be stored already, got 'fp8'"),
     ],

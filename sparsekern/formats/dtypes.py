@@ -148,6 +148,8 @@ _TABLE: dict[str, ElementType] = {
 }
 # Short names that users write.
 ALIASES = {"fp8": "float8_e4m3fn"}
+# What a scale may belong to.
+SCALES = ("row", "group")
 # What weights are quantised to, in users' words.
 QUANTIZED = ("fp8", "int8", "int4")
 
@@ -252,8 +254,8 @@ def register_dtype(new: ElementType) -> ElementType:
         raise ValueError(message(_OP, "a codec", "None", "Pass ElementType(..., codec=...)."))
     remedy = "Leave it out: plain types alone have it."
     check(new.infinity_bits is None, _OP, "infinity_bits=None", new.infinity_bits, remedy)
-    kinds = (None, "row", "group")
-    check(new.scale in kinds, _OP, f"scale in {kinds}", repr(new.scale), "Leave it None.")
+    known = new.scale is None or new.scale in SCALES
+    check(known, _OP, f"scale in {SCALES} or None", repr(new.scale), "Leave it None.")
     made = not isinstance(new.codec, type)
     check(made, _OP, "a codec that is an object", new.codec, "Pass codec=YourCodec().", TypeError)
     taken = {"values", "metadata"} & set(new.codec.tensors)

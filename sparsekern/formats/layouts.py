@@ -77,11 +77,19 @@ class WeightSpec:
             group: columns that share a scale; 0: one a row, or 128 columns where the element type
                 has scales of groups.
         Raises:
-            FormatError: sizes, or a group that does not fit.   TypeError: no such element type.
+            FormatError: sizes, or a group that does not fit.   TypeError: no such element type, or
+            a dtype that is not plain or not that of a plain type.   ValueError: an unknown scale.
         """
-        kind = dtypes.element(storage)
-        size = checked_shape("sparsekern.WeightSpec", shape)
-        plain = kind.storage if kind.plain else torch.float32 if dtype is None else dtype
+        op = "sparsekern.WeightSpec"
+        kind = dtypes.element(storage, op)
+        size = checked_shape(op, shape)
+        plain = (kind.storage if kind.plain else torch.float32) if dtype is None else dtype
+        fits = plain is kind.storage if kind.plain else plain in dtypes.PLAIN
+        expected = f"dtype {kind.name} or None" if kind.plain else f"a dtype in {dtypes.names()}"
+        check(fits, op, expected, repr(dtype), "Leave it None.", TypeError)
+        check(type(group) is int, op, "group: a whole number", repr(group), exc=TypeError)
+        known = scale is None or scale in dtypes.SCALES
+        check(known, op, f"scale in {dtypes.SCALES} or None", repr(scale), "Leave it None.")
         scale = kind.scale if scale is None else scale
         if kind.scaled:
             group = scaled.checked_group(kind.name, scale, group, size[1])

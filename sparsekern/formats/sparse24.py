@@ -331,6 +331,18 @@ class Sparse24:
     def cuda(self, device: int | str | torch.device | None = None) -> Sparse24:
         return self.to(torch.device("cuda") if device is None else torch.device(device))
 
+    def half(self) -> Sparse24:
+        """As of a tensor: `to(torch.float16)`."""
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Sparse24:
+        """As of a tensor: `to(torch.bfloat16)`."""
+        return self.to(torch.bfloat16)
+
+    def float(self) -> Sparse24:
+        """As of a tensor: `to(torch.float32)`."""
+        return self.to(torch.float32)
+
     def clone(self) -> Sparse24:
         tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
         return Sparse24.from_tensors(self.spec, tensors)
