@@ -230,6 +230,14 @@ def check_strided(op: str, name: str, tensor: Tensor) -> None:
         raise NotImplementedError(message(op, f"a dense {name}", got, remedy))
 
 
+def check_tensor(op: str, name: str, tensor: Tensor) -> None:
+    """TypeError for what is no tensor, and the two others for one that functions cannot read."""
+    got = type(tensor).__name__
+    check(isinstance(tensor, Tensor), op, f"{name} as a Tensor", got, exc=TypeError)
+    check_strided(op, name, tensor)
+    check_data(op, name, tensor)
+
+
 def check_data(op: str, name: str, tensor: Tensor) -> None:
     """ValueError for a tensor whose numbers cannot be read: on device meta, or fake."""
     fake = isinstance(tensor, FakeTensor)
