@@ -219,6 +219,30 @@ def test_what_a_codec_returns_is_checked(rows8, monkeypatch, method, returned, t
         sk.decompress(sk.compress(random_weight(8, 16, BF16), dtype="rows8"))
 
 
+def test_a_type_may_come_again_with_another_codec(rows8):
+    """As in a notebook whose cell is run twice."""
+
+    class Quarters:
+        tensors = ()
+
+        def encode(self, values, group):
+            return {"values": (values * 4).round().to(torch.int8)}
+
+        def decode(self, tensors, dtype, group):
+            return tensors["values"].to(dtype) / 4
+
+    w, x = torch.tensor([[1.0, 0, 0, 2.5]]), torch.ones(1, 4)
+    old = sk.compress(w, dtype="rows8")
+    sk.linear(x, old), pickle.loads(pickle.dumps(old))
+    dtypes.unregister_dtype("rows8")
+    assert "float32 as rows8" in repr(old)
+    sk.register_dtype(replace(rows8, codec=Quarters(), scale=None))
+    new = sk.compress(w, dtype="rows8")
+    assert list(pickle.loads(pickle.dumps(new)).tensors) == ["values", "metadata"]
+    grad = x.clone().requires_grad_()
+    assert sk.linear(x, new).item() == sk.linear(grad, new).item() == 3.5
+
+
 def test_a_codec_may_decode_to_float32(rows8, monkeypatch):
     decode = RowScales.decode
     monkeypatch.setattr(RowScales, "decode", lambda s, t, dtype, g: decode(s, t, torch.float32, g))

@@ -399,8 +399,6 @@ def test_to(device):
     assert same_weight(moved.cpu(), w24)
     half = w24.to(device, torch.float16)
     assert half.dtype == torch.float16 and half.device.type == device.type
-    assert same_weight(w24.half(), w24.to(torch.float16)) and w24.float() is w24
-    assert same_weight(w24.bfloat16(), w24.to(torch.bfloat16))
     assert torch.equal(half.metadata.cpu(), w24.metadata)
     assert not has_negative_zero(half.values)
     assert torch.equal(decompress(half).cpu(), decompress(w24).half())

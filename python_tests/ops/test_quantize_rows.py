@@ -181,6 +181,14 @@ def test_a_residual_of_any_strides_is_changed_in_place():
     wanted = (x.float() + wide.transpose(0, 1).float()).bfloat16()
     q, scale, _ = sk.rms_norm_quantize(x, weight, "int8", residual=wide.transpose(0, 1))
     assert same(wide.transpose(0, 1), wanted)
+    for shared in (
+        normal(1, 1, 16).expand(2, 3, 16),
+        normal(99).as_strided((2, 3, 16), (24, 8, 1)),
+    ):
+        before = shared.clone()
+        with pytest.raises(ValueError, match="residual with memory for each .*residual.clone()"):
+            sk.rms_norm_quantize(x, weight, "int8", residual=shared)
+        assert same(shared, before)
     alone = sk.rms_norm_quantize(wanted, weight, "int8")
     assert same(q, alone[0]) and same(scale, alone[1]) and q.shape == x.shape
 

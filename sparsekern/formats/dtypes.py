@@ -14,7 +14,7 @@ No other file of the package lists dtypes: `PLAIN`, `names` and the fields here 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -146,6 +146,8 @@ _TABLE: dict[str, ElementType] = {
         ),
     )
 }
+# Called whenever a type comes or goes: a name may then stand for another codec.
+watchers: list[Callable[[], None]] = []
 # Short names that users write.
 ALIASES = {"fp8": "float8_e4m3fn"}
 # What a scale may belong to.
@@ -261,6 +263,7 @@ def register_dtype(new: ElementType) -> ElementType:
     taken = {"values", "metadata"} & set(new.codec.tensors)
     check(not taken, _OP, "codec.tensors without values and metadata", sorted(taken))
     _TABLE[new.name] = new
+    _changed()
     return new
 
 
@@ -274,3 +277,9 @@ def unregister_dtype(name: str) -> None:
     known = found is not None and not found.plain
     check(known, "sparsekern.unregister_dtype", "a registered element type", repr(name))
     del _TABLE[name]
+    _changed()
+
+
+def _changed() -> None:
+    for forget in watchers:
+        forget()

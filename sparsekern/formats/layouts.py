@@ -167,6 +167,14 @@ def _parse(text: str) -> WeightSpec:
     return WeightSpec.of(list(map(int, sizes)), parts[1], parts[3], dtype, scale, int(parts[5]))
 
 
+def _forget() -> None:
+    _SPECS.clear()
+    _parse.cache_clear()
+
+
+dtypes.watchers.append(_forget)
+
+
 def checked_shape(op: str, shape: Sequence[int]) -> torch.Size:
     """(out_features, in_features) of a 2:4 weight, or FormatError."""
     expected = "shape (out_features, in_features) with in_features % 4 == 0"

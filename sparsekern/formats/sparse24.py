@@ -331,18 +331,6 @@ class Sparse24:
     def cuda(self, device: int | str | torch.device | None = None) -> Sparse24:
         return self.to(torch.device("cuda") if device is None else torch.device(device))
 
-    def half(self) -> Sparse24:
-        """As of a tensor: `to(torch.float16)`."""
-        return self.to(torch.float16)
-
-    def bfloat16(self) -> Sparse24:
-        """As of a tensor: `to(torch.bfloat16)`."""
-        return self.to(torch.bfloat16)
-
-    def float(self) -> Sparse24:
-        """As of a tensor: `to(torch.float32)`."""
-        return self.to(torch.float32)
-
     def clone(self) -> Sparse24:
         tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
         return Sparse24.from_tensors(self.spec, tensors)
@@ -532,7 +520,8 @@ class Sparse24:
 
     def __repr__(self) -> str:
         out_features, in_features = self.spec.shape
-        stored = "" if self.spec.element.plain else f" as {self.spec.storage}"
+        plain = str(self.dtype) == f"torch.{self.spec.storage}"  # also of a type that is gone
+        stored = "" if plain else f" as {self.spec.storage}"
         return (
             f"Sparse24({out_features} x {in_features}, {self.dtype}{stored}, "
             f"layout={self.layout!r}, device={str(self.device)!r}, {self.nbytes} bytes)"

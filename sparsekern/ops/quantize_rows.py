@@ -74,7 +74,7 @@ def rms_norm_quantize(
         weight: [features], dtype and device of x.
         dtype: "fp8" or "int8".   eps: >= 0, finite.
         residual: shape, dtype and device of x, or None; it becomes h = x + residual, rounded, in
-            place.
+            place; no two of its elements share memory.
         with_y: also return y.
     Returns:
         (q, scale, y or None), as `quantize_rows` of y.
@@ -218,6 +218,10 @@ def _quantize_rows(x: Tensor, storage: str) -> tuple[Tensor, Tensor]:
 def _rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, storage: str, residual: Tensor | None, with_y: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if residual is not None and not residual.is_contiguous():
+        remedy = "Pass residual.clone(): it is changed in place."
+        overlaps = _overlaps(residual)
+        check(not overlaps, _NORM, "residual with memory for each element", "shared", remedy)
     target = None if residual is None else folded(residual.detach())
     q, scale, y = rows.rms_norm(
         folded(x.detach()), weight.detach().contiguous(), eps, storage, target, with_y
@@ -226,6 +230,16 @@ def _rms_norm_quantize(
         residual.detach().copy_(target.view(residual.shape))  # it could not be folded in place
     y = x.new_empty(0) if y is None else y.view(x.shape)
     return q.view(x.shape), scale.view(x.shape[:-1]), y
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements may share memory: a stride is shorter than what the smaller ones span."""
+    span = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1 and stride < span:
+            return True
+        span += (size - 1) * stride
+    return False
 
 
 def _silu_mul_quantize(
