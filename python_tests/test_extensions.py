@@ -135,6 +135,15 @@ def test_a_layout_from_outside(layout):
         sk.register_layout(transposed())
 
 
+@pytest.mark.parametrize(
+    "change, text",
+    [(dict(name=3), "name: text, got 3"), (dict(check=None), "check: a function, got None")],
+)
+def test_what_is_no_layout(change, text):
+    with pytest.raises(TypeError, match=f"sparsekern.Layout: expected {text}"):
+        replace(transposed(), **change)
+
+
 def test_a_layout_that_is_gone_is_named():
     sk.register_layout(transposed())
     w24 = sk.compress(random_weight(8, 16, BF16), layout="transposed")
@@ -172,6 +181,73 @@ def rows8():
     assert not declared.storable and (declared.bits, declared.values_per_byte) == (8, 1)
     yield sk.register_dtype(replace(declared, codec=RowScales()))
     dtypes.unregister_dtype("rows8")
+
+
+@pytest.mark.parametrize(
+    "change, error, text",
+    [
+        (dict(name=3), TypeError, "ElementType: expected name: text, got 3"),
+        (dict(storage="int8"), TypeError, "storage: a torch.dtype, got 'int8'"),
+        (dict(bits=0), ValueError, "bits from 1 to 64, got 0"),
+        (dict(backends="cpu"), TypeError, "backends: a tuple, got 'cpu'"),
+        (dict(codec=object()), TypeError, "codec: a Codec or None"),
+        (dict(codec=RowScales), TypeError, "a codec that is an object, .*codec=YourCodec()"),
+        (dict(scale="column"), ValueError, r"scale in \('row', 'group'\) or None, got 'column'"),
+        (dict(infinity_bits=3), ValueError, "infinity_bits=None, got 3"),
+        (dict(name="fp8"), ValueError, "no element type that can be stored already, got 'fp8'"),
+    ],
+)
+def test_element_types_that_cannot_be_registered(change, error, text):
+    fields = dict(name="mine", storage=torch.int8, bits=8, codec=RowScales())
+    before = dtypes.elements()
+    with pytest.raises(error, match=text):
+        sk.register_dtype(sk.ElementType(**{**fields, **change}))
+    assert dtypes.elements() == before
+
+
+@pytest.mark.parametrize(
+    "method, returned, text",
+    [
+        ("encode", torch.ones(2), "compress: expected a dict from the encode of 'rows8', got Ten"),
+        ("decode", torch.ones(2), r"numbers \[8, 8\] from the decode of 'rows8', got a tensor"),
+        ("decode", None, r"numbers \[8, 8\] from the decode of 'rows8', got None"),
+    ],
+)
+def test_what_a_codec_returns_is_checked(rows8, monkeypatch, method, returned, text):
+    monkeypatch.setattr(RowScales, method, lambda *_: returned)
+    with pytest.raises(FormatError, match=text):
+        sk.decompress(sk.compress(random_weight(8, 16, BF16), dtype="rows8"))
+
+
+def test_a_type_may_come_again_with_another_codec(rows8):
+    """As in a notebook whose cell is run twice."""
+
+    class Quarters:
+        tensors = ()
+
+        def encode(self, values, group):
+            return {"values": (values * 4).round().to(torch.int8)}
+
+        def decode(self, tensors, dtype, group):
+            return tensors["values"].to(dtype) / 4
+
+    w, x = torch.tensor([[1.0, 0, 0, 2.5]]), torch.ones(1, 4)
+    old = sk.compress(w, dtype="rows8")
+    sk.linear(x, old), pickle.loads(pickle.dumps(old))
+    dtypes.unregister_dtype("rows8")
+    assert "float32 as rows8" in repr(old)
+    sk.register_dtype(replace(rows8, codec=Quarters(), scale=None))
+    new = sk.compress(w, dtype="rows8")
+    assert list(pickle.loads(pickle.dumps(new)).tensors) == ["values", "metadata"]
+    grad = x.clone().requires_grad_()
+    assert sk.linear(x, new).item() == sk.linear(grad, new).item() == 3.5
+
+
+def test_a_codec_may_decode_to_float32(rows8, monkeypatch):
+    decode = RowScales.decode
+    monkeypatch.setattr(RowScales, "decode", lambda s, t, dtype, g: decode(s, t, torch.float32, g))
+    w24 = sk.compress(random_weight(8, 16, BF16), dtype="rows8")
+    assert sk.decompress(w24).dtype == sk.dequantize(w24).values.dtype == BF16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])

@@ -551,7 +551,7 @@ def test_a_known_call_with_other_arguments_is_checked(fake):
         ((x, half, bias), TypeError, "x.dtype == weight.dtype"),
         ((x.half(), w24, bias), TypeError, "x.dtype == weight.dtype"),
         ((x[:, :32].contiguous(), w24, bias), ValueError, "x.shape\\[-1\\] == weight.in_features"),
-        ((x, w24, bias.view(torch.float16)), TypeError, "bias.dtype == x.dtype"),
+        ((x, w24, bias.view(torch.float16)), TypeError, "bias.dtype == weight.dtype"),
         ((x, w24, bias[:16]), ValueError, "bias of shape"),
         ((x, w24, bias[None]), ValueError, "bias of shape"),
         ((x, w24, bias, "tanh"), ValueError, "activation in None"),

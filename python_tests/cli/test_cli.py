@@ -527,6 +527,7 @@ ERRORS = [
     ),
     ([*MAGNITUDE, "--pattern", "1:4", "--stream"], "--pattern 2:4 with --stream, got 1:4"),
     ([*MAGNITUDE, "--quantize", "int8", "--quantize-group", "64"], "expected no --quantize-group"),
+    ([*FINETUNE, "--work", "{r}/./new"], "--work other than --out"),
     ([*FINETUNE, "--work", "{r}/text.txt"], "--work to be a folder, or a new one, got"),
     (
         ["sensitivity", "{r}/dense", "--skip-out", "{r}/a.json", "--share", "2"],
@@ -629,6 +630,14 @@ def test_errors_are_one_line_and_exit_code_2(places, call, arguments, text):
         cli.main([*arguments, "--debug"])
     given = cli.parse(arguments)
     assert as_flags(" ".join(str(raised.value).split()), given) in error
+
+
+def test_the_home_folder_in_words_that_the_shell_has_left(monkeypatch):
+    monkeypatch.setenv("HOME", "/ann")
+    mixed = "~/a.txt=0.5,~/b~/c.txt=0.5"
+    args = cli.parse(["prune", "~/model", "--out=~/pruned", "--calibration", mixed, "--skip", "a~"])
+    assert (args.model, args.out) == ("/ann/model", "/ann/pruned")
+    assert args.calibration == "/ann/a.txt=0.5,/ann/b~/c.txt=0.5" and args.skip == ["a~"]
 
 
 FORMS = (

@@ -58,6 +58,18 @@ def test_parse():
     ]:
         with pytest.raises(ValueError, match=text):
             parse(wrong)
+    for wrong in ([torch.arange(9)], [{"text": "a"}], [[1, 2, 3]]):
+        with pytest.raises(
+            TypeError, match=r"names of text sources, .*prune_model\(calibration=\)"
+        ):
+            parse(wrong)
+
+
+def test_a_text_is_no_name():
+    """One too long for a path, and one with a byte that no path has."""
+    for text in ("to be " * 5000, "a\0b"):
+        with pytest.raises(FileNotFoundError, match="no text file at .{3,200}. Give a UTF-8"):
+            calibration_mix([text], lambda text: [])
 
 
 def test_shares_seed_and_checksum(files):

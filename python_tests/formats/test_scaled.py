@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -223,6 +224,23 @@ REFUSALS = [
         TypeError,
         "got torch.int8. Quantised types go by name: 'fp8', 'int8', 'int4'",
     ),
+    (
+        lambda: sk.quantize(sk.compress(weight()), "int8", scale=np.ones((4, 1))),
+        ValueError,
+        r"scale in \('absmax', 'mse'\) or a tensor, got array",
+    ),
+    (
+        lambda: sk.quantize(sk.compress(weight()), "int8", scale=torch.ones(4, 1).to_sparse()),
+        NotImplementedError,
+        "a dense scale",
+    ),
+    (
+        lambda: sk.quantize(
+            sk.compress(weight()), "int8", scale="mse", importance=torch.ones(200).to_sparse()
+        ),
+        NotImplementedError,
+        "a dense importance",
+    ),
     (lambda: sk.dequantize(torch.ones(4, 4)), TypeError, "w24 of type Sparse24, got Tensor"),
     (lambda: sk.quantize(sk.SparseLinear(8, 4), "int8"), TypeError, "Pass its attribute weight"),
     (lambda: sk.quantize(torch.nn.Sequential(), "int8"), TypeError, "compress_model takes a model"),
@@ -235,6 +253,23 @@ REFUSALS = [
 def test_refusals(call, kind, text):
     with pytest.raises(kind, match=f"(?s){text}"):
         call()
+
+
+def test_importance_in_float64_keeps_its_range():
+    w24 = sk.compress(weight())
+    column = torch.linspace(1, 2, 200)
+    for factor in (1e-200, 1e300):
+        scales = [
+            sk.quantize(w24, "int4", scale="mse", importance=given).tensors["weight_scale"]
+            for given in (column, column.double() * factor)
+        ]
+        assert torch.equal(*scales)
+
+
+def test_dequantize_on_meta():
+    w24 = sk.quantize(sk.compress(weight()), "int4").to("meta")
+    plain = sk.dequantize(w24)
+    assert plain.is_meta and plain.shape == w24.shape and plain.spec.element.plain
 
 
 def test_scales_of_another_form_are_refused():

@@ -6,10 +6,12 @@ import copy
 import io
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparsekern as sk
 from sparsekern import reference
@@ -286,13 +288,56 @@ BAD_CALLS = [
     (lambda: prune_compress(GOOD, GOOD[:2]), ValueError, r"scores.shape == w.shape"),
     (lambda: prune_compress(GOOD, GOOD.long()), TypeError, "floating-point scores"),
     (lambda: prune_compress(GOOD, GOOD + float("nan")), ValueError, "NaN at row 0, column 0"),
+    (lambda: compress(GOOD.to_sparse()), NotImplementedError, r"a dense w, .*Call w.to_dense\(\)"),
+    (lambda: prune_compress(GOOD.to_mkldnn()), NotImplementedError, "a dense w, .*_mkldnn"),
+    (lambda: compress(torch.nested.nested_tensor([GOOD])), NotImplementedError, "a nested tensor"),
+    (lambda: compress(GOOD, (GOOD > 0).to_sparse()), NotImplementedError, "a dense mask"),
+    (lambda: prune_compress(GOOD, GOOD.to_sparse_csr()), NotImplementedError, "a dense scores"),
+    (lambda: prune_compress(GOOD.to("meta")), ValueError, "w with data, got a meta tensor"),
+    (lambda: prune_compress(fake()), ValueError, "w with data, got a fake tensor. Call it outside"),
+    (
+        lambda: sk.compress(torch.tensor([[1.0, 0, 0, -1e5]]), dtype=torch.float16),
+        FormatError,
+        "compress: expected finite values, got -inf .*row 0, columns 0..3. Store it in a dtype",
+    ),
 ]
+
+
+def fake():
+    with FakeTensorMode():
+        return torch.zeros(4, 8)
+
+
+def test_scores_in_8_bits():
+    scores = torch.tensor([[3.0, 2, 1, 0.5]]).to(torch.float8_e4m3fn)
+    assert prune_compress(torch.ones(1, 4), scores).columns().tolist() == [[0, 1]]
+
+
+def test_a_weight_of_a_subclass_is_stored_as_plain_tensors():
+    class Marked(torch.Tensor):
+        pass
+
+    w = torch.tensor([[1.0, 0, 0, 2.0]]).as_subclass(Marked)
+    for w24 in (compress(w), prune_compress(w), sk.quantize(prune_compress(w), "int8")):
+        assert {type(tensor) for tensor in w24.tensors.values()} == {torch.Tensor}
 
 
 @pytest.mark.parametrize("call, error, text", BAD_CALLS)
 def test_bad_arguments(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def test_numpy_meets_the_refusals_of_a_dense_weight():
+    w24 = compress(GOOD)
+    for call in (
+        lambda: np.ones((2, 4)) @ w24,
+        lambda: np.float32(2) * w24,
+        lambda: w24 == np.ones((4, 8)),
+        lambda: np.asarray(w24),
+    ):
+        with pytest.raises(TypeError, match="of a 2:4 weight. Use weight.to_dense"):
+            call()
 
 
 # ---- the class -----------------------------------------------------------------------------------

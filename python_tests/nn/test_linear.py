@@ -215,6 +215,13 @@ def test_loading_in_inference_mode_leaves_a_layer_that_trains(assign):
     torch.testing.assert_close(x.grad, module.weight.to_dense().sum(0).expand(3, 20))
 
 
+def test_a_layer_made_in_inference_mode_loads_there():
+    with torch.inference_mode():
+        module, state = SparseLinear(20, 6), make().state_dict()
+        module.load_state_dict(state)
+    assert torch.equal(module.bias, state["bias"]) and module.bias.is_inference()
+
+
 def test_loading_copies_and_casts_to_the_module():
     state = make().state_dict()
     target = SparseLinear(20, 6, dtype=torch.bfloat16)

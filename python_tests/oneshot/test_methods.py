@@ -147,6 +147,47 @@ def test_what_a_method_returns_is_checked(registered):
         run_prune(build(), "wrong")
 
 
+def test_a_method_that_changes_its_weight_in_place_is_refused(registered):
+    """The errors would be those of a weight that is pruned already."""
+
+    def in_place(weight, hessian, *, pattern, mask):
+        mask = prune.magnitude_mask(weight)
+        return weight.mul_(mask), mask, None
+
+    registered(Method("in-place", "", in_place))
+    model = build()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match="in-place to leave its weight as it is, .*Work on a clone"
+    ):
+        run_prune(model, "in-place")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_details_of_another_type_are_refused(registered):
+    def told(weight, hessian, *, pattern, mask):
+        mask = prune.magnitude_mask(weight)
+        return weight * mask, mask, "all well"
+
+    registered(Method("told", "", told))
+    with pytest.raises(TypeError, match="from method told: prune.Details or None, got str"):
+        run_prune(build(), "told")
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (dict(name=3), "Method: expected name: text, got 3"),
+        (dict(function=None), "function: a function, got None"),
+        (dict(options={"a": 1}), "options: a tuple, got {'a': 1}"),
+        (dict(options=("a",)), r"options: a tuple of Option, got \['str'\]"),
+    ],
+)
+def test_what_is_no_method(change, text):
+    with pytest.raises(TypeError, match=text):
+        Method(**{**dict(name="mine", help="", function=thinned), **change})
+
+
 @pytest.mark.parametrize(
     "change, text",
     [

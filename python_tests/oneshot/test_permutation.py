@@ -294,6 +294,12 @@ def test_what_cannot_be_permuted_is_refused_and_stays():
     gpt2 = T.GPT2LMHeadModel(T.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=96)).eval()
     with pytest.raises(ValueError, match="without permutation"):
         permute(gpt2, ids())
+    pruned = build(**WIDE)
+    sk.prune_model(pruned, "magnitude", progress=False)
+    with pytest.raises(ValueError, match="compressed: the permutation comes before prune_model"):
+        permute(pruned, ids())
+    with pytest.raises(ValueError, match="compressed: the rotation comes before prune_model"):
+        sk.rotate(pruned, ids())
     with pytest.raises(ValueError, match="rounds from 0 to .*, got -1"):
         permute(build(**WIDE), ids(), rounds=-1)
 

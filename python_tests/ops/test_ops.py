@@ -90,6 +90,25 @@ def test_float32_is_not_tf32(device):
     assert torch.equal(y[0], w[:, 0])
 
 
+def test_the_bits_do_not_depend_on_torchs_precision_of_matmuls():
+    """Medium is bfloat16 on CPUs that have it, and another order of sums on others."""
+    w24, x = compress(random_weight(64, 512, torch.float32)), random_input((16, 512), torch.float32)
+
+    def both():
+        inputs = x.clone().requires_grad_()
+        y = linear(inputs, w24)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), inputs)
+
+    wanted = both()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = both()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(map(torch.equal, found, wanted))
+
+
 def test_nan_and_inf_stay_in_their_token(device):
     w24 = compress(random_weight(8, 36, torch.float32).to(device))
     x = random_input((3, 36), torch.float32).to(device)
@@ -178,7 +197,7 @@ ERRORS = {
     "bias dtype": (
         dict(bias=torch.ones(4, dtype=F16)),
         TypeError,
-        r"bias\.dtype == x\.dtype .*got torch\.float16",
+        r"bias\.dtype == weight\.dtype .*got torch\.float16",
     ),
     "bias device": (
         dict(bias=torch.ones(4, device="meta")),
@@ -304,11 +323,41 @@ def test_a_backend_that_comes_or_goes_changes_calls_like_one_before():
         assert torch.equal(linear(x, w24), before)
 
 
+class Named(Seven):
+    def __init__(self, name):
+        self.name = name
+
+
+@pytest.mark.parametrize("result", [7.0, torch.zeros(1), torch.zeros(3, 8).half(), "turned"])
+def test_what_a_backend_returns_is_checked(result):
+    class Wrong(Named):
+        def supports(self, problem):
+            return None
+
+        def bind(self, problem):
+            turned = torch.zeros(8, 3).t()
+            return lambda x, w24, bias: turned if isinstance(result, str) else result
+
+    x, w24 = torch.ones(3, 16), compress(random_weight(8, 16, torch.float32))
+    registry.register_backend(Wrong("wrong"))
+    try:
+        for _ in range(2):  # a wrong launch is not kept
+            with pytest.raises(TypeError, match=r"a contiguous y \[3, 8\] of torch.float32 from"):
+                linear(x, w24, backend="wrong")
+    finally:
+        registry.unregister_backend("wrong")
+
+
 def test_what_cannot_be_registered(seven):
     for backend, options, error, text in (
         (Seven(), {}, ValueError, "a new name, got 'seven'"),
         (object(), {}, TypeError, "supports, bind and explain, got object"),
         (registry._BACKENDS["triton"], dict(device="cpu"), ValueError, "a new name, got 'triton'"),
+        (Seven, {}, TypeError, "an object with name, supports, bind and explain, got type"),
+        (Named(8), {}, TypeError, "text as the backend's name, got 8"),
+        (Named("eight"), dict(device="gpu"), ValueError, "device: a type such as .*got 'gpu'"),
+        (Named("eight"), dict(device="cuda:0"), ValueError, "device: a type such as"),
+        (Named("eight"), dict(before="cpu"), ValueError, "Say on which type: device='cpu'"),
     ):
         with pytest.raises(error, match=text):
             registry.register_backend(backend, **options)
@@ -363,6 +412,17 @@ def test_specs():
     for text in ("", "8x16", spec.text + " ", spec.text.replace("float32", "float31"), 7):
         with pytest.raises((FormatError, TypeError), match="sparsekern"):
             WeightSpec.parse(text)
+    for wrong, error, text in (
+        (dict(dtype=torch.int8), TypeError, "a dtype in float32, .*got torch.int8"),
+        (dict(dtype="float16"), TypeError, ".*got 'float16'. Leave it None"),
+        (dict(storage="float16", dtype=torch.float32), TypeError, "dtype float16 or None"),
+        (dict(scale="column"), ValueError, r"scale in \('row', 'group'\) or None"),
+        (dict(storage="int4", group="64"), TypeError, "group: a whole number, got '64'"),
+    ):
+        with pytest.raises(error, match=f"WeightSpec: expected {text}"):
+            WeightSpec.of((8, 16), **{"storage": "fp8", **wrong})
+    with pytest.raises(TypeError, match="got torch.float64"):
+        spec.with_(dtype=torch.float64)
     tensors = list(w24.tensors.values())
     with pytest.raises(ValueError, match="the tensors values, metadata, got 1 tensors"):
         torch.ops.sparsekern.linear(torch.ones(1, 16), tensors[:1], spec.text, None, None, None)

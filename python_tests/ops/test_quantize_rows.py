@@ -181,6 +181,14 @@ def test_a_residual_of_any_strides_is_changed_in_place():
     wanted = (x.float() + wide.transpose(0, 1).float()).bfloat16()
     q, scale, _ = sk.rms_norm_quantize(x, weight, "int8", residual=wide.transpose(0, 1))
     assert same(wide.transpose(0, 1), wanted)
+    for shared in (
+        normal(1, 1, 16).expand(2, 3, 16),
+        normal(99).as_strided((2, 3, 16), (24, 8, 1)),
+    ):
+        before = shared.clone()
+        with pytest.raises(ValueError, match="residual with memory for each .*residual.clone()"):
+            sk.rms_norm_quantize(x, weight, "int8", residual=shared)
+        assert same(shared, before)
     alone = sk.rms_norm_quantize(wanted, weight, "int8")
     assert same(q, alone[0]) and same(scale, alone[1]) and q.shape == x.shape
 
@@ -209,6 +217,17 @@ def test_errors_name_the_argument():
         (lambda: sk.silu_mul_quantize(x, x.float(), "fp8"), TypeError, "up.dtype == gate.dtype"),
         (lambda: sk.silu_mul_quantize(x[:, :15], None, "fp8"), ValueError, "2 \\* features"),
         (lambda: sk.silu_mul_quantize(grad, x, "fp8"), ValueError, "under torch.no_grad"),
+        (lambda: sk.quantize_rows(x.to_sparse(), "fp8"), NotImplementedError, "a dense x, got"),
+        (
+            lambda: sk.rms_norm_quantize(x, weight.to_sparse(), "int8"),
+            NotImplementedError,
+            "a dense weight",
+        ),
+        (
+            lambda: sk.silu_mul_quantize(x, x.to_sparse(), "int8"),
+            NotImplementedError,
+            r"a dense up, .*Call up.to_dense\(\)",
+        ),
     ]
     for call, kind, words in cases:
         with pytest.raises(kind, match=rf"^sparsekern\.\w+: expected .*{words}"):
@@ -266,6 +285,24 @@ def check_compiled(device, backend):
 
 def test_compiles_as_one_graph():
     check_compiled("cpu", "aot_eager")
+
+
+def test_compiles_as_one_graph_for_any_number_of_tokens():
+    """Where sizes are symbols, no text of a message may be made of them."""
+    weight, bias = normal(16), normal(8)
+    w24 = sk.quantize(sk.prune_compress(normal(8, 16)), "int8")
+
+    def chain(x):
+        q, scale, y = sk.rms_norm_quantize(x, weight, "int8", residual=x.clone(), with_y=True)
+        gated = sk.silu_mul_quantize(x, y, "fp8")
+        halves = sk.silu_mul_quantize(x, None, "int8")
+        return (sk.linear_quantized(q, scale, w24, bias, "silu"), *gated[:2], *halves[:2])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(chain, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (5, 9, 2):
+        x = normal(tokens, 16, seed=tokens)
+        assert all(same(a, b) for a, b in zip(compiled(x), chain(x), strict=True))
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------

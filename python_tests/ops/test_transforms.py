@@ -133,16 +133,34 @@ def test_a_tangent_of_the_gradient_alone(pair):
     torch.testing.assert_close(tangent, v.cos() @ dense)
 
 
-def test_quantized_rows_are_refused_under_transforms(pair):
+@pytest.mark.parametrize("transform", ["vmap", "jvp", "dual"])
+def test_quantized_rows_are_refused_under_transforms(transform, pair):
+    """Rounding has no slope, and a tangent of zeros would pass for one."""
     w24, _, x = pair
     quantized = sk.quantize(w24, "int8")
+    rows, scales = sk.quantize_rows(x, "int8")
     with pytest.raises(
         NotImplementedError,
         match="linear_quantized: .*outside of torch.func.*Call sparsekern.linear",
     ):
-        torch.func.vmap(
-            lambda x: sk.linear_quantized(*sk.quantize_rows(x, "int8"), quantized), in_dims=0
-        )(x[:, None])
+        torch.func.vmap(lambda q, scale: sk.linear_quantized(q, scale, quantized))(rows, scales)
+
+    def within(function):
+        if transform == "vmap":
+            return torch.func.vmap(function)(x)
+        if transform == "jvp":
+            return torch.func.jvp(function, (x,), (x,))
+        with forward_ad.dual_level():
+            return function(forward_ad.make_dual(x, x))
+
+    weight = torch.ones(x.shape[-1])
+    for function in (
+        lambda x: sk.quantize_rows(x, "fp8")[1],
+        lambda x: sk.silu_mul_quantize(x, x, "int8")[1],
+        lambda x: sk.rms_norm_quantize(x, weight, "int8")[1],
+    ):
+        with pytest.raises(NotImplementedError, match="quantize: .*outside of|rows: .*outside of"):
+            within(function)
 
 
 @pytest.mark.parametrize("name", ["grad", "jvp", "vmap", "hessian"])
@@ -278,6 +296,23 @@ def test_autocast_gives_the_dtype_that_a_dense_layer_has(weight, given, autocast
     assert gated.dtype == autocast
     got[2].float().sum().backward()
     assert wanted.grad is not None and wanted.grad.dtype == given
+
+
+def test_autocast_compiles_where_the_weight_has_the_other_16_bits():
+    """The spec of the cast weight is made, or found, while the graph is traced."""
+    half = sk.compress(random_weight(12, 28, torch.float16))
+    quantized, x = sk.quantize(half, "fp8"), torch.randn(3, 28)
+
+    def call(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return sk.linear(x, half), sk.gated_linear(x, half, half), sk.linear(x, quantized)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(x), call(x), strict=True):
+        assert torch.equal(a, b) and a.dtype == torch.bfloat16
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="eager")(x)[0], call(x)[0])
 
 
 def test_autocast_that_is_off_changes_nothing(pair):

@@ -16,6 +16,49 @@ def test_the_smallest_integer_is_the_largest_magnitude(dtype):
     assert mask.tolist() == [[True, False, False, True], [False, True, True, False]]
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32])
+def test_unsigned_integers_are_ranked(dtype):
+    w = torch.tensor([[1, torch.iinfo(dtype).max, 0, 3]]).to(dtype)
+    for mask in (sk.prune.magnitude_mask(w), sk.prune.nm_mask(w)):
+        assert mask.tolist() == [[False, True, False, True]]
+
+
+@pytest.mark.parametrize(
+    "given, error, text",
+    [
+        ([1.0], TypeError, "as a Tensor, got list"),
+        (torch.ones(4, 8).to_sparse(), NotImplementedError, "a dense {}, got a tensor of layout"),
+        (torch.ones(4, 8, device="meta"), ValueError, "{} with data, got a meta tensor"),
+    ],
+)
+def test_what_is_no_dense_tensor_with_data(given, error, text):
+    h = torch.eye(8)
+    for name, call in (
+        ("x", lambda: sk.prune.Hessian(8).add(given)),
+        ("dense", lambda: sk.prune.Hessian(8).add(torch.ones(4, 8), given)),
+        ("w", lambda: sk.prune.magnitude_mask(given)),
+        ("act_norm", lambda: sk.prune.wanda_mask(h, given)),
+        ("scores", lambda: sk.prune.nm_mask(given)),
+        ("w", lambda: sk.prune.sparsegpt(given, h)),
+    ):
+        if not isinstance(given, list) or name in ("x", "dense"):
+            with pytest.raises(error, match=text.format(name)):
+                call()
+    with pytest.raises(NotImplementedError, match="a dense hessian"):
+        sk.prune.sparsegpt(h, h.to_sparse())
+
+
+def test_a_hessian_merged_with_itself_has_its_inputs_twice():
+    h, twice, x = sk.prune.Hessian(8), sk.prune.Hessian(8), torch.randn(5, 8)
+    h.add(x)
+    for _ in range(2):
+        twice.add(x)
+    assert h.merge(h) is h and h.samples == twice.samples == 2
+    torch.testing.assert_close(h.matrix, twice.matrix)
+    with pytest.raises(TypeError, match="merge: expected another Hessian, got Tensor"):
+        h.merge(h.matrix)
+
+
 def test_wanda_scores_beyond_float32_keep_the_right_columns():
     w, norm = torch.tensor([[1e30, 3e30, 2e30, 1.0]]), torch.full((4,), 1e20)
     assert sk.prune.wanda_mask(w, norm).tolist() == [[False, True, True, False]]

@@ -17,6 +17,7 @@ from sparsekern.backends.protocol import Explained, Launch, Problem, folded
 from sparsekern.formats import codec, dtypes
 from sparsekern.formats.scaled import SCALE
 from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.utils.exact import exact_on_cpu
 
 # Dense float32 bytes decompressed at a time: small enough for the temporaries of decompress to stay
 # in cache, large enough that the matmul is not cut into slivers.
@@ -85,8 +86,9 @@ def linear(
     # Said in full: torch's default dtype and device are the user's.
     y = torch.empty(x.shape[0], w24.shape[0], dtype=torch.float32, device=x.device)
     x32 = x.float()
-    for start, stop, dense in dense_chunks(w24):
-        torch.mm(x32, dense.t(), out=y[:, start:stop])
+    with exact_on_cpu():
+        for start, stop, dense in dense_chunks(w24):
+            torch.mm(x32, dense.t(), out=y[:, start:stop])
     if bias is not None:
         y += bias.float()
     return activate(y, activation).to(x.dtype)
@@ -125,6 +127,7 @@ def quantized_linear(
 def input_grad(grad: Tensor, w24: Sparse24) -> Tensor:
     """grad [tokens, out_features] · W -> [tokens, in_features], summed in float32, rounded once."""
     result = torch.zeros(grad.shape[0], w24.shape[1], dtype=torch.float32, device=grad.device)
-    for start, stop, dense in dense_chunks(w24):
-        result.addmm_(grad[:, start:stop].float(), dense)
+    with exact_on_cpu():
+        for start, stop, dense in dense_chunks(w24):
+            result.addmm_(grad[:, start:stop].float(), dense)
     return result.to(grad.dtype)

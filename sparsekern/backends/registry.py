@@ -21,6 +21,7 @@ import torch
 from sparsekern.backends.protocol import Backend, Problem
 from sparsekern.errors import check, message
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
+from sparsekern.utils.arguments import shown
 
 _BACKENDS: dict[str, Backend] = {}
 _PREFERENCE: dict[str, list[str]] = {}  # {device type: names, the first one is asked first}
@@ -40,22 +41,32 @@ def register_backend(
     Returns:
         backend.
     Raises:
-        TypeError: it lacks one of the methods.   ValueError: the name is taken, or `before` is not
-        asked on this device.
+        TypeError: it lacks one of the methods, or is a class.   ValueError: the name is taken,
+        another type of device, or `before` is not asked on this one.
     """
     op = "sparsekern.register_backend"
-    if not isinstance(backend, Backend):
-        expected = "a backend with name, supports, bind and explain"
+    if not isinstance(backend, Backend) or isinstance(backend, type):
+        expected = "a backend, an object with name, supports, bind and explain"
         raise TypeError(message(op, expected, type(backend).__name__, "See protocol.Backend."))
     name = backend.name
+    check(isinstance(name, str), op, "text as the backend's name", shown(name), exc=TypeError)
     check(name not in _BACKENDS, op, "a new name", repr(name), "Choose another.")
+    check(_is_device_type(device), op, "device: a type such as 'cpu' or 'cuda'", shown(device))
     asked = _PREFERENCE.setdefault(device, []) if device is not None else []
     known = before is None or before in asked
-    check(known, op, f"before among {asked} (device {device!r})", repr(before))
+    remedy = "Leave it None." if device is not None else "Say on which type: device='cpu'."
+    check(known, op, f"before among {asked} (device {device!r})", repr(before), remedy)
     asked.insert(len(asked) if before is None else asked.index(before), name)
     _BACKENDS[name] = backend
     changed()
     return backend
+
+
+def _is_device_type(device: object) -> bool:
+    try:
+        return device is None or torch.device(device).type == device  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        return False
 
 
 def unregister_backend(name: str) -> None:

@@ -65,6 +65,12 @@ def new_folder(path: str) -> Path:
     return folder
 
 
+def check_apart(op: str, flag: str, folder: str | None, out: Path) -> None:
+    """ValueError where a flag names the folder of --out for files of another kind."""
+    apart = folder is None or os.path.realpath(folder) != os.path.realpath(out)
+    check(apart, op, f"{flag} other than --out", folder, "Give it a folder of its own.")
+
+
 def check_files(op: str, args: argparse.Namespace, *names: str, makes: bool = False) -> None:
     """Flags that name files to write, asked before any work is done for them.
 

@@ -12,6 +12,7 @@ import torch
 
 from sparsekern.cli.common import (
     beside_the_model,
+    check_apart,
     check_flags,
     copy_beside,
     files_beside,
@@ -182,6 +183,7 @@ def run(args: argparse.Namespace) -> int:
         save_every=args.save_every,
     )
     work = Path(args.work) if args.work else out.with_name(out.name + "-run")
+    check_apart(OP, "--work", args.work, out)
     check(work.is_dir() or not work.exists(), OP, "--work to be a folder, or a new one", work)
     check_writable(work, "sparsekern finetune --work")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -77,7 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """What was typed, as the parser has it; and as it is, as `words`."""
+    """What was typed, as the parser has it; and as it is, as `words`. A ~ that the shell has left,
+    as in --out=~/pruned, is the home folder."""
+    home = os.path.expanduser("~")
+    words = [re.sub(r"(^|[=,])~(?=/|$)", lambda m: m[1] + home, word) for word in words]
     parser = build_parser()
     for word in words:
         if word.startswith("--") and word.endswith("=--"):  # argparse makes a list of it

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparsekern.checkpoint.arguments import parse_size
 from sparsekern.cli.common import (
     beside_the_model,
+    check_apart,
     check_flags,
     copy_beside,
     device_of,
@@ -120,8 +121,7 @@ def _run(args: argparse.Namespace, rank: int) -> int:
     import sparsekern as sk
 
     out = new_folder(args.out) if rank == 0 else Path(args.out)
-    apart = args.resume is None or os.path.realpath(args.resume) != os.path.realpath(out)
-    check(apart, OP, "--resume other than --out", args.resume, "Give it a folder of its own.")
+    check_apart(OP, "--resume", args.resume, out)
     for name, least in (("samples", 1), ("window", 2)):
         value = getattr(args, name)
         fits = value is None or value >= least

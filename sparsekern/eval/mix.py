@@ -29,7 +29,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sparsekern.errors import check
+from sparsekern.errors import check, message
 from sparsekern.eval import texts
 from sparsekern.utils.arguments import SEEDS, checked, folded, shown
 
@@ -81,6 +81,7 @@ def parse(spec: Spec) -> list[tuple[str, float]]:
 
     Raises:
         ValueError: no source, one twice, a share that is no positive number, or shares for some.
+        TypeError: a source that is no name.
     """
     items: list[Any]
     one = isinstance(spec, str) and os.path.isfile(spec)  # whatever its name has in it
@@ -93,6 +94,10 @@ def parse(spec: Spec) -> list[tuple[str, float]]:
     found: list[tuple[str, float | None]] = []
     for item in items:
         pair = isinstance(item, (tuple, list)) and len(item) == 2
+        if not pair and not isinstance(item, (str, os.PathLike)):
+            expected = "names of text sources, or pairs (name, share)"
+            remedy = "Texts and token ids themselves go to prune_model(calibration=)."
+            raise TypeError(message(OP, expected, shown(item), remedy))
         name, share = item if pair else (str(item), None)
         if isinstance(spec, str) and not pair and "=" in name:
             name, _, share = name.rpartition("=")

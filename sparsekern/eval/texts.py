@@ -17,6 +17,7 @@ By hand: lm-eval scores by a protocol of its own; data sets are read by `dataset
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -67,9 +68,9 @@ def read_rows(source, split):
         rows = _hf_rows(source[3:], split)
     else:
         path = Path(source)
-        if not path.is_file():
+        if not os.path.isfile(path):  # False for text that can be no name, too
             raise FileNotFoundError(
-                f"sparsekern.read_rows: no text file at {path}. "
+                f"sparsekern.read_rows: no text file at {str(path)[:200]}. "
                 "Give a UTF-8 file, hf:NAME or builtin."
             )
         remedy = "Write its texts to a file of plain text."

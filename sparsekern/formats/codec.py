@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparsekern.errors import check, message
 from sparsekern.formats import dtypes
+from sparsekern.utils.arguments import check_data, check_strided
 
 # Non-zero columns of a group (bit c = column c) -> the nibble stored for it; 0 = more than two.
 # The free slots of groups with fewer than two follow compressed-tensors 0.14.0 (torch.topk over
@@ -243,7 +244,8 @@ def _check_matrix(tensor: Tensor, op: str, name: str) -> None:
     remedy = "Call its dequantize(), to_dense() or full_tensor() first."
     plain = not is_traceable_wrapper_subclass(tensor)
     check(plain, op, f"{name} as a tensor with its own memory", kind, remedy, TypeError)
-    check(not tensor.is_meta, op, f"{name} with data", "a meta tensor", "Load the weights first.")
+    check_strided(op, name, tensor)
+    check_data(op, name, tensor)
     check(tensor.ndim == 2, op, f"{name} of shape [out, in]", f"shape {list(tensor.shape)}")
     check(
         tensor.shape[1] % 4 == 0,
@@ -265,7 +267,7 @@ def checked_weight(w: Tensor, op: str) -> Tensor:
         "Convert it first, for example with w.to(torch.bfloat16).",
         TypeError,
     )
-    return w.detach().contiguous()
+    return w.detach().as_subclass(Tensor).contiguous()
 
 
 def checked_mask(mask: Tensor | None, w: Tensor, op: str) -> Tensor | None:
@@ -285,12 +287,15 @@ def checked_scores(scores: Tensor, op: str, w: Tensor | None = None) -> Tensor:
         _check_companion(scores, w, op, "scores")
     floating = scores.is_floating_point()
     check(floating, op, "floating-point scores", scores.dtype, exc=TypeError)
-    return scores.detach().contiguous()
+    scores = scores.detach()
+    # float8 has no comparisons; float32 holds its numbers.
+    return (scores.float() if scores.element_size() == 1 else scores).contiguous()
 
 
 def _check_companion(tensor: Tensor, w: Tensor, op: str, name: str) -> None:
     got = type(tensor).__name__
     check(isinstance(tensor, Tensor), op, f"{name} as a Tensor", got, exc=TypeError)
+    check_strided(op, name, tensor)
     check(
         tensor.shape == w.shape,
         op,

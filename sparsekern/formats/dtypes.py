@@ -14,20 +14,21 @@ No other file of the package lists dtypes: `PLAIN`, `names` and the fields here 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from sparsekern.errors import check, message
 from sparsekern.formats.scaled import ScaledCodec
-from sparsekern.utils.arguments import checked
+from sparsekern.utils.arguments import check_fields, checked
 
 _OP = "sparsekern.register_dtype"
 
 
+@runtime_checkable
 class Codec(Protocol):
     """How numbers become the stored tensors of a coded element type, on whole tensors in torch.
 
@@ -74,6 +75,9 @@ class ElementType:
     backends: tuple[str, ...] = ("cpu",)
     native_code: int | None = None
     codec: Codec | None = None
+
+    def __post_init__(self) -> None:
+        check_fields("sparsekern.ElementType", self, bits=(1, 64))
 
     @property
     def plain(self) -> bool:
@@ -142,8 +146,12 @@ _TABLE: dict[str, ElementType] = {
         ),
     )
 }
+# Called whenever a type comes or goes: a name may then stand for another codec.
+watchers: list[Callable[[], None]] = []
 # Short names that users write.
 ALIASES = {"fp8": "float8_e4m3fn"}
+# What a scale may belong to.
+SCALES = ("row", "group")
 # What weights are quantised to, in users' words.
 QUANTIZED = ("fp8", "int8", "int4")
 
@@ -227,7 +235,8 @@ def register_dtype(new: ElementType) -> ElementType:
         new, which `sparsekern.compress(w, dtype=new.name)` takes from now on.
     Raises:
         ValueError: the name is taken by a type that can be stored already, or is not one word; no
-            codec; a tensor's name that is taken.
+            codec, or infinity_bits, which plain types have; an unknown scale; a tensor's name that
+            is taken.   TypeError: the codec is a class.
     """
     check(
         new.name.isidentifier(),
@@ -237,7 +246,7 @@ def register_dtype(new: ElementType) -> ElementType:
     )
     old = _TABLE.get(new.name)
     check(
-        old is None or not old.storable,
+        new.name not in ALIASES and (old is None or not old.storable),
         _OP,
         "the name of no element type that can be stored already",
         repr(new.name),
@@ -245,9 +254,16 @@ def register_dtype(new: ElementType) -> ElementType:
     )
     if new.codec is None:
         raise ValueError(message(_OP, "a codec", "None", "Pass ElementType(..., codec=...)."))
+    remedy = "Leave it out: plain types alone have it."
+    check(new.infinity_bits is None, _OP, "infinity_bits=None", new.infinity_bits, remedy)
+    known = new.scale is None or new.scale in SCALES
+    check(known, _OP, f"scale in {SCALES} or None", repr(new.scale), "Leave it None.")
+    made = not isinstance(new.codec, type)
+    check(made, _OP, "a codec that is an object", new.codec, "Pass codec=YourCodec().", TypeError)
     taken = {"values", "metadata"} & set(new.codec.tensors)
     check(not taken, _OP, "codec.tensors without values and metadata", sorted(taken))
     _TABLE[new.name] = new
+    _changed()
     return new
 
 
@@ -261,3 +277,9 @@ def unregister_dtype(name: str) -> None:
     known = found is not None and not found.plain
     check(known, "sparsekern.unregister_dtype", "a registered element type", repr(name))
     del _TABLE[name]
+    _changed()
+
+
+def _changed() -> None:
+    for forget in watchers:
+        forget()

@@ -17,6 +17,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import dtypes, scaled
 from sparsekern.formats.dtypes import ElementType
-from sparsekern.utils.arguments import checked
+from sparsekern.utils.arguments import check_fields, checked
 
 Tensors = dict[str, Tensor]
 ROWMAJOR = "rowmajor"
@@ -76,17 +77,23 @@ class WeightSpec:
             group: columns that share a scale; 0: one a row, or 128 columns where the element type
                 has scales of groups.
         Raises:
-            FormatError: sizes, or a group that does not fit.   TypeError: no such element type.
+            FormatError: sizes, or a group that does not fit.   TypeError: no such element type, or
+            a dtype that is not plain or not that of a plain type.   ValueError: an unknown scale.
         """
-        kind = dtypes.element(storage)
-        size = checked_shape("sparsekern.WeightSpec", shape)
-        plain = kind.storage if kind.plain else torch.float32 if dtype is None else dtype
+        op = "sparsekern.WeightSpec"
+        kind = dtypes.element(storage, op)
+        size = checked_shape(op, shape)
+        plain = (kind.storage if kind.plain else torch.float32) if dtype is None else dtype
+        fits = plain is kind.storage if kind.plain else plain in dtypes.PLAIN
+        expected = f"dtype {kind.name} or None" if kind.plain else f"a dtype in {dtypes.names()}"
+        check(fits, op, expected, repr(dtype), "Leave it None.", TypeError)
+        check(type(group) is int, op, "group: a whole number", repr(group), exc=TypeError)
+        known = scale is None or scale in dtypes.SCALES
+        check(known, op, f"scale in {dtypes.SCALES} or None", repr(scale), "Leave it None.")
         scale = kind.scale if scale is None else scale
         if kind.scaled:
             group = scaled.checked_group(kind.name, scale, group, size[1])
-        key = (*size, kind.name, plain, layout, scale, group)
-        found = _SPECS.get(key)
-        return _new_spec(key, size, kind) if found is None else found
+        return _spec((*size, kind.name, plain, layout, scale, group))
 
     @staticmethod
     def parse(text: str) -> WeightSpec:
@@ -128,15 +135,22 @@ class WeightSpec:
 _SPECS: WeakValueDictionary[tuple[object, ...], WeightSpec] = WeakValueDictionary()
 
 
-def _new_spec(key: tuple[object, ...], shape: torch.Size, kind: ElementType) -> WeightSpec:
-    spec = WeightSpec()
-    spec.shape, spec.storage = shape, kind.name
-    _, _, _, spec.dtype, spec.layout, spec.scale, spec.group = key  # type: ignore[assignment]
-    spec.tensors = ("values", "metadata", *kind.tensors)
+def _spec(key: tuple[Any, ...]) -> WeightSpec:
+    found = _SPECS.get(key)
+    if found is not None:
+        return found
+    spec, shape = WeightSpec(), torch.Size(key[:2])
+    spec.shape, (spec.storage, spec.dtype, spec.layout, spec.scale, spec.group) = shape, key[2:]
+    spec.tensors = ("values", "metadata", *spec.element.tensors)
     plain = str(spec.dtype).removeprefix("torch.")
     parts = (f"{shape[0]}x{shape[1]}", spec.storage, plain, spec.layout, spec.scale or "-")
     spec.text = " ".join((*parts, str(spec.group)))
     return _SPECS.setdefault(key, spec)
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler, which cannot
+# trace weak references.
+_spec._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=4096)
@@ -151,6 +165,14 @@ def _parse(text: str) -> WeightSpec:
         raise FormatError(message(op, expected, repr(text)))
     scale = None if parts[4] == "-" else parts[4]
     return WeightSpec.of(list(map(int, sizes)), parts[1], parts[3], dtype, scale, int(parts[5]))
+
+
+def _forget() -> None:
+    _SPECS.clear()
+    _parse.cache_clear()
+
+
+dtypes.watchers.append(_forget)
 
 
 def checked_shape(op: str, shape: Sequence[int]) -> torch.Size:
@@ -185,8 +207,9 @@ class Layout:
     Args:
         name: one word; what Sparse24.layout, `layout=` and messages say.
         check: (op, spec, tensors) -> None; raises FormatError for shapes that do not fit.
-        pack: (row-major spec, tensors) -> tensors in this layout, new or shared. Raises TypeError,
-            ValueError or NotImplementedError with a remedy for what it cannot hold.
+        pack: (row-major spec, tensors) -> tensors in this layout, new or shared; those that a coded
+            type adds, as they are. Raises TypeError, ValueError or NotImplementedError with a
+            remedy for what it cannot hold.
         unpack: (spec, tensors) -> row-major tensors, exactly.
         converts: True when the values are numbers that `.to(dtype)` and `.to(device)` may convert
             in place; False: the weight becomes row-major where anything changes, and for copies
@@ -204,6 +227,9 @@ class Layout:
     converts: bool = True
     lives_on: Callable[[torch.device], bool] = _everywhere
     complete: Callable[[Tensor], None] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields("sparsekern.Layout", self)
 
 
 _LAYOUTS: dict[str, Layout] = {}

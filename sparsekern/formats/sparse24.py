@@ -30,6 +30,7 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,7 @@ from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import codec, dtypes, layouts, scaled
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec, check_tensor_shape, checked_shape
 from sparsekern.formats.scaled import ScaledCodec
+from sparsekern.utils.arguments import check_data, shown
 
 _OP = "sparsekern.Sparse24"
 _STATE_VERSION = 2  # of pickles; those without a version are of the first one
@@ -131,6 +133,7 @@ class Sparse24:
         for name in names:
             got = tensors[name]
             _check(isinstance(got, Tensor), _OP, f"a tensor as {name}", type(got).__name__)
+            _check(got.layout is torch.strided, _OP, f"a dense tensor as {name}", got.layout)
         values, metadata = tensors["values"], tensors["metadata"]
         _check(values.dtype == kind.storage, _OP, f"values of dtype {kind.storage}", values.dtype)
         _check(metadata.dtype == torch.uint8, _OP, "metadata of dtype uint8", metadata.dtype)
@@ -182,9 +185,9 @@ class Sparse24:
         raise AttributeError(message(_OP, _NO_DENSE, f".{name} of a 2:4 weight", _KEEP_DENSE))
 
     def __eq__(self, other: object) -> bool:
-        """Identity. Numbers and tensors, which a dense weight compares element by element, want
-        that one."""
-        if isinstance(other, (Tensor, int, float)):
+        """Identity. Numbers, arrays and tensors, which a dense weight compares element by element,
+        want that one."""
+        if isinstance(other, (Tensor, np.ndarray, int, float)):
             raise TypeError(message(_OP, _NO_DENSE, "== of a 2:4 weight", _KEEP_DENSE))
         return self is other
 
@@ -197,6 +200,7 @@ class Sparse24:
         )
 
     data = property(None, _set_data)  # reading it ends in __getattr__
+    __array_ufunc__ = None  # numpy's operators leave the answer to those below
 
     # ------------------------------------------------------------------ what it is
 
@@ -478,7 +482,12 @@ class Sparse24:
         coder = self.spec.element.codec
         if coder is None:
             return w24.values.to(dtype)
-        return coder.decode(w24.tensors, dtype, self.spec.group)
+        decoded = coder.decode(w24.tensors, dtype, self.spec.group)
+        wanted = [self.out_features, self.in_features // 2]
+        fits = isinstance(decoded, Tensor) and list(decoded.shape) == wanted
+        expected = f"numbers {wanted} from the decode of {self.spec.storage!r}"
+        _check(fits, f"{_OP}.numbers", expected, shown(decoded))
+        return decoded.to(dtype)
 
     def to_dense(self) -> Tensor:
         """The dense weight [out, in], exact, in torch alone; `sparsekern.decompress` is faster
@@ -511,7 +520,8 @@ class Sparse24:
 
     def __repr__(self) -> str:
         out_features, in_features = self.spec.shape
-        stored = "" if self.spec.element.plain else f" as {self.spec.storage}"
+        plain = str(self.dtype) == f"torch.{self.spec.storage}"  # also of a type that is gone
+        stored = "" if plain else f" as {self.spec.storage}"
         return (
             f"Sparse24({out_features} x {in_features}, {self.dtype}{stored}, "
             f"layout={self.layout!r}, device={str(self.device)!r}, {self.nbytes} bytes)"
@@ -564,7 +574,10 @@ def encode(w24: Sparse24, storage: str | torch.dtype, group: int = 0) -> Sparse2
     """
     kind = dtypes.element(storage, "sparsekern.compress")
     if kind.plain:
-        return w24.to(kind.storage)
+        narrowed = w24.to(kind.storage)
+        remedy = "Store it in a dtype that holds its numbers, as bfloat16 does."
+        check_finite("sparsekern.compress", narrowed, remedy)
+        return narrowed
     if kind.codec is None:
         expected = f"an element type with a codec, not only declared ({storage!r})"
         remedy = "Register one with sparsekern.register_dtype."
@@ -575,6 +588,8 @@ def encode(w24: Sparse24, storage: str | torch.dtype, group: int = 0) -> Sparse2
         scale = kind.codec.absmax(numbers, spec.group)
         return of_levels(spec, kind.codec.levels(numbers, scale, spec.group), scale, w24.metadata)
     stored = kind.codec.encode(w24.numbers(), spec.group)
+    by_name, got = isinstance(stored, Mapping), type(stored).__name__
+    _check(by_name, "sparsekern.compress", f"a dict from the encode of {kind.name!r}", got)
     return Sparse24.from_tensors(spec, {**stored, "metadata": w24.metadata})
 
 
@@ -607,6 +622,7 @@ def metadata_of_bitmask(
     _check(isinstance(bitmask, Tensor), op, "a tensor as bitmask", type(bitmask).__name__)
     _check(bitmask.dtype == torch.uint8, op, "bitmask of dtype uint8", bitmask.dtype)
     check_tensor_shape(op, "bitmask", bitmask, [size[0], (size[1] + 7) // 8])
+    check_data(op, "bitmask", bitmask)
     bits = codec.unpack_nibbles(bitmask, groups)
     nibbles = _lookup(_NIBBLE_OF_BITMASK, bits)
     if (nibbles == 0).any():
@@ -666,12 +682,18 @@ def verify(w24: Sparse24) -> None:
     own_verify = getattr(w24.spec.element.codec, "verify", None)
     if own_verify is not None:
         own_verify(op, w24.spec, w24.tensors)
+    check_finite(op, w24)
+
+
+def check_finite(op: str, w24: Sparse24, remedy: str = "") -> None:
+    """FormatError for a row-major weight with a number that is NaN or infinite, by its place. One
+    on "meta" has none."""
     numbers = w24.numbers()
     infinite = ~torch.isfinite(numbers)
-    if infinite.any():
+    if not numbers.is_meta and infinite.any():
         row, slot = infinite.nonzero()[0].tolist()
         got = f"{numbers[row, slot].item()} ({int(infinite.sum())} values are NaN or Inf)"
-        _raise_at(op, "finite values", got, row, slot // 2)
+        _raise_at(op, "finite values", got, row, slot // 2, remedy)
 
 
 def _without(name: str) -> Callable[..., NoReturn]:
@@ -684,7 +706,20 @@ def _without(name: str) -> Callable[..., NoReturn]:
 
 # Operators of a dense weight, which Python looks up in the class; `+`, `+=` and `1 + w` alike.
 _BINARY = "add and floordiv matmul lshift mod mul or pow rshift sub truediv xor".split()
-for _name in ("getitem", "setitem", "abs", "neg", "invert", "float", "int", "ge", "gt", "le", "lt"):
+for _name in (
+    "array",
+    "getitem",
+    "setitem",
+    "abs",
+    "neg",
+    "invert",
+    "float",
+    "int",
+    "ge",
+    "gt",
+    "le",
+    "lt",
+):
     setattr(Sparse24, f"__{_name}__", _without(_name))
 for _name in (f"{kind}{name}" for kind in ("", "r", "i") for name in _BINARY):
     setattr(Sparse24, f"__{_name}__", _without(_name))
@@ -714,6 +749,6 @@ def _lookup(table: Sequence[int], nibbles: Tensor) -> Tensor:
     return torch.tensor(table, dtype=torch.uint8, device=nibbles.device)[nibbles.int()]
 
 
-def _raise_at(op: str, expected: str, got: str, row: int, group: int) -> NoReturn:
+def _raise_at(op: str, expected: str, got: str, row: int, group: int, remedy: str = "") -> NoReturn:
     where = f"{got} at row {row}, columns {4 * group}..{4 * group + 3}"
-    raise FormatError(message(op, expected, where))
+    raise FormatError(message(op, expected, where, remedy))

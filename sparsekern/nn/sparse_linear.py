@@ -462,9 +462,11 @@ class SparseLinear(nn.Module):
         rest = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
         for key in found:
             del rest[prefix + key]
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        frozen = self.bias is not None and self.bias.is_inference()
+        with torch.inference_mode(frozen):  # which alone may write to such a bias
+            super()._load_from_state_dict(
+                rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
 
     @staticmethod
     def _stored(state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:

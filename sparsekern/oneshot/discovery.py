@@ -142,6 +142,13 @@ class Layer:
         return self.bytes_dense
 
 
+def before_pruning(model: nn.Module, what: str) -> str:
+    """The remedy where a model's dense layers cannot have a rotation or permutation."""
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        return f"Its layers are compressed: the {what} comes before prune_model."
+    return f"Prune it without {what}."
+
+
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     """The decoder blocks: (name of their list, blocks in order), or ("", []) when the model has
     none.
@@ -518,12 +525,6 @@ def _chains_in(code: CodeType) -> set[Chain]:
         if isinstance(constant, CodeType):
             chains |= _chains_in(constant)
     return chains
-
-
-def remedy_before(model: nn.Module, otherwise: str) -> str:
-    """What to do where something needs the dense layers of a model, and does not find them."""
-    pruned = any(isinstance(module, SparseLinear) for module in model.modules())
-    return "Do it before the model is pruned: 2:4 layers stay as they are." if pruned else otherwise
 
 
 def output_layer_names(model: nn.Module) -> list[str]:

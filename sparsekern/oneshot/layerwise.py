@@ -144,7 +144,7 @@ def _prune(layers: list[Layer], hessian: prune.Hessian | None, options: Options)
     start = time.perf_counter()
     method, matched = options.method, 0.0
     weights = [layer.weight for layer in layers]
-    stacked = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
+    stacked = torch.cat(weights)  # a copy: a method that fails may have changed it
     given = [
         options.masks[layer.name].to(stacked.device) for layer in layers if _given(layer, options)
     ]
@@ -259,6 +259,7 @@ def _call(
     """The method's function, and a check of what it returns: a registered one is not ours."""
     pattern = options.pattern
     names = ", ".join(layer.name for layer in layers)
+    version = None if weight.is_inference() else weight._version
     try:
         call = method.function
         knobs: dict[str, Any] = {"pattern": pattern, "mask": mask}
@@ -272,6 +273,15 @@ def _call(
     expected = f"method {method.name} to return (weight, mask, details) for {names}"
     check(right, options.op, expected, type(result).__name__, exc=TypeError)
     pruned, kept, details = result
+    same = version is None or weight._version == version
+    expected, remedy = (
+        f"method {method.name} to leave its weight as it is",
+        "Work on a clone of it.",
+    )
+    check(same, options.op, expected, f"changes in place of {names}", remedy)
+    told = details is None or isinstance(details, prune.Details)
+    expected = f"details of {names} from method {method.name}: prune.Details or None"
+    check(told, options.op, expected, type(details).__name__, exc=TypeError)
     for what, tensor, dtype in (("weight", pruned, weight.dtype), ("mask", kept, torch.bool)):
         good = isinstance(tensor, Tensor) and tensor.shape == weight.shape and tensor.dtype == dtype
         got = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else tensor

@@ -37,7 +37,7 @@ from sparsekern.nn.tied import check_untied
 from sparsekern.nn.wrappers import taken_off, whole
 from sparsekern.oneshot.calibration import Batch, make_batches
 from sparsekern.oneshot.devices import check_changeable, looked, quiet, working_device
-from sparsekern.oneshot.discovery import find_blocks, remedy_before
+from sparsekern.oneshot.discovery import before_pruning, find_blocks
 from sparsekern.oneshot.observe import observe
 from sparsekern.utils.arguments import SEEDS, checked, folded
 
@@ -175,7 +175,7 @@ def permute_on(
     home = next(model.parameters()).device
     sites = find_sites(model, heads)
     expected = f"{type(model).__name__} with an MLP or attention of layers {MLPS[0]} or v_proj"
-    remedy = remedy_before(model, "Prune it without permutation.")
+    remedy = before_pruning(model, "permutation")
     check(sites, OP, expected, "none", remedy)
     check_untied(OP, model, (m for site in sites for m in (*site.makers, site.reader)), remedy)
     if known is not None and report is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import check
 from sparsekern.oneshot.calibration import Batch
-from sparsekern.oneshot.discovery import find_blocks, input_embedding, remedy_before
+from sparsekern.oneshot.discovery import before_pruning, find_blocks, input_embedding
 from sparsekern.oneshot.observe import observe
 from sparsekern.utils.exact import exact_float32
 
@@ -43,7 +43,7 @@ def find_stream(model: nn.Module, probe: Batch, home: torch.device) -> Stream:
     """
     name = type(model).__name__
     embedding = input_embedding(model)
-    remedy = remedy_before(model, "Prune it without rotation.")
+    remedy = before_pruning(model, "rotation")
     check(
         isinstance(embedding, nn.Embedding), OP, f"{name} with an nn.Embedding", embedding, remedy
     )

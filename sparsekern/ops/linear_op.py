@@ -34,6 +34,7 @@ from sparsekern.formats import dtypes, sparse24
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.ops import transforms
+from sparsekern.utils.arguments import check_strided, shown
 
 _OP = "sparsekern.linear"
 _ACTIVATIONS = (None, "relu", "gelu", "silu")
@@ -81,11 +82,8 @@ def check_linear(
     activation: str | None,
 ) -> None:
     """Every relation between the arguments; shared by the eager path and the fake kernel."""
-    out_features, in_features = spec.shape
-    if x.is_nested or x.layout is not torch.strided:
-        got = f"a {'nested ' if x.is_nested else ''}tensor of layout {x.layout}"
-        remedy = "Pass its values(), or part by part." if x.is_nested else "Call x.to_dense()."
-        raise NotImplementedError(message(op, "a dense x", got, remedy))
+    in_features = spec.shape[1]
+    check_strided(op, "x", x)
     x_shape, dtype, device = x.shape, x.dtype, x.device
     if not x_shape or x_shape[-1] != in_features:
         expected = f"x.shape[-1] == weight.in_features ({in_features})"
@@ -100,14 +98,21 @@ def check_linear(
     if values.requires_grad:
         got = "weight.values.requires_grad == True"
         raise ValueError(message(op, "a frozen weight", got, "Call weight.detach()."))
+    check_epilogue(op, spec, bias, device, activation)
+
+
+def check_epilogue(
+    op: str, spec: WeightSpec, bias: Tensor | None, device: torch.device, activation: str | None
+) -> None:
+    """Bias and activation against the weight's spec and the device of x."""
     if bias is not None:
         check_bias_type(op, bias)
-        if bias.shape != (out_features,):
-            expected = f"bias of shape [out_features] ([{out_features}])"
+        if bias.shape != spec.shape[:1]:
+            expected = f"bias of shape [out_features] ([{spec.shape[0]}])"
             raise ValueError(message(op, expected, str(list(bias.shape)), "Reshape the bias."))
-        if bias.dtype != dtype:
-            expected = f"bias.dtype == x.dtype ({dtype})"
-            raise TypeError(message(op, expected, str(bias.dtype), "Call bias.to(x.dtype)."))
+        if bias.dtype != spec.dtype:
+            expected = f"bias.dtype == weight.dtype ({spec.dtype})"
+            raise TypeError(message(op, expected, str(bias.dtype), "Call bias.to(weight.dtype)."))
         if bias.device != device:
             expected = f"bias on x's device ({device})"
             raise ValueError(message(op, expected, str(bias.device), "Call bias.to(x.device)."))
@@ -128,10 +133,13 @@ def check_types(op: str, x: object, w24: object) -> None:
 
 
 def check_bias_type(op: str, bias: object) -> None:
-    """TypeError for a bias that is neither a tensor nor None."""
+    """TypeError for a bias that is neither a tensor nor None, NotImplementedError for one that is
+    not dense."""
     if bias is not None and not isinstance(bias, Tensor):
         expected = "bias: a tensor [out_features], or None"
         raise TypeError(message(op, expected, type(bias).__name__, "Call torch.as_tensor(bias)."))
+    if bias is not None:
+        check_strided(op, "bias", bias)
 
 
 # ---- computing -----------------------------------------------------------------------------------
@@ -162,16 +170,28 @@ def _compute(
     problem = problem_of(x, spec, activation, bias is not None)
     shape, strides, dtype, index = problem.x_shape, problem.x_stride, problem.dtype, problem.gpu
     key = shape, strides, dtype, index, spec, activation, bias is not None, backend
-    launch = calls.get(key)
-    if launch is None:
-        launch = _bind(problem._replace(aligned=True), backend, calls is _calls)
+    known = calls.get(key)
+    launch = known or _bind(problem._replace(aligned=True), backend, calls is _calls)
+    y = launch(x, w24, bias)
+    if known is None:
+        _check_result(y, problem)  # once, for backends from outside
         if len(calls) >= _KNOWN_CALLS:
             calls.clear()
         calls[key] = launch
-    y = launch(x, w24, bias)
     if y is not None:
         return y
     return launch_anew(registry.choose(problem, backend).bind, problem, x, w24, bias)
+
+
+def _check_result(y: object, problem: Problem) -> None:
+    """TypeError unless a launch returned what its backend owes for the problem, or None."""
+    shape = (*problem.x_shape[:-1], problem.out_features)
+    wanted = shape, problem.dtype, problem.device
+    if y is not None and (
+        not isinstance(y, Tensor) or (y.shape, y.dtype, y.device) != wanted or not y.is_contiguous()
+    ):
+        expected = f"a contiguous y {list(shape)} of {problem.dtype} from the backend"
+        raise TypeError(message(_OP, expected, shown(y), "Mend what its bind returns."))
 
 
 def _bind(problem: Problem, backend: str | None, twins: bool) -> Launch:

@@ -20,6 +20,7 @@ from sparsekern.formats import dtypes, scaled, sparse24
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
 from sparsekern.formats.layouts import layout as layout_named
 from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.utils.arguments import check_strided
 
 _OP = "sparsekern.quantize"
 SCALES = ("absmax", "mse")
@@ -68,7 +69,7 @@ def quantize(
     if isinstance(scale, Tensor):
         fitted = _given_scale(scale, spec, w24)
     else:
-        known = scale in SCALES
+        known = isinstance(scale, str) and scale in SCALES
         check(known, _OP, f"scale in {SCALES} or a tensor", repr(scale), "Leave it 'absmax'.")
         weights = _kept_importance(importance, rows)
         if scale == "absmax":
@@ -104,7 +105,7 @@ def dequantize(w24: Sparse24, *, layout: str | None = None) -> Sparse24:
     if not w24.spec.element.plain:
         rows = w24.rowmajor()
         plain = Sparse24(rows.numbers(), rows.metadata, rows.shape)
-        sparse24.verify(plain)
+        sparse24.check_finite(op, plain)
     if layout is None:
         layout = registry.best_layout(plain.spec, plain.device)
     return plain.to_layout(layout)
@@ -143,6 +144,7 @@ def checked_group(
 
 def _given_scale(scale: Tensor, spec: WeightSpec, w24: Sparse24) -> Tensor:
     expected = [spec.shape[0], scaled.groups(spec.shape[1], spec.group)]
+    check_strided(_OP, "scale", scale)
     fits = list(scale.shape) == expected and scale.is_floating_point()
     got = f"shape {list(scale.shape)}, dtype {scale.dtype}"
     check(fits, _OP, f"a floating-point scale of shape {expected}", got)
@@ -165,11 +167,12 @@ def _kept_importance(importance: Tensor | None, w24: Sparse24) -> Tensor | None:
     check(place == w24.device, _OP, f"importance on the weight's device ({w24.device})", place)
     kind, remedy = importance.dtype, "Pass the diagonal of the Hessian."
     check(not kind.is_complex, _OP, "importance of real numbers", kind, remedy, TypeError)
-    values = importance.detach().float()
+    check_strided(_OP, "importance", importance)
+    values = importance.detach().double()
     bad = ~(values.isfinite() & (values >= 0))
     if bool(bad.any()):
         column = int(bad.nonzero()[0])
         where = f"{values[column].item()} at column {column}"
         raise ValueError(message(_OP, "importance finite and >= 0", where))
     most = values.max() if values.numel() else values.new_ones(())
-    return (values / most.clamp(min=1e-30))[w24.columns()]
+    return (values / most.clamp(min=1e-300)).float()[w24.columns()]

@@ -20,7 +20,9 @@ from torch import Tensor
 from sparsekern.backends import quantize_rows as rows
 from sparsekern.errors import check, message
 from sparsekern.formats import dtypes
+from sparsekern.ops import transforms
 from sparsekern.ops.linear_op import needs_custom_op
+from sparsekern.utils.arguments import check_strided
 
 _OP = "sparsekern.quantize_rows"
 _NORM = "sparsekern.rms_norm_quantize"
@@ -42,7 +44,8 @@ def quantize_rows(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
         has the scale 1; one with NaN or Inf has the scale NaN and q = 0.
     Raises:
         TypeError: x is no tensor, or not of these dtypes.   ValueError: an unknown dtype; x has no
-        dimension; gradients are wanted for x.
+        dimension; gradients are wanted for x.   NotImplementedError: a sparse or nested x; a
+        transform of torch.func, or forward-mode AD, around the call. So the two below.
     """
     storage = checked_storage(_OP, dtype)
     _check_rows(_OP, x)
@@ -71,7 +74,7 @@ def rms_norm_quantize(
         weight: [features], dtype and device of x.
         dtype: "fp8" or "int8".   eps: >= 0, finite.
         residual: shape, dtype and device of x, or None; it becomes h = x + residual, rounded, in
-            place.
+            place; no two of its elements share memory.
         with_y: also return y.
     Returns:
         (q, scale, y or None), as `quantize_rows` of y.
@@ -145,19 +148,22 @@ def _check_rows(op: str, x: object, name: str = "x") -> None:
         raise TypeError(message(op, f"{name} of type Tensor", type(x).__name__))
     known = f"{name} of dtype {dtypes.names(' | ')}"
     check(x.dtype in dtypes.PLAIN, op, known, x.dtype, "Convert it.", TypeError)
+    check_strided(op, name, x)
     check(x.dim() > 0, op, f"{name} [..., features]", "a tensor without dimensions")
+    transforms.refuse(op, f"Call it on all of {name}: its rows are independent, and have no slope.")
 
 
 def _check_like(op: str, name: str, tensor: object, of: str, x: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(message(op, f"{name} of type Tensor", type(tensor).__name__))
-    check(
-        tensor.shape == x.shape, op, f"{name}.shape == {of}.shape ({list(x.shape)})", tensor.shape
-    )
+    if tensor.shape != x.shape:  # else torch.compile traces no text of sizes
+        expected = f"{name}.shape == {of}.shape ({list(x.shape)})"
+        raise ValueError(message(op, expected, str(list(tensor.shape))))
     _check_kind(op, name, tensor, of, x)
 
 
 def _check_kind(op: str, name: str, tensor: Tensor, of: str, x: Tensor) -> None:
+    check_strided(op, name, tensor)
     same = tensor.dtype == x.dtype
     check(same, op, f"{name}.dtype == {of}.dtype ({x.dtype})", tensor.dtype, "", TypeError)
     place = tensor.device
@@ -168,11 +174,12 @@ def _check_norm(x: Tensor, weight: object, eps: object, residual: Tensor | None)
     _check_rows(_NORM, x)
     if not isinstance(weight, Tensor):
         raise TypeError(message(_NORM, "weight of type Tensor", type(weight).__name__))
-    expected = f"weight of shape [features] ([{x.shape[-1]}])"
-    check(list(weight.shape) == [x.shape[-1]], _NORM, expected, list(weight.shape))
+    if weight.shape != x.shape[-1:]:
+        expected = f"weight of shape [features] ([{x.shape[-1]}])"
+        raise ValueError(message(_NORM, expected, str(list(weight.shape))))
     _check_kind(_NORM, "weight", weight, "x", x)
-    good = isinstance(eps, (int, float)) and 0 <= eps <= sys.float_info.max
-    check(good, _NORM, "eps finite and >= 0", repr(eps))
+    if not (isinstance(eps, (int, float)) and 0 <= eps <= sys.float_info.max):
+        raise ValueError(message(_NORM, "eps finite and >= 0", repr(eps)))
     if residual is not None:
         _check_like(_NORM, "residual", residual, "x", x)
 
@@ -180,8 +187,9 @@ def _check_norm(x: Tensor, weight: object, eps: object, residual: Tensor | None)
 def _check_gated(gate: Tensor, up: Tensor | None) -> None:
     _check_rows(_SILU, gate, "gate")
     if up is None:
-        expected = "gate [..., 2 * features] where up is None"
-        check(gate.shape[-1] % 2 == 0, _SILU, expected, list(gate.shape), "Pass up.")
+        if gate.shape[-1] % 2:
+            expected = "gate [..., 2 * features] where up is None"
+            raise ValueError(message(_SILU, expected, str(list(gate.shape)), "Pass up."))
     else:
         _check_like(_SILU, "up", up, "gate", gate)
 
@@ -210,6 +218,10 @@ def _quantize_rows(x: Tensor, storage: str) -> tuple[Tensor, Tensor]:
 def _rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, storage: str, residual: Tensor | None, with_y: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if residual is not None and not residual.is_contiguous():
+        remedy = "Pass residual.clone(): it is changed in place."
+        overlaps = _overlaps(residual)
+        check(not overlaps, _NORM, "residual with memory for each element", "shared", remedy)
     target = None if residual is None else folded(residual.detach())
     q, scale, y = rows.rms_norm(
         folded(x.detach()), weight.detach().contiguous(), eps, storage, target, with_y
@@ -218,6 +230,16 @@ def _rms_norm_quantize(
         residual.detach().copy_(target.view(residual.shape))  # it could not be folded in place
     y = x.new_empty(0) if y is None else y.view(x.shape)
     return q.view(x.shape), scale.view(x.shape[:-1]), y
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements may share memory: a stride is shorter than what the smaller ones span."""
+    span = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1 and stride < span:
+            return True
+        span += (size - 1) * stride
+    return False
 
 
 def _silu_mul_quantize(

@@ -17,6 +17,7 @@ from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
 from sparsekern.ops import linear_op as ops
 from sparsekern.ops import transforms
+from sparsekern.utils.arguments import check_strided
 
 _OP = "sparsekern.linear_quantized"
 _calls: ops.Calls = {}
@@ -62,9 +63,7 @@ def linear_quantized(
     ops.check_types(_OP, x, w24)
     _check(x, x_scale, w24.spec, w24.values, bias, activation)
     registry.check_name(_OP, backend)
-    got, remedy = "a call within one", "Call sparsekern.linear, with x of the weight's dtype."
-    expected = "a call outside of torch.func and forward-mode AD"
-    check(not transforms.active(), _OP, expected, got, remedy, NotImplementedError)
+    transforms.refuse(_OP, "Call sparsekern.linear, with x of the weight's dtype.")
     if ops.needs_custom_op(x, bias):
         wanted = torch.is_grad_enabled() and bias is not None and bias.requires_grad
         remedy = "Call it under torch.no_grad(), or pass bias.detach()."
@@ -107,7 +106,7 @@ def _check(
     activation: str | None,
 ) -> None:
     """Every relation between the arguments; shared by the eager path and the fake kernel."""
-    kind, (out_features, in_features) = spec.element, spec.shape
+    kind, in_features = spec.element, spec.shape[1]
     rows = kind.scaled and kind.bits == 8
     expected = "a weight of storage 'float8_e4m3fn' or 'int8'"
     remedy = "Call sparsekern.quantize(weight, 'fp8' or 'int8')."
@@ -115,30 +114,24 @@ def _check(
     expected = f"x.dtype == the weight's storage type ({kind.storage})"
     remedy = "Call sparsekern.quantize_rows(x, ...), or sparsekern.linear for a plain x."
     check(x.dtype is kind.storage, _OP, expected, x.dtype, remedy, TypeError)
+    check_strided(_OP, "x", x)
     if not x.shape or x.shape[-1] != in_features:
         expected = f"x.shape[-1] == weight.in_features ({in_features})"
         raise ValueError(message(_OP, expected, f"x of shape {list(x.shape)}"))
     if not isinstance(x_scale, Tensor):
         raise TypeError(message(_OP, "x_scale of type Tensor", type(x_scale).__name__))
     check(x_scale.dtype is torch.float32, _OP, "x_scale float32", x_scale.dtype, "", TypeError)
+    check_strided(_OP, "x_scale", x_scale)
     sizes = list(x.shape[:-1])
-    fits = list(x_scale.shape) in (sizes, [*sizes, 1])
-    check(fits, _OP, f"x_scale of shape x.shape[:-1] ({sizes})", list(x_scale.shape))
+    if list(x_scale.shape) not in (sizes, [*sizes, 1]):  # else torch.compile traces no text
+        expected = f"x_scale of shape x.shape[:-1] ({sizes})"
+        raise ValueError(message(_OP, expected, str(list(x_scale.shape))))
     for name, tensor in (("x", x), ("x_scale", x_scale)):
         place = tensor.device
         check(
             place == values.device, _OP, f"{name} on the weight's device ({values.device})", place
         )
-    if bias is not None:
-        ops.check_bias_type(_OP, bias)
-        expected = f"bias of shape [out_features] ([{out_features}])"
-        check(list(bias.shape) == [out_features], _OP, expected, list(bias.shape))
-        same = bias.dtype is spec.dtype
-        check(same, _OP, f"bias.dtype == weight.dtype ({spec.dtype})", bias.dtype, "", TypeError)
-        check(bias.device == x.device, _OP, f"bias on x's device ({x.device})", bias.device)
-    known = activation in ops._ACTIVATIONS
-    expected = "activation in None, 'relu', 'gelu', 'silu'"
-    check(known, _OP, expected, repr(activation), "Apply others to the result.")
+    ops.check_epilogue(_OP, spec, bias, x.device, activation)
 
 
 def _compute(

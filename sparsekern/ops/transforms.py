@@ -31,6 +31,12 @@ def active() -> bool:
     return forward_ad._current_level >= 0 or _interpreter() is not None
 
 
+def refuse(op: str, remedy: str) -> None:
+    """NotImplementedError within a transform of torch.func or forward-mode AD."""
+    expected, got = "a call outside of torch.func and forward-mode AD", "a call within one"
+    check(not active(), op, expected, got, remedy, NotImplementedError)
+
+
 # What torch.compiler.assume_constant_result does, without importing the compiler: asked once while
 # a graph is traced, which then is guarded by the transforms that are open.
 active._dynamo_marked_constant = True  # type: ignore[attr-defined]

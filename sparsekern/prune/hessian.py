@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsekern.errors import check
 from sparsekern.prune.products import Factor, product16, sums_in_float32
-from sparsekern.utils.arguments import checked
+from sparsekern.utils.arguments import check_strided, check_tensor, checked
 from sparsekern.utils.exact import exact_float32
 
 # A CPU matmul of this many columns runs at full speed, so that half of the symmetric product can be
@@ -89,6 +89,9 @@ class Hessian:
             ValueError: x.shape[-1] != in_features.   TypeError: x is not floating point.
         """
         op = "sparsekern.prune.Hessian.add"
+        check_tensor(op, "x", x)
+        if dense is not None:
+            check_tensor(op, "dense", dense)
         check(
             x.dim() >= 1 and x.shape[-1] == self.in_features,
             op,
@@ -195,6 +198,11 @@ class Hessian:
             ValueError: another in_features, or one with dense inputs and one without.
         """
         op = "sparsekern.prune.Hessian.merge"
+        if other is self:
+            self.samples *= 2
+            return self
+        got = type(other).__name__
+        check(isinstance(other, Hessian), op, "another Hessian", got, exc=TypeError)
         check(
             other.in_features == self.in_features,
             op,
@@ -285,6 +293,7 @@ def as_matrix(op: str, hessian: Hessian | Tensor, w: Tensor) -> Tensor:
         )
         hessian = hessian.matrix
     else:
+        check_strided(op, "hessian", hessian)
         _check_matrix(op, hessian)
     in_features = w.shape[1]
     check(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsekern.errors import check
 from sparsekern.prune.pattern import Pattern
-from sparsekern.utils.arguments import checked
+from sparsekern.utils.arguments import check_tensor, checked
 
 
 def check_no_nan(op: str, name: str, tensor: Tensor) -> None:
@@ -94,6 +94,7 @@ def nm_mask(scores: Tensor, n: int = 2, m: int = 4, unit: int = 1) -> Tensor:
         TypeError: complex scores.
     """
     op = "sparsekern.prune.nm_mask"
+    check_tensor(op, "scores", scores)
     return _nm_mask(op, "scores", scores, Pattern(n, m, unit, op=op))
 
 
@@ -110,10 +111,10 @@ def magnitude_mask(w: Tensor, n: int = 2, m: int = 4, unit: int = 1) -> Tensor:
         ValueError, TypeError: as nm_mask.
     """
     op = "sparsekern.prune.magnitude_mask"
-    _check_tensor(op, "w", w)
+    check_tensor(op, "w", w)
     check(not w.is_complex(), op, "a real weight", str(w.dtype), exc=TypeError)
     pattern = Pattern(n, m, unit, op=op)
-    w = w.detach()
+    w = _comparable(w.detach())
     if unit > 1:
         return _nm_mask(op, "w", w.double().square(), pattern)
     if not w.is_floating_point() and w.element_size() > 1:
@@ -141,6 +142,8 @@ def wanda_mask(w: Tensor, act_norm: Tensor, n: int = 2, m: int = 4, unit: int = 
     Source: Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models".
     """
     op = "sparsekern.prune.wanda_mask"
+    check_tensor(op, "w", w)
+    check_tensor(op, "act_norm", act_norm)
     check(not w.is_complex(), op, "a real weight", str(w.dtype), exc=TypeError)
     check(
         w.dim() >= 1 and tuple(act_norm.shape) == (w.shape[-1],),
@@ -171,16 +174,16 @@ def wanda_mask(w: Tensor, act_norm: Tensor, n: int = 2, m: int = 4, unit: int = 
     return _nm_mask(op, "|w| * act_norm", scores if unit == 1 else scores.square(), pattern)
 
 
-def _check_tensor(op: str, name: str, tensor: object) -> None:
-    got = type(tensor).__name__
-    check(isinstance(tensor, Tensor), op, f"{name} as a Tensor", got, exc=TypeError)
+def _comparable(tensor: Tensor) -> Tensor:
+    """The tensor, of a dtype that torch can compare."""
+    return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32) else tensor
 
 
 def _nm_mask(op: str, name: str, scores: Tensor, pattern: Pattern) -> Tensor:
     check(not scores.is_complex(), op, f"real {name}", str(scores.dtype), exc=TypeError)
     check(scores.dim() >= 1, op, f"{name} of shape [..., in_features]", "a scalar")
     pattern.check_columns(op, scores.shape[-1])
-    scores = scores.detach()
+    scores = _comparable(scores.detach())
     if scores.is_floating_point() and scores.element_size() == 1:
         scores = scores.float()
     check_no_nan(op, name, scores)

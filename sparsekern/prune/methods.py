@@ -24,7 +24,7 @@ from sparsekern.errors import check
 from sparsekern.prune.hessian import Hessian
 from sparsekern.prune.masks import nm_mask
 from sparsekern.prune.pattern import Pattern
-from sparsekern.utils.arguments import checked
+from sparsekern.utils.arguments import check_fields, checked
 
 # What a method can need of the calibration, least first.
 NEEDS = ("weights", "norms", "hessian", "outputs")
@@ -48,6 +48,9 @@ class Option:
     help: str
     expected: str = "a value"
     accepts: Callable[[Any], bool] = field(default=lambda value: True, repr=False)
+
+    def __post_init__(self) -> None:
+        check_fields("sparsekern.prune.Option", self)
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,9 @@ class Method:
         name: as in prune_model(model, name).      help: one line.
         function: (weight [out_features, in_features], hessian, *, pattern, mask, **options) ->
             (weight', mask, Details or None). weight' has zeros where the bool mask is False and is
-            new; so is the mask, True = kept. `hessian` is a Hessian, or None where there is no
-            calibration. `mask`: None, or one that was given and has to be kept to. `pattern` is
-            the tuple (n, m) and has a `unit`: a Pattern.
+            new; so is the mask, True = kept. weight is not changed in place. `hessian` is a
+            Hessian, or None where there is no calibration. `mask`: None, or one that was given and
+            has to be kept to. `pattern` is the tuple (n, m) and has a `unit`: a Pattern.
         needs: "weights" (nothing of the calibration), "norms" (Hessian.act_norm), "hessian", or
             "outputs" (the block: see finish).
         options: the keywords of the function and of finish; each gets those that it takes.
@@ -123,6 +126,13 @@ class Method:
     finish: Callable[..., None] | None = None
     together: bool = False
     work: Callable[..., float] | None = None
+
+    def __post_init__(self) -> None:
+        op = "sparsekern.prune.Method"
+        check_fields(op, self)
+        kinds = [type(option).__name__ for option in self.options]
+        ours = all(isinstance(option, Option) for option in self.options)
+        check(ours, op, "options: a tuple of Option", kinds, exc=TypeError)
 
     def values(self, op: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """{option: value}: what was given, and the defaults.

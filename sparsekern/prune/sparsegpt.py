@@ -32,7 +32,7 @@ from sparsekern.prune.methods import (
     is_number,
 )
 from sparsekern.prune.pattern import TWO_OF_FOUR, Pattern
-from sparsekern.utils.arguments import checked
+from sparsekern.utils.arguments import check_tensor, checked
 from sparsekern.utils.exact import exact_float32
 
 _OP = "sparsekern.prune.sparsegpt"
@@ -373,6 +373,7 @@ def _check_arguments(
     blocksize: int,
     damp: float,
 ) -> None:
+    check_tensor(_OP, "w", w)
     check(
         w.dim() == 2,
         _OP,

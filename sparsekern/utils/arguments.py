@@ -36,6 +36,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from sparsekern.errors import check, message
@@ -61,6 +62,7 @@ _NAMES = {
     os.PathLike: "a path",
     collections.abc.Mapping: "a dict",
     collections.abc.Sequence: "a list",
+    tuple: "a tuple",
     collections.abc.Iterable: "a list",
     collections.abc.Callable: "a function",
 }
@@ -219,6 +221,31 @@ def usable_device(op: str, value: Any, name: str = "", meta: bool = False) -> to
     return device
 
 
+def check_strided(op: str, name: str, tensor: Tensor) -> None:
+    """NotImplementedError for a nested tensor, or one of a sparse or other layout of torch's."""
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        got = f"a {'nested ' if tensor.is_nested else ''}tensor of layout {tensor.layout}"
+        nested, sparse = "Pass its values(), or part by part.", f"Call {name}.to_dense()."
+        remedy = nested if tensor.is_nested else sparse
+        raise NotImplementedError(message(op, f"a dense {name}", got, remedy))
+
+
+def check_tensor(op: str, name: str, tensor: Tensor) -> None:
+    """TypeError for what is no tensor, and the two others for one that functions cannot read."""
+    got = type(tensor).__name__
+    check(isinstance(tensor, Tensor), op, f"{name} as a Tensor", got, exc=TypeError)
+    check_strided(op, name, tensor)
+    check_data(op, name, tensor)
+
+
+def check_data(op: str, name: str, tensor: Tensor) -> None:
+    """ValueError for a tensor whose numbers cannot be read: on device meta, or fake."""
+    fake = isinstance(tensor, FakeTensor)
+    got = "a fake tensor" if fake else "a meta tensor"
+    remedy = "Call it outside of FakeTensorMode." if fake else "Load the weights first."
+    check(not (fake or tensor.is_meta), op, f"{name} with data", got, remedy)
+
+
 def folded(seed: int) -> int:
     """A seed that torch takes, itself where it does."""
     return seed if SEEDS[0] <= seed <= SEEDS[1] else seed % 2**64
@@ -265,7 +292,7 @@ def _plain(kind: Any) -> Any:
 
 def _name(kind: Any) -> str:
     plain = _plain(kind)
-    if plain is tuple:
+    if plain is tuple and Ellipsis not in typing.get_args(kind):
         return f"{len(typing.get_args(kind))} values"
     return _NAMES.get(plain) or f"a {getattr(plain, '__name__', plain)}"
 

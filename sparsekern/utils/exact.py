@@ -42,3 +42,14 @@ def exact_float32(device: torch.device | str) -> Iterator[None]:
                 knob.fp32_precision = "none"  # inherit, where that gives the value that was seen
                 if knob.fp32_precision != precision:
                     knob.fp32_precision = precision
+
+
+def exact_on_cpu() -> contextlib.AbstractContextManager[None]:
+    """exact_float32("cpu"), or nothing where matmuls are exact already: for calls of microseconds,
+    without autograd and autocast."""
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if hasattr(matmul, "fp32_precision"):
+        exact = matmul.fp32_precision in ("none", "ieee")
+    else:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    return contextlib.nullcontext() if exact else exact_float32("cpu")
