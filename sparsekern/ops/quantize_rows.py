@@ -146,11 +146,13 @@ def _check_flag(op: str, with_y: object) -> None:
 def _check_rows(op: str, x: object, name: str = "x") -> None:
     if not isinstance(x, Tensor):
         raise TypeError(message(op, f"{name} of type Tensor", type(x).__name__))
-    known = f"{name} of dtype {dtypes.names(' | ')}"
-    check(x.dtype in dtypes.PLAIN, op, known, x.dtype, "Convert it.", TypeError)
+    if x.dtype not in dtypes.PLAIN:
+        known = f"{name} of dtype {dtypes.names(' | ')}"
+        raise TypeError(message(op, known, str(x.dtype), "Convert it."))
     check_strided(op, name, x)
-    check(x.dim() > 0, op, f"{name} [..., features]", "a tensor without dimensions")
-    transforms.refuse(op, f"Call it on all of {name}: its rows are independent, and have no slope.")
+    if not x.dim():
+        raise ValueError(message(op, f"{name} [..., features]", "a tensor without dimensions"))
+    transforms.refuse(op, "Call it on all rows: they are independent, and have no slope.")
 
 
 def _check_like(op: str, name: str, tensor: object, of: str, x: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sparsekern.backends.compress import decompress
-from sparsekern.errors import check
+from sparsekern.errors import check, message
 from sparsekern.formats.layouts import WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
 
@@ -33,8 +33,9 @@ def active() -> bool:
 
 def refuse(op: str, remedy: str) -> None:
     """NotImplementedError within a transform of torch.func or forward-mode AD."""
-    expected, got = "a call outside of torch.func and forward-mode AD", "a call within one"
-    check(not active(), op, expected, got, remedy, NotImplementedError)
+    if active():
+        expected = "a call outside of torch.func and forward-mode AD"
+        raise NotImplementedError(message(op, expected, "a call within one", remedy))
 
 
 # What torch.compiler.assume_constant_result does, without importing the compiler: asked once while
