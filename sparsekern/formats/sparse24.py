@@ -574,6 +574,8 @@ def encode(w24: Sparse24, storage: str | torch.dtype, group: int = 0) -> Sparse2
     """
     kind = dtypes.element(storage, "sparsekern.compress")
     if kind.plain:
+        if kind.storage is w24.dtype:
+            return w24
         narrowed = w24.to(kind.storage)
         remedy = "Store it in a dtype that holds its numbers, as bfloat16 does."
         check_finite("sparsekern.compress", narrowed, remedy)
@@ -706,20 +708,8 @@ def _without(name: str) -> Callable[..., NoReturn]:
 
 # Operators of a dense weight, which Python looks up in the class; `+`, `+=` and `1 + w` alike.
 _BINARY = "add and floordiv matmul lshift mod mul or pow rshift sub truediv xor".split()
-for _name in (
-    "array",
-    "getitem",
-    "setitem",
-    "abs",
-    "neg",
-    "invert",
-    "float",
-    "int",
-    "ge",
-    "gt",
-    "le",
-    "lt",
-):
+_OTHER = "array getitem setitem abs neg invert float int ge gt le lt".split()
+for _name in _OTHER:
     setattr(Sparse24, f"__{_name}__", _without(_name))
 for _name in (f"{kind}{name}" for kind in ("", "r", "i") for name in _BINARY):
     setattr(Sparse24, f"__{_name}__", _without(_name))

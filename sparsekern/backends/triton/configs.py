@@ -24,9 +24,8 @@ PROGRAMS_WANTED = 264
 WARPS_WANTED = 8 * PROGRAMS_WANTED  # of the few-token kernel: what keeps the memory busy
 MAX_SPLIT_IN = 8
 FEW_TOKENS = 4  # the most of the few-token kernel; where mma.sp is not to be had it takes them
-SMALLEST_GROUP = (
-    64  # of columns with one scale; groups are multiples of it, and no tile is narrower
-)
+# Columns with one scale: groups are multiples of so many, and no tile is narrower.
+SMALLEST_GROUP = 64
 MANY_TOKENS = 512  # from here on a tile of W is expanded so often that once, to memory, is less
 MMA_TOKENS = 767  # the most that mma.sp takes; with more, torch.mm of the expanded W is faster
 MMA_COLUMNS = 32  # of one mma.sp: in_features are a multiple
