@@ -27,10 +27,9 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,9 +37,10 @@ from sparsekern.errors import FormatError, check, message
 from sparsekern.formats import codec, dtypes, layouts, scaled
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec, check_tensor_shape, checked_shape
 from sparsekern.formats.scaled import ScaledCodec
+from sparsekern.formats.weight_like import OP as _OP
+from sparsekern.formats.weight_like import WeightLike
 from sparsekern.utils.arguments import check_data, shown
 
-_OP = "sparsekern.Sparse24"
 _STATE_VERSION = 2  # of pickles; those without a version are of the first one
 
 # The two encodings against each other; 0 marks what the other has no nibble for.
@@ -54,12 +54,6 @@ _NIBBLE_OF_BITMASK = tuple(
 )
 
 
-# What torch functions on a Sparse24 are; the ops enter theirs.
-products: dict[Any, Callable[..., Any]] = {}
-_NO_DENSE = "calls of the layer, sparsekern.linear or torch.nn.functional.linear"
-_KEEP_DENSE = "Use weight.to_dense(), or name the layer in skip= so that it stays dense."
-
-
 class _Twin(NamedTuple):
     """A weight in another layout, and what it was made of: tensors and their versions; `more` has
     (name, tensor, version) of those that a coded type adds."""
@@ -71,7 +65,7 @@ class _Twin(NamedTuple):
     more: tuple[tuple[str, Tensor, int], ...]
 
 
-class Sparse24:
+class Sparse24(WeightLike):
     """A 2:4-sparse weight [out_features, in_features]: values, metadata, shape and layout.
 
     Args:
@@ -162,46 +156,6 @@ class Sparse24:
         metadata = metadata_of_bitmask(bitmask, shape, "sparsekern.Sparse24.from_bitmask")
         return cls(values, metadata, shape)
 
-    # ------------------------------------------------------------------ in code for dense weights
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """For modules that use the weight of a layer below them: F.linear is sparsekern.linear;
-        everything else wants a dense weight, and says so."""
-        known = products.get(func)
-        if known is not None:
-            return known(*args, **(kwargs or {}))
-        if isinstance(func, torch._ops.HigherOrderOperator):  # of our own transforms
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", str(func))
-        raise TypeError(message(_OP, _NO_DENSE, f"{name} of a 2:4 weight", _KEEP_DENSE))
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or not hasattr(Tensor, name):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        raise AttributeError(message(_OP, _NO_DENSE, f".{name} of a 2:4 weight", _KEEP_DENSE))
-
-    def __eq__(self, other: object) -> bool:
-        """Identity. Numbers, arrays and tensors, which a dense weight compares element by element,
-        want that one."""
-        if isinstance(other, (Tensor, np.ndarray, int, float)):
-            raise TypeError(message(_OP, _NO_DENSE, "== of a 2:4 weight", _KEEP_DENSE))
-        return self is other
-
-    __hash__ = object.__hash__
-
-    def _set_data(self, data: Any) -> None:
-        remedy = "Give the layer another one: layer.weight = sparsekern.compress(w, mask)."
-        raise AttributeError(
-            message(_OP, "a weight that stays as it is", "a value for .data", remedy)
-        )
-
-    data = property(None, _set_data)  # reading it ends in __getattr__
-    __array_ufunc__ = None  # numpy's operators leave the answer to those below
-
     # ------------------------------------------------------------------ what it is
 
     @property
@@ -227,10 +181,6 @@ class Sparse24:
         self._set(self.spec, {**self.tensors, "metadata": metadata})
 
     @property
-    def shape(self) -> torch.Size:
-        return self.spec.shape
-
-    @property
     def layout(self) -> str:
         return self.spec.layout
 
@@ -241,54 +191,6 @@ class Sparse24:
     @property
     def in_features(self) -> int:
         return self.spec.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the numbers, and so of x, bias and y; a coded type stores them as something else."""
-        return self.spec.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.tensors["values"].device
-
-    ndim = 2
-
-    def dim(self) -> int:
-        """`ndim`, as of a tensor."""
-        return self.ndim
-
-    def size(self, dim: int | None = None) -> torch.Size | int:
-        """`shape`, or its number `dim`."""
-        return self.shape if dim is None else self.shape[dim]
-
-    def is_floating_point(self) -> bool:
-        """Whether the numbers are: always."""
-        return True
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.device.type == "cuda"
-
-    @property
-    def is_meta(self) -> bool:
-        return self.device.type == "meta"
-
-    @property
-    def requires_grad(self) -> bool:
-        """False, and can be set to that alone: a 2:4 weight is frozen."""
-        return self.tensors["values"].requires_grad
-
-    @requires_grad.setter
-    def requires_grad(self, value: bool) -> None:
-        self.requires_grad_(value)
-
-    def requires_grad_(self, requires_grad: bool = True) -> Sparse24:
-        """As of a tensor, for False. Raises ValueError for True."""
-        remedy = "Train the dense weight under its mask first: sparsekern.finetune.Masked."
-        op = f"{_OP}.requires_grad_"
-        check(not requires_grad, op, "requires_grad=False: a frozen weight", "True", remedy)
-        self.tensors["values"].requires_grad_(False)
-        return self
 
     @property
     def nbytes(self) -> int:
@@ -696,23 +598,6 @@ def check_finite(op: str, w24: Sparse24, remedy: str = "") -> None:
         row, slot = infinite.nonzero()[0].tolist()
         got = f"{numbers[row, slot].item()} ({int(infinite.sum())} values are NaN or Inf)"
         _raise_at(op, "finite values", got, row, slot // 2, remedy)
-
-
-def _without(name: str) -> Callable[..., NoReturn]:
-    def refused(self: Sparse24, *_: Any) -> NoReturn:
-        got = f"{name.strip('_')} of a 2:4 weight"
-        raise TypeError(message(_OP, _NO_DENSE, got, _KEEP_DENSE))
-
-    return refused
-
-
-# Operators of a dense weight, which Python looks up in the class; `+`, `+=` and `1 + w` alike.
-_BINARY = "add and floordiv matmul lshift mod mul or pow rshift sub truediv xor".split()
-_OTHER = "array getitem setitem abs neg invert float int ge gt le lt".split()
-for _name in _OTHER:
-    setattr(Sparse24, f"__{_name}__", _without(_name))
-for _name in (f"{kind}{name}" for kind in ("", "r", "i") for name in _BINARY):
-    setattr(Sparse24, f"__{_name}__", _without(_name))
 
 
 # ---- checks --------------------------------------------------------------------------------------

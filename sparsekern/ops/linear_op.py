@@ -33,6 +33,7 @@ from sparsekern.errors import message
 from sparsekern.formats import dtypes, sparse24
 from sparsekern.formats.layouts import ROWMAJOR, WeightSpec
 from sparsekern.formats.sparse24 import Sparse24
+from sparsekern.formats.weight_like import products
 from sparsekern.ops import transforms
 from sparsekern.utils.arguments import check_strided, shown
 
@@ -67,7 +68,7 @@ def _functional_linear(input: Tensor, weight: Sparse24, bias: Tensor | None = No
     return linear(input, weight, bias)
 
 
-sparse24.products[torch.nn.functional.linear] = _functional_linear
+products[torch.nn.functional.linear] = _functional_linear
 
 
 # ---- checks --------------------------------------------------------------------------------------
